@@ -1,0 +1,43 @@
+"""Packaging: `pip install .` installs the package `sd` with its data, and the scripts as commands `sd-txt2img`, ..."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "sd" / "__init__.py").read_text(), re.MULTILINE).group(1)
+
+REFERENCES = ["diffusers>=0.30", "transformers>=4.40", "accelerate"]
+TESTS = ["pytest>=8", "hypothesis>=6", "ruff>=0.5", *REFERENCES]
+
+setup(
+    name="sd-from-scratch",
+    version=VERSION,
+    description="Stable Diffusion from scratch in PyTorch: to run, and to read",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    # data/ and weights/ stand beside the package in a checkout, and inside of it in a wheel (sd/resources.py)
+    packages=["sd", "sd.data", "sd.weights", "sd.scripts"],
+    package_dir={"sd": "sd", "sd.data": "data", "sd.weights": "weights", "sd.scripts": "scripts"},
+    package_data={"sd.data": ["*.gz", "*.md"], "sd.weights": ["pocket.safetensors", "README.md"]},
+    install_requires=[
+        "torch>=2.4",
+        "numpy>=1.26",
+        "pillow>=10.3",
+        "safetensors>=0.4.3",
+        "tqdm>=4.60",
+        "regex>=2023.0",
+        "ftfy>=6.1",
+    ],
+    extras_require={"references": REFERENCES, "test": TESTS},
+    entry_points={
+        "console_scripts": [
+            "sd-txt2img = sd.scripts.txt2img:main",
+            "sd-convert = sd.scripts.convert:main",
+            "sd-bench = sd.scripts.bench:main",
+        ]
+    },
+)
