@@ -1,0 +1,184 @@
+"""Every supported model as a value.
+
+A model is four frozen dataclasses: a text encoder, a VAE, a U-Net and a noise schedule. The networks read nothing
+else, so a new variant is a `replace(...)` of an old one and never an `if` in a network. A checkpoint that this
+project writes carries its config as JSON (`Config.to_json`), so that it loads with no flags.
+
+Sources: Stable Diffusion 1.x, `configs/stable-diffusion/v1-inference.yaml` of CompVis/stable-diffusion; 2.x,
+`configs/stable-diffusion/v2-inference(-v).yaml` of Stability-AI/stablediffusion; CLIP ViT-L/14 and OpenCLIP ViT-H/14.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+GROUPS = 32  # GroupNorm's groups, everywhere: every channel count is a multiple of it
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _check_sizes(owner: object, *names: str, limit: int = 1 << 17) -> None:
+    """Sizes may come from a file's metadata, so they are whole numbers within reason or refused."""
+    for name in names:
+        value = getattr(owner, name)
+        values = value if isinstance(value, tuple) else (value,)
+        good = bool(values) and all(type(size) is int and 0 < size <= limit for size in values)
+        _check(good, f"{type(owner).__name__}.{name}: got {value!r}, expected whole numbers from 1 to {limit}")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The CLIP text transformer; the defaults are ViT-L/14's, which Stable Diffusion 1.x uses."""
+
+    width: int = 768  # D
+    layers: int = 12  # layers that are run; fewer than were trained is "clip skip"
+    heads: int = 12
+    activation: str = "quick_gelu"  # OpenAI's CLIP: x * sigmoid(1.702 x); OpenCLIP: "gelu", the exact one
+    pad: int = 49407  # the id behind the end token: the end token again (OpenAI's CLIP by Hugging Face) or 0 (OpenCLIP)
+    vocab: int = 49408
+    length: int = 77  # M, tokens with start and end
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "width", "layers", "heads", "vocab", "length")
+        _check(self.layers <= 256, f"TextConfig.layers: got {self.layers}, expected at most 256")
+        _check(self.width % self.heads == 0, f"TextConfig: {self.heads} heads do not divide width {self.width}")
+        known = ("quick_gelu", "gelu")
+        _check(self.activation in known, f"TextConfig.activation: got {self.activation!r}, expected one of {known}")
+        _check(type(self.pad) is int and 0 <= self.pad < self.vocab, f"TextConfig.pad: got {self.pad!r}, not an id")
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder between pictures and latents (the original's kl-f8)."""
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)  # one entry a level; each level but the last halves the size
+    blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
+    latent_channels: int = 4
+    image_channels: int = 3
+    scale: float = 0.18215  # latents are multiplied by it: it brought their standard deviation to 1 in training
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "channels", "blocks", "latent_channels", "image_channels")
+        _check(len(self.channels) <= 8 and self.blocks <= 16, "VAEConfig: more than 8 levels or 16 blocks a level")
+        _check(
+            all(width % GROUPS == 0 for width in self.channels),
+            f"VAEConfig.channels: got {self.channels}, expected multiples of {GROUPS}",
+        )
+        _check(type(self.scale) is float and 0 < self.scale < 1e4, f"VAEConfig.scale: got {self.scale!r}")
+
+    @property
+    def factor(self) -> int:
+        """How many pixels one latent is wide and high: 8 for Stable Diffusion."""
+        return 2 ** (len(self.channels) - 1)
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The attention U-Net; per level (finest first): channels, heads, and whether it attends."""
+
+    in_channels: int = 4  # 9 for inpainting models: latent, mask, latent of the masked picture
+    out_channels: int = 4
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    heads: tuple[int, ...] = (8, 8, 8, 8)  # the last entry is also the middle block's
+    attention: tuple[bool, ...] = (True, True, True, False)  # the middle block always attends
+    blocks: int = 2  # residual blocks a level going down; going up there is one more
+    context: int = 768  # width D of the text context
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "in_channels", "out_channels", "channels", "heads", "blocks", "context")
+        levels = len(self.channels)
+        _check(
+            len(self.heads) == levels and len(self.attention) == levels and levels <= 8 and self.blocks <= 16,
+            f"UNetConfig: {levels} channels, {len(self.heads)} heads and {len(self.attention)} attention entries: "
+            "expected one of each per level, at most 8 levels and 16 blocks a level",
+        )
+        _check(
+            all(width % GROUPS == 0 for width in self.channels),
+            f"UNetConfig.channels: got {self.channels}, expected multiples of {GROUPS}",
+        )
+        attending = [*zip(self.channels, self.heads, self.attention, strict=True)][:-1]
+        attending += [(self.channels[-1], self.heads[-1], True)]
+        _check(
+            all(width % heads == 0 for width, heads, attends in attending if attends),
+            f"UNetConfig.heads: {self.heads} do not divide the channels {self.channels}",
+        )
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The noise schedule: betas whose square roots are evenly spaced, and what the network predicts."""
+
+    steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.0120
+    prediction: str = "eps"  # "eps": the noise (SD 1.x, SD 2 base); "v": the velocity (SD 2 768)
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "steps", limit=100_000)
+        ordered = 0 < self.beta_start <= self.beta_end < 1
+        _check(ordered, f"ScheduleConfig: got betas {self.beta_start!r} to {self.beta_end!r}, expected within (0, 1)")
+        known = ("eps", "v")
+        _check(self.prediction in known, f"ScheduleConfig.prediction: got {self.prediction!r}, expected one of {known}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole model: what it is called, the side of its native picture in pixels, and its four parts."""
+
+    name: str = "Stable Diffusion 1.x"
+    size: int = 512
+    text: TextConfig = field(default_factory=TextConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "size")
+        _check(isinstance(self.name, str) and len(self.name) <= 100, "Config.name: expected at most 100 characters")
+        _check(
+            self.unet.context == self.text.width,
+            f"Config: the U-Net expects a context {self.unet.context} wide, the text encoder's is {self.text.width}",
+        )
+
+    def to_json(self) -> str:
+        """One line of JSON from which `from_json` makes an equal config."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """The config written by `to_json`; text comes from a file, so everything in it is checked.
+
+        Raises ValueError for anything that is not a config. Entries that this version does not know are an error
+        too: they would change the model.
+        """
+        parts: dict[str, Any] = {"text": TextConfig, "vae": VAEConfig, "unet": UNetConfig, "schedule": ScheduleConfig}
+        try:
+            raw = json.loads(text)
+            values = {
+                name: parts[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+                if name in parts
+                else value
+                for name, value in raw.items()
+            }
+            return cls(**values)
+        except (TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a model config: {error}") from None
+
+
+SD1 = Config()
+SD1_INPAINT = replace(SD1, name="Stable Diffusion 1.x inpainting", unet=replace(SD1.unet, in_channels=9))
+SD2 = Config(
+    name="Stable Diffusion 2.x base",
+    # 23 of OpenCLIP's 24 layers: Stable Diffusion 2 was trained on the penultimate layer's output
+    text=TextConfig(width=1024, layers=23, heads=16, activation="gelu", pad=0),
+    unet=replace(SD1.unet, heads=(5, 10, 20, 20), context=1024),
+)
+SD2_V = replace(SD2, name="Stable Diffusion 2.x 768-v", size=768, schedule=replace(SD2.schedule, prediction="v"))
+SD2_INPAINT = replace(SD2, name="Stable Diffusion 2.x inpainting", unet=replace(SD2.unet, in_channels=9))
+
+MODELS = {"sd1": SD1, "sd1-inpaint": SD1_INPAINT, "sd2": SD2, "sd2-v": SD2_V, "sd2-inpaint": SD2_INPAINT}
