@@ -1,0 +1,116 @@
+"""What the tests share: recorded outputs of the original code ("goldens"), and the small models they are for.
+
+The goldens were made with `reference_weights.py`: weights that are a function of their key and shape, loaded into the
+original modules. `error` is the relative L2 distance that all tolerances speak of.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import reference_weights as reference
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from sd.config import Config, TextConfig, UNetConfig, VAEConfig
+from sd.keys import Place, unet_places
+from sd.schedule import Level
+
+HERE = Path(__file__).resolve().parent
+GOLDENS, MANIFESTS = HERE / "goldens", HERE / "manifests"
+
+# tiny-v1 of the reference configs: SD 1.x in small
+TINY = Config(
+    name="tiny v1",
+    size=128,
+    text=TextConfig(width=64, layers=3, heads=4),
+    vae=VAEConfig(channels=(64, 64, 128, 128), blocks=1),
+    unet=UNetConfig(channels=(64, 128, 128), heads=(4, 4, 4), attention=(True, True, False), blocks=1, context=64),
+)
+
+
+class Golden:
+    """One recorded case: its tensors, and its description as a dict."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        with safe_open(GOLDENS / f"{name}.safetensors", "pt") as file:
+            self.case: dict[str, Any] = json.loads(file.metadata()["case"])
+            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.tensors[key]
+
+    def normal(self, what: str, shape: tuple[int, ...]) -> Tensor:
+        """An input or noise draw of the case that is stored as a recipe; checked where the case has its CRC-32."""
+        tensor = reference.normal(f"{self.name}/{what}", shape)
+        recipe = self.case.get(what)
+        if isinstance(recipe, dict) and "crc32" in recipe:
+            assert f"{zlib.crc32(tensor.numpy().data):08x}" == recipe["crc32"]
+        return tensor
+
+    def noise(self, kind: str = "step"):
+        """The noise that the original drew in its i-th step, as samplers want it."""
+        count = iter(range(10**6))
+        return lambda x: self.normal(f"{kind}/{next(count)}", tuple(x.shape))
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    """Relative L2 distance |a - b| / |b|."""
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@lru_cache
+def manifest(name: str) -> reference.Manifest:
+    return reference.load_manifest(MANIFESTS / f"{name}.json")
+
+
+@lru_cache
+def tiny_state(name: str = "tiny-v1") -> dict[str, Tensor]:
+    """An original-layout state dict with the reference weights."""
+    return reference.make_state_dict(manifest(name))
+
+
+def images(u8: Tensor) -> Tensor:
+    """uint8 pictures -> [-1, 1]."""
+    return u8.float() / 127.5 - 1
+
+
+def block_norms(network: nn.Module, places: Iterator[Place]) -> dict[str, float]:
+    """Hooks that fill a dict: L2 norm of each block's output, under the name of the original's block.
+
+    The goldens carry the same, which shows where two implementations part.
+    """
+    norms: dict[str, float] = {}
+    for ours, theirs, _ in places:
+        name = ".".join(theirs.split(".")[:2])
+
+        def hook(module: nn.Module, args: Any, out: Tensor, name: str = name) -> None:
+            norms[name] = float(out.double().norm())
+
+        network.get_submodule(ours).register_forward_hook(hook)
+    return norms
+
+
+def unet_norms(unet: nn.Module, config: Config) -> dict[str, float]:
+    return block_norms(unet, unet_places(config))
+
+
+def gaussian_denoiser(std: float):
+    """The exact denoiser of data that is N(0, std²): E[x0 | x_t] = alpha std² / (alpha² std² + sigma²) x_t."""
+
+    def denoise(x: Tensor, level: Level) -> Tensor:
+        return level.alpha * std**2 / (level.alpha**2 * std**2 + level.sigma**2) * x
+
+    return denoise
+
+
+def assert_close(a: Any, b: Any, rtol: float) -> None:
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=rtol)
