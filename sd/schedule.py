@@ -1,0 +1,151 @@
+"""The noise schedule: how much of the picture and how much noise there is at each timestep.
+
+Ho et al. 2020, "Denoising diffusion probabilistic models". Everything here uses the coordinates
+
+    x_t = alpha x0 + sigma eps,    alpha² + sigma² = 1,    alpha² = alpha-bar_t = prod_{s <= t} (1 - beta_s)
+
+and every other module asks here: step grids, the conversions between what networks predict (eps, v) and x0, and the
+training target. Levels are Python floats computed once in float64, so that no sampling loop waits for a device.
+
+    alpha    signal, sigma noise; sigma / alpha is the "sigma" of Karras et al. 2022 and of k-diffusion
+    t        timestep, 0 (nearly clean) to steps - 1 (nearly noise); fractional between them
+    eps      the noise;  v = alpha eps - sigma x0, the velocity (Salimans and Ho 2022)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from .config import ScheduleConfig
+
+
+class Level(NamedTuple):
+    """One noise level: timestep, signal and noise."""
+
+    t: float
+    alpha: float
+    sigma: float
+
+    @property
+    def ratio(self) -> float:
+        """sigma / alpha: k-diffusion's sigma."""
+        return self.sigma / self.alpha
+
+
+CLEAN = Level(t=-1.0, alpha=1.0, sigma=0.0)  # one step before timestep 0, as alphas_cumprod_prev of the original has it
+
+SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential")
+KARRAS_RHO = 7.0  # Karras et al. 2022, "Elucidating the design space", eq. 5 and table 1
+
+
+def ratios(n: int, low: float, high: float, rho: float) -> list[float]:
+    """n values of sigma / alpha from high to low, even in ratio^(1/rho), or in ln(ratio) where rho is infinite.
+
+    Karras et al. 2022, eq. 5; rho 7 there.
+    """
+    parts = [i / (n - 1) for i in range(n)] if n > 1 else [0.0]
+    if math.isinf(rho):
+        return [high ** (1 - part) * low**part for part in parts]
+    return [(high ** (1 / rho) + part * (low ** (1 / rho) - high ** (1 / rho))) ** rho for part in parts]
+
+
+class Schedule:
+    """Noise levels of one `ScheduleConfig`."""
+
+    def __init__(self, config: ScheduleConfig | None = None) -> None:
+        self.config = config or ScheduleConfig()
+        # "scaled linear" of diffusers, which the original calls "linear": the square roots are evenly spaced
+        roots = np.linspace(self.config.beta_start**0.5, self.config.beta_end**0.5, self.config.steps)
+        self.betas = roots**2
+        self.alpha_bar = np.cumprod(1.0 - self.betas)
+        self._log_ratio = 0.5 * np.log((1.0 - self.alpha_bar) / self.alpha_bar)  # ln(sigma / alpha), rising with t
+
+    @property
+    def steps(self) -> int:
+        """Number of training timesteps (1000)."""
+        return self.config.steps
+
+    def level(self, t: float) -> Level:
+        """The level of timestep t in [0, steps - 1]; -1 is clean data.
+
+        Between whole timesteps ln(sigma / alpha) is interpolated linearly, as in k-diffusion (external.py).
+        """
+        if t == -1:
+            return CLEAN
+        if not 0 <= t <= self.steps - 1:
+            raise ValueError(f"timestep must be -1 (clean) or in [0, {self.steps - 1}], got {t}")
+        below = int(t)
+        if t == below:
+            alpha_bar = float(self.alpha_bar[below])
+            return Level(float(t), math.sqrt(alpha_bar), math.sqrt(1.0 - alpha_bar))
+        ratio = math.exp(float(np.interp(t, np.arange(self.steps), self._log_ratio)))
+        return self._from_ratio(float(t), ratio)
+
+    def level_of_ratio(self, ratio: float) -> Level:
+        """The level with this sigma / alpha (k-diffusion's sigma); t stays in the schedule's range; 0 is clean."""
+        if ratio == 0:
+            return CLEAN
+        t = float(np.interp(math.log(ratio), self._log_ratio, np.arange(self.steps)))
+        return self._from_ratio(t, ratio)
+
+    @staticmethod
+    def _from_ratio(t: float, ratio: float) -> Level:
+        alpha = 1.0 / math.hypot(1.0, ratio)
+        return Level(t, alpha, ratio * alpha)
+
+    def levels(self, n: int, spacing: str = "leading", strength: float = 1.0) -> list[Level]:
+        """The grid of an n-step run: n levels to evaluate, noisiest first, and the one to end at.
+
+        n in 1..steps. `strength` in [0, 1] keeps the last int(n * strength) steps, for image to image; 0 leaves just
+        the end. Spacings:
+
+        leading      1, 1 + steps/n, ...: the original DDIM's wherever n divides 1000, ending at timestep 0. Where it
+                     does not, the original takes too many steps or reads past the end; here they stay evenly spread.
+        trailing     steps - 1 downwards in even strides, to clean (Lin et al. 2024, "Common diffusion noise schedules")
+        linspace     steps - 1 to 0, both included and fractional between them (k-diffusion's get_sigmas), to clean
+        karras       even in ratio^(1/7) between the schedule's largest and smallest, to clean (Karras et al. 2022)
+        exponential  even in ln(ratio) between the same, to clean
+        """
+        if not isinstance(n, int) or not 1 <= n <= self.steps:
+            raise ValueError(f"steps must be a whole number from 1 to {self.steps}, got {n}")
+        if not 0.0 <= strength <= 1.0:
+            raise ValueError(f"strength must be in [0, 1], got {strength}")
+        if spacing not in SPACINGS:
+            raise ValueError(f"unknown spacing {spacing!r}, expected one of {', '.join(SPACINGS)}")
+        end = CLEAN
+        if spacing == "leading":
+            # timesteps 1, 1 + steps/n, ... and the one below the first, 0, to end at; all one lower if n = steps, as
+            # there is no timestep `steps`
+            offset = 1 if n < self.steps else 0
+            levels = [self.level(i * self.steps // n + offset) for i in reversed(range(n))]
+            end = self.level(offset - 1)
+        elif spacing == "trailing":
+            levels = [self.level(round(i * self.steps / n) - 1) for i in range(n, 0, -1)]
+        elif spacing == "linspace":
+            levels = [self.level(t) for t in np.linspace(self.steps - 1, 0, n).tolist()]
+        else:
+            low, high = math.exp(self._log_ratio[0]), math.exp(self._log_ratio[-1])
+            rho = KARRAS_RHO if spacing == "karras" else math.inf
+            levels = [self.level_of_ratio(ratio) for ratio in ratios(n, low, high, rho)]
+        kept = int(n * strength + 1e-9)  # 0.7 * 10 is 6.999...
+        return [*levels[n - kept :], end]
+
+    def add_noise(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
+        """x_t of clean x0 and unit normal noise of the same shape: alpha x0 + sigma noise."""
+        return level.alpha * x0 + level.sigma * noise
+
+    def to_x0(self, out: Tensor, x: Tensor, level: Level) -> Tensor:
+        """The clean data that the network's output `out` means at x = x_t; all three of one shape."""
+        if self.config.prediction == "v":
+            return level.alpha * x - level.sigma * out
+        return (x - level.sigma * out) / level.alpha
+
+    def target(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
+        """What the network is trained to give for x_t = add_noise(x0, noise, level): the noise or the velocity."""
+        if self.config.prediction == "v":
+            return level.alpha * noise - level.sigma * x0
+        return noise
