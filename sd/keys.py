@@ -1,0 +1,188 @@
+"""The names of weights: where each of ours lies in an original checkpoint.
+
+The key map is data. `*_places` walk the config and yield where each block of ours lies in the original; a handful of
+rules name the layers inside a block. Together they give one table {our key: where it comes from}, which is looked up
+in both directions: no pattern is ever applied to a key that we do not know.
+
+    ours                                 original (CompVis), behind the prefix of the network
+    unet.down.1.attn.0.block.attn2.q     input_blocks.4.1.transformer_blocks.0.attn2.to_q
+    vae.encoder.mid.attn.attn.q          encoder.mid.attn_1.q, a 1x1 convolution
+    text_encoder.blocks.3.attn.q         encoder.layers.3.self_attn.q_proj (CLIP)
+                                         transformer.resblocks.3.attn.in_proj, the first third of it (OpenCLIP)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from .config import Config
+
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+CLIP = "cond_stage_model.transformer.text_model."
+CLIP_OLD = "cond_stage_model.transformer."  # some fine-tunes lack "text_model."
+OPENCLIP = "cond_stage_model.model."
+EMA = "model_ema."
+
+
+class Source(NamedTuple):
+    """Where a weight of ours lies in a file: all of a tensor, or one third of a fused q, k, v projection."""
+
+    key: str
+    third: int | None = None
+    ones: int = 0  # 1x1 convolutions of the original that are linear layers here have two more dimensions, of size 1
+
+
+Rules = Mapping[str, str]  # layer of ours within a block -> layer of the original within its block
+Place = tuple[str, str, Rules]  # block of ours, block of the original, the rules between them
+
+RESBLOCK: Rules = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time": "emb_layers.1", "norm2": "out_layers.0",
+    "conv2": "out_layers.3", "skip": "skip_connection",
+}  # fmt: skip
+TRANSFORMER: Rules = {"norm": "norm", "proj_in": "proj_in", "proj_out": "proj_out"} | {
+    f"block.{ours}": f"transformer_blocks.0.{theirs}"
+    for ours, theirs in {
+        "norm1": "norm1", "norm2": "norm2", "norm3": "norm3", "ff.proj": "ff.net.0.proj", "ff.out": "ff.net.2",
+        **{f"{attn}.{n}": f"{attn}.to_{n}" for attn in ("attn1", "attn2") for n in "qkv"},
+        **{f"{attn}.out": f"{attn}.to_out.0" for attn in ("attn1", "attn2")},
+    }.items()
+}  # fmt: skip
+VAE_RESBLOCK: Rules = {n: n for n in ("norm1", "conv1", "norm2", "conv2")} | {"skip": "nin_shortcut"}
+VAE_ATTENTION: Rules = {"norm": "norm", "attn.q": "q", "attn.k": "k", "attn.v": "v", "attn.out": "proj_out"}
+CLIP_BLOCK: Rules = {
+    "norm1": "layer_norm1", "norm2": "layer_norm2", "fc1": "mlp.fc1", "fc2": "mlp.fc2",
+    "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj",
+    "attn.out": "self_attn.out_proj",
+}  # fmt: skip
+OPENCLIP_BLOCK: Rules = {
+    "norm1": "ln_1", "norm2": "ln_2", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj", "attn.out": "attn.out_proj",
+}  # fmt: skip
+THIS: Rules = {"": ""}  # a block that is one layer
+
+
+def unet_places(config: Config) -> Iterator[Place]:
+    """The U-Net's blocks: ours, the original's (without prefix), and the rules inside."""
+    cfg = config.unet
+    last = len(cfg.channels) - 1
+    yield from (("time.0", "time_embed.0", THIS), ("time.2", "time_embed.2", THIS))
+    yield from (("conv_in", "input_blocks.0.0", THIS), ("norm_out", "out.0", THIS), ("conv_out", "out.2", THIS))
+    n = 1  # the original numbers all blocks of one direction in a row, steps between levels included going down
+    for level in range(last + 1):
+        for i in range(cfg.blocks):
+            yield f"down.{level}.res.{i}", f"input_blocks.{n}.0", RESBLOCK
+            if cfg.attention[level]:
+                yield f"down.{level}.attn.{i}", f"input_blocks.{n}.1", TRANSFORMER
+            n += 1
+        if level < last:
+            yield f"down.{level}.down", f"input_blocks.{n}.0.op", THIS
+            n += 1
+    yield "mid.res.0", "middle_block.0", RESBLOCK
+    yield "mid.attn", "middle_block.1", TRANSFORMER
+    yield "mid.res.1", "middle_block.2", RESBLOCK
+    n = 0
+    for level in reversed(range(last + 1)):
+        for i in range(cfg.blocks + 1):
+            yield f"up.{level}.res.{i}", f"output_blocks.{n}.0", RESBLOCK
+            if cfg.attention[level]:
+                yield f"up.{level}.attn.{i}", f"output_blocks.{n}.1", TRANSFORMER
+            n += 1
+        if level > 0:  # inside the level's last block, behind whatever else is there
+            index = 2 if cfg.attention[level] else 1
+            yield f"up.{level}.up.conv", f"output_blocks.{n - 1}.{index}.conv", THIS
+
+
+def vae_places(config: Config) -> Iterator[Place]:
+    """The VAE's blocks. The original counts the decoder's levels from the finest, as we do."""
+    cfg = config.vae
+    last = len(cfg.channels) - 1
+    yield from (("quant", "quant_conv", THIS), ("post_quant", "post_quant_conv", THIS))
+    for half, direction, blocks in (("encoder", "down", cfg.blocks), ("decoder", "up", cfg.blocks + 1)):
+        for layer in ("conv_in", "norm_out", "conv_out"):
+            yield f"{half}.{layer}", f"{half}.{layer}", THIS
+        yield f"{half}.mid.res.0", f"{half}.mid.block_1", VAE_RESBLOCK
+        yield f"{half}.mid.attn", f"{half}.mid.attn_1", VAE_ATTENTION
+        yield f"{half}.mid.res.1", f"{half}.mid.block_2", VAE_RESBLOCK
+        for level in range(last + 1):
+            for i in range(blocks):
+                yield f"{half}.{direction}.{level}.res.{i}", f"{half}.{direction}.{level}.block.{i}", VAE_RESBLOCK
+            if level != (last if direction == "down" else 0):
+                yield (
+                    f"{half}.{direction}.{level}.{direction}.conv",
+                    f"{half}.{direction}.{level}.{direction}sample.conv",
+                    THIS,
+                )
+
+
+def clip_places(config: Config) -> Iterator[Place]:
+    """OpenAI's CLIP text encoder, named by Hugging Face's CLIPTextModel."""
+    yield "token", "embeddings.token_embedding", THIS
+    yield "position", "embeddings.position_embedding", THIS
+    yield "norm", "final_layer_norm", THIS
+    for i in range(config.text.layers):
+        yield f"blocks.{i}", f"encoder.layers.{i}", CLIP_BLOCK
+
+
+def openclip_places(config: Config) -> Iterator[Place]:
+    """OpenCLIP's text encoder. Its fused q, k, v and its bare position table are added in `original_sources`."""
+    yield "token", "token_embedding", THIS
+    yield "norm", "ln_final", THIS
+    for i in range(config.text.layers):
+        yield f"blocks.{i}", f"transformer.resblocks.{i}", OPENCLIP_BLOCK
+
+
+def _layers(places: Iterable[Place], prefix: str) -> dict[str, str]:
+    """Layer of ours -> layer of the original, for every layer that a block of these kinds may have."""
+    return {
+        f"{ours}.{a}".rstrip("."): f"{prefix}{theirs}.{b}".rstrip(".")
+        for ours, theirs, rules in places
+        for a, b in rules.items()
+    }
+
+
+def original_sources(
+    config: Config, keys: Mapping[str, Iterable[str]], text_prefix: str | None = None
+) -> dict[str, dict[str, Source]]:
+    """Per network, where each of our weights lies in an original checkpoint of this config.
+
+    keys         per network ("text_encoder", "vae", "unet"), our names of its weights
+    text_prefix  overrides the prefix of CLIP's keys; which text encoder it is follows its activation (OpenCLIP has the
+                 exact GELU)
+    """
+    openclip = config.text.activation == "gelu"
+    places, prefix = (openclip_places, OPENCLIP) if openclip else (clip_places, text_prefix or CLIP)
+    text = _layers(places(config), prefix)
+    vae, unet = _layers(vae_places(config), VAE), _layers(unet_places(config), UNET)
+
+    def text_source(key: str) -> Source:
+        layer, _, leaf = key.rpartition(".")
+        block, _, name = layer.rpartition(".attn.")
+        if openclip and layer == "position":
+            return Source(OPENCLIP + "positional_embedding")
+        if openclip and name in ("q", "k", "v"):
+            return Source(f"{OPENCLIP}transformer.res{block}.attn.in_proj_{leaf}", third="qkv".index(name))
+        return Source(f"{text[layer]}.{leaf}")
+
+    def vae_source(key: str) -> Source:
+        layer, _, leaf = key.rpartition(".")
+        pointwise = ".attn.attn." in key and leaf == "weight"
+        return Source(f"{vae[layer]}.{leaf}", ones=2 if pointwise else 0)
+
+    def unet_source(key: str) -> Source:
+        layer, _, leaf = key.rpartition(".")
+        pointwise = layer.endswith((".proj_in", ".proj_out")) and leaf == "weight" and not openclip
+        return Source(f"{unet[layer]}.{leaf}", ones=2 if pointwise else 0)
+
+    sources = {"text_encoder": text_source, "vae": vae_source, "unet": unet_source}
+    return {network: {key: source(key) for key in keys[network]} for network, source in sources.items()}
+
+
+def own_sources(keys: Mapping[str, Iterable[str]]) -> dict[str, dict[str, Source]]:
+    """The same for a file that this project wrote."""
+    return {network: {key: Source(f"{network}.{key}") for key in names} for network, names in keys.items()}
+
+
+def ema_key(key: str) -> str:
+    """Name of the moving average of a U-Net weight: "model." goes and every dot after it (LitEma of the original)."""
+    return EMA + key.removeprefix("model.").replace(".", "")
