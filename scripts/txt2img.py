@@ -1,0 +1,84 @@
+"""Pictures of a text.
+
+python scripts/txt2img.py "a red house in the snow"
+python scripts/txt2img.py "a photograph of an astronaut riding a horse" --ckpt v1-5-pruned-emaonly.ckpt --n 4 --grid
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file, from any folder, installed or not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    __package__ = "scripts"
+
+from sd.image import grid
+from sd.pipeline import EMBEDDED
+from sd.resources import resource
+
+from . import cli
+
+
+def parser() -> cli.Parser:
+    """The arguments; names of the original's scripts work too."""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompt", nargs="?", help="what to paint; may be empty")
+    parser.add_argument("--prompt", dest="prompt_option", metavar="TEXT", help="the same as an option")
+    parser.add_argument("--negative", "--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
+    parser.add_argument(
+        "--from-file", type=Path, metavar="FILE", help='one prompt a line, UTF-8; "-" reads standard input'
+    )
+    cli.add_sampling_arguments(parser)
+    cli.add_output_arguments(parser)
+    cli.add_model_arguments(parser)
+    return parser
+
+
+def paint(args: argparse.Namespace) -> None:
+    """Make the pictures, saving each as soon as it is there."""
+    if args.prompt is not None and args.prompt_option is not None:
+        raise ValueError("give the prompt once: in its place or with --prompt")
+    prompts = cli.read_prompts(args.prompt if args.prompt is not None else args.prompt_option, args.from_file)
+    args = cli.checked(args)
+    output = cli.Output(args.out)
+    model = cli.load(args)
+    digest = None if args.no_metadata else cli.ModelHash(args.ckpt or resource(EMBEDDED))
+    print(f"{model.config.name} on {model.device}, {str(model.dtype).removeprefix('torch.')}", flush=True)
+
+    count = args.n * args.n_iter
+    total = count * len(prompts)
+    images = []
+    for args.prompt in prompts:
+        for start in range(0, count, args.batch_size):
+            seed = args.seed + len(images)
+            batch = model.txt2img(
+                args.prompt,
+                args.negative,
+                height=args.height,
+                width=args.width,
+                steps=args.steps,
+                guidance=args.guidance,
+                sampler=args.sampler,
+                spacing=args.spacing,
+                eta=args.eta,
+                seed=seed,
+                n=min(args.batch_size, count - start),
+                progress=cli.steps_bar(f"picture {len(images) + 1} of {total}"),
+            )
+            for i, image in enumerate(batch):
+                path = output.save(image, cli.settings(args, image, seed + i, digest))
+                print(f"{path}  seed {seed + i}", flush=True)
+            images += batch
+    if args.grid:
+        print(output.save(grid(images, args.columns), kind="-grid"), flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return cli.run(paint, parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
