@@ -1,0 +1,268 @@
+"""Files -> named tensors: the weight files people have, read as data. What a tensor is for is not asked here.
+
+Three formats hold Stable Diffusion weights. They are told apart by their first bytes; a file's name says nothing.
+
+    zip pickle, legacy pickle   .ckpt, .pt, .bin, written by `torch.save`; read by torch_files.py, without running them
+    safetensors                 8 bytes: length N of the header; N bytes of JSON {key: {dtype, shape, data_offsets}};
+                                the numbers. https://github.com/huggingface/safetensors#format
+
+All come down to one table, `{key: View}`, with which `Checkpoint` reads any single tensor at its place in the file,
+into memory of its own, when asked and not before. The file is not mapped into memory: mapped pages would count beside
+the tensors made from them, and a file that changes while mapped ends the program.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .pickles import RefusedFile
+from .torch_files import LEGACY_MAGIC, MAX_DIMS, Contents, View, read_legacy, read_zip
+
+MAX_HEADER = 100_000_000  # bytes of a safetensors header, the library's own limit; real ones have below 1 MB
+MAX_TENSORS = 100_000  # a full Stable Diffusion 1 training file has 1,831
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+
+AGAIN = "download it again"
+# The first bytes of files that are often given in place of a checkpoint -> what to tell their owner.
+NOT_A_CHECKPOINT = (
+    (b"version https://git-lfs", "a git-lfs pointer, not the file itself; fetch it with `git lfs pull`"),
+    (b"<", f"a web page (an error or login page saved in place of the file); {AGAIN}, logged in where needed"),
+    (b"GGUF", "a GGUF file, quantised for other programs; give a .safetensors or .ckpt file"),
+    (b"PK\x05\x06", "an empty zip archive; give the checkpoint itself"),
+    (b"\x1f\x8b", "a gzip archive; unpack it first"),
+    (b"BZh", "a bzip2 archive; unpack it first"),
+    (b"\xfd7zXZ", "an xz archive; unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive; unpack it first"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
+    (b"Rar!", "a rar archive; unpack it first"),
+    (b"\x89PNG", "a PNG picture; give a .safetensors or .ckpt file"),
+    (b"\xff\xd8\xff", "a JPEG picture; give a .safetensors or .ckpt file"),
+    (b"GIF8", "a GIF picture; give a .safetensors or .ckpt file"),
+    (b"RIFF", "a WebP picture or a sound; give a .safetensors or .ckpt file"),
+    (b"%PDF", "a PDF document; give a .safetensors or .ckpt file"),
+    (b"\x89HDF", "an HDF5 file (Keras); give a .safetensors or .ckpt file"),
+    (b"\x93NUMPY", "a single numpy array; give a .safetensors or .ckpt file"),
+    (b"\x00\x05\x16\x07", "the `._` companion that macOS writes beside a file; give the file without `._`"),
+)
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used. The text is one line: the path, what is wrong, what to do."""
+
+    def __init__(self, message: str) -> None:
+        # Names in a foreign file may hold line ends, or codes that a terminal obeys.
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+
+
+class Checkpoint(Mapping[str, torch.Tensor]):
+    """The tensors of a file by name, in the order of their places in the file. Made by `load_checkpoint`.
+
+    Opening reads names and shapes only. `checkpoint[key]` reads that tensor, each time anew, into fresh contiguous CPU
+    memory that belongs to the caller; any thread may. Close it when done, or use it in a `with` statement.
+
+    `path`; `kind`: "zip pickle", "legacy pickle" or "safetensors"; `metadata`: what the file says about itself, text
+    from a stranger: the `__metadata__` of safetensors, of pickles the plain values beside the tensors ("epoch",
+    "global_step", ...).
+    """
+
+    def __init__(self, path: Path, stream: BinaryIO, kind: str, views: dict[str, View], metadata: dict[str, str]):
+        self.path = path
+        self.kind = kind
+        self.metadata = metadata
+        self._stream = stream
+        self._lock = threading.Lock()  # between seek and read
+        self._views = views
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it. KeyError for an unknown key."""
+        return self._views[key].shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The type of a tensor's numbers, without reading it. KeyError for an unknown key."""
+        return self._views[key].dtype
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        """Read one tensor. KeyError for an unknown key, CheckpointError if the file cannot be read any more."""
+        view = self._views[key]
+        numbers = torch.empty(view.extent, dtype=view.dtype)
+        buffer = memoryview(numbers.view(torch.uint8).numpy())
+        try:
+            with self._lock:
+                self._stream.seek(view.start)
+                count = self._stream.readinto(buffer)
+        except (OSError, ValueError) as error:  # ValueError: it has been closed
+            raise CheckpointError(f"{self.path}: cannot be read any more: {error}; load it again") from None
+        if count < len(buffer):
+            raise CheckpointError(f"{self.path}: has become shorter since it was opened; load it again")
+        tensor = numbers.as_strided(view.shape, view.stride)
+        return numbers.view(view.shape) if tensor.is_contiguous() else tensor.contiguous()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._views
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {str(self.path)!r}: {self.kind}, {len(self)} tensors>"
+
+    def close(self) -> None:
+        """Close the file. Names and shapes stay; tensors can no longer be read."""
+        self._stream.close()
+
+    __del__ = close
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Open a .ckpt, .pt, .bin or .safetensors file; no tensor is read yet.
+
+    Raises CheckpointError, one line that names the file, for whatever is no usable checkpoint: missing, broken,
+    truncated, another kind of file, or a pickle that is not to be trusted.
+    """
+    path = Path(path)
+    try:
+        stream = _open(path)
+        try:
+            kind = _kind(stream)
+            views, metadata = {
+                "safetensors": lambda: _read_safetensors(stream, path),
+                "zip pickle": lambda: read_zip(stream),
+                "legacy pickle": lambda: read_legacy(stream),
+            }[kind]()
+            _check(views)
+        except BaseException:
+            stream.close()
+            raise
+    except RefusedFile as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror or error}; check the disk and its permissions"
+        ) from None
+    views = dict(sorted(views.items(), key=lambda item: item[1].start))
+    return Checkpoint(path, stream, kind, views, metadata)
+
+
+def shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor; of a Checkpoint without reading any."""
+    if isinstance(tensors, Checkpoint):
+        return {key: tensors.shape(key) for key in tensors}
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
+def _check(views: dict[str, View]) -> None:
+    if not 1 <= len(views) <= MAX_TENSORS:
+        raise RefusedFile(f"holds {len(views)} tensors, expected 1 to {MAX_TENSORS}; give a file of model weights")
+    for key, (_, shape, _, _) in views.items():
+        if math.prod(size or 1 for size in shape) >> 63:  # torch minds these sizes of an empty tensor, too
+            raise RefusedFile(f"damaged: tensor {key[:100]!r} has an impossible shape; {AGAIN}")
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, ValueError):  # ValueError: a path with a zero byte
+        raise RefusedFile("no such file; check the path") from None
+    if stat.S_ISDIR(mode):
+        raise RefusedFile("a folder; give the checkpoint file inside of it")
+    if not stat.S_ISREG(mode):
+        raise RefusedFile("not an ordinary file; give a .safetensors or .ckpt file")
+    return open(path, "rb")
+
+
+def _kind(stream: BinaryIO) -> str:
+    """The format, by the first bytes; RefusedFile says what else it is."""
+    head = stream.read(512)
+    if not head:
+        raise RefusedFile(f"an empty file; {AGAIN}")
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().decode("utf-8", "ignore")
+    is_text = len(text) > 3 and all(c.isprintable() or c in "\r\n\t" for c in text)
+    if head.startswith(b"PK\x03\x04"):
+        return "zip pickle"
+    # A header length below 4 GB has four zero bytes, which neither text nor a pickle has here.
+    if head[8:9] == b"{" and (head[4:8] == bytes(4) or (not is_text and head[:1] != b"\x80")):
+        return "safetensors"
+    if head[:1] == b"\x80" or head.startswith(b"L%dL\n" % LEGACY_MAGIC):
+        return "legacy pickle"
+    for magic, what in NOT_A_CHECKPOINT:
+        if head.startswith(magic) or (magic == b"<" and text.startswith("<")):
+            raise RefusedFile(what)
+    if head[257:262] == b"ustar":
+        if head.split(b"\0")[0] in (b"storages", b"tensors", b"pickle", b"sys_info"):
+            raise RefusedFile("a torch file from before 2017 (tar); load and save it with a newer torch first")
+        raise RefusedFile("a tar archive; unpack it first")
+    if not head.strip(b"\0"):
+        raise RefusedFile(f"starts with nothing but zeros, as a download that did not finish does; {AGAIN}")
+    if is_text:
+        raise RefusedFile(f"a text file, starting {text[:30]!r}; give a .safetensors or .ckpt file")
+    raise RefusedFile(f"not a checkpoint, starting {head[:8].hex(' ')}; give a .safetensors or .ckpt file")
+
+
+def _read_safetensors(stream: BinaryIO, path: Path) -> Contents:
+    """Names and places from the header, after the library of the format has found no fault with it."""
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    length = int.from_bytes(stream.read(8), "little")
+    data = 8 + length
+    if length > MAX_HEADER:
+        raise RefusedFile(f"damaged: a safetensors header of {length} bytes, expected at most {MAX_HEADER}; {AGAIN}")
+    if data > size:
+        raise RefusedFile(f"truncated: its header says at least {data} bytes, the file has {size}; {AGAIN}")
+    try:
+        header = json.loads(stream.read(length).decode(), object_pairs_hook=_unique)
+        metadata = header.pop("__metadata__", {})
+        tensors = {key: (info["dtype"], tuple(info["shape"]), *info["data_offsets"]) for key, info in header.items()}
+        says = data + max((end for _dtype, _shape, _begin, end in tensors.values()), default=0)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise RefusedFile(f"damaged: no valid JSON in its safetensors header ({error!s:.100}); {AGAIN}") from None
+    if says != size:
+        raise RefusedFile(f"truncated or damaged: its header says {says} bytes, the file has {size}; {AGAIN}")
+    try:
+        with safe_open(path, framework="numpy"):  # checks types, sizes, overlaps and gaps; reads no tensor
+            pass
+    except SafetensorError as error:
+        raise RefusedFile(f"damaged: not valid as safetensors ({error!s:.200}); {AGAIN}") from None
+
+    views = {}
+    for key, (kind, shape, begin, _end) in tensors.items():
+        if kind not in SAFETENSORS_DTYPES:
+            what = f"tensor {key[:100]!r} has type {kind}, expected one of {', '.join(SAFETENSORS_DTYPES)}"
+            raise RefusedFile(f"{what}; convert it first")
+        if len(shape) > MAX_DIMS:
+            raise RefusedFile(f"damaged: tensor {key[:100]!r} has {len(shape)} dimensions; {AGAIN}")
+        stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        views[key] = View(SAFETENSORS_DTYPES[kind], shape, stride, data + begin)
+    return views, metadata
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; a name that stands in it twice could be read either way."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands in it twice")
+    return found

@@ -1,0 +1,295 @@
+"""Pickles read as data: an interpreter of the pickle opcodes in which nothing can be run.
+
+A pickle is a program for a machine with a stack, a list of marks and a memo. Most of its opcodes push a number or a
+string, or gather what is on the stack into a list, a dict or a tuple. Three kinds of opcodes make it dangerous:
+
+    GLOBAL, STACK_GLOBAL, INST   import a module and fetch a name from it
+    REDUCE, NEWOBJ, OBJ          call what was fetched
+    BUILD                        hand a state to `__setstate__` of what was made
+
+Python's own `pickle` obeys them, so opening a stranger's file runs the stranger's code. Here they only leave notes:
+GLOBAL gives a `Symbol` (two strings), a call is told to the owner of the machine (torch_files.py), who knows a dozen
+symbols and answers with a `Placeholder` otherwise, and BUILD drops the state. The opcodes and how their arguments are
+written come from the standard library's `pickletools`, protocols 0 to 5.
+
+A file that names a symbol made for running code (`os.system`, `builtins.eval`, ...) is refused altogether. That list
+protects the *other* programs its owner may open the file with; this one is safe without it.
+
+Bounds: a pickle has at most `MAX_BYTES` and `MAX_OPCODES`. An opcode adds at most one thing to the stack, the marks
+and the memo, so these are bounded too. Nothing recurses into what was built, so it may be nested to any depth.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import BinaryIO
+
+MAX_BYTES = 1 << 28  # 256 MB; the pickle of a full training checkpoint has 1 to 10 MB
+MAX_OPCODES = 2_000_000  # about 38 for each tensor: 70,000 for the 1,831 tensors of a full Stable Diffusion 1 file
+
+# Modules and single functions that exist to run code, to load it or to reach the system.
+RUNS_CODE = re.compile(
+    r"(os|posix|nt|subprocess|sys|runpy|shutil|socket|importlib|imp|pty|ctypes|codeop|webbrowser|_?pickle|cPickle|dill"
+    r"|cloudpickle|marshal|commands|popen2|pdb|bdb|cProfile|timeit|pip|pydoc|multiprocessing|asyncio|zipimport|pkgutil"
+    r"|urllib|urllib2|requests|httplib|numpy\.(testing|f2py|distutils)|lib2to3\.pgen2|torch\.(hub|jit|package|ops"
+    r"|classes|utils\.cpp_extension|utils\._config_module))\..*"
+    r"|(builtins|__builtin__)\.(eval|exec|execfile|compile|open|file|__import__|getattr|setattr|delattr|globals|locals"
+    r"|vars|breakpoint|input|apply|reload)"
+    r"|_?io\.(open|FileIO)|_?operator\.(attrgetter|methodcaller)|types\.(CodeType|FunctionType)"
+    r"|code\.(interact|InteractiveInterpreter|InteractiveConsole)|(numpy|joblib|torch|torch\.serialization)\.load"
+    r"|torch\.compile|platform\.popen",
+    re.DOTALL,
+)
+
+OPCODES = {op.code.encode("latin-1"): op for op in pickletools.opcodes}
+# The opcodes that push their own argument; those that look something up push "any object" in pickletools' words.
+LITERALS = {op.name for op in pickletools.opcodes if op.arg and op.stack_after not in ([], [pickletools.anyobject])}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+
+
+class RefusedFile(ValueError):
+    """The file is broken, too large, or not to be trusted; the text says what is wrong and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """What a pickle wanted to import: two strings, never looked up."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placeholder:
+    """Stands where a pickle wanted an object of `symbol`, a class or function that means nothing here."""
+
+    symbol: Symbol
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opaque:
+    """Stands for a dict key or set member that is no plain scalar; it equals only itself.
+
+    Hashing is the one thing a dict does with foreign data that can take for ever: a tuple of twice the same tuple of
+    twice the same tuple ... takes two to the power of its depth, and large integers can be made to share one hash.
+    """
+
+    value: object
+
+
+def read_pickle(
+    stream: BinaryIO, call: Callable[[Symbol, tuple], object], stored: Callable[[object], object]
+) -> object:
+    """Interpret one pickle from where `stream` stands, and leave the stream behind its last byte.
+
+    `call(symbol, arguments)` says what a call of something imported gives, `stored(id)` what an object gives that is
+    kept outside of the pickle (a "persistent id"). They must not trust their arguments, nor walk into them, which may
+    have no end; a ValueError of theirs counts as a broken pickle.
+
+    Returns plain Python data, with `Symbol`, `Opaque` and whatever `call` and `stored` returned in between.
+    Raises RefusedFile.
+    """
+    source = _Source(stream)
+    try:
+        return _run(source, call, stored)
+    except RefusedFile:
+        raise
+    except (ValueError, TypeError, LookupError, OverflowError, struct.error) as error:
+        raise RefusedFile(f"broken pickle at byte {source.count} ({error!s:.200}); download the file again") from None
+
+
+class _Source:
+    """The bytes of one pickle, counted and bounded: a length in the file is checked before anything is allocated."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.count = stream, 0
+
+    def read(self, size: int) -> bytes:
+        if size > MAX_BYTES - self.count:
+            raise RefusedFile(f"a pickle of more than {MAX_BYTES >> 20} MB, far more than any checkpoint has")
+        self.count += size
+        return self.stream.read(size)
+
+    def readline(self) -> bytes:
+        line = self.stream.readline(MAX_BYTES - self.count)
+        self.count += len(line)
+        return line
+
+    def symbol(self) -> Symbol:
+        """Two lines of text, as GLOBAL and INST have them."""
+        module, name = self.readline(), self.readline()
+        if not name.endswith(b"\n"):
+            raise ValueError("it ends within a name")
+        return Symbol(module[:-1].decode(), name[:-1].decode())
+
+
+def _run(source: _Source, call: Callable[[Symbol, tuple], object], stored: Callable[[object], object]) -> object:
+    """The machine: one opcode after the other until STOP."""
+    stack: list = []
+    marks: list[int] = []  # for every open MARK, how many items lay on the stack
+    memo: dict[int, object] = {}
+
+    def top(count: int) -> list:
+        """Take the last `count` items."""
+        if len(stack) < count:
+            raise ValueError("the stack is empty")
+        taken = stack[-count:]
+        del stack[-count:]
+        return taken
+
+    def marked() -> list:
+        """Take everything above the last mark."""
+        mark = marks.pop()
+        taken = stack[mark:]
+        del stack[mark:]
+        return taken
+
+    for _ in range(MAX_OPCODES):
+        code = source.read(1)
+        if code not in OPCODES:
+            raise ValueError(f"unknown opcode {code!r}" if code else "it ends too early")
+        name, form = OPCODES[code].name, OPCODES[code].arg
+        # pickletools would join the two lines of a symbol, and no longer tell where.
+        argument = source.symbol() if name in ("GLOBAL", "INST") else form and form.reader(source)
+
+        match name:
+            # the memo: an item is kept under a number and fetched again
+            case "BINPUT" | "LONG_BINPUT" | "PUT":
+                if not 0 <= argument < 1 << 32:
+                    raise ValueError("memo number out of range")
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET" | "GET":
+                stack.append(memo[argument])
+            # plain values
+            case _ if name in LITERALS:
+                stack.append(argument)
+            case _ if name in CONSTANTS:
+                stack.append(CONSTANTS[name])
+            # containers
+            case "MARK":
+                marks.append(len(stack))
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(top(int(name[-1]))))
+            case "TUPLE":
+                stack.append(tuple(marked()))
+            case "EMPTY_LIST":
+                stack.append([])
+            case "LIST":
+                stack.append(marked())
+            case "APPEND":
+                _extend(top(1), stack[-1])
+            case "APPENDS":
+                _extend(marked(), stack[-1])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "DICT":
+                _update(marked(), target := {})
+                stack.append(target)
+            case "SETITEM":
+                _update(top(2), stack[-1])
+            case "SETITEMS":
+                _update(marked(), stack[-1])
+            case "EMPTY_SET":
+                stack.append(set())
+            case "ADDITEMS":
+                _extend(marked(), stack[-1])
+            case "FROZENSET":
+                stack.append(frozenset(map(_key, marked())))
+            # names, calls and states: noted, not obeyed
+            case "GLOBAL":
+                stack.append(_inert(argument))
+            case "STACK_GLOBAL":
+                stack.append(_inert(Symbol(*top(2))))
+            case "EXT1" | "EXT2" | "EXT4":
+                stack.append(Symbol("copyreg", f"extension_{argument}"))
+            case "REDUCE" | "NEWOBJ":
+                stack.append(_called(call, *top(2)))
+            case "NEWOBJ_EX":
+                stack.append(_called(call, *top(3)[:2]))
+            case "INST":
+                stack.append(_called(call, _inert(argument), tuple(marked())))
+            case "OBJ":
+                function, *arguments = marked()
+                stack.append(_called(call, function, tuple(arguments)))
+            case "BUILD":
+                top(1)
+            case "BINPERSID":
+                stack.append(stored(stack.pop()))
+            case "PERSID":
+                stack.append(stored(argument))
+            # housekeeping
+            case "PROTO":
+                if argument > 5:
+                    raise ValueError(f"protocol {argument}, the newest known is 5")
+            case "FRAME":
+                pass
+            case "DUP":
+                stack.append(stack[-1])
+            case "POP":
+                (marks if marks and marks[-1] == len(stack) else stack).pop()
+            case "POP_MARK":
+                marked()
+            case "STOP":
+                return stack.pop()
+            case _:
+                raise ValueError(f"{name} needs data from outside of the file")
+    raise RefusedFile(f"a pickle of more than {MAX_OPCODES:,} steps, far more than any checkpoint has")
+
+
+def _key(value: object) -> object:
+    """A dict key or set member that is hashed in no time, see `Opaque`."""
+    if isinstance(value, int):
+        return value if value.bit_length() <= 60 else Opaque(value)
+    return value if value is None or isinstance(value, (str, bytes, float, Symbol)) else Opaque(value)
+
+
+def _extend(items: list, target: object) -> None:
+    if isinstance(target, list):
+        target.extend(items)
+    elif isinstance(target, set):
+        target.update(map(_key, items))
+    elif not isinstance(target, Placeholder):
+        raise ValueError(f"items for a {type(target).__name__}")
+
+
+def _update(items: list, target: object) -> None:
+    """Keys and values in turn; the items that a class derived from dict would take are dropped with its state."""
+    if isinstance(target, dict):
+        target.update(zip(map(_key, items[::2]), items[1::2], strict=True))
+    elif not isinstance(target, Placeholder):
+        raise ValueError(f"keys for a {type(target).__name__}")
+
+
+def _inert(symbol: Symbol) -> Symbol:
+    """The symbol itself, unless it names something that runs code; then RefusedFile."""
+    if not isinstance(symbol.module, str) or not isinstance(symbol.name, str):
+        raise ValueError("a name that is no text")
+    if len(symbol.module) + len(symbol.name) > 500:
+        raise ValueError("a name of more than 500 characters")
+    # A name with dots walks through attributes: `serialization.os.system` of `torch` is os.system.
+    parts = symbol.name.split(".")
+    ways = [str(symbol), *(".".join(parts[i:]) for i in range(len(parts) - 1))]
+    if any(map(RUNS_CODE.fullmatch, ways)):
+        raise RefusedFile(
+            f"wants to run {symbol} when opened by other programs: it was not executed; do not use this file"
+        )
+    return symbol
+
+
+def _called(call: Callable[[Symbol, tuple], object], function: object, arguments: object) -> object:
+    if isinstance(function, Placeholder):
+        return function
+    if not isinstance(function, Symbol) or not isinstance(arguments, tuple):
+        raise ValueError(f"a call of a {type(function).__name__}")
+    return call(function, arguments)

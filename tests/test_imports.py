@@ -1,0 +1,72 @@
+"""Imports flow one way, and the package stays quiet: no prints, no argv, no environment, no global random numbers."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# what each module of the package may import from it; a module that is new here needs a line
+ALLOWED = {
+    "resources": set(),
+    "config": set(),
+    "layers": {"config"},
+    "text_encoder": {"config", "layers"},
+    "vae": {"config", "layers"},
+    "unet": {"config", "layers"},
+    "schedule": {"config"},
+    "samplers": {"schedule"},
+    "denoiser": {"schedule"},
+    "tokenizer": {"resources"},
+    "pickles": set(),
+    "torch_files": {"pickles"},
+    "checkpoint": {"pickles", "torch_files"},
+    "keys": {"config"},
+    "convert": {"config", "keys", "checkpoint", "text_encoder", "vae", "unet"},
+    "image": set(),
+    "training": {"config", "schedule", "vae"},
+    "pipeline": {
+        "checkpoint", "config", "convert", "denoiser", "image", "resources", "samplers", "schedule", "text_encoder",
+        "tokenizer", "unet", "vae",
+    },
+}  # fmt: skip
+MODULES = sorted(path.stem for path in (ROOT / "sd").glob("*.py") if path.stem != "__init__")
+
+
+def tree(name: str) -> ast.Module:
+    return ast.parse((ROOT / "sd" / f"{name}.py").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_flow_one_way(name):
+    imported = {node.module for node in ast.walk(tree(name)) if isinstance(node, ast.ImportFrom) and node.level == 1}
+    assert None not in imported, "import names from modules, not modules from the package"
+    assert imported <= ALLOWED[name], f"{name} must not import {imported - ALLOWED[name]}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_package_is_quiet(name):
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in {"print", "input", "eval", "exec", "__import__"}, f"line {node.lineno}"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            called = f"{node.value.id}.{node.attr}"
+            forbidden = {
+                "sys.argv", "os.environ", "os.getenv", "torch.manual_seed", "torch.load", "torch.inference_mode",
+                "pickle.load", "pickle.loads", "np.random", "random.random",
+            }  # fmt: skip
+            assert called not in forbidden, f"line {node.lineno}: {called}"
+
+
+def test_import_is_light():
+    """`import sd` brings in nothing beyond the run-time dependencies."""
+    code = (
+        "import sys, sd; print([m for m in ('diffusers', 'transformers', 'scipy', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
