@@ -268,7 +268,9 @@ class Output:
         raise OSError(f"{self.folder}: no free name left")
 
 
-def settings(args: argparse.Namespace, image: Image.Image, seed: int, digest: ModelHash | None) -> str | None:
+def settings(
+    args: argparse.Namespace, prompt: str, image: Image.Image, seed: int, digest: ModelHash | None
+) -> str | None:
     """The "parameters" text for a picture; None if it is not wanted."""
     if args.no_metadata:
         return None
@@ -285,7 +287,7 @@ def settings(args: argparse.Namespace, image: Image.Image, seed: int, digest: Mo
         "Model": args.ckpt.stem if args.ckpt else "pocket",
         "Version": f"sd {sd.__version__}",
     }
-    return parameters(args.prompt, args.negative, values)
+    return parameters(prompt, args.negative, values)
 
 
 __all__ = [

@@ -50,11 +50,11 @@ def paint(args: argparse.Namespace) -> None:
     count = args.n * args.n_iter
     total = count * len(prompts)
     images = []
-    for args.prompt in prompts:
+    for prompt in prompts:
         for start in range(0, count, args.batch_size):
             seed = args.seed + len(images)
             batch = model.txt2img(
-                args.prompt,
+                prompt,
                 args.negative,
                 height=args.height,
                 width=args.width,
@@ -68,7 +68,7 @@ def paint(args: argparse.Namespace) -> None:
                 progress=cli.steps_bar(f"picture {len(images) + 1} of {total}"),
             )
             for i, image in enumerate(batch):
-                path = output.save(image, cli.settings(args, image, seed + i, digest))
+                path = output.save(image, cli.settings(args, prompt, image, seed + i, digest))
                 print(f"{path}  seed {seed + i}", flush=True)
             images += batch
     if args.grid:

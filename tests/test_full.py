@@ -1,0 +1,163 @@
+"""Full size: Stable Diffusion 1.x with the reference weights, against the original's recorded outputs.
+
+`pytest --full` runs these; they need 12 GB of memory, 20 GB of disk, and minutes. The files are made as a user has them: original
+names, .ckpt and .safetensors, float32 and float16, with and without the moving average.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference_weights as reference
+import torch
+from common import MANIFESTS, Golden, error, images, manifest, unet_norms
+from PIL import Image
+
+from sd import StableDiffusion
+from sd.config import SD1
+from sd.convert import build
+
+pytestmark = pytest.mark.full
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    """Four checkpoints of the same weights."""
+    folder = tmp_path_factory.mktemp("full")
+    state = reference.make_state_dict(reference.with_ema(manifest("sd-v1")))
+    plain = {key: tensor for key, tensor in state.items() if not key.startswith(reference.EMA_PREFIX)}
+    fingerprints = json.loads((MANIFESTS / "fingerprints.json").read_text())
+    assert reference.fingerprint(plain) == fingerprints["sd-v1"]
+    paths = {}
+    for name, tensors, half in (
+        ("fp32-ema.ckpt", state, False),
+        ("fp16-ema.ckpt", state, True),
+        ("fp32.safetensors", plain, False),
+        ("fp16.safetensors", plain, True),
+    ):
+        paths[name] = folder / name
+        converted = {k: t.half() if half and t.is_floating_point() else t for k, t in tensors.items()}
+        reference.save(paths[name], converted)
+    yield paths
+    for path in paths.values():
+        path.unlink()
+
+
+@pytest.fixture(scope="module")
+def full(files) -> StableDiffusion:
+    """The model from the file that holds most that is not needed: float32 with the moving average beside it."""
+    return StableDiffusion.load(files["fp32-ema.ckpt"], device="cpu", dtype="float32")
+
+
+def test_parameter_counts():
+    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in build(SD1).items()}
+    assert counts == {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
+
+
+@pytest.mark.parametrize("name", ["unet_v1_64x64_b2", "unet_v1_48x80"])
+def test_unet(full, name, record_property):
+    golden = Golden(name)
+    norms = unet_norms(full.unet, SD1)
+    out = full.unet(golden["x"], golden["t"], golden.normal("context", (golden["x"].shape[0], 77, 768)))
+    for block, (_, norm, _) in golden.case["norms"].items():
+        if block in norms:
+            assert norms[block] == pytest.approx(norm, rel=1e-4), f"the two part at {block}"
+    assert len(norms) >= 28
+    record_property("error", error(out, golden["out"]))
+    assert error(out, golden["out"]) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["vae_256x320", "vae_64x64_b2"])
+def test_vae(full, name):
+    golden = Golden(name)
+    picture = images(golden["image_u8"])
+    moments = torch.cat(full.vae.moments(picture), dim=1)
+    assert error(moments, golden["moments"]) < 2e-5
+    noise = reference.normal(f"{name}/posterior", golden["z"].shape)
+    assert error(full.vae.encode(picture).sample(noise), SD1.vae.scale * golden["z"]) < 2e-5
+    assert error(full.vae.decode(golden["latent"]), golden["decoded"]) < 2e-5
+
+
+def test_text_encoder(full):
+    golden = Golden("clip_l")
+    ids = full.tokenizer(golden.case["prompts"])
+    assert torch.equal(ids, golden["ids"].long())
+    layers = []
+    for block in full.text_encoder.blocks:
+        block.register_forward_hook(lambda module, args, out: layers.append(out))
+    assert error(full.encode_prompt(golden.case["prompts"]), golden["last_hidden_state"]) < 1e-5
+    rows = golden.case["penultimate_rows"]
+    assert error(layers[-2][rows], golden["penultimate"]) < 1e-5
+    assert error(full.text_encoder.norm(layers[-2][rows]), golden["penultimate_ln"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["fp32-ema.ckpt", "fp32.safetensors"])
+def test_four_steps_through_the_public_api(files, name):
+    golden = Golden("full_v1_ddim_s4")
+    sd = StableDiffusion.load(files[name], device="cpu", dtype="float32")
+    context = sd.encode_prompt(golden.case["prompts"][:1])
+    uncond = sd.encode_prompt([golden.case["negative"]])
+    assert error(context, golden["cond"]) < 1e-5 and error(uncond, golden["uncond"]) < 1e-5
+    levels = sd.schedule.levels(golden.case["steps"], "leading")
+    assert [level.t for level in levels[:-1]] == golden.case["t_calls"]
+    steps = list(sd.sample(sd.denoiser(context, uncond, golden.case["scale"]), golden["x_T"], levels, "ddim"))
+    for i in range(3):
+        assert error(steps[i].x, golden[f"mid.after_step_{i + 1}"]) < 1e-4
+    assert error(steps[0].x0, golden["mid.pred_x0_step_1"]) < 1e-4
+    assert error(steps[-1].x, golden["out"]) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["fp16-ema.ckpt", "fp16.safetensors"])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-2), ("bfloat16", 5e-2)])
+def test_half_precision_files(files, name, dtype, tolerance):
+    golden = Golden("unet_v1_48x80")
+    sd = StableDiffusion.load(files[name], device="cpu", dtype=dtype)
+    context = golden.normal("context", (1, 77, 768)).to(sd.dtype)
+    assert error(sd.unet(golden["x"].to(sd.dtype), golden["t"], context).float(), golden["out"]) < tolerance
+
+
+def test_float16_networks(files):
+    """As they run on GPUs; the CPU can do it, slowly, so on small inputs."""
+    sd = StableDiffusion.load(files["fp16.safetensors"], device="cpu", dtype="float16")
+    golden = Golden("vae_64x64_b2")
+    assert error(sd.vae.decode(golden["latent"].half()).float(), golden["decoded"]) < 1e-2
+    golden = Golden("clip_l")
+    assert error(sd.text_encoder(golden["ids"].long()).float(), golden["last_hidden_state"]) < 1e-2
+    golden = Golden("unet_v1_48x80")
+    out = sd.unet(golden["x"].half(), golden["t"], golden.normal("context", (1, 77, 768)).half())
+    assert error(out.float(), golden["out"]) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["fp32-ema.ckpt", "fp16-ema.ckpt", "fp32.safetensors", "fp16.safetensors"])
+def test_script_on_a_real_prompt(files, name, tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "txt2img.py", "a photograph of an astronaut riding a horse"]
+        + ["--ckpt", files[name], "--steps", "2", "--seed", "1", "--device", "cpu", "--out", tmp_path],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "00001.png") as image:
+        assert image.size == (512, 512) and np.asarray(image).std() > 5
+        assert "Seed: 1, Size: 512x512" in image.text["parameters"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads peak memory as Linux reports it")
+@pytest.mark.parametrize("name, dtype", [("fp16.safetensors", "bfloat16"), ("fp32-ema.ckpt", "float32")])
+def test_peak_memory_of_loading(files, name, dtype):
+    """At most the weights in the precision asked for, and 1 GB: nothing is held twice, no EMA half is read."""
+    code = (
+        "import resource, sys, sd; m = sd.StableDiffusion.load(sys.argv[1], device='cpu', dtype=sys.argv[2]);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,"
+        "sum(p.numel() * p.element_size() for n in (m.unet, m.vae, m.text_encoder) for p in n.parameters()))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, files[name], dtype], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    peak, weights = map(int, out.stdout.split())
+    assert peak < weights + 2**30

@@ -1,0 +1,344 @@
+"""The programs as a user meets them: pictures that are there, and one clear line for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from common import TINY, tiny_state
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from scripts import cli, convert, txt2img
+from sd.convert import CONFIG_KEY, to_own
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def ckpt(tiny, tmp_path_factory) -> Path:
+    """The tiny model in our layout, which carries its config."""
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    own = to_own({name: network.state_dict() for name, network in tiny.items()})
+    save_file({key: tensor.contiguous() for key, tensor in own.items()}, path, {CONFIG_KEY: TINY.to_json()})
+    return path
+
+
+@pytest.fixture
+def paint(ckpt, tmp_path, capsys):
+    """Runs txt2img on the tiny model; gives status, lines of stdout and stderr, and the files made."""
+
+    def run(*args: str, model: Path | None = ckpt, out: Path | None = None):
+        out = tmp_path / "out" if out is None else out
+        given = ["--ckpt", str(model)] if model else []
+        size = [] if "--height" in args or "--H" in args else ["--height", "64", "--width", "64"]
+        steps = [] if {"--steps", "--ddim_steps"} & set(args) else ["--steps", "2"]
+        try:
+            status = txt2img.main([*args, *given, *size, *steps, "--device", "cpu", "--out", str(out)])
+        except SystemExit as stop:  # argparse
+            status = stop.code
+        printed = capsys.readouterr()
+        files = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+        return status, printed.out.splitlines(), printed.err.splitlines(), files
+
+    return run
+
+
+def test_a_picture(paint, tmp_path):
+    status, out, err, files = paint("a red cube", "--seed", "7", "--dtype", "float32")
+    assert (status, files, err) == (0, ["00001.png"], [])
+    assert out == ["tiny v1 on cpu, float32", f"{tmp_path / 'out' / '00001.png'}  seed 7"]
+    with Image.open(tmp_path / "out" / "00001.png") as image:
+        assert image.size == (64, 64) and image.mode == "RGB" and np.asarray(image).std() > 1
+        assert re.fullmatch(
+            r"a red cube\nSteps: 2, Sampler: DDIM, CFG scale: 7.5, Seed: 7, Size: 64x64, "
+            r"Model hash: [0-9a-f]{10}, Model: tiny, Version: sd [\d.]+",
+            image.text["parameters"],
+        )
+
+
+def test_names_of_the_original_scripts(paint, tmp_path):
+    status, out, _, files = paint(
+        *("--prompt", "a", "--ddim_steps", "3", "--scale", "4", "--H", "72", "--W", "64", "--ddim_eta", "0.5"),
+        *("--n_samples", "2", "--n_iter", "2", "--seed", "5", "--precision", "full", "--negative", "b"),
+    )
+    assert status == 0 and len(files) == 4
+    assert [line.split()[-1] for line in out[1:]] == ["5", "6", "7", "8"]
+    with Image.open(tmp_path / "out" / "00004.png") as image:
+        assert (
+            "Negative prompt: b\nSteps: 3, Sampler: DDIM, CFG scale: 4, Seed: 8, Size: 64x72, Eta: 0.5"
+            in (image.text["parameters"])
+        )
+
+
+def test_batches_give_the_same_pictures_and_numbers_go_on(paint, tmp_path):
+    paint("a", "--n", "3", "--seed", "1", "--dtype", "float32")
+    (tmp_path / "out" / "00002.png").rename(tmp_path / "kept.png")
+    paint("a", "--n", "3", "--seed", "1", "--dtype", "float32", "--batch-size", "3", "--grid")
+    files = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert files == ["00001.png", "00003.png", "00004.png", "00005.png", "00006.png", "00007-grid.png"]
+
+    def pixels(name: str) -> np.ndarray:
+        return np.asarray(Image.open(tmp_path / name)).astype(int)
+
+    for single, batched in (("out/00001.png", 4), ("kept.png", 5), ("out/00003.png", 6)):
+        assert np.abs(pixels(single) - pixels(f"out/0000{batched}.png")).max() <= 1
+    assert pixels("out/00007-grid.png").shape == (128, 128, 3)
+
+
+def test_prompt_files(paint, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa naïve cat\r\n\r\n  東京  \n".encode())
+    status, _, _, files = paint("--from-file", str(file), "--seed", "0")
+    assert status == 0 and files == ["00001.png", "00002.png"]
+    texts = [Image.open(tmp_path / "out" / name).text["parameters"].splitlines()[0] for name in files]
+    assert texts == ["a naïve cat", "東京"]
+
+
+def test_a_name_for_the_picture_and_no_metadata(paint, tmp_path):
+    status, _, _, _ = paint("a", "--n", "2", "--no-metadata", out=tmp_path / "new" / "cat.png")
+    assert status == 0
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["cat-2.png", "cat.png"]
+    assert "parameters" not in Image.open(tmp_path / "new" / "cat.png").text
+
+
+def test_random_seeds_are_reported_and_differ(paint):
+    seeds = {paint("a")[1][-1].split()[-1] for _ in range(3)}
+    assert len(seeds) == 3
+
+
+def test_long_prompts_are_cut_and_it_is_said(paint):
+    status, _, err, files = paint("word " * 500)
+    assert status == 0 and files and len(err) == 1
+    assert err[0].startswith("warning: ") and "425" in err[0]
+
+
+def test_empty_prompts_are_allowed(paint):
+    assert paint("")[0] == 0
+
+
+HTML = b"<!DOCTYPE html><html><head><title>Log in</title>"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\n"
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def evil(path: Path) -> Path:
+    """A checkpoint that runs a command when other programs open it."""
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {path.parent / 'executed'}",)
+
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "hook": Evil()}, path)
+    return path
+
+
+def original(path: Path, **changes: torch.Tensor | None) -> Path:
+    state = {**tiny_state(), **{key.replace("__", "."): tensor for key, tensor in changes.items()}}
+    torch.save({"state_dict": {key: tensor for key, tensor in state.items() if tensor is not None}}, path)
+    return path
+
+
+def sdxl(path: Path) -> Path:
+    save_file({"conditioner.embedders.1.model.ln_final.weight": torch.zeros(4)}, path)
+    return path
+
+
+def cut(path: Path) -> Path:
+    original(path)
+    return write(path, path.read_bytes()[:200_000])
+
+
+FILES = {
+    "missing": (lambda path: path, "no such file"),
+    "folder": (lambda path: path.mkdir() or path, "folder"),
+    "empty": (lambda path: write(path, b""), "empty"),
+    "web page": (lambda path: write(path, HTML), "web page"),
+    "git-lfs": (lambda path: write(path, LFS), "git-lfs"),
+    "truncated": (cut, "truncated|cut off|incomplete|damaged"),
+    "runs code": (evil, "system"),
+    "sdxl": (sdxl, "SDXL"),
+    "unknown model": (original, "unknown kind"),
+    "plain zip": (lambda path: zipfile.ZipFile(path, "w").writestr("a.txt", "b") or path, "zip"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_bad_checkpoints(paint, tmp_path, name):
+    make, words = FILES[name]
+    status, out, err, files = paint("a", model=make(tmp_path / "bad.ckpt"))
+    assert status == 1 and out == [] and files == []
+    assert len(err) == 1 and err[0].startswith("error: ") and "bad.ckpt" in err[0]
+    assert re.search(words, err[0], re.IGNORECASE), err[0]
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["a", "--height", "500", "--width", "64"], "multiple of 8, got 500: try 496 or 504"),
+        (["a", "--steps", "0"], "steps must be at least 1"),
+        (["a", "--steps", "5000"], "1000"),
+        (["a", "--steps", "many"], "--steps"),
+        (["a", "--guidance", "nan"], "guidance must be a finite number"),
+        (["a", "--sampler", "eulr"], "unknown sampler 'eulr', expected one of ddim"),
+        (["a", "--eta", "7"], "eta"),
+        (["a", "--seed", "-5"], "seed"),
+        (["a", "--n", "0"], "--n must be at least 1"),
+        (["a", "--batch-size", "0"], "--batch-size"),
+        (["a", "--columns", "0"], "--columns"),
+        (["a", "--dtype", "int8"], "--dtype"),
+        (["a", "--model", "sd3"], "--model"),
+        (["a", "--frobnicate"], "--frobnicate"),
+        ([], "prompt"),
+        (["a", "--prompt", "b"], "once"),
+        (["a", "--from-file", "b.txt"], "not both"),
+        (["--from-file", "no/such/prompts.txt"], "no/such/prompts.txt: No such file"),
+    ],
+    ids=" ".join,
+)
+def test_bad_arguments(paint, args, words):
+    status, _, err, files = paint(*args)
+    assert status in (1, 2) and files == []
+    assert len(err) == 1 and err[0].startswith("error: ") and words in err[0], err
+
+
+@pytest.mark.parametrize(
+    "data, words", [(b"\xff\xfe\x00", "UTF-8"), (b"\n \n", "no prompts"), (b"a" * (17 << 20), "16 MB")]
+)
+def test_bad_prompt_files(paint, tmp_path, data, words):
+    status, _, err, files = paint("--from-file", str(write(tmp_path / "p.txt", data)))
+    assert status == 1 and files == [] and len(err) == 1 and words in err[0]
+
+
+def test_output_that_cannot_be_written(paint, tmp_path):
+    status, _, err, _ = paint("a", out=write(tmp_path / "file", b"mine"))
+    assert status == 1 and len(err) == 1 and "file" in err[0]
+    status, _, err, _ = paint("a", out=write(tmp_path / "mine.png", b"mine"))
+    assert status == 1 and "already" in err[0] and (tmp_path / "mine.png").read_bytes() == b"mine"
+    status, _, err, _ = paint("a", out=tmp_path / "a.jpg")
+    assert status == 1 and ".png" in err[0]
+    if os.geteuid() != 0:  # root may write anywhere
+        (tmp_path / "locked").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
+        status, _, err, _ = paint("a", out=tmp_path / "locked")
+        assert status == 1 and len(err) == 1 and "locked" in err[0]
+
+
+def test_a_full_disk_leaves_nothing_behind(paint, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    status, _, err, files = paint("a")
+    assert status == 1 and files == [] and err == ["error: No space left on device"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.cuda.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError("not enough memory: 1 GB")],
+)
+def test_out_of_memory_says_which_knobs_to_turn(paint, monkeypatch, error):
+    def exhausted(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("sd.pipeline.StableDiffusion.txt2img", exhausted)
+    status, _, err, files = paint("a")
+    assert status == 1 and files == [] and len(err) == 1
+    assert "out of memory" in err[0] and "--batch-size 1" in err[0] and "--height" in err[0]
+
+
+def test_control_c(paint, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sd.pipeline.StableDiffusion.txt2img", interrupted)
+    status, _, err, files = paint("a")
+    assert (status, err, files) == (130, ["error: stopped"], [])
+
+
+def test_a_bug_is_not_called_a_mistake_of_the_user(paint, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("sd.pipeline.StableDiffusion.txt2img", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        paint("a")
+
+
+def test_runs_from_any_folder_without_installation(ckpt, tmp_path):
+    args = ["a", "--ckpt", ckpt, "--steps", "1", "--height", "64", "--width", "64", "--device", "cpu", "--seed", "0"]
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "txt2img.py", *map(str, args)],
+        cwd=tmp_path, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "outputs" / "00001.png").exists()
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("module", [txt2img, convert])
+def test_help(module, capsys):
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    assert stop.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+# --- convert.py ---
+
+
+def run_convert(*args: object, capsys) -> tuple[int, list[str]]:
+    status = convert.main([str(arg) for arg in args])
+    return status, capsys.readouterr().err.splitlines()
+
+
+def test_conversion_there_and_back(ckpt, tmp_path, capsys):
+    there = tmp_path / "original.safetensors"
+    assert run_convert(ckpt, there, "--layout", "original", capsys=capsys) == (0, [])
+    written = load_file(there)
+    for key, tensor in tiny_state().items():
+        assert key not in written or torch.equal(written[key], tensor)
+    assert len(written) == 557
+    half = tmp_path / "half.safetensors"
+    assert run_convert(ckpt, half, "--dtype", "float16", capsys=capsys) == (0, [])
+    assert {tensor.dtype for tensor in load_file(half).values()} == {torch.float16}
+    assert half.stat().st_size < 0.51 * ckpt.stat().st_size
+
+
+def test_conversion_refuses(ckpt, tmp_path, capsys):
+    mine = write(tmp_path / "mine.safetensors", b"mine")
+    for args, words in (
+        ((ckpt, mine), "already"),
+        ((ckpt, tmp_path / "out.ckpt"), "only .safetensors"),
+        ((original(tmp_path / "o.ckpt"), tmp_path / "new.safetensors"), "unknown kind"),
+        ((ckpt, tmp_path / "no" / "folder.safetensors"), "folder"),
+    ):
+        status, err = run_convert(*args, capsys=capsys)
+        assert status == 1 and len(err) == 1 and words in err[0], err
+    assert mine.read_bytes() == b"mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.safetensors", "o.ckpt"]
+
+
+def test_metadata_of_a_conversion_is_the_config(ckpt, tmp_path, capsys):
+    out = tmp_path / "copy.safetensors"
+    run_convert(ckpt, out, capsys=capsys)
+    header = json.loads(out.read_bytes()[8 : 8 + int.from_bytes(out.read_bytes()[:8], "little")])
+    assert json.loads(header["__metadata__"][CONFIG_KEY])["name"] == "tiny v1"
+
+
+def test_model_hash_is_the_sha256(tmp_path):
+    file = write(tmp_path / "a", b"abc")
+    assert str(cli.ModelHash(file)) == "ba7816bf8f"
