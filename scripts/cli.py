@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import re
 import secrets
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -212,24 +213,22 @@ class ModelHash:
     """First ten digits of a checkpoint's SHA-256, as other tools name models; computed while the model paints."""
 
     def __init__(self, path: Path) -> None:
-        pool = ThreadPoolExecutor(1, thread_name_prefix="hash")
-        self._digest: Future[str] = pool.submit(self._hash, path)
-        pool.shutdown(wait=False)
+        self._path = path
+        self._digits: str | None = None
+        self._thread = threading.Thread(target=self._compute, daemon=True)  # nobody waits for it who stops the program
+        self._thread.start()
 
-    @staticmethod
-    def _hash(path: Path) -> str:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
+    def _compute(self) -> None:
+        digest = hashlib.sha256()
+        with contextlib.suppress(OSError), open(self._path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+            self._digits = digest.hexdigest()[:10]
 
-    def __str__(self) -> str:
-        return self._digest.result()[:10]
-
-
-def _sha256(file) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+    def digits(self) -> str | None:
+        """The ten digits, as soon as they are known; None if the file has become unreadable."""
+        self._thread.join()
+        return self._digits
 
 
 class Output:
@@ -275,6 +274,7 @@ def settings(
     if args.no_metadata:
         return None
     chosen = sampler(args.sampler)
+    digits = digest.digits() if digest else None
     values = {
         "Steps": args.steps if args.steps is not None else chosen.steps,
         "Sampler": chosen.label,
@@ -283,7 +283,7 @@ def settings(
         "Seed": seed,
         "Size": f"{image.width}x{image.height}",
         **({"Eta": f"{args.eta:g}"} if args.eta is not None else {}),
-        **({"Model hash": digest} if digest else {}),
+        **({"Model hash": digits} if digits else {}),
         "Model": args.ckpt.stem if args.ckpt else "pocket",
         "Version": f"sd {sd.__version__}",
     }

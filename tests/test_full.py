@@ -1,7 +1,7 @@
 """Full size: Stable Diffusion 1.x with the reference weights, against the original's recorded outputs.
 
-`pytest --full` runs these; they need 12 GB of memory, 20 GB of disk, and minutes. The files are made as a user has them: original
-names, .ckpt and .safetensors, float32 and float16, with and without the moving average.
+`pytest --full` runs these; they need 12 GB of memory, 20 GB of disk, and minutes. The files are made as a user has
+them: original names, .ckpt and .safetensors, float32 and float16, with and without the moving average.
 """
 
 from __future__ import annotations
@@ -137,8 +137,10 @@ def test_float16_networks(files):
 @pytest.mark.parametrize("name", ["fp32-ema.ckpt", "fp16-ema.ckpt", "fp32.safetensors", "fp16.safetensors"])
 def test_script_on_a_real_prompt(files, name, tmp_path):
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "txt2img.py", "a photograph of an astronaut riding a horse"]
-        + ["--ckpt", files[name], "--steps", "2", "--seed", "1", "--device", "cpu", "--out", tmp_path],
+        [
+            *(sys.executable, ROOT / "scripts" / "txt2img.py", "a photograph of an astronaut riding a horse"),
+            *("--ckpt", files[name], "--steps", "2", "--seed", "1", "--device", "cpu", "--out", tmp_path),
+        ],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

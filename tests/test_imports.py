@@ -29,7 +29,7 @@ ALLOWED = {
     "keys": {"config"},
     "convert": {"config", "keys", "checkpoint", "text_encoder", "vae", "unet"},
     "image": set(),
-    "training": {"config", "schedule", "vae"},
+    "training": {"denoiser", "layers", "schedule", "text_encoder", "unet", "vae"},
     "pipeline": {
         "checkpoint", "config", "convert", "denoiser", "image", "resources", "samplers", "schedule", "text_encoder",
         "tokenizer", "unet", "vae",
