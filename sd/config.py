@@ -181,4 +181,20 @@ SD2 = Config(
 SD2_V = replace(SD2, name="Stable Diffusion 2.x 768-v", size=768, schedule=replace(SD2.schedule, prediction="v"))
 SD2_INPAINT = replace(SD2, name="Stable Diffusion 2.x inpainting", unet=replace(SD2.unet, in_channels=9))
 
-MODELS = {"sd1": SD1, "sd1-inpaint": SD1_INPAINT, "sd2": SD2, "sd2-v": SD2_V, "sd2-inpaint": SD2_INPAINT}
+# The embedded model: Stable Diffusion 1.x made small, trained from scratch on drawn scenes (weights/README.md)
+POCKET = Config(
+    name="pocket",
+    size=128,
+    text=TextConfig(width=64, layers=3, heads=2),
+    vae=VAEConfig(channels=(64, 64, 64, 64), blocks=1, scale=1.0),
+    unet=UNetConfig(channels=(64, 128), heads=(2, 4), attention=(False, True), blocks=1, context=64),
+)
+
+MODELS = {
+    "sd1": SD1,
+    "sd1-inpaint": SD1_INPAINT,
+    "sd2": SD2,
+    "sd2-v": SD2_V,
+    "sd2-inpaint": SD2_INPAINT,
+    "pocket": POCKET,
+}

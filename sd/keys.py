@@ -9,11 +9,17 @@ in both directions: no pattern is ever applied to a key that we do not know.
     vae.encoder.mid.attn.attn.q          encoder.mid.attn_1.q, a 1x1 convolution
     text_encoder.blocks.3.attn.q         encoder.layers.3.self_attn.q_proj (CLIP)
                                          transformer.resblocks.3.attn.in_proj, the first third of it (OpenCLIP)
+
+The same for the modules of diffusers and transformers, which the networks are compared with.
+
+    unet.down.1.attn.0.block.attn2.q     down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q
+    unet.up.0.res.2.conv1                up_blocks.3.resnets.2.conv1: going up they count from the coarsest level
+    vae.encoder.mid.attn.attn.q          encoder.mid_block.attentions.0.to_q
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from .config import Config
@@ -27,16 +33,17 @@ EMA = "model_ema."
 
 
 class Source(NamedTuple):
-    """Where a weight of ours lies in a file: all of a tensor, or one third of a fused q, k, v projection."""
+    """Where a weight of ours lies elsewhere: all of a tensor, or one third of a fused q, k, v projection."""
 
     key: str
     third: int | None = None
     ones: int = 0  # 1x1 convolutions of the original that are linear layers here have two more dimensions, of size 1
 
 
-Rules = Mapping[str, str]  # layer of ours within a block -> layer of the original within its block
-Place = tuple[str, str, Rules]  # block of ours, block of the original, the rules between them
+Rules = Mapping[str, str]  # layer of ours within a block -> layer of theirs within their block
+Place = tuple[str, str, Rules]  # block of ours, block of theirs, the rules between them
 
+PROJECTIONS: Rules = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 RESBLOCK: Rules = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time": "emb_layers.1", "norm2": "out_layers.0",
     "conv2": "out_layers.3", "skip": "skip_connection",
@@ -45,11 +52,11 @@ TRANSFORMER: Rules = {"norm": "norm", "proj_in": "proj_in", "proj_out": "proj_ou
     f"block.{ours}": f"transformer_blocks.0.{theirs}"
     for ours, theirs in {
         "norm1": "norm1", "norm2": "norm2", "norm3": "norm3", "ff.proj": "ff.net.0.proj", "ff.out": "ff.net.2",
-        **{f"{attn}.{n}": f"{attn}.to_{n}" for attn in ("attn1", "attn2") for n in "qkv"},
-        **{f"{attn}.out": f"{attn}.to_out.0" for attn in ("attn1", "attn2")},
+        **{f"{attn}.{a}": f"{attn}.{b}" for attn in ("attn1", "attn2") for a, b in PROJECTIONS.items()},
     }.items()
 }  # fmt: skip
-VAE_RESBLOCK: Rules = {n: n for n in ("norm1", "conv1", "norm2", "conv2")} | {"skip": "nin_shortcut"}
+SAME_NAMES: Rules = {n: n for n in ("norm1", "conv1", "norm2", "conv2")}
+VAE_RESBLOCK: Rules = SAME_NAMES | {"skip": "nin_shortcut"}
 VAE_ATTENTION: Rules = {"norm": "norm", "attn.q": "q", "attn.k": "k", "attn.v": "v", "attn.out": "proj_out"}
 CLIP_BLOCK: Rules = {
     "norm1": "layer_norm1", "norm2": "layer_norm2", "fc1": "mlp.fc1", "fc2": "mlp.fc2",
@@ -59,7 +66,13 @@ CLIP_BLOCK: Rules = {
 OPENCLIP_BLOCK: Rules = {
     "norm1": "ln_1", "norm2": "ln_2", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj", "attn.out": "attn.out_proj",
 }  # fmt: skip
+DIFFUSERS_RESBLOCK: Rules = SAME_NAMES | {"skip": "conv_shortcut", "time": "time_emb_proj"}
+DIFFUSERS_VAE_ATTENTION: Rules = {"norm": "group_norm"} | {f"attn.{a}": b for a, b in PROJECTIONS.items()}
 THIS: Rules = {"": ""}  # a block that is one layer
+
+# layers that are linear here and may be 1x1 convolutions elsewhere
+UNET_POINTWISE = (".proj_in", ".proj_out")
+VAE_POINTWISE = tuple(f".attn.attn.{n}" for n in PROJECTIONS)
 
 
 def unet_places(config: Config) -> Iterator[Place]:
@@ -132,8 +145,50 @@ def openclip_places(config: Config) -> Iterator[Place]:
         yield f"blocks.{i}", f"transformer.resblocks.{i}", OPENCLIP_BLOCK
 
 
-def _layers(places: Iterable[Place], prefix: str) -> dict[str, str]:
-    """Layer of ours -> layer of the original, for every layer that a block of these kinds may have."""
+def diffusers_unet_places(config: Config) -> Iterator[Place]:
+    """The U-Net's blocks in diffusers' UNet2DConditionModel."""
+    cfg = config.unet
+    last = len(cfg.channels) - 1
+    yield from (("time.0", "time_embedding.linear_1", THIS), ("time.2", "time_embedding.linear_2", THIS))
+    yield from (("conv_in", "conv_in", THIS), ("norm_out", "conv_norm_out", THIS), ("conv_out", "conv_out", THIS))
+    for i in range(2):
+        yield f"mid.res.{i}", f"mid_block.resnets.{i}", DIFFUSERS_RESBLOCK
+    yield "mid.attn", "mid_block.attentions.0", TRANSFORMER
+    for level in range(last + 1):
+        down, up = f"down_blocks.{level}", f"up_blocks.{last - level}"
+        for ours, theirs, blocks in ((f"down.{level}", down, cfg.blocks), (f"up.{level}", up, cfg.blocks + 1)):
+            for i in range(blocks):
+                yield f"{ours}.res.{i}", f"{theirs}.resnets.{i}", DIFFUSERS_RESBLOCK
+                if cfg.attention[level]:
+                    yield f"{ours}.attn.{i}", f"{theirs}.attentions.{i}", TRANSFORMER
+        if level < last:
+            yield f"down.{level}.down", f"{down}.downsamplers.0.conv", THIS
+        if level > 0:
+            yield f"up.{level}.up.conv", f"{up}.upsamplers.0.conv", THIS
+
+
+def diffusers_vae_places(config: Config) -> Iterator[Place]:
+    """The VAE's blocks in diffusers' AutoencoderKL."""
+    cfg = config.vae
+    last = len(cfg.channels) - 1
+    yield from (("quant", "quant_conv", THIS), ("post_quant", "post_quant_conv", THIS))
+    for half, direction, blocks in (("encoder", "down", cfg.blocks), ("decoder", "up", cfg.blocks + 1)):
+        for ours, theirs in (("conv_in", "conv_in"), ("norm_out", "conv_norm_out"), ("conv_out", "conv_out")):
+            yield f"{half}.{ours}", f"{half}.{theirs}", THIS
+        for i in range(2):
+            yield f"{half}.mid.res.{i}", f"{half}.mid_block.resnets.{i}", DIFFUSERS_RESBLOCK
+        yield f"{half}.mid.attn", f"{half}.mid_block.attentions.0", DIFFUSERS_VAE_ATTENTION
+        for level in range(last + 1):
+            ours = f"{half}.{direction}.{level}"
+            theirs = f"{half}.{direction}_blocks.{level if direction == 'down' else last - level}"
+            for i in range(blocks):
+                yield f"{ours}.res.{i}", f"{theirs}.resnets.{i}", DIFFUSERS_RESBLOCK
+            if level != (last if direction == "down" else 0):
+                yield f"{ours}.{direction}.conv", f"{theirs}.{direction}samplers.0.conv", THIS
+
+
+def _layers(places: Iterable[Place], prefix: str = "") -> dict[str, str]:
+    """Layer of ours -> layer of theirs, for every layer that a block of these kinds may have."""
     return {
         f"{ours}.{a}".rstrip("."): f"{prefix}{theirs}.{b}".rstrip(".")
         for ours, theirs, rules in places
@@ -150,10 +205,9 @@ def original_sources(
     text_prefix  overrides the prefix of CLIP's keys; which text encoder it is follows its activation (OpenCLIP has the
                  exact GELU)
     """
-    openclip = config.text.activation == "gelu"
+    openclip = _is_openclip(config)
     places, prefix = (openclip_places, OPENCLIP) if openclip else (clip_places, text_prefix or CLIP)
-    text = _layers(places(config), prefix)
-    vae, unet = _layers(vae_places(config), VAE), _layers(unet_places(config), UNET)
+    text = _sources(_layers(places(config), prefix))
 
     def text_source(key: str) -> Source:
         layer, _, leaf = key.rpartition(".")
@@ -162,20 +216,43 @@ def original_sources(
             return Source(OPENCLIP + "positional_embedding")
         if openclip and name in ("q", "k", "v"):
             return Source(f"{OPENCLIP}transformer.res{block}.attn.in_proj_{leaf}", third="qkv".index(name))
-        return Source(f"{text[layer]}.{leaf}")
+        return text(key)
 
-    def vae_source(key: str) -> Source:
-        layer, _, leaf = key.rpartition(".")
-        pointwise = ".attn.attn." in key and leaf == "weight"
-        return Source(f"{vae[layer]}.{leaf}", ones=2 if pointwise else 0)
-
-    def unet_source(key: str) -> Source:
-        layer, _, leaf = key.rpartition(".")
-        pointwise = layer.endswith((".proj_in", ".proj_out")) and leaf == "weight" and not openclip
-        return Source(f"{unet[layer]}.{leaf}", ones=2 if pointwise else 0)
-
-    sources = {"text_encoder": text_source, "vae": vae_source, "unet": unet_source}
+    sources = {
+        "text_encoder": text_source,
+        "vae": _sources(_layers(vae_places(config), VAE), VAE_POINTWISE),
+        "unet": _sources(_layers(unet_places(config), UNET), () if openclip else UNET_POINTWISE),
+    }
     return {network: {key: source(key) for key in keys[network]} for network, source in sources.items()}
+
+
+def diffusers_sources(config: Config, keys: Mapping[str, Iterable[str]]) -> dict[str, dict[str, Source]]:
+    """Per network, where each of our weights lies in diffusers' and transformers' modules of this config.
+
+    These are UNet2DConditionModel, AutoencoderKL and transformers 5's CLIPTextModel, which serves OpenCLIP too; earlier
+    versions of it put "text_model." before every key. `keys` as for `original_sources`.
+    """
+    sources = {
+        "text_encoder": _sources(_layers(clip_places(config))),
+        "vae": _sources(_layers(diffusers_vae_places(config))),
+        "unet": _sources(_layers(diffusers_unet_places(config)), () if _is_openclip(config) else UNET_POINTWISE),
+    }
+    return {network: {key: source(key) for key in keys[network]} for network, source in sources.items()}
+
+
+def _is_openclip(config: Config) -> bool:
+    """Whether this is Stable Diffusion 2.x: OpenCLIP has the exact GELU; its U-Net has no pointwise convolutions."""
+    return config.text.activation == "gelu"
+
+
+def _sources(layers: Mapping[str, str], pointwise: tuple[str, ...] = ()) -> Callable[[str], Source]:
+    """Our key -> its source, by a table of layers; those named `pointwise` at the end are 1x1 convolutions there."""
+
+    def source(key: str) -> Source:
+        layer, _, leaf = key.rpartition(".")
+        return Source(f"{layers[layer]}.{leaf}", ones=2 if leaf == "weight" and layer.endswith(pointwise) else 0)
+
+    return source
 
 
 def own_sources(keys: Mapping[str, Iterable[str]]) -> dict[str, dict[str, Source]]:

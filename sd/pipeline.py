@@ -55,6 +55,19 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def find_device(device: str | torch.device | None = None) -> torch.device:
+    """The device of this name, the best there is if None. Raises ValueError for one that is not there."""
+    if device is None:
+        return best_device()
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {str(device)!r} is not available here: {reason}") from None
+    return device
+
+
 def best_dtype(device: torch.device) -> torch.dtype:
     """The precision that is fastest without harm: float16 on CUDA, bfloat16 on CPUs that multiply it in hardware.
 
@@ -130,7 +143,7 @@ class StableDiffusion:
         Raises CheckpointError, in one line, for files that are not a checkpoint, are damaged, dangerous, or hold
         something else; ValueError for a device or precision that is not there.
         """
-        device = _device(device)
+        device = find_device(device)
         dtype = _dtype(dtype) if dtype is not None else best_dtype(device)
         path = resource(EMBEDDED) if path is None else path
         with load_checkpoint(path) as checkpoint:
@@ -296,18 +309,6 @@ def _texts(prompt: str | Sequence[str]) -> list[str]:
 
 def _sampler(name: str | Sampler) -> Sampler:
     return name if isinstance(name, Sampler) else sampler(name)
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return best_device()
-    try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device {str(device)!r} is not available here: {reason}") from None
-    return device
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
