@@ -37,7 +37,6 @@ from typing import Any, NamedTuple
 
 if not __package__:  # run as a file, from any folder, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    __package__ = "scripts"
 
 import torch
 from safetensors.torch import save_file
@@ -50,8 +49,12 @@ from sd.config import POCKET, SD1, Config
 from sd.convert import CONFIG_KEY, build, load_weights, to_own
 from sd.pipeline import DTYPES, StableDiffusion, best_dtype, find_device
 
-from . import cli
-from .peers import LAYOUTS, REQUIRED, missing, peers, pipeline
+if __package__:
+    from . import cli
+    from .peers import LAYOUTS, REQUIRED, missing, peers, pipeline
+else:
+    from scripts import cli
+    from scripts.peers import LAYOUTS, REQUIRED, missing, peers, pipeline
 
 PARTS = ("unet", "vae", "text", "picture", "start")
 PROMPTS = ("a photograph of an astronaut riding a horse", "")

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 import sd
 from sd.convert import WEIGHTS
+from sd.files import exists
 from sd.image import parameters, save_png
-from sd.pipeline import DTYPES, MAX_SEED, Steps, check_settings
+from sd.pipeline import DTYPES, GUIDANCE, SAMPLER, Steps, check_settings
 from sd.samplers import SAMPLERS, sampler
 from sd.schedule import SPACINGS
 
@@ -35,24 +36,34 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
-def run(work: Callable[[argparse.Namespace], None], parser: Parser, argv: list[str] | None = None) -> int:
+OUT_OF_MEMORY = (
+    "out of memory: try --batch-size 1, a smaller --height and --width, --dtype float16 or bfloat16, or --device cpu"
+)
+
+
+def run(
+    work: Callable[[argparse.Namespace], None],
+    parser: Parser,
+    argv: list[str] | None = None,
+    out_of_memory: str = OUT_OF_MEMORY,
+) -> int:
     """Parse, work, and turn whatever goes wrong through no fault of the program into one line and an exit status."""
-    warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file name that the terminal cannot show is no reason to stop
+    if hasattr(sys.stdout, "reconfigure"):  # a file name that the terminal cannot show is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = parser.parse_args(argv)
-    try:
-        work(args)
-    except KeyboardInterrupt:
-        return fail("stopped", 130)
-    except (ValueError, OSError, ArithmeticError) as error:
-        return fail(describe(error))
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-            raise
-        return fail(
-            "out of memory: try --batch-size 1, a smaller --height and --width, --dtype float16 or bfloat16, "
-            "or --device cpu"
-        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
+        try:
+            work(args)
+        except KeyboardInterrupt:
+            return fail("stopped", 130)
+        except (ValueError, OSError, ArithmeticError) as error:
+            return fail(describe(error))
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
+            return fail(out_of_memory)
     return 0
 
 
@@ -73,7 +84,9 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a RuntimeError is the device's or the CPU allocator's "no memory"."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return True
-    return bool(re.search("out of memory|not enough memory|can't allocate memory", str(error), re.IGNORECASE))
+    return bool(
+        re.search("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", str(error), re.IGNORECASE)
+    )
 
 
 def add_model_arguments(parser: Parser) -> None:
@@ -106,11 +119,11 @@ def add_sampling_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("sampling")
     usual = ", ".join(f"{name} {entry.steps}" for name, entry in SAMPLERS.items())
     group.add_argument(
-        "--sampler", default="ddim", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: %(default)s)"
+        "--sampler", default=SAMPLER, metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: %(default)s)"
     )
     group.add_argument("--steps", "--ddim_steps", type=int, metavar="N", help=f"default: {usual}")
     group.add_argument(
-        "--guidance", "--scale", "--cfg-scale", type=float, default=7.5, metavar="G",
+        "--guidance", "--scale", "--cfg-scale", type=float, default=GUIDANCE, metavar="G",
         help="how strongly to follow the prompt; 1 is plain, and twice as fast (default: %(default)s)",
     )  # fmt: skip
     group.add_argument("--spacing", choices=SPACINGS, help="grid of the noise levels (default: the sampler's own)")
@@ -246,7 +259,7 @@ class Output:
         finally:
             probe.unlink(missing_ok=True)
         if self.name and path.exists():
-            raise FileExistsError(17, "there is such a file already: choose another name or remove it", str(path))
+            raise exists(path)
 
     def _names(self, kind: str) -> Iterable[Path]:
         if self.name:
@@ -288,9 +301,3 @@ def settings(
         "Version": f"sd {sd.__version__}",
     }
     return parameters(prompt, args.negative, values)
-
-
-__all__ = [
-    "MAX_SEED", "ModelHash", "Output", "Parser", "add_model_arguments", "add_output_arguments",
-    "add_sampling_arguments", "checked", "fail", "load", "read_prompts", "run", "settings", "steps_bar",
-]  # fmt: skip

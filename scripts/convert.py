@@ -9,14 +9,11 @@ names of the original code, for other tools. Weights are copied bit for bit unle
 from __future__ import annotations
 
 import argparse
-import os
-import secrets
 import sys
 from pathlib import Path
 
 if not __package__:  # run as a file, from any folder, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    __package__ = "scripts"
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -24,9 +21,13 @@ from tqdm import tqdm
 
 import sd
 from sd.convert import CONFIG_KEY, WEIGHTS, to_original, to_own
-from sd.pipeline import DTYPES
+from sd.files import exists, new_file
+from sd.pipeline import DTYPES, named
 
-from . import cli
+if __package__:
+    from . import cli
+else:
+    from scripts import cli
 
 
 def parser() -> cli.Parser:
@@ -55,7 +56,14 @@ def rewrite(args: argparse.Namespace) -> None:
     if args.output.suffix != ".safetensors":
         raise ValueError(f"{args.output}: only .safetensors files are written, as they cannot run code")
     if args.output.exists():
-        raise FileExistsError(17, "there is such a file already: choose another name or remove it", str(args.output))
+        raise exists(args.output)
+    with new_file(args.output) as partial:  # an unwritable folder says so before the work
+        count, config = write(args, partial)
+    print(f"{args.output}: {config.name}, {count} weights, {args.output.stat().st_size / 1e9:.2f} GB")
+
+
+def write(args: argparse.Namespace, path: Path) -> tuple[int, sd.Config]:
+    """Read and rename all weights and write them to `path`; returns their number and the model."""
     dtype = DTYPES[args.dtype] if args.dtype else None
     with sd.load_checkpoint(args.input) as checkpoint:
         try:
@@ -70,18 +78,14 @@ def rewrite(args: argparse.Namespace) -> None:
                         read[network][key] = cast(key, tensor, dtype)
                         bar.update()
         except ValueError as error:
-            raise type(error)(f"{args.input}: {error}") from None
+            raise named(args.input, error) from None
     tensors = to_original(read, config) if args.layout == "original" else to_own(read)
     metadata = {"format": "pt", CONFIG_KEY: config.to_json()} if args.layout == "sd" else {"format": "pt"}
-    partial = args.output.with_name(f".{args.output.name}.{secrets.token_hex(4)}.part")
     try:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, metadata)
-        os.replace(partial, args.output)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
     except SafetensorError as error:
         raise OSError(f"{args.output}: cannot be written: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
-    print(f"{args.output}: {config.name}, {count} weights, {args.output.stat().st_size / 1e9:.2f} GB")
+    return count, config
 
 
 def cast(key: str, tensor, dtype):
@@ -96,7 +100,7 @@ def cast(key: str, tensor, dtype):
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    return cli.run(rewrite, parser(), argv)
+    return cli.run(rewrite, parser(), argv, "out of memory: the weights are held once while they are rewritten")
 
 
 if __name__ == "__main__":

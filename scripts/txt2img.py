@@ -12,13 +12,15 @@ from pathlib import Path
 
 if not __package__:  # run as a file, from any folder, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    __package__ = "scripts"
 
 from sd.image import grid
-from sd.pipeline import EMBEDDED
+from sd.pipeline import EMBEDDED, MAX_SEED
 from sd.resources import resource
 
-from . import cli
+if __package__:
+    from . import cli
+else:
+    from scripts import cli
 
 
 def parser() -> cli.Parser:
@@ -45,14 +47,15 @@ def paint(args: argparse.Namespace) -> None:
     output = cli.Output(args.out)
     model = cli.load(args)
     digest = None if args.no_metadata else cli.ModelHash(args.ckpt or resource(EMBEDDED))
-    print(f"{model.config.name} on {model.device}, {str(model.dtype).removeprefix('torch.')}", flush=True)
+    precision = str(model.dtype).removeprefix("torch.")
+    print(f"{model.config.name} on {model.device}, {precision}, first seed {args.seed}", flush=True)
 
     count = args.n * args.n_iter
     total = count * len(prompts)
-    images = []
+    done, kept = 0, []
     for prompt in prompts:
         for start in range(0, count, args.batch_size):
-            seed = args.seed + len(images)
+            seed = (args.seed + done) % (MAX_SEED + 1)
             batch = model.txt2img(
                 prompt,
                 args.negative,
@@ -65,14 +68,16 @@ def paint(args: argparse.Namespace) -> None:
                 eta=args.eta,
                 seed=seed,
                 n=min(args.batch_size, count - start),
-                progress=cli.steps_bar(f"picture {len(images) + 1} of {total}"),
+                progress=cli.steps_bar(f"picture {done + 1} of {total}"),
             )
             for i, image in enumerate(batch):
-                path = output.save(image, cli.settings(args, prompt, image, seed + i, digest))
-                print(f"{path}  seed {seed + i}", flush=True)
-            images += batch
+                own_seed = (seed + i) % (MAX_SEED + 1)
+                path = output.save(image, cli.settings(args, prompt, image, own_seed, digest))
+                print(f"{path}  seed {own_seed}", flush=True)
+            done += len(batch)
+            kept += batch if args.grid else []
     if args.grid:
-        print(output.save(grid(images, args.columns), kind="-grid"), flush=True)
+        print(output.save(grid(kept, args.columns), kind="-grid"), flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from .pickles import RefusedFile
 from .torch_files import LEGACY_MAGIC, MAX_DIMS, Contents, View, read_legacy, read_zip
 
-MAX_HEADER = 100_000_000  # bytes of a safetensors header, the library's own limit; real ones have below 1 MB
+MAX_HEADER = 16 << 20  # bytes of a safetensors header; real ones have below 1 MB
 MAX_TENSORS = 100_000  # a full Stable Diffusion 1 training file has 1,831
 
 SAFETENSORS_DTYPES = {
@@ -66,7 +66,9 @@ class CheckpointError(ValueError):
     """A file that cannot be used. The text is one line: the path, what is wrong, what to do."""
 
     def __init__(self, message: str) -> None:
-        # Names in a foreign file may hold line ends, or codes that a terminal obeys.
+        # Names in a foreign file may be endless, hold line ends, or codes that a terminal obeys.
+        if len(message) > 2000:
+            message = message[:1500] + " ... " + message[-400:]
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
@@ -100,7 +102,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     def __getitem__(self, key: str) -> torch.Tensor:
         """Read one tensor. KeyError for an unknown key, CheckpointError if the file cannot be read any more."""
         view = self._views[key]
-        numbers = torch.empty(view.extent, dtype=view.dtype)
+        numbers = torch.empty(view.extent, dtype=view.dtype, device="cpu")
         buffer = memoryview(numbers.view(torch.uint8).numpy())
         try:
             with self._lock:
@@ -235,7 +237,7 @@ def _read_safetensors(stream: BinaryIO, path: Path) -> Contents:
         raise RefusedFile(f"truncated: its header says at least {data} bytes, the file has {size}; {AGAIN}")
     try:
         header = json.loads(stream.read(length).decode(), object_pairs_hook=_unique)
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None) or {}
         tensors = {key: (info["dtype"], tuple(info["shape"]), *info["data_offsets"]) for key, info in header.items()}
         says = data + max((end for _dtype, _shape, _begin, end in tensors.values()), default=0)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:

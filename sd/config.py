@@ -28,7 +28,7 @@ def _check_sizes(owner: object, *names: str, limit: int = 1 << 17) -> None:
         value = getattr(owner, name)
         values = value if isinstance(value, tuple) else (value,)
         good = bool(values) and all(type(size) is int and 0 < size <= limit for size in values)
-        _check(good, f"{type(owner).__name__}.{name}: got {value!r}, expected whole numbers from 1 to {limit}")
+        _check(good, f"{type(owner).__name__}.{name}: got {value!r:.100}, expected whole numbers from 1 to {limit}")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class TextConfig:
     def __post_init__(self) -> None:
         _check_sizes(self, "width", "layers", "heads", "vocab", "length")
         _check(self.layers <= 256, f"TextConfig.layers: got {self.layers}, expected at most 256")
+        _check(self.length >= 3, f"TextConfig.length: got {self.length}, expected room for start, a token and end")
+        _check(self.vocab >= 49408, f"TextConfig.vocab: got {self.vocab}, CLIP has 49408 tokens")
         _check(self.width % self.heads == 0, f"TextConfig: {self.heads} heads do not divide width {self.width}")
         known = ("quick_gelu", "gelu")
         _check(self.activation in known, f"TextConfig.activation: got {self.activation!r}, expected one of {known}")
@@ -64,6 +66,7 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         _check_sizes(self, "channels", "blocks", "latent_channels", "image_channels")
+        _check(self.image_channels == 3, f"VAEConfig.image_channels: got {self.image_channels}, pictures have 3")
         _check(len(self.channels) <= 8 and self.blocks <= 16, "VAEConfig: more than 8 levels or 16 blocks a level")
         _check(
             all(width % GROUPS == 0 for width in self.channels),
@@ -91,6 +94,11 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         _check_sizes(self, "in_channels", "out_channels", "channels", "heads", "blocks", "context")
+        flags = isinstance(self.attention, tuple) and all(type(flag) is bool for flag in self.attention)
+        _check(flags, f"UNetConfig.attention: got {self.attention!r:.100}, expected true or false per level")
+        _check(
+            isinstance(self.channels, tuple) and isinstance(self.heads, tuple), "UNetConfig: expected lists per level"
+        )
         levels = len(self.channels)
         _check(
             len(self.heads) == levels and len(self.attention) == levels and levels <= 8 and self.blocks <= 16,
@@ -120,8 +128,9 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         _check_sizes(self, "steps", limit=100_000)
-        ordered = 0 < self.beta_start <= self.beta_end < 1
-        _check(ordered, f"ScheduleConfig: got betas {self.beta_start!r} to {self.beta_end!r}, expected within (0, 1)")
+        numbers = all(type(beta) is float for beta in (self.beta_start, self.beta_end))
+        ordered = numbers and 1e-6 <= self.beta_start <= self.beta_end <= 0.5
+        _check(ordered, f"ScheduleConfig: got betas {self.beta_start!r} to {self.beta_end!r}, expected 1e-6 to 0.5")
         known = ("eps", "v")
         _check(self.prediction in known, f"ScheduleConfig.prediction: got {self.prediction!r}, expected one of {known}")
 
@@ -139,7 +148,12 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_sizes(self, "size")
-        _check(isinstance(self.name, str) and len(self.name) <= 100, "Config.name: expected at most 100 characters")
+        named = isinstance(self.name, str) and len(self.name) <= 100 and self.name.isprintable()
+        _check(named, "Config.name: expected at most 100 printable characters")
+        _check(
+            self.unet.out_channels == self.vae.latent_channels,
+            f"Config: the U-Net predicts {self.unet.out_channels} channels of {self.vae.latent_channels}",
+        )
         _check(
             self.unet.context == self.text.width,
             f"Config: the U-Net expects a context {self.unet.context} wide, the text encoder's is {self.text.width}",
@@ -166,8 +180,8 @@ class Config:
                 for name, value in raw.items()
             }
             return cls(**values)
-        except (TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
-            raise ValueError(f"not a model config: {error}") from None
+        except (TypeError, AttributeError, LookupError, RecursionError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a model config: {error!s:.200}") from None
 
 
 SD1 = Config()

@@ -22,6 +22,7 @@ from .text_encoder import TextEncoder
 from .unet import UNet
 from .vae import VAE
 
+TOKENS = "token.weight"  # the text encoder's table of tokens
 CONFIG_KEY = "sd.config"  # where the metadata of a file of ours holds the config
 WEIGHTS = ("auto", "raw", "ema")  # which of the two sets of U-Net weights a training checkpoint may hold
 
@@ -91,7 +92,7 @@ def detect(tensors: Mapping[str, Tensor]) -> Config:
     if (channels, context) == (4, 1024):
         raise CheckpointError(
             "an SD 2.x checkpoint: base and 768-v cannot be told apart by their keys, so say which it is "
-            "(--model sd2 or --model sd2-v)"
+            "(config=SD2 or SD2_V, --model sd2 or sd2-v)"
         )
     known = {(4, 768): SD1, (9, 768): SD1_INPAINT, (9, 1024): SD2_INPAINT}
     if (channels, context) not in known or first[0] != SD1.unet.channels[0]:
@@ -114,7 +115,9 @@ class StateDict(Mapping[str, Tensor]):
         source = self._sources[key]
         tensor = self._tensors[source.key]
         if source.third is not None:
-            tensor = tensor.chunk(3)[source.third]
+            tensor = tensor.chunk(3)[source.third].clone()  # a view would keep all three in memory
+        elif key == TOKENS:
+            tensor = tensor[: self._shapes[key][0]]
         return tensor.reshape(self._shapes[key])
 
     def __iter__(self) -> Iterator[str]:
@@ -149,7 +152,7 @@ def convert(tensors: Mapping[str, Tensor], config: Config | None = None, weights
     ema = {key: Source(ema_key(source.key)) for key, source in sources["unet"].items()}
     has_ema = all(source.key in found for source in ema.values())
     if weights == "ema" and not has_ema:
-        raise CheckpointError("no moving average (EMA) of the U-Net in this file: use --weights auto or raw")
+        raise CheckpointError("no moving average (EMA) of the U-Net in this file: use weights auto or raw (--weights)")
     if weights == "ema" or (weights == "auto" and has_ema and sources["unet"]["conv_out.weight"].key not in found):
         sources["unet"] = ema
     _check_complete(found, sources, expected)
@@ -176,6 +179,8 @@ def _check_complete(
             want, have = expected[network][key], found.get(source.key)
             if source.third is not None:
                 want = (3 * want[0], *want[1:])
+            if key == TOKENS and have is not None and len(have) == 2 and have[0] > want[0]:
+                have = (want[0], have[1])  # fine-tuning added words behind CLIP's own, which nothing here types
             if have is not None and _squeezed(have) != _squeezed(want):
                 misshapen.append(f"{source.key} is {_shape(have)}, expected {_shape(want)}")
     if missing:
@@ -250,6 +255,7 @@ def load_weights(
 
     Convolution kernels are laid out channels-last, the layout in which convolutions run fastest on CPU and GPU and in
     which a transformer's tokens are a view of the feature map. `progress` is told how many numbers each weight has.
+    A weight that already is as wanted is taken as it is, not copied.
     """
     shapes = {key: meta.shape for key, meta in module.state_dict().items()}
 
@@ -257,17 +263,23 @@ def load_weights(
         tensor = state[key]
         if tensor.shape != shapes[key]:
             raise CheckpointError(f"{key} is {_shape(tuple(tensor.shape))}, expected {_shape(tuple(shapes[key]))}")
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{key} holds whole numbers ({tensor.dtype}): a quantised file, which is not supported"
+            )
         layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
-        weight = tensor.to(device=device, dtype=dtype).contiguous(memory_format=layout)
+        weight = tensor.to(dtype).contiguous(memory_format=layout)
         if dtype == torch.float16 and tensor.dtype != torch.float16 and not weight.isfinite().all():
-            raise CheckpointError(f"{key} has numbers beyond float16: use --dtype bfloat16 or float32")
-        progress(weight.numel())
+            raise CheckpointError(f"{key} has numbers beyond float16: use bfloat16 or float32 (--dtype)")
         return weight
 
     # Two threads, as reading and touching fresh memory leave a core waiting (more gain nothing); the largest first, so
-    # that the memory a weight was read into serves for all that follow.
+    # that the memory a weight was read into serves for all that follow. Only this thread talks to the device.
+    weights = {}
     order = sorted(shapes, key=lambda key: -shapes[key].numel())
     with ThreadPoolExecutor(2) as pool:
-        weights = dict(zip(order, pool.map(ready, order), strict=True))
+        for key, weight in zip(order, pool.map(ready, order), strict=True):
+            weights[key] = weight.to(device)
+            progress(weight.numel())
     module.load_state_dict(weights, strict=True, assign=True)
     return module.requires_grad_(False).eval()

@@ -26,7 +26,8 @@ class Denoiser:
 
     network   what predicts, in the precision of `context`
     schedule  says what the prediction means
-    context   (B, M, D), the prompts; `uncond` (B, M, D) what to steer away from, not needed at guidance 1
+    context   (B, M, D), the prompts, or (1, M, D) for all pictures alike; `uncond` likewise what to steer away from,
+              not needed at guidance 1
     guidance  0 ignores the prompt, 1 is the plain prediction (and half the work), above 1 exaggerates the prompt
     """
 
@@ -38,14 +39,18 @@ class Denoiser:
         self.network = network
         self.schedule = schedule
         self.guidance = guidance
-        self.context = context if guidance == 1.0 else torch.cat([uncond, context])
+        self.contexts = [context] if guidance == 1.0 else [uncond, context]
 
     def __call__(self, x: Tensor, level: Level) -> Tensor:
         """x (B, C, h, w) at a level -> x0 (B, C, h, w) in x's precision."""
-        copies = self.context.shape[0] // x.shape[0]
-        batch = x.to(self.context.dtype).repeat(copies, 1, 1, 1)
-        t = torch.full((batch.shape[0],), level.t, device=x.device)
-        out = self.network(batch, t, self.context).to(x.dtype)
+        B = x.shape[0]
+        for context in self.contexts:
+            if context.shape[0] not in (1, B):
+                raise ValueError(f"a context for {context.shape[0]} pictures, but there are {B}")
+        contexts = torch.cat([context.expand(B, -1, -1) for context in self.contexts])
+        batch = x.to(contexts.dtype).repeat(len(self.contexts), 1, 1, 1)
+        t = torch.full((batch.shape[0],), level.t, device=x.device, dtype=torch.float32)
+        out = self.network(batch, t, contexts).to(x.dtype)
         if self.guidance != 1.0:
             uncond, cond = out.chunk(2)
             out = uncond + self.guidance * (cond - uncond)

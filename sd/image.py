@@ -7,13 +7,13 @@ prompt, a line "Negative prompt: ...", then a line of "Name: value" pairs.
 from __future__ import annotations
 
 import math
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 from torch import Tensor
+
+from .files import new_file
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -57,19 +57,5 @@ def save_png(image: Image.Image, path: Path, text: str | None = None) -> None:
     info = PngImagePlugin.PngInfo()
     if text:
         info.add_text("parameters", text.encode("utf-8", "replace").decode("utf-8"))  # half a surrogate pair -> "?"
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(partial, "xb") as file:
-            image.save(file, "PNG", pnginfo=info)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(partial, path)  # unlike a rename, refuses to replace a file
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without hard links
-            if path.exists():
-                raise FileExistsError(f"{path} exists already") from None
-            os.rename(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(path) as partial:
+        image.save(partial, "PNG", pnginfo=info)

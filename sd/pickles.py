@@ -28,20 +28,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO
 
-MAX_BYTES = 1 << 28  # 256 MB; the pickle of a full training checkpoint has 1 to 10 MB
+MAX_BYTES = 1 << 26  # 64 MB; the pickle of a full training checkpoint has 1 to 10 MB
 MAX_OPCODES = 2_000_000  # about 38 for each tensor: 70,000 for the 1,831 tensors of a full Stable Diffusion 1 file
 
 # Modules and single functions that exist to run code, to load it or to reach the system.
 RUNS_CODE = re.compile(
     r"(os|posix|nt|subprocess|sys|runpy|shutil|socket|importlib|imp|pty|ctypes|codeop|webbrowser|_?pickle|cPickle|dill"
     r"|cloudpickle|marshal|commands|popen2|pdb|bdb|cProfile|timeit|pip|pydoc|multiprocessing|asyncio|zipimport|pkgutil"
-    r"|urllib|urllib2|requests|httplib|numpy\.(testing|f2py|distutils)|lib2to3\.pgen2|torch\.(hub|jit|package|ops"
-    r"|classes|utils\.cpp_extension|utils\._config_module))\..*"
+    r"|urllib|urllib2|requests|httplib|http|distutils|threading|_thread|_posixsubprocess|_winapi|profile|trace|doctest"
+    r"|unittest|ensurepip|venv|numpy\.(testing|f2py|distutils)|lib2to3\.pgen2|torch\.(hub|jit|package|ops"
+    r"|classes|_inductor|_dynamo|utils\.cpp_extension|utils\.collect_env|utils\._config_module))\..*"
     r"|(builtins|__builtin__)\.(eval|exec|execfile|compile|open|file|__import__|getattr|setattr|delattr|globals|locals"
     r"|vars|breakpoint|input|apply|reload)"
-    r"|_?io\.(open|FileIO)|_?operator\.(attrgetter|methodcaller)|types\.(CodeType|FunctionType)"
+    r"|_?io\.(open|FileIO)|_?operator\.(attrgetter|methodcaller)|types\.(CodeType|FunctionType|MethodType)"
     r"|code\.(interact|InteractiveInterpreter|InteractiveConsole)|(numpy|joblib|torch|torch\.serialization)\.load"
-    r"|torch\.compile|platform\.popen",
+    r"|torch\.compile|torch\.storage\._load_from_bytes|pandas\.read_pickle|platform\.popen",
     re.DOTALL,
 )
 

@@ -20,15 +20,16 @@ depends on neither the batch it is made in nor the device.
 from __future__ import annotations
 
 import math
+import operator
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .checkpoint import load_checkpoint
+from .checkpoint import CheckpointError, load_checkpoint
 from .config import Config
 from .convert import build, convert, detect, load_weights
 from .denoiser import Denoiser
@@ -42,7 +43,10 @@ from .unet import UNet
 from .vae import VAE
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DEVICES = ("cuda", "cpu", "mps", "xpu")
+SAMPLER, GUIDANCE = "ddim", 7.5  # defaults
 MAX_SEED = 2**64 - 1
+MAX_SIDE = 16384  # pixels
 EMBEDDED = "weights/pocket.safetensors"  # the model that comes with the project
 
 Progress = Callable[["Steps"], Iterable[Step]]
@@ -56,16 +60,16 @@ def best_device() -> torch.device:
 
 
 def find_device(device: str | torch.device | None = None) -> torch.device:
-    """The device of this name, the best there is if None. Raises ValueError for one that is not there."""
-    if device is None:
-        return best_device()
+    """The device of this name, with its number; the best there is if None. ValueError for one that is not there."""
     try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
+        found = torch.device(device) if device is not None else best_device()
+        if found.type not in DEVICES:
+            raise RuntimeError(f"expected one of {', '.join(DEVICES)}")
+        # an empty tensor knows the number of the current device, which other threads would not
+        return torch.empty(0, device=found).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device {str(device)!r} is not available here: {reason}") from None
-    return device
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
@@ -76,10 +80,32 @@ def best_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.float16
     if device.type == "cpu":
-        able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        if hasattr(torch.cpu, "get_capabilities"):
+            able = torch.cpu.get_capabilities()
+        else:  # before torch 2.10
+            able = {"avx512_bf16": getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()}
         if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16")):
             return torch.bfloat16
     return torch.float32
+
+
+def named(path: str | os.PathLike[str], error: ValueError) -> ValueError:
+    """The error with the file's name in front, unless it is there already."""
+    message = str(error)
+    return error if message.startswith(str(path)) else CheckpointError(f"{path}: {message}")
+
+
+def check_schedule(tensors: Mapping[str, Tensor], config: Config) -> None:
+    """Warn if the file was trained with another noise schedule than the config's, as zero-terminal-SNR models are."""
+    if "alphas_cumprod" not in tensors:
+        return
+    theirs, ours = tensors["alphas_cumprod"].double(), torch.from_numpy(Schedule(config.schedule).alpha_bar)
+    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, atol=1e-3):  # as float16 rounds them
+        warnings.warn(
+            "this checkpoint was trained with another noise schedule (alphas_cumprod), which is not supported: its "
+            "pictures will be off",
+            stacklevel=3,
+        )
 
 
 def generators(seed: int, n: int) -> list[torch.Generator]:
@@ -93,7 +119,8 @@ def draw(rngs: Sequence[torch.Generator], shape: Sequence[int], device: torch.de
     Drawn one by one and on the CPU: a slice of a batch's draw is not the draw of that picture alone, and CUDA's
     generator gives other numbers.
     """
-    return torch.stack([torch.randn(tuple(shape), generator=rng) for rng in rngs]).to(device)
+    each = [torch.randn(tuple(shape), generator=rng, device="cpu", dtype=torch.float32) for rng in rngs]
+    return torch.stack(each).to(device)
 
 
 class Steps(Iterator[Step]):
@@ -156,8 +183,9 @@ class StableDiffusion:
                     load_weights(
                         network, states[name], device, dtype, lambda n: progress(n, total) if progress else None
                     )
+                check_schedule(checkpoint, config)
             except ValueError as error:
-                raise type(error)(f"{path}: {error}") from None
+                raise named(path, error) from None
         return cls(config, **networks)
 
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
@@ -166,7 +194,7 @@ class StableDiffusion:
         with torch.no_grad():
             return self.text_encoder(ids)
 
-    def denoiser(self, context: Tensor, uncond: Tensor | None = None, guidance: float = 7.5) -> Denoiser:
+    def denoiser(self, context: Tensor, uncond: Tensor | None = None, guidance: float = GUIDANCE) -> Denoiser:
         """The U-Net with guidance, as samplers want it; context and uncond (B, M, D)."""
         return Denoiser(self.unet, self.schedule, context, uncond, guidance)
 
@@ -175,7 +203,7 @@ class StableDiffusion:
         denoise: Denoise,
         x: Tensor,
         levels: Sequence[Level],
-        sampler: str | Sampler = "ddim",
+        sampler: str | Sampler = SAMPLER,
         *,
         eta: float | None = None,
         noise: Noise | None = None,
@@ -185,8 +213,14 @@ class StableDiffusion:
         `noise` gives stochastic samplers their random numbers; `eta` is DDIM's, 0 if not given.
         """
         chosen = _sampler(sampler)
-        options = {} if eta is None else {"eta": eta}
-        if noise is not None:
+        options: dict[str, object] = {}
+        if eta is not None:
+            if chosen.stochastic != "eta":
+                raise ValueError(f"eta is a setting of ddim, not of {chosen.label}")
+            options["eta"] = eta
+        if noise is None and chosen.stochastic == "always":
+            raise ValueError(f"{chosen.label} draws noise in every step: give it `noise`")
+        if noise is not None and chosen.stochastic != "never":
             options["noise"] = noise
         return Steps(chosen.run(denoise, x, levels, **options), max(len(levels) - 1, 0))
 
@@ -202,14 +236,14 @@ class StableDiffusion:
                 image = self.vae.decode(z[i : i + 1].to(self.dtype))
                 if not image.isfinite().all() and self.dtype != torch.float32:
                     warnings.warn(
-                        f"picture {i + 1} is not finite when decoded in {_name(self.dtype)}: decoding it in float32",
+                        f"a picture is not finite when decoded in {_name(self.dtype)}: decoding it again in float32",
                         stacklevel=2,
                     )
                     image = _in_float32(self.vae, z[i : i + 1])
                 if not image.isfinite().all():
                     raise ArithmeticError(
                         "the picture is not finite (NaN) even when decoded in float32: the checkpoint may be damaged, "
-                        "or the U-Net overflows in half precision: try --dtype float32"
+                        "or the U-Net overflows in half precision: try float32 (--dtype)"
                     )
             pictures += to_pil(image)
         return pictures
@@ -222,8 +256,8 @@ class StableDiffusion:
         height: int | None = None,
         width: int | None = None,
         steps: int | None = None,
-        guidance: float = 7.5,
-        sampler: str = "ddim",
+        guidance: float = GUIDANCE,
+        sampler: str = SAMPLER,
         spacing: str | None = None,
         eta: float | None = None,
         seed: int = 0,
@@ -245,13 +279,15 @@ class StableDiffusion:
         All pictures are made as one batch. Raises ValueError in one line for values that cannot be.
         """
         chosen = _sampler(sampler)
+        seed, n = _whole("seed", seed), _whole("n", n)
+        steps = None if steps is None else _whole("steps", steps)
         check_settings(chosen, guidance=guidance, eta=eta, seed=seed, n=n, steps=steps)
         self._check_plain()
         shape = self.latent_shape(height, width)
         levels = self.schedule.levels(chosen.steps if steps is None else steps, spacing or chosen.spacing)
-        context = prompt if isinstance(prompt, Tensor) else self.encode_prompt(_texts(prompt))
+        context = self._context(prompt) if isinstance(prompt, Tensor) else self.encode_prompt(_texts(prompt))
         context = context.to(self.device, self.dtype).repeat_interleave(n, dim=0)
-        uncond = self.encode_prompt([negative]).expand(context.shape[0], -1, -1) if guidance != 1.0 else None
+        uncond = self.encode_prompt(_texts(negative)) if guidance != 1.0 else None
         denoise = self.denoiser(context, uncond, guidance)
 
         rngs = generators(seed, context.shape[0])
@@ -266,13 +302,21 @@ class StableDiffusion:
         factor = self.config.vae.factor
         sides = []
         for name, side in (("height", height), ("width", width)):
-            side = self.config.size if side is None else side
+            side = self.config.size if side is None else _whole(name, side)
+            if side > MAX_SIDE:
+                raise ValueError(f"{name} must be at most {MAX_SIDE}, got {side}")
             if side % factor or side < factor:
                 lower, upper = max(side // factor, 1) * factor, max(-(-side // factor), 1) * factor
                 near = f"{lower} or {upper}" if lower != upper else f"{lower}"
                 raise ValueError(f"{name} must be a multiple of {factor}, got {side}: try {near}")
             sides.append(side // factor)
         return self.config.vae.latent_channels, sides[0], sides[1]
+
+    def _context(self, context: Tensor) -> Tensor:
+        M, D = self.config.text.length, self.config.text.width
+        if context.dim() != 3 or context.shape[0] < 1 or tuple(context.shape[1:]) != (M, D):
+            raise ValueError(f"a context must be (B, {M}, {D}), got {tuple(context.shape)}")
+        return context
 
     def _check_plain(self) -> None:
         if self.config.unet.in_channels != self.config.vae.latent_channels:
@@ -298,6 +342,14 @@ def check_settings(
         raise ValueError(f"seed must be from 0 to 2^64 - 1, got {seed}")
     if n < 1:
         raise ValueError(f"the number of pictures must be at least 1, got {n}")
+
+
+def _whole(name: str, value: int) -> int:
+    """Whole numbers of any kind (numpy's too) as int."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
 
 
 def _texts(prompt: str | Sequence[str]) -> list[str]:

@@ -110,7 +110,7 @@ class Schedule:
         karras       even in ratio^(1/7) between the schedule's largest and smallest, to clean (Karras et al. 2022)
         exponential  even in ln(ratio) between the same, to clean
         """
-        if not isinstance(n, int) or not 1 <= n <= self.steps:
+        if not isinstance(n, (int, np.integer)) or not 1 <= n <= self.steps:
             raise ValueError(f"steps must be a whole number from 1 to {self.steps}, got {n}")
         if not 0.0 <= strength <= 1.0:
             raise ValueError(f"strength must be in [0, 1], got {strength}")

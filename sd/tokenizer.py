@@ -194,7 +194,7 @@ class Tokenizer:
         Tokens that do not fit are left out, the end stays, and a warning per such text says what was lost.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
-        rows = torch.full((len(texts), self.length), self.pad)
+        rows = torch.full((len(texts), self.length), self.pad, device="cpu")
         for row, text in zip(rows, texts, strict=True):
             ids = self.encode(text)
             lost, tail = self._tail(ids)
@@ -206,7 +206,7 @@ class Tokenizer:
                     stacklevel=2,
                 )
             ids = [self.start, *ids[: self.length - 2], self.end]
-            row[: len(ids)] = torch.tensor(ids)
+            row[: len(ids)] = torch.tensor(ids, device="cpu")
         return rows
 
     def encode(self, text: str) -> list[int]:

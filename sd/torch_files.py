@@ -33,6 +33,7 @@ import torch
 from .pickles import MAX_BYTES, Placeholder, RefusedFile, Symbol, read_pickle
 
 MAX_DIMS = 16  # of a tensor; convolutions have 4
+MAX_DIRECTORY = 16 << 20  # bytes of a zip directory; real ones have below 1 MB
 MAX_NESTING = 8  # of "state_dict" in "state_dict"
 MAX_METADATA = 1000  # characters of a plain value
 
@@ -105,7 +106,8 @@ Contents = tuple[dict[str, View], dict[str, str]]  # the tensors by name, and th
 def read_zip(stream: BinaryIO) -> Contents:
     """The contents of a zip archive that `torch.save` wrote. Raises RefusedFile."""
     members, prefix = _directory(stream)
-    if f"{prefix}byteorder" in members and _data(stream, *members[f"{prefix}byteorder"]) != b"little":
+    order = members.get(f"{prefix}byteorder")
+    if order is not None and (order[0].file_size > 16 or _data(stream, *order) != b"little"):
         raise RefusedFile("holds numbers in big-endian order; save it again on a little-endian machine")
     pickled = io.BytesIO(_data(stream, *members[f"{prefix}data.pkl"]))
     content = read_pickle(pickled, _call, functools.partial(_stored, {}))
@@ -126,12 +128,20 @@ def _directory(stream: BinaryIO) -> tuple[dict[str, tuple[zipfile.ZipInfo, int]]
     writes is refused: it could hide from one zip reader what another one sees.
     """
     size = stream.seek(0, io.SEEK_END)
+    stream.seek(max(size - 22 - 0xFFFF, 0))
+    tail = stream.read()
+    record = tail.rfind(b"PK\5\6")  # at its end a zip archive says how large its directory is
+    length = tail[record + 12 : record + 16] if record >= 0 else b""
+    if length != b"\xff" * 4 and int.from_bytes(length, "little") > MAX_DIRECTORY:  # all ones: it stands elsewhere
+        raise RefusedFile(f"damaged: a zip directory of more than {MAX_DIRECTORY >> 20} MB; download it again")
     try:
         with zipfile.ZipFile(stream) as archive:
             infos, end = sorted(archive.infolist(), key=lambda info: info.header_offset), archive.start_dir
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, OSError, struct.error) as error:
         what = f"no zip directory at the end of its {size} bytes ({error!s:.100})"
         raise RefusedFile(f"truncated or damaged: {what}; download it again") from None
+    if infos and infos[0].header_offset != 0:  # some readers would take what lies in front for the archive
+        raise RefusedFile("tampered with: something lies in front of its zip archive; do not use this file")
     names = [info.orig_filename for info in infos]
     pickles = [name for name in names if name.casefold().rpartition("/")[2] == "data.pkl"]
     if not pickles:
@@ -200,7 +210,10 @@ def read_legacy(stream: BinaryIO) -> Contents:
 
     places: dict[str, Place] = {}
     position = stream.tell()
+    size = stream.seek(0, io.SEEK_END)
     for key in keys:
+        if position > size:
+            raise RefusedFile(f"truncated: it says that it has over {position} bytes, it has {size}; download it again")
         (numel,) = struct.unpack("<q", _read(stream, position, 8))
         storage = storages[key]
         if storage.dtype is None or numel != storage.numel or key in places:
@@ -208,7 +221,7 @@ def read_legacy(stream: BinaryIO) -> Contents:
             raise RefusedFile(f"damaged: {what}; download it again")
         places[key] = Place(position + 8, numel * storage.dtype.itemsize)
         position = sum(places[key])
-    if position > (size := stream.seek(0, io.SEEK_END)):
+    if position > size:
         raise RefusedFile(f"truncated: it says that it has {position} bytes, it has {size}; download it again")
     return _contents(content, places.__getitem__)
 

@@ -76,7 +76,7 @@ class Middle(nn.Module):
         return self.res[1](self.attn(self.res[0](x, time), context), time)
 
 
-class Level(nn.Module):
+class Stage(nn.Module):
     """One resolution: residual blocks, each followed by a transformer if the level attends.
 
     `widths` are the input channels of each block. `down` or `up` is the step to the next level, None at the end.
@@ -113,7 +113,7 @@ class UNet(nn.Module):
         skips = [first]  # channels of everything that is kept on the way down
         for i, (channels, attends, heads) in enumerate(per_level):
             widths = [skips[-1]] + [channels] * (config.blocks - 1)
-            level = Level(widths, channels, attends, heads, config.context, time_width)
+            level = Stage(widths, channels, attends, heads, config.context, time_width)
             skips += [channels] * config.blocks
             if i < len(per_level) - 1:
                 level.down = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
@@ -126,7 +126,7 @@ class UNet(nn.Module):
         width = last  # channels of what comes from below
         for i, (channels, attends, heads) in reversed(list(enumerate(per_level))):
             widths = [before + skips.pop() for before in [width] + [channels] * config.blocks]
-            level = Level(widths, channels, attends, heads, config.context, time_width)
+            level = Stage(widths, channels, attends, heads, config.context, time_width)
             if i > 0:
                 level.up = Upsample(channels)
             up.append(level)

@@ -82,7 +82,7 @@ class Middle(nn.Module):
         return self.res[1](self.attn(self.res[0](x)))
 
 
-class Level(nn.Module):
+class Stage(nn.Module):
     """Residual blocks at one resolution, then the step to the next one (`down` or `up`; None at the end)."""
 
     def __init__(self, in_channels: int, channels: int, blocks: int) -> None:
@@ -107,7 +107,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(config.image_channels, config.channels[0], 3, padding=1)
         widths = (config.channels[0], *config.channels)
-        self.down = nn.ModuleList(Level(a, b, config.blocks) for a, b in pairwise(widths))
+        self.down = nn.ModuleList(Stage(a, b, config.blocks) for a, b in pairwise(widths))
         for level in self.down[:-1]:
             level.down = Downsample(level.res[-1].conv2.out_channels)
         self.mid = Middle(widths[-1])
@@ -130,7 +130,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, config.channels[-1], 3, padding=1)
         self.mid = Middle(config.channels[-1])
         widths = (*config.channels, config.channels[-1])  # what comes in from the coarser level, behind each level
-        self.up = nn.ModuleList(Level(b, a, config.blocks + 1) for a, b in pairwise(widths))
+        self.up = nn.ModuleList(Stage(b, a, config.blocks + 1) for a, b in pairwise(widths))
         for level in self.up[1:]:
             level.up = Upsample(level.res[-1].conv2.out_channels)
         self.norm_out = nn.GroupNorm(GROUPS, widths[0], NORM_EPS)

@@ -18,7 +18,7 @@ import reference_weights as reference
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sd.config import Config, TextConfig, UNetConfig, VAEConfig
+from sd.config import Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from sd.keys import Place, unet_places
 from sd.schedule import Level
 
@@ -32,6 +32,16 @@ TINY = Config(
     text=TextConfig(width=64, layers=3, heads=4),
     vae=VAEConfig(channels=(64, 64, 128, 128), blocks=1),
     unet=UNetConfig(channels=(64, 128, 128), heads=(4, 4, 4), attention=(True, True, False), blocks=1, context=64),
+)
+
+# tiny-v2-v: SD 2 with v-prediction in small
+TINY_V2 = Config(
+    name="tiny v2",
+    size=128,
+    text=TextConfig(width=96, layers=3, heads=3, activation="gelu", pad=0),
+    vae=VAEConfig(channels=(64, 128, 128, 192), blocks=2),
+    unet=UNetConfig(channels=(64, 128, 192), heads=(2, 4, 6), attention=(False, True, True), blocks=2, context=96),
+    schedule=ScheduleConfig(prediction="v"),
 )
 
 

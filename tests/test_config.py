@@ -79,12 +79,21 @@ def altered(path: str, value: object) -> str:
         (altered("schedule.prediction", "x0"), "prediction"),
         (altered("schedule.steps", True), "steps"),
         (altered("name", 5), "name"),
+        (altered("name", "\x1b[31mred"), "name"),
+        (altered("unet.attention", {"a": 1}), "attention"),
+        (altered("unet.attention", "abcd"), "attention"),
+        (altered("text.vocab", 100), "vocab"),
+        (altered("text.length", 2), "length"),
+        (altered("vae.image_channels", 1), "image_channels"),
+        (altered("unet.out_channels", 3), "channels"),
+        (altered("schedule.beta_start", 1e-300), "betas"),
+        (altered("unet.channels", [321] * 200_000), "UNetConfig"),
     ],
 )
 def test_refusals(text, word):
     with pytest.raises(ValueError, match=word) as caught:
         Config.from_json(text)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("make", [TextConfig, VAEConfig, UNetConfig, ScheduleConfig, Config])

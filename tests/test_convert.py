@@ -7,7 +7,8 @@ import re
 import pytest
 import reference_weights as reference
 import torch
-from common import TINY, Golden, error, manifest, tiny_state
+from common import TINY, TINY_V2, Golden, error, manifest, tiny_state
+from conftest import loaded
 from safetensors.torch import save_file
 
 from sd import StableDiffusion
@@ -212,6 +213,35 @@ def test_text_encoder_without_text_model_in_its_keys():
     assert torch.equal(
         convert(state, TINY)["text_encoder"]["norm.bias"], convert(tiny_state(), TINY)["text_encoder"]["norm.bias"]
     )
+
+
+def test_words_added_by_fine_tuning_are_left_out():
+    key = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    state = {**tiny_state(), key: torch.cat([tiny_state()[key], torch.ones(2, 64)])}
+    assert torch.equal(convert(state, TINY)["text_encoder"]["token.weight"], tiny_state()[key])
+    with pytest.raises(CheckpointError, match="wrong shape"):
+        convert({**state, key: state[key][:100]}, TINY)
+
+
+def test_whole_numbers_are_no_weights():
+    state = convert({key: tensor.to(torch.int8) for key, tensor in tiny_state().items()}, TINY)["unet"]
+    with pytest.raises(CheckpointError, match="quantised"):
+        load_weights(build(TINY)["unet"], state, torch.device("cpu"), torch.float32)
+
+
+def test_openclip_names_and_its_golden():
+    """SD 2 in small: fused q, k, v, bare tables, and the penultimate layer."""
+    state = tiny_state("tiny-v2-v")
+    networks, golden = loaded(state, TINY_V2), Golden("tiny_v2_components")
+    assert error(networks["text_encoder"](golden["ids"].long()), golden["context"]) < 1e-5
+    assert error(networks["unet"](golden["unet_x"], golden["unet_t"], golden["context"]), golden["unet_out"]) < 2e-5
+    back = to_original({name: network.state_dict() for name, network in networks.items()}, TINY_V2)
+    for key, tensor in back.items():
+        assert torch.equal(tensor, state[key]) and tensor.shape == state[key].shape, key
+    left = {key for key in set(state) - set(back) - set(reference.SCHEDULE) if "resblocks.3." not in key}
+    assert left == {"cond_stage_model.model.logit_scale", "cond_stage_model.model.text_projection"}
+    q = networks["text_encoder"].blocks[0].attn.q.weight
+    assert q.untyped_storage().nbytes() == q.nbytes, "a third must not keep the other two in memory"
 
 
 def test_numbers_beyond_float16_are_refused():

@@ -64,6 +64,16 @@ def test_precision_of_the_network_and_of_the_state():
     assert out.dtype == torch.float32
 
 
+def test_one_context_serves_all_and_other_numbers_are_refused():
+    schedule = Schedule()
+    level = schedule.level(5)
+    out = Denoiser(network, schedule, COND[:1], UNCOND[:1], 3.0)(X, level)
+    for i in range(2):
+        assert error(out[i : i + 1], Denoiser(network, schedule, COND[:1], UNCOND[:1], 3.0)(X[i : i + 1], level)) < 1e-6
+    with pytest.raises(ValueError, match="a context for 2 pictures, but there are 3"):
+        Denoiser(network, schedule, COND, UNCOND[:1], 3.0)(torch.cat([X, X[:1]]), level)
+
+
 def test_guidance_needs_uncond():
     with pytest.raises(ValueError, match="uncond"):
         Denoiser(network, Schedule(), COND, guidance=2.0)

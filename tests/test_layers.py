@@ -36,6 +36,22 @@ def test_attention_is_the_textbook_formula(heads, width, N, M, causal):
     assert error(attention(*low, heads, causal), textbook_attention(*low, heads, causal)) < 1e-2
 
 
+@pytest.mark.parametrize("spread, tolerance", [(1.0, 0.01), (4.0, 0.03), (8.0, 0.05)])
+def test_attention_in_bfloat16_with_large_scores(spread, tolerance):
+    """Where it goes by rows on the CPU, scores are rounded before the softmax; the error grows with them."""
+    q, k, v = (reference.normal(name, (1, 1024, 64)) for name in "qkv")
+    low = [(spread * q).bfloat16(), k.bfloat16(), v.bfloat16()]
+    assert error(attention(*low, heads=1), textbook_attention(*low, heads=1)) < tolerance
+
+
+def test_attention_by_rows_has_no_gradient_to_lose():
+    x = reference.normal("x", (1, 600, 32)).bfloat16()
+    with torch.enable_grad():
+        tracked = x.clone().requires_grad_()
+        attention(tracked, tracked, tracked, heads=1).float().sum().backward()
+    assert tracked.grad.isfinite().all() and tracked.grad.norm() > 0
+
+
 def test_attention_does_not_overflow_in_half_precision():
     """Scores beyond float16's 65504, as SD 2.1 makes them: the softmax must still be exact about the largest."""
     q = torch.full((1, 4, 64), 200.0, dtype=torch.float16)

@@ -258,8 +258,8 @@ def test_the_readers_contain_no_way_to_run_anything(module):
         pytest.param(b"cm\nn", "within a name", id="cut name"),
         pytest.param(b"cm\n\xff\n.", "utf-8", id="name that is no text"),
         pytest.param(b"X\x10\0\0\0abc.", "remain", id="cut string"),
-        pytest.param(b"\x8d" + struct.pack("<Q", 2**62) + b"abc.", "more than 256 MB", id="string of 2^62 bytes"),
-        pytest.param(b"\x8e" + struct.pack("<Q", 2**40) + b"abc.", "more than 256 MB", id="bytes of a terabyte"),
+        pytest.param(b"\x8d" + struct.pack("<Q", 2**62) + b"abc.", "more than 64 MB", id="string of 2^62 bytes"),
+        pytest.param(b"\x8e" + struct.pack("<Q", 2**40) + b"abc.", "more than 64 MB", id="bytes of a terabyte"),
         pytest.param(b"\x8b" + struct.pack("<i", -1) + b".", "byte", id="number of negative length"),
         pytest.param(b"I12x\n.", "invalid literal", id="number that is none"),
         pytest.param(b"\x97.", "outside of the file", id="out-of-band buffer"),
@@ -276,7 +276,7 @@ def test_bounds_on_size_and_steps(monkeypatch):
     monkeypatch.setattr(pickles, "MAX_BYTES", 1000)
     assert read(b"X\xe0\x03\0\0" + b"x" * 992 + b"0N.") is None
     assert "more than" in refused(b"X\xe1\x03\0\0" + b"x" * 993 + b"0N.")
-    assert MAX_BYTES == 1 << 28
+    assert MAX_BYTES == 1 << 26
 
 
 def test_deep_nesting_is_read_without_recursion():

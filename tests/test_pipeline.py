@@ -89,6 +89,65 @@ def test_noise_is_each_picture_s_own():
     assert not torch.equal(draw(rngs, (4, 9, 13), torch.device("cpu"))[0], first[0])
 
 
+def test_default_type_and_device_of_torch_do_not_matter(tiny_sd):
+    settings = {"height": 64, "width": 64, "steps": 2, "seed": 9}
+    (expected,) = tiny_sd.txt2img("a", **settings)
+    try:
+        torch.set_default_dtype(torch.float64)
+        (image,) = tiny_sd.txt2img("a", **settings)
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device("meta")
+        (again,) = tiny_sd.txt2img("a", **settings)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert np.array_equal(pixels(image), pixels(expected)) and np.array_equal(pixels(again), pixels(expected))
+
+
+def test_numbers_of_numpy_are_numbers(tiny_sd):
+    settings = {"height": np.int64(64), "width": np.int32(64), "steps": np.int64(1), "seed": np.uint8(3)}
+    assert tiny_sd.txt2img("a", **settings)[0].size == (64, 64)
+
+
+def test_samplers_are_given_what_they_need(tiny_sd):
+    denoise, x, levels = (lambda x, level: x), torch.zeros(1, 4, 8, 8), tiny_sd.schedule.levels(2)
+    with pytest.raises(ValueError, match="noise"):
+        tiny_sd.sample(denoise, x, levels, "ddpm")
+    with pytest.raises(ValueError, match="eta"):
+        tiny_sd.sample(denoise, x, levels, "ddpm", eta=0.5, noise=torch.randn_like)
+
+
+def test_another_noise_schedule_is_said(tmp_path):
+    """Silently wrong pictures are the worst kind: zero-terminal-SNR fine-tunes keep their schedule in the file."""
+    from sd.pipeline import check_schedule
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_schedule(tiny_state(), TINY)
+        check_schedule({key: tensor.half() for key, tensor in tiny_state().items()}, TINY)
+        check_schedule({}, TINY)
+    with pytest.warns(UserWarning, match="another noise schedule"):
+        check_schedule({"alphas_cumprod": torch.linspace(1, 0, 1000)}, TINY)
+
+
+@pytest.mark.gpu
+def test_peak_memory_of_a_picture_on_the_gpu():
+    """float16 at 512x512: at most 2.6 GB, the weights being 2.13 of them."""
+    from sd.config import SD1
+    from sd.convert import build
+
+    networks = {name: net.to_empty(device="cuda").half() for name, net in build(SD1).items()}
+    for network in networks.values():
+        for parameter in network.parameters():
+            parameter.normal_(0, 0.01)
+        network.to(memory_format=torch.channels_last)
+    sd = StableDiffusion(SD1, **networks)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    sd.txt2img("a", steps=2)
+    assert torch.cuda.max_memory_allocated() < 2.6e9
+
+
 def test_global_random_numbers_are_left_alone(tiny_sd):
     torch.manual_seed(0)
     expected = torch.rand(3)
@@ -122,6 +181,14 @@ def test_native_size(tiny_sd):
         ({"n": 0}, "number of pictures"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": []}, "prompt"),
+        ({"prompt": torch.zeros(77, 64)}, r"a context must be \(B, 77, 64\), got \(77, 64\)"),
+        ({"prompt": torch.zeros(0, 77, 64)}, "a context must be"),
+        ({"prompt": torch.zeros(1, 76, 64)}, "a context must be"),
+        ({"negative": None}, "prompt must be"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"n": 2.0}, "n must be a whole number"),
+        ({"height": 64.0}, "height must be a whole number"),
+        ({"width": 10**9}, "at most 16384"),
     ],
     ids=str,
 )
@@ -158,7 +225,7 @@ def test_half_precision_that_overflows_is_decoded_again():
     z = reference.normal("z", (2, 4, 8, 8))
     with torch.no_grad():  # beyond float16 inside of the decoder, not at its ends
         sd.vae.decoder.conv_in.weight.mul_(3e4)
-    with pytest.warns(UserWarning, match="not finite when decoded in float16: decoding it in float32"):
+    with pytest.warns(UserWarning, match="not finite when decoded in float16: decoding it again in float32"):
         images = sd.decode(z)
     assert len(images) == 2 and all(pixels(image).std() > 1 for image in images)
     assert next(sd.vae.parameters()).dtype == torch.float16
