@@ -117,10 +117,13 @@ def add_model_arguments(parser: Parser) -> None:
 def add_sampling_arguments(parser: Parser) -> None:
     """--steps, --guidance, --sampler, --spacing, --eta, --seed, --height, --width."""
     group = parser.add_argument_group("sampling")
-    usual = ", ".join(f"{name} {entry.steps}" for name, entry in SAMPLERS.items())
     group.add_argument(
-        "--sampler", default=SAMPLER, metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: %(default)s)"
-    )
+        "--sampler", default=SAMPLER, metavar="NAME",
+        help=f"{', '.join(SAMPLERS)}; other tools' names work too, and a grid behind them (default: %(default)s)",
+    )  # fmt: skip
+    for name in ("plms", "dpm_solver"):  # switches of the original's scripts
+        group.add_argument(f"--{name}", dest="sampler", action="store_const", const=name, help=argparse.SUPPRESS)
+    usual = ", ".join(f"{name} {entry.steps}" for name, entry in SAMPLERS.items())
     group.add_argument("--steps", "--ddim_steps", type=int, metavar="N", help=f"default: {usual}")
     group.add_argument(
         "--guidance", "--scale", "--cfg-scale", type=float, default=GUIDANCE, metavar="G",
@@ -156,6 +159,7 @@ def add_output_arguments(parser: Parser) -> None:
         help="folder for numbered files, or a name ending in .png (default: %(default)s)",
     )  # fmt: skip
     group.add_argument("--grid", action="store_true", help="also save all pictures as one sheet")
+    group.add_argument("--skip_grid", dest="grid", action="store_false", help=argparse.SUPPRESS)  # the original's
     group.add_argument(
         "--columns", "--n_rows", type=int, metavar="N", help="columns of the sheet (default: nearly square)"
     )
@@ -291,7 +295,7 @@ def settings(
     values = {
         "Steps": args.steps if args.steps is not None else chosen.steps,
         "Sampler": chosen.label,
-        **({"Schedule type": args.spacing} if args.spacing else {}),
+        "Schedule type": (args.spacing or chosen.spacing).capitalize(),
         "CFG scale": f"{args.guidance:g}",
         "Seed": seed,
         "Size": f"{image.width}x{image.height}",

@@ -13,8 +13,8 @@ Each method is a few lines on top of the other modules, meant to be read, and to
     pictures = sd.decode(step.x)                                          vae.py
 
 Random numbers: picture i of a call has its own CPU generator, seeded with seed + i, from which it draws, in float32:
-first its initial noise (C, h, w), then, with a stochastic sampler, one tensor of that shape in each step. So a picture
-depends on neither the batch it is made in nor the device.
+first its initial noise (C, h, w), then, with a stochastic sampler, tensors of that shape as its steps ask for them. So
+a picture depends on neither the batch it is made in nor the device.
 """
 
 from __future__ import annotations
@@ -222,6 +222,8 @@ class StableDiffusion:
             raise ValueError(f"{chosen.label} draws noise in every step: give it `noise`")
         if noise is not None and chosen.stochastic != "never":
             options["noise"] = noise
+        if chosen.midpoints:
+            options["level_of_ratio"] = self.schedule.level_of_ratio
         return Steps(chosen.run(denoise, x, levels, **options), max(len(levels) - 1, 0))
 
     def decode(self, z: Tensor) -> list[Image.Image]:
@@ -271,7 +273,8 @@ class StableDiffusion:
         height, width  in pixels, multiples of the VAE's factor (8); the model's native size if not given
         steps          1 to 1000; the sampler's customary number if not given
         guidance       how strongly to follow the prompt: 0 not at all, 1 without exaggeration, 7.5 is customary
-        sampler        a name of `samplers.SAMPLERS`; spacing: its grid, one of `schedule.SPACINGS`
+        sampler        a name of `samplers.SAMPLERS` or an alias, "DPM++ 2M Karras" for example
+        spacing        grid of the levels, one of `schedule.SPACINGS`; the sampler's own if not given
         eta            DDIM's share of fresh noise in each step: 0 none, 1 as much as DDPM
         seed           0 to 2^64 - 1
         progress       wraps the iterator over steps, for example `tqdm`

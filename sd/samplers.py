@@ -1,29 +1,40 @@
 """Samplers: from noise to data, as generators over a denoiser.
 
 A denoiser says for x_t at a level what the clean data x0 is; a sampler walks down a list of levels with it and yields
-every step. A sampler knows no network, no guidance and no schedule, and the caller drives: to show progress, to look
-at a step or to stop early, iterate.
+every step. A sampler knows no network and no guidance, and the caller drives: to show progress, to look at a step or
+to stop early, iterate.
 
     for step in ddim(denoise, x, levels):
         ...                                  step.x is the state, step.x0 the data predicted in this step
 
 All of them use x_t = alpha x0 + sigma eps with alpha² + sigma² = 1 (schedule.py). In the equations a is the level
 that a step starts from and b the next, less noisy one; eps = (x - alpha_a x0) / sigma_a.
+
+Papers after DDIM use y = x / alpha = x0 + r eps instead, with r = sigma / alpha (`Level.ratio`; "sigma" in Karras et
+al. 2022 and in k-diffusion) and lambda = -ln r. There the way down is a differential equation, dy/dr = eps, and `move`
+is its exact solution for an x0 that stays the same. So most samplers come down to a choice of the x0 to move with.
+The ancestral ones go further than b, to r_down, and come back up to b with fresh noise.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
-from .schedule import Level
+from .schedule import SPACINGS, Level
 
 Denoise = Callable[[Tensor, Level], Tensor]  # (x_t, level) -> x0, the same shape
 Noise = Callable[[Tensor], Tensor]  # unit normal numbers in the shape of its argument
+LevelOfRatio = Callable[[float], Level]  # the level of a ratio between two of the grid: `Schedule.level_of_ratio`
+
+FEW_STEPS = 15  # below it DPM-Solver++ and UniPC end with a step of first order, which is more stable
 
 
 class Step(NamedTuple):
@@ -33,6 +44,27 @@ class Step(NamedTuple):
     level: Level
     x: Tensor
     x0: Tensor
+
+
+def move(x: Tensor, x0: Tensor, a: Level, b: Level) -> Tensor:
+    """x at level a -> alpha_b x0 + sigma_b eps at level b, with the eps that x0 leaves in x.
+
+    Euler's method in y and r, and the first-order exponential integrator in lambda (DPM-Solver-1), are this as well.
+    """
+    return (b.alpha - b.sigma * a.alpha / a.sigma) * x0 + (b.sigma / a.sigma) * x
+
+
+def eps_of(x: Tensor, x0: Tensor, a: Level) -> Tensor:
+    """The noise in x at level a if the clean data is x0."""
+    return (x - a.alpha * x0) / a.sigma
+
+
+def log_steps(a: Level, b: Level) -> float:
+    """lambda_b - lambda_a: the length of a step in ln(alpha / sigma)."""
+    return math.log(a.ratio / b.ratio)
+
+
+# ------------------------------------------------------------------------------------- diffusion's own samplers
 
 
 def ddpm(denoise: Denoise, x: Tensor, levels: Sequence[Level], *, noise: Noise) -> Iterator[Step]:
@@ -65,7 +97,7 @@ def ddim(
 ) -> Iterator[Step]:
     """Song et al. 2021, "Denoising diffusion implicit models", eq. 12 and 16.
 
-        std = eta (sigma_b / sigma_a) sqrt(1 - alpha_a² / alpha_b²)
+        std = eta (sigma_b / sigma_a) sqrt(1 - alpha_a² / alpha_b²)      eta times the posterior's
         x_b = alpha_b x0 + sqrt(sigma_b² - std²) eps + std noise
 
     x (B, C, h, w) at levels[0]. eta 0 is deterministic and draws nothing; eta 1 is `ddpm`. One evaluation a step.
@@ -74,34 +106,332 @@ def ddim(
         raise ValueError(f"ddim with eta {eta} draws noise in every step: give it `noise`")
     for i, (a, b) in enumerate(pairwise(levels)):
         x0 = denoise(x, a)
-        std = eta * (b.sigma / a.sigma) * math.sqrt(1.0 - (a.alpha / b.alpha) ** 2)
-        of_eps = math.sqrt(max(b.sigma**2 - std**2, 0.0))
-        # eps written out, so that its two halves become two multiplications
-        x = (b.alpha - of_eps * a.alpha / a.sigma) * x0 + (of_eps / a.sigma) * x
+        std = eta * posterior(a, b)[2]
+        x = move(x, x0, a, Level(b.t, b.alpha, math.sqrt(max(b.sigma**2 - std**2, 0.0))))
         if noise is not None and std > 0:
             x = x + std * noise(x)
         yield Step(i, b, x, x0)
 
 
+ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def plms(denoise: Denoise, x: Tensor, levels: Sequence[Level]) -> Iterator[Step]:
+    """Liu et al. 2022, "Pseudo numerical methods for diffusion models on manifolds", eq. 12: the multistep part.
+
+    The noise of this step is extrapolated from those of up to three before (Adams-Bashforth), then moved with as in
+    DDIM. The first step has none before it and averages with an evaluation at its end instead. Made for even grids.
+
+    x (B, C, h, w) at levels[0]. One evaluation a step, two in the first.
+    """
+    past: deque[Tensor] = deque(maxlen=4)  # eps, the newest first
+    for i, (a, b) in enumerate(pairwise(levels)):
+        x0 = denoise(x, a)
+        past.appendleft(eps_of(x, x0, a))
+        if i == 0 and b.sigma > 0:
+            ahead = move(x, x0, a, b)
+            eps = (past[0] + eps_of(ahead, denoise(ahead, b), b)) / 2
+        else:
+            eps = sum(weight * e for weight, e in zip(ADAMS_BASHFORTH[len(past) - 1], past, strict=True))
+        x0 = (x - a.sigma * eps) / a.alpha
+        x = b.alpha * x0 + b.sigma * eps
+        yield Step(i, b, x, x0)
+
+
+# ------------------------------------------------------------------------------------- solvers of dy/dr = eps
+
+
+def euler(denoise: Denoise, x: Tensor, levels: Sequence[Level]) -> Iterator[Step]:
+    """Euler's method (Karras et al. 2022, algorithm 1 without the correction); DDIM by another name.
+
+    x (B, C, h, w) at levels[0]. One evaluation a step.
+    """
+    for i, (a, b) in enumerate(pairwise(levels)):
+        x0 = denoise(x, a)
+        x = move(x, x0, a, b)
+        yield Step(i, b, x, x0)
+
+
+def heun(denoise: Denoise, x: Tensor, levels: Sequence[Level]) -> Iterator[Step]:
+    """Karras et al. 2022, algorithm 1: Euler's step, then once more with the mean of the slopes at both its ends.
+
+    x (B, C, h, w) at levels[0]. Two evaluations a step, one where the next level is clean.
+    """
+    for i, (a, b) in enumerate(pairwise(levels)):
+        x0 = denoise(x, a)
+        end = move(x, x0, a, b)
+        if b.sigma > 0:
+            slope = (eps_of(x, x0, a) + eps_of(end, denoise(end, b), b)) / 2
+            end = b.alpha * (x / a.alpha + (b.ratio - a.ratio) * slope)
+        x = end
+        yield Step(i, b, x, x0)
+
+
+def lms(denoise: Denoise, x: Tensor, levels: Sequence[Level], *, order: int = 4) -> Iterator[Step]:
+    """Linear multistep: the slope is a polynomial through the last `order` ones, integrated exactly (Adams-Bashforth).
+
+        y_b = y_a + sum_j w_j eps_j,   w_j = integral from r_a to r_b of prod_{k != j} (r - r_k) / (r_j - r_k)
+
+    On any grid, as in k-diffusion. x (B, C, h, w) at levels[0]. One evaluation a step.
+    """
+    past: deque[tuple[float, Tensor]] = deque(maxlen=order)  # (r, eps), the newest first
+    for i, (a, b) in enumerate(pairwise(levels)):
+        x0 = denoise(x, a)
+        past.appendleft((a.ratio, eps_of(x, x0, a)))
+        weights = multistep_weights([r for r, _ in past], a.ratio, b.ratio)
+        y = x / a.alpha + sum(weight * eps for weight, (_, eps) in zip(weights, past, strict=True))
+        x = b.alpha * y
+        yield Step(i, b, x, x0)
+
+
+def multistep_weights(points: Sequence[float], start: float, end: float) -> list[float]:
+    """The integrals from start to end of the Lagrange polynomials of these points."""
+    weights = []
+    for j, point in enumerate(points):
+        others = [*points[:j], *points[j + 1 :]]
+        roots = np.polynomial.Polynomial.fromroots(others) if others else np.polynomial.Polynomial([1.0])
+        integral = roots.integ()
+        weights.append(float(integral(end) - integral(start)) / math.prod(point - other for other in others))
+    return weights
+
+
+def dpm2(
+    denoise: Denoise, x: Tensor, levels: Sequence[Level], *, level_of_ratio: LevelOfRatio, noise: Noise | None = None
+) -> Iterator[Step]:
+    """The slope of a step is taken at its middle in lambda (DPM-Solver-2 of Lu et al. 2022a, as in k-diffusion).
+
+    With `noise` it is ancestral. x (B, C, h, w) at levels[0]. Two evaluations a step, one where the next is clean.
+    """
+    for i, (a, b) in enumerate(pairwise(levels)):
+        x0 = denoise(x, a)
+        down, up = (b.ratio, 0.0) if noise is None else ancestral(a, b)
+        if down == 0:
+            x = move(x, x0, a, b)
+        else:
+            middle = level_of_ratio(math.sqrt(a.ratio * down))
+            halfway = move(x, x0, a, middle)
+            slope = eps_of(halfway, denoise(halfway, middle), middle)
+            x = back_up(b.alpha * (x / a.alpha + (down - a.ratio) * slope), b, up, noise)
+        yield Step(i, b, x, x0)
+
+
+# ------------------------------------------------------------------------------------- ancestral steps
+
+
+def ancestral(a: Level, b: Level) -> tuple[float, float]:
+    """(r_down, r_up) with r_down² + r_up² = r_b²: how far to go below b, and how much noise leads back up.
+
+    As much noise as in the posterior of Ho et al. 2020 (k-diffusion's get_ancestral_step).
+    """
+    up = b.ratio * math.sqrt(max(1 - (b.ratio / a.ratio) ** 2, 0.0))
+    return math.sqrt(max(b.ratio**2 - up**2, 0.0)), up
+
+
+def below(b: Level, ratio: float) -> Level:
+    """b with less noise, sigma = ratio alpha, and b's alpha: where an ancestral step is before its noise is added."""
+    return Level(b.t, b.alpha, b.alpha * ratio)
+
+
+def back_up(x: Tensor, b: Level, up: float, noise: Noise | None) -> Tensor:
+    """x with noise of ratio `up` added, which brings it up to level b."""
+    return x + b.alpha * up * noise(x) if up > 0 and noise is not None else x
+
+
+def euler_a(denoise: Denoise, x: Tensor, levels: Sequence[Level], *, noise: Noise) -> Iterator[Step]:
+    """Euler's step down, fresh noise back up: DDIM with eta 1.
+
+    x (B, C, h, w) at levels[0]. One evaluation and one draw of noise a step; none where the next level is clean.
+    """
+    for i, (a, b) in enumerate(pairwise(levels)):
+        x0 = denoise(x, a)
+        down, up = ancestral(a, b)
+        x = back_up(move(x, x0, a, below(b, down)), b, up, noise)
+        yield Step(i, b, x, x0)
+
+
+def dpmpp_2s_a(
+    denoise: Denoise, x: Tensor, levels: Sequence[Level], *, level_of_ratio: LevelOfRatio, noise: Noise
+) -> Iterator[Step]:
+    """DPM-Solver++(2S) (Lu et al. 2022b, algorithm 1), ancestral: the x0 of the step's middle serves for all of it.
+
+    x (B, C, h, w) at levels[0]. Two evaluations and one draw of noise a step; one and none where the next is clean.
+    """
+    for i, (a, b) in enumerate(pairwise(levels)):
+        x0 = denoise(x, a)
+        down, up = ancestral(a, b)
+        if down == 0:
+            x = move(x, x0, a, b)
+        else:
+            middle = level_of_ratio(math.sqrt(a.ratio * down))
+            x0_middle = denoise(move(x, x0, a, middle), middle)
+            x = back_up(move(x, x0_middle, a, below(b, down)), b, up, noise)
+        yield Step(i, b, x, x0)
+
+
+def dpmpp_sde(
+    denoise: Denoise, x: Tensor, levels: Sequence[Level], *, level_of_ratio: LevelOfRatio, noise: Noise
+) -> Iterator[Step]:
+    """The same for the stochastic equation: also the way to the middle is ancestral (k-diffusion's sample_dpmpp_sde).
+
+    x (B, C, h, w) at levels[0]. Two evaluations and two draws of noise a step; one and none where the next is clean.
+    """
+    for i, (a, b) in enumerate(pairwise(levels)):
+        x0 = denoise(x, a)
+        if b.sigma == 0:
+            x = move(x, x0, a, b)
+        else:
+            middle = level_of_ratio(math.sqrt(a.ratio * b.ratio))
+            down, up = ancestral(a, middle)
+            halfway = back_up(move(x, x0, a, below(middle, down)), middle, up, noise)
+            down, up = ancestral(a, b)
+            x = back_up(move(x, denoise(halfway, middle), a, below(b, down)), b, up, noise)
+        yield Step(i, b, x, x0)
+
+
+# ------------------------------------------------------------------------------------- multistep in lambda
+
+
+def extrapolated(x0: Tensor, a: Level, b: Level, before: tuple[Level, Tensor] | None) -> Tensor:
+    """x0 in the middle of the step from a to b, along the line through this x0 and that of the step before."""
+    if before is None:
+        return x0
+    level, x0_before = before
+    return x0 + (log_steps(a, b) / (2 * log_steps(level, a))) * (x0 - x0_before)
+
+
+def dpmpp_2m(denoise: Denoise, x: Tensor, levels: Sequence[Level]) -> Iterator[Step]:
+    """DPM-Solver++(2M), Lu et al. 2022b, algorithm 2: `move` with x0 extrapolated to the middle of the step.
+
+    First order in the first step, where the next level is clean, and at the end of a run of few steps.
+    x (B, C, h, w) at levels[0]. One evaluation a step.
+    """
+    before = None
+    for i, (a, b) in enumerate(pairwise(levels)):
+        x0 = denoise(x, a)
+        plain = b.sigma == 0 or (len(levels) <= FEW_STEPS and i == len(levels) - 2)
+        x = move(x, x0 if plain else extrapolated(x0, a, b, before), a, b)
+        before = a, x0
+        yield Step(i, b, x, x0)
+
+
+def dpmpp_2m_sde(denoise: Denoise, x: Tensor, levels: Sequence[Level], *, noise: Noise) -> Iterator[Step]:
+    """SDE-DPM-Solver++(2M), Lu et al. 2022b, section 5: down to r_b² / r_a, twice as far in lambda, and noise back up.
+
+    x (B, C, h, w) at levels[0]. One evaluation and one draw of noise a step; none where the next level is clean.
+    """
+    before = None
+    for i, (a, b) in enumerate(pairwise(levels)):
+        x0 = denoise(x, a)
+        if b.sigma == 0:
+            x = move(x, x0, a, b)
+        else:
+            down = b.ratio**2 / a.ratio
+            up = math.sqrt(b.ratio**2 - down**2)
+            x = back_up(move(x, extrapolated(x0, a, b, before), a, below(b, down)), b, up, noise)
+        before = a, x0
+        yield Step(i, b, x, x0)
+
+
+def unipc(denoise: Denoise, x: Tensor, levels: Sequence[Level]) -> Iterator[Step]:
+    """UniPC-2 for x0 with B(h) = e^h - 1, Zhao et al. 2023: predicts as `dpmpp_2m`, then corrects where it came from.
+
+    The evaluation at the start of a step also tells how the step before should have ended: x is first set right.
+    x (B, C, h, w) at levels[0]. One evaluation a step.
+    """
+    before = None  # level and x0 of the step before
+    start = None  # level, x and x0 from which the step before started, and what was before that
+    for i, (a, b) in enumerate(pairwise(levels)):
+        x0 = denoise(x, a)
+        if start is not None:
+            x = corrected(*start, a, x0)
+        start = a, x, x0, before
+        plain = b.sigma == 0 or (len(levels) <= FEW_STEPS and i == len(levels) - 2)
+        x = move(x, x0 if plain else extrapolated(x0, a, b, before), a, b)
+        before = a, x0
+        yield Step(i, b, x, x0)
+
+
+def corrected(a: Level, x: Tensor, x0: Tensor, before: tuple[Level, Tensor] | None, b: Level, x0_b: Tensor) -> Tensor:
+    """UniC (Zhao et al. 2023, eq. 9 and section 3.2): the step from a to b again, now that the x0 at b is known."""
+    h = log_steps(a, b)
+    growth = math.expm1(-h)  # B(-h), as lambda falls from b back to a
+    phi2 = growth / -h - 1
+    if before is None:
+        return move(x, x0 + 0.5 * (x0_b - x0), a, b)
+    level, x0_before = before
+    r = -log_steps(level, a) / h  # where the step before began, in steps; negative
+    phi3 = phi2 / -h - 0.5
+    # weights of the two differences, so that the result is exact for an x0 that is a parabola in lambda
+    back, ahead = np.linalg.solve([[1.0, 1.0], [r, 1.0]], [phi2 / growth, 2 * phi3 / growth]).tolist()
+    return move(x, x0 + (back / r) * (x0_before - x0) + ahead * (x0_b - x0), a, b)
+
+
+# ------------------------------------------------------------------------------------- registry
+
+
 class Sampler(NamedTuple):
-    """What a caller needs to know to offer a sampler."""
+    """What a caller needs to know to offer a sampler; --help and the README's table are made from it."""
 
-    label: str  # the name that picture metadata carries
+    label: str  # the name that people and picture metadata use
     run: Callable[..., Iterator[Step]]
-    spacing: str  # its customary grid
-    steps: int  # a customary number of steps
+    paper: str
+    order: int
+    evaluations: int  # of the network in a step
     stochastic: str  # "always", "eta" (only where eta > 0) or "never"
+    spacing: str  # its customary grid, one of SPACINGS
+    steps: int  # a customary number of steps
+    midpoints: bool = False  # whether it takes `level_of_ratio`
+    aliases: tuple[str, ...] = ()
 
 
+HO, LIU, KARRAS = "Ho et al. 2020", "Liu et al. 2022", "Karras et al. 2022"
+LU_A, LU_B, CROWSON = "Lu et al. 2022a", "Lu et al. 2022b", "k-diffusion"
 SAMPLERS = {
-    "ddim": Sampler("DDIM", ddim, spacing="leading", steps=50, stochastic="eta"),
-    "ddpm": Sampler("DDPM", ddpm, spacing="leading", steps=1000, stochastic="always"),
+    "ddim": Sampler("DDIM", ddim, "Song et al. 2021", 1, 1, "eta", "leading", 50),
+    "ddpm": Sampler("DDPM", ddpm, HO, 1, 1, "always", "leading", 1000),
+    "plms": Sampler("PLMS", plms, LIU, 4, 1, "never", "leading", 50, aliases=("pndm",)),
+    "lms": Sampler("LMS", lms, CROWSON, 4, 1, "never", "linspace", 50),
+    "euler": Sampler("Euler", euler, KARRAS, 1, 1, "never", "linspace", 30),
+    "euler_a": Sampler("Euler a", euler_a, CROWSON, 1, 1, "always", "linspace", 30, aliases=("euler ancestral",)),
+    "heun": Sampler("Heun", heun, KARRAS, 2, 2, "never", "linspace", 20),
+    "dpm2": Sampler("DPM2", dpm2, LU_A, 2, 2, "never", "karras", 20, True, ("dpm_2",)),
+    "dpm2_a": Sampler("DPM2 a", dpm2, LU_A, 1, 2, "always", "karras", 20, True, ("dpm_2_ancestral", "dpm2 ancestral")),
+    "dpmpp_2s_a": Sampler(
+        "DPM++ 2S a", dpmpp_2s_a, LU_B, 1, 2, "always", "karras", 20, True, ("dpmpp_2s_ancestral",)
+    ),
+    "dpmpp_2m": Sampler(
+        "DPM++ 2M", dpmpp_2m, LU_B, 2, 1, "never", "karras", 25, aliases=("dpm_solver", "dpm_solver++")
+    ),
+    "dpmpp_sde": Sampler("DPM++ SDE", dpmpp_sde, LU_B, 1, 2, "always", "karras", 20, True),
+    "dpmpp_2m_sde": Sampler("DPM++ 2M SDE", dpmpp_2m_sde, LU_B, 1, 1, "always", "karras", 25),
+    "unipc": Sampler("UniPC", unipc, "Zhao et al. 2023", 2, 1, "never", "linspace", 20),
+}  # fmt: skip
+
+
+def _plain(name: str) -> str:
+    """A name without case, spaces and signs; "++" and "pp" are the same."""
+    return re.sub(r"[^a-z0-9]", "", name.lower().replace("++", "pp"))
+
+
+NAMES = {
+    _plain(prefix + name): entry
+    for key, entry in SAMPLERS.items()
+    for name in (key, entry.label, *entry.aliases)
+    for prefix in ("", "k_", "sample_")
 }
 
 
 def sampler(name: str) -> Sampler:
-    """The sampler of this name, upper or lower case. Raises ValueError that lists them all."""
-    found = SAMPLERS.get(name.lower())
-    if found is None:
+    """The sampler that goes by this name: ours, A1111's ("DPM++ 2M Karras") or the original scripts' ("k_lms").
+
+    A grid behind the name ("Karras", "exponential", ...) takes the place of its customary one. Raises ValueError that
+    lists all names.
+    """
+    plain = _plain(name)
+    for spacing in SPACINGS:
+        found = NAMES.get(plain.removesuffix(spacing))
+        if found is not None and plain.endswith(spacing):
+            return found._replace(spacing=spacing)
+    if plain not in NAMES:
         raise ValueError(f"unknown sampler {name!r}, expected one of {', '.join(SAMPLERS)}")
-    return found
+    return NAMES[plain]

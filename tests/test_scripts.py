@@ -60,7 +60,7 @@ def test_a_picture(paint, tmp_path):
     with Image.open(tmp_path / "out" / "00001.png") as image:
         assert image.size == (64, 64) and image.mode == "RGB" and np.asarray(image).std() > 1
         assert re.fullmatch(
-            r"a red cube\nSteps: 2, Sampler: DDIM, CFG scale: 7.5, Seed: 7, Size: 64x64, "
+            r"a red cube\nSteps: 2, Sampler: DDIM, Schedule type: Leading, CFG scale: 7.5, Seed: 7, Size: 64x64, "
             r"Model hash: [0-9a-f]{10}, Model: tiny, Version: sd [\d.]+",
             image.text["parameters"],
         )
@@ -74,10 +74,8 @@ def test_names_of_the_original_scripts(paint, tmp_path):
     assert status == 0 and len(files) == 4
     assert [line.split()[-1] for line in out[1:]] == ["5", "6", "7", "8"]
     with Image.open(tmp_path / "out" / "00004.png") as image:
-        assert (
-            "Negative prompt: b\nSteps: 3, Sampler: DDIM, CFG scale: 4, Seed: 8, Size: 64x72, Eta: 0.5"
-            in (image.text["parameters"])
-        )
+        text = "Steps: 3, Sampler: DDIM, Schedule type: Leading, CFG scale: 4, Seed: 8, Size: 64x72, Eta: 0.5"
+        assert f"Negative prompt: b\n{text}" in image.text["parameters"]
 
 
 def test_batches_give_the_same_pictures_and_numbers_go_on(paint, tmp_path):
@@ -114,6 +112,20 @@ def test_a_name_for_the_picture_and_no_metadata(paint, tmp_path):
 def test_random_seeds_are_reported_and_differ(paint):
     seeds = {paint("a")[1][-1].split()[-1] for _ in range(3)}
     assert len(seeds) == 3
+
+
+@pytest.mark.parametrize(
+    "args, label",
+    [
+        (["--plms"], "PLMS, Schedule type: Leading"),
+        (["--sampler", "DPM++ 2M Karras"], "DPM++ 2M, Schedule type: Karras"),
+        (["--sampler", "k_euler_a", "--spacing", "exponential"], "Euler a, Schedule type: Exponential"),
+    ],
+)
+def test_samplers_by_the_names_people_type(paint, tmp_path, args, label):
+    status, _, err, _ = paint("a", *args, "--skip_grid")
+    assert status == 0 and err == []
+    assert f"Sampler: {label}, " in Image.open(tmp_path / "out" / "00001.png").text["parameters"]
 
 
 def test_seeds_wrap_around(paint):
