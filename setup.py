@@ -8,6 +8,9 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "sd" / "__init__.py").read_text(), re.MULTILINE).group(1)
 
+if not (ROOT / "weights" / "pocket.safetensors").is_file():
+    raise SystemExit("weights/pocket.safetensors is missing: a package without the embedded model paints nothing")
+
 REFERENCES = ["diffusers>=0.30", "transformers>=4.40", "accelerate"]
 TESTS = ["pytest>=8", "hypothesis>=6", "ruff>=0.5", *REFERENCES]
 

@@ -226,6 +226,8 @@ def measure_networks(args: argparse.Namespace, device: torch.device, name: str, 
     """The parts within this process, in one precision; nothing of the networks is left when it returns."""
     dtype = DTYPES[name]
     model = load(args, device, dtype)
+    if device.type == "cpu":
+        cli.keep_freed_memory()  # as txt2img.py does; the peer gains as well
     others = None if args.no_peer else peers(networks(model), model.config, dtype, args.peer_layout)
     with torch.no_grad():
         cases = make_cases(model, others, args.steps)
