@@ -58,7 +58,8 @@ def run(
         try:
             work(args)
         except KeyboardInterrupt:
-            return fail("stopped", 130)
+            tqdm.write("stopped", file=sys.stderr)
+            return 130
         except (ValueError, OSError, ArithmeticError) as error:
             return fail(describe(error))
         except (MemoryError, RuntimeError) as error:
@@ -304,7 +305,7 @@ class Output:
 
 
 def settings(
-    args: argparse.Namespace, prompt: str, image: Image.Image, seed: int, digest: ModelHash | None
+    args: argparse.Namespace, prompt: str, image: Image.Image, seed: int, precision: str, digest: ModelHash | None
 ) -> str | None:
     """The "parameters" text for a picture; None if it is not wanted."""
     if args.no_metadata:
@@ -321,6 +322,8 @@ def settings(
         **({"Eta": f"{args.eta:g}"} if args.eta is not None else {}),
         **({"Model hash": digits} if digits else {}),
         "Model": args.ckpt.stem if args.ckpt else "pocket",
+        **({"Weights": args.weights} if args.weights != "auto" else {}),
+        "Precision": precision,
         "Version": f"sd {sd.__version__}",
     }
-    return parameters(prompt, args.negative, values)
+    return parameters(prompt, args.negative if args.guidance != 1 else "", values)  # without effect at 1

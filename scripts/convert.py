@@ -57,6 +57,8 @@ def rewrite(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.output}: only .safetensors files are written, as they cannot run code")
     if args.output.exists():
         raise exists(args.output)
+    if not args.output.parent.is_dir():
+        raise ValueError(f"{args.output.parent}: no such folder")
     with new_file(args.output) as partial:  # an unwritable folder says so before the work
         count, config = write(args, partial)
     print(f"{args.output}: {config.name}, {count} weights, {args.output.stat().st_size / 1e9:.2f} GB")

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 if not __package__:  # run as a file, from any folder, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
 from sd.image import grid
-from sd.pipeline import EMBEDDED, MAX_SEED
+from sd.pipeline import EMBEDDED, MAX_SEED, StableDiffusion
 from sd.resources import resource
 
 if __package__:
@@ -54,6 +57,11 @@ def paint(args: argparse.Namespace) -> None:
     total = count * len(prompts)
     done, kept = 0, []
     for prompt in prompts:
+        if args.ckpt is None and (unknown := unknown_words(model, prompt)):
+            warnings.warn(
+                f"the embedded model does not know: {unknown} (its words: weights/README.md; another model: --ckpt)",
+                stacklevel=1,
+            )
         for start in range(0, count, args.batch_size):
             seed = (args.seed + done) % (MAX_SEED + 1)
             batch = model.txt2img(
@@ -72,12 +80,21 @@ def paint(args: argparse.Namespace) -> None:
             )
             for i, image in enumerate(batch):
                 own_seed = (seed + i) % (MAX_SEED + 1)
-                path = output.save(image, cli.settings(args, prompt, image, own_seed, digest))
+                path = output.save(image, cli.settings(args, prompt, image, own_seed, precision, digest))
                 print(f"{path}  seed {own_seed}", flush=True)
             done += len(batch)
             kept += batch if args.grid else []
     if args.grid:
         print(output.save(grid(kept, args.columns), kind="-grid"), flush=True)
+
+
+def unknown_words(model: StableDiffusion, prompt: str) -> str:
+    """The part of a prompt whose tokens have no vector: words that training never met were set to zero."""
+    ids = torch.tensor(
+        model.tokenizer.encode(prompt)[: model.config.text.length], device=model.device, dtype=torch.long
+    )
+    known = model.text_encoder.token(ids).abs().sum(dim=-1) > 0
+    return model.tokenizer.decode([i for i, is_known in zip(ids.tolist(), known.tolist(), strict=True) if not is_known])
 
 
 def main(argv: list[str] | None = None) -> int:

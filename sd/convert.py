@@ -80,6 +80,10 @@ def detect(tensors: Mapping[str, Tensor]) -> Config:
         raise CheckpointError("this is a LoRA file: an addition to a checkpoint, not a checkpoint")
     first = found.get(UNET + "input_blocks.0.0.weight")
     widths = {shape[1] for key, shape in found.items() if key.endswith(".attn2.to_k.weight") and len(shape) == 2}
+    if first is None and any(key.startswith(("down_blocks.", "unet.down_blocks.")) for key in found):
+        raise CheckpointError(
+            "a U-Net in the layout of diffusers, which is not supported yet: give the single-file checkpoint"
+        )
     if first is None or len(first) != 4 or len(widths) != 1:
         some = ", ".join(list(found)[:3])
         raise CheckpointError(
@@ -89,6 +93,8 @@ def detect(tensors: Mapping[str, Tensor]) -> Config:
     others = {5: "a depth-to-image", 7: "an upscaling", 8: "an instruct-pix2pix"}
     if channels in others:
         raise CheckpointError(f"this is {others[channels]} model ({channels} input channels), which is not supported")
+    if context == 2048:
+        raise CheckpointError("this is an SDXL checkpoint, which is not supported: Stable Diffusion 1.x and 2.x are")
     if (channels, context) == (4, 1024):
         raise CheckpointError(
             "an SD 2.x checkpoint: base and 768-v cannot be told apart by their keys, so say which it is "
@@ -98,7 +104,7 @@ def detect(tensors: Mapping[str, Tensor]) -> Config:
     if (channels, context) not in known or first[0] != SD1.unet.channels[0]:
         raise CheckpointError(
             f"a U-Net of an unknown kind ({first[0]} wide, {channels} input channels, context {context}): "
-            f"known are {', '.join(MODELS)}"
+            f"if it is one of {', '.join(MODELS)}, say so (--model)"
         )
     return known[channels, context]
 

@@ -140,6 +140,7 @@ def v2() -> dict[str, torch.Tensor]:
         (with_channels(8), "pix2pix"),
         (v2(), "sd2-v"),
         ({"lora_unet_down_blocks_0.lora_up.weight": torch.empty(4, 4)}, "LoRA"),
+        ({"down_blocks.0.resnets.0.conv1.weight": torch.empty(3)}, "layout of diffusers"),
         ({"encoder.layer.0.weight": torch.empty(3)}, "no Stable Diffusion U-Net"),
         (tiny_state(), "unknown kind"),
         ({}, "no Stable Diffusion U-Net"),

@@ -61,7 +61,7 @@ def test_a_picture(paint, tmp_path):
         assert image.size == (64, 64) and image.mode == "RGB" and np.asarray(image).std() > 1
         assert re.fullmatch(
             r"a red cube\nSteps: 2, Sampler: DDIM, Schedule type: Leading, CFG scale: 7.5, Seed: 7, Size: 64x64, "
-            r"Model hash: [0-9a-f]{10}, Model: tiny, Version: sd [\d.]+",
+            r"Model hash: [0-9a-f]{10}, Model: tiny, Precision: float32, Version: sd [\d.]+",
             image.text["parameters"],
         )
 
@@ -126,6 +126,20 @@ def test_samplers_by_the_names_people_type(paint, tmp_path, args, label):
     status, _, err, _ = paint("a", *args, "--skip_grid")
     assert status == 0 and err == []
     assert f"Sampler: {label}, " in Image.open(tmp_path / "out" / "00001.png").text["parameters"]
+
+
+def test_the_embedded_model_says_which_words_it_does_not_know(tmp_path, capsys):
+    args = ["--steps", "1", "--device", "cpu", "--out", str(tmp_path), "--seed", "0"]
+    assert txt2img.main(["a dog in the snow", *args]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: the embedded model does not know: dog (")
+    assert txt2img.main(["a red house in the snow", *args]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_negative_without_effect_is_not_recorded(paint, tmp_path):
+    paint("a", "--negative", "b", "--guidance", "1")
+    assert "Negative" not in Image.open(tmp_path / "out" / "00001.png").text["parameters"]
 
 
 def test_seeds_wrap_around(paint):
@@ -291,7 +305,7 @@ def test_control_c(paint, monkeypatch):
 
     monkeypatch.setattr("sd.pipeline.StableDiffusion.txt2img", interrupted)
     status, _, err, files = paint("a")
-    assert (status, err, files) == (130, ["error: stopped"], [])
+    assert (status, err, files) == (130, ["stopped"], [])
 
 
 def test_a_bug_is_not_called_a_mistake_of_the_user(paint, monkeypatch):
