@@ -47,7 +47,8 @@ from tqdm import tqdm
 import sd
 from sd.config import POCKET, SD1, Config
 from sd.convert import CONFIG_KEY, build, load_weights, to_own
-from sd.pipeline import DTYPES, StableDiffusion, best_dtype, find_device
+from sd.device import DTYPES, best_dtype, find_device
+from sd.pipeline import StableDiffusion
 
 if __package__:
     from . import cli

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 import sd
 from sd.convert import CONFIG_KEY, WEIGHTS, to_original, to_own
+from sd.device import DTYPES
 from sd.files import exists, new_file
-from sd.pipeline import DTYPES, named
+from sd.model import named
 
 if __package__:
     from . import cli

@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from sd.config import POCKET, Config
 from sd.convert import CONFIG_KEY, to_own
+from sd.device import best_dtype
 from sd.image import grid
-from sd.pipeline import StableDiffusion, best_dtype
+from sd.pipeline import StableDiffusion
 from sd.schedule import Schedule
 from sd.text_encoder import TextEncoder
 from sd.tokenizer import Tokenizer

@@ -24,8 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd.config import POCKET
+from sd.device import best_dtype
 from sd.image import grid, to_pil
-from sd.pipeline import best_dtype
 from sd.training import learning_rate, vae_loss
 from sd.vae import VAE
 

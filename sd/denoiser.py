@@ -6,7 +6,8 @@ with the negative prompt)
     guided = u + guidance (c - u)
 
 The batch order is [uncond, cond], here and nowhere else. As x0 is linear in the prediction, guiding the noise, the
-velocity or x0 is the same. Anything with the U-Net's signature can stand in for the network.
+velocity or x0 is the same. Anything with the U-Net's signature can stand in for the network, and anything with the
+denoiser's for the denoiser: more inputs (`with_channels`) and a known part of the picture (`keep_known`) are wrappers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .samplers import Denoise
 from .schedule import Level, Schedule
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x (B, C, h, w), t (B,), context (B, M, D)) -> (B, C, h, w)
@@ -55,3 +57,22 @@ class Denoiser:
             uncond, cond = out.chunk(2)
             out = uncond + self.guidance * (cond - uncond)
         return self.schedule.to_x0(out, x, level)
+
+
+def with_channels(network: Network, extra: Tensor) -> Network:
+    """The network with `extra` (B, E, h, w) behind the channels of x; for the batch of guidance, repeated."""
+
+    def run(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        more = extra.to(x.dtype).repeat(x.shape[0] // extra.shape[0], 1, 1, 1)
+        return network(torch.cat([x, more], dim=1), t, context)
+
+    return run
+
+
+def keep_known(denoise: Denoise, known: Tensor, mask: Tensor) -> Denoise:
+    """The denoiser where part of the clean data is known: x0 is `known` (B, C, h, w) wherever mask (B, 1, h, w) is 0.
+
+    So every sampler leads that part from its noise straight to `known`, through just as much noise as each level has,
+    while the network sees both parts and paints where mask is 1 what goes with the rest.
+    """
+    return lambda x, level: torch.lerp(known, denoise(x, level), mask)

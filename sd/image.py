@@ -1,19 +1,21 @@
-"""Pictures: tensors in [-1, 1] <-> PIL images, grids, and PNG files with their recipe written into them.
+"""Pictures in memory: PIL images <-> tensors in [-1, 1], bringing them to a size, grids.
 
-The "parameters" text chunk has the form of AUTOMATIC1111's web interface, which most tools of the field read: the
-prompt, a line "Negative prompt: ...", then a line of "Name: value" pairs.
+Sizes are (width, height) in PIL's and height x width in tensors' order. Nothing is ever stretched: a picture keeps its
+proportions and is either cut (`fit`) or framed (`frame`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from PIL import Image, PngImagePlugin
+import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
 
-from .files import new_file
+SLACK = 8  # pixels: cut off rather than resampled away, as resampling by a few pixels only blurs
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -23,6 +25,63 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     """
     pixels = images.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
     return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture -> (1, 3, H, W) float32 in [-1, 1]; grey (mode L) -> (1, 1, H, W)."""
+    pixels = np.array(image, dtype=np.float32)
+    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return torch.from_numpy(pixels / 127.5 - 1)[None]
+
+
+class Box(NamedTuple):
+    """Part of a picture, in pixels; right and bottom are the first ones outside."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height)."""
+        return self.right - self.left, self.bottom - self.top
+
+
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The picture at this size, smoothed as it needs to be; itself if it has the size already."""
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle of the picture that has these proportions, at this size."""
+    spare = image.width - width, image.height - height
+    scale = max(width / image.width, height / image.height)
+    if all(0 <= pixels < SLACK for pixels in spare):
+        scale = 1.0
+    wide, high = width / scale, height / scale
+    left, top = (image.width - wide) / 2, (image.height - high) / 2
+    if scale == 1.0:
+        left, top = spare[0] // 2, spare[1] // 2
+        return image.crop((left, top, left + width, top + height))
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + wide, top + high))
+
+
+def frame(image: Image.Image, width: int, height: int) -> tuple[Image.Image, Box]:
+    """The whole picture within this size, its edge pixels repeated around it, and where in the result it is.
+
+    It is only resized where it is larger, or where it would fill less than the frame by `SLACK` pixels or more.
+    """
+    spare = width - image.width, height - image.height
+    if not all(pixels >= 0 for pixels in spare) or not any(pixels < SLACK for pixels in spare):
+        scale = min(width / image.width, height / image.height)
+        wide, high = (max(round(side * scale), 1) for side in image.size)
+        image = resize(image, min(wide, width), min(high, height))
+    left, top = (width - image.width) // 2, (height - image.height) // 2
+    box = Box(left, top, left + image.width, top + image.height)
+    edges = [(top, height - box.bottom), (left, width - box.right), (0, 0)]
+    pixels = np.asarray(image)
+    return Image.fromarray(np.pad(pixels, edges[: pixels.ndim], mode="edge")), box
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
@@ -35,27 +94,3 @@ def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Ima
     for n, image in enumerate(images):
         sheet.paste(image, (n % columns * width, n // columns * height))
     return sheet
-
-
-def parameters(prompt: str, negative: str, settings: Mapping[str, object]) -> str:
-    """The text of the "parameters" chunk; values with a comma, colon or line break are quoted, as readers expect."""
-    pairs = []
-    for name, value in settings.items():
-        text = str(value)
-        if any(c in text for c in ",:\n"):
-            text = '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
-        pairs.append(f"{name}: {text}")
-    lines = [prompt, *([f"Negative prompt: {negative}"] if negative else []), ", ".join(pairs)]
-    return "\n".join(lines)
-
-
-def save_png(image: Image.Image, path: Path, text: str | None = None) -> None:
-    """Write a new PNG file, whole or not at all; `text` goes into its "parameters" chunk.
-
-    Raises FileExistsError if there is a file of that name already, OSError if it cannot be written.
-    """
-    info = PngImagePlugin.PngInfo()
-    if text:
-        info.add_text("parameters", text.encode("utf-8", "replace").decode("utf-8"))  # half a surrogate pair -> "?"
-    with new_file(path) as partial:
-        image.save(partial, "PNG", pnginfo=info)

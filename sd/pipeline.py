@@ -2,6 +2,8 @@
 
     sd = StableDiffusion.load("v1-5-pruned-emaonly.ckpt")
     sd.txt2img("a photograph of an astronaut riding a horse", seed=7)[0].save("astronaut.png")
+    sd.img2img("an oil painting", photo, strength=0.6)
+    sd.inpaint("a cat", photo, mask)
 
 Each method is a few lines on top of the other modules, meant to be read, and to be taken apart:
 
@@ -12,100 +14,39 @@ Each method is a few lines on top of the other modules, meant to be read, and to
     for step in sd.sample(denoise, x, levels, "ddim"): ...                samplers.py
     pictures = sd.decode(step.x)                                          vae.py
 
-Random numbers: picture i of a call has its own CPU generator, seeded with seed + i, from which it draws, in float32:
-first its initial noise (C, h, w), then, with a stochastic sampler, tensors of that shape as its steps ask for them. So
-a picture depends on neither the batch it is made in nor the device.
+Random numbers: picture i of a call has its own CPU generator, seeded with seed + i, from which it draws, in float32,
+tensors of the latents' shape (C, h, w), in this order: for the sample of the encoder's posterior of the given picture,
+if it is encoded; for that of the picture with its hole hidden, if the model has 9 channels; its initial noise; then,
+with a stochastic sampler, as its steps ask for them. So a picture depends on neither the batch it is made in nor the
+device.
 """
 
 from __future__ import annotations
 
-import math
-import operator
-import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
-from PIL import Image
-from torch import Tensor, nn
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
 
-from .checkpoint import CheckpointError, load_checkpoint
-from .config import Config
-from .convert import build, convert, detect, load_weights
-from .denoiser import Denoiser
-from .image import to_pil
-from .resources import resource
-from .samplers import Denoise, Noise, Sampler, Step, sampler
-from .schedule import Level, Schedule
-from .text_encoder import TextEncoder
-from .tokenizer import Tokenizer
-from .unet import UNet
-from .vae import VAE
+from .denoiser import keep_known
+from .image import Box, fit, frame, to_tensor
+from .image_files import flatten
+from .inpainting import CONTENTS, Canvas, hide, latent_mask, masked_box, prepare_mask
+from .model import Model, Steps
+from .samplers import Denoise, Step
+from .schedule import Level
+from .settings import GUIDANCE, MAX_SEED, SAMPLER, Settings, one_of, whole
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-DEVICES = ("cuda", "cpu", "mps", "xpu")
-SAMPLER, GUIDANCE = "ddim", 7.5  # defaults
-MAX_SEED = 2**64 - 1
-MAX_SIDE = 16384  # pixels
-EMBEDDED = "weights/pocket.safetensors"  # the model that comes with the project
+STRENGTH = 0.75  # image to image's default
+FITS = ("crop", "pad")
+POSTERIORS = ("sample", "mode")
+NEARLY_ALL = 0.9  # of a picture: cutting off more than the rest is said
 
-Progress = Callable[["Steps"], Iterable[Step]]
-
-
-def best_device() -> torch.device:
-    """CUDA, else Apple's MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def find_device(device: str | torch.device | None = None) -> torch.device:
-    """The device of this name, with its number; the best there is if None. ValueError for one that is not there."""
-    try:
-        found = torch.device(device) if device is not None else best_device()
-        if found.type not in DEVICES:
-            raise RuntimeError(f"expected one of {', '.join(DEVICES)}")
-        # an empty tensor knows the number of the current device, which other threads would not
-        return torch.empty(0, device=found).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device {str(device)!r} is not available here: {reason}") from None
-
-
-def best_dtype(device: torch.device) -> torch.dtype:
-    """The precision that is fastest without harm: float16 on CUDA, bfloat16 on CPUs that multiply it in hardware.
-
-    Elsewhere bfloat16 would be emulated and slower than float32. MPS gets float32: half precision is not safe there.
-    """
-    if device.type == "cuda":
-        return torch.float16
-    if device.type == "cpu":
-        if hasattr(torch.cpu, "get_capabilities"):
-            able = torch.cpu.get_capabilities()
-        else:  # before torch 2.10
-            able = {"avx512_bf16": getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()}
-        if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16")):
-            return torch.bfloat16
-    return torch.float32
-
-
-def named(path: str | os.PathLike[str], error: ValueError) -> ValueError:
-    """The error with the file's name in front, unless it is there already."""
-    message = str(error)
-    return error if message.startswith(str(path)) else CheckpointError(f"{path}: {message}")
-
-
-def check_schedule(tensors: Mapping[str, Tensor], config: Config) -> None:
-    """Warn if the file was trained with another noise schedule than the config's, as zero-terminal-SNR models are."""
-    if "alphas_cumprod" not in tensors:
-        return
-    theirs, ours = tensors["alphas_cumprod"].double(), torch.from_numpy(Schedule(config.schedule).alpha_bar)
-    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, atol=1e-3):  # as float16 rounds them
-        warnings.warn(
-            "this checkpoint was trained with another noise schedule (alphas_cumprod), which is not supported: its "
-            "pictures will be off",
-            stacklevel=3,
-        )
+Progress = Callable[[Steps], Iterable[Step]]
 
 
 def generators(seed: int, n: int) -> list[torch.Generator]:
@@ -123,132 +64,17 @@ def draw(rngs: Sequence[torch.Generator], shape: Sequence[int], device: torch.de
     return torch.stack(each).to(device)
 
 
-class Steps(Iterator[Step]):
-    """A sampling run: iterate over its steps; `len` is their number, so that progress bars know the end."""
+class Job(NamedTuple):
+    """One call's pictures: their settings, contexts (B, M, D) and generators (B)."""
 
-    def __init__(self, steps: Iterator[Step], n: int) -> None:
-        self._steps, self._n = steps, n
-
-    def __next__(self) -> Step:
-        with torch.no_grad():
-            return next(self._steps)
-
-    def __len__(self) -> int:
-        return self._n
+    settings: Settings
+    context: Tensor
+    uncond: Tensor | None
+    rngs: list[torch.Generator]
 
 
-class StableDiffusion:
-    """The three networks of a checkpoint with their tokenizer and schedule, on one device in one precision."""
-
-    def __init__(self, config: Config, text_encoder: TextEncoder, vae: VAE, unet: UNet) -> None:
-        self.config = config
-        self.tokenizer = Tokenizer(length=config.text.length, pad=config.text.pad)
-        self.text_encoder, self.vae, self.unet = text_encoder, vae, unet
-        self.schedule = Schedule(config.schedule)
-        weight = next(unet.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
-
-    @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike[str] | None = None,
-        *,
-        config: Config | None = None,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        weights: str = "auto",
-        progress: Callable[[int, int], object] | None = None,
-    ) -> StableDiffusion:
-        """Load a checkpoint: original layout or ours, .ckpt or .safetensors; the embedded model if none is given.
-
-        config    which model it is; found out from the file if not given (`detect`)
-        device    "cuda", "cpu", "mps", ...; the best there is if not given
-        dtype     "float32", "float16", "bfloat16" or a torch dtype; the best for the device if not given
-        weights   "auto", "raw" or "ema": which of a training checkpoint's two U-Nets (`convert`)
-        progress  is told (numbers in this weight, numbers in all) after each weight is read
-
-        Raises CheckpointError, in one line, for files that are not a checkpoint, are damaged, dangerous, or hold
-        something else; ValueError for a device or precision that is not there.
-        """
-        device = find_device(device)
-        dtype = _dtype(dtype) if dtype is not None else best_dtype(device)
-        path = resource(EMBEDDED) if path is None else path
-        with load_checkpoint(path) as checkpoint:
-            try:
-                config = config or detect(checkpoint)
-                states = convert(checkpoint, config, weights)
-                networks = build(config)
-                total = sum(math.prod(w.shape) for net in networks.values() for w in net.state_dict().values())
-                for name, network in networks.items():
-                    load_weights(
-                        network, states[name], device, dtype, lambda n: progress(n, total) if progress else None
-                    )
-                check_schedule(checkpoint, config)
-            except ValueError as error:
-                raise named(path, error) from None
-        return cls(config, **networks)
-
-    def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
-        """Texts -> context (B, M, D). What does not fit into M tokens is cut, with a warning that says what."""
-        ids = self.tokenizer(list(prompts)).to(self.device)
-        with torch.no_grad():
-            return self.text_encoder(ids)
-
-    def denoiser(self, context: Tensor, uncond: Tensor | None = None, guidance: float = GUIDANCE) -> Denoiser:
-        """The U-Net with guidance, as samplers want it; context and uncond (B, M, D)."""
-        return Denoiser(self.unet, self.schedule, context, uncond, guidance)
-
-    def sample(
-        self,
-        denoise: Denoise,
-        x: Tensor,
-        levels: Sequence[Level],
-        sampler: str | Sampler = SAMPLER,
-        *,
-        eta: float | None = None,
-        noise: Noise | None = None,
-    ) -> Steps:
-        """Walk x (B, C, h, w) down the levels: an iterator of steps with a length, which does the work as it is asked.
-
-        `noise` gives stochastic samplers their random numbers; `eta` is DDIM's, 0 if not given.
-        """
-        chosen = _sampler(sampler)
-        options: dict[str, object] = {}
-        if eta is not None:
-            if chosen.stochastic != "eta":
-                raise ValueError(f"eta is a setting of ddim, not of {chosen.label}")
-            options["eta"] = eta
-        if noise is None and chosen.stochastic == "always":
-            raise ValueError(f"{chosen.label} draws noise in every step: give it `noise`")
-        if noise is not None and chosen.stochastic != "never":
-            options["noise"] = noise
-        if chosen.midpoints:
-            options["level_of_ratio"] = self.schedule.level_of_ratio
-        return Steps(chosen.run(denoise, x, levels, **options), max(len(levels) - 1, 0))
-
-    def decode(self, z: Tensor) -> list[Image.Image]:
-        """Latents (B, C, h, w) -> RGB pictures, one at a time, so that the memory needed is one picture's.
-
-        Half precision can overflow in the VAE. A picture that comes out with NaN or infinity is decoded again in
-        float32, with a warning; if it still does, that is an ArithmeticError: a black picture is never returned.
-        """
-        pictures = []
-        for i in range(z.shape[0]):
-            with torch.no_grad():
-                image = self.vae.decode(z[i : i + 1].to(self.dtype))
-                if not image.isfinite().all() and self.dtype != torch.float32:
-                    warnings.warn(
-                        f"a picture is not finite when decoded in {_name(self.dtype)}: decoding it again in float32",
-                        stacklevel=2,
-                    )
-                    image = _in_float32(self.vae, z[i : i + 1])
-                if not image.isfinite().all():
-                    raise ArithmeticError(
-                        "the picture is not finite (NaN) even when decoded in float32: the checkpoint may be damaged, "
-                        "or the U-Net overflows in half precision: try float32 (--dtype)"
-                    )
-            pictures += to_pil(image)
-        return pictures
+class StableDiffusion(Model):
+    """A checkpoint, and the three tasks it does: text to image, image to image, inpainting."""
 
     def txt2img(
         self,
@@ -281,78 +107,208 @@ class StableDiffusion:
 
         All pictures are made as one batch. Raises ValueError in one line for values that cannot be.
         """
-        chosen = _sampler(sampler)
-        seed, n = _whole("seed", seed), _whole("n", n)
-        steps = None if steps is None else _whole("steps", steps)
-        check_settings(chosen, guidance=guidance, eta=eta, seed=seed, n=n, steps=steps)
-        self._check_plain()
+        settings = Settings.of(
+            steps=steps, guidance=guidance, sampler=sampler, spacing=spacing, eta=eta, seed=seed, n=n
+        )
         shape = self.latent_shape(height, width)
-        levels = self.schedule.levels(chosen.steps if steps is None else steps, spacing or chosen.spacing)
-        context = self._context(prompt) if isinstance(prompt, Tensor) else self.encode_prompt(_texts(prompt))
-        context = context.to(self.device, self.dtype).repeat_interleave(n, dim=0)
-        uncond = self.encode_prompt(_texts(negative)) if guidance != 1.0 else None
-        denoise = self.denoiser(context, uncond, guidance)
+        levels = self._levels(settings)
+        job = self._job(prompt, negative, settings)
+        # unit noise, as in the original: at the first level sigma is 0.997
+        x = draw(job.rngs, shape, self.device)
+        denoise = self._denoiser(job, self._all_hidden(shape))
+        return self.decode(self._walk(denoise, x, levels, job, progress))
 
-        rngs = generators(seed, context.shape[0])
-        x = draw(rngs, shape, self.device)  # unit noise, as in the original: at the first level sigma is 0.997
-        run = self.sample(denoise, x, levels, chosen, eta=eta, noise=lambda x: draw(rngs, x.shape[1:], x.device))
+    def img2img(
+        self,
+        prompt: str | Sequence[str] | Tensor,
+        image: Image.Image,
+        negative: str = "",
+        *,
+        strength: float = STRENGTH,
+        fit_by: str = "crop",
+        posterior: str = "sample",
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        guidance: float = GUIDANCE,
+        sampler: str = SAMPLER,
+        spacing: str | None = None,
+        eta: float | None = None,
+        seed: int = 0,
+        n: int = 1,
+        progress: Progress | None = None,
+    ) -> list[Image.Image]:
+        """Pictures of a text that start from a picture (Meng et al. 2022, "SDEdit"): the rest is as in `txt2img`.
+
+        image          of any size and mode; what is transparent becomes white
+        strength       0 gives the picture back through the VAE, 1 is text to image; between them the last
+                       int(strength * steps) steps are taken, from the picture with as much noise as they begin with
+        fit_by         how the picture gets the result's proportions: "crop" cuts it, "pad" repeats its edges around it
+                       and cuts them off again at the end
+        posterior      "sample" or "mode" (the mean) of the encoder's Gaussian
+        height, width  of what is painted; `picture_size` if not given
+        """
+        settings = Settings.of(
+            steps=steps, guidance=guidance, sampler=sampler, spacing=spacing, eta=eta, seed=seed, n=n, strength=strength
+        )
+        one_of("way to fit", fit_by, FITS)
+        one_of("posterior", posterior, POSTERIORS)
+        rgb, _ = _flat(image)
+        height, width = self.picture_size(rgb.size, height, width, up=fit_by == "pad")
+        levels = self._levels(settings)
+        job = self._job(prompt, negative, settings)
+        inside = Box(0, 0, width, height)
+        if fit_by == "pad":
+            rgb, inside = frame(rgb, width, height)
+        else:
+            wider = (rgb.width / rgb.height) / (width / height)
+            if min(wider, 1 / wider) < NEARLY_ALL:
+                warnings.warn(f"{100 - 100 * min(wider, 1 / wider):.0f} % of the picture is cut off", stacklevel=2)
+            rgb = fit(rgb, width, height)
+        shape = self.latent_shape(height, width)
+        if strength == 1:  # nothing of the picture is left
+            x = draw(job.rngs, shape, self.device)
+        else:
+            z = self._latent(to_tensor(rgb), job, posterior)
+            x = self.schedule.add_noise(z, draw(job.rngs, shape, self.device), levels[0]) if levels[1:] else z
+        denoise = self._denoiser(job, self._all_hidden(shape))
+        return [made.crop(inside) for made in self.decode(self._walk(denoise, x, levels, job, progress))]
+
+    def inpaint(
+        self,
+        prompt: str | Sequence[str] | Tensor,
+        image: Image.Image,
+        mask: Image.Image | None = None,
+        negative: str = "",
+        *,
+        strength: float = 1.0,
+        content: str = "original",
+        blur: float = 0.0,
+        margin: int | None = None,
+        posterior: str = "sample",
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        guidance: float = GUIDANCE,
+        sampler: str = SAMPLER,
+        spacing: str | None = None,
+        eta: float | None = None,
+        seed: int = 0,
+        n: int = 1,
+        progress: Progress | None = None,
+    ) -> list[Image.Image]:
+        """The picture with a part of it painted anew, at its own size; the rest is as in `txt2img`.
+
+        image          of any size and mode
+        mask           white is painted anew, black stays to the bit, grey is in between; brought to the picture's size;
+                       the picture's transparent part if not given
+        strength       as in `img2img`: below 1, something of what the hole held remains
+        content        what the hole holds at the start, where strength is below 1: "original", "fill" (the colours
+                       around it), or "noise"
+        blur           softens the mask's edge, outwards, by so many pixels
+        margin         if given, only the part around the mask is painted, with this many pixels on each side of it,
+                       enlarged to the size that the model paints best; else the whole picture is looked at
+        posterior      "sample" or "mode" (the mean) of the encoder's Gaussian
+        height, width  of what is painted; `picture_size` if not given
+
+        Models of 9 channels are given mask and masked picture; others are held to what is known (`keep_known`).
+        """
+        settings = Settings.of(
+            steps=steps, guidance=guidance, sampler=sampler, spacing=spacing, eta=eta, seed=seed, n=n, strength=strength
+        )
+        one_of("content", content, CONTENTS)
+        one_of("posterior", posterior, POSTERIORS)
+        if margin is not None and whole("margin", margin) < 0:
+            raise ValueError(f"margin must be at least 0 pixels, got {margin}")
+        picture, alpha = _flat(image)
+        if mask is None and alpha is None:
+            raise ValueError("what is to be painted anew? Give a mask, or a picture with a transparent part")
+        mask = prepare_mask(ImageOps.invert(alpha) if mask is None else mask, picture.size, blur)
+        box = masked_box(mask, 0 if margin is None else margin)
+        region = Box(0, 0, *picture.size) if margin is None or box is None else box
+        height, width = self.picture_size(region.size, height, width, up=True)
+        levels = self._levels(settings)
+        job = self._job(prompt, negative, settings)
+        if box is None:
+            warnings.warn("the mask is empty (all black): nothing is painted", stacklevel=2)
+            return [picture.copy() for _ in job.rngs]
+
+        canvas = Canvas.of(picture, mask, region, width, height)
+        z = extra = None
+        if not self.sees_masks or strength < 1:
+            z = self._latent(canvas.filled() if content == "fill" else canvas.pixels, job, posterior)
+        if self.sees_masks:
+            hidden = self._latent(hide(canvas.pixels, canvas.hole), job, posterior)
+            seen = latent_mask(canvas.hole, self.config.vae.factor).to(hidden)
+            extra = torch.cat([seen.expand(len(job.rngs), -1, -1, -1), hidden], dim=1)
+        x = draw(job.rngs, self.latent_shape(height, width), self.device)
+        # all of a latent is painted anew if one of its pixels is
+        hole = F.max_pool2d(canvas.hole, self.config.vae.factor).to(self.device)
+        if z is not None:
+            noised = self.schedule.add_noise(z, x, levels[0]) if levels[1:] else z
+            from_noise = strength == 1 or (content == "noise" and len(levels) > 1)
+            x = torch.where(hole >= 0.5, x, noised) if from_noise else noised
+        denoise = self._denoiser(job, extra)
+        if self.sees_masks:
+            x = self._walk(denoise, x, levels, job, progress)
+        else:
+            x = torch.lerp(z, self._walk(keep_known(denoise, z, hole), x, levels, job, progress), hole)
+        return [canvas.paste(painted) for painted in self.decode(x)]
+
+    def _all_hidden(self, shape: Sequence[int]) -> Tensor | None:
+        """What an inpainting model is given where all is to be painted: a mask of ones, a grey picture's latent."""
+        if not self.sees_masks:
+            return None
+        _, h, w = shape
+        factor = self.config.vae.factor
+        grey = self.encode(torch.zeros(1, self.config.vae.image_channels, h * factor, w * factor)).mode()
+        return torch.cat([torch.ones_like(grey[:, :1]), grey], dim=1)
+
+    def _levels(self, settings: Settings) -> list[Level]:
+        levels = self.schedule.levels(settings.steps, settings.spacing, settings.strength)
+        if settings.strength > 0 and len(levels) == 1:
+            warnings.warn(
+                f"strength {settings.strength:g} of {settings.steps} steps is less than one step: nothing is painted",
+                stacklevel=3,
+            )
+        return levels
+
+    def _job(self, prompt: str | Sequence[str] | Tensor, negative: str, settings: Settings) -> Job:
+        context = self._context(prompt) if isinstance(prompt, Tensor) else self.encode_prompt(_texts(prompt))
+        context = context.to(self.device, self.dtype).repeat_interleave(settings.n, dim=0)
+        uncond = self.encode_prompt(_texts(negative)) if settings.guidance != 1.0 else None
+        return Job(settings, context, uncond, generators(settings.seed, context.shape[0]))
+
+    def _latent(self, pixels: Tensor, job: Job, posterior: str) -> Tensor:
+        """(1, 3, H, W) -> each picture's latent (B, C, h, w): a sample of its own, or the mean."""
+        gaussian = self.encode(pixels)
+        if posterior == "mode":
+            return gaussian.mode().expand(len(job.rngs), -1, -1, -1)
+        return gaussian.sample(draw(job.rngs, gaussian.mean.shape[1:], self.device))
+
+    def _denoiser(self, job: Job, extra: Tensor | None) -> Denoise:
+        return self.denoiser(job.context, job.uncond, job.settings.guidance, extra)
+
+    def _walk(
+        self, denoise: Denoise, x: Tensor, levels: Sequence[Level], job: Job, progress: Progress | None
+    ) -> Tensor:
+        run = self.sample(
+            denoise,
+            x,
+            levels,
+            job.settings.sampler,
+            eta=job.settings.eta,
+            noise=lambda x: draw(job.rngs, x.shape[1:], x.device),
+        )
         for step in progress(run) if progress is not None else run:
             x = step.x
-        return self.decode(x)
-
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a picture; the model's native size where a side is not given."""
-        factor = self.config.vae.factor
-        sides = []
-        for name, side in (("height", height), ("width", width)):
-            side = self.config.size if side is None else _whole(name, side)
-            if side > MAX_SIDE:
-                raise ValueError(f"{name} must be at most {MAX_SIDE}, got {side}")
-            if side % factor or side < factor:
-                lower, upper = max(side // factor, 1) * factor, max(-(-side // factor), 1) * factor
-                near = f"{lower} or {upper}" if lower != upper else f"{lower}"
-                raise ValueError(f"{name} must be a multiple of {factor}, got {side}: try {near}")
-            sides.append(side // factor)
-        return self.config.vae.latent_channels, sides[0], sides[1]
+        return x
 
     def _context(self, context: Tensor) -> Tensor:
         M, D = self.config.text.length, self.config.text.width
         if context.dim() != 3 or context.shape[0] < 1 or tuple(context.shape[1:]) != (M, D):
             raise ValueError(f"a context must be (B, {M}, {D}), got {tuple(context.shape)}")
         return context
-
-    def _check_plain(self) -> None:
-        if self.config.unet.in_channels != self.config.vae.latent_channels:
-            raise ValueError(
-                f"{self.config.name} has a U-Net for {self.config.unet.in_channels} channels, which paints into a "
-                "given picture: it cannot paint from text alone"
-            )
-
-
-def check_settings(
-    sampler: Sampler, *, guidance: float, eta: float | None, seed: int, n: int, steps: int | None
-) -> None:
-    """Refuse, with a ValueError of one line, settings that no model can run with."""
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if not math.isfinite(guidance):
-        raise ValueError(f"guidance must be a finite number, got {guidance}")
-    if eta is not None and sampler.stochastic != "eta":
-        raise ValueError(f"eta is a setting of ddim, not of {sampler.label}")
-    if eta is not None and not 0 <= eta <= 1:
-        raise ValueError(f"eta must be in [0, 1], got {eta}")
-    if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed must be from 0 to 2^64 - 1, got {seed}")
-    if n < 1:
-        raise ValueError(f"the number of pictures must be at least 1, got {n}")
-
-
-def _whole(name: str, value: int) -> int:
-    """Whole numbers of any kind (numpy's too) as int."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
 
 
 def _texts(prompt: str | Sequence[str]) -> list[str]:
@@ -362,25 +318,7 @@ def _texts(prompt: str | Sequence[str]) -> list[str]:
     return list(texts)
 
 
-def _sampler(name: str | Sampler) -> Sampler:
-    return name if isinstance(name, Sampler) else sampler(name)
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
-        raise ValueError(f"unknown precision {dtype!r}, expected one of {', '.join(DTYPES)}")
-    return found
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _in_float32(vae: nn.Module, z: Tensor) -> Tensor:
-    """Decode with the VAE in float32, and put it back into the precision it came in."""
-    dtype = next(vae.parameters()).dtype
-    try:
-        return vae.float().decode(z.float())
-    finally:
-        vae.to(dtype)
+def _flat(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"image must be a PIL picture (image_files.read_picture reads files), got {image!r:.100}")
+    return flatten(image)

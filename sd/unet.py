@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import GROUPS, UNetConfig
-from .layers import Attention, FeedForward, ResBlock, Upsample, timestep_embedding
+from .layers import Attention, FeedForward, GroupNorm, ResBlock, Upsample, timestep_embedding
 
 NORM_EPS = 1e-5  # residual blocks, norm_out and LayerNorms
 TRANSFORMER_NORM_EPS = 1e-6  # the GroupNorm before a transformer: the original builds it with another helper
@@ -50,7 +50,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels: int, heads: int, context_width: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(GROUPS, channels, TRANSFORMER_NORM_EPS)
+        self.norm = GroupNorm(GROUPS, channels, TRANSFORMER_NORM_EPS)
         self.proj_in = nn.Linear(channels, channels)
         self.block = TransformerBlock(channels, heads, context_width)
         self.proj_out = nn.Linear(channels, channels)
@@ -133,7 +133,7 @@ class UNet(nn.Module):
             width = channels
         self.up = nn.ModuleList(reversed(up))
 
-        self.norm_out = nn.GroupNorm(GROUPS, first, NORM_EPS)
+        self.norm_out = GroupNorm(GROUPS, first, NORM_EPS)
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:

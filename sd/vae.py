@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import GROUPS, VAEConfig
-from .layers import Attention, ResBlock, Upsample
+from .layers import Attention, GroupNorm, ResBlock, Upsample
 
 NORM_EPS = 1e-6  # every normalisation of the VAE; the U-Net's blocks have 1e-5
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # the original's clamp (distributions.py)
@@ -59,7 +59,7 @@ class PixelAttention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(GROUPS, channels, NORM_EPS)
+        self.norm = GroupNorm(GROUPS, channels, NORM_EPS)
         self.attn = Attention(channels, heads=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class Encoder(nn.Module):
         for level in self.down[:-1]:
             level.down = Downsample(level.res[-1].conv2.out_channels)
         self.mid = Middle(widths[-1])
-        self.norm_out = nn.GroupNorm(GROUPS, widths[-1], NORM_EPS)
+        self.norm_out = GroupNorm(GROUPS, widths[-1], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(Stage(b, a, config.blocks + 1) for a, b in pairwise(widths))
         for level in self.up[1:]:
             level.up = Upsample(level.res[-1].conv2.out_channels)
-        self.norm_out = nn.GroupNorm(GROUPS, widths[0], NORM_EPS)
+        self.norm_out = GroupNorm(GROUPS, widths[0], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

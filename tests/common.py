@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ TINY = Config(
     vae=VAEConfig(channels=(64, 64, 128, 128), blocks=1),
     unet=UNetConfig(channels=(64, 128, 128), heads=(4, 4, 4), attention=(True, True, False), blocks=1, context=64),
 )
+
+TINY_INPAINT = replace(TINY, name="tiny v1 inpainting", unet=replace(TINY.unet, in_channels=9))
 
 # tiny-v2-v: SD 2 with v-prediction in small
 TINY_V2 = Config(
@@ -107,6 +110,14 @@ def block_norms(network: nn.Module, places: Iterator[Place]) -> dict[str, float]
 
         network.get_submodule(ours).register_forward_hook(hook)
     return norms
+
+
+def check_norms(norms: dict[str, float], recorded: dict[str, list[Any]], at_least: int) -> None:
+    """Compare what `block_norms` found with a case's norms; a difference names the first block where it shows."""
+    for block, (_, norm, _) in recorded.items():
+        if block in norms:  # time_embed's two layers are not two blocks
+            assert abs(norms[block] / norm - 1) < 1e-4, f"the two part at {block}"
+    assert len(norms) >= at_least
 
 
 def unet_norms(unet: nn.Module, config: Config) -> dict[str, float]:

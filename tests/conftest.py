@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import TINY, tiny_state
+from common import TINY, TINY_INPAINT, tiny_state
 
 from sd.convert import build, convert, load_weights
 from sd.pipeline import StableDiffusion
@@ -40,6 +40,12 @@ def tiny() -> dict[str, torch.nn.Module]:
 def tiny_sd(tiny) -> StableDiffusion:
     """The tiny model as a whole; its pictures have factor 8, like the large one's."""
     return StableDiffusion(TINY, **tiny)
+
+
+@pytest.fixture(scope="session")
+def tiny_inpaint() -> StableDiffusion:
+    """The tiny inpainting model, whose U-Net takes 9 channels."""
+    return StableDiffusion(TINY_INPAINT, **loaded(tiny_state("tiny-v1-inpainting"), TINY_INPAINT))
 
 
 def loaded(state, config, dtype=torch.float32):

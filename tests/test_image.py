@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sd.image import grid, parameters, save_png, to_pil
+from sd.image import grid, to_pil
 
 
 def test_rounding_and_clamping():
@@ -36,35 +36,3 @@ def test_grid(n, columns, size):
     sheet = grid([Image.new("RGB", (4, 6), (i + 1, 0, 0)) for i in range(n)], columns)
     assert sheet.size == size
     assert sorted(set(np.asarray(sheet)[..., 0].flatten().tolist()) - {0}) == list(range(1, n + 1))
-
-
-def test_parameters_have_the_form_that_tools_read():
-    text = parameters("a cat", "blurry", {"Steps": 20, "Sampler": "DDIM", "Seed": 7, "Model": 'a,"b'})
-    assert text == 'a cat\nNegative prompt: blurry\nSteps: 20, Sampler: DDIM, Seed: 7, Model: "a,\\"b"'
-    assert parameters("a", "", {"Steps": 1}) == "a\nSteps: 1"
-
-
-@pytest.mark.parametrize("text", ["a cat", "naïve", "東京 🎨\nline", "\ud800 half a surrogate", None])
-def test_png_carries_its_parameters(tmp_path, text):
-    path = tmp_path / "a.png"
-    save_png(Image.new("RGB", (3, 3)), path, text)
-    with Image.open(path) as image:
-        image.load()
-        assert image.text.get("parameters") == (text.replace("\ud800", "?") if text else None)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
-
-
-def test_no_file_is_replaced_and_none_is_left_half_written(tmp_path, monkeypatch):
-    path = tmp_path / "a.png"
-    path.write_text("mine")
-    with pytest.raises(FileExistsError):
-        save_png(Image.new("RGB", (3, 3)), path)
-    assert path.read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(OSError, match="No space"):
-        save_png(Image.new("RGB", (3, 3)), tmp_path / "b.png")
-    assert len(list(tmp_path.iterdir())) == 1

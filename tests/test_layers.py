@@ -10,7 +10,7 @@ import torch
 from common import error
 from torch import nn
 
-from sd.layers import Attention, FeedForward, ResBlock, Upsample, attention, timestep_embedding
+from sd.layers import Attention, FeedForward, GroupNorm, ResBlock, Upsample, attention, timestep_embedding
 from sd.text_encoder import quick_gelu
 
 
@@ -101,9 +101,26 @@ def test_normalisation_statistics_are_float32(dtype, layout):
     # mean / std of 120, as no network has it; the CPU's channels-last kernel subtracts squares: 10 is what it can do
     mean = 60 if layout == torch.contiguous_format else 5
     x = (reference.normal("x", (2, 64, 33, 31)) * 0.5 + mean).to(dtype).contiguous(memory_format=layout)
-    norm = nn.GroupNorm(32, 64, 1e-5).to(dtype)
+    norm = GroupNorm(32, 64, 1e-5).to(dtype)
     expected = nn.functional.group_norm(x.double(), 32, eps=1e-5)
     assert error(norm(x), expected) < (1e-3 if dtype == torch.float16 else 5e-3)
+
+
+@pytest.mark.parametrize("height, width", [(512, 256), (64, 64), (8, 640)])
+def test_normalisation_of_large_flat_pictures(height, width):
+    """A flat half, as a sky or a greyed hole: sums of many equal numbers are where float32 loses most."""
+    x = reference.normal("x", (1, 64, height, width)) * 0.5 + 0.5
+    x[..., width // 2 :] = 0.9
+    norm = GroupNorm(32, 64, 1e-5)
+    norm.weight.copy_(reference.normal("w", (64,)))
+    norm.bias.copy_(reference.normal("b", (64,)))
+    expected = nn.functional.group_norm(x.double(), 32, norm.weight.double(), norm.bias.double(), 1e-5)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        out = norm(x.contiguous(memory_format=layout))
+        assert out.is_contiguous(memory_format=layout)
+        assert error(out, expected) < 5e-6
+    with torch.enable_grad():  # the plain kernel, for training
+        assert error(norm(x).detach(), expected) < 1e-5
 
 
 def test_res_block_adds_time_between_its_halves():

@@ -5,31 +5,31 @@ from __future__ import annotations
 import pytest
 import reference_weights as reference
 import torch
-from common import TINY, Golden, error, images, tiny_state, unet_norms
+from common import TINY, Golden, check_norms, error, images, tiny_state, unet_norms
 from conftest import loaded
 
 from sd.convert import WEIGHTS
 from sd.vae import VAE
 
 
-def test_tiny_components(tiny):
-    golden = Golden("tiny_v1_components")
-    assert error(tiny["text_encoder"](golden["ids"].long()), golden["context"]) < 1e-5
-    norms = unet_norms(tiny["unet"], TINY)
-    out = tiny["unet"](golden["unet_x"], golden["unet_t"], golden["context"])
-    for name, (_, norm, _) in golden.case["norms_unet"].items():
-        if name in norms:  # time_embed's two layers are not two blocks
-            assert norms[name] == pytest.approx(norm, rel=1e-4), f"the two part at {name}"
-    assert len(norms) >= 14
+@pytest.mark.parametrize("name", ["tiny_v1_components", "tiny_v1_inpainting_components"])
+def test_tiny_components(request, name):
+    golden = Golden(name)
+    sd = request.getfixturevalue("tiny_sd" if name == "tiny_v1_components" else "tiny_inpaint")
+    vae, unet = sd.vae, sd.unet
+    assert error(sd.text_encoder(golden["ids"].long()), golden["context"]) < 1e-5
+    norms = unet_norms(unet, sd.config)
+    out = unet(golden["unet_x"], golden["unet_t"], golden["context"])
+    check_norms(norms, golden.case["norms_unet"], at_least=14)
     assert error(out, golden["unet_out"]) < 2e-5
 
     picture = images(golden["image_u8"])
-    assert error(torch.cat(tiny["vae"].moments(picture), dim=1), golden["moments"]) < 2e-5
-    gaussian = tiny["vae"].encode(picture)
-    z = gaussian.sample(reference.normal("tiny_v1_components/posterior", golden["z"].shape))
+    assert error(torch.cat(vae.moments(picture), dim=1), golden["moments"]) < 2e-5
+    gaussian = vae.encode(picture)
+    z = gaussian.sample(reference.normal(f"{name}/posterior", golden["z"].shape))
     assert error(z, golden["z"]) < 2e-5
     assert error(gaussian.mode(), 0.18215 * golden["moments"][:, :4]) < 2e-5
-    assert error(tiny["vae"].decode(golden["latent"]), golden["decoded"]) < 2e-5
+    assert error(vae.decode(golden["latent"]), golden["decoded"]) < 2e-5
 
 
 def test_every_normalisation_eps():

@@ -12,7 +12,11 @@ from common import TINY, Golden, error, tiny_state
 from conftest import loaded
 from PIL import Image
 
-from sd.pipeline import MAX_SEED, StableDiffusion, best_dtype, draw, generators
+from sd.device import best_dtype
+from sd.inpainting import CONTENTS
+from sd.pipeline import StableDiffusion, draw, generators
+from sd.samplers import SAMPLERS
+from sd.settings import MAX_SEED
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -119,7 +123,7 @@ def test_samplers_are_given_what_they_need(tiny_sd):
 
 def test_another_noise_schedule_is_said(tmp_path):
     """Silently wrong pictures are the worst kind: zero-terminal-SNR fine-tunes keep their schedule in the file."""
-    from sd.pipeline import check_schedule
+    from sd.model import check_schedule
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -198,18 +202,6 @@ def test_refusals(tiny_sd, settings, words):
     assert "\n" not in str(caught.value)
 
 
-def test_inpainting_models_say_that_they_need_a_picture():
-    from dataclasses import replace
-
-    config = replace(TINY, unet=replace(TINY.unet, in_channels=9))
-    with torch.device("cpu"):
-        from sd.convert import build
-
-        networks = {name: network.to_empty(device="cpu") for name, network in build(config).items()}
-    with pytest.raises(ValueError, match="9 channels"):
-        StableDiffusion(config, **networks).txt2img("x")
-
-
 @pytest.mark.parametrize("prompt", ["", " ", "word " * 500, "naïve 東京 🎨"])
 def test_any_prompt(tiny_sd, prompt):
     with warnings.catch_warnings(record=True) as caught:
@@ -225,7 +217,7 @@ def test_half_precision_that_overflows_is_decoded_again():
     z = reference.normal("z", (2, 4, 8, 8))
     with torch.no_grad():  # beyond float16 inside of the decoder, not at its ends
         sd.vae.decoder.conv_in.weight.mul_(3e4)
-    with pytest.warns(UserWarning, match="not finite when decoded in float16: decoding it again in float32"):
+    with pytest.warns(UserWarning, match="a picture is not finite in float16: computing it again in float32"):
         images = sd.decode(z)
     assert len(images) == 2 and all(pixels(image).std() > 1 for image in images)
     assert next(sd.vae.parameters()).dtype == torch.float16
@@ -258,3 +250,272 @@ def test_same_picture_on_the_gpu(tiny_sd):
     settings = {"height": 64, "width": 64, "steps": 4, "eta": 1.0, "seed": 3}
     (gpu,), (cpu,) = sd.txt2img("a cat", **settings), tiny_sd.txt2img("a cat", **settings)
     assert np.abs(pixels(gpu) - pixels(cpu)).max() <= 2
+
+
+# --- image to image ---
+
+
+def photo(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    """Smooth colours with a sharp edge."""
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([255 * x / max(width - 1, 1), 255 * y / max(height - 1, 1), 255 * (x > width / 2)], axis=-1)
+    return Image.fromarray(pixels.astype(np.uint8)).convert(mode)
+
+
+@pytest.mark.parametrize("name", ["img2img_s20_075", "img2img_s15_06_eta1"])
+def test_image_to_image_of_the_original(tiny_sd, name):
+    """It adds the noise of one level above the first that it denoises at; otherwise its parts are these."""
+    golden = Golden(name)
+    case, schedule = golden.case, tiny_sd.schedule
+    contexts = Golden(case["contexts"])
+    grid = sorted(range(1, 1000, 1000 // case["steps"]))
+    encoded = schedule.add_noise(golden["x_T"], golden["encode_noise"], schedule.level(grid[case["t_enc"]]))
+    assert error(encoded, golden["mid.encoded"]) < 1e-5
+    levels = [schedule.level(t) for t in (*case["t_calls"], 0)]
+    if 1000 % case["steps"] == 0:
+        assert levels == schedule.levels(case["steps"], "leading", case["strength"])
+    denoise = tiny_sd.denoiser(contexts["cond"], contexts["uncond"], case["scale"])
+    *_, last = tiny_sd.sample(denoise, encoded, levels, "ddim", eta=case["eta"], noise=golden.noise())
+    assert error(last.x, golden["out"]) < 1e-4
+
+
+def test_image_to_image_is_these_parts(tiny_sd):
+    picture = photo(64, 96)
+    (image,) = tiny_sd.img2img("a red cube", picture, "blue", strength=0.5, steps=4, height=96, width=64, seed=11)
+    rng = torch.Generator().manual_seed(11)
+    posterior, noise = torch.randn(1, 4, 12, 8, generator=rng), torch.randn(1, 4, 12, 8, generator=rng)
+    pixels_in = torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+    levels = tiny_sd.schedule.levels(4, "leading")[2:]
+    x = tiny_sd.schedule.add_noise(tiny_sd.vae.encode(pixels_in).sample(posterior), noise, levels[0])
+    denoise = tiny_sd.denoiser(tiny_sd.encode_prompt(["a red cube"]), tiny_sd.encode_prompt(["blue"]), 7.5)
+    *_, last = tiny_sd.sample(denoise, x, levels, "ddim")
+    assert np.abs(pixels(image) - pixels(tiny_sd.decode(last.x)[0])).max() <= 1
+
+
+def test_strength_zero_is_the_vae_and_one_is_text_to_image(tiny_sd):
+    picture = photo(64, 64)
+    size = {"height": 64, "width": 64, "seed": 3}
+    (kept,) = tiny_sd.img2img("a cat", picture, strength=0, posterior="mode", **size)
+    assert np.array_equal(pixels(kept), pixels(tiny_sd.decode(tiny_sd.encode(picture).mode())[0]))
+    (free,) = tiny_sd.img2img("a cat", picture, strength=1, steps=3, **size)
+    assert np.array_equal(pixels(free), pixels(tiny_sd.txt2img("a cat", steps=3, **size)[0]))
+
+
+def test_a_strength_of_less_than_a_step_is_said(tiny_sd):
+    with pytest.warns(UserWarning, match=r"strength 0\.1 of 5 steps is less than one step: nothing is painted"):
+        tiny_sd.img2img("a", photo(64, 64), strength=0.1, steps=5, height=64, width=64)
+
+
+@pytest.mark.parametrize("posterior", ["sample", "mode"])
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
+def test_changed_picture_depends_on_its_seed_only(tiny_sd, posterior, sampler):
+    settings = {"strength": 0.6, "steps": 5, "sampler": sampler, "posterior": posterior, "height": 64, "width": 72}
+    batch = tiny_sd.img2img("a cat", photo(72, 64), seed=5, n=3, **settings)
+    for i in range(3):
+        (alone,) = tiny_sd.img2img("a cat", photo(72, 64), seed=5 + i, **settings)
+        assert np.abs(pixels(batch[i]) - pixels(alone)).max() <= 1
+    assert np.abs(pixels(batch[0]) - pixels(batch[1])).mean() > 1
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_starts_anywhere(tiny_sd, name):
+    for strength in (0, 0.4, 1):
+        (image,) = tiny_sd.img2img("a", photo(16, 16), strength=strength, sampler=name, steps=3, height=16, width=16)
+        assert image.size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    "size, given, up, expected",
+    [
+        ((128, 128), {}, False, (128, 128)),  # the tiny model's own
+        ((131, 127), {}, False, (120, 128)),
+        ((131, 127), {}, True, (128, 136)),
+        ((64, 64), {}, False, (128, 128)),
+        ((4000, 3000), {}, False, (104, 144)),
+        ((1, 1), {}, False, (128, 128)),
+        ((8000, 20), {}, False, (8, 2560)),
+        ((100, 200), {"width": 64}, False, (128, 64)),
+        ((100, 200), {"height": 64}, False, (64, 32)),
+        ((100, 200), {"height": 64, "width": 64}, True, (64, 64)),
+    ],
+)
+def test_sizes_from_pictures(tiny_sd, size, given, up, expected):
+    assert tiny_sd.picture_size(size, **given, up=up) == expected
+
+
+def test_pictures_are_cut_or_framed(tiny_sd):
+    for fit_by, size in (("crop", (64, 64)), ("pad", (64, 32))):
+        (image,) = tiny_sd.img2img("a", photo(200, 100), strength=0, height=64, width=64, fit_by=fit_by)
+        assert image.size == size
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "F"])
+def test_pictures_of_any_mode(tiny_sd, mode):
+    picture = photo(64, 64, "L").convert(mode) if mode in ("1", "I;16", "F") else photo(64, 64, mode)
+    (image,) = tiny_sd.img2img("a", picture, strength=0, height=64, width=64)
+    assert image.mode == "RGB"
+
+
+def test_what_is_cut_off_is_said(tiny_sd):
+    with pytest.warns(UserWarning, match="50 % of the picture is cut off"):
+        tiny_sd.img2img("a", photo(200, 100), strength=0, height=64, width=64)
+
+
+# --- inpainting ---
+
+
+def a_mask(width: int, height: int) -> Image.Image:
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (width // 4, height // 4, width // 2 + 1, height // 2 + 1))
+    return mask
+
+
+@pytest.fixture(params=["tiny_sd", "tiny_inpaint"], ids=["4 channels", "9 channels"])
+def either(request) -> StableDiffusion:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 71), (96, 64), (8, 8), (300, 40), (200, 333)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"margin": 4}, {"strength": 0.5, "content": "fill"}], ids=str)
+def test_outside_of_the_mask_no_pixel_changes(either, size, options):
+    picture, mask = photo(*size), a_mask(*size)
+    (image,) = either.inpaint("a cat", picture, mask, steps=2, seed=1, height=64, width=64, **options)
+    changed = (pixels(image) != pixels(picture)).any(axis=-1)
+    hole = np.asarray(mask) > 0
+    assert image.size == size and not changed[~hole].any() and changed[hole].mean() > 0.9
+
+
+def test_inpainting_with_4_channels_is_these_parts(tiny_sd):
+    picture, mask = photo(64, 64), a_mask(64, 64)
+    (image,) = tiny_sd.inpaint("a cat", picture, mask, steps=3, seed=11, height=64, width=64)
+    rng = torch.Generator().manual_seed(11)
+    posterior, x = torch.randn(1, 4, 8, 8, generator=rng), torch.randn(1, 4, 8, 8, generator=rng)
+    z = tiny_sd.encode(picture).sample(posterior)
+    hole = torch.zeros(1, 1, 8, 8)
+    hole[..., 2:5, 2:5] = 1
+    levels = tiny_sd.schedule.levels(3, "leading")
+    x = torch.where(hole > 0, x, tiny_sd.schedule.add_noise(z, x, levels[0]))
+    denoise = tiny_sd.denoiser(tiny_sd.encode_prompt(["a cat"]), tiny_sd.encode_prompt([""]), 7.5)
+
+    def held(x, level):
+        return torch.where(hole > 0, denoise(x, level), z)
+
+    *_, last = tiny_sd.sample(held, x, levels, "ddim")
+    expected = pixels(tiny_sd.decode(torch.where(hole > 0, last.x, z))[0])
+    inside = np.asarray(mask) > 0
+    assert np.abs(pixels(image)[inside] - expected[inside]).max() <= 1
+
+
+def test_inpainting_with_9_channels_is_these_parts(tiny_inpaint):
+    sd, picture, mask = tiny_inpaint, photo(64, 64), a_mask(64, 64)
+    (image,) = sd.inpaint("a cat", picture, mask, steps=3, seed=11, eta=1.0, height=64, width=64)
+    rng = torch.Generator().manual_seed(11)
+
+    def randn(_=None):
+        return torch.randn(1, 4, 8, 8, generator=rng)
+
+    hole = torch.from_numpy(np.asarray(mask) / np.float32(255))[None, None]
+    grey = (torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)[None] / 127.5 - 1) * (1 - hole)
+    masked = sd.vae.encode(grey).sample(randn())
+    extra = torch.cat([hole[..., ::8, ::8], masked], dim=1)
+    denoise = sd.denoiser(sd.encode_prompt(["a cat"]), sd.encode_prompt([""]), 7.5, extra)
+    *_, last = sd.sample(denoise, randn(), sd.schedule.levels(3, "leading"), "ddim", eta=1.0, noise=randn)
+    expected, inside = pixels(sd.decode(last.x)[0]), np.asarray(mask) > 0
+    assert np.abs(pixels(image)[inside] - expected[inside]).max() <= 1
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_painted_part_depends_on_its_seed_only(either, content):
+    settings = {"strength": 0.7, "content": content, "steps": 4, "sampler": "dpmpp_2m_sde", "height": 64, "width": 64}
+    picture, mask = photo(64, 64), a_mask(64, 64)
+    batch = either.inpaint("a cat", picture, mask, seed=5, n=2, **settings)
+    (alone,) = either.inpaint("a cat", picture, mask, seed=6, **settings)
+    assert np.abs(pixels(batch[1]) - pixels(alone)).max() <= 1
+    assert np.abs(pixels(batch[0]) - pixels(batch[1])).max() > 5
+
+
+def test_contents_differ(either):
+    picture, mask = photo(64, 64), a_mask(64, 64)
+    settings = {"strength": 0.5, "steps": 4, "height": 64, "width": 64}
+    made = [either.inpaint("a", picture, mask, content=content, **settings)[0] for content in CONTENTS]
+    assert len({image.tobytes() for image in made}) == 3
+    with pytest.raises(ValueError, match="unknown content 'sky', expected one of original, fill, noise"):
+        either.inpaint("a", picture, mask, content="sky")
+
+
+@pytest.mark.parametrize("strength", [0, 0.01, 1])
+def test_empty_and_full_masks(either, strength):
+    picture = photo(64, 64)
+    settings = {"strength": strength, "steps": 2, "height": 64, "width": 64}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (full,) = either.inpaint("a", picture, Image.new("L", (64, 64), 255), **settings)
+    assert (pixels(full) != pixels(picture)).any(axis=-1).mean() > 0.5
+    for margin in (None, 8):
+        with pytest.warns(UserWarning, match="the mask is empty"):
+            same = either.inpaint("a", picture, Image.new("1", (9, 9)), n=2, margin=margin, **settings)
+        assert [image.tobytes() for image in same] == [picture.tobytes()] * 2
+
+
+def test_soft_masks_blend(either):
+    picture = photo(64, 64)
+    ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))
+    (image,) = either.inpaint("a", picture, Image.fromarray(ramp), steps=2, height=64, width=64)
+    distance = np.abs(pixels(image) - pixels(picture)).mean(axis=(0, 2))
+    assert distance[:2].max() == 0 and distance[:20].mean() < distance[-20:].mean() / 2
+
+
+def test_transparent_part_is_the_mask(either):
+    picture, mask = photo(64, 64), a_mask(64, 64)
+    settings = {"steps": 2, "height": 64, "width": 64}
+    clear = picture.copy()
+    clear.putalpha(Image.eval(mask, lambda v: 255 - v))
+    (image,) = either.inpaint("a", clear, **settings)
+    kept = np.asarray(mask) == 0
+    assert np.array_equal(pixels(image)[kept], pixels(picture)[kept])
+    with pytest.raises(ValueError, match="Give a mask, or a picture with a transparent part"):
+        either.inpaint("a", picture, **settings)
+
+
+def test_inpainting_models_paint_without_a_mask(tiny_inpaint):
+    """All is hidden then: a mask of ones, and the latent of a grey picture."""
+    sd = tiny_inpaint
+    (image,) = sd.txt2img("a cat", height=64, width=40, steps=2, seed=4)
+    noise = torch.randn(1, 4, 8, 5, generator=torch.Generator().manual_seed(4))
+    grey = sd.vae.encode(torch.zeros(1, 3, 64, 40)).mean
+    denoise = sd.denoiser(
+        sd.encode_prompt(["a cat"]), sd.encode_prompt([""]), 7.5, torch.cat([torch.ones(1, 1, 8, 5), grey], 1)
+    )
+    *_, last = sd.sample(denoise, noise, sd.schedule.levels(2, "leading"), "ddim")
+    assert np.abs(pixels(image) - pixels(sd.decode(last.x)[0])).max() <= 1
+    (changed,) = sd.img2img("a cat", photo(64, 64), strength=0.5, height=64, width=64, steps=4)
+    assert changed.size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"strength": -0.1}, r"strength must be in \[0, 1\], got -0.1"),
+        ({"strength": float("nan")}, "strength"),
+        ({"posterior": "mean"}, "unknown posterior 'mean', expected one of sample, mode"),
+        ({"blur": -1}, "blur"),
+        ({"margin": -1}, "margin"),
+        ({"margin": 1.5}, "margin must be a whole number"),
+        ({"height": 65}, "height must be a multiple of 8, got 65: try 64 or 72"),
+        ({"image": "photo.png"}, "picture"),
+    ],
+    ids=str,
+)
+def test_inpainting_refuses(either, settings, words):
+    given = {"image": photo(64, 64), "mask": a_mask(64, 64), "height": 64, "width": 64, "steps": 2} | settings
+    with pytest.raises(ValueError, match=words):
+        either.inpaint("a", **given)
+
+
+def test_half_precision_that_overflows_is_encoded_again():
+    sd = StableDiffusion(TINY, **loaded(tiny_state(), TINY, torch.float16))
+    with torch.no_grad():
+        sd.vae.encoder.conv_in.weight.mul_(3e4)
+    with pytest.warns(UserWarning, match="a latent is not finite in float16: computing it again in float32"):
+        assert sd.encode(photo(64, 64)).mean.isfinite().all()
+    assert next(sd.vae.parameters()).dtype == torch.float16

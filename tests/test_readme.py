@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sd.pipeline import EMBEDDED
+from sd.model import EMBEDDED
 from sd.resources import resource
 from sd.samplers import SAMPLERS
 

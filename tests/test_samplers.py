@@ -11,6 +11,8 @@ import reference_weights as reference
 import torch
 from common import GOLDENS, TINY, TINY_V2, Golden, error, gaussian_denoiser, tiny_state
 from conftest import loaded
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from sd.config import ScheduleConfig
 from sd.denoiser import Denoiser
@@ -152,12 +154,21 @@ def exact_flow(x, a, b, std):
     return x * (marginal[1] / marginal[0])
 
 
-DETERMINISTIC = {"ddim": 1, "euler": 1, "heun": 2, "dpm2": 2, "dpmpp_2m": 2, "unipc": 2, "lms": 2}
+DETERMINISTIC = {"ddim": 1, "euler": 1, "heun": 2, "dpm2": 2, "dpmpp_2m": 2, "plms": 2, "unipc": 3, "lms": 3}
+
+
+def orders(errors):
+    """The power of the step with which errors fall that were found with 1, 2, 4, ... times as many steps."""
+    return [math.log2(abs(a / b)) for a, b in pairwise(errors)]
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_convergence(name):
-    """Halving the steps divides the error by 2, or by 4 (lms, of order 4 in its later steps, starts with Euler's)."""
+    """Halving the steps divides the error by 2, 4 or 8.
+
+    lms, of order 4 in its later steps, starts with Euler's; plms, too, has lower orders first, and is meant for grids
+    that are even in t.
+    """
     std, order = 0.5, DETERMINISTIC[name]
     x = reference.normal("x", (1, 4, 8, 8)).double()
     options = {"level_of_ratio": schedule.level_of_ratio} if SAMPLERS[name].midpoints else {}
@@ -166,9 +177,69 @@ def test_convergence(name):
         levels = schedule.levels(n, "karras")[:-1]  # the jump to clean is exact for no n
         *_, last = SAMPLERS[name].run(gaussian_denoiser(std), x, levels, **options)
         errors.append(error(last.x, exact_flow(x, levels[0], levels[-1], std)))
-    orders = [math.log2(a / b) for a, b in pairwise(errors)]
-    assert all(got > order - 0.2 for got in orders), (errors, orders)
-    assert order > 1 or all(got < 1.2 for got in orders), (errors, orders)
+    found = orders(errors)
+    assert all(got > order - 0.2 for got in found), (errors, found)
+    assert order > 1 or all(got < 1.2 for got in found), (errors, found)
+
+
+def run_of(name, denoise, x, levels, noise=None, **options):
+    """The steps of a sampler with all that it may want; `noise` draws unit normal numbers."""
+    entry = SAMPLERS[name]
+    if entry.midpoints:
+        options["level_of_ratio"] = schedule.level_of_ratio
+    if entry.stochastic == "always" or options.get("eta"):
+        options["noise"] = noise
+    return entry.run(denoise, x, levels, **options)
+
+
+def spread(name, levels, std, **options):
+    """For Gaussian data, what a run makes of its start and of its draws: (factor of x_T, deviation of what is added).
+
+    All is linear in x_T and the draws, so a run over unit vectors, one for each, gives their coefficients.
+    """
+    units = iter(torch.eye(2 * len(levels), dtype=torch.float64))
+    *_, last = run_of(name, gaussian_denoiser(std), next(units), levels, lambda like: next(units), **options)
+    return float(last.x[0]), float(last.x[1:].norm())
+
+
+def exact_spread(a, b, std):
+    """The same of the stochastic equation of diffusion, backwards: cov(x_b, x_a) / var(x_a), and what is left of x_b.
+
+    cov(x_b, x_a) = (alpha_a / alpha_b) var(x_b), as x_a comes of x_b by scaling and noise.
+    """
+    var_a, var_b = (level.alpha**2 * std**2 + level.sigma**2 for level in (a, b))
+    factor = a.alpha / b.alpha * var_b / var_a
+    return factor, math.sqrt(var_b - factor**2 * var_a)
+
+
+STOCHASTIC = [(name, {}) for name, entry in SAMPLERS.items() if entry.stochastic == "always"]
+STOCHASTIC += [("ddim", {"eta": 1.0}), ("dpmpp_sde", {"independent": True})]
+CONVERGENCE = {  # orders of the factor and of the deviation; None: exact at any number of steps
+    "ddim": (None, 1),
+    "ddpm": (None, 1),
+    "euler_a": (None, 1),
+    "dpm2_a": (1, 2),
+    "dpmpp_2s_a": (1, 1.8),
+    "dpmpp_sde": (None, 0.9),  # of draws that belong to no path
+    "dpmpp_sde, one path": (None, 2),
+    "dpmpp_2m_sde": (None, 2),
+}
+
+
+@pytest.mark.parametrize("name, options", STOCHASTIC)
+def test_convergence_of_mean_and_deviation(name, options):
+    std, errors = 0.5, []
+    for n in (50, 100, 200, 400):
+        levels = schedule.levels(n, "karras")[:-1]
+        pairs = zip(spread(name, levels, std, **options), exact_spread(levels[0], levels[-1], std), strict=True)
+        errors.append([got / exact - 1 for got, exact in pairs])
+    expected = CONVERGENCE[f"{name}, one path" if "independent" in options else name]
+    for found, order in zip(zip(*errors, strict=True), expected, strict=True):
+        if order is None:
+            assert max(map(abs, found)) < 1e-11, found
+        else:
+            assert all(got > order - 0.1 for got in orders(found)), (found, orders(found))
+            assert abs(found[-1]) < 0.02
 
 
 def test_unipc_corrects_what_dpmpp_2m_leaves():
@@ -245,10 +316,125 @@ def test_every_sampler_on_every_grid(name, spacing):
         assert not steps or steps[-1].level == levels[-1]
 
 
-STOCHASTIC = [(name, {}) for name, entry in SAMPLERS.items() if entry.stochastic == "always"]
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.sampled_from(list(SAMPLERS)), st.sampled_from(SPACINGS), st.integers(1, 1000), st.floats(0, 1))
+@example("dpmpp_sde", "karras", 1000, 1.0)
+@example("lms", "exponential", 1000, 1.0)
+@example("plms", "leading", 1000, 0.001)
+@example("unipc", "leading", 15, 1.0)
+def test_runs(name, spacing, n, strength):
+    """As many steps, evaluations and draws as promised, and where all data is one point they end there.
+
+    eps is then the same all the way, but for what the stochastic ones put in its place.
+    """
+    entry, levels = SAMPLERS[name], schedule.levels(n, spacing, strength)
+    taken, a, b = len(levels) - 1, levels[0], levels[-1]
+    rng = torch.Generator().manual_seed(n)
+    x0, eps = torch.tensor([0.5, -2.0, 0.0], dtype=torch.float64), torch.randn(3, generator=rng, dtype=torch.float64)
+    asked, drawn = [], []
+
+    def denoise(x, level):
+        assert x.isfinite().all()
+        asked.append(level)
+        return x0
+
+    def noise(like):
+        drawn.append(1)
+        return torch.randn(like.shape, generator=rng, dtype=like.dtype)
+
+    steps = list(run_of(name, denoise, schedule.add_noise(x0, eps, a), levels, noise))
+    assert taken == int(n * strength + 1e-9) and [step.level for step in steps] == levels[1:]
+    full = taken - (b.sigma == 0 and taken > 0)  # steps that end with some noise
+    extra = {1: name == "plms" and full > 0, 2: full}[entry.evaluations]
+    assert len(asked) == taken + extra
+    assert set(levels[:-1]) <= set(asked)
+    assert len(drawn) == {"always": full * (2 if name == "dpmpp_sde" else 1)}.get(entry.stochastic, 0)
+    if taken:
+        last = steps[-1].x
+        reached = b.alpha * x0 + b.sigma * eps
+        rounding = 1e-5 if name == "lms" else 1e-10  # its weights lose digits where steps are many and short
+        assert (last - reached).abs().max() <= (6 * b.sigma if drawn else 0) + rounding
+        assert all(error(step.x0, x0) < 1e-8 for step in steps)
 
 
-@pytest.mark.parametrize("name, options", [*STOCHASTIC, ("ddim", {"eta": 1.0})])
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(["ddim", "plms", "euler_a", "heun", "dpmpp_sde", "dpmpp_2m", "unipc"]),
+    st.sampled_from(SPACINGS),
+    st.integers(1, 60),
+    st.floats(0, 1),
+)
+def test_what_the_network_predicts_is_no_matter(name, spacing, n, strength):
+    """A network that gives the noise and one that gives the velocity of the same x0 lead to the same pictures."""
+    schedules = {prediction: Schedule(ScheduleConfig(prediction=prediction)) for prediction in ("eps", "v")}
+    levels = schedule.levels(n, spacing, strength)
+    x, context = reference.normal("x", (2, 4, 2, 2)).double(), torch.zeros(1, 77, 8, dtype=torch.float64)
+
+    def network(prediction):
+        def predict(x, t, context):
+            level = schedule.level(float(t[0]))
+            x0 = torch.tanh(2 * x + t.view(-1, 1, 1, 1) / 1000)
+            return schedules[prediction].target(x0, (x - level.alpha * x0) / level.sigma, level)
+
+        return predict
+
+    ends = []
+    for prediction, own in schedules.items():
+        denoise, rng = Denoiser(network(prediction), own, context), torch.Generator().manual_seed(0)
+        noise = lambda like, rng=rng: torch.randn(like.shape, generator=rng, dtype=like.dtype)  # noqa: E731
+        steps = list(run_of(name, denoise, x, levels, noise))
+        assert len(steps) == len(levels) - 1 == int(n * strength + 1e-9)
+        assert all(step.x.isfinite().all() for step in steps)
+        ends.append(steps[-1].x if steps else x)
+    assert error(*ends) < 1e-7
+
+
+MEMORYLESS = [
+    ("ddim", {}), ("ddim", {"eta": 1.0}), ("ddpm", {}), ("euler", {}), ("euler_a", {}), ("heun", {}), ("dpm2", {}),
+    ("dpm2_a", {}), ("dpmpp_2s_a", {}), ("dpmpp_sde", {}),
+]  # fmt: skip
+CHANGED = 3  # the step after which the caller changes x
+
+
+def changed_run(name, denoise, levels, other, options=None):
+    """The last state of a run in which the caller puts `other` in x's place, and the draws that were left then."""
+    draws = [reference.normal(f"n{i}", (1, 4, 4, 4)).double() for i in range(2 * len(levels))]
+    left = draws
+    x = reference.normal("x", (1, 4, 4, 4)).double()
+    for step in run_of(name, denoise, x, levels, lambda like: draws.pop(0), **(options or {})):
+        if step.i == CHANGED and other is not None:
+            step.x.copy_(other)
+            left = list(draws)
+    return step.x, left
+
+
+@pytest.mark.parametrize("name, options", MEMORYLESS)
+def test_a_caller_may_change_x_between_steps(name, options):
+    """A sampler without memory then does what it does for a run that starts there."""
+    levels, denoise = schedule.levels(8, "karras"), gaussian_denoiser(0.5)
+    other = reference.normal("other", (1, 4, 4, 4)).double()
+    end, left = changed_run(name, denoise, levels, other, options)
+    *_, last = run_of(name, denoise, other.clone(), levels[CHANGED + 1 :], lambda like: left.pop(0), **options)
+    assert torch.equal(end, last.x)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_change_of_x_changes_the_end(name):
+    levels, denoise = schedule.levels(8, "karras"), gaussian_denoiser(0.5)
+    other = reference.normal("other", (1, 4, 4, 4)).double()
+    assert error(changed_run(name, denoise, levels, other)[0], changed_run(name, denoise, levels, None)[0]) > 0.01
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_change_of_x_stays_though_the_network_be_blind_to_it(name):
+    """What is changed is x itself, not merely what the network is shown: masks rely on it."""
+    levels, x0 = schedule.levels(8, "karras")[:-1], torch.ones(1, 4, 4, 4, dtype=torch.float64)
+    other = reference.normal("other", (1, 4, 4, 4)).double()
+    ends = [changed_run(name, lambda x, level: x0, levels, change)[0] for change in (other, None)]
+    assert error(*ends) > 1e-3
+
+
+@pytest.mark.parametrize("name, options", STOCHASTIC)
 def test_stochastic_samplers_give_the_data_distribution(name, options):
     std = 0.5
     rng = torch.Generator().manual_seed(0)

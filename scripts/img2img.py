@@ -1,0 +1,59 @@
+"""Pictures of a text that start from a picture.
+
+python scripts/img2img.py "a green house in the snow" house.png --strength 0.6
+python scripts/img2img.py "an oil painting of a harbour" photo.jpg --ckpt v1-5-pruned-emaonly.ckpt --n 4
+
+The picture is cut to multiples of 8 pixels, and brought to about as many pixels as the model paints best if it is less
+than half or more than twice as large; --height and --width, and --fit pad, say otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file, from any folder, installed or not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sd import StableDiffusion
+from sd.pipeline import STRENGTH
+
+if __package__:
+    from . import cli, painting
+else:
+    from scripts import cli, painting
+
+
+def parser() -> cli.Parser:
+    """The arguments; names of the original's scripts work too."""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    painting.add_prompt_arguments(parser, "PICTURE")
+    painting.add_fit_argument(painting.add_picture_arguments(parser, STRENGTH))
+    painting.add_sampling_arguments(parser, size="from the picture")
+    painting.add_output_arguments(parser)
+    painting.add_model_arguments(parser)
+    return parser
+
+
+def paint(args: argparse.Namespace) -> None:
+    """Check, read the picture, load, paint, save."""
+    args = painting.place_words(args, init_img="picture")
+    settings = painting.checked(args, args.strength)
+    init = painting.read_init(args)
+
+    def make(model: StableDiffusion, prompt: str, **shared: object) -> list:
+        return model.img2img(
+            prompt, init.image, strength=args.strength, fit_by=args.fit, posterior=args.posterior, **shared
+        )
+
+    painting.paint(args, settings, make, painting.about_init(args, init))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return cli.run(paint, parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

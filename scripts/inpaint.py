@@ -1,0 +1,105 @@
+"""A picture with a part of it painted anew.
+
+python scripts/inpaint.py "a red balloon" photo.png mask.png
+python scripts/inpaint.py "a cat on the bench" bench.png --ckpt sd-v1-5-inpainting.ckpt
+
+White in the mask is painted anew, black stays to the bit; without a mask, the picture's transparent part is painted.
+Inpainting checkpoints (9 channels) are made for this; any other works, too. The result has the picture's size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file, from any folder, installed or not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from PIL import ImageOps
+
+from sd import StableDiffusion
+from sd.image_files import read_mask
+from sd.inpainting import CONTENTS
+
+if __package__:
+    from . import cli, painting
+else:
+    from scripts import cli, painting
+
+MARGIN = 32  # pixels around the mask with --only-masked, as other tools have it
+
+
+def parser() -> cli.Parser:
+    """The arguments."""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    painting.add_prompt_arguments(parser, "PICTURE", "MASK")
+    group = painting.add_picture_arguments(parser, strength=1.0)
+    group.add_argument("--mask", metavar="FILE", help="white is painted anew (default: what is transparent)")
+    group.add_argument("--invert-mask", action="store_true", help="paint what the mask keeps, and keep the rest")
+    group.add_argument(
+        "--mask-blur", type=float, default=0.0, metavar="PIXELS", help="soften the mask's edge (default: %(default)s)"
+    )
+    group.add_argument(
+        "--content", choices=CONTENTS, default=CONTENTS[0],
+        help="what the hole holds at the start, if strength is below 1 (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--only-masked", nargs="?", type=int, const=MARGIN, metavar="PIXELS",
+        help=f"look at the part around the mask only, enlarged; with this margin (default: {MARGIN})",
+    )  # fmt: skip
+    painting.add_sampling_arguments(parser, size="from the picture")
+    painting.add_output_arguments(parser)
+    painting.add_model_arguments(parser)
+    return parser
+
+
+def paint(args: argparse.Namespace) -> None:
+    """Check, read picture and mask, load, paint, save."""
+    args = painting.place_words(args, init_img="picture", mask="mask")
+    settings = painting.checked(args, args.strength)
+    init = painting.read_init(args)
+    if args.mask is not None:
+        mask = read_mask(Path(args.mask))
+    elif init.alpha is not None:
+        mask = ImageOps.invert(init.alpha)
+    else:
+        raise ValueError(f"{args.init_img}: no part of it is transparent: say with --mask what is to be painted anew")
+    if args.invert_mask:
+        mask = ImageOps.invert(mask)
+
+    def make(model: StableDiffusion, prompt: str, **shared: object) -> list:
+        return model.inpaint(
+            prompt,
+            init.image,
+            mask,
+            strength=args.strength,
+            content=args.content,
+            blur=args.mask_blur,
+            margin=args.only_masked,
+            posterior=args.posterior,
+            **shared,
+        )
+
+    about = {
+        **painting.about_init(args, init),
+        "Mask": "alpha" if args.mask is None else Path(args.mask).name,
+        **({"Mask mode": "inverted"} if args.invert_mask else {}),
+        **({"Mask blur": f"{args.mask_blur:g}"} if args.mask_blur else {}),
+        **({"Masked content": args.content} if args.strength < 1 else {}),
+        **(
+            {"Inpaint area": "Only masked", "Only masked padding": args.only_masked}
+            if args.only_masked is not None
+            else {}
+        ),
+    }
+    painting.paint(args, settings, make, about)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return cli.run(paint, parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Where to compute and in which precision: names -> torch devices and dtypes, and the best there is."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DEVICES = ("cuda", "cpu", "mps", "xpu")
+
+
+def best_device() -> torch.device:
+    """CUDA, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def find_device(device: str | torch.device | None = None) -> torch.device:
+    """The device of this name, with its number; the best there is if None. ValueError for one that is not there."""
+    try:
+        found = torch.device(device) if device is not None else best_device()
+        if found.type not in DEVICES:
+            raise RuntimeError(f"expected one of {', '.join(DEVICES)}")
+        # an empty tensor knows the number of the current device, which other threads would not
+        return torch.empty(0, device=found).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {str(device)!r} is not available here: {reason}") from None
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """The precision that is fastest without harm: float16 on CUDA, bfloat16 on CPUs that multiply it in hardware.
+
+    Elsewhere bfloat16 would be emulated and slower than float32. MPS gets float32: half precision is not safe there.
+    """
+    if device.type == "cuda":
+        return torch.float16
+    if device.type == "cpu":
+        if hasattr(torch.cpu, "get_capabilities"):
+            able = torch.cpu.get_capabilities()
+        else:  # before torch 2.10
+            able = {"avx512_bf16": getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()}
+        if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16")):
+            return torch.bfloat16
+    return torch.float32
+
+
+def find_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The precision of this name; ValueError for one that is not supported."""
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise ValueError(f"unknown precision {dtype!r}, expected one of {', '.join(DTYPES)}")
+    return found
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,259 @@
+"""The networks of one checkpoint, and each thing that is done with them: encoding, denoising, sampling, decoding.
+
+The three tasks that are made of these parts are in pipeline.py.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .checkpoint import CheckpointError, load_checkpoint
+from .config import Config
+from .convert import build, convert, detect, load_weights
+from .denoiser import Denoiser, Network, with_channels
+from .device import best_dtype, dtype_name, find_device, find_dtype
+from .image import to_pil, to_tensor
+from .resources import resource
+from .samplers import Denoise, Noise, Sampler, Step
+from .schedule import Level, Schedule
+from .settings import GUIDANCE, SAMPLER, find_sampler, whole
+from .text_encoder import TextEncoder
+from .tokenizer import Tokenizer
+from .unet import UNet
+from .vae import VAE, Gaussian
+
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.11
+
+EMBEDDED = "weights/pocket.safetensors"  # the model that comes with the project
+MAX_SIDE = 16384  # pixels
+
+
+def named(path: str | os.PathLike[str], error: ValueError) -> ValueError:
+    """The error with the file's name in front, unless it is there already."""
+    message = str(error)
+    return error if message.startswith(str(path)) else CheckpointError(f"{path}: {message}")
+
+
+def check_schedule(tensors: Mapping[str, Tensor], config: Config) -> None:
+    """Warn if the file was trained with another noise schedule than the config's, as zero-terminal-SNR models are."""
+    if "alphas_cumprod" not in tensors:
+        return
+    theirs, ours = tensors["alphas_cumprod"].double(), torch.from_numpy(Schedule(config.schedule).alpha_bar)
+    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, atol=1e-3):  # as float16 rounds them
+        warnings.warn(
+            "this checkpoint was trained with another noise schedule (alphas_cumprod), which is not supported: its "
+            "pictures will be off",
+            stacklevel=3,
+        )
+
+
+class Steps(Iterator[Step]):
+    """A sampling run: iterate over its steps; `len` is their number, so that progress bars know the end."""
+
+    def __init__(self, steps: Iterator[Step], n: int) -> None:
+        self._steps, self._n = steps, n
+
+    def __next__(self) -> Step:
+        with torch.no_grad():
+            return next(self._steps)
+
+    def __len__(self) -> int:
+        return self._n
+
+
+class Model:
+    """The three networks of a checkpoint with their tokenizer and schedule, on one device in one precision."""
+
+    def __init__(self, config: Config, text_encoder: TextEncoder, vae: VAE, unet: UNet) -> None:
+        self.config = config
+        self.tokenizer = Tokenizer(length=config.text.length, pad=config.text.pad)
+        self.text_encoder, self.vae, self.unet = text_encoder, vae, unet
+        self.schedule = Schedule(config.schedule)
+        weight = next(unet.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        config: Config | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        weights: str = "auto",
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Self:
+        """Load a checkpoint: original layout or ours, .ckpt or .safetensors; the embedded model if none is given.
+
+        config    which model it is; found out from the file if not given (`detect`)
+        device    "cuda", "cpu", "mps", ...; the best there is if not given
+        dtype     "float32", "float16", "bfloat16" or a torch dtype; the best for the device if not given
+        weights   "auto", "raw" or "ema": which of a training checkpoint's two U-Nets (`convert`)
+        progress  is told (numbers in this weight, numbers in all) after each weight is read
+
+        Raises CheckpointError, in one line, for files that are not a checkpoint, are damaged, dangerous, or hold
+        something else; ValueError for a device or precision that is not there.
+        """
+        device = find_device(device)
+        dtype = find_dtype(dtype) if dtype is not None else best_dtype(device)
+        path = resource(EMBEDDED) if path is None else path
+        with load_checkpoint(path) as checkpoint:
+            try:
+                config = config or detect(checkpoint)
+                states = convert(checkpoint, config, weights)
+                networks = build(config)
+                total = sum(math.prod(w.shape) for net in networks.values() for w in net.state_dict().values())
+                for name, network in networks.items():
+                    load_weights(
+                        network, states[name], device, dtype, lambda n: progress(n, total) if progress else None
+                    )
+                check_schedule(checkpoint, config)
+            except ValueError as error:
+                raise named(path, error) from None
+        return cls(config, **networks)
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
+        """Texts -> context (B, M, D). What does not fit into M tokens is cut, with a warning that says what."""
+        ids = self.tokenizer(list(prompts)).to(self.device)
+        with torch.no_grad():
+            return self.text_encoder(ids)
+
+    def denoiser(
+        self,
+        context: Tensor,
+        uncond: Tensor | None = None,
+        guidance: float = GUIDANCE,
+        extra: Tensor | None = None,
+    ) -> Denoiser:
+        """The U-Net with guidance, as samplers want it; context and uncond (B, M, D).
+
+        `extra` (B, 5, h, w) is what a U-Net of 9 channels is given besides x: mask and masked latent.
+        """
+        network: Network = self.unet if extra is None else with_channels(self.unet, extra)
+        return Denoiser(network, self.schedule, context, uncond, guidance)
+
+    def sample(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        levels: Sequence[Level],
+        sampler: str | Sampler = SAMPLER,
+        *,
+        eta: float | None = None,
+        noise: Noise | None = None,
+    ) -> Steps:
+        """Walk x (B, C, h, w) down the levels: an iterator of steps with a length, which does the work as it is asked.
+
+        `noise` gives stochastic samplers their random numbers, each draw independent of the others; `eta` is DDIM's, 0
+        if not given.
+        """
+        chosen = find_sampler(sampler)
+        options: dict[str, object] = {}
+        if eta is not None:
+            if chosen.stochastic != "eta":
+                raise ValueError(f"eta is a setting of ddim, not of {chosen.label}")
+            options["eta"] = eta
+        if noise is None and chosen.stochastic == "always":
+            raise ValueError(f"{chosen.label} draws noise in every step: give it `noise`")
+        if noise is not None and chosen.stochastic != "never":
+            options["noise"] = noise
+        if chosen.paths:
+            options["independent"] = True
+        if chosen.midpoints:
+            options["level_of_ratio"] = self.schedule.level_of_ratio
+        return Steps(chosen.run(denoise, x, levels, **options), max(len(levels) - 1, 0))
+
+    def encode(self, image: Image.Image | Tensor) -> Gaussian:
+        """RGB picture, or (B, 3, H, W) in [-1, 1], sides multiples of 8 -> latents' Gaussian (B, C, h, w) in float32.
+
+        Half precision can overflow in the VAE: see `decode`.
+        """
+        pixels = image if isinstance(image, Tensor) else to_tensor(image)
+        moments = self._through_vae("latent", lambda x: torch.stack(self.vae.encode(x)), pixels.to(self.device))
+        return Gaussian(*moments)
+
+    def decode(self, z: Tensor) -> list[Image.Image]:
+        """Latents (B, C, h, w) -> RGB pictures, one at a time, so that the memory needed is one picture's.
+
+        Half precision can overflow in the VAE. What comes out with NaN or infinity is computed again in float32, with
+        a warning; if it still does, that is an ArithmeticError: a black picture is never returned.
+        """
+        return [image for one in z.split(1) for image in to_pil(self._through_vae("picture", self.vae.decode, one))]
+
+    def _through_vae(self, what: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        with torch.no_grad():
+            out = run(x.to(self.dtype))
+            if not out.isfinite().all() and self.dtype != torch.float32:
+                warnings.warn(
+                    f"a {what} is not finite in {dtype_name(self.dtype)}: computing it again in float32", stacklevel=3
+                )
+                self.vae.float()
+                try:
+                    out = run(x.float())
+                finally:
+                    self.vae.to(self.dtype)
+        if not out.isfinite().all():
+            raise ArithmeticError(
+                f"the {what} is not finite (NaN) even in float32: the checkpoint may be damaged, or the U-Net "
+                "overflows in half precision: try float32 (--dtype)"
+            )
+        return out.float()
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a picture; the model's native size where a side is not given."""
+        factor = self.config.vae.factor
+        sides = []
+        for name, side in (("height", height), ("width", width)):
+            side = self.config.size if side is None else whole(name, side)
+            if side > MAX_SIDE:
+                raise ValueError(f"{name} must be at most {MAX_SIDE}, got {side}")
+            if side % factor or side < factor:
+                lower, upper = max(side // factor, 1) * factor, max(-(-side // factor), 1) * factor
+                near = f"{lower} or {upper}" if lower != upper else f"{lower}"
+                raise ValueError(f"{name} must be a multiple of {factor}, got {side}: try {near}")
+            sides.append(side // factor)
+        return self.config.vae.latent_channels, sides[0], sides[1]
+
+    def picture_size(
+        self, size: tuple[int, int], height: int | None = None, width: int | None = None, *, up: bool = False
+    ) -> tuple[int, int]:
+        """(height, width) to paint a picture of this (width, height) at: multiples of 8 in about its proportions.
+
+        Its own size if that is from half to twice as many pixels as the model's native picture, which it paints best;
+        else as many as that. A side that is given is used as it is. Rounded down, which cuts the picture; `up` is for
+        framing it.
+        """
+        factor, native = self.config.vae.factor, self.config.size
+        wide, high = size
+        if height is not None and width is not None:
+            scale = 1.0
+        elif height is not None:
+            scale = height / high
+        elif width is not None:
+            scale = width / wide
+        else:
+            share = wide * high / native**2
+            scale = 1.0 if 0.5 <= share <= 2 else share**-0.5
+
+        def rounded(side: float) -> int:
+            whole_factors = math.ceil(side / factor - 1e-6) if up else math.floor(side / factor + 1e-6)
+            return min(max(whole_factors, 1), MAX_SIDE // factor) * factor
+
+        height = rounded(high * scale) if height is None else height
+        width = rounded(wide * scale) if width is None else width
+        self.latent_shape(height, width)  # refuses what cannot be
+        return height, width
+
+    @property
+    def sees_masks(self) -> bool:
+        """Whether the U-Net is given a mask and a masked picture beside x, as inpainting models are."""
+        return self.config.unet.in_channels != self.config.vae.latent_channels
