@@ -25,7 +25,7 @@ setup(
     # data/ and weights/ stand beside the package in a checkout, and inside of it in a wheel (sd/resources.py)
     packages=["sd", "sd.data", "sd.weights", "sd.scripts"],
     package_dir={"sd": "sd", "sd.data": "data", "sd.weights": "weights", "sd.scripts": "scripts"},
-    package_data={"sd.data": ["*.gz", "*.md"], "sd.weights": ["pocket.safetensors", "README.md"]},
+    package_data={"sd.data": ["*.gz", "*.md", "sample*.png"], "sd.weights": ["pocket.safetensors", "README.md"]},
     install_requires=[
         "torch>=2.4",
         "numpy>=1.26",
@@ -39,6 +39,8 @@ setup(
     entry_points={
         "console_scripts": [
             "sd-txt2img = sd.scripts.txt2img:main",
+            "sd-img2img = sd.scripts.img2img:main",
+            "sd-inpaint = sd.scripts.inpaint:main",
             "sd-convert = sd.scripts.convert:main",
             "sd-bench = sd.scripts.bench:main",
         ]

@@ -38,7 +38,7 @@ def parser() -> cli.Parser:
 
 def paint(args: argparse.Namespace) -> None:
     """Check, read the picture, load, paint, save."""
-    args = painting.place_words(args, init_img="picture")
+    args = painting.place_words(args, "init_img")
     settings = painting.checked(args, args.strength)
     init = painting.read_init(args)
 

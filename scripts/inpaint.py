@@ -56,7 +56,7 @@ def parser() -> cli.Parser:
 
 def paint(args: argparse.Namespace) -> None:
     """Check, read picture and mask, load, paint, save."""
-    args = painting.place_words(args, init_img="picture", mask="mask")
+    args = painting.place_words(args, "init_img", "mask")
     settings = painting.checked(args, args.strength)
     init = painting.read_init(args)
     if args.mask is not None:

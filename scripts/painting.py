@@ -48,17 +48,18 @@ def add_prompt_arguments(parser: Parser, *files: str) -> None:
     )
 
 
-def place_words(args: argparse.Namespace, **options: str) -> argparse.Namespace:
-    """Give the words that stand without an option to --prompt and to `options` (name: what it is), in this order.
+def place_words(args: argparse.Namespace, *names: str) -> argparse.Namespace:
+    """Give the words that stand without an option to --prompt and then to the options `names`, in their order.
 
-    Those that are given as options, and the prompt if there is a file of prompts, have no place of their own.
+    What is given as an option, and the prompt if there is a file of prompts, has no place of its own.
     """
-    places = {"prompt": "prompt", **options}
-    free = [name for name in places if getattr(args, name) is None and not (name == "prompt" and args.from_file)]
+    given = {name: f"--{name.replace('_', '-')}" for name in ("prompt", *names) if getattr(args, name) is not None}
+    if args.from_file is not None:
+        given["prompt"] = "--from-file"
+    free = [name for name in ("prompt", *names) if name not in given]
     if len(args.words) > len(free):
-        given = [places[name] for name in places if name not in free]
-        already = f": {', '.join(given)} given already" if given else ""
-        raise ValueError(f"too many arguments, {args.words[len(free)]!r} is one too many{already}; quote the prompt")
+        why = f" beside {', '.join(given.values())}" if given else ""
+        raise ValueError(f"{args.words[len(free)]!r} is one word too many{why}: a prompt of several words needs quotes")
     for name, word in zip(free, args.words, strict=False):
         setattr(args, name, word)
     return args

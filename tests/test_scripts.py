@@ -18,7 +18,7 @@ from common import TINY, tiny_state
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from scripts import cli, convert, txt2img
+from scripts import convert, img2img, inpaint, output, txt2img
 from sd.convert import CONFIG_KEY, to_own
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,8 +244,9 @@ def test_bad_checkpoints(paint, tmp_path, name):
         (["a", "--height", "80000000000", "--width", "64"], "at most 16384"),
         (["a", "--frobnicate"], "--frobnicate"),
         ([], "prompt"),
-        (["a", "--prompt", "b"], "once"),
-        (["a", "--from-file", "b.txt"], "not both"),
+        (["a", "--prompt", "b"], "'a' is one word too many beside --prompt"),
+        (["a", "--from-file", "b.txt"], "'a' is one word too many beside --from-file"),
+        (["a", "red", "house"], "'red' is one word too many: a prompt of several words needs quotes"),
         (["--from-file", "no/such/prompts.txt"], "no/such/prompts.txt: No such file"),
     ],
     ids=" ".join,
@@ -329,7 +330,7 @@ def test_runs_from_any_folder_without_installation(ckpt, tmp_path):
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("module", [txt2img, convert])
+@pytest.mark.parametrize("module", [txt2img, img2img, inpaint, convert])
 def test_help(module, capsys):
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
@@ -380,5 +381,5 @@ def test_metadata_of_a_conversion_is_the_config(ckpt, tmp_path, capsys):
 
 def test_model_hash_is_the_sha256(tmp_path):
     file = write(tmp_path / "a", b"abc")
-    assert cli.ModelHash(file).digits() == "ba7816bf8f"
-    assert cli.ModelHash(tmp_path / "gone").digits() is None
+    assert output.ModelHash(file).digits() == "ba7816bf8f"
+    assert output.ModelHash(tmp_path / "gone").digits() is None

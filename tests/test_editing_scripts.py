@@ -1,0 +1,189 @@
+"""img2img.py and inpaint.py as a user meets them, and pictures of the steps."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+from test_scripts import ckpt, write  # noqa: F401
+
+from scripts import img2img, inpaint
+from sd.resources import resource
+
+SAMPLE, MASK = resource("data/sample.png"), resource("data/sample-mask.png")
+SMALL = ("--height", "64", "--width", "64", "--steps", "2", "--device", "cpu", "--dtype", "float32", "--seed", "7")
+
+
+@pytest.fixture
+def edit(ckpt, tmp_path, capsys):  # noqa: F811
+    """Runs a program on the tiny model; gives status, lines of stdout and stderr, and the files made."""
+
+    def run(program, *args: object, small: tuple[str, ...] = SMALL):
+        out = tmp_path / "out"
+        try:
+            status = program.main([*map(str, args), "--ckpt", str(ckpt), *small, "--out", str(out)])
+        except SystemExit as stop:  # argparse
+            status = stop.code
+        printed = capsys.readouterr()
+        files = sorted(str(p.relative_to(out)) for p in out.rglob("*")) if out.is_dir() else []
+        return status, printed.out.splitlines(), printed.err.splitlines(), files
+
+    return run
+
+
+def made(tmp_path: Path, name: str = "00001.png") -> Image.Image:
+    with Image.open(tmp_path / "out" / name) as image:
+        image.load()
+    return image
+
+
+def test_a_changed_picture(edit, tmp_path):
+    status, out, err, files = edit(img2img, "a red cube", SAMPLE, "--strength", "0.5")
+    assert (status, files, err) == (0, ["00001.png"], [])
+    assert out[-1] == f"{tmp_path / 'out' / '00001.png'}  seed 7"
+    image = made(tmp_path)
+    assert image.size == (64, 64) and np.asarray(image).std() > 1
+    assert re.fullmatch(
+        r"a red cube\nSteps: 2, Sampler: DDIM, Schedule type: Leading, CFG scale: 7.5, Seed: 7, Size: 64x64, "
+        r"Denoising strength: 0.5, Init image hash: [0-9a-f]{10}, Model hash: [0-9a-f]{10}, Model: tiny, "
+        r"Precision: float32, Version: sd [\d.]+",
+        image.text["parameters"],
+    )
+
+
+def test_names_of_the_original_script(edit):
+    args = ("--prompt", "a", "--init-img", SAMPLE, "--ddim_steps", "4", "--n_samples", "2", "--scale", "5")
+    assert edit(img2img, *args, "--strength", "0.8", small=SMALL[:4])[3] == ["00001.png", "00002.png"]
+
+
+def test_the_size_is_the_picture_s(edit, tmp_path):
+    Image.open(SAMPLE).resize((131, 70)).save(tmp_path / "odd.png")
+    edit(img2img, "a", tmp_path / "odd.png", "--steps", "2", small=("--seed", "1"))
+    edit(img2img, "a", tmp_path / "odd.png", "--steps", "2", "--fit", "pad", small=("--seed", "1"))
+    assert made(tmp_path).size == (128, 64) and made(tmp_path, "00002.png").size == (131, 70)
+
+
+def test_prompts_from_a_file_leave_a_place_for_the_picture(edit, tmp_path):
+    prompts = write(tmp_path / "p.txt", b"a\nb\n")
+    status, _, _, files = edit(img2img, SAMPLE, "--from-file", prompts, "--strength", "0.5")
+    assert status == 0 and files == ["00001.png", "00002.png"]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (200, 136), (333, 222), (768, 512)], ids=str)
+@pytest.mark.parametrize("options", [(), ("--only-masked",), ("--mask-blur", "4")], ids=str)
+def test_sample_picture_and_mask(edit, tmp_path, size, options):
+    picture = Image.open(SAMPLE).convert("RGB").resize(size)
+    mask = Image.open(MASK).convert("L").resize(size, Image.Resampling.NEAREST)
+    picture.save(tmp_path / "picture.png")
+    mask.save(tmp_path / "mask.png")
+    status, _, err, files = edit(inpaint, "a cat", tmp_path / "picture.png", tmp_path / "mask.png", *options)
+    assert (status, err, files) == (0, [], ["00001.png"])
+    image = made(tmp_path)
+    changed = (np.asarray(image) != np.asarray(picture)).any(axis=-1)
+    hole = np.asarray(mask) > 0
+    if "--mask-blur" in options:  # it reaches some pixels outwards
+        hole = np.asarray(Image.fromarray(hole).filter(ImageFilter.MaxFilter(41)))
+    assert image.size == size and not changed[~hole].any() and changed[hole].mean() > 0.5
+    assert "Denoising strength: 1, Init image hash: " in image.text["parameters"]
+    assert "Mask: mask.png" in image.text["parameters"]
+
+
+def test_inverted_mask_and_transparency(edit, tmp_path):
+    picture, mask = Image.open(SAMPLE).convert("RGB"), Image.open(MASK).convert("L")
+    kept = np.asarray(mask) == 0
+    clear = picture.copy()
+    clear.putalpha(mask)
+    clear.save(tmp_path / "clear.png")  # transparent around the middle, so that is painted
+    edit(inpaint, "a", SAMPLE, MASK, "--invert-mask")
+    edit(inpaint, "a", tmp_path / "clear.png")
+    for name in ("00001.png", "00002.png"):
+        changed = (np.asarray(made(tmp_path, name)) != np.asarray(picture)).any(axis=-1)
+        assert not changed[~kept].any() and changed[kept].mean() > 0.9
+    assert "Mask mode: inverted" in made(tmp_path).text["parameters"]
+    assert "Mask: alpha" in made(tmp_path, "00002.png").text["parameters"]
+
+
+def test_settings_of_the_mask_are_recorded(edit, tmp_path):
+    args = ("--strength", "0.5", "--content", "fill", "--mask-blur", "2", "--only-masked", "8", "--posterior", "mode")
+    assert edit(inpaint, "a", SAMPLE, MASK, *args)[0] == 0
+    text = made(tmp_path).text["parameters"]
+    for words in (
+        "Denoising strength: 0.5, Posterior: mode, Init image hash: ",
+        "Mask blur: 2, Masked content: fill, Inpaint area: Only masked, Only masked padding: 8",
+    ):
+        assert words in text
+
+
+def test_nothing_of_the_given_file_is_carried_along(edit, tmp_path):
+    """Photos know where they were taken."""
+    exif = Image.Exif()
+    exif[0x010E] = "secret"
+    Image.open(SAMPLE).convert("RGB").save(tmp_path / "a.jpg", exif=exif, comment=b"secret")
+    edit(inpaint, "a", tmp_path / "a.jpg", MASK, "--no-metadata")
+    assert b"secret" not in (tmp_path / "out" / "00001.png").read_bytes() and not made(tmp_path).info
+
+
+@pytest.mark.parametrize("how, kind", [("decoded", "webp"), ("linear", "webp"), ("decoded", "gif")])
+def test_steps_are_saved(edit, tmp_path, how, kind):
+    args = ("--save-steps", how, "--animation", kind, "--n", "2", "--batch-size", "2", "--strength", "1")
+    status, out, err, files = edit(img2img, "a", SAMPLE, *args, small=(*SMALL[:4], "--steps", "3", "--seed", "7"))
+    assert (status, err) == (0, [])
+    folder = [f"-steps{os.sep}{i:03d}.png" for i in (1, 2, 3)]
+    expected = [f"0000{n}{end}" for n in (1, 2) for end in (f"-steps.{kind}", "-steps", *folder, ".png")]
+    assert files == sorted(expected)
+    assert out[2] == str(tmp_path / "out" / f"00001-steps.{kind}")
+    with Image.open(tmp_path / "out" / f"00002-steps.{kind}") as film:
+        assert film.n_frames in (2, 3) and film.size == (64, 64)  # frames that are alike may be one
+    last, picture = (
+        np.asarray(made(tmp_path, f"00002{end}")).astype(int) for end in (f"-steps{os.sep}003.png", ".png")
+    )
+    assert np.abs(last - picture).mean() < (20 if how == "decoded" else 60)  # the last step ends a little above clean
+
+
+def test_no_steps_no_frames(edit):
+    status, _, _, files = edit(img2img, "a", SAMPLE, "--strength", "0", "--save-steps")
+    assert status == 0 and files == ["00001.png"]
+
+
+@pytest.mark.parametrize(
+    "program, args, words",
+    [
+        (img2img, ["a"], "give the picture to start from"),
+        (img2img, ["a", "missing.png"], "missing.png: no such file"),
+        (img2img, ["a", SAMPLE, "b"], "'b' is one word too many"),
+        (img2img, ["a", SAMPLE, "--init-img", SAMPLE], "one word too many beside --init-img"),
+        (img2img, ["a", __file__], "a text, not a picture"),
+        (img2img, ["a", SAMPLE, "--strength", "1.5"], "strength must be in [0, 1], got 1.5"),
+        (img2img, ["a", SAMPLE, "--strength", "nan"], "strength"),
+        (img2img, ["a", SAMPLE, "--height", "65"], "height must be a multiple of 8, got 65"),
+        (inpaint, ["a", SAMPLE], "no part of it is transparent: say with --mask"),
+        (inpaint, ["a", SAMPLE, "missing.png"], "missing.png: no such file"),
+        (inpaint, ["a", SAMPLE, MASK, "--mask-blur", "-1"], "blur"),
+        (inpaint, ["a", SAMPLE, MASK, "--only-masked", "-1"], "at least 0"),
+    ],
+    ids=str,
+)
+def test_refusals(edit, program, args, words):
+    status, _, err, files = edit(program, *args, small=SMALL[4:])
+    assert status == 1 and files == [] and len(err) == 1 and err[0].startswith("error: ") and words in err[0], err
+
+
+@pytest.mark.parametrize(
+    "args, words", [(["--background", "reddish"], "not a colour"), (["--content", "sky"], "invalid choice")]
+)
+def test_unknown_choices(edit, args, words):
+    status, _, err, _ = edit(inpaint, "a", SAMPLE, MASK, *args)
+    assert status == 2 and len(err) == 1 and words in err[0]
+
+
+def test_background_of_transparent_pictures(edit, tmp_path):
+    Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    for name, colour in (("00001.png", "black"), ("00002.png", "#ffffff")):
+        edit(img2img, "a", tmp_path / "clear.png", "--strength", "0", "--background", colour)
+        assert made(tmp_path, name)
+    black, white = (np.asarray(made(tmp_path, name)).astype(int) for name in ("00001.png", "00002.png"))
+    assert np.abs(black - white).mean() > 5
