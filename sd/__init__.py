@@ -1,7 +1,7 @@
 """Stable Diffusion from scratch in PyTorch.
 
-Reading order: config, schedule, samplers, layers, unet, denoiser, pipeline; then text_encoder, vae, tokenizer, and
-checkpoint and convert for what is in the files.
+Reading order: config, schedule, samplers, layers, unet, denoiser, model, pipeline, inpainting; then text_encoder, vae,
+tokenizer, and checkpoint and convert for what is in the files.
 """
 
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint

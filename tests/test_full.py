@@ -19,8 +19,9 @@ from common import MANIFESTS, Golden, check_norms, error, images, manifest, unet
 from PIL import Image
 
 from sd import StableDiffusion
-from sd.config import SD1
+from sd.config import SD1, SD1_INPAINT
 from sd.convert import build
+from sd.resources import resource
 
 pytestmark = pytest.mark.full
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +57,15 @@ def full(files) -> StableDiffusion:
     return StableDiffusion.load(files["fp32-ema.ckpt"], device="cpu", dtype="float32")
 
 
+@pytest.fixture(scope="module")
+def inpainting_file(tmp_path_factory) -> Path:
+    """The inpainting model as it was published: one .ckpt, with the original's names."""
+    path = tmp_path_factory.mktemp("inpainting") / "sd-v1-5-inpainting.ckpt"
+    reference.save(path, reference.make_state_dict(manifest("sd-v1-inpainting")))
+    yield path
+    path.unlink()
+
+
 def test_parameter_counts():
     counts = {name: sum(p.numel() for p in network.parameters()) for name, network in build(SD1).items()}
     assert counts == {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
@@ -69,6 +79,38 @@ def test_unet(full, name, record_property):
     check_norms(norms, golden.case["norms"], at_least=28)
     record_property("error", error(out, golden["out"]))
     assert error(out, golden["out"]) < 2e-5
+
+
+def test_inpainting_model(inpainting_file):
+    """Found out from the file alone."""
+    sd = StableDiffusion.load(inpainting_file, device="cpu", dtype="float32")
+    assert sd.config == SD1_INPAINT
+    assert sum(p.numel() for p in sd.unet.parameters()) == 859_535_364
+    golden = Golden("unet_v1_inpainting_64x64")
+    norms = unet_norms(sd.unet, SD1_INPAINT)
+    out = sd.unet(golden["x"], golden["t"], golden.normal("context", (1, 77, 768)))
+    check_norms(norms, golden.case["norms"], at_least=28)
+    assert error(out, golden["out"]) < 2e-5
+
+
+@pytest.mark.parametrize("file", ["inpainting", "plain"])
+def test_inpainting_script(request, file, tmp_path):
+    """At full size, with an inpainting model and with any other: outside of the mask no pixel changes."""
+    found = request.getfixturevalue("inpainting_file" if file == "inpainting" else "files")
+    checkpoint = found if file == "inpainting" else found["fp16.safetensors"]
+    sample, mask = resource("data/sample.png"), resource("data/sample-mask.png")
+    done = subprocess.run(
+        [
+            *(sys.executable, ROOT / "scripts" / "inpaint.py", "a purple tree", sample, mask),
+            *("--ckpt", checkpoint, "--steps", "2", "--seed", "1", "--device", "cpu", "--out", tmp_path),
+        ],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "00001.png") as image, Image.open(sample) as before, Image.open(mask) as hole:
+        changed = (np.asarray(image) != np.asarray(before)).any(axis=-1)
+        kept = np.asarray(hole.convert("L")) == 0
+        assert image.size == before.size and not changed[kept].any() and changed[~kept].mean() > 0.5
 
 
 @pytest.mark.parametrize("name", ["vae_256x320", "vae_64x64_b2"])
