@@ -106,7 +106,7 @@ def test_normalisation_statistics_are_float32(dtype, layout):
     assert error(norm(x), expected) < (1e-3 if dtype == torch.float16 else 5e-3)
 
 
-@pytest.mark.parametrize("height, width", [(512, 256), (64, 64), (8, 640)])
+@pytest.mark.parametrize("height, width", [(512, 256), (64, 64), (32, 32), (1, 5000)])
 def test_normalisation_of_large_flat_pictures(height, width):
     """A flat half, as a sky or a greyed hole: sums of many equal numbers are where float32 loses most."""
     x = reference.normal("x", (1, 64, height, width)) * 0.5 + 0.5
@@ -118,7 +118,7 @@ def test_normalisation_of_large_flat_pictures(height, width):
     for layout in (torch.contiguous_format, torch.channels_last):
         out = norm(x.contiguous(memory_format=layout))
         assert out.is_contiguous(memory_format=layout)
-        assert error(out, expected) < 5e-6
+        assert error(out, expected) < 1e-6
     with torch.enable_grad():  # the plain kernel, for training
         assert error(norm(x).detach(), expected) < 1e-5
 
