@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import difflib
 import re
 import sys
 import warnings
@@ -18,6 +19,12 @@ class Parser(argparse.ArgumentParser):
     """Answers a wrong call with one line instead of the whole usage."""
 
     def error(self, message: str) -> None:
+        """Exit with status 2; an option that is nearly one is answered with what it may be."""
+        words = message.split()
+        if message.startswith("unrecognized arguments: -"):
+            known = [name for action in self._actions for name in action.option_strings]
+            near = difflib.get_close_matches(words[2].partition("=")[0].replace("_", "-"), known, n=1)
+            message += f": did you mean {near[0]}?" if near else ""
         self.exit(2, f"error: {message} (see --help)\n")
 
 
@@ -35,10 +42,11 @@ def run(
     """Parse, work, and turn whatever goes wrong through no fault of the program into one line and an exit status."""
     if hasattr(sys.stdout, "reconfigure"):  # a file name that the terminal cannot show is no reason to stop
         sys.stdout.reconfigure(errors="backslashreplace")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # options may stand between the words
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
+        warnings.showwarning = say
+        said.clear()
         try:
             work(args)
         except KeyboardInterrupt:
@@ -51,6 +59,16 @@ def run(
                 raise
             return fail(out_of_memory)
     return 0
+
+
+said: set[str] = set()  # warnings, each of which is said once; whoever starts with something new clears it
+
+
+def say(message: Warning, *_: object) -> None:
+    """Show a warning in one line."""
+    if str(message) not in said:
+        said.add(str(message))
+        tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def fail(message: str, status: int = 1) -> int:

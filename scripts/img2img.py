@@ -17,7 +17,7 @@ if not __package__:  # run as a file, from any folder, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sd import StableDiffusion
-from sd.pipeline import STRENGTH
+from sd.pipeline import FITS, STRENGTH
 
 if __package__:
     from . import cli, painting
@@ -40,14 +40,15 @@ def paint(args: argparse.Namespace) -> None:
     """Check, read the picture, load, paint, save."""
     args = painting.place_words(args, "init_img")
     settings = painting.checked(args, args.strength)
-    init = painting.read_init(args)
+    init = painting.read_init(args, args.background)
 
     def make(model: StableDiffusion, prompt: str, **shared: object) -> list:
         return model.img2img(
             prompt, init.image, strength=args.strength, fit_by=args.fit, posterior=args.posterior, **shared
         )
 
-    painting.paint(args, settings, make, painting.about_init(args, init))
+    fitted = {"Fit": args.fit} if args.fit != FITS[0] else {}
+    painting.paint(args, settings, make, {**painting.about_init(args, init), **fitted})
 
 
 def main(argv: list[str] | None = None) -> int:

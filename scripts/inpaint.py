@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 if not __package__:  # run as a file, from any folder, installed or not
@@ -45,8 +46,12 @@ def parser() -> cli.Parser:
         help="what the hole holds at the start, if strength is below 1 (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--only-masked", nargs="?", type=int, const=MARGIN, metavar="PIXELS",
-        help=f"look at the part around the mask only, enlarged; with this margin (default: {MARGIN})",
+        "--only-masked", action="store_true",
+        help="look at the part around the mask only, at the size that the model paints best: for small things",
+    )  # fmt: skip
+    group.add_argument(
+        "--margin", type=int, default=MARGIN, metavar="PIXELS",
+        help="how much around the mask --only-masked looks at (default: %(default)s)",
     )  # fmt: skip
     painting.add_sampling_arguments(parser, size="from the picture")
     painting.add_output_arguments(parser)
@@ -58,15 +63,17 @@ def paint(args: argparse.Namespace) -> None:
     """Check, read picture and mask, load, paint, save."""
     args = painting.place_words(args, "init_img", "mask")
     settings = painting.checked(args, args.strength)
-    init = painting.read_init(args)
+    init = painting.read_init(args, args.background if args.mask is not None else None)
     if args.mask is not None:
-        mask = read_mask(Path(args.mask))
+        mask = read_mask(args.mask)
     elif init.alpha is not None:
         mask = ImageOps.invert(init.alpha)
     else:
         raise ValueError(f"{args.init_img}: no part of it is transparent: say with --mask what is to be painted anew")
     if args.invert_mask:
         mask = ImageOps.invert(mask)
+    if mask.getbbox() is None:
+        raise ValueError("the mask is empty (all black): nothing would be painted; --invert-mask?")
 
     def make(model: StableDiffusion, prompt: str, **shared: object) -> list:
         return model.inpaint(
@@ -76,7 +83,7 @@ def paint(args: argparse.Namespace) -> None:
             strength=args.strength,
             content=args.content,
             blur=args.mask_blur,
-            margin=args.only_masked,
+            margin=args.margin if args.only_masked else None,
             posterior=args.posterior,
             **shared,
         )
@@ -84,14 +91,11 @@ def paint(args: argparse.Namespace) -> None:
     about = {
         **painting.about_init(args, init),
         "Mask": "alpha" if args.mask is None else Path(args.mask).name,
-        **({"Mask mode": "inverted"} if args.invert_mask else {}),
+        **({"Mask hash": sha256(Path(args.mask).read_bytes()).hexdigest()[:10]} if args.mask is not None else {}),
+        **({"Mask mode": "Inpaint not masked"} if args.invert_mask else {}),
         **({"Mask blur": f"{args.mask_blur:g}"} if args.mask_blur else {}),
         **({"Masked content": args.content} if args.strength < 1 else {}),
-        **(
-            {"Inpaint area": "Only masked", "Only masked padding": args.only_masked}
-            if args.only_masked is not None
-            else {}
-        ),
+        **({"Inpaint area": "Only masked", "Masked area padding": args.margin} if args.only_masked else {}),
     }
     painting.paint(args, settings, make, about)
 

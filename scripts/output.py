@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import threading
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -86,5 +87,9 @@ class Output:
                 break
         for number, frame in enumerate(frames, start=1):
             save_png(frame, folder / f"{number:03d}.png")
-        save_animation(frames, film)
+        try:
+            save_animation(frames, film)
+        except ValueError as error:  # a size that the format cannot hold
+            warnings.warn(f"no animation, only its frames: {error}", stacklevel=2)
+            return folder
         return film

@@ -26,12 +26,16 @@ from sd.samplers import SAMPLERS, Step
 from sd.schedule import SPACINGS
 from sd.settings import GUIDANCE, MAX_SEED, SAMPLER, Settings
 
-from .cli import Parser, keep_freed_memory
+from .cli import Parser, keep_freed_memory, said
 from .output import ModelHash, Output
 
+# precisions by other names; the original's "autocast" is the best for the device
+NICKNAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "full": "float32", "autocast": None}
 PROMPT_FILE_LIMIT = 16 << 20  # bytes
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 ANIMATIONS = ("webp", "gif")
 STEP_MODES = ("decoded", "linear")
+FRAMES = 100  # at most: of a longer run some steps are left out
 
 # paints pictures of a prompt: make(model, prompt, steps=..., ..., seed=..., n=..., progress=...)
 Make = Callable[..., list[Image.Image]]
@@ -59,9 +63,13 @@ def place_words(args: argparse.Namespace, *names: str) -> argparse.Namespace:
     free = [name for name in ("prompt", *names) if name not in given]
     if len(args.words) > len(free):
         why = f" beside {', '.join(given.values())}" if given else ""
-        raise ValueError(f"{args.words[len(free)]!r} is one word too many{why}: a prompt of several words needs quotes")
+        hint = "" if given or names else ": a prompt of several words needs quotes"
+        raise ValueError(f"{args.words[len(free)]!r} is one word too many{why}{hint}")
     for name, word in zip(free, args.words, strict=False):
         setattr(args, name, word)
+    prompt = Path(args.prompt or "")
+    if "prompt" in free and prompt.suffix.lower() in PICTURES and prompt.is_file():
+        raise ValueError(f"{prompt} is a picture: the prompt comes first, then the files")
     return args
 
 
@@ -120,7 +128,7 @@ def add_model_arguments(parser: Parser) -> None:
     )
     group.add_argument("--device", help="cuda, cpu, mps (default: the best there is)")
     group.add_argument(
-        "--dtype", "--precision", choices=(*DTYPES, "full", "autocast"),
+        "--dtype", "--precision", choices=(*DTYPES, *NICKNAMES), metavar="{" + ",".join(DTYPES) + "}",
         help="precision (default: float16 on CUDA, bfloat16 on CPUs that have it, else float32)",
     )  # fmt: skip
 
@@ -145,7 +153,11 @@ def add_sampling_arguments(parser: Parser, size: str = "the model's own") -> Non
         "--eta", "--ddim_eta", type=float, metavar="E", help="ddim: share of fresh noise, 0 to 1 (default: 0)"
     )
     group.add_argument(
-        "--seed", type=int, default=-1, metavar="S", help="picture k has seed S + k (default: a random one, reported)"
+        "--seed",
+        type=int,
+        default=-1,
+        metavar="S",
+        help="picture k has seed S + k (default: -1, a random one, reported)",
     )
     group.add_argument("--height", "--H", type=int, metavar="PIXELS", help=f"a multiple of 8 (default: {size})")
     group.add_argument("--width", "--W", type=int, metavar="PIXELS", help=f"a multiple of 8 (default: {size})")
@@ -175,8 +187,11 @@ def add_output_arguments(parser: Parser) -> None:
         "--columns", "--n_rows", type=int, metavar="N", help="columns of the sheet (default: nearly square)"
     )
     group.add_argument(
-        "--save-steps", nargs="?", choices=STEP_MODES, const=STEP_MODES[0], metavar="HOW",
-        help="also save what each step shows, as frames and as an animation: decoded, or linear (coarse, but quick)",
+        "--save-steps", action="store_true", help="also save what each step shows, as pictures and as an animation"
+    )
+    group.add_argument(
+        "--preview", choices=STEP_MODES, default=STEP_MODES[0],
+        help="how to make them: by the decoder, or by a linear map, quick and coarse (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--animation", choices=ANIMATIONS, default=ANIMATIONS[0], help="its format (default: %(default)s)"
@@ -230,11 +245,13 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
     return prompts
 
 
-def read_init(args: argparse.Namespace) -> Picture:
-    """The picture that --init-img names."""
+def read_init(args: argparse.Namespace, background: tuple[int, int, int] | None) -> Picture:
+    """The picture that --init-img names; None shows the colours under what is transparent."""
     if args.init_img is None:
         raise ValueError("give the picture to start from, behind the prompt or with --init-img")
-    return read_picture(Path(args.init_img), args.background)
+    if "://" in args.init_img:
+        raise ValueError(f"{args.init_img}: addresses are not fetched; download the picture first")
+    return read_picture(args.init_img, background)
 
 
 def about_init(args: argparse.Namespace, init: Picture) -> dict[str, object]:
@@ -242,13 +259,17 @@ def about_init(args: argparse.Namespace, init: Picture) -> dict[str, object]:
     return {
         "Denoising strength": f"{args.strength:g}",
         **({"Posterior": args.posterior} if args.posterior != POSTERIORS[0] else {}),
+        **({"Painted size": f"{args.width or 'auto'}x{args.height or 'auto'}"} if args.width or args.height else {}),
+        **({"Background": "#{:02x}{:02x}{:02x}".format(*args.background)} if init.alpha is not None else {}),
         "Init image hash": init.digest[:10],
     }
 
 
 def load(args: argparse.Namespace) -> sd.StableDiffusion:
     """The model that the arguments name, with a progress bar."""
-    dtype = {"full": "float32", "autocast": None}.get(args.dtype, args.dtype)
+    dtype = NICKNAMES.get(args.dtype, args.dtype)
+    if args.ckpt is None and args.model not in ("auto", "pocket"):
+        raise ValueError(f"--model {args.model} says what the file is: give it with --ckpt")
     config = None if args.model == "auto" else sd.MODELS[args.model]
     with tqdm(desc="loading", unit=" weights", unit_scale=True, disable=None, leave=False, file=sys.stderr) as bar:
 
@@ -267,27 +288,28 @@ def load(args: argparse.Namespace) -> sd.StableDiffusion:
 class StepRecorder:
     """The progress bar of one sampling run, which keeps what the picture seemed to be in each of its steps."""
 
-    def __init__(self, label: str, model: sd.StableDiffusion, mode: str | None) -> None:
-        self._label, self._model, self._mode = label, model, mode
+    def __init__(self, label: str, model: sd.StableDiffusion, keep: bool) -> None:
+        self._label, self._model, self._keep = label, model, keep
         self._x0: list[torch.Tensor] = []  # of each step, if wanted
+        self._finish: Callable[[Image.Image], Image.Image] | None = None
 
     def __call__(self, steps: Steps) -> Iterator[Step]:
         """Wrap the iterator over steps."""
+        self._finish = steps.finish
+        every = -(-len(steps) // FRAMES)
         for step in tqdm(steps, desc=self._label, unit="step", disable=None, leave=False, file=sys.stderr):
-            if self._mode:
+            if self._keep and ((step.i + 1) % every == 0 or step.i + 1 == len(steps)):
                 self._x0.append(step.x0.cpu())
             yield step
 
-    def frames(self, i: int) -> list[Image.Image]:
+    def frames(self, i: int, mode: str) -> list[Image.Image]:
         """The steps of the batch's i-th picture: decoded, or mapped to colours linearly, which is quick and coarse."""
-        x0 = [step[i : i + 1] for step in self._x0]
-        if not x0:
+        x0 = [step[i : i + 1].to(self._model.device) for step in self._x0]
+        if not x0 or self._finish is None:
             return []
-        decode = self._model.decode
-        if self._mode == "linear":
-            decode = LinearDecoder.fit(x0[-1], self._model.decode(x0[-1].to(self._model.device)))
+        decode = self._model.decode if mode == "decoded" else LinearDecoder.fit(x0[-1], self._model.decode(x0[-1]))
         bar = tqdm(x0, desc="steps", unit="picture", disable=None, leave=False, file=sys.stderr)
-        return [decode(z.to(self._model.device))[0] for z in bar]
+        return [self._finish(decode(z)[0]) for z in bar]
 
 
 def paint(args: argparse.Namespace, settings: Settings, make: Make, more: Mapping[str, object] | None = None) -> None:
@@ -305,6 +327,7 @@ def paint(args: argparse.Namespace, settings: Settings, make: Make, more: Mappin
     total = count * len(prompts)
     done, kept = 0, []
     for prompt in prompts:
+        said.clear()  # what is wrong with one prompt is said once, not for each of its pictures
         if args.ckpt is None and (unknown := unknown_words(model, prompt)):
             warnings.warn(
                 f"the embedded model does not know: {unknown} (its words: weights/README.md; another model: --ckpt)",
@@ -335,7 +358,7 @@ def paint(args: argparse.Namespace, settings: Settings, make: Make, more: Mappin
                 )
                 path = output.save(image, text)
                 print(f"{path}  seed {own_seed}", flush=True)
-                if frames := recorder.frames(i):
+                if frames := recorder.frames(i, args.preview):
                     print(output.save_steps(frames, path, args.animation), flush=True)
             done += len(batch)
             kept += batch if args.grid else []

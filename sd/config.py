@@ -154,6 +154,12 @@ class Config:
             self.unet.out_channels == self.vae.latent_channels,
             f"Config: the U-Net predicts {self.unet.out_channels} channels of {self.vae.latent_channels}",
         )
+        latent = self.vae.latent_channels
+        _check(
+            self.unet.in_channels in (latent, 2 * latent + 1),
+            f"Config: a U-Net of {self.unet.in_channels} input channels, expected {latent} (x) or {2 * latent + 1} (x, "
+            "mask and masked latent)",
+        )
         _check(
             self.unet.context == self.text.width,
             f"Config: the U-Net expects a context {self.unet.context} wide, the text encoder's is {self.text.width}",

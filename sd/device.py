@@ -17,10 +17,10 @@ def best_device() -> torch.device:
 
 def find_device(device: str | torch.device | None = None) -> torch.device:
     """The device of this name, with its number; the best there is if None. ValueError for one that is not there."""
+    if device is not None and str(device).partition(":")[0] not in DEVICES:
+        raise ValueError(f"device {str(device)!r} is not available here: expected one of {', '.join(DEVICES)}")
     try:
         found = torch.device(device) if device is not None else best_device()
-        if found.type not in DEVICES:
-            raise RuntimeError(f"expected one of {', '.join(DEVICES)}")
         # an empty tensor knows the number of the current device, which other threads would not
         return torch.empty(0, device=found).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:

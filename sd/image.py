@@ -59,12 +59,14 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
     scale = max(width / image.width, height / image.height)
     if all(0 <= pixels < SLACK for pixels in spare):
         scale = 1.0
-    wide, high = width / scale, height / scale
-    left, top = (image.width - wide) / 2, (image.height - high) / 2
     if scale == 1.0:
         left, top = spare[0] // 2, spare[1] // 2
         return image.crop((left, top, left + width, top + height))
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + wide, top + high))
+    # rounding must not lead out of the picture
+    wide, high = min(width / scale, image.width), min(height / scale, image.height)
+    left, top = (image.width - wide) / 2, (image.height - high) / 2
+    box = (left, top, min(left + wide, image.width), min(top + high, image.height))
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
 def frame(image: Image.Image, width: int, height: int) -> tuple[Image.Image, Box]:

@@ -27,12 +27,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError, features
+from PIL import Image, ImageChops, ImageCms, PngImagePlugin, UnidentifiedImageError, features
 
 from .files import new_file
 
 MAX_BYTES = 256 << 20
 MAX_PIXELS = 64 << 20  # 8192 x 8192
+COLOURED = 60  # of 255: such a difference of red, green and blue is no grey that was compressed
+Colour = tuple[int, int, int]
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
@@ -93,7 +95,7 @@ class Picture(NamedTuple):
     digest: str
 
 
-def read_picture(path: str | os.PathLike, background: tuple[int, int, int] = WHITE) -> Picture:
+def read_picture(path: str | os.PathLike, background: Colour | None = WHITE) -> Picture:
     """The picture in a file, as `flatten` makes it. If there are several frames or pages, the first, and a UserWarning.
 
     Raises PictureError for whatever cannot be read: missing, no permission, too large, damaged, another kind of file.
@@ -109,13 +111,14 @@ def read_mask(path: str | os.PathLike) -> Image.Image:
     colours, alpha, several, _ = _read(path, managed=False)
     if several:
         warnings.warn(SEVERAL.format(path), stacklevel=2)
-    return _mask(colours, alpha)
+    return _mask(colours, alpha, stacklevel=3)
 
 
-def flatten(image: Image.Image, background: tuple[int, int, int] = WHITE) -> tuple[Image.Image, Image.Image | None]:
+def flatten(image: Image.Image, background: Colour | None = WHITE) -> tuple[Image.Image, Image.Image | None]:
     """A picture of any mode -> RGB, upright; and its alpha in mode L, None if it is opaque everywhere.
 
-    Where it is transparent `background` shows through; opaque pixels stay as they are. Embedded colour profiles are
+    Where it is transparent `background` shows through; opaque pixels stay as they are. None shows the colours that the
+    file has under what is transparent. Embedded colour profiles are
     obeyed, broken ones ignored. 16-bit numbers are scaled: 65535 -> 255. Where nothing says which number is white
     (32-bit integers and floats), it is the smallest of 1, 255, 65535 and 2**31 - 1 that no number exceeds. Floats may
     exceed it twofold, as sharpening makes them. What is above white or negative is cut off. Raises PictureError for
@@ -131,25 +134,34 @@ def flatten_mask(image: Image.Image) -> Image.Image:
     A transparent one whose strokes have a single colour is its alpha channel, whatever the colour: so paint programs
     export a layer with black, white or red on nothing. Strokes are the pixels that are at least half opaque; fainter
     ones have lost their colour to rounding. With several colours it lies on black: what was not painted is not masked.
+    Warns (UserWarning) of masks that have colours, as they may be something else.
     """
-    return _mask(*_layers(image, managed=False))
+    return _mask(*_layers(image, managed=False), stacklevel=3)
 
 
-def _over(colours: Image.Image, alpha: Image.Image | None, background: tuple[int, int, int]) -> Image.Image:
-    if alpha is None:
+def _over(colours: Image.Image, alpha: Image.Image | None, background: Colour | None) -> Image.Image:
+    if alpha is None or background is None:
         return colours
     sheet = Image.new("RGB", colours.size, background)
     sheet.paste(colours, mask=alpha)
     return sheet
 
 
-def _mask(colours: Image.Image, alpha: Image.Image | None) -> Image.Image:
+def _mask(colours: Image.Image, alpha: Image.Image | None, stacklevel: int) -> Image.Image:
     if alpha is not None:
         strokes = alpha.point([0] * 128 + [255] * 128)
         counts = np.reshape(colours.histogram(strokes), (3, 256))  # of each shade of red, of green, of blue
         if all(np.ptp(np.flatnonzero(count)) <= 3 for count in counts if count.any()):
             return alpha
-    return _over(colours, alpha, BLACK).convert("L")
+    mask = _over(colours, alpha, BLACK)
+    red, green, blue = mask.split()
+    most = ImageChops.lighter(ImageChops.lighter(red, green), blue)
+    least = ImageChops.darker(ImageChops.darker(red, green), blue)
+    if sum(ImageChops.subtract(most, least).histogram()[COLOURED:]) > mask.width * mask.height / 100:
+        warnings.warn(
+            "the mask has colours, of which only the brightness counts: is it the picture?", stacklevel=stacklevel
+        )
+    return mask.convert("L")
 
 
 def _read(path: str | os.PathLike, managed: bool = True) -> tuple[Image.Image, Image.Image | None, bool, str]:

@@ -29,7 +29,8 @@ from .samplers import Denoise, Noise, Step
 from .schedule import Level, Schedule
 
 CONTENTS = ("original", "fill", "noise")  # what the hole holds at the start
-NEARLY = 10  # of 255: masks saved as JPEG are not quite black and white
+A_FEW = 16  # pixels of value 1 in a mask without higher ones may be chance; more are labels, 0 and 1
+NEARLY = 20  # of 255: masks saved as JPEG are not quite black and white
 
 
 def prepare_mask(mask: Image.Image, size: tuple[int, int], blur: float = 0.0) -> Image.Image:
@@ -39,12 +40,14 @@ def prepare_mask(mask: Image.Image, size: tuple[int, int], blur: float = 0.0) ->
     """
     if not 0 <= blur <= max(size):
         raise ValueError(f"mask blur must be from 0 to the picture's size in pixels, got {blur}")
+    if not isinstance(mask, Image.Image):
+        raise ValueError(f"mask must be a PIL picture (image_files.read_mask reads files), got {type(mask).__name__}")
     grey = flatten_mask(mask)
     if abs(grey.width * size[1] / (grey.height * size[0]) - 1) > 0.03:
         warnings.warn(
             f"the mask is {grey.width}x{grey.height} and the picture {size[0]}x{size[1]}: it is stretched", stacklevel=3
         )
-    if grey.getextrema()[1] == 1:  # the labels 0 and 1 of annotation tools
+    if grey.getextrema()[1] == 1 and np.count_nonzero(np.asarray(grey)) > A_FEW:  # the labels of annotation tools
         grey = grey.point(lambda value: 255 * value)
     values = np.asarray(resize(grey, *size))
     values = np.where(values <= NEARLY, 0, np.where(values >= 255 - NEARLY, 255, values)).astype(np.uint8)
@@ -72,15 +75,22 @@ def masked_box(mask: Image.Image, margin: int) -> Box | None:
 def latent_mask(mask: Tensor, factor: int) -> Tensor:
     """(B, 1, H, W) -> (B, 1, h, w), 0 or 1: the nearest (upper left) pixel of each latent, as 9-channel models know it.
 
-    A mask so thin that it falls between all those pixels is not lost: then every latent that it touches counts.
+    Parts so thin that they fall between those pixels are not lost: where none is near, every latent touched counts.
     """
-    nearest = (mask[..., ::factor, ::factor] >= 0.5).to(mask.dtype)
-    return nearest if nearest.any() else (F.max_pool2d(mask, factor) > 0).to(mask.dtype)
+    mask = (mask >= 0.5).to(mask.dtype)
+    nearest = mask[..., ::factor, ::factor]
+    near = F.max_pool2d(nearest, 3, stride=1, padding=1)
+    return torch.where(near > 0, nearest, F.max_pool2d(mask, factor))
 
 
 def hide(image: Tensor, mask: Tensor) -> Tensor:
     """The picture (B, 3, H, W) in [-1, 1] with the hole in the middle grey, 0."""
     return image * (mask < 0.5)
+
+
+def conditioning(mask: Tensor, hidden: Tensor) -> Tensor:
+    """What a model of 9 channels is given behind x: mask (B or 1, 1, h, w), hidden picture's latent (B, 4, h, w)."""
+    return torch.cat([mask.to(hidden).expand(hidden.shape[0], -1, -1, -1), hidden], dim=1)
 
 
 def fill(image: Tensor, mask: Tensor) -> Tensor:
@@ -90,7 +100,7 @@ def fill(image: Tensor, mask: Tensor) -> Tensor:
     known, and on the way back to the finer ones fills those that are not.
     """
     known = 1 - mask
-    if min(image.shape[-2:]) > 1 and known.min() < 1:
+    if max(image.shape[-2:]) > 1 and known.min() < 1:
         half = {"kernel_size": 2, "ceil_mode": True, "count_include_pad": False}
         share = F.avg_pool2d(known, **half)
         mean = F.avg_pool2d(image * known, **half) / share.clamp(min=1e-6)
@@ -98,6 +108,20 @@ def fill(image: Tensor, mask: Tensor) -> Tensor:
         smooth = F.interpolate(coarse, size=image.shape[-2:], mode="bilinear", align_corners=False)
         return torch.lerp(smooth, image, known)
     return image * known
+
+
+def widened(box: Box, aspect: float, size: tuple[int, int]) -> Box:
+    """The box, grown evenly to the proportions width / height = aspect as far as the picture of this size reaches."""
+    sides = []
+    for low, high, wanted, limit in (
+        (box.left, box.right, round(aspect * box.size[1]), size[0]),
+        (box.top, box.bottom, round(box.size[0] / aspect), size[1]),
+    ):
+        length = min(max(high - low, wanted), limit)
+        start = min(max(low - (length - (high - low)) // 2, 0), limit - length)
+        sides.append((start, start + length))
+    (left, right), (top, bottom) = sides
+    return Box(left, top, right, bottom)
 
 
 class Canvas(NamedTuple):
@@ -108,19 +132,23 @@ class Canvas(NamedTuple):
     region: Box  # the part, in the picture
     inside: Box  # the part, in what is painted; around it, its edge pixels repeated
     pixels: Tensor  # (1, 3, H, W) in [-1, 1]
-    hole: Tensor  # (1, 1, H, W): the mask, 0 around the part
+    hole: Tensor  # (1, 1, H, W): 1 where the mask paints anything at all. How much of it is seen, pasting decides
 
     @classmethod
     def of(cls, picture: Image.Image, mask: Image.Image, region: Box, width: int, height: int) -> Canvas:
         """RGB picture and mask (mode L) of one size, the part to look at, and the size to paint at."""
         framed, inside = frame(picture.crop(region), width, height)
-        hole = Image.new("L", framed.size)
-        hole.paste(resize(mask.crop(region), *inside.size), inside[:2])
-        return cls(picture, mask, region, inside, to_tensor(framed), (to_tensor(hole) + 1) / 2)
+        wide, high = inside.size
+        anything = (to_tensor(mask.crop(region)) > -1).float()
+        # a pixel is painted if one under it is: smoothing would lose holes smaller than it
+        less = F.adaptive_max_pool2d(anything, (min(high, region.size[1]), min(wide, region.size[0])))
+        hole = torch.zeros(1, 1, height, width, dtype=torch.float32, device="cpu")
+        hole[..., inside.top : inside.bottom, inside.left : inside.right] = F.interpolate(less, (high, wide))
+        return cls(picture, mask, region, inside, to_tensor(framed), hole)
 
     def filled(self) -> Tensor:
         """The pixels, with the colours around it where the hole is."""
-        return fill(self.pixels, (self.hole > 0).float())
+        return fill(self.pixels, self.hole)
 
     def paste(self, painted: Image.Image) -> Image.Image:
         """The picture with what was painted, seen through the mask: where that is 0, no pixel changes."""

@@ -111,7 +111,8 @@ class GroupNorm(nn.GroupNorm):
     """Wu and He 2018, "Group normalization", with sums that stay exact in large float32 pictures on CPUs.
 
     PyTorch's kernel for channels-last tensors there adds up all pixels one after the other in float32. In a picture of
-    512x512 with a flat half that is an error of 2e-3 in the output; parts added up in float64 leave 4e-7.
+    512x512 with a flat half that is an error of 2e-3 in the output; parts added up in float64 leave 4e-7. (Far
+    from zero digits are lost all the same: 5e-3 where the mean is a thousand deviations, as in no network.)
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ class GroupNorm(nn.GroupNorm):
         if plain or not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
         pixels = x.permute(0, 2, 3, 1).view(B, H * W, C)
-        sums, squares = torch.zeros(2, B, C, dtype=torch.float64)
+        sums, squares = pixels.new_zeros(2, B, C, dtype=torch.float64)
         for part in pixels.split(max(PART // (B * C), 1), dim=1):
             sums += part.sum(dim=1)
             squares += (part * part).sum(dim=1)

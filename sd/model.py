@@ -21,6 +21,7 @@ from .convert import build, convert, detect, load_weights
 from .denoiser import Denoiser, Network, with_channels
 from .device import best_dtype, dtype_name, find_device, find_dtype
 from .image import to_pil, to_tensor
+from .inpainting import conditioning
 from .resources import resource
 from .samplers import Denoise, Noise, Sampler, Step
 from .schedule import Level, Schedule
@@ -61,6 +62,7 @@ class Steps(Iterator[Step]):
 
     def __init__(self, steps: Iterator[Step], n: int) -> None:
         self._steps, self._n = steps, n
+        self.finish: Callable[[Image.Image], Image.Image] = lambda decoded: decoded  # what becomes of a decoded picture
 
     def __next__(self) -> Step:
         with torch.no_grad():
@@ -136,8 +138,12 @@ class Model:
     ) -> Denoiser:
         """The U-Net with guidance, as samplers want it; context and uncond (B, M, D).
 
-        `extra` (B, 5, h, w) is what a U-Net of 9 channels is given besides x: mask and masked latent.
+        `extra` (B, 5, h, w) is what a U-Net of 9 channels is given besides x: mask and masked latent, for example
+        `all_hidden`.
         """
+        if (extra is None) == self.sees_masks:
+            need = "needs `extra`, mask and masked latent (all_hidden)" if extra is None else "takes no `extra`"
+            raise ValueError(f"a U-Net of {self.config.unet.in_channels} input channels {need}")
         network: Network = self.unet if extra is None else with_channels(self.unet, extra)
         return Denoiser(network, self.schedule, context, uncond, guidance)
 
@@ -178,6 +184,8 @@ class Model:
         Half precision can overflow in the VAE: see `decode`.
         """
         pixels = image if isinstance(image, Tensor) else to_tensor(image)
+        if pixels.dim() != 4 or pixels.shape[1] != self.config.vae.image_channels:
+            raise ValueError(f"expected an RGB picture or (B, 3, H, W), got {tuple(pixels.shape)}")
         moments = self._through_vae("latent", lambda x: torch.stack(self.vae.encode(x)), pixels.to(self.device))
         return Gaussian(*moments)
 
@@ -234,6 +242,8 @@ class Model:
         """
         factor, native = self.config.vae.factor, self.config.size
         wide, high = size
+        height = None if height is None else whole("height", height)
+        width = None if width is None else whole("width", width)
         if height is not None and width is not None:
             scale = 1.0
         elif height is not None:
@@ -257,3 +267,14 @@ class Model:
     def sees_masks(self) -> bool:
         """Whether the U-Net is given a mask and a masked picture beside x, as inpainting models are."""
         return self.config.unet.in_channels != self.config.vae.latent_channels
+
+    def all_hidden(self, shape: Sequence[int]) -> Tensor:
+        """(1, 5, h, w) for latents of this shape: what a U-Net of 9 channels is given where all is to be painted.
+
+        A mask of ones and the latent of a grey picture.
+        """
+        _, h, w = shape
+        factor = self.config.vae.factor
+        grey = torch.zeros(1, self.config.vae.image_channels, h * factor, w * factor, dtype=self.dtype, device="cpu")
+        hidden = self.encode(grey).mode()
+        return conditioning(torch.ones_like(hidden[:, :1]), hidden)

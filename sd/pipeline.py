@@ -34,16 +34,17 @@ from torch import Tensor
 
 from .denoiser import keep_known
 from .image import Box, fit, frame, to_tensor
-from .image_files import flatten
-from .inpainting import CONTENTS, Canvas, hide, latent_mask, masked_box, prepare_mask
+from .image_files import WHITE, flatten
+from .inpainting import CONTENTS, Canvas, conditioning, hide, latent_mask, masked_box, prepare_mask, widened
 from .model import Model, Steps
 from .samplers import Denoise, Step
 from .schedule import Level
-from .settings import GUIDANCE, MAX_SEED, SAMPLER, Settings, one_of, whole
+from .settings import GUIDANCE, MAX_SEED, SAMPLER, Settings, number, one_of, whole
 
 STRENGTH = 0.75  # image to image's default
 FITS = ("crop", "pad")
 POSTERIORS = ("sample", "mode")
+MAX_ASPECT = 2.0  # of the part around a mask, as long as there is more of the picture to look at
 NEARLY_ALL = 0.9  # of a picture: cutting off more than the rest is said
 
 Progress = Callable[[Steps], Iterable[Step]]
@@ -115,7 +116,7 @@ class StableDiffusion(Model):
         job = self._job(prompt, negative, settings)
         # unit noise, as in the original: at the first level sigma is 0.997
         x = draw(job.rngs, shape, self.device)
-        denoise = self._denoiser(job, self._all_hidden(shape))
+        denoise = self._denoiser(job, self.all_hidden(shape) if self.sees_masks else None)
         return self.decode(self._walk(denoise, x, levels, job, progress))
 
     def img2img(
@@ -171,8 +172,12 @@ class StableDiffusion(Model):
         else:
             z = self._latent(to_tensor(rgb), job, posterior)
             x = self.schedule.add_noise(z, draw(job.rngs, shape, self.device), levels[0]) if levels[1:] else z
-        denoise = self._denoiser(job, self._all_hidden(shape))
-        return [made.crop(inside) for made in self.decode(self._walk(denoise, x, levels, job, progress))]
+        denoise = self._denoiser(job, self.all_hidden(shape) if self.sees_masks else None)
+
+        def cut(painted: Image.Image) -> Image.Image:
+            return painted.crop(inside)
+
+        return [cut(painted) for painted in self.decode(self._walk(denoise, x, levels, job, progress, cut))]
 
     def inpaint(
         self,
@@ -199,15 +204,15 @@ class StableDiffusion(Model):
     ) -> list[Image.Image]:
         """The picture with a part of it painted anew, at its own size; the rest is as in `txt2img`.
 
-        image          of any size and mode
+        image          of any size and mode; what is transparent becomes white, unless it is the mask
         mask           white is painted anew, black stays to the bit, grey is in between; brought to the picture's size;
                        the picture's transparent part if not given
         strength       as in `img2img`: below 1, something of what the hole held remains
         content        what the hole holds at the start, where strength is below 1: "original", "fill" (the colours
                        around it), or "noise"
         blur           softens the mask's edge, outwards, by so many pixels
-        margin         if given, only the part around the mask is painted, with this many pixels on each side of it,
-                       enlarged to the size that the model paints best; else the whole picture is looked at
+        margin         if given, the model looks only at the part around the mask with so many pixels on each side of
+                       it, brought to the size that it paints best; else at the whole picture
         posterior      "sample" or "mode" (the mean) of the encoder's Gaussian
         height, width  of what is painted; `picture_size` if not given
 
@@ -220,13 +225,23 @@ class StableDiffusion(Model):
         one_of("posterior", posterior, POSTERIORS)
         if margin is not None and whole("margin", margin) < 0:
             raise ValueError(f"margin must be at least 0 pixels, got {margin}")
-        picture, alpha = _flat(image)
-        if mask is None and alpha is None:
-            raise ValueError("what is to be painted anew? Give a mask, or a picture with a transparent part")
-        mask = prepare_mask(ImageOps.invert(alpha) if mask is None else mask, picture.size, blur)
-        box = masked_box(mask, 0 if margin is None else margin)
-        region = Box(0, 0, *picture.size) if margin is None or box is None else box
+        if mask is None:
+            picture, alpha = _flat(image, None)  # the colours under what is half transparent
+            if alpha is None:
+                raise ValueError("what is to be painted anew? Give a mask, or a picture with a transparent part")
+            mask = ImageOps.invert(alpha)
+        else:
+            picture, _ = _flat(image)
+        mask = prepare_mask(mask, picture.size, number("blur", blur))
+        region = box = masked_box(mask, 0 if margin is None else margin)
+        if margin is None or box is None:
+            region = Box(0, 0, *picture.size)
+        else:
+            wide, high = box.size
+            region = widened(box, min(max(wide / high, 1 / MAX_ASPECT), MAX_ASPECT), picture.size)
         height, width = self.picture_size(region.size, height, width, up=True)
+        if margin is not None:
+            region = widened(region, width / height, picture.size)
         levels = self._levels(settings)
         job = self._job(prompt, negative, settings)
         if box is None:
@@ -236,33 +251,24 @@ class StableDiffusion(Model):
         canvas = Canvas.of(picture, mask, region, width, height)
         z = extra = None
         if not self.sees_masks or strength < 1:
-            z = self._latent(canvas.filled() if content == "fill" else canvas.pixels, job, posterior)
+            start = canvas.filled() if content == "fill" and strength < 1 else canvas.pixels
+            z = self._latent(start, job, posterior)
         if self.sees_masks:
             hidden = self._latent(hide(canvas.pixels, canvas.hole), job, posterior)
-            seen = latent_mask(canvas.hole, self.config.vae.factor).to(hidden)
-            extra = torch.cat([seen.expand(len(job.rngs), -1, -1, -1), hidden], dim=1)
+            extra = conditioning(latent_mask(canvas.hole, self.config.vae.factor), hidden)
         x = draw(job.rngs, self.latent_shape(height, width), self.device)
         # all of a latent is painted anew if one of its pixels is
         hole = F.max_pool2d(canvas.hole, self.config.vae.factor).to(self.device)
         if z is not None:
             noised = self.schedule.add_noise(z, x, levels[0]) if levels[1:] else z
             from_noise = strength == 1 or (content == "noise" and len(levels) > 1)
-            x = torch.where(hole >= 0.5, x, noised) if from_noise else noised
+            x = torch.where(hole > 0, x, noised) if from_noise else noised
         denoise = self._denoiser(job, extra)
         if self.sees_masks:
-            x = self._walk(denoise, x, levels, job, progress)
+            x = self._walk(denoise, x, levels, job, progress, canvas.paste)
         else:
-            x = torch.lerp(z, self._walk(keep_known(denoise, z, hole), x, levels, job, progress), hole)
+            x = torch.lerp(z, self._walk(keep_known(denoise, z, hole), x, levels, job, progress, canvas.paste), hole)
         return [canvas.paste(painted) for painted in self.decode(x)]
-
-    def _all_hidden(self, shape: Sequence[int]) -> Tensor | None:
-        """What an inpainting model is given where all is to be painted: a mask of ones, a grey picture's latent."""
-        if not self.sees_masks:
-            return None
-        _, h, w = shape
-        factor = self.config.vae.factor
-        grey = self.encode(torch.zeros(1, self.config.vae.image_channels, h * factor, w * factor)).mode()
-        return torch.cat([torch.ones_like(grey[:, :1]), grey], dim=1)
 
     def _levels(self, settings: Settings) -> list[Level]:
         levels = self.schedule.levels(settings.steps, settings.spacing, settings.strength)
@@ -290,7 +296,13 @@ class StableDiffusion(Model):
         return self.denoiser(job.context, job.uncond, job.settings.guidance, extra)
 
     def _walk(
-        self, denoise: Denoise, x: Tensor, levels: Sequence[Level], job: Job, progress: Progress | None
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        levels: Sequence[Level],
+        job: Job,
+        progress: Progress | None,
+        finish: Callable[[Image.Image], Image.Image] | None = None,
     ) -> Tensor:
         run = self.sample(
             denoise,
@@ -300,6 +312,7 @@ class StableDiffusion(Model):
             eta=job.settings.eta,
             noise=lambda x: draw(job.rngs, x.shape[1:], x.device),
         )
+        run.finish = finish or run.finish
         for step in progress(run) if progress is not None else run:
             x = step.x
         return x
@@ -318,7 +331,15 @@ def _texts(prompt: str | Sequence[str]) -> list[str]:
     return list(texts)
 
 
-def _flat(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+def _flat(
+    image: Image.Image, background: tuple[int, int, int] | None = WHITE
+) -> tuple[Image.Image, Image.Image | None]:
+    """RGB and alpha of a picture in memory."""
     if not isinstance(image, Image.Image):
-        raise ValueError(f"image must be a PIL picture (image_files.read_picture reads files), got {image!r:.100}")
-    return flatten(image)
+        what = type(image).__name__
+        raise ValueError(f"image must be a PIL picture (image_files.read_picture reads files), got {what}")
+    try:
+        image.load()
+    except (OSError, SyntaxError) as error:  # PIL opens files without reading them
+        raise ValueError(f"the picture cannot be read: {error}") from None
+    return flatten(image, background)

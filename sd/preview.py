@@ -20,6 +20,7 @@ class LinearDecoder(NamedTuple):
     """colour = matrix · (z, 1): matrix (C + 1, 3), for colours in [-1, 1]."""
 
     matrix: Tensor
+    factor: int  # pixels to a latent, each way
 
     @classmethod
     def fit(cls, z: Tensor, images: Sequence[Image.Image]) -> LinearDecoder:
@@ -29,13 +30,13 @@ class LinearDecoder(NamedTuple):
         colours = small.permute(0, 2, 3, 1).reshape(-1, 3)
         # where there are fewer latents than unknowns, the smallest matrix that fits: hence "gelsd"
         matrix = torch.linalg.lstsq(_rows(z.float().cpu()), colours, driver="gelsd").solution
-        return cls(matrix)
+        return cls(matrix, images[0].width // w)
 
     def __call__(self, z: Tensor) -> list[Image.Image]:
-        """Latents (B, C, h, w) -> pictures, enlarged to 8 times the size."""
+        """Latents (B, C, h, w) -> pictures, enlarged to the size of decoded ones."""
         B, _, h, w = z.shape
         colours = (_rows(z.float().cpu()) @ self.matrix).reshape(B, h, w, 3).permute(0, 3, 1, 2)
-        return [image.resize((8 * w, 8 * h), Image.Resampling.BICUBIC) for image in to_pil(colours)]
+        return [image.resize((self.factor * w, self.factor * h), Image.Resampling.BICUBIC) for image in to_pil(colours)]
 
 
 def _rows(z: Tensor) -> Tensor:

@@ -405,7 +405,6 @@ class Sampler(NamedTuple):
     steps: int  # a customary number of steps
     midpoints: bool = False  # whether it takes `level_of_ratio`
     paths: bool = False  # whether it takes `independent`
-    aliases: tuple[str, ...] = ()
 
 
 HO, LIU, KARRAS = "Ho et al. 2020", "Liu et al. 2022", "Karras et al. 2022"
@@ -413,25 +412,34 @@ LU_A, LU_B, CROWSON = "Lu et al. 2022a", "Lu et al. 2022b", "k-diffusion"
 SAMPLERS = {
     "ddim": Sampler("DDIM", ddim, "Song et al. 2021", 1, 1, "eta", "leading", 50),
     "ddpm": Sampler("DDPM", ddpm, HO, 1, 1, "always", "leading", 1000),
-    "plms": Sampler("PLMS", plms, LIU, 4, 1, "never", "leading", 50, aliases=("pndm",)),
+    "plms": Sampler("PLMS", plms, LIU, 4, 1, "never", "leading", 50),
     "lms": Sampler("LMS", lms, CROWSON, 4, 1, "never", "linspace", 50),
     "euler": Sampler("Euler", euler, KARRAS, 1, 1, "never", "linspace", 30),
-    "euler_a": Sampler("Euler a", euler_a, CROWSON, 1, 1, "always", "linspace", 30, aliases=("euler ancestral",)),
+    "euler_a": Sampler("Euler a", euler_a, CROWSON, 1, 1, "always", "linspace", 30),
     "heun": Sampler("Heun", heun, KARRAS, 2, 2, "never", "linspace", 20),
-    "dpm2": Sampler("DPM2", dpm2, LU_A, 2, 2, "never", "karras", 20, True, aliases=("dpm_2",)),
-    "dpm2_a": Sampler(
-        "DPM2 a", dpm2, LU_A, 1, 2, "always", "karras", 20, True, aliases=("dpm_2_ancestral", "dpm2 ancestral")
-    ),
-    "dpmpp_2s_a": Sampler(
-        "DPM++ 2S a", dpmpp_2s_a, LU_B, 1, 2, "always", "karras", 20, True, aliases=("dpmpp_2s_ancestral",)
-    ),
-    "dpmpp_2m": Sampler(
-        "DPM++ 2M", dpmpp_2m, LU_B, 2, 1, "never", "karras", 25, aliases=("dpm_solver", "dpm_solver++")
-    ),
-    "dpmpp_sde": Sampler("DPM++ SDE", dpmpp_sde, LU_B, 1, 2, "always", "karras", 20, True, True),
+    "dpm2": Sampler("DPM2", dpm2, LU_A, 2, 2, "never", "karras", 20, midpoints=True),
+    "dpm2_a": Sampler("DPM2 a", dpm2, LU_A, 1, 2, "always", "karras", 20, midpoints=True),
+    "dpmpp_2s_a": Sampler("DPM++ 2S a", dpmpp_2s_a, LU_B, 1, 2, "always", "karras", 20, midpoints=True),
+    "dpmpp_2m": Sampler("DPM++ 2M", dpmpp_2m, LU_B, 2, 1, "never", "karras", 25),
+    "dpmpp_sde": Sampler("DPM++ SDE", dpmpp_sde, LU_B, 1, 2, "always", "karras", 20, midpoints=True, paths=True),
     "dpmpp_2m_sde": Sampler("DPM++ 2M SDE", dpmpp_2m_sde, LU_B, 1, 1, "always", "karras", 25),
-    "unipc": Sampler("UniPC", unipc, "Zhao et al. 2023", 3, 1, "never", "linspace", 20),
-}  # fmt: skip
+    "unipc": Sampler("UniPC", unipc, "Zhao et al. 2023", 3, 1, "never", "karras", 30),
+}
+
+# other names of the original's scripts, k-diffusion, A1111, ComfyUI, and diffusers' classes without "Scheduler"
+ALIASES = {
+    "plms": ("pndm",),
+    "lms": ("LMSDiscrete",),
+    "euler": ("EulerDiscrete",),
+    "euler_a": ("euler ancestral", "EulerAncestralDiscrete"),
+    "heun": ("HeunDiscrete",),
+    "dpm2": ("dpm_2", "KDPM2Discrete"),
+    "dpm2_a": ("dpm_2_ancestral", "dpm2 ancestral", "KDPM2AncestralDiscrete"),
+    "dpmpp_2s_a": ("dpmpp_2s_ancestral",),
+    "dpmpp_2m": ("dpm_solver", "dpm_solver++", "DPMSolverMultistep"),
+    "dpmpp_sde": ("DPMSolverSDE",),
+    "unipc": ("uni_pc", "uni_pc_bh2", "UniPCMultistep"),
+}
 
 
 def _plain(name: str) -> str:
@@ -442,22 +450,24 @@ def _plain(name: str) -> str:
 NAMES = {
     _plain(prefix + name): entry
     for key, entry in SAMPLERS.items()
-    for name in (key, entry.label, *entry.aliases)
+    for name in (key, entry.label, *ALIASES.get(key, ()))
     for prefix in ("", "k_", "sample_")
 }
 
 
 def sampler(name: str) -> Sampler:
-    """The sampler that goes by this name: ours, A1111's ("DPM++ 2M Karras") or the original scripts' ("k_lms").
+    """The sampler that goes by this name: ours, A1111's ("DPM++ 2M Karras"), the original scripts' ("k_lms") or
+    diffusers' ("EulerDiscreteScheduler").
 
     A grid behind the name ("Karras", "exponential", ...) takes the place of its customary one. Raises ValueError that
     lists all names.
     """
-    plain = _plain(name)
+    plain = _plain(name).removesuffix("scheduler")
     for spacing in SPACINGS:
         found = NAMES.get(plain.removesuffix(spacing))
         if found is not None and plain.endswith(spacing):
             return found._replace(spacing=spacing)
     if plain not in NAMES:
-        raise ValueError(f"unknown sampler {name!r}, expected one of {', '.join(SAMPLERS)}")
+        grids = ", ".join(SPACINGS)
+        raise ValueError(f"unknown sampler {name!r}, expected one of {', '.join(SAMPLERS)}; behind it, one of {grids}")
     return NAMES[plain]

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 from .samplers import Sampler, sampler
 from .schedule import SPACINGS
@@ -48,6 +49,10 @@ class Settings:
         seed, n = whole("seed", seed), whole("n", n)
         steps = chosen.steps if steps is None else whole("steps", steps)
         spacing = chosen.spacing if spacing is None else spacing
+        number("guidance", guidance)
+        number("strength", strength)
+        if eta is not None:
+            number("eta", eta)
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         one_of("spacing", spacing, SPACINGS)
@@ -77,6 +82,13 @@ def whole(name: str, value: int) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name} must be a whole number, got {value!r}") from None
+
+
+def number(name: str, value: float) -> float:
+    """ValueError, with the name, for anything that is not a real number."""
+    if not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number, got {value!r:.100}")
+    return float(value)
 
 
 def one_of(name: str, value: str, known: Sequence[str]) -> None:

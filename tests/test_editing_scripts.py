@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image, ImageFilter
 from test_scripts import ckpt, write  # noqa: F401
 
 from scripts import img2img, inpaint
+from sd import StableDiffusion
 from sd.resources import resource
 
 SAMPLE, MASK = resource("data/sample.png"), resource("data/sample-mask.png")
@@ -49,7 +51,8 @@ def test_a_changed_picture(edit, tmp_path):
     assert image.size == (64, 64) and np.asarray(image).std() > 1
     assert re.fullmatch(
         r"a red cube\nSteps: 2, Sampler: DDIM, Schedule type: Leading, CFG scale: 7.5, Seed: 7, Size: 64x64, "
-        r"Denoising strength: 0.5, Init image hash: [0-9a-f]{10}, Model hash: [0-9a-f]{10}, Model: tiny, "
+        r"Denoising strength: 0.5, Painted size: 64x64, Init image hash: [0-9a-f]{10}, "
+        r"Model hash: [0-9a-f]{10}, Model: tiny, "
         r"Precision: float32, Version: sd [\d.]+",
         image.text["parameters"],
     )
@@ -88,7 +91,7 @@ def test_sample_picture_and_mask(edit, tmp_path, size, options):
     if "--mask-blur" in options:  # it reaches some pixels outwards
         hole = np.asarray(Image.fromarray(hole).filter(ImageFilter.MaxFilter(41)))
     assert image.size == size and not changed[~hole].any() and changed[hole].mean() > 0.5
-    assert "Denoising strength: 1, Init image hash: " in image.text["parameters"]
+    assert "Denoising strength: 1, Painted size: 64x64, Init image hash: " in image.text["parameters"]
     assert "Mask: mask.png" in image.text["parameters"]
 
 
@@ -103,17 +106,31 @@ def test_inverted_mask_and_transparency(edit, tmp_path):
     for name in ("00001.png", "00002.png"):
         changed = (np.asarray(made(tmp_path, name)) != np.asarray(picture)).any(axis=-1)
         assert not changed[~kept].any() and changed[kept].mean() > 0.9
-    assert "Mask mode: inverted" in made(tmp_path).text["parameters"]
+    assert "Mask mode: Inpaint not masked" in made(tmp_path).text["parameters"]
     assert "Mask: alpha" in made(tmp_path, "00002.png").text["parameters"]
 
 
 def test_settings_of_the_mask_are_recorded(edit, tmp_path):
-    args = ("--strength", "0.5", "--content", "fill", "--mask-blur", "2", "--only-masked", "8", "--posterior", "mode")
+    args = (
+        "--strength",
+        "0.5",
+        "--content",
+        "fill",
+        "--mask-blur",
+        "2",
+        "--only-masked",
+        "--margin",
+        "8",
+        "--posterior",
+        "mode",
+    )
     assert edit(inpaint, "a", SAMPLE, MASK, *args)[0] == 0
     text = made(tmp_path).text["parameters"]
     for words in (
-        "Denoising strength: 0.5, Posterior: mode, Init image hash: ",
-        "Mask blur: 2, Masked content: fill, Inpaint area: Only masked, Only masked padding: 8",
+        "Denoising strength: 0.5, Posterior: mode, ",
+        "Mask blur: 2, Masked content: fill, Inpaint area: Only masked, Masked area padding: 8",
+        "Painted size: 64x64, ",
+        f"Mask: sample-mask.png, Mask hash: {sha256(MASK.read_bytes()).hexdigest()[:10]}, ",
     ):
         assert words in text
 
@@ -129,7 +146,7 @@ def test_nothing_of_the_given_file_is_carried_along(edit, tmp_path):
 
 @pytest.mark.parametrize("how, kind", [("decoded", "webp"), ("linear", "webp"), ("decoded", "gif")])
 def test_steps_are_saved(edit, tmp_path, how, kind):
-    args = ("--save-steps", how, "--animation", kind, "--n", "2", "--batch-size", "2", "--strength", "1")
+    args = ("--save-steps", "--preview", how, "--animation", kind, "--n", "2", "--batch-size", "2", "--strength", "1")
     status, out, err, files = edit(img2img, "a", SAMPLE, *args, small=(*SMALL[:4], "--steps", "3", "--seed", "7"))
     assert (status, err) == (0, [])
     folder = [f"-steps{os.sep}{i:03d}.png" for i in (1, 2, 3)]
@@ -142,6 +159,48 @@ def test_steps_are_saved(edit, tmp_path, how, kind):
         np.asarray(made(tmp_path, f"00002{end}")).astype(int) for end in (f"-steps{os.sep}003.png", ".png")
     )
     assert np.abs(last - picture).mean() < (20 if how == "decoded" else 60)  # the last step ends a little above clean
+
+
+def test_options_may_stand_between_the_words(edit, tmp_path):
+    edit(inpaint, "a", "--mask-blur", "1", SAMPLE, "--strength", "0.9", MASK)
+    edit(inpaint, "a", SAMPLE, MASK, "--mask-blur", "1", "--strength", "0.9")
+    assert made(tmp_path).tobytes() == made(tmp_path, "00002.png").tobytes()
+
+
+def test_every_option_reaches_the_model(edit, ckpt, tmp_path):  # noqa: F811
+    model = StableDiffusion.load(ckpt, device="cpu", dtype="float32")
+    same = {"height": 64, "width": 64, "seed": 7, "guidance": 3.0, "sampler": "euler_a", "steps": 4}
+    words = ("--guidance", "3", "--sampler", "euler_a", "--steps", "4", "--negative", "b")
+    small = ("--height", "64", "--width", "64", "--device", "cpu", "--dtype", "float32", "--seed", "7", *words)
+    with Image.open(SAMPLE) as sample, Image.open(MASK) as mask:
+        edited = model.img2img("a", sample, "b", strength=0.6, posterior="mode", fit_by="pad", **same)
+        repainted = model.inpaint(
+            "a", sample, mask, "b", strength=0.6, content="noise", blur=2, margin=9, posterior="mode", **same
+        )
+    edit(img2img, "a", SAMPLE, "--strength", "0.6", "--posterior", "mode", "--fit", "pad", small=small)
+    args = ("--content", "noise", "--mask-blur", "2", "--only-masked", "--margin", "9", "--posterior", "mode")
+    edit(inpaint, "a", SAMPLE, MASK, "--strength", "0.6", *args, small=small)
+    assert made(tmp_path).tobytes() == edited[0].tobytes()
+    assert made(tmp_path, "00002.png").tobytes() == repainted[0].tobytes()
+
+
+def test_empty_masks_are_refused_before_anything_is_loaded(edit, tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "empty.png")
+    status, out, err, files = edit(inpaint, "a", SAMPLE, tmp_path / "empty.png")
+    assert status == 1 and out == [] and files == [] and "the mask is empty" in err[0]
+
+
+def test_pictures_given_as_masks_are_noticed_once(edit):
+    status, _, err, _ = edit(inpaint, "a", MASK, SAMPLE, "--n", "2")
+    assert status == 0 and err == [
+        "warning: the mask has colours, of which only the brightness counts: is it the picture?"
+    ]
+
+
+def test_a_long_run_keeps_a_hundred_of_its_steps(edit):
+    small = ("--height", "16", "--width", "16", "--device", "cpu", "--steps", "250", "--guidance", "1", "--seed", "1")
+    _, _, _, files = edit(img2img, "a", SAMPLE, "--strength", "1", "--save-steps", "--preview", "linear", small=small)
+    assert sum(name.startswith("00001-steps" + os.sep) for name in files) == 84  # every third, and the last
 
 
 def test_no_steps_no_frames(edit):
@@ -163,7 +222,10 @@ def test_no_steps_no_frames(edit):
         (inpaint, ["a", SAMPLE], "no part of it is transparent: say with --mask"),
         (inpaint, ["a", SAMPLE, "missing.png"], "missing.png: no such file"),
         (inpaint, ["a", SAMPLE, MASK, "--mask-blur", "-1"], "blur"),
-        (inpaint, ["a", SAMPLE, MASK, "--only-masked", "-1"], "at least 0"),
+        (inpaint, ["a", SAMPLE, MASK, "--only-masked", "--margin", "-1"], "at least 0"),
+        (inpaint, [SAMPLE, MASK], "sample.png is a picture: the prompt comes first"),
+        (img2img, [SAMPLE, "a"], "sample.png is a picture: the prompt comes first"),
+        (img2img, ["a", "https://example.org/a.png"], "addresses are not fetched"),
     ],
     ids=str,
 )
@@ -173,7 +235,12 @@ def test_refusals(edit, program, args, words):
 
 
 @pytest.mark.parametrize(
-    "args, words", [(["--background", "reddish"], "not a colour"), (["--content", "sky"], "invalid choice")]
+    "args, words",
+    [
+        (["--background", "reddish"], "not a colour"),
+        (["--content", "sky"], "invalid choice"),
+        (["--mask_blurr", "4"], "did you mean --mask-blur?"),
+    ],
 )
 def test_unknown_choices(edit, args, words):
     status, _, err, _ = edit(inpaint, "a", SAMPLE, MASK, *args)

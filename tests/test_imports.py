@@ -37,8 +37,8 @@ ALLOWED = {
     "preview": {"image"},
     "training": {"denoiser", "layers", "schedule", "text_encoder", "unet", "vae"},
     "model": {
-        "checkpoint", "config", "convert", "denoiser", "device", "image", "resources", "samplers", "schedule",
-        "settings", "text_encoder", "tokenizer", "unet", "vae",
+        "checkpoint", "config", "convert", "denoiser", "device", "image", "inpainting", "resources", "samplers",
+        "schedule", "settings", "text_encoder", "tokenizer", "unet", "vae",
     },
     "pipeline": {
         "denoiser", "image", "image_files", "inpainting", "model", "samplers", "schedule", "settings",

@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from sd.denoiser import keep_known
 from sd.image import Box, to_pil
-from sd.inpainting import Canvas, fill, hide, latent_mask, masked_box, prepare_mask, renoised
+from sd.inpainting import Canvas, conditioning, fill, hide, latent_mask, masked_box, prepare_mask, renoised, widened
 from sd.samplers import SAMPLERS, ddim, plms
 from sd.schedule import Schedule
 
@@ -115,7 +115,7 @@ def test_masks_are_brought_to_the_picture():
 
 
 def test_masks_that_were_saved_as_jpeg_are_black_where_they_look_black():
-    noisy = np.full((48, 64), 7, np.uint8)
+    noisy = np.full((48, 64), 15, np.uint8)
     noisy[20:30] = 250
     noisy[40] = 100
     clean = np.asarray(prepare_mask(Image.fromarray(noisy), (64, 48)))
@@ -146,6 +146,9 @@ def test_latent_masks():
     expected = torch.zeros(1, 1, 4, 6)
     expected[..., 1, 2:4] = 1
     assert torch.equal(latent_mask(mask, 8), expected)
+    both = expected.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    both[..., 29:31, :] = 1  # a scratch far from the rest
+    assert torch.equal(latent_mask(both, 8)[..., :3, :], expected[..., :3, :]) and latent_mask(both, 8)[..., 3, :].all()
     thin = torch.zeros(1, 1, 32, 48)
     thin[..., 9:11, :] = 1  # between the pixels that count
     assert torch.equal(latent_mask(thin, 8)[0, 0, :, 0], torch.tensor([0.0, 1.0, 0.0, 0.0]))
@@ -164,6 +167,9 @@ def test_holes_are_filled_with_the_colours_around_them():
     assert filled[inside].min() > -0.01 and filled[inside].max() < 0.51
     assert (filled[0, 0, 14, 5] - 0.5).abs() < 0.05 and filled[0, 0, 14, 38].abs() < 0.05
     assert torch.equal(fill(hidden, torch.zeros_like(mask)), hidden)
+    wide, gap = torch.full((1, 3, 16, 256), 0.8), torch.zeros(1, 1, 16, 256)
+    gap[..., 64:192] = 1
+    assert error(fill(wide * (1 - gap), gap), wide) < 1e-5
     assert fill(hidden, torch.ones_like(mask)).abs().max() == 0  # nothing is known: grey
 
 
@@ -190,5 +196,39 @@ def test_a_canvas_holds_the_part_in_its_place():
     assert canvas.filled().shape == canvas.pixels.shape
 
 
+def test_no_hole_is_too_small_for_its_canvas():
+    picture = Image.new("RGB", (2048, 1024))
+    mask = mask_of(slice(501, 502), slice(1003, 1004), (2048, 1024))
+    canvas = Canvas.of(picture, mask, Box(0, 0, 2048, 1024), 128, 64)
+    assert canvas.hole.sum() == 1 and canvas.hole[0, 0, 501 // 16, 1003 // 16] == 1
+    enlarged = Canvas.of(
+        picture.crop((0, 0, 20, 20)), mask_of(slice(5, 6), slice(4, 5), (20, 20)), Box(0, 0, 20, 20), 80, 80
+    )
+    assert 16 <= enlarged.hole.sum() <= 36
+
+
+@pytest.mark.parametrize(
+    "box, aspect, expected",
+    [
+        (Box(40, 20, 50, 40), 1.0, (20, 20)),
+        (Box(40, 20, 50, 40), 2.0, (40, 20)),
+        (Box(0, 0, 50, 10), 1.0, (50, 48)),  # as far as there is picture
+        (Box(50, 40, 64, 48), 1.0, (14, 14)),
+        (Box(0, 0, 64, 48), 3.0, (64, 48)),
+    ],
+)
+def test_boxes_grow_within_the_picture(box, aspect, expected):
+    grown = widened(box, aspect, (64, 48))
+    assert grown.size == expected
+    assert grown.left <= box.left and grown.right >= box.right and grown.top <= box.top and grown.bottom >= box.bottom
+    assert grown.left >= 0 and grown.top >= 0 and grown.right <= 64 and grown.bottom <= 48
+
+
+def test_conditioning_is_mask_then_picture():
+    hidden = reference.normal("h", (2, 4, 3, 5))
+    extra = conditioning(torch.ones(1, 1, 3, 5), hidden)
+    assert extra.shape == (2, 5, 3, 5) and extra[:, 0].eq(1).all() and torch.equal(extra[:, 1:], hidden)
+
+
 def test_masks_of_labels():
-    assert prepare_mask(Image.fromarray(np.eye(8, dtype=np.uint8)), (8, 8)).getextrema() == (0, 255)
+    assert prepare_mask(Image.fromarray(np.eye(32, dtype=np.uint8)), (32, 32)).getextrema() == (0, 255)

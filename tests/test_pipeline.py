@@ -93,19 +93,25 @@ def test_noise_is_each_picture_s_own():
     assert not torch.equal(draw(rngs, (4, 9, 13), torch.device("cpu"))[0], first[0])
 
 
-def test_default_type_and_device_of_torch_do_not_matter(tiny_sd):
+def test_default_type_and_device_of_torch_do_not_matter(either):
     settings = {"height": 64, "width": 64, "steps": 2, "seed": 9}
-    (expected,) = tiny_sd.txt2img("a", **settings)
+
+    def paint():
+        (free,) = either.txt2img("a", **settings)
+        (made,) = either.inpaint("a", photo(64, 64), a_mask(64, 64), strength=0.6, content="fill", **settings)
+        return np.stack([pixels(free), pixels(made)])
+
+    expected = paint()
     try:
         torch.set_default_dtype(torch.float64)
-        (image,) = tiny_sd.txt2img("a", **settings)
+        wide = paint()
         torch.set_default_dtype(torch.float32)
         torch.set_default_device("meta")
-        (again,) = tiny_sd.txt2img("a", **settings)
+        nowhere = paint()
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
-    assert np.array_equal(pixels(image), pixels(expected)) and np.array_equal(pixels(again), pixels(expected))
+    assert np.array_equal(wide, expected) and np.array_equal(nowhere, expected)
 
 
 def test_numbers_of_numpy_are_numbers(tiny_sd):
@@ -458,11 +464,60 @@ def test_empty_and_full_masks(either, strength):
 
 
 def test_soft_masks_blend(either):
+    """A grey mask shows so much of what a white one would."""
     picture = photo(64, 64)
-    ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))
-    (image,) = either.inpaint("a", picture, Image.fromarray(ramp), steps=2, height=64, width=64)
-    distance = np.abs(pixels(image) - pixels(picture)).mean(axis=(0, 2))
-    assert distance[:2].max() == 0 and distance[:20].mean() < distance[-20:].mean() / 2
+    settings = {"steps": 2, "height": 64, "width": 64}
+
+    def change(grey):
+        (image,) = either.inpaint("a", picture, Image.new("L", (64, 64), grey), **settings)
+        return pixels(image) - pixels(picture)
+
+    full = change(255)
+    for grey in (64, 128, 192):
+        assert np.abs(change(grey) - grey / 255 * full).max() <= 2
+
+
+def test_small_holes_in_large_pictures_are_painted(either):
+    picture = photo(1024, 1024)
+    mask = Image.new("L", picture.size)
+    mask.paste(255, (500, 500, 506, 506))
+    settings = {"height": 64, "width": 64, "seed": 1}
+    (painted,) = either.inpaint("a", picture, mask, steps=2, **settings)
+    (kept,) = either.inpaint("a", picture, mask, strength=0, **settings)
+    assert np.abs(pixels(painted) - pixels(kept))[500:506, 500:506].mean() > 2
+
+
+def test_half_transparent_edges_have_no_halo(either):
+    """The colours beneath are blended with what is painted; no background comes in between."""
+    picture = Image.new("RGBA", (64, 64), (10, 20, 30, 255))
+    picture.paste((10, 20, 30, 128), (0, 32, 64, 40))
+    picture.paste((10, 20, 30, 0), (0, 40, 64, 64))
+    (image,) = either.inpaint("a", picture, steps=2, height=64, width=64)
+    mask = Image.eval(picture.getchannel("A"), lambda v: 255 * (v < 255))
+    (below,) = either.inpaint("a", picture.convert("RGB"), mask, steps=2, height=64, width=64)
+    expected = 128 / 255 * np.array((10, 20, 30)) + 127 / 255 * pixels(below)[32:40]
+    assert np.abs(pixels(image)[32:40] - expected).max() <= 2
+
+
+def test_only_what_is_around_the_mask_is_looked_at(tiny_sd):
+    """All of the canvas is picture, as far as there is any."""
+    seen = []
+
+    def encode(pixels):
+        seen.append(pixels)
+        return StableDiffusion.encode(tiny_sd, pixels)
+
+    picture, mask = photo(256, 256), Image.new("L", (256, 256))
+    mask.paste(255, (120, 40, 126, 200))
+    tiny_sd.encode = encode
+    try:
+        tiny_sd.inpaint("a", picture, mask, margin=8, steps=1, height=64, width=64)
+        tiny_sd.inpaint("a", picture, mask, margin=8, steps=1)
+    finally:
+        del tiny_sd.encode
+    whole, own = seen
+    assert whole.shape == (1, 3, 64, 64) and own.shape[2] <= 2 * own.shape[3] + 8
+    assert (whole[0, 0, 0].diff() > 0).all()  # the picture's ramp, nowhere a repeated edge
 
 
 def test_transparent_part_is_the_mask(either):
@@ -488,8 +543,23 @@ def test_inpainting_models_paint_without_a_mask(tiny_inpaint):
     )
     *_, last = sd.sample(denoise, noise, sd.schedule.levels(2, "leading"), "ddim")
     assert np.abs(pixels(image) - pixels(sd.decode(last.x)[0])).max() <= 1
-    (changed,) = sd.img2img("a cat", photo(64, 64), strength=0.5, height=64, width=64, steps=4)
-    assert changed.size == (64, 64)
+    (changed,) = sd.img2img(
+        "a cat", photo(40, 64), strength=0.5, height=64, width=40, steps=4, posterior="mode", seed=4
+    )
+    levels = sd.schedule.levels(4, "leading", 0.5)
+    x = sd.schedule.add_noise(sd.encode(photo(40, 64)).mode(), noise, levels[0])
+    *_, last = sd.sample(denoise, x, levels, "ddim")
+    assert np.abs(pixels(changed) - pixels(sd.decode(last.x)[0])).max() <= 1
+
+
+def test_more_channels_are_asked_for_or_refused(tiny_sd, tiny_inpaint):
+    context = tiny_sd.encode_prompt(["a"])
+    with pytest.raises(ValueError, match="9 input channels needs `extra`"):
+        tiny_inpaint.denoiser(context, guidance=1.0)
+    with pytest.raises(ValueError, match="4 input channels takes no `extra`"):
+        tiny_sd.denoiser(context, guidance=1.0, extra=torch.zeros(1, 5, 8, 8))
+    with pytest.raises(ValueError, match=r"an RGB picture or \(B, 3, H, W\), got \(1, 1, 64, 64\)"):
+        tiny_sd.encode(Image.new("L", (64, 64)))
 
 
 @pytest.mark.parametrize(
@@ -502,7 +572,13 @@ def test_inpainting_models_paint_without_a_mask(tiny_inpaint):
         ({"margin": -1}, "margin"),
         ({"margin": 1.5}, "margin must be a whole number"),
         ({"height": 65}, "height must be a multiple of 8, got 65: try 64 or 72"),
-        ({"image": "photo.png"}, "picture"),
+        ({"image": "photo.png"}, "image must be a PIL picture .* got str"),
+        ({"mask": "mask.png"}, "mask must be a PIL picture .* got str"),
+        ({"mask": np.zeros((64, 64))}, "mask must be a PIL picture .* got ndarray"),
+        ({"strength": "0.5"}, "strength must be a number, got '0.5'"),
+        ({"guidance": None}, "guidance must be a number, got None"),
+        ({"blur": "2"}, "blur must be a number"),
+        ({"height": 64.0}, "height must be a whole number"),
     ],
     ids=str,
 )

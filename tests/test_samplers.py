@@ -280,7 +280,12 @@ def test_multistep_weights_are_adams_bashforth_on_even_grids():
         ("DPM++ 2M SDE", "dpmpp_2m_sde", "karras"),
         ("PNDM", "plms", "leading"),
         ("DDIM trailing", "ddim", "trailing"),
-        ("UniPC", "unipc", "linspace"),
+        ("UniPC", "unipc", "karras"),
+        ("uni_pc_bh2", "unipc", "karras"),
+        ("EulerAncestralDiscreteScheduler", "euler_a", "linspace"),
+        ("DPMSolverMultistepScheduler", "dpmpp_2m", "karras"),
+        ("PNDMScheduler", "plms", "leading"),
+        ("DDIMScheduler", "ddim", "leading"),
         ("heun", "heun", "linspace"),
     ],
 )
