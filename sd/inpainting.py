@@ -29,6 +29,7 @@ from .samplers import Denoise, Noise, Step
 from .schedule import Level, Schedule
 
 CONTENTS = ("original", "fill", "noise")  # what the hole holds at the start
+MAX_ASPECT = 2.0  # of the part around a mask, as long as there is more of the picture to look at
 A_FEW = 16  # pixels of value 1 in a mask without higher ones may be chance; more are labels, 0 and 1
 NEARLY = 20  # of 255: masks saved as JPEG are not quite black and white
 
@@ -58,18 +59,34 @@ def prepare_mask(mask: Image.Image, size: tuple[int, int], blur: float = 0.0) ->
     return Image.fromarray(values)
 
 
-def masked_box(mask: Image.Image, margin: int) -> Box | None:
-    """The smallest box around all that the mask paints, `margin` pixels wider on all sides; None for an empty mask."""
+def surroundings(mask: Image.Image, margin: int) -> Box | None:
+    """What to look at to paint through a mask, with `margin` pixels on all sides of it; None for an empty mask.
+
+    Of a long and narrow part more is looked at, as far as the picture reaches: models do not know such proportions.
+    """
     found = mask.getbbox()
     if found is None:
         return None
     left, top, right, bottom = found
-    return Box(
-        max(left - margin, 0),
-        max(top - margin, 0),
-        min(right + margin, mask.width),
-        min(bottom + margin, mask.height),
+    box = Box(
+        max(left - margin, 0), max(top - margin, 0), min(right + margin, mask.width), min(bottom + margin, mask.height)
     )
+    aspect = box.size[0] / box.size[1]
+    return widened(box, min(max(aspect, 1 / MAX_ASPECT), MAX_ASPECT), mask.size)
+
+
+def widened(box: Box, aspect: float, size: tuple[int, int]) -> Box:
+    """The box, grown evenly to the proportions width / height = aspect as far as the picture of this size reaches."""
+    sides = []
+    for low, high, wanted, limit in (
+        (box.left, box.right, round(aspect * box.size[1]), size[0]),
+        (box.top, box.bottom, round(box.size[0] / aspect), size[1]),
+    ):
+        length = min(max(high - low, wanted), limit)
+        start = min(max(low - (length - (high - low)) // 2, 0), limit - length)
+        sides.append((start, start + length))
+    (left, right), (top, bottom) = sides
+    return Box(left, top, right, bottom)
 
 
 def latent_mask(mask: Tensor, factor: int) -> Tensor:
@@ -108,20 +125,6 @@ def fill(image: Tensor, mask: Tensor) -> Tensor:
         smooth = F.interpolate(coarse, size=image.shape[-2:], mode="bilinear", align_corners=False)
         return torch.lerp(smooth, image, known)
     return image * known
-
-
-def widened(box: Box, aspect: float, size: tuple[int, int]) -> Box:
-    """The box, grown evenly to the proportions width / height = aspect as far as the picture of this size reaches."""
-    sides = []
-    for low, high, wanted, limit in (
-        (box.left, box.right, round(aspect * box.size[1]), size[0]),
-        (box.top, box.bottom, round(box.size[0] / aspect), size[1]),
-    ):
-        length = min(max(high - low, wanted), limit)
-        start = min(max(low - (length - (high - low)) // 2, 0), limit - length)
-        sides.append((start, start + length))
-    (left, right), (top, bottom) = sides
-    return Box(left, top, right, bottom)
 
 
 class Canvas(NamedTuple):

@@ -35,7 +35,7 @@ from torch import Tensor
 from .denoiser import keep_known
 from .image import Box, fit, frame, to_tensor
 from .image_files import WHITE, flatten
-from .inpainting import CONTENTS, Canvas, conditioning, hide, latent_mask, masked_box, prepare_mask, widened
+from .inpainting import CONTENTS, Canvas, conditioning, hide, latent_mask, prepare_mask, surroundings, widened
 from .model import Model, Steps
 from .samplers import Denoise, Step
 from .schedule import Level
@@ -44,7 +44,6 @@ from .settings import GUIDANCE, MAX_SEED, SAMPLER, Settings, number, one_of, who
 STRENGTH = 0.75  # image to image's default
 FITS = ("crop", "pad")
 POSTERIORS = ("sample", "mode")
-MAX_ASPECT = 2.0  # of the part around a mask, as long as there is more of the picture to look at
 NEARLY_ALL = 0.9  # of a picture: cutting off more than the rest is said
 
 Progress = Callable[[Steps], Iterable[Step]]
@@ -233,18 +232,15 @@ class StableDiffusion(Model):
         else:
             picture, _ = _flat(image)
         mask = prepare_mask(mask, picture.size, number("blur", blur))
-        region = box = masked_box(mask, 0 if margin is None else margin)
-        if margin is None or box is None:
-            region = Box(0, 0, *picture.size)
-        else:
-            wide, high = box.size
-            region = widened(box, min(max(wide / high, 1 / MAX_ASPECT), MAX_ASPECT), picture.size)
-        height, width = self.picture_size(region.size, height, width, up=True)
+        whole_picture = region = Box(0, 0, *picture.size)
         if margin is not None:
+            region = surroundings(mask, margin) or whole_picture
+        height, width = self.picture_size(region.size, height, width, up=True)
+        if region != whole_picture:
             region = widened(region, width / height, picture.size)
         levels = self._levels(settings)
         job = self._job(prompt, negative, settings)
-        if box is None:
+        if mask.getbbox() is None:
             warnings.warn("the mask is empty (all black): nothing is painted", stacklevel=2)
             return [picture.copy() for _ in job.rngs]
 

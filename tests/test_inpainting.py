@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from sd.denoiser import keep_known
 from sd.image import Box, to_pil
-from sd.inpainting import Canvas, conditioning, fill, hide, latent_mask, masked_box, prepare_mask, renoised, widened
+from sd.inpainting import Canvas, conditioning, fill, hide, latent_mask, prepare_mask, renoised, surroundings, widened
 from sd.samplers import SAMPLERS, ddim, plms
 from sd.schedule import Schedule
 
@@ -132,12 +132,13 @@ def test_blur_reaches_outwards_and_leaves_the_rest_black():
         prepare_mask(mask_of(slice(0, 1), slice(0, 1)), (64, 48), blur=-1)
 
 
-def test_box_around_a_mask():
+def test_surroundings_of_a_mask():
     mask = mask_of(slice(10, 20), slice(30, 40))
-    assert masked_box(mask, 0) == Box(30, 10, 40, 20)
-    assert masked_box(mask, 15) == Box(15, 0, 55, 35)
-    assert masked_box(mask, 1000) == Box(0, 0, 64, 48)
-    assert masked_box(mask_of(slice(0, 0), slice(0, 0)), 5) is None
+    assert surroundings(mask, 0) == Box(30, 10, 40, 20)
+    assert surroundings(mask, 15) == Box(15, 0, 55, 35)
+    assert surroundings(mask, 1000) == Box(0, 0, 64, 48)
+    assert surroundings(mask_of(slice(10, 11), slice(0, 40)), 0).size == (40, 20)
+    assert surroundings(mask_of(slice(0, 0), slice(0, 0)), 5) is None
 
 
 def test_latent_masks():
