@@ -1,180 +1,227 @@
-"""Train the VAE of the embedded model on scenes of scripts/world.py. Step 1 of 2; step 2 is train.py.
+"""Train a VAE, from scratch or from a checkpoint's. Step 1 of 3 on the way to a new model; step 2 is train_text.py.
 
-python scripts/train_vae.py --out outputs/vae
+    python scripts/train_vae.py --out outputs/vae                                       the embedded model's
+    python scripts/train_vae.py --data photos --ckpt v1-5.ckpt --decoder-only --lr 1e-5 --out outputs/vae
+    python scripts/train_vae.py --out outputs/vae --resume                              after it was stopped
+
+Writes OUT/vae.safetensors, which train.py takes (--vae), with the factor that brings its latents to deviation 1; of a
+checkpoint also OUT/model.safetensors, the whole model with this VAE, which every program loads.
+Beside it: log.jsonl, loss.png, vae.png (held-out pictures, each with what came back), state.pt.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import os
-import secrets
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from random import Random
 
 if not __package__:  # run as a file, from any folder, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from sd.config import POCKET
-from sd.device import best_dtype
+from sd.config import Config
+from sd.convert import CONFIG_KEY
+from sd.files import replaced_file
 from sd.image import grid, to_pil
-from sd.training import learning_rate, vae_loss
+from sd.training import checkpoint_activations, initialise_vae, vae_loss
 from sd.vae import VAE
 
 if __package__:
     from . import cli
-    from .world import SIZE, example
+    from .training import data, loop, models
+    from .training.processes import Processes
+    from .training.state import save_tensors
 else:
     from scripts import cli
-    from scripts.world import SIZE, example
+    from scripts.training import data, loop, models
+    from scripts.training.processes import Processes
+    from scripts.training.state import save_tensors
 
+KL = 5e-5  # of squared errors around 0.005 it takes little; latents then have a deviation of about 0.3
 HELD_OUT = 10_000_000  # scenes from this number on are never trained on
+SHOWN = 16  # held-out pictures in vae.png
+RECIPE = loop.Recipe(
+    steps=10000, batch=2, lr=1.5e-3, weight_decay=0.0, beta2=0.99, optimizer="muon", ema=0.998, log_every=50
+)
+FINE_TUNING = loop.Recipe(steps=1000, batch=4, lr=1e-5, save_every=250)
 
 
 def parser() -> cli.Parser:
     """The arguments; the defaults are the recipe of the embedded model."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("outputs/vae"), help="folder for state and samples (default: %(default)s)")
-    add("--resume", action="store_true", help="go on from the state in --out")
-    add("--scenes", type=int, default=6000, help="different scenes (default: %(default)s)")
-    add("--steps", type=int, default=2500, help="optimisation steps (default: %(default)s)")
-    add("--batch", type=int, default=16, help="crops a step (default: %(default)s)")
-    add("--crop", type=int, default=64, help="side of the random crops in pixels (default: %(default)s)")
-    add("--full", type=float, default=0.12, help="share of the steps, at the end, on whole pictures")
-    add("--lr", type=float, default=1e-3, help="highest learning rate (default: %(default)s)")
-    add("--kl", type=float, default=1e-4, help="weight of the KL term (default: %(default)s)")
-    add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to PyTorch")
-    add("--save-every", type=int, default=250, metavar="STEPS", help="default: %(default)s")
+    add("--out", type=Path, default=Path("outputs/vae"), help="folder for all that is written (default: %(default)s)")
+    add("--crop", type=int, metavar="PIXELS", help="train on random crops of this side (default: whole pictures)")
+    add("--kl", type=float, default=KL, help="weight of the KL term (default: %(default)s)")
+    add("--held-out", type=int, default=64, metavar="N", help="pictures to measure by (default: %(default)s)")
+    add("--decoder-only", action="store_true", help="keep the encoder, so that latents stay what a U-Net knows")
+    models.add_model_arguments(parser)
+    data.add_data_arguments(parser, scenes=16000)
+    loop.add_loop_arguments(parser, RECIPE, with_ckpt=FINE_TUNING)
     return parser
 
 
-def pictures(start: int, n: int) -> Tensor:
-    """Scenes start .. start + n - 1 as bytes: (n, 3, H, W), uint8."""
-    images = [np.asarray(example(i)[1]) for i in tqdm(range(start, start + n), "drawing scenes", leave=False)]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+class Objective(nn.Module):
+    """The VAE with its loss."""
+
+    def __init__(self, vae: VAE, kl_weight: float, decoder_only: bool) -> None:
+        super().__init__()
+        self.vae, self.kl_weight = vae, kl_weight
+        vae.requires_grad_(True)
+        if decoder_only:
+            vae.encoder.requires_grad_(False)
+            vae.quant.requires_grad_(False)
+
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [-1, 1], noise (B, C, h, w) -> a scalar."""
+        mean, logvar = self.vae.moments(images)
+        z = mean + (0.5 * logvar.float()).exp() * noise
+        return vae_loss(images, self.vae.decoder(self.vae.post_quant(z)), mean, logvar, self.kl_weight)
 
 
-def to_floats(images: Tensor) -> Tensor:
-    """uint8 -> [-1, 1]."""
-    return images.float() / 127.5 - 1
+class Crops:
+    """The parts of each step: random crops of the pictures (n, 3, H, W), uint8, and noise for their latents."""
 
+    def __init__(
+        self,
+        images: Tensor,
+        config: Config,
+        recipe: loop.Recipe,
+        processes: Processes,
+        crop: int,
+    ) -> None:
+        self.images, self.recipe, self.processes, self.crop = images, recipe, processes, crop
+        self.channels, self.factor = config.vae.latent_channels, config.vae.factor
+        self.order = data.Order(len(images), recipe.seed)
 
-def batch(pool: Tensor, n: int, crop: int, rng: Random) -> Tensor:
-    """n random crops (n, 3, crop, crop) in [-1, 1]."""
-    crops = []
-    for _ in range(n):
-        x, y = rng.randint(0, SIZE - crop), rng.randint(0, SIZE - crop)
-        crops.append(pool[rng.randrange(len(pool)), :, y : y + crop, x : x + crop])
-    return to_floats(torch.stack(crops))
+    def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
+        """This process' parts of a step, as the objective takes them."""
+        side, crop, batch = self.images.shape[-1], self.crop, self.recipe.batch
+        device, count = self.processes.device, self.processes.count
+        total = batch * self.recipe.accumulate * count
+        rng = data.generator(device, self.recipe.seed, "step", step)
+        shape = (total, self.channels, crop // self.factor, crop // self.factor)
+        noise = torch.randn(shape, generator=rng, device=device)
+        rng = data.generator("cpu", self.recipe.seed, "crop", step)
+        left, top = torch.randint(0, side - crop + 1, (2, total), generator=rng)
+        where = (self.order(step * total, total), left, top)
+        chosen, left, top = (x.to(self.images.device, non_blocking=True) for x in where)
+        pixels = torch.arange(crop, device=self.images.device)
+        for k in range(self.recipe.accumulate):
+            start = (k * count + self.processes.rank) * batch
+            mine = slice(start, start + batch)
+            rows, columns = top[mine, None, None] + pixels[:, None], left[mine, None, None] + pixels
+            images = self.images[chosen[mine, None, None], :, rows, columns]  # (B, crop, crop, 3)
+            images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+            yield {"images": data.to_floats(images), "noise": noise[mine]}
 
 
 @torch.no_grad()
 def evaluate(vae: VAE, images: Tensor) -> tuple[float, Tensor]:
-    """Mean PSNR in dB of decoded means, and what was decoded."""
+    """Mean PSNR in dB of decoded means of pictures (n, 3, H, W) in [-1, 1], and what was decoded."""
     decoded = torch.cat([vae.decode(vae.encode(part).mode()) for part in images.split(8)]).clamp(-1, 1)
     error = (decoded - images).square().mean((1, 2, 3)) / 4  # values span 2
-    return (-10 * error.log10()).mean().item(), decoded
+    return (-10 * error.clamp(min=1e-10).log10()).mean().item(), decoded
 
 
 @torch.no_grad()
-def measured_scale(vae: VAE, images: Tensor, rng: torch.Generator) -> float:
+def measured_scale(vae: VAE, images: Tensor) -> float:
     """What brings the standard deviation of sampled latents to 1 (Rombach et al. 2022, appendix G)."""
+    rng = data.generator(images.device, 0, "scale")
     parts = [vae.encode(part) for part in images.split(8)]
-    z = torch.cat([part.sample(torch.randn(part.mean.shape, generator=rng)) for part in parts])
+    noise = [torch.randn(part.mean.shape, generator=rng, device=images.device) for part in parts]
+    z = torch.cat([part.sample(eps) for part, eps in zip(parts, noise, strict=True)])
     return vae.config.scale / z.std().item()
 
 
-def save_state(state: Mapping[str, object], path: Path) -> None:
-    """Write a training state whole or not at all: a run that is stopped while it saves keeps the state before.
-
-    `state` holds tensors, numbers, texts, lists and dictionaries only, so `load_state` needs to trust nobody.
-    """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        torch.save(dict(state), partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def read(source: data.Source, args: argparse.Namespace) -> Tensor:
+    """All pictures, (n, 3, size, size), uint8."""
+    chunks = data.examples(source, args.workers, progress=True)
+    return torch.cat([data.pixels(chunk) for _, chunk in chunks])
 
 
-def load_state(path: Path) -> dict[str, object]:
-    """Read what `save_state` wrote. Raises OSError, or ValueError in one line for what is not a training state."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises several kinds, depending on where the file is wrong
-        raise ValueError(f"{path}: not a training state: {str(error).partition(chr(10))[0][:200]}") from None
+def pictures(args: argparse.Namespace, size: int, processes: Processes) -> tuple[Tensor, Tensor]:
+    """The pictures to train on, and those held out to measure by, (n, 3, size, size), uint8."""
+    source = data.find_source(args, size, caption="")
+    held_out = data.World(args.held_out, size, first=HELD_OUT) if isinstance(source, data.World) else None
+    found = data.cached(
+        args.out / "cache" / "pictures.safetensors",
+        source.fingerprint(),
+        processes,
+        lambda: {"pixels": read(source, args)},
+    )["pixels"]
+    if held_out is not None:
+        return found, read(held_out, args)
+    n = min(args.held_out, len(found) // 10)  # of a few pictures none can be spared: they are measured on themselves
+    mixed = torch.randperm(len(found), generator=data.generator("cpu", 0, "held out"))
+    return (found[mixed[n:]], found[mixed[:n]]) if n else (found, found[: args.held_out])
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace, processes: Processes) -> None:
     """The whole run."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-    rng = torch.Generator().manual_seed(args.seed)
-    vae = VAE(POCKET.vae)
-    optimizer = torch.optim.AdamW(vae.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    start = 0
-    if args.resume:
-        state = load_state(args.out / "vae.pt")
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+    recipe = loop.Recipe.of(args)
+    if args.held_out < 1:
+        raise ValueError(f"--held-out must be at least 1, got {args.held_out}")
+    device = processes.device
+    if args.ckpt:
+        config, vae = models.load_vae(args.ckpt, device, args.model)
+    else:
+        config = models.find_config(args.model or "pocket")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            vae = VAE(config.vae)
+            initialise_vae(vae)
+            vae.to(device)
+    size = args.size or config.size
+    crop = args.crop or size
+    for name, side in (("size", size), ("crop", crop)):
+        if side < 1 or side % config.vae.factor or side > size:
+            raise ValueError(f"--{name} must be a multiple of {config.vae.factor} up to the pictures' size, got {side}")
+    images, held_out = pictures(args, size, processes)
+    held_out = data.to_floats(held_out.to(device))
+    if args.checkpointing:
+        checkpoint_activations(vae)
+    objective = Objective(vae, args.kl, args.decoder_only).to(device, memory_format=torch.channels_last)
+    if args.compile:
+        vae.encoder.compile()
+        vae.decoder.compile()
+    trainer = loop.Trainer(objective, recipe, processes, args)
+    trained = sum(p.numel() for p in trainer.trained.values())
+    images = models.fitting({"images": images}, device, trained)["images"]
+    crops = Crops(images, config, recipe, processes, crop)
 
-    held_out = to_floats(pictures(HELD_OUT, 64))
-    pool = pictures(0, args.scenes)
-    low = best_dtype(torch.device("cpu")) == torch.bfloat16  # where it is fast
-    began = time.monotonic()
-    bar = tqdm(range(start, args.steps), "training", initial=start, total=args.steps)
-    for step in bar:
-        choice = Random(args.seed * 1_000_003 + step)  # a run that goes on sees what an unbroken one would
-        rng.manual_seed(args.seed * 1_000_003 + step)
-        if step < args.steps * (1 - args.full):
-            images = batch(pool, args.batch, args.crop, choice)
-        else:
-            images = batch(pool, max(1, args.batch * args.crop**2 // SIZE**2), SIZE, choice)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr, warmup=100)
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            mean, logvar = vae.moments(images)
-            noise = torch.randn(mean.shape, generator=rng)
-            decoded = vae.decoder(vae.post_quant(mean + (0.5 * logvar.float()).exp() * noise))
-        loss = vae_loss(images, decoded, mean, logvar, args.kl)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+    def write() -> str:
+        present = models.with_weights(vae, trainer.weights(), "vae.")
+        psnr, decoded = evaluate(present, held_out)
+        scale = config.vae.scale if args.decoder_only else round(measured_scale(present, held_out), 4)
+        both = torch.stack([held_out[:SHOWN], decoded[:SHOWN]], 1).flatten(0, 1)
+        with replaced_file(args.out / "vae.png") as partial:
+            grid(to_pil(both), columns=8).save(partial, "PNG")
+        tensors = {f"vae.{key}": value.cpu() for key, value in present.state_dict().items()}
+        written = replace(config, vae=replace(config.vae, scale=scale))
+        path = args.out / models.VAE_FILE
+        save_tensors(tensors, path, {CONFIG_KEY: written.to_json(), "format": "pt"})
+        return f", PSNR {psnr:.2f} dB on {len(held_out)} pictures, scale {scale}"
 
-        last = step + 1 == args.steps
-        if (step + 1) % args.save_every == 0 or last:
-            scale = round(measured_scale(vae, held_out, rng), 4)
-            psnr, decoded = evaluate(vae, held_out)
-            minutes = (time.monotonic() - began) / 60
-            tqdm.write(f"step {step + 1}: loss {loss.item():.4f}, PSNR {psnr:.2f} dB, scale {scale}, {minutes:.1f} min")
-            both = torch.stack([held_out[:16], decoded[:16]], 1).flatten(0, 1)
-            grid(to_pil(both), columns=8).save(args.out / "vae.png")
-            state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            save_state(state | {"scale": scale, "psnr": psnr}, args.out / "vae.pt")
-            if not math.isfinite(psnr):
-                raise ArithmeticError("training went to NaN: try a lower --lr")
+    trainer.describe(f"VAE of {config.name}", len(images))
+    trainer.run(crops, write, (crop // config.vae.factor) ** 2)
+    if processes.main:
+        print(f"{args.out / models.VAE_FILE}: the VAE, for train.py --vae")
+        if args.ckpt:
+            whole = models.whole_model(args.ckpt, args.model)
+            if whole is not None:
+                path = args.out / "model.safetensors"
+                models.write_model(models.with_vae(whole, args.out / models.VAE_FILE), path, torch.float16)
+                print(f"{path}: {args.ckpt.name} with it")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    return cli.run(train, parser(), argv)
+    return loop.main(train, parser(), argv)
 
 
 if __name__ == "__main__":

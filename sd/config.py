@@ -206,8 +206,9 @@ POCKET = Config(
     name="pocket",
     size=128,
     text=TextConfig(width=64, layers=3, heads=2),
-    vae=VAEConfig(channels=(64, 64, 64, 64), blocks=1, scale=0.345),
-    unet=UNetConfig(channels=(64, 128), heads=(2, 4), attention=(False, True), blocks=1, context=64),
+    vae=VAEConfig(channels=(64, 64, 96, 160), blocks=1),
+    unet=UNetConfig(channels=(96, 160), heads=(3, 5), attention=(False, True), blocks=1, context=64),
+    schedule=ScheduleConfig(prediction="v"),
 )
 
 MODELS = {

@@ -1,4 +1,4 @@
-"""Writing a new file whole or not at all, and never over another one."""
+"""Writing a file whole or not at all: a new one, never over another (`new_file`), or in the place of an old one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -16,14 +16,9 @@ def new_file(path: Path) -> Iterator[Path]:
 
     Raises FileExistsError if there is a file of that name by then. If the block fails, nothing is left behind.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(partial, "xb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    with _beside(path) as (partial, mode):
         yield partial
-        os.chmod(partial, mode)  # some libraries put a file in its place that only its owner may read
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
+        _to_disk(partial, mode)
         try:
             os.link(partial, path)  # unlike a rename, refuses to replace a file
         except FileExistsError:
@@ -32,8 +27,46 @@ def new_file(path: Path) -> Iterator[Path]:
             if path.exists():
                 raise exists(path) from None
             os.rename(partial, path)
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; at the end of the `with` block its file takes the place of `path`.
+
+    If the block fails, the program is killed or the disk fills up, the old file is as it was.
+    """
+    with _beside(path) as (partial, mode):
+        yield partial
+        _to_disk(partial, mode)
+        os.replace(partial, path)
+        if os.name == "posix":  # the change of names is on the disk too, not only the bytes
+            folder = os.open(path.parent, os.O_RDONLY)
+            with suppress(OSError):  # some network file systems know no such thing
+                os.fsync(folder)
+            os.close(folder)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what programs that were killed while they wrote have left in a folder that nobody writes to now."""
+    for partial in folder.rglob(".*.????????.part"):
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[tuple[Path, int]]:
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with open(partial, "xb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        yield partial, mode
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _to_disk(partial: Path, mode: int) -> None:
+    os.chmod(partial, mode)  # some libraries put a file in its place that only its owner may read
+    with open(partial, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def exists(path: Path) -> FileExistsError:

@@ -1,11 +1,16 @@
-"""Training: the losses, how networks start, the average of the weights, prompt dropout and the learning rate.
+"""Training: the losses, how networks start, what is left out or hidden, the average of the weights, the learning rate.
 
-    diffusion    L = E || network(alpha_t x0 + sigma_t eps, t, context) - target ||²      Ho et al. 2020, eq. 14
+    diffusion    L = E w_t || network(alpha_t x0 + sigma_t eps, t, context) - target ||²  Ho et al. 2020, eq. 14
                  target: eps, or the velocity v = alpha_t eps - sigma_t x0 (Salimans and Ho 2022, appendix D)
-    VAE          |x - decoded| + (x - decoded)² + weight KL(N(mean, exp(logvar)) || N(0, 1))
+                 w_t: 1, or min-SNR's (Hang et al. 2023), or that of the velocity
+    VAE          (x - decoded)² + weight KL(N(mean, exp(logvar)) || N(0, 1)) + what is injected
                                                          Kingma and Welling 2013; Rombach et al. 2022, appendix G
+    CLIP         cross-entropy of the similarities of n pictures and n texts, along the rows and along the columns
+                                                         (symmetric InfoNCE) Radford et al. 2021, figure 3
     guidance     some prompts are left out, so that one network learns both predictions     Ho and Salimans 2022
+    inpainting   a random part is hidden, and the network is told which   Rombach et al. 2022, section 4.5
     EMA          average = decay average + (1 - decay) weights                              Ho et al. 2020, section 4
+    Muon         weight -= rate · the nearest orthogonal matrix of the gradients' average   Jordan et al. 2024
 
 Nothing that paints imports this file.
 """
@@ -13,17 +18,28 @@ Nothing that paints imports this file.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from random import Random
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache, partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from .config import UNetConfig
 from .denoiser import Network
 from .layers import ResBlock
 from .schedule import Level, Schedule
-from .text_encoder import TextEncoder
+from .text_encoder import TextBlock, TextEncoder
 from .unet import SpatialTransformer, UNet
+from .vae import VAE
+
+
+@lru_cache(maxsize=16)
+def _level_table(schedule: Schedule, device: torch.device) -> Tensor:
+    """alpha and sigma of all timesteps, (2, steps): on the device once, so that no step of training waits for it."""
+    alpha_bar = torch.from_numpy(schedule.alpha_bar)
+    return torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()]).to(device, torch.float32)
 
 
 def level_batch(schedule: Schedule, t: Tensor) -> Level:
@@ -31,8 +47,7 @@ def level_batch(schedule: Schedule, t: Tensor) -> Level:
 
     `Schedule.add_noise` and `Schedule.target` take it like any other level, and broadcast.
     """
-    alpha_bar = torch.from_numpy(schedule.alpha_bar)[t.cpu(), None, None, None]
-    alpha, sigma = (x.to(t.device, torch.float32) for x in (alpha_bar.sqrt(), (1 - alpha_bar).sqrt()))
+    alpha, sigma = _level_table(schedule, t.device)[:, t, None, None, None]
     return Level(t, alpha, sigma)
 
 
@@ -67,21 +82,98 @@ def velocity_weight(schedule: Schedule, t: Tensor) -> Tensor:
     return level_batch(schedule, t).alpha.flatten() ** -2
 
 
-def vae_loss(image: Tensor, decoded: Tensor, mean: Tensor, logvar: Tensor, kl_weight: float) -> Tensor:
-    """Absolute and squared error per pixel value, and the KL divergence per latent from a unit normal distribution.
+def min_snr_weight(schedule: Schedule, t: Tensor, gamma: float = 5.0) -> Tensor:
+    """Weights (B,) by which the error of x0 counts min(SNR, gamma), SNR = alpha² / sigma² (Hang et al. 2023, eq. 8).
+
+    Nearly clean data asks for little but would count most: its error is held back, and all timesteps pull alike. Of
+    x0's error, that of eps is 1 / SNR and that of v 1 / (SNR + 1).
+    """
+    _, alpha, sigma = level_batch(schedule, t)
+    snr = (alpha / sigma).square().flatten()
+    return snr.clamp(max=gamma) / (snr + 1 if schedule.config.prediction == "v" else snr)
+
+
+def vae_loss(
+    image: Tensor,
+    decoded: Tensor,
+    mean: Tensor,
+    logvar: Tensor,
+    kl_weight: float,
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    adversarial: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Squared error per pixel value, and the KL divergence per latent from a unit normal distribution.
 
     image and decoded (B, 3, H, W), mean and logvar (B, C, h, w) -> a scalar, in float32. With a small weight the KL
     term does not make the latents normal; it keeps their size within bounds and nearby latents alike.
+
+    perceptual   (image, decoded) -> how different they look, for example LPIPS (Zhang et al. 2018)
+    adversarial  decoded -> how little a discriminator takes it for a photograph (Esser et al. 2021)
+
+    Each brings its own weight; the mean of what it gives is added.
     """
-    error = decoded.float() - image
     mean, logvar = mean.float(), logvar.float()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
-    return error.abs().mean() + error.square().mean() + kl_weight * kl.mean()
+    loss = F.mse_loss(decoded.float(), image) + kl_weight * kl.mean()
+    if perceptual is not None:
+        loss = loss + perceptual(image, decoded).mean()
+    if adversarial is not None:
+        loss = loss + adversarial(decoded).mean()
+    return loss
 
 
-def drop_prompts(prompts: Sequence[str], rate: float, rng: Random) -> list[str]:
-    """The prompts, each with probability `rate` replaced by the empty one (Ho and Salimans 2022, algorithm 1)."""
-    return ["" if rng.random() < rate else prompt for prompt in prompts]
+def contrastive_loss(image_features: Tensor, text_features: Tensor, scale: Tensor | float) -> Tensor:
+    """CLIP's: which text belongs to which picture, and which picture to which text (Radford et al. 2021, figure 3).
+
+    image_features and text_features (B, D), of which row i belongs to row i -> a scalar, in float32. `scale` is
+    1 / temperature, in CLIP exp of a learned number that starts at ln(1 / 0.07) and is kept below ln(100).
+    """
+    if image_features.shape != text_features.shape or image_features.dim() != 2:
+        raise ValueError(
+            f"expected pictures' and texts' features of one shape (B, D), got {tuple(image_features.shape)} and "
+            f"{tuple(text_features.shape)}"
+        )
+    with torch.autocast(image_features.device.type, enabled=False):  # scaled by 100, half precision is too coarse
+        image_features, text_features = (F.normalize(x.float(), dim=-1) for x in (image_features, text_features))
+        similarity = scale * image_features @ text_features.T  # (B, B)
+    own = torch.arange(len(similarity), device=similarity.device)
+    return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
+
+
+def drop_prompts(ids: Tensor, empty: Tensor, rate: float, rng: torch.Generator) -> Tensor:
+    """The prompts' ids (B, M), each with probability `rate` replaced by those of the empty prompt, (M,).
+
+    Ho and Salimans 2022, algorithm 1. `rng` is on the ids' device.
+    """
+    dropped = torch.rand(len(ids), generator=rng, device=ids.device) < rate
+    return torch.where(dropped[:, None], empty, ids)
+
+
+def random_masks(n: int, height: int, width: int, rng: torch.Generator, whole: float = 0.25) -> Tensor:
+    """n masks (n, 1, height, width), 0 or 1: what a model of 9 channels is asked to paint anew (1).
+
+    One to four rectangles and strokes of a thick brush, of any place and size (after Suvorov et al. 2022, "LaMa",
+    section 2.3); with probability `whole` all of the picture, so that the model still paints from nothing (the
+    inpainting checkpoints' card: "in 25% mask everything"). On the generator's device.
+    """
+    shapes = 4
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(n, shapes, 1, 1, generator=rng, device=rng.device)
+
+    y = (torch.arange(height, device=rng.device).view(1, 1, -1, 1) + 0.5) / height
+    x = (torch.arange(width, device=rng.device).view(1, 1, 1, -1) + 0.5) / width
+    rectangle = ((x - uniform(0, 1)).abs() < uniform(0.05, 0.3)) & ((y - uniform(0, 1)).abs() < uniform(0.05, 0.3))
+    # a stroke: all that is near the line from (x0, y0) to (x1, y1)
+    x0, y0, x1, y1 = uniform(0, 1), uniform(0, 1), uniform(0, 1), uniform(0, 1)
+    dx, dy = x1 - x0, y1 - y0
+    along = (((x - x0) * dx + (y - y0) * dy) / (dx**2 + dy**2 + 1e-6)).clamp(0, 1)
+    stroke = (x - x0 - along * dx) ** 2 + (y - y0 - along * dy) ** 2 < uniform(0.03, 0.12) ** 2
+    index = torch.arange(shapes, device=rng.device).view(1, -1, 1, 1)
+    used = index <= uniform(0, shapes)[:, :1]  # the first always
+    masks = (torch.where(uniform(0, 1) < 0.5, rectangle, stroke) & used).any(dim=1, keepdim=True)
+    everything = torch.rand(n, 1, 1, 1, generator=rng, device=rng.device) < whole
+    return (masks | everything).float()
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -125,8 +217,47 @@ def initialise_unet(unet: UNet) -> None:
         nn.init.zeros_(layer.bias)
 
 
+def initialise_vae(vae: VAE, branch: float = 0.1) -> None:
+    """Residual branches start small, so that a deep network begins near a shallow one (Zhang et al. 2019, "Fixup").
+
+    At zero, as in the U-Net, they would take longer to wake up. All other layers keep PyTorch's start.
+    """
+    for module in vae.modules():
+        if isinstance(module, ResBlock):
+            with torch.no_grad():
+                module.conv2.weight.mul_(branch)
+            nn.init.zeros_(module.conv2.bias)
+
+
+def widen_input(unet: UNet, config: UNetConfig) -> UNet:
+    """The U-Net with more input channels, which it does not listen to yet: their kernels are zero.
+
+    So an inpainting model begins as the model that it is made of (Rombach et al.'s inpainting checkpoints began so).
+    """
+    known = unet.conv_in.weight
+    if config.in_channels < known.shape[1]:
+        raise ValueError(f"a U-Net of {known.shape[1]} input channels cannot be given {config.in_channels}")
+    with torch.device("meta"):
+        wider = UNet(config)
+    state = unet.state_dict()
+    state["conv_in.weight"] = F.pad(known, (0, 0, 0, 0, 0, config.in_channels - known.shape[1]))
+    wider.load_state_dict(state, assign=True)
+    return wider
+
+
+def checkpoint_activations(network: nn.Module) -> None:
+    """Let residual blocks and transformers forget what they computed and compute it again on the way back.
+
+    Chen et al. 2016, "Training deep nets with sublinear memory cost": about a third more work for a fraction of the
+    memory, and the same gradients. The classes stay as they are; the blocks of this network are wrapped.
+    """
+    for module in network.modules():
+        if isinstance(module, (ResBlock, SpatialTransformer, TextBlock)):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+
+
 class EMA:
-    """Exponential moving average of a module's parameters: average = decay average + (1 - decay) parameter.
+    """Exponential moving average of the parameters that a module trains: decay average + (1 - decay) parameter.
 
     In the first updates the decay is (1 + n) / (10 + n), so that the start is soon forgotten (as in the original's
     LitEma).
@@ -137,15 +268,15 @@ class EMA:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
         self.decay = decay
         self.updates = 0
-        self.average = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
+    def update(self) -> None:
         """Take in the module's present parameters."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, p in module.named_parameters():
-            self.average[name].lerp_(p, 1 - decay)
+        torch._foreach_lerp_(list(self.average.values()), list(self._parameters.values()), 1 - decay)
 
     def state_dict(self) -> dict[str, object]:
         """Everything that `load_state_dict` needs to go on."""
@@ -156,3 +287,53 @@ class EMA:
         self.updates = state["updates"]
         for name, value in state["average"].items():
             self.average[name].copy_(value)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are replaced by orthogonal ones nearby, so that rare directions learn, too.
+
+    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; steps have about the size of Adam's
+    (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2), so learning rates carry over. It is for weights
+    of two and more dimensions between a network's ends; a kernel (out, in, 3, 3) counts as a matrix (out, in · 9).
+    Small networks learn in half the steps or fewer that AdamW needs.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Change the weights by their gradients. Matrices of one shape go together, which a GPU needs to be busy."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, weights in by_shape.items():
+                updates = []
+                for p in weights:
+                    average = self.state[p].setdefault("average", torch.zeros_like(p))
+                    average.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(average, group["momentum"]).flatten(1))  # Nesterov's look ahead
+                matrices = orthogonal(torch.stack(updates))
+                size = 0.2 * max(matrices.shape[1:]) ** 0.5  # an orthogonal matrix' root mean square -> Adam's, 0.2
+                for p, matrix in zip(weights, matrices, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(matrix.view(shape), alpha=-group["lr"] * size)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Matrices (B, m, n) with their singular values brought to about 1, from 0.7 to 1.2; the same dtype.
+
+    Five turns of a Newton-Schulz iteration, whose coefficients Jordan et al. chose for speed; bfloat16 does for it.
+    """
+    x = matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return (x.mT if tall else x).to(matrices.dtype)

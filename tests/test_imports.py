@@ -35,7 +35,7 @@ ALLOWED = {
     "image_files": {"files"},
     "inpainting": {"image", "image_files", "samplers", "schedule"},
     "preview": {"image"},
-    "training": {"denoiser", "layers", "schedule", "text_encoder", "unet", "vae"},
+    "training": {"config", "denoiser", "layers", "schedule", "text_encoder", "unet", "vae"},
     "model": {
         "checkpoint", "config", "convert", "denoiser", "device", "image", "inpainting", "resources", "samplers",
         "schedule", "settings", "text_encoder", "tokenizer", "unet", "vae",

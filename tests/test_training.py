@@ -1,34 +1,41 @@
-"""Training: losses against their closed forms, EMA, prompt dropout, a run that learns; the drawn world."""
+"""Training: losses against their closed forms, how networks start, EMA, masks, prompt dropout, a run that learns."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
 from itertools import pairwise
-from random import Random
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from scripts.train_vae import load_state, save_state
-from scripts.world import COLOURS, NAMES, PLACES, Scene, Thing, caption, draw, example, random_scene
+from scripts.training.state import load_state, save_state
 from sd.config import POCKET, ScheduleConfig, UNetConfig
 from sd.schedule import Schedule
 from sd.text_encoder import TextEncoder
 from sd.training import (
     EMA,
+    Muon,
+    checkpoint_activations,
+    contrastive_loss,
     diffusion_loss,
     drop_prompts,
     initialise_text_encoder,
     initialise_unet,
+    initialise_vae,
     learning_rate,
     level_batch,
+    min_snr_weight,
+    orthogonal,
+    random_masks,
     vae_loss,
     velocity_weight,
+    widen_input,
 )
 from sd.unet import UNet
+from sd.vae import VAE
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -84,8 +91,77 @@ def test_vae_loss_is_its_closed_form():
     image, decoded = torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.5)
     mean, logvar = torch.full((2, 4, 1, 1), 2.0), torch.full((2, 4, 1, 1), math.log(0.25))
     kl = torch.distributions.kl_divergence(torch.distributions.Normal(2.0, 0.5), torch.distributions.Normal(0.0, 1.0))
-    assert vae_loss(image, decoded, mean, logvar, 0.1).item() == pytest.approx(0.5 + 0.25 + 0.1 * kl.item(), rel=1e-6)
+    assert vae_loss(image, decoded, mean, logvar, 0.1).item() == pytest.approx(0.25 + 0.1 * kl.item(), rel=1e-6)
     assert vae_loss(image, image, torch.zeros(2, 4, 1, 1), torch.zeros(2, 4, 1, 1), 1.0).item() == 0
+
+
+def test_perceptual_and_adversarial_terms_are_injected():
+    image, decoded = torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.5, requires_grad=True)
+    mean = logvar = torch.zeros(2, 4, 1, 1)
+    given = []
+
+    def perceptual(a, b):
+        given.append((a, b))
+        return 10 * (a - b).abs().mean((1, 2, 3))
+
+    plain = vae_loss(image, decoded, mean, logvar, 0.0)
+    assert vae_loss(image, decoded, mean, logvar, 0.0, perceptual=perceptual).item() == pytest.approx(plain.item() + 5)
+    assert given[0][0] is image and given[0][1] is decoded
+    judged = vae_loss(image, decoded, mean, logvar, 0.0, perceptual, lambda picture: -3 * picture.mean())
+    assert judged.item() == pytest.approx(plain.item() + 5 - 1.5)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_min_snr_makes_the_error_of_x0_count_at_most_gamma(prediction):
+    """The same guess of x0, said as eps or as v: its squared error counts min(SNR, gamma)."""
+    schedule = Schedule(ScheduleConfig(prediction=prediction))
+    x0, noise, guess = (torch.randn(4, 4, 2, 2, generator=rng(i)) for i in (1, 2, 3))
+    t, context = torch.tensor([0, 200, 600, 990]), torch.zeros(4, 1, 1)
+    alpha, sigma = level_batch(schedule, t)[1:]
+
+    def says(x, *_):
+        return (x - alpha * guess) / sigma if prediction == "eps" else (alpha * x - guess) / sigma
+
+    snr = (alpha / sigma).square().flatten()
+    assert snr[0] > 1000 and snr[3] < 0.01
+    for gamma in (1.0, 5.0):
+        expected = (snr.clamp(max=gamma) * (guess - x0).square().mean((1, 2, 3))).mean()
+        loss = diffusion_loss(says, schedule, x0, context, t, noise, min_snr_weight(schedule, t, gamma))
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_contrastive_loss_is_its_closed_form():
+    """Written out for each picture and each text, with cosines and logarithms of softmax (symmetric InfoNCE)."""
+    images, texts = torch.randn(5, 7, generator=rng(1)), torch.randn(5, 7, generator=rng(2))
+
+    def cosine(a, b):
+        return float(a @ b / (a.norm() * b.norm()))
+
+    expected = 0.0
+    for i in range(5):
+        by_picture = [math.exp(3.0 * cosine(images[i], text)) for text in texts]
+        by_text = [math.exp(3.0 * cosine(image, texts[i])) for image in images]
+        expected -= (math.log(by_picture[i] / sum(by_picture)) + math.log(by_text[i] / sum(by_text))) / 10
+    assert contrastive_loss(images, texts, 3.0).item() == pytest.approx(expected, rel=1e-5)
+    assert contrastive_loss(images, 5 * images, 100.0).item() < 0.01  # length does not count
+    assert contrastive_loss(images, images.flip(0), 100.0).item() > 10
+    with pytest.raises(ValueError, match=r"one shape \(B, D\), got \(5, 7\) and \(5, 6\)"):
+        contrastive_loss(images, texts[:, :6], 1.0)
+
+
+def test_contrastive_loss_learns_which_belong_together():
+    with torch.enable_grad():
+        seen, read = torch.randn(16, 12, generator=rng(1)), torch.randn(16, 9, generator=rng(2))
+        torch.manual_seed(0)
+        towers = nn.ModuleList([nn.Linear(12, 8), nn.Linear(9, 8)])
+        log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        optimizer = torch.optim.Adam([*towers.parameters(), log_scale], 0.05)
+        for _ in range(150):
+            loss = contrastive_loss(towers[0](seen), towers[1](read), log_scale.exp())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert loss.item() < 0.5 < math.log(16)
 
 
 def test_ema_follows_its_formula():
@@ -96,26 +172,49 @@ def test_ema_follows_its_formula():
     for n, value in enumerate((1.0, 4.0, -2.0, 3.0, 3.0, 8.0, 1.0, 1.0, 1.0), start=1):
         with torch.no_grad():
             module.weight.fill_(value)
-        ema.update(module)
+        ema.update()
         decay = min(0.5, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * value
         assert ema.average["weight"].item() == pytest.approx(expected, rel=1e-6)
     assert module.weight.item() == 1.0  # the weights themselves stay as they are
 
-    other = EMA(nn.Linear(1, 1, bias=False), decay=0.5)
+    twin = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(twin.weight)
+    other = EMA(twin, decay=0.5)
     other.load_state_dict(ema.state_dict())
-    ema.update(module), other.update(module)
+    ema.update(), other.update()
     assert other.average["weight"].item() == ema.average["weight"].item()
     with pytest.raises(ValueError, match="decay"):
         EMA(module, decay=1.0)
 
 
+def test_ema_is_of_what_is_trained():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[0].requires_grad_(False)
+    assert set(EMA(module).average) == {"1.weight", "1.bias"}
+
+
 def test_prompts_are_dropped_at_the_given_rate():
-    prompts = [f"prompt {i}" for i in range(5000)]
-    kept = drop_prompts(prompts, 0.1, Random(0))
-    assert all(b in ("", a) for a, b in zip(prompts, kept, strict=True))
-    assert 400 < kept.count("") < 600
-    assert drop_prompts(prompts, 0.0, Random(0)) == prompts
+    ids, empty = torch.arange(1, 5001)[:, None].expand(-1, 3), torch.zeros(3, dtype=torch.long)
+    kept = drop_prompts(ids, empty, 0.1, rng())
+    dropped = (kept == 0).all(dim=1)
+    assert 400 < dropped.sum() < 600
+    assert torch.equal(kept[~dropped], ids[~dropped])
+    assert torch.equal(drop_prompts(ids, empty, 0.0, rng()), ids)
+    assert not drop_prompts(ids, empty, 1.0, rng()).any()
+
+
+def test_random_masks_hide_anything_from_little_to_all():
+    masks = random_masks(400, 24, 40, rng())
+    assert masks.shape == (400, 1, 24, 40) and set(masks.unique().tolist()) == {0.0, 1.0}
+    share = masks.mean((1, 2, 3))
+    assert share.min() > 0 and 0.2 < (share == 1).float().mean() < 0.3
+    some = share[share < 1]
+    assert some.quantile(0.1) < 0.12 and some.quantile(0.9) > 0.35
+    often = masks[share < 1].mean((0, 1))
+    assert often.min() > 0.03 and often.max() < 0.6  # no part of the picture is spared, or always hidden
+    assert torch.equal(random_masks(400, 24, 40, rng()), masks)
+    assert random_masks(50, 24, 40, rng(), whole=0.0).mean((1, 2, 3)).max() < 1
 
 
 def test_learning_rate_rises_then_falls():
@@ -150,6 +249,45 @@ def test_a_new_unet_predicts_zero():
     unet = UNet(replace(POCKET.unet, context=8))
     initialise_unet(unet)
     assert unet(torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 3, 8)).abs().max() == 0
+
+
+def test_a_widened_unet_predicts_as_before():
+    torch.manual_seed(0)
+    config = UNetConfig(channels=(32, 64), heads=(1, 2), attention=(False, True), blocks=1, context=8)
+    unet = UNet(config)
+    wider = widen_input(unet, replace(config, in_channels=9))
+    x, extra, context = (torch.randn(1, n, 8, 8, generator=rng(n)) for n in (4, 5, 1))
+    t, context = torch.tensor([500]), context.view(1, 8, 8)
+    torch.testing.assert_close(wider(torch.cat([x, extra], 1), t, context), unet(x, t, context))
+    with pytest.raises(ValueError, match="9 input channels cannot be given 4"):
+        widen_input(wider, config)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(channels=(32, 64), heads=(1, 2), attention=(False, True), blocks=1, context=8))
+    x, context = torch.randn(2, 4, 8, 8, generator=rng(1)), torch.randn(2, 3, 8, generator=rng(2))
+    names = unet.state_dict().keys()
+    saved: list[list[int]] = []
+    found = []
+    for again in (False, True):
+        if again:
+            checkpoint_activations(unet)
+        unet.zero_grad()
+        saved.append([])
+        with (
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda tensor: (saved[-1].append(tensor.numel()), tensor)[1], lambda tensor: tensor
+            ),
+        ):
+            loss = unet(x, torch.tensor([3, 700]), context).square().mean()
+        loss.backward()
+        found.append([p.grad.clone() for p in unet.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
+    assert sum(saved[1]) < 0.5 * sum(saved[0])  # that much less is kept
+    assert unet.state_dict().keys() == names
 
 
 def test_a_new_text_encoder_tells_prompts_apart():
@@ -199,38 +337,58 @@ def test_state_survives_being_written(tmp_path):
         load_state(path)
 
 
-def test_scenes_depend_on_the_seed_alone():
-    for seed in range(3):
-        (scene, image), (again, same) = example(seed), example(seed)
-        assert scene == again and image.tobytes() == same.tobytes()
-        assert image.size == (POCKET.size, POCKET.size)
-    assert example(0)[1].tobytes() != example(1)[1].tobytes()
+def test_orthogonal_matrices_have_singular_values_near_one():
+    """The directions stay: only the singular values change, whatever they were; wide, tall and square."""
+    for shape in ((3, 8, 40), (3, 40, 8), (2, 16, 16)):
+        x = torch.randn(shape, generator=rng(), dtype=torch.float32)
+        x[0] *= 1e-4  # scale does not count
+        y = orthogonal(x)
+        assert y.shape == x.shape and y.dtype == x.dtype
+        assert torch.linalg.svdvals(y).min() > 0.6 and torch.linalg.svdvals(y).max() < 1.25
+        u, _, v = torch.linalg.svd(x, full_matrices=False)
+        turned = u.mT @ y @ v.mT  # diagonal in the same bases, up to bfloat16
+        assert (turned - torch.diag_embed(turned.diagonal(dim1=1, dim2=2))).abs().max() < 0.1
+    assert orthogonal(torch.zeros(1, 4, 6)).abs().max() == 0
 
 
-def test_captions_say_what_is_drawn():
-    with_place = 0
-    for seed in range(300):
-        scene = random_scene(Random(seed))
-        text = caption(scene, Random(seed))
-        for thing in scene.things:
-            assert any(f"{thing.colour} {name}" in text for name in NAMES[thing.kind]), (text, thing)
-            assert ("big" in text or "large" in text) or thing.size != "big"
-        place = PLACES[scene.place]
-        with_place += any(words in text for words in (*place.nouns, *place.phrases))
-    assert with_place > 240
+def test_muon_steps_have_the_size_of_adams():
+    """A first step of rate 1 moves a matrix by 0.2 in the root mean square (Liu et al. 2025, section 2.2)."""
+    for shape in ((32, 64), (32, 16, 3, 3)):
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        weight.grad = torch.randn(shape, generator=rng(1))
+        Muon([weight], lr=1.0).step()
+        assert weight.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.2)
+        assert (weight * weight.grad).sum() < 0  # downhill
 
 
-@pytest.mark.parametrize("kind", NAMES)
-def test_things_are_drawn_in_their_colour_at_their_place(kind):
-    def pixels(*things: Thing) -> np.ndarray:
-        return np.asarray(draw(Scene("meadow", things), Random(4)), dtype=float)
+def test_muon_learns_what_the_gradient_hardly_shows_and_decays_weights():
+    """Directions whose inputs are a hundred times smaller: gradient descent would leave them where they started."""
+    scales = torch.logspace(-2, 0, 8)
+    x, target = torch.randn(256, 8, generator=rng(2)) * scales, torch.randn(4, 8, generator=rng(3))
+    left = {}
+    for name, kind in (("muon", Muon), ("descent", torch.optim.SGD)):
+        weight = torch.nn.Parameter(torch.zeros(4, 8))
+        optimizer = kind([weight], lr=0.05)
+        for step in range(400):
+            optimizer.param_groups[0]["lr"] = learning_rate(step, 400, 0.05 if kind is Muon else 0.5, 0)
+            with torch.enable_grad():
+                (x @ weight.T - x @ target.T).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        left[name] = ((weight - target).square().mean(0) / target.square().mean(0)).sqrt()  # by input
+    assert (left["muon"][:6] < 0.85 * left["descent"][:6]).all() and left["muon"][2:].max() < 0.4, left
+    assert left["descent"][2] > 0.8, left
+    decayed = torch.nn.Parameter(torch.ones(4, 8))
+    decayed.grad = torch.zeros(4, 8)
+    Muon([decayed], lr=0.1, weight_decay=0.5).step()
+    torch.testing.assert_close(decayed.detach(), torch.full((4, 8), 0.95))
 
-    bare = pixels()
-    for colour in ("red", "blue"):
-        for column, half in (("left", np.s_[:, 64:]), ("right", np.s_[:, :64])):
-            image = pixels(Thing(kind, colour, "", column))
-            changed = np.abs(image - bare).sum(-1) > 30
-            assert 150 < changed.sum() < 4000
-            assert changed[half].mean() < 0.02  # the other half is as it was
-            distance = np.abs(image[changed] - COLOURS[colour]).sum(-1)
-            assert np.quantile(distance, 0.2) < 90
+
+def test_a_new_vae_is_near_its_skip_connections():
+    vae = VAE(replace(POCKET.vae, channels=(32, 32), blocks=1))
+    before = {name: p.clone() for name, p in vae.named_parameters()}
+    initialise_vae(vae)
+    changed = {name for name, p in vae.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if "conv2" in name}
+    for name in changed:
+        torch.testing.assert_close(vae.get_parameter(name), before[name] * (0.1 if "weight" in name else 0))

@@ -1,0 +1,303 @@
+"""What is trained on: pictures with captions, from a folder or drawn; read once, in parallel, and kept for next time.
+
+    FOLDER/**/name.png + name.txt         one caption a line; each time the picture is seen, one of them is taken
+    FOLDER/**/metadata.jsonl              {"file_name": "a.png", "text": "a caption"}, as Hugging Face's datasets
+    world                                 scenes of scripts/world, with several captions each
+
+A picture that cannot be read is left out, and counted; a picture without a caption is an error, as it is likely a
+misspelt name (or --caption says what to take).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from sd.image import fit
+from sd.image_files import PictureError, read_picture
+
+from .. import world
+from ..cli import Parser
+from .processes import Processes
+from .state import save_tensors
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+CAPTIONS, METADATA = (".txt", ".caption"), "metadata.jsonl"
+CHUNK = 64  # pictures that a worker reads at a time
+FEW = 500  # pictures for which starting workers is not worth it
+NAMED = 5  # broken pictures that are named; the others are counted
+
+
+class Example(NamedTuple):
+    """One item: pixels (H, W, 3), uint8, and its captions; or the problem with its picture."""
+
+    pixels: np.ndarray | None
+    captions: Sequence[str]
+    problem: str = ""
+
+
+class Source(Protocol):
+    """What is trained on, item by item."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Example: ...
+
+    def fingerprint(self) -> str:
+        """Changes whenever an item does."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Drawn scenes `first` to `first + n - 1` of a split, with so many captions each."""
+
+    n: int
+    size: int
+    phrasings: int = 1
+    first: int = 0
+    split: str = "train"
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.phrasings < 1:
+            raise ValueError(f"at least one scene with one caption is needed, got {self.n} with {self.phrasings}")
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> Example:
+        if not 0 <= i < self.n:
+            raise IndexError(i)
+        rng = Random(self.first + i)
+        scene = world.random_scene(rng, self.split)
+        image = world.draw(scene, rng, self.size)
+        return Example(np.asarray(image), [world.caption(scene, rng) for _ in range(self.phrasings)])
+
+    def fingerprint(self) -> str:
+        """Of the numbers and of the code that draws."""
+        code = [path.read_text(encoding="utf-8") for path in sorted(Path(world.__file__).parent.glob("*.py"))]
+        return digest([repr(self), *code])
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The pictures of a folder, each cut to its middle square of `size` pixels."""
+
+    folder: Path
+    size: int
+    caption: str | None = None  # of pictures without one; None: that is an error
+    outside: Path | None = None  # what lies here is no data: where a run writes its samples
+    items: list[tuple[Path, list[str]]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "items", captioned(self.folder, self.caption, self.outside))
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> Example:
+        path, captions = self.items[i]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of animations the first frame is taken, and so on
+                image = fit(read_picture(path).image, self.size, self.size)
+        except (PictureError, OSError) as error:
+            return Example(None, captions, str(error))
+        return Example(np.asarray(image), captions)
+
+    def fingerprint(self) -> str:
+        """Of names, sizes, dates and captions."""
+        parts = [repr(self.size)]
+        for path, captions in self.items:
+            status = path.stat()
+            parts += [str(path), str(status.st_size), str(status.st_mtime_ns), *captions]
+        return digest(parts)
+
+
+def digest(parts: Sequence[str]) -> str:
+    """One number for a list of texts."""
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def captioned(folder: Path, caption: str | None = None, outside: Path | None = None) -> list[tuple[Path, list[str]]]:
+    """The pictures of a folder and their captions. ValueError, in one line, for what is missing or cannot be read."""
+    if not folder.is_dir():
+        raise ValueError(f"--data {folder}: no such folder")
+    files = [path for path in sorted(folder.rglob("*")) if not _hidden(path.relative_to(folder)) and path.is_file()]
+    if outside:
+        files = [path for path in files if outside.resolve() not in path.resolve().parents]
+    pictures = [path for path in files if path.suffix.lower() in EXTENSIONS]
+    if not pictures:
+        raise ValueError(f"--data {folder}: no pictures in it ({', '.join(EXTENSIONS)})")
+    listed: dict[Path, list[str]] = {}
+    for path in files:
+        if path.name == METADATA:
+            listed |= _metadata(path)
+    items, bare = [], []
+    for path in pictures:
+        captions = listed.pop(path.resolve(), None) or _beside(path)
+        if not captions and caption is None:
+            bare.append(path)
+        items.append((path, captions or [caption or ""]))
+    if listed:
+        gone = next(iter(listed))
+        raise ValueError(f"{folder}: {len(listed)} pictures of {METADATA} are not there, first {gone}")
+    if bare:
+        name = bare[0].with_suffix(".txt").name
+        raise ValueError(
+            f"{bare[0]}: no caption ({len(bare)} of {len(pictures)} pictures have none): write it into {name} beside "
+            f'it or into {METADATA}, or give one for all that have none (--caption "...")'
+        )
+    return items
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _beside(picture: Path) -> list[str]:
+    for suffix in CAPTIONS:
+        if found := [line.strip() for line in read_lines(picture.with_suffix(suffix)) if line.strip()]:
+            return found
+    return []
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, also the empty ones; none if there is no file. ValueError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else []
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not text in UTF-8; save it as that") from None
+
+
+def _metadata(path: Path) -> dict[Path, list[str]]:
+    found: dict[Path, list[str]] = {}
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            name, text = entry["file_name"], entry["text"]
+        except (ValueError, TypeError, KeyError):
+            name = text = None
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise ValueError(f'{path}, line {number}: expected {{"file_name": "...", "text": "..."}}, got {line:.80}')
+        captions = found.setdefault((path.parent / name).resolve(), [])
+        captions += [text.strip()] if text.strip() else []
+    return found
+
+
+def examples(source: Source, workers: int, progress: bool) -> Iterator[tuple[list[int], list[Example]]]:
+    """The readable items, in order, some at a time, with their numbers; the others are left out with a warning."""
+    few = len(source) < FEW
+    loader = DataLoader(source, batch_size=CHUNK, num_workers=0 if few else workers, collate_fn=list)
+    number, broken = 0, 0
+    with tqdm(total=len(source), desc="reading pictures", disable=None if progress else True, leave=False) as bar:
+        for chunk in loader:
+            good = [(number + k, example) for k, example in enumerate(chunk) if example.pixels is not None]
+            for example in chunk:
+                if example.pixels is None:
+                    broken += 1
+                    if broken <= NAMED and progress:
+                        warnings.warn(f"skipped: {example.problem}", stacklevel=2)
+            number += len(chunk)
+            bar.update(len(chunk))
+            if good:
+                yield [i for i, _ in good], [example for _, example in good]
+    if broken == len(source):
+        raise ValueError(f"none of the {broken} pictures can be read")
+    if broken and progress:
+        warnings.warn(f"{broken} of {len(source)} pictures cannot be read and are skipped", stacklevel=2)
+
+
+def pixels(chunk: Sequence[Example]) -> Tensor:
+    """(B, 3, H, W), uint8."""
+    return torch.from_numpy(np.stack([example.pixels for example in chunk])).permute(0, 3, 1, 2)
+
+
+def to_floats(images: Tensor) -> Tensor:
+    """uint8 -> [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def cached(
+    path: Path, fingerprint: str, processes: Processes, make: Callable[[], Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """What `make` gives, kept in a file for the next start and for the other processes of this machine."""
+    if processes.local == 0 and not _valid(path, fingerprint):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(make(), path, {"fingerprint": fingerprint})
+    processes.wait()
+    return load_file(path)
+
+
+def _valid(path: Path, fingerprint: str) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("fingerprint") == fingerprint
+    except (OSError, SafetensorError):
+        return False
+
+
+def find_source(args: argparse.Namespace, size: int, caption: str | None = None) -> Source:
+    """The data that the arguments name; `caption` is for pictures without one, unless --caption says another."""
+    if args.data is None and args.ckpt:
+        raise ValueError("--ckpt needs --data: a folder with pictures, or world for the drawn scenes")
+    if args.data in (None, "world"):
+        return World(args.scenes, size, getattr(args, "phrasings", 1))
+    return Folder(Path(args.data), size, caption if args.caption is None else args.caption, args.out)
+
+
+def add_data_arguments(parser: Parser, scenes: int) -> None:
+    """--data and what belongs to it."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data", metavar="FOLDER", help="pictures with captions, or world: drawn scenes (default of new models)")
+    add("--caption", metavar="TEXT", help="of pictures that have none (default: that is an error)")
+    add("--scenes", type=int, default=scenes, metavar="N", help="of the world: so many (default: %(default)s)")
+    add("--size", type=int, metavar="PIXELS", help="side of the square cut from pictures' middle (default: native)")
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
+    add("--workers", type=int, default=workers, metavar="N", help="processes that read pictures (default: %(default)s)")
+
+
+class Order:
+    """An endless stream of item numbers below n: every epoch in a new order, a function of the seed."""
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.n, self.seed = n, seed
+        self._epochs: dict[int, Tensor] = {}
+
+    def __call__(self, start: int, count: int) -> Tensor:
+        """Numbers start .. start + count - 1 of the stream, (count,)."""
+        out = []
+        while count:
+            epoch, at = divmod(start, self.n)
+            taken = self._epoch(epoch)[at : at + count]
+            out.append(taken)
+            start, count = start + len(taken), count - len(taken)
+        return torch.cat(out)
+
+    def _epoch(self, epoch: int) -> Tensor:
+        if epoch not in self._epochs:
+            self._epochs = {epoch: torch.randperm(self.n, generator=generator("cpu", self.seed, "epoch", epoch))}
+        return self._epochs[epoch]
+
+
+def generator(device: torch.device | str, seed: int, *what: object) -> torch.Generator:
+    """Random numbers of their own for everything that is named; the same at every start."""
+    number = int(digest([str(seed), *map(str, what)])[:15], 16)
+    return torch.Generator(device).manual_seed(number)

@@ -1,0 +1,132 @@
+"""What the U-Net is trained on: latents and captions' ids of all pictures, computed once, and the batches of a step."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sd.inpainting import conditioning, hide, latent_mask
+from sd.pipeline import StableDiffusion
+from sd.tokenizer import Tokenizer
+from sd.training import drop_prompts, random_masks
+from sd.vae import VAE
+
+from .data import Order, Source, cached, digest, examples, generator, pixels, to_floats
+from .loop import Recipe
+from .models import fitting
+from .processes import Processes
+
+PART = 512 * 512 * 2  # pixels that are encoded at a time: a few full-size pictures, or many small ones
+
+
+def latents(
+    path: Path, source: Source, model: StableDiffusion, processes: Processes, workers: int, keep_pixels: bool = False
+) -> dict[str, Tensor]:
+    """Encode everything, or take it from the file `path`, where it is kept.
+
+    mean, std (n, C, h, w)   in float16: each time a picture is seen, another sample of its Gaussian is taken
+    ids (N, M)               of all captions; picture i has `count[i]` of them from `first[i]` on
+    pixels (n, 3, H, W)      uint8, only where they are asked for: to hide parts of them
+    """
+    weights = hashlib.sha256()
+    for value in model.vae.state_dict().values():
+        weights.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    fingerprint = digest(
+        [source.fingerprint(), weights.hexdigest(), repr(model.config.text), repr(model.config.vae), str(keep_pixels)]
+    )
+    return cached(path, fingerprint, processes, lambda: _encode(source, model, workers, keep_pixels, processes.main))
+
+
+@torch.no_grad()
+def _encode(source: Source, model: StableDiffusion, workers: int, keep_pixels: bool, main: bool) -> dict[str, Tensor]:
+    found: dict[str, list[Tensor]] = {"mean": [], "std": [], "count": []}
+    captions: list[str] = []
+    for _, chunk in examples(source, workers, main):
+        images = pixels(chunk)
+        side = max(1, PART // images[0, 0].numel())
+        for part in images.split(side):
+            gaussian = model.encode(to_floats(part.to(model.device)).contiguous(memory_format=torch.channels_last))
+            found["mean"].append(gaussian.mean.half().cpu())
+            found["std"].append(gaussian.std.half().cpu())
+        if keep_pixels:
+            found.setdefault("pixels", []).append(images)
+        found["count"].append(torch.tensor([len(example.captions) for example in chunk]))
+        for example in chunk:
+            captions += example.captions
+    out = {name: torch.cat(parts) for name, parts in found.items()}
+    return out | {"first": out["count"].cumsum(0) - out["count"], "ids": _tokens(model.tokenizer, captions, main)}
+
+
+def _tokens(tokenizer: Tokenizer, captions: list[str], main: bool) -> Tensor:
+    rows = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        bar = tqdm(range(0, len(captions), 1000), desc="reading captions", disable=None if main else True, leave=False)
+        for start in bar:
+            rows.append(tokenizer(captions[start : start + 1000]).int())
+    if said and main:
+        warnings.warn(f"of {len(said)} captions the end is ignored, first: {said[0].message}", stacklevel=2)
+    return torch.cat(rows)
+
+
+class Batches:
+    """The parts of each step, as the objective of train.py takes them: a function of seed and step."""
+
+    def __init__(
+        self,
+        data: dict[str, Tensor],
+        model: StableDiffusion,
+        recipe: Recipe,
+        processes: Processes,
+        drop: float = 0.0,
+        inpaint: bool = False,
+        trained: int = 0,
+    ) -> None:
+        """`trained` is the number of parameters that memory has to be kept for."""
+        self.data = fitting(data, processes.device, trained)
+        self.vae: VAE = model.vae
+        self.steps, self.factor = model.schedule.steps, model.config.vae.factor
+        self.recipe, self.processes, self.drop, self.inpaint = recipe, processes, drop, inpaint
+        self.order = Order(len(data["mean"]), recipe.seed)
+        self.empty = model.tokenizer([""])[0].to(processes.device)
+
+    def _take(self, name: str, index: Tensor) -> Tensor:
+        """Rows of the data, on this process' device."""
+        stored = self.data[name]
+        index = index.to(stored.device, non_blocking=stored.is_cuda)  # the way back must be waited for
+        return stored[index].to(self.processes.device, non_blocking=True)
+
+    def _mask(self, step: int, item: int, size: tuple[int, ...]) -> Tensor:
+        """One item's mask. They take much memory, so none is drawn for other parts and processes."""
+        return random_masks(1, *size, generator(self.processes.device, self.recipe.seed, "mask", step, item))
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
+        """This process' parts of a step. Everything random is drawn for all parts of all processes."""
+        recipe, device = self.recipe, self.processes.device
+        total = recipe.batch * recipe.accumulate * self.processes.count
+        rng = generator(device, recipe.seed, "step", step)
+        chosen = self.order(step * total, total)
+        shape = (total, *self.data["mean"].shape[1:])
+        noise, sampled = torch.randn(2, *shape, generator=rng, device=device)
+        t = torch.randint(0, self.steps, (total,), generator=rng, device=device)
+        phrasing = torch.rand(total, generator=rng, device=device)
+        caption = self._take("first", chosen) + (phrasing * self._take("count", chosen)).long()
+        ids = drop_prompts(self._take("ids", caption).long(), self.empty, self.drop, rng)
+        for k in range(recipe.accumulate):
+            start = (k * self.processes.count + self.processes.rank) * recipe.batch
+            mine = slice(start, start + recipe.batch)
+            x0 = self._take("mean", chosen[mine]).float() + self._take("std", chosen[mine]).float() * sampled[mine]
+            part = {"x0": x0, "ids": ids[mine], "t": t[mine], "noise": noise[mine]}
+            if self.inpaint:
+                images = to_floats(self._take("pixels", chosen[mine]))
+                masks = torch.cat([self._mask(step, start + i, images.shape[2:]) for i in range(recipe.batch)])
+                hidden = self.vae.encode(hide(images, masks)).mode()
+                part["extra"] = conditioning(latent_mask(masks, self.factor), hidden)
+            yield part

@@ -1,0 +1,185 @@
+"""Which networks are trained: new ones of a config, or a checkpoint's; and writing what became of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sd.checkpoint import CheckpointError, load_checkpoint
+from sd.config import MODELS, Config
+from sd.convert import CONFIG_KEY, build, convert, detect, load_weights, to_own
+from sd.model import named
+from sd.pipeline import StableDiffusion
+from sd.text_encoder import TextEncoder
+from sd.training import initialise_text_encoder, initialise_unet, widen_input
+from sd.unet import UNet
+from sd.vae import VAE
+
+from ..cli import Parser
+from .state import save_tensors
+
+# what train_vae.py and train_text.py write: a network's weights under their names in a whole model
+VAE_FILE, TEXT_FILE = "vae.safetensors", "text_encoder.safetensors"
+
+
+def add_model_arguments(parser: Parser) -> None:
+    """--ckpt and --model."""
+    add = parser.add_argument_group("model").add_argument
+    add("--ckpt", type=Path, metavar="FILE", help="begin with this checkpoint (default: with new networks)")
+    add(
+        "--model",
+        metavar="NAME",
+        help=f"{', '.join(MODELS)}, or a file with a config in JSON (default: pocket; of a checkpoint: found out)",
+    )
+
+
+def find_config(name: str) -> Config:
+    """The config of this name or in this file; ValueError if there is none."""
+    if name in MODELS:
+        return MODELS[name]
+    path = Path(name)
+    if path.suffix != ".json":
+        raise ValueError(f"--model {name}: expected one of {', '.join(MODELS)}, or a .json file with a config")
+    try:
+        return Config.from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def load_vae(path: Path, device: torch.device, model: str | None = None) -> tuple[Config, VAE]:
+    """The VAE in what train_vae.py wrote or in a whole checkpoint, in float32, and the config of the model it is for.
+
+    Raises CheckpointError in one line for anything else.
+    """
+    with load_checkpoint(path) as checkpoint:
+        try:
+            config = find_config(model) if model else detect(checkpoint)
+            if all(key.startswith("vae.") for key in checkpoint):
+                state = {key.removeprefix("vae."): checkpoint[key] for key in checkpoint}
+            else:
+                state = convert(checkpoint, config)["vae"]
+            vae = build(config)["vae"]
+            missing = sorted(set(vae.state_dict()) ^ set(state))
+            if missing:
+                raise CheckpointError(
+                    f"not the VAE of {config.name}: {missing[0]} and {len(missing) - 1} others differ"
+                )
+            return config, load_weights(vae, state, device, torch.float32)
+        except ValueError as error:
+            raise named(path, error) from None
+
+
+def find_new(args: argparse.Namespace, seed: int, device: torch.device) -> StableDiffusion:
+    """New networks of --model beside the trained VAE of --vae."""
+    if not args.vae:
+        raise ValueError("a new model needs a VAE (--vae): train one with train_vae.py, or give a checkpoint's")
+    trained, vae = load_vae(args.vae, device)
+    config = replace(find_config(args.model or "pocket"), vae=trained.vae)
+    if prediction := getattr(args, "prediction", None):
+        config = replace(config, schedule=replace(config.schedule, prediction=prediction))
+    return new_model(config, vae, seed, device)
+
+
+def new_model(config: Config, vae: VAE, seed: int, device: torch.device) -> StableDiffusion:
+    """Text encoder and U-Net as training starts them, a function of the seed, beside a trained VAE."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder, unet = TextEncoder(config.text), UNet(config.unet)
+        initialise_text_encoder(text_encoder)
+        initialise_unet(unet)
+    return StableDiffusion(config, text_encoder.to(device), vae, unet.to(device))
+
+
+def load_text_encoder(path: Path, model: StableDiffusion) -> TextEncoder:
+    """The text encoder in what train_text.py wrote, in float32. CheckpointError in one line for anything else."""
+    with load_checkpoint(path) as checkpoint:
+        prefix = "text_encoder."
+        state = {key.removeprefix(prefix): checkpoint[key] for key in checkpoint if key.startswith(prefix)}
+        try:
+            if not state:
+                raise CheckpointError("no text encoder in it: expected what train_text.py writes")
+            return load_weights(build(model.config)["text_encoder"], state, model.device, torch.float32)
+        except ValueError as error:
+            raise named(path, error) from None
+
+
+@torch.no_grad()
+def forget_unused(text_encoder: TextEncoder, ids: Tensor) -> None:
+    """Set the vectors of all tokens to zero that no caption has, so that unknown words mean nothing, not anything.
+
+    They get no gradient and stay so.
+    """
+    used = ids.unique().to(text_encoder.token.weight.device).long()
+    kept = text_encoder.token.weight[used].clone()
+    text_encoder.token.weight.zero_()
+    text_encoder.token.weight[used] = kept
+
+
+def whole_model(path: Path, model: str | None) -> StableDiffusion | None:
+    """The model in a checkpoint, in float32 on the CPU; None if it holds a VAE alone."""
+    with load_checkpoint(path) as checkpoint:
+        if all(key.startswith("vae.") for key in checkpoint):
+            return None
+    return StableDiffusion.load(path, config=find_config(model) if model else None, device="cpu", dtype="float32")
+
+
+def with_vae(model: StableDiffusion, path: Path) -> StableDiffusion:
+    """The model with the VAE in what train_vae.py wrote, or in another checkpoint."""
+    trained, vae = load_vae(path, model.device)
+    return StableDiffusion(replace(model.config, vae=trained.vae), model.text_encoder, vae, model.unet)
+
+
+def for_inpainting(model: StableDiffusion) -> StableDiffusion:
+    """The model with a U-Net that is also given a mask and a masked latent; itself if it is already."""
+    if model.sees_masks:
+        return model
+    unet_config = replace(model.config.unet, in_channels=2 * model.config.vae.latent_channels + 1)
+    config = replace(model.config, name=f"{model.config.name} inpainting"[:100], unet=unet_config)
+    return StableDiffusion(config, model.text_encoder, model.vae, widen_input(model.unet, unet_config))
+
+
+def with_weights(network: nn.Module, weights: Mapping[str, Tensor], prefix: str) -> nn.Module:
+    """A network like this one, for painting, with the weights whose names begin with `prefix`, uncopied."""
+    with torch.device("meta"):
+        other = type(network)(network.config)
+    own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    other.load_state_dict(own, assign=True)
+    return other.requires_grad_(False).eval()
+
+
+def averaged(model: StableDiffusion, weights: Mapping[str, Tensor]) -> StableDiffusion:
+    """The model with the weights that training gives: "unet.conv_in.weight" and so on."""
+    text_encoder = with_weights(model.text_encoder, weights, "text_encoder.")
+    return StableDiffusion(model.config, text_encoder, model.vae, with_weights(model.unet, weights, "unet."))
+
+
+def write_model(model: StableDiffusion, path: Path, dtype: torch.dtype) -> None:
+    """A checkpoint in our layout with its config, which every program loads with no flags.
+
+    float16 cannot hold numbers beyond 65504: a model with one is written in float32.
+    """
+    networks = {"text_encoder": model.text_encoder, "vae": model.vae, "unet": model.unet}
+    tensors = to_own({name: network.state_dict() for name, network in networks.items()})
+    written = {key: tensor.detach().to("cpu", dtype) for key, tensor in tensors.items()}
+    if not all(bool(tensor.isfinite().all()) for tensor in written.values()):
+        written = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+        if not all(bool(tensor.isfinite().all()) for tensor in written.values()):
+            raise ArithmeticError(f"{path}: not written, as weights are not finite: try a lower --lr")
+    save_tensors(written, path, {CONFIG_KEY: model.config.to_json(), "format": "pt"})
+
+
+def fitting(data: Mapping[str, Tensor], device: torch.device, trained: int) -> dict[str, Tensor]:
+    """The data on the device, if it takes less than a third of the memory that training leaves free; else as it is.
+
+    Gradients and optimizer will take 12 bytes for each of the `trained` parameters.
+    """
+    if device.type != "cuda":
+        return dict(data)
+    free, _ = torch.cuda.mem_get_info(device)
+    fits = sum(value.nbytes for value in data.values()) < (free - 12 * trained) / 3
+    return {name: value.to(device) if fits else value for name, value in data.items()}

@@ -1,0 +1,78 @@
+"""One process, or the ones that torchrun started: who this is, where it computes, what all of them agree on.
+
+torchrun --nproc-per-node 2 scripts/train.py ...           two GPUs (NCCL), or two processes on the CPU (gloo)
+
+Several machines share the folder --out, where the first one's main process writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sd.device import find_device
+
+PATIENCE = timedelta(hours=12)  # others may wait so long for the one that prepares the data or paints samples
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among `count`; `local` is its number on this machine, `messages` a group that needs no GPU."""
+
+    device: torch.device
+    rank: int = 0
+    count: int = 1
+    local: int = 0
+    messages: Any = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether any of the processes says so."""
+        if self.count == 1:
+            return flag
+        said = torch.tensor(int(flag))
+        dist.all_reduce(said, dist.ReduceOp.MAX, group=self.messages)
+        return bool(said.item())
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over the processes."""
+        if self.count > 1:
+            dist.all_reduce(value)
+            value = value / self.count
+        return value
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.count > 1:
+            dist.barrier(group=self.messages)
+
+
+@contextlib.contextmanager
+def processes(device: str | None = None) -> Iterator[Processes]:
+    """Join the processes that torchrun started; just this one if it did not."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield Processes(find_device(device))
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    cuda = device == "cuda" if device else torch.cuda.is_available()
+    found = find_device(f"cuda:{local}" if cuda else device)
+    if cuda:
+        torch.cuda.set_device(found)
+    dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        messages = dist.new_group(backend="gloo", timeout=PATIENCE)
+        yield Processes(found, dist.get_rank(), dist.get_world_size(), local, messages)
+    finally:
+        dist.destroy_process_group()
