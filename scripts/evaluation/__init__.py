@@ -1,0 +1,1 @@
+"""What evaluate.py is made of: the judge, the rules of scoring, and the probes beside the scores."""

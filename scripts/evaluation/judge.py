@@ -1,0 +1,230 @@
+"""The judge: sees what is in a picture of the embedded model's world, whoever painted it.
+
+    judge = find(Path("outputs/judge.safetensors"), device)     trained on the spot if there is no such file
+    scenes = judge.look(pictures)
+
+A small convolutional network, trained on fresh renderings of all combinations (so none is unseen to the judge), half of
+them through JPEG, all blurred, noisy and off in colour to some degree: a decoded latent is no rendering, and what is
+right in it should not be called wrong for that. It shares no weights and no training with the models that it judges.
+
+A picture has six places for a thing: on the ground and in the sky, each at the left, in the middle and at the right.
+For each of them the network says which kind is there, if any, in which colour and which size; and for the whole
+picture style, time and ground. `labels` and `scene_of` translate between these answers and a `Scene`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sd.device import best_dtype
+from sd.image import resize
+
+from ..training.state import save_tensors
+from ..world import SIZE, Scene, Thing, draw, random_scene
+from ..world.scenes import COLOURS, COLUMNS, FLOATING, GROUNDS, SIZES, STANDING, STYLES, TIMES
+
+SLOTS = tuple((kinds, column) for kinds in (STANDING, FLOATING) for column in COLUMNS)  # where a thing can be
+QUESTIONS: tuple[tuple[str, ...], ...] = (STYLES, TIMES, GROUNDS)  # the possible answers to each, in words
+for kinds, _ in SLOTS:
+    QUESTIONS += (("", *kinds), COLOURS, SIZES)  # "" is: nothing there
+UNASKED = -100  # the label of the colour and size of nothing, which cross_entropy leaves out
+
+TRAINING_PICTURES, TRAINING_STEPS, BATCH = 30_000, 4_500, 64
+BLUR, RUN, TRACE, TINT, NOISE = 2.0, 0.6, 0.25, 0.08, 0.14  # the most of each in `worn`; BLUR is in pixels
+JPEG_QUALITY = (30, 95)
+
+
+def labels(scene: Scene) -> list[int]:
+    """The right answer to each of QUESTIONS, as its place among the possible ones, or UNASKED."""
+    answers = [STYLES.index(scene.style), TIMES.index(scene.time), GROUNDS.index(scene.ground)]
+    for kinds, column in SLOTS:
+        here = [thing for thing in scene.things if thing.column == column and thing.kind in kinds]
+        if here:
+            answers += [1 + kinds.index(here[0].kind), COLOURS.index(here[0].colour), SIZES.index(here[0].size)]
+        else:
+            answers += [0, UNASKED, UNASKED]
+    return answers
+
+
+def scene_of(answers: Sequence[int]) -> Scene:
+    """What `labels` was made of. A picture gone wrong may hold more than the two things of a proper scene."""
+    words = [choices[answer] for choices, answer in zip(QUESTIONS, answers, strict=True)]
+    style, time, ground, *rest = words
+    seen = [Thing(*rest[3 * i : 3 * i + 3], column) for i, (_, column) in enumerate(SLOTS) if rest[3 * i]]
+    seen.sort(key=lambda thing: COLUMNS.index(thing.column))  # stable: what stands stays before what floats
+    return Scene(style, time, ground, tuple(seen))
+
+
+class Judge(nn.Module):
+    """Strided convolutions that keep an 8 x 8 map, a layer that sees all of it, and one linear layer a question."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def block(inner: int, outer: int, kernel: int, stride: int) -> list[nn.Module]:
+            convolution = nn.Conv2d(inner, outer, kernel, stride, kernel // 2, bias=False)
+            return [convolution, nn.BatchNorm2d(outer), nn.ReLU()]
+
+        self.body = nn.Sequential(
+            *block(3, 32, 5, 2),
+            *block(32, 64, 3, 2),
+            *block(64, 96, 3, 2),
+            *block(96, 96, 3, 1),
+            *block(96, 128, 3, 2),
+            *block(128, 128, 3, 1),
+            *(nn.Conv2d(128, 48, 1), nn.ReLU(), nn.Flatten(), nn.Dropout(0.1)),
+            *(nn.Linear(48 * (SIZE // 16) ** 2, 384), nn.ReLU()),
+        )
+        self.heads = nn.ModuleList(nn.Linear(384, len(choices)) for choices in QUESTIONS)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Pictures (B, 3, SIZE, SIZE) in [-1, 1] -> for each question (B, number of possible answers) logits."""
+        features = self.body(x)
+        return [head(features) for head in self.heads]
+
+    @torch.no_grad()
+    def look(self, pictures: Sequence[Image.Image] | Tensor, batch: int = 250) -> list[Scene]:
+        """What is seen in pictures of any size, or in a tensor (N, 3, SIZE, SIZE) in [-1, 1]."""
+        x = pictures if isinstance(pictures, Tensor) else to_tensor([resize(each, SIZE, SIZE) for each in pictures])
+        device = next(self.parameters()).device
+        self.eval()
+        answers = [torch.stack([head.argmax(1) for head in self(part.to(device))], 1) for part in x.split(batch)]
+        return [scene_of(row) for part in answers for row in part.tolist()]
+
+
+def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
+    """RGB pictures of one size -> (N, 3, H, W) in [-1, 1]."""
+    return to_floats(torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])))
+
+
+def to_floats(pixels: Tensor) -> Tensor:
+    """uint8 (N, H, W, 3) -> (N, 3, H, W) in [-1, 1]."""
+    return (pixels.float() / 127.5 - 1).permute(0, 3, 1, 2)
+
+
+def jpeg(picture: Image.Image, quality: int) -> Image.Image:
+    """The picture after JPEG of a quality from 1 to 95."""
+    file = BytesIO()
+    picture.save(file, "JPEG", quality=quality)
+    return Image.open(file)
+
+
+def blurred(x: Tensor, sigma: Tensor) -> Tensor:
+    """Pictures (B, C, H, W), each convolved with a Gaussian of its own standard deviation (B,), in pixels."""
+    B, C, H, W = x.shape
+    reach = torch.arange(-4, 5, device=x.device)
+    kernel = torch.exp(-(reach**2) / (2 * sigma[:, None].clamp(min=1e-3) ** 2))
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(C, 0)[:, None]  # (B C, 1, 9)
+    x = F.pad(x, (4, 4, 4, 4), mode="replicate").reshape(1, B * C, H + 8, W + 8)
+    x = F.conv2d(F.conv2d(x, kernel[..., None], groups=B * C), kernel[..., None, :], groups=B * C)
+    return x.reshape(B, C, H, W)
+
+
+def worn(x: Tensor, rng: torch.Generator) -> Tensor:
+    """Training pictures (B, 3, H, W), each with some of what an autoencoder and a sampler may do to it, by lot.
+
+    Blur, colours that run, a trace of another picture, a tint, and noise from coarse to fine.
+    """
+    B, _, H, W = x.shape
+
+    def lot(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=rng).to(x.device)
+
+    x = blurred(x, BLUR * lot(B) ** 2)
+    grey = x.mean(1, keepdim=True)
+    runny = F.interpolate(F.avg_pool2d(x - grey, 8), size=(H, W), mode="bilinear")
+    x = grey + torch.lerp(x - grey, runny, RUN * lot(B, 1, 1, 1) ** 2)
+    x = torch.lerp(x, x.roll(1, 0), TRACE * lot(B, 1, 1, 1) ** 2)
+    x = x * (1 + TINT * (2 * lot(B, 1, 1, 1) - 1)) + TINT * (2 * lot(B, 3, 1, 1) - 1)
+    for size, channels in ((1, 1), (2, 3), (8, 3), (32, 3)):
+        noise = torch.randn(B, channels, H // size, W // size, generator=rng).to(x.device)
+        x = x + NOISE * lot(B, 1, 1, 1) ** 2 * F.interpolate(noise, size=(H, W), mode="bilinear")
+    return x
+
+
+def renderings(n: int, seed: str, compressed: bool = False) -> tuple[Tensor, list[Scene]]:
+    """n scenes of all combinations as pictures (n, SIZE, SIZE, 3) in uint8; half of them `compressed`."""
+    rng = Random(seed)
+    pixels, scenes = torch.empty(n, SIZE, SIZE, 3, dtype=torch.uint8), []
+    for i in tqdm(range(n), "rendering", disable=None, leave=False):
+        scenes.append(random_scene(rng, "all"))
+        picture = draw(scenes[-1], rng)
+        if compressed and rng.random() < 0.5:
+            picture = jpeg(picture, rng.randint(*JPEG_QUALITY))
+        pixels[i] = torch.from_numpy(np.array(picture))
+    return pixels, scenes
+
+
+def train(
+    device: torch.device, pictures: int = TRAINING_PICTURES, steps: int = TRAINING_STEPS, batch: int = BATCH
+) -> Judge:
+    """A new judge. On two CPU cores this takes about 20 minutes, of which the renderings are one or two."""
+    torch.manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
+    pixels, scenes = renderings(pictures, "judge: training", compressed=True)
+    targets = torch.tensor([labels(each) for each in scenes])
+    judge = Judge().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.02)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=min(0.1, 100 / steps))
+    bar = tqdm(range(steps), "training the judge", disable=None)
+    with torch.enable_grad():
+        for _ in bar:
+            chosen = torch.randint(pictures, (batch,), generator=rng)
+            x = worn(to_floats(pixels[chosen]).to(device), rng).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device.type, torch.bfloat16, enabled=best_dtype(device) == torch.bfloat16):
+                outputs = judge(x)
+            losses = [
+                F.cross_entropy(output.float(), target, ignore_index=UNASKED, reduction="sum")
+                / (target != UNASKED).sum().clamp(min=1)
+                for output, target in zip(outputs, targets[chosen].T.to(device), strict=True)
+            ]
+            loss = torch.stack(losses).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rate.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    return judge.eval()
+
+
+def fingerprint() -> str:
+    """Of all that a trained judge depends on: how the world looks, what is asked about it, and the network's shape."""
+    digest = hashlib.sha256(repr(QUESTIONS).encode())
+    digest.update(repr([(name, tuple(weight.shape)) for name, weight in Judge().state_dict().items()]).encode())
+    digest.update(renderings(100, "judge: fingerprint")[0].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def find(path: Path, device: torch.device) -> Judge:
+    """The judge in a file; where there is none, or one of another world, a new one is trained and put there."""
+    current = fingerprint()
+    if path.exists():
+        try:
+            with safe_open(path, "pt") as file:
+                found = (file.metadata() or {}).get("fingerprint")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a judge ({error}): remove it, and a new one is made") from None
+        if found is None:
+            raise ValueError(f"{path} is not a judge: give --judge another name")
+        if found == current:
+            judge = Judge()
+            judge.load_state_dict(load_file(path))
+            return judge.to(device).eval()
+        tqdm.write(f"{path} knows another world than this one: training a new judge")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    judge = train(device)
+    save_tensors({name: weight.cpu() for name, weight in judge.state_dict().items()}, path, {"fingerprint": current})
+    return judge
