@@ -14,6 +14,8 @@ if not (ROOT / "weights" / "pocket.safetensors").is_file():
 REFERENCES = ["diffusers>=0.30", "transformers>=4.40", "accelerate"]
 TESTS = ["pytest>=8", "hypothesis>=6", "ruff>=0.5", *REFERENCES]
 
+SUBPACKAGES = [f"sd.scripts.{name}" for name in ("evaluation", "training", "world")]
+
 setup(
     name="sd-from-scratch",
     version=VERSION,
@@ -23,7 +25,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     # data/ and weights/ stand beside the package in a checkout, and inside of it in a wheel (sd/resources.py)
-    packages=["sd", "sd.data", "sd.weights", "sd.scripts"],
+    packages=["sd", "sd.data", "sd.weights", "sd.scripts", *SUBPACKAGES],
     package_dir={"sd": "sd", "sd.data": "data", "sd.weights": "weights", "sd.scripts": "scripts"},
     package_data={"sd.data": ["*.gz", "*.md", "sample*.png"], "sd.weights": ["pocket.safetensors", "README.md"]},
     install_requires=[
@@ -42,6 +44,10 @@ setup(
             "sd-img2img = sd.scripts.img2img:main",
             "sd-inpaint = sd.scripts.inpaint:main",
             "sd-convert = sd.scripts.convert:main",
+            "sd-train = sd.scripts.train:main",
+            "sd-train-text = sd.scripts.train_text:main",
+            "sd-train-vae = sd.scripts.train_vae:main",
+            "sd-evaluate = sd.scripts.evaluate:main",
             "sd-bench = sd.scripts.bench:main",
         ]
     },

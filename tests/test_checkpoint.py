@@ -309,11 +309,11 @@ def test_a_huge_file_costs_nothing_to_open(tmp_path):
         file.write(struct.pack("<Q", len(header)) + header)
         file.seek(huge, os.SEEK_CUR)
         file.write(bits(torch.tensor([1.5, 2.5], dtype=torch.float16)))
-    start = time.perf_counter()
+    start = time.process_time()
     with load_checkpoint(tmp_path / "a") as found:
         assert found.shape("huge") == (huge // 2,)
         assert found["small"].tolist() == [1.5, 2.5]
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_a_tensor_belongs_to_the_caller(tmp_path):

@@ -356,9 +356,9 @@ def test_refused(tmp_path, monkeypatch, name):
     data, words = REFUSED[name]
     path = tmp_path / "model.ckpt"
     path.write_bytes(data)
-    start = time.perf_counter()
+    start = time.process_time()
     assert words in refusal(path)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert os.listdir(tmp_path) == ["model.ckpt"], "nothing was executed, nothing was written"
 
 

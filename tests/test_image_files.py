@@ -750,9 +750,9 @@ def test_symbolic_links_and_odd_names_are_fine(tmp_path, monkeypatch):
 def test_too_many_bytes(tmp_path):
     path = written(tmp_path, encoded(STRIPES, "PNG"))
     os.truncate(path, MAX_BYTES + 1)  # takes no room on the disk
-    start = time.perf_counter()
+    start = time.process_time()
     assert refusal(path) == refusal(path, read_mask) == "larger than 256 MB; make the picture smaller"
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
 
 
 def bombs() -> dict[str, bytes]:
@@ -783,9 +783,9 @@ def test_too_many_pixels(tmp_path, monkeypatch, name, limit):
     path = written(tmp_path, bombs()[name])
     monkeypatch.setattr(ImageFile.ImageFile, "load", None)  # no pixel is decoded
     before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, list(warnings.filters)
-    start = time.perf_counter()
+    start = time.process_time()
     text = refusal(path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     side = "9000" if "below" in name else "10000" if "warn" in name else "16383" if name == "WebP" else "60000"
     assert text in (TOO_MANY, f"{side} x {side}: {TOO_MANY}")
     assert (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, list(warnings.filters)) == before
@@ -962,10 +962,10 @@ def fuzz(folder: Path, seed: int, rounds: int) -> dict[str, int]:
 
 
 def test_broken_files_are_read_or_refused(tmp_path):
-    start = time.perf_counter()
+    start = time.process_time()
     counts = fuzz(tmp_path, seed=7, rounds=600)
     assert min(counts.values()) > 100, counts
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 # ------------------------------------------------------------------------------------------------------ what is written

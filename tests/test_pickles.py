@@ -289,7 +289,7 @@ def test_deep_nesting_is_read_without_recursion():
 
 
 def test_keys_that_take_for_ever_to_hash():
-    start = time.perf_counter()
+    start = time.process_time()
     bomb = b"N" + b"2\x86" * 200  # a pair of twice a pair of twice a pair ...: 2^200 leaves
     found = read(b"}(" + bomb + b"Nu.")
     assert [type(key) for key in found] == [Opaque]
@@ -299,7 +299,7 @@ def test_keys_that_take_for_ever_to_hash():
     prime = 2**61 - 1  # Python hashes integers modulo this
     numbers = b"".join(pickle.LONG1 + b"\x10" + (i * prime).to_bytes(16, "little") + b"N" for i in range(1, 40_000))
     assert len(read(b"}(" + numbers + b"u.")) == 39_999
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @given(st.binary(max_size=200))
