@@ -7,6 +7,9 @@ Beside it a small picture encoder is trained that looks at latents, and is throw
 figure 3). Then the U-Net, which is slow to train, meets words that mean something from its first step on. It is not
 needed for fine-tuning: a checkpoint has its text encoder.
 
+Among pictures by lot it is enough to know which things there are. So every other drawn scene is the counterpart of
+another one, with the same things in other places, colours or sizes: to tell these apart, order and grammar count.
+
 Writes OUT/text_encoder.safetensors, which train.py takes (--text). Beside it: log.jsonl, loss.png, state.pt.
 """
 
@@ -33,14 +36,14 @@ from sd.training import checkpoint_activations, contrastive_loss
 if __package__:
     from . import cli
     from .training import loop, models
-    from .training.data import add_data_arguments, find_source
+    from .training.data import World, add_data_arguments, find_source
     from .training.latents import Batches, latents
     from .training.processes import Processes
     from .training.state import save_tensors
 else:
     from scripts import cli
     from scripts.training import loop, models
-    from scripts.training.data import add_data_arguments, find_source
+    from scripts.training.data import World, add_data_arguments, find_source
     from scripts.training.latents import Batches, latents
     from scripts.training.processes import Processes
     from scripts.training.state import save_tensors
@@ -131,9 +134,13 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     model = models.find_new(args, recipe.seed, processes.device)
     size = args.size or model.config.size
     side, _ = model.latent_shape(size, size)[1:]
-    found = latents(args.out / "cache" / "latents.safetensors", find_source(args, size), model, processes, args.workers)
+    source = find_source(args, size, pairs=True)
+    group = 2 if isinstance(source, World) else 1
+    if recipe.batch % group or args.scenes % group:
+        raise ValueError("--batch and --scenes must be even: drawn scenes come in pairs")
+    found = latents(args.out / "cache" / "latents.safetensors", source, model, processes, args.workers)
     n = len(found["mean"])
-    kept = min(HELD_OUT, n // 10)
+    kept = min(HELD_OUT, n // 10) // group * group
     seen = found | {name: found[name][: n - kept] for name in ("mean", "std", "first", "count")}
     unseen = found | {
         name: found[name][n - kept if kept else 0 :] for name in ("mean", "first")
@@ -148,7 +155,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     if args.checkpointing:
         checkpoint_activations(objective)
     trainer = loop.Trainer(objective, recipe, processes, args)
-    batches = Batches(seen, model, recipe, processes)
+    batches = Batches(seen, model, recipe, processes, group=group)
     written = args.out / models.TEXT_FILE
 
     def write() -> str:

@@ -9,7 +9,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from scripts.world import WORDS, Scene, Thing, box, caption, draw, example, held_out, random_scene, tell
+from scripts.world import WORDS, Scene, Thing, box, caption, counterpart, draw, example, held_out, random_scene, tell
 from scripts.world.captions import RELATIONS
 from scripts.world.scenes import COLOURS, COLUMNS, FLOATING, GROUNDS, KINDS, SIZES, STANDING, STYLES, TIMES, kept_back
 from scripts.world.sprites import LETTERS, SPRITES
@@ -194,3 +194,32 @@ def test_the_box_of_a_thing_has_it_inside() -> None:
         left, top, right, bottom = (round(128 * side) for side in box(scene.things[0]))
         inside = changed[top:bottom, left:right].sum()
         assert inside > 100 and changed.sum() - inside <= 0.05 * changed.sum(), scene
+
+
+def test_counterparts_have_the_same_things_otherwise() -> None:
+    """Never the scene itself, never one that training does not see, and drawn and told like any other."""
+    rng = Random(6)
+    changed = {"column": 0, "colour": 0, "size": 0, "time": 0}
+    for _ in range(600):
+        scene = random_scene(rng, "train")
+        other = counterpart(scene, rng)
+        assert other != scene and not held_out(other)
+        assert (other.style, other.ground) == (scene.style, scene.ground)
+        assert sorted(t.kind for t in other.things) == sorted(t.kind for t in scene.things)
+        if not scene.things:
+            changed["time"] += other.time != scene.time
+            continue
+        assert other.time == scene.time
+        if len(scene.things) == 2:
+            assert other.stacked == scene.stacked
+            assert [t.column for t in other.things] == sorted((t.column for t in other.things), key=COLUMNS.index)
+            for field in ("colour", "size"):
+                assert sorted(getattr(t, field) for t in other.things) == sorted(
+                    getattr(t, field) for t in scene.things
+                )
+        for field in ("column", "colour", "size"):
+            changed[field] += {(t.kind, getattr(t, field)) for t in other.things} != {
+                (t.kind, getattr(t, field)) for t in scene.things
+            }
+        assert tell(other, rng).text
+    assert min(changed.values()) > 10, changed

@@ -65,13 +65,17 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class World:
-    """Drawn scenes `first` to `first + n - 1` of a split, with so many captions each."""
+    """Drawn scenes `first` to `first + n - 1` of a split, with so many captions each.
+
+    In `pairs`, every second one is the counterpart of the one before it, in the same landscape.
+    """
 
     n: int
     size: int
     phrasings: int = 1
     first: int = 0
     split: str = "train"
+    pairs: bool = False
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.phrasings < 1:
@@ -83,9 +87,16 @@ class World:
     def __getitem__(self, i: int) -> Example:
         if not 0 <= i < self.n:
             raise IndexError(i)
-        rng = Random(self.first + i)
-        scene = world.random_scene(rng, self.split)
-        image = world.draw(scene, rng, self.size)
+        if self.pairs:
+            seed = self.first + i // 2
+            rng = Random(seed)
+            scene = world.random_scene(rng, self.split)
+            scene = world.counterpart(scene, rng) if i % 2 else scene
+            image = world.draw(scene, Random(f"landscape {seed}"), self.size)
+        else:
+            rng = Random(self.first + i)
+            scene = world.random_scene(rng, self.split)
+            image = world.draw(scene, rng, self.size)
         return Example(np.asarray(image), [world.caption(scene, rng) for _ in range(self.phrasings)])
 
     def fingerprint(self) -> str:
@@ -254,12 +265,12 @@ def _valid(path: Path, fingerprint: str) -> bool:
         return False
 
 
-def find_source(args: argparse.Namespace, size: int, caption: str | None = None) -> Source:
+def find_source(args: argparse.Namespace, size: int, caption: str | None = None, pairs: bool = False) -> World | Folder:
     """The data that the arguments name; `caption` is for pictures without one, unless --caption says another."""
     if args.data is None and args.ckpt:
         raise ValueError("--ckpt needs --data: a folder with pictures, or world for the drawn scenes")
     if args.data in (None, "world"):
-        return World(args.scenes, size, getattr(args, "phrasings", 1))
+        return World(args.scenes, size, getattr(args, "phrasings", 1), pairs=pairs)
     return Folder(Path(args.data), size, caption if args.caption is None else args.caption, args.out)
 
 

@@ -87,13 +87,14 @@ class Batches:
         drop: float = 0.0,
         inpaint: bool = False,
         trained: int = 0,
+        group: int = 1,
     ) -> None:
-        """`trained` is the number of parameters that memory has to be kept for."""
+        """`trained` is the number of parameters that memory has to be kept for; `group` items stay together."""
         self.data = fitting(data, processes.device, trained)
         self.vae: VAE = model.vae
         self.steps, self.factor = model.schedule.steps, model.config.vae.factor
         self.recipe, self.processes, self.drop, self.inpaint = recipe, processes, drop, inpaint
-        self.order = Order(len(data["mean"]), recipe.seed)
+        self.group, self.order = group, Order(len(data["mean"]) // group, recipe.seed)
         self.empty = model.tokenizer([""])[0].to(processes.device)
 
     def _take(self, name: str, index: Tensor) -> Tensor:
@@ -112,7 +113,8 @@ class Batches:
         recipe, device = self.recipe, self.processes.device
         total = recipe.batch * recipe.accumulate * self.processes.count
         rng = generator(device, recipe.seed, "step", step)
-        chosen = self.order(step * total, total)
+        groups = self.order(step * total // self.group, total // self.group)
+        chosen = (groups[:, None] * self.group + torch.arange(self.group)).flatten()
         shape = (total, *self.data["mean"].shape[1:])
         noise, sampled = torch.randn(2, *shape, generator=rng, device=device)
         t = torch.randint(0, self.steps, (total,), generator=rng, device=device)

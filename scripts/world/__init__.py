@@ -18,11 +18,12 @@ from PIL import Image
 
 from .captions import Told, caption, tell
 from .painting import SIZE, box, draw
-from .scenes import Scene, Thing, held_out, random_scene
+from .scenes import Scene, Thing, counterpart, held_out, random_scene
 from .words import WORDS
 
 __all__ = [
-    "SIZE", "WORDS", "Scene", "Thing", "Told", "box", "caption", "draw", "example", "held_out", "random_scene", "tell",
+    "SIZE", "WORDS", "Scene", "Thing", "Told", "box", "caption", "counterpart", "draw", "example", "held_out",
+    "random_scene", "tell",
 ]  # fmt: skip
 
 

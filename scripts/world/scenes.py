@@ -100,6 +100,32 @@ def random_scene(rng: Random, split: str = "train") -> Scene:
             return scene
 
 
+def counterpart(scene: Scene, rng: Random) -> Scene:
+    """The scene with a difference that is easily overlooked: what is in it is the same, how it belongs together is not.
+
+    Two things exchange their places, colours or sizes; a single one and a stack move; without things the time changes.
+    Of a scene that training may see, training may see this one as well.
+    """
+    if not scene.things:
+        return scene._replace(time=rng.choice([time for time in TIMES if time != scene.time]))
+    one, *others = scene.things
+    if not others or scene.stacked:
+        column = rng.choice([column for column in COLUMNS if column != one.column])
+        moved = scene._replace(things=tuple(thing._replace(column=column) for thing in scene.things))
+        if not others:
+            return moved
+        ways = [moved]
+    else:
+        ways = [scene._replace(things=(others[0]._replace(column=one.column), one._replace(column=others[0].column)))]
+    two = others[0]
+    for field in ("colour", "size"):
+        a, b = getattr(one, field), getattr(two, field)
+        exchanged = scene._replace(things=(one._replace(**{field: b}), two._replace(**{field: a})))
+        if a != b and held_out(exchanged) == held_out(scene):
+            ways.append(exchanged)
+    return rng.choice(ways)
+
+
 def _any_scene(rng: Random) -> Scene:
     style, time, ground = rng.choice(STYLES), rng.choice(TIMES), rng.choice(GROUNDS)
     number = rng.choices((0, 1, 2), (5, 45, 50))[0]
