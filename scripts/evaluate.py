@@ -36,7 +36,7 @@ from sd.files import exists
 from sd.image import to_pil
 from sd.image_files import save_png
 from sd.pipeline import StableDiffusion
-from sd.settings import GUIDANCE, SAMPLER, Settings
+from sd.settings import SAMPLER, Settings
 
 if __package__:
     from . import cli, painting
@@ -66,7 +66,7 @@ def parser() -> cli.Parser:
     add = parser.add_argument
     add("--prompts", type=int, default=500, metavar="N", help="of each split; 0 tests the judge (default: %(default)s)")
     add("--split", choices=(*SPLITS, "both"), default="both", help="default: %(default)s")
-    add("--guidance", type=float, nargs="+", default=[GUIDANCE], metavar="G", help=f"one or more (default: {GUIDANCE})")
+    add("--guidance", type=float, nargs="+", metavar="G", help="one or more (default: the model's own)")
     add("--sampler", default=SAMPLER, metavar="NAME", help="default: %(default)s")
     add("--steps", type=int, metavar="N", help="default: the sampler's")
     add("--seed", type=int, default=0, metavar="N", help="of the first picture (default: %(default)s)")
@@ -176,6 +176,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """Test the judge, paint, judge, and print."""
     check(args)
     model = painting.load(args)
+    args.guidance = args.guidance or [model.config.guidance]
     judged_by = judge.find(args.judge, model.device)
     report: list[str] = []
     figures: dict[str, Any] = {"checkpoint": str(args.ckpt or "embedded"), "sampler": args.sampler, "seed": args.seed}
@@ -221,7 +222,7 @@ def check(args: argparse.Namespace) -> None:
     for name, value in least:
         if getattr(args, name) < value:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {value}, got {getattr(args, name)}")
-    for guidance in args.guidance:
+    for guidance in args.guidance or [None]:
         Settings.of(sampler=args.sampler, steps=args.steps, guidance=guidance, seed=args.seed)
     for file in (args.markdown, args.json, args.wrong):
         if file and file.exists():

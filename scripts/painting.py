@@ -7,6 +7,7 @@ import secrets
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from sd.preview import LinearDecoder
 from sd.resources import resource
 from sd.samplers import SAMPLERS, Step
 from sd.schedule import SPACINGS
-from sd.settings import GUIDANCE, MAX_SEED, SAMPLER, Settings
+from sd.settings import MAX_SEED, SAMPLER, Settings
 
 from .cli import Parser, keep_freed_memory, said
 from .output import ModelHash, Output
@@ -145,8 +146,9 @@ def add_sampling_arguments(parser: Parser, size: str = "the model's own") -> Non
     usual = ", ".join(f"{name} {entry.steps}" for name, entry in SAMPLERS.items())
     group.add_argument("--steps", "--ddim_steps", type=int, metavar="N", help=f"default: {usual}")
     group.add_argument(
-        "--guidance", "--scale", "--cfg-scale", type=float, default=GUIDANCE, metavar="G",
-        help="how strongly to follow the prompt; 1 is plain, and twice as fast (default: %(default)s)",
+        "--guidance", "--scale", "--cfg-scale", type=float, metavar="G",
+        help="how strongly to follow the prompt; 1 is plain, and twice as fast (default: the model's own: 7.5 "
+        f"for Stable Diffusion, {sd.MODELS['pocket'].guidance:g} for the embedded model)",
     )  # fmt: skip
     group.add_argument("--spacing", choices=SPACINGS, help="grid of the noise levels (default: the sampler's own)")
     group.add_argument(
@@ -320,6 +322,8 @@ def paint(args: argparse.Namespace, settings: Settings, make: Make, more: Mappin
     prompts = read_prompts(args.prompt, args.from_file)
     output = Output(args.out)
     model = load(args)
+    if settings.guidance is None:
+        settings = replace(settings, guidance=model.config.guidance)
     digest = None if args.no_metadata else ModelHash(args.ckpt or resource(EMBEDDED))
     print(f"{model.config.name} on {model.device}, {dtype_name(model.dtype)}, first seed {args.seed}", flush=True)
 

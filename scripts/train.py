@@ -76,7 +76,7 @@ def parser() -> cli.Parser:
     add("--samples", type=int, default=12, help="pictures in a sheet of samples; 0 for none (default: %(default)s)")
     add("--sample-prompts", type=Path, metavar="FILE", help="a picture for each line (default: captions of the data)")
     add("--sample-steps", type=int, default=25, help="default: %(default)s")
-    add("--sample-guidance", type=float, default=4.0, help="default: %(default)s")
+    add("--sample-guidance", type=float, help="default: the model's own")
     models.add_model_arguments(parser)
     add_data_arguments(parser, scenes=24000)
     loop.add_loop_arguments(parser, RECIPE, with_ckpt=FINE_TUNING)

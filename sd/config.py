@@ -137,10 +137,11 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole model: what it is called, the side of its native picture in pixels, and its four parts."""
+    """A whole model: its name, the side of its native picture in pixels, its customary guidance, and its four parts."""
 
     name: str = "Stable Diffusion 1.x"
     size: int = 512
+    guidance: float = 7.5
     text: TextConfig = field(default_factory=TextConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -148,6 +149,8 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_sizes(self, "size")
+        number = type(self.guidance) in (int, float) and abs(self.guidance) <= 1000
+        _check(number, f"Config.guidance: got {self.guidance!r:.100}, expected a number up to 1000")
         named = isinstance(self.name, str) and len(self.name) <= 100 and self.name.isprintable()
         _check(named, "Config.name: expected at most 100 printable characters")
         _check(
@@ -205,6 +208,7 @@ SD2_INPAINT = replace(SD2, name="Stable Diffusion 2.x inpainting", unet=replace(
 POCKET = Config(
     name="pocket",
     size=128,
+    guidance=4.0,
     text=TextConfig(width=64, layers=3, heads=2),
     vae=VAEConfig(channels=(64, 64, 96, 160), blocks=1),
     unet=UNetConfig(channels=(96, 160), heads=(3, 5), attention=(False, True), blocks=1, context=64),

@@ -25,7 +25,7 @@ from .inpainting import conditioning
 from .resources import resource
 from .samplers import Denoise, Noise, Sampler, Step
 from .schedule import Level, Schedule
-from .settings import GUIDANCE, SAMPLER, find_sampler, whole
+from .settings import SAMPLER, find_sampler, whole
 from .text_encoder import TextEncoder
 from .tokenizer import Tokenizer
 from .unet import UNet
@@ -133,10 +133,10 @@ class Model:
         self,
         context: Tensor,
         uncond: Tensor | None = None,
-        guidance: float = GUIDANCE,
+        guidance: float | None = None,
         extra: Tensor | None = None,
     ) -> Denoiser:
-        """The U-Net with guidance, as samplers want it; context and uncond (B, M, D).
+        """The U-Net with guidance (the model's own if not given), as samplers want it; context and uncond (B, M, D).
 
         `extra` (B, 5, h, w) is what a U-Net of 9 channels is given besides x: mask and masked latent, for example
         `all_hidden`.
@@ -145,6 +145,7 @@ class Model:
             need = "needs `extra`, mask and masked latent (all_hidden)" if extra is None else "takes no `extra`"
             raise ValueError(f"a U-Net of {self.config.unet.in_channels} input channels {need}")
         network: Network = self.unet if extra is None else with_channels(self.unet, extra)
+        guidance = self.config.guidance if guidance is None else guidance
         return Denoiser(network, self.schedule, context, uncond, guidance)
 
     def sample(

@@ -39,7 +39,7 @@ from .inpainting import CONTENTS, Canvas, conditioning, hide, latent_mask, prepa
 from .model import Model, Steps
 from .samplers import Denoise, Step
 from .schedule import Level
-from .settings import GUIDANCE, MAX_SEED, SAMPLER, Settings, number, one_of, whole
+from .settings import MAX_SEED, SAMPLER, Settings, number, one_of, whole
 
 STRENGTH = 0.75  # image to image's default
 FITS = ("crop", "pad")
@@ -84,7 +84,7 @@ class StableDiffusion(Model):
         height: int | None = None,
         width: int | None = None,
         steps: int | None = None,
-        guidance: float = GUIDANCE,
+        guidance: float | None = None,
         sampler: str = SAMPLER,
         spacing: str | None = None,
         eta: float | None = None,
@@ -98,7 +98,8 @@ class StableDiffusion(Model):
         negative       what to steer away from; without effect at guidance 1
         height, width  in pixels, multiples of the VAE's factor (8); the model's native size if not given
         steps          1 to 1000; the sampler's customary number if not given
-        guidance       how strongly to follow the prompt: 0 not at all, 1 without exaggeration, 7.5 is customary
+        guidance       how strongly to follow the prompt: 0 not at all, 1 without exaggeration; the model's own if
+                       not given: 7.5 for Stable Diffusion
         sampler        a name of `samplers.SAMPLERS` or an alias, "DPM++ 2M Karras" for example
         spacing        grid of the levels, one of `schedule.SPACINGS`; the sampler's own if not given
         eta            DDIM's share of fresh noise in each step: 0 none, 1 as much as DDPM
@@ -108,7 +109,7 @@ class StableDiffusion(Model):
         All pictures are made as one batch. Raises ValueError in one line for values that cannot be.
         """
         settings = Settings.of(
-            steps=steps, guidance=guidance, sampler=sampler, spacing=spacing, eta=eta, seed=seed, n=n
+            steps=steps, guidance=self._guidance(guidance), sampler=sampler, spacing=spacing, eta=eta, seed=seed, n=n
         )
         shape = self.latent_shape(height, width)
         levels = self._levels(settings)
@@ -130,7 +131,7 @@ class StableDiffusion(Model):
         height: int | None = None,
         width: int | None = None,
         steps: int | None = None,
-        guidance: float = GUIDANCE,
+        guidance: float | None = None,
         sampler: str = SAMPLER,
         spacing: str | None = None,
         eta: float | None = None,
@@ -149,7 +150,14 @@ class StableDiffusion(Model):
         height, width  of what is painted; `picture_size` if not given
         """
         settings = Settings.of(
-            steps=steps, guidance=guidance, sampler=sampler, spacing=spacing, eta=eta, seed=seed, n=n, strength=strength
+            steps=steps,
+            guidance=self._guidance(guidance),
+            sampler=sampler,
+            spacing=spacing,
+            eta=eta,
+            seed=seed,
+            n=n,
+            strength=strength,
         )
         one_of("way to fit", fit_by, FITS)
         one_of("posterior", posterior, POSTERIORS)
@@ -193,7 +201,7 @@ class StableDiffusion(Model):
         height: int | None = None,
         width: int | None = None,
         steps: int | None = None,
-        guidance: float = GUIDANCE,
+        guidance: float | None = None,
         sampler: str = SAMPLER,
         spacing: str | None = None,
         eta: float | None = None,
@@ -218,7 +226,14 @@ class StableDiffusion(Model):
         Models of 9 channels are given mask and masked picture; others are held to what is known (`keep_known`).
         """
         settings = Settings.of(
-            steps=steps, guidance=guidance, sampler=sampler, spacing=spacing, eta=eta, seed=seed, n=n, strength=strength
+            steps=steps,
+            guidance=self._guidance(guidance),
+            sampler=sampler,
+            spacing=spacing,
+            eta=eta,
+            seed=seed,
+            n=n,
+            strength=strength,
         )
         one_of("content", content, CONTENTS)
         one_of("posterior", posterior, POSTERIORS)
@@ -265,6 +280,9 @@ class StableDiffusion(Model):
         else:
             x = torch.lerp(z, self._walk(keep_known(denoise, z, hole), x, levels, job, progress, canvas.paste), hole)
         return [canvas.paste(painted) for painted in self.decode(x)]
+
+    def _guidance(self, given: float | None) -> float:
+        return self.config.guidance if given is None else given
 
     def _levels(self, settings: Settings) -> list[Level]:
         levels = self.schedule.levels(settings.steps, settings.spacing, settings.strength)

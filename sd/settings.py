@@ -11,7 +11,7 @@ from numbers import Real
 from .samplers import Sampler, sampler
 from .schedule import SPACINGS
 
-SAMPLER, GUIDANCE = "ddim", 7.5  # defaults
+SAMPLER = "ddim"  # the default
 MAX_SEED = 2**64 - 1
 
 
@@ -22,7 +22,7 @@ class Settings:
     sampler: Sampler
     steps: int  # of the whole grid, of which strength below 1 takes the last part
     spacing: str  # one of `schedule.SPACINGS`
-    guidance: float  # 0 ignores the prompt, 1 is the plain prediction, above 1 exaggerates the prompt
+    guidance: float | None  # 0 ignores the prompt, 1 is plain, above 1 exaggerates it; None: the model's own
     eta: float | None  # DDIM's share of fresh noise, 0 to 1
     seed: int  # 0 to 2^64 - 1
     n: int  # pictures of each prompt
@@ -35,7 +35,7 @@ class Settings:
         sampler: str | Sampler = SAMPLER,
         steps: int | None = None,
         spacing: str | None = None,
-        guidance: float = GUIDANCE,
+        guidance: float | None = None,
         eta: float | None = None,
         seed: int = 0,
         n: int = 1,
@@ -49,14 +49,15 @@ class Settings:
         seed, n = whole("seed", seed), whole("n", n)
         steps = chosen.steps if steps is None else whole("steps", steps)
         spacing = chosen.spacing if spacing is None else spacing
-        number("guidance", guidance)
+        if guidance is not None:
+            number("guidance", guidance)
         number("strength", strength)
         if eta is not None:
             number("eta", eta)
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         one_of("spacing", spacing, SPACINGS)
-        if not math.isfinite(guidance):
+        if guidance is not None and not math.isfinite(guidance):
             raise ValueError(f"guidance must be a finite number, got {guidance}")
         if eta is not None and chosen.stochastic != "eta":
             raise ValueError(f"eta is a setting of ddim, not of {chosen.label}")

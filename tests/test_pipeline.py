@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from common import TINY, Golden, error, tiny_state
 from conftest import loaded
 from PIL import Image
 
+from sd.config import Config
 from sd.device import best_dtype
 from sd.inpainting import CONTENTS
 from sd.pipeline import StableDiffusion, draw, generators
@@ -576,7 +578,7 @@ def test_more_channels_are_asked_for_or_refused(tiny_sd, tiny_inpaint):
         ({"mask": "mask.png"}, "mask must be a PIL picture .* got str"),
         ({"mask": np.zeros((64, 64))}, "mask must be a PIL picture .* got ndarray"),
         ({"strength": "0.5"}, "strength must be a number, got '0.5'"),
-        ({"guidance": None}, "guidance must be a number, got None"),
+        ({"guidance": "7"}, "guidance must be a number, got '7'"),
         ({"blur": "2"}, "blur must be a number"),
         ({"height": 64.0}, "height must be a whole number"),
     ],
@@ -595,3 +597,17 @@ def test_half_precision_that_overflows_is_encoded_again():
     with pytest.warns(UserWarning, match="a latent is not finite in float16: computing it again in float32"):
         assert sd.encode(photo(64, 64)).mean.isfinite().all()
     assert next(sd.vae.parameters()).dtype == torch.float16
+
+
+def test_a_model_has_a_guidance_of_its_own(tiny_sd):
+    """It is taken where none is given, and 1 is not mistaken for none."""
+    options = {"steps": 2, "seed": 1, "height": 64, "width": 64}
+    config = replace(tiny_sd.config, guidance=3.0)
+    model = StableDiffusion(config, tiny_sd.text_encoder, tiny_sd.vae, tiny_sd.unet)
+    plain, own = model.txt2img("a", **options)[0], model.txt2img("a", guidance=3.0, **options)[0]
+    assert plain.tobytes() == own.tobytes()
+    assert plain.tobytes() != tiny_sd.txt2img("a", **options)[0].tobytes()  # 7.5
+    assert model.txt2img("a", guidance=1, **options)[0].tobytes() != own.tobytes()
+    assert Config.from_json(config.to_json()).guidance == 3.0
+    with pytest.raises(ValueError, match=r"Config\.guidance: got nan"):
+        replace(config, guidance=float("nan"))
