@@ -202,29 +202,29 @@ def test_negative_prompts_are_counted() -> None:
     """A painter that obeys, one that ignores, and one that forgets everything."""
 
     def painter(obey: bool, forget: bool = False):
-        def paint(texts, guidance, label, negative=""):
+        def paint(texts, guidance, label, negatives=()):
             scenes = []
-            for text in texts:
-                kinds = [k for k in KINDS if any(noun in text for noun in NOUNS[k])]
-                unwanted = negative.removeprefix("a ")
-                if negative and forget:
-                    kinds = []
-                things = [Thing(k, "red", "big", "left") for k in kinds if not (obey and k == unwanted)]
-                scenes.append(Scene("flat", "day", "sea", tuple(things)))
+            for i, text in enumerate(texts):
+                unwanted = negatives[i] if negatives else ""
+                kinds = [k for k in KINDS if any(noun in text for noun in NOUNS[k])] if text else [KINDS[i % 5]]
+                kinds = [] if unwanted and forget else [k for k in kinds if not (obey and f"a {k}" == unwanted)]
+                style = "pixel" if obey and "flat" in unwanted else "flat"
+                scenes.append(Scene(style, "day", "sea", tuple(Thing(k, "red", "big", "left") for k in kinds)))
             return scenes
 
         return paint
 
-    some = evaluate.prompts("seen", 28)
+    some = evaluate.prompts("seen", 40)
+    names = ("thing", "another thing", "style", "things stay")
     for paint, expected in (
-        (painter(True), (1.0, 1.0)),
-        (painter(False), (0.0, 1.0)),
-        (painter(False, forget=True), (1.0, 0.0)),
+        (painter(True), [1, 0, 1, 1]),
+        (painter(False), [0, 0, 0, 1]),
+        (painter(False, forget=True), [1, 1, 0, 0]),
     ):
         text, figures = probes.negative(paint, Oracle(), 7.5, some)
-        rates = [figures[name] for name in ("gone", "other stays")]
-        assert [rate.right / rate.of for rate in rates] == list(expected) and rates[0].of >= 20
-        assert str(rates[0]) in text
+        assert [figures[name].right / figures[name].of for name in names] == expected
+        assert figures["thing"].of == 40 and 5 < figures["style"].of < 40
+        assert all(str(figures[name]) in text for name in names)
 
 
 def test_distance_between_seeds() -> None:
@@ -248,7 +248,7 @@ def test_distance_between_seeds() -> None:
 def test_nonsense_is_put_into_the_prompt() -> None:
     given = []
 
-    def paint(texts, guidance, label, negative=""):
+    def paint(texts, guidance, label, negatives=()):
         given.append(texts)
         return [SCENE for _ in texts]
 

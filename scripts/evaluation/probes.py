@@ -19,12 +19,13 @@ from tqdm import tqdm
 from sd.image import resize
 from sd.pipeline import StableDiffusion
 
-from ..world import SIZE, Told, box, caption, draw, random_scene, tell
+from ..world import SIZE, Told, box, draw, random_scene, tell
 from ..world.scenes import COLOURS, FLOATING, KINDS, STANDING, STYLES, SWIMMING
 from .judge import Judge, to_tensor
 from .scoring import Rate, tally
 
 SEEDS = 4  # pictures of a prompt whose distances are measured
+NEGATIVE_STYLES = {"flat": "flat illustration", "watercolour": "watercolour", "pixel": "pixel art"}
 NONSENSE = ("blorptang", "qwyzzle", "snorfblat", "vexundrial")
 
 
@@ -34,15 +35,18 @@ class Painter:
     def __init__(self, model: StableDiffusion, sampler: str, steps: int | None, seed: int, batch: int) -> None:
         self._model, self._sampler, self._steps, self._seed, self._batch = model, sampler, steps, seed, batch
 
-    def __call__(self, texts: Sequence[str], guidance: float, label: str, negative: str = "") -> list[Image.Image]:
-        """A picture of each text, with a progress bar of this label."""
+    def __call__(
+        self, texts: Sequence[str], guidance: float, label: str, negatives: Sequence[str] = ()
+    ) -> list[Image.Image]:
+        """A picture of each text, with its negative prompt if there are any, and a progress bar of this label."""
         painted: list[Image.Image] = []
+        size = 1 if negatives else self._batch  # a batch has one negative prompt
         with tqdm(total=len(texts), desc=label, unit="picture", disable=None, leave=False, file=sys.stderr) as bar:
-            for start in range(0, len(texts), self._batch):
-                batch = list(texts[start : start + self._batch])
+            for start in range(0, len(texts), size):
+                batch = list(texts[start : start + size])
                 painted += self._model.txt2img(
                     batch,
-                    negative,
+                    negatives[start] if negatives else "",
                     steps=self._steps,
                     guidance=guidance,
                     sampler=self._sampler,
@@ -72,30 +76,38 @@ class Painter:
 
 
 def negative(paint: Painter, judge: Judge, guidance: float, told: Sequence[Told]) -> tuple[str, dict[str, Any]]:
-    """Prompts for two things of different kinds, with one of them as the negative prompt: does it go, the other stay?
+    """What a prompt leaves open and is then painted, as the negative prompt with the same seed: does it go?
 
-    As many prompts as are told, up to a few more, the same number for each kind; only those count whose picture has
-    both things without the negative prompt.
+    A thing: of the pictures that are painted without any prompt; beside it, how often it goes when the negative prompt
+    is of another thing, as any negative prompt changes the picture. A style: of prompts that say none; do the things
+    that they say stay? (What the prompt itself says is not open: a prompt's own words outweigh a negative prompt.)
     """
-    rng, gone, stays = Random("probes: negative"), [], []
-    for unwanted in KINDS:
-        texts, others = [], []
-        while len(texts) * len(KINDS) < len(told):
-            scene = random_scene(rng, "train")
-            kinds = [thing.kind for thing in scene.things]
-            if unwanted in kinds and len(set(kinds)) == 2:
-                texts.append(caption(scene, rng))
-                others.append(next(kind for kind in kinds if kind != unwanted))
-        without = judge.look(paint(texts, guidance, f"negative prompts: with {unwanted}"))
-        with_it = judge.look(paint(texts, guidance, f"negative prompts: no {unwanted}", f"a {unwanted}"))
-        for other, *scenes in zip(others, without, with_it, strict=True):
-            before, after = ({thing.kind for thing in scene.things} for scene in scenes)
-            if {unwanted, other} <= before:
-                gone.append(unwanted not in after)
-                stays.append(other in after)
-    removed, kept = Rate(sum(gone), len(gone)), Rate(sum(stays), len(stays))
-    text = f"One of two things as the negative prompt ({len(gone)} pictures): it is gone in {removed}, "
-    return f"{text}the other one stays in {kept}.", {"gone": removed, "other stays": kept}
+    rng = Random("probes: negative")
+    before = judge.look(paint([""] * len(told), guidance, "negative prompts: no prompt"))
+    unwanted = [scene.things[0].kind if scene.things else "" for scene in before]
+    others = [rng.choice([k for k in KINDS if k not in {t.kind for t in scene.things}]) for scene in before]
+
+    def gone(negatives: Sequence[str], label: str) -> Rate:
+        nouns = [f"a {kind}" if kind else "" for kind in negatives]
+        after = judge.look(paint([""] * len(told), guidance, f"negative prompts: {label}", nouns))
+        went = [kind not in {t.kind for t in scene.things} for kind, scene in zip(unwanted, after, strict=True) if kind]
+        return Rate(sum(went), len(went))
+
+    thing, control = gone(unwanted, "a thing"), gone(others, "another thing")
+
+    open_ones = [each for each in told if not each.said.style and each.said.things]
+    texts = [each.text for each in open_ones]
+    before = judge.look(paint(texts, guidance, "negative prompts: open style"))
+    nouns = [NEGATIVE_STYLES[scene.style] for scene in before]
+    after = judge.look(paint(texts, guidance, "negative prompts: a style", nouns))
+    went = [one.style != two.style for one, two in zip(before, after, strict=True)]
+    style, stay = Rate(sum(went), len(went)), tally(open_ones, after)["object"]
+    text = (
+        f"Negative prompts. A thing that is painted without any prompt ({thing.of} pictures): gone in {thing}; with "
+        f"another thing as the negative prompt in {control}. The style of prompts that leave it open ({style.of} "
+        f"pictures): gone in {style}, and what they say is there in {stay}."
+    )
+    return text, {"thing": thing, "another thing": control, "style": style, "things stay": stay}
 
 
 def seeds(paint: Painter, judge: Judge, guidance: float, told: Sequence[Told]) -> tuple[str, dict[str, Any]]:
