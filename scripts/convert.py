@@ -1,99 +1,219 @@
-"""Rewrite a checkpoint.
+"""Rewrite a checkpoint, or say what is in it.
 
     python scripts/convert.py v1-5-pruned-emaonly.ckpt weights/v1-5.safetensors --dtype float16
+    python scripts/convert.py v1-5.safetensors original.safetensors --layout original
+    python scripts/convert.py v1-5.safetensors v1-5-folder --layout diffusers
+    python scripts/convert.py v1-5-folder v1-5.safetensors
+    python scripts/convert.py v2-1_768-ema-pruned.ckpt --info
 
-The output has this project's names and carries its config, so it loads with no flags; `--layout original` writes the
-names of the original code, for other tools. Weights are copied bit for bit unless --dtype changes their precision.
+The input is a file in the original layout or ours, or a diffusers folder. The output has this project's names and
+carries its config, so it loads with no flags; `--layout original` writes the names of the original code, for other
+tools, `--layout diffusers` a folder. Weights are copied bit for bit unless --dtype changes their precision.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 if not __package__:  # run as a file, from any folder, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 
 import sd
-from sd.convert import CONFIG_KEY, WEIGHTS, to_original, to_own
-from sd.device import DTYPES
-from sd.files import exists, new_file
-from sd.model import named
+from sd.census import census
+from sd.checkpoint import Checkpoint
+from sd.convert import WEIGHTS, StateDict, build, load_weights
+from sd.detect import identify
+from sd.device import DTYPES, best_dtype
+from sd.export import diffusers_texts, extras, metadata, to_diffusers, to_original, to_own, unrun_layer
+from sd.files import exists, new_file, new_folder
+from sd.layouts import AVERAGE, NETWORKS, find_layouts
+from sd.model import describe, like, naming, probed, with_part
 
 if __package__:
     from . import cli
 else:
     from scripts import cli
 
+LAYOUTS = ("sd", "original", "diffusers")
+
 
 def parser() -> cli.Parser:
     """The arguments."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", type=Path, help="checkpoint, .ckpt or .safetensors, in the original layout or ours")
-    parser.add_argument("output", type=Path, help="a new .safetensors file")
+    parser.add_argument("input", type=Path, help="checkpoint: .ckpt, .safetensors or a diffusers folder")
     parser.add_argument(
-        "--layout", choices=("sd", "original"), default="sd", help="names to write (default: %(default)s, ours)"
+        "output", type=Path, nargs="?", help="a new .safetensors file; with --layout diffusers a folder"
+    )
+    parser.add_argument("--info", action="store_true", help="say what is in the input, without reading its weights")
+    parser.add_argument("--sha256", action="store_true", help="with --info: of large files, too")
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, default="sd", help="names to write (default: %(default)s, ours, in one file)"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="precision to write (default: as it is)")
     parser.add_argument(
-        "--weights",
-        choices=WEIGHTS,
-        default="auto",
-        help="which U-Net of a training checkpoint (default: raw if there)",
+        "--weights", choices=WEIGHTS, default="auto",
+        help="which U-Net of a training checkpoint (default: raw if there; of a folder, its main one)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep-ema", action="store_true", help="write both: the U-Net as trained and its moving average"
     )
     parser.add_argument(
         "--model", choices=("auto", *sd.MODELS), default="auto", help="which model it is (default: found out)"
     )
+    parser.add_argument("--prediction", choices=("eps", "v"), help="what its U-Net predicts (default: found out)")
+    parser.add_argument("--vae", type=Path, metavar="FILE", help="take the VAE from this file or folder")
+    parser.add_argument("--text-encoder", type=Path, metavar="FILE", help="take the text encoder from this one")
+    parser.add_argument("--variant", metavar="NAME", help="of a diffusers folder: fp16, ...")
     return parser
+
+
+def work(args: argparse.Namespace) -> None:
+    """--info or rewrite."""
+    if args.info:
+        if args.output is not None:
+            raise ValueError("--info writes nothing: leave out the output")
+        with sd.load_checkpoint(args.input, args.variant) as checkpoint, naming(args.input):
+            config = None if args.model == "auto" else sd.MODELS[args.model]
+            print("\n".join(census(checkpoint, config, sha256=args.sha256 or None).lines()))
+        return
+    if args.output is None:
+        raise ValueError("give the name of the file to write behind the input, or --info")
+    rewrite(args)
 
 
 def rewrite(args: argparse.Namespace) -> None:
     """Read, rename, write: a whole file or none."""
-    if args.output.suffix != ".safetensors":
+    folder = args.layout == "diffusers"
+    if folder and args.output.suffix in (".safetensors", ".ckpt"):
+        raise ValueError(f"{args.output}: --layout diffusers writes a folder; give a name without {args.output.suffix}")
+    if not folder and args.output.suffix != ".safetensors":
         raise ValueError(f"{args.output}: only .safetensors files are written, as they cannot run code")
     if args.output.exists():
         raise exists(args.output)
     if not args.output.parent.is_dir():
         raise ValueError(f"{args.output.parent}: no such folder")
-    with new_file(args.output) as partial:  # an unwritable folder says so before the work
+    # an unwritable folder says so before the work
+    with (new_folder if folder else new_file)(args.output) as partial:
         count, config = write(args, partial)
-    print(f"{args.output}: {config.name}, {count} weights, {args.output.stat().st_size / 1e9:.2f} GB")
+    files = [file for file in args.output.rglob("*") if file.is_file()] if folder else [args.output]
+    size = sum(file.stat().st_size for file in files)
+    print(f"{args.output}: {config.name}, {count} weights, {size / 1e9:.2f} GB")
 
 
 def write(args: argparse.Namespace, path: Path) -> tuple[int, sd.Config]:
     """Read and rename all weights and write them to `path`; returns their number and the model."""
     dtype = DTYPES[args.dtype] if args.dtype else None
-    with sd.load_checkpoint(args.input) as checkpoint:
-        try:
-            config = sd.MODELS[args.model] if args.model != "auto" else sd.detect(checkpoint)
-            states = sd.convert(checkpoint, config, args.weights)
-            count = sum(map(len, states.values()))
-            with tqdm(total=count, desc="reading", unit="weight", disable=None, leave=False) as bar:
-                read = {}
-                for network, state in states.items():
-                    read[network] = {}
-                    for key, tensor in state.items():
-                        read[network][key] = cast(key, tensor, dtype)
-                        bar.update()
-        except ValueError as error:
-            raise named(args.input, error) from None
-    tensors = to_original(read, config) if args.layout == "original" else to_own(read)
-    metadata = {"format": "pt", CONFIG_KEY: config.to_json()} if args.layout == "sd" else {"format": "pt"}
+    with ExitStack() as files:
+        opened = open_all(args, files)
+        config, states = find_all(args, opened)
+        count = sum(map(len, states.values()))
+        with tqdm(total=count, desc="reading", unit="weight", disable=None, leave=False) as bar, naming(args.input):
+            read: dict[str, dict[str, Tensor]] = {}
+            for network, state in states.items():
+                read[network] = {}
+                for key, tensor in state.items():
+                    read[network][key] = cast(key, tensor, dtype)
+                    bar.update()
+            more = {key: cast(key, tensor, dtype) for key, tensor in read_extras(opened, config).items()}
     try:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
+        save(args.layout, path, read, config, more)
     except SafetensorError as error:
         raise OSError(f"{args.output}: cannot be written: {error}") from None
     return count, config
 
 
-def cast(key: str, tensor, dtype):
-    """The tensor in another precision, refused where numbers would not fit."""
-    if dtype is None:
+def open_all(args: argparse.Namespace, files: ExitStack) -> dict[str, Checkpoint]:
+    """The file or folder that each network comes from."""
+    given = {"unet": args.input, "vae": args.vae or args.input, "text_encoder": args.text_encoder or args.input}
+    paths = {
+        path: files.enter_context(sd.load_checkpoint(path, args.variant)) for path in dict.fromkeys(given.values())
+    }
+    return {name: paths[path] for name, path in given.items()}
+
+
+def find_all(args: argparse.Namespace, opened: Mapping[str, Checkpoint]) -> tuple[sd.Config, dict[str, StateDict]]:
+    """Which model it is, and its networks under our names; prints what was found out and chosen."""
+    main, weights = opened["unet"], args.weights
+    with naming(main.path):
+        found = identify(main, None if args.model == "auto" else sd.MODELS[args.model], args.prediction)
+        parts = [name for name in NETWORKS if opened[name] is main]
+        if args.keep_ema:
+            if weights != "auto":
+                raise ValueError("--keep-ema writes both U-Nets: leave out --weights")
+            if not {"unet", AVERAGE} <= find_layouts(main).keys():
+                raise ValueError(
+                    "there are no two U-Nets, as trained and as moving average (EMA): leave out --keep-ema"
+                )
+            parts, weights = [*parts, AVERAGE], "raw"
+        states = sd.convert(main, found.config, weights, parts)
+    config = found.config
+    for name in NETWORKS:
+        if name not in states:
+            with naming(opened[name].path):
+                config = with_part(config, name, opened[name])
+                states |= sd.convert(opened[name], config, parts=[name])
+    if not found.decided:
+        with naming(main.path):
+            # a copy in the precision that is fastest here
+            cpu = torch.device("cpu")
+            found = probed(found, load_weights(build(config)["unet"], states["unet"], cpu, best_dtype(cpu)))
+        config = like(found.config, config)
+    for line in (*main.notes, *describe(main, found, weights)):
+        print(line)
+    return config, {name: states[name] for name in (*NETWORKS, AVERAGE) if name in states}
+
+
+def read_extras(opened: Mapping[str, Checkpoint], config: sd.Config) -> dict[str, Tensor]:
+    """What the files hold beside the networks that is kept, by its original names."""
+    read = {}
+    for name in ("unet", "text_encoder"):
+        for key, original in extras(opened[name], config):
+            if original.startswith("cond_stage_model.") == (name == "text_encoder"):
+                read[original] = opened[name][key]
+    return read
+
+
+def save(
+    layout: str, path: Path, read: Mapping[str, Mapping[str, Tensor]], config: sd.Config, more: Mapping[str, Tensor]
+) -> None:
+    """Write the networks in a layout, to a file or into a folder."""
+    if layout == "diffusers":
+        for name, text in diffusers_texts(config).items():
+            (path / name).parent.mkdir(exist_ok=True)
+            (path / name).write_text(text, encoding="utf-8")
+        for name, tensors in to_diffusers(read, config, more).items():
+            save_file(contiguous(tensors), path / name, {"format": "pt"})
+        return
+    tensors = to_own(read, more) if layout == "sd" else to_original(read, config, more)
+    if layout == "original" and (made := unrun_layer(tensors, config)):
+        tensors |= made
+        warnings.warn(
+            f"{len(made)} weights that other programs expect and never use were not in the input: the text encoder's "
+            "last layer is a copy of the one before it",
+            stacklevel=1,
+        )
+    save_file(contiguous(tensors), path, metadata(config))
+
+
+def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As the format wants them: each in memory of its own."""
+    return {key: tensor.contiguous() for key, tensor in tensors.items()}
+
+
+def cast(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A weight in another precision, refused where numbers would not fit; tables and counters stay as they are."""
+    if dtype is None or not tensor.is_floating_point() or key == "alphas_cumprod" or key.startswith("model_ema."):
         return tensor
     out = tensor.to(dtype)
     if not out.isfinite().all() and tensor.isfinite().all():
@@ -103,7 +223,7 @@ def cast(key: str, tensor, dtype):
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    return cli.run(rewrite, parser(), argv, "out of memory: the weights are held once while they are rewritten")
+    return cli.run(work, parser(), argv, "out of memory: the weights are held once while they are rewritten")
 
 
 if __name__ == "__main__":

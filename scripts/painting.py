@@ -113,7 +113,10 @@ def add_model_arguments(parser: Parser) -> None:
     """--ckpt, --model, --weights, --device, --dtype."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--ckpt", type=Path, metavar="FILE", help="checkpoint, .ckpt or .safetensors (default: the embedded model)"
+        "--ckpt",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint: .ckpt, .safetensors or a diffusers folder (default: the embedded model)",
     )
     group.add_argument(
         "--model",
@@ -125,8 +128,14 @@ def add_model_arguments(parser: Parser) -> None:
         "--weights",
         choices=WEIGHTS,
         default="auto",
-        help="the U-Net as trained (raw) or its moving average (ema) (default: raw if there)",
+        help="the U-Net as trained (raw) or its moving average (ema) (default: raw if there; of a folder: main)",
     )
+    group.add_argument(
+        "--prediction", choices=("eps", "v"), help="what the U-Net predicts: noise or velocity (default: found out)"
+    )
+    group.add_argument("--vae", type=Path, metavar="FILE", help="take the VAE from this file or folder")
+    group.add_argument("--text-encoder", type=Path, metavar="FILE", help="take the text encoder from this one")
+    group.add_argument("--variant", metavar="NAME", help="of a diffusers folder: fp16, ...")
     group.add_argument("--device", help="cuda, cpu, mps (default: the best there is)")
     group.add_argument(
         "--dtype", "--precision", choices=(*DTYPES, *NICKNAMES), metavar="{" + ",".join(DTYPES) + "}",
@@ -280,7 +289,16 @@ def load(args: argparse.Namespace) -> sd.StableDiffusion:
             bar.update(numbers)
 
         model = sd.StableDiffusion.load(
-            args.ckpt, config=config, device=args.device, dtype=dtype, weights=args.weights, progress=progress
+            args.ckpt,
+            config=config,
+            device=args.device,
+            dtype=dtype,
+            weights=args.weights,
+            prediction=args.prediction,
+            vae=args.vae,
+            text_encoder=args.text_encoder,
+            variant=args.variant,
+            progress=progress,
         )
     if model.device.type == "cpu":
         keep_freed_memory()
@@ -326,6 +344,14 @@ def paint(args: argparse.Namespace, settings: Settings, make: Make, more: Mappin
         settings = replace(settings, guidance=model.config.guidance)
     digest = None if args.no_metadata else ModelHash(args.ckpt or resource(EMBEDDED))
     print(f"{model.config.name} on {model.device}, {dtype_name(model.dtype)}, first seed {args.seed}", flush=True)
+    for line in model.about:
+        print(line, flush=True)
+    if model.config.schedule.zero_snr and settings.spacing not in ("trailing", "linspace"):
+        warnings.warn(
+            "this model is trained to begin at noise alone (zero terminal SNR), where this grid does not begin: "
+            "--spacing trailing",
+            stacklevel=1,
+        )
 
     count = args.n * args.n_iter
     total = count * len(prompts)
@@ -394,6 +420,7 @@ def describe(
         **({"Model hash": digits} if digits else {}),
         "Model": args.ckpt.stem if args.ckpt else "pocket",
         **({"Weights": args.weights} if args.weights != "auto" else {}),
+        **({"VAE": args.vae.stem} if args.vae else {}),
         "Precision": dtype_name(model.dtype),
         "Version": f"sd {sd.__version__}",
     }

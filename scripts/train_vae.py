@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sd.config import Config
-from sd.convert import CONFIG_KEY
+from sd.detect import CONFIG_KEY
 from sd.files import replaced_file
 from sd.image import grid, to_pil
 from sd.training import checkpoint_activations, initialise_vae, vae_loss

@@ -6,6 +6,8 @@ Three formats hold Stable Diffusion weights. They are told apart by their first 
     safetensors                 8 bytes: length N of the header; N bytes of JSON {key: {dtype, shape, data_offsets}};
                                 the numbers. https://github.com/huggingface/safetensors#format
 
+A model may also be several of these: a diffusers folder, or a file that was split (folders.py).
+
 All come down to one table, `{key: View}`, with which `Checkpoint` reads any single tensor at its place in the file,
 into memory of its own, when asked and not before. The file is not mapped into memory: mapped pages would count beside
 the tensors made from them, and a file that changes while mapped ends the program.
@@ -20,11 +22,12 @@ import stat
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .folders import Part, Parts, check_not_a_shard, find_parts, parts_of_index
 from .pickles import RefusedFile
 from .torch_files import LEGACY_MAGIC, MAX_DIMS, Contents, View, read_legacy, read_zip
 
@@ -80,13 +83,16 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     `path`; `kind`: "zip pickle", "legacy pickle" or "safetensors"; `metadata`: what the file says about itself, text
     from a stranger: the `__metadata__` of safetensors, of pickles the plain values beside the tensors ("epoch",
-    "global_step", ...).
+    "global_step", ...). `configs`: of a folder, its JSON files by what they are about ("unet", "scheduler", ...);
+    `notes`: what was chosen in reading it.
     """
 
     def __init__(self, path: Path, stream: BinaryIO, kind: str, views: dict[str, View], metadata: dict[str, str]):
         self.path = path
         self.kind = kind
         self.metadata = metadata
+        self.configs: dict[str, dict[str, Any]] = {}
+        self.notes: tuple[str, ...] = ()
         self._stream = stream
         self._lock = threading.Lock()  # between seek and read
         self._views = views
@@ -140,13 +146,72 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self.close()
 
 
-def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """Open a .ckpt, .pt, .bin or .safetensors file; no tensor is read yet.
+class Bundle(Checkpoint):
+    """Several files read as one `Checkpoint`. `kind` is "diffusers folder" or "index"; `files` are theirs."""
+
+    def __init__(self, path: Path, kind: str, places: dict[str, tuple[Checkpoint, str]], files: list[Checkpoint]):
+        self.path, self.kind, self.files = path, kind, files
+        self.metadata = {key: value for file in reversed(files) for key, value in file.metadata.items()}
+        self.configs, self.notes = {}, ()
+        self._places = places
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it. KeyError for an unknown key."""
+        file, name = self._places[key]
+        return file.shape(name)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The type of a tensor's numbers, without reading it. KeyError for an unknown key."""
+        file, name = self._places[key]
+        return file.dtype(name)
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        """Read one tensor. KeyError for an unknown key, CheckpointError if its file cannot be read any more."""
+        file, name = self._places[key]
+        return file[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._places
+
+    def close(self) -> None:
+        """Close the files. Names and shapes stay; tensors can no longer be read."""
+        for file in self.files:
+            file.close()
+
+    __del__ = close
+
+
+def load_checkpoint(path: str | os.PathLike, variant: str | None = None) -> Checkpoint:
+    """Open a .ckpt, .pt, .bin or .safetensors file, an index of several, or a diffusers folder; no tensor is read yet.
+
+    variant   of a folder: "fp16", "bf16", ..., the files named so where there are any
 
     Raises CheckpointError, one line that names the file, for whatever is no usable checkpoint: missing, broken,
     truncated, another kind of file, or a pickle that is not to be trusted.
     """
     path = Path(path)
+    try:
+        if path.is_dir():
+            return _load_parts(path, find_parts(path, variant))
+        if path.name.endswith(".index.json") and path.is_file():
+            return _load_parts(path, parts_of_index(path))
+        check_not_a_shard(path)
+    except RefusedFile as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except ValueError:  # a path with a zero byte, which `_load_file` refuses
+        pass
+    return _load_file(path)
+
+
+def _load_file(path: Path) -> Checkpoint:
     try:
         stream = _open(path)
         try:
@@ -163,11 +228,46 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
     except RefusedFile as error:
         raise CheckpointError(f"{path}: {error}") from None
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read: {error.strerror or error}; check the disk and its permissions"
-        ) from None
+        raise _unreadable(path, error) from None
     views = dict(sorted(views.items(), key=lambda item: item[1].start))
     return Checkpoint(path, stream, kind, views, metadata)
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path}: cannot be read: {error.strerror or error}; check the disk and its permissions")
+
+
+def _load_parts(path: Path, found: Parts) -> Bundle:
+    """All files of a model; the path of the folder or index stands in front of what is wrong with it."""
+    files: list[Checkpoint] = []
+    places: dict[str, tuple[Checkpoint, str]] = {}
+    try:
+        for part in found.parts:
+            for name in part.files:
+                files.append(file := _load_file(name))
+                _check_index(part, file)
+                places |= {part.prefix + key: (file, key) for key in file}
+        if len(places) > MAX_TENSORS:
+            raise RefusedFile(f"holds {len(places)} tensors, expected at most {MAX_TENSORS}")
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+    bundle = Bundle(path, found.kind, places, files)
+    bundle.configs, bundle.notes = found.configs, found.notes
+    return bundle
+
+
+def _check_index(part: Part, file: Checkpoint) -> None:
+    """Every weight of an index lies in the file that it names, and no other weight does."""
+    if part.weight_map is None:
+        return
+    listed = {key for key, name in part.weight_map.items() if name == file.path.name}
+    if wrong := sorted(listed ^ set(file)):
+        what = "not in it" if wrong[0] in listed else "in it, but not in the index"
+        raise RefusedFile(
+            f"the index does not fit {file.path.name}: {wrong[0][:100]!r} is {what} ({len(wrong)} such); {AGAIN}"
+        )
 
 
 def shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
@@ -191,7 +291,7 @@ def _open(path: Path) -> BinaryIO:
     except (FileNotFoundError, ValueError):  # ValueError: a path with a zero byte
         raise RefusedFile("no such file; check the path") from None
     if stat.S_ISDIR(mode):
-        raise RefusedFile("a folder; give the checkpoint file inside of it")
+        raise RefusedFile("a folder where a file is expected")
     if not stat.S_ISREG(mode):
         raise RefusedFile("not an ordinary file; give a .safetensors or .ckpt file")
     return open(path, "rb")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 GROUPS = 32  # GroupNorm's groups, everywhere: every channel count is a multiple of it
@@ -125,6 +126,8 @@ class ScheduleConfig:
     beta_start: float = 0.00085
     beta_end: float = 0.0120
     prediction: str = "eps"  # "eps": the noise (SD 1.x, SD 2 base); "v": the velocity (SD 2 768)
+    zero_snr: bool = False  # rescaled so that the last timestep is noise alone (Lin et al. 2024)
+    alpha_bar: tuple[float, ...] | None = None  # the schedule as a table, one entry a timestep, in place of betas
 
     def __post_init__(self) -> None:
         _check_sizes(self, "steps", limit=100_000)
@@ -133,6 +136,24 @@ class ScheduleConfig:
         _check(ordered, f"ScheduleConfig: got betas {self.beta_start!r} to {self.beta_end!r}, expected 1e-6 to 0.5")
         known = ("eps", "v")
         _check(self.prediction in known, f"ScheduleConfig.prediction: got {self.prediction!r}, expected one of {known}")
+        _check(
+            type(self.zero_snr) is bool, f"ScheduleConfig.zero_snr: got {self.zero_snr!r:.100}, expected true or false"
+        )
+        if self.alpha_bar is not None:
+            table = self.alpha_bar
+            _check(
+                isinstance(table, tuple) and len(table) == self.steps and all(type(entry) is float for entry in table),
+                f"ScheduleConfig.alpha_bar: expected {self.steps} numbers, one for each timestep",
+            )
+            falls = all(1 > a > b >= 0 for a, b in pairwise(table)) if len(table) > 1 else 0 < table[0] < 1
+            _check(falls, "ScheduleConfig.alpha_bar: not a noise schedule, which falls from below 1 towards 0")
+            _check(not self.zero_snr, "ScheduleConfig: zero_snr rescales betas, alpha_bar is used as it is: give one")
+        to_noise = self.zero_snr or (self.alpha_bar is not None and self.alpha_bar[-1] < 1e-7)
+        _check(
+            not to_noise or self.prediction == "v",
+            "ScheduleConfig: at zero terminal SNR nothing of the picture is left, so eps says nothing about it: "
+            "prediction must be v",
+        )
 
 
 @dataclass(frozen=True)

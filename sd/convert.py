@@ -1,14 +1,14 @@
-"""Which model a file holds, its weights under our names and back, and strict, counted loading.
+"""A file's weights under our names, complete or refused; and strict, counted loading.
 
-`keys.py` says where each weight lies; here it is looked up. Everything that a network needs must be there in the
-right shape, and everything that is there must be used or be on the short list of what is known to be superfluous:
-anything else is an error that names it. A 1x1 convolution and a linear layer hold the same numbers, so shapes are
-compared without trailing ones. A file of ours carries its config in the metadata.
+`layouts.py` says which names a file uses, `keys.py` where each weight lies; here it is looked up. Everything that a
+network needs must be there in the right shape, and everything that is there must be used or be on the short list of
+what is known to be superfluous: anything else is an error that names it. A 1x1 convolution and a linear layer hold the
+same numbers, so shapes are compared without trailing ones. The way back is in export.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -16,25 +16,32 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .checkpoint import CheckpointError, shapes
-from .config import MODELS, SD1, SD1_INPAINT, SD2_INPAINT, Config
-from .keys import CLIP, CLIP_OLD, EMA, OPENCLIP, UNET, Source, ema_key, original_sources, own_sources
+from .config import Config
+from .detect import identify
+from .keys import EMA, Source
+from .layouts import AVERAGE, EXTRA, NETWORKS, TOKENS, find_layouts, usual_layout
 from .text_encoder import TextEncoder
 from .unet import UNet
 from .vae import VAE
 
-TOKENS = "token.weight"  # the text encoder's table of tokens
-CONFIG_KEY = "sd.config"  # where the metadata of a file of ours holds the config
 WEIGHTS = ("auto", "raw", "ema")  # which of the two sets of U-Net weights a training checkpoint may hold
+NAMES = {"text_encoder": "text encoder", "vae": "vae", "unet": "U-Net", AVERAGE: "moving average (EMA) of the U-Net"}
+FLAGS = {"text_encoder": "--text-encoder", "vae": "--vae"}  # what gives a network that a file lacks
 
 # What a checkpoint may hold besides the weights of the three networks. Anything else is an error.
-IGNORED_PREFIXES = (EMA, "loss.", "first_stage_model.loss.", "first_stage_model.model_ema.", "embedding_manager.")
-IGNORED_SUFFIXES = (".position_ids", ".logit_scale", ".text_projection", ".attn_mask")
+IGNORED_PREFIXES = (
+    EMA, EXTRA, f"{AVERAGE}.", "loss.", "first_stage_model.loss.", "first_stage_model.model_ema.", "vae.loss.",
+    "embedding_manager.", "cond_stage_model.model.visual.", "visual.", "vision_model.", "safety_checker.", "edm_",
+    "denoiser.", "optimizer_states", "lr_schedulers",
+)  # fmt: skip
+IGNORED_SUFFIXES = ("position_ids", "logit_scale", "text_projection", "text_projection.weight", "attn_mask")
 IGNORED_KEYS = frozenset(
     {
         *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
         *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"),
         *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
-        *("logvar", "lvlb_weights", "scale_factor"),
+        *("logvar", "lvlb_weights", "scale_factor", "v_pred", "ztsnr", "global_step", "epoch", "lr", "num_updates"),
+        "visual_projection.weight",
     }
 )
 
@@ -53,60 +60,6 @@ def build(config: Config) -> dict[str, nn.Module]:
     """The three networks of a config on the meta device: shapes without memory, nothing initialised."""
     with torch.device("meta"), _SkipInit():
         return {"text_encoder": TextEncoder(config.text), "vae": VAE(config.vae), "unet": UNet(config.unet)}
-
-
-def detect(tensors: Mapping[str, Tensor]) -> Config:
-    """Which model a checkpoint holds, from its metadata or the names and shapes of its weights.
-
-    Raises CheckpointError for models that this project does not run, by name, and for SD 2.x U-Nets with 4 channels:
-    base (which predicts eps) and 768-v have the same shapes, so it must be said which one it is.
-    """
-    written = getattr(tensors, "metadata", {}).get(CONFIG_KEY)
-    if written is not None:
-        try:
-            return Config.from_json(written)
-        except ValueError as error:
-            raise CheckpointError(f"the file's own model config is damaged: {error}") from None
-    found = shapes(tensors)
-    if any(key.startswith("conditioner.embedders.1.") for key in found):
-        raise CheckpointError("this is an SDXL checkpoint, which is not supported: Stable Diffusion 1.x and 2.x are")
-    if "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight" in found or any(
-        "double_blocks.0." in key for key in found
-    ):
-        raise CheckpointError(
-            "this is an SD3 or Flux checkpoint, which is not supported: Stable Diffusion 1.x and 2.x are"
-        )
-    if any("lora_" in key or ".lora" in key for key in found):
-        raise CheckpointError("this is a LoRA file: an addition to a checkpoint, not a checkpoint")
-    first = found.get(UNET + "input_blocks.0.0.weight")
-    widths = {shape[1] for key, shape in found.items() if key.endswith(".attn2.to_k.weight") and len(shape) == 2}
-    if first is None and any(key.startswith(("down_blocks.", "unet.down_blocks.")) for key in found):
-        raise CheckpointError(
-            "a U-Net in the layout of diffusers, which is not supported yet: give the single-file checkpoint"
-        )
-    if first is None or len(first) != 4 or len(widths) != 1:
-        some = ", ".join(list(found)[:3])
-        raise CheckpointError(
-            f"no Stable Diffusion U-Net in the original layout ({UNET}...) among its {len(found)} tensors ({some}, ...)"
-        )
-    channels, context = first[1], widths.pop()
-    others = {5: "a depth-to-image", 7: "an upscaling", 8: "an instruct-pix2pix"}
-    if channels in others:
-        raise CheckpointError(f"this is {others[channels]} model ({channels} input channels), which is not supported")
-    if context == 2048:
-        raise CheckpointError("this is an SDXL checkpoint, which is not supported: Stable Diffusion 1.x and 2.x are")
-    if (channels, context) == (4, 1024):
-        raise CheckpointError(
-            "an SD 2.x checkpoint: base and 768-v cannot be told apart by their keys, so say which it is "
-            "(config=SD2 or SD2_V, --model sd2 or sd2-v)"
-        )
-    known = {(4, 768): SD1, (9, 768): SD1_INPAINT, (9, 1024): SD2_INPAINT}
-    if (channels, context) not in known or first[0] != SD1.unet.channels[0]:
-        raise CheckpointError(
-            f"a U-Net of an unknown kind ({first[0]} wide, {channels} input channels, context {context}): "
-            f"if it is one of {', '.join(MODELS)}, say so (--model)"
-        )
-    return known[channels, context]
 
 
 class StateDict(Mapping[str, Tensor]):
@@ -133,39 +86,82 @@ class StateDict(Mapping[str, Tensor]):
         return len(self._sources)
 
 
-def convert(tensors: Mapping[str, Tensor], config: Config | None = None, weights: str = "auto") -> dict[str, StateDict]:
+def convert(
+    tensors: Mapping[str, Tensor],
+    config: Config | None = None,
+    weights: str = "auto",
+    parts: Collection[str] = NETWORKS,
+) -> dict[str, StateDict]:
     """Checkpoint -> {"text_encoder", "vae", "unet"}: state dicts under our names, complete and of the right shapes.
 
-    tensors   a `Checkpoint` (nothing is read until a weight is asked for) or any mapping of names to tensors, in the
-              original layout or ours
-    config    what the file holds; found out by `detect` if not given
+    tensors   a `Checkpoint` (nothing is read until a weight is asked for) or any mapping of names to tensors, in any
+              of the layouts of layouts.py
+    config    what the file holds; found out by `identify` if not given
     weights   a training checkpoint may hold the U-Net twice: as trained ("raw") and as moving average ("ema").
-              "auto" takes raw, as the original's inference and other tools do, and ema where there is no raw U-Net
+              "auto" takes what other tools take: raw from a file, ema from a diffusers folder, and the one there is
+              where there is only one
+    parts     the networks wanted, of `NETWORKS` and "unet_ema", the moving average beside the U-Net; what the file says
+              about others is not looked at
 
     Raises CheckpointError that names what is missing, superfluous or misshapen, and how many.
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f"unknown weights {weights!r}, expected one of {', '.join(WEIGHTS)}")
-    config = config or detect(tensors)
-    found = shapes(tensors)
-    expected = {network: shapes(module.state_dict()) for network, module in build(config).items()}
-    if "unet.conv_in.weight" in found:
-        sources = own_sources(expected)
-    else:
-        old = CLIP_OLD + "embeddings.token_embedding.weight" in found
-        sources = original_sources(config, expected, CLIP_OLD if old else CLIP)
-    used = {source.key for table in sources.values() for source in table.values()}
-    ema = {key: Source(ema_key(source.key)) for key, source in sources["unet"].items()}
-    has_ema = all(source.key in found for source in ema.values())
-    if weights == "ema" and not has_ema:
-        raise CheckpointError("no moving average (EMA) of the U-Net in this file: use weights auto or raw (--weights)")
-    if weights == "ema" or (weights == "auto" and has_ema and sources["unet"]["conv_out.weight"].key not in found):
-        sources["unet"] = ema
-    _check_complete(found, sources, expected)
-    extra = [key for key in found if key not in used and not _ignored(key, config)]
+    config = config or identify(tensors).config
+    found, layouts = shapes(tensors), find_layouts(tensors)
+    of_unet = choose_weights(tensors, weights) if "unet" in parts else "unet"
+    expected = {name: shapes(module.state_dict()) for name, module in build(config).items()}
+    expected[AVERAGE] = expected["unet"]
+    tables = {name: layout.sources(config, expected[name]) for name, layout in layouts.items()}
+    used = {source.key for table in tables.values() for source in table.values()}
+    wanted = {part: of_unet if part == "unet" else part for part in parts}
+    for name in wanted.values():
+        if name not in tables:
+            tables[name] = usual_layout(name, config).sources(config, expected[name])
+    _check_complete(found, {name: tables[name] for name in wanted.values()}, expected)
+    others = [layout.prefix for name, layout in layouts.items() if name not in wanted.values() and layout.prefix]
+    others += [usual_layout(name, config).prefix for name in NETWORKS if name not in parts]
+    text = layouts.get("text_encoder")
+    extra = [
+        key
+        for key in found
+        if key not in used
+        and not key.startswith(tuple(others))
+        and not ignored(key)
+        and not (text is not None and text.unrun_layer(key, config.text.layers))
+    ]
     if extra:
         raise CheckpointError(f"{_count(extra)} in the file that {config.name} does not have: {_listed(extra)}")
-    return {network: StateDict(tensors, sources[network], expected[network]) for network in sources}
+    return {part: StateDict(tensors, tables[name], expected[name]) for part, name in wanted.items()}
+
+
+def choose_weights(tensors: Mapping[str, Tensor], weights: str = "auto") -> str:
+    """Which of a file's U-Nets `weights` ("auto", "raw", "ema") means: "unet", as trained, or "unet_ema", the average.
+
+    Raises CheckpointError where there is no moving average, or nothing else.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"unknown weights {weights!r}, expected one of {', '.join(WEIGHTS)}")
+    layouts = find_layouts(tensors)
+    if weights == "ema" and AVERAGE not in layouts:
+        raise CheckpointError("no moving average (EMA) of the U-Net in this file: use weights auto or raw (--weights)")
+    if weights == "raw" and "unet" not in layouts and AVERAGE in layouts:
+        raise CheckpointError("of the U-Net only the moving average (EMA) is in this file: use weights auto or ema")
+    if AVERAGE not in layouts or weights == "raw":
+        return "unet"
+    folder = getattr(tensors, "kind", None) == "diffusers folder"  # whose main file diffusers takes: the average
+    return AVERAGE if weights == "ema" or folder or "unet" not in layouts else "unet"
+
+
+def describe_weights(tensors: Mapping[str, Tensor], weights: str = "auto") -> str:
+    """Which of a file's two U-Nets is taken, in one line; empty where there is no choice."""
+    layouts = find_layouts(tensors)
+    if AVERAGE not in layouts:
+        return ""
+    taken = choose_weights(tensors, weights)
+    if "unet" not in layouts:
+        return "U-Net: its moving average (EMA), the only one in the file"
+    if taken == AVERAGE:
+        return "U-Net: its moving average (EMA); --weights raw takes it as trained"
+    return "U-Net: as trained (raw); --weights ema takes its moving average"
 
 
 def _check_complete(
@@ -173,13 +169,12 @@ def _check_complete(
     sources: Mapping[str, Mapping[str, Source]],
     expected: Mapping[str, Mapping[str, tuple[int, ...]]],
 ) -> None:
-    missing, misshapen = [], []
+    missing, misshapen, absent = [], [], []
     for network, table in sources.items():
         gone = [source.key for source in table.values() if source.key not in found]
         if len(gone) == len(table):
-            raise CheckpointError(
-                f"the file has no {network.replace('_', ' ')}: none of its {len(gone)} weights is there"
-            )
+            absent.append(network)
+            continue
         missing += gone
         for key, source in table.items():
             want, have = expected[network][key], found.get(source.key)
@@ -189,6 +184,10 @@ def _check_complete(
                 have = (want[0], have[1])  # fine-tuning added words behind CLIP's own, which nothing here types
             if have is not None and _squeezed(have) != _squeezed(want):
                 misshapen.append(f"{source.key} is {_shape(have)}, expected {_shape(want)}")
+    if absent:
+        names = " and ".join(f"no {NAMES[network]}" for network in absent)
+        flags = " and ".join(FLAGS[network] for network in absent if network in FLAGS)
+        raise CheckpointError(f"the file has {names}" + (f": give it with {flags}" if flags else ""))
     if missing:
         total = sum(map(len, sources.values()))
         raise CheckpointError(f"{_count(missing)} of {total} missing from the file: {_listed(missing)}")
@@ -202,15 +201,9 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _ignored(key: str, config: Config) -> bool:
-    if key in IGNORED_KEYS or key.startswith(IGNORED_PREFIXES) or key.endswith(IGNORED_SUFFIXES):
-        return True
-    # layers of the text encoder behind the last one that is run
-    for prefix in (CLIP + "encoder.layers.", CLIP_OLD + "encoder.layers.", OPENCLIP + "transformer.resblocks."):
-        number = key.removeprefix(prefix).partition(".")[0]
-        if key.startswith(prefix) and number.isdecimal() and int(number) >= config.text.layers:
-            return True
-    return False
+def ignored(key: str) -> bool:
+    """Whether a key is on the list of what checkpoints may hold that no network needs."""
+    return key in IGNORED_KEYS or key.startswith(IGNORED_PREFIXES) or key.endswith(IGNORED_SUFFIXES)
 
 
 def _count(keys: list[str]) -> str:
@@ -223,31 +216,6 @@ def _listed(keys: list[str], separator: str = ", ") -> str:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "a scalar"
-
-
-def to_original(states: Mapping[str, Mapping[str, Tensor]], config: Config) -> dict[str, Tensor]:
-    """The way back: per-network state dicts under our names -> one state dict in the original layout.
-
-    Weights are bit-identical; Stable Diffusion 1.x gets the `position_ids` that old tools insist on.
-    """
-    out: dict[str, Tensor] = {}
-    for network, table in original_sources(config, states).items():
-        fused: dict[str, list[Tensor]] = {}
-        for key, source in table.items():
-            tensor = states[network][key]
-            if source.third is None:
-                out[source.key] = tensor.reshape(tensor.shape + (1,) * source.ones)
-            else:
-                fused.setdefault(source.key, []).append(tensor)  # q, k, v in this order in the network
-        out |= {key: torch.cat(parts) for key, parts in fused.items()}
-    if config.text.activation == "quick_gelu":
-        out[CLIP + "embeddings.position_ids"] = torch.arange(config.text.length).unsqueeze(0)
-    return out
-
-
-def to_own(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Per-network state dicts -> one flat state dict in our layout."""
-    return {f"{network}.{key}": tensor for network, state in states.items() for key, tensor in state.items()}
 
 
 def load_weights(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +28,33 @@ def new_file(path: Path) -> Iterator[Path]:
             if path.exists():
                 raise exists(path) from None
             os.rename(partial, path)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill; at the end of the `with` block it gets the name `path`.
+
+    Raises FileExistsError if there is something of that name. If the block fails, nothing is left behind.
+    """
+    if path.exists():
+        raise exists(path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    partial.mkdir()
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _to_disk(file, 0o666 & ~_umask(partial))
+        if path.exists():  # a rename would put an empty folder aside
+            raise exists(path)
+        os.rename(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask(folder: Path) -> int:
+    """Which rights new files do not get, seen on a folder that was just made."""
+    return 0o777 & ~stat.S_IMODE(os.stat(folder).st_mode)
 
 
 @contextmanager

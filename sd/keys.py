@@ -68,6 +68,9 @@ OPENCLIP_BLOCK: Rules = {
 }  # fmt: skip
 DIFFUSERS_RESBLOCK: Rules = SAME_NAMES | {"skip": "conv_shortcut", "time": "time_emb_proj"}
 DIFFUSERS_VAE_ATTENTION: Rules = {"norm": "group_norm"} | {f"attn.{a}": b for a, b in PROJECTIONS.items()}
+OLD_VAE_ATTENTION: Rules = {  # diffusers before 0.18 (2023)
+    "norm": "group_norm", "attn.q": "query", "attn.k": "key", "attn.v": "value", "attn.out": "proj_attn",
+}  # fmt: skip
 THIS: Rules = {"": ""}  # a block that is one layer
 
 # layers that are linear here and may be 1x1 convolutions elsewhere
@@ -138,7 +141,7 @@ def clip_places(config: Config) -> Iterator[Place]:
 
 
 def openclip_places(config: Config) -> Iterator[Place]:
-    """OpenCLIP's text encoder. Its fused q, k, v and its bare position table are added in `original_sources`."""
+    """OpenCLIP's text encoder. Its fused q, k, v and its bare position table are added in `text_sources`."""
     yield "token", "token_embedding", THIS
     yield "norm", "ln_final", THIS
     for i in range(config.text.layers):
@@ -167,8 +170,8 @@ def diffusers_unet_places(config: Config) -> Iterator[Place]:
             yield f"up.{level}.up.conv", f"{up}.upsamplers.0.conv", THIS
 
 
-def diffusers_vae_places(config: Config) -> Iterator[Place]:
-    """The VAE's blocks in diffusers' AutoencoderKL."""
+def diffusers_vae_places(config: Config, attention: Rules = DIFFUSERS_VAE_ATTENTION) -> Iterator[Place]:
+    """The VAE's blocks in diffusers' AutoencoderKL; its attention has had two sets of names."""
     cfg = config.vae
     last = len(cfg.channels) - 1
     yield from (("quant", "quant_conv", THIS), ("post_quant", "post_quant_conv", THIS))
@@ -177,7 +180,7 @@ def diffusers_vae_places(config: Config) -> Iterator[Place]:
             yield f"{half}.{ours}", f"{half}.{theirs}", THIS
         for i in range(2):
             yield f"{half}.mid.res.{i}", f"{half}.mid_block.resnets.{i}", DIFFUSERS_RESBLOCK
-        yield f"{half}.mid.attn", f"{half}.mid_block.attentions.0", DIFFUSERS_VAE_ATTENTION
+        yield f"{half}.mid.attn", f"{half}.mid_block.attentions.0", attention
         for level in range(last + 1):
             ours = f"{half}.{direction}.{level}"
             theirs = f"{half}.{direction}_blocks.{level if direction == 'down' else last - level}"
@@ -196,34 +199,74 @@ def _layers(places: Iterable[Place], prefix: str = "") -> dict[str, str]:
     }
 
 
+def text_sources(layout: str, config: Config, prefix: str) -> Callable[[str], Source]:
+    """Where a weight of the text encoder lies, by our key. `layout` "clip" (Hugging Face's names) or "openclip"."""
+    places = openclip_places if layout == "openclip" else clip_places
+    plain = _sources(_layers(places(config), prefix))
+    if layout == "clip":
+        return plain
+
+    def source(key: str) -> Source:
+        layer, _, leaf = key.rpartition(".")
+        block, _, name = layer.rpartition(".attn.")
+        if layer == "position":
+            return Source(prefix + "positional_embedding")
+        if name in ("q", "k", "v"):
+            return Source(f"{prefix}transformer.res{block}.attn.in_proj_{leaf}", third="qkv".index(name))
+        return plain(key)
+
+    return source
+
+
+def vae_sources(layout: str, config: Config, prefix: str) -> Callable[[str], Source]:
+    """The same for the VAE. `layout` "original", "diffusers", or "diffusers-old" (before its version 0.18)."""
+    if layout == "original":
+        return _sources(_layers(vae_places(config), prefix), VAE_POINTWISE)
+    attention = OLD_VAE_ATTENTION if layout == "diffusers-old" else DIFFUSERS_VAE_ATTENTION
+    return _sources(_layers(diffusers_vae_places(config, attention), prefix))
+
+
+def unet_sources(layout: str, config: Config, prefix: str) -> Callable[[str], Source]:
+    """The same for the U-Net. `layout` "original", "diffusers", or "ema", the moving average in an original file."""
+    pointwise = () if is_openclip(config) else UNET_POINTWISE
+    if layout == "diffusers":
+        return _sources(_layers(diffusers_unet_places(config), prefix), pointwise)
+    if layout == "original":
+        return _sources(_layers(unet_places(config), prefix), pointwise)
+    raw = _sources(_layers(unet_places(config), UNET), pointwise)
+
+    def source(key: str) -> Source:
+        return raw(key)._replace(key=prefix + ema_key(raw(key).key).removeprefix(EMA))
+
+    return source
+
+
+def sources(network: str, layout: str, config: Config, prefix: str, keys: Iterable[str]) -> dict[str, Source]:
+    """Where each of our weights `keys` of a network ("text_encoder", "vae", "unet") lies in a layout.
+
+    layout   "own", or one that the network's function above knows
+    prefix   what stands before every key there
+    """
+    if layout == "own":
+        return {key: Source(prefix + key) for key in keys}
+    source = {"text_encoder": text_sources, "vae": vae_sources, "unet": unet_sources}[network](layout, config, prefix)
+    return {key: source(key) for key in keys}
+
+
 def original_sources(
     config: Config, keys: Mapping[str, Iterable[str]], text_prefix: str | None = None
 ) -> dict[str, dict[str, Source]]:
     """Per network, where each of our weights lies in an original checkpoint of this config.
 
     keys         per network ("text_encoder", "vae", "unet"), our names of its weights
-    text_prefix  overrides the prefix of CLIP's keys; which text encoder it is follows its activation (OpenCLIP has the
-                 exact GELU)
+    text_prefix  overrides the prefix of CLIP's keys
     """
-    openclip = _is_openclip(config)
-    places, prefix = (openclip_places, OPENCLIP) if openclip else (clip_places, text_prefix or CLIP)
-    text = _sources(_layers(places(config), prefix))
-
-    def text_source(key: str) -> Source:
-        layer, _, leaf = key.rpartition(".")
-        block, _, name = layer.rpartition(".attn.")
-        if openclip and layer == "position":
-            return Source(OPENCLIP + "positional_embedding")
-        if openclip and name in ("q", "k", "v"):
-            return Source(f"{OPENCLIP}transformer.res{block}.attn.in_proj_{leaf}", third="qkv".index(name))
-        return text(key)
-
-    sources = {
-        "text_encoder": text_source,
-        "vae": _sources(_layers(vae_places(config), VAE), VAE_POINTWISE),
-        "unet": _sources(_layers(unet_places(config), UNET), () if openclip else UNET_POINTWISE),
+    text = ("openclip", OPENCLIP) if is_openclip(config) else ("clip", text_prefix or CLIP)
+    where = {"text_encoder": text, "vae": ("original", VAE), "unet": ("original", UNET), "unet_ema": ("ema", EMA)}
+    return {
+        network: sources(network.removesuffix("_ema"), where[network][0], config, where[network][1], names)
+        for network, names in keys.items()
     }
-    return {network: {key: source(key) for key in keys[network]} for network, source in sources.items()}
 
 
 def diffusers_sources(config: Config, keys: Mapping[str, Iterable[str]]) -> dict[str, dict[str, Source]]:
@@ -232,15 +275,14 @@ def diffusers_sources(config: Config, keys: Mapping[str, Iterable[str]]) -> dict
     These are UNet2DConditionModel, AutoencoderKL and transformers 5's CLIPTextModel, which serves OpenCLIP too; earlier
     versions of it put "text_model." before every key. `keys` as for `original_sources`.
     """
-    sources = {
-        "text_encoder": _sources(_layers(clip_places(config))),
-        "vae": _sources(_layers(diffusers_vae_places(config))),
-        "unet": _sources(_layers(diffusers_unet_places(config)), () if _is_openclip(config) else UNET_POINTWISE),
+    layout = {"text_encoder": "clip"}
+    return {
+        network: sources(network, layout.get(network, "diffusers"), config, "", names)
+        for network, names in keys.items()
     }
-    return {network: {key: source(key) for key in keys[network]} for network, source in sources.items()}
 
 
-def _is_openclip(config: Config) -> bool:
+def is_openclip(config: Config) -> bool:
     """Whether this is Stable Diffusion 2.x: OpenCLIP has the exact GELU; its U-Net has no pointwise convolutions."""
     return config.text.activation == "gelu"
 
@@ -253,11 +295,6 @@ def _sources(layers: Mapping[str, str], pointwise: tuple[str, ...] = ()) -> Call
         return Source(f"{layers[layer]}.{leaf}", ones=2 if leaf == "weight" and layer.endswith(pointwise) else 0)
 
     return source
-
-
-def own_sources(keys: Mapping[str, Iterable[str]]) -> dict[str, dict[str, Source]]:
-    """The same for a file that this project wrote."""
-    return {network: {key: Source(f"{network}.{key}") for key in names} for network, names in keys.items()}
 
 
 def ema_key(key: str) -> str:

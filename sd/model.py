@@ -8,20 +8,25 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .checkpoint import CheckpointError, load_checkpoint
+from .checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from .config import Config
-from .convert import build, convert, detect, load_weights
+from .convert import build, convert, describe_weights, load_weights
 from .denoiser import Denoiser, Network, with_channels
+from .detect import CONFIG_KEY, Identity, damaged_position_ids, identify, predicting, probe
 from .device import best_dtype, dtype_name, find_device, find_dtype
+from .diffusers_config import vae_from_diffusers
 from .image import to_pil, to_tensor
 from .inpainting import conditioning
+from .layouts import NETWORKS
 from .resources import resource
 from .samplers import Denoise, Noise, Sampler, Step
 from .schedule import Level, Schedule
@@ -44,17 +49,51 @@ def named(path: str | os.PathLike[str], error: ValueError) -> ValueError:
     return error if message.startswith(str(path)) else CheckpointError(f"{path}: {message}")
 
 
-def check_schedule(tensors: Mapping[str, Tensor], config: Config) -> None:
-    """Warn if the file was trained with another noise schedule than the config's, as zero-terminal-SNR models are."""
-    if "alphas_cumprod" not in tensors:
-        return
-    theirs, ours = tensors["alphas_cumprod"].double(), torch.from_numpy(Schedule(config.schedule).alpha_bar)
-    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, atol=1e-3):  # as float16 rounds them
-        warnings.warn(
-            "this checkpoint was trained with another noise schedule (alphas_cumprod), which is not supported: its "
-            "pictures will be off",
-            stacklevel=3,
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Put the file's name in front of whatever is wrong with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise named(path, error) from None
+
+
+def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
+    """The config with the VAE or text encoder that another file holds, where that says what it is."""
+    written, folder = tensors.metadata.get(CONFIG_KEY), tensors.configs.get(network)
+    if network == "vae" and written is not None:
+        return replace(config, vae=Config.from_json(written).vae)
+    if network == "vae" and folder is not None:
+        return replace(config, vae=vae_from_diffusers(folder))
+    return config
+
+
+def like(known: Config, config: Config) -> Config:
+    """The config with the name, native size and schedule of another one, whose parts may be others."""
+    return replace(config, name=known.name, size=known.size, schedule=known.schedule)
+
+
+def probed(found: Identity, unet: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Identity:
+    """What a U-Net predicts about which nothing is said: asked of itself."""
+    answer = probe(unet, found.config, next(unet.parameters()))
+    if answer is None:
+        return replace(found, reason=f"{found.reason}, and run once it gave NaN; --prediction says it")
+    config = predicting(found.config, answer)
+    return Identity(
+        config, reason=f"{found.reason}; run once, its U-Net answers as such models do (--prediction overrides)"
+    )
+
+
+def describe(tensors: Checkpoint, found: Identity, weights: str) -> list[str]:
+    """What was found out about a file and chosen, one line each."""
+    lines = [f"predicts {found.config.schedule.prediction}: {found.reason}"] if found.reason else []
+    if taken := describe_weights(tensors, weights):
+        lines.append(taken)
+    if damaged := damaged_position_ids(tensors):
+        lines.append(
+            f"{damaged} is damaged, as merging does; it is not used here, but other programs may misread prompts"
         )
+    return lines
 
 
 class Steps(Iterator[Step]):
@@ -75,8 +114,11 @@ class Steps(Iterator[Step]):
 class Model:
     """The three networks of a checkpoint with their tokenizer and schedule, on one device in one precision."""
 
-    def __init__(self, config: Config, text_encoder: TextEncoder, vae: VAE, unet: UNet) -> None:
+    def __init__(
+        self, config: Config, text_encoder: TextEncoder, vae: VAE, unet: UNet, about: Sequence[str] = ()
+    ) -> None:
         self.config = config
+        self.about = tuple(about)  # what was found out and chosen in loading, one line each
         self.tokenizer = Tokenizer(length=config.text.length, pad=config.text.pad)
         self.text_encoder, self.vae, self.unet = text_encoder, vae, unet
         self.schedule = Schedule(config.schedule)
@@ -92,36 +134,55 @@ class Model:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         weights: str = "auto",
+        prediction: str | None = None,
+        vae: str | os.PathLike[str] | None = None,
+        text_encoder: str | os.PathLike[str] | None = None,
+        variant: str | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> Self:
-        """Load a checkpoint: original layout or ours, .ckpt or .safetensors; the embedded model if none is given.
+        """Load a checkpoint: a file in the original layout or ours, a diffusers folder; the embedded model if none.
 
-        config    which model it is; found out from the file if not given (`detect`)
-        device    "cuda", "cpu", "mps", ...; the best there is if not given
-        dtype     "float32", "float16", "bfloat16" or a torch dtype; the best for the device if not given
-        weights   "auto", "raw" or "ema": which of a training checkpoint's two U-Nets (`convert`)
-        progress  is told (numbers in this weight, numbers in all) after each weight is read
+        config        which model it is; found out from the file if not given (`identify`)
+        device        "cuda", "cpu", "mps", ...; the best there is if not given
+        dtype         "float32", "float16", "bfloat16" or a torch dtype; the best for the device if not given
+        weights       "auto", "raw" or "ema": which of a training checkpoint's two U-Nets (`convert`)
+        prediction    "eps" or "v": what the U-Net predicts; found out if not given
+        vae           another file or folder to take the VAE from: a VAE alone, or a whole checkpoint
+        text_encoder  the same for the text encoder
+        variant       of a diffusers folder: "fp16", ..., the files named so
+        progress      is told (numbers in this weight, numbers in all) after each weight is read
 
-        Raises CheckpointError, in one line, for files that are not a checkpoint, are damaged, dangerous, or hold
-        something else; ValueError for a device or precision that is not there.
+        What was found out and chosen is in `about`. Raises CheckpointError, in one line, for files that are not a
+        checkpoint, are damaged, dangerous, or hold something else; ValueError for a device or precision that is not
+        there.
         """
         device = find_device(device)
         dtype = find_dtype(dtype) if dtype is not None else best_dtype(device)
         path = resource(EMBEDDED) if path is None else path
-        with load_checkpoint(path) as checkpoint:
-            try:
-                config = config or detect(checkpoint)
-                states = convert(checkpoint, config, weights)
-                networks = build(config)
-                total = sum(math.prod(w.shape) for net in networks.values() for w in net.state_dict().values())
-                for name, network in networks.items():
+        others = {name: other for name, other in (("vae", vae), ("text_encoder", text_encoder)) if other is not None}
+        with ExitStack() as files:
+            main = files.enter_context(load_checkpoint(path, variant))
+            opened = {name: files.enter_context(load_checkpoint(other, variant)) for name, other in others.items()}
+            with naming(path):
+                found = identify(main, config, prediction)
+                states = convert(main, found.config, weights, [name for name in NETWORKS if name not in others])
+            config = found.config
+            for name, file in opened.items():
+                with naming(others[name]):
+                    config = with_part(config, name, file)
+                    states |= convert(file, config, parts=[name])
+            networks = build(config)
+            total = sum(math.prod(w.shape) for net in networks.values() for w in net.state_dict().values())
+            for name, network in networks.items():
+                with naming(others.get(name, path)):
                     load_weights(
                         network, states[name], device, dtype, lambda n: progress(n, total) if progress else None
                     )
-                check_schedule(checkpoint, config)
-            except ValueError as error:
-                raise named(path, error) from None
-        return cls(config, **networks)
+            if not found.decided:
+                found = probed(found, networks["unet"])
+                config = like(found.config, config)
+            about = [*main.notes, *describe(main, found, weights)]
+        return cls(config, **networks, about=about)
 
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
         """Texts -> context (B, M, D). What does not fit into M tokens is cut, with a warning that says what."""

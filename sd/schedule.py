@@ -39,6 +39,8 @@ class Level(NamedTuple):
 CLEAN = Level(t=-1.0, alpha=1.0, sigma=0.0)  # one step before timestep 0, as alphas_cumprod_prev of the original has it
 
 SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential")
+# Samplers divide by alpha: a schedule that ends in noise alone ends here, at sigma / alpha = 4519, as in other tools.
+MIN_ALPHA_BAR = 4.8973451890853435e-08
 KARRAS_RHO = 7.0  # Karras et al. 2022, "Elucidating the design space", eq. 5 and table 1
 
 
@@ -53,6 +55,18 @@ def ratios(n: int, low: float, high: float, rho: float) -> list[float]:
     return [(high ** (1 / rho) + part * (low ** (1 / rho) - high ** (1 / rho))) ** rho for part in parts]
 
 
+def to_zero_snr(alpha_bar: np.ndarray) -> np.ndarray:
+    """A schedule (steps,) stretched so that it ends in noise alone: Lin et al. 2024, algorithm 1.
+
+    "Common diffusion noise schedules and sample steps are flawed": alpha is shifted to end at 0 and scaled to begin
+    where it did.
+    """
+    alpha = np.sqrt(alpha_bar)
+    if len(alpha) < 2:
+        return alpha_bar
+    return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+
+
 class Schedule:
     """Noise levels of one `ScheduleConfig`."""
 
@@ -60,8 +74,13 @@ class Schedule:
         self.config = config or ScheduleConfig()
         # "scaled linear" of diffusers, which the original calls "linear": the square roots are evenly spaced
         roots = np.linspace(self.config.beta_start**0.5, self.config.beta_end**0.5, self.config.steps)
-        self.betas = roots**2
-        self.alpha_bar = np.cumprod(1.0 - self.betas)
+        alpha_bar = np.cumprod(1.0 - roots**2)
+        if self.config.alpha_bar is not None:
+            alpha_bar = np.array(self.config.alpha_bar)
+        elif self.config.zero_snr:
+            alpha_bar = to_zero_snr(alpha_bar)
+        self.alpha_bar = np.maximum(alpha_bar, MIN_ALPHA_BAR)
+        self.betas = 1.0 - self.alpha_bar / np.append(1.0, self.alpha_bar[:-1])
         self._log_ratio = 0.5 * np.log((1.0 - self.alpha_bar) / self.alpha_bar)  # ln(sigma / alpha), rising with t
 
     @property

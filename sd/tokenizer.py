@@ -245,6 +245,11 @@ class Tokenizer:
                 text += b" " * (symbols != self._tokens[i])
         return text.decode("utf-8", errors="replace").rstrip(" ")
 
+    def tables(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
+        """The vocabulary and the merges in their order, as other programs' tokenizers are given them."""
+        merges = [(self._tokens[pair >> 16], self._tokens[pair & 0xFFFF]) for pair in self._merges]
+        return dict(self.vocab), merges
+
     def cut(self, text: str) -> tuple[int, str]:
         """What of a text the model will not see: (the number of tokens that do not fit, their text), or (0, "")."""
         return self._tail(self.encode(text))

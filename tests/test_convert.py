@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from sd import StableDiffusion
 from sd.checkpoint import CheckpointError, load_checkpoint
 from sd.config import SD1, SD1_INPAINT, SD2_INPAINT
-from sd.convert import CONFIG_KEY, build, convert, detect, load_weights, to_original, to_own
+from sd.convert import build, convert, load_weights
+from sd.detect import CONFIG_KEY, detect
+from sd.export import to_original, to_own
 from sd.keys import UNET, original_sources
 from sd.layers import Attention
 
@@ -140,7 +142,6 @@ def v2() -> dict[str, torch.Tensor]:
         (with_channels(8), "pix2pix"),
         (v2(), "sd2-v"),
         ({"lora_unet_down_blocks_0.lora_up.weight": torch.empty(4, 4)}, "LoRA"),
-        ({"down_blocks.0.resnets.0.conv1.weight": torch.empty(3)}, "layout of diffusers"),
         ({"encoder.layer.0.weight": torch.empty(3)}, "no Stable Diffusion U-Net"),
         (tiny_state(), "unknown kind"),
         ({}, "no Stable Diffusion U-Net"),

@@ -129,19 +129,6 @@ def test_samplers_are_given_what_they_need(tiny_sd):
         tiny_sd.sample(denoise, x, levels, "ddpm", eta=0.5, noise=torch.randn_like)
 
 
-def test_another_noise_schedule_is_said(tmp_path):
-    """Silently wrong pictures are the worst kind: zero-terminal-SNR fine-tunes keep their schedule in the file."""
-    from sd.model import check_schedule
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check_schedule(tiny_state(), TINY)
-        check_schedule({key: tensor.half() for key, tensor in tiny_state().items()}, TINY)
-        check_schedule({}, TINY)
-    with pytest.warns(UserWarning, match="another noise schedule"):
-        check_schedule({"alphas_cumprod": torch.linspace(1, 0, 1000)}, TINY)
-
-
 @pytest.mark.gpu
 def test_peak_memory_of_a_picture_on_the_gpu():
     """float16 at 512x512: at most 2.6 GB, the weights being 2.13 of them."""

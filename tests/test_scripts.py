@@ -19,7 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from scripts import convert, img2img, inpaint, output, txt2img
-from sd.convert import CONFIG_KEY, to_own
+from sd.detect import CONFIG_KEY
+from sd.export import to_own
 
 ROOT = Path(__file__).resolve().parents[1]
 

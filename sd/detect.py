@@ -1,0 +1,380 @@
+"""Which model a file holds, and what its U-Net predicts: from what is said about it, else from the weights themselves.
+
+The sizes of a model show in the shapes of its weights. Whether its U-Net predicts the noise (eps) or the velocity (v)
+does not: Stable Diffusion 2.x base and 768-v have the same weights by name and shape, and taking one for the other
+gives brown noise. So it is asked for, in this order, and the answer comes with its reason:
+
+    what the caller says                                                        --model, --prediction
+    a file beside it of the same name, .yaml or .json                           parameterization: "v"
+    the folder's scheduler_config.json, the file's metadata or marker keys      prediction_type, v_pred, alphas_cumprod
+    the U-Net itself, run once (`probe`)                                        SD 2.x with 4 channels only
+    eps                                                                         everything else
+
+Other models are refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .checkpoint import CheckpointError, shapes
+from .config import MODELS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, Config, ScheduleConfig
+from .diffusers_config import from_diffusers, schedule_from_diffusers
+from .layouts import AVERAGE, TOKENS, Layout, find_layouts, first_convolution
+from .schedule import Schedule
+
+CONFIG_KEY = "sd.config"  # where the metadata of a file of ours holds the config
+PREDICTION_KEY = "modelspec.prediction_type"  # https://github.com/Stability-AI/ModelSpec
+PREDICTIONS = {
+    "v": "v", "velocity": "v", "v_prediction": "v", "v-prediction": "v", "vpred": "v", "v_pred": "v",
+    "eps": "eps", "epsilon": "eps", "noise": "eps",
+}  # fmt: skip
+MAX_SIDECAR = 1 << 20  # bytes
+
+# What others' files are, by a part of their keys; the first that fits. "^" is the beginning of a key, "$" its end.
+NOT_SUPPORTED = "which is not supported: Stable Diffusion 1.x and 2.x are"
+ADDITION = "an addition to a checkpoint, not a checkpoint"
+OTHERS: tuple[tuple[str, str], ...] = (
+    (r"bitsandbytes__|\.quant_state|\.absmax$|\.qweight$|\.scales$", "this file is quantised, which is not supported"),
+    (r"lora_|\.lora\.|_lora\.|\.hada_w|\.lokr_w|\.oft_", f"this is a LoRA, {ADDITION}: give it with --lora"),
+    (r"^emb_params$|^string_to_param|^clip_[lg]$", f"this is a textual inversion embedding, {ADDITION}"),
+    (r"^control_model\.|controlnet_|^adapter\.body|^input_hint_block", f"this is a ControlNet or adapter, {ADDITION}"),
+    (r"^image_proj\.|^ip_adapter\.", f"this is an IP-Adapter, {ADDITION}"),
+    (r"motion_modules\.", f"this is a motion module (AnimateDiff), {ADDITION}"),
+    (r"^conditioner\.embedders\.1\.|add_embedding\.linear_1", f"this is an SDXL model, {NOT_SUPPORTED}"),
+    (r"joint_blocks\.\d+\.|^transformer\.joint_", f"this is an SD3 model, {NOT_SUPPORTED}"),
+    (r"double_blocks\.\d+\.|single_transformer_blocks\.\d+\.", f"this is a Flux model, {NOT_SUPPORTED}"),
+    (r"time_stack\.|temporal_transformer_blocks", f"this is a video model, {NOT_SUPPORTED}"),
+    (r"^depth_model\.", f"this is a depth-to-image model, {NOT_SUPPORTED}"),
+    (r"^embedder\.model\.|^noise_augmentor\.", f"this is an unCLIP model, {NOT_SUPPORTED}"),
+    (r"^low_scale_model\.", f"this is an upscaling model, {NOT_SUPPORTED}"),
+    (r"^cond_stage_model\.transformer\.token_emb", f"this is LDM text2img-large, {NOT_SUPPORTED}"),
+    (r"^cond_stage_model\.roberta\.|\.roberta\.encoder", f"this is AltDiffusion, {NOT_SUPPORTED}"),
+    (r"^effnet\.|^prior\.|^generator\.down_blocks", f"this is a cascade, {NOT_SUPPORTED}"),
+    (r"^conv_first\.|^params_ema\.|^model\.0\.weight$", "this is an upscaler of pictures (ESRGAN)"),
+)  # fmt: skip
+OTHER_INPUTS = {5: "a depth-to-image", 7: "an upscaling", 8: "an instruct-pix2pix"}
+OTHER_CONTEXTS = {1280: "LDM text2img-large or an SDXL refiner", 2048: "an SDXL"}
+ALONE = {
+    frozenset({"vae"}): "a VAE alone: give it with --vae, beside a checkpoint (--ckpt)",
+    frozenset({"text_encoder"}): "a text encoder alone: give it with --text-encoder, beside a checkpoint (--ckpt)",
+    frozenset({"vae", "text_encoder"}): "a text encoder and a VAE, but no U-Net: give the checkpoint",
+}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which model a file holds.
+
+    config    all about it; if not `decided`, its prediction is a guess that `probe` should check
+    decided   whether something says what the U-Net predicts
+    reason    what says so; empty for a file of ours, which carries its config
+    """
+
+    config: Config
+    decided: bool = True
+    reason: str = ""
+
+
+def detect(tensors: Mapping[str, Tensor]) -> Config:
+    """Which model a checkpoint holds, from what is said about it or the names and shapes of its weights.
+
+    Raises CheckpointError for models that this project does not run, by name, and for SD 2.x U-Nets about which nothing
+    says whether they predict eps (base) or v (768-v): `StableDiffusion.load` runs such a one to see.
+    """
+    found = identify(tensors)
+    if not found.decided:
+        raise CheckpointError(
+            "an SD 2.x checkpoint: base and 768-v cannot be told apart by their keys, so say which it is "
+            "(config=SD2 or SD2_V, --model sd2 or sd2-v)"
+        )
+    return found.config
+
+
+def identify(tensors: Mapping[str, Tensor], config: Config | None = None, prediction: str | None = None) -> Identity:
+    """Which model a checkpoint holds, and what its U-Net predicts, with the reason.
+
+    tensors      a `Checkpoint`, of which only shapes and a small table are read, or any mapping
+    config       which model it is, if that is known; what it says about the noise schedule is taken as it is
+    prediction   "eps" or "v", if that is known
+
+    Raises CheckpointError for models that this project does not run, by name.
+    """
+    if prediction not in (None, "eps", "v"):
+        raise ValueError(f"unknown prediction {prediction!r}, expected eps or v")
+    if config is not None:
+        return _as_given(tensors, predicting(config, prediction))
+    metadata = getattr(tensors, "metadata", {})
+    written = metadata.get(CONFIG_KEY)
+    if written is not None:
+        try:
+            config = Config.from_json(written)
+        except ValueError as error:
+            raise CheckpointError(f"the file's own model config is damaged: {error}") from None
+        said, why = (prediction, "as given") if prediction else _beside(tensors)[:2]
+        return Identity(predicting(config, said), reason=why if said else "")
+    found = shapes(tensors)
+    configs = getattr(tensors, "configs", {})
+    _refuse_others(found)
+    layouts = find_layouts(found)
+    if "unet" in configs:
+        config = from_diffusers(configs)
+    _check_unet(found, layouts)
+    config = _with_vocabulary(config or _by_shapes(found, layouts), found, layouts)
+    return _decide(tensors, config, prediction, "unet" in configs)
+
+
+def _as_given(tensors: Mapping[str, Tensor], config: Config) -> Identity:
+    """The config that the caller gives; a noise schedule in the file takes the place of the usual one."""
+    _refuse_others(shapes(tensors))
+    reason = "as given"
+    if replace(config.schedule, prediction="eps") == ScheduleConfig(steps=config.schedule.steps):
+        try:
+            table, why = _stored_schedule(tensors, config.schedule)
+            config = replace(config, schedule=replace(config.schedule, **table))
+            reason += f"; {why}" if why else ""
+        except CheckpointError:
+            reason += "; the file's noise schedule is damaged and left out"
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+    return Identity(config, reason=reason)
+
+
+def predicting(config: Config, prediction: str | None) -> Config:
+    """The config with this prediction, under the name and with the native size of the known model that it then is."""
+    if prediction is None or prediction == config.schedule.prediction:
+        return config
+    named = {SD2: SD2_V, SD2_V: SD2}.get(replace(config, text=replace(config.text, vocab=SD2.text.vocab)))
+    size, name = (named.size, named.name) if named else (config.size, config.name)
+    try:
+        schedule = replace(config.schedule, prediction=prediction)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    return replace(config, name=name, size=size, schedule=schedule)
+
+
+# ----------------------------------------------------------------------------------------------------- which model
+
+
+def _refuse_others(found: Mapping[str, tuple[int, ...]]) -> None:
+    """Say what a file is that is no Stable Diffusion 1.x or 2.x."""
+    for pattern, what in OTHERS:
+        search = re.compile(pattern).search
+        if any(search(key) for key in found):
+            raise CheckpointError(what)
+    if 1 <= len(found) <= 4 and all(shape[-1:] in ((768,), (1024,)) and len(shape) < 3 for shape in found.values()):
+        raise CheckpointError(f"this is a textual inversion embedding, {ADDITION}")
+
+
+def _check_unet(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> None:
+    if "unet" in layouts or AVERAGE in layouts:
+        return
+    if layouts:
+        raise CheckpointError(f"this is {ALONE[frozenset(layouts)]}")
+    half = next(
+        (half for half in ("decoder", "encoder") if any(key.startswith(f"{half}.conv_in.") for key in found)), None
+    )
+    if half:
+        raise CheckpointError(f"this is half of a VAE ({half}), which is not supported: give a whole one")
+    some = ", ".join(list(found)[:3])
+    raise CheckpointError(f"no Stable Diffusion U-Net among its {len(found)} tensors ({some}, ...)")
+
+
+def _by_shapes(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> Config:
+    """The config of a known model, by the shapes of its U-Net; of SD 2.x with 4 channels, base."""
+    unet = layouts.get("unet") or layouts[AVERAGE]
+    first = found.get(first_convolution(unet), ())
+    keys = (".attn2.to_k.weight", ".attn2.k.weight", "attn2to_kweight")
+    widths = {s[1] for k, s in found.items() if k.startswith(unet.prefix) and k.endswith(keys) and len(s) == 2}
+    if len(first) != 4 or len(widths) != 1:
+        raise CheckpointError(
+            f"no Stable Diffusion U-Net: its first convolution is {first}, its context {sorted(widths)}"
+        )
+    channels, context = first[1], widths.pop()
+    if any(key.startswith(f"{unet.prefix}label_emb.") for key in found):
+        other = OTHER_INPUTS.get(channels) or OTHER_CONTEXTS.get(context) or "an unCLIP"
+        raise CheckpointError(f"this is {other} model (it has label_emb), {NOT_SUPPORTED}")
+    if channels in OTHER_INPUTS:
+        raise CheckpointError(f"this is {OTHER_INPUTS[channels]} model ({channels} input channels), {NOT_SUPPORTED}")
+    if context in OTHER_CONTEXTS:
+        raise CheckpointError(f"this is {OTHER_CONTEXTS[context]} model (context {context}), {NOT_SUPPORTED}")
+    known = {(4, 768): SD1, (9, 768): SD1_INPAINT, (4, 1024): SD2, (9, 1024): SD2_INPAINT}
+    if (channels, context) not in known or first[0] != SD1.unet.channels[0]:
+        raise CheckpointError(
+            f"a U-Net of an unknown kind ({first[0]} wide, {channels} input channels, context {context}): "
+            f"if it is one of {', '.join(MODELS)}, say so (--model)"
+        )
+    return known[channels, context]
+
+
+def _with_vocabulary(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> Config:
+    """The config with as many tokens as the file has: fine-tuning adds words behind CLIP's own."""
+    layout = layouts.get("text_encoder")
+    if layout is None:
+        return config
+    (source,) = layout.sources(config, [TOKENS]).values()
+    rows = found.get(source.key, (0,))[0]
+    return replace(config, text=replace(config.text, vocab=rows)) if rows > config.text.vocab else config
+
+
+# ------------------------------------------------------------------------------------------------- what it predicts
+
+
+def _decide(tensors: Mapping[str, Tensor], config: Config, prediction: str | None, by_folder: bool) -> Identity:
+    """The noise schedule and the prediction of a file that is not ours."""
+    beside, why_beside, zero_beside = _beside(tensors)
+    inside, why_inside = _inside(tensors)
+    configs = getattr(tensors, "configs", {})
+    schedule = config.schedule
+    if not by_folder and "scheduler" in configs:
+        schedule = schedule_from_diffusers(configs["scheduler"])
+    table, why_table = _stored_schedule(tensors, schedule)
+    zero = table.get("zero_snr") or zero_beside or "ztsnr" in tensors or schedule.zero_snr
+    to_noise = zero or table.get("alpha_bar", (1.0,))[-1] < 1e-7
+    if "scheduler" in configs and not inside:
+        inside, why_inside = schedule.prediction, "scheduler_config.json says so"
+    found = [
+        (prediction, "as given"),
+        (beside, why_beside),
+        (inside, why_inside),
+        ("v" if to_noise else None, "its noise schedule ends in noise alone (zero terminal SNR)"),
+    ]
+    said, reason = next(((said, why) for said, why in found if said), (None, ""))
+    decided = said is not None or config.unet.context != SD2.unet.context or config.unet.in_channels != 4
+    if said is None:
+        said = "eps"
+        inpaints = config.unet.in_channels != config.vae.latent_channels
+        kind = "inpainting models do" if inpaints else "Stable Diffusion 1.x does"
+        reason = f"as {kind}, and nothing about this one says otherwise" if decided else "nothing says what it predicts"
+    try:
+        # built in one go: a schedule that ends in noise alone is only valid with v
+        schedule = replace(schedule, prediction=said, **(table or ({"zero_snr": True} if zero else {})))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    if said != config.schedule.prediction:
+        plain = replace(config, schedule=replace(config.schedule, zero_snr=False, alpha_bar=None))
+        config = predicting(plain, said)
+    reason += f"; {why_table}" if why_table else ""
+    return Identity(replace(config, schedule=schedule), decided, reason)
+
+
+def _beside(tensors: Mapping[str, Tensor]) -> tuple[str | None, str, bool]:
+    """What a .yaml or .json of the same name says: the prediction, where it is said, whether terminal SNR is zero."""
+    path = getattr(tensors, "path", None)
+    if path is None or path.is_dir():
+        return None, "", False
+    for ending in (".yaml", ".yml", ".json"):
+        sidecar = path.with_suffix(ending)
+        if sidecar != path and sidecar.is_file():
+            prediction, zero = read_sidecar(sidecar)
+            if prediction or zero:
+                return prediction, f"{sidecar.name} beside it says so", zero
+    return None, "", False
+
+
+def read_sidecar(path: Path) -> tuple[str | None, bool]:
+    """The prediction ("eps", "v" or None) and whether terminal SNR is zero, in a .yaml or .json about a checkpoint.
+
+    Two entries are looked for, line by line, so no YAML needs to be understood. An original YAML that does not say
+    `parameterization` means eps: it is the default of the original's classes. Raises CheckpointError for "x0".
+    """
+    with open(path, "rb") as file:
+        text = file.read(MAX_SIDECAR).decode("utf-8", "replace")
+    if path.suffix != ".json":
+        text = re.sub(r"#.*", "", text)
+    entry = r"""(?:^|[\s{,])["']?(?:%s)["']?\s*[:=]\s*["']?([\w-]+)"""
+    said = re.search(entry % "parameterization|prediction_type|v_parameterization", text)
+    zero = re.search(entry % "rescale_betas_zero_snr|zero_terminal_snr|zsnr|ztsnr", text)
+    is_zero = zero is not None and zero[1].lower() == "true"
+    if said is None:
+        return ("eps" if re.search(r"target:\s*ldm\.\S+LatentDiffusion", text) else None), is_zero
+    word = {"true": "v", "false": "eps"}.get(said[1].lower(), said[1].lower())
+    if word not in PREDICTIONS:
+        raise CheckpointError(f"{path.name} beside it says that it predicts {word!r:.50}: only eps and v are supported")
+    return PREDICTIONS[word], is_zero
+
+
+def _inside(tensors: Mapping[str, Tensor]) -> tuple[str | None, str]:
+    """What the file's metadata or its marker keys say."""
+    metadata = getattr(tensors, "metadata", {})
+    for name in (PREDICTION_KEY, "prediction_type", "ss_prediction_type", "parameterization"):
+        word = str(metadata.get(name, "")).lower()
+        if word in PREDICTIONS:
+            return PREDICTIONS[word], f"its metadata say so ({name})"
+    flag = str(metadata.get("ss_v_parameterization", "")).lower()
+    if flag in ("true", "false"):
+        return "v" if flag == "true" else "eps", "its metadata say so (ss_v_parameterization)"
+    if "v_pred" in tensors:
+        return "v", 'it has the key "v_pred"'
+    return None, ""
+
+
+def _stored_schedule(tensors: Mapping[str, Tensor], schedule: ScheduleConfig) -> tuple[dict[str, Any], str]:
+    """What of a `ScheduleConfig` is to be replaced by the noise schedule in the file, and in words."""
+    if "alphas_cumprod" not in tensors:
+        return {}, ""
+    stored = tensors["alphas_cumprod"]
+    if stored.is_meta:  # names and shapes of a model, without numbers
+        return {}, ""
+    if tuple(stored.shape) != (schedule.steps,) or not stored.is_floating_point():
+        raise CheckpointError(f"its noise schedule (alphas_cumprod) is no list of {schedule.steps} numbers")
+    theirs = stored.double().numpy()
+    # a table rounded to half precision is the same schedule
+    rtol, atol = max(4 * torch.finfo(stored.dtype).eps, 1e-4), 1e-6
+
+    def same(other: ScheduleConfig) -> bool:
+        return np.allclose(theirs, Schedule(other).alpha_bar, rtol=rtol, atol=atol)
+
+    if same(schedule):
+        return {}, ""
+    zero = {"zero_snr": True, "prediction": "v"}
+    if not schedule.zero_snr and schedule.alpha_bar is None and same(replace(schedule, **zero)):
+        return {"zero_snr": True}, "the file's noise schedule is used: zero terminal SNR"
+    table = tuple(theirs.tolist())
+    try:
+        replace(schedule, alpha_bar=table, zero_snr=False, prediction="v")
+    except ValueError:
+        raise CheckpointError(
+            "its noise schedule (alphas_cumprod) is damaged: it does not fall from below 1 towards 0; give the model "
+            "(config=..., --model), and its own is left out"
+        ) from None
+    return {"alpha_bar": table, "zero_snr": False}, "the file's own noise schedule is used"
+
+
+def probe(unet: Callable[[Tensor, Tensor, Tensor], Tensor], config: Config, like: Tensor) -> str | None:
+    """Whether a U-Net predicts "eps" or "v", by running it once; None if it does not answer with numbers.
+
+    At the last timestep x is nearly all noise. A network that predicts the noise gives about x back; one that predicts
+    v gives about -x0, the picture. For x = 0.5 everywhere and a context of 0.5 everywhere, the mean of the answer is
+    below that of x by more than 1 in v-models: the rule of AUTOMATIC1111's webui and stable-diffusion.cpp.
+
+    `like` is any tensor of the network's device and precision.
+    """
+    x = torch.full((1, config.unet.in_channels, 8, 8), 0.5, dtype=like.dtype, device=like.device)
+    context = torch.full((1, 2, config.unet.context), 0.5, dtype=like.dtype, device=like.device)
+    t = torch.full((1,), config.schedule.steps - 1.0, device=like.device)
+    with torch.no_grad():
+        below = float((unet(x, t, context) - x[:, : config.unet.out_channels]).double().mean())
+    if not np.isfinite(below):
+        return None
+    return "v" if below < -1 else "eps"
+
+
+def damaged_position_ids(tensors: Mapping[str, Tensor]) -> str | None:
+    """The key of position ids that merging has damaged, if there is one. They are never used here, but elsewhere."""
+    for key in tensors:
+        if key.endswith("position_ids"):
+            ids = tensors[key].flatten()
+            if ids.numel() < 3 or ids.numel() > 10_000:
+                return key
+            if not torch.equal(ids.double(), torch.arange(ids.numel(), dtype=torch.float64)):
+                return key
+    return None

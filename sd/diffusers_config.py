@@ -1,0 +1,263 @@
+"""A config and the JSON files of a diffusers folder: both say how large each network is, in other words.
+
+Some of theirs mislead. `attention_head_dim` is the number of heads; `layers_per_block` counts the encoder's blocks, the
+decoder has one more; `beta_schedule` "scaled_linear" is what the original calls "linear". What this project does not do
+is refused by name. `num_hidden_layers` is how many layers of the text encoder are run: 23 of 24 in SD 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from .checkpoint import CheckpointError
+from .config import GROUPS, MODELS, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from .keys import is_openclip
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}  # theirs -> ours
+MAX_TIMESTEPS = 100_000
+
+# pipelines that are other models, by a part of their class's name
+OTHER_PIPELINES = {
+    "XL": "SDXL", "StableDiffusion3": "Stable Diffusion 3", "Flux": "Flux", "Depth2Img": "depth-to-image",
+    "Upscale": "upscaling", "InstructPix2Pix": "instruct-pix2pix", "UnCLIP": "unCLIP",
+    "ImageVariation": "image variation",
+    "LDMTextToImage": "LDM text2img-large", "AltDiffusion": "AltDiffusion", "ControlNet": "ControlNet",
+}  # fmt: skip
+
+
+def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
+    """The config that a folder's JSON files describe; at least "unet" is among them.
+
+    What a file leaves out has diffusers' default. Raises CheckpointError, by name, for what is another model.
+    """
+    pipeline = str(configs.get("index", {}).get("_class_name", ""))
+    for part, name in OTHER_PIPELINES.items():
+        if part in pipeline:
+            raise CheckpointError(f"this is {_an(name)} model ({pipeline}), which is not supported")
+    try:
+        unet = _unet(configs["unet"])
+        vae = vae_from_diffusers(configs["vae"]) if "vae" in configs else VAEConfig()
+        text = _text(configs, unet)
+        size = configs["unet"].get("sample_size") or 64
+        size = (max(size) if isinstance(size, list) else int(size)) * vae.factor
+        config = Config("", size, text, vae, unet, schedule_from_diffusers(configs.get("scheduler", {})))
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"its JSON files describe no model that is known here: {error!s:.200}") from None
+    parts = ("text", "vae", "unet")
+    same = [
+        known
+        for known in MODELS.values()
+        if all(getattr(known, part) == getattr(config, part) for part in parts)
+        and known.schedule.prediction == config.schedule.prediction
+    ]
+    return replace(config, name=same[0].name if same else "diffusers model")
+
+
+def _an(name: str) -> str:
+    return f"an {name}" if name[0] in "AEIOUaeiouL" or name.startswith("SD") else f"a {name}"
+
+
+def _unet(raw: Mapping[str, Any]) -> UNetConfig:
+    if raw.get("addition_embed_type") or raw.get("class_embed_type") or raw.get("num_class_embeds"):
+        kind = (
+            "an SDXL"
+            if raw.get("addition_embed_type") == "text_time"
+            else "an upscaling, unCLIP or other class-conditional"
+        )
+        raise CheckpointError(f"this is {kind} model, which is not supported")
+    other_inputs = {5: "a depth-to-image", 7: "an upscaling", 8: "an instruct-pix2pix"}
+    if raw.get("in_channels") in other_inputs:
+        what = other_inputs[raw["in_channels"]]
+        raise CheckpointError(f"this is {what} model ({raw['in_channels']} input channels), which is not supported")
+    channels = tuple(raw.get("block_out_channels", (320, 640, 1280, 1280)))
+    heads = raw.get("num_attention_heads") or raw.get("attention_head_dim", 8)
+    kinds = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+    down = raw.get("down_block_types", ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",))
+    expected = {
+        "up_block_types": [f"{'CrossAttn' if kinds[name] else ''}UpBlock2D" for name in reversed(down)],
+        "act_fn": "silu", "norm_num_groups": GROUPS, "transformer_layers_per_block": 1, "only_cross_attention": False,
+        "dual_cross_attention": False, "conv_in_kernel": 3, "conv_out_kernel": 3,
+        "mid_block_type": "UNetMidBlock2DCrossAttn", "resnet_time_scale_shift": "default",
+        "time_embedding_type": "positional", "flip_sin_to_cos": True, "freq_shift": 0,
+        "center_input_sample": False, "downsample_padding": 1, "encoder_hid_dim": None, "time_cond_proj_dim": None,
+    }  # fmt: skip
+    _check_supported("unet", raw, expected)
+    return UNetConfig(
+        in_channels=raw.get("in_channels", 4),
+        out_channels=raw.get("out_channels", 4),
+        channels=channels,
+        heads=tuple(heads) if isinstance(heads, list) else (heads,) * len(channels),
+        attention=tuple(kinds[name] for name in down),
+        blocks=raw.get("layers_per_block", 2),
+        context=raw.get("cross_attention_dim", 1280),
+    )
+
+
+def vae_from_diffusers(raw: Mapping[str, Any]) -> VAEConfig:
+    """The VAE that a `vae/config.json` describes. Raises CheckpointError for one that is not known here."""
+    down, up = raw.get("down_block_types", ["DownEncoderBlock2D"]), raw.get("up_block_types", ["UpDecoderBlock2D"])
+    expected = {
+        "down_block_types": ["DownEncoderBlock2D"] * len(down), "up_block_types": ["UpDecoderBlock2D"] * len(up),
+        "act_fn": "silu", "norm_num_groups": GROUPS, "shift_factor": None, "use_quant_conv": True,
+        "use_post_quant_conv": True, "mid_block_add_attention": True, "latents_mean": None, "latents_std": None,
+    }  # fmt: skip
+    _check_supported("vae", raw, expected)
+    return VAEConfig(
+        channels=tuple(raw.get("block_out_channels", (64,))),
+        blocks=raw.get("layers_per_block", 1),
+        latent_channels=raw.get("latent_channels", 4),
+        image_channels=raw.get("in_channels", 3),
+        scale=float(raw.get("scaling_factor", 0.18215)),
+    )
+
+
+def _text(configs: Mapping[str, Mapping[str, Any]], unet: UNetConfig) -> TextConfig:
+    """Without a text_encoder/config.json, the one that goes with the U-Net."""
+    if "text_encoder" not in configs:
+        known = next((model.text for model in MODELS.values() if model.unet.context == unet.context), None)
+        if known is None:
+            raise ValueError(f"no text_encoder/config.json beside a U-Net with context {unet.context}")
+        return known
+    raw = configs["text_encoder"]
+    width = raw.get("hidden_size", 512)
+    _check_supported("text_encoder", raw, {"intermediate_size": 4 * width, "layer_norm_eps": 1e-5})
+    activation = raw.get("hidden_act", "quick_gelu")
+    pad = configs.get("tokenizer", {}).get("pad_token")
+    pad = pad.get("content") if isinstance(pad, Mapping) else pad
+    # the token "!" has the id 0; OpenCLIP, which has the exact GELU, pads with it
+    padding = {"!": 0, "<|endoftext|>": 49407}.get(str(pad), 0 if activation == "gelu" else 49407)
+    return TextConfig(
+        width=width,
+        layers=raw.get("num_hidden_layers", 12),
+        heads=raw.get("num_attention_heads", 8),
+        activation=activation,
+        pad=padding,
+        vocab=raw.get("vocab_size", 49408),
+        length=raw.get("max_position_embeddings", 77),
+    )
+
+
+def _check_supported(part: str, raw: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    for key, value in expected.items():
+        if key in raw and raw[key] is not None and raw[key] != value:
+            raise CheckpointError(
+                f"{part}/config.json has {key} {raw[key]!r:.100}, which is not supported: expected {value!r}"
+            )
+
+
+def schedule_from_diffusers(raw: Mapping[str, Any]) -> ScheduleConfig:
+    """The noise schedule that a `scheduler_config.json` describes; Stable Diffusion's own where it says nothing."""
+    prediction = raw.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        known = ", ".join(PREDICTIONS)
+        raise CheckpointError(
+            f"predicts {prediction!r:.50} (scheduler_config.json), which is not supported: {known} are"
+        )
+    steps = raw.get("num_train_timesteps", 1000)
+    if type(steps) is not int or not 1 <= steps <= MAX_TIMESTEPS:
+        raise ValueError(f"num_train_timesteps is {steps!r:.50}")
+    own = ScheduleConfig(steps=steps, prediction=PREDICTIONS[prediction])
+    start, end = float(raw.get("beta_start", own.beta_start)), float(raw.get("beta_end", own.beta_end))
+    kind, betas = raw.get("beta_schedule", "scaled_linear"), raw.get("trained_betas")
+    zero = bool(raw.get("rescale_betas_zero_snr"))
+    if betas is None and kind == "scaled_linear":
+        return replace(own, beta_start=start, beta_end=end, zero_snr=zero)
+    if betas is None and kind == "linear":
+        betas = [start + (end - start) * i / max(steps - 1, 1) for i in range(steps)]
+    if not isinstance(betas, list) or zero:
+        raise CheckpointError(f"its noise schedule (beta_schedule {kind!r:.50}) is not supported")
+    products, left = [], 1.0
+    for beta in betas:
+        products.append(left := left * (1.0 - float(beta)))
+    return replace(own, alpha_bar=tuple(products))
+
+
+def to_diffusers_configs(config: Config, version: str = "0.30.0") -> dict[str, dict[str, Any]]:
+    """Path in the folder -> contents, for every JSON file but the tokenizer's vocabulary."""
+    text, vae, unet, schedule = config.text, config.vae, config.unet, config.schedule
+    inpaints = unet.in_channels != vae.latent_channels
+    pipeline = "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"
+    end = "!" if text.pad == 0 else "<|endoftext|>"
+    special = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": end,
+    }
+    betas: dict[str, Any] = {"trained_betas": None}
+    if schedule.alpha_bar is not None:
+        before = (1.0, *schedule.alpha_bar[:-1])
+        betas["trained_betas"] = [1.0 - a / b for a, b in zip(schedule.alpha_bar, before, strict=True)]
+    return {
+        "model_index.json": {
+            "_class_name": pipeline, "_diffusers_version": version, "requires_safety_checker": False,
+            "feature_extractor": [None, None], "image_encoder": [None, None], "safety_checker": [None, None],
+            "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+        "unet/config.json": {
+            "_class_name": "UNet2DConditionModel", "_diffusers_version": version, **unet_to_diffusers(config),
+        },
+        "vae/config.json": {"_class_name": "AutoencoderKL", "_diffusers_version": version, **vae_to_diffusers(config)},
+        "text_encoder/config.json": {
+            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": text.vocab,
+            "hidden_size": text.width, "intermediate_size": 4 * text.width, "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads, "max_position_embeddings": text.length, "hidden_act": text.activation,
+            "layer_norm_eps": 1e-5, "attention_dropout": 0.0, "bos_token_id": 49406, "eos_token_id": 49407,
+            "pad_token_id": text.pad, "projection_dim": text.width,
+        },
+        "scheduler/scheduler_config.json": {
+            "_class_name": "DDIMScheduler", "_diffusers_version": version, "num_train_timesteps": schedule.steps,
+            "beta_start": schedule.beta_start, "beta_end": schedule.beta_end, "beta_schedule": "scaled_linear", **betas,
+            "prediction_type": {ours: theirs for theirs, ours in PREDICTIONS.items()}[schedule.prediction],
+            "rescale_betas_zero_snr": schedule.zero_snr, "clip_sample": False, "set_alpha_to_one": False,
+            "steps_offset": 1, "timestep_spacing": "trailing" if schedule.zero_snr else "leading",
+        },
+        "tokenizer/tokenizer_config.json": {
+            **special, "tokenizer_class": "CLIPTokenizer", "model_max_length": text.length, "do_lower_case": True,
+            "add_prefix_space": False, "errors": "replace",
+        },
+        "tokenizer/special_tokens_map.json": special,
+    }  # fmt: skip
+
+
+def unet_to_diffusers(config: Config) -> dict[str, Any]:
+    """The arguments of diffusers' UNet2DConditionModel."""
+    cfg = config.unet
+    return {
+        "sample_size": math.ceil(config.size / config.vae.factor),
+        "in_channels": cfg.in_channels,
+        "out_channels": cfg.out_channels,
+        "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in cfg.attention],
+        "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(cfg.attention)],
+        "block_out_channels": list(cfg.channels),
+        "layers_per_block": cfg.blocks,
+        "cross_attention_dim": cfg.context,
+        # the number of heads: diffusers keeps an old misnomer
+        "attention_head_dim": cfg.heads[0] if len(set(cfg.heads)) == 1 else list(cfg.heads),
+        "norm_num_groups": GROUPS,
+        "use_linear_projection": is_openclip(config),
+    }
+
+
+def vae_to_diffusers(config: Config) -> dict[str, Any]:
+    """The arguments of diffusers' AutoencoderKL."""
+    cfg = config.vae
+    return {
+        "in_channels": cfg.image_channels,
+        "out_channels": cfg.image_channels,
+        "down_block_types": ["DownEncoderBlock2D"] * len(cfg.channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(cfg.channels),
+        "block_out_channels": list(cfg.channels),
+        "layers_per_block": cfg.blocks,
+        "latent_channels": cfg.latent_channels,
+        "norm_num_groups": GROUPS,
+        "scaling_factor": cfg.scale,
+        "sample_size": config.size,
+    }

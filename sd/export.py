@@ -1,0 +1,149 @@
+"""Our names and those of other programs: weights back into the layouts that they are read in, bit for bit.
+
+    own         one file, text_encoder.*, vae.*, unet.*, with the config in its metadata
+    original    one file as CompVis', Stability's and most other programs read it
+    diffusers   a folder
+
+An original file holds things that no network here needs: the layer of OpenCLIP behind the last one that is run, its
+projection, a noise schedule of its own. Other programs insist on some of them, and a way there and back that loses
+none is one that can be checked. So they are carried along (`extras`): in our file under "extra.", in a folder as
+extra.safetensors, under their original names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import Config
+from .detect import CONFIG_KEY, PREDICTION_KEY
+from .diffusers_config import to_diffusers_configs
+from .folders import EXTRA_FILE, RAW_VARIANT
+from .keys import CLIP, EMA, OPENCLIP, diffusers_sources, is_openclip, original_sources
+from .layouts import AVERAGE, EXTRA, find_layouts
+from .schedule import Schedule
+from .tokenizer import Tokenizer
+
+States = Mapping[str, Mapping[str, Tensor]]  # network -> weights under our names; the networks, and maybe "unet_ema"
+AVERAGE_SCALARS = ("decay", "num_updates")
+DIFFUSERS_FILES = {
+    "text_encoder": "text_encoder/model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+    "unet": "unet/diffusion_pytorch_model.safetensors",
+}
+
+
+def extras(tensors: Mapping[str, Tensor], config: Config) -> list[tuple[str, str]]:
+    """What a file holds beside its networks that is worth keeping: (its key there, its key in an original file)."""
+    kept = [(key, key.removeprefix(EXTRA)) for key in tensors if key.startswith(EXTRA)]
+    text = find_layouts(tensors).get("text_encoder")
+    if text is not None and text.name == ("openclip" if is_openclip(config) else "clip"):
+        usual = OPENCLIP if is_openclip(config) else CLIP
+        names = (f"{text.prefix}logit_scale", f"{text.prefix}text_projection")
+        kept += [
+            (key, usual + key.removeprefix(text.prefix))
+            for key in tensors
+            if text.unrun_layer(key, config.text.layers) or (is_openclip(config) and key in names)
+        ]
+    if has_own_schedule(config) and "alphas_cumprod" in tensors:
+        kept.append(("alphas_cumprod", "alphas_cumprod"))
+    return kept + [(key, key) for key in (EMA + name for name in AVERAGE_SCALARS) if key in tensors]
+
+
+def has_own_schedule(config: Config) -> bool:
+    """Whether the noise schedule is not the one that every program assumes."""
+    return config.schedule.zero_snr or config.schedule.alpha_bar is not None
+
+
+def metadata(config: Config) -> dict[str, str]:
+    """What a safetensors file says about itself: the config, and the prediction as other programs look for it."""
+    prediction = {"eps": "epsilon", "v": "v"}[config.schedule.prediction]
+    return {"format": "pt", PREDICTION_KEY: prediction, CONFIG_KEY: config.to_json()}
+
+
+def to_own(states: States, more: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Per-network state dicts -> one flat state dict in our layout; `more` are extras by their original names."""
+    out = {f"{network}.{key}": tensor for network, state in states.items() for key, tensor in state.items()}
+    return out | {EXTRA + key: tensor for key, tensor in (more or {}).items()}
+
+
+def to_original(states: States, config: Config, more: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Per-network state dicts under our names -> one state dict in the original layout.
+
+    Weights are bit-identical; Stable Diffusion 1.x gets the `position_ids` that old tools insist on, a noise schedule
+    that is not the usual one its `alphas_cumprod`. `more` are extras by their original names.
+    """
+    more = {key: tensor for key, tensor in (more or {}).items() if AVERAGE in states or not key.startswith(EMA)}
+    written: dict[str, dict[str, Tensor]] = {}
+    for network, table in original_sources(config, states).items():
+        out = written[network] = {}
+        fused: dict[str, list[Tensor]] = {}
+        for key, source in table.items():
+            tensor = states[network][key]
+            if source.third is None:
+                out[source.key] = tensor.reshape(tensor.shape + (1,) * source.ones)
+            else:
+                fused.setdefault(source.key, []).append(tensor)  # q, k, v in this order in the network
+        out |= {key: torch.cat(parts) for key, parts in fused.items()}
+    if not is_openclip(config) and "text_encoder" in written:
+        written["text_encoder"][CLIP + "embeddings.position_ids"] = torch.arange(config.text.length).unsqueeze(0)
+    if has_own_schedule(config) and "alphas_cumprod" not in more:
+        more["alphas_cumprod"] = torch.from_numpy(Schedule(config.schedule).alpha_bar).float()
+    order = ("unet", AVERAGE, "vae", "text_encoder")  # the original's
+    return {key: tensor for network in order for key, tensor in written.get(network, {}).items()} | more
+
+
+def unrun_layer(out: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """What other programs look for in an OpenCLIP text encoder and `out`, an original state dict, lacks.
+
+    They load the layer behind the last one that is run and never run it. It is made a copy of the last one, the
+    projection the identity, the scale OpenCLIP's initial one (1 / 0.07).
+    """
+    stem = f"{OPENCLIP}transformer.resblocks."
+    last, behind = f"{stem}{config.text.layers - 1}.", f"{stem}{config.text.layers}."
+    first = OPENCLIP + "token_embedding.weight"
+    if not is_openclip(config) or first not in out or any(key.startswith(behind) for key in out):
+        return {}
+    made = {behind + key.removeprefix(last): tensor.clone() for key, tensor in out.items() if key.startswith(last)}
+    dtype = out[first].dtype
+    made[OPENCLIP + "text_projection"] = torch.eye(config.text.width, dtype=dtype)
+    made[OPENCLIP + "logit_scale"] = torch.tensor(1 / 0.07, dtype=dtype).log()
+    return {key: tensor for key, tensor in made.items() if key not in out}
+
+
+def to_diffusers(
+    states: States, config: Config, more: Mapping[str, Tensor] | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """Per-network state dicts under our names -> the weight files of a diffusers folder, by their paths in it.
+
+    The text encoder's names are those of transformers before 5.6, which later versions read, too. With a moving
+    average, that one is the main file, and the U-Net as trained the variant "non_ema", as in published folders.
+    """
+    files: dict[str, dict[str, Tensor]] = {}
+    for network, state in states.items():
+        part = network.removesuffix("_ema")
+        name = DIFFUSERS_FILES[part]
+        if network == "unet" and AVERAGE in states:
+            name = name.replace(".safetensors", f".{RAW_VARIANT}.safetensors")
+        before = "text_model." if part == "text_encoder" else ""
+        table = diffusers_sources(config, {part: state})[part]
+        files[name] = {
+            before + source.key: state[key].reshape(state[key].shape + (1,) * source.ones)
+            for key, source in table.items()
+        }
+    kept = {EXTRA + key: tensor for key, tensor in (more or {}).items() if AVERAGE in states or not key.startswith(EMA)}
+    return files | ({EXTRA_FILE: kept} if kept else {})
+
+
+def diffusers_texts(config: Config) -> dict[str, str]:
+    """The JSON and text files of a diffusers folder, by their paths in it: configs, and the tokenizer's tables."""
+    configs: dict[str, dict[str, Any]] = to_diffusers_configs(config)
+    texts = {path: json.dumps(content, indent=2) + "\n" for path, content in configs.items()}
+    vocab, merges = Tokenizer().tables()
+    texts["tokenizer/vocab.json"] = json.dumps(vocab, ensure_ascii=False) + "\n"
+    texts["tokenizer/merges.txt"] = "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges)
+    return texts

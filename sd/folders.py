@@ -1,0 +1,183 @@
+"""Which files make up a model that is a folder, or is split into several files. Only names are looked at, and JSON.
+
+    model_index.json                    what the parts are
+    unet/     config.json               sizes
+              diffusion_pytorch_model.safetensors          or .bin; or .fp16.safetensors, .non_ema.safetensors: variants
+    vae/      the same
+    text_encoder/  config.json, model.safetensors or pytorch_model.bin
+    scheduler/scheduler_config.json     noise schedule, and what the U-Net predicts
+
+This is how diffusers saves a pipeline. One of its parts may be given alone. A large file may be split: an index,
+`*.safetensors.index.json`, then says under "weight_map" which of the files beside it has which weight.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .pickles import RefusedFile
+
+MAX_JSON = 16 << 20  # bytes
+STEMS = {
+    "unet": ("diffusion_pytorch_model",),
+    "vae": ("diffusion_pytorch_model",),
+    "text_encoder": ("model", "pytorch_model"),
+}
+RAW_VARIANT = "non_ema"  # beside it, the file without a variant is the moving average
+EXTRA_FILE = "extra.safetensors"  # ours: what the folder's parts do not need but an original file has
+CONFIGS = {
+    "index": "model_index.json",
+    "unet": "unet/config.json",
+    "vae": "vae/config.json",
+    "text_encoder": "text_encoder/config.json",
+    "scheduler": "scheduler/scheduler_config.json",
+    "tokenizer": "tokenizer/tokenizer_config.json",
+}
+CLASSES = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "CLIPTextModel": "text_encoder"}
+SHARD = re.compile(r"-\d{5}-of-(\d{5})(?=\.)")
+
+
+class Part(NamedTuple):
+    """Some weights: the files they lie in, and the prefix that their names get."""
+
+    prefix: str
+    files: tuple[Path, ...]
+    weight_map: Mapping[str, str] | None = None  # of an index: weight -> name of its file
+
+
+class Parts(NamedTuple):
+    """A model in several files: its weights, its JSON files by what they are about, and what was chosen."""
+
+    kind: str
+    parts: tuple[Part, ...]
+    configs: dict[str, dict[str, Any]]
+    notes: tuple[str, ...]
+
+
+def find_parts(folder: Path, variant: str | None = None) -> Parts:
+    """The files of a diffusers folder, of one of its parts, or of a folder with an index. Raises RefusedFile.
+
+    variant   "fp16", ...: the files named so where there are any; else those without a variant, or the only variant
+    """
+    inside = {name: folder / name for name in STEMS if (folder / name).is_dir()}
+    if not inside and not (folder / CONFIGS["index"]).is_file():
+        return _single_part(folder, variant)
+    configs = {name: _read_json(folder / file) for name, file in CONFIGS.items() if (folder / file).is_file()}
+    parts, notes, available = [], [], set()
+    matched = variant is None
+    for name, place in inside.items():
+        variants = _variants(place, STEMS[name])
+        available |= variants.keys() - {None}
+        chosen = _choose(variants, variant)
+        if not variants:
+            continue  # convert.py says what is missing, and which option gives it
+        matched |= chosen == variant
+        if variant is None and chosen is not None:
+            notes.append(f"{name}: the {chosen} files, as there are no others")
+        averaged = name == "unet" and chosen is None and RAW_VARIANT in variants
+        parts.append(_part(f"{name}_ema." if averaged else f"{name}.", variants[chosen]))
+        if averaged:
+            parts.append(_part(f"{name}.", variants[RAW_VARIANT]))
+    if not matched:
+        known = ", ".join(sorted(available)) or "none"
+        raise RefusedFile(f"no files of the variant {variant!r} in it; its variants: {known}")
+    if not parts and configs.get("index", {}).get("_class_name") is None:
+        raise RefusedFile(_no_model(folder))
+    if (folder / EXTRA_FILE).is_file():
+        parts.append(Part("", (folder / EXTRA_FILE,)))
+    return Parts("diffusers folder", tuple(parts), configs, tuple(notes))
+
+
+def parts_of_index(path: Path) -> Parts:
+    """The files that an index names. Raises RefusedFile."""
+    return Parts("index", (_part("", path),), {}, ())
+
+
+def check_not_a_shard(path: Path) -> None:
+    """Refuse one of several files that a model was split into."""
+    found = SHARD.search(path.name)
+    if found and int(found[1]) > 1:
+        raise RefusedFile(f"one of {int(found[1])} parts of a model; give the .index.json beside it, or the folder")
+
+
+def _single_part(folder: Path, variant: str | None) -> Parts:
+    stems = tuple(dict.fromkeys(stem for stems in STEMS.values() for stem in stems))
+    variants = _variants(folder, stems)
+    if not variants:
+        raise RefusedFile(_no_model(folder))
+    chosen = _choose(variants, variant)
+    if variant is not None and chosen != variant:
+        known = ", ".join(sorted(variants.keys() - {None})) or "none"
+        raise RefusedFile(f"no files of the variant {variant!r} in it; its variants: {known}")
+    configs = {}
+    if (folder / "config.json").is_file():
+        config = _read_json(folder / "config.json")
+        names = [config.get("_class_name"), *(config.get("architectures") or [])]
+        configs = {CLASSES[name]: config for name in names if isinstance(name, str) and name in CLASSES}
+    return Parts("diffusers folder", (_part("", variants[chosen]),), configs, ())
+
+
+def _no_model(folder: Path) -> str:
+    files = sorted(file.name for pattern in ("*.safetensors", "*.ckpt") for file in folder.glob(pattern))
+    if files:
+        some = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+        return f"a folder that is no diffusers model; give the checkpoint file inside of it ({some})"
+    return "a folder that is no diffusers model (no model_index.json, no unet/); give a checkpoint file"
+
+
+def _variants(folder: Path, stems: Sequence[str]) -> dict[str | None, Path]:
+    """Variant -> the file or index to read, safetensors before pickles; None is the variant without a name."""
+    found: dict[str | None, Path] = {}
+    names = sorted(file.name for file in folder.iterdir() if file.is_file())
+    for ending in ("safetensors", "bin"):
+        for stem in stems:
+            whole = re.compile(rf"{stem}(?:\.([\w-]+))?\.{ending}")
+            index = re.compile(rf"{stem}(?:\.([\w-]+))?\.{ending}\.index(?:\.([\w-]+))?\.json")
+            for pattern in (whole, index):
+                for name in names:
+                    if (match := pattern.fullmatch(name)) and not SHARD.search(name):
+                        found.setdefault(next(filter(None, match.groups()), None), folder / name)
+    return found
+
+
+def _choose(variants: Mapping[str | None, Path], wanted: str | None) -> str | None:
+    """The variant to read: the one wanted, else the one without a name, else the only one there is."""
+    if wanted in variants or None in variants or not variants:
+        return wanted if wanted in variants else None
+    names = sorted(name for name in variants if name)
+    if len(names) > 1 and "fp16" not in names:
+        raise RefusedFile(f"has the variants {', '.join(names)}; say which (variant=..., --variant)")
+    return "fp16" if "fp16" in names else names[0]
+
+
+def _part(prefix: str, path: Path) -> Part:
+    if path.suffix != ".json":
+        return Part(prefix, (path,))
+    weight_map = _read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise RefusedFile(f"{path.name} has no weight_map: not an index of a model's files")
+    for name in weight_map.values():
+        # beside the index and nowhere else
+        if not isinstance(name, str) or not name or Path(name).name != name or "\\" in name or ":" in name:
+            raise RefusedFile(
+                f"{path.name} names {str(name)[:100]!r}, which is no file beside it; do not use this file"
+            )
+    return Part(prefix, tuple(path.parent / name for name in dict.fromkeys(weight_map.values())), weight_map)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        raw = file.read(MAX_JSON + 1)
+    try:
+        if len(raw) > MAX_JSON:
+            raise ValueError(f"more than {MAX_JSON >> 20} MB")
+        content = json.loads(raw)
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise RefusedFile(f"{path.name} in it is not valid JSON ({error!s:.100}); download it again") from None
+    return content

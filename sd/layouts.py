@@ -1,0 +1,123 @@
+"""Under which names a file holds each network, told by one weight that only those names have.
+
+The same weights go by many names. `keys.py` has a table for each set of names; a file may put a prefix of its own
+before all of them. Every network is looked for by itself, so that a file may hold one of them, or each in another
+layout: an original checkpoint with diffusers' VAE in it, a folder whose parts were written by different versions of a
+library.
+
+    network        layout         the weight that tells                         written by
+    text_encoder   clip           embeddings.token_embedding.weight             Hugging Face's CLIPTextModel; SD 1.x
+                   openclip       positional_embedding, without ".weight"       OpenCLIP; SD 2.x
+    vae            original       decoder.mid.block_1.norm1.weight              CompVis
+                   diffusers      ...attentions.0.to_q.weight                   diffusers; "-old", before 0.18: query
+    unet           original       middle_block.0.in_layers.0.weight             CompVis
+                   ema            middle_block0in_layers0weight                 its moving average: no dots
+                   diffusers      mid_block.resnets.0.norm1.weight              diffusers
+    each           own            token.weight, ...                             this project
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+from typing import NamedTuple
+
+from .config import Config
+from .keys import CLIP, CLIP_OLD, EMA, OPENCLIP, UNET, VAE, Source, is_openclip, sources
+
+NETWORKS = ("text_encoder", "vae", "unet")
+AVERAGE = "unet_ema"  # the U-Net's moving average, which a training checkpoint holds beside the U-Net
+EXTRA = "extra."  # in files of ours: what the networks do not need but the original's files have, under its names
+TOKENS = "token.weight"  # our name of the text encoder's table of tokens
+
+# What may stand before the names. The first one of a layout is that of its own files; then those of other programs:
+# generative-models (conditioner.*), ComfyUI (text_encoders.*), stable-diffusion.cpp (te.*); a network alone has none.
+CLIP_PREFIXES = (
+    CLIP, CLIP_OLD, "text_encoder.text_model.", "text_encoder.", "text_model.", "",
+    "conditioner.embedders.0.transformer.text_model.", "text_encoders.clip_l.transformer.text_model.",
+    "clip_l.transformer.text_model.", "clip_l.text_model.", "te.text_model.", "te1.text_model.",
+    "transformer.text_model.",
+)  # fmt: skip
+OPENCLIP_PREFIXES = (
+    OPENCLIP, "conditioner.embedders.0.model.", "text_encoder.", "text_encoders.clip_h.transformer.", "model.", "",
+)  # fmt: skip
+VAE_PREFIXES = (VAE, "vae.", "")
+UNET_PREFIXES = (UNET, "unet.", "diffusion_model.", "model.", "")
+
+OLD_ATTENTION, NEW_ATTENTION = (f"decoder.mid_block.attentions.0.{name}.weight" for name in ("query", "to_q"))
+
+# network -> its layouts: name, the weight that tells, prefixes
+LAYOUTS: Mapping[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
+    "text_encoder": (
+        ("own", TOKENS, ("text_encoder.",)),
+        ("clip", "embeddings.token_embedding.weight", CLIP_PREFIXES),
+        ("openclip", "positional_embedding", OPENCLIP_PREFIXES),
+    ),
+    "vae": (
+        ("own", "decoder.mid.res.0.norm1.weight", ("vae.",)),
+        ("original", "decoder.mid.block_1.norm1.weight", VAE_PREFIXES),
+        ("diffusers", NEW_ATTENTION, VAE_PREFIXES),
+        ("diffusers-old", OLD_ATTENTION, VAE_PREFIXES),
+    ),
+    "unet": (
+        ("own", "mid.res.0.norm1.weight", ("unet.",)),
+        ("original", "middle_block.0.in_layers.0.weight", UNET_PREFIXES),
+        ("diffusers", "mid_block.resnets.0.norm1.weight", UNET_PREFIXES),
+    ),
+    AVERAGE: (
+        ("own", "mid.res.0.norm1.weight", (f"{AVERAGE}.",)),
+        ("ema", "diffusion_modelmiddle_block0in_layers0weight", (EMA,)),
+        ("diffusers", "mid_block.resnets.0.norm1.weight", (f"{AVERAGE}.",)),
+    ),
+}
+
+# The first convolution and the first attention to the text, by layout: their shapes tell the model.
+FIRST = {"own": "conv_in.weight", "original": "input_blocks.0.0.weight", "diffusers": "conv_in.weight"}
+FIRST_AVERAGED = "diffusion_modelinput_blocks00weight"
+
+
+class Layout(NamedTuple):
+    """The names that a file has for one network: a table of keys.py and what stands before every name."""
+
+    network: str
+    name: str
+    prefix: str
+
+    def sources(self, config: Config, keys: Iterable[str]) -> dict[str, Source]:
+        """Where each of our weights `keys` of the network lies in the file."""
+        return sources(self.network.removesuffix("_ema"), self.name, config, self.prefix, keys)
+
+    def unrun_layer(self, key: str, layers: int) -> bool:
+        """Whether a key belongs to a layer of the text encoder behind the first `layers`, which alone are run."""
+        blocks = {"clip": "encoder.layers.", "openclip": "transformer.resblocks."}.get(self.name)
+        if blocks is None or not key.startswith(self.prefix + blocks):
+            return False
+        number = key.removeprefix(self.prefix + blocks).partition(".")[0]
+        return number.isdecimal() and int(number) >= layers
+
+
+def find_layouts(found: Container[str]) -> dict[str, Layout]:
+    """The networks in a file with these keys, and the names it has for each."""
+    layouts = {}
+    for network, candidates in LAYOUTS.items():
+        for name, mark, prefixes in candidates:
+            prefix = next((prefix for prefix in prefixes if prefix + mark in found), None)
+            if prefix is not None:
+                layouts[network] = Layout(network, name, prefix)
+                break
+    return layouts
+
+
+def usual_layout(network: str, config: Config) -> Layout:
+    """The names that an original checkpoint has for a network of this config."""
+    text = Layout(network, "openclip", OPENCLIP) if is_openclip(config) else Layout(network, "clip", CLIP)
+    return {
+        "text_encoder": text,
+        "vae": Layout(network, "original", VAE),
+        "unet": Layout(network, "original", UNET),
+        AVERAGE: Layout(network, "ema", EMA),
+    }[network]
+
+
+def first_convolution(layout: Layout) -> str:
+    """The key of the U-Net's first convolution, whose shape tells how many channels it is given."""
+    return layout.prefix + (FIRST_AVERAGED if layout.name == "ema" else FIRST[layout.name])
