@@ -33,10 +33,10 @@ import sd
 from sd.census import census
 from sd.checkpoint import Checkpoint
 from sd.convert import WEIGHTS, StateDict, build, load_weights
-from sd.detect import identify
 from sd.device import DTYPES, best_dtype
 from sd.export import diffusers_texts, extras, metadata, to_diffusers, to_original, to_own, unrun_layer
 from sd.files import exists, new_file, new_folder
+from sd.identity import identify
 from sd.layouts import AVERAGE, NETWORKS, find_layouts
 from sd.model import describe, like, naming, probed, with_part
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from sd.config import Config
-from sd.detect import CONFIG_KEY
 from sd.files import replaced_file
+from sd.identity import CONFIG_KEY
 from sd.image import grid, to_pil
 from sd.training import checkpoint_activations, initialise_vae, vae_loss
 from sd.vae import VAE

@@ -8,7 +8,7 @@ from .checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from .config import MODELS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, Config
 from .convert import convert
 from .denoiser import Denoiser
-from .detect import detect
+from .identity import detect
 from .pipeline import StableDiffusion
 from .samplers import SAMPLERS, Step
 from .schedule import Level, Schedule

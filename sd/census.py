@@ -17,7 +17,7 @@ from pathlib import Path
 from .checkpoint import Bundle, Checkpoint, CheckpointError, shapes
 from .config import SD1, SD2, Config
 from .convert import FLAGS, NAMES, build, ignored
-from .detect import damaged_position_ids, identify
+from .identity import damaged_position_ids, identify
 from .layouts import AVERAGE, NETWORKS, TOKENS, Layout, find_layouts, usual_layout
 
 SMALL = 256 << 20  # bytes: SHA-256 of so much takes below half a second

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .folders import Part, Parts, check_not_a_shard, find_parts, parts_of_index
+from .folders import Part, Parts, check_not_a_shard, find_parts, is_index, parts_of_index
 from .pickles import RefusedFile
 from .torch_files import LEGACY_MAGIC, MAX_DIMS, Contents, View, read_legacy, read_zip
 
@@ -197,17 +197,15 @@ def load_checkpoint(path: str | os.PathLike, variant: str | None = None) -> Chec
     """
     path = Path(path)
     try:
-        if path.is_dir():
+        if "\0" not in str(path) and path.is_dir():
             return _load_parts(path, find_parts(path, variant))
-        if path.name.endswith(".index.json") and path.is_file():
+        if is_index(path):
             return _load_parts(path, parts_of_index(path))
         check_not_a_shard(path)
     except RefusedFile as error:
         raise CheckpointError(f"{path}: {error}") from None
     except OSError as error:
         raise _unreadable(path, error) from None
-    except ValueError:  # a path with a zero byte, which `_load_file` refuses
-        pass
     return _load_file(path)
 
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from .checkpoint import CheckpointError, shapes
 from .config import Config
-from .detect import identify
+from .identity import identify
 from .keys import EMA, Source
 from .layouts import AVERAGE, EXTRA, NETWORKS, TOKENS, find_layouts, usual_layout
 from .text_encoder import TextEncoder

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from .config import Config
-from .detect import CONFIG_KEY, PREDICTION_KEY
 from .diffusers_config import to_diffusers_configs
 from .folders import EXTRA_FILE, RAW_VARIANT
+from .identity import CONFIG_KEY, PREDICTION_KEY
 from .keys import CLIP, EMA, OPENCLIP, diffusers_sources, is_openclip, original_sources
 from .layouts import AVERAGE, EXTRA, find_layouts
 from .schedule import Schedule

@@ -77,7 +77,7 @@ def find_parts(folder: Path, variant: str | None = None) -> Parts:
             continue  # convert.py says what is missing, and which option gives it
         matched |= chosen == variant
         if variant is None and chosen is not None:
-            notes.append(f"{name}: the {chosen} files, as there are no others")
+            notes.append(f"the {chosen} files are read, as there are no others")
         averaged = name == "unet" and chosen is None and RAW_VARIANT in variants
         parts.append(_part(f"{name}_ema." if averaged else f"{name}.", variants[chosen]))
         if averaged:
@@ -89,7 +89,12 @@ def find_parts(folder: Path, variant: str | None = None) -> Parts:
         raise RefusedFile(_no_model(folder))
     if (folder / EXTRA_FILE).is_file():
         parts.append(Part("", (folder / EXTRA_FILE,)))
-    return Parts("diffusers folder", tuple(parts), configs, tuple(notes))
+    return Parts("diffusers folder", tuple(parts), configs, tuple(dict.fromkeys(notes)))
+
+
+def is_index(path: Path) -> bool:
+    """Whether a path is called as an index of several files is."""
+    return re.search(r"\.index(\.[\w-]+)?\.json$", path.name) is not None
 
 
 def parts_of_index(path: Path) -> Parts:
@@ -162,7 +167,7 @@ def _part(prefix: str, path: Path) -> Part:
         raise RefusedFile(f"{path.name} has no weight_map: not an index of a model's files")
     for name in weight_map.values():
         # beside the index and nowhere else
-        if not isinstance(name, str) or not name or Path(name).name != name or "\\" in name or ":" in name:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or set(name) & set("\\:\0"):
             raise RefusedFile(
                 f"{path.name} names {str(name)[:100]!r}, which is no file beside it; do not use this file"
             )

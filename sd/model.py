@@ -21,9 +21,9 @@ from .checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from .config import Config
 from .convert import build, convert, describe_weights, load_weights
 from .denoiser import Denoiser, Network, with_channels
-from .detect import CONFIG_KEY, Identity, damaged_position_ids, identify, predicting, probe
 from .device import best_dtype, dtype_name, find_device, find_dtype
 from .diffusers_config import vae_from_diffusers
+from .identity import CONFIG_KEY, Identity, damaged_position_ids, identify, predicting, probe
 from .image import to_pil, to_tensor
 from .inpainting import conditioning
 from .layouts import NETWORKS

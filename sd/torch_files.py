@@ -255,6 +255,8 @@ def _contents(content: object, place: Callable[[str], Place]) -> Contents:
         tensors = _tensors(content.get("model"))
     if not tensors:
         names = [key[:30] for key in content if isinstance(key, str)] if isinstance(content, dict) else []
+        if "string_to_param" in names:
+            raise RefusedFile("a textual inversion embedding: an addition to a checkpoint, not a checkpoint")
         what = f"holds no named tensors (but {', '.join(names[:5])})" if names else "holds no named tensors"
         raise RefusedFile(f"{what}; give a file of model weights")
     if all(key.startswith("module.") for key in tensors):  # saved from within DistributedDataParallel

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sd.checkpoint import CheckpointError, load_checkpoint
 from sd.config import MODELS, Config
 from sd.convert import build, convert, load_weights
-from sd.detect import CONFIG_KEY, detect
 from sd.export import to_own
+from sd.identity import CONFIG_KEY, detect
 from sd.model import named
 from sd.pipeline import StableDiffusion
 from sd.text_encoder import TextEncoder

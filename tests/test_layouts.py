@@ -1,0 +1,300 @@
+"""Whatever names and containers a file has for its networks, the same weights come out of it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from common import TINY, TINY_V2, manifest, tiny_state
+from reference_weights import save
+from safetensors.torch import save_file
+
+from sd import StableDiffusion
+from sd.checkpoint import CheckpointError
+from sd.config import SD1, SD2
+from sd.convert import convert, describe_weights
+from sd.export import to_diffusers, to_original, to_own
+from sd.identity import damaged_position_ids, identify
+from sd.keys import CLIP, OPENCLIP, UNET, VAE
+from sd.layouts import AVERAGE, find_layouts
+
+State = dict[str, torch.Tensor]
+
+
+def renamed(state: State, *prefixes: tuple[str, str]) -> State:
+    out = dict(state)
+    for old, new in prefixes:
+        out = {new + key.removeprefix(old) if key.startswith(old) else key: tensor for key, tensor in out.items()}
+    return out
+
+
+def only(state: State, prefix: str, new: str = "") -> State:
+    return {new + key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+def diffusers(state: State, config, network: str, prefix: str) -> State:
+    """One network of an original state dict under diffusers' names."""
+    files = to_diffusers(convert(state, config), config)
+    (found,) = [tensors for name, tensors in files.items() if name.startswith(f"{network}/")]
+    return {prefix + key: tensor for key, tensor in found.items()}
+
+
+def without(state: State, prefix: str) -> State:
+    return {key: tensor for key, tensor in state.items() if not key.startswith(prefix)}
+
+
+def old_attention(state: State) -> State:
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    pattern = re.compile(r"(mid_block\.attentions\.0\.)(to_q|to_k|to_v|to_out\.0)\.")
+    return {pattern.sub(lambda m: f"{m[1]}{names[m[2]]}.", key): tensor for key, tensor in state.items()}
+
+
+def reshaped(state: State, pattern: str, shape: tuple[int, ...]) -> State:
+    """Weights of two dimensions (with or without ones behind) with others."""
+    return {k: t.reshape(*t.shape[:2], *shape) if re.search(pattern, k) else t for k, t in state.items()}
+
+
+V1 = {
+    "original": lambda s: s,
+    "without text_model": lambda s: renamed(s, (CLIP, "cond_stage_model.transformer.")),
+    "generative-models": lambda s: renamed(s, (CLIP, "conditioner.embedders.0.transformer.text_model.")),
+    "stable-diffusion.cpp": lambda s: renamed(s, (CLIP, "te.text_model."), (VAE, "vae."), (UNET, "unet.")),
+    "text encoder of diffusers": lambda s: renamed(s, (CLIP, "text_model.")),
+    "text encoder of transformers 5.6": lambda s: renamed(s, (CLIP, "")),
+    "U-Net without prefix": lambda s: renamed(s, (UNET, "")),
+    "VAE without prefix": lambda s: renamed(s, (VAE, "")),
+    "VAE of diffusers": lambda s: {**without(s, VAE), **diffusers(s, TINY, "vae", VAE)},
+    "VAE of old diffusers": lambda s: {**without(s, VAE), **old_attention(diffusers(s, TINY, "vae", "vae."))},
+    "U-Net of diffusers": lambda s: {**without(s, UNET), **diffusers(s, TINY, "unet", "unet.")},
+    "attention of one dimension more": lambda s: reshaped(s, r"mid\.attn_1\.(q|k|v|proj_out)\.weight", (1,)),
+    "attention as linear layers": lambda s: reshaped(s, r"mid\.attn_1\.(q|k|v|proj_out)\.weight", ()),
+    "projections as linear layers": lambda s: reshaped(s, r"\.proj_(in|out)\.weight", ()),
+    "leftovers": lambda s: {
+        **s, "v_pred": torch.ones(0), "ztsnr": torch.ones(0), "denoiser.sigmas": torch.ones(9), "logvar": torch.ones(9),
+        "edm_mean": torch.ones(4), "embedding_manager.x": torch.ones(2), "first_stage_model.loss.x": torch.ones(3),
+        "global_step": torch.tensor(470000), "lvlb_weights": torch.ones(9),
+    },
+    "float position ids": lambda s: {**s, f"{CLIP}embeddings.position_ids": torch.linspace(0, 44, 77)[None]},
+    "no position ids": lambda s: {key: tensor for key, tensor in s.items() if "position_ids" not in key},
+}  # fmt: skip
+V2 = {
+    "original": lambda s: s,
+    "generative-models": lambda s: renamed(s, (OPENCLIP, "conditioner.embedders.0.model.")),
+    "OpenCLIP alone, beside": lambda s: renamed(s, (OPENCLIP, "")),
+    "text encoder of diffusers": lambda s: {
+        **without(s, "cond_stage_model."), **diffusers(s, TINY_V2, "text_encoder", "cond_stage_model.transformer."),
+    },
+    "projections as convolutions": lambda s: reshaped(s, r"\.\d\.proj_(in|out)\.weight", (1, 1)),
+    "no unused layer": lambda s: {key: tensor for key, tensor in s.items() if "resblocks.3." not in key},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, form", [("tiny-v1", form) for form in V1] + [("tiny-v2-v", form) for form in V2])
+def test_every_form_gives_the_same_weights(name, form):
+    state, config = tiny_state(name), TINY if name == "tiny-v1" else TINY_V2
+    expected = to_own(convert(state, config))
+    found = to_own(convert((V1 if name == "tiny-v1" else V2)[form](dict(state)), config))
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+
+
+def test_no_two_networks_or_layouts_are_taken_for_each_other():
+    for name in ("sd-v1", "sd-v1-full-ema", "sd-v1-inpainting", "sd-v2-768-v", "kl-f8-vae"):
+        found = find_layouts(manifest(name))
+        assert (AVERAGE in found) == ("full-ema" in name)
+        if name == "kl-f8-vae":
+            assert list(found) == ["vae"] and found["vae"].prefix == ""
+        else:
+            text = "openclip" if "v2" in name else "clip"
+            assert [layout.name for layout in found.values()][:3] == [text, "original", "original"]
+
+
+# ----------------------------------------------------------------------------------------------------- parts of a model
+
+
+@pytest.fixture
+def tiny_files(tmp_path):
+    """tiny-v1 in parts: a VAE alone as it is trained, a text encoder alone, a U-Net alone, and the rest of each."""
+    state = tiny_state()
+    vae = {
+        **only(state, VAE),
+        "loss.logvar": torch.zeros(()),
+        "loss.discriminator.main.0.weight": torch.ones(4, 3, 4, 4),
+    }
+    parts = {
+        "vae.ckpt": vae, "text.safetensors": only(state, CLIP, "text_model."), "unet.safetensors": only(state, UNET),
+        "no-vae.safetensors": without(state, VAE), "no-text.safetensors": without(state, "cond_stage_model."),
+        "whole.safetensors": state,
+    }  # fmt: skip
+    for name, tensors in parts.items():
+        save(tmp_path / name, {key: tensor.clone() for key, tensor in tensors.items()})
+    return tmp_path
+
+
+def parameters(model: StableDiffusion) -> State:
+    return to_own({name: getattr(model, name).state_dict() for name in ("text_encoder", "vae", "unet")})
+
+
+@pytest.mark.parametrize(
+    "main, given",
+    [
+        ("whole.safetensors", {}),
+        ("no-vae.safetensors", {"vae": "vae.ckpt"}),
+        ("no-vae.safetensors", {"vae": "whole.safetensors"}),
+        ("no-text.safetensors", {"text_encoder": "text.safetensors"}),
+        ("unet.safetensors", {"vae": "vae.ckpt", "text_encoder": "whole.safetensors"}),
+        ("whole.safetensors", {"vae": "vae.ckpt", "text_encoder": "text.safetensors"}),
+    ],
+)
+def test_a_model_from_several_files(tiny_files, main, given):
+    others = {name: tiny_files / file for name, file in given.items()}
+    model = StableDiffusion.load(tiny_files / main, config=TINY, device="cpu", dtype="float32", **others)
+    expected = to_own(convert(tiny_state(), TINY))
+    for key, tensor in parameters(model).items():
+        assert torch.equal(tensor, expected[key]), key
+
+
+def test_the_other_file_is_really_taken(tiny_files):
+    other = {key: tensor * 2 for key, tensor in only(tiny_state(), VAE).items()}
+    save_file(other, tiny_files / "double.safetensors")
+    model = StableDiffusion.load(
+        tiny_files / "whole.safetensors",
+        config=TINY,
+        device="cpu",
+        dtype="float32",
+        vae=tiny_files / "double.safetensors",
+    )
+    weight = "decoder.conv_in.weight"
+    assert torch.equal(model.vae.state_dict()[weight], 2 * tiny_state()[VAE + weight])
+
+
+@pytest.mark.parametrize(
+    "main, given, words",
+    [
+        ("no-vae.safetensors", {}, "no-vae.safetensors: the file has no vae: give it with --vae"),
+        ("no-text.safetensors", {}, "the file has no text encoder: give it with --text-encoder"),
+        ("unet.safetensors", {}, "no text encoder and no vae: give it with --text-encoder and --vae"),
+        ("unet.safetensors", {"vae": "vae.ckpt"}, "no text encoder: give it with --text-encoder"),
+        ("no-vae.safetensors", {"vae": "text.safetensors"}, "text.safetensors: the file has no vae"),
+    ],
+)
+def test_what_is_missing_is_said_with_the_option_that_gives_it(tiny_files, main, given, words):
+    others = {name: tiny_files / file for name, file in given.items()}
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        StableDiffusion.load(tiny_files / main, config=TINY, device="cpu", dtype="float32", **others)
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        (only(manifest("sd-v1"), VAE), "a VAE alone: give it with --vae"),
+        (manifest("kl-f8-vae"), "a VAE alone: give it with --vae"),
+        (only(manifest("sd-v1"), CLIP), "a text encoder alone: give it with --text-encoder"),
+        (only(manifest("sd-v2-base"), OPENCLIP), "a text encoder alone: give it with --text-encoder"),
+        (without(manifest("sd-v1"), UNET), "no U-Net"),
+        (only(manifest("sd-v1"), VAE + "decoder.", "decoder."), "half of a VAE|a VAE alone"),
+    ],
+)
+def test_a_part_is_no_checkpoint(keys, words):
+    state = {key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in keys.items()}
+    with pytest.raises(CheckpointError, match=words):
+        identify(state)
+
+
+def test_a_vae_says_its_scale(tiny_files):
+    """A VAE of ours carries its config; SDXL's, say, has the same weights and another scale."""
+    config = replace(TINY, vae=replace(TINY.vae, scale=0.5))
+    own = only(to_own(convert(tiny_state(), TINY)), "vae.", "vae.")
+    save_file(own, tiny_files / "own.safetensors", {"sd.config": config.to_json()})
+    whole = tiny_files / "whole.safetensors"
+    options = {"config": TINY, "device": "cpu", "dtype": "float32"}
+    assert StableDiffusion.load(whole, vae=tiny_files / "own.safetensors", **options).vae.config.scale == 0.5
+    assert StableDiffusion.load(whole, vae=tiny_files / "vae.ckpt", **options).vae.config.scale == 0.18215
+
+
+# ---------------------------------------------------------------------------------------------------- EMA, words, ids
+
+
+def test_which_of_two_u_nets(tmp_path):
+    full = tiny_state("tiny-v1-full-ema")
+    assert describe_weights(tiny_state()) == ""
+    assert describe_weights(full).startswith("U-Net: as trained (raw)")
+    assert describe_weights(full, "ema").startswith("U-Net: its moving average (EMA)")
+    average = without(full, UNET)
+    assert describe_weights(average).endswith("the only one in the file")
+    with pytest.raises(CheckpointError, match="only the moving average"):
+        convert(average, TINY, "raw")
+    raw, ema = (convert(full, TINY, weights)["unet"] for weights in ("raw", "ema"))
+    assert torch.equal(convert(average, TINY)["unet"]["conv_in.weight"], ema["conv_in.weight"])
+    assert not torch.equal(raw["conv_in.weight"], ema["conv_in.weight"])
+    save_file(full, tmp_path / "full.safetensors")
+    model = StableDiffusion.load(tmp_path / "full.safetensors", config=TINY, device="cpu", dtype="float32")
+    assert torch.equal(model.unet.conv_in.weight, raw["conv_in.weight"])
+    assert "U-Net: as trained (raw); --weights ema takes its moving average" in model.about
+
+
+def test_an_incomplete_average_is_not_taken():
+    full = tiny_state("tiny-v1-full-ema")
+    gone = next(key for key in full if key.startswith("model_ema.") and key.endswith("out2bias"))
+    del (partial := dict(full))[gone]
+    assert convert(partial, TINY)["unet"]["conv_in.weight"] is not None
+    with pytest.raises(CheckpointError, match=rf"1 weight of .* missing.*{gone}"):
+        convert(partial, TINY, "ema")
+
+
+def test_added_words_are_kept():
+    """DreamBooth and textual inversion enlarge the vocabulary; nobody types the new words, but a copy has them, too."""
+    key = f"{CLIP}embeddings.token_embedding.weight"
+    state = {k: torch.empty(shape, dtype=dtype, device="meta") for k, (shape, dtype) in manifest("sd-v1").items()}
+    config = identify({**state, key: torch.empty(49410, 768, device="meta")}).config
+    assert config == replace(SD1, text=replace(SD1.text, vocab=49410))
+    large = replace(TINY, text=replace(TINY.text, vocab=49410))
+    tokens = torch.cat([tiny_state()[key], torch.ones(2, 64)])
+    states = convert({**tiny_state(), key: tokens}, large)
+    assert torch.equal(to_original(states, large)[key], tokens)
+
+
+@pytest.mark.parametrize(
+    "ids, damaged",
+    [
+        (torch.arange(77)[None], False),
+        (torch.arange(77.0).half()[None], False),
+        (torch.linspace(0, 44.3, 77)[None], True),
+        (torch.zeros(1, 77, dtype=torch.int64), True),
+    ],
+)
+def test_damaged_position_ids_are_said(tmp_path, ids, damaged):
+    state = {**tiny_state(), f"{CLIP}embeddings.position_ids": ids}
+    assert (damaged_position_ids(state) is not None) == damaged
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / "a.safetensors")
+    model = StableDiffusion.load(tmp_path / "a.safetensors", config=TINY, device="cpu", dtype="float32")
+    assert any("position_ids" in line for line in model.about) == damaged
+    written = to_original(convert(state, TINY), TINY)[f"{CLIP}embeddings.position_ids"]
+    assert torch.equal(written, torch.arange(77)[None]) and written.dtype == torch.int64
+
+
+def test_mixed_precisions_and_optimizer_states(tmp_path):
+    state = {
+        k: t.bfloat16() if k.startswith(UNET) else t.half() if k.startswith(VAE) else t for k, t in tiny_state().items()
+    }
+    torch.save(
+        {"state_dict": state, "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(9)}}}]}, tmp_path / "a.ckpt"
+    )
+    model = StableDiffusion.load(tmp_path / "a.ckpt", config=TINY, device="cpu", dtype="float32")
+    assert torch.equal(model.unet.conv_in.weight, state[f"{UNET}input_blocks.0.0.weight"].float())
+
+
+def test_names_of_the_unknown_are_said():
+    with pytest.raises(CheckpointError, match=r"2 weights in the file that .* does not have: a.x, b.y"):
+        convert({**tiny_state(), "a.x": torch.ones(1), "b.y": torch.ones(1)}, TINY)
+
+
+def test_sd2_by_its_shapes():
+    state = {k: torch.empty(shape, dtype=dtype, device="meta") for k, (shape, dtype) in manifest("sd-v2-base").items()}
+    found = identify(state)
+    assert found.config == SD2 and not found.decided
+    # of the text encoder 23 blocks of 16 weights (4 of norms, 8 of q, k, v, out, 4 of the feed-forward), and 4
+    assert [len(table) for table in convert(state, SD2).values()] == [23 * 16 + 4, 248, 686]
