@@ -46,10 +46,10 @@ from tqdm import tqdm
 
 import sd
 from sd.config import POCKET, SD1, Config
-from sd.convert import build, load_weights
 from sd.device import DTYPES, best_dtype, find_device
 from sd.export import to_own
 from sd.identity import CONFIG_KEY
+from sd.networks import build, load_weights
 from sd.pipeline import StableDiffusion
 
 if __package__:

@@ -2,22 +2,35 @@
 
 Reading order: config, schedule, samplers, layers, unet, denoiser, model, pipeline, inpainting; then text_encoder, vae,
 tokenizer, and checkpoint and convert for what is in the files.
+
+What looks at files alone works without torch, whose import takes longer than all of it; the rest is imported when it is
+first asked for.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from .config import MODELS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, Config
 from .convert import convert
-from .denoiser import Denoiser
-from .identity import detect
-from .pipeline import StableDiffusion
-from .samplers import SAMPLERS, Step
+from .identity import detect, identify
 from .schedule import Level, Schedule
-from .text_encoder import TextEncoder
-from .tokenizer import Tokenizer
-from .unet import UNet
-from .vae import VAE
+
+if TYPE_CHECKING:
+    from .denoiser import Denoiser
+    from .pipeline import StableDiffusion
+    from .samplers import SAMPLERS, Step
+    from .text_encoder import TextEncoder
+    from .tokenizer import Tokenizer
+    from .unet import UNet
+    from .vae import VAE
 
 __version__ = "0.1.0"
+
+_LATER = {
+    "Denoiser": "denoiser", "StableDiffusion": "pipeline", "SAMPLERS": "samplers", "Step": "samplers",
+    "TextEncoder": "text_encoder", "Tokenizer": "tokenizer", "UNet": "unet", "VAE": "vae",
+}  # fmt: skip
 
 __all__ = [
     "MODELS",
@@ -41,5 +54,17 @@ __all__ = [
     "UNet",
     "convert",
     "detect",
+    "identify",
     "load_checkpoint",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(f".{_LATER[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from .checkpoint import Bundle, Checkpoint, CheckpointError, shapes
 from .config import SD1, SD2, Config
-from .convert import FLAGS, NAMES, build, ignored
+from .convert import FLAGS, NAMES, ignored
 from .identity import damaged_position_ids, identify
 from .layouts import AVERAGE, NETWORKS, TOKENS, Layout, find_layouts, usual_layout
+from .weights import weight_shapes
 
 SMALL = 256 << 20  # bytes: SHA-256 of so much takes below half a second
 SHORT_HASH = (0x100000, 0x10000)  # where older tools look for "model hash": 64 KB behind the first megabyte
@@ -106,7 +107,7 @@ def census(tensors: Checkpoint, config: Config | None = None, *, sha256: bool | 
 
 def _count(out: Census, tensors: Checkpoint, config: Config, layouts: Mapping[str, Layout]) -> None:
     found = shapes(tensors)
-    expected = {name: shapes(module.state_dict()) for name, module in build(config).items()}
+    expected = weight_shapes(config)
     expected[AVERAGE] = expected["unet"]
     used: set[str] = set()
     for name in (*NETWORKS, AVERAGE):
@@ -147,7 +148,7 @@ def _count(out: Census, tensors: Checkpoint, config: Config, layouts: Mapping[st
 
 
 def _precision(tensors: Checkpoint, keys: list[str]) -> str:
-    counts = Counter(str(tensors.dtype(key)).removeprefix("torch.") for key in keys)
+    counts = Counter(tensors.number_type(key).name for key in keys)
     kinds = [f"{name} ({count})" if len(counts) > 1 else name for name, count in counts.most_common()]
     return " and ".join(kinds) or "none"
 

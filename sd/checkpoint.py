@@ -21,24 +21,28 @@ import os
 import stat
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .folders import Part, Parts, check_not_a_shard, find_parts, is_index, parts_of_index
+from .numbers import TYPES, NumberType
 from .pickles import RefusedFile
 from .torch_files import LEGACY_MAGIC, MAX_DIMS, Contents, View, read_legacy, read_zip
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_HEADER = 16 << 20  # bytes of a safetensors header; real ones have below 1 MB
 MAX_TENSORS = 100_000  # a full Stable Diffusion 1 training file has 1,831
 
 SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
+    "BOOL": "bool",
 }  # fmt: skip
 
 AGAIN = "download it again"
@@ -75,7 +79,22 @@ class CheckpointError(ValueError):
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
-class Checkpoint(Mapping[str, torch.Tensor]):
+def named(path: str | os.PathLike[str], error: ValueError) -> ValueError:
+    """The error with the file's name in front, unless it is there already."""
+    message = str(error)
+    return error if message.startswith(str(path)) else CheckpointError(f"{path}: {message}")
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Put the file's name in front of whatever is wrong with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise named(path, error) from None
+
+
+class Checkpoint(Mapping[str, "torch.Tensor"]):
     """The tensors of a file by name, in the order of their places in the file. Made by `load_checkpoint`.
 
     Opening reads names and shapes only. `checkpoint[key]` reads that tensor, each time anew, into fresh contiguous CPU
@@ -103,13 +122,31 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     def dtype(self, key: str) -> torch.dtype:
         """The type of a tensor's numbers, without reading it. KeyError for an unknown key."""
+        return self._views[key].dtype.torch
+
+    def number_type(self, key: str) -> NumberType:
+        """The same, without torch."""
         return self._views[key].dtype
 
     def __getitem__(self, key: str) -> torch.Tensor:
         """Read one tensor. KeyError for an unknown key, CheckpointError if the file cannot be read any more."""
+        import torch
+
         view = self._views[key]
-        numbers = torch.empty(view.extent, dtype=view.dtype, device="cpu")
-        buffer = memoryview(numbers.view(torch.uint8).numpy())
+        numbers = torch.empty(view.extent, dtype=view.dtype.torch, device="cpu")
+        self._read(view, memoryview(numbers.view(torch.uint8).numpy()))
+        tensor = numbers.as_strided(view.shape, view.stride)
+        return numbers.view(view.shape) if tensor.is_contiguous() else tensor.contiguous()
+
+    def table(self, key: str) -> np.ndarray:
+        """A small tensor as float64, read without torch. ValueError for floats of 8 bits."""
+        view = self._views[key]
+        self._read(view, buffer := bytearray(view.extent * view.dtype.itemsize))
+        numbers = view.dtype.decode(bytes(buffer))
+        steps = tuple(step * numbers.itemsize for step in view.stride)
+        return np.lib.stride_tricks.as_strided(numbers, view.shape, steps).copy()
+
+    def _read(self, view: View, buffer: memoryview | bytearray) -> None:
         try:
             with self._lock:
                 self._stream.seek(view.start)
@@ -118,8 +155,6 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             raise CheckpointError(f"{self.path}: cannot be read any more: {error}; load it again") from None
         if count < len(buffer):
             raise CheckpointError(f"{self.path}: has become shorter since it was opened; load it again")
-        tensor = numbers.as_strided(view.shape, view.stride)
-        return numbers.view(view.shape) if tensor.is_contiguous() else tensor.contiguous()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._views)
@@ -164,6 +199,16 @@ class Bundle(Checkpoint):
         """The type of a tensor's numbers, without reading it. KeyError for an unknown key."""
         file, name = self._places[key]
         return file.dtype(name)
+
+    def number_type(self, key: str) -> NumberType:
+        """The same, without torch."""
+        file, name = self._places[key]
+        return file.number_type(name)
+
+    def table(self, key: str) -> np.ndarray:
+        """A small tensor as float64, read without torch."""
+        file, name = self._places[key]
+        return file.table(name)
 
     def __getitem__(self, key: str) -> torch.Tensor:
         """Read one tensor. KeyError for an unknown key, CheckpointError if its file cannot be read any more."""
@@ -356,7 +401,7 @@ def _read_safetensors(stream: BinaryIO, path: Path) -> Contents:
         if len(shape) > MAX_DIMS:
             raise RefusedFile(f"damaged: tensor {key[:100]!r} has {len(shape)} dimensions; {AGAIN}")
         stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-        views[key] = View(SAFETENSORS_DTYPES[kind], shape, stride, data + begin)
+        views[key] = View(TYPES[SAFETENSORS_DTYPES[kind]], shape, stride, data + begin)
     return views, metadata
 
 

@@ -1,4 +1,4 @@
-"""A file's weights under our names, complete or refused; and strict, counted loading.
+"""A file's weights under our names: all that a model needs, counted and of the right shapes, or an error.
 
 `layouts.py` says which names a file uses, `keys.py` where each weight lies; here it is looked up. Everything that a
 network needs must be there in the right shape, and everything that is there must be used or be on the short list of
@@ -8,21 +8,18 @@ same numbers, so shapes are compared without trailing ones. The way back is in e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-
-import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from .checkpoint import CheckpointError, shapes
 from .config import Config
 from .identity import identify
 from .keys import EMA, Source
 from .layouts import AVERAGE, EXTRA, NETWORKS, TOKENS, find_layouts, usual_layout
-from .text_encoder import TextEncoder
-from .unet import UNet
-from .vae import VAE
+from .weights import weight_shapes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS = ("auto", "raw", "ema")  # which of the two sets of U-Net weights a training checkpoint may hold
 NAMES = {"text_encoder": "text encoder", "vae": "vae", "unet": "U-Net", AVERAGE: "moving average (EMA) of the U-Net"}
@@ -46,23 +43,7 @@ IGNORED_KEYS = frozenset(
 )
 
 
-class _SkipInit(TorchFunctionMode):
-    """Leaves out the initialisers of `torch.nn.init`: the weights come from a file."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
-
-
-def build(config: Config) -> dict[str, nn.Module]:
-    """The three networks of a config on the meta device: shapes without memory, nothing initialised."""
-    with torch.device("meta"), _SkipInit():
-        return {"text_encoder": TextEncoder(config.text), "vae": VAE(config.vae), "unet": UNet(config.unet)}
-
-
-class StateDict(Mapping[str, Tensor]):
+class StateDict(Mapping[str, "Tensor"]):
     """One network's weights under our names, read from `tensors` one at a time, when asked for."""
 
     def __init__(
@@ -108,7 +89,7 @@ def convert(
     config = config or identify(tensors).config
     found, layouts = shapes(tensors), find_layouts(tensors)
     of_unet = choose_weights(tensors, weights) if "unet" in parts else "unet"
-    expected = {name: shapes(module.state_dict()) for name, module in build(config).items()}
+    expected = weight_shapes(config)
     expected[AVERAGE] = expected["unet"]
     tables = {name: layout.sources(config, expected[name]) for name, layout in layouts.items()}
     used = {source.key for table in tables.values() for source in table.values()}
@@ -183,7 +164,7 @@ def _check_complete(
             if key == TOKENS and have is not None and len(have) == 2 and have[0] > want[0]:
                 have = (want[0], have[1])  # fine-tuning added words behind CLIP's own, which nothing here types
             if have is not None and _squeezed(have) != _squeezed(want):
-                misshapen.append(f"{source.key} is {_shape(have)}, expected {_shape(want)}")
+                misshapen.append(f"{source.key} is {shape_text(have)}, expected {shape_text(want)}")
     if absent:
         names = " and ".join(f"no {NAMES[network]}" for network in absent)
         flags = " and ".join(FLAGS[network] for network in absent if network in FLAGS)
@@ -214,46 +195,6 @@ def _listed(keys: list[str], separator: str = ", ") -> str:
     return separator.join(keys[:10]) + (f" and {len(keys) - 10} more" if len(keys) > 10 else "")
 
 
-def _shape(shape: tuple[int, ...]) -> str:
+def shape_text(shape: tuple[int, ...]) -> str:
+    """A shape in words: "320x4x3x3"."""
     return "x".join(map(str, shape)) or "a scalar"
-
-
-def load_weights(
-    module: nn.Module,
-    state: Mapping[str, Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Callable[[int], object] = lambda numbers: None,
-) -> nn.Module:
-    """Give a network on the meta device its weights; each is read, converted and dropped, so nothing is held twice.
-
-    Convolution kernels are laid out channels-last, the layout in which convolutions run fastest on CPU and GPU and in
-    which a transformer's tokens are a view of the feature map. `progress` is told how many numbers each weight has.
-    A weight that already is as wanted is taken as it is, not copied.
-    """
-    shapes = {key: meta.shape for key, meta in module.state_dict().items()}
-
-    def ready(key: str) -> Tensor:
-        tensor = state[key]
-        if tensor.shape != shapes[key]:
-            raise CheckpointError(f"{key} is {_shape(tuple(tensor.shape))}, expected {_shape(tuple(shapes[key]))}")
-        if not tensor.is_floating_point():
-            raise CheckpointError(
-                f"{key} holds whole numbers ({tensor.dtype}): a quantised file, which is not supported"
-            )
-        layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
-        weight = tensor.to(dtype).contiguous(memory_format=layout)
-        if dtype == torch.float16 and tensor.dtype != torch.float16 and not weight.isfinite().all():
-            raise CheckpointError(f"{key} has numbers beyond float16: use bfloat16 or float32 (--dtype)")
-        return weight
-
-    # Two threads, as reading and touching fresh memory leave a core waiting (more gain nothing); the largest first, so
-    # that the memory a weight was read into serves for all that follow. Only this thread talks to the device.
-    weights = {}
-    order = sorted(shapes, key=lambda key: -shapes[key].numel())
-    with ThreadPoolExecutor(2) as pool:
-        for key, weight in zip(order, pool.map(ready, order), strict=True):
-            weights[key] = weight.to(device)
-            progress(weight.numel())
-    module.load_state_dict(weights, strict=True, assign=True)
-    return module.requires_grad_(False).eval()

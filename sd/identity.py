@@ -15,21 +15,24 @@ Other models are refused by name.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from .checkpoint import CheckpointError, shapes
+from .checkpoint import Checkpoint, CheckpointError, shapes
 from .config import MODELS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, Config, ScheduleConfig
 from .diffusers_config import from_diffusers, schedule_from_diffusers
 from .layouts import AVERAGE, TOKENS, Layout, find_layouts, first_convolution
+from .numbers import TYPES, NumberType
 from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG_KEY = "sd.config"  # where the metadata of a file of ours holds the config
 PREDICTION_KEY = "modelspec.prediction_type"  # https://github.com/Stability-AI/ModelSpec
@@ -321,14 +324,14 @@ def _stored_schedule(tensors: Mapping[str, Tensor], schedule: ScheduleConfig) ->
     """What of a `ScheduleConfig` is to be replaced by the noise schedule in the file, and in words."""
     if "alphas_cumprod" not in tensors:
         return {}, ""
-    stored = tensors["alphas_cumprod"]
-    if stored.is_meta:  # names and shapes of a model, without numbers
+    found = read_table(tensors, "alphas_cumprod", (schedule.steps,))
+    if found is None:
         return {}, ""
-    if tuple(stored.shape) != (schedule.steps,) or not stored.is_floating_point():
+    theirs, kind = found
+    if theirs.shape != (schedule.steps,) or not kind.eps:
         raise CheckpointError(f"its noise schedule (alphas_cumprod) is no list of {schedule.steps} numbers")
-    theirs = stored.double().numpy()
     # a table rounded to half precision is the same schedule
-    rtol, atol = max(4 * torch.finfo(stored.dtype).eps, 1e-4), 1e-6
+    rtol, atol = max(4 * kind.eps, 1e-4), 1e-6
 
     def same(other: ScheduleConfig) -> bool:
         return np.allclose(theirs, Schedule(other).alpha_bar, rtol=rtol, atol=atol)
@@ -349,6 +352,23 @@ def _stored_schedule(tensors: Mapping[str, Tensor], schedule: ScheduleConfig) ->
     return {"alpha_bar": table, "zero_snr": False}, "the file's own noise schedule is used"
 
 
+def read_table(
+    tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...] | None = None
+) -> tuple[np.ndarray, NumberType] | None:
+    """A small tensor as float64, and its type; None where it has no numbers to read (on the meta device).
+
+    shape   the one expected: of any other, nothing is read, and it comes out empty
+    """
+    is_file = isinstance(tensors, Checkpoint)
+    has = tensors.shape(key) if is_file else tuple(tensors[key].shape)
+    kind = tensors.number_type(key) if is_file else TYPES.get(str(tensors[key].dtype).removeprefix("torch."))
+    if kind is None or (shape is not None and has != shape) or math.prod(has) > 100_000 or kind.name[:6] == "float8":
+        return np.empty((0,)), kind or TYPES["bool"]
+    if is_file:
+        return tensors.table(key), kind
+    return None if tensors[key].is_meta else (tensors[key].double().cpu().numpy(), kind)
+
+
 def probe(unet: Callable[[Tensor, Tensor, Tensor], Tensor], config: Config, like: Tensor) -> str | None:
     """Whether a U-Net predicts "eps" or "v", by running it once on noise; None if it does not answer with numbers.
 
@@ -362,6 +382,8 @@ def probe(unet: Callable[[Tensor, Tensor, Tensor], Tensor], config: Config, like
 
     `like` is any tensor of the network's device and precision.
     """
+    import torch
+
     rng = torch.Generator("cpu").manual_seed(0)
     x = torch.randn((1, config.unet.in_channels, 16, 16), generator=rng).to(like)
     context = torch.full((1, 2, config.unet.context), 0.5).to(like)
@@ -379,9 +401,7 @@ def damaged_position_ids(tensors: Mapping[str, Tensor]) -> str | None:
     """The key of position ids that merging has damaged, if there is one. They are never used here, but elsewhere."""
     for key in tensors:
         if key.endswith("position_ids"):
-            ids = tensors[key].flatten()
-            if ids.numel() < 3 or ids.numel() > 10_000:
-                return key
-            if not torch.equal(ids.double(), torch.arange(ids.numel(), dtype=torch.float64)):
+            found = read_table(tensors, key)
+            if found is not None and not np.array_equal(found[0].ravel(), np.arange(max(found[0].size, 3))):
                 return key
     return None

@@ -9,7 +9,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from .checkpoint import Checkpoint, load_checkpoint, naming
 from .config import Config
-from .convert import build, convert, describe_weights, load_weights
+from .convert import convert, describe_weights
 from .denoiser import Denoiser, Network, with_channels
 from .device import best_dtype, dtype_name, find_device, find_dtype
 from .diffusers_config import vae_from_diffusers
@@ -27,6 +27,7 @@ from .identity import CONFIG_KEY, Identity, damaged_position_ids, identify, pred
 from .image import to_pil, to_tensor
 from .inpainting import conditioning
 from .layouts import NETWORKS
+from .networks import build, load_weights
 from .resources import resource
 from .samplers import Denoise, Noise, Sampler, Step
 from .schedule import Level, Schedule
@@ -41,21 +42,6 @@ if TYPE_CHECKING:
 
 EMBEDDED = "weights/pocket.safetensors"  # the model that comes with the project
 MAX_SIDE = 16384  # pixels
-
-
-def named(path: str | os.PathLike[str], error: ValueError) -> ValueError:
-    """The error with the file's name in front, unless it is there already."""
-    message = str(error)
-    return error if message.startswith(str(path)) else CheckpointError(f"{path}: {message}")
-
-
-@contextmanager
-def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Put the file's name in front of whatever is wrong with it."""
-    try:
-        yield
-    except ValueError as error:
-        raise named(path, error) from None
 
 
 def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:

@@ -15,12 +15,14 @@ training target. Levels are Python floats computed once in float64, so that no s
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from .config import ScheduleConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Level(NamedTuple):

@@ -28,8 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
-import torch
-
+from .numbers import TYPES, NumberType
 from .pickles import MAX_BYTES, Placeholder, RefusedFile, Symbol, read_pickle
 
 MAX_DIMS = 16  # of a tensor; convolutions have 4
@@ -42,18 +41,19 @@ LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a zip member: before its name, i
 ENCRYPTED = 0x2041  # three bits of a zip member's flags
 
 STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
-    "UntypedStorage": torch.uint8,  # counts bytes; the type is given with the tensor
+    "DoubleStorage": TYPES["float64"], "FloatStorage": TYPES["float32"], "HalfStorage": TYPES["float16"],
+    "BFloat16Storage": TYPES["bfloat16"], "LongStorage": TYPES["int64"], "IntStorage": TYPES["int32"],
+    "ShortStorage": TYPES["int16"], "CharStorage": TYPES["int8"], "ByteStorage": TYPES["uint8"],
+    "BoolStorage": TYPES["bool"],
+    "UntypedStorage": TYPES["uint8"],  # counts bytes; the type is given with the tensor
 }  # fmt: skip
-DTYPES = {str(dtype): dtype for dtype in (*STORAGE_DTYPES.values(), torch.float8_e4m3fn, torch.float8_e5m2)}
+DTYPES = {f"torch.{name}": kind for name, kind in TYPES.items()}
 
 
 class View(NamedTuple):
     """Where a tensor lies: its element (0, 0, ...) is at byte `start` of the file; strides count elements."""
 
-    dtype: torch.dtype
+    dtype: NumberType
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     start: int
@@ -79,7 +79,7 @@ class Storage:
     kind: Symbol
     key: str
     numel: int
-    dtype: torch.dtype | None
+    dtype: NumberType | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class Tensor:
     """A window on a storage, made of integers of 0 to 2^63 - 1; whether it fits is not yet known."""
 
     storage: Storage
-    dtype: torch.dtype
+    dtype: NumberType
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -325,7 +325,7 @@ def _tensor(
         raise ValueError("a tensor of impossible shape")
     if isinstance(dtype, Symbol):
         dtype = DTYPES.get(str(dtype))
-    if not isinstance(dtype, torch.dtype):
+    if not isinstance(dtype, NumberType):
         return Unreadable(f"with an unknown type of number in a {storage.kind}")
     if flags:
         return Unreadable("as a conjugate or negated view")

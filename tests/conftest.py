@@ -6,7 +6,8 @@ import pytest
 import torch
 from common import TINY, TINY_INPAINT, tiny_state
 
-from sd.convert import build, convert, load_weights
+from sd.convert import convert
+from sd.networks import build, load_weights
 from sd.pipeline import StableDiffusion
 
 

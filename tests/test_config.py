@@ -9,7 +9,7 @@ import pytest
 from common import TINY
 
 from sd.config import MODELS, SD1, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from sd.convert import build
+from sd.networks import build
 
 
 @pytest.mark.parametrize(

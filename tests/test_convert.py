@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from sd import StableDiffusion
 from sd.checkpoint import CheckpointError, load_checkpoint
 from sd.config import SD1, SD1_INPAINT, SD2_INPAINT
-from sd.convert import build, convert, load_weights
+from sd.convert import convert
 from sd.export import to_original, to_own
 from sd.identity import CONFIG_KEY, detect
 from sd.keys import UNET, original_sources
 from sd.layers import Attention
+from sd.networks import build, load_weights
 
 SCHEDULE_BUFFERS = 12
 

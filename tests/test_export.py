@@ -16,10 +16,10 @@ from scripts import convert
 from sd import StableDiffusion
 from sd.checkpoint import load_checkpoint
 from sd.config import MODELS, SD1, SD2, Config
-from sd.convert import build
 from sd.export import diffusers_texts, has_own_schedule, metadata, to_original
 from sd.identity import CONFIG_KEY, identify
 from sd.keys import EMA, OPENCLIP, UNET
+from sd.networks import build
 from sd.schedule import Schedule, to_zero_snr
 from sd.tokenizer import Tokenizer
 

@@ -20,8 +20,8 @@ from common import MANIFESTS, Golden, check_norms, error, manifest, unet_norms
 from sd import StableDiffusion
 from sd.checkpoint import load_checkpoint
 from sd.config import SD2, SD2_INPAINT, SD2_V
-from sd.convert import build
 from sd.identity import identify
+from sd.networks import build
 
 pytestmark = pytest.mark.full
 ROOT = Path(__file__).resolve().parents[1]

@@ -27,24 +27,28 @@ ALLOWED = {
     "device": set(),
     "tokenizer": {"resources"},
     "pickles": set(),
-    "torch_files": {"pickles"},
+    "numbers": set(),
+    "torch_files": {"numbers", "pickles"},
     "folders": {"pickles"},
-    "checkpoint": {"folders", "pickles", "torch_files"},
+    "checkpoint": {"folders", "numbers", "pickles", "torch_files"},
+    "weights": {"config"},
     "keys": {"config"},
     "layouts": {"config", "keys"},
     "diffusers_config": {"checkpoint", "config", "keys"},
-    "identity": {"checkpoint", "config", "diffusers_config", "layouts", "schedule"},
-    "convert": {"config", "checkpoint", "identity", "keys", "layouts", "text_encoder", "vae", "unet"},
+    "identity": {"checkpoint", "config", "diffusers_config", "layouts", "numbers", "schedule"},
+    "convert": {"config", "checkpoint", "identity", "keys", "layouts", "weights"},
+    "networks": {"checkpoint", "config", "convert", "text_encoder", "unet", "vae"},
     "export": {"config", "identity", "diffusers_config", "folders", "keys", "layouts", "schedule", "tokenizer"},
     "image": set(),
     "image_files": {"files"},
     "inpainting": {"image", "image_files", "samplers", "schedule"},
     "preview": {"image"},
     "training": {"config", "denoiser", "layers", "schedule", "text_encoder", "unet", "vae"},
-    "census": {"checkpoint", "config", "convert", "identity", "layouts"},
+    "census": {"checkpoint", "config", "convert", "identity", "layouts", "weights"},
     "model": {
         "checkpoint", "config", "convert", "denoiser", "identity", "device", "diffusers_config", "image", "inpainting",
-        "layouts", "resources", "samplers", "schedule", "settings", "text_encoder", "tokenizer", "unet", "vae",
+        "layouts", "networks", "resources", "samplers", "schedule", "settings", "text_encoder", "tokenizer", "unet",
+        "vae",
     },
     "pipeline": {
         "denoiser", "image", "image_files", "inpainting", "model", "samplers", "schedule", "settings",
@@ -79,9 +83,23 @@ def test_package_is_quiet(name):
 
 
 def test_import_is_light():
-    """`import sd` brings in nothing beyond the run-time dependencies."""
+    """`import sd` brings in nothing beyond the run-time dependencies, and not torch before it is needed."""
+    for module, heavy in (
+        ("sd", "('diffusers', 'transformers', 'scipy', 'matplotlib', 'torch', 'PIL', 'ftfy')"),
+        ("sd.pipeline", "('diffusers', 'transformers', 'scipy', 'matplotlib')"),
+        ("scripts.convert", "('torch',)"),
+    ):
+        code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "[]", module
+
+
+def test_the_public_names_are_what_they_are_called():
+    """Functions and classes, also after modules of nearly the same names were imported."""
     code = (
-        "import sys, sd; print([m for m in ('diffusers', 'transformers', 'scipy', 'matplotlib') if m in sys.modules])"
+        "import sd, sd.pipeline, sd.vae, sd.unet, sd.schedule, sd.convert, sd.checkpoint; from types import ModuleType;"
+        "from sd import *; assert not [n for n in sd.__all__ if isinstance(getattr(sd, n), ModuleType)];"
+        "assert callable(convert) and set(sd.__all__) <= set(dir(sd)); import pytest;"
+        "pytest.raises(AttributeError, getattr, sd, 'nothing')"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

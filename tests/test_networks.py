@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import reference_weights as reference
 import torch
-from common import TINY, Golden, check_norms, error, images, tiny_state, unet_norms
+from common import TINY, TINY_INPAINT, TINY_V2, Golden, check_norms, error, images, tiny_state, unet_norms
 from conftest import loaded
 
-from sd.convert import WEIGHTS
+from sd.config import MODELS
+from sd.convert import WEIGHTS, convert
+from sd.networks import build, load_weights
 from sd.vae import VAE
+from sd.weights import weight_shapes
 
 
 @pytest.mark.parametrize("name", ["tiny_v1_components", "tiny_v1_inpainting_components"])
@@ -46,8 +49,6 @@ def test_every_normalisation_eps():
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_ema_weights(weights):
-    from sd.convert import build, convert, load_weights
-
     golden = Golden("tiny_v1_ema")
     state = convert(tiny_state("tiny-v1-full-ema"), TINY, weights)["unet"]
     unet = load_weights(build(TINY)["unet"], state, torch.device("cpu"), torch.float32)
@@ -115,3 +116,12 @@ def test_gradients_flow():
         out = networks["unet"](x, torch.tensor([10.0]), reference.normal("c", (1, 77, 64)))
         networks["vae"].decode(out).mean().backward()
     assert x.grad.isfinite().all() and x.grad.norm() > 0
+
+
+@pytest.mark.parametrize("config", [*MODELS.values(), TINY, TINY_INPAINT, TINY_V2], ids=lambda config: config.name)
+def test_the_list_of_weights_is_that_of_the_networks(config):
+    """Names, shapes and order: files are checked against the list."""
+    built = {name: {k: tuple(t.shape) for k, t in net.state_dict().items()} for name, net in build(config).items()}
+    listed = weight_shapes(config)
+    for name, shapes in built.items():
+        assert listed[name] == shapes

@@ -19,9 +19,9 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from scripts.peers import LAYOUTS, peers, pipeline, scheduler
 from sd.config import MODELS, SD1, SD2, SD2_V
-from sd.convert import build
 from sd.denoiser import Denoiser
 from sd.keys import diffusers_sources
+from sd.networks import build
 from sd.pipeline import draw, generators
 from sd.samplers import ddim, ddpm, posterior
 from sd.schedule import CLEAN, Schedule

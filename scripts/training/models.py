@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sd.checkpoint import CheckpointError, load_checkpoint
+from sd.checkpoint import CheckpointError, load_checkpoint, named
 from sd.config import MODELS, Config
-from sd.convert import build, convert, load_weights
+from sd.convert import convert
 from sd.export import to_own
 from sd.identity import CONFIG_KEY, detect
-from sd.model import named
+from sd.networks import build, load_weights
 from sd.pipeline import StableDiffusion
 from sd.text_encoder import TextEncoder
 from sd.training import initialise_text_encoder, initialise_unet, widen_input

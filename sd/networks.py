@@ -1,0 +1,76 @@
+"""The three networks of a config: built without memory, and given their weights, strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .checkpoint import CheckpointError
+from .config import Config
+from .convert import shape_text
+from .text_encoder import TextEncoder
+from .unet import UNet
+from .vae import VAE
+
+
+class _SkipInit(TorchFunctionMode):
+    """Leaves out the initialisers of `torch.nn.init`: the weights come from a file."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def build(config: Config) -> dict[str, nn.Module]:
+    """The three networks of a config on the meta device: shapes without memory, nothing initialised."""
+    with torch.device("meta"), _SkipInit():
+        return {"text_encoder": TextEncoder(config.text), "vae": VAE(config.vae), "unet": UNet(config.unet)}
+
+
+def load_weights(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[int], object] = lambda numbers: None,
+) -> nn.Module:
+    """Give a network on the meta device its weights; each is read, converted and dropped, so nothing is held twice.
+
+    Convolution kernels are laid out channels-last, the layout in which convolutions run fastest on CPU and GPU and in
+    which a transformer's tokens are a view of the feature map. `progress` is told how many numbers each weight has.
+    A weight that already is as wanted is taken as it is, not copied.
+    """
+    shapes = {key: meta.shape for key, meta in module.state_dict().items()}
+
+    def ready(key: str) -> Tensor:
+        tensor = state[key]
+        if tensor.shape != shapes[key]:
+            raise CheckpointError(
+                f"{key} is {shape_text(tuple(tensor.shape))}, expected {shape_text(tuple(shapes[key]))}"
+            )
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{key} holds whole numbers ({tensor.dtype}): a quantised file, which is not supported"
+            )
+        layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+        weight = tensor.to(dtype).contiguous(memory_format=layout)
+        if dtype == torch.float16 and tensor.dtype != torch.float16 and not weight.isfinite().all():
+            raise CheckpointError(f"{key} has numbers beyond float16: use bfloat16 or float32 (--dtype)")
+        return weight
+
+    # Two threads, as reading and touching fresh memory leave a core waiting (more gain nothing); the largest first, so
+    # that the memory a weight was read into serves for all that follow. Only this thread talks to the device.
+    weights = {}
+    order = sorted(shapes, key=lambda key: -shapes[key].numel())
+    with ThreadPoolExecutor(2) as pool:
+        for key, weight in zip(order, pool.map(ready, order), strict=True):
+            weights[key] = weight.to(device)
+            progress(weight.numel())
+    module.load_state_dict(weights, strict=True, assign=True)
+    return module.requires_grad_(False).eval()
