@@ -8,7 +8,8 @@ is refused by name. `num_hidden_layers` is how many layers of the text encoder a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -37,17 +38,13 @@ def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
     for part, name in OTHER_PIPELINES.items():
         if part in pipeline:
             raise CheckpointError(f"this is {_an(name)} model ({pipeline}), which is not supported")
-    try:
+    with _described():
         unet = _unet(configs["unet"])
         vae = vae_from_diffusers(configs["vae"]) if "vae" in configs else VAEConfig()
         text = _text(configs, unet)
         size = configs["unet"].get("sample_size") or 64
         size = (max(size) if isinstance(size, list) else int(size)) * vae.factor
         config = Config("", size, text, vae, unet, schedule_from_diffusers(configs.get("scheduler", {})))
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"its JSON files describe no model that is known here: {error!s:.200}") from None
     parts = ("text", "vae", "unet")
     same = [
         known
@@ -56,6 +53,17 @@ def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
         and known.schedule.prediction == config.schedule.prediction
     ]
     return replace(config, name=same[0].name if same else "diffusers model")
+
+
+@contextmanager
+def _described() -> Iterator[None]:
+    """Whatever stands in a JSON file, an entry that makes no sense is one clear error."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"its JSON files describe no model that is known here: {error!s:.200}") from None
 
 
 def _an(name: str) -> str:
@@ -98,6 +106,7 @@ def _unet(raw: Mapping[str, Any]) -> UNetConfig:
     )
 
 
+@_described()
 def vae_from_diffusers(raw: Mapping[str, Any]) -> VAEConfig:
     """The VAE that a `vae/config.json` describes. Raises CheckpointError for one that is not known here."""
     down, up = raw.get("down_block_types", ["DownEncoderBlock2D"]), raw.get("up_block_types", ["UpDecoderBlock2D"])
@@ -150,6 +159,7 @@ def _check_supported(part: str, raw: Mapping[str, Any], expected: Mapping[str, A
             )
 
 
+@_described()
 def schedule_from_diffusers(raw: Mapping[str, Any]) -> ScheduleConfig:
     """The noise schedule that a `scheduler_config.json` describes; Stable Diffusion's own where it says nothing."""
     prediction = raw.get("prediction_type", "epsilon")

@@ -85,7 +85,7 @@ def find_parts(folder: Path, variant: str | None = None) -> Parts:
     if not matched:
         known = ", ".join(sorted(available)) or "none"
         raise RefusedFile(f"no files of the variant {variant!r} in it; its variants: {known}")
-    if not parts and configs.get("index", {}).get("_class_name") is None:
+    if not parts and "index" not in configs:
         raise RefusedFile(_no_model(folder))
     if (folder / EXTRA_FILE).is_file():
         parts.append(Part("", (folder / EXTRA_FILE,)))
@@ -121,7 +121,8 @@ def _single_part(folder: Path, variant: str | None) -> Parts:
     configs = {}
     if (folder / "config.json").is_file():
         config = _read_json(folder / "config.json")
-        names = [config.get("_class_name"), *(config.get("architectures") or [])]
+        classes = config.get("architectures")
+        names = [config.get("_class_name"), *(classes if isinstance(classes, list) else [])]
         configs = {CLASSES[name]: config for name in names if isinstance(name, str) and name in CLASSES}
     return Parts("diffusers folder", (_part("", variants[chosen]),), configs, ())
 

@@ -298,7 +298,7 @@ def read_sidecar(path: Path) -> tuple[str | None, bool]:
     zero = re.search(entry % "rescale_betas_zero_snr|zero_terminal_snr|zsnr|ztsnr", text)
     is_zero = zero is not None and zero[1].lower() == "true"
     if said is None:
-        return ("eps" if re.search(r"target:\s*ldm\.\S+LatentDiffusion", text) else None), is_zero
+        return ("eps" if re.search(r"target:\s*ldm\.[\w.]{1,100}Diffusion\b", text) else None), is_zero
     word = {"true": "v", "false": "eps"}.get(said[1].lower(), said[1].lower())
     if word not in PREDICTIONS:
         raise CheckpointError(f"{path.name} beside it says that it predicts {word!r:.50}: only eps and v are supported")

@@ -251,8 +251,9 @@ def _contents(content: object, place: Callable[[str], Place]) -> Contents:
         raise RefusedFile(f"a whole {content.symbol} object, not its weights; save its state_dict() with torch.save")
 
     tensors = _tensors(content)
-    if not tensors and isinstance(content, dict):
-        tensors = _tensors(content.get("model"))
+    for name in ("model", "ema"):
+        if not tensors and isinstance(content, dict):
+            tensors = _tensors(content.get(name))
     if not tensors:
         names = [key[:30] for key in content if isinstance(key, str)] if isinstance(content, dict) else []
         if "string_to_param" in names:

@@ -175,6 +175,7 @@ def test_modules_and_parameters(tmp_path, kind, protocol):
         pytest.param(lambda state: {"state_dict": state, "epoch": 3}, id="Lightning"),
         pytest.param(lambda state: {"state_dict": {"state_dict": state}}, id="nested twice"),
         pytest.param(lambda state: {"model": state, "optimizer": {"lr": 0.1}}, id="model"),
+        pytest.param(lambda state: {"ema": state, "step": 5}, id="ema"),
         pytest.param(lambda state: {f"module.{key}": tensor for key, tensor in state.items()}, id="DDP"),
         pytest.param(lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}}, id="DDP, Lightning"),
         pytest.param(lambda state: {**state, "step": 7, "config": {"a": [1]}, 5: torch.ones(1)}, id="other things"),

@@ -282,6 +282,12 @@ def test_other_pipelines_are_refused_by_name(folder, name, words):
         ("text_encoder/config.json", {"intermediate_size": 7}, "intermediate_size"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "'sample'"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "num_train_timesteps"),
+        ("scheduler/scheduler_config.json", {"beta_start": None}, "no model that is known"),
+        ("scheduler/scheduler_config.json", {"trained_betas": [0.1, 0.2]}, "no model that is known"),
+        ("vae/config.json", {"block_out_channels": 5}, "no model that is known"),
+        ("vae/config.json", {"scaling_factor": "large"}, "no model that is known"),
+        ("unet/config.json", {"sample_size": 10**9}, "no model that is known"),
+        ("unet/config.json", {"attention_head_dim": [1]}, "no model that is known"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(folder, file, changes, words):
@@ -351,3 +357,26 @@ def test_sd2_has_its_pad_by_its_tokenizer_or_its_activation(tmp_path):
     (path / "tokenizer/tokenizer_config.json").unlink()
     assert identify(load_checkpoint(path)).config.text.pad == 0
     assert SD2_V.text.pad == 0
+
+
+@pytest.mark.parametrize(
+    "file", ["unet/config.json", "vae/config.json", "text_encoder/config.json", "model_index.json"]
+)
+def test_nonsense_in_a_json_is_one_clear_error(folder, file):
+    """Each entry in turn replaced by things of other kinds: it loads, or is refused in one line."""
+    good = (folder / file).read_text()
+    for key in json.loads(good):
+        for value in (None, -1, 1e300, "x", [], {}, [[1]], True):
+            (folder / file).write_text(json.dumps({**json.loads(good), key: value}))
+            try:
+                with load_checkpoint(folder) as checkpoint:
+                    identify(checkpoint)
+            except CheckpointError as error:
+                assert "\n" not in str(error)
+
+
+def test_nonsense_in_a_part_given_alone(folder):
+    for name in ("vae", "unet", "text_encoder"):
+        edit(folder / name / "config.json", architectures=5, _class_name=["x"])
+        with load_checkpoint(folder / name) as checkpoint:
+            assert checkpoint.configs == {}

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import TINY, TINY_V2, manifest, tiny_state
-from reference_weights import save
+from common import TINY, TINY_INPAINT, TINY_V2, manifest, tiny_state
+from reference_weights import make_state_dict, save, with_ema
 from safetensors.torch import save_file
 
 from sd import StableDiffusion
@@ -110,6 +110,41 @@ def test_no_two_networks_or_layouts_are_taken_for_each_other():
         else:
             text = "openclip" if "v2" in name else "clip"
             assert [layout.name for layout in found.values()][:3] == [text, "original", "original"]
+
+
+@pytest.mark.parametrize("name", ["sd-v1", "sd-v1-inpainting", "sd-v2-base", "sd-v2-768-v", "sd-v2-inpainting"])
+@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_every_full_size_manifest_is_complete(name, ema, dtype):
+    """Names, shapes and types alone; test_full.py and test_full_sd2.py load such files."""
+    keys = with_ema(manifest(name)) if ema else manifest(name)
+    state = {k: torch.empty(s, dtype=dtype if d.is_floating_point else d, device="meta") for k, (s, d) in keys.items()}
+    for weights in ("auto", "raw", *(["ema"] if ema else [])):
+        states = convert(state, None, weights)
+        assert [len(states[network]) for network in ("vae", "unet")] == [248, 686]
+        assert all(tensor.is_meta and tensor.dtype == dtype for table in states.values() for tensor in table.values())
+
+
+@pytest.mark.parametrize(
+    "name, config", [("tiny-v1", TINY), ("tiny-v1-inpainting", TINY_INPAINT), ("tiny-v2-v", TINY_V2)]
+)
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+@pytest.mark.parametrize("ema", [False, True])
+def test_every_small_manifest_loads_from_every_container(tmp_path, name, config, kind, ema):
+    """In both precisions, with and without the moving average beside it."""
+    state = make_state_dict(with_ema(manifest(name)))
+    expected = to_own(convert(state, config, "ema" if ema else "raw"))
+    state = {key: tensor for key, tensor in state.items() if ema or not key.startswith("model_ema.")}
+    for dtype in (torch.float32, torch.float16):
+        cast = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+        if kind == "safetensors":
+            save_file(cast, tmp_path / "a")
+        else:
+            torch.save({"state_dict": cast}, tmp_path / "a", _use_new_zipfile_serialization=kind == "zip")
+        options = {"device": "cpu", "dtype": "float32", "weights": "ema" if ema else "auto"}
+        model = StableDiffusion.load(tmp_path / "a", config=config, **options)
+        for key, tensor in parameters(model).items():
+            assert torch.equal(tensor, expected[key].to(dtype).float()), key
 
 
 # ----------------------------------------------------------------------------------------------------- parts of a model
