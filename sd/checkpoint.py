@@ -15,7 +15,6 @@ the tensors made from them, and a file that changes while mapped ends the progra
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import stat
@@ -26,26 +25,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from .folders import Part, Parts, check_not_a_shard, find_parts, is_index, parts_of_index
-from .numbers import TYPES, NumberType
+from .numbers import NumberType
 from .pickles import RefusedFile
-from .torch_files import LEGACY_MAGIC, MAX_DIMS, Contents, View, read_legacy, read_zip
+from .safetensors_files import AGAIN, read_safetensors
+from .torch_files import LEGACY_MAGIC, View, read_legacy, read_zip
 
 if TYPE_CHECKING:
     import torch
 
-MAX_HEADER = 16 << 20  # bytes of a safetensors header; real ones have below 1 MB
 MAX_TENSORS = 100_000  # a full Stable Diffusion 1 training file has 1,831
 
-SAFETENSORS_DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
-    "BOOL": "bool",
-}  # fmt: skip
-
-AGAIN = "download it again"
 # The first bytes of files that are often given in place of a checkpoint -> what to tell their owner.
 NOT_A_CHECKPOINT = (
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself; fetch it with `git lfs pull`"),
@@ -260,7 +251,7 @@ def _load_file(path: Path) -> Checkpoint:
         try:
             kind = _kind(stream)
             views, metadata = {
-                "safetensors": lambda: _read_safetensors(stream, path),
+                "safetensors": lambda: read_safetensors(stream, path),
                 "zip pickle": lambda: read_zip(stream),
                 "legacy pickle": lambda: read_legacy(stream),
             }[kind]()
@@ -366,48 +357,3 @@ def _kind(stream: BinaryIO) -> str:
     if is_text:
         raise RefusedFile(f"a text file, starting {text[:30]!r}; give a .safetensors or .ckpt file")
     raise RefusedFile(f"not a checkpoint, starting {head[:8].hex(' ')}; give a .safetensors or .ckpt file")
-
-
-def _read_safetensors(stream: BinaryIO, path: Path) -> Contents:
-    """Names and places from the header, after the library of the format has found no fault with it."""
-    size = stream.seek(0, os.SEEK_END)
-    stream.seek(0)
-    length = int.from_bytes(stream.read(8), "little")
-    data = 8 + length
-    if length > MAX_HEADER:
-        raise RefusedFile(f"damaged: a safetensors header of {length} bytes, expected at most {MAX_HEADER}; {AGAIN}")
-    if data > size:
-        raise RefusedFile(f"truncated: its header says at least {data} bytes, the file has {size}; {AGAIN}")
-    try:
-        header = json.loads(stream.read(length).decode(), object_pairs_hook=_unique)
-        metadata = header.pop("__metadata__", None) or {}
-        tensors = {key: (info["dtype"], tuple(info["shape"]), *info["data_offsets"]) for key, info in header.items()}
-        says = data + max((end for _dtype, _shape, _begin, end in tensors.values()), default=0)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise RefusedFile(f"damaged: no valid JSON in its safetensors header ({error!s:.100}); {AGAIN}") from None
-    if says != size:
-        raise RefusedFile(f"truncated or damaged: its header says {says} bytes, the file has {size}; {AGAIN}")
-    try:
-        with safe_open(path, framework="numpy"):  # checks types, sizes, overlaps and gaps; reads no tensor
-            pass
-    except SafetensorError as error:
-        raise RefusedFile(f"damaged: not valid as safetensors ({error!s:.200}); {AGAIN}") from None
-
-    views = {}
-    for key, (kind, shape, begin, _end) in tensors.items():
-        if kind not in SAFETENSORS_DTYPES:
-            what = f"tensor {key[:100]!r} has type {kind}, expected one of {', '.join(SAFETENSORS_DTYPES)}"
-            raise RefusedFile(f"{what}; convert it first")
-        if len(shape) > MAX_DIMS:
-            raise RefusedFile(f"damaged: tensor {key[:100]!r} has {len(shape)} dimensions; {AGAIN}")
-        stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-        views[key] = View(TYPES[SAFETENSORS_DTYPES[kind]], shape, stride, data + begin)
-    return views, metadata
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object; a name that stands in it twice could be read either way."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands in it twice")
-    return found

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd import checkpoint, pickles, torch_files
+from sd import checkpoint, folders, pickles, safetensors_files, torch_files
 from sd.pickles import LITERALS, MAX_BYTES, Opaque, Placeholder, RefusedFile, Symbol, read_pickle
 
 PROTOCOLS = range(6)
@@ -220,7 +220,7 @@ def test_an_ordered_dict_is_not_rebuilt_by_the_machine():
     assert read(pickle.dumps(collections.OrderedDict(a=1), 2)).symbol == Symbol("collections", "OrderedDict")
 
 
-@pytest.mark.parametrize("module", [pickles, torch_files, checkpoint])
+@pytest.mark.parametrize("module", [pickles, torch_files, safetensors_files, folders, checkpoint])
 def test_the_readers_contain_no_way_to_run_anything(module):
     tree = ast.parse(Path(module.__file__).read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

@@ -1,0 +1,43 @@
+"""What people give that is no Stable Diffusion 1.x or 2.x, told by its keys, so that it can be refused by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from .checkpoint import CheckpointError
+
+# What others' files are, by a part of their keys; the first that fits. "^" is the beginning of a key, "$" its end.
+NOT_SUPPORTED = "which is not supported: Stable Diffusion 1.x and 2.x are"
+ADDITION = "an addition to a checkpoint, not a checkpoint"
+OTHERS: tuple[tuple[str, str], ...] = (
+    (r"bitsandbytes__|\.quant_state|\.absmax$|\.qweight$|\.scales$", "this file is quantised, which is not supported"),
+    (r"lora_|\.lora\.|_lora\.|\.hada_w|\.lokr_w|\.oft_", f"this is a LoRA, {ADDITION}: give it with --lora"),
+    (r"^emb_params$|^string_to_param|^clip_[lg]$", f"this is a textual inversion embedding, {ADDITION}"),
+    (r"^control_model\.|controlnet_|^adapter\.body|^input_hint_block", f"this is a ControlNet or adapter, {ADDITION}"),
+    (r"^image_proj\.|^ip_adapter\.", f"this is an IP-Adapter, {ADDITION}"),
+    (r"motion_modules\.", f"this is a motion module (AnimateDiff), {ADDITION}"),
+    (r"^conditioner\.embedders\.1\.|add_embedding\.linear_1", f"this is an SDXL model, {NOT_SUPPORTED}"),
+    (r"joint_blocks\.\d+\.|^transformer\.joint_", f"this is an SD3 model, {NOT_SUPPORTED}"),
+    (r"double_blocks\.\d+\.|single_transformer_blocks\.\d+\.", f"this is a Flux model, {NOT_SUPPORTED}"),
+    (r"time_stack\.|temporal_transformer_blocks", f"this is a video model, {NOT_SUPPORTED}"),
+    (r"^depth_model\.", f"this is a depth-to-image model, {NOT_SUPPORTED}"),
+    (r"^embedder\.model\.|^noise_augmentor\.", f"this is an unCLIP model, {NOT_SUPPORTED}"),
+    (r"^low_scale_model\.", f"this is an upscaling model, {NOT_SUPPORTED}"),
+    (r"^cond_stage_model\.transformer\.token_emb", f"this is LDM text2img-large, {NOT_SUPPORTED}"),
+    (r"^cond_stage_model\.roberta\.|\.roberta\.encoder", f"this is AltDiffusion, {NOT_SUPPORTED}"),
+    (r"^effnet\.|^prior\.|^generator\.down_blocks", f"this is a cascade, {NOT_SUPPORTED}"),
+    (r"^conv_first\.|^params_ema\.|^model\.0\.weight$", "this is an upscaler of pictures (ESRGAN)"),
+)  # fmt: skip
+OTHER_INPUTS = {5: "a depth-to-image", 7: "an upscaling", 8: "an instruct-pix2pix"}
+OTHER_CONTEXTS = {1280: "LDM text2img-large or an SDXL refiner", 2048: "an SDXL"}
+
+
+def refuse_others(found: Mapping[str, tuple[int, ...]]) -> None:
+    """Say what a file is that is no Stable Diffusion 1.x or 2.x."""
+    for pattern, what in OTHERS:
+        search = re.compile(pattern).search
+        if any(search(key) for key in found):
+            raise CheckpointError(what)
+    if 1 <= len(found) <= 4 and all(shape[-1:] in ((768,), (1024,)) and len(shape) < 3 for shape in found.values()):
+        raise CheckpointError(f"this is a textual inversion embedding, {ADDITION}")
