@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from .checkpoint import CheckpointError, shapes
 from .config import Config
-from .identity import identify
+from .identity import identify, no_unet
 from .keys import EMA, Source
 from .layouts import AVERAGE, EXTRA, NETWORKS, TOKENS, find_layouts, usual_layout
 from .weights import weight_shapes
@@ -97,6 +97,8 @@ def convert(
     for name in wanted.values():
         if name not in tables:
             tables[name] = usual_layout(name, config).sources(config, expected[name])
+    if of_unet in wanted.values() and not any(source.key in found for source in tables[of_unet].values()):
+        raise CheckpointError(no_unet(layouts))
     _check_complete(found, {name: tables[name] for name in wanted.values()}, expected)
     others = [layout.prefix for name, layout in layouts.items() if name not in wanted.values() and layout.prefix]
     others += [usual_layout(name, config).prefix for name in NETWORKS if name not in parts]

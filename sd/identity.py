@@ -116,7 +116,8 @@ def _as_given(tensors: Mapping[str, Tensor], config: Config) -> Identity:
     """The config that the caller gives; a noise schedule in the file takes the place of the usual one."""
     refuse_others(shapes(tensors))
     reason = "as given"
-    if replace(config.schedule, prediction="eps") == ScheduleConfig(steps=config.schedule.steps):
+    usual = ScheduleConfig(steps=config.schedule.steps, prediction=config.schedule.prediction)
+    if config.schedule == usual:
         try:
             table, why = _stored_schedule(tensors, config.schedule)
             config = replace(config, schedule=replace(config.schedule, **table))
@@ -148,7 +149,7 @@ def _check_unet(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layo
     if "unet" in layouts or AVERAGE in layouts:
         return
     if layouts:
-        raise CheckpointError(f"this is {ALONE[frozenset(layouts)]}")
+        raise CheckpointError(no_unet(layouts))
     half = next(
         (half for half in ("decoder", "encoder") if any(key.startswith(f"{half}.conv_in.") for key in found)), None
     )
@@ -156,6 +157,11 @@ def _check_unet(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layo
         raise CheckpointError(f"this is half of a VAE ({half}), which is not supported: give a whole one")
     some = ", ".join(list(found)[:3])
     raise CheckpointError(f"no Stable Diffusion U-Net among its {len(found)} tensors ({some}, ...)")
+
+
+def no_unet(layouts: Mapping[str, Layout]) -> str:
+    """What a file is that holds these networks, of which none is a U-Net, and what to do with it."""
+    return f"this is {ALONE.get(frozenset(layouts), 'no whole model: it has no U-Net')}"
 
 
 def _by_shapes(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> Config:

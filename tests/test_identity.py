@@ -238,6 +238,14 @@ def test_any_other_schedule_is_used():
     assert type(given.config).from_json(given.config.to_json()) == given.config
 
 
+def test_a_schedule_that_is_given_is_taken_as_it_is():
+    given = replace(SD1, schedule=ScheduleConfig(prediction="v", zero_snr=True))
+    for table in (ALPHA_BAR, ZERO_SNR):
+        assert identify(Said("sd-v1", alphas_cumprod=table), config=given).config == given
+    usual = identify(Said("sd-v1", alphas_cumprod=ALPHA_BAR), config=SD1, prediction="v")
+    assert usual.config == replace(SD1, schedule=ScheduleConfig(prediction="v"))
+
+
 @pytest.mark.parametrize(
     "table", [torch.linspace(0, 1, 1000), torch.full((1000,), 0.5), torch.full((1000,), float("nan")), ALPHA_BAR[:500]]
 )

@@ -239,6 +239,15 @@ def test_a_part_is_no_checkpoint(keys, words):
         identify(state)
 
 
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_a_part_of_ours_is_no_checkpoint_either(tiny_files, part):
+    own = only(to_own(convert(tiny_state(), TINY)), f"{part}.", f"{part}.")
+    save_file(own, tiny_files / "own.safetensors", {"sd.config": TINY.to_json()})
+    flag = f"--{part.replace('_', '-')}"
+    with pytest.raises(CheckpointError, match=f"own.safetensors: this is a .* alone: give it with {flag}"):
+        StableDiffusion.load(tiny_files / "own.safetensors", device="cpu", dtype="float32")
+
+
 def test_a_vae_says_its_scale(tiny_files):
     """A VAE of ours carries its config; SDXL's, say, has the same weights and another scale."""
     config = replace(TINY, vae=replace(TINY.vae, scale=0.5))
