@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sd.config import GROUPS, Config
+from sd.config import Config
+from sd.diffusers_config import unet_to_diffusers, vae_to_diffusers
 from sd.keys import diffusers_sources
 
 REQUIRED = ("diffusers", "transformers")
@@ -142,38 +143,13 @@ def pipeline(built: Mapping[str, nn.Module], config: Config) -> Any:
 def _unet(config: Config) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    cfg = config.unet
-    return UNet2DConditionModel(
-        sample_size=config.size // config.vae.factor,
-        in_channels=cfg.in_channels,
-        out_channels=cfg.out_channels,
-        down_block_types=tuple("CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in cfg.attention),
-        up_block_types=tuple("CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(cfg.attention)),
-        block_out_channels=cfg.channels,
-        layers_per_block=cfg.blocks,
-        cross_attention_dim=cfg.context,
-        attention_head_dim=cfg.heads,  # the number of heads: diffusers keeps an old misnomer
-        norm_num_groups=GROUPS,
-        use_linear_projection=config.text.activation == "gelu",
-    )
+    return UNet2DConditionModel(**unet_to_diffusers(config))
 
 
 def _vae(config: Config) -> nn.Module:
     from diffusers import AutoencoderKL
 
-    cfg = config.vae
-    return AutoencoderKL(
-        in_channels=cfg.image_channels,
-        out_channels=cfg.image_channels,
-        down_block_types=("DownEncoderBlock2D",) * len(cfg.channels),
-        up_block_types=("UpDecoderBlock2D",) * len(cfg.channels),
-        block_out_channels=cfg.channels,
-        layers_per_block=cfg.blocks,
-        latent_channels=cfg.latent_channels,
-        norm_num_groups=GROUPS,
-        scaling_factor=cfg.scale,
-        sample_size=config.size,
-    )
+    return AutoencoderKL(**vae_to_diffusers(config))
 
 
 def _text_encoder(config: Config) -> nn.Module:

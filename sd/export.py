@@ -7,7 +7,7 @@
 An original file holds things that no network here needs: the layer of OpenCLIP behind the last one that is run, its
 projection, a noise schedule of its own. Other programs insist on some of them, and a way there and back that loses
 none is one that can be checked. So they are carried along (`extras`): in our file under "extra.", in a folder as
-extra.safetensors, under their original names.
+sd_extra.safetensors, under their original names.
 """
 
 from __future__ import annotations

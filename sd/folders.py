@@ -28,7 +28,7 @@ STEMS = {
     "text_encoder": ("model", "pytorch_model"),
 }
 RAW_VARIANT = "non_ema"  # beside it, the file without a variant is the moving average
-EXTRA_FILE = "extra.safetensors"  # ours: what the folder's parts do not need but an original file has
+EXTRA_FILE = "sd_extra.safetensors"  # ours: what the folder's parts do not need but an original file has
 CONFIGS = {
     "index": "model_index.json",
     "unet": "unet/config.json",

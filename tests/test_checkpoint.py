@@ -118,6 +118,27 @@ def test_the_three_formats_give_the_same_tensors(tmp_path):
             assert_same(found, state)
 
 
+@pytest.mark.parametrize("kind", ["zip pickle", "legacy pickle", "safetensors"])
+def test_small_tables_without_torch(tmp_path, kind):
+    """The same numbers, whatever their type and strides; floats of 8 bits excepted."""
+    expected = tensors()
+    float8 = expected.pop("float8")
+    if kind == "safetensors":
+        save_file({key: tensor.clone().contiguous() for key, tensor in expected.items()}, tmp_path / "a")
+    else:
+        write(tmp_path / "a", expected, kind)
+    with load_checkpoint(tmp_path / "a") as found:
+        for key, tensor in expected.items():
+            assert found.number_type(key).torch == tensor.dtype
+            table = found.table(key)
+            assert table.dtype == np.float64 and np.array_equal(table, tensor.detach().double().numpy()), key
+            if tensor.is_floating_point():
+                assert found.number_type(key).eps == torch.finfo(tensor.dtype).eps
+    save_file({"a": float8}, tmp_path / "b")
+    with load_checkpoint(tmp_path / "b") as found, pytest.raises(ValueError, match="float8"):
+        found.table("a")
+
+
 @pytest.mark.parametrize("name", ["sd:v1.5 (ü) 模型.ckpt", "..ckpt", "data.pkl", "a" * 200])
 def test_any_file_name(tmp_path, name):
     """torch names the members of its archive after the file."""

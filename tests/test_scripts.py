@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -336,6 +337,60 @@ def test_help(module, capsys):
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
     assert stop.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+def test_what_was_found_out_is_printed(paint, ckpt, tmp_path, capsys):
+    """A diffusers folder, another VAE, and the prediction with its reason; --prediction overrules it."""
+    folder, vae = tmp_path / "folder", tmp_path / "vae.safetensors"
+    assert convert.main([str(ckpt), str(folder), "--layout", "diffusers"]) == 0
+    save_file({k: t for k, t in tiny_state().items() if k.startswith("first_stage_model.")}, vae)
+    capsys.readouterr()
+    status, out, err, _ = paint("a", "--seed", "1", "--dtype", "float32", "--vae", str(vae), model=folder)
+    assert (status, err) == (0, [])
+    assert out[:2] == ["diffusers model on cpu, float32, first seed 1", "predicts eps: scheduler_config.json says so"]
+    with Image.open(tmp_path / "out" / "00001.png") as image:
+        assert "Model: folder, VAE: vae, Precision: float32" in image.text["parameters"]
+    paint("a", "--seed", "1", "--dtype", "float32")
+    one, other = (np.asarray(Image.open(tmp_path / "out" / f"0000{i}.png")) for i in (1, 2))
+    assert np.array_equal(one, other)
+    _, out, _, _ = paint("a", "--seed", "1", "--dtype", "float32", "--prediction", "v", model=folder)
+    assert out[1] == "predicts v: as given"
+    assert not np.array_equal(np.asarray(Image.open(tmp_path / "out" / "00003.png")), one)
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (("--vae", "gone.safetensors"), "gone.safetensors: no such file"),
+        (("--text-encoder", "{vae}"), "vae.safetensors: the file has no text encoder"),
+        (("--ckpt", "{vae}"), "vae.safetensors: this is a VAE alone: give it with --vae, beside a checkpoint (--ckpt)"),
+        (
+            ("--variant", "fp16", "--ckpt", "{folder}"),
+            "folder: no files of the variant 'fp16' in it; its variants: none",
+        ),
+    ],
+)
+def test_parts_that_cannot_be(paint, ckpt, tmp_path, capsys, given, words):
+    save_file(
+        {k: t for k, t in tiny_state().items() if k.startswith("first_stage_model.")}, tmp_path / "vae.safetensors"
+    )
+    assert convert.main([str(ckpt), str(tmp_path / "folder"), "--layout", "diffusers"]) == 0
+    capsys.readouterr()
+    given = [word.format(vae=tmp_path / "vae.safetensors", folder=tmp_path / "folder") for word in given]
+    status, _, err, files = paint("a", *given, model=None if "--ckpt" in given else ckpt)
+    assert status == 1 and len(err) == 1 and words in err[0], err
+    assert files == []
+
+
+def test_a_model_that_begins_at_noise_alone(paint, ckpt, tmp_path):
+    """Zero terminal SNR: the usual grid does not begin where the model does, and that is said."""
+    config = replace(TINY, schedule=replace(TINY.schedule, prediction="v", zero_snr=True))
+    path = tmp_path / "zero.safetensors"
+    save_file(load_file(ckpt), path, {CONFIG_KEY: config.to_json()})
+    _, _, err, _ = paint("a", model=path)
+    assert len(err) == 1 and "--spacing trailing" in err[0]
+    _, _, err, _ = paint("a", "--spacing", "trailing", model=path)
+    assert err == []
 
 
 # --- convert.py ---
