@@ -6,6 +6,7 @@ gives brown noise. So it is asked for, in this order, and the answer comes with 
 
     what the caller says                                                        --model, --prediction
     a file beside it of the same name, .yaml or .json                           parameterization: "v"
+    (of a diffusers folder's U-Net given alone, the folder's scheduler_config.json)
     the folder's scheduler_config.json, the file's metadata or marker keys      prediction_type, v_pred, alphas_cumprod
     the U-Net itself, run once (`probe`)                                        SD 2.x with 4 channels only
     eps                                                                         everything else
@@ -243,12 +244,15 @@ def _decide(tensors: Mapping[str, Tensor], config: Config, prediction: str | Non
 
 
 def _beside(tensors: Mapping[str, Tensor]) -> tuple[str | None, str, bool]:
-    """What a .yaml or .json of the same name says: the prediction, where it is said, whether terminal SNR is zero."""
+    """What a file beside it says: the prediction, where it is said, and whether terminal SNR is zero."""
     path = getattr(tensors, "path", None)
-    if path is None or path.is_dir():
+    if path is None or "scheduler" in getattr(tensors, "configs", {}):
         return None, "", False
-    for ending in (".yaml", ".yml", ".json"):
-        sidecar = path.with_suffix(ending)
+    part = path if path.is_dir() else path.parent  # of a diffusers folder, which may be given alone
+    sidecars = [part.parent / "scheduler" / "scheduler_config.json"]
+    if not path.is_dir():
+        sidecars = [path.with_suffix(ending) for ending in (".yaml", ".yml", ".json")] + sidecars
+    for sidecar in sidecars:
         if sidecar != path and sidecar.is_file():
             prediction, zero = read_sidecar(sidecar)
             if prediction or zero:

@@ -18,7 +18,7 @@ from sd.config import MODELS, SD1, SD2_V, Config, ScheduleConfig
 from sd.convert import convert
 from sd.diffusers_config import from_diffusers, schedule_from_diffusers, to_diffusers_configs
 from sd.export import diffusers_texts, to_diffusers, to_own
-from sd.identity import identify
+from sd.identity import _decide, identify
 
 UNET_FILE, VAE_FILE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 TEXT_FILE = "text_encoder/model.safetensors"
@@ -217,6 +217,16 @@ def test_one_part_of_a_folder_or_all_of_it_gives_a_network(folder, tmp_path, par
             tmp_path / "model.safetensors", config=TINY, device="cpu", dtype="float32", **given
         )
         assert all(p.isfinite().all() for p in model.vae.parameters())
+
+
+@pytest.mark.parametrize("given", ["unet", UNET_FILE])
+def test_a_u_net_given_alone_predicts_what_its_folder_says(tmp_path, given):
+    path = write_folder(tmp_path / "model", tiny_state("tiny-v2-v"), TINY_V2)
+    eps = replace(TINY_V2, schedule=ScheduleConfig())
+    with load_checkpoint(path / given) as checkpoint:
+        assert identify(checkpoint, eps).config.schedule.prediction == "eps"
+        found = _decide(checkpoint, eps, None, False)
+    assert found.config.schedule.prediction == "v" and found.reason == "scheduler_config.json beside it says so"
 
 
 def test_the_scale_of_a_vae_folder_is_used(folder, tmp_path):
