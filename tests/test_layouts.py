@@ -11,9 +11,10 @@ from common import TINY, TINY_INPAINT, TINY_V2, manifest, tiny_state
 from reference_weights import make_state_dict, save, with_ema
 from safetensors.torch import save_file
 
+from scripts.training.models import load_vae
 from sd import StableDiffusion
 from sd.checkpoint import CheckpointError
-from sd.config import SD1, SD2
+from sd.config import MODELS, SD1, SD2
 from sd.convert import convert, describe_weights
 from sd.export import to_diffusers, to_original, to_own
 from sd.identity import damaged_position_ids, identify
@@ -190,6 +191,22 @@ def test_a_model_from_several_files(tiny_files, main, given):
     expected = to_own(convert(tiny_state(), TINY))
     for key, tensor in parameters(model).items():
         assert torch.equal(tensor, expected[key]), key
+
+
+@pytest.mark.parametrize("file", ["vae.ckpt", "vae of diffusers.safetensors", "whole.safetensors"])
+def test_training_takes_any_vae(tiny_files, file, monkeypatch):
+    """A VAE alone does not say which model it is for: --model or the model that it goes with does."""
+    monkeypatch.setitem(MODELS, "tiny", TINY)
+    save_file(diffusers(tiny_state(), TINY, "vae", ""), tiny_files / "vae of diffusers.safetensors")
+    for config, vae in (
+        load_vae(tiny_files / file, torch.device("cpu"), model="tiny"),
+        load_vae(tiny_files / file, torch.device("cpu"), "tiny" if "whole" in file else None, goes_with=TINY),
+    ):
+        assert config == TINY
+        assert torch.equal(vae.decoder.conv_in.weight, tiny_state()[f"{VAE}decoder.conv_in.weight"])
+    if "whole" not in file:
+        with pytest.raises(CheckpointError, match="a VAE alone: say which model it is for"):
+            load_vae(tiny_files / file, torch.device("cpu"))
 
 
 def test_the_other_file_is_really_taken(tiny_files):

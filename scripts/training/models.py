@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sd.checkpoint import CheckpointError, load_checkpoint, named
+from sd.checkpoint import CheckpointError, load_checkpoint, named, naming
 from sd.config import MODELS, Config
 from sd.convert import convert
 from sd.export import to_own
 from sd.identity import CONFIG_KEY, detect
+from sd.layouts import find_layouts
+from sd.model import with_part
 from sd.networks import build, load_weights
 from sd.pipeline import StableDiffusion
 from sd.text_encoder import TextEncoder
@@ -53,34 +55,29 @@ def find_config(name: str) -> Config:
         raise ValueError(f"{path}: {error}") from None
 
 
-def load_vae(path: Path, device: torch.device, model: str | None = None) -> tuple[Config, VAE]:
-    """The VAE in what train_vae.py wrote or in a whole checkpoint, in float32, and the config of the model it is for.
+def load_vae(
+    path: Path, device: torch.device, model: str | None = None, goes_with: Config | None = None
+) -> tuple[Config, VAE]:
+    """The VAE in what train_vae.py wrote, in a VAE's file or folder or in a whole checkpoint, in float32.
 
+    With the config of the model it is for: the one called `model`, else what the file says, else `goes_with`.
     Raises CheckpointError in one line for anything else.
     """
-    with load_checkpoint(path) as checkpoint:
-        try:
-            config = find_config(model) if model else detect(checkpoint)
-            if all(key.startswith("vae.") for key in checkpoint):
-                state = {key.removeprefix("vae."): checkpoint[key] for key in checkpoint}
-            else:
-                state = convert(checkpoint, config)["vae"]
-            vae = build(config)["vae"]
-            missing = sorted(set(vae.state_dict()) ^ set(state))
-            if missing:
-                raise CheckpointError(
-                    f"not the VAE of {config.name}: {missing[0]} and {len(missing) - 1} others differ"
-                )
-            return config, load_weights(vae, state, device, torch.float32)
-        except ValueError as error:
-            raise named(path, error) from None
+    with load_checkpoint(path) as checkpoint, naming(path):
+        alone = find_layouts(checkpoint).keys() == {"vae"} and CONFIG_KEY not in checkpoint.metadata
+        if alone and not model and not goes_with:
+            raise ValueError(f"a VAE alone: say which model it is for (--model {', '.join(MODELS)})")
+        config = find_config(model) if model else goes_with if alone and goes_with else detect(checkpoint)
+        config = with_part(config, "vae", checkpoint)
+        state = convert(checkpoint, config, parts=["vae"])["vae"]
+        return config, load_weights(build(config)["vae"], state, device, torch.float32)
 
 
 def find_new(args: argparse.Namespace, seed: int, device: torch.device) -> StableDiffusion:
     """New networks of --model beside the trained VAE of --vae."""
     if not args.vae:
         raise ValueError("a new model needs a VAE (--vae): train one with train_vae.py, or give a checkpoint's")
-    trained, vae = load_vae(args.vae, device)
+    trained, vae = load_vae(args.vae, device, goes_with=find_config(args.model) if args.model else None)
     config = replace(find_config(args.model or "pocket"), vae=trained.vae)
     if prediction := getattr(args, "prediction", None):
         config = replace(config, schedule=replace(config.schedule, prediction=prediction))
@@ -132,7 +129,7 @@ def whole_model(path: Path, model: str | None) -> StableDiffusion | None:
 
 def with_vae(model: StableDiffusion, path: Path) -> StableDiffusion:
     """The model with the VAE in what train_vae.py wrote, or in another checkpoint."""
-    trained, vae = load_vae(path, model.device)
+    trained, vae = load_vae(path, model.device, goes_with=model.config)
     return StableDiffusion(replace(model.config, vae=trained.vae), model.text_encoder, vae, model.unet)
 
 
