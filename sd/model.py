@@ -23,15 +23,18 @@ from .convert import convert, describe_weights
 from .denoiser import Denoiser, Network, with_channels
 from .device import best_dtype, dtype_name, find_device, find_dtype
 from .diffusers_config import vae_from_diffusers
+from .embeddings import Words, read_embedding
 from .identity import CONFIG_KEY, Identity, damaged_position_ids, identify, predicting, probe
 from .image import to_pil, to_tensor
 from .inpainting import conditioning
 from .layouts import NETWORKS
+from .lora import Merged, read_lora
 from .networks import build, load_weights
+from .prompts import Chunk, chunks, emphasised
 from .resources import resource
 from .samplers import Denoise, Noise, Sampler, Step
 from .schedule import Level, Schedule
-from .settings import SAMPLER, find_sampler, whole
+from .settings import SAMPLER, find_sampler, number, whole
 from .text_encoder import TextEncoder
 from .tokenizer import Tokenizer
 from .unet import UNet
@@ -82,6 +85,14 @@ def describe(tensors: Checkpoint, found: Identity, weights: str) -> list[str]:
     return lines
 
 
+def _those(names: Sequence[str], known: Mapping[str, object], what: str) -> list[str]:
+    """The names, or all that are known if there are none; ValueError for one that is not known."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no {what} {name!r} was added: {', '.join(known) or 'there is none'}")
+    return list(names or known)
+
+
 class Steps(Iterator[Step]):
     """A sampling run: iterate over its steps; `len` is their number, so that progress bars know the end."""
 
@@ -110,6 +121,8 @@ class Model:
         self.schedule = Schedule(config.schedule)
         weight = next(unet.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+        self._merged = Merged({"text_encoder": text_encoder, "unet": unet})
+        self._words = Words(self.tokenizer, text_encoder)
 
     @classmethod
     def load(
@@ -170,11 +183,88 @@ class Model:
             about = [*main.notes, *describe(main, found, weights)]
         return cls(config, **networks, about=about)
 
-    def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
-        """Texts -> context (B, M, D). What does not fit into M tokens is cut, with a warning that says what."""
-        ids = self.tokenizer(list(prompts)).to(self.device)
+    @property
+    def loras(self) -> dict[str, float]:
+        """The LoRAs that are merged and can be removed: name -> weight."""
+        return self._merged.weights
+
+    def add_lora(self, path: str | os.PathLike[str], weight: float = 1.0) -> str:
+        """Merge a LoRA file into U-Net and text encoder; returns its name, the file's without its ending.
+
+        Raises CheckpointError, in one line, for a file that is no LoRA, or one for another model.
+        """
+        return self.add_loras([(path, weight)])[0]
+
+    def add_loras(self, files: Sequence[tuple[str | os.PathLike[str], float]], *, removable: bool = True) -> list[str]:
+        """Merge several LoRA files, each with its weight; all are read before the first is merged.
+
+        If not `removable`, the weights from before are not kept, which takes the less memory; they cannot be removed.
+        """
+        networks = {"text_encoder": self.text_encoder, "unet": self.unet}
+        loras = [(read_lora(path, self.config, networks), number("weight", weight)) for path, weight in files]
+        self._merged.add(loras, removable)
+        return [lora.name for lora, _ in loras]
+
+    def remove_lora(self, *names: str) -> None:
+        """Take LoRAs out again, all if none is named; then the weights are to the bit what they were before."""
+        self._merged.remove(*_those(names, self.loras, "LoRA"))
+
+    @property
+    def words(self) -> dict[str, int]:
+        """The words that were added by `add_embedding`: word -> number of its vectors."""
+        return self._words.counts
+
+    def add_embedding(self, path: str | os.PathLike[str], word: str | None = None) -> list[str]:
+        """Add the words of a textual inversion file to prompts; returns them, in lower case, as prompts are read.
+
+        `word` is what to call it; else what the file calls it, or the file's name without its ending. Raises
+        CheckpointError, in one line, for a file that is no embedding, or one for another model; ValueError if the word
+        is taken.
+        """
+        text = self.config.text
+        return self._words.add(read_embedding(path, text.width, text.length - 2, word))
+
+    def remove_embedding(self, *words: str) -> None:
+        """Forget words that were added, all if none is named."""
+        self._words.remove(*_those(words, self.words, "word"))
+
+    def encode_prompt(
+        self, prompts: Sequence[str], *, weighted_prompts: bool = False, long_prompts: bool = False
+    ) -> Tensor:
+        """Texts -> context (B, M, D). What does not fit into M tokens is cut, with a warning that says what.
+
+        weighted_prompts  `(word:1.2)`, `(word)` and `[word]` weigh words instead of being text (prompts.py)
+        long_prompts      nothing is cut: contexts are (B, k M, D), k chunks, as many as the longest text needs; the
+                          others are filled up with the empty text's
+        """
+        if not (weighted_prompts or long_prompts):
+            ids = self.tokenizer(list(prompts)).to(self.device)
+            with torch.no_grad():
+                return self.text_encoder(ids)
+        texts = [chunks(self.tokenizer, text, weighted_prompts, long_prompts) for text in prompts]
+        count = max(map(len, texts))
+        rows = [chunk for text in texts for chunk in (*text, *[Chunk([], [])] * (count - len(text)))]
+        weights = torch.ones(len(rows), self.tokenizer.length, device="cpu")
+        for row, chunk in zip(weights, rows, strict=True):
+            row[1 : 1 + len(chunk.weights)] = torch.tensor(chunk.weights, device="cpu")
         with torch.no_grad():
-            return self.text_encoder(ids)
+            context = self.text_encoder(self.tokenizer.rows([chunk.ids for chunk in rows]).to(self.device))
+            if (weights != 1).any():
+                context = emphasised(context, weights.to(self.device))
+        return context.reshape(len(texts), -1, context.shape[-1])  # (B, k M, D)
+
+    def same_length(self, *contexts: Tensor) -> list[Tensor]:
+        """Contexts (B, k M, D) of different k, as long as the longest: filled up with that of the empty text."""
+        length = max(context.shape[1] for context in contexts)
+        if all(context.shape[1] == length for context in contexts):
+            return list(contexts)
+        empty = self.encode_prompt([""])
+
+        def filled(context: Tensor) -> Tensor:
+            more = empty.to(context).repeat(context.shape[0], (length - context.shape[1]) // empty.shape[1], 1)
+            return torch.cat([context, more], dim=1)
+
+        return [filled(context) for context in contexts]
 
     def denoiser(
         self,

@@ -9,8 +9,9 @@ string, or gather what is on the stack into a list, a dict or a tuple. Three kin
 
 Python's own `pickle` obeys them, so opening a stranger's file runs the stranger's code. Here they only leave notes:
 GLOBAL gives a `Symbol` (two strings), a call is told to the owner of the machine (torch_files.py), who knows a dozen
-symbols and answers with a `Placeholder` otherwise, and BUILD drops the state. The opcodes and how their arguments are
-written come from the standard library's `pickletools`, protocols 0 to 5.
+symbols and answers with a `Placeholder` otherwise, and BUILD drops the state, unless the owner answered with a
+`Stateful`. The opcodes and how their arguments are written come from the standard library's `pickletools`, protocols 0
+to 5.
 
 A file that names a symbol made for running code (`os.system`, `builtins.eval`, ...) is refused altogether. That list
 protects the *other* programs its owner may open the file with; this one is safe without it.
@@ -72,6 +73,13 @@ class Placeholder:
     """Stands where a pickle wanted an object of `symbol`, a class or function that means nothing here."""
 
     symbol: Symbol
+
+
+@dataclass(slots=True, eq=False)
+class Stateful:
+    """Stands for an object of which the state is wanted that it is built with: plain data, whatever stands in it."""
+
+    state: object = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -224,7 +232,9 @@ def _run(source: _Source, call: Callable[[Symbol, tuple], object], stored: Calla
                 function, *arguments = marked()
                 stack.append(_called(call, function, tuple(arguments)))
             case "BUILD":
-                top(1)
+                (state,) = top(1)
+                if isinstance(stack[-1], Stateful):
+                    stack[-1].state = state
             case "BINPERSID":
                 stack.append(stored(stack.pop()))
             case "PERSID":

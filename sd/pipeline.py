@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -90,6 +91,8 @@ class StableDiffusion(Model):
         eta: float | None = None,
         seed: int = 0,
         n: int = 1,
+        weighted_prompts: bool = False,
+        long_prompts: bool = False,
         progress: Progress | None = None,
     ) -> list[Image.Image]:
         """Pictures of a text: n for each prompt, prompt by prompt; picture i of them all has the seed seed + i.
@@ -104,6 +107,7 @@ class StableDiffusion(Model):
         spacing        grid of the levels, one of `schedule.SPACINGS`; the sampler's own if not given
         eta            DDIM's share of fresh noise in each step: 0 none, 1 as much as DDPM
         seed           0 to 2^64 - 1
+        weighted_prompts, long_prompts  `(word:1.2)` means weights, nothing is cut: see `encode_prompt`
         progress       wraps the iterator over steps, for example `tqdm`
 
         All pictures are made as one batch. Raises ValueError in one line for values that cannot be.
@@ -113,7 +117,7 @@ class StableDiffusion(Model):
         )
         shape = self.latent_shape(height, width)
         levels = self._levels(settings)
-        job = self._job(prompt, negative, settings)
+        job = self._job(prompt, negative, settings, weighted_prompts, long_prompts)
         # unit noise, as in the original: at the first level sigma is 0.997
         x = draw(job.rngs, shape, self.device)
         denoise = self._denoiser(job, self.all_hidden(shape) if self.sees_masks else None)
@@ -137,6 +141,8 @@ class StableDiffusion(Model):
         eta: float | None = None,
         seed: int = 0,
         n: int = 1,
+        weighted_prompts: bool = False,
+        long_prompts: bool = False,
         progress: Progress | None = None,
     ) -> list[Image.Image]:
         """Pictures of a text that start from a picture (Meng et al. 2022, "SDEdit"): the rest is as in `txt2img`.
@@ -164,7 +170,7 @@ class StableDiffusion(Model):
         rgb, _ = _flat(image)
         height, width = self.picture_size(rgb.size, height, width, up=fit_by == "pad")
         levels = self._levels(settings)
-        job = self._job(prompt, negative, settings)
+        job = self._job(prompt, negative, settings, weighted_prompts, long_prompts)
         inside = Box(0, 0, width, height)
         if fit_by == "pad":
             rgb, inside = frame(rgb, width, height)
@@ -207,6 +213,8 @@ class StableDiffusion(Model):
         eta: float | None = None,
         seed: int = 0,
         n: int = 1,
+        weighted_prompts: bool = False,
+        long_prompts: bool = False,
         progress: Progress | None = None,
     ) -> list[Image.Image]:
         """The picture with a part of it painted anew, at its own size; the rest is as in `txt2img`.
@@ -254,7 +262,7 @@ class StableDiffusion(Model):
         if region != whole_picture:
             region = widened(region, width / height, picture.size)
         levels = self._levels(settings)
-        job = self._job(prompt, negative, settings)
+        job = self._job(prompt, negative, settings, weighted_prompts, long_prompts)
         if mask.getbbox() is None:
             warnings.warn("the mask is empty (all black): nothing is painted", stacklevel=2)
             return [picture.copy() for _ in job.rngs]
@@ -293,10 +301,15 @@ class StableDiffusion(Model):
             )
         return levels
 
-    def _job(self, prompt: str | Sequence[str] | Tensor, negative: str, settings: Settings) -> Job:
-        context = self._context(prompt) if isinstance(prompt, Tensor) else self.encode_prompt(_texts(prompt))
+    def _job(
+        self, prompt: str | Sequence[str] | Tensor, negative: str, settings: Settings, weighted: bool, long: bool
+    ) -> Job:
+        encode = partial(self.encode_prompt, weighted_prompts=weighted, long_prompts=long)
+        context = self._context(prompt) if isinstance(prompt, Tensor) else encode(_texts(prompt))
         context = context.to(self.device, self.dtype).repeat_interleave(settings.n, dim=0)
-        uncond = self.encode_prompt(_texts(negative)) if settings.guidance != 1.0 else None
+        uncond = None
+        if settings.guidance != 1.0:
+            context, uncond = self.same_length(context, encode(_texts(negative)))
         return Job(settings, context, uncond, generators(settings.seed, context.shape[0]))
 
     def _latent(self, pixels: Tensor, job: Job, posterior: str) -> Tensor:
@@ -333,7 +346,7 @@ class StableDiffusion(Model):
 
     def _context(self, context: Tensor) -> Tensor:
         M, D = self.config.text.length, self.config.text.width
-        if context.dim() != 3 or context.shape[0] < 1 or tuple(context.shape[1:]) != (M, D):
+        if context.dim() != 3 or 0 in context.shape or context.shape[1] % M or context.shape[2] != D:
             raise ValueError(f"a context must be (B, {M}, {D}), got {tuple(context.shape)}")
         return context
 

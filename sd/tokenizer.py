@@ -39,7 +39,7 @@ import re
 import warnings
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, partial
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
@@ -147,6 +147,8 @@ class Tokenizer:
     that a prompt can end itself early. False reads them as the punctuation and letters they are.
     html_unescape: see `clean`.
 
+    Words of one's own, which stand for ids beyond the table (textual inversion), come and go: `add`, `remove`.
+
     Raises FileNotFoundError if there is no table, ValueError for another table or arguments out of range.
     """
 
@@ -187,6 +189,8 @@ class Tokenizer:
         # A pair is one integer: as many tuples would set off a full garbage collection, longer than all the rest.
         self._merges = {vocab[a] << 16 | vocab[b]: 512 + i for i, (a, b) in enumerate(zip(left, right, strict=True))}
         self._cached = lru_cache(maxsize=1 << 14)(self._encode_word)
+        self.added: dict[str, tuple[int, ...]] = {}  # words of one's own, as `clean` leaves them -> ids
+        self._split: Callable[[str], list[str]] | None = None  # at those words
 
     def __call__(self, texts: str | list[str]) -> torch.LongTensor:
         """Ids (B, length), int64: start, the text's tokens, end, padding. One text gives B = 1.
@@ -194,32 +198,80 @@ class Tokenizer:
         Tokens that do not fit are left out, the end stays, and a warning per such text says what was lost.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
+        fitting = []
+        for text in texts:  # no comprehension: a warning counts how many calls above it the caller is
+            fitting.append(self.fitting(self.encode(text)))
+        return self.rows(fitting)
+
+    def fitting(self, ids: list[int]) -> list[int]:
+        """The ids of a text that fit between start and end; a warning says what is lost."""
+        lost, tail = self._tail(ids)
+        if lost:
+            tail = tail if len(tail) <= 100 else tail[:97] + "..."
+            warnings.warn(
+                f"prompt is {len(ids)} tokens long, {len(ids) - lost} fit: "
+                f'the last {lost} {"are" if lost > 1 else "is"} ignored, from "{tail}" on',
+                stacklevel=3,
+            )
+        return ids[: self.length - 2]
+
+    def rows(self, texts: list[list[int]]) -> torch.LongTensor:
+        """Ids of texts that fit -> what the text encoder takes, (B, length): start, the ids, end, padding."""
         rows = torch.full((len(texts), self.length), self.pad, device="cpu")
-        for row, text in zip(rows, texts, strict=True):
-            ids = self.encode(text)
-            lost, tail = self._tail(ids)
-            if lost:
-                tail = tail if len(tail) <= 100 else tail[:97] + "..."
-                warnings.warn(
-                    f"prompt is {len(ids)} tokens long, {len(ids) - lost} fit: "
-                    f'the last {lost} {"are" if lost > 1 else "is"} ignored, from "{tail}" on',
-                    stacklevel=2,
-                )
-            ids = [self.start, *ids[: self.length - 2], self.end]
-            row[: len(ids)] = torch.tensor(ids, device="cpu")
+        for row, ids in zip(rows, texts, strict=True):
+            row[: len(ids) + 2] = torch.tensor([self.start, *ids, self.end], device="cpu")
         return rows
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text: no start, no end, however long. Raises TypeError if it is not a str."""
         if not isinstance(text, str):
             raise TypeError(f"a text must be a str, got {type(text).__name__}: {text!r:.80}")
+        text = clean(text, html_unescape=self.html_unescape)
         ids: list[int] = []
-        for word in self._words.findall(clean(text, html_unescape=self.html_unescape)):
-            if word in self.special:
-                ids.append(self.special[word])
-            else:
-                ids.extend(self._cached(word) if len(word) <= MAX_CACHED else self._encode_word(word))
+        for i, piece in enumerate(self._split(text) if self._split else [text]):
+            if i % 2:
+                ids.extend(self.added[piece])
+                continue
+            for word in self._words.findall(piece):
+                if word in self.special:
+                    ids.append(self.special[word])
+                else:
+                    ids.extend(self._cached(word) if len(word) <= MAX_CACHED else self._encode_word(word))
         return ids
+
+    def add(self, word: str, ids: Iterable[int]) -> str:
+        """Let a word stand for ids beyond the table, `end` + 1 and more; returns it as `clean` leaves it.
+
+        From now on it is that wherever it stands in a text, in capitals or not, unless it is a part of a longer word.
+        Of words that begin alike the longest counts. Raises ValueError for a word that is empty or taken.
+        """
+        cleaned, ids = clean(word, html_unescape=self.html_unescape), tuple(ids)
+        if not cleaned or cleaned in SPECIAL:
+            raise ValueError(f"{word!r} cannot be a word of its own: choose another one")
+        if cleaned in self.added:
+            raise ValueError(f"the word {cleaned!r} is taken: choose another one")
+        if not ids or min(ids) <= self.end:
+            raise ValueError(f"the ids of {word!r} must be beyond {self.end}, got {ids}")
+        self.added = {**self.added, cleaned: ids}
+        self._find_added()
+        return cleaned
+
+    def remove(self, word: str) -> None:
+        """Forget a word that was added; it is text again. KeyError if it was not."""
+        added = dict(self.added)
+        del added[word]
+        self.added = added
+        self._find_added()
+
+    def _find_added(self) -> None:
+        import regex
+
+        def alone(word: str) -> str:
+            before, after = r"(?<!\w)" * bool(regex.match(r"\w", word)), r"(?!\w)" * bool(regex.match(r"\w", word[-1]))
+            return before + regex.escape(word) + after
+
+        words = sorted(self.added, key=len, reverse=True)
+        self._split = regex.compile(f"({'|'.join(map(alone, words))})").split if words else None
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids: what `encode` gives or a row of a model's input; a list, or a tensor of shape (N,).
@@ -232,8 +284,10 @@ class Tokenizer:
         if isinstance(ids, torch.Tensor) and ids.ndim != 1:
             raise ValueError(f"decode takes one text, ids of shape (N,), got {tuple(ids.shape)}")
         ids = [int(i) for i in ids]
+        own = {i: "" for word in self.added.values() for i in word}
+        own |= {i: f"{word} " for word, (i, *_) in self.added.items()}
         for i in ids:
-            if not 0 <= i <= self.end:
+            if not 0 <= i <= self.end and i not in own:
                 raise ValueError(f"token ids are 0 to {self.end}, got {i}")
         if ids[:1] == [self.start] and self.end in ids:
             ids = ids[: ids.index(self.end)]
@@ -243,6 +297,8 @@ class Tokenizer:
                 symbols = self._tokens[i].removesuffix(END_OF_WORD)
                 text += bytes(BYTE_OF_SYMBOL[symbol] for symbol in symbols)
                 text += b" " * (symbols != self._tokens[i])
+            elif i > self.end:
+                text += own[i].encode()
         return text.decode("utf-8", errors="replace").rstrip(" ")
 
     def tables(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -264,7 +320,11 @@ class Tokenizer:
         return tuple(merge(symbols, self._merges))
 
     def __reduce__(self):  # the cache cannot be pickled: a copy, in another process of a data loader, is built anew
-        return self._again, ()
+        return self._again, (), self.added
+
+    def __setstate__(self, added: dict[str, tuple[int, ...]]) -> None:
+        self.added = added
+        self._find_added()
 
 
 def _read_merges(path: Path) -> tuple[list[str], list[str]]:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
 from .numbers import TYPES, NumberType
-from .pickles import MAX_BYTES, Placeholder, RefusedFile, Symbol, read_pickle
+from .pickles import MAX_BYTES, Placeholder, RefusedFile, Stateful, Symbol, read_pickle
 
 MAX_DIMS = 16  # of a tensor; convolutions have 4
 MAX_DIRECTORY = 16 << 20  # bytes of a zip directory; real ones have below 1 MB
@@ -254,10 +254,10 @@ def _contents(content: object, place: Callable[[str], Place]) -> Contents:
     for name in ("model", "ema"):
         if not tensors and isinstance(content, dict):
             tensors = _tensors(content.get(name))
+    if not tensors and isinstance(content, dict):
+        tensors = _parameters(content, "string_to_param")
     if not tensors:
         names = [key[:30] for key in content if isinstance(key, str)] if isinstance(content, dict) else []
-        if "string_to_param" in names:
-            raise RefusedFile("a textual inversion embedding: an addition to a checkpoint, not a checkpoint")
         what = f"holds no named tensors (but {', '.join(names[:5])})" if names else "holds no named tensors"
         raise RefusedFile(f"{what}; give a file of model weights")
     if all(key.startswith("module.") for key in tensors):  # saved from within DistributedDataParallel
@@ -269,6 +269,14 @@ def _tensors(content: object) -> dict[str, Tensor | Unreadable]:
     """The tensors that lie in a dict by name, without what lies beside them."""
     items = content.items() if isinstance(content, dict) else ()
     return {k: value for k, value in items if isinstance(k, str) and isinstance(value, (Tensor, Unreadable))}
+
+
+def _parameters(content: dict, name: str) -> dict[str, Tensor | Unreadable]:
+    """The tensors in a dict or a ParameterDict inside of a dict, as textual inversion has them: "name.key"."""
+    inner = content.get(name)
+    if isinstance(inner, Stateful) and isinstance(inner.state, dict):
+        inner = inner.state.get("_parameters")
+    return {f"{name}.{key}": tensor for key, tensor in _tensors(inner).items()}
 
 
 def _view(key: str, tensor: Tensor | Unreadable, place: Callable[[str], Place]) -> View:
@@ -296,6 +304,8 @@ def _call(function: Symbol, arguments: tuple) -> object:
     match (str(function), *arguments):
         case ("collections.OrderedDict",) | ("collections.defaultdict", *_):
             return {}
+        case ("torch.nn.modules.container.ParameterDict", *_):
+            return Stateful()
         case ("torch.Size", tuple(shape)):
             return shape
         case ("torch._utils._rebuild_tensor", Storage() as store, offset, tuple(shape), tuple(stride)):

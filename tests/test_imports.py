@@ -26,6 +26,9 @@ ALLOWED = {
     "settings": {"samplers", "schedule"},
     "device": set(),
     "tokenizer": {"resources"},
+    "prompts": {"tokenizer"},
+    "lora": {"checkpoint", "config", "keys"},
+    "embeddings": {"checkpoint", "tokenizer"},
     "pickles": set(),
     "numbers": set(),
     "torch_files": {"numbers", "pickles"},
@@ -48,9 +51,9 @@ ALLOWED = {
     "training": {"config", "denoiser", "layers", "schedule", "text_encoder", "unet", "vae"},
     "census": {"checkpoint", "config", "convert", "identity", "layouts", "weights"},
     "model": {
-        "checkpoint", "config", "convert", "denoiser", "identity", "device", "diffusers_config", "image", "inpainting",
-        "layouts", "networks", "resources", "samplers", "schedule", "settings", "text_encoder", "tokenizer", "unet",
-        "vae",
+        "checkpoint", "config", "convert", "denoiser", "identity", "device", "diffusers_config", "embeddings", "image",
+        "inpainting", "layouts", "lora", "networks", "prompts", "resources", "samplers", "schedule", "settings",
+        "text_encoder", "tokenizer", "unet", "vae",
     },
     "pipeline": {
         "denoiser", "image", "image_files", "inpainting", "model", "samplers", "schedule", "settings",
