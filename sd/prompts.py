@@ -44,7 +44,7 @@ EDITING = re.compile(r"\[[^][]*(?:\||:\s*[.\d]+\s*\])")  # alternation, or editi
 class Part(NamedTuple):
     """A piece of a prompt, all of one weight."""
 
-    text: str
+    text: str | None  # None where a new chunk is to begin
     weight: float
 
 
@@ -55,12 +55,13 @@ class Chunk(NamedTuple):
     weights: list[float]
 
 
-def parse(prompt: str) -> list[Part]:
+def parse(prompt: str, breaks: bool = False) -> list[Part]:
     """The parts of a prompt with weights, in order; neighbours of the same weight are one part.
 
-    Raises ValueError for weights that are no numbers, and for more than 100 brackets open at once.
+    With `breaks` the word BREAK is a part without text; else it is text. Raises ValueError for weights that are no
+    numbers, and for more than 100 brackets open at once.
     """
-    texts: list[str] = []
+    texts: list[str | None] = []
     weights: list[float] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}  # where each open bracket's first part will be
 
@@ -81,19 +82,27 @@ def parse(prompt: str) -> list[Part]:
         elif token == "]" and opened["["]:
             close("[", SQUARE)
         else:
-            texts.append(token[1:] if token[0] == "\\" else token)
-            weights.append(1.0)
+            escaped = token[0] == "\\"
+            for i, text in enumerate(BREAK.split(token) if breaks and not escaped else [token[escaped:]]):
+                texts += [None, text] if i else [text]
+                weights += [1.0, 1.0] if i else [1.0]
     for bracket, factor in (("(", ROUND), ("[", SQUARE)):
         while opened[bracket]:
             close(bracket, factor)
 
     parts: list[Part] = []
     for text, weight in zip(texts, weights, strict=True):
-        if parts and parts[-1].weight == weight:
+        if parts and text is not None and parts[-1].text is not None and parts[-1].weight == weight:
             parts[-1] = Part(parts[-1].text + text, weight)
         else:
             parts.append(Part(text, weight))
     return parts
+
+
+def _between_breaks(prompt: str) -> list[Part]:
+    """The parts of a long prompt without weights."""
+    first, *rest = BREAK.split(prompt)
+    return [Part(first, 1.0), *(Part(part, 1.0) for text in rest for part in (None, text))]
 
 
 def _number(text: str) -> float:
@@ -114,10 +123,9 @@ def chunks(tokenizer: Tokenizer, prompt: str, weighted: bool, long: bool) -> lis
             "prompt editing ([from:to:when] or [a|b]) is not supported: it is read as text",
             stacklevel=3,
         )
-    parts = parse(prompt) if weighted else [Part(prompt, 1.0)]
     if not long:
         ids, weights = [], []
-        for text, weight in parts:
+        for text, weight in parse(prompt) if weighted else [Part(prompt, 1.0)]:
             new = tokenizer.encode(text)
             ids += new
             weights += [weight] * len(new)
@@ -136,23 +144,23 @@ def chunks(tokenizer: Tokenizer, prompt: str, weighted: bool, long: bool) -> lis
         done.append(Chunk(ids[:carried], weights[:carried]))
         ids, weights, comma = ids[carried:], weights[carried:], -1
 
-    for text, weight in parts:
-        for i, piece in enumerate(BREAK.split(text)):
-            if i > 0:
+    for text, weight in parse(prompt, breaks=True) if weighted else _between_breaks(prompt):
+        if text is None:
+            begin()
+            continue
+        new = tokenizer.encode(text)
+        at = 0
+        while at < len(new):
+            count = own.get(new[at], 1)
+            if new[at] == COMMA:
+                comma = len(ids)
+            elif len(ids) == room and comma >= 0 and room - comma <= BACK:
+                begin(comma + 1)
+            if len(ids) + count > room:
                 begin()
-            new = tokenizer.encode(piece)
-            at = 0
-            while at < len(new):
-                count = own.get(new[at], 1)
-                if new[at] == COMMA:
-                    comma = len(ids)
-                elif len(ids) == room and comma >= 0 and room - comma <= BACK:
-                    begin(comma + 1)
-                if len(ids) + count > room:
-                    begin()
-                ids += new[at : at + count]
-                weights += [weight] * count
-                at += count
+            ids += new[at : at + count]
+            weights += [weight] * count
+            at += count
     if ids or not done:
         begin()
     return done
