@@ -52,20 +52,17 @@ PEFT = {"A": "down", "B": "up"}
 PROCESSORS = {"to_q": "to_q_lora", "to_k": "to_k_lora", "to_v": "to_v_lora", "to_out.0": "to_out_lora"}
 TEXT_PROCESSORS = {"q_proj": "to_q_lora", "k_proj": "to_k_lora", "v_proj": "to_v_lora", "out_proj": "to_out_lora"}
 
-# Other ways to change weights that are found in files of this kind, by what their keys contain.
+# Other ways to change weights that are found in files of this kind, and other models: by their keys.
 OTHER_KINDS = (
-    (".dora_scale", "a DoRA"),
-    (".lora_magnitude_vector", "a DoRA"),
-    (".hada_", "a LoHa"),
-    (".lokr_", "a LoKr"),
-    (".oft_", "an OFT"),
-    (".boft_", "a BOFT"),
-    (".on_input", "an IA3"),
-    (".a1.weight", "a GLoRA"),
-    (".diff", "a LyCORIS file of full weights or biases"),
-    (".w_norm", "a LyCORIS file of norms"),
-    (".lora_embedding_", "a LoRA of word tables"),
-    ("bundle_emb.", "a LoRA with embeddings in it"),
+    (r"\.(dora_scale|lora_magnitude_vector)", "a DoRA"),
+    (r"\.hada_", "a LoHa"),
+    (r"\.lokr_", "a LoKr"),
+    (r"\.b?oft_|\.oft_diag", "an OFT"),
+    (r"\.on_input$", "an IA3"),
+    (r"\.[ab][12]\.weight$", "a GLoRA"),
+    (r"\.diff(_b)?$|\.[wb]_norm$", "a LyCORIS file of full weights, biases or norms"),
+    (r"\.lora_embedding_", "a LoRA of word tables"),
+    (r"^bundle_emb\.", "a LoRA with embeddings in it"),
 )
 OTHER_MODELS = (
     (r"lora_te3_|text_encoder_3\.|lora_transformer_|transformer\.|lora_unet_joint_blocks_", "SD 3 or Flux"),
@@ -227,8 +224,8 @@ def _refuse(file: Checkpoint, unknown: list[str], some_known: bool) -> None:
     for pattern, model in OTHER_MODELS:
         if any(re.match(pattern, key) for key in unknown):
             raise CheckpointError(f"a LoRA for {model}, which is not supported: Stable Diffusion 1.x and 2.x are")
-    for marker, kind in OTHER_KINDS:
-        found = [key for key in unknown if marker in key]
+    for pattern, kind in OTHER_KINDS:
+        found = [key for key in unknown if re.search(pattern, key)]
         if found:
             raise CheckpointError(f"{kind} ({found[0]}), which is not supported: LoRA and LoCon are")
     if not some_known and not any(PARTS.fullmatch(key) for key in unknown):

@@ -1,0 +1,511 @@
+"""LoRA: every scheme of names merges to W + scale B A, comes out again to the bit, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from common import TINY, TINY_INPAINT, manifest
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sd.checkpoint import CheckpointError
+from sd.config import SD1, SD2
+from sd.convert import build
+from sd.keys import diffusers_sources
+from sd.lora import _sum, names, read_lora
+from sd.pipeline import StableDiffusion
+
+RANK = 3
+ATTENTION = ("attn1", "attn2")
+
+
+@pytest.fixture
+def model(tiny) -> StableDiffusion:
+    return StableDiffusion(TINY, **{name: copy.deepcopy(network) for name, network in tiny.items()})
+
+
+def places(networks) -> dict[tuple[str, str], tuple[int, ...]]:
+    """What LoRAs may change: the matrices and kernels of U-Net and text encoder, without the tables."""
+    return {
+        (network, key): tuple(weight.shape)
+        for network in ("unet", "text_encoder")
+        for key, weight in networks[network].named_parameters()
+        if weight.dim() > 1 and key not in ("token.weight", "position.weight")
+    }
+
+
+TINY_PLACES = places(build(TINY))
+THEIRS = diffusers_sources(
+    TINY, {n: [k for m, k in TINY_PLACES if m == n] for n in ("unet", "text_encoder")} | {"vae": []}
+)
+
+
+def path(place: tuple[str, str]) -> str:
+    """A weight's module in diffusers or transformers 5."""
+    return THEIRS[place[0]][place[1]].key.removesuffix(".weight")
+
+
+def kohya(place, te: str = "lora_te_text_model_"):
+    return {"unet": "lora_unet_", "text_encoder": te}[place[0]] + path(place).replace(".", "_")
+
+
+def processor(place) -> tuple[str, str, str]:
+    """diffusers before PEFT: attentions in processors, text projections as linear layers, the rest as lora."""
+    own, module = path(place), f"{place[0]}.{path(place)}"
+    for layer in ("to_q", "to_k", "to_v", "to_out.0"):
+        if place[0] == "unet" and own.endswith(f".{layer}"):
+            base = f"{module.removesuffix(layer)}processor.{layer.removesuffix('.0')}_lora"
+            return f"{base}.down.weight", f"{base}.up.weight", f"{base}.alpha"
+    if place[0] == "text_encoder":
+        module = f"text_encoder.text_model.{own}"
+        return f"{module}.lora_linear_layer.down.weight", f"{module}.lora_linear_layer.up.weight", f"{module}.alpha"
+    return f"{module}.lora.down.weight", f"{module}.lora.up.weight", f"{module}.alpha"
+
+
+def oldest_text(place) -> tuple[str, str, str]:
+    own = path(place)
+    for layer in ("q", "k", "v", "out"):
+        if own.endswith(f".{layer}_proj"):
+            base = f"text_encoder.text_model.{own.removesuffix(f'{layer}_proj')}to_{layer}_lora"
+            return f"{base}.down.weight", f"{base}.up.weight", f"{base}.alpha"
+    return processor(place)
+
+
+def suffixed(name: Callable, *ends: str) -> Callable:
+    return lambda place: tuple(f"{name(place)}.{end}" for end in ends)
+
+
+KOHYA = ("lora_down.weight", "lora_up.weight", "alpha")
+PEFT = ("lora_A.weight", "lora_B.weight", "alpha")
+SCHEMES: dict[str, Callable] = {
+    "kohya": suffixed(kohya, *KOHYA),
+    "kohya te1": suffixed(lambda place: kohya(place, "lora_te1_text_model_"), *KOHYA),
+    "kohya, transformers 5": suffixed(lambda place: kohya(place, "lora_te_"), *KOHYA),
+    "diffusers": suffixed(lambda p: f"{p[0]}.{path(p)}", *PEFT),
+    "diffusers, transformers 4": suffixed(
+        lambda p: f"{p[0]}.{'text_model.' * (p[0] == 'text_encoder')}{path(p)}", *PEFT
+    ),
+    "diffusers, lora.down": suffixed(lambda p: f"{p[0]}.{path(p)}", "lora.down.weight", "lora.up.weight", "alpha"),
+    "processors": processor,
+    "processors without their word": lambda p: tuple(key.replace("processor.", "") for key in processor(p)),
+    "processors, U-Net alone": lambda p: tuple(key.removeprefix("unet.") for key in processor(p)),
+    "processors, oldest text": oldest_text,
+    "PEFT": suffixed(lambda p: f"base_model.model.{path(p)}", *PEFT),
+    "PEFT with the adapter's name": suffixed(
+        lambda p: f"base_model.model.{path(p)}", "lora_A.default.weight", "lora_B.default.weight", "alpha"
+    ),
+    "PEFT within diffusers": suffixed(lambda p: f"{p[0]}.base_model.model.{path(p)}", *PEFT),
+}
+
+
+def factors(place, shape, alpha: float | None = 2.0) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Random down, up and alpha for a weight, and what they add to it, computed in float64."""
+    rng = torch.Generator().manual_seed(sum(map(ord, "".join(place))))
+    out, width, *kernel = shape
+    down = torch.randn(RANK, width, *kernel, generator=rng)
+    up = torch.randn(out, RANK, *[1] * len(kernel), generator=rng)
+    scale = 1.0 if alpha is None else alpha / RANK
+    delta = scale * (up.double().flatten(1) @ down.double().flatten(1)).reshape(shape)
+    return down, up, None if alpha is None else torch.tensor(alpha), delta
+
+
+def lora_file(scheme: str, alpha: float | None = 2.0, shapes=TINY_PLACES) -> tuple[dict[str, Tensor], dict]:
+    """A whole file under the names of a scheme, and what it adds to each weight."""
+    tensors, deltas = {}, {}
+    for place, shape in shapes.items():
+        down, up, own_alpha, deltas[place] = factors(place, shape, alpha)
+        keys = SCHEMES[scheme](place)
+        tensors |= dict(zip(keys, (down, up, own_alpha), strict=True))
+    return {key: tensor for key, tensor in tensors.items() if tensor is not None}, deltas
+
+
+def saved(tmp_path, tensors, name: str = "style.safetensors", metadata=None):
+    if name.endswith(".safetensors"):
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / name, metadata)
+    else:
+        torch.save(tensors, tmp_path / name)
+    return tmp_path / name
+
+
+def weights(model) -> dict[tuple[str, str], Tensor]:
+    return {place: getattr(model, place[0]).get_parameter(place[1]).data for place in TINY_PLACES}
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr()
+
+
+def check(model, before, deltas, weight=1.0):
+    after = weights(model)
+    for place, delta in deltas.items():
+        expected = before[place].double() + weight * delta
+        assert torch.allclose(after[place].double(), expected, rtol=1e-6, atol=2e-6), place
+        assert after[place].shape == before[place].shape and after[place].stride() == before[place].stride(), place
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_naming_scheme_merges_and_comes_out_again(scheme, model, tmp_path):
+    tensors, deltas = lora_file(scheme)
+    assert len(tensors) == 3 * len(TINY_PLACES)
+    before, everything = weights(model), {id(p): p.data.clone() for p in model.unet.parameters()}
+    assert model.add_lora(saved(tmp_path, tensors), 0.5) == "style"
+    assert model.loras == {"style": 0.5}
+    check(model, before, deltas, 0.5)
+    model.remove_lora("style")
+    assert all(torch.equal(weights(model)[place], before[place]) for place in before) and model.loras == {}
+    assert all(torch.equal(p.data, everything[id(p)]) for p in model.unet.parameters())
+
+
+def test_names_of_the_original(model, tmp_path):
+    """kohya's prefix, or none, before the names that a checkpoint has."""
+    from sd.keys import original_sources
+
+    sources = original_sources(
+        TINY, {"unet": [k for n, k in TINY_PLACES if n == "unet"], "vae": [], "text_encoder": []}
+    )
+    for form in ("lora_unet_{flat}", "diffusion_model.{path}", "model.diffusion_model.{path}"):
+        tensors, deltas = {}, {}
+        for key, source in sources["unet"].items():
+            old = source.key.removesuffix(".weight").removeprefix("model.diffusion_model.")
+            name = form.format(path=old, flat=old.replace(".", "_"))
+            down, up, alpha, deltas["unet", key] = factors(("unet", key), TINY_PLACES["unet", key])
+            tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
+        before = weights(model)
+        model.add_lora(saved(tmp_path, tensors))
+        check(model, before, deltas)
+        model.remove_lora()
+
+
+@pytest.mark.parametrize("name", ["style.pt", "style.bin", "style.ckpt"])
+def test_pickles_are_read_too(name, model, tmp_path):
+    tensors, deltas = lora_file("kohya")
+    before = weights(model)
+    model.add_lora(saved(tmp_path, tensors, name))
+    check(model, before, deltas)
+
+
+# alpha
+
+
+def test_alpha_is_the_rank_if_nobody_says(model, tmp_path):
+    tensors, deltas = lora_file("kohya", alpha=None)
+    before = weights(model)
+    model.add_lora(saved(tmp_path, tensors))
+    check(model, before, deltas)
+
+
+def test_alpha_of_the_whole_file(model, tmp_path):
+    tensors, _ = lora_file("kohya", alpha=None)
+    before = weights(model)
+    model.add_lora(saved(tmp_path, tensors | {"alpha": torch.tensor(2.0)}))
+    check(model, before, lora_file("kohya")[1])
+
+
+@pytest.mark.parametrize("where", ["metadata", "beside"])
+def test_alpha_of_peft(where, model, tmp_path):
+    settings = {"r": RANK, "lora_alpha": 2, "alpha_pattern": {"attn2.to_q": 6.0}, "use_rslora": False}
+    tensors, deltas = lora_file("diffusers", alpha=None)
+    if where == "metadata":
+        settings = {
+            f"{network}.{key}": value for network in ("unet", "text_encoder") for key, value in settings.items()
+        }
+        file = saved(tmp_path, tensors, metadata={"lora_adapter_metadata": json.dumps(settings)})
+    else:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+        file = saved(tmp_path, tensors, "adapter_model.safetensors")
+    before = weights(model)
+    model.add_lora(file)
+    scale = {place: 6 / RANK if path(place).endswith("attn2.to_q") else 2 / RANK for place in TINY_PLACES}
+    check(model, before, {place: scale[place] * delta for place, delta in deltas.items()})
+
+
+def test_rank_stabilised(model, tmp_path):
+    tensors, deltas = lora_file("diffusers", alpha=None)
+    settings = {"unet.lora_alpha": 2, "unet.use_rslora": True}
+    before = weights(model)
+    model.add_lora(saved(tmp_path, tensors, metadata={"lora_adapter_metadata": json.dumps(settings)}))
+    check(model, before, {p: (2 / RANK**0.5 if p[0] == "unet" else 1) * delta for p, delta in deltas.items()})
+
+
+# kernels
+
+
+def test_locon_with_a_kernel_in_the_middle(model, tmp_path):
+    """up (mid (down x)): the kernel of the three convolutions one after the other."""
+    place = "unet", "down.0.res.0.conv2.weight"
+    out, width, *_ = TINY_PLACES[place]
+    rng = torch.Generator().manual_seed(0)
+    down, up = torch.randn(RANK, width, 1, 1, generator=rng), torch.randn(out, RANK, 1, 1, generator=rng)
+    mid = torch.randn(RANK, RANK, 3, 3, generator=rng)
+    tensors = {f"{kohya(place)}.lora_{n}.weight": x for n, x in (("down", down), ("up", up), ("mid", mid))}
+    before = weights(model)
+    model.add_lora(saved(tmp_path, tensors | {f"{kohya(place)}.alpha": torch.tensor(1.5)}))
+    x = torch.randn(1, width, 6, 6, generator=rng)
+    conv = torch.nn.functional.conv2d
+    expected = conv(x, before[place]) + 1.5 / RANK * conv(conv(conv(x, down), mid), up)
+    assert torch.allclose(conv(x, weights(model)[place]), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_pointwise_convolutions_are_linear_layers_here(model, tmp_path):
+    place = "unet", "mid.attn.proj_in.weight"
+    down, up, alpha, delta = factors(place, TINY_PLACES[place])
+    tensors = dict(zip(SCHEMES["kohya"](place), (down[:, :, None, None], up[:, :, None, None], alpha), strict=True))
+    before = weights(model)
+    model.add_lora(saved(tmp_path, tensors))
+    check(model, before, {place: delta})
+
+
+def test_first_layer_of_an_inpainting_model(tiny_inpaint, tmp_path):
+    """Trained with 4 channels: the mask and the masked picture behind them are left alone."""
+    place = "unet", "conv_in.weight"
+    networks = {"unet": copy.deepcopy(tiny_inpaint.unet), "text_encoder": tiny_inpaint.text_encoder}
+    down, up, alpha, delta = factors(place, TINY_PLACES[place])
+    tensors = dict(zip(SCHEMES["kohya"](place), (down, up, alpha), strict=True))
+    lora = read_lora(saved(tmp_path, tensors), TINY_INPAINT, networks)
+    before = networks["unet"].conv_in.weight.data
+    added = lora.pairs[place].delta(before).double()
+    assert torch.allclose(added[:, :4], delta, atol=1e-6) and not added[:, 4:].any()
+
+
+# several, precision
+
+
+def test_several_at_once_and_out_in_any_order(model, tmp_path):
+    one, deltas = lora_file("kohya")
+    two = {place: shape for place, shape in TINY_PLACES.items() if "attn" in place[1]}
+    other, more = lora_file("diffusers", alpha=4.0, shapes=two)
+    before = weights(model)
+    files = [(saved(tmp_path, one, "one.safetensors"), 0.5), (saved(tmp_path, other, "two.safetensors"), -1.0)]
+    assert model.add_loras(files) == ["one", "two"]
+    check(model, before, {p: 0.5 * delta - more.get(p, 0) for p, delta in deltas.items()})
+    model.remove_lora("one")
+    check(model, before, {place: -delta for place, delta in more.items()})
+    assert all(same(weights(model)[place], before[place]) != (place in two) for place in before)
+    assert model.loras == {"two": -1.0}
+    model.add_lora(files[0][0], 2.0)
+    model.remove_lora()
+    assert all(torch.equal(weights(model)[place], before[place]) for place in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(dtype, tiny, tmp_path):
+    model = StableDiffusion(TINY, **{name: copy.deepcopy(network).to(dtype) for name, network in tiny.items()})
+    one, deltas = lora_file("kohya")
+    before = weights(model)
+    files = [(saved(tmp_path, one, f"{name}.safetensors"), 0.25) for name in ("one", "two")]
+    model.add_loras(files)
+    for place, delta in deltas.items():
+        merged, exact = weights(model)[place], before[place].double() + 0.5 * delta
+        assert merged.dtype == dtype
+        # half a unit in the last place, and what float32 adds to it
+        half = 0.5 * torch.finfo(dtype).eps * exact.abs().clamp(min=torch.finfo(dtype).tiny)
+        assert ((merged.double() - exact).abs() <= half * 1.01 + 1e-6).all(), place
+    model.remove_lora()
+    assert all(torch.equal(weights(model)[place], before[place]) for place in before)
+
+
+def test_merged_for_good(model, tmp_path):
+    tensors, deltas = lora_file("kohya")
+    before = weights(model)
+    file, other = saved(tmp_path, tensors), saved(tmp_path, tensors, "other.safetensors")
+    model.add_loras([(file, 0.5)], removable=False)
+    assert model.loras == {} and model._merged._before == {}
+    check(model, before, deltas, 0.5)
+    for_good = weights(model)
+    model.add_lora(other, 1.0)
+    model.add_loras([(file, 0.5)], removable=False)
+    check(model, before, deltas, 2.0)
+    model.remove_lora("other")
+    check(model, before, deltas, 1.0)
+    assert not torch.equal(for_good["unet", "conv_in.weight"], before["unet", "conv_in.weight"])
+
+
+def test_what_float16_cannot_hold(tiny, tmp_path):
+    model = StableDiffusion(TINY, **{name: copy.deepcopy(network).half() for name, network in tiny.items()})
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"numbers beyond torch\.float16"):
+        model.add_lora(saved(tmp_path, lora_file("kohya")[0]), 1e6)
+    assert all(same(weights(model)[place], before[place]) for place in before) and model.loras == {}
+
+
+def test_pictures(model, tmp_path):
+    settings = {"height": 64, "width": 64, "steps": 2, "seed": 1}
+    (before,) = model.txt2img("a cat", **settings)
+    model.add_lora(saved(tmp_path, lora_file("kohya")[0]), 0.05)
+    (merged,) = model.txt2img("a cat", **settings)
+    model.remove_lora()
+    (after,) = model.txt2img("a cat", **settings)
+    assert before.tobytes() == after.tobytes() != merged.tobytes()
+
+
+# What is refused
+
+
+def without(tensors: dict, marker: str) -> dict:
+    return {key: tensor for key, tensor in tensors.items() if marker not in key}
+
+
+def cross_attention(width: int) -> dict[str, Tensor]:
+    name = kohya(("unet", "down.0.attn.0.block.attn2.k.weight"))
+    return {f"{name}.lora_down.weight": torch.zeros(4, width), f"{name}.lora_up.weight": torch.zeros(64, 4)}
+
+
+def text_width(width: int) -> dict[str, Tensor]:
+    name = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    return {f"{name}.lora_down.weight": torch.zeros(4, width), f"{name}.lora_up.weight": torch.zeros(width, 4)}
+
+
+NAME = kohya(("unet", "mid.attn.block.attn1.q.weight"))
+GOOD = {f"{NAME}.lora_down.weight": torch.ones(4, 128), f"{NAME}.lora_up.weight": torch.ones(128, 4)}
+
+
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        (cross_attention(768), "made for Stable Diffusion 1.x, whose U-Net expects texts 768 wide, not 64"),
+        (cross_attention(1024), "made for Stable Diffusion 2.x, whose U-Net expects texts 1024 wide"),
+        (cross_attention(2048) | {"lora_te2_x.lora_down.weight": torch.zeros(1)}, "made for SDXL, .* 2048 wide"),
+        (cross_attention(99), "made for another model, whose"),
+        (text_width(1024), "made for Stable Diffusion 2.x, whose text encoder is 1024 wide, not 64"),
+        (GOOD | {"lora_te2_text_model_x.alpha": torch.zeros(1)}, "a LoRA for SDXL, which is not supported"),
+        ({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.zeros(4, 4)}, "a LoRA for Flux"),
+        ({"transformer.single_transformer_blocks.0.x.lora_A.weight": torch.zeros(4, 4)}, "a LoRA for SD 3 or Flux"),
+        (GOOD | {f"{NAME}.lora_up.weight": torch.ones(99, 4)}, "1 of 1 of the wrong shape: .* is for 99x128"),
+        (GOOD | {f"{NAME}.lora_up.weight": torch.ones(128, 5)}, "of the wrong shape"),
+        (GOOD | {f"{NAME}.lora_up.weight": torch.ones(128)}, "of the wrong shape"),
+        (GOOD | {f"{NAME}.lora_down.weight": torch.ones(4, 128, 3, 3)}, "is for 128x128x3x3, the model's is 128x128"),
+        (GOOD | {"lora_unet_nowhere.lora_up.weight": torch.zeros(1)}, "1 of 3 keys have no place .* lora_unet_nowhere"),
+        (without(GOOD, "up"), f"1 halves of pairs missing: {NAME} without up"),
+        (GOOD | {f"{NAME}.alpha": torch.ones(2)}, "alpha is 2, expected one number"),
+        (GOOD | {f"{NAME}.alpha": torch.tensor(float("nan"))}, "alpha of .* is not finite"),
+        (GOOD | {f"{NAME}.lora_up.weight": torch.full((128, 4), float("inf"))}, "not finite"),
+        (GOOD | {f"{NAME}.lora_up.weight": torch.ones(128, 4, dtype=torch.int8)}, "whole numbers"),
+        (GOOD | {f"{NAME}.lora_A.weight": torch.ones(4, 128)}, "two adapters in one file"),
+        (
+            GOOD | {f"unet.{path(('unet', 'mid.attn.block.attn1.q.weight'))}.lora.down.weight": torch.ones(4, 128)},
+            "two names for one weight",
+        ),
+        (GOOD | {f"{NAME}.dora_scale": torch.ones(128)}, "a DoRA .*which is not supported: LoRA and LoCon are"),
+        ({f"{NAME}.hada_w1_a": torch.ones(128, 4)}, "a LoHa"),
+        ({f"{NAME}.lokr_w1": torch.ones(8, 8)}, "a LoKr"),
+        ({f"{NAME}.diff": torch.ones(128, 128)}, "a LyCORIS file of full weights"),
+        ({"model.diffusion_model.out.2.weight": torch.ones(4)}, "no LoRA .* a checkpoint is given with --ckpt"),
+        ({"emb_params": torch.ones(1, 64)}, "an embedding with --embedding"),
+        (
+            {key.replace("0_self", "20_self"): x for key, x in text_width(64).items()},
+            "only layers of the text encoder that this model does not run",
+        ),
+    ],
+)
+def test_one_line_for_what_does_not_fit(tensors, message, model, tmp_path):
+    before = weights(model)
+    file = saved(tmp_path, tensors)
+    with pytest.raises(CheckpointError, match=message) as refused:
+        model.add_lora(file)
+    assert str(refused.value).startswith(f"{file}: ") and "\n" not in str(refused.value)
+    assert all(same(weights(model)[place], before[place]) for place in before)
+
+
+def test_layers_that_are_not_run_are_left_out(model, tmp_path):
+    more = {key.replace("0_self", "20_self"): x for key, x in text_width(64).items()}
+    model.add_lora(saved(tmp_path, GOOD | more))
+    assert list(model.loras) == ["style"]
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "a"])
+def test_weights_that_are_no_numbers(weight, model, tmp_path):
+    with pytest.raises(ValueError, match=r"must be a (finite )?number"):
+        model.add_lora(saved(tmp_path, GOOD), weight)
+    assert model.loras == {}
+
+
+def test_names_are_taken_once(model, tmp_path):
+    file = saved(tmp_path, GOOD)
+    with pytest.raises(ValueError, match="'style' is merged already"):
+        model.add_loras([(file, 1), (file, 1)])
+    assert model.loras == {}
+    model.add_lora(file)
+    with pytest.raises(ValueError, match="'style' is merged already"):
+        model.add_lora(file)
+    with pytest.raises(ValueError, match="no LoRA 'other' was added: style"):
+        model.remove_lora("other")
+
+
+@pytest.mark.parametrize("text", ["{", '{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": 1e999}', "[" * 100000])
+def test_hostile_settings(text, model, tmp_path):
+    with pytest.raises(CheckpointError, match="settings of its adapter"):
+        model.add_lora(saved(tmp_path, GOOD, metadata={"lora_adapter_metadata": text}))
+
+
+# Names at full size, on the meta device
+
+
+@pytest.mark.parametrize("config, file", [(SD1, "sd-v1"), (SD2, "sd-v2-base")])
+def test_every_matrix_of_the_original_unet_has_its_name(config, file):
+    """kohya's prefix before the names of the key manifests: each leads to a weight of that shape."""
+    shapes = places(build(config))
+    known = names(config, list(shapes))
+    prefix = "model.diffusion_model."
+    theirs = {key.removeprefix(prefix): entry[0] for key, entry in manifest(file).items() if key.startswith(prefix)}
+    matrices = {key: shape for key, shape in theirs.items() if len(shape) > 1 and key.endswith(".weight")}
+    found = {known["lora_unet_" + key.removesuffix(".weight").replace(".", "_")]: s for key, s in matrices.items()}
+    assert len(found) == len(matrices) == sum(network == "unet" for network, _ in shapes)
+    for place, shape in found.items():
+        ours = shapes[place]
+        assert tuple(shape[: len(ours)]) == ours and set(shape[len(ours) :]) <= {1}, place
+
+
+@pytest.mark.parametrize("config, text_layers", [(SD1, 12), (SD2, 23)])
+def test_every_module_of_diffusers_has_its_names(config, text_layers):
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    from scripts.peers import peers
+
+    networks = build(config)
+    shapes = places(networks)
+    known = names(config, list(shapes))
+    theirs = peers(networks, config, torch.float32)
+    counts = {"attentions": 0, "convolutions": 0, "text": 0}
+    for network, prefixes in (("unet", ["lora_unet_"]), ("text_encoder", ["lora_te_text_model_", "lora_te1_"])):
+        for name, module in theirs[network].model.named_modules():
+            if not isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+                continue
+            name = name.removeprefix("text_model.")
+            places_of = {known[prefix + name.replace(".", "_")] for prefix in prefixes} | {known[f"{network}.{name}"]}
+            (place,) = places_of
+            assert shapes[place] == tuple(module.weight.shape)[: len(shapes[place])] and place[0] == network
+            kind = "text" if network == "text_encoder" else "attentions" if ".attentions." in name else "convolutions"
+            counts[kind] += 1
+    # what kohya's trainer says that it makes: 192 modules of the U-Net, 278 with convolutions, 72 of CLIP;
+    # LoCon leaves out the four layers that belong to no block
+    assert counts == {"attentions": 192, "convolutions": 278 - 192 + 4, "text": 6 * text_layers}
+
+
+@pytest.mark.parametrize("config", [SD1, SD2, TINY])
+def test_no_name_is_ambiguous(config):
+    shapes = places(build(config))
+    one_by_one = [names(config, [place]) for place in shapes]
+    assert len(names(config, list(shapes))) == sum(map(len, one_by_one))
+
+
+def test_diffusers_reads_kohya_as_we_do(model, tmp_path):
+    """What diffusers makes of a kohya file merges to the same weights."""
+    conversion = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
+    chosen = {p: shape for p, shape in TINY_PLACES.items() if "attn" in p[1] and ".ff." not in p[1]}
+    tensors, deltas = lora_file("kohya", shapes=chosen)
+    converted, alphas = conversion._convert_non_diffusers_lora_to_diffusers(dict(tensors))
+    assert len(converted) == 2 * len(chosen) and len(alphas) == len(chosen)
+    before = weights(model)
+    model.add_lora(
+        saved(tmp_path, converted | {k.replace(".down.weight", ""): torch.tensor(x) for k, x in alphas.items()})
+    )
+    check(model, before, deltas)
+
+
+def test_sum_keeps_the_layout():
+    weight = torch.randn(8, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    assert _sum(weight, [], ("unet", "x")).is_contiguous(memory_format=torch.channels_last)
