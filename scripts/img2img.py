@@ -20,9 +20,9 @@ from sd import StableDiffusion
 from sd.pipeline import FITS, STRENGTH
 
 if __package__:
-    from . import cli, painting
+    from . import addons, cli, painting
 else:
-    from scripts import cli, painting
+    from scripts import addons, cli, painting
 
 
 def parser() -> cli.Parser:
@@ -33,6 +33,7 @@ def parser() -> cli.Parser:
     painting.add_sampling_arguments(parser, size="from the picture")
     painting.add_output_arguments(parser)
     painting.add_model_arguments(parser)
+    addons.add_addon_arguments(parser)
     return parser
 
 

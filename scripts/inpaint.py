@@ -24,9 +24,9 @@ from sd.image_files import read_mask
 from sd.inpainting import CONTENTS
 
 if __package__:
-    from . import cli, painting
+    from . import addons, cli, painting
 else:
-    from scripts import cli, painting
+    from scripts import addons, cli, painting
 
 MARGIN = 32  # pixels around the mask with --only-masked, as other tools have it
 
@@ -56,6 +56,7 @@ def parser() -> cli.Parser:
     painting.add_sampling_arguments(parser, size="from the picture")
     painting.add_output_arguments(parser)
     painting.add_model_arguments(parser)
+    addons.add_addon_arguments(parser)
     return parser
 
 

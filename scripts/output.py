@@ -19,10 +19,13 @@ from sd.image_files import save_animation, save_png
 
 
 class ModelHash:
-    """First ten digits of a checkpoint's SHA-256, as other tools name models; computed while the model paints."""
+    """First digits of a file's SHA-256, as other tools name models; computed while the model paints.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    tensors_only   what lies behind the header of a .safetensors file, which tools change: their name of LoRA files
+    """
+
+    def __init__(self, path: Path, digits: int = 10, tensors_only: bool = False) -> None:
+        self._path, self._count, self._tensors_only = path, digits, tensors_only
         self._digits: str | None = None
         self._thread = threading.Thread(target=self._compute, daemon=True)  # nobody waits for it who stops the program
         self._thread.start()
@@ -30,12 +33,14 @@ class ModelHash:
     def _compute(self) -> None:
         digest = hashlib.sha256()
         with contextlib.suppress(OSError), open(self._path, "rb") as file:
+            if self._tensors_only:
+                file.seek(8 + int.from_bytes(file.read(8), "little"))
             while block := file.read(1 << 20):
                 digest.update(block)
-            self._digits = digest.hexdigest()[:10]
+            self._digits = digest.hexdigest()[: self._count]
 
     def digits(self) -> str | None:
-        """The ten digits, as soon as they are known; None if the file has become unreadable."""
+        """The digits, as soon as they are known; None if the file has become unreadable."""
         self._thread.join()
         return self._digits
 

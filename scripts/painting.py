@@ -22,11 +22,13 @@ from sd.image_files import Picture, parameters, read_picture
 from sd.model import EMBEDDED, Steps
 from sd.pipeline import FITS, POSTERIORS
 from sd.preview import LinearDecoder
+from sd.prompts import chunks
 from sd.resources import resource
 from sd.samplers import SAMPLERS, Step
 from sd.schedule import SPACINGS
 from sd.settings import MAX_SEED, SAMPLER, Settings
 
+from .addons import AddOns
 from .cli import Parser, keep_freed_memory, said
 from .output import ModelHash, Output
 
@@ -338,6 +340,7 @@ def paint(args: argparse.Namespace, settings: Settings, make: Make, more: Mappin
     `make(model, prompt, **options)` paints some pictures of one prompt; the options are those that all tasks share.
     """
     prompts = read_prompts(args.prompt, args.from_file)
+    addons = AddOns(args, prompts)
     output = Output(args.out)
     model = load(args)
     if settings.guidance is None:
@@ -352,13 +355,14 @@ def paint(args: argparse.Namespace, settings: Settings, make: Make, more: Mappin
             "--spacing trailing",
             stacklevel=1,
         )
+    addons.give(model, hashes=not args.no_metadata)
 
     count = args.n * args.n_iter
     total = count * len(prompts)
     done, kept = 0, []
     for prompt in prompts:
         said.clear()  # what is wrong with one prompt is said once, not for each of its pictures
-        if args.ckpt is None and (unknown := unknown_words(model, prompt)):
+        if args.ckpt is None and (unknown := unknown_words(model, prompt, args.weighted_prompts, args.long_prompts)):
             warnings.warn(
                 f"the embedded model does not know: {unknown} (its words: weights/README.md; another model: --ckpt)",
                 stacklevel=1,
@@ -379,13 +383,15 @@ def paint(args: argparse.Namespace, settings: Settings, make: Make, more: Mappin
                 eta=settings.eta,
                 seed=seed,
                 n=min(args.batch_size, count - start),
+                weighted_prompts=args.weighted_prompts,
+                long_prompts=args.long_prompts,
                 progress=recorder,
             )
             for i, image in enumerate(batch):
                 own_seed = (seed + i) % (MAX_SEED + 1)
-                text = (
-                    None if args.no_metadata else describe(args, settings, model, prompt, image, own_seed, more, digest)
-                )
+                text = None
+                if not args.no_metadata:
+                    text = describe(args, settings, model, prompt, image, own_seed, more, digest, addons)
                 path = output.save(image, text)
                 print(f"{path}  seed {own_seed}", flush=True)
                 if frames := recorder.frames(i, args.preview):
@@ -405,9 +411,11 @@ def describe(
     seed: int,
     more: Mapping[str, object] | None,
     digest: ModelHash | None,
+    addons: AddOns,
 ) -> str:
     """The "parameters" text of a picture."""
     digits = digest.digits() if digest else None
+    negative = args.negative if settings.guidance != 1 else ""  # without effect at 1
     values = {
         "Steps": settings.steps,
         "Sampler": settings.sampler.label,
@@ -421,16 +429,16 @@ def describe(
         "Model": args.ckpt.stem if args.ckpt else "pocket",
         **({"Weights": args.weights} if args.weights != "auto" else {}),
         **({"VAE": args.vae.stem} if args.vae else {}),
+        **addons.about(model, prompt, negative),
         "Precision": dtype_name(model.dtype),
         "Version": f"sd {sd.__version__}",
     }
-    return parameters(prompt, args.negative if settings.guidance != 1 else "", values)  # without effect at 1
+    return parameters(addons.prompt(prompt), negative, values)
 
 
-def unknown_words(model: sd.StableDiffusion, prompt: str) -> str:
+def unknown_words(model: sd.StableDiffusion, prompt: str, weighted: bool = False, long: bool = False) -> str:
     """The part of a prompt whose tokens have no vector: words that training never met were set to zero."""
-    ids = torch.tensor(
-        model.tokenizer.encode(prompt)[: model.config.text.length], device=model.device, dtype=torch.long
-    )
+    ids = [i for chunk in chunks(model.tokenizer, prompt, weighted, long) for i in chunk.ids]
+    ids = torch.tensor(ids, device=model.device, dtype=torch.long)
     known = model.text_encoder.token(ids).abs().sum(dim=-1) > 0
     return model.tokenizer.decode([i for i, is_known in zip(ids.tolist(), known.tolist(), strict=True) if not is_known])

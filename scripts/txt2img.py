@@ -16,9 +16,9 @@ if not __package__:  # run as a file, from any folder, installed or not
 from sd import StableDiffusion
 
 if __package__:
-    from . import cli, painting
+    from . import addons, cli, painting
 else:
-    from scripts import cli, painting
+    from scripts import addons, cli, painting
 
 
 def parser() -> cli.Parser:
@@ -28,6 +28,7 @@ def parser() -> cli.Parser:
     painting.add_sampling_arguments(parser)
     painting.add_output_arguments(parser)
     painting.add_model_arguments(parser)
+    addons.add_addon_arguments(parser)
     return parser
 
 

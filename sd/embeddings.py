@@ -46,8 +46,12 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
                 raise CheckpointError("an embedding for SDXL, which is not supported: Stable Diffusion 1.x and 2.x are")
             shapes = {key: file.shape(key) for key in file}
             bad = [key for key, shape in shapes.items() if len(shape) not in (1, 2) or 0 in shape]
-            if bad or len(shapes) > MAX_WORDS:
-                few = f"{bad[0]} is {'x'.join(map(str, shapes[bad[0]]))}" if bad else f"{len(shapes)} tensors"
+            if bad or len(shapes) > MAX_WORDS or any("lora" in key for key in shapes):
+                few = (
+                    f"{bad[0]} is {'x'.join(map(str, shapes[bad[0]]))}"
+                    if bad
+                    else f"{len(shapes)} tensors, {next(iter(shapes))}, ..."
+                )
                 raise CheckpointError(
                     f"no embedding ({few}): a checkpoint is given with --ckpt, a LoRA file with --lora"
                 )

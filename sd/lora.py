@@ -40,6 +40,7 @@ from .keys import UNET, diffusers_sources, original_sources
 Place = tuple[str, str]  # network ("unet", "text_encoder") and our name of a weight in it
 
 LAYERS = 24  # of the largest text encoder: files may have layers behind the last one that is run
+SAME_NAMES = ("pytorch_lora_weights", "adapter_model")  # as diffusers and PEFT call every file
 MAX_SETTINGS = 1 << 20  # bytes of an adapter_config.json
 
 # What stands behind a weight's name -> the part it is. PEFT may put the adapter's name before ".weight".
@@ -119,9 +120,14 @@ def read_lora(path: str | os.PathLike[str], config: Config, networks: Mapping[st
     }
     with load_checkpoint(path) as file:
         try:
-            return Lora(path.stem, dict(_pairs(file, config, shapes)))
+            return Lora(_name(path), dict(_pairs(file, config, shapes)))
         except ValueError as error:
             raise error if str(error).startswith(str(path)) else CheckpointError(f"{path}: {error}") from None
+
+
+def _name(path: Path) -> str:
+    """The file's name without its ending, or its folder's where every file is called the same."""
+    return path.resolve().parent.name if path.stem in SAME_NAMES else path.stem
 
 
 def names(config: Config, places: Sequence[Place]) -> dict[str, Place]:
@@ -228,7 +234,7 @@ def _refuse(file: Checkpoint, unknown: list[str], some_known: bool) -> None:
         found = [key for key in unknown if re.search(pattern, key)]
         if found:
             raise CheckpointError(f"{kind} ({found[0]}), which is not supported: LoRA and LoCon are")
-    if not some_known and not any(PARTS.fullmatch(key) for key in unknown):
+    if not some_known and not any("lora" in key for key in unknown):
         raise CheckpointError(
             f"no LoRA ({_listed(unknown)}): a checkpoint is given with --ckpt, an embedding with --embedding"
         )

@@ -189,7 +189,7 @@ class Model:
         return self._merged.weights
 
     def add_lora(self, path: str | os.PathLike[str], weight: float = 1.0) -> str:
-        """Merge a LoRA file into U-Net and text encoder; returns its name, the file's without its ending.
+        """Merge a LoRA file into U-Net and text encoder; returns its name: the file's, or the folder's (diffusers).
 
         Raises CheckpointError, in one line, for a file that is no LoRA, or one for another model.
         """

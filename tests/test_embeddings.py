@@ -227,7 +227,7 @@ def test_words_of_a_tokenizer():
             {"x.weight": torch.zeros(4, 4, 3, 3)},
             "no embedding .x.weight is 4x4x3x3.: a checkpoint is given with --ckpt",
         ),
-        ({f"a{i}": torch.zeros(64) for i in range(101)}, "no embedding .101 tensors"),
+        ({f"a{i}": torch.zeros(64) for i in range(101)}, "no embedding .101 tensors, "),
         ({"emb_params": torch.zeros(0, 64)}, "no embedding"),
         ({"<|endoftext|>": torch.zeros(64)}, "cannot be a word of its own"),
     ],
