@@ -70,11 +70,13 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
                 if word is None and len(shapes) == 1 and (name in NAMELESS or key.startswith(PARAMETERS)):
                     name = path.stem
                 vectors = file[key].reshape(-1, width)
+                whole = not vectors.is_floating_point()
+                vectors = vectors.float()
                 if len(vectors) > room:
                     raise CheckpointError(f"{name!r} has {len(vectors)} vectors, but a prompt has room for {room}")
-                if not vectors.is_floating_point() or not vectors.isfinite().all():
+                if whole or not vectors.isfinite().all():
                     raise CheckpointError(f"{key} holds numbers that are not finite, or whole numbers: a damaged file")
-                found[name] = vectors.float()
+                found[name] = vectors
             return found
         except ValueError as error:
             raise error if str(error).startswith(str(path)) else CheckpointError(f"{path}: {error}") from None

@@ -208,8 +208,7 @@ def _pairs(file: Checkpoint, config: Config, shapes: Mapping[Place, tuple[int, .
     for name, keys in parts.items():
         place = known[name]
         down, up, *mid = (file[keys[part]] for part in ("down", "up", "mid") if part in keys)
-        bad = [x for x in (down, up, *mid) if not x.is_floating_point() or not x.isfinite().all()]
-        if bad:
+        if not all(x.is_floating_point() and x.float().isfinite().all() for x in (down, up, *mid)):
             raise CheckpointError(f"{name} holds numbers that are not finite, or whole numbers: a damaged file")
         yield place, Pair(down, up, mid[0] if mid else None, _scale(file, keys, name, place, down.shape[0], settings))
 
@@ -394,7 +393,7 @@ class Merged:
             return
         for place in places:
             if place in self._before:
-                self._before[place] = _sum(self._before[place], loras, place)
+                self._before[place] = _sum(self._before[place], loras, place)  # under those that can be removed
                 self._refresh({place: None})
             else:
                 weight = self._weight(place)
@@ -417,10 +416,10 @@ class Merged:
         for place in places:
             parameter = self._weight(place)
             if any(place in lora.pairs for lora, _ in loras):
-                before = self._before.setdefault(place, parameter.data)
-                parameter.data = _sum(before, loras, place)
+                before = self._before.setdefault(place, parameter.data.cpu())  # the device's memory is the scarcer
+                parameter.data = _sum(before.to(parameter.device), loras, place)
             elif place in self._before:
-                parameter.data = self._before.pop(place)
+                parameter.data = self._before.pop(place).to(parameter.device)
 
 
 def _sum(before: Tensor, loras: Sequence[tuple[Lora, float]], place: Place) -> Tensor:

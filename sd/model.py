@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -121,8 +122,6 @@ class Model:
         self.schedule = Schedule(config.schedule)
         weight = next(unet.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self._merged = Merged({"text_encoder": text_encoder, "unet": unet})
-        self._words = Words(self.tokenizer, text_encoder)
 
     @classmethod
     def load(
@@ -182,6 +181,14 @@ class Model:
                 config = like(found.config, config)
             about = [*main.notes, *describe(main, found, weights)]
         return cls(config, **networks, about=about)
+
+    @cached_property
+    def _merged(self) -> Merged:
+        return Merged({"text_encoder": self.text_encoder, "unet": self.unet})
+
+    @cached_property
+    def _words(self) -> Words:
+        return Words(self.tokenizer, self.text_encoder)
 
     @property
     def loras(self) -> dict[str, float]:
