@@ -1,7 +1,8 @@
 """Stable Diffusion from scratch in PyTorch.
 
 Reading order: config, schedule, samplers, layers, unet, denoiser, model, pipeline, inpainting; then text_encoder, vae,
-tokenizer, and checkpoint and convert for what is in the files.
+tokenizer, and checkpoint and convert for what is in the files; prompts, lora and embeddings
+are add-ons.
 
 What looks at files alone works without torch, whose import takes longer than all of it; the rest is imported when it is
 first asked for.

@@ -29,7 +29,8 @@ from .identity import CONFIG_KEY, Identity, damaged_position_ids, identify, pred
 from .image import to_pil, to_tensor
 from .inpainting import conditioning
 from .layouts import NETWORKS
-from .lora import Merged, read_lora
+from .lora import Merged
+from .lora_files import read_lora
 from .networks import build, load_weights
 from .prompts import Chunk, chunks, emphasised
 from .resources import resource

@@ -27,7 +27,8 @@ ALLOWED = {
     "device": set(),
     "tokenizer": {"resources"},
     "prompts": {"tokenizer"},
-    "lora": {"checkpoint", "config", "keys"},
+    "lora": set(),
+    "lora_files": {"checkpoint", "config", "keys", "lora"},
     "embeddings": {"checkpoint", "tokenizer"},
     "pickles": set(),
     "numbers": set(),
@@ -52,7 +53,7 @@ ALLOWED = {
     "census": {"checkpoint", "config", "convert", "identity", "layouts", "weights"},
     "model": {
         "checkpoint", "config", "convert", "denoiser", "identity", "device", "diffusers_config", "embeddings", "image",
-        "inpainting", "layouts", "lora", "networks", "prompts", "resources", "samplers", "schedule", "settings",
+        "inpainting", "layouts", "lora", "lora_files", "networks", "prompts", "resources", "samplers", "schedule", "settings",
         "text_encoder", "tokenizer", "unet", "vae",
     },
     "pipeline": {

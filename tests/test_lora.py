@@ -16,7 +16,8 @@ from sd.checkpoint import CheckpointError
 from sd.config import SD1, SD2
 from sd.convert import build
 from sd.keys import diffusers_sources
-from sd.lora import _sum, names, read_lora
+from sd.lora import _sum
+from sd.lora_files import names, read_lora
 from sd.pipeline import StableDiffusion
 
 RANK = 3
@@ -377,6 +378,7 @@ GOOD = {f"{NAME}.lora_down.weight": torch.ones(4, 128), f"{NAME}.lora_up.weight"
         (GOOD | {f"{NAME}.lora_up.weight": torch.ones(99, 4)}, "1 of 1 of the wrong shape: .* is for 99x128"),
         (GOOD | {f"{NAME}.lora_up.weight": torch.ones(128, 5)}, "of the wrong shape"),
         (GOOD | {f"{NAME}.lora_up.weight": torch.ones(128)}, "of the wrong shape"),
+        (GOOD | {f"{NAME}.lora_mid.weight": torch.ones(4, 4)}, "of the wrong shape"),
         (GOOD | {f"{NAME}.lora_down.weight": torch.ones(4, 128, 3, 3)}, "is for 128x128x3x3, the model's is 128x128"),
         (GOOD | {"lora_unet_nowhere.lora_up.weight": torch.zeros(1)}, "1 of 3 keys have no place .* lora_unet_nowhere"),
         (without(GOOD, "up"), f"1 halves of pairs missing: {NAME} without up"),
@@ -504,6 +506,30 @@ def test_diffusers_reads_kohya_as_we_do(model, tmp_path):
         saved(tmp_path, converted | {k.replace(".down.weight", ""): torch.tensor(x) for k, x in alphas.items()})
     )
     check(model, before, deltas)
+
+
+@pytest.mark.parametrize("scheme", ["kohya", "diffusers", "processors", "processors, oldest text"])
+def test_diffusers_merges_the_same(scheme, tiny, model, tmp_path):
+    """fuse_lora of a diffusers pipeline, where PEFT is installed, gives the same weights."""
+    for package in ("diffusers", "transformers", "peft"):
+        pytest.importorskip(package)
+    from scripts.peers import peers, pipeline
+
+    tensors, deltas = lora_file(scheme, alpha=2.0 if scheme == "kohya" else None)
+    for key, tensor in tensors.items():
+        if "attentions" in key and "proj_" in key and "ff" not in key and tensor.dim() == 2:
+            tensors[key] = tensor[:, :, None, None]  # 1x1 convolutions there
+    model.add_lora(saved(tmp_path, tensors), 0.5)
+    copies = {name: copy.deepcopy(network) for name, network in tiny.items()}  # theirs are changed in place
+    pipe = pipeline(peers(copies, TINY, torch.float32), TINY)
+    pipe.load_lora_weights(dict(tensors))
+    pipe.fuse_lora(lora_scale=0.5)
+    pipe.unload_lora_weights()
+    theirs = {"unet": pipe.unet.state_dict(), "text_encoder": pipe.text_encoder.state_dict()}
+    for place in deltas:
+        key, ours = THEIRS[place[0]][place[1]].key, weights(model)[place]
+        other = theirs[place[0]].get(key, theirs[place[0]].get(f"text_model.{key}")).reshape(ours.shape)
+        assert (other - ours).abs().max() < 1e-6 * ours.abs().max(), place
 
 
 def test_sum_keeps_the_layout():
