@@ -32,9 +32,10 @@ class Pair(NamedTuple):
     mid: Tensor | None  # (r, r, h, w)
     scale: float  # alpha / r
 
-    def delta(self, weight: Tensor) -> Tensor:
-        """The change in float32, in the shape and on the device of the weight."""
+    def delta(self, weight: Tensor, factor: float = 1.0) -> Tensor:
+        """The change, times a factor, in float32, in the shape and on the device of the weight."""
         down, up = (x.to(weight.device, torch.float32).flatten(1) for x in (self.down, self.up))
+        up = up * (self.scale * factor)  # the smallest of all
         if self.mid is not None:
             mid = self.mid.to(weight.device, torch.float32)
             delta = torch.einsum("oa,abhw,bi->oihw", up, mid, down)
@@ -44,7 +45,7 @@ class Pair(NamedTuple):
         if kernel and delta.numel() < weight.numel():  # made for the 4 channels of x, of which this model has 9
             delta = delta.view(out, -1, *kernel)
             delta = F.pad(delta, (0, 0) * len(kernel) + (0, width - delta.shape[1]))
-        return delta.view(weight.shape) * self.scale
+        return delta.view(weight.shape)
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,13 @@ class Merged:
 
 def _sum(before: Tensor, loras: Sequence[tuple[Lora, float]], place: Place) -> Tensor:
     """W + the changes of this weight by all LoRAs, computed in float32 and rounded once, laid out as W is."""
-    total = before.float()
+    total = before.to(torch.float32, copy=True)
     for lora, weight in loras:
         if place in lora.pairs:
-            total = total + weight * lora.pairs[place].delta(before)
+            total += lora.pairs[place].delta(before, weight)
     layout = torch.channels_last if before.dim() == 4 else torch.contiguous_format
     merged = total.to(before.dtype).contiguous(memory_format=layout)
-    if not merged.isfinite().all():
+    if not math.isfinite(merged.sum(dtype=torch.float32)):  # one that is not makes the sum so
         raise ValueError(
             f"merged, {'.'.join(place)} has numbers beyond {before.dtype}: use a smaller weight or bfloat16"
         )

@@ -53,8 +53,8 @@ ALLOWED = {
     "census": {"checkpoint", "config", "convert", "identity", "layouts", "weights"},
     "model": {
         "checkpoint", "config", "convert", "denoiser", "identity", "device", "diffusers_config", "embeddings", "image",
-        "inpainting", "layouts", "lora", "lora_files", "networks", "prompts", "resources", "samplers", "schedule", "settings",
-        "text_encoder", "tokenizer", "unet", "vae",
+        "inpainting", "layouts", "lora", "lora_files", "networks", "prompts", "resources", "samplers", "schedule",
+        "settings", "text_encoder", "tokenizer", "unet", "vae",
     },
     "pipeline": {
         "denoiser", "image", "image_files", "inpainting", "model", "samplers", "schedule", "settings",
