@@ -12,7 +12,7 @@ import sd
 from .cli import Parser
 from .output import ModelHash
 
-LORA_TAG = re.compile(r"<lora:([^:>]+)(?::([^>]*))?>")  # how other tools name a LoRA file in a prompt
+LORA_TAG = re.compile(r"<lora:([^:>]{1,200})(?::([^>]{0,20}))?>")  # how other tools name a LoRA file in a prompt
 
 
 def add_addon_arguments(parser: Parser) -> None:

@@ -34,10 +34,11 @@ from .tokenizer import Tokenizer
 ROUND, SQUARE = 1.1, 1 / 1.1  # what a pair of brackets multiplies a weight with
 COMMA = 267  # the token of a comma at the end of a word, in CLIP's table
 BACK = 20  # tokens: how far back a comma may be at which a chunk ends
+MAX_CHUNKS = 100  # of a prompt: 7,500 tokens
 MAX_OPEN = 100  # brackets: 1.1 to the power of that is 13,780
 
 TOKENS = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:\s*([+-]?[.\d]+)\s*\)|\)|\]|[^\\()\[\]:]+|:")
-BREAK = re.compile(r"\s*\bBREAK\b\s*")
+BREAK = re.compile(r"\bBREAK\b")
 EDITING = re.compile(r"\[[^][]*(?:\||:\s*[.\d]+\s*\])")  # alternation, or editing with a time at its end
 
 
@@ -91,11 +92,15 @@ def parse(prompt: str, breaks: bool = False) -> list[Part]:
             close(bracket, factor)
 
     parts: list[Part] = []
-    for text, weight in zip(texts, weights, strict=True):
-        if parts and text is not None and parts[-1].text is not None and parts[-1].weight == weight:
-            parts[-1] = Part(parts[-1].text + text, weight)
-        else:
-            parts.append(Part(text, weight))
+    run: list[str] = []  # texts of one weight
+    for text, weight, following in zip(texts, weights, [*weights, None][1:], strict=True):
+        if text is not None:
+            run.append(text)
+        if run and (text is None or weight != following):
+            parts.append(Part("".join(run), weight))
+            run = []
+        if text is None:
+            parts.append(Part(None, 1.0))
     return parts
 
 
@@ -142,6 +147,8 @@ def chunks(tokenizer: Tokenizer, prompt: str, weighted: bool, long: bool) -> lis
         nonlocal ids, weights, comma
         carried = len(ids) if carried is None else carried
         done.append(Chunk(ids[:carried], weights[:carried]))
+        if len(done) > MAX_CHUNKS:
+            raise ValueError(f"a prompt of more than {MAX_CHUNKS} chunks of {room} tokens: shorten it")
         ids, weights, comma = ids[carried:], weights[carried:], -1
 
     for text, weight in parse(prompt, breaks=True) if weighted else _between_breaks(prompt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 
 import pytest
@@ -133,6 +134,16 @@ def lengths(prompt: str, weighted: bool = False, tokenizer: Tokenizer = TOKENIZE
 )
 def test_chunks(prompt, expected):
     assert lengths(prompt) == expected
+
+
+def test_hostile_lengths_take_no_time():
+    started = time.monotonic()
+    for prompt in (r"\(" * 10**5, "cat" + " " * 10**5 + "dog", "(a)" * 10**4, "[:]" * 10**4, ":1" * 10**5):
+        parse(prompt, breaks=True)
+    assert lengths("BREAK" + " " * 10**5 + "BREAK") == [0, 0]
+    with pytest.raises(ValueError, match="more than 100 chunks of 75 tokens"):
+        lengths("cat " * 7501)
+    assert time.monotonic() - started < 20
 
 
 def test_chunks_keep_order_and_weights():
