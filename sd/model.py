@@ -250,7 +250,7 @@ class Model:
             with torch.no_grad():
                 return self.text_encoder(ids)
         texts = [chunks(self.tokenizer, text, weighted_prompts, long_prompts) for text in prompts]
-        count = max(map(len, texts))
+        count = max(map(len, texts), default=1)
         rows = [chunk for text in texts for chunk in (*text, *[Chunk([], [])] * (count - len(text)))]
         weights = torch.ones(len(rows), self.tokenizer.length, device="cpu")
         for row, chunk in zip(weights, rows, strict=True):
@@ -259,17 +259,19 @@ class Model:
             context = self.text_encoder(self.tokenizer.rows([chunk.ids for chunk in rows]).to(self.device))
             if (weights != 1).any():
                 context = emphasised(context, weights.to(self.device))
-        return context.reshape(len(texts), -1, context.shape[-1])  # (B, k M, D)
+        return context.reshape(len(texts), count * self.tokenizer.length, context.shape[-1])  # (B, k M, D)
 
     def same_length(self, *contexts: Tensor) -> list[Tensor]:
         """Contexts (B, k M, D) of different k, as long as the longest: filled up with that of the empty text."""
-        length = max(context.shape[1] for context in contexts)
+        M, length = self.config.text.length, max(context.shape[1] for context in contexts)
         if all(context.shape[1] == length for context in contexts):
             return list(contexts)
+        if any(context.shape[1] % M for context in contexts):
+            raise ValueError(f"contexts must be multiples of {M} long, got {[c.shape[1] for c in contexts]}")
         empty = self.encode_prompt([""])
 
         def filled(context: Tensor) -> Tensor:
-            more = empty.to(context).repeat(context.shape[0], (length - context.shape[1]) // empty.shape[1], 1)
+            more = empty.to(context).repeat(context.shape[0], (length - context.shape[1]) // M, 1)
             return torch.cat([context, more], dim=1)
 
         return [filled(context) for context in contexts]

@@ -40,6 +40,7 @@ def places(networks) -> dict[tuple[str, str], tuple[int, ...]]:
 
 
 TINY_PLACES = places(build(TINY))
+FULL_NAMES = names(SD1, list(places(build(SD1))))
 THEIRS = diffusers_sources(
     TINY, {n: [k for m, k in TINY_PLACES if m == n] for n in ("unet", "text_encoder")} | {"vae": []}
 )
@@ -485,6 +486,66 @@ def test_every_module_of_diffusers_has_its_names(config, text_layers):
     # what kohya's trainer says that it makes: 192 modules of the U-Net, 278 with convolutions, 72 of CLIP;
     # LoCon leaves out the four layers that belong to no block
     assert counts == {"attentions": 192, "convolutions": 278 - 192 + 4, "text": 6 * text_layers}
+
+
+def cross_attention_at_full_size(name: str, width: int) -> dict[str, Tensor]:
+    return {f"{name}.lora_down.weight": torch.zeros(2, width), f"{name}.lora_up.weight": torch.zeros(640, 2)}
+
+
+@pytest.mark.parametrize(
+    "config, width, message",
+    [
+        (SD1, 1024, "made for Stable Diffusion 2.x, whose U-Net expects texts 1024 wide, not 768 as in this model"),
+        (SD2, 768, "made for Stable Diffusion 1.x, whose U-Net expects texts 768 wide, not 1024 as in this model"),
+        (SD1, 2048, "made for SDXL, whose U-Net expects texts 2048 wide, not 768 as in this model"),
+        (SD2, 2048, "made for SDXL"),
+        (SD1, 768, None),
+        (SD2, 1024, None),
+    ],
+)
+def test_families_by_shape(config, width, message, tmp_path):
+    name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_v"
+    file = saved(tmp_path, cross_attention_at_full_size(name, width))
+    if message is None:
+        assert list(read_lora(file, config, build(config)).pairs) == [("unet", "down.1.attn.0.block.attn2.v.weight")]
+        return
+    with pytest.raises(CheckpointError, match=message):
+        read_lora(file, config, build(config))
+
+
+# as they stand in published files, and the weights that they are for, written down from diffusers' and our modules
+@pytest.mark.parametrize(
+    "name, place",
+    [
+        ("lora_te_text_model_encoder_layers_11_mlp_fc1", ("text_encoder", "blocks.11.fc1")),
+        ("lora_te_text_model_encoder_layers_0_self_attn_out_proj", ("text_encoder", "blocks.0.attn.out")),
+        ("lora_unet_down_blocks_0_attentions_1_proj_in", ("unet", "down.0.attn.1.proj_in")),
+        ("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_out_0", ("unet", "mid.attn.block.attn2.out")),
+        ("lora_unet_up_blocks_1_attentions_2_transformer_blocks_0_ff_net_0_proj",
+         ("unet", "up.2.attn.2.block.ff.proj")),
+        ("lora_unet_up_blocks_3_attentions_0_transformer_blocks_0_ff_net_2", ("unet", "up.0.attn.0.block.ff.out")),
+        ("lora_unet_down_blocks_2_downsamplers_0_conv", ("unet", "down.2.down")),
+        ("lora_unet_up_blocks_0_upsamplers_0_conv", ("unet", "up.3.up.conv")),
+        ("lora_unet_up_blocks_0_resnets_0_conv_shortcut", ("unet", "up.3.res.0.skip")),
+        ("lora_unet_mid_block_resnets_1_time_emb_proj", ("unet", "mid.res.1.time")),
+        ("lora_unet_time_embedding_linear_2", ("unet", "time.2")),
+        ("lora_unet_conv_in", ("unet", "conv_in")),
+        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", ("unet", "down.1.attn.0.block.attn1.q")),
+        ("lora_unet_output_blocks_11_1_proj_out", ("unet", "up.0.attn.2.proj_out")),
+        ("unet.up_blocks.2.attentions.1.transformer_blocks.0.attn1.processor.to_out_lora",
+         ("unet", "up.1.attn.1.block.attn1.out")),
+        ("down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora",
+         ("unet", "down.0.attn.0.block.attn2.k")),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0", ("unet", "mid.attn.block.attn1.out")),
+        ("text_encoder.text_model.encoder.layers.5.self_attn.to_q_lora", ("text_encoder", "blocks.5.attn.q")),
+        ("text_encoder.text_model.encoder.layers.5.self_attn.v_proj", ("text_encoder", "blocks.5.attn.v")),
+        ("base_model.model.text_model.encoder.layers.5.mlp.fc2", ("text_encoder", "blocks.5.fc2")),
+        ("text_encoders.clip_l.transformer.text_model.encoder.layers.5.mlp.fc2", ("text_encoder", "blocks.5.fc2")),
+        ("diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q", ("unet", "mid.attn.block.attn1.q")),
+    ],
+)  # fmt: skip
+def test_names_of_published_files(name, place):
+    assert FULL_NAMES[name] == (place[0], f"{place[1]}.weight")
 
 
 @pytest.mark.parametrize("config", [SD1, SD2, TINY])

@@ -221,3 +221,9 @@ def test_negative_is_filled_up_with_the_empty_text(tiny_sd):
     empty = tiny_sd.encode_prompt([""])
     assert context.shape == (3, 231, 64)
     assert torch.equal(uncond, torch.cat([tiny_sd.encode_prompt(["blue"]), empty, empty], dim=1))
+    with pytest.raises(ValueError, match="multiples of 77 long"):
+        tiny_sd.same_length(torch.zeros(1, 100, 64), empty)
+
+
+def test_no_prompts(tiny_sd):
+    assert tiny_sd.encode_prompt([], long_prompts=True).shape == (0, 77, 64)
