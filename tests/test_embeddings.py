@@ -7,8 +7,9 @@ import pickle
 
 import pytest
 import torch
-from common import TINY
+from common import TINY, error
 from safetensors.torch import save_file
+from test_tokenizer import write_folder
 from torch import nn
 
 from sd.checkpoint import CheckpointError
@@ -159,6 +160,26 @@ def test_negative_weighted_and_long_prompts(model, tmp_path):
     assert len(pictures) == 3
     long = model.encode_prompt(["cat " * 73 + "<cat-toy>"], long_prompts=True)
     assert torch.allclose(long[:, 77:], expected(model, [vectors(3)]), atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["web UI", "diffusers", "emb_params"])
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_reads_the_same(layout, tiny, model, tmp_path):
+    """load_textual_inversion of a diffusers pipeline, several vectors and a prompt that is cut included."""
+    pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+    from scripts.peers import peers, pipeline
+
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(write_folder(tmp_path / "tokenizer"))
+    tokenizer.model_max_length = 77
+    pipe = pipeline(peers({name: copy.deepcopy(network) for name, network in tiny.items()}, TINY, torch.float32), TINY)
+    pipe.register_modules(tokenizer=tokenizer)
+    file, _ = saved(tmp_path, layout, vectors(3))
+    pipe.load_textual_inversion(str(file), token="<mine>")
+    model.add_embedding(file, "<mine>")
+    for prompt in ("a photo of <mine> on a cat", "<mine>, red (<mine>)", "cat " * 70 + "<mine> dog dog dog"):
+        theirs, _ = pipe.encode_prompt(prompt, "cpu", 1, False)
+        assert error(model.encode_prompt([prompt]), theirs) < 1e-5
 
 
 # The tokenizer
