@@ -10,10 +10,12 @@ from .checkpoint import CheckpointError
 # What others' files are, by a part of their keys; the first that fits. "^" is the beginning of a key, "$" its end.
 NOT_SUPPORTED = "which is not supported: Stable Diffusion 1.x and 2.x are"
 ADDITION = "an addition to a checkpoint, not a checkpoint"
+EMBEDDING = f"this is a textual inversion embedding, {ADDITION}: give it with --embedding"
 OTHERS: tuple[tuple[str, str], ...] = (
     (r"bitsandbytes__|\.quant_state|\.absmax$|\.qweight$|\.scales$", "this file is quantised, which is not supported"),
     (r"lora_|\.lora\.|_lora\.|\.hada_w|\.lokr_w|\.oft_", f"this is a LoRA, {ADDITION}: give it with --lora"),
-    (r"^emb_params$|^string_to_param|^clip_[lg]$", f"this is a textual inversion embedding, {ADDITION}"),
+    (r"^clip_g$", f"this is a textual inversion embedding for SDXL, {NOT_SUPPORTED}"),
+    (r"^emb_params$|^string_to_param\.|^clip_l$", EMBEDDING),
     (r"^control_model\.|controlnet_|^adapter\.body|^input_hint_block", f"this is a ControlNet or adapter, {ADDITION}"),
     (r"^image_proj\.|^ip_adapter\.", f"this is an IP-Adapter, {ADDITION}"),
     (r"motion_modules\.", f"this is a motion module (AnimateDiff), {ADDITION}"),
@@ -40,4 +42,4 @@ def refuse_others(found: Mapping[str, tuple[int, ...]]) -> None:
         if any(search(key) for key in found):
             raise CheckpointError(what)
     if 1 <= len(found) <= 4 and all(shape[-1:] in ((768,), (1024,)) and len(shape) < 3 for shape in found.values()):
-        raise CheckpointError(f"this is a textual inversion embedding, {ADDITION}")
+        raise CheckpointError(EMBEDDING)

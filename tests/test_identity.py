@@ -325,6 +325,8 @@ def test_other_models_are_refused_by_name(name):
     assert str(caught.value).startswith("this ") and "\n" not in str(caught.value)
     if "LoRA" in name:
         assert "--lora" in str(caught.value)
+    if "inversion" in name:
+        assert ("--embedding" in str(caught.value)) == ("SDXL" not in name)
 
 
 def test_no_model_that_is_supported_looks_like_another():
@@ -336,5 +338,5 @@ def test_an_embedding_as_it_is_saved(tmp_path):
     torch.save(
         {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": {"*": torch.ones(2, 768)}}, tmp_path / "a.pt"
     )
-    with pytest.raises(CheckpointError, match="textual inversion embedding"):
+    with pytest.raises(CheckpointError, match=r"textual inversion embedding, .*--embedding$"):
         identify(load_checkpoint(tmp_path / "a.pt"))

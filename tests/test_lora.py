@@ -14,10 +14,10 @@ from torch import Tensor
 
 from sd.checkpoint import CheckpointError
 from sd.config import SD1, SD2
-from sd.convert import build
 from sd.keys import diffusers_sources
 from sd.lora import _sum
 from sd.lora_files import names, read_lora
+from sd.networks import build
 from sd.pipeline import StableDiffusion
 
 RANK = 3
