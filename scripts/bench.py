@@ -45,11 +45,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sd
+from sd.checkpoints.export import to_own
+from sd.checkpoints.identity import CONFIG_KEY
 from sd.config import POCKET, SD1, Config
 from sd.device import DTYPES, best_dtype, find_device
-from sd.export import to_own
-from sd.identity import CONFIG_KEY
-from sd.networks import build, load_weights
+from sd.loading import build, load_weights
 from sd.pipeline import StableDiffusion
 
 if __package__:

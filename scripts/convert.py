@@ -21,9 +21,9 @@ if not __package__:  # run as a file, from any folder, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sd
-from sd.census import census
-from sd.checkpoint import naming
-from sd.convert import WEIGHTS
+from sd.checkpoints.census import census
+from sd.checkpoints.checkpoint import naming
+from sd.checkpoints.convert import WEIGHTS
 
 if __package__:
     from . import cli

@@ -15,7 +15,7 @@ from PIL import Image, ImageColor
 from tqdm import tqdm
 
 import sd
-from sd.convert import WEIGHTS
+from sd.checkpoints.convert import WEIGHTS
 from sd.device import DTYPES, dtype_name
 from sd.image import grid
 from sd.image_files import Picture, parameters, read_picture

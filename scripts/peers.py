@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sd.checkpoints.diffusers_config import unet_to_diffusers, vae_to_diffusers
+from sd.checkpoints.keys import diffusers_sources
 from sd.config import Config
-from sd.diffusers_config import unet_to_diffusers, vae_to_diffusers
-from sd.keys import diffusers_sources
 
 REQUIRED = ("diffusers", "transformers")
 LAYOUTS = {"channels_last": torch.channels_last, "default": torch.contiguous_format}

@@ -15,15 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import sd
-from sd.checkpoint import Checkpoint, naming
-from sd.convert import StateDict
+from sd.checkpoints.checkpoint import Checkpoint, naming
+from sd.checkpoints.convert import StateDict
+from sd.checkpoints.export import diffusers_texts, extras, metadata, to_diffusers, to_original, to_own, unrun_layer
+from sd.checkpoints.identity import identify
+from sd.checkpoints.layouts import AVERAGE, NETWORKS, find_layouts
 from sd.device import DTYPES, best_dtype
-from sd.export import diffusers_texts, extras, metadata, to_diffusers, to_original, to_own, unrun_layer
 from sd.files import exists, new_file, new_folder
-from sd.identity import identify
-from sd.layouts import AVERAGE, NETWORKS, find_layouts
-from sd.model import describe, like, probed, with_part
-from sd.networks import build, load_weights
+from sd.loading import build, describe, like, load_weights, probed, with_part
 
 
 def rewrite(args: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ if not __package__:  # run as a file, from any folder, installed or not
 import torch
 from torch import Tensor, nn
 
-from sd.convert import WEIGHTS
+from sd.checkpoints.convert import WEIGHTS
 from sd.denoiser import with_channels
 from sd.device import DTYPES
 from sd.files import replaced_file

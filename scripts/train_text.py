@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sd.identity import CONFIG_KEY
+from sd.checkpoints.identity import CONFIG_KEY
 from sd.pipeline import StableDiffusion
 from sd.text_encoder import TextEncoder
 from sd.training import checkpoint_activations, contrastive_loss

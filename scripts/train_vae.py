@@ -23,9 +23,9 @@ if not __package__:  # run as a file, from any folder, installed or not
 import torch
 from torch import Tensor, nn
 
+from sd.checkpoints.identity import CONFIG_KEY
 from sd.config import Config
 from sd.files import replaced_file
-from sd.identity import CONFIG_KEY
 from sd.image import grid, to_pil
 from sd.training import checkpoint_activations, initialise_vae, vae_loss
 from sd.vae import VAE

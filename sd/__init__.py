@@ -1,8 +1,7 @@
 """Stable Diffusion from scratch in PyTorch.
 
 Reading order: config, schedule, samplers, layers, unet, denoiser, model, pipeline, inpainting; then text_encoder, vae,
-tokenizer, and checkpoint and convert for what is in the files; prompts, lora and embeddings
-are add-ons.
+tokenizer; then prompts, lora and embeddings, which are add-ons; then checkpoints: what is in people's files.
 
 What looks at files alone works without torch, whose import takes longer than all of it; the rest is imported when it is
 first asked for.
@@ -11,10 +10,10 @@ first asked for.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from .checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from .checkpoints.convert import convert
+from .checkpoints.identity import detect, identify
 from .config import MODELS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, Config
-from .convert import convert
-from .identity import detect, identify
 from .schedule import Level, Schedule
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointError, load_checkpoint
+from .checkpoints.checkpoint import CheckpointError, load_checkpoint
 from .tokenizer import Tokenizer
 
 PARAMETERS = "string_to_param."  # what the reader of pickles puts before the names in there

@@ -24,9 +24,9 @@ from typing import Any
 
 from torch import nn
 
-from .checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from .checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from .checkpoints.keys import UNET, diffusers_sources, original_sources
 from .config import Config
-from .keys import UNET, diffusers_sources, original_sources
 from .lora import Lora, Pair, Place
 
 LAYERS = 24  # of the largest text encoder: files may have layers behind the last one that is run

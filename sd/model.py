@@ -10,7 +10,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -18,20 +17,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .checkpoint import Checkpoint, load_checkpoint, naming
+from .checkpoints.checkpoint import load_checkpoint, naming
+from .checkpoints.convert import convert
+from .checkpoints.identity import identify
+from .checkpoints.layouts import NETWORKS
 from .config import Config
-from .convert import convert, describe_weights
 from .denoiser import Denoiser, Network, with_channels
 from .device import best_dtype, dtype_name, find_device, find_dtype
-from .diffusers_config import vae_from_diffusers
 from .embeddings import Words, read_embedding
-from .identity import CONFIG_KEY, Identity, damaged_position_ids, identify, predicting, probe
 from .image import to_pil, to_tensor
 from .inpainting import conditioning
-from .layouts import NETWORKS
+from .loading import build, describe, like, load_weights, probed, with_part
 from .lora import Merged
 from .lora_files import read_lora
-from .networks import build, load_weights
 from .prompts import Chunk, chunks, emphasised
 from .resources import resource
 from .samplers import Denoise, Noise, Sampler, Step
@@ -47,44 +45,6 @@ if TYPE_CHECKING:
 
 EMBEDDED = "weights/pocket.safetensors"  # the model that comes with the project
 MAX_SIDE = 16384  # pixels
-
-
-def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
-    """The config with the VAE or text encoder that another file holds, where that says what it is."""
-    written, folder = tensors.metadata.get(CONFIG_KEY), tensors.configs.get(network)
-    if network == "vae" and written is not None:
-        return replace(config, vae=Config.from_json(written).vae)
-    if network == "vae" and folder is not None:
-        return replace(config, vae=vae_from_diffusers(folder))
-    return config
-
-
-def like(known: Config, config: Config) -> Config:
-    """The config with the name, native size and schedule of another one, whose parts may be others."""
-    return replace(config, name=known.name, size=known.size, schedule=known.schedule)
-
-
-def probed(found: Identity, unet: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Identity:
-    """What a U-Net predicts about which nothing is said: asked of itself."""
-    answer = probe(unet, found.config, next(unet.parameters()))
-    if answer is None:
-        return replace(found, reason=f"{found.reason}, and run once it gave NaN; --prediction says it")
-    config = predicting(found.config, answer)
-    return Identity(
-        config, reason=f"{found.reason}; run once, its U-Net answers as such models do (--prediction overrides)"
-    )
-
-
-def describe(tensors: Checkpoint, found: Identity, weights: str) -> list[str]:
-    """What was found out about a file and chosen, one line each."""
-    lines = [f"predicts {found.config.schedule.prediction}: {found.reason}"] if found.reason else []
-    if taken := describe_weights(tensors, weights):
-        lines.append(taken)
-    if damaged := damaged_position_ids(tensors):
-        lines.append(
-            f"{damaged} is damaged, as merging does; it is not used here, but other programs may misread prompts"
-        )
-    return lines
 
 
 def _those(names: Sequence[str], known: Mapping[str, object], what: str) -> list[str]:

@@ -19,8 +19,8 @@ import reference_weights as reference
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from sd.checkpoints.keys import Place, unet_places
 from sd.config import Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from sd.keys import Place, unet_places
 from sd.schedule import Level
 
 HERE = Path(__file__).resolve().parent

@@ -6,8 +6,8 @@ import pytest
 import torch
 from common import TINY, TINY_INPAINT, tiny_state
 
-from sd.convert import convert
-from sd.networks import build, load_weights
+from sd.checkpoints.convert import convert
+from sd.loading import build, load_weights
 from sd.pipeline import StableDiffusion
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from scripts import img2img, inpaint, txt2img
 from scripts.addons import split_embedding, split_lora
-from sd.export import to_own
-from sd.identity import CONFIG_KEY
+from sd.checkpoints.export import to_own
+from sd.checkpoints.identity import CONFIG_KEY
 from sd.resources import resource
 
 NAME = "lora_te_text_model_encoder_layers_0_mlp_fc1"

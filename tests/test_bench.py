@@ -11,7 +11,7 @@ import torch
 
 from scripts import bench, peers
 from sd.config import POCKET, SD1
-from sd.networks import build
+from sd.loading import build
 
 LABELS = {
     "unet": "U-Net step, 2 x 16x16",

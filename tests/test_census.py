@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from test_layouts import only, without
 
 from scripts import convert
-from sd.census import SMALL, census, short_hash
-from sd.checkpoint import load_checkpoint
+from sd.checkpoints.census import SMALL, census, short_hash
+from sd.checkpoints.checkpoint import load_checkpoint
+from sd.checkpoints.export import metadata
+from sd.checkpoints.keys import CLIP, UNET, VAE
 from sd.config import MODELS, SD1
 from sd.device import DTYPES
-from sd.export import metadata
-from sd.keys import CLIP, UNET, VAE
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32"}
@@ -194,10 +194,12 @@ def test_metadata_cannot_speak_to_the_terminal(tmp_path, capsys):
 
 def test_nothing_but_two_tables_is_read(tmp_path, monkeypatch):
     save_file(tiny_state(), tmp_path / "a.safetensors", metadata(TINY))
-    monkeypatch.setattr("sd.checkpoint.Checkpoint.__getitem__", lambda self, key: pytest.fail(f"read {key}"))
+    monkeypatch.setattr(
+        "sd.checkpoints.checkpoint.Checkpoint.__getitem__", lambda self, key: pytest.fail(f"read {key}")
+    )
     asked = []
     monkeypatch.setattr(
-        "sd.checkpoint.Checkpoint.table", lambda self, key: asked.append(key) or torch.arange(77).numpy()
+        "sd.checkpoints.checkpoint.Checkpoint.table", lambda self, key: asked.append(key) or torch.arange(77).numpy()
     )
     with load_checkpoint(tmp_path / "a.safetensors") as checkpoint:
         census(checkpoint, sha256=False)

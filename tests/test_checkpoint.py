@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from reference_weights import save
 from safetensors.torch import save_file
 
-from sd.checkpoint import Checkpoint, CheckpointError, load_checkpoint, shapes
+from sd.checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, shapes
 
 ZIP_PROTOCOLS, LEGACY_PROTOCOLS = (2, 3, 4, 5), (1, 2, 3, 4)
 WRITERS = [("zip pickle", p) for p in ZIP_PROTOCOLS] + [("legacy pickle", p) for p in LEGACY_PROTOCOLS]

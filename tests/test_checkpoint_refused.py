@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as safetensors_bytes
 
-from sd.checkpoint import CheckpointError, load_checkpoint
+from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint
 
 # ------------------------------------------------------------------------------- writing what torch would not write
 

@@ -9,7 +9,7 @@ import pytest
 from common import TINY
 
 from sd.config import MODELS, SD1, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from sd.networks import build
+from sd.loading import build
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,14 @@ from conftest import loaded
 from safetensors.torch import save_file
 
 from sd import StableDiffusion
-from sd.checkpoint import CheckpointError, load_checkpoint
+from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint
+from sd.checkpoints.convert import convert
+from sd.checkpoints.export import to_original, to_own
+from sd.checkpoints.identity import CONFIG_KEY, detect
+from sd.checkpoints.keys import UNET, original_sources
 from sd.config import SD1, SD1_INPAINT, SD2_INPAINT
-from sd.convert import convert
-from sd.export import to_original, to_own
-from sd.identity import CONFIG_KEY, detect
-from sd.keys import UNET, original_sources
 from sd.layers import Attention
-from sd.networks import build, load_weights
+from sd.loading import build, load_weights
 
 SCHEDULE_BUFFERS = 12
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from test_tokenizer import write_folder
 from torch import nn
 
-from sd.checkpoint import CheckpointError
+from sd.checkpoints.checkpoint import CheckpointError
 from sd.embeddings import WordTable, read_embedding
 from sd.pipeline import StableDiffusion
 from sd.tokenizer import Tokenizer

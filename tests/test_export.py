@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from scripts import convert
 from sd import StableDiffusion
-from sd.checkpoint import load_checkpoint
+from sd.checkpoints.checkpoint import load_checkpoint
+from sd.checkpoints.export import diffusers_texts, has_own_schedule, metadata, to_original
+from sd.checkpoints.identity import CONFIG_KEY, identify
+from sd.checkpoints.keys import EMA, OPENCLIP, UNET
 from sd.config import MODELS, SD1, SD2, Config
-from sd.export import diffusers_texts, has_own_schedule, metadata, to_original
-from sd.identity import CONFIG_KEY, identify
-from sd.keys import EMA, OPENCLIP, UNET
-from sd.networks import build
+from sd.loading import build
 from sd.schedule import Schedule, to_zero_snr
 from sd.tokenizer import Tokenizer
 

@@ -13,12 +13,13 @@ from common import TINY, TINY_INPAINT, TINY_V2, tiny_state
 from safetensors.torch import load_file, save_file
 
 from sd import StableDiffusion
-from sd.checkpoint import CheckpointError, load_checkpoint
+from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint
+from sd.checkpoints.convert import convert
+from sd.checkpoints.diffusers_config import from_diffusers, schedule_from_diffusers, to_diffusers_configs
+from sd.checkpoints.export import diffusers_texts, to_diffusers, to_own
+from sd.checkpoints.identity import identify
+from sd.checkpoints.prediction import decide
 from sd.config import MODELS, SD1, SD2_V, Config, ScheduleConfig
-from sd.convert import convert
-from sd.diffusers_config import from_diffusers, schedule_from_diffusers, to_diffusers_configs
-from sd.export import diffusers_texts, to_diffusers, to_own
-from sd.identity import _decide, identify
 
 UNET_FILE, VAE_FILE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 TEXT_FILE = "text_encoder/model.safetensors"
@@ -225,8 +226,8 @@ def test_a_u_net_given_alone_predicts_what_its_folder_says(tmp_path, given):
     eps = replace(TINY_V2, schedule=ScheduleConfig())
     with load_checkpoint(path / given) as checkpoint:
         assert identify(checkpoint, eps).config.schedule.prediction == "eps"
-        found = _decide(checkpoint, eps, None, False)
-    assert found.config.schedule.prediction == "v" and found.reason == "scheduler_config.json beside it says so"
+        config, decided, reason = decide(checkpoint, eps, None, by_folder=False)
+    assert decided and config.schedule.prediction == "v" and reason == "scheduler_config.json beside it says so"
 
 
 def test_the_scale_of_a_vae_folder_is_used(folder, tmp_path):

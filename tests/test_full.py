@@ -20,7 +20,7 @@ from PIL import Image
 
 from sd import StableDiffusion
 from sd.config import SD1, SD1_INPAINT
-from sd.networks import build
+from sd.loading import build
 from sd.resources import resource
 
 pytestmark = pytest.mark.full

@@ -18,10 +18,10 @@ import torch
 from common import MANIFESTS, Golden, check_norms, error, manifest, unet_norms
 
 from sd import StableDiffusion
-from sd.checkpoint import load_checkpoint
+from sd.checkpoints.checkpoint import load_checkpoint
+from sd.checkpoints.identity import identify
 from sd.config import SD2, SD2_INPAINT, SD2_V
-from sd.identity import identify
-from sd.networks import build
+from sd.loading import build
 
 pytestmark = pytest.mark.full
 ROOT = Path(__file__).resolve().parents[1]

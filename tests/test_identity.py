@@ -12,10 +12,11 @@ from common import TINY_V2, manifest, tiny_state
 from safetensors.torch import save_file
 
 from sd import StableDiffusion
-from sd.checkpoint import CheckpointError, load_checkpoint
+from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint
+from sd.checkpoints.identity import CONFIG_KEY, detect, identify
+from sd.checkpoints.keys import UNET
+from sd.checkpoints.prediction import predicting, probe, read_sidecar
 from sd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, ScheduleConfig
-from sd.identity import CONFIG_KEY, detect, identify, predicting, probe, read_sidecar
-from sd.keys import UNET
 from sd.schedule import MIN_ALPHA_BAR, Schedule, to_zero_snr
 
 ALPHA_BAR = torch.from_numpy(Schedule().alpha_bar).float()
@@ -192,10 +193,11 @@ def test_what_the_probe_asks():
 @pytest.mark.parametrize("prediction, answer", [("v", 0.4), ("eps", float("nan"))])
 def test_a_model_that_says_nothing_is_run_to_see(tmp_path, monkeypatch, prediction, answer):
     """Through `load`: the answer is that of the loaded U-Net, and the reason says so."""
-    import sd.identity
+    from sd.checkpoints import identity
+    from sd.checkpoints import prediction as predictions
 
-    monkeypatch.setattr(sd.identity, "_by_shapes", lambda found, layouts: replace(TINY_V2, schedule=ScheduleConfig()))
-    monkeypatch.setattr(sd.identity, "SD2", replace(SD2, unet=replace(SD2.unet, context=96), text=TINY_V2.text))
+    monkeypatch.setattr(identity, "_by_shapes", lambda found, layouts: replace(TINY_V2, schedule=ScheduleConfig()))
+    monkeypatch.setattr(predictions, "SD2", replace(SD2, unet=replace(SD2.unet, context=96), text=TINY_V2.text))
     state = dict(tiny_state("tiny-v2-v"))
     state[f"{UNET}out.2.weight"] = torch.zeros_like(state[f"{UNET}out.2.weight"])
     state[f"{UNET}out.2.bias"] = torch.full((4,), answer)

@@ -28,50 +28,66 @@ ALLOWED = {
     "tokenizer": {"resources"},
     "prompts": {"tokenizer"},
     "lora": set(),
-    "lora_files": {"checkpoint", "config", "keys", "lora"},
-    "embeddings": {"checkpoint", "tokenizer"},
+    "lora_files": {"checkpoints.checkpoint", "checkpoints.keys", "config", "lora"},
+    "embeddings": {"checkpoints.checkpoint", "tokenizer"},
+    "image": set(),
+    "image_files": {"files"},
+    "inpainting": {"image", "image_files", "samplers", "schedule"},
+    "preview": {"image"},
+    "training": {"config", "denoiser", "layers", "schedule", "text_encoder", "unet", "vae"},
+    "loading": {
+        "checkpoints.checkpoint", "checkpoints.convert", "checkpoints.diffusers_config", "checkpoints.identity",
+        "checkpoints.prediction", "config", "text_encoder", "unet", "vae",
+    },
+    "model": {
+        "checkpoints.checkpoint", "checkpoints.convert", "checkpoints.identity", "checkpoints.layouts", "config",
+        "denoiser", "device", "embeddings", "image", "inpainting", "loading", "lora", "lora_files", "prompts",
+        "resources", "samplers", "schedule", "settings", "text_encoder", "tokenizer", "unet", "vae",
+    },
+    "pipeline": {
+        "denoiser", "image", "image_files", "inpainting", "model", "samplers", "schedule", "settings",
+    },
+}  # fmt: skip
+# the same within sd.checkpoints; from outside of it (..) nothing of the networks
+CHECKPOINTS = {
     "pickles": set(),
     "numbers": set(),
     "torch_files": {"numbers", "pickles"},
     "folders": {"pickles"},
     "safetensors_files": {"numbers", "pickles", "torch_files"},
     "checkpoint": {"folders", "numbers", "pickles", "safetensors_files", "torch_files"},
+    "weight_shapes": {"..config"},
+    "keys": {"..config"},
+    "layouts": {"..config", "keys"},
     "other_models": {"checkpoint"},
-    "weights": {"config"},
-    "keys": {"config"},
-    "layouts": {"config", "keys"},
-    "diffusers_config": {"checkpoint", "config", "keys"},
-    "identity": {"checkpoint", "config", "diffusers_config", "layouts", "numbers", "other_models", "schedule"},
-    "convert": {"config", "checkpoint", "identity", "keys", "layouts", "weights"},
-    "networks": {"checkpoint", "config", "convert", "text_encoder", "unet", "vae"},
-    "export": {"config", "identity", "diffusers_config", "folders", "keys", "layouts", "schedule", "tokenizer"},
-    "image": set(),
-    "image_files": {"files"},
-    "inpainting": {"image", "image_files", "samplers", "schedule"},
-    "preview": {"image"},
-    "training": {"config", "denoiser", "layers", "schedule", "text_encoder", "unet", "vae"},
-    "census": {"checkpoint", "config", "convert", "identity", "layouts", "weights"},
-    "model": {
-        "checkpoint", "config", "convert", "denoiser", "identity", "device", "diffusers_config", "embeddings", "image",
-        "inpainting", "layouts", "lora", "lora_files", "networks", "prompts", "resources", "samplers", "schedule",
-        "settings", "text_encoder", "tokenizer", "unet", "vae",
+    "diffusers_config": {"..config", "checkpoint", "keys"},
+    "prediction": {"..config", "..schedule", "checkpoint", "diffusers_config", "numbers"},
+    "identity": {"..config", "checkpoint", "diffusers_config", "layouts", "other_models", "prediction"},
+    "convert": {"..config", "checkpoint", "identity", "keys", "layouts", "weight_shapes"},
+    "export": {
+        "..config", "..schedule", "..tokenizer", "diffusers_config", "folders", "identity", "keys", "layouts",
+        "prediction",
     },
-    "pipeline": {
-        "denoiser", "image", "image_files", "inpainting", "model", "samplers", "schedule", "settings",
-    },
+    "census": {"..config", "checkpoint", "convert", "identity", "layouts", "weight_shapes"},
 }  # fmt: skip
-MODULES = sorted(path.stem for path in (ROOT / "sd").glob("*.py") if path.stem != "__init__")
+MODULES = ALLOWED | {f"checkpoints.{name}": allowed for name, allowed in CHECKPOINTS.items()}
 
 
 def tree(name: str) -> ast.Module:
-    return ast.parse((ROOT / "sd" / f"{name}.py").read_text(encoding="utf-8"))
+    return ast.parse((ROOT / "sd" / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8"))
+
+
+def test_every_module_has_its_line():
+    found = {file.relative_to(ROOT / "sd") for file in (ROOT / "sd").rglob("*.py") if file.stem != "__init__"}
+    assert {".".join(file.with_suffix("").parts) for file in found} == set(MODULES)
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_flow_one_way(name):
-    imported = {node.module for node in ast.walk(tree(name)) if isinstance(node, ast.ImportFrom) and node.level == 1}
-    assert None not in imported, "import names from modules, not modules from the package"
-    assert imported <= ALLOWED[name], f"{name} must not import {imported - ALLOWED[name]}"
+    imports = [node for node in ast.walk(tree(name)) if isinstance(node, ast.ImportFrom) and node.level]
+    assert all(node.module for node in imports), "import names from modules, not modules from the package"
+    imported = {(".." if node.level == 2 else "") + node.module for node in imports}
+    assert imported <= MODULES[name], f"{name} must not import {imported - MODULES[name]}"
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -103,7 +119,7 @@ def test_import_is_light():
 def test_the_public_names_are_what_they_are_called():
     """Functions and classes, also after modules of nearly the same names were imported."""
     code = (
-        "import sd, sd.pipeline, sd.vae, sd.unet, sd.schedule, sd.convert, sd.checkpoint; from types import ModuleType;"
+        "import sd, sd.pipeline, sd.vae, sd.unet, sd.schedule, sd.checkpoints.convert; from types import ModuleType;"
         "from sd import *; assert not [n for n in sd.__all__ if isinstance(getattr(sd, n), ModuleType)];"
         "assert callable(convert) and set(sd.__all__) <= set(dir(sd)); import pytest;"
         "pytest.raises(AttributeError, getattr, sd, 'nothing')"

@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 
 from scripts.training.models import load_vae
 from sd import StableDiffusion
-from sd.checkpoint import CheckpointError
+from sd.checkpoints.checkpoint import CheckpointError
+from sd.checkpoints.convert import convert, describe_weights
+from sd.checkpoints.export import to_diffusers, to_original, to_own
+from sd.checkpoints.identity import damaged_position_ids, identify
+from sd.checkpoints.keys import CLIP, OPENCLIP, UNET, VAE
+from sd.checkpoints.layouts import AVERAGE, find_layouts
 from sd.config import MODELS, SD1, SD2
-from sd.convert import convert, describe_weights
-from sd.export import to_diffusers, to_original, to_own
-from sd.identity import damaged_position_ids, identify
-from sd.keys import CLIP, OPENCLIP, UNET, VAE
-from sd.layouts import AVERAGE, find_layouts
 
 State = dict[str, torch.Tensor]
 

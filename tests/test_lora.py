@@ -12,12 +12,12 @@ from common import TINY, TINY_INPAINT, manifest
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sd.checkpoint import CheckpointError
+from sd.checkpoints.checkpoint import CheckpointError
+from sd.checkpoints.keys import diffusers_sources
 from sd.config import SD1, SD2
-from sd.keys import diffusers_sources
+from sd.loading import build
 from sd.lora import _sum
 from sd.lora_files import names, read_lora
-from sd.networks import build
 from sd.pipeline import StableDiffusion
 
 RANK = 3
@@ -164,7 +164,7 @@ def test_every_naming_scheme_merges_and_comes_out_again(scheme, model, tmp_path)
 
 def test_names_of_the_original(model, tmp_path):
     """kohya's prefix, or none, before the names that a checkpoint has."""
-    from sd.keys import original_sources
+    from sd.checkpoints.keys import original_sources
 
     sources = original_sources(
         TINY, {"unet": [k for n, k in TINY_PLACES if n == "unet"], "vae": [], "text_encoder": []}

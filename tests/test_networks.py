@@ -8,11 +8,11 @@ import torch
 from common import TINY, TINY_INPAINT, TINY_V2, Golden, check_norms, error, images, tiny_state, unet_norms
 from conftest import loaded
 
+from sd.checkpoints.convert import WEIGHTS, convert
+from sd.checkpoints.weight_shapes import weight_shapes
 from sd.config import MODELS
-from sd.convert import WEIGHTS, convert
-from sd.networks import build, load_weights
+from sd.loading import build, load_weights
 from sd.vae import VAE
-from sd.weights import weight_shapes
 
 
 @pytest.mark.parametrize("name", ["tiny_v1_components", "tiny_v1_inpainting_components"])

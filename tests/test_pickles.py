@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sd import checkpoint, folders, pickles, safetensors_files, torch_files
-from sd.pickles import LITERALS, MAX_BYTES, Opaque, Placeholder, RefusedFile, Symbol, read_pickle
+from sd.checkpoints.pickles import LITERALS, MAX_BYTES, Opaque, Placeholder, RefusedFile, Symbol, read_pickle
 
 PROTOCOLS = range(6)
 

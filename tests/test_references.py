@@ -18,10 +18,10 @@ pytest.importorskip("transformers", reason="compares with transformers, which is
 from diffusers.utils.torch_utils import randn_tensor
 
 from scripts.peers import LAYOUTS, peers, pipeline, scheduler
+from sd.checkpoints.keys import diffusers_sources
 from sd.config import MODELS, SD1, SD2, SD2_V
 from sd.denoiser import Denoiser
-from sd.keys import diffusers_sources
-from sd.networks import build
+from sd.loading import build
 from sd.pipeline import draw, generators
 from sd.samplers import ddim, ddpm, posterior
 from sd.schedule import CLEAN, Schedule

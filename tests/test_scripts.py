@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from scripts import convert, img2img, inpaint, output, txt2img
-from sd.export import to_own
-from sd.identity import CONFIG_KEY
+from sd.checkpoints.export import to_own
+from sd.checkpoints.identity import CONFIG_KEY
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -28,8 +28,8 @@ from scripts.training.log import Log, read_log
 from scripts.training.loop import Trainer
 from scripts.training.state import load_state, save_state, save_tensors
 from sd import StableDiffusion
+from sd.checkpoints.identity import CONFIG_KEY
 from sd.config import SD1, Config, TextConfig, UNetConfig, VAEConfig
-from sd.identity import CONFIG_KEY
 from sd.resources import resource
 from sd.tokenizer import Tokenizer
 from sd.vae import VAE

@@ -10,14 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sd.checkpoint import CheckpointError, load_checkpoint, named, naming
+from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint, named, naming
+from sd.checkpoints.convert import convert
+from sd.checkpoints.export import to_own
+from sd.checkpoints.identity import CONFIG_KEY, detect
+from sd.checkpoints.layouts import find_layouts
 from sd.config import MODELS, Config
-from sd.convert import convert
-from sd.export import to_own
-from sd.identity import CONFIG_KEY, detect
-from sd.layouts import find_layouts
-from sd.model import with_part
-from sd.networks import build, load_weights
+from sd.loading import build, load_weights, with_part
 from sd.pipeline import StableDiffusion
 from sd.text_encoder import TextEncoder
 from sd.training import initialise_text_encoder, initialise_unet, widen_input

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from .config import Config
+from ..config import Config
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."

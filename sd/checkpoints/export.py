@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import Config
+from ..config import Config
+from ..schedule import Schedule
+from ..tokenizer import Tokenizer
 from .diffusers_config import to_diffusers_configs
 from .folders import EXTRA_FILE, RAW_VARIANT
-from .identity import CONFIG_KEY, PREDICTION_KEY
+from .identity import CONFIG_KEY
 from .keys import CLIP, EMA, OPENCLIP, diffusers_sources, is_openclip, original_sources
 from .layouts import AVERAGE, EXTRA, find_layouts
-from .schedule import Schedule
-from .tokenizer import Tokenizer
+from .prediction import PREDICTION_KEY
 
 States = Mapping[str, Mapping[str, Tensor]]  # network -> weights under our names; the networks, and maybe "unet_ema"
 AVERAGE_SCALARS = ("decay", "num_updates")

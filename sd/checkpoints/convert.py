@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from ..config import Config
 from .checkpoint import CheckpointError, shapes
-from .config import Config
 from .identity import identify, no_unet
 from .keys import EMA, Source
 from .layouts import AVERAGE, EXTRA, NETWORKS, TOKENS, find_layouts, usual_layout
-from .weights import weight_shapes
+from .weight_shapes import weight_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor

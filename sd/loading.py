@@ -1,20 +1,62 @@
-"""The three networks of a config: built without memory, and given their weights, strictly."""
+"""From opened files to networks: which parts come from where, networks without memory, and their weights, strictly."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .checkpoint import CheckpointError
+from .checkpoints.checkpoint import Checkpoint, CheckpointError
+from .checkpoints.convert import describe_weights, shape_text
+from .checkpoints.diffusers_config import vae_from_diffusers
+from .checkpoints.identity import CONFIG_KEY, Identity, damaged_position_ids
+from .checkpoints.prediction import predicting, probe
 from .config import Config
-from .convert import shape_text
 from .text_encoder import TextEncoder
 from .unet import UNet
 from .vae import VAE
+
+
+def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
+    """The config with the VAE or text encoder that another file holds, where that says what it is."""
+    written, folder = tensors.metadata.get(CONFIG_KEY), tensors.configs.get(network)
+    if network == "vae" and written is not None:
+        return replace(config, vae=Config.from_json(written).vae)
+    if network == "vae" and folder is not None:
+        return replace(config, vae=vae_from_diffusers(folder))
+    return config
+
+
+def like(known: Config, config: Config) -> Config:
+    """The config with the name, native size and schedule of another one, whose parts may be others."""
+    return replace(config, name=known.name, size=known.size, schedule=known.schedule)
+
+
+def probed(found: Identity, unet: nn.Module) -> Identity:
+    """What a U-Net predicts about which nothing is said: asked of itself."""
+    answer = probe(unet, found.config, next(unet.parameters()))
+    if answer is None:
+        return replace(found, reason=f"{found.reason}, and run once it gave NaN; --prediction says it")
+    config = predicting(found.config, answer)
+    return Identity(
+        config, reason=f"{found.reason}; run once, its U-Net answers as such models do (--prediction overrides)"
+    )
+
+
+def describe(tensors: Checkpoint, found: Identity, weights: str) -> list[str]:
+    """What was found out about a file and chosen, one line each."""
+    lines = [f"predicts {found.config.schedule.prediction}: {found.reason}"] if found.reason else []
+    if taken := describe_weights(tensors, weights):
+        lines.append(taken)
+    if damaged := damaged_position_ids(tensors):
+        lines.append(
+            f"{damaged} is damaged, as merging does; it is not used here, but other programs may misread prompts"
+        )
+    return lines
 
 
 class _SkipInit(TorchFunctionMode):

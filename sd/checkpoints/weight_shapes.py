@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from .config import Config, TextConfig, UNetConfig, VAEConfig
+from ..config import Config, TextConfig, UNetConfig, VAEConfig
 
 Shapes = dict[str, tuple[int, ...]]
 

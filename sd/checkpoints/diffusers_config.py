@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from ..config import GROUPS, MODELS, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from .checkpoint import CheckpointError
-from .config import GROUPS, MODELS, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from .keys import is_openclip
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}  # theirs -> ours

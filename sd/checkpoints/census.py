@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..config import SD1, SD2, Config
 from .checkpoint import Bundle, Checkpoint, CheckpointError, shapes
-from .config import SD1, SD2, Config
 from .convert import FLAGS, NAMES, ignored
 from .identity import damaged_position_ids, identify
 from .layouts import AVERAGE, NETWORKS, TOKENS, Layout, find_layouts, usual_layout
-from .weights import weight_shapes
+from .weight_shapes import weight_shapes
 
 SMALL = 256 << 20  # bytes: SHA-256 of so much takes below half a second
 SHORT_HASH = (0x100000, 0x10000)  # where older tools look for "model hash": 64 KB behind the first megabyte

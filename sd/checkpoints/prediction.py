@@ -1,8 +1,7 @@
-"""Which model a file holds, and what its U-Net predicts: from what is said about it, else from the weights themselves.
+"""What a U-Net predicts, the noise or the velocity, and on which noise schedule: from what is said, else by asking it.
 
-The sizes of a model show in the shapes of its weights. Whether its U-Net predicts the noise (eps) or the velocity (v)
-does not: Stable Diffusion 2.x base and 768-v have the same weights by name and shape, and taking one for the other
-gives brown noise. So it is asked for, in this order, and the answer comes with its reason:
+Stable Diffusion 2.x base and 768-v have the same weights by name and shape, and taking one for the other gives brown
+noise. So it is asked for, in this order, and the answer comes with its reason:
 
     what the caller says                                                        --model, --prediction
     a file beside it of the same name, .yaml or .json                           parameterization: "v"
@@ -10,8 +9,6 @@ gives brown noise. So it is asked for, in this order, and the answer comes with 
     the folder's scheduler_config.json, the file's metadata or marker keys      prediction_type, v_pred, alphas_cumprod
     the U-Net itself, run once (`probe`)                                        SD 2.x with 4 channels only
     eps                                                                         everything else
-
-Other models are refused by name.
 """
 
 from __future__ import annotations
@@ -19,115 +16,27 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .checkpoint import Checkpoint, CheckpointError, shapes
-from .config import MODELS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, Config, ScheduleConfig
-from .diffusers_config import from_diffusers, schedule_from_diffusers
-from .layouts import AVERAGE, TOKENS, Layout, find_layouts, first_convolution
+from ..config import SD2, SD2_V, Config, ScheduleConfig
+from ..schedule import Schedule
+from .checkpoint import Checkpoint, CheckpointError
+from .diffusers_config import schedule_from_diffusers
 from .numbers import TYPES, NumberType
-from .other_models import NOT_SUPPORTED, OTHER_CONTEXTS, OTHER_INPUTS, refuse_others
-from .schedule import Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG_KEY = "sd.config"  # where the metadata of a file of ours holds the config
 PREDICTION_KEY = "modelspec.prediction_type"  # https://github.com/Stability-AI/ModelSpec
 PREDICTIONS = {
     "v": "v", "velocity": "v", "v_prediction": "v", "v-prediction": "v", "vpred": "v", "v_pred": "v",
     "eps": "eps", "epsilon": "eps", "noise": "eps",
 }  # fmt: skip
 MAX_SIDECAR = 1 << 20  # bytes
-
-ALONE = {
-    frozenset({"vae"}): "a VAE alone: give it with --vae, beside a checkpoint (--ckpt)",
-    frozenset({"text_encoder"}): "a text encoder alone: give it with --text-encoder, beside a checkpoint (--ckpt)",
-    frozenset({"vae", "text_encoder"}): "a text encoder and a VAE, but no U-Net: give the checkpoint",
-}
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Which model a file holds.
-
-    config    all about it; if not `decided`, its prediction is a guess that `probe` should check
-    decided   whether something says what the U-Net predicts
-    reason    what says so; empty for a file of ours, which carries its config
-    """
-
-    config: Config
-    decided: bool = True
-    reason: str = ""
-
-
-def detect(tensors: Mapping[str, Tensor]) -> Config:
-    """Which model a checkpoint holds, from what is said about it or the names and shapes of its weights.
-
-    Raises CheckpointError for models that this project does not run, by name, and for SD 2.x U-Nets about which nothing
-    says whether they predict eps (base) or v (768-v): `StableDiffusion.load` runs such a one to see.
-    """
-    found = identify(tensors)
-    if not found.decided:
-        raise CheckpointError(
-            "an SD 2.x checkpoint: base and 768-v cannot be told apart by their keys, so say which it is "
-            "(config=SD2 or SD2_V, --model sd2 or sd2-v)"
-        )
-    return found.config
-
-
-def identify(tensors: Mapping[str, Tensor], config: Config | None = None, prediction: str | None = None) -> Identity:
-    """Which model a checkpoint holds, and what its U-Net predicts, with the reason.
-
-    tensors      a `Checkpoint`, of which only shapes and a small table are read, or any mapping
-    config       which model it is, if that is known; what it says about the noise schedule is taken as it is
-    prediction   "eps" or "v", if that is known
-
-    Raises CheckpointError for models that this project does not run, by name.
-    """
-    if prediction not in (None, "eps", "v"):
-        raise ValueError(f"unknown prediction {prediction!r}, expected eps or v")
-    if config is not None:
-        return _as_given(tensors, predicting(config, prediction))
-    metadata = getattr(tensors, "metadata", {})
-    written = metadata.get(CONFIG_KEY)
-    if written is not None:
-        try:
-            config = Config.from_json(written)
-        except ValueError as error:
-            raise CheckpointError(f"the file's own model config is damaged: {error}") from None
-        said, why = (prediction, "as given") if prediction else _beside(tensors)[:2]
-        return Identity(predicting(config, said), reason=why if said else "")
-    found = shapes(tensors)
-    configs = getattr(tensors, "configs", {})
-    refuse_others(found)
-    layouts = find_layouts(found)
-    if "unet" in configs:
-        config = from_diffusers(configs)
-    _check_unet(found, layouts)
-    config = _with_vocabulary(config or _by_shapes(found, layouts), found, layouts)
-    return _decide(tensors, config, prediction, "unet" in configs)
-
-
-def _as_given(tensors: Mapping[str, Tensor], config: Config) -> Identity:
-    """The config that the caller gives; a noise schedule in the file takes the place of the usual one."""
-    refuse_others(shapes(tensors))
-    reason = "as given"
-    usual = ScheduleConfig(steps=config.schedule.steps, prediction=config.schedule.prediction)
-    if config.schedule == usual:
-        try:
-            table, why = _stored_schedule(tensors, config.schedule)
-            config = replace(config, schedule=replace(config.schedule, **table))
-            reason += f"; {why}" if why else ""
-        except CheckpointError:
-            reason += "; the file's noise schedule is damaged and left out"
-        except ValueError as error:
-            raise CheckpointError(str(error)) from None
-    return Identity(config, reason=reason)
 
 
 def predicting(config: Config, prediction: str | None) -> Config:
@@ -143,77 +52,21 @@ def predicting(config: Config, prediction: str | None) -> Config:
     return replace(config, name=name, size=size, schedule=schedule)
 
 
-# ----------------------------------------------------------------------------------------------------- which model
+def decide(
+    tensors: Mapping[str, Tensor], config: Config, prediction: str | None, by_folder: bool
+) -> tuple[Config, bool, str]:
+    """The config of a file that is not ours with its noise schedule and prediction, and the reason.
 
-
-def _check_unet(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> None:
-    if "unet" in layouts or AVERAGE in layouts:
-        return
-    if layouts:
-        raise CheckpointError(no_unet(layouts))
-    half = next(
-        (half for half in ("decoder", "encoder") if any(key.startswith(f"{half}.conv_in.") for key in found)), None
-    )
-    if half:
-        raise CheckpointError(f"this is half of a VAE ({half}), which is not supported: give a whole one")
-    some = ", ".join(list(found)[:3])
-    raise CheckpointError(f"no Stable Diffusion U-Net among its {len(found)} tensors ({some}, ...)")
-
-
-def no_unet(layouts: Mapping[str, Layout]) -> str:
-    """What a file is that holds these networks, of which none is a U-Net, and what to do with it."""
-    return f"this is {ALONE.get(frozenset(layouts), 'no whole model: it has no U-Net')}"
-
-
-def _by_shapes(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> Config:
-    """The config of a known model, by the shapes of its U-Net; of SD 2.x with 4 channels, base."""
-    unet = layouts.get("unet") or layouts[AVERAGE]
-    first = found.get(first_convolution(unet), ())
-    keys = (".attn2.to_k.weight", ".attn2.k.weight", "attn2to_kweight")
-    widths = {s[1] for k, s in found.items() if k.startswith(unet.prefix) and k.endswith(keys) and len(s) == 2}
-    if len(first) != 4 or len(widths) != 1:
-        raise CheckpointError(
-            f"no Stable Diffusion U-Net: its first convolution is {first}, its context {sorted(widths)}"
-        )
-    channels, context = first[1], widths.pop()
-    if any(key.startswith(f"{unet.prefix}label_emb.") for key in found):
-        other = OTHER_INPUTS.get(channels) or OTHER_CONTEXTS.get(context) or "an unCLIP"
-        raise CheckpointError(f"this is {other} model (it has label_emb), {NOT_SUPPORTED}")
-    if channels in OTHER_INPUTS:
-        raise CheckpointError(f"this is {OTHER_INPUTS[channels]} model ({channels} input channels), {NOT_SUPPORTED}")
-    if context in OTHER_CONTEXTS:
-        raise CheckpointError(f"this is {OTHER_CONTEXTS[context]} model (context {context}), {NOT_SUPPORTED}")
-    known = {(4, 768): SD1, (9, 768): SD1_INPAINT, (4, 1024): SD2, (9, 1024): SD2_INPAINT}
-    if (channels, context) not in known or first[0] != SD1.unet.channels[0]:
-        raise CheckpointError(
-            f"a U-Net of an unknown kind ({first[0]} wide, {channels} input channels, context {context}): "
-            f"if it is one of {', '.join(MODELS)}, say so (--model)"
-        )
-    return known[channels, context]
-
-
-def _with_vocabulary(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> Config:
-    """The config with as many tokens as the file has: fine-tuning adds words behind CLIP's own."""
-    layout = layouts.get("text_encoder")
-    if layout is None:
-        return config
-    (source,) = layout.sources(config, [TOKENS]).values()
-    rows = found.get(source.key, (0,))[0]
-    return replace(config, text=replace(config.text, vocab=rows)) if rows > config.text.vocab else config
-
-
-# ------------------------------------------------------------------------------------------------- what it predicts
-
-
-def _decide(tensors: Mapping[str, Tensor], config: Config, prediction: str | None, by_folder: bool) -> Identity:
-    """The noise schedule and the prediction of a file that is not ours."""
-    beside, why_beside, zero_beside = _beside(tensors)
+    The second is whether something says what it predicts; if not, `probe` should. `by_folder`: the config is that of a
+    diffusers folder, the schedule included.
+    """
+    beside, why_beside, zero_beside = read_beside(tensors)
     inside, why_inside = _inside(tensors)
     configs = getattr(tensors, "configs", {})
     schedule = config.schedule
     if not by_folder and "scheduler" in configs:
         schedule = schedule_from_diffusers(configs["scheduler"])
-    table, why_table = _stored_schedule(tensors, schedule)
+    table, why_table = stored_schedule(tensors, schedule)
     zero = table.get("zero_snr") or zero_beside or "ztsnr" in tensors or schedule.zero_snr
     to_noise = zero or table.get("alpha_bar", (1.0,))[-1] < 1e-7
     if "scheduler" in configs and not inside:
@@ -240,10 +93,10 @@ def _decide(tensors: Mapping[str, Tensor], config: Config, prediction: str | Non
         plain = replace(config, schedule=replace(config.schedule, zero_snr=False, alpha_bar=None))
         config = predicting(plain, said)
     reason += f"; {why_table}" if why_table else ""
-    return Identity(replace(config, schedule=schedule), decided, reason)
+    return replace(config, schedule=schedule), decided, reason
 
 
-def _beside(tensors: Mapping[str, Tensor]) -> tuple[str | None, str, bool]:
+def read_beside(tensors: Mapping[str, Tensor]) -> tuple[str | None, str, bool]:
     """What a file beside it says: the prediction, where it is said, and whether terminal SNR is zero."""
     path = getattr(tensors, "path", None)
     if path is None or "scheduler" in getattr(tensors, "configs", {}):
@@ -297,7 +150,7 @@ def _inside(tensors: Mapping[str, Tensor]) -> tuple[str | None, str]:
     return None, ""
 
 
-def _stored_schedule(tensors: Mapping[str, Tensor], schedule: ScheduleConfig) -> tuple[dict[str, Any], str]:
+def stored_schedule(tensors: Mapping[str, Tensor], schedule: ScheduleConfig) -> tuple[dict[str, Any], str]:
     """What of a `ScheduleConfig` is to be replaced by the noise schedule in the file, and in words."""
     if "alphas_cumprod" not in tensors:
         return {}, ""
@@ -372,13 +225,3 @@ def probe(unet: Callable[[Tensor, Tensor, Tensor], Tensor], config: Config, like
     if not np.isfinite(share):
         return None
     return "v" if share < 0.5 else "eps"
-
-
-def damaged_position_ids(tensors: Mapping[str, Tensor]) -> str | None:
-    """The key of position ids that merging has damaged, if there is one. They are never used here, but elsewhere."""
-    for key in tensors:
-        if key.endswith("position_ids"):
-            found = read_table(tensors, key)
-            if found is not None and not np.array_equal(found[0].ravel(), np.arange(max(found[0].size, 3))):
-                return key
-    return None

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from typing import NamedTuple
 
-from .config import Config
+from ..config import Config
 from .keys import CLIP, CLIP_OLD, EMA, OPENCLIP, UNET, VAE, Source, is_openclip, sources
 
 NETWORKS = ("text_encoder", "vae", "unet")
