@@ -28,6 +28,7 @@ PARAMETERS = "string_to_param."  # what the reader of pickles puts before the na
 NAMELESS = ("emb_params", "clip_l", "embedding", "weight", "*", "<*>")  # keys that are no word
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL"}
 MAX_WORDS = 100  # in one file
+MAX_LETTERS = 200  # of a word
 
 
 def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: str | None = None) -> dict[str, Tensor]:
@@ -69,11 +70,13 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
                 name = word or key.removeprefix(PARAMETERS)
                 if word is None and len(shapes) == 1 and (name in NAMELESS or key.startswith(PARAMETERS)):
                     name = path.stem
+                if not name.isprintable() or len(name) > MAX_LETTERS:
+                    raise CheckpointError(f"{name[:50]!r} is no word; give one (word=..., --embedding FILE:WORD)")
+                if len(shape) == 2 and shape[0] > room:
+                    raise CheckpointError(f"{name!r} has {shape[0]} vectors, but a prompt has room for {room}")
                 vectors = file[key].reshape(-1, width)
                 whole = not vectors.is_floating_point()
                 vectors = vectors.float()
-                if len(vectors) > room:
-                    raise CheckpointError(f"{name!r} has {len(vectors)} vectors, but a prompt has room for {room}")
                 if whole or not vectors.isfinite().all():
                     raise CheckpointError(f"{key} holds numbers that are not finite, or whole numbers: a damaged file")
                 found[name] = vectors

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .checkpoints.checkpoint import Checkpoint, CheckpointError
+from .checkpoints.checkpoint import Checkpoint, CheckpointError, printable
 from .checkpoints.convert import describe_weights, shape_text
 from .checkpoints.diffusers_config import vae_from_diffusers
 from .checkpoints.identity import CONFIG_KEY, Identity, damaged_position_ids
@@ -56,7 +56,7 @@ def describe(tensors: Checkpoint, found: Identity, weights: str) -> list[str]:
         lines.append(
             f"{damaged} is damaged, as merging does; it is not used here, but other programs may misread prompts"
         )
-    return lines
+    return list(map(printable, lines))
 
 
 class _SkipInit(TorchFunctionMode):

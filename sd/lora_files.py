@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from .checkpoints.keys import UNET, diffusers_sources, original_sources
@@ -31,7 +31,7 @@ from .lora import Lora, Pair, Place
 
 LAYERS = 24  # of the largest text encoder: files may have layers behind the last one that is run
 SAME_NAMES = ("pytorch_lora_weights", "adapter_model")  # as diffusers and PEFT call every file
-MAX_SETTINGS = 1 << 20  # bytes of an adapter_config.json
+MAX_SETTINGS = 1 << 20  # bytes of an adapter_config.json, or the same in metadata
 
 # What stands behind a weight's name -> the part it is. PEFT may put the adapter's name before ".weight".
 PARTS = re.compile(
@@ -167,9 +167,15 @@ def _pairs(file: Checkpoint, config: Config, shapes: Mapping[Place, tuple[int, .
     for name, keys in parts.items():
         place = known[name]
         down, up, *mid = (file[keys[part]] for part in ("down", "up", "mid") if part in keys)
-        if not all(x.is_floating_point() and x.float().isfinite().all() for x in (down, up, *mid)):
+        if not all(map(_sound, (down, up, *mid))):
             raise CheckpointError(f"{name} holds numbers that are not finite, or whole numbers: a damaged file")
         yield place, Pair(down, up, mid[0] if mid else None, _scale(file, keys, name, place, down.shape[0], settings))
+
+
+def _sound(numbers: Tensor) -> bool:
+    """Whether all are floats and finite. In pieces, as floats of 8 bits must be converted to see."""
+    pieces = numbers.flatten().split(1 << 20)
+    return numbers.is_floating_point() and all(bool(piece.float().isfinite().all()) for piece in pieces)
 
 
 def _beyond(config: Config, shapes: Mapping[Place, tuple[int, ...]]) -> dict[str, Place]:
@@ -279,6 +285,8 @@ def _settings(file: Checkpoint) -> dict[str, Any]:
         if text is None and file.path.stem == "adapter_model" and beside.is_file():
             with open(beside, "rb") as stream:
                 text = stream.read(MAX_SETTINGS).decode()
+        if text is not None and len(text) > MAX_SETTINGS:
+            raise ValueError(f"{len(text)} characters")
         found = json.loads(text) if text is not None else {}
     except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"the settings of its adapter cannot be read: {error!s:.100}") from None

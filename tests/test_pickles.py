@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd import checkpoint, folders, pickles, safetensors_files, torch_files
+from sd.checkpoints import checkpoint, folders, pickles, safetensors_files, torch_files
 from sd.checkpoints.pickles import LITERALS, MAX_BYTES, Opaque, Placeholder, RefusedFile, Symbol, read_pickle
 
 PROTOCOLS = range(6)

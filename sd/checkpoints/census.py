@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config import SD1, SD2, Config
-from .checkpoint import Bundle, Checkpoint, CheckpointError, shapes
+from .checkpoint import Bundle, Checkpoint, CheckpointError, printable, shapes
 from .convert import FLAGS, NAMES, ignored
 from .identity import damaged_position_ids, identify
 from .layouts import AVERAGE, NETWORKS, TOKENS, Layout, find_layouts, usual_layout
@@ -66,7 +66,7 @@ class Census:
                 self.sha256 or ("" if not self.short_hash else "not computed: reads all of the file (--sha256)"),
             ),
         ]
-        return [f"{name + ':':<14}{value}" for name, value in rows if value]
+        return [printable(f"{name + ':':<14}{value}") for name, value in rows if value]
 
 
 def census(tensors: Checkpoint, config: Config | None = None, *, sha256: bool | None = None) -> Census:
@@ -184,5 +184,4 @@ def _listed(keys: list[str]) -> str:
 
 def _short(value: str) -> str:
     value = " ".join(value.split())
-    value = "".join(c if c.isprintable() else "?" for c in value)
     return value if len(value) <= 60 else value[:57] + "..."

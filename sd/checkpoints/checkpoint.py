@@ -30,12 +30,13 @@ from .folders import Part, Parts, check_not_a_shard, find_parts, is_index, parts
 from .numbers import NumberType
 from .pickles import RefusedFile
 from .safetensors_files import AGAIN, read_safetensors
-from .torch_files import LEGACY_MAGIC, View, read_legacy, read_zip
+from .torch_files import LEGACY_MAGIC, MAX_TENSORS, View, read_legacy, read_zip
 
 if TYPE_CHECKING:
     import torch
 
-MAX_TENSORS = 100_000  # a full Stable Diffusion 1 training file has 1,831
+MAX_NAME = 500  # characters
+MAX_TABLE = 1_000_000  # numbers that a small tensor may be spread over
 
 # The first bytes of files that are often given in place of a checkpoint -> what to tell their owner.
 NOT_A_CHECKPOINT = (
@@ -60,14 +61,18 @@ NOT_A_CHECKPOINT = (
 )
 
 
+def printable(text: str) -> str:
+    """One line of a text out of a foreign file, in which names may hold line ends, or codes that a terminal obeys."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class CheckpointError(ValueError):
     """A file that cannot be used. The text is one line: the path, what is wrong, what to do."""
 
     def __init__(self, message: str) -> None:
-        # Names in a foreign file may be endless, hold line ends, or codes that a terminal obeys.
-        if len(message) > 2000:
+        if len(message) > 2000:  # names in a foreign file may be endless
             message = message[:1500] + " ... " + message[-400:]
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+        super().__init__(printable(message))
 
 
 def named(path: str | os.PathLike[str], error: ValueError) -> ValueError:
@@ -130,8 +135,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return numbers.view(view.shape) if tensor.is_contiguous() else tensor.contiguous()
 
     def table(self, key: str) -> np.ndarray:
-        """A small tensor as float64, read without torch. ValueError for floats of 8 bits."""
+        """A small tensor as float64, read without torch. ValueError for floats of 8 bits, and for one that is large."""
         view = self._views[key]
+        if view.extent > MAX_TABLE:
+            what = f"damaged: the table {key[:100]!r} lies scattered over {view.extent} numbers"
+            raise CheckpointError(f"{self.path}: {what}; {AGAIN}")
         self._read(view, buffer := bytearray(view.extent * view.dtype.itemsize))
         numbers = view.dtype.decode(bytes(buffer))
         steps = tuple(step * numbers.itemsize for step in view.stride)
@@ -296,7 +304,7 @@ def _check_index(part: Part, file: Checkpoint) -> None:
     """Every weight of an index lies in the file that it names, and no other weight does."""
     if part.weight_map is None:
         return
-    listed = {key for key, name in part.weight_map.items() if name == file.path.name}
+    listed = part.weight_map.get(file.path.name, frozenset())
     if wrong := sorted(listed ^ set(file)):
         what = "not in it" if wrong[0] in listed else "in it, but not in the index"
         raise RefusedFile(
@@ -315,6 +323,8 @@ def _check(views: dict[str, View]) -> None:
     if not 1 <= len(views) <= MAX_TENSORS:
         raise RefusedFile(f"holds {len(views)} tensors, expected 1 to {MAX_TENSORS}; give a file of model weights")
     for key, (_, shape, _, _) in views.items():
+        if len(key) > MAX_NAME:
+            raise RefusedFile(f"damaged: a tensor's name of {len(key)} characters, {key[:100]!r}...; {AGAIN}")
         if math.prod(size or 1 for size in shape) >> 63:  # torch minds these sizes of an empty tensor, too
             raise RefusedFile(f"damaged: tensor {key[:100]!r} has an impossible shape; {AGAIN}")
 

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .pickles import RefusedFile
 
-MAX_JSON = 16 << 20  # bytes
+MAX_JSON = 1 << 20  # bytes; an index has below 200 KB
 STEMS = {
     "unet": ("diffusion_pytorch_model",),
     "vae": ("diffusion_pytorch_model",),
@@ -46,7 +46,7 @@ class Part(NamedTuple):
 
     prefix: str
     files: tuple[Path, ...]
-    weight_map: Mapping[str, str] | None = None  # of an index: weight -> name of its file
+    weight_map: Mapping[str, Set[str]] | None = None  # of an index: name of a file -> the weights in it
 
 
 class Parts(NamedTuple):
@@ -166,13 +166,15 @@ def _part(prefix: str, path: Path) -> Part:
     weight_map = _read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise RefusedFile(f"{path.name} has no weight_map: not an index of a model's files")
-    for name in weight_map.values():
+    weights: dict[str, set[str]] = {}
+    for key, name in weight_map.items():
         # beside the index and nowhere else
         if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or set(name) & set("\\:\0"):
             raise RefusedFile(
                 f"{path.name} names {str(name)[:100]!r}, which is no file beside it; do not use this file"
             )
-    return Part(prefix, tuple(path.parent / name for name in dict.fromkeys(weight_map.values())), weight_map)
+        weights.setdefault(name, set()).add(key)
+    return Part(prefix, tuple(path.parent / name for name in weights), weights)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -181,7 +183,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         if len(raw) > MAX_JSON:
             raise ValueError(f"more than {MAX_JSON >> 20} MB")
-        content = json.loads(raw)
+        content = json.loads(raw.removeprefix(b"\xef\xbb\xbf").decode())
         if not isinstance(content, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:

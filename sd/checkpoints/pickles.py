@@ -17,7 +17,8 @@ A file that names a symbol made for running code (`os.system`, `builtins.eval`, 
 protects the *other* programs its owner may open the file with; this one is safe without it.
 
 Bounds: a pickle has at most `MAX_BYTES` and `MAX_OPCODES`. An opcode adds at most one thing to the stack, the marks
-and the memo, so these are bounded too. Nothing recurses into what was built, so it may be nested to any depth.
+and the memo, so these are bounded too: by 100 MB and about a second. Nothing recurses into what was built, so it may be
+nested to any depth.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 MAX_BYTES = 1 << 26  # 64 MB; the pickle of a full training checkpoint has 1 to 10 MB
-MAX_OPCODES = 2_000_000  # about 38 for each tensor: 70,000 for the 1,831 tensors of a full Stable Diffusion 1 file
+MAX_PIECE = 4 << 20  # bytes of one string or number; with a single wide character text takes four times its bytes
+MAX_OPCODES = 1_000_000  # about 38 for each tensor: 70,000 for the 1,831 tensors of a full Stable Diffusion 1 file
+MAX_SYMBOLS = 10_000  # different ones; real files have below 100
+MAX_PARTS = 10  # of a symbol's name, between dots
+SET = 4  # opcodes that EMPTY_SET counts as: a set takes four times the memory of anything else that is empty
 
 # Modules and single functions that exist to run code, to load it or to reach the system.
 RUNS_CODE = re.compile(
@@ -121,13 +126,15 @@ class _Source:
         self.stream, self.count = stream, 0
 
     def read(self, size: int) -> bytes:
+        if size > MAX_PIECE:
+            raise RefusedFile(f"a pickle with a piece of {size} bytes, far more than any checkpoint has")
         if size > MAX_BYTES - self.count:
             raise RefusedFile(f"a pickle of more than {MAX_BYTES >> 20} MB, far more than any checkpoint has")
         self.count += size
         return self.stream.read(size)
 
     def readline(self) -> bytes:
-        line = self.stream.readline(MAX_BYTES - self.count)
+        line = self.stream.readline(min(MAX_PIECE, MAX_BYTES - self.count))
         self.count += len(line)
         return line
 
@@ -144,6 +151,8 @@ def _run(source: _Source, call: Callable[[Symbol, tuple], object], stored: Calla
     stack: list = []
     marks: list[int] = []  # for every open MARK, how many items lay on the stack
     memo: dict[int, object] = {}
+    symbols: set[Symbol] = set()
+    steps = 0
 
     def top(count: int) -> list:
         """Take the last `count` items."""
@@ -160,7 +169,7 @@ def _run(source: _Source, call: Callable[[Symbol, tuple], object], stored: Calla
         del stack[mark:]
         return taken
 
-    for _ in range(MAX_OPCODES):
+    while (steps := steps + 1) <= MAX_OPCODES:
         code = source.read(1)
         if code not in OPCODES:
             raise ValueError(f"unknown opcode {code!r}" if code else "it ends too early")
@@ -211,15 +220,16 @@ def _run(source: _Source, call: Callable[[Symbol, tuple], object], stored: Calla
                 _update(marked(), stack[-1])
             case "EMPTY_SET":
                 stack.append(set())
+                steps += SET - 1
             case "ADDITEMS":
                 _extend(marked(), stack[-1])
             case "FROZENSET":
                 stack.append(frozenset(map(_key, marked())))
             # names, calls and states: noted, not obeyed
             case "GLOBAL":
-                stack.append(_inert(argument))
+                stack.append(_inert(argument, symbols))
             case "STACK_GLOBAL":
-                stack.append(_inert(Symbol(*top(2))))
+                stack.append(_inert(Symbol(*top(2)), symbols))
             case "EXT1" | "EXT2" | "EXT4":
                 stack.append(Symbol("copyreg", f"extension_{argument}"))
             case "REDUCE" | "NEWOBJ":
@@ -227,7 +237,7 @@ def _run(source: _Source, call: Callable[[Symbol, tuple], object], stored: Calla
             case "NEWOBJ_EX":
                 stack.append(_called(call, *top(3)[:2]))
             case "INST":
-                stack.append(_called(call, _inert(argument), tuple(marked())))
+                stack.append(_called(call, _inert(argument, symbols), tuple(marked())))
             case "OBJ":
                 function, *arguments = marked()
                 stack.append(_called(call, function, tuple(arguments)))
@@ -282,12 +292,17 @@ def _update(items: list, target: object) -> None:
         raise ValueError(f"keys for a {type(target).__name__}")
 
 
-def _inert(symbol: Symbol) -> Symbol:
-    """The symbol itself, unless it names something that runs code; then RefusedFile."""
+def _inert(symbol: Symbol, seen: set[Symbol]) -> Symbol:
+    """The symbol itself, unless it names something that runs code; then RefusedFile. Those `seen` are good."""
     if not isinstance(symbol.module, str) or not isinstance(symbol.name, str):
         raise ValueError("a name that is no text")
     if len(symbol.module) + len(symbol.name) > 500:
         raise ValueError("a name of more than 500 characters")
+    if symbol in seen:
+        return symbol
+    if len(seen) == MAX_SYMBOLS or symbol.name.count(".") >= MAX_PARTS:
+        what = f"a pickle with over {len(seen)} names, the last of {symbol.name.count('.') + 1} parts"
+        raise RefusedFile(f"{what}, far more than any checkpoint has")
     # A name with dots walks through attributes: `serialization.os.system` of `torch` is os.system.
     parts = symbol.name.split(".")
     ways = [str(symbol), *(".".join(parts[i:]) for i in range(len(parts) - 1))]
@@ -295,6 +310,7 @@ def _inert(symbol: Symbol) -> Symbol:
         raise RefusedFile(
             f"wants to run {symbol} when opened by other programs: it was not executed; do not use this file"
         )
+    seen.add(symbol)
     return symbol
 
 

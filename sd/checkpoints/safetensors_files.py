@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 
 from .numbers import TYPES
 from .pickles import RefusedFile
-from .torch_files import MAX_DIMS, Contents, View
+from .torch_files import MAX_DIMS, MAX_TENSORS, Contents, View
 
-MAX_HEADER = 16 << 20  # bytes of a safetensors header; real ones have below 1 MB
+MAX_HEADER = 8 << 20  # bytes of a safetensors header; real ones have below 1 MB, LoRA files with many tags a few
+SMALL_HEADER = 1 << 20  # bytes of one that Python may parse whatever it holds
 SAFETENSORS_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
@@ -29,7 +30,7 @@ AGAIN = "download it again"
 
 
 def read_safetensors(stream: BinaryIO, path: Path) -> Contents:
-    """Names and places from the header, after the library of the format has found no fault with it."""
+    """Names and places from the header, which the library of the format, too, has to find no fault with."""
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
     length = int.from_bytes(stream.read(8), "little")
@@ -38,6 +39,8 @@ def read_safetensors(stream: BinaryIO, path: Path) -> Contents:
         raise RefusedFile(f"damaged: a safetensors header of {length} bytes, expected at most {MAX_HEADER}; {AGAIN}")
     if data > size:
         raise RefusedFile(f"truncated: its header says at least {data} bytes, the file has {size}; {AGAIN}")
+    if length > SMALL_HEADER:
+        _check_header(path)
     try:
         header = json.loads(stream.read(length).decode(), object_pairs_hook=_unique)
         metadata = header.pop("__metadata__", None) or {}
@@ -47,11 +50,7 @@ def read_safetensors(stream: BinaryIO, path: Path) -> Contents:
         raise RefusedFile(f"damaged: no valid JSON in its safetensors header ({error!s:.100}); {AGAIN}") from None
     if says != size:
         raise RefusedFile(f"truncated or damaged: its header says {says} bytes, the file has {size}; {AGAIN}")
-    try:
-        with safe_open(path, framework="numpy"):  # checks types, sizes, overlaps and gaps; reads no tensor
-            pass
-    except SafetensorError as error:
-        raise RefusedFile(f"damaged: not valid as safetensors ({error!s:.200}); {AGAIN}") from None
+    _check_header(path)
 
     views = {}
     for key, (kind, shape, begin, _end) in tensors.items():
@@ -63,6 +62,20 @@ def read_safetensors(stream: BinaryIO, path: Path) -> Contents:
         stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         views[key] = View(TYPES[SAFETENSORS_DTYPES[kind]], shape, stride, data + begin)
     return views, metadata
+
+
+def _check_header(path: Path) -> None:
+    """Ask the library about types, sizes, overlaps and gaps; no tensor is read.
+
+    Before Python parses a large header: the library takes less memory for nonsense, where `[],` becomes 72 bytes here.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            count = len(file.keys())
+    except SafetensorError as error:
+        raise RefusedFile(f"damaged: not valid as safetensors ({error!s:.200}); {AGAIN}") from None
+    if count > MAX_TENSORS:
+        raise RefusedFile(f"holds {count} tensors, expected at most {MAX_TENSORS}; give a file of model weights")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

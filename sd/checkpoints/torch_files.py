@@ -31,10 +31,12 @@ from typing import BinaryIO, NamedTuple
 from .numbers import TYPES, NumberType
 from .pickles import MAX_BYTES, Placeholder, RefusedFile, Stateful, Symbol, read_pickle
 
+MAX_TENSORS = 20_000  # in a file; a full Stable Diffusion 1 training file has 1,831
 MAX_DIMS = 16  # of a tensor; convolutions have 4
-MAX_DIRECTORY = 16 << 20  # bytes of a zip directory; real ones have below 1 MB
+MAX_DIRECTORY = 2 << 20  # bytes of a zip directory, 45,000 members at most; real ones have below 500 KB
 MAX_NESTING = 8  # of "state_dict" in "state_dict"
 MAX_METADATA = 1000  # characters of a plain value
+MAX_SHARING = 2  # how often on average the numbers of a file may be used: tied weights, or an average that is the same
 
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a zip member: before its name, its extra field and its data
@@ -128,14 +130,8 @@ def _directory(stream: BinaryIO) -> tuple[dict[str, tuple[zipfile.ZipInfo, int]]
     writes is refused: it could hide from one zip reader what another one sees.
     """
     size = stream.seek(0, io.SEEK_END)
-    stream.seek(max(size - 22 - 0xFFFF, 0))
-    tail = stream.read()
-    record = tail.rfind(b"PK\5\6")  # at its end a zip archive says how large its directory is
-    length = tail[record + 12 : record + 16] if record >= 0 else b""
-    if length != b"\xff" * 4 and int.from_bytes(length, "little") > MAX_DIRECTORY:  # all ones: it stands elsewhere
-        raise RefusedFile(f"damaged: a zip directory of more than {MAX_DIRECTORY >> 20} MB; download it again")
     try:
-        with zipfile.ZipFile(stream) as archive:
+        with zipfile.ZipFile(_Bounded(stream)) as archive:
             infos, end = sorted(archive.infolist(), key=lambda info: info.header_offset), archive.start_dir
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, OSError, struct.error) as error:
         what = f"no zip directory at the end of its {size} bytes ({error!s:.100})"
@@ -172,6 +168,20 @@ def _directory(stream: BinaryIO) -> tuple[dict[str, tuple[zipfile.ZipInfo, int]]
             continue
         raise RefusedFile(f"damaged or tampered with: member {name[:100]!r} {what}; do not use this file")
     return members, prefix
+
+
+class _Bounded:
+    """A file of which only small pieces are read, whatever it says: zipfile reads the whole directory at once."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.seek, self.tell, self._read = stream.seek, stream.tell, stream.read
+
+    def read(self, size: int = -1) -> bytes:
+        """All that is left, or RefusedFile if that is too much, if no size is given."""
+        data = self._read(MAX_DIRECTORY + 1 if size is None or size < 0 else min(size, MAX_DIRECTORY + 1))
+        if len(data) > MAX_DIRECTORY:
+            raise RefusedFile(f"damaged: a zip directory of more than {MAX_DIRECTORY >> 20} MB; download it again")
+        return data
 
 
 def _place(stream: BinaryIO, info: zipfile.ZipInfo, before: int) -> Place:
@@ -262,7 +272,13 @@ def _contents(content: object, place: Callable[[str], Place]) -> Contents:
         raise RefusedFile(f"{what}; give a file of model weights")
     if all(key.startswith("module.") for key in tensors):  # saved from within DistributedDataParallel
         tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
-    return {key: _view(key, tensor, place) for key, tensor in tensors.items()}, plain
+    views = {key: _view(key, tensor, place) for key, tensor in tensors.items()}
+    numbers = sum(place(key).size for key in {tensor.storage.key for tensor in tensors.values()})
+    sizes = sum(math.prod(view.shape) * view.dtype.itemsize for view in views.values())
+    if sizes > MAX_SHARING * numbers + (1 << 20):
+        what = f"its tensors have {sizes} bytes, the numbers that they are views of only {numbers}"
+        raise RefusedFile(f"damaged or tampered with: {what}; do not use this file")
+    return views, plain
 
 
 def _tensors(content: object) -> dict[str, Tensor | Unreadable]:
