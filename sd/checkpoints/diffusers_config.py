@@ -44,7 +44,8 @@ def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
         text = _text(configs, unet)
         size = configs["unet"].get("sample_size") or 64
         size = (max(size) if isinstance(size, list) else int(size)) * vae.factor
-        config = Config("", size, text, vae, unet, schedule_from_diffusers(configs.get("scheduler", {})))
+        schedule = schedule_from_diffusers(configs.get("scheduler", {}))
+        config = Config("diffusers model", size, text=text, vae=vae, unet=unet, schedule=schedule)
     parts = ("text", "vae", "unet")
     same = [
         known
@@ -52,7 +53,7 @@ def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
         if all(getattr(known, part) == getattr(config, part) for part in parts)
         and known.schedule.prediction == config.schedule.prediction
     ]
-    return replace(config, name=same[0].name if same else "diffusers model")
+    return replace(config, name=same[0].name, guidance=same[0].guidance) if same else config
 
 
 @contextmanager
