@@ -284,7 +284,7 @@ def _settings(file: Checkpoint) -> dict[str, Any]:
     try:
         if text is None and file.path.stem == "adapter_model" and beside.is_file():
             with open(beside, "rb") as stream:
-                text = stream.read(MAX_SETTINGS).decode()
+                text = stream.read(MAX_SETTINGS + 1).decode()
         if text is not None and len(text) > MAX_SETTINGS:
             raise ValueError(f"{len(text)} characters")
         found = json.loads(text) if text is not None else {}

@@ -139,6 +139,18 @@ def test_small_tables_without_torch(tmp_path, kind):
         found.table("a")
 
 
+def test_a_small_table_may_not_be_scattered_over_a_large_one(tmp_path):
+    write(
+        tmp_path / "a",
+        {"a": torch.zeros(1_000_002)[::500_001][:2], "b": torch.zeros(1_100_000)[::1_000_001]},
+        "zip pickle",
+    )
+    with load_checkpoint(tmp_path / "a") as found:
+        assert found.table("a").tolist() == [0, 0]
+        with pytest.raises(CheckpointError, match="'b' lies scattered over 1000002 numbers"):
+            found.table("b")
+
+
 @pytest.mark.parametrize("name", ["sd:v1.5 (ü) 模型.ckpt", "..ckpt", "data.pkl", "a" * 200])
 def test_any_file_name(tmp_path, name):
     """torch names the members of its archive after the file."""

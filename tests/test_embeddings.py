@@ -241,6 +241,8 @@ def test_words_of_a_tokenizer():
         ({"<a>": torch.zeros(1024)}, "an embedding for Stable Diffusion 2.x: its vectors are 1024 wide"),
         ({"emb_params": torch.zeros(1, 9)}, "an embedding for another model"),
         ({"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(1, 1280)}, "an embedding for SDXL"),
+        ({"two\nlines": torch.zeros(64)}, "'two.*lines' is no word; give one"),
+        ({"a" * 201: torch.zeros(64)}, "'a+' is no word; give one"),
         ({"emb_params": torch.zeros(76, 64)}, "'style' has 76 vectors, but a prompt has room for 75"),
         ({"emb_params": torch.full((1, 64), float("nan"))}, "not finite"),
         ({"emb_params": torch.zeros(1, 64, dtype=torch.int64)}, "whole numbers"),

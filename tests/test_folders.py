@@ -325,6 +325,8 @@ def test_broken_json(folder):
     for text in ("{", "[]", "\x00", "[" * 100_000):
         (folder / "unet/config.json").write_text(text)
         assert "config.json in it is not valid JSON" in refusal(folder)
+    (folder / "unet/config.json").write_text("{" + " " * (1 << 20) + "}")
+    assert "more than 1 MB" in refusal(folder)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A small part of what `python tests/fuzz_checkpoints.py --count 200000` reads, and that it notices what it looks for."""
+"""Some of what `python tests/fuzz_checkpoints.py --count 200000` reads, and that it notices what it looks for."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ NOTICED = {
     "raise ValueError('two\\nlines')": "its message",
     "raise KeyError('a')": "KeyError",
     "assert False": "AssertionError",
-    "os.system('true')": "did [\"os.system",
-    "exec('1')": "did [\"compile",
+    "os.system('true')": 'did ["os.system',
+    "exec('1')": 'did ["compile',
     "subprocess.run(['true'])": "subprocess.Popen",
-    "open(path, 'w').close()": "did [\"open",
+    "open(path, 'w').close()": 'did ["open',
     "import turtle": "import",
     "end = time.process_time() + 0.3\nwhile time.process_time() < end: pass": "took 0.3 s",
     "bytearray(b'x') * (180 << 20)": "MB for 0 KB",

@@ -300,11 +300,11 @@ def _inert(symbol: Symbol, seen: set[Symbol]) -> Symbol:
         raise ValueError("a name of more than 500 characters")
     if symbol in seen:
         return symbol
-    if len(seen) == MAX_SYMBOLS or symbol.name.count(".") >= MAX_PARTS:
-        what = f"a pickle with over {len(seen)} names, the last of {symbol.name.count('.') + 1} parts"
-        raise RefusedFile(f"{what}, far more than any checkpoint has")
     # A name with dots walks through attributes: `serialization.os.system` of `torch` is os.system.
     parts = symbol.name.split(".")
+    if len(seen) == MAX_SYMBOLS or len(parts) > MAX_PARTS:
+        what = f"a name of {len(parts)} parts" if len(parts) > MAX_PARTS else f"more than {MAX_SYMBOLS:,} names"
+        raise RefusedFile(f"a pickle with {what}, far more than any checkpoint has")
     ways = [str(symbol), *(".".join(parts[i:]) for i in range(len(parts) - 1))]
     if any(map(RUNS_CODE.fullmatch, ways)):
         raise RefusedFile(
