@@ -236,6 +236,8 @@ def work(seed: int, numbers: range, to: int) -> None:
                 reader.watch.seen.clear()
                 if "did" not in fault:
                     raise SystemExit(f"{name}: {fault}")
+        gc.collect()
+        gc.freeze()  # what stays needs not be looked through again
         for number in numbers:
             os.write(to, reader.outcome(number, make(seed, number)).line().encode())
             if number % 500 == 0:

@@ -18,6 +18,7 @@ import copy
 import functools
 import io
 import json
+import math
 import pickle
 import pickletools
 import random
@@ -424,8 +425,7 @@ def random_object(rng: random.Random, depth: int = 0) -> Any:
 
 
 def other_json(rng: random.Random, tree: Any) -> Any:
-    """A JSON value with one of its parts replaced, removed, doubled or renamed."""
-    tree = copy.deepcopy(tree)
+    """The JSON value `tree`, which is changed: with some of its parts replaced, removed, doubled or renamed."""
     nodes: list[tuple[Any, Any]] = []
 
     def walk(node: Any) -> None:
@@ -601,6 +601,9 @@ def from_folder(rng: random.Random) -> Input:
     return Input("folder", changed, path, what, base)
 
 
+ENDS = (".lora_A.weight", ".alpha", ".lora_mid.weight", ".hada_w1_a", ".dora_scale", ".weight", "x", "." * 90)
+
+
 def from_addon(rng: random.Random) -> Input:
     what = rng.choice(("lora", "embedding"))
     tensors = dict(lora()) if what == "lora" else {"emb_params": torch.ones(2, 2), "<s1>": torch.ones(2)}
@@ -611,24 +614,12 @@ def from_addon(rng: random.Random) -> Input:
         tensor = tensors.pop(key)
         if rng.random() < 0.5:
             shape = tuple(rng.choice((0, 1, 2, 3, 4, 32, 768)) for _ in range(rng.randrange(5)))
-            kind = rng.choice(
-                (torch.float32, torch.float16, torch.int8, torch.bool, torch.float8_e4m3fn, torch.float64)
-            )
-            tensor = torch.zeros(shape).to(kind)
+            kinds = (torch.float32, torch.float16, torch.int8, torch.bool, torch.float8_e4m3fn, torch.float64)
+            tensor = torch.zeros(shape[:1] if math.prod(shape) > 1_000_000 else shape, dtype=rng.choice(kinds))
         if rng.random() < 0.2:
             tensor = tensor.to(torch.float32) * rng.choice((float("nan"), float("inf"), 1e38))
         if rng.random() < 0.4:
-            ends = (
-                ".lora_A.weight",
-                ".alpha",
-                ".lora_mid.weight",
-                ".hada_w1_a",
-                ".dora_scale",
-                ".weight",
-                "x",
-                "." * 90,
-            )
-            key = key.rsplit(".", 2)[0] + rng.choice(ends)
+            key = key.rsplit(".", 2)[0] + rng.choice(ENDS)
         for _ in range(rng.choice((0, 1, 1, 1, 2))):
             tensors[key] = tensor.clone()
             key = "lora_unet_" + key
