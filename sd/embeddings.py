@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoints.checkpoint import CheckpointError, load_checkpoint
+from .checkpoints.checkpoint import CheckpointError, load_checkpoint, naming
 from .tokenizer import Tokenizer
 
 PARAMETERS = "string_to_param."  # what the reader of pickles puts before the names in there
@@ -41,48 +41,41 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
     Raises CheckpointError, in one line, for a file that is no embedding, or one for another model.
     """
     path = Path(path)
-    with load_checkpoint(path) as file:
-        try:
-            if {"clip_g", "clip_l"} <= set(file):
-                raise CheckpointError("an embedding for SDXL, which is not supported: Stable Diffusion 1.x and 2.x are")
-            shapes = {key: file.shape(key) for key in file}
-            bad = [key for key, shape in shapes.items() if len(shape) not in (1, 2) or 0 in shape]
-            if bad or len(shapes) > MAX_WORDS or any("lora" in key for key in shapes):
-                few = (
-                    f"{bad[0]} is {'x'.join(map(str, shapes[bad[0]]))}"
-                    if bad
-                    else f"{len(shapes)} tensors, {next(iter(shapes))}, ..."
-                )
+    with load_checkpoint(path) as file, naming(path):
+        if {"clip_g", "clip_l"} <= set(file):
+            raise CheckpointError("an embedding for SDXL, which is not supported: Stable Diffusion 1.x and 2.x are")
+        shapes = {key: file.shape(key) for key in file}
+        bad = [key for key, shape in shapes.items() if len(shape) not in (1, 2) or 0 in shape]
+        if bad or len(shapes) > MAX_WORDS or any("lora" in key for key in shapes):
+            few = (
+                f"{bad[0]} is {'x'.join(map(str, shapes[bad[0]]))}"
+                if bad
+                else f"{len(shapes)} tensors, {next(iter(shapes))}, ..."
+            )
+            raise CheckpointError(f"no embedding ({few}): a checkpoint is given with --ckpt, a LoRA file with --lora")
+        if word is not None and len(shapes) > 1:
+            raise CheckpointError(f"holds {len(shapes)} words ({', '.join(list(shapes)[:5])}): give none of your own")
+        found = {}
+        for key, shape in shapes.items():
+            if shape[-1] != width:
+                family = FAMILIES.get(shape[-1], "another model")
                 raise CheckpointError(
-                    f"no embedding ({few}): a checkpoint is given with --ckpt, a LoRA file with --lora"
+                    f"an embedding for {family}: its vectors are {shape[-1]} wide, this model's {width}"
                 )
-            if word is not None and len(shapes) > 1:
-                raise CheckpointError(
-                    f"holds {len(shapes)} words ({', '.join(list(shapes)[:5])}): give none of your own"
-                )
-            found = {}
-            for key, shape in shapes.items():
-                if shape[-1] != width:
-                    family = FAMILIES.get(shape[-1], "another model")
-                    raise CheckpointError(
-                        f"an embedding for {family}: its vectors are {shape[-1]} wide, this model's {width}"
-                    )
-                name = word or key.removeprefix(PARAMETERS)
-                if word is None and len(shapes) == 1 and (name in NAMELESS or key.startswith(PARAMETERS)):
-                    name = path.stem
-                if not name.isprintable() or len(name) > MAX_LETTERS:
-                    raise CheckpointError(f"{name[:50]!r} is no word; give one (word=..., --embedding FILE:WORD)")
-                if len(shape) == 2 and shape[0] > room:
-                    raise CheckpointError(f"{name!r} has {shape[0]} vectors, but a prompt has room for {room}")
-                vectors = file[key].reshape(-1, width)
-                whole = not vectors.is_floating_point()
-                vectors = vectors.float()
-                if whole or not vectors.isfinite().all():
-                    raise CheckpointError(f"{key} holds numbers that are not finite, or whole numbers: a damaged file")
-                found[name] = vectors
-            return found
-        except ValueError as error:
-            raise error if str(error).startswith(str(path)) else CheckpointError(f"{path}: {error}") from None
+            name = word or key.removeprefix(PARAMETERS)
+            if word is None and len(shapes) == 1 and (name in NAMELESS or key.startswith(PARAMETERS)):
+                name = path.stem
+            if not name.isprintable() or len(name) > MAX_LETTERS:
+                raise CheckpointError(f"{name[:50]!r} is no word; give one (word=..., --embedding FILE:WORD)")
+            if len(shape) == 2 and shape[0] > room:
+                raise CheckpointError(f"{name!r} has {shape[0]} vectors, but a prompt has room for {room}")
+            vectors = file[key].reshape(-1, width)
+            whole = not vectors.is_floating_point()
+            vectors = vectors.float()
+            if whole or not vectors.isfinite().all():
+                raise CheckpointError(f"{key} holds numbers that are not finite, or whole numbers: a damaged file")
+            found[name] = vectors
+        return found
 
 
 class WordTable(nn.Embedding):

@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from .checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming
 from .checkpoints.keys import UNET, diffusers_sources, original_sources
 from .config import Config
 from .lora import Lora, Pair, Place
@@ -77,11 +77,8 @@ def read_lora(path: str | os.PathLike[str], config: Config, networks: Mapping[st
         for key, weight in networks[network].named_parameters()
         if key.endswith(".weight") and weight.dim() > 1 and key not in ("token.weight", "position.weight")
     }
-    with load_checkpoint(path) as file:
-        try:
-            return Lora(_name(path), dict(_pairs(file, config, shapes)))
-        except ValueError as error:
-            raise error if str(error).startswith(str(path)) else CheckpointError(f"{path}: {error}") from None
+    with load_checkpoint(path) as file, naming(path):
+        return Lora(_name(path), dict(_pairs(file, config, shapes)))
 
 
 def _name(path: Path) -> str:
