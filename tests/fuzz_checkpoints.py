@@ -1,6 +1,6 @@
 """Read very many damaged files, each within limits, and say what happened.
 
-    python tests/fuzz_checkpoints.py --count 200000         # an hour or so; the test suite reads a few thousand
+    python tests/fuzz_checkpoints.py --count 200000         # ten minutes of one core; the tests read 2,000
     python tests/fuzz_checkpoints.py --only 1234 --keep .   # one input again, and its files
 
 Files of every kind are made by fuzz_inputs.py and read as their owner would: opened, looked at (`convert.py --info`),
