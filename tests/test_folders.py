@@ -278,6 +278,28 @@ def test_other_pipelines_are_refused_by_name(folder, name, words):
 
 
 @pytest.mark.parametrize(
+    "name, words",
+    [
+        ("StableDiffusion3Pipeline", "Stable Diffusion 3"),
+        ("FluxPipeline", "Flux"),
+        ("PixArtAlphaPipeline", "PixArtAlpha"),
+    ],
+)
+def test_other_pipelines_have_no_u_net(folder, name, words):
+    """What denoises in them is a transformer/; what is left in the folder are a VAE and a text encoder, or nothing."""
+    edit(folder / "model_index.json", _class_name=name)
+    (folder / "unet").rename(folder / "transformer")
+    assert words in refusal(folder)
+    with load_checkpoint(folder) as checkpoint, pytest.raises(CheckpointError, match=words):
+        identify(checkpoint, TINY)
+    shutil.rmtree(folder / "vae")
+    shutil.rmtree(folder / "text_encoder")
+    assert words in refusal(folder)
+    edit(folder / "model_index.json", _class_name="StableDiffusionPipeline")
+    assert "no weights of a U-Net, a VAE or a text encoder" in refusal(folder)
+
+
+@pytest.mark.parametrize(
     "file, changes, words",
     [
         ("unet/config.json", {"in_channels": 5}, "depth-to-image"),

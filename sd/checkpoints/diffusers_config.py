@@ -29,15 +29,24 @@ OTHER_PIPELINES = {
 }  # fmt: skip
 
 
+def refuse_other_pipelines(configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise CheckpointError, by name, for a folder whose model_index.json says that it is another model.
+
+    Many of them have no U-Net, but a VAE and a text encoder that are named as those of Stable Diffusion.
+    """
+    pipeline = str(configs.get("index", {}).get("_class_name") or "")
+    for part, name in OTHER_PIPELINES.items():
+        if part in pipeline:
+            raise CheckpointError(f"this is {_an(name)} model ({pipeline:.100}), which is not supported")
+    if pipeline and "StableDiffusion" not in pipeline and "unet" not in configs:
+        raise CheckpointError(f"this is another model ({pipeline:.100}), which is not supported")
+
+
 def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
     """The config that a folder's JSON files describe; at least "unet" is among them.
 
-    What a file leaves out has diffusers' default. Raises CheckpointError, by name, for what is another model.
+    What a file leaves out has diffusers' default. Raises CheckpointError for what is not known here.
     """
-    pipeline = str(configs.get("index", {}).get("_class_name", ""))
-    for part, name in OTHER_PIPELINES.items():
-        if part in pipeline:
-            raise CheckpointError(f"this is {_an(name)} model ({pipeline}), which is not supported")
     with _described():
         unet = _unet(configs["unet"])
         vae = vae_from_diffusers(configs["vae"]) if "vae" in configs else VAEConfig()

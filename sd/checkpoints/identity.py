@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config import MODELS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, Config, ScheduleConfig
 from .checkpoint import CheckpointError, shapes
-from .diffusers_config import from_diffusers
+from .diffusers_config import from_diffusers, refuse_other_pipelines
 from .layouts import AVERAGE, TOKENS, Layout, find_layouts, first_convolution
 from .other_models import NOT_SUPPORTED, OTHER_CONTEXTS, OTHER_INPUTS, refuse_others
 from .prediction import decide, predicting, read_beside, read_table, stored_schedule
@@ -70,6 +70,8 @@ def identify(tensors: Mapping[str, Tensor], config: Config | None = None, predic
     """
     if prediction not in (None, "eps", "v"):
         raise ValueError(f"unknown prediction {prediction!r}, expected eps or v")
+    configs = getattr(tensors, "configs", {})
+    refuse_other_pipelines(configs)
     if config is not None:
         return _as_given(tensors, predicting(config, prediction))
     metadata = getattr(tensors, "metadata", {})
@@ -82,7 +84,6 @@ def identify(tensors: Mapping[str, Tensor], config: Config | None = None, predic
         said, why = (prediction, "as given") if prediction else read_beside(tensors)[:2]
         return Identity(predicting(config, said), reason=why if said else "")
     found = shapes(tensors)
-    configs = getattr(tensors, "configs", {})
     refuse_others(found)
     layouts = find_layouts(found)
     if "unet" in configs:
@@ -122,6 +123,8 @@ def _check_unet(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layo
     )
     if half:
         raise CheckpointError(f"this is half of a VAE ({half}), which is not supported: give a whole one")
+    if not found:
+        raise CheckpointError("no weights of a U-Net, a VAE or a text encoder in it: download the folder again")
     some = ", ".join(list(found)[:3])
     raise CheckpointError(f"no Stable Diffusion U-Net among its {len(found)} tensors ({some}, ...)")
 
