@@ -125,6 +125,14 @@ def test_what_a_file_says(name, said, prediction, word):
         ("a.json", json.dumps({"v_parameterization": True}), "v", False),
         ("a.json", json.dumps({"description": "a prediction", "sd version": "SD 2"}), None, False),
         ("a.json", "not json", None, False),
+        # what is said to people, or of nothing
+        ("a.json", json.dumps({"notes": "prediction_type: see below, zsnr: true\nprediction_type: v"}), None, False),
+        ("a.yaml", "description: its parameterization: v, they say", None, False),
+        ("a.json", json.dumps({"prediction_type": None, "inner": [{"parameterization": "V"}]}), "v", False),
+        ("a.yaml", f"parameterization: null\n{YAML_V}", "v", False),
+        ("a.yaml", "model: {params: {x: 1, 'parameterization': 'v'}}", "v", False),
+        ("a.json", json.dumps({"modelspec.prediction_type": "epsilon"}), "eps", False),
+        ("a.json", "[" * 100_000, None, False),
     ],
 )
 def test_sidecars(tmp_path, name, text, prediction, zero):

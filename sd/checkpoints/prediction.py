@@ -13,9 +13,10 @@ noise. So it is asked for, in this order, and the answer comes with its reason:
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,10 @@ PREDICTIONS = {
     "eps": "eps", "epsilon": "eps", "noise": "eps",
 }  # fmt: skip
 MAX_SIDECAR = 1 << 20  # bytes
+SAY_PREDICTION = ("parameterization", "prediction_type", PREDICTION_KEY, "v_parameterization")  # entries of sidecars
+SAY_ZERO_SNR = ("rescale_betas_zero_snr", "zero_terminal_snr", "zsnr", "ztsnr")
+# an entry at the beginning of a line or of a {...}: its name, and the first word of its value
+YAML_ENTRY = re.compile(r"""(?:^[ \t-]*|[{,][ \t]*)["']?([\w.]+)["']?[ \t]*[:=][ \t]*["']?([\w-]+)""", re.MULTILINE)
 
 
 def predicting(config: Config, prediction: str | None) -> Config:
@@ -116,23 +121,40 @@ def read_beside(tensors: Mapping[str, Tensor]) -> tuple[str | None, str, bool]:
 def read_sidecar(path: Path) -> tuple[str | None, bool]:
     """The prediction ("eps", "v" or None) and whether terminal SNR is zero, in a .yaml or .json about a checkpoint.
 
-    Two entries are looked for, line by line, so no YAML needs to be understood. An original YAML that does not say
+    Only entries count, not what notes for people say: other programs keep a model's description in such a file. Of a
+    YAML single lines are looked at, so none needs to be understood. An original YAML that does not say
     `parameterization` means eps: it is the default of the original's classes. Raises CheckpointError for "x0".
     """
     with open(path, "rb") as file:
         text = file.read(MAX_SIDECAR).decode("utf-8", "replace")
-    if path.suffix != ".json":
+    if path.suffix == ".json":
+        try:
+            entries = list(_entries(json.loads(text.removeprefix("\ufeff"))))
+        except (ValueError, RecursionError):  # nothing that could be meant for us
+            entries = []
+    else:
         text = re.sub(r"#.*", "", text)
-    entry = r"""(?:^|[\s{,])["']?(?:%s)["']?\s*[:=]\s*["']?([\w-]+)"""
-    said = re.search(entry % "parameterization|prediction_type|v_parameterization", text)
-    zero = re.search(entry % "rescale_betas_zero_snr|zero_terminal_snr|zsnr|ztsnr", text)
-    is_zero = zero is not None and zero[1].lower() == "true"
+        entries = [(match[1], match[2].lower()) for match in YAML_ENTRY.finditer(text)]
+    said = next((word for name, word in entries if name in SAY_PREDICTION and word not in ("", "null", "none")), None)
+    is_zero = next((word == "true" for name, word in entries if name in SAY_ZERO_SNR), False)
     if said is None:
         return ("eps" if re.search(r"target:\s*ldm\.[\w.]{1,100}Diffusion\b", text) else None), is_zero
-    word = {"true": "v", "false": "eps"}.get(said[1].lower(), said[1].lower())
+    word = {"true": "v", "false": "eps"}.get(said, said)
     if word not in PREDICTIONS:
         raise CheckpointError(f"{path.name} beside it says that it predicts {word!r:.50}: only eps and v are supported")
     return PREDICTIONS[word], is_zero
+
+
+def _entries(content: object) -> Iterator[tuple[str, str]]:
+    """The entries of a JSON document that are plain values, those of inner objects too: name and lower-case text."""
+    if isinstance(content, list):
+        for item in content:
+            yield from _entries(item)
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if isinstance(value, (dict, list)):
+            yield from _entries(value)
+        else:
+            yield name, json.dumps(value).strip('"').lower()
 
 
 def _inside(tensors: Mapping[str, Tensor]) -> tuple[str | None, str]:
