@@ -102,7 +102,7 @@ def find_all(args: argparse.Namespace, opened: Mapping[str, Checkpoint]) -> tupl
             cpu = torch.device("cpu")
             found = probed(found, load_weights(build(config)["unet"], states["unet"], cpu, best_dtype(cpu)))
         config = like(found.config, config)
-    for line in (*main.notes, *describe(main, found, weights)):
+    for line in (*main.notes, *describe(main, found, weights, config)):
         print(line)
     return config, {name: states[name] for name in (*NETWORKS, AVERAGE) if name in states}
 

@@ -10,25 +10,39 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .checkpoints.checkpoint import Checkpoint, CheckpointError, printable
-from .checkpoints.convert import describe_weights, shape_text
-from .checkpoints.diffusers_config import vae_from_diffusers
-from .checkpoints.identity import CONFIG_KEY, Identity, damaged_position_ids
+from .checkpoints.checkpoint import Checkpoint, CheckpointError, printable, shapes
+from .checkpoints.convert import FLAGS, NAMES, describe_weights, shape_text
+from .checkpoints.diffusers_config import check_text_encoder, vae_from_diffusers
+from .checkpoints.identity import CONFIG_KEY, Identity, damaged_position_ids, with_vocabulary
+from .checkpoints.layouts import find_layouts
+from .checkpoints.other_models import is_sdxl, refuse_others
 from .checkpoints.prediction import predicting, probe
-from .config import Config
+from .config import Config, TextConfig
 from .text_encoder import TextEncoder
 from .unet import UNet
 from .vae import VAE
 
 
 def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
-    """The config with the VAE or text encoder that another file holds, where that says what it is."""
+    """The config with the VAE or text encoder that another file holds: what that says of it, and its vocabulary.
+
+    Raises CheckpointError for a file without that network, or with one that does not go with the model.
+    """
+    found, layouts = shapes(tensors), find_layouts(tensors)
+    if network not in layouts:
+        refuse_others(found)
+        raise CheckpointError(f"the file has no {NAMES[network]}: give another one with {FLAGS[network]}")
     written, folder = tensors.metadata.get(CONFIG_KEY), tensors.configs.get(network)
-    if network == "vae" and written is not None:
+    if network == "text_encoder":
+        if folder is not None:
+            check_text_encoder(folder, config.text)
+        plain = replace(config, text=replace(config.text, vocab=TextConfig().vocab))
+        return with_vocabulary(plain, found, layouts)
+    if is_sdxl(found):
+        raise CheckpointError("the VAE of an SDXL model, which makes other latents: give another one with --vae")
+    if written is not None:
         return replace(config, vae=Config.from_json(written).vae)
-    if network == "vae" and folder is not None:
-        return replace(config, vae=vae_from_diffusers(folder))
-    return config
+    return config if folder is None else replace(config, vae=vae_from_diffusers(folder))
 
 
 def like(known: Config, config: Config) -> Config:
@@ -47,8 +61,8 @@ def probed(found: Identity, unet: nn.Module) -> Identity:
     )
 
 
-def describe(tensors: Checkpoint, found: Identity, weights: str) -> list[str]:
-    """What was found out about a file and chosen, one line each."""
+def describe(tensors: Checkpoint, found: Identity, weights: str, config: Config) -> list[str]:
+    """What was found out about a file and chosen, one line each; `config` is with the parts of other files."""
     lines = [f"predicts {found.config.schedule.prediction}: {found.reason}"] if found.reason else []
     if taken := describe_weights(tensors, weights):
         lines.append(taken)
@@ -56,6 +70,9 @@ def describe(tensors: Checkpoint, found: Identity, weights: str) -> list[str]:
         lines.append(
             f"{damaged} is damaged, as merging does; it is not used here, but other programs may misread prompts"
         )
+    scale, usual = config.vae.scale, found.config.vae.scale
+    if scale != usual:
+        lines.append(f"the VAE that is given has the scale {scale:g}, the model's own {usual:g}: it may not fit")
     return list(map(printable, lines))
 
 

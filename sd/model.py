@@ -140,7 +140,7 @@ class Model:
             if not found.decided:
                 found = probed(found, networks["unet"])
                 config = like(found.config, config)
-            about = [*main.notes, *describe(main, found, weights)]
+            about = [*main.notes, *describe(main, found, weights, config)]
         return cls(config, **networks, about=about)
 
     @cached_property

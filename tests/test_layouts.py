@@ -230,10 +230,17 @@ def test_the_other_file_is_really_taken(tiny_files):
         ("no-text.safetensors", {}, "the file has no text encoder: give it with --text-encoder"),
         ("unet.safetensors", {}, "no text encoder and no vae: give it with --text-encoder and --vae"),
         ("unet.safetensors", {"vae": "vae.ckpt"}, "no text encoder: give it with --text-encoder"),
-        ("no-vae.safetensors", {"vae": "text.safetensors"}, "text.safetensors: the file has no vae"),
+        ("no-vae.safetensors", {"vae": "text.safetensors"}, "text.safetensors: the file has no vae: give another one"),
+        ("whole.safetensors", {"vae": "lora.safetensors"}, "lora.safetensors: this is a LoRA"),
+        ("whole.safetensors", {"text_encoder": "emb.safetensors"}, "emb.safetensors: this is a textual inversion"),
+        ("whole.safetensors", {"vae": "sdxl.safetensors"}, "sdxl.safetensors: the VAE of an SDXL model"),
     ],
 )
 def test_what_is_missing_is_said_with_the_option_that_gives_it(tiny_files, main, given, words):
+    save_file({"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, tiny_files / "lora.safetensors")
+    save_file({"emb_params": torch.ones(2, 64)}, tiny_files / "emb.safetensors")
+    xl = {**only(tiny_state(), VAE, VAE), "conditioner.embedders.1.model.ln_final.weight": torch.ones(1280)}
+    save_file(xl, tiny_files / "sdxl.safetensors")
     others = {name: tiny_files / file for name, file in given.items()}
     with pytest.raises(CheckpointError, match=re.escape(words)):
         StableDiffusion.load(tiny_files / main, config=TINY, device="cpu", dtype="float32", **others)
@@ -272,8 +279,11 @@ def test_a_vae_says_its_scale(tiny_files):
     save_file(own, tiny_files / "own.safetensors", {"sd.config": config.to_json()})
     whole = tiny_files / "whole.safetensors"
     options = {"config": TINY, "device": "cpu", "dtype": "float32"}
-    assert StableDiffusion.load(whole, vae=tiny_files / "own.safetensors", **options).vae.config.scale == 0.5
-    assert StableDiffusion.load(whole, vae=tiny_files / "vae.ckpt", **options).vae.config.scale == 0.18215
+    other = StableDiffusion.load(whole, vae=tiny_files / "own.safetensors", **options)
+    assert other.vae.config.scale == 0.5
+    assert "the VAE that is given has the scale 0.5, the model's own 0.18215: it may not fit" in other.about
+    same = StableDiffusion.load(whole, vae=tiny_files / "vae.ckpt", **options)
+    assert same.vae.config.scale == 0.18215 and not any("scale" in line for line in same.about)
 
 
 # ---------------------------------------------------------------------------------------------------- EMA, words, ids
@@ -316,6 +326,19 @@ def test_added_words_are_kept():
     tokens = torch.cat([tiny_state()[key], torch.ones(2, 64)])
     states = convert({**tiny_state(), key: tokens}, large)
     assert torch.equal(to_original(states, large)[key], tokens)
+
+
+@pytest.mark.parametrize("words", [(49410, 49408), (49408, 49410), (49410, 49411)])
+def test_the_vocabulary_is_that_of_the_text_encoder_that_is_taken(tmp_path, words):
+    """Not that of the checkpoint whose text encoder is left out."""
+    key = f"{CLIP}embeddings.token_embedding.weight"
+    for name, rows in zip("ab", words, strict=True):
+        more = torch.full((rows - 49408, 64), 2.0)
+        save_file({**tiny_state(), key: torch.cat([tiny_state()[key], more])}, tmp_path / f"{name}.safetensors")
+    config = replace(TINY, text=replace(TINY.text, vocab=words[0]))
+    options = {"config": config, "device": "cpu", "dtype": "float32", "text_encoder": tmp_path / "b.safetensors"}
+    model = StableDiffusion.load(tmp_path / "a.safetensors", **options)
+    assert model.config.text.vocab == len(model.text_encoder.token.weight) == words[1]
 
 
 @pytest.mark.parametrize(

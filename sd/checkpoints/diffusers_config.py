@@ -161,6 +161,12 @@ def _text(configs: Mapping[str, Mapping[str, Any]], unet: UNetConfig) -> TextCon
     )
 
 
+def check_text_encoder(raw: Mapping[str, Any], text: TextConfig) -> None:
+    """Refuse a text encoder of the right shapes that computes something else, by its `text_encoder/config.json`."""
+    expected = {"hidden_act": text.activation, "num_attention_heads": text.heads, "layer_norm_eps": 1e-5}
+    _check_supported("text_encoder", raw, expected)
+
+
 def _check_supported(part: str, raw: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     for key, value in expected.items():
         if key in raw and raw[key] is not None and raw[key] != value:

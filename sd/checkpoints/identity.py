@@ -89,7 +89,7 @@ def identify(tensors: Mapping[str, Tensor], config: Config | None = None, predic
     if "unet" in configs:
         config = from_diffusers(configs)
     _check_unet(found, layouts)
-    config = _with_vocabulary(config or _by_shapes(found, layouts), found, layouts)
+    config = with_vocabulary(config or _by_shapes(found, layouts), found, layouts)
     return Identity(*decide(tensors, config, prediction, by_folder="unet" in configs))
 
 
@@ -124,7 +124,7 @@ def _check_unet(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layo
     if half:
         raise CheckpointError(f"this is half of a VAE ({half}), which is not supported: give a whole one")
     if not found:
-        raise CheckpointError("no weights of a U-Net, a VAE or a text encoder in it: download the folder again")
+        raise CheckpointError("no Stable Diffusion U-Net: no weights at all are in it; download it again")
     some = ", ".join(list(found)[:3])
     raise CheckpointError(f"no Stable Diffusion U-Net among its {len(found)} tensors ({some}, ...)")
 
@@ -161,7 +161,7 @@ def _by_shapes(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layou
     return known[channels, context]
 
 
-def _with_vocabulary(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> Config:
+def with_vocabulary(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> Config:
     """The config with as many tokens as the file has: fine-tuning adds words behind CLIP's own."""
     layout = layouts.get("text_encoder")
     if layout is None:

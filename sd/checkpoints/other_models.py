@@ -11,6 +11,7 @@ from .checkpoint import CheckpointError
 NOT_SUPPORTED = "which is not supported: Stable Diffusion 1.x and 2.x are"
 ADDITION = "an addition to a checkpoint, not a checkpoint"
 EMBEDDING = f"this is a textual inversion embedding, {ADDITION}: give it with --embedding"
+SDXL = r"^conditioner\.embedders\.1\.|add_embedding\.linear_1"
 OTHERS: tuple[tuple[str, str], ...] = (
     (r"bitsandbytes__|\.quant_state|\.absmax$|\.qweight$|\.scales$", "this file is quantised, which is not supported"),
     (r"lora_|\.lora\.|_lora\.|\.hada_w|\.lokr_w|\.oft_", f"this is a LoRA, {ADDITION}: give it with --lora"),
@@ -19,7 +20,7 @@ OTHERS: tuple[tuple[str, str], ...] = (
     (r"^control_model\.|controlnet_|^adapter\.body|^input_hint_block", f"this is a ControlNet or adapter, {ADDITION}"),
     (r"^image_proj\.|^ip_adapter\.", f"this is an IP-Adapter, {ADDITION}"),
     (r"motion_modules\.", f"this is a motion module (AnimateDiff), {ADDITION}"),
-    (r"^conditioner\.embedders\.1\.|add_embedding\.linear_1", f"this is an SDXL model, {NOT_SUPPORTED}"),
+    (SDXL, f"this is an SDXL model, {NOT_SUPPORTED}"),
     (r"joint_blocks\.\d+\.|^transformer\.joint_", f"this is an SD3 model, {NOT_SUPPORTED}"),
     (r"double_blocks\.\d+\.|single_transformer_blocks\.\d+\.", f"this is a Flux model, {NOT_SUPPORTED}"),
     (r"time_stack\.|temporal_transformer_blocks", f"this is a video model, {NOT_SUPPORTED}"),
@@ -33,6 +34,11 @@ OTHERS: tuple[tuple[str, str], ...] = (
 )  # fmt: skip
 OTHER_INPUTS = {5: "a depth-to-image", 7: "an upscaling", 8: "an instruct-pix2pix"}
 OTHER_CONTEXTS = {1280: "LDM text2img-large or an SDXL refiner", 2048: "an SDXL"}
+
+
+def is_sdxl(found: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether this is an SDXL model, of which the VAE has the names and shapes of Stable Diffusion's."""
+    return any(re.search(SDXL, key) for key in found)
 
 
 def refuse_others(found: Mapping[str, tuple[int, ...]]) -> None:
