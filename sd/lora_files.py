@@ -299,8 +299,12 @@ def _setting(settings: Mapping[str, Any], name: str, place: Place, rank: int) ->
     alpha = get("lora_alpha")
     patterns = get("alpha_pattern")
     for layer, own in patterns.items() if isinstance(patterns, dict) else ():
+        if not re.fullmatch(r"[\w.-]+", layer):  # PEFT takes any regular expression
+            what = f"the settings of its adapter have the pattern {layer!r:.50}"
+            raise CheckpointError(f"{what}, which is not supported: expected the name of a layer")
         if name == layer or name.endswith(f".{layer}"):
             alpha = own
+            break  # as PEFT: the first that fits
     if alpha is None:
         return float(rank), False
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or abs(alpha) > 1e6:

@@ -209,7 +209,7 @@ def test_alpha_of_the_whole_file(model, tmp_path):
 
 @pytest.mark.parametrize("where", ["metadata", "beside"])
 def test_alpha_of_peft(where, model, tmp_path):
-    settings = {"r": RANK, "lora_alpha": 2, "alpha_pattern": {"attn2.to_q": 6.0}, "use_rslora": False}
+    settings = {"r": RANK, "lora_alpha": 2, "alpha_pattern": {"attn2.to_q": 6.0, "to_q": 2}, "use_rslora": False}
     tensors, deltas = lora_file("diffusers", alpha=None)
     if where == "metadata":
         settings = {
@@ -223,6 +223,15 @@ def test_alpha_of_peft(where, model, tmp_path):
     model.add_lora(file)
     scale = {place: 6 / RANK if path(place).endswith("attn2.to_q") else 2 / RANK for place in TINY_PLACES}
     check(model, before, {place: scale[place] * delta for place, delta in deltas.items()})
+
+
+def test_patterns_of_peft_that_are_no_names_are_refused(model, tmp_path):
+    """They may be any regular expression; one that is passed over would be the wrong strength, silently."""
+    settings = {"unet.lora_alpha": 2, "unet.alpha_pattern": {r"^down_blocks\..*to_q": 6.0}}
+    tensors, _ = lora_file("diffusers", alpha=None)
+    file = saved(tmp_path, tensors, metadata={"lora_adapter_metadata": json.dumps(settings)})
+    with pytest.raises(CheckpointError, match=r"have the pattern .* expected the name of a layer"):
+        model.add_lora(file)
 
 
 def test_rank_stabilised(model, tmp_path):
