@@ -55,13 +55,9 @@ def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
         size = (max(size) if isinstance(size, list) else int(size)) * vae.factor
         schedule = schedule_from_diffusers(configs.get("scheduler", {}))
         config = Config("diffusers model", size, text=text, vae=vae, unet=unet, schedule=schedule)
-    parts = ("text", "vae", "unet")
-    same = [
-        known
-        for known in MODELS.values()
-        if all(getattr(known, part) == getattr(config, part) for part in parts)
-        and known.schedule.prediction == config.schedule.prediction
-    ]
+    sizes = (replace(text, vocab=TextConfig().vocab), vae, unet)  # fine-tuning may have added words
+    same = [known for known in MODELS.values() if (known.text, known.vae, known.unet) == sizes]
+    same.sort(key=lambda known: known.schedule.prediction != schedule.prediction)  # there are SD 1.x that predict v
     return replace(config, name=same[0].name, guidance=same[0].guidance) if same else config
 
 
