@@ -208,6 +208,7 @@ def test_modules_and_parameters(tmp_path, kind, protocol):
         pytest.param(lambda state: {"state_dict": state, "epoch": 3}, id="Lightning"),
         pytest.param(lambda state: {"state_dict": {"state_dict": state}}, id="nested twice"),
         pytest.param(lambda state: {"model": state, "optimizer": {"lr": 0.1}}, id="model"),
+        pytest.param(lambda state: {"rng_state": torch.zeros(9), "model": state, "ema": state}, id="rng_state beside"),
         pytest.param(lambda state: {"ema": state, "step": 5}, id="ema"),
         pytest.param(lambda state: {f"module.{key}": tensor for key, tensor in state.items()}, id="DDP"),
         pytest.param(lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}}, id="DDP, Lightning"),

@@ -262,8 +262,9 @@ def _contents(content: object, place: Callable[[str], Place]) -> Contents:
 
     tensors = _tensors(content)
     for name in ("model", "ema"):
-        if not tensors and isinstance(content, dict):
-            tensors = _tensors(content.get(name))
+        inner = _tensors(content.get(name)) if isinstance(content, dict) else {}
+        if len(inner) > len(tensors):  # trainers put a few tensors beside it: a step, the state of a generator
+            tensors = inner
     if not tensors and isinstance(content, dict):
         tensors = _parameters(content, "string_to_param")
     if not tensors:
