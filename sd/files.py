@@ -76,8 +76,11 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 def remove_partial(folder: Path) -> None:
     """Remove what programs that were killed while they wrote have left in a folder that nobody writes to now."""
-    for partial in folder.rglob(".*.????????.part"):
-        partial.unlink(missing_ok=True)
+    for partial in list(folder.rglob(".*.????????.part")):
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager

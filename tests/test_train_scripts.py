@@ -259,6 +259,7 @@ def test_kill_9_while_saving_never_loses_the_state_before(tmp_path):
 def test_what_killed_programs_left_is_removed_at_the_next_start(new, photos, start, tmp_path):
     assert start(train, "--data", photos, *new, "--samples", 0, "--steps", 1, "--out", tmp_path)[0] == 0
     (tmp_path / ".state.pt.0123abcd.part").write_bytes(b"half")
+    (tmp_path / ".model.0123abcd.part" / "unet").mkdir(parents=True)  # of convert.py --layout diffusers
     assert start(train, "--out", tmp_path, "--resume", "--steps", 2)[0] == 0
     assert not list(tmp_path.glob(".*.part"))
 
