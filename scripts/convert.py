@@ -69,10 +69,15 @@ def work(args: argparse.Namespace) -> None:
     if args.info:
         if args.output is not None:
             raise ValueError("--info writes nothing: leave out the output")
+        others = ("dtype", "keep_ema", "prediction", "vae", "text_encoder")
+        if given := [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)]:
+            raise ValueError(f"--info says what is in the input, as it is: leave out {', '.join(given)}")
         with sd.load_checkpoint(args.input, args.variant) as checkpoint, naming(args.input):
             config = None if args.model == "auto" else sd.MODELS[args.model]
             print("\n".join(census(checkpoint, config, sha256=args.sha256 or None).lines()))
         return
+    if args.sha256:
+        raise ValueError("--sha256 goes with --info: leave it out")
     if args.output is None:
         raise ValueError("give the name of the file to write behind the input, or --info")
     # here, as it imports torch, which takes longer than --info

@@ -192,12 +192,15 @@ def test_what_cannot_be_written(tmp_path, capsys):
         (("folder",), "only .safetensors"),
         ((), "give the name of the file to write"),
         (("b.safetensors", "--info"), "--info writes nothing"),
+        (("b.safetensors", "--sha256"), "--sha256 goes with --info"),
         (("no/folder", "--layout", "diffusers"), "no such folder"),
     ):
         out = [tmp_path / args[0], *args[1:]] if args else []
         run(tmp_path / "a.safetensors", *out, "--model", "tiny-v1", status=1)
         err = capsys.readouterr().err.splitlines()
         assert len(err) == 1 and words in err[0], err
+    run(tmp_path / "a.safetensors", "--info", "--vae", "gone", "--keep-ema", "--dtype", "float16", status=1)
+    assert "as it is: leave out --dtype, --keep-ema, --vae" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "taken"]
 
 
