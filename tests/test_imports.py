@@ -37,7 +37,8 @@ ALLOWED = {
     "training": {"config", "denoiser", "layers", "schedule", "text_encoder", "unet", "vae"},
     "loading": {
         "checkpoints.checkpoint", "checkpoints.convert", "checkpoints.diffusers_config", "checkpoints.identity",
-        "checkpoints.layouts", "checkpoints.other_models", "checkpoints.prediction", "config", "text_encoder", "unet", "vae",
+        "checkpoints.layouts", "checkpoints.other_models", "checkpoints.prediction", "config",
+        "text_encoder", "unet", "vae",
     },
     "model": {
         "checkpoints.checkpoint", "checkpoints.convert", "checkpoints.identity", "checkpoints.layouts", "config",
