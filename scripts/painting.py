@@ -349,7 +349,7 @@ def paint(args: argparse.Namespace, settings: Settings, make: Make, more: Mappin
     print(f"{model.config.name} on {model.device}, {dtype_name(model.dtype)}, first seed {args.seed}", flush=True)
     for line in model.about:
         print(line, flush=True)
-    if model.config.schedule.zero_snr and settings.spacing not in ("trailing", "linspace"):
+    if model.config.schedule.to_noise and settings.spacing not in ("trailing", "linspace"):
         warnings.warn(
             "this model is trained to begin at noise alone (zero terminal SNR), where this grid does not begin: "
             "--spacing trailing",

@@ -148,12 +148,16 @@ class ScheduleConfig:
             falls = all(1 > a > b >= 0 for a, b in pairwise(table)) if len(table) > 1 else 0 < table[0] < 1
             _check(falls, "ScheduleConfig.alpha_bar: not a noise schedule, which falls from below 1 towards 0")
             _check(not self.zero_snr, "ScheduleConfig: zero_snr rescales betas, alpha_bar is used as it is: give one")
-        to_noise = self.zero_snr or (self.alpha_bar is not None and self.alpha_bar[-1] < 1e-7)
         _check(
-            not to_noise or self.prediction == "v",
+            not self.to_noise or self.prediction == "v",
             "ScheduleConfig: at zero terminal SNR nothing of the picture is left, so eps says nothing about it: "
             "prediction must be v",
         )
+
+    @property
+    def to_noise(self) -> bool:
+        """Whether the last timestep is noise alone: zero terminal SNR, by `zero_snr` or by the table."""
+        return self.zero_snr or (self.alpha_bar is not None and self.alpha_bar[-1] < 1e-7)
 
 
 @dataclass(frozen=True)

@@ -240,6 +240,11 @@ def test_a_u_net_given_alone_predicts_what_its_folder_says(tmp_path, given):
         assert identify(checkpoint, eps).config.schedule.prediction == "eps"
         config, decided, reason = decide(checkpoint, eps, None, by_folder=False)
     assert decided and config.schedule.prediction == "v" and reason == "scheduler_config.json beside it says so"
+    # a checkpoint that someone keeps in a folder of its own in there is another model
+    (path / "others").mkdir()
+    shutil.copy(path / UNET_FILE, path / "others")
+    with load_checkpoint(path / "others" / Path(UNET_FILE).name) as checkpoint:
+        assert "beside" not in decide(checkpoint, eps, None, by_folder=False)[2]
 
 
 def test_the_scale_of_a_vae_folder_is_used(folder, tmp_path):

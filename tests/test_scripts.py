@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from scripts import convert, img2img, inpaint, output, txt2img
 from sd.checkpoints.export import to_own
 from sd.checkpoints.identity import CONFIG_KEY
+from sd.config import ScheduleConfig
+from sd.schedule import Schedule, to_zero_snr
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -382,9 +384,12 @@ def test_parts_that_cannot_be(paint, ckpt, tmp_path, capsys, given, words):
     assert files == []
 
 
-def test_a_model_that_begins_at_noise_alone(paint, ckpt, tmp_path):
+@pytest.mark.parametrize("table", [False, True])
+def test_a_model_that_begins_at_noise_alone(paint, ckpt, tmp_path, table):
     """Zero terminal SNR: the usual grid does not begin where the model does, and that is said."""
-    config = replace(TINY, schedule=replace(TINY.schedule, prediction="v", zero_snr=True))
+    alpha_bar = tuple(to_zero_snr(Schedule(ScheduleConfig(beta_end=0.02)).alpha_bar).tolist())
+    given = {"alpha_bar": alpha_bar} if table else {"zero_snr": True}
+    config = replace(TINY, schedule=replace(TINY.schedule, prediction="v", **given))
     path = tmp_path / "zero.safetensors"
     save_file(load_file(ckpt), path, {CONFIG_KEY: config.to_json()})
     _, _, err, _ = paint("a", model=path)

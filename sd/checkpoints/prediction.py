@@ -106,10 +106,10 @@ def read_beside(tensors: Mapping[str, Tensor]) -> tuple[str | None, str, bool]:
     path = getattr(tensors, "path", None)
     if path is None or "scheduler" in getattr(tensors, "configs", {}):
         return None, "", False
-    part = path if path.is_dir() else path.parent  # of a diffusers folder, which may be given alone
-    sidecars = [part.parent / "scheduler" / "scheduler_config.json"]
-    if not path.is_dir():
-        sidecars = [path.with_suffix(ending) for ending in (".yaml", ".yml", ".json")] + sidecars
+    sidecars = [] if path.is_dir() else [path.with_suffix(ending) for ending in (".yaml", ".yml", ".json")]
+    part = path if path.is_dir() else path.parent
+    if (part / "config.json").is_file():  # a part of a diffusers folder, given alone
+        sidecars.append(part.parent / "scheduler" / "scheduler_config.json")
     for sidecar in sidecars:
         if sidecar != path and sidecar.is_file():
             prediction, zero = read_sidecar(sidecar)
