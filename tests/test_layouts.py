@@ -316,6 +316,14 @@ def test_an_incomplete_average_is_not_taken():
         convert(partial, TINY, "ema")
 
 
+def test_a_short_name_stands_in_front_too(tmp_path, monkeypatch):
+    """Also where the message happens to begin with the same letter."""
+    monkeypatch.chdir(tmp_path)
+    save_file({"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, "t")
+    with pytest.raises(CheckpointError, match=r"^t: this is a LoRA"):
+        StableDiffusion.load("t", device="cpu")
+
+
 def test_added_words_are_kept():
     """DreamBooth and textual inversion enlarge the vocabulary; nobody types the new words, but a copy has them, too."""
     key = f"{CLIP}embeddings.token_embedding.weight"

@@ -78,7 +78,8 @@ class CheckpointError(ValueError):
 def named(path: str | os.PathLike[str], error: ValueError) -> ValueError:
     """The error with the file's name in front, unless it is there already."""
     message = str(error)
-    return error if message.startswith(str(path)) else CheckpointError(f"{path}: {message}")
+    there = (f"{path}: ", f"{path}{os.sep}")  # or that of a file in the folder
+    return error if message.startswith(there) else CheckpointError(f"{path}: {message}")
 
 
 @contextmanager
