@@ -1,7 +1,7 @@
 """How well a model of the painted world obeys: it paints captions of random scenes, and a judge checks what they say.
 
     python scripts/evaluate.py                                      the embedded model
-    python scripts/evaluate.py --ckpt outputs/pocket.safetensors --guidance 1 3 5 7.5 --json scores.json
+    python scripts/evaluate.py --ckpt outputs/pocket/model.safetensors --guidance 1 3 5 7.5 --json scores.json
     python scripts/evaluate.py --prompts 0                          the judge alone
 
 Seen prompts are captions of scenes whose combinations of kind, colour and ground occur in training; unseen ones say a

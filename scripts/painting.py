@@ -362,11 +362,10 @@ def paint(args: argparse.Namespace, settings: Settings, make: Make, more: Mappin
     done, kept = 0, []
     for prompt in prompts:
         said.clear()  # what is wrong with one prompt is said once, not for each of its pictures
-        if args.ckpt is None and (unknown := unknown_words(model, prompt, args.weighted_prompts, args.long_prompts)):
-            warnings.warn(
-                f"the embedded model does not know: {unknown} (its words: weights/README.md; another model: --ckpt)",
-                stacklevel=1,
-            )
+        if unknown := unknown_words(model, prompt, args.weighted_prompts, args.long_prompts):
+            who = "this model" if args.ckpt else "the embedded model"
+            hint = "" if args.ckpt else " (its words: weights/README.md; another model: --ckpt)"
+            warnings.warn(f"{who} does not know: {unknown}{hint}", stacklevel=1)
         for start in range(0, count, args.batch_size):
             seed = (args.seed + done) % (MAX_SEED + 1)
             recorder = StepRecorder(f"picture {done + 1} of {total}", model, args.save_steps)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,6 +152,8 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     if args.samples and not prompts:
         prompts = some_captions(args.samples, model, data)
 
+    if args.ckpt and not args.train_text and (unknown := models.unknown_words(model, data["ids"])):
+        warnings.warn(f"the model does not know, and will not learn: {unknown} (--train-text teaches it)", stacklevel=1)
     model.unet.requires_grad_(True)
     if args.train_text or not args.ckpt:
         model.text_encoder.requires_grad_(True)

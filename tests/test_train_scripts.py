@@ -661,8 +661,25 @@ def test_wrong_options_are_one_line(new, photos, start, tmp_path):
     assert not list(other.glob("*.*"))
     status, _, err = start(train, "--ckpt", resource("weights/pocket.safetensors"), "--out", other)
     assert status == 1 and err == ["error: --ckpt needs --data: a folder with pictures, or world for the drawn scenes"]
+    save_tensors({"text_encoder.norm.weight": torch.ones(8)}, tmp_path / "text.safetensors", {})
+    assert "no VAE in it: expected what train_vae.py writes" in problem("--vae", tmp_path / "text.safetensors", "--out", other)
     status, _, err = start(train_vae, "--data", photos, *new[:2], "--held-out", 0, "--out", other)
     assert status == 1 and err == ["error: --held-out must be at least 1, got 0"]
+
+
+def test_words_that_will_not_be_learned_are_said(start, tmp_path):
+    """The embedded model has no vectors for words that it was not taught, and without --train-text it gets none."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, text in (("a", "a red house"), ("b", "a red triceratops")):
+        Image.new("RGB", (64, 64), "red").save(data / f"{name}.png")
+        (data / f"{name}.txt").write_text(text)
+    common = ("--ckpt", resource("weights/pocket.safetensors"), "--data", data, "--size", 64, "--batch", 1)
+    for more, said in (((), True), (("--train-text",), False)):
+        out = tmp_path / f"out{len(more)}"
+        status, _, err = start(train, *common, "--steps", 1, "--samples", 0, "--out", out, *more)
+        assert status == 0, err
+        assert any("will not learn: triceratops (--train-text teaches it)" in line for line in err) == said
 
 
 def test_every_epoch_sees_every_picture_once():

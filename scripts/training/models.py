@@ -63,6 +63,8 @@ def load_vae(
     Raises CheckpointError in one line for anything else.
     """
     with load_checkpoint(path) as checkpoint, naming(path):
+        if "vae" not in find_layouts(checkpoint):
+            raise CheckpointError("no VAE in it: expected what train_vae.py writes, a VAE or a whole checkpoint")
         alone = find_layouts(checkpoint).keys() == {"vae"} and CONFIG_KEY not in checkpoint.metadata
         if alone and not model and not goes_with:
             raise ValueError(f"a VAE alone: say which model it is for (--model {', '.join(MODELS)})")
@@ -116,6 +118,14 @@ def forget_unused(text_encoder: TextEncoder, ids: Tensor) -> None:
     kept = text_encoder.token.weight[used].clone()
     text_encoder.token.weight.zero_()
     text_encoder.token.weight[used] = kept
+
+
+def unknown_words(model: StableDiffusion, ids: Tensor) -> str:
+    """The words of these captions that the text encoder has no vectors for, as `forget_unused` left it; "" if none."""
+    known = model.text_encoder.token.weight.abs().sum(dim=-1).cpu() > 0
+    captions = ids[~known[ids.long()].all(dim=-1)].long().unique(dim=0)
+    decode = model.tokenizer.decode
+    return ", ".join(sorted({word for each in captions for word in decode(each[~known[each]].tolist()).split()}))
 
 
 def whole_model(path: Path, model: str | None) -> StableDiffusion | None:
