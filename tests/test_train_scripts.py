@@ -662,7 +662,8 @@ def test_wrong_options_are_one_line(new, photos, start, tmp_path):
     status, _, err = start(train, "--ckpt", resource("weights/pocket.safetensors"), "--out", other)
     assert status == 1 and err == ["error: --ckpt needs --data: a folder with pictures, or world for the drawn scenes"]
     save_tensors({"text_encoder.norm.weight": torch.ones(8)}, tmp_path / "text.safetensors", {})
-    assert "no VAE in it: expected what train_vae.py writes" in problem("--vae", tmp_path / "text.safetensors", "--out", other)
+    said = problem("--vae", tmp_path / "text.safetensors", "--out", other)
+    assert "no VAE in it: expected what train_vae.py writes" in said
     status, _, err = start(train_vae, "--data", photos, *new[:2], "--held-out", 0, "--out", other)
     assert status == 1 and err == ["error: --held-out must be at least 1, got 0"]
 
