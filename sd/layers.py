@@ -17,59 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import GROUPS
-
-BY_ROWS_FROM = 512  # keys from which attention by rows is faster
-LARGE = 1024  # pixels from which GroupNorm's plain sums are too rough
-PART = 2**18  # how many numbers it adds up at a time: 1 MB, which stays in the cache
-SCORES = 2**20  # how many scores a head has at a time then: 2 MB, which stay in the cache
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
-    """Multi-head attention: q (B, N, D), k and v (B, M, D) -> (B, N, D).
-
-    The one place where attention is computed, so the one place that chooses how. PyTorch's fused kernel never
-    builds the N x M matrix; it scales before the softmax and sums in float32, which keeps half precision safe.
-    `causal` lets token n see tokens 0..n only (M = N).
-    """
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N, d)
-    if (
-        q.device.type == "cpu"
-        and q.dtype == torch.bfloat16
-        and k.shape[2] >= BY_ROWS_FROM
-        and not (causal or needs_grad)
-    ):
-        x = _attention_by_rows(q, k, v)
-    elif q.device.type == "mps":
-        # Its kernels have been wrong for transposed inputs (pytorch#163597) and for is_causal in half precision
-        # (pytorch#195910), without an error.
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril() if causal else None
-        x = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous(), attn_mask=mask)
-    else:
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    return x.transpose(1, 2).flatten(-2)  # (B, N, D)
-
-
-def _attention_by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same for q (B, heads, N, d) and k, v (B, heads, M, d) by the formula, some queries at a time.
-
-    On CPUs that multiply bfloat16 in hardware plain matrix products are twice as fast as the fused kernel. Scores are
-    rounded to bfloat16 here, not in the kernel: an error of 0.4 % against 0.2 % where they are about 1, 1.5 % where
-    they are about 6. A whole U-Net in bfloat16 is 1.4 % off either way.
-    """
-    B, heads, N, d = q.shape
-    M = k.shape[2]
-    rows = max(1, min(N, SCORES // M))
-    q = (q * d**-0.5).reshape(B * heads, N, d)
-    k, v = k.reshape(B * heads, M, d).transpose(1, 2), v.reshape(B * heads, M, d)
-    out = torch.empty(B, N, heads, d, dtype=q.dtype, device=q.device).transpose(1, 2)
-    scores = torch.empty(B * heads, rows, M, dtype=q.dtype, device=q.device)  # the same memory for every chunk
-    for start in range(0, N, rows):
-        chunk = q[:, start : start + rows]
-        weights = scores[:, : chunk.shape[1]]
-        torch.softmax(torch.bmm(chunk, k, out=weights), dim=-1, out=weights)
-        out[:, :, start : start + rows] = torch.bmm(weights, v).view(B, heads, -1, d)
-    return out
+from .kernels import Conv2d, EnlargingConv2d, GroupNorm, Linear, attention
 
 
 class Attention(nn.Module):
@@ -82,10 +30,10 @@ class Attention(nn.Module):
         super().__init__()
         context_width = width if context_width is None else context_width
         self.heads = heads
-        self.q = nn.Linear(width, width, bias=qkv_bias)
-        self.k = nn.Linear(context_width, width, bias=qkv_bias)
-        self.v = nn.Linear(context_width, width, bias=qkv_bias)
-        self.out = nn.Linear(width, width)
+        self.q = Linear(width, width, bias=qkv_bias)
+        self.k = Linear(context_width, width, bias=qkv_bias)
+        self.v = Linear(context_width, width, bias=qkv_bias)
+        self.out = Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor | None = None, causal: bool = False) -> Tensor:
         """x (B, N, D), context (B, M, context width) or None for x itself -> (B, N, D)."""
@@ -98,41 +46,13 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, factor: int = 4) -> None:
         super().__init__()
-        self.proj = nn.Linear(width, 2 * factor * width)
-        self.out = nn.Linear(factor * width, width)
+        self.proj = Linear(width, 2 * factor * width)
+        self.out = Linear(factor * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         value, gate = self.proj(x).chunk(2, dim=-1)
         return self.out(F.gelu(gate).mul_(value))  # in place: these are the largest tensors of a transformer
-
-
-class GroupNorm(nn.GroupNorm):
-    """Wu and He 2018, "Group normalization", with sums that stay exact in large float32 pictures on CPUs.
-
-    PyTorch's kernel for channels-last tensors there adds up all pixels one after the other in float32. In a picture of
-    512x512 with a flat half that is an error of 2e-3 in the output; parts added up in float64 leave 4e-7. (Far
-    from zero digits are lost all the same: 5e-3 where the mean is a thousand deviations, as in no network.)
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        B, C, H, W = x.shape
-        plain = torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32 or H * W < LARGE
-        if plain or not x.is_contiguous(memory_format=torch.channels_last):
-            return super().forward(x)
-        pixels = x.permute(0, 2, 3, 1).view(B, H * W, C)
-        sums, squares = pixels.new_zeros(2, B, C, dtype=torch.float64)
-        for part in pixels.split(max(PART // (B * C), 1), dim=1):
-            sums += part.sum(dim=1)
-            squares += (part * part).sum(dim=1)
-        n, G = H * W * C // self.num_groups, self.num_groups
-        mean = sums.view(B, G, -1).sum(dim=-1, keepdim=True) / n
-        var = squares.view(B, G, -1).sum(dim=-1, keepdim=True) / n - mean**2
-        scale = (var.clamp(min=0) + self.eps).rsqrt() * self.weight.view(G, -1)
-        shift = self.bias.view(G, -1) - mean * scale
-        out = torch.addcmul(shift.float().view(B, 1, C), pixels, scale.float().view(B, 1, C))
-        return out.view(B, H, W, C).permute(0, 3, 1, 2)
 
 
 class ResBlock(nn.Module):
@@ -145,11 +65,11 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, eps: float, time_width: int | None = None) -> None:
         super().__init__()
         self.norm1 = GroupNorm(GROUPS, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time = nn.Linear(time_width, out_channels) if time_width else None
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time = Linear(time_width, out_channels) if time_width else None
         self.norm2 = GroupNorm(GROUPS, out_channels, eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """x (B, C_in, H, W), time (B, time width) or None -> (B, C_out, H, W)."""
@@ -166,15 +86,14 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = EnlargingConv2d(channels)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, *size); twice the size where none is given.
 
         Halving an odd size rounds up, so the way back needs to be told the size it came from.
         """
-        size = size or (2 * x.shape[-2], 2 * x.shape[-1])
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return self.conv(x, size)
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:

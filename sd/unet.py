@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import GROUPS, UNetConfig
-from .layers import Attention, FeedForward, GroupNorm, ResBlock, Upsample, timestep_embedding
+from .kernels import Conv2d, GroupNorm, Linear
+from .layers import Attention, FeedForward, ResBlock, Upsample, timestep_embedding
 
 NORM_EPS = 1e-5  # residual blocks, norm_out and LayerNorms
 TRANSFORMER_NORM_EPS = 1e-6  # the GroupNorm before a transformer: the original builds it with another helper
@@ -51,9 +52,9 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, heads: int, context_width: int) -> None:
         super().__init__()
         self.norm = GroupNorm(GROUPS, channels, TRANSFORMER_NORM_EPS)
-        self.proj_in = nn.Linear(channels, channels)
+        self.proj_in = Linear(channels, channels)
         self.block = TransformerBlock(channels, heads, context_width)
-        self.proj_out = nn.Linear(channels, channels)
+        self.proj_out = Linear(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x (B, C, H, W), context (B, M, D) -> (B, C, H, W)."""
@@ -88,7 +89,7 @@ class Stage(nn.Module):
         super().__init__()
         self.res = nn.ModuleList(ResBlock(width, channels, NORM_EPS, time_width) for width in widths)
         self.attn = nn.ModuleList(SpatialTransformer(channels, heads, context_width) for _ in widths if attends)
-        self.down: nn.Conv2d | None = None
+        self.down: Conv2d | None = None
         self.up: Upsample | None = None
 
     def block(self, i: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
@@ -105,8 +106,8 @@ class UNet(nn.Module):
         self.config = config
         first, last = config.channels[0], config.channels[-1]
         time_width = 4 * first
-        self.time = nn.Sequential(nn.Linear(first, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
-        self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
+        self.time = nn.Sequential(Linear(first, time_width), nn.SiLU(), Linear(time_width, time_width))
+        self.conv_in = Conv2d(config.in_channels, first, 3, padding=1)
 
         per_level = list(zip(config.channels, config.attention, config.heads, strict=True))
         self.down = nn.ModuleList()
@@ -116,7 +117,7 @@ class UNet(nn.Module):
             level = Stage(widths, channels, attends, heads, config.context, time_width)
             skips += [channels] * config.blocks
             if i < len(per_level) - 1:
-                level.down = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+                level.down = Conv2d(channels, channels, 3, stride=2, padding=1)
                 skips.append(channels)
             self.down.append(level)
 
@@ -134,7 +135,7 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(reversed(up))
 
         self.norm_out = GroupNorm(GROUPS, first, NORM_EPS)
-        self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(first, config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """x (B, C, H, W), t (B,) in [0, steps), whole or fractional, context (B, M, D) -> (B, C_out, H, W)."""

@@ -1,0 +1,280 @@
+"""How the layers are computed fastest: the one place that chooses a kernel, by device, precision and shape.
+
+What is computed stands in layers.py. On CUDA and elsewhere PyTorch's own kernels are the fast ones. On an x86 CPU,
+where a step of Stable Diffusion 1.x is 1,600 GFLOP, three of its choices cost up to half of the time:
+
+    convolutions   re-lay their weights at every call      -> laid out once, by oneDNN (`Conv2d`)
+    linear layers  the same; in float32 they go to MKL     -> laid out once, and through oneDNN (`Linear`)
+    attention      reaches a sixth of the processor's peak -> two plain products, some queries at a time (`attention`)
+
+Layers change the layout of their weights when they are first used without gradients; the weight is then an opaque
+tensor of oneDNN, and no second copy is kept. Nobody has to know: `state_dict`, `load_state_dict`, `to`, `float`,
+copying and gradients with respect to the input work as ever, and `plain` undoes it for whoever wants to look at or
+change weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BY_ROWS_FROM = {torch.bfloat16: 1, torch.float32: 512}  # keys from which attention by rows is faster, on x86
+SCORES = 2**20  # how many of its scores are computed at a time: 2 to 4 MB, which stay in the cache
+ROWS = 128  # but so many queries at least, as the keys are brought into order for each product
+LARGEST_EXPONENT = 100.0  # 2^100, summed over many keys, is far from the largest float32 and bfloat16 (2^127)
+LANES = 16  # numbers in a vector register: a matrix is padded to whole ones
+
+LARGE = 1024  # pixels from which GroupNorm's plain sums are too rough
+PART = 2**18  # how many numbers it adds up at a time: 1 MB, which stays in the cache
+
+
+@cache
+def onednn_dtypes() -> frozenset[torch.dtype]:
+    """The precisions in which oneDNN's operators with laid-out weights can be used and pay: none but on x86 CPUs."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")):
+        return frozenset()
+    if not all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_convolution_pointwise")):
+        return frozenset()  # a torch that was built without them
+    half = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return frozenset({torch.float32, torch.bfloat16} if half else {torch.float32})
+
+
+def _tracked(*tensors: Tensor) -> bool:
+    """Whether gradients are wanted for any of these."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+class _LaidOut(nn.Module):
+    """A layer whose `weight` may be in oneDNN's layout; it is plain wherever anything but `forward` sees it."""
+
+    weight: nn.Parameter
+
+    def lay_out(self, x: Tensor) -> Tensor:
+        """The weight in the layout that is fastest for an input like x."""
+        raise NotImplementedError
+
+    def ready(self, x: Tensor) -> bool:
+        """Whether oneDNN's operator can take x; lays the weight out if that has not been done."""
+        weight = self.weight
+        if weight.is_mkldnn:
+            return x.dtype == weight.dtype and x.device.type == "cpu" and not _tracked(x)
+        if (
+            x.device.type != "cpu"
+            or x.dtype != weight.dtype
+            or weight.dtype not in onednn_dtypes()
+            or weight.requires_grad
+            or weight.device.type != "cpu"
+            or x.numel() == 0
+            or torch.is_autocast_enabled("cpu")
+            or not torch.backends.mkldnn.enabled
+            or _tracked(x)
+        ):
+            return False
+        with torch.no_grad():
+            self.weight = nn.Parameter(self.lay_out(x), requires_grad=False)
+        return True
+
+    def plain_weight(self) -> Tensor:
+        """The weight as it came, to the bit."""
+        weight = self.weight
+        if not weight.is_mkldnn:
+            return weight
+        dense = weight.to_dense()
+        return dense.contiguous(memory_format=torch.channels_last) if dense.dim() == 4 else dense
+
+    def make_plain(self) -> None:
+        """Go back to the layout that everybody knows."""
+        if self.weight.is_mkldnn:
+            self.weight = nn.Parameter(self.plain_weight(), requires_grad=False)
+
+    def _apply(self, fn, recurse=True):  # to, float, cuda, share_memory, ...
+        self.make_plain()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight.is_mkldnn:
+            destination[prefix + "weight"] = self.plain_weight()
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.make_plain()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The module with all weights in the layout that everybody knows, to look at them or to change them."""
+    for layer in module.modules():
+        if isinstance(layer, _LaidOut):
+            layer.make_plain()
+    return module
+
+
+class Linear(_LaidOut, nn.Linear):
+    """nn.Linear; faster on x86 CPUs when no gradients are wanted."""
+
+    def lay_out(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(self.weight, x.numel() // x.shape[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D_in) -> (..., D_out)."""
+        if self.ready(x):
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.plain_weight(), self.bias)
+
+
+class Conv2d(_LaidOut, nn.Conv2d):
+    """nn.Conv2d; faster on x86 CPUs when no gradients are wanted."""
+
+    def lay_out(self, x: Tensor) -> Tensor:
+        return torch._C._nn.mkldnn_reorder_conv2d_weight(
+            self.weight.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, x.shape
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) -> (B, C_out, H', W')."""
+        if self.ready(x):
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
+            )
+        return self._conv_forward(x, self.plain_weight(), self.bias)
+
+
+class EnlargingConv2d(Conv2d):
+    """A 3x3 convolution (padding 1) of a map that is first enlarged by nearest neighbours.
+
+    Of the nine pixels that a kernel sees in a doubled map only four differ. So each pixel of the result is a 2x2
+    convolution of the small map by sums of the kernel's rows and columns: with 4/9 of the arithmetic. A doubled pixel
+    has four places, hence four kernels, which are one of four times the channels. By rows, for a kernel a, b, c:
+
+        row 2i     sees rows i - 1, i, i of the small map: a, b + c
+        row 2i + 1 sees rows i, i, i + 1:                  a + b, c
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+        self._places: tuple[Tensor, Tensor | None] | None = None  # kernels and biases of the four places
+
+    def lay_out(self, x: Tensor) -> Tensor:
+        C = self.in_channels
+        sums = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # (place, of 2, of 3)
+        kernels = torch.einsum("ral,scm,oilm->rsoiac", sums, sums, self.weight.float()).reshape(4 * C, C, 2, 2)
+        laid_out = torch._C._nn.mkldnn_reorder_conv2d_weight(
+            kernels.to(self.weight.dtype).to_mkldnn(), (1, 1), (1, 1), (1, 1), 1, x.shape
+        )
+        self._places = laid_out, None if self.bias is None else self.bias.repeat(4)
+        return super().lay_out(x)
+
+    def make_plain(self) -> None:
+        """Go back to the layout that everybody knows."""
+        super().make_plain()
+        self._places = None
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C, *size); twice the size where none is given."""
+        B, C, H, W = x.shape
+        size = size or (2 * H, 2 * W)
+        if size != (2 * H, 2 * W) or not self.ready(x):
+            return super().forward(F.interpolate(x, size=size, mode="nearest"))
+        x = torch.ops.mkldnn._convolution_pointwise(x, *self._places, (1, 1), (1, 1), (1, 1), 1, "none", [], "")
+        out = torch.empty((B, C, *size), dtype=x.dtype, memory_format=torch.channels_last)
+        for place, part in enumerate(x.chunk(4, dim=1)):  # (B, C, H + 1, W + 1): a row and a column too many
+            row, column = divmod(place, 2)
+            out[:, :, row::2, column::2] = part[:, :, row : row + H, column : column + W]
+        return out
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
+    """Multi-head attention: q (B, N, D), k and v (B, M, D) -> (B, N, D).
+
+    PyTorch's fused kernel never builds the N x M matrix; it scales before the softmax and sums in float32, which keeps
+    half precision safe. `causal` lets token n see tokens 0..n only (M = N).
+    """
+    tracked = _tracked(q, k, v)
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N, d)
+    if (
+        q.device.type == "cpu"
+        and q.dtype in onednn_dtypes()
+        and k.shape[2] >= BY_ROWS_FROM[q.dtype]
+        and not (causal or tracked)
+    ):
+        x = _attention_by_rows(q, k, v)
+    elif q.device.type == "mps":
+        # Its kernels have been wrong for transposed inputs (pytorch#163597) and for is_causal in half precision
+        # (pytorch#195910), without an error.
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril() if causal else None
+        x = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous(), attn_mask=mask)
+    else:
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return x.transpose(1, 2).flatten(-2)  # (B, N, D)
+
+
+def _attention_by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same for q (B, heads, N, d) and k, v (B, heads, M, d) by the formula, some heads and queries at a time.
+
+    softmax(s) v = (exp(s) v) / (exp(s) 1): one pass over the scores instead of three, the sum is one more column of v,
+    and a power of 2 is faster than one of e. Without the maximum taken off, exp could overflow; |q| |k| bounds it, and
+    where that is large (it hardly ever is) the usual softmax is taken.
+
+    In bfloat16 scores are rounded before the softmax: an error of 0.5 % against 0.2 % in the fused kernel where they
+    are about 1, more where they are larger. A whole U-Net in bfloat16 is 1.4 % off either way.
+    """
+    B, heads, N, d = q.shape
+    M = k.shape[2]
+    q, k, v = (x.reshape(B * heads, -1, d) for x in (q, k, v))
+    bound = q.float().norm(dim=-1).amax() * k.float().norm(dim=-1).amax() * (d**-0.5 * math.log2(math.e))
+    small = bool(bound < LARGEST_EXPONENT)  # not so if it is not a number
+    q = q * (d**-0.5 * (math.log2(math.e) if small else 1.0))
+    sums = v.new_zeros(B * heads, M, (d // LANES + 1) * LANES)  # v, a column of ones, zeros
+    sums[..., :d], sums[..., d] = v, 1
+    rows = min(N, max(ROWS, SCORES // M))
+    group = max(1, min(B * heads, SCORES // (rows * M))) if q.dtype == torch.bfloat16 else 1
+    out = q.new_empty(B * heads, N, sums.shape[-1])
+    for i in range(0, B * heads, group):
+        times_keys, times_values = _times(k[i : i + group].transpose(1, 2)), _times(sums[i : i + group])
+        for j in range(0, N, rows):
+            scores = times_keys(q[i : i + group, j : j + rows])
+            weights = scores.exp2_() if small else torch.softmax(scores, dim=-1, out=scores)
+            out[i : i + group, j : j + rows] = times_values(weights)
+    x = out[..., :d] / out[..., d : d + 1]
+    return x.view(B, heads, N, d)
+
+
+def _times(matrices: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function x (g, n, a) -> x @ matrices (g, a, b); in float32 through oneDNN, for g = 1, as bmm takes MKL."""
+    if matrices.dtype != torch.float32:
+        return lambda x: torch.bmm(x, matrices)
+    weight = torch.ops.mkldnn._reorder_linear_weight(matrices[0].t().contiguous())
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x[0], weight, None, "none", [], "").unsqueeze(0)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Wu and He 2018, "Group normalization", with sums that stay exact in large float32 pictures on CPUs.
+
+    PyTorch's kernel for channels-last tensors there adds up all pixels one after the other in float32. In a picture of
+    512x512 with a flat half that is an error of 2e-3 in the output; parts added up in float64 leave 4e-7. (Far
+    from zero digits are lost all the same: 5e-3 where the mean is a thousand deviations, as in no network.)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        B, C, H, W = x.shape
+        plain = torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32 or H * W < LARGE
+        if plain or not x.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(x)
+        pixels = x.permute(0, 2, 3, 1).view(B, H * W, C)
+        sums, squares = pixels.new_zeros(2, B, C, dtype=torch.float64)
+        for part in pixels.split(max(PART // (B * C), 1), dim=1):
+            sums += part.sum(dim=1)
+            squares += (part * part).sum(dim=1)
+        n, G = H * W * C // self.num_groups, self.num_groups
+        mean = sums.view(B, G, -1).sum(dim=-1, keepdim=True) / n
+        var = squares.view(B, G, -1).sum(dim=-1, keepdim=True) / n - mean**2
+        scale = (var.clamp(min=0) + self.eps).rsqrt() * self.weight.view(G, -1)
+        shift = self.bias.view(G, -1) - mean * scale
+        out = torch.addcmul(shift.float().view(B, 1, C), pixels, scale.float().view(B, 1, C))
+        return out.view(B, H, W, C).permute(0, 3, 1, 2)
