@@ -92,6 +92,10 @@ class _LaidOut(nn.Module):
         if self.weight.is_mkldnn:
             self.weight = nn.Parameter(self.plain_weight(), requires_grad=False)
 
+    def __getstate__(self):  # for copying and pickling
+        weight = nn.Parameter(self.plain_weight(), requires_grad=False) if self.weight.is_mkldnn else self.weight
+        return self.__dict__ | {"_parameters": self._parameters | {"weight": weight}}
+
     def _apply(self, fn, recurse=True):  # to, float, cuda, share_memory, ...
         self.make_plain()
         return super()._apply(fn, recurse)
@@ -173,6 +177,9 @@ class EnlargingConv2d(Conv2d):
         """Go back to the layout that everybody knows."""
         super().make_plain()
         self._places = None
+
+    def __getstate__(self):
+        return super().__getstate__() | {"_places": None}
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, *size); twice the size where none is given."""

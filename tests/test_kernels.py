@@ -1,0 +1,193 @@
+"""Fast paths against the plain formulas: what they change is rounding, and nobody who looks at weights can tell."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import reference_weights as reference
+import torch
+import torch.nn.functional as F
+from common import error
+from torch import nn
+
+from sd import kernels
+from sd.kernels import Conv2d, EnlargingConv2d, Linear, attention, plain
+
+DTYPES = [torch.float32, torch.bfloat16]
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+
+
+def enlarged(x, weight, bias):
+    return F.conv2d(F.interpolate(x, scale_factor=2.0), weight, bias, padding=1)
+
+
+# name: the layer, the shape of its input, the plain formula
+LAYERS = {
+    "linear": (lambda: Linear(48, 80), (2, 7, 48), F.linear),
+    "linear without bias": (lambda: Linear(48, 80, bias=False), (3, 48), F.linear),
+    "3x3": (lambda: Conv2d(32, 48, 3, padding=1), (2, 32, 9, 7), lambda *a: F.conv2d(*a, padding=1)),
+    "1x1": (lambda: Conv2d(32, 48, 1), (2, 32, 9, 7), F.conv2d),
+    "halving": (lambda: Conv2d(32, 32, 3, stride=2), (1, 32, 9, 8), lambda *a: F.conv2d(*a, stride=2)),
+    "4 channels": (lambda: Conv2d(4, 32, 3, padding=1), (1, 4, 8, 8), lambda *a: F.conv2d(*a, padding=1)),
+    "enlarging": (lambda: EnlargingConv2d(32), (2, 32, 5, 7), enlarged),
+}
+
+
+def made(name, dtype=torch.float32):
+    """A layer that is ready for inference, its weights as they are, and an input."""
+    build, shape, formula = LAYERS[name]
+    layer = build().requires_grad_(False).to(dtype)
+    for key, tensor in layer.state_dict().items():
+        tensor.copy_(reference.normal(f"{name} {key}", tuple(tensor.shape)) / math.sqrt(tensor[0].numel() or 1))
+    weights = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    x = reference.normal(f"{name} x", shape).to(dtype)
+    return layer, weights, x, formula
+
+
+def laid_out(layer):
+    return layer.weight.is_mkldnn
+
+
+def formula_of(weights, x, formula):
+    bias = weights.get("bias")
+    return formula(x.double(), weights["weight"].double(), None if bias is None else bias.double())
+
+
+needs_onednn = pytest.mark.skipif(
+    not kernels.onednn_dtypes(), reason="needs an x86 CPU with AVX and a torch that has oneDNN"
+)
+
+
+def only(dtype):
+    if dtype not in kernels.onednn_dtypes():
+        pytest.skip(f"{dtype} has no fast path on this CPU")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_are_their_formula(name, dtype):
+    layer, weights, x, formula = made(name, dtype)
+    expected = formula_of(weights, x, formula)
+    for _ in range(2):  # as it lays its weights out, and after
+        assert error(layer(x), expected) < ROUNDING[dtype]
+        assert layer(x).dtype == dtype
+    assert laid_out(layer) == (dtype in kernels.onednn_dtypes())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_other_shapes_and_strides_than_those_it_was_laid_out_for(name):
+    layer, weights, x, formula = made(name)
+    layer(x)
+    more = torch.cat([x, 2 * x])
+    assert error(layer(more), formula_of(weights, more, formula)) < 2e-6
+    turned = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert error(layer(turned), formula_of(weights, x, formula)) < 2e-6
+    if x.dim() == 4:
+        last = x.contiguous(memory_format=torch.channels_last)
+        assert error(layer(last), formula_of(weights, x, formula)) < 2e-6
+        assert layer(last).is_contiguous(memory_format=torch.channels_last)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_weights_can_be_read_copied_and_changed_as_ever(name, dtype):
+    only(dtype)
+    layer, weights, x, formula = made(name, dtype)
+    out = layer(x)
+
+    def same(state):
+        return state.keys() == weights.keys() and all(torch.equal(state[key], weights[key]) for key in weights)
+
+    assert laid_out(layer) and same(layer.state_dict()), "reading leaves the layout as it is"
+    copied = copy.deepcopy(layer)
+    assert torch.equal(copied(x), out) and laid_out(layer)
+    assert same(pickle.loads(pickle.dumps(layer)).state_dict())
+    saved = io.BytesIO()
+    torch.save(layer.state_dict(), saved)
+    saved.seek(0)
+    assert same(torch.load(saved, weights_only=True))
+    assert torch.equal(plain(layer).weight, weights["weight"]) and not laid_out(layer)
+
+    layer(x)
+    layer.load_state_dict({key: -tensor for key, tensor in weights.items()})
+    assert error(layer(x), -out) < ROUNDING[dtype] and laid_out(layer)
+    layer.load_state_dict(weights, assign=True)
+    assert torch.equal(layer(x), out)
+
+    wide = layer.double()
+    assert not laid_out(wide) and error(wide(x.double()), formula_of(weights, x, formula)) < 1e-12
+    assert same(wide.to(dtype).state_dict())
+
+
+@needs_onednn
+def test_changing_a_weight_that_is_laid_out_is_an_error():
+    """In silence the change would be lost, or half of it."""
+    layer, _, x, _ = made("enlarging")
+    layer(x)
+    with pytest.raises(RuntimeError):
+        layer.weight.data[0] = 0
+    with pytest.raises(RuntimeError):
+        layer.weight.data.copy_(torch.zeros(32, 32, 3, 3))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_with_respect_to_the_input(name):
+    layer, weights, x, formula = made(name)
+    layer(x)  # laid out
+    with torch.enable_grad():
+        x = x.double().requires_grad_()
+        formula_of(weights, x, formula).square().sum().backward()
+        y = x.detach().float().requires_grad_()
+        layer(y).square().sum().backward()
+    assert error(y.grad, x.grad) < 2e-6
+
+
+def test_layers_that_are_trained_are_left_alone():
+    for build, shape, _ in LAYERS.values():
+        layer = build()
+        x = torch.randn(shape)
+        layer(x)
+        with torch.enable_grad():
+            layer(x).sum().backward()
+        assert layer.weight.grad is not None and not laid_out(layer)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer.requires_grad_(False)(x).dtype == torch.bfloat16
+        assert not laid_out(layer)
+
+
+def test_no_rows_are_no_rows():
+    assert Linear(8, 4).requires_grad_(False)(torch.zeros(0, 8)).shape == (0, 4)
+
+
+def textbook(q, k, v):
+    scores = q.double() @ k.double().transpose(-1, -2) / math.sqrt(q.shape[-1])
+    return scores.softmax(-1) @ v.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N, M", [(1, 1), (64, 77), (700, 600), (2100, 1030)])
+@pytest.mark.parametrize("spread", [1.0, 10.0, 100.0, 1e4])
+def test_attention_by_rows_whatever_the_scores(N, M, spread, dtype):
+    """Small scores take the short way, large ones the usual softmax; with the largest, one key has all the weight."""
+    only(dtype)
+    q, k, v = (reference.normal(name, (1, n, 64)).to(dtype) for name, n in (("q", N), ("k", M), ("v", M)))
+    q = q * spread
+    out = kernels._attention_by_rows(q[:, None], k[:, None], v[:, None])[:, 0]
+    expected = textbook(q, k, v)
+    assert out.isfinite().all()
+    if dtype == torch.float32:
+        assert error(out, expected) < max(2e-6, 2e-7 * spread)
+    elif spread <= 10:
+        assert error(out, expected) < 0.06
+
+
+def test_attention_passes_on_what_is_not_a_number():
+    q, k, v = (reference.normal(name, (1, 600, 64)) for name in "qkv")
+    k[0, 3, 5] = math.nan
+    for dtype in DTYPES:
+        assert attention(q.to(dtype), k.to(dtype), v.to(dtype), heads=2)[..., :32].isnan().all()
