@@ -158,7 +158,10 @@ class VAE(nn.Module):
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image (B, 3, H, W) in [-1, 1] -> mean and log variance of the unscaled latent, each (B, 4, h, w)."""
-        mean, logvar = self.quant(self.encoder(image)).chunk(2, dim=1)
+        return self._split(self.encoder(image))
+
+    def _split(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = self.quant(encoded).chunk(2, dim=1)
         return mean, logvar.clamp(LOGVAR_MIN, LOGVAR_MAX)
 
     def encode(self, image: Tensor) -> Gaussian:
@@ -166,7 +169,11 @@ class VAE(nn.Module):
         H, W = image.shape[-2:]
         if H % self.config.factor or W % self.config.factor:
             raise ValueError(f"picture sides must be multiples of {self.config.factor}, got {H}x{W} (height x width)")
-        mean, logvar = self.moments(image)
+        return self.gaussian(self.encoder(image))
+
+    def gaussian(self, encoded: Tensor) -> Gaussian:
+        """What the encoder gives (B, 8, h, w) -> Gaussian over (B, 4, h, w)."""
+        mean, logvar = self._split(encoded)
         return Gaussian(self.config.scale * mean, self.config.scale * torch.exp(0.5 * logvar))
 
     def decode(self, z: Tensor) -> Tensor:
