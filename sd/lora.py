@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .kernels import plain
+
 Place = tuple[str, str]  # network ("unet", "text_encoder") and our name of a weight in it
 
 
@@ -106,7 +108,8 @@ class Merged:
 
     def _weight(self, place: Place) -> nn.Parameter:
         network, key = place
-        return self._networks[network].get_parameter(key)
+        layer, _, name = key.rpartition(".")
+        return plain(self._networks[network].get_submodule(layer)).get_parameter(name)
 
     def _refresh(self, places: Mapping[Place, None]) -> None:
         """Compute these weights anew from what they were and all LoRAs that change them."""

@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +35,7 @@ from .resources import resource
 from .samplers import Denoise, Noise, Sampler, Step
 from .schedule import Level, Schedule
 from .settings import SAMPLER, find_sampler, number, whole
+from .strips import decode_in_strips, encode_in_strips
 from .text_encoder import TextEncoder
 from .tokenizer import Tokenizer
 from .unet import UNet
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = "weights/pocket.safetensors"  # the model that comes with the project
 MAX_SIDE = 16384  # pixels
+LARGE = 1024 * 1024  # pixels from which the VAE goes over its maps in strips
 
 
 def _those(names: Sequence[str], known: Mapping[str, object], what: str) -> list[str]:
@@ -294,16 +296,21 @@ class Model:
         pixels = image if isinstance(image, Tensor) else to_tensor(image)
         if pixels.dim() != 4 or pixels.shape[1] != self.config.vae.image_channels:
             raise ValueError(f"expected an RGB picture or (B, 3, H, W), got {tuple(pixels.shape)}")
-        moments = self._through_vae("latent", lambda x: torch.stack(self.vae.encode(x)), pixels.to(self.device))
-        return Gaussian(*moments)
+        large = pixels.shape[-2] * pixels.shape[-1] > LARGE
+        encode = partial(encode_in_strips, self.vae) if large else self.vae.encode
+        return Gaussian(*self._through_vae("latent", lambda x: torch.stack(encode(x)), pixels.to(self.device)))
 
     def decode(self, z: Tensor) -> list[Image.Image]:
         """Latents (B, C, h, w) -> RGB pictures, one at a time, so that the memory needed is one picture's.
 
+        Large ones are decoded in strips (strips.py), which saves memory and changes no more than rounding.
+
         Half precision can overflow in the VAE. What comes out with NaN or infinity is computed again in float32, with
         a warning; if it still does, that is an ArithmeticError: a black picture is never returned.
         """
-        return [image for one in z.split(1) for image in to_pil(self._through_vae("picture", self.vae.decode, one))]
+        large = z.shape[-2] * z.shape[-1] * self.config.vae.factor**2 > LARGE
+        decode = partial(decode_in_strips, self.vae) if large else self.vae.decode
+        return [image for one in z.split(1) for image in to_pil(self._through_vae("picture", decode, one))]
 
     def _through_vae(self, what: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         with torch.no_grad():

@@ -121,7 +121,7 @@ def last_layers(norm: GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
     return out
 
 
-def decode(vae: VAE, z: Tensor) -> Tensor:
+def decode_in_strips(vae: VAE, z: Tensor) -> Tensor:
     """As `vae.decode`: latents (B, 4, h, w) -> picture (B, 3, H, W), about [-1, 1], not clamped."""
     decoder = vae.decoder
     x = decoder.mid(decoder.conv_in(vae.post_quant(z / vae.config.scale)))
@@ -133,7 +133,7 @@ def decode(vae: VAE, z: Tensor) -> Tensor:
     return last_layers(decoder.norm_out, decoder.conv_out, x)
 
 
-def encode(vae: VAE, image: Tensor) -> Gaussian:
+def encode_in_strips(vae: VAE, image: Tensor) -> Gaussian:
     """As `vae.encode`: picture (B, 3, H, W) in [-1, 1] -> Gaussian over (B, 4, h, w)."""
     encoder = vae.encoder
     x = encoder.conv_in(image)

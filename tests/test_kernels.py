@@ -12,7 +12,6 @@ import reference_weights as reference
 import torch
 import torch.nn.functional as F
 from common import error
-from torch import nn
 
 from sd import kernels
 from sd.kernels import Conv2d, EnlargingConv2d, Linear, attention, plain
