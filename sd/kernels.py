@@ -165,7 +165,7 @@ class EnlargingConv2d(Conv2d):
 
     def lay_out(self, x: Tensor) -> Tensor:
         C = self.in_channels
-        sums = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # (place, of 2, of 3)
+        sums = self.weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).float()  # (place, of 2, of 3)
         kernels = torch.einsum("ral,scm,oilm->rsoiac", sums, sums, self.weight.float()).reshape(4 * C, C, 2, 2)
         laid_out = torch._C._nn.mkldnn_reorder_conv2d_weight(
             kernels.to(self.weight.dtype).to_mkldnn(), (1, 1), (1, 1), (1, 1), 1, x.shape
@@ -188,7 +188,7 @@ class EnlargingConv2d(Conv2d):
         if size != (2 * H, 2 * W) or not self.ready(x):
             return super().forward(F.interpolate(x, size=size, mode="nearest"))
         x = torch.ops.mkldnn._convolution_pointwise(x, *self._places, (1, 1), (1, 1), (1, 1), 1, "none", [], "")
-        out = torch.empty((B, C, *size), dtype=x.dtype, memory_format=torch.channels_last)
+        out = torch.empty((B, C, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         for place, part in enumerate(x.chunk(4, dim=1)):  # (B, C, H + 1, W + 1): a row and a column too many
             row, column = divmod(place, 2)
             out[:, :, row::2, column::2] = part[:, :, row : row + H, column : column + W]

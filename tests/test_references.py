@@ -21,6 +21,7 @@ from scripts.peers import LAYOUTS, peers, pipeline, scheduler
 from sd.checkpoints.keys import diffusers_sources
 from sd.config import MODELS, SD1, SD2, SD2_V
 from sd.denoiser import Denoiser
+from sd.kernels import plain
 from sd.loading import build
 from sd.pipeline import draw, generators
 from sd.samplers import ddim, ddpm, posterior
@@ -145,7 +146,7 @@ def test_pointwise_convolutions():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_peers_share_the_weights_of_our_networks(tiny, layout):
-    built = peers(tiny, TINY, torch.float32, layout)
+    built = peers({name: plain(network) for name, network in tiny.items()}, TINY, torch.float32, layout)
     kernel = built["unet"].model.down_blocks[0].resnets[0].conv1.weight
     assert kernel.is_contiguous(memory_format=LAYOUTS[layout])
     shared = kernel.data_ptr() == tiny["unet"].down[0].res[0].conv1.weight.data_ptr()
