@@ -74,10 +74,23 @@ def require() -> None:
         raise ValueError(f"comparing needs {' and '.join(REQUIRED)}: pip install {' '.join(gone)}")
 
 
+def libraries() -> None:
+    """Import all that peers are made of, and keep the advice of these packages from the terminal."""
+    require()
+    import diffusers
+    import transformers
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
+    from transformers import CLIPTextModel  # noqa: F401
+
+    for package in (diffusers, transformers):
+        package.utils.logging.set_verbosity_error()
+        package.utils.logging.disable_progress_bar()
+
+
 def peers(
     networks: Mapping[str, nn.Module], config: Config, dtype: torch.dtype, layout: str = "channels_last"
 ) -> dict[str, nn.Module]:
-    """The peers of our networks ("text_encoder", "vae", "unet"), with their weights, on their device, in this dtype.
+    """The peers of our networks (of "text_encoder", "vae", "unet"), with their weights, on their device, in this dtype.
 
     layout   of convolution kernels: "channels_last", in which ours are, or "default", as diffusers loads them
 
@@ -86,8 +99,9 @@ def peers(
     require()
     states = {name: network.state_dict() for name, network in networks.items()}
     sources = diffusers_sources(config, states)
+    makers = {"text_encoder": _text_encoder, "vae": _vae, "unet": _unet}
     with torch.device("meta"):
-        built = {"text_encoder": _text_encoder(config), "vae": _vae(config), "unet": _unet(config)}
+        built = {name: makers[name](config) for name in networks}
     for name, model in built.items():
         before = "text_model." if any(key.startswith("text_model.") for key in model.state_dict()) else ""
         state = {}
@@ -98,10 +112,10 @@ def peers(
             state[before + source.key] = tensor.contiguous(memory_format=kind)
         model.load_state_dict(state, strict=True, assign=True)
         model.requires_grad_(False).eval()
-    # made on the meta device, and in no state dict
-    embeddings = next(module for module in built["text_encoder"].modules() if hasattr(module, "position_ids"))
-    device = next(iter(states["text_encoder"].values())).device
-    embeddings.position_ids = torch.arange(config.text.length, device=device).unsqueeze(0)
+    if "text_encoder" in built:  # its positions were made on the meta device, and are in no state dict
+        embeddings = next(module for module in built["text_encoder"].modules() if hasattr(module, "position_ids"))
+        device = next(iter(states["text_encoder"].values())).device
+        embeddings.position_ids = torch.arange(config.text.length, device=device).unsqueeze(0)
     adapters = {"text_encoder": PeerTextEncoder, "vae": PeerVAE, "unet": PeerUNet}
     return {name: adapters[name](model).eval() for name, model in built.items()}
 

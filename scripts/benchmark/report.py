@@ -1,0 +1,267 @@
+"""What was measured as rows of figures, as tables for people, and as a file that the next run is compared with."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import sd
+from sd.files import replaced_file
+
+from .cases import TITLES, Case, flop, label, usual_case, weight_bytes
+from .runner import Run
+from .start import LABEL
+from .turns import Turns
+from .weights import Setup
+
+FORMAT = "sd bench 2"  # of the file
+PACKAGES = ("torch", "diffusers", "transformers", "openvino")
+SAME_MACHINE = ("name", "device", "cores", "threads", "model")
+Row = dict[str, Any]
+
+
+def row(case: Case, setup: Setup, measured: Mapping[str, Turns]) -> Row:
+    """The figures of one case: seconds, bytes and plain numbers; None where there is nothing.
+
+    `ours` is the median of all its runs; `peers[name]["ratio"]` is of the runs in turns with that peer.
+    """
+    start = case.part == "start"
+    ours = [run for turns in measured.values() for run in turns.ours]
+    seconds = median(run.seconds for run in ours)
+    gflop = None if start else flop(case, setup.config) / 1e9
+    return {
+        "part": case.part,
+        "label": LABEL if start else label(case, setup.config),
+        "dtype": setup.dtype,
+        "size": case.size,
+        "batch": case.batch,
+        "usual": start or case == usual_case(case.part, setup.config, case.steps),
+        "ours": seconds,
+        "gflop": gflop,
+        "gflops": gflop / seconds if gflop else None,
+        "of_peak": None,
+        "weights": weight_bytes(case.part, setup.config, setup.torch_dtype),
+        "memory": highest(ours),
+        "runs": [run.seconds for run in ours],
+        "peers": {name: compared(turns) for name, turns in measured.items() if turns.peer},
+    }
+
+
+def compared(turns: Turns) -> Row:
+    """A peer's figures."""
+    ours, theirs = (median(run.seconds for run in runs) for runs in (turns.ours, turns.peer))
+    return {
+        "seconds": theirs,
+        "ours": ours,
+        "ratio": ours / theirs,
+        "memory": highest(turns.peer),
+        "difference": turns.difference,
+        "runs": [run.seconds for run in turns.peer],
+        "ours_runs": [run.seconds for run in turns.ours],
+    }
+
+
+def highest(runs: Sequence[Run]) -> int | None:
+    """The most memory of all runs, where it is known."""
+    return max((run.memory or 0 for run in runs), default=0) or None
+
+
+def hold_against(rows: Sequence[Row], peak: float) -> None:
+    """Say of each row which share of the machine's peak (FLOP/s) it reaches."""
+    for figures in rows:
+        if figures["gflops"]:
+            figures["of_peak"] = 1e9 * figures["gflops"] / peak
+
+
+def machine(setup: Setup) -> Row:
+    """What the figures are measured on, with what, and when."""
+    cuda = setup.device.type == "cuda"
+    versions = {"sd": sd.__version__, "Python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "name": torch.cuda.get_device_name(setup.device) if cuda else cpu_name(),
+        "device": str(setup.device),
+        "cores": os.cpu_count(),
+        "threads": setup.threads,
+        "date": date.today().isoformat(),
+        "versions": versions,
+        "model": setup.config.name,
+        "weights": setup.ckpt.name if setup.ckpt else "random",
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name, and the best instructions that torch uses on it."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:  # not Linux
+        pass
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def write(path: Path, record: Row) -> None:
+    """Keep all figures for the next run."""
+    with replaced_file(path) as file:
+        file.write_text(json.dumps({"format": FORMAT, **record}, indent=1) + "\n", encoding="utf-8")
+
+
+def read(path: Path) -> Row:
+    """What `write` wrote. Raises ValueError for any other file."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # not JSON, not text
+        record = None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a file that this program wrote with --json")
+    return record
+
+
+def text(record: Row, markdown: bool, earlier: Row | None = None) -> str:
+    """The tables with their captions; with `earlier`, how much longer than then ours takes."""
+    about, rows = record["machine"], record["figures"]
+    peers = [name for name in ("diffusers", "compiled", "openvino") if any(name in row["peers"] for row in rows)]
+    usual = [row for row in rows if row["usual"]]
+    grown = growth_rows(rows)
+    blocks = [
+        f"{about['name']}, {about['cores']} cores, {about['threads']} threads, {about['date']}\n"
+        f"{', '.join(f'{name} {number}' for name, number in about['versions'].items())}\n"
+        f"{about['model']}, {about['weights']} weights; medians"
+        + ("; in brackets ours / theirs, of runs in turns" if peers else "")
+    ]
+    change = {}
+    if earlier:
+        blocks[0] += "".join(f"\n{line}" for line in differences(about, earlier["machine"]))
+        change = {f"since {earlier['machine']['date']}": changes(earlier["figures"])}
+    if usual:
+        blocks.append(grid(usual, time_columns(peers) | change, markdown))
+        if any(row["memory"] for row in usual):
+            blocks.append("Memory at the peak, weights in one copy (of the start: of the whole process)")
+            blocks.append(grid(usual, memory_columns(peers), markdown))
+    if grown:
+        blocks.append("How cost grows with size and with pictures at a time (growth: times the first)")
+        blocks.append(grid(grown, growth_columns(peers) | change, markdown))
+    return "\n\n".join(blocks)
+
+
+Columns = dict[str, Callable[[Row], str]]  # title -> cell of a row
+
+
+def time_columns(peers: Sequence[str]) -> Columns:
+    """How long it takes."""
+    return {
+        "part": lambda row: row["label"],
+        "precision": lambda row: row["dtype"],
+        "ours": lambda row: time(row["ours"]),
+        **{peer: lambda row, peer=peer: versus(row, peer) for peer in peers},
+        "GFLOP": lambda row: "-" if row["gflop"] is None else f"{row['gflop']:,.0f}",
+        "GFLOP/s": lambda row: "-" if row["gflops"] is None else f"{row['gflops']:,.0f}",
+        "of peak": lambda row: "-" if row["of_peak"] is None else f"{row['of_peak']:.0%}",
+    }
+
+
+def memory_columns(peers: Sequence[str]) -> Columns:
+    """How much it takes."""
+    return {
+        "part": lambda row: row["label"],
+        "precision": lambda row: row["dtype"],
+        "weights": lambda row: gigabytes(row["weights"]),
+        "ours": lambda row: gigabytes(row["memory"]),
+        **{peer: lambda row, peer=peer: gigabytes(row["peers"].get(peer, {}).get("memory")) for peer in peers},
+    }
+
+
+def growth_columns(peers: Sequence[str]) -> Columns:
+    """How much longer it takes with more to do."""
+    columns = time_columns(peers)
+    del columns["GFLOP"]
+    first = {"part": lambda row: row["title"], "precision": columns.pop("precision")}
+    del columns["part"]
+    return {
+        **first,
+        "size": lambda row: f"{row['size']}x{row['size']}",
+        "pictures": lambda row: str(row["batch"]),
+        "ours": columns.pop("ours"),
+        "growth": lambda row: f"{row['growth']:.2f}",
+        **columns,
+        "memory": lambda row: gigabytes(row["memory"]),
+    }
+
+
+def growth_rows(rows: Sequence[Row]) -> list[Row]:
+    """Per part and precision the sizes of one picture, then the numbers of pictures of the native size."""
+    grown = []
+    for part, dtype in dict.fromkeys((row["part"], row["dtype"]) for row in rows):
+        those = [row for row in rows if (row["part"], row["dtype"]) == (part, dtype)]
+        native = next((row["size"] for row in those if row["usual"]), None)
+        for series in ([row for row in those if row["batch"] == 1], [row for row in those if row["size"] == native]):
+            ordered = sorted(series, key=lambda row: (row["size"], row["batch"]))
+            if len(ordered) > 1:
+                grown += [{**row, "title": TITLES[part], "growth": row["ours"] / ordered[0]["ours"]} for row in ordered]
+    return grown
+
+
+def changes(earlier: Sequence[Row]) -> Callable[[Row], str]:
+    """The cell that says how much longer a row takes than in an earlier run."""
+    then = {(row["label"], row["dtype"]): row["ours"] for row in earlier}
+
+    def cell(row: Row) -> str:
+        before = then.get((row["label"], row["dtype"]))
+        return "-" if before is None else f"{row['ours'] / before - 1:+.0%}"
+
+    return cell
+
+
+def differences(now: Row, then: Row) -> list[str]:
+    """What makes two runs hard to compare, one line each."""
+    return [
+        f"the earlier run had another {what}: {then[what]}, now {now[what]}"
+        for what in SAME_MACHINE
+        if now[what] != then[what]
+    ]
+
+
+def grid(rows: Sequence[Row], columns: Columns, markdown: bool) -> str:
+    """Rows as aligned text or Markdown; part and precision to the left, numbers to the right."""
+    cells = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    if markdown:
+        cells.insert(1, ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)])
+    lines = []
+    for line in cells:
+        padded = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        lines.append(f"| {' | '.join(padded)} |" if markdown else "  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def versus(row: Row, peer: str) -> str:
+    """A peer's time, and ours through it."""
+    its = row["peers"].get(peer)
+    return f"{time(its['seconds'])} ({its['ratio']:.2f})" if its else "-"
+
+
+def time(seconds: float) -> str:
+    """Seconds, or milliseconds where they are few."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
+
+
+def gigabytes(size: int | None) -> str:
+    """Bytes for people."""
+    return "-" if size is None else f"{size / 1e9:.2f} GB"

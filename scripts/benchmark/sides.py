@@ -1,0 +1,192 @@
+"""Those that are compared: what each builds for a part, and how it is called. Each runs in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sd.denoiser import Denoiser
+from sd.model import LARGE
+from sd.pipeline import StableDiffusion
+from sd.samplers import ddim
+from sd.schedule import Schedule
+from sd.strips import decode_in_strips
+
+from .. import peers
+from .cases import GUIDANCE, NEEDED, PROMPTS, Case, inputs, usual_case
+from .openvino_networks import PRECISIONS, Network, openvino
+from .weights import Setup, load_networks
+
+PEERS = ("diffusers", "compiled", "openvino")
+
+
+class Side:
+    """Ours, and what the others do differently. Holds the networks that one part needs."""
+
+    keeps_freed_memory = True  # whether it gains from cli.keep_freed_memory
+
+    def __init__(self, setup: Setup, part: str) -> None:
+        self.setup = setup
+        self.networks = self.build(part)
+
+    @staticmethod
+    def libraries() -> None:
+        """Import what is used, which is not counted as memory."""
+
+    def build(self, part: str) -> dict[str, nn.Module]:
+        """The networks that a part needs, by name."""
+        return load_networks(self.setup, NEEDED[part])
+
+    def call(self, case: Case) -> Callable[[], Any]:
+        """What is measured, ready to run: gives a tensor or pictures."""
+        if case.part == "picture":
+            return self.picture(case)
+        return partial(self.function(case), *self.inputs(case))
+
+    def inputs(self, case: Case) -> list[Tensor]:
+        """On the device, in the precision; timesteps stay in float32, tokens whole."""
+        given = [tensor.to(self.setup.device) for tensor in inputs(case, self.setup.config)]
+        return [x.to(self.setup.torch_dtype) if x.is_floating_point() and x.dim() > 1 else x for x in given]
+
+    def function(self, case: Case) -> Callable[..., Tensor]:
+        """The network of a part, as a function of its inputs."""
+        (network,) = self.networks.values()
+        if case.part == "vae":  # as Model.decode does it
+            return partial(decode_in_strips, network) if case.size**2 > LARGE else network.decode
+        return network
+
+    def picture(self, case: Case) -> Callable[[], Any]:
+        """From prompts to a picture."""
+        model = StableDiffusion(self.setup.config, **self.networks)
+        return lambda: model.txt2img(PROMPTS[0], PROMPTS[1], steps=case.steps, guidance=GUIDANCE, sampler="ddim")
+
+
+class Diffusers(Side):
+    """diffusers as its guides for speed advise: convolutions in channels-last layout."""
+
+    @staticmethod
+    def libraries() -> None:
+        """Import what is used."""
+        peers.libraries()
+
+    def build(self, part: str) -> dict[str, nn.Module]:
+        """Peers with the weights of ours."""
+        return peers.peers(super().build(part), self.setup.config, self.setup.torch_dtype)
+
+    def function(self, case: Case) -> Callable[..., Tensor]:
+        """The network of a part."""
+        (network,) = self.networks.values()
+        return network.decode if case.part == "vae" else network
+
+    def picture(self, case: Case) -> Callable[[], Any]:
+        """By its pipeline."""
+        pipe = peers.pipeline(self.networks, self.setup.config)
+        (ids,) = self.inputs(usual_case("text", self.setup.config))
+
+        def paint() -> Any:
+            cond, uncond = self.networks["text_encoder"](ids).chunk(2)
+            return pipe(
+                prompt_embeds=cond, negative_prompt_embeds=uncond, num_inference_steps=case.steps,
+                guidance_scale=GUIDANCE, height=case.size, width=case.size, generator=torch.Generator().manual_seed(0),
+            ).images  # fmt: skip
+
+        return paint
+
+
+class Compiled(Diffusers):
+    """The same through torch.compile, for one shape; compiling is not measured."""
+
+    def build(self, part: str) -> dict[str, nn.Module]:
+        """Peers that are compiled when they are first called."""
+        networks = super().build(part)
+        mode = "max-autotune" if self.setup.device.type == "cuda" else "default"
+        for name, network in networks.items():
+            (network.model.decoder if name == "vae" else network.model).compile(dynamic=False, mode=mode)
+        return networks
+
+
+class OpenVINO(Side):
+    """diffusers' networks in OpenVINO, compiled for the shapes of each case."""
+
+    keeps_freed_memory = False  # it plans its memory itself
+
+    @staticmethod
+    def libraries() -> None:
+        """Import what is used, with the part of it that is for the CPU."""
+        openvino().Core().get_property("CPU", "FULL_DEVICE_NAME")
+
+    def build(self, part: str) -> dict[str, nn.Module]:
+        """Nothing before the shapes are known."""
+        return {}
+
+    def function(self, case: Case) -> Callable[..., Tensor]:
+        """The network of a part."""
+        (name,) = NEEDED[case.part]
+        return Network(self.setup, name, [tensor.shape for tensor in self.inputs(case)])
+
+    def picture(self, case: Case) -> Callable[[], Any]:
+        """By our loop, as it has none of its own."""
+        cases = {part: usual_case(part, self.setup.config) for part in ("text", "unet", "vae")}
+        networks = {part: self.function(case) for part, case in cases.items()}
+        (ids,), (noise,) = self.inputs(cases["text"]), inputs(cases["vae"], self.setup.config)
+        schedule = Schedule(self.setup.config.schedule)
+
+        def paint() -> Tensor:
+            cond, uncond = networks["text"](ids).chunk(2)
+            denoise = Denoiser(networks["unet"], schedule, cond, uncond, GUIDANCE)
+            *_, last = ddim(denoise, noise, schedule.levels(case.steps))
+            return networks["vae"](last.x)
+
+        return paint
+
+
+SIDES = {"ours": Side, "diffusers": Diffusers, "compiled": Compiled, "openvino": OpenVINO}
+
+
+def takes_part(peer: str, case: Case, setup: Setup) -> bool:
+    """Whether a peer is measured in a case."""
+    if peer == "openvino":
+        return setup.dtype in PRECISIONS
+    if peer == "compiled":  # takes minutes for each shape
+        return case == usual_case(case.part, setup.config, case.steps)
+    return True
+
+
+def able_peers(named: Sequence[str] | None, device: torch.device) -> tuple[list[str], list[str]]:
+    """The peers to compare with: those that were named, else all that can run; and one line for each that cannot.
+
+    Raises ValueError for a peer that was named and cannot run.
+    """
+    reasons = {peer: _unable(peer, device) for peer in PEERS if named is None or peer in named}
+    lines = [f"not compared with {peer}: {reason}" for peer, reason in reasons.items() if reason]
+    if named and lines:
+        raise ValueError(lines[0])
+    return [peer for peer, reason in reasons.items() if not reason], lines
+
+
+def _unable(peer: str, device: torch.device) -> str | None:
+    """Why a peer cannot run here; None if it can."""
+    gone = [*peers.missing(), *(["openvino"] if peer == "openvino" and find_spec("openvino") is None else [])]
+    if gone:
+        return f"{' and '.join(gone)} not installed (pip install {' '.join(gone)})"
+    if peer == "openvino" and device.type != "cpu":
+        return f"it runs on the CPU here, not on {device.type}"
+    return _no_compiler(device) if peer == "compiled" else None
+
+
+def _no_compiler(device: torch.device) -> str | None:
+    """What torch.compile would need and does not find."""
+    if device.type == "cuda":
+        return None if find_spec("triton") else "triton not installed, with which torch compiles for CUDA"
+    if device.type != "cpu":
+        return f"torch does not compile for {device.type}"
+    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return None if shutil.which(compiler) else f"no C++ compiler ({compiler}), with which torch compiles"

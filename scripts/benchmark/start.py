@@ -1,0 +1,170 @@
+"""From nothing to the first step: a new interpreter, imports, weights from a float16 file, one step of the U-Net.
+
+Each side reads the file that its users have: ours in our layout, diffusers a folder, OpenVINO converted networks. All
+three networks are loaded. Memory is the whole process's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+import sd
+from sd.checkpoints.export import to_own
+from sd.checkpoints.identity import CONFIG_KEY
+
+from ..peers import peers, pipeline
+from .cases import NEEDED, inputs, usual_case
+from .openvino_networks import PRECISIONS, Conversion, model_file, options
+from .runner import Run
+from .turns import Progress, Turns, alternate
+from .weights import Setup, load_networks
+from .workers import Failed, Worker
+
+LABEL = "start to first step"
+TAKING_PART = ("diffusers", "openvino")  # torch.compile takes minutes until its first step
+
+# What a new interpreter runs. It says itself how much memory it took, as what the parent is told of a child includes
+# the parent's own memory.
+CHILD = """
+import json, sys
+args = json.loads(sys.argv[1])
+{steps}
+try:
+    lines = open("/proc/self/status").read().splitlines()
+    memory = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+except (OSError, StopIteration):
+    try:
+        import resource
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    except ImportError:
+        memory = 0
+print("ready", memory, flush=True)
+"""
+TORCH = """
+import torch
+torch.set_num_threads(args["threads"])
+dtype, device = getattr(torch, args["dtype"]), args["device"]
+{load}
+x, t, context = (torch.randn(shape).to(device, dtype) for shape in args["shapes"]["unet"])
+with torch.no_grad():
+    out = unet(x, t.float(), context)
+out = out if torch.is_tensor(out) else out.sample
+out.float().cpu()
+"""
+OURS = """
+sys.path.insert(0, args["root"])
+import sd
+unet = sd.StableDiffusion.load(args["ours"], device=device, dtype=dtype).unet
+"""
+DIFFUSERS = """
+from diffusers import StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained(
+    args["diffusers"], torch_dtype=dtype, local_files_only=True, tokenizer=None, safety_checker=None
+).to(device)
+unet = pipe.unet.to(memory_format=torch.channels_last)
+"""
+OPENVINO = """
+sys.modules["openvino_telemetry"] = None
+import numpy, openvino
+core, networks = openvino.Core(), {}
+for name, shapes in args["shapes"].items():
+    model = core.read_model(args["openvino"][name])
+    model.reshape(dict(zip(model.inputs, shapes)))
+    networks[name] = core.compile_model(model, "CPU", args["options"])
+given = [numpy.random.default_rng(0).standard_normal(shape, numpy.float32) for shape in args["shapes"]["unet"]]
+networks["unet"].create_infer_request().infer(given)
+"""
+STEPS = {"ours": TORCH.replace("{load}", OURS), "diffusers": TORCH.replace("{load}", DIFFUSERS), "openvino": OPENVINO}
+
+
+class Files:
+    """For a process of its own, as it takes the memory of a model."""
+
+    def write(self, setup: Setup, others: Sequence[str]) -> None:
+        """The same weights in float16 as our file, and as diffusers' folder if it is among the others."""
+        setup = replace(setup, dtype="float16", device=torch.device("cpu"))
+        networks = load_networks(setup, NEEDED["start"])
+        tensors = to_own({name: network.state_dict() for name, network in networks.items()})
+        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        save_file(tensors, setup.folder / "ours.safetensors", {CONFIG_KEY: setup.config.to_json()})
+        if "diffusers" in others:
+            built = peers(networks, setup.config, torch.float16, "default")
+            pipeline(built, setup.config).save_pretrained(setup.folder / "diffusers")
+        if hasattr(os, "sync"):
+            os.sync()  # or the disk is still busy with them while they are read
+
+
+def measure_start(
+    setup: Setup, peers: Sequence[str], runs: int, progress: Progress, note: Callable[[str], object]
+) -> dict[str, Turns]:
+    """By peer ("" alone) as `turns.measure` does it; the files are written before they are first needed."""
+    others = [peer for peer in TAKING_PART if peer in peers and (peer != "openvino" or setup.dtype in PRECISIONS)]
+    progress("writing files")
+    if not (setup.folder / "ours.safetensors").exists():
+        with Worker("ours", setup.folder / "ours.log", Files) as files:
+            files.ask("write", setup, others)
+    measured = {}
+    for peer in others:
+        try:
+            if peer == "openvino":
+                with Worker(peer, setup.folder / "openvino.log", Conversion) as conversion:
+                    conversion.ask("write_models", replace(setup, dtype="float16"), "start")
+            calls = {name: partial(child, name, STEPS[name], arguments(setup)) for name in ("ours", peer)}
+            measured[peer] = alternate(calls, runs, LABEL, progress)
+        except Failed as failure:
+            if failure.who == "ours":
+                raise
+            note(f"start, {setup.dtype}: {failure}")
+    if not measured:
+        calls = {"ours": partial(child, "ours", STEPS["ours"], arguments(setup))}
+        measured[""] = alternate(calls, runs, LABEL, progress)
+    return measured
+
+
+def arguments(setup: Setup) -> dict[str, Any]:
+    """What the new interpreter is told."""
+    files = replace(setup, dtype="float16")
+    shapes = {}
+    for part in ("text", "vae", "unet"):
+        (name,) = NEEDED[part]
+        shapes[name] = [list(tensor.shape) for tensor in inputs(usual_case(part, setup.config), setup.config)]
+    return {
+        "root": str(Path(sd.__file__).resolve().parents[1]),
+        "ours": str(setup.folder / "ours.safetensors"),
+        "diffusers": str(setup.folder / "diffusers"),
+        "openvino": {name: str(model_file(files, name)) for name in NEEDED["start"]},
+        "options": options(setup) if setup.dtype in PRECISIONS else None,
+        "device": str(setup.device),
+        "dtype": setup.dtype,
+        "threads": setup.threads,
+        "shapes": shapes,
+    }
+
+
+def child(who: str, steps: str, told: dict[str, Any], keep: bool) -> Run:
+    """A new interpreter, timed from before it exists until it says that it is ready; no result is kept."""
+    command = [sys.executable, "-c", CHILD.replace("{steps}", steps), json.dumps(told)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile("w+") as errors:
+        start = perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process:
+            line = process.stdout.readline()
+            seconds = perf_counter() - start
+        errors.seek(0)
+        said = errors.read().strip().splitlines()
+    if not line.startswith("ready"):
+        raise Failed(who, said[-1] if said else f"exit status {process.returncode}")
+    return Run(seconds, int(line.split()[1]) or None)

@@ -1,0 +1,76 @@
+"""The same weights for all sides: a checkpoint's, or random ones that are a function of their names."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sd.checkpoints.checkpoint import load_checkpoint, naming
+from sd.checkpoints.convert import convert
+from sd.config import Config
+from sd.device import DTYPES
+from sd.loading import build, load_weights
+
+WEIGHT_STD = 0.7  # of random weights, times the root of the fan-in: below 1, so that half precision never overflows
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all sides share: model and weights, where to compute, in which precision, with how many threads.
+
+    ckpt     None for random weights
+    dtype    by name
+    folder   for files in between; gone when the benchmark ends
+    """
+
+    config: Config
+    ckpt: Path | None
+    device: torch.device
+    dtype: str
+    threads: int
+    folder: Path
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The precision."""
+        return DTYPES[self.dtype]
+
+
+class RandomWeights(Mapping[str, Tensor]):
+    """Weights for a network whose state dict is `meta`: each a function of its name and shape, made when asked for."""
+
+    def __init__(self, meta: Mapping[str, Tensor]) -> None:
+        self._shapes = {key: tensor.shape for key, tensor in meta.items()}
+
+    def __getitem__(self, key: str) -> Tensor:
+        shape = self._shapes[key]
+        if len(shape) == 1:
+            return torch.ones(shape) if key.endswith("weight") else torch.zeros(shape)
+        rng = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+        limit = WEIGHT_STD * math.sqrt(3 / math.prod(shape[1:]))  # a uniform draw has a third of its limit's square
+        return torch.rand(shape, generator=rng).mul_(2 * limit).sub_(limit)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def load_networks(setup: Setup, names: Collection[str]) -> dict[str, nn.Module]:
+    """Our networks of these names with the weights that all sides have; no others are read or made."""
+    built = build(setup.config)
+    with ExitStack() as files:
+        if setup.ckpt is None:
+            states = {name: RandomWeights(built[name].state_dict()) for name in names}
+        else:
+            files.enter_context(naming(setup.ckpt))
+            states = convert(files.enter_context(load_checkpoint(setup.ckpt)), setup.config, parts=names)
+        return {name: load_weights(built[name], states[name], setup.device, setup.torch_dtype) for name in names}

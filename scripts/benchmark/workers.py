@@ -1,0 +1,114 @@
+"""Objects in processes of their own, called over a pipe.
+
+So that no side's threads, allocator or memory are another's: while one works all others sleep, and what a process has
+at its peak is that side's. What a process says goes to a file, and only its last line is shown, if it dies.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from .. import cli
+
+PATIENCE = 10.0  # seconds for a process to end by itself
+
+
+class Failed(OSError):
+    """A side could not be built or run, or gave something else; the message says which and why, in one line."""
+
+    def __init__(self, who: str, why: str) -> None:
+        super().__init__(f"{who} failed: {why}")
+        self.who = who
+
+
+class Worker:
+    """`make(*arguments)` in a new process, until the `with` block ends; `ask` calls its methods.
+
+    name   what messages call it
+    log    file for what it prints
+    Raises Failed where `make` or a method does, or the process dies.
+    """
+
+    def __init__(self, name: str, log: Path, make: Callable[..., Any], *arguments: Any) -> None:
+        self.name, self.log = name, log
+        new = multiprocessing.get_context("spawn")  # a forked process would share pools of threads that do not work
+        self._pipe, theirs = new.Pipe()
+        self._process = new.Process(target=_serve, args=(theirs, log, make, arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+        try:
+            self._answer()
+        except BaseException:
+            self.close(patience=0)
+            raise
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """The result of a method, which must be picklable, as the arguments must."""
+        self._pipe.send((method, arguments))
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            result, failure = self._pipe.recv()
+        except EOFError:
+            self._process.join(PATIENCE)
+            raise Failed(self.name, self._last_words()) from None
+        if failure:
+            raise Failed(self.name, failure)
+        return result
+
+    def _last_words(self) -> str:
+        code = self._process.exitcode
+        if code == -9:
+            return "the system stopped it, as it does when memory runs out"
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"its process ended with status {code}"
+
+    def close(self, patience: float = PATIENCE) -> None:
+        """End the process and give back its memory."""
+        self._pipe.close()
+        self._process.join(patience)
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(patience=PATIENCE if kind is None else 0)
+
+
+def _serve(pipe: Connection, log: Path, make: Callable[..., Any], arguments: tuple) -> None:
+    """What the process does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it decides
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    made, failure = _attempt(make, arguments)
+    pipe.send((None, failure))
+    while not failure:
+        try:
+            method, arguments = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(_attempt(getattr(made, method), arguments))
+
+
+def _attempt(function: Callable[..., Any], arguments: tuple) -> tuple[Any, str | None]:
+    """(result, None), or (None, what went wrong)."""
+    try:
+        return function(*arguments), None
+    except Exception as error:
+        if isinstance(error, (ValueError, OSError, ArithmeticError)):
+            return None, cli.describe(error)
+        return None, f"{type(error).__name__}: {str(error).strip().partition(os.linesep)[0]}"
