@@ -11,10 +11,10 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "sd" / "__init__.py").read
 if not (ROOT / "weights" / "pocket.safetensors").is_file():
     raise SystemExit("weights/pocket.safetensors is missing: a package without the embedded model paints nothing")
 
-REFERENCES = ["diffusers>=0.30", "transformers>=4.40", "accelerate"]
+REFERENCES = ["diffusers>=0.30", "transformers>=4.40", "accelerate", "openvino>=2024.6"]
 TESTS = ["pytest>=8", "hypothesis>=6", "ruff>=0.5", *REFERENCES]
 
-SUBPACKAGES = [f"sd.scripts.{name}" for name in ("evaluation", "training", "world")]
+SUBPACKAGES = [f"sd.scripts.{name}" for name in ("benchmark", "evaluation", "training", "world")]
 
 setup(
     name="sd-from-scratch",

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from scripts import bench, peers
-from sd.config import POCKET, SD1
+from scripts.benchmark import report, sides, start
+from scripts.benchmark.cases import Case, all_cases, flop, inputs, label, usual_case, weight_bytes
+from scripts.benchmark.memory import Memory
+from scripts.benchmark.peak import peak
+from scripts.benchmark.runner import Run, settle
+from scripts.benchmark.turns import Turns, alternate, compared
+from scripts.benchmark.weights import WEIGHT_STD, RandomWeights, Setup
+from scripts.benchmark.workers import Failed, Worker
+from sd.config import POCKET, SD1, SD1_INPAINT
 from sd.loading import build
 
 LABELS = {
@@ -21,125 +37,378 @@ LABELS = {
     "start": "start to first step",
 }
 TINY = ["--tiny", "--device", "cpu", "--runs", "1", "--steps", "2", "--threads", "1"]
+CPU = torch.device("cpu")
+SETUP = Setup(POCKET, None, CPU, "float32", 1, Path("."))
+MEMORY_IS_COUNTED = Path("/proc/self/clear_refs").exists()  # on Linux
 
 
-@pytest.fixture(autouse=True)
-def small_peak(monkeypatch):
-    """The machine's peak is measured with little work."""
-    monkeypatch.setitem(bench.PEAK_SIZE, "cpu", 256)
-    monkeypatch.setattr(bench, "PEAK_SIDE", 8)
+def needs(*packages: str) -> None:
+    """Skip where the packages are not installed."""
+    for name in packages:
+        if find_spec(name) is None:
+            pytest.skip(f"compares with {name}, which is not installed")
 
 
-def run(tmp_path, *options: str) -> list[dict]:
-    """The figures of a run that succeeds."""
-    file = tmp_path / "bench.json"
-    threads = torch.get_num_threads()
+def measured(tmp_path: Path, *options: str) -> dict:
+    """What a run that succeeds writes."""
+    file, threads = tmp_path / "bench.json", torch.get_num_threads()
     assert bench.main([*TINY, "--json", str(file), *options]) == 0
     assert torch.get_num_threads() == threads
-    written = json.loads(file.read_text())
-    assert written["machine"]["threads"] == 1 and written["machine"]["versions"]["torch"] == torch.__version__
-    return written["figures"]
+    record = json.loads(file.read_text())
+    assert record["machine"]["threads"] == 1 and record["machine"]["versions"]["torch"] == torch.__version__
+    return record
 
 
-def check_figures(figures: list[dict], parts: list[str], dtypes: list[str], peer: bool) -> None:
-    assert [(row["dtype"], row["part"]) for row in figures] == [(d, part) for d in dtypes for part in parts]
-    for row in figures:
-        assert row["label"] == LABELS[row["part"]]
+def check_figures(record: dict, parts: list[str], dtypes: list[str], names: list[str]) -> None:
+    """The usual rows are those, and each figure follows from the others."""
+    rows = [row for row in record["figures"] if row["usual"]]
+    assert [(row["dtype"], row["part"]) for row in rows] == [(dtype, part) for dtype in dtypes for part in parts]
+    assert record["notes"] == [] and [row["label"] for row in rows] == [LABELS[part] for _ in dtypes for part in parts]
+    for row in record["figures"]:
         assert all(math.isfinite(value) and value > 0 for value in row.values() if isinstance(value, float))
-        assert row["runs"]["ours"] == [row["ours"]] and (row["peer"] is not None) == peer
-        if peer:
-            assert row["ratio"] == pytest.approx(row["ours"] / row["peer"])
+        assert len(row["runs"]) == max(len(names), 1) and list(row["peers"]) == names
+        for its in row["peers"].values():
+            assert its["ratio"] == pytest.approx(its["ours"] / its["seconds"])
+            assert its["difference"] is None or 0 <= its["difference"] < (0.1 if row["dtype"] == "bfloat16" else 1e-4)
+            assert (its["difference"] is None) == (row["part"] in ("picture", "start"))
         if row["part"] == "start":
-            assert row["gflop"] is None and 1e8 < row["memory_ours"] < 4e9 and row["ours"] > 0.2
+            assert row["gflop"] is None and 1e8 < row["memory"] < 4e9 and row["ours"] > 0.2
         else:
-            assert row["gflops"] == pytest.approx(row["gflop"] / row["ours"]) and row["memory_ours"] is None
+            assert row["gflops"] == pytest.approx(row["gflop"] / row["ours"]) and 0 < row["of_peak"] < 1.5
 
 
-def test_without_peer(tmp_path, capsys):
-    parts = ["unet", "vae", "text", "picture"]
-    figures = run(tmp_path, "--no-peer", "--parts", *reversed(parts), "--dtype", "float32", "bfloat16")
-    check_figures(figures, parts, ["float32", "bfloat16"], peer=False)
-    by_part = {row["part"]: row["gflop"] for row in figures}
-    assert by_part["picture"] == pytest.approx(2 * by_part["unet"] + by_part["vae"] + by_part["text"])
+def test_alone(tmp_path, capsys):
+    """Without peers; its own time, on a machine that may be busy."""
+    before = os.times()
+    options = ["--peers", "--parts", "vae", "unet", "--dtype", "float32", "--sizes", "64", "128", "--batches", "1", "2"]
+    record = measured(tmp_path, *options)
+    after = os.times()
+    took = sum(after[:4]) - sum(before[:4])
+    assert took < 90, f"{took:.0f} s of processors"
+    check_figures(record, ["unet", "vae"], ["float32"], [])
+    assert Counter((row["part"], row["size"], row["batch"]) for row in record["figures"]) == Counter(
+        [("unet", 64, 1), ("unet", 128, 1), ("unet", 128, 2), ("vae", 64, 1), ("vae", 128, 1)]
+    )
+    if MEMORY_IS_COUNTED:
+        assert all(row["weights"] < row["memory"] < row["weights"] + 5e8 for row in record["figures"])
     lines = capsys.readouterr().out.splitlines()
-    assert "cores, 1 threads" in lines[0] and "diffusers" not in lines[1]
-    assert sum(line.startswith(tuple(LABELS.values())) for line in lines) == 8
+    assert "cores, 1 threads" in lines[0] and lines[2] == "pocket, random weights, medians"
+    assert sum(line.startswith(tuple(LABELS.values())) for line in lines) == 4  # time and memory
+    assert [line.split()[3:5] for line in lines if line.startswith("U-Net step  ")] == [
+        ["64x64", "1"], ["128x128", "1"], ["128x128", "1"], ["128x128", "2"]
+    ]  # fmt: skip
 
 
-def test_with_peer(tmp_path, capsys):
-    for name in peers.REQUIRED:
-        pytest.importorskip(name, reason=f"compares with {name}, which is not installed")
-    figures = run(tmp_path, "--dtype", "float32", "--markdown")
-    check_figures(figures, list(LABELS), ["float32"], peer=True)
+def test_diffusers(tmp_path, capsys):
+    needs(*peers.REQUIRED)
+    parts = ["text", "picture", "start"]
+    record = measured(tmp_path, "--peers", "diffusers", "--parts", *parts, "--dtype", "float32", "--markdown")
+    check_figures(record, parts, ["float32"], ["diffusers"])
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(table) == 7 and len({line.count("|") for line in table}) == 1
-    assert [line.split("|")[1].strip() for line in table[2:]] == list(LABELS.values())
+    assert len(table) == 10
+    assert [line.split("|")[1].strip() for line in table[2:5]] == [LABELS[part] for part in parts]
 
 
-def test_start_without_peer(tmp_path):
-    check_figures(run(tmp_path, "--no-peer", "--parts", "start", "--dtype", "float32"), ["start"], ["float32"], False)
+def test_openvino(tmp_path):
+    needs(*peers.REQUIRED, "openvino")
+    parts = ["unet", "picture", "start"]
+    record = measured(tmp_path, "--peers", "openvino", "--parts", *parts, "--dtype", "bfloat16", "--sizes", "64")
+    check_figures(record, parts, ["bfloat16"], ["openvino"])
+    assert len(record["figures"]) == 4
+
+
+def test_compiled(tmp_path):
+    needs(*peers.REQUIRED)
+    if reason := sides.able_peers(None, CPU)[1]:
+        pytest.skip(" ".join(line for line in reason if "compiled" in line) or "cannot be")
+    record = measured(tmp_path, "--peers", "compiled", "--parts", "text", "--dtype", "float32")
+    check_figures(record, ["text"], ["float32"], ["compiled"])
 
 
 def test_arithmetic_of_stable_diffusion():
     """Counted without memory; the U-Net's published 0.80 TFLOP a picture, twice for guidance."""
-    counts = bench.flops(SD1)
-    assert counts["unet"] == pytest.approx(1.607e12, rel=1e-2) and counts["vae"] == pytest.approx(2.515e12, rel=1e-2)
-    small, width, inner = bench.flops(POCKET)["text"], POCKET.text.width, 4 * POCKET.text.width
+    unet, vae = (flop(usual_case(part, SD1), SD1) for part in ("unet", "vae"))
+    assert unet == pytest.approx(1.607e12, rel=1e-2) and vae == pytest.approx(2.515e12, rel=1e-2)
+    small, width, inner = flop(usual_case("text", POCKET), POCKET), POCKET.text.width, 4 * POCKET.text.width
     tokens = 2 * POCKET.text.length
     linear = 2 * tokens * POCKET.text.layers * (4 * width**2 + 2 * width * inner)
     scores = 2 * tokens * POCKET.text.layers * 2 * POCKET.text.length * width
     assert small == pytest.approx(linear + scores)
+    assert flop(usual_case("picture", SD1, 4), SD1) == 4 * unet + vae + flop(usual_case("text", SD1), SD1)
+    assert flop(Case("unet", 512, 8), SD1) == pytest.approx(8 * unet)
+    assert 4 * unet < flop(Case("unet", 1024), SD1) < 16 * unet  # attention grows with the square of the tokens
+    assert weight_bytes("unet", SD1, torch.bfloat16) == 2 * 859_520_964
+
+
+def test_cases():
+    """The usual one is always there; no case twice; the least work first."""
+    assert all_cases("text", SD1, 4, [256], [8]) == [Case("text", 512)]
+    assert all_cases("picture", SD1, 4, [256], [8]) == [Case("picture", 512, steps=4)]
+    assert all_cases("vae", SD1, 4, [1024, 256, 512], [8]) == [Case("vae", 256), Case("vae", 512), Case("vae", 1024)]
+    grown = all_cases("unet", SD1, 4, [768, 256], [4, 2])
+    assert grown == [Case("unet", *more) for more in ((256,), (512,), (512, 2), (768,), (512, 4))]
+    assert label(grown[2], SD1) == "U-Net step, 4 x 64x64" and label(grown[3], SD1) == "U-Net step, 2 x 96x96"
+
+
+def test_inputs_are_the_same_every_time():
+    x, t, context = inputs(Case("unet", 64, 3), replace(SD1_INPAINT, size=64))
+    assert x.shape == (6, 9, 8, 8) and context.shape == (6, 77, 768) and t.tolist() == [500.0] * 6
+    again = inputs(Case("unet", 64, 3), replace(SD1_INPAINT, size=64))
+    assert all(torch.equal(a, b) for a, b in zip((x, t, context), again, strict=True))
+    (ids,) = inputs(usual_case("text", SD1), SD1)
+    assert ids.shape == (2, 77) and ids.dtype == torch.int64
 
 
 def test_random_weights_are_the_same_every_time():
     meta = build(POCKET)["vae"].state_dict()
-    first, second = bench.RandomWeights(meta), bench.RandomWeights(meta)
+    first, second = RandomWeights(meta), RandomWeights(meta)
     assert list(first) == list(meta) and len(first) == len(meta)
     assert all(torch.equal(first[key], second[key]) and first[key].shape == meta[key].shape for key in meta)
     kernel = first["decoder.mid.res.0.conv1.weight"]
-    assert float(kernel.std()) * kernel[0].numel() ** 0.5 == pytest.approx(bench.WEIGHT_STD, rel=0.02)
+    assert float(kernel.std()) * kernel[0].numel() ** 0.5 == pytest.approx(WEIGHT_STD, rel=0.02)
     assert not torch.equal(kernel, first["decoder.mid.res.0.conv2.weight"])
 
 
+def test_turns():
+    """One run of each that does not count, then each in turn; only the first results are kept."""
+    order, told = [], []
+
+    def call(name: str, seconds: float):
+        def run(keep: bool) -> Run:
+            order.append(name)
+            return Run(seconds, None, np.full(4, seconds, np.float32) if keep else None)
+
+        return run
+
+    turns = alternate({"ours": call("a", 1.0), "other": call("b", 1.1)}, 2, "x", told.append)
+    assert order == ["a", "b"] * 3 and told == ["x: ours", "x: other"] * 3
+    assert [run.seconds for run in turns.ours] == [1.0] * 2 and [run.seconds for run in turns.peer] == [1.1] * 2
+    assert turns.difference == pytest.approx(0.1 / 1.1)
+    assert alternate({"ours": call("a", 1.0)}, 1, "x", told.append) == Turns([Run(1.0, None)], [], None)
+
+
 def test_results_that_differ_are_not_compared():
-    one = torch.ones(4)
-    bench.check("x", {"ours": one, "peer": 1.01 * one})
-    with pytest.raises(ArithmeticError, match=r"x: ours and diffusers' differ by 0\.5: not comparable"):
-        bench.check("x", {"ours": one, "peer": 2 * one})
-    with pytest.raises(ArithmeticError, match="not finite"):
-        bench.check("x", {"ours": one / 0})
+    one = np.ones(4, np.float32)
+    assert compared("x", {"ours": one, "peer": 1.01 * one}) == pytest.approx(0.01 / 1.01, rel=1e-3)
+    assert compared("x", {"ours": one, "peer": None}) is None
+    with pytest.raises(Failed, match=r"other failed: x: its result differs from ours by 0\.5: not comparable"):
+        compared("x", {"ours": one, "other": 2 * one})
+    with pytest.raises(Failed, match="ours failed: x: not finite") as failed:
+        compared("x", {"ours": one * np.inf, "other": one})
+    assert failed.value.who == "ours"
+
+
+class Echo:
+    """What the tests put into a process of its own."""
+
+    def __init__(self, word: str) -> None:
+        if word == "refused":
+            raise ValueError("this word is refused")
+        print("printed by", word, flush=True)
+        self.memory = Memory(CPU)
+
+    def process(self) -> int:
+        return os.getpid()
+
+    def divide(self, a: int, b: int) -> float:
+        return a / b
+
+    def lookup(self) -> None:
+        raise KeyError("nothing\nof interest")
+
+    def die(self, how: str) -> None:
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        print("something", "last words", sep="\n", flush=True)
+        os._exit(3)
+
+    def take(self, size: int) -> tuple[int, int, int]:
+        """The peak before, while and after so many bytes are held."""
+        peaks = []
+        for amount in (1, size, 1):
+            self.memory.release()
+            self.memory.start()
+            held = bytearray(os.urandom(1)) * amount
+            peaks.append(self.memory.peak())
+            del held
+        return tuple(peaks)
+
+
+def test_a_worker(tmp_path, capfd):
+    """Lives in a process of its own, says nothing, survives its errors and not the `with` block."""
+    with Worker("echo", tmp_path / "log", Echo, "one") as worker:
+        process = worker.ask("process")
+        assert process != os.getpid() and worker.ask("divide", 3, 2) == 1.5
+        with pytest.raises(Failed, match=r"^echo failed: division by zero$"):
+            worker.ask("divide", 1, 0)
+        with pytest.raises(Failed, match=r"^echo failed: KeyError: 'nothing"):
+            worker.ask("lookup")
+        assert worker.ask("process") == process
+        if MEMORY_IS_COUNTED:
+            before, held, after = worker.ask("take", 300_000_000)
+            assert held - before == pytest.approx(3e8, rel=0.1) and after - before < 1e8
+        with pytest.raises(Failed, match=r"^echo failed: last words$"):
+            worker.ask("die", "exit")
+    assert "printed by one" in (tmp_path / "log").read_text() and capfd.readouterr() == ("", "")
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no signals")
+def test_a_worker_that_is_killed(tmp_path):
+    with Worker("echo", tmp_path / "log", Echo, "two") as worker, pytest.raises(Failed, match="memory runs out"):
+        worker.ask("die", "kill")
+
+
+def test_a_worker_that_cannot_be_made(tmp_path):
+    with pytest.raises(Failed, match=r"^echo failed: this word is refused$"):
+        Worker("echo", tmp_path / "log", Echo, "refused")
+
+
+def test_settling_ends_when_nothing_runs():
+    begin = time.process_time()
+    settle()
+    assert time.process_time() - begin < 0.5
+
+
+def test_the_peak_is_of_something(monkeypatch):
+    monkeypatch.setattr("scripts.benchmark.peak.SIDE", {"cpu": 64})
+    monkeypatch.setattr("scripts.benchmark.peak.CONVOLUTIONS", ((32, 8),))
+    monkeypatch.setattr("scripts.benchmark.peak.SECONDS", 0.01)
+    assert peak(CPU, torch.float32) > 1e6
+
+
+def example(ours: float = 2.0, theirs: float = 4.0) -> dict:
+    """The record of a run that was not made."""
+    case = usual_case("unet", POCKET)
+    turns = {
+        "openvino": Turns([Run(ours, 10), Run(ours, 30)], [Run(theirs, 20)], 1e-3),
+        "diffusers": Turns([Run(2 * ours, None)], [Run(ours, None)], None),
+    }
+    grown = {"": Turns([Run(3 * ours, 50)], [], None)}
+    rows = [report.row(case, SETUP, turns), report.row(case._replace(batch=2), SETUP, grown)]
+    report.hold_against(rows, 2e9 * rows[0]["gflops"])
+    return {"machine": report.machine(SETUP), "notes": [], "figures": rows}
+
+
+def test_rows_and_tables():
+    record = example()
+    first, second = record["figures"]
+    assert first["ours"] == 2.0 and first["peers"]["openvino"]["ratio"] == 0.5 and first["of_peak"] == 0.5
+    assert first["peers"]["diffusers"]["ratio"] == 2.0 and (first["memory"], second["memory"]) == (30, 50)
+    assert second["peers"] == {} and second["usual"] is False
+    text = report.text(record, markdown=False)
+    rows = [line.split("  ") for line in text.splitlines() if line.startswith("U-Net")]
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    assert cells[0][2:5] == ["2.00 s", "2.00 s (2.00)", "4.00 s (0.50)"] and cells[0][-1] == "50%"
+    assert cells[1][2:] == ["0.03 GB", "0.00 GB", "-", "0.00 GB"]
+    assert [row[2:6] for row in cells[2:]] == [["128x128", "1", "2.00 s", "1.00"], ["128x128", "2", "6.00 s", "3.00"]]
+    assert "compiled" not in text and "since" not in text
+    assert len({line.count("|") for line in report.text(record, markdown=True).splitlines() if "U-Net" in line}) == 3
+
+
+def test_comparing_with_an_earlier_run(tmp_path, capsys):
+    file, earlier = tmp_path / "now.json", tmp_path / "then.json"
+    report.write(file, example())
+    then = example(ours=1.6)
+    then["machine"] |= {"threads": 64, "date": "2020-02-20"}
+    del then["figures"][1]
+    report.write(earlier, then)
+    assert bench.main(["--show", str(file), "--compare", str(earlier)]) == 0
+    out = capsys.readouterr().out
+    assert "the earlier run: threads was 64 and is 1\n" in out and out.count("since 2020-02-20") == 2
+    assert [line.split()[-1] for line in out.splitlines() if line.startswith("U-Net")] == ["+25%", "GB", "+25%", "-"]
+    assert bench.main(["--show", str(file), "--compare", str(file)]) == 0
+    assert "+0%" in (out := capsys.readouterr().out) and "hard" not in out
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[1]", b"\xff", b'{"machine": {}, "figures": []}'])
+def test_a_file_that_is_no_earlier_run(tmp_path, capsys, content):
+    file = tmp_path / "x.json"
+    file.write_bytes(content)
+    assert bench.main(["--show", str(file)]) == 1
+    assert capsys.readouterr().err == f"error: {file}: not a file that this program wrote with --json\n"
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         (["--runs", "0"], "--runs must be at least 1, got 0"),
+        (["--batches", "2", "0"], "--batches must be at least 1, got 0"),
+        (["--sizes", "100"], "--sizes must be multiples of 16, got 100"),
         (["--ckpt", "x.ckpt"], "give --ckpt or --tiny, not both"),
         (["--device", "abacus"], "device 'abacus' is not available here"),
         (["--json", __file__], "there is such a file already"),
+        (["--compare", "nowhere.json"], "nowhere.json: No such file"),
     ],
 )
 def test_refusals(capsys, options, message):
-    assert bench.main([*TINY, "--no-peer", "--parts", "text", *options]) == 1
+    assert bench.main([*TINY, "--peers", "--parts", "text", *options]) == 1
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_missing_file(tmp_path, capsys):
-    assert bench.main(["--no-peer", "--parts", "text", "--device", "cpu", "--ckpt", str(tmp_path / "no.ckpt")]) == 1
+    assert bench.main(["--peers", "--parts", "text", "--device", "cpu", "--ckpt", str(tmp_path / "no.ckpt")]) == 1
     error = capsys.readouterr().err
     assert "no.ckpt" in error and error.count("\n") == 1
 
 
 def test_a_start_that_fails_says_why():
-    with pytest.raises(OSError, match="the start of ours failed: ZeroDivisionError"):
-        bench.child("ours", "1 / 0", {"threads": 1, "dtype": "float32", "device": "cpu"})
+    with pytest.raises(Failed, match="ours failed: ZeroDivisionError"):
+        start.child("ours", "1 / 0", {}, False)
 
 
-def test_without_diffusers(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "diffusers", None)
+def test_peers_that_are_not_there(monkeypatch):
+    """Each is said in a line; one that was asked for is an error."""
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs diffusers and transformers: pip install diffusers transformers"):
         peers.peers(build(POCKET), POCKET, torch.float32)
-    check_figures(run(tmp_path, "--parts", "text", "--dtype", "float32"), ["text"], ["float32"], peer=False)
-    assert "not compared: diffusers and transformers not installed" in capsys.readouterr().out
+    able, lines = sides.able_peers(None, CPU)
+    assert able == [] and len(lines) == 3
+    assert lines[0] == (
+        "not compared with diffusers: diffusers and transformers not installed (pip install diffusers transformers)"
+    )
+    with pytest.raises(ValueError, match="not compared with diffusers: diffusers and transformers not installed"):
+        sides.able_peers(["diffusers"], CPU)
+
+
+def test_peers_that_cannot_run(monkeypatch):
+    monkeypatch.setattr(peers, "find_spec", lambda name: name)
+    monkeypatch.setattr(sides, "find_spec", lambda name: None if name in ("openvino", "triton") else name)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert sides.able_peers(None, CPU) == (
+        ["diffusers"],
+        [
+            "not compared with compiled: no C++ compiler (no-such-compiler), with which torch compiles",
+            "not compared with openvino: openvino not installed (pip install openvino)",
+        ],
+    )
+    assert "triton not installed" in sides.able_peers(None, torch.device("cuda"))[1][0]
+    monkeypatch.setattr(sides, "find_spec", lambda name: name)
+    assert sides.able_peers(None, torch.device("cuda")) == (
+        ["diffusers", "compiled"],
+        ["not compared with openvino: it runs on the CPU here, not on cuda"],
+    )
+    assert sides.able_peers([], CPU) == ([], [])
+
+
+def test_who_takes_part_in_what():
+    usual, grown = usual_case("unet", POCKET), Case("unet", 64)
+    assert sides.takes_part("diffusers", grown, SETUP) and sides.takes_part("openvino", grown, SETUP)
+    assert sides.takes_part("compiled", usual, SETUP) and not sides.takes_part("compiled", grown, SETUP)
+    assert sides.takes_part("compiled", usual_case("picture", POCKET, 7), SETUP)
+    assert not sides.takes_part("openvino", usual, replace(SETUP, dtype="float16"))
+
+
+def test_a_peer_that_fails_is_left_out(tmp_path, capsys, monkeypatch):
+    """And said; ours is measured all the same."""
+    monkeypatch.setattr(bench, "able_peers", lambda named, device: (["openvino"], []))
+    monkeypatch.setattr("scripts.benchmark.turns.start_peer", failing)
+    record = measured(tmp_path, "--parts", "text", "--dtype", "float32")
+    assert record["notes"] == ["text, float32: openvino failed: no such luck"]
+    assert record["notes"][0] in capsys.readouterr().out and record["figures"][0]["peers"] == {}
+
+
+def failing(peer: str, *_: object) -> None:
+    raise Failed(peer, "no such luck")

@@ -137,23 +137,24 @@ def text(record: Row, markdown: bool, earlier: Row | None = None) -> str:
     peers = [name for name in ("diffusers", "compiled", "openvino") if any(name in row["peers"] for row in rows)]
     usual = [row for row in rows if row["usual"]]
     grown = growth_rows(rows)
-    blocks = [
-        f"{about['name']}, {about['cores']} cores, {about['threads']} threads, {about['date']}\n"
-        f"{', '.join(f'{name} {number}' for name, number in about['versions'].items())}\n"
-        f"{about['model']}, {about['weights']} weights; medians"
-        + ("; in brackets ours / theirs, of runs in turns" if peers else "")
+    caption = [
+        f"{about['name']}, {about['cores']} cores, {about['threads']} threads, {about['date']}",
+        ", ".join(f"{name} {number}" for name, number in about["versions"].items()),
+        f"{about['model']}, {about['weights']} weights, medians"
+        + (", in brackets ours / theirs of runs in turns" if peers else ""),
     ]
     change = {}
     if earlier:
-        blocks[0] += "".join(f"\n{line}" for line in differences(about, earlier["machine"]))
+        caption += differences(about, earlier["machine"])
         change = {f"since {earlier['machine']['date']}": changes(earlier["figures"])}
+    blocks = [("; " if markdown else "\n").join(caption)]
     if usual:
         blocks.append(grid(usual, time_columns(peers) | change, markdown))
         if any(row["memory"] for row in usual):
-            blocks.append("Memory at the peak, weights in one copy (of the start: of the whole process)")
+            blocks.append("Memory at the peak beside one copy of the weights; of the start: of the whole process")
             blocks.append(grid(usual, memory_columns(peers), markdown))
     if grown:
-        blocks.append("How cost grows with size and with pictures at a time (growth: times the first)")
+        blocks.append("How cost grows with size and with pictures at a time; growth: times the first")
         blocks.append(grid(grown, growth_columns(peers) | change, markdown))
     return "\n\n".join(blocks)
 
@@ -229,7 +230,7 @@ def changes(earlier: Sequence[Row]) -> Callable[[Row], str]:
 def differences(now: Row, then: Row) -> list[str]:
     """What makes two runs hard to compare, one line each."""
     return [
-        f"the earlier run had another {what}: {then[what]}, now {now[what]}"
+        f"hard to compare with the earlier run: {what} was {then[what]} and is {now[what]}"
         for what in SAME_MACHINE
         if now[what] != then[what]
     ]

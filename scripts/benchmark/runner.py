@@ -35,11 +35,11 @@ class Runner:
         self.setup = setup
         torch.set_num_threads(setup.threads)
         torch.set_grad_enabled(False)
-        if setup.device.type == "cpu" and SIDES[side].keeps_freed_memory:
-            cli.keep_freed_memory()
         SIDES[side].libraries()
         self.memory = Memory(setup.device)
         self.side = SIDES[side](setup, part)
+        if setup.device.type == "cpu" and self.side.keeps_freed_memory:
+            cli.keep_freed_memory()  # after the weights were read, as the scripts do
         self.call: Callable[[], Any] | None = None
 
     def prepare(self, case: Case) -> None:
