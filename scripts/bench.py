@@ -17,7 +17,7 @@ take turns, and the medians are compared: ratios are ours / theirs. Peers: diffu
 OpenVINO. Memory is the peak of a run, weights and work. GFLOP/s are held against what the machine reaches in the same
 precision with large products and convolutions.
 
-At full size: 16 GB of memory and 12 GB of disk in the folder for temporary files (TMPDIR).
+At full size: 18 GB of memory and 12 GB of disk in the folder for temporary files (TMPDIR).
 """
 
 from __future__ import annotations
@@ -170,10 +170,6 @@ def measure_precision(args: argparse.Namespace, setup: Setup, peers: list[str], 
     rows: list[report.Row] = []
     peak = 0.0
 
-    def progress(what: str) -> None:
-        bar.set_postfix_str(what)
-        bar.update()
-
     def note(line: str) -> None:
         tqdm.write(line)
         record["notes"].append(line)
@@ -181,11 +177,11 @@ def measure_precision(args: argparse.Namespace, setup: Setup, peers: list[str], 
     done = list(record["figures"])
     for part in [part for part in PARTS if part in args.parts]:
         if part == "start":
-            turns = measure_start(setup, peers, args.runs, progress, note)
+            turns = measure_start(setup, peers, args.runs, bar, note)
             rows.append(report.row(usual_case("start", setup.config), setup, turns))
         else:
             those = cases(args, setup.config, part)
-            by_case, reached = measure(setup, part, those, peers, args.runs, progress, note)
+            by_case, reached = measure(setup, part, those, peers, args.runs, bar, note)
             rows += [report.row(case, setup, turns) for case, turns in by_case.items()]
             peak = max(peak, reached)  # of several, as others may use the machine
         report.hold_against(rows, peak)

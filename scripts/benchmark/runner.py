@@ -45,8 +45,12 @@ class Runner:
     def prepare(self, case: Case) -> None:
         """Get ready for another case."""
         self.call = None
-        self.memory.release()
+        self.rest()
         self.call = self.side.call(case)
+
+    def rest(self) -> None:
+        """Give back what was kept for the next run."""
+        self.memory.release()
 
     def run(self, keep: bool) -> Run:
         """Once; with the numbers that came out if `keep`, where they are a tensor."""

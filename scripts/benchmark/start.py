@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 import sd
 from sd.checkpoints.export import to_own
@@ -29,7 +30,7 @@ from ..peers import peers, pipeline
 from .cases import NEEDED, inputs, usual_case
 from .openvino_networks import PRECISIONS, Conversion, model_file, options
 from .runner import Run
-from .turns import Progress, Turns, alternate
+from .turns import Turns, alternate
 from .weights import Setup, load_networks
 from .workers import Failed, Worker
 
@@ -108,11 +109,11 @@ class Files:
 
 
 def measure_start(
-    setup: Setup, peers: Sequence[str], runs: int, progress: Progress, note: Callable[[str], object]
+    setup: Setup, peers: Sequence[str], runs: int, bar: tqdm, note: Callable[[str], object]
 ) -> dict[str, Turns]:
     """By peer ("" alone) as `turns.measure` does it; the files are written before they are first needed."""
     others = [peer for peer in TAKING_PART if peer in peers and (peer != "openvino" or setup.dtype in PRECISIONS)]
-    progress("writing files")
+    bar.set_postfix_str("writing files")
     if not (setup.folder / "ours.safetensors").exists():
         with Worker("ours", setup.folder / "ours.log", Files) as files:
             files.ask("write", setup, others)
@@ -123,14 +124,14 @@ def measure_start(
                 with Worker(peer, setup.folder / "openvino.log", Conversion) as conversion:
                     conversion.ask("write_models", replace(setup, dtype="float16"), "start")
             calls = {name: partial(child, name, STEPS[name], arguments(setup)) for name in ("ours", peer)}
-            measured[peer] = alternate(calls, runs, LABEL, progress)
+            measured[peer] = alternate(calls, runs, LABEL, bar)
         except Failed as failure:
             if failure.who == "ours":
                 raise
             note(f"start, {setup.dtype}: {failure}")
     if not measured:
         calls = {"ours": partial(child, "ours", STEPS["ours"], arguments(setup))}
-        measured[""] = alternate(calls, runs, LABEL, progress)
+        measured[""] = alternate(calls, runs, LABEL, bar)
     return measured
 
 

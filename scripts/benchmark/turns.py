@@ -6,11 +6,11 @@ Ours takes turns with one peer at a time, so that two models are in memory and n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from .cases import Case, label
 from .openvino_networks import Conversion
@@ -20,8 +20,6 @@ from .weights import Setup
 from .workers import Failed, Worker
 
 MAX_DIFFERENCE = 0.2  # relative, between two bfloat16 runs of a deep network; more is another network
-
-Progress = Callable[[str], object]  # is told what runs now, once a run
 
 
 class Turns(NamedTuple):
@@ -41,67 +39,72 @@ def measure(
     cases: Sequence[Case],
     peers: Sequence[str],
     runs: int,
-    progress: Progress,
+    bar: tqdm,
     note: Callable[[str], object],
 ) -> tuple[dict[Case, dict[str, Turns]], float]:
     """All cases of one part in one precision: by case and peer ("" alone), and what the machine reaches in FLOP/s.
 
-    A peer that fails is left out, and `note` is told why. Raises Failed or ArithmeticError if ours does.
+    `bar` goes on by one for each run. A peer that fails is left out, and `note` is told why. Raises Failed if ours
+    does.
     """
     measured: dict[Case, dict[str, Turns]] = {case: {} for case in cases}
     with Worker("ours", setup.folder / "ours.log", Runner, "ours", setup, part) as ours:
         reached = ours.ask("peak")
         for peer in peers:
             its = [case for case in cases if takes_part(peer, case, setup)]
+            if not its:
+                continue
+            ours.ask("rest")  # building takes the most memory
             try:
-                with ExitStack() as stack:
-                    theirs = start_peer(peer, setup, part, progress, stack) if its else None
+                with start_peer(peer, setup, part, bar) as theirs:
                     for case in its:
-                        measured[case][peer] = pair(ours, theirs, case, setup, runs, progress)
+                        measured[case][peer] = pair(ours, theirs, case, setup, runs, bar)
             except Failed as failure:
                 if failure.who == "ours":
                     raise
                 note(f"{part}, {setup.dtype}: {failure}")
         for case in cases:
             if not measured[case]:
-                measured[case][""] = pair(ours, None, case, setup, runs, progress)
+                measured[case][""] = pair(ours, None, case, setup, runs, bar)
     return measured, reached
 
 
-def start_peer(peer: str, setup: Setup, part: str, progress: Progress, stack: ExitStack) -> Worker:
-    """A peer in its process, which ends with the stack."""
-    progress(f"{peer}: building")
+def start_peer(peer: str, setup: Setup, part: str, bar: tqdm) -> Worker:
+    """A peer in its process, ready to be given cases."""
+    bar.set_postfix_str(f"{peer}: building")
     log = setup.folder / f"{peer}.log"
     if peer == "openvino":
         with Worker(peer, log, Conversion) as conversion:
             conversion.ask("write_models", setup, part)
-    return stack.enter_context(Worker(peer, log, Runner, peer, setup, part))
+    return Worker(peer, log, Runner, peer, setup, part)
 
 
-def pair(ours: Worker, theirs: Worker | None, case: Case, setup: Setup, runs: int, progress: Progress) -> Turns:
+def pair(ours: Worker, theirs: Worker | None, case: Case, setup: Setup, runs: int, bar: tqdm) -> Turns:
     """One case, by ours and by a peer or alone."""
     title = label(case, setup.config)
     workers = [ours, *([theirs] if theirs else [])]
     for worker in workers:
         worker.ask("prepare", case)
     calls = {worker.name: partial(worker.ask, "run") for worker in workers}
-    return alternate(calls, runs, title, progress)
+    return alternate(calls, runs, title, bar)
 
 
-def alternate(calls: dict[str, Callable[[bool], Run]], runs: int, title: str, progress: Progress) -> Turns:
+def alternate(calls: dict[str, Callable[[bool], Run]], runs: int, title: str, bar: tqdm) -> Turns:
     """Ours and a peer's, or ours alone, in turns: one unmeasured run of each, whose results are compared, then `runs`.
 
     A call is told whether its result is wanted.
     """
     first, series = {}, {name: [] for name in calls}
     for name, call in calls.items():
-        progress(f"{title}: {name}")
+        bar.set_postfix_str(f"{title}: {name}")
         first[name] = call(True).result
+        bar.update()
     difference = compared(title, first)
     for _ in range(runs):
         for name, call in calls.items():
-            progress(f"{title}: {name}")
+            bar.set_postfix_str(f"{title}: {name}")
             series[name].append(call(False))
+            bar.update()
     ours, *peer = series.values()
     return Turns(ours, peer[0] if peer else [], difference)
 
