@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import GroupNorm
+from .kernels import GroupNorm, moments
 from .layers import ResBlock, Upsample
-from .vae import VAE, Gaussian, Stage
+from .vae import VAE, Downsample, Gaussian, Stage
 
 NUMBERS = 2**24  # of a strip: 32 to 64 MB
 LEAST = 8  # rows of a strip: each strip computes up to two rows more than it gives
@@ -66,23 +66,26 @@ def empty(x: Map, channels: int, like: Tensor) -> Tensor:
 def activated(norm: GroupNorm, x: Map) -> Callable[[Tensor], Tensor]:
     """The function rows -> SiLU(GroupNorm(rows)), with the mean and variance of the whole map."""
     B, C, H, _ = x.shape
-    mean, square = torch.zeros(2, B, C, dtype=torch.float64)
+    mean, square = torch.zeros(2, B, C, dtype=torch.float64, device="cpu")
     for a, b in x.strips():
-        var, part = (y.cpu().double() for y in torch.var_mean(x.rows(a, b).float(), dim=(2, 3), correction=0))
-        mean += part * ((b - a) / H)
-        square += (var + part**2) * ((b - a) / H)
+        of_rows = moments(x.rows(a, b))
+        mean += of_rows[0] * ((b - a) / H)
+        square += of_rows[1] * ((b - a) / H)
     mean, square = (y.view(B, norm.num_groups, -1).mean(-1, keepdim=True) for y in (mean, square))
     weight, bias = (y.cpu().double().view(norm.num_groups, -1) for y in (norm.weight, norm.bias))
-    scale = (square - mean**2 + norm.eps).rsqrt() * weight  # (B, G, C / G)
+    scale = ((square - mean**2).clamp(min=0) + norm.eps).rsqrt() * weight  # (B, G, C / G)
     shift = bias - mean * scale
     scale, shift = (y.float().view(B, C, 1, 1).to(norm.weight.device) for y in (scale, shift))
     return lambda rows: F.silu(torch.addcmul(shift, rows.float(), scale), inplace=True).to(rows.dtype)
 
 
-def convolved(conv: nn.Module, x: Map, ready: Callable[[Tensor], Tensor], a: int, b: int) -> Tensor:
-    """Rows a to b of a 3x3 convolution (padding 1) of `ready` rows of x."""
+def around(x: Map, a: int, b: int) -> tuple[Tensor, slice]:
+    """What a 3x3 convolution sees for its rows a to b: those and one more on each side, if there is one; which is which.
+
+    Beyond the map's edge the convolution itself pads with zeros; where it does so elsewhere, rows are dropped.
+    """
     first, last = max(a - 1, 0), min(b + 1, x.shape[2])
-    return conv(ready(x.rows(first, last)))[:, :, a - first : b - first]
+    return x.rows(first, last), slice(a - first, b - first)
 
 
 def res_block(res: ResBlock, x: Map, out: Tensor | None = None) -> Tensor:
@@ -92,13 +95,15 @@ def res_block(res: ResBlock, x: Map, out: Tensor | None = None) -> Tensor:
     out = torch.empty_like(h) if out is None else out
     ready = activated(res.norm1, x)
     for a, b in x.strips():
-        h[:, :, a:b] = convolved(res.conv1, x, ready, a, b)
+        rows, inner = around(x, a, b)
+        h[:, :, a:b] = res.conv1(ready(rows))[:, :, inner]
         if fresh:
-            out[:, :, a:b] = res.skip(x.rows(a, b))
+            out[:, :, a:b] = res.skip(rows[:, :, inner])
     x = stored(h)
     ready = activated(res.norm2, x)
     for a, b in x.strips():
-        out[:, :, a:b] += convolved(res.conv2, x, ready, a, b)
+        rows, inner = around(x, a, b)
+        out[:, :, a:b] += res.conv2(ready(rows))[:, :, inner]
     return out
 
 
@@ -117,7 +122,17 @@ def last_layers(norm: GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
     x, ready = stored(x), activated(norm, stored(x))
     out = empty(x, conv.out_channels, conv.bias)
     for a, b in x.strips():
-        out[:, :, a:b] = convolved(conv, x, ready, a, b)
+        rows, inner = around(x, a, b)
+        out[:, :, a:b] = conv(ready(rows))[:, :, inner]
+    return out
+
+
+def halved(down: Downsample, x: Tensor) -> Tensor:
+    """`down` of x, whose sides are even; each row of the result is made of three."""
+    H, W = x.shape[-2:]
+    out = empty(stored(x[:, :, : H // 2, : W // 2]), down.conv.out_channels, down.conv.bias)
+    for a, b in stored(out).strips():
+        out[:, :, a:b] = down(x[:, :, 2 * a : 2 * b + 1])  # past the edge, and nowhere else, its padding is seen
     return out
 
 
@@ -140,5 +155,5 @@ def encode_in_strips(vae: VAE, image: Tensor) -> Gaussian:
     for level in encoder.down:
         x = stage(level, stored(x), x)
         if level.down is not None:
-            x = level.down(x)
+            x = halved(level.down, x)
     return vae.gaussian(last_layers(encoder.norm_out, encoder.conv_out, encoder.mid(x)))
