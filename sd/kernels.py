@@ -44,6 +44,11 @@ def onednn_dtypes() -> frozenset[torch.dtype]:
     return frozenset({torch.float32, torch.bfloat16} if half else {torch.float32})
 
 
+def lays_out(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether layers will lay their weights out when they are used there, so that it does not matter how they come."""
+    return device.type == "cpu" and dtype in onednn_dtypes() and torch.backends.mkldnn.enabled
+
+
 def _tracked(*tensors: Tensor) -> bool:
     """Whether gradients are wanted for any of these."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

@@ -16,8 +16,10 @@ from .checkpoints.diffusers_config import check_text_encoder, vae_from_diffusers
 from .checkpoints.identity import CONFIG_KEY, Identity, damaged_position_ids, with_vocabulary
 from .checkpoints.layouts import find_layouts
 from .checkpoints.other_models import is_sdxl, refuse_others
+from .checkpoints.pages import fresh
 from .checkpoints.prediction import predicting, probe
 from .config import Config, TextConfig
+from .kernels import lays_out
 from .text_encoder import TextEncoder
 from .unet import UNet
 from .vae import VAE
@@ -102,10 +104,12 @@ def load_weights(
     """Give a network on the meta device its weights; each is read, converted and dropped, so nothing is held twice.
 
     Convolution kernels are laid out channels-last, the layout in which convolutions run fastest on CPU and GPU and in
-    which a transformer's tokens are a view of the feature map. `progress` is told how many numbers each weight has.
-    A weight that already is as wanted is taken as it is, not copied.
+    which a transformer's tokens are a view of the feature map, unless they are going to be laid out anew (kernels.py).
+    `progress` is told how many numbers each weight has. A weight that already is as wanted is taken as it is, not
+    copied.
     """
     shapes = {key: meta.shape for key, meta in module.state_dict().items()}
+    of_kernels = torch.contiguous_format if lays_out(device, dtype) else torch.channels_last
 
     def ready(key: str) -> Tensor:
         tensor = state[key]
@@ -117,8 +121,11 @@ def load_weights(
             raise CheckpointError(
                 f"{key} holds whole numbers ({tensor.dtype}): a quantised file, which is not supported"
             )
-        layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
-        weight = tensor.to(dtype).contiguous(memory_format=layout)
+        layout = of_kernels if tensor.dim() == 4 else torch.contiguous_format
+        if device.type == "cpu":
+            weight = _in_pages(tensor, dtype, layout)
+        else:
+            weight = tensor.to(dtype).contiguous(memory_format=layout)
         if dtype == torch.float16 and tensor.dtype != torch.float16 and not weight.isfinite().all():
             raise CheckpointError(f"{key} has numbers beyond float16: use bfloat16 or float32 (--dtype)")
         return weight
@@ -133,3 +140,14 @@ def load_weights(
             progress(weight.numel())
     module.load_state_dict(weights, strict=True, assign=True)
     return module.requires_grad_(False).eval()
+
+
+def _in_pages(tensor: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+    """The tensor itself if it is as wanted, or a copy in pages of its own."""
+    if tensor.dtype == dtype and tensor.is_contiguous(memory_format=layout):
+        return tensor
+    copy = fresh(tensor.numel(), dtype)
+    if layout == torch.channels_last:
+        out, width, *kernel = tensor.shape
+        copy = copy.view(out, *kernel, width).permute(0, 3, 1, 2)
+    return copy.view(tensor.shape).copy_(tensor)

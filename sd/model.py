@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .checkpoints.checkpoint import load_checkpoint, naming
+from .checkpoints.checkpoint import Checkpoint, load_checkpoint, naming
 from .checkpoints.convert import convert
 from .checkpoints.identity import identify
 from .checkpoints.layouts import NETWORKS
@@ -122,13 +122,17 @@ class Model:
         path = resource(EMBEDDED) if path is None else path
         others = {name: other for name, other in (("vae", vae), ("text_encoder", text_encoder)) if other is not None}
         with ExitStack() as files:
-            main = files.enter_context(load_checkpoint(path, variant))
-            opened = {name: files.enter_context(load_checkpoint(other, variant)) for name, other in others.items()}
+
+            def opened(path: str | os.PathLike[str]) -> Checkpoint:
+                return files.enter_context(load_checkpoint(path, variant, mapped=True))
+
+            main = opened(path)
+            parts = {name: opened(other) for name, other in others.items()}
             with naming(path):
                 found = identify(main, config, prediction)
                 states = convert(main, found.config, weights, [name for name in NETWORKS if name not in others])
             config = found.config
-            for name, file in opened.items():
+            for name, file in parts.items():
                 with naming(others[name]):
                     config = with_part(config, name, file)
                     states |= convert(file, config, parts=[name])

@@ -80,7 +80,7 @@ def activated(norm: GroupNorm, x: Map) -> Callable[[Tensor], Tensor]:
 
 
 def around(x: Map, a: int, b: int) -> tuple[Tensor, slice]:
-    """What a 3x3 convolution sees for its rows a to b: those and one more on each side, if there is one; which is which.
+    """What a 3x3 convolution sees for its rows a to b: they and one more on each side, if there is one; where they are.
 
     Beyond the map's edge the convolution itself pads with zeros; where it does so elsewhere, rows are dropped.
     """

@@ -11,7 +11,7 @@ from common import TINY, TINY_V2, Golden, error, manifest, tiny_state
 from conftest import loaded
 from safetensors.torch import save_file
 
-from sd import StableDiffusion
+from sd import StableDiffusion, loading
 from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint
 from sd.checkpoints.convert import convert
 from sd.checkpoints.export import to_original, to_own
@@ -237,6 +237,8 @@ def test_openclip_names_and_its_golden():
     """SD 2 in small: fused q, k, v, bare tables, and the penultimate layer."""
     state = tiny_state("tiny-v2-v")
     networks, golden = loaded(state, TINY_V2), Golden("tiny_v2_components")
+    q = networks["text_encoder"].blocks[0].attn.q.weight
+    assert q.untyped_storage().nbytes() == q.nbytes, "a third must not keep the other two in memory"
     assert error(networks["text_encoder"](golden["ids"].long()), golden["context"]) < 1e-5
     assert error(networks["unet"](golden["unet_x"], golden["unet_t"], golden["context"]), golden["unet_out"]) < 2e-5
     back = to_original({name: network.state_dict() for name, network in networks.items()}, TINY_V2)
@@ -244,8 +246,6 @@ def test_openclip_names_and_its_golden():
         assert torch.equal(tensor, state[key]) and tensor.shape == state[key].shape, key
     left = {key for key in set(state) - set(back) - set(reference.SCHEDULE) if "resblocks.3." not in key}
     assert left == {"cond_stage_model.model.logit_scale", "cond_stage_model.model.text_projection"}
-    q = plain(networks["text_encoder"]).blocks[0].attn.q.weight
-    assert q.untyped_storage().nbytes() == q.nbytes, "a third must not keep the other two in memory"
 
 
 def test_numbers_beyond_float16_are_refused():
@@ -257,11 +257,16 @@ def test_numbers_beyond_float16_are_refused():
     load_weights(build(TINY)["unet"], states["unet"], torch.device("cpu"), torch.bfloat16)
 
 
-def test_nothing_is_initialised_and_kernels_are_channels_last(tiny):
+@pytest.mark.parametrize("anew", [False, True])
+def test_nothing_is_initialised_and_kernels_are_channels_last(monkeypatch, anew):
+    """Unless they are going to be laid out anew."""
     assert all(p.is_meta for network in build(SD1).values() for p in network.parameters())
+    monkeypatch.setattr(loading, "lays_out", lambda device, dtype: anew)
+    tiny = loaded(tiny_state(), TINY)
+    layout = torch.contiguous_format if anew else torch.channels_last
     for network in tiny.values():
         for key, p in network.named_parameters():
             assert not p.requires_grad and not p.is_meta
-            assert p.dim() != 4 or p.is_contiguous(memory_format=torch.channels_last), key
+            assert p.dim() != 4 or p.is_contiguous(memory_format=layout), key
         assert not any(module.training for module in network.modules())
     assert isinstance(tiny["unet"].mid.attn.block.attn1, Attention)

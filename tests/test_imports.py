@@ -39,8 +39,8 @@ ALLOWED = {
     "training": {"config", "denoiser", "layers", "schedule", "text_encoder", "unet", "vae"},
     "loading": {
         "checkpoints.checkpoint", "checkpoints.convert", "checkpoints.diffusers_config", "checkpoints.identity",
-        "checkpoints.layouts", "checkpoints.other_models", "checkpoints.prediction", "config",
-        "text_encoder", "unet", "vae",
+        "checkpoints.layouts", "checkpoints.other_models", "checkpoints.pages", "checkpoints.prediction", "config",
+        "kernels", "text_encoder", "unet", "vae",
     },
     "model": {
         "checkpoints.checkpoint", "checkpoints.convert", "checkpoints.identity", "checkpoints.layouts", "config",
@@ -58,7 +58,8 @@ CHECKPOINTS = {
     "torch_files": {"numbers", "pickles"},
     "folders": {"pickles"},
     "safetensors_files": {"numbers", "pickles", "torch_files"},
-    "checkpoint": {"folders", "numbers", "pickles", "safetensors_files", "torch_files"},
+    "pages": set(),
+    "checkpoint": {"folders", "numbers", "pages", "pickles", "safetensors_files", "torch_files"},
     "weight_shapes": {"..config"},
     "keys": {"..config"},
     "layouts": {"..config", "keys"},

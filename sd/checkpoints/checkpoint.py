@@ -9,8 +9,8 @@ Three formats hold Stable Diffusion weights. They are told apart by their first 
 A model may also be several of these: a diffusers folder, or a file that was split (folders.py).
 
 All come down to one table, `{key: View}`, with which `Checkpoint` reads any single tensor at its place in the file,
-into memory of its own, when asked and not before. The file is not mapped into memory: mapped pages would count beside
-the tensors made from them, and a file that changes while mapped ends the program.
+into memory of its own, when asked and not before. The file is not mapped into memory, but for weights that a model
+keeps as they come, if its owner wishes so: pages.py has the reasons for both.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import stat
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -28,6 +29,7 @@ import numpy as np
 
 from .folders import Part, Parts, check_not_a_shard, find_parts, is_index, parts_of_index
 from .numbers import NumberType
+from .pages import FilePages, fresh
 from .pickles import RefusedFile
 from .safetensors_files import AGAIN, read_safetensors
 from .torch_files import LEGACY_MAGIC, MAX_TENSORS, View, read_legacy, read_zip
@@ -95,7 +97,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     """The tensors of a file by name, in the order of their places in the file. Made by `load_checkpoint`.
 
     Opening reads names and shapes only. `checkpoint[key]` reads that tensor, each time anew, into fresh contiguous CPU
-    memory that belongs to the caller; any thread may. Close it when done, or use it in a `with` statement.
+    memory that belongs to the caller, or gives it the file's own (`mapped` of load_checkpoint); any thread may. Close
+    it when done, or use it in a `with` statement.
 
     `path`; `kind`: "zip pickle", "legacy pickle" or "safetensors"; `metadata`: what the file says about itself, text
     from a stranger: the `__metadata__` of safetensors, of pickles the plain values beside the tensors ("epoch",
@@ -103,12 +106,22 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     `notes`: what was chosen in reading it.
     """
 
-    def __init__(self, path: Path, stream: BinaryIO, kind: str, views: dict[str, View], metadata: dict[str, str]):
+    def __init__(
+        self,
+        path: Path,
+        stream: BinaryIO,
+        kind: str,
+        views: dict[str, View],
+        metadata: dict[str, str],
+        mapped: bool = False,
+    ):
         self.path = path
         self.kind = kind
         self.metadata = metadata
         self.configs: dict[str, dict[str, Any]] = {}
         self.notes: tuple[str, ...] = ()
+        self._mapped = mapped
+        self._pages = FilePages(stream)
         self._stream = stream
         self._lock = threading.Lock()  # between seek and read
         self._views = views
@@ -130,8 +143,14 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         import torch
 
         view = self._views[key]
-        numbers = torch.empty(view.extent, dtype=view.dtype.torch, device="cpu")
-        self._read(view, memoryview(numbers.view(torch.uint8).numpy()))
+        dtype = view.dtype.torch
+        numbers = None
+        if self._mapped and self.kind == "safetensors":  # of the other formats, tensors may overlap
+            numbers = self._pages.lend(view.start, view.extent, dtype)
+        if numbers is None:
+            empty = fresh if self._mapped else partial(torch.empty, device="cpu")
+            numbers = empty(view.extent, dtype=dtype)
+            self._read(view, memoryview(numbers.view(torch.uint8).numpy()))
         tensor = numbers.as_strided(view.shape, view.stride)
         return numbers.view(view.shape) if tensor.is_contiguous() else tensor.contiguous()
 
@@ -232,10 +251,12 @@ class Bundle(Checkpoint):
     __del__ = close
 
 
-def load_checkpoint(path: str | os.PathLike, variant: str | None = None) -> Checkpoint:
+def load_checkpoint(path: str | os.PathLike, variant: str | None = None, *, mapped: bool = False) -> Checkpoint:
     """Open a .ckpt, .pt, .bin or .safetensors file, an index of several, or a diffusers folder; no tensor is read yet.
 
     variant   of a folder: "fp16", "bf16", ..., the files named so where there are any
+    mapped    large tensors get pages of their own: of safetensors the file's, which must not be written over as long as
+              they are used (pages.py has the reasons)
 
     Raises CheckpointError, one line that names the file, for whatever is no usable checkpoint: missing, broken,
     truncated, another kind of file, or a pickle that is not to be trusted.
@@ -243,18 +264,18 @@ def load_checkpoint(path: str | os.PathLike, variant: str | None = None) -> Chec
     path = Path(path)
     try:
         if "\0" not in str(path) and path.is_dir():
-            return _load_parts(path, find_parts(path, variant))
+            return _load_parts(path, find_parts(path, variant), mapped)
         if is_index(path):
-            return _load_parts(path, parts_of_index(path))
+            return _load_parts(path, parts_of_index(path), mapped)
         check_not_a_shard(path)
     except RefusedFile as error:
         raise CheckpointError(f"{path}: {error}") from None
     except OSError as error:
         raise _unreadable(path, error) from None
-    return _load_file(path)
+    return _load_file(path, mapped)
 
 
-def _load_file(path: Path) -> Checkpoint:
+def _load_file(path: Path, mapped: bool) -> Checkpoint:
     try:
         stream = _open(path)
         try:
@@ -273,21 +294,21 @@ def _load_file(path: Path) -> Checkpoint:
     except OSError as error:
         raise _unreadable(path, error) from None
     views = dict(sorted(views.items(), key=lambda item: item[1].start))
-    return Checkpoint(path, stream, kind, views, metadata)
+    return Checkpoint(path, stream, kind, views, metadata, mapped)
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path}: cannot be read: {error.strerror or error}; check the disk and its permissions")
 
 
-def _load_parts(path: Path, found: Parts) -> Bundle:
+def _load_parts(path: Path, found: Parts, mapped: bool) -> Bundle:
     """All files of a model; the path of the folder or index stands in front of what is wrong with it."""
     files: list[Checkpoint] = []
     places: dict[str, tuple[Checkpoint, str]] = {}
     try:
         for part in found.parts:
             for name in part.files:
-                files.append(file := _load_file(name))
+                files.append(file := _load_file(name, mapped))
                 _check_index(part, file)
                 places |= {part.prefix + key: (file, key) for key in file}
         if len(places) > MAX_TENSORS:
