@@ -62,7 +62,7 @@ class Merged:
     """What is merged into some networks, and what their weights were before."""
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
-        self._networks = networks
+        self.networks = networks
         self._loras: dict[str, tuple[Lora, float]] = {}  # by name, in the order they came
         self._before: dict[Place, Tensor] = {}  # of each weight that is changed: the tensor that was there
 
@@ -109,7 +109,7 @@ class Merged:
     def _weight(self, place: Place) -> nn.Parameter:
         network, key = place
         layer, _, name = key.rpartition(".")
-        return plain(self._networks[network].get_submodule(layer)).get_parameter(name)
+        return plain(self.networks[network].get_submodule(layer)).get_parameter(name)
 
     def _refresh(self, places: Mapping[Place, None]) -> None:
         """Compute these weights anew from what they were and all LoRAs that change them."""

@@ -10,12 +10,12 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoints.checkpoint import Checkpoint, load_checkpoint, naming
 from .checkpoints.convert import convert
@@ -38,6 +38,7 @@ from .settings import SAMPLER, find_sampler, number, whole
 from .strips import decode_in_strips, encode_in_strips
 from .text_encoder import TextEncoder
 from .tokenizer import Tokenizer
+from .turns import Turns
 from .unet import UNet
 from .vae import VAE, Gaussian
 
@@ -81,10 +82,27 @@ class Model:
         self.config = config
         self.about = tuple(about)  # what was found out and chosen in loading, one line each
         self.tokenizer = Tokenizer(length=config.text.length, pad=config.text.pad)
-        self.text_encoder, self.vae, self.unet = text_encoder, vae, unet
         self.schedule = Schedule(config.schedule)
+        self._networks: Mapping[str, nn.Module] = {"text_encoder": text_encoder, "vae": vae, "unet": unet}
+        self._merged = Merged({"text_encoder": text_encoder, "unet": unet})
+        self._words = Words(self.tokenizer, text_encoder)
         weight = next(unet.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """Token ids -> context. With `low_memory`, ask for it (and for the others) each time that you use it."""
+        return self._networks["text_encoder"]
+
+    @property
+    def vae(self) -> VAE:
+        """Pictures <-> latents."""
+        return self._networks["vae"]
+
+    @property
+    def unet(self) -> UNet:
+        """x_t, t, context -> prediction."""
+        return self._networks["unet"]
 
     @classmethod
     def load(
@@ -99,6 +117,7 @@ class Model:
         vae: str | os.PathLike[str] | None = None,
         text_encoder: str | os.PathLike[str] | None = None,
         variant: str | None = None,
+        low_memory: bool = False,
         progress: Callable[[int, int], object] | None = None,
     ) -> Self:
         """Load a checkpoint: a file in the original layout or ours, a diffusers folder; the embedded model if none.
@@ -111,6 +130,8 @@ class Model:
         vae           another file or folder to take the VAE from: a VAE alone, or a whole checkpoint
         text_encoder  the same for the text encoder
         variant       of a diffusers folder: "fp16", ..., the files named so
+        low_memory    the networks take turns in the device's memory (turns.py); on a CPU they are read from the files
+                      again at each turn, which stay open, so that every picture takes seconds more
         progress      is told (numbers in this weight, numbers in all) after each weight is read
 
         What was found out and chosen is in `about`. Raises CheckpointError, in one line, for files that are not a
@@ -138,24 +159,34 @@ class Model:
                     states |= convert(file, config, parts=[name])
             networks = build(config)
             total = sum(math.prod(w.shape) for net in networks.values() for w in net.state_dict().values())
-            for name, network in networks.items():
+            each_turn = low_memory and device.type == "cpu"  # are weights read, not only now
+            place, report = (torch.device("cpu") if low_memory else device), (None if each_turn else progress)
+
+            def read(name: str) -> None:
+                for file in (main, *parts.values()):
+                    file.check_unchanged()
                 with naming(others.get(name, path)):
                     load_weights(
-                        network, states[name], device, dtype, lambda n: progress(n, total) if progress else None
+                        networks[name], states[name], place, dtype, lambda n: report(n, total) if report else None
                     )
+
+            for name in () if each_turn else networks:
+                read(name)
+            taken = Turns(networks, device, read if each_turn else None) if low_memory else networks
             if not found.decided:
-                found = probed(found, networks["unet"])
+                found = probed(found, taken["unet"])
                 config = like(found.config, config)
             about = [*main.notes, *describe(main, found, weights, config)]
-        return cls(config, **networks, about=about)
+            if each_turn:
+                files.pop_all()  # they stay open as long as the model is there
+        model = cls(config, **networks, about=about)
+        model._networks, model.device, model.dtype = taken, device, dtype
+        return model
 
-    @cached_property
-    def _merged(self) -> Merged:
-        return Merged({"text_encoder": self.text_encoder, "unet": self.unet})
-
-    @cached_property
-    def _words(self) -> Words:
-        return Words(self.tokenizer, self.text_encoder)
+    def _keep(self, *names: str) -> None:
+        """Networks that are about to be changed: their files will not have their weights."""
+        if isinstance(self._networks, Turns):
+            self._networks.keep(*names)
 
     @property
     def loras(self) -> dict[str, float]:
@@ -174,8 +205,9 @@ class Model:
 
         If not `removable`, the weights from before are not kept, which takes the less memory; they cannot be removed.
         """
-        networks = {"text_encoder": self.text_encoder, "unet": self.unet}
+        networks = self._merged.networks
         loras = [(read_lora(path, self.config, networks), number("weight", weight)) for path, weight in files]
+        self._keep(*networks)
         self._merged.add(loras, removable)
         return [lora.name for lora, _ in loras]
 
@@ -196,7 +228,9 @@ class Model:
         is taken.
         """
         text = self.config.text
-        return self._words.add(read_embedding(path, text.width, text.length - 2, word))
+        words = read_embedding(path, text.width, text.length - 2, word)
+        self._keep("text_encoder")
+        return self._words.add(words)
 
     def remove_embedding(self, *words: str) -> None:
         """Forget words that were added, all if none is named."""
@@ -257,9 +291,13 @@ class Model:
         if (extra is None) == self.sees_masks:
             need = "needs `extra`, mask and masked latent (all_hidden)" if extra is None else "takes no `extra`"
             raise ValueError(f"a U-Net of {self.config.unet.in_channels} input channels {need}")
-        network: Network = self.unet if extra is None else with_channels(self.unet, extra)
+        network: Network = self._predict if extra is None else with_channels(self._predict, extra)
         guidance = self.config.guidance if guidance is None else guidance
         return Denoiser(network, self.schedule, context, uncond, guidance)
+
+    def _predict(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """The U-Net, asked for at each step: in between, a picture of the step may have been decoded."""
+        return self.unet(x, t, context)
 
     def sample(
         self,

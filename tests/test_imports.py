@@ -45,8 +45,10 @@ ALLOWED = {
     "model": {
         "checkpoints.checkpoint", "checkpoints.convert", "checkpoints.identity", "checkpoints.layouts", "config",
         "denoiser", "device", "embeddings", "image", "inpainting", "loading", "lora", "lora_files", "prompts",
-        "resources", "samplers", "schedule", "settings", "strips", "text_encoder", "tokenizer", "unet", "vae",
+        "resources", "samplers", "schedule", "settings", "strips", "text_encoder", "tokenizer", "turns",
+        "unet", "vae",
     },
+    "turns": set(),
     "pipeline": {
         "denoiser", "image", "image_files", "inpainting", "model", "samplers", "schedule", "settings",
     },

@@ -123,6 +123,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         self._mapped = mapped
         self._pages = FilePages(stream)
         self._stream = stream
+        self._opened = _state(stream)
         self._lock = threading.Lock()  # between seek and read
         self._views = views
 
@@ -174,6 +175,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             raise CheckpointError(f"{self.path}: cannot be read any more: {error}; load it again") from None
         if count < len(buffer):
             raise CheckpointError(f"{self.path}: has become shorter since it was opened; load it again")
+
+    def check_unchanged(self) -> None:
+        """CheckpointError if something was written to the file since it was opened."""
+        if self._stream.closed or _state(self._stream) != self._opened:
+            raise CheckpointError(f"{self.path}: has changed since it was opened; load it again")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._views)
@@ -234,6 +240,11 @@ class Bundle(Checkpoint):
         file, name = self._places[key]
         return file[name]
 
+    def check_unchanged(self) -> None:
+        """CheckpointError if something was written to one of the files since it was opened."""
+        for file in self.files:
+            file.check_unchanged()
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
@@ -249,6 +260,12 @@ class Bundle(Checkpoint):
             file.close()
 
     __del__ = close
+
+
+def _state(stream: BinaryIO) -> tuple[int, int]:
+    """Size and time of the last change of an open file."""
+    found = os.fstat(stream.fileno())
+    return found.st_size, found.st_mtime_ns
 
 
 def load_checkpoint(path: str | os.PathLike, variant: str | None = None, *, mapped: bool = False) -> Checkpoint:
