@@ -58,6 +58,7 @@ class _LaidOut(nn.Module):
     """A layer whose `weight` may be in oneDNN's layout; it is plain wherever anything but `forward` sees it."""
 
     weight: nn.Parameter
+    stays_plain = False
 
     def lay_out(self, x: Tensor) -> Tensor:
         """The weight in the layout that is fastest for an input like x."""
@@ -69,7 +70,8 @@ class _LaidOut(nn.Module):
         if weight.is_mkldnn:
             return x.dtype == weight.dtype and x.device.type == "cpu" and not _tracked(x)
         if (
-            x.device.type != "cpu"
+            self.stays_plain
+            or x.device.type != "cpu"
             or x.dtype != weight.dtype
             or weight.dtype not in onednn_dtypes()
             or weight.requires_grad
@@ -121,6 +123,14 @@ def plain(module: nn.Module) -> nn.Module:
         if isinstance(layer, _LaidOut):
             layer.make_plain()
     return module
+
+
+def keep_plain(module: nn.Module) -> nn.Module:
+    """The same for good, and kernels channels-last: for compilers, which choose layouts themselves."""
+    for layer in plain(module).modules():
+        if isinstance(layer, _LaidOut):
+            layer.stays_plain = True
+    return module.to(memory_format=torch.channels_last)
 
 
 class Linear(_LaidOut, nn.Linear):
@@ -212,7 +222,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
         q.device.type == "cpu"
         and q.dtype in onednn_dtypes()
         and k.shape[2] >= BY_ROWS_FROM[q.dtype]
-        and not (causal or tracked)
+        and not (causal or tracked or torch.compiler.is_compiling())
     ):
         x = _attention_by_rows(q, k, v)
     elif q.device.type == "mps":
@@ -276,7 +286,7 @@ class GroupNorm(nn.GroupNorm):
         """(B, C, H, W) -> (B, C, H, W)."""
         B, C, H, W = x.shape
         plain = torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32 or H * W < LARGE
-        if plain or not x.is_contiguous(memory_format=torch.channels_last):
+        if plain or torch.compiler.is_compiling() or not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
         sums, squares = _sums(x)
         n, G = H * W * C // self.num_groups, self.num_groups

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .capture import Recorded, compiled
 from .checkpoints.checkpoint import Checkpoint, load_checkpoint, naming
 from .checkpoints.convert import convert
 from .checkpoints.identity import identify
@@ -88,6 +89,7 @@ class Model:
         self._words = Words(self.tokenizer, text_encoder)
         weight = next(unet.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+        self._steps: Network | None = Recorded(unet) if self.device.type == "cuda" else None  # in the U-Net's place
 
     @property
     def text_encoder(self) -> TextEncoder:
@@ -118,6 +120,7 @@ class Model:
         text_encoder: str | os.PathLike[str] | None = None,
         variant: str | None = None,
         low_memory: bool = False,
+        compile: bool = False,
         progress: Callable[[int, int], object] | None = None,
     ) -> Self:
         """Load a checkpoint: a file in the original layout or ours, a diffusers folder; the embedded model if none.
@@ -132,6 +135,7 @@ class Model:
         variant       of a diffusers folder: "fp16", ..., the files named so
         low_memory    the networks take turns in the device's memory (turns.py); on a CPU they are read from the files
                       again at each turn, which stay open, so that every picture takes seconds more
+        compile       whether txt2img, img2img and inpaint compile the U-Net: it takes minutes at the first of each size
         progress      is told (numbers in this weight, numbers in all) after each weight is read
 
         What was found out and chosen is in `about`. Raises CheckpointError, in one line, for files that are not a
@@ -141,6 +145,8 @@ class Model:
         device = find_device(device)
         dtype = find_dtype(dtype) if dtype is not None else best_dtype(device)
         path = resource(EMBEDDED) if path is None else path
+        if low_memory and compile:
+            raise ValueError("low memory and compiling do not go together: compiled networks stay where they are")
         others = {name: other for name, other in (("vae", vae), ("text_encoder", text_encoder)) if other is not None}
         with ExitStack() as files:
 
@@ -181,6 +187,10 @@ class Model:
                 files.pop_all()  # they stay open as long as the model is there
         model = cls(config, **networks, about=about)
         model._networks, model.device, model.dtype = taken, device, dtype
+        if low_memory:  # recordings would hold the memory that is to be free for others
+            model._steps = None
+        elif compile:
+            model._steps = compiled(networks["unet"])
         return model
 
     def _keep(self, *names: str) -> None:
@@ -282,16 +292,18 @@ class Model:
         uncond: Tensor | None = None,
         guidance: float | None = None,
         extra: Tensor | None = None,
+        network: Network | None = None,
     ) -> Denoiser:
         """The U-Net with guidance (the model's own if not given), as samplers want it; context and uncond (B, M, D).
 
         `extra` (B, 5, h, w) is what a U-Net of 9 channels is given besides x: mask and masked latent, for example
-        `all_hidden`.
+        `all_hidden`. `network` is called in place of the U-Net.
         """
         if (extra is None) == self.sees_masks:
             need = "needs `extra`, mask and masked latent (all_hidden)" if extra is None else "takes no `extra`"
             raise ValueError(f"a U-Net of {self.config.unet.in_channels} input channels {need}")
-        network: Network = self._predict if extra is None else with_channels(self._predict, extra)
+        network = network or self._predict
+        network = network if extra is None else with_channels(network, extra)
         guidance = self.config.guidance if guidance is None else guidance
         return Denoiser(network, self.schedule, context, uncond, guidance)
 

@@ -62,7 +62,12 @@ def draw(rngs: Sequence[torch.Generator], shape: Sequence[int], device: torch.de
     generator gives other numbers.
     """
     each = [torch.randn(tuple(shape), generator=rng, device="cpu", dtype=torch.float32) for rng in rngs]
-    return torch.stack(each).to(device)
+    noise = torch.stack(each)
+    if (
+        device.type == "cuda"
+    ):  # from pinned memory it goes over by itself; otherwise all steps so far would be waited for
+        return noise.pin_memory().to(device, non_blocking=True)
+    return noise.to(device)
 
 
 class Job(NamedTuple):
@@ -320,7 +325,7 @@ class StableDiffusion(Model):
         return gaussian.sample(draw(job.rngs, gaussian.mean.shape[1:], self.device))
 
     def _denoiser(self, job: Job, extra: Tensor | None) -> Denoise:
-        return self.denoiser(job.context, job.uncond, job.settings.guidance, extra)
+        return self.denoiser(job.context, job.uncond, job.settings.guidance, extra, self._steps)
 
     def _walk(
         self,

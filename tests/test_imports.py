@@ -43,12 +43,12 @@ ALLOWED = {
         "kernels", "text_encoder", "unet", "vae",
     },
     "model": {
-        "checkpoints.checkpoint", "checkpoints.convert", "checkpoints.identity", "checkpoints.layouts", "config",
-        "denoiser", "device", "embeddings", "image", "inpainting", "loading", "lora", "lora_files", "prompts",
-        "resources", "samplers", "schedule", "settings", "strips", "text_encoder", "tokenizer", "turns",
-        "unet", "vae",
+        "capture", "checkpoints.checkpoint", "checkpoints.convert", "checkpoints.identity", "checkpoints.layouts",
+        "config", "denoiser", "device", "embeddings", "image", "inpainting", "loading", "lora", "lora_files", "prompts",
+        "resources", "samplers", "schedule", "settings", "strips", "text_encoder", "tokenizer", "turns", "unet", "vae",
     },
     "turns": set(),
+    "capture": {"kernels"},
     "pipeline": {
         "denoiser", "image", "image_files", "inpainting", "model", "samplers", "schedule", "settings",
     },
