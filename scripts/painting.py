@@ -112,7 +112,7 @@ def colour(text: str) -> tuple[int, int, int]:
 
 
 def add_model_arguments(parser: Parser) -> None:
-    """--ckpt, --model, --weights, --device, --dtype."""
+    """--ckpt, --model, --weights, --device, --dtype, --low-memory, --compile."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--ckpt",
@@ -143,6 +143,13 @@ def add_model_arguments(parser: Parser) -> None:
         "--dtype", "--precision", choices=(*DTYPES, *NICKNAMES), metavar="{" + ",".join(DTYPES) + "}",
         help="precision (default: float16 on CUDA, bfloat16 on CPUs that have it, else float32)",
     )  # fmt: skip
+    group.add_argument(
+        "--low-memory", action="store_true",
+        help="text encoder, U-Net and VAE take turns in the device's memory: the same pictures, a little slower",
+    )  # fmt: skip
+    group.add_argument(
+        "--compile", action="store_true", help="compile the U-Net: minutes at first, for many pictures of one size"
+    )
 
 
 def add_sampling_arguments(parser: Parser, size: str = "the model's own") -> None:
@@ -300,9 +307,11 @@ def load(args: argparse.Namespace) -> sd.StableDiffusion:
             vae=args.vae,
             text_encoder=args.text_encoder,
             variant=args.variant,
+            low_memory=args.low_memory,
+            compile=args.compile,
             progress=progress,
         )
-    if model.device.type == "cpu":
+    if model.device.type == "cpu" and not args.low_memory:
         keep_freed_memory()
     return model
 

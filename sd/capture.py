@@ -128,8 +128,18 @@ def _look(network: nn.Module) -> tuple[bool, list[int]]:
 def compiled(network: nn.Module) -> Network:
     """The network through `torch.compile`, each shape for itself: minutes the first time, on CUDA for the last bit.
 
-    Needs a C++ compiler, on CUDA triton. The network itself can still be called as it is.
+    Needs a C++ compiler, on CUDA triton: without them, the first call raises ValueError. The network itself can still
+    be called as it is.
     """
     keep_plain(network)
     on_gpu = next(network.parameters()).is_cuda
-    return torch.compile(network, dynamic=False, mode="max-autotune" if on_gpu else None)
+    fast = torch.compile(network, dynamic=False, mode="max-autotune" if on_gpu else None)
+
+    def run(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        try:
+            return fast(x, t, context)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(getattr(error, "inner_exception", error)).partition("\n")[0]
+            raise ValueError(f"the U-Net cannot be compiled here: {reason}; leave it as it is (no --compile)") from None
+
+    return run

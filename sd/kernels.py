@@ -219,10 +219,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
     tracked = _tracked(q, k, v)
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N, d)
     if (
-        q.device.type == "cpu"
+        not (causal or tracked or torch.compiler.is_compiling())
+        and q.device.type == "cpu"
         and q.dtype in onednn_dtypes()
         and k.shape[2] >= BY_ROWS_FROM[q.dtype]
-        and not (causal or tracked or torch.compiler.is_compiling())
     ):
         x = _attention_by_rows(q, k, v)
     elif q.device.type == "mps":

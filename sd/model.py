@@ -302,7 +302,7 @@ class Model:
         if (extra is None) == self.sees_masks:
             need = "needs `extra`, mask and masked latent (all_hidden)" if extra is None else "takes no `extra`"
             raise ValueError(f"a U-Net of {self.config.unet.in_channels} input channels {need}")
-        network = network or self._predict
+        network = self._predict if network is None else network
         network = network if extra is None else with_channels(network, extra)
         guidance = self.config.guidance if guidance is None else guidance
         return Denoiser(network, self.schedule, context, uncond, guidance)

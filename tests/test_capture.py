@@ -234,7 +234,7 @@ def test_no_step_waits_for_the_device(tiny_inpaint, tiny_sd, sampler):
         sd.inpaint("a cat", photo, mask, strength=0.9, **settings)
 
 
-def test_compiled_is_one_graph(unet, monkeypatch):
+def test_compiled_is_one_graph(monkeypatch):
     """Whatever Python decides is decided in compiling. (Backend "eager": what is tested needs no compiler.)"""
     options = []
     plain = torch.compile
@@ -243,13 +243,25 @@ def test_compiled_is_one_graph(unet, monkeypatch):
         options.append(chosen)
         return plain(network, backend="eager", fullgraph=True)
 
+    sd = StableDiffusion(TINY, **loaded(tiny_state(), TINY))
+    expected, images = sd.unet(*inputs(1, 24)), task(sd, "img2img")
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(kernels, "onednn_dtypes", lambda: frozenset({torch.float32}))  # but not for this network
-    steps = compiled(unet)
-    expected = unet(*inputs(1, 24))
-    assert error(steps(*inputs(1, 24)), expected) < 1e-5
+    sd._steps = compiled(sd.unet)
+    assert error(sd._steps(*inputs(1, 24)), expected) < 1e-5
+    assert [image.size for image in task(sd, "img2img")] == [image.size for image in images]
     assert options == [{"dynamic": False, "mode": None}]
-    assert not any(weight.is_mkldnn for weight in unet.parameters())
+    assert not any(weight.is_mkldnn for weight in sd.unet.parameters())
+
+
+def test_what_cannot_be_compiled_is_said_in_a_line(unet, monkeypatch):
+    def no_compiler(*_):
+        raise RuntimeError("no compiler\nfound")
+
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, **_: plain(network, backend=no_compiler))
+    with pytest.raises(ValueError, match=r"^the U-Net cannot be compiled here: .*no compiler; leave it as it is .*$"):
+        compiled(unet)(*inputs(1))
 
 
 def test_compiling_is_asked_for(monkeypatch):
