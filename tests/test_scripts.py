@@ -70,6 +70,32 @@ def test_a_picture(paint, tmp_path):
         )
 
 
+def test_low_memory_paints_the_same(paint, ckpt, tmp_path):
+    photo, mask = tmp_path / "photo.png", tmp_path / "mask.png"
+    Image.linear_gradient("L").convert("RGB").resize((64, 64)).save(photo)
+    Image.new("L", (64, 64), 255).save(mask)
+    for run, files in ((txt2img, []), (img2img, [photo]), (inpaint, [photo, mask])):
+        made = []
+        for options in ([], ["--low-memory"]):
+            out = tmp_path / f"{run.__name__}{len(options)}"
+            given = ["a red cube", *map(str, files), *options, "--ckpt", str(ckpt), "--device", "cpu", "--steps", "2"]
+            assert (
+                run.main([*given, "--height", "64", "--width", "64", "--seed", "7", "--n", "2", "--out", str(out)]) == 0
+            )
+            made.append([file.read_bytes() for file in sorted(out.glob("*.png"))])
+        assert made[0] == made[1] and len(made[0]) == 2
+
+
+def test_compile_is_handed_on(paint, monkeypatch):
+    made = []
+    monkeypatch.setattr("sd.model.compiled", lambda unet: made.append(unet) or unet)
+    assert paint("a", "--compile")[0] == 0 and len(made) == 1
+    status, _, err, _ = paint("a", "--compile", "--low-memory")
+    assert status == 1 and err == [
+        "error: low memory and compiling do not go together: compiled networks stay where they are"
+    ]
+
+
 def test_names_of_the_original_scripts(paint, tmp_path):
     status, out, _, files = paint(
         *("--prompt", "a", "--ddim_steps", "3", "--scale", "4", "--H", "72", "--W", "64", "--ddim_eta", "0.5"),
