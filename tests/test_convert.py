@@ -18,7 +18,6 @@ from sd.checkpoints.export import to_original, to_own
 from sd.checkpoints.identity import CONFIG_KEY, detect
 from sd.checkpoints.keys import UNET, original_sources
 from sd.config import SD1, SD1_INPAINT, SD2_INPAINT
-from sd.kernels import plain
 from sd.layers import Attention
 from sd.loading import build, load_weights
 
