@@ -87,6 +87,9 @@ class Recorded:
         self._weights: list[int] = []  # the addresses in the recordings
         self._failed = False
 
+    def __getstate__(self):  # for copying: a copy's weights lie elsewhere
+        return self.__dict__ | {"_recordings": {}, "_weights": []}
+
     def __call__(self, *inputs: Tensor) -> Tensor:
         """What the network makes of (x, t, context)."""
         if self._failed or torch.is_grad_enabled() or torch.is_autocast_enabled(inputs[0].device.type):

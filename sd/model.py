@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = "weights/pocket.safetensors"  # the model that comes with the project
 MAX_SIDE = 16384  # pixels
+ONE_MEMORY = ("cpu", "mps")  # devices without memory apart from the CPU's
 LARGE = 1024 * 1024  # pixels from which the VAE goes over its maps in strips
 
 
@@ -133,8 +134,8 @@ class Model:
         vae           another file or folder to take the VAE from: a VAE alone, or a whole checkpoint
         text_encoder  the same for the text encoder
         variant       of a diffusers folder: "fp16", ..., the files named so
-        low_memory    the networks take turns in the device's memory (turns.py); on a CPU they are read from the files
-                      again at each turn, which stay open, so that every picture takes seconds more
+        low_memory    the networks take turns in the device's memory (turns.py); on CPU and MPS they are read again at
+                      each turn, from the files, which stay open: every picture takes seconds more
         compile       whether txt2img, img2img and inpaint compile the U-Net: it takes minutes at the first of each size
         progress      is told (numbers in this weight, numbers in all) after each weight is read
 
@@ -165,19 +166,18 @@ class Model:
                     states |= convert(file, config, parts=[name])
             networks = build(config)
             total = sum(math.prod(w.shape) for net in networks.values() for w in net.state_dict().values())
-            each_turn = low_memory and device.type == "cpu"  # are weights read, not only now
-            place, report = (torch.device("cpu") if low_memory else device), (None if each_turn else progress)
+            each_turn = low_memory and device.type in ONE_MEMORY  # are weights read, not only now
+            place = torch.device("cpu") if low_memory and not each_turn else device
+            report = None if each_turn else progress
 
-            def read(name: str) -> None:
+            def read(name: str, network: nn.Module) -> None:
                 for file in (main, *parts.values()):
                     file.check_unchanged()
                 with naming(others.get(name, path)):
-                    load_weights(
-                        networks[name], states[name], place, dtype, lambda n: report(n, total) if report else None
-                    )
+                    load_weights(network, states[name], place, dtype, lambda n: report(n, total) if report else None)
 
-            for name in () if each_turn else networks:
-                read(name)
+            for name, network in () if each_turn else networks.items():
+                read(name, network)
             taken = Turns(networks, device, read if each_turn else None) if low_memory else networks
             if not found.decided:
                 found = probed(found, taken["unet"])

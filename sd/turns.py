@@ -2,7 +2,7 @@
 
 A picture needs the text encoder, then (from a picture) the VAE, then the U-Net for all of its steps, then the VAE. Of
 Stable Diffusion 1.x they are 12, 8 and 80 % of the weights. A GPU's networks lie in CPU memory and come over when it is
-their turn. On a CPU there is no second place to put them: they are read from their file again, and dropped.
+their turn. Where there is no second place to put them, as on a CPU, they are read from their file again, and dropped.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Turns(Mapping[str, nn.Module]):
         self,
         networks: Mapping[str, nn.Module],
         device: torch.device,
-        read: Callable[[str], object] | None = None,
+        read: Callable[[str, nn.Module], object] | None = None,
     ) -> None:
-        """The networks are in CPU memory, or on the meta device if `read` is given: it gives one its weights."""
+        """The networks are in CPU memory, or on the meta device if `read` is given: it gives one its weights, there."""
         self._networks, self._device, self._read = networks, device, read
         self._here: str | None = None  # whose turn it is
         self._kept: set[str] = set()
@@ -55,7 +55,7 @@ class Turns(Mapping[str, nn.Module]):
 
     def _bring(self, name: str) -> None:
         if self._read is not None:
-            self._read(name)
+            self._read(name, self._networks[name])
         else:
             self._networks[name].to(self._device, memory_format=torch.channels_last)
 

@@ -180,6 +180,16 @@ def test_recordings_go_with_their_owner(unet):
     assert memory() is None
 
 
+def test_a_copy_records_for_itself(unet):
+    steps = Recorded(unet, Tape())
+    steps(*inputs(1))
+    other = copy.deepcopy(steps)
+    assert other._network is not unet and not other._recordings
+    other._network.conv_out.bias.add_(1)
+    assert torch.equal(steps(*inputs(1)), unet(*inputs(1)))
+    assert error(other(*inputs(1)), unet(*inputs(1)) + 1) < 1e-5
+
+
 def task(sd, name):
     settings = {"height": 64, "width": 64, "steps": 2, "seed": 3, "sampler": "heun"}
     photo, mask = Image.linear_gradient("L").convert("RGB").resize((64, 64)), Image.new("L", (64, 64), 255)

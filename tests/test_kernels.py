@@ -12,6 +12,7 @@ import reference_weights as reference
 import torch
 import torch.nn.functional as F
 from common import error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd import kernels
 from sd.kernels import Conv2d, EnlargingConv2d, Linear, attention, plain
@@ -190,3 +191,28 @@ def test_attention_passes_on_what_is_not_a_number():
     k[0, 3, 5] = math.nan
     for dtype in DTYPES:
         assert attention(q.to(dtype), k.to(dtype), v.to(dtype), heads=2)[..., :32].isnan().all()
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that any operation gives."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_never_holds_all_scores(dtype, fast, monkeypatch):
+    """Of 8 heads and 4096 tokens, as in 512x512 pictures, they would be 134 million."""
+    if not fast:
+        monkeypatch.setattr(kernels, "onednn_dtypes", frozenset)
+    q, k, v = (reference.normal(name, (1, 4096, 8 * 40)).to(dtype) for name in "qkv")
+    with Largest() as largest:
+        attention(q, k, v, heads=8)
+    assert q.numel() <= largest.numbers <= 2 * q.numel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -154,6 +155,14 @@ def test_a_file_that_is_no_addon_changes_nothing(files, tmp_path):
         with pytest.raises(CheckpointError):
             add(tmp_path / "no.safetensors")
     assert holders(low) == set()
+
+
+def test_a_copy_takes_turns_of_its_own(files):
+    low = StableDiffusion.load(files / "tiny-v1.safetensors", config=TINY, device="cpu", low_memory=True)
+    expected = pictures(low, "txt2img")
+    other = copy.deepcopy(low)
+    assert pictures(other, "img2img") == pictures(low, "img2img") and pictures(other, "txt2img") == expected
+    assert holders(low) == holders(other) == {"vae"}
 
 
 @pytest.fixture
