@@ -118,7 +118,7 @@ def test_the_model_takes_strips_for_large_pictures(tiny_sd, monkeypatch):
 @pytest.mark.full
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc says how much memory a process had at most")
 def test_four_megapixels_within_4_gb():
-    """2048x2048 by the decoder of Stable Diffusion 1.x in bfloat16: torch, weights and all. About a minute and a half.
+    """2048x2048 by the decoder of Stable Diffusion 1.x in bfloat16: torch, weights and all. Three minutes of a core.
 
     (By weights of chance: what memory is needed does not depend on them.)
     """
