@@ -21,7 +21,6 @@ from scripts.peers import LAYOUTS, peers, pipeline, scheduler
 from sd.checkpoints.keys import diffusers_sources
 from sd.config import MODELS, SD1, SD2, SD2_V
 from sd.denoiser import Denoiser
-from sd.kernels import plain
 from sd.loading import build
 from sd.pipeline import draw, generators
 from sd.samplers import ddim, ddpm, posterior
