@@ -9,24 +9,27 @@ where a step of Stable Diffusion 1.x is 1,600 GFLOP, three of its choices cost u
 
 Layers change the layout of their weights when they are first used without gradients; the weight is then an opaque
 tensor of oneDNN, and no second copy is kept. Nobody has to know: `state_dict`, `load_state_dict`, `to`, `float`,
-copying and gradients with respect to the input work as ever, and `plain` undoes it for whoever wants to look at or
-change weights.
+`train`, copying and derivatives with respect to the input work as ever, and `plain` undoes it for whoever wants to look
+at or change weights.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 BY_ROWS_FROM = {torch.bfloat16: 1, torch.float32: 512}  # keys from which attention by rows is faster, on x86
 SCORES = 2**20  # how many of its scores are computed at a time: 2 to 4 MB, which stay in the cache
 ROWS = 128  # but so many queries at least, as the keys are brought into order for each product
-LARGEST_EXPONENT = 100.0  # 2^100, summed over many keys, is far from the largest float32 and bfloat16 (2^127)
+LARGEST_EXPONENT = 100.0  # from 2^-100 to 2^100 numbers are exact, as the smallest float32 and bfloat16 is 2^-126
+LARGEST_SUM = 126.0  # and the largest 2^127: of the values, each times such a power, over all keys
 LANES = 16  # numbers in a vector register: a matrix is padded to whole ones
 
 LARGE = 1024  # pixels from which GroupNorm's plain sums are too rough
@@ -38,10 +41,41 @@ def onednn_dtypes() -> frozenset[torch.dtype]:
     """The precisions in which oneDNN's operators with laid-out weights can be used and pay: none but on x86 CPUs."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")):
         return frozenset()
-    if not all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_convolution_pointwise")):
-        return frozenset()  # a torch that was built without them
-    half = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    try:
+        half = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        _try_operators()
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return frozenset()  # a torch that was built without them, or where they want other arguments
     return frozenset({torch.float32, torch.bfloat16} if half else {torch.float32})
+
+
+def _try_operators() -> None:
+    """Use each of oneDNN's operators once: they are for torch's own compiler, and may change with any version."""
+    with torch.no_grad():
+        x = torch.ones(1, LANES, 2, 2, device="cpu", dtype=torch.float32)
+        weight, usual = torch.ones(LANES, LANES, device="cpu", dtype=torch.float32), ((0, 0), (1, 1), (1, 1), 1)
+        _linear(x[..., 0, 0], _linear_weight(weight, 1), None)
+        _convolution(x, _kernel(weight[..., None, None], *usual, x.shape), None, *usual)
+
+
+def _linear_weight(weight: Tensor, rows: int | None = None) -> Tensor:
+    """The weight (D_out, D_in) in the layout that is fastest for so many rows."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear with a weight that is laid out."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _kernel(kernel: Tensor, padding, stride, dilation, groups: int, shape: torch.Size) -> Tensor:
+    """The kernel of a convolution in the layout that is fastest for inputs of this shape."""
+    return torch._C._nn.mkldnn_reorder_conv2d_weight(kernel.to_mkldnn(), padding, stride, dilation, groups, shape)
+
+
+def _convolution(x: Tensor, kernel: Tensor, bias: Tensor | None, padding, stride, dilation, groups: int) -> Tensor:
+    """F.conv2d with a kernel that is laid out."""
+    return torch.ops.mkldnn._convolution_pointwise(x, kernel, bias, padding, stride, dilation, groups, "none", [], "")
 
 
 def lays_out(device: torch.device, dtype: torch.dtype) -> bool:
@@ -49,9 +83,19 @@ def lays_out(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in onednn_dtypes() and torch.backends.mkldnn.enabled
 
 
-def _tracked(*tensors: Tensor) -> bool:
-    """Whether gradients are wanted for any of these."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+def _watched(*tensors: Tensor | None) -> bool:
+    """Whether more than the result is wanted: gradients for any of these, other transforms, a graph for a compiler.
+
+    oneDNN's operators know of none of these: in silence derivatives would be zero.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level >= 0:  # some may have tangents
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+_laying_out = threading.Lock()  # two threads may use a layer for the first time
 
 
 class _LaidOut(nn.Module):
@@ -60,30 +104,46 @@ class _LaidOut(nn.Module):
     weight: nn.Parameter
     stays_plain = False
 
-    def lay_out(self, x: Tensor) -> Tensor:
+    def lay_out(self, x: Tensor) -> nn.Parameter:
         """The weight in the layout that is fastest for an input like x."""
+        raise NotImplementedError
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether x has the usual shape; of others, PyTorch's own operators say best what is wrong."""
         raise NotImplementedError
 
     def ready(self, x: Tensor) -> bool:
         """Whether oneDNN's operator can take x; lays the weight out if that has not been done."""
         weight = self.weight
+        if weight.is_mkldnn and weight.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "a weight that is to be trained was laid out for inference: call sd.kernels.plain(network), then make "
+                "the optimizer"
+            )
+        if (
+            x.device.type != "cpu"
+            or x.dtype != weight.dtype
+            or type(x) is not Tensor  # but a tensor that only pretends to have numbers, for example
+            or not self.takes(x)
+            or _watched(x, weight, self.bias)
+        ):
+            return False
         if weight.is_mkldnn:
-            return x.dtype == weight.dtype and x.device.type == "cpu" and not _tracked(x)
+            return True
         if (
             self.stays_plain
-            or x.device.type != "cpu"
-            or x.dtype != weight.dtype
             or weight.dtype not in onednn_dtypes()
             or weight.requires_grad
             or weight.device.type != "cpu"
+            or not isinstance(weight, nn.Parameter)  # but computed from others
             or x.numel() == 0
             or torch.is_autocast_enabled("cpu")
             or not torch.backends.mkldnn.enabled
-            or _tracked(x)
         ):
             return False
-        with torch.no_grad():
-            self.weight = nn.Parameter(self.lay_out(x), requires_grad=False)
+        with _laying_out, torch.no_grad():
+            if not self.weight.is_mkldnn:
+                self.weight = self.lay_out(x)
         return True
 
     def plain_weight(self) -> Tensor:
@@ -91,16 +151,24 @@ class _LaidOut(nn.Module):
         weight = self.weight
         if not weight.is_mkldnn:
             return weight
-        dense = weight.to_dense()
+        with torch._C._DisableFuncTorch():  # which cannot look into it
+            dense = weight.to_dense()
         return dense.contiguous(memory_format=torch.channels_last) if dense.dim() == 4 else dense
 
     def make_plain(self) -> None:
         """Go back to the layout that everybody knows."""
         if self.weight.is_mkldnn:
-            self.weight = nn.Parameter(self.plain_weight(), requires_grad=False)
+            self.weight = nn.Parameter(self.plain_weight(), self.weight.requires_grad)
+
+    def train(self, mode: bool = True):
+        """As nn.Module's; for training weights are plain."""
+        if mode and not self.weight.requires_grad:  # an optimizer may have it: then `ready` says what to do
+            self.make_plain()
+        return super().train(mode)
 
     def __getstate__(self):  # for copying and pickling
-        weight = nn.Parameter(self.plain_weight(), requires_grad=False) if self.weight.is_mkldnn else self.weight
+        weight = self.weight
+        weight = nn.Parameter(self.plain_weight(), weight.requires_grad) if weight.is_mkldnn else weight
         return self.__dict__ | {"_parameters": self._parameters | {"weight": weight}}
 
     def _apply(self, fn, recurse=True):  # to, float, cuda, share_memory, ...
@@ -126,7 +194,10 @@ def plain(module: nn.Module) -> nn.Module:
 
 
 def keep_plain(module: nn.Module) -> nn.Module:
-    """The same for good, and kernels channels-last: for compilers, which choose layouts themselves."""
+    """The same for good, and kernels channels-last: for compilers, which choose layouts themselves.
+
+    To be called before `torch.compile` where a network has been used: compilers cannot look into oneDNN's layouts.
+    """
     for layer in plain(module).modules():
         if isinstance(layer, _LaidOut):
             layer.stays_plain = True
@@ -136,30 +207,33 @@ def keep_plain(module: nn.Module) -> nn.Module:
 class Linear(_LaidOut, nn.Linear):
     """nn.Linear; faster on x86 CPUs when no gradients are wanted."""
 
-    def lay_out(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._reorder_linear_weight(self.weight, x.numel() // x.shape[-1])
+    def lay_out(self, x: Tensor) -> nn.Parameter:
+        return nn.Parameter(_linear_weight(self.weight, x.numel() // x.shape[-1]), requires_grad=False)
+
+    def takes(self, x: Tensor) -> bool:
+        return x.dim() > 0 and x.shape[-1] == self.in_features
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""
         if self.ready(x):
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            return _linear(x, self.weight, self.bias)
         return F.linear(x, self.plain_weight(), self.bias)
 
 
 class Conv2d(_LaidOut, nn.Conv2d):
     """nn.Conv2d; faster on x86 CPUs when no gradients are wanted."""
 
-    def lay_out(self, x: Tensor) -> Tensor:
-        return torch._C._nn.mkldnn_reorder_conv2d_weight(
-            self.weight.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, x.shape
-        )
+    def lay_out(self, x: Tensor) -> nn.Parameter:
+        kernel = _kernel(self.weight, self.padding, self.stride, self.dilation, self.groups, x.shape)
+        return nn.Parameter(kernel, requires_grad=False)
+
+    def takes(self, x: Tensor) -> bool:
+        return x.dim() == 4 and x.shape[1] == self.in_channels
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H', W')."""
         if self.ready(x):
-            return torch.ops.mkldnn._convolution_pointwise(
-                x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
-            )
+            return _convolution(x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups)
         return self._conv_forward(x, self.plain_weight(), self.bias)
 
 
@@ -176,25 +250,15 @@ class EnlargingConv2d(Conv2d):
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, padding=1)
-        self._places: tuple[Tensor, Tensor | None] | None = None  # kernels and biases of the four places
 
-    def lay_out(self, x: Tensor) -> Tensor:
+    def lay_out(self, x: Tensor) -> nn.Parameter:
         C = self.in_channels
         sums = self.weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).float()  # (place, of 2, of 3)
         kernels = torch.einsum("ral,scm,oilm->rsoiac", sums, sums, self.weight.float()).reshape(4 * C, C, 2, 2)
-        laid_out = torch._C._nn.mkldnn_reorder_conv2d_weight(
-            kernels.to(self.weight.dtype).to_mkldnn(), (1, 1), (1, 1), (1, 1), 1, x.shape
-        )
-        self._places = laid_out, None if self.bias is None else self.bias.repeat(4)
-        return super().lay_out(x)
-
-    def make_plain(self) -> None:
-        """Go back to the layout that everybody knows."""
-        super().make_plain()
-        self._places = None
-
-    def __getstate__(self):
-        return super().__getstate__() | {"_places": None}
+        weight = super().lay_out(x)
+        # beside the weight that they are made of: where that is exchanged, they go with it
+        weight.places = _kernel(kernels.to(self.weight.dtype), (1, 1), (1, 1), (1, 1), 1, x.shape)
+        return weight
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, *size); twice the size where none is given."""
@@ -202,7 +266,8 @@ class EnlargingConv2d(Conv2d):
         size = size or (2 * H, 2 * W)
         if size != (2 * H, 2 * W) or not self.ready(x):
             return super().forward(F.interpolate(x, size=size, mode="nearest"))
-        x = torch.ops.mkldnn._convolution_pointwise(x, *self._places, (1, 1), (1, 1), (1, 1), 1, "none", [], "")
+        bias = None if self.bias is None else self.bias.repeat(4)
+        x = _convolution(x, self.weight.places, bias, (1, 1), (1, 1), (1, 1), 1)
         out = torch.empty((B, C, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         for place, part in enumerate(x.chunk(4, dim=1)):  # (B, C, H + 1, W + 1): a row and a column too many
             row, column = divmod(place, 2)
@@ -216,13 +281,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
     PyTorch's fused kernel never builds the N x M matrix; it scales before the softmax and sums in float32, which keeps
     half precision safe. `causal` lets token n see tokens 0..n only (M = N).
     """
-    tracked = _tracked(q, k, v)
+    watched = _watched(q, k, v)
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N, d)
     if (
-        not (causal or tracked or torch.compiler.is_compiling())
-        and q.device.type == "cpu"
-        and q.dtype in onednn_dtypes()
+        not (causal or watched)
+        and type(q) is Tensor
+        and lays_out(q.device, q.dtype)
         and k.shape[2] >= BY_ROWS_FROM[q.dtype]
+        and k.shape[0] == q.shape[0]
+        and q.numel() > 0
     ):
         x = _attention_by_rows(q, k, v)
     elif q.device.type == "mps":
@@ -239,8 +306,8 @@ def _attention_by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same for q (B, heads, N, d) and k, v (B, heads, M, d) by the formula, some heads and queries at a time.
 
     softmax(s) v = (exp(s) v) / (exp(s) 1): one pass over the scores instead of three, the sum is one more column of v,
-    and a power of 2 is faster than one of e. Without the maximum taken off, exp could overflow; |q| |k| bounds it, and
-    where that is large (it hardly ever is) the usual softmax is taken.
+    and a power of 2 is faster than one of e. Without the maximum taken off, exp and the sums could overflow; |q| |k|
+    bounds it, and where that is large (it hardly ever is) the usual softmax is taken.
 
     In bfloat16 scores are rounded before the softmax: an error of 0.5 % against 0.2 % in the fused kernel where they
     are about 1, more where they are larger. A whole U-Net in bfloat16 is 1.4 % off either way.
@@ -249,7 +316,9 @@ def _attention_by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     M = k.shape[2]
     q, k, v = (x.reshape(B * heads, -1, d) for x in (q, k, v))
     bound = q.float().norm(dim=-1).amax() * k.float().norm(dim=-1).amax() * (d**-0.5 * math.log2(math.e))
-    small = bool(bound < LARGEST_EXPONENT)  # not so if it is not a number
+    largest = torch.stack(torch.aminmax(v)).abs().amax().float().clamp(min=1)
+    # not so if it is not a number
+    small = bool((bound < LARGEST_EXPONENT) & (bound + torch.log2(M * largest) < LARGEST_SUM))
     q = q * (d**-0.5 * (math.log2(math.e) if small else 1.0))
     sums = v.new_zeros(B * heads, M, (d // LANES + 1) * LANES)  # v, a column of ones, zeros
     sums[..., :d], sums[..., d] = v, 1
@@ -270,8 +339,8 @@ def _times(matrices: Tensor) -> Callable[[Tensor], Tensor]:
     """The function x (g, n, a) -> x @ matrices (g, a, b); in float32 through oneDNN, for g = 1, as bmm takes MKL."""
     if matrices.dtype != torch.float32:
         return lambda x: torch.bmm(x, matrices)
-    weight = torch.ops.mkldnn._reorder_linear_weight(matrices[0].t().contiguous())
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x[0], weight, None, "none", [], "").unsqueeze(0)
+    weight = _linear_weight(matrices[0].t().contiguous())
+    return lambda x: _linear(x[0], weight, None).unsqueeze(0)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -286,7 +355,7 @@ class GroupNorm(nn.GroupNorm):
         """(B, C, H, W) -> (B, C, H, W)."""
         B, C, H, W = x.shape
         plain = torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32 or H * W < LARGE
-        if plain or torch.compiler.is_compiling() or not x.is_contiguous(memory_format=torch.channels_last):
+        if plain or _watched(x) or not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
         sums, squares = _sums(x)
         n, G = H * W * C // self.num_groups, self.num_groups

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import math
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import reference_weights as reference
 import torch
 import torch.nn.functional as F
 from common import error
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd import kernels
@@ -29,10 +34,10 @@ def enlarged(x, weight, bias):
 LAYERS = {
     "linear": (lambda: Linear(48, 80), (2, 7, 48), F.linear),
     "linear without bias": (lambda: Linear(48, 80, bias=False), (3, 48), F.linear),
-    "3x3": (lambda: Conv2d(32, 48, 3, padding=1), (2, 32, 9, 7), lambda *a: F.conv2d(*a, padding=1)),
+    "3x3": (lambda: Conv2d(32, 48, 3, padding=1), (2, 32, 9, 7), partial(F.conv2d, padding=1)),
     "1x1": (lambda: Conv2d(32, 48, 1), (2, 32, 9, 7), F.conv2d),
-    "halving": (lambda: Conv2d(32, 32, 3, stride=2), (1, 32, 9, 8), lambda *a: F.conv2d(*a, stride=2)),
-    "4 channels": (lambda: Conv2d(4, 32, 3, padding=1), (1, 4, 8, 8), lambda *a: F.conv2d(*a, padding=1)),
+    "halving": (lambda: Conv2d(32, 32, 3, stride=2), (1, 32, 9, 8), partial(F.conv2d, stride=2)),
+    "4 channels": (lambda: Conv2d(4, 32, 3, padding=1), (1, 4, 8, 8), partial(F.conv2d, padding=1)),
     "enlarging": (lambda: EnlargingConv2d(32), (2, 32, 5, 7), enlarged),
 }
 
@@ -161,7 +166,157 @@ def test_layers_that_are_trained_are_left_alone():
 
 
 def test_no_rows_are_no_rows():
-    assert Linear(8, 4).requires_grad_(False)(torch.zeros(0, 8)).shape == (0, 4)
+    layer = Linear(8, 4).requires_grad_(False)
+    for _ in range(2):  # before it is laid out, and after
+        assert layer(torch.zeros(0, 8)).shape == (0, 4)
+        layer(torch.ones(2, 8))
+    for dtype in DTYPES:
+        q, k = torch.zeros(1, 5, 64, dtype=dtype), torch.zeros(1, 600, 64, dtype=dtype)
+        assert attention(q[:, :0], k, k, heads=2).shape == (1, 0, 64)
+        assert attention(q[:0], k[:0], k[:0], heads=2).shape == (0, 5, 64)
+        assert attention(q, k[:, :0], k[:, :0], heads=2).shape == (1, 5, 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_context_for_all(dtype):
+    """As scaled_dot_product_attention has it."""
+    q, k, v = (reference.normal(name, (n, 600, 64)).to(dtype) for name, n in (("q", 3), ("k", 1), ("v", 1)))
+    each = torch.cat([attention(one, k, v, heads=2) for one in q.split(1)])
+    assert error(attention(q, k, v, heads=2), each) < 2 * ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_inputs_of_other_shapes(name):
+    """A picture without a batch; and what is wrong is said in PyTorch's words, before and after laying out."""
+    layer, weights, x, formula = made(name)
+    wrong = {"linear": (3, 7), "linear without bias": (3, 7)}.get(name, (1, 7, 8, 8))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"cannot be multiplied|to have \d+ channels"):
+            layer(torch.ones(wrong))
+        if name != "enlarging":
+            assert error(layer(x[0]), formula_of(weights, x[0], formula)) < 2e-6
+        layer(x)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_biases_may_be_changed_and_trained_alone(name):
+    layer, _, x, _ = made(name)
+    if layer.bias is None:
+        pytest.skip("it has none")
+    out = layer(x)
+    with torch.no_grad():
+        layer.bias.add_(1)
+    assert error(layer(x), out + 1) < 2e-6
+    layer.bias.requires_grad_(True)
+    with torch.enable_grad():
+        layer(x).sum().backward()
+    assert error(layer.bias.grad, torch.full_like(layer.bias, out.numel() / len(layer.bias))) < 1e-6
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", LAYERS)
+def test_training_after_painting(name):
+    """Gradients never go astray: weights are plain by then, or an error says how to make them so."""
+    layer, _, x, _ = made(name)
+    out = layer(x)
+    layer.train()
+    assert not laid_out(layer)
+    layer.requires_grad_(True)
+    with torch.enable_grad():
+        layer(x).sum().backward()
+    assert layer.weight.grad.abs().sum() > 0
+
+    layer, *_ = made(name)
+    layer(x)
+    layer.requires_grad_(True)
+    assert error(layer(x), out) < 1e-6 and laid_out(layer)  # nobody wants gradients yet
+    with torch.enable_grad(), pytest.raises(RuntimeError, match=r"call sd\.kernels\.plain\(network\)"):
+        layer.train()(x)
+    with torch.enable_grad():
+        plain(layer)(x).sum().backward()
+    assert layer.weight.requires_grad and layer.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_transforms_of_functions(name):
+    """Derivatives forward and backward, and many inputs at once; before and after laying out."""
+    for use in (False, True):
+        layer, weights, x, formula = made(name)
+        if use:
+            layer(x)
+        there = reference.normal("tangent", tuple(x.shape))
+        expected = formula(there, weights["weight"], None)
+        assert error(torch.func.jvp(layer, (x,), (there,))[1], expected) < 2e-6
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, there)
+            assert error(torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent, expected) < 2e-6
+        plainly = partial(formula, weight=weights["weight"], bias=weights.get("bias"))
+        ours, expected = (torch.func.grad(lambda x, f=f: f(x).square().sum())(x) for f in (layer, plainly))
+        assert error(ours, expected) < 1e-5
+        many = torch.stack([x, 2 * x])
+        assert error(torch.vmap(layer)(many)[1], layer(2 * x)) < 2e-6
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_other_weights_for_a_call(name):
+    layer, weights, x, formula = made(name)
+    out = layer(x)
+    others = {key: 2 * tensor for key, tensor in weights.items()}
+    assert error(torch.func.functional_call(layer, others, (x,)), 2 * out) < 2e-6
+    assert error(layer(x), out) < 2e-6
+    layer.weight = torch.nn.Parameter(-weights["weight"], requires_grad=False)
+    assert error(layer(x), formula_of({**weights, "weight": -weights["weight"]}, x, formula)) < 2e-6
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing is deprecated
+def test_graphs_are_of_the_usual_operators():
+    """Compilers and tracers are given nothing of oneDNN's."""
+    layer, _, x, _ = made("3x3")
+    attend = torch.nn.Module()
+    attend.forward = lambda x: attention(x, x, x, heads=2)
+    for network, given in ((layer, x), (attend, torch.ones(1, 600, 64))):
+        expected = plain(network)(given)
+        plain(network)
+        compiled = torch.compile(network, backend="eager", fullgraph=True)
+        assert error(compiled(given), expected) < 2e-6
+        traced = torch.jit.trace(network, given, check_trace=False)
+        assert error(traced(given), expected) < 2e-6 and "mkldnn" not in str(traced.inlined_graph)
+    with FakeTensorMode():
+        assert Conv2d(4, 8, 1).requires_grad_(False)(torch.empty(1, 4, 2, 2)).shape == (1, 8, 2, 2)
+
+
+@needs_onednn
+def test_two_threads_may_lay_out_the_same_layer(monkeypatch):
+    layer, weights, x, formula = made("enlarging")
+    both, times = threading.Barrier(2, timeout=5), []
+    watched, lay_out = kernels._watched, EnlargingConv2d.lay_out
+
+    def together(*tensors):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait()
+        return watched(*tensors)
+
+    monkeypatch.setattr(kernels, "_watched", together)
+    monkeypatch.setattr(EnlargingConv2d, "lay_out", lambda *args: times.append(1) or lay_out(*args))
+    with ThreadPoolExecutor(2) as pool:
+        for out in pool.map(torch.no_grad()(layer), [x, x]):
+            assert error(out, formula_of(weights, x, formula)) < 2e-6
+    assert len(times) == 1
+
+
+@needs_onednn
+@pytest.mark.parametrize("broken", [AttributeError, NotImplementedError, RuntimeError, TypeError])
+def test_a_torch_whose_operators_want_something_else(broken, monkeypatch):
+    def changed(*_):
+        raise broken("_linear_pointwise() expected at most 5 arguments")
+
+    monkeypatch.setattr(kernels, "_linear", changed)
+    kernels.onednn_dtypes.cache_clear()
+    try:
+        layer, weights, x, formula = made("linear")
+        assert error(layer(x), formula_of(weights, x, formula)) < 2e-6 and not laid_out(layer)
+    finally:
+        kernels.onednn_dtypes.cache_clear()
 
 
 def textbook(q, k, v):
@@ -184,6 +339,19 @@ def test_attention_by_rows_whatever_the_scores(N, M, spread, dtype):
         assert error(out, expected) < max(2e-6, 2e-7 * spread)
     elif spread <= 10:
         assert error(out, expected) < 0.06
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("value", [1e-4, 1.0, 1e6, 1e20])
+def test_attention_by_rows_at_the_limit(value, sign, dtype):
+    """Every score at the largest or smallest that takes the short way, and values far from 1: sums do not overflow."""
+    only(dtype)
+    score = math.sqrt(0.99 * kernels.LARGEST_EXPONENT * math.log(2) / 8)
+    q, k = torch.full((1, 1, 40, 64), sign * score).to(dtype), torch.full((1, 1, 4096, 64), score).to(dtype)
+    v = (value * (1 + 0.1 * reference.normal("v", (1, 1, 4096, 64)))).to(dtype)
+    expected = v.double().mean(dim=2, keepdim=True).expand(-1, -1, 40, -1)
+    assert error(kernels._attention_by_rows(q, k, v), expected) < max(ROUNDING[dtype], 2e-5)
 
 
 def test_attention_passes_on_what_is_not_a_number():
