@@ -12,6 +12,7 @@ recorded: a LoRA that was merged since has put its weights elsewhere, and a hook
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -43,7 +44,8 @@ def cuda_graph(run: Callable[[], Tensor], device: torch.device) -> tuple[Replay,
                 run()
         here.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # On a stream of this device, as torch's own may be another device's; and whatever other threads do meanwhile.
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
             out = run()
 
     def replay() -> None:
@@ -62,9 +64,10 @@ class Recording(NamedTuple):
 
     @classmethod
     def of(cls, network: nn.Module, inputs: tuple[Tensor, ...], record: Record) -> Recording:
-        """Record the network on memory of its own."""
-        own = tuple(x.clone() for x in inputs)
-        return cls(own, *record(lambda: network(*own), own[0].device))
+        """Record the network on memory of its own, which can be written to within `inference_mode` and without."""
+        with torch.inference_mode(False), torch.no_grad():
+            own = tuple(x.clone() for x in inputs)
+            return cls(own, *record(lambda: network(*own), own[0].device))
 
     def __call__(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """The network's result, which nobody will write over."""
@@ -72,6 +75,9 @@ class Recording(NamedTuple):
             own.copy_(x)
         self.replay()
         return self.out.clone()
+
+
+_one_at_a_time = threading.Lock()  # a recording's memory is written and read in turns
 
 
 class Recorded:
@@ -94,12 +100,18 @@ class Recorded:
         """What the network makes of (x, t, context)."""
         if self._failed or torch.is_grad_enabled() or torch.is_autocast_enabled(inputs[0].device.type):
             return self._network(*inputs)
+        with _one_at_a_time:
+            out = self._played(inputs)
+        return self._network(*inputs) if out is None else out
+
+    def _played(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
+        """From a recording; None where there can be none."""
         watched, weights = _look(self._network)
         if watched or weights != self._weights:
             self._recordings.clear()
             self._weights = weights
         if watched:
-            return self._network(*inputs)
+            return None
         key = tuple((x.shape, x.dtype, x.device) for x in inputs)
         recording = self._recordings.pop(key, None)
         if recording is None:
@@ -111,8 +123,8 @@ class Recorded:
                 self._recordings.clear()
                 self._failed = True
                 reason = str(error).partition("\n")[0]
-                warnings.warn(f"the U-Net's steps cannot be recorded, and take longer: {reason}", stacklevel=2)
-                return self._network(*inputs)
+                warnings.warn(f"the U-Net's steps cannot be recorded, and take longer: {reason}", stacklevel=3)
+                return None
         self._recordings[key] = recording
         return recording(inputs)
 
@@ -128,21 +140,27 @@ def _look(network: nn.Module) -> tuple[bool, list[int]]:
     return watched, weights
 
 
-def compiled(network: nn.Module) -> Network:
+class Compiled:
     """The network through `torch.compile`, each shape for itself: minutes the first time, on CUDA for the last bit.
 
     Needs a C++ compiler, on CUDA triton: without them, the first call raises ValueError. The network itself can still
     be called as it is.
     """
-    keep_plain(network)
-    on_gpu = next(network.parameters()).is_cuda
-    fast = torch.compile(network, dynamic=False, mode="max-autotune" if on_gpu else None)
 
-    def run(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def __init__(self, network: nn.Module) -> None:
+        self._network = keep_plain(network)
+        self._fast: Network | None = None  # when it is first called
+
+    def __getstate__(self):  # for copying: a copy has another network
+        return self.__dict__ | {"_fast": None}
+
+    def __call__(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """What the network makes of them."""
+        if self._fast is None:
+            mode = "max-autotune" if next(self._network.parameters()).is_cuda else None
+            self._fast = torch.compile(self._network, dynamic=False, mode=mode)
         try:
-            return fast(x, t, context)
+            return self._fast(x, t, context)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(getattr(error, "inner_exception", error)).partition("\n")[0]
             raise ValueError(f"the U-Net cannot be compiled here: {reason}; leave it as it is (no --compile)") from None
-
-    return run

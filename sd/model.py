@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .capture import Recorded, compiled
+from .capture import Compiled, Recorded
 from .checkpoints.checkpoint import Checkpoint, load_checkpoint, naming
 from .checkpoints.convert import convert
 from .checkpoints.identity import identify
@@ -190,7 +190,7 @@ class Model:
         if low_memory:  # recordings would hold the memory that is to be free for others
             model._steps = None
         elif compile:
-            model._steps = compiled(networks["unet"])
+            model._steps = Compiled(networks["unet"])
         return model
 
     def _keep(self, *names: str) -> None:

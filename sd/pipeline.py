@@ -63,9 +63,7 @@ def draw(rngs: Sequence[torch.Generator], shape: Sequence[int], device: torch.de
     """
     each = [torch.randn(tuple(shape), generator=rng, device="cpu", dtype=torch.float32) for rng in rngs]
     noise = torch.stack(each)
-    if (
-        device.type == "cuda"
-    ):  # from pinned memory it goes over by itself; otherwise all steps so far would be waited for
+    if device.type == "cuda":  # from pinned memory it goes over by itself; else all steps so far would be waited for
         return noise.pin_memory().to(device, non_blocking=True)
     return noise.to(device)
 

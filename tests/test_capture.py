@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import time
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from test_lora import SCHEMES, lora_file, saved
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd import capture, kernels
-from sd.capture import SHAPES, Recorded, compiled, cuda_graph
+from sd.capture import SHAPES, Compiled, Recorded, cuda_graph
 from sd.pipeline import StableDiffusion
 from sd.samplers import SAMPLERS
 
@@ -190,6 +192,77 @@ def test_a_copy_records_for_itself(unet):
     assert error(other(*inputs(1)), unet(*inputs(1)) + 1) < 1e-5
 
 
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+def test_within_inference_mode_and_without(unet, first):
+    """Tensors that are made within it could not be written to afterwards."""
+    tape, expected = Tape(), [unet(*inputs(seed)) for seed in range(4)]
+    steps = Recorded(unet, tape)
+    for seed, mode in enumerate((first, torch.no_grad, torch.inference_mode, torch.no_grad)):
+        with mode():
+            assert torch.equal(steps(*inputs(seed)), expected[seed])
+    assert tape.recorded == 1
+
+
+def test_threads_take_turns(unet):
+    """One must not write its inputs while another plays back."""
+    expected = [unet(*inputs(seed)) for seed in range(8)]
+
+    class Slow(Tape):
+        def __call__(self, run, device):
+            replay, out = super().__call__(run, device)
+            return lambda: time.sleep(0.01) or replay(), out
+
+    steps = torch.no_grad()(Recorded(unet, Slow()))
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda seed: steps(*inputs(seed)), range(8))
+        assert all(torch.equal(out, other) for out, other in zip(found, expected, strict=True))
+
+
+def test_a_graph_is_recorded_on_a_stream_of_its_device(monkeypatch):
+    """(By stand-ins, as there may be no GPU.) Two runs before on the same stream; whoever plays it back, there."""
+    log = []
+
+    class Place:
+        """A context that is written down; streams wait for each other."""
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __enter__(self):
+            log.append(f"into {self.name}")
+
+        def __exit__(self, *_):
+            log.append(f"out of {self.name}")
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    here, aside = Place("here"), Place("aside")
+    for name, stand_in in {
+        "device": lambda device: Place(str(device)),
+        "current_stream": lambda: here,
+        "Stream": lambda: aside,
+        "stream": lambda stream: stream,
+        "CUDAGraph": Graph,
+        "graph": lambda graph, stream, capture_error_mode: Place(f"recording on {stream.name}, {capture_error_mode}"),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    out = torch.ones(1)
+    replay, found = cuda_graph(lambda: log.append("run") or out, torch.device("cuda", 1))
+    assert found is out
+    assert log == [
+        *["into cuda:1", "aside waits for here", "into aside", "run", "run", "out of aside", "here waits for aside"],
+        *["into recording on aside, thread_local", "run", "out of recording on aside, thread_local", "out of cuda:1"],
+    ]
+    log.clear()
+    replay()
+    assert log == ["into cuda:1", "replay", "out of cuda:1"]
+
+
 def task(sd, name):
     settings = {"height": 64, "width": 64, "steps": 2, "seed": 3, "sampler": "heun"}
     photo, mask = Image.linear_gradient("L").convert("RGB").resize((64, 64)), Image.new("L", (64, 64), 255)
@@ -257,11 +330,22 @@ def test_compiled_is_one_graph(monkeypatch):
     expected, images = sd.unet(*inputs(1, 24)), task(sd, "img2img")
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(kernels, "onednn_dtypes", lambda: frozenset({torch.float32}))  # but not for this network
-    sd._steps = compiled(sd.unet)
+    sd._steps = Compiled(sd.unet)
     assert error(sd._steps(*inputs(1, 24)), expected) < 1e-5
     assert [image.size for image in task(sd, "img2img")] == [image.size for image in images]
     assert options == [{"dynamic": False, "mode": None}]
     assert not any(weight.is_mkldnn for weight in sd.unet.parameters())
+
+
+def test_a_copy_compiles_its_own_network(unet, monkeypatch):
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, **_: plain(network, backend="eager"))
+    steps = Compiled(unet)
+    expected = steps(*inputs(1))
+    other = copy.deepcopy(steps)
+    with torch.no_grad():
+        other._network.conv_out.bias.add_(1)
+    assert error(other(*inputs(1)), expected + 1) < 1e-5 and error(steps(*inputs(1)), expected) < 1e-5
 
 
 def test_what_cannot_be_compiled_is_said_in_a_line(unet, monkeypatch):
@@ -271,12 +355,12 @@ def test_what_cannot_be_compiled_is_said_in_a_line(unet, monkeypatch):
     plain = torch.compile
     monkeypatch.setattr(torch, "compile", lambda network, **_: plain(network, backend=no_compiler))
     with pytest.raises(ValueError, match=r"^the U-Net cannot be compiled here: .*no compiler; leave it as it is .*$"):
-        compiled(unet)(*inputs(1))
+        Compiled(unet)(*inputs(1))
 
 
 def test_compiling_is_asked_for(monkeypatch):
     made = []
-    monkeypatch.setattr("sd.model.compiled", lambda unet: made.append(unet) or unet)
+    monkeypatch.setattr("sd.model.Compiled", lambda unet: made.append(unet) or unet)
     sd = StableDiffusion.load(device="cpu", compile=True)
     sd.txt2img("a house", steps=1)
     assert made == [sd.unet] and sd._steps is sd.unet
