@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,30 @@ def test_where_files_cannot_be_mapped_they_are_read(file, tensors, monkeypatch):
         assert pages.FilePages(stream).lend(0, 100_000, torch.uint8) is None
     with load_checkpoint(file, mapped=True) as checkpoint:
         assert all(torch.equal(checkpoint[key], tensor) for key, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("page", [mmap.PAGESIZE, 2**18], ids=["pages", "large pages"])
+def test_advice_that_is_not_wanted_is_not_given(file, tensors, monkeypatch, page):
+    """Some file systems refuse it, and where pages are large, a tensor may have none of its own."""
+
+    class Map(mmap.mmap):
+        def madvise(self, advice, start, length):
+            assert length > 0 and start + length <= len(self)
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(pages.mmap, "mmap", Map)
+    monkeypatch.setattr(pages.mmap, "PAGESIZE", page)
+    with load_checkpoint(file, mapped=True) as checkpoint:
+        for _ in range(2):
+            assert all(torch.equal(checkpoint[key], tensor) for key, tensor in tensors.items())
+
+
+def test_threads_may_read_the_same(file, tensors):
+    """What one writes is not seen by another, though both have the same place of the file."""
+    with load_checkpoint(file, mapped=True) as checkpoint, ThreadPoolExecutor(4) as pool:
+        keys = [key for key in tensors if "torch" in key] * 10
+        found = list(pool.map(lambda key: checkpoint[key].mul_(2), keys))
+        assert all(torch.equal(tensor, 2 * tensors[key]) for key, tensor in zip(keys, found, strict=True))
 
 
 @linux

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO
@@ -50,6 +51,7 @@ class FilePages:
         self._stream = stream
         self._map: mmap.mmap | None = None
         self._lent: set[int] = set()  # places in this map
+        self._lock = threading.Lock()  # several threads may read
 
     def lend(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor | None:
         """The numbers from byte `start` on; None where they have to be read.
@@ -61,18 +63,26 @@ class FilePages:
         size = count * dtype.itemsize
         if size <= SMALL or start % dtype.itemsize:
             return None
-        try:
-            if os.fstat(self._stream.fileno()).st_size < start + size:
-                return None  # reading it says so
-            if self._map is None or start in self._lent:  # somebody may have written to it
-                self._lent.clear()
-                self._map = mmap.mmap(self._stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError):  # some file systems cannot; ValueError: it has been closed
-            return None
-        array = np.frombuffer(self._map, np.uint8, size, start)
-        self._lent.add(start)
-        if hasattr(self._map, "madvise"):
-            first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_WILLNEED, first, last - first)
-            weakref.finalize(array, self._map.madvise, mmap.MADV_DONTNEED, first, last - first).atexit = False
+        with self._lock:
+            try:
+                if os.fstat(self._stream.fileno()).st_size < start + size:
+                    return None  # reading it says so
+                if self._map is None or start in self._lent:  # somebody may have written to it
+                    self._lent.clear()
+                    self._map = mmap.mmap(self._stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            except (OSError, ValueError):  # some file systems cannot; ValueError: it has been closed
+                return None
+            self._lent.add(start)
+            pages = self._map
+        array = np.frombuffer(pages, np.uint8, size, start)
+        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(pages, "madvise") and first < last:
+            _advise(pages, mmap.MADV_WILLNEED, first, last - first)
+            weakref.finalize(array, _advise, pages, mmap.MADV_DONTNEED, first, last - first).atexit = False
         return torch.from_numpy(array).view(dtype)
+
+
+def _advise(pages: mmap.mmap, advice: int, start: int, length: int) -> None:
+    """Tell the system what will become of these pages; not all file systems want to know."""
+    with suppress(OSError):
+        pages.madvise(advice, start, length)
