@@ -27,6 +27,7 @@ from scripts.benchmark.runner import Run, settle
 from scripts.benchmark.turns import Turns, alternate, compared
 from scripts.benchmark.weights import WEIGHT_STD, RandomWeights, Setup
 from scripts.benchmark.workers import Failed, Worker
+from sd.capture import Recorded
 from sd.config import POCKET, SD1, SD1_INPAINT
 from sd.loading import build
 
@@ -215,6 +216,9 @@ class Echo:
     def divide(self, a: int, b: int) -> float:
         return a / b
 
+    def complain(self) -> None:
+        raise OSError("no such model\nSee our pages.")
+
     def lookup(self) -> None:
         raise KeyError("nothing\nof interest")
 
@@ -245,6 +249,8 @@ def test_a_worker(tmp_path, capfd):
             worker.ask("divide", 1, 0)
         with pytest.raises(Failed, match=r"^echo failed: KeyError: 'nothing"):
             worker.ask("lookup")
+        with pytest.raises(Failed, match=r"^echo failed: no such model$"):
+            worker.ask("complain")
         assert worker.ask("process") == process
         if MEMORY_IS_COUNTED:
             before, held, after = worker.ask("take", 300_000_000)
@@ -260,6 +266,27 @@ def test_a_worker(tmp_path, capfd):
 def test_a_worker_that_is_killed(tmp_path):
     with Worker("echo", tmp_path / "log", Echo, "two") as worker, pytest.raises(Failed, match="memory runs out"):
         worker.ask("die", "kill")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no signals")
+def test_a_worker_that_is_killed_while_another_works(tmp_path):
+    """The system does that when the other takes all memory."""
+    with Worker("echo", tmp_path / "log", Echo, "three") as worker:
+        os.kill(worker.ask("process"), signal.SIGKILL)
+        worker._process.join(60)
+        for _ in range(2):
+            with pytest.raises(Failed, match=r"^echo failed: .* memory runs out$"):
+                worker.ask("process")
+
+
+def test_on_a_gpu_steps_are_recorded_as_in_painting():
+    side = object.__new__(sides.Side)
+    side.setup, network = replace(SETUP, device=torch.device("cuda")), torch.nn.Identity()
+    side.networks = {"unet": network}
+    assert isinstance(side.function(usual_case("unet", POCKET)), Recorded)
+    assert side.function(usual_case("text", POCKET)) is network
+    side.setup = SETUP
+    assert side.function(usual_case("unet", POCKET)) is network
 
 
 def test_a_worker_that_cannot_be_made(tmp_path):

@@ -15,8 +15,9 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class Memory:
     """The peak of this process, above what it had when this object was made; or of the GPU's memory.
 
-    On the CPU pages of mapped files are not counted, as the system takes them back when it needs them. Known on Linux
-    and on CUDA; elsewhere None.
+    On the CPU pages of mapped files are not counted, as the system takes them back when it needs them. On CUDA all that
+    the allocator has taken counts: what a recorded step works in is not allocated to anybody. Known on Linux and on
+    CUDA; elsewhere None.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,7 +37,7 @@ class Memory:
     def peak(self) -> int | None:
         """Bytes at the peak since `start`."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+            return torch.cuda.max_memory_reserved(self.device)
         highest = _own("VmHWM") if self._counting else None
         return None if highest is None else max(highest - self._before, 0)
 

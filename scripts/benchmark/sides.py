@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sd.capture import Recorded
 from sd.denoiser import Denoiser
 from sd.model import LARGE
 from sd.pipeline import StableDiffusion
@@ -61,6 +62,8 @@ class Side:
         (network,) = self.networks.values()
         if case.part == "vae":  # as Model.decode does it
             return partial(decode_in_strips, network) if case.size**2 > LARGE else network.decode
+        if case.part == "unet" and self.setup.device.type == "cuda":  # as Model does it
+            return Recorded(network)
         return network
 
     def picture(self, case: Case) -> Callable[[], Any]:

@@ -38,6 +38,7 @@ class Worker:
 
     def __init__(self, name: str, log: Path, make: Callable[..., Any], *arguments: Any) -> None:
         self.name, self.log = name, log
+        log.write_bytes(b"")  # whatever an earlier process said
         new = multiprocessing.get_context("spawn")  # a forked process would share pools of threads that do not work
         self._pipe, theirs = new.Pipe()
         self._process = new.Process(target=_serve, args=(theirs, log, make, arguments), daemon=True)
@@ -51,18 +52,24 @@ class Worker:
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """The result of a method, which must be picklable, as the arguments must."""
-        self._pipe.send((method, arguments))
+        try:
+            self._pipe.send((method, arguments))
+        except OSError:  # it died since it was last asked: while another was being built, say
+            raise self._died() from None
         return self._answer()
 
     def _answer(self) -> Any:
         try:
             result, failure = self._pipe.recv()
-        except EOFError:
-            self._process.join(PATIENCE)
-            raise Failed(self.name, self._last_words()) from None
+        except (EOFError, OSError):
+            raise self._died() from None
         if failure:
             raise Failed(self.name, failure)
         return result
+
+    def _died(self) -> Failed:
+        self._process.join(PATIENCE)
+        return Failed(self.name, self._last_words())
 
     def _last_words(self) -> str:
         code = self._process.exitcode
@@ -109,6 +116,6 @@ def _attempt(function: Callable[..., Any], arguments: tuple) -> tuple[Any, str |
     try:
         return function(*arguments), None
     except Exception as error:
-        if isinstance(error, (ValueError, OSError, ArithmeticError)):
-            return None, cli.describe(error)
-        return None, f"{type(error).__name__}: {str(error).strip().partition(os.linesep)[0]}"
+        usual = isinstance(error, (ValueError, OSError, ArithmeticError))
+        said = (cli.describe(error) if usual else str(error)).strip().partition("\n")[0]
+        return None, said if usual and said else f"{type(error).__name__}: {said}"
