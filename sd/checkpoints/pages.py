@@ -13,7 +13,8 @@ shorter ends the program. It is the same for all who load safetensors through th
 transformers among them, and they live with it: what downloads or saves models puts a new file in the old one's place,
 and then the old one's pages stay. What remains is `cp` and the like onto a model in use. On an x86 CPU that is the time
 before its first picture, afterwards only the table of words still lies in the file. So models are mapped; whatever is
-opened without the wish for it (LoRA files, conversion) is read.
+opened without the wish for it (LoRA files, conversion) is read. So is everything on Windows: there a file that is
+mapped cannot be replaced, not even by the program that trains its model further.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+POSIX = os.name == "posix"
 SMALL = 2**16  # bytes up to which an allocator's memory is the better place
 
 
@@ -38,7 +40,7 @@ def fresh(count: int, dtype: torch.dtype) -> torch.Tensor:
     import torch
 
     size = count * dtype.itemsize
-    if size > SMALL and os.name == "posix":
+    if size > SMALL and POSIX:
         with suppress(OSError):  # no memory, which the allocator has the better words for
             return torch.frombuffer(mmap.mmap(-1, size, access=mmap.ACCESS_COPY), dtype=dtype)
     return torch.empty(count, dtype=dtype, device="cpu")
@@ -56,12 +58,12 @@ class FilePages:
     def lend(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor | None:
         """The numbers from byte `start` on; None where they have to be read.
 
-        Small ones are, those that do not lie at a multiple of their size, and files that cannot be mapped.
+        Small ones are, those that do not lie at a multiple of their size, and files that cannot or must not be mapped.
         """
         import torch
 
         size = count * dtype.itemsize
-        if size <= SMALL or start % dtype.itemsize:
+        if size <= SMALL or start % dtype.itemsize or not POSIX:
             return None
         with self._lock:
             try:
