@@ -129,8 +129,7 @@ def _sum(before: Tensor, loras: Sequence[tuple[Lora, float]], place: Place) -> T
     for lora, weight in loras:
         if place in lora.pairs:
             total += lora.pairs[place].delta(before, weight)
-    layout = torch.channels_last if before.dim() == 4 else torch.contiguous_format
-    merged = total.to(before.dtype).contiguous(memory_format=layout)
+    merged = total.to(before.dtype)
     if not math.isfinite(merged.sum(dtype=torch.float32)):  # one that is not makes the sum so
         raise ValueError(
             f"merged, {'.'.join(place)} has numbers beyond {before.dtype}: use a smaller weight or bfloat16"
