@@ -1,0 +1,368 @@
+"""Pictures of what happens inside: noise, attention, guidance, samplers, ...
+
+python scripts/study.py attention --prompt "a red house and a blue tree on a meadow"
+python scripts/study.py grid --x steps=4,8,16 --y sampler=ddim,heun,dpmpp_2m
+python scripts/study.py all --out docs/figures
+python scripts/study.py reverse --ckpt v1-5-pruned-emaonly.ckpt --prompt "a photograph of an astronaut riding a horse"
+
+docs/ explains each of them. Files of the same name in --out are replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+if not __package__:  # run as a file, from any folder, installed or not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sd import StableDiffusion
+from sd.device import dtype_name
+from sd.files import replaced_file
+from sd.image import fit
+from sd.image_files import read_picture, save_animation
+from sd.samplers import SAMPLERS
+from sd.settings import Settings
+from sd.study import (
+    attention,
+    convergence,
+    denoising,
+    editing,
+    grids,
+    guidance,
+    latent,
+    mixing,
+    network,
+    noising,
+    prompts,
+    runs,
+    steering,
+)
+
+if __package__:
+    from . import cli, painting
+    from .world import Scene, Thing, box, draw
+else:
+    from scripts import cli, painting
+    from scripts.world import Scene, Thing, box, draw
+
+OUT = Path("outputs/study")
+# of the embedded model's world; any checkpoint that knows houses can do them
+PROMPT = "a big red house and a big blue tree on a meadow"
+THINGS = {"house": Thing("house", "red", "big", "left"), "tree": Thing("tree", "blue", "big", "right")}
+OTHER = "a big red house and a big blue tree in the snow"
+LONG = "a red triceratops in the snow, " + ", ".join(["a small blue boat on the sea at night under the stars"] * 8)
+FILM_SECONDS = 0.15  # a frame
+QUALITY = 90  # of WebP
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What a figure is made with."""
+
+    model: StableDiffusion
+    prompt: str
+    other: str
+    settings: Settings
+    args: argparse.Namespace
+
+    def picture(self) -> Image.Image:
+        """--image at the model's size, or a scene of the drawn world."""
+        side = self.model.config.size
+        if self.args.image is not None:
+            return fit(read_picture(self.args.image).image, side, side)
+        scene = Scene("flat", "day", "meadow", tuple(THINGS.values()))
+        return draw(scene, Random(1), side)
+
+
+Drawn = Iterator[tuple[str, Image.Image | list[Image.Image]]]  # names of files and what is in them, lists being films
+FIGURES: dict[str, Callable[[Desk], Drawn]] = {}
+
+
+def named(name: str) -> Callable[[Callable[[Desk], Drawn]], Callable[[Desk], Drawn]]:
+    """Puts a figure into FIGURES; its docstring is its line in --help."""
+
+    def register(make: Callable[[Desk], Drawn]) -> Callable[[Desk], Drawn]:
+        FIGURES[name] = make
+        return make
+
+    return register
+
+
+@named("tokens")
+def tokens(desk: Desk) -> Drawn:
+    """the prompt as tokens with ids, padding and what is cut"""
+    yield "tokens.png", prompts.draw_tokens(desk.model.tokenizer, [desk.prompt, LONG])
+
+
+@named("embeddings")
+def embeddings(desk: Desk) -> Drawn:
+    """how alike token and position embeddings are"""
+    names = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "white", "house", "castle", "tree", "flower", "car", "boat", "cat", "duck", "balloon", "kite", "meadow", "beach", "desert", "snow", "sea", "day", "sunset", "night"]  # fmt: skip
+    text_encoder = desk.model.text_encoder
+    similar = prompts.token_similarity(text_encoder, desk.model.tokenizer, names)
+    yield "embeddings.png", prompts.draw_embeddings(similar, names, prompts.position_similarity(text_encoder))
+
+
+@named("words")
+def words(desk: Desk) -> Drawn:
+    """two prompts of the same words in another order"""
+    one, other = "a red house and a blue tree on a meadow", "a blue house and a red tree on a meadow"
+    yield "words.webp", prompts.draw_word_order(prompts.word_order(desk.model, one, other, desk.settings))
+
+
+@named("latent")
+def latents(desk: Desk) -> Drawn:
+    """a picture's latent, channel by channel, and its way back"""
+    yield "latent.webp", latent.draw_round_trip(latent.round_trip(desk.model, desk.picture()))
+
+
+@named("schedule")
+def schedule(desk: Desk) -> Drawn:
+    """alpha, sigma, alpha-bar and the signal-to-noise ratio over t"""
+    yield "schedule.png", noising.draw_curves(noising.curves(desk.model.schedule))
+
+
+@named("forward")
+def forward(desk: Desk) -> Drawn:
+    """a picture with more and more noise"""
+    noised = noising.forward_process(desk.model, desk.picture(), seed=desk.settings.seed)
+    yield "forward.webp", noising.draw_forward(noised)
+
+
+@named("unet")
+def unet(desk: Desk) -> Drawn:
+    """the U-Net's levels and parts: shapes, parameters, FLOPs"""
+    model = desk.model
+    _, height, width = model.latent_shape()
+    parts = network.trace(model.unet, height, width, model.config.text.length)
+    yield "unet.png", network.draw_network(parts, model.unet, model.config.name)
+    yield "unet-parts.png", network.draw_table(parts, len(model.config.unet.channels))
+
+
+@named("attention")
+def cross_attention(desk: Desk) -> Drawn:
+    """where each word acts; one word by step, level and head"""
+    seen = attention.word_maps(desk.model, desk.prompt, desk.settings)
+    notes, boxes = {}, {}
+    if desk.prompt == PROMPT:  # only of it is known where things are meant to be
+        for number, thing in object_words(seen.words):
+            mass = attention.mass_inside(seen.of(number), box(thing))
+            area = attention.mass_inside(torch.ones(64, 64), box(thing))
+            notes[number], boxes[number] = f"{mass:.0%} in its box\n({area:.0%} of the area)", box(thing)
+            print(f"attention: {mass:.0%} of {seen.words[number].text!r} in the box of the {thing.kind}, {area:.0%} of "
+                  "the picture")  # fmt: skip
+    yield "attention.webp", attention.draw_word_maps(seen, desk.prompt, notes, boxes)
+    word = desk.args.word or next((w.text for w in seen.words if w.text in THINGS), seen.words[-1].text)
+    positions = prompts.find_word(desk.model.tokenizer, desk.prompt, word)
+    number = next(i for i, each in enumerate(seen.words) if each.positions == positions)
+    yield "attention-word.webp", attention.draw_breakdown(seen, number)
+
+
+def object_words(found: list[prompts.Word]) -> Iterator[tuple[int, Thing]]:
+    """The numbers of the words that name one of THINGS or its colour."""
+    for number, word in enumerate(found):
+        for thing in THINGS.values():
+            if word.text in (thing.kind, thing.colour):
+                yield number, thing
+
+
+@named("self-attention")
+def self_attention(desk: Desk) -> Drawn:
+    """where some places of the picture look"""
+    points = desk.args.point or [(0.3, 0.7), (0.73, 0.55), (0.5, 0.12), (0.5, 0.93)]
+    yield (
+        "self-attention.webp",
+        attention.draw_self_maps(*attention.self_maps(desk.model, desk.prompt, points, desk.settings), points),
+    )
+
+
+@named("reverse")
+def reverse(desk: Desk) -> Drawn:
+    """x_t and the predicted x0 step by step, as a strip and as a film"""
+    steps = denoising.trajectory(desk.model, desk.prompt, desk.settings)
+    yield "reverse.webp", denoising.draw_trajectory(desk.model, steps)
+    yield f"reverse-film.{desk.args.film}", denoising.frames(desk.model, steps)
+
+
+@named("convergence")
+def converging(desk: Desk) -> Drawn:
+    """samplers' distance to a 1000-step solution over evaluations"""
+    yield (
+        "convergence.png",
+        convergence.draw_convergence(
+            convergence.convergence(desk.model, desk.prompt, replace(desk.settings, guidance=2.0))
+        ),
+    )
+
+
+@named("guidance")
+def guiding(desk: Desk) -> Drawn:
+    """the same picture at rising guidance; both predictions and the guided one"""
+    pictures = guidance.sweep(desk.model, desk.prompt, settings=desk.settings)
+    yield "guidance.webp", guidance.draw_sweep(pictures, guidance.GUIDANCES, desk.prompt)
+    seen = guidance.predictions(desk.model, desk.prompt, desk.settings)
+    yield "predictions.webp", guidance.draw_predictions(desk.model, seen)
+
+
+@named("grid")
+def grid(desk: Desk) -> Drawn:
+    """pictures over two settings, --x and --y: sampler, steps, guidance, seed, strength, prompt"""
+    x = grids.Axis.of(desk.args.x)
+    y = grids.Axis.of(desk.args.y)
+    image = desk.picture() if "strength" in (x.name, y.name) else None
+    sheet = grids.grid(desk.model, desk.prompt, x, y, desk.settings, image)
+    yield "grid.webp", grids.draw_grid(sheet, f'{y.name} and {x.name}: "{desk.prompt}"')
+
+
+@named("mixing")
+def mix(desk: Desk) -> Drawn:
+    """between two prompts, and between two noises"""
+    mixed = mixing.mixing(desk.model, desk.prompt, desk.other, settings=desk.settings, seed=desk.settings.seed + 1)
+    yield "mixing.webp", mixing.draw_mixing(mixed, desk.prompt, desk.other)
+
+
+@named("editing")
+def edit(desk: Desk) -> Drawn:
+    """prompt-to-prompt: other words, the same layout"""
+    edits = {}
+    for name, change in {
+        "replace a word": {"target": desk.prompt.replace("house", "castle")},
+        "another colour": {"target": desk.prompt.replace("red", "yellow"), "own": 0.6},
+        "another place": {"target": desk.other},
+        "less of a word": {"target": desk.prompt, "factors": {"tree": 0.2}},
+    }.items():
+        edits[name] = editing.prompt_to_prompt(desk.model, desk.prompt, settings=desk.settings, **change)
+    yield "editing.webp", editing.draw_edits(edits)
+
+
+@named("steering")
+def steer(desk: Desk) -> Drawn:
+    """a loss on the picture, "make it blue", as guidance"""
+    result = steering.steering(
+        desk.model, desk.prompt, steering.colour_loss(-1.0, -1.0, 1.0), (0.0, 10.0, 30.0, 100.0), desk.settings
+    )
+    yield "steering.webp", steering.draw_steering(result, desk.prompt, "make it blue")
+
+
+def parser() -> cli.Parser:
+    """The arguments."""
+    lines = "\n".join(f"  {name:16}{make.__doc__}" for name, make in FIGURES.items())
+    parser = cli.Parser(
+        description=f"{__doc__}\nfigures:\n{lines}\n  {'all':16}all of them",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s FIGURE [options]",
+    )
+    parser.add_argument("figure", choices=[*FIGURES, "all"], metavar="FIGURE", help="one of the above")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help="where to (default: %(default)s)")
+    parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help='default: "%(default)s"')
+    parser.add_argument("--other", default=OTHER, metavar="TEXT", help='to mix and edit with (default: "%(default)s")')
+    parser.add_argument("--word", metavar="WORD", help="attention: the word to take apart (default: a thing)")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="latent, forward, grid: a picture to work on")
+    parser.add_argument(
+        "--point", type=point, action="append", metavar="X,Y",
+        help="self-attention: a place, in parts of the picture's sides; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--x", default="steps=2,4,8,16,32", metavar="NAME=A,B", help="grid (default: %(default)s)")
+    parser.add_argument(
+        "--y", default="sampler=ddim,euler_a,heun,dpmpp_2m", metavar="NAME=A,B", help="grid (default: %(default)s)"
+    )
+    parser.add_argument("--film", choices=("webp", "gif", "mp4"), default="webp", help="mp4 needs ffmpeg")
+    usual = runs.SETTINGS
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--steps", type=int, default=usual.steps, metavar="N", help="default: %(default)s")
+    group.add_argument("--guidance", type=float, default=usual.guidance, metavar="G", help="default: %(default)s")
+    group.add_argument(
+        "--sampler", default="ddim", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: %(default)s)"
+    )
+    group.add_argument("--seed", type=int, default=usual.seed, metavar="S", help="default: %(default)s")
+    group.add_argument("--size", type=int, metavar="PIXELS", help="side of the pictures (default: the model's own)")
+    painting.add_model_arguments(parser)
+    return parser
+
+
+def point(text: str) -> tuple[float, float]:
+    """ "0.5,0.25" -> (0.5, 0.25)."""
+    try:
+        x, y = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a place is X,Y in parts of the sides, got {text!r}") from None
+    if not (0 <= x <= 1 and 0 <= y <= 1):
+        raise argparse.ArgumentTypeError(f"a place is from 0,0 to 1,1, got {text!r}")
+    return x, y
+
+
+def save(drawn: Image.Image | list[Image.Image], path: Path) -> None:
+    """Write a picture or a film in the place of what was there."""
+    if isinstance(drawn, list):
+        save_film(drawn, path)
+        return
+    options = {"quality": QUALITY, "method": 6} if path.suffix == ".webp" else {"optimize": True}
+    with replaced_file(path) as partial:
+        drawn.save(partial, "WEBP" if path.suffix == ".webp" else "PNG", **options)
+
+
+def save_film(frames: list[Image.Image], path: Path) -> None:
+    """A .webp or .gif animation, or an .mp4 by ffmpeg."""
+    path.unlink(missing_ok=True)
+    if path.suffix != ".mp4":
+        save_animation(frames, path, FILM_SECONDS)
+        return
+    even = [frame.crop((0, 0, frame.width // 2 * 2, frame.height // 2 * 2)) for frame in frames]  # as H.264 wants it
+    width, height = even[0].size
+    command = ["ffmpeg", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
+    command += ["-r", f"{1 / FILM_SECONDS:.3f}", "-i", "-", "-pix_fmt", "yuv420p", str(path)]
+    pixels = b"".join(frame.tobytes() for frame in [*even, *even[-1:] * 8])
+    done = subprocess.run(command, input=pixels, capture_output=True)
+    if done.returncode:
+        raise OSError(f"{path}: ffmpeg: {done.stderr.decode(errors='replace')[:200]}")
+
+
+def study(args: argparse.Namespace) -> None:
+    """Check, load, draw, save."""
+    if args.film == "mp4" and shutil.which("ffmpeg") is None:
+        raise ValueError("--film mp4 needs ffmpeg, which is not installed: try webp or gif")
+    settings = replace(
+        runs.SETTINGS,
+        **vars(Settings.of(steps=args.steps, guidance=args.guidance, sampler=args.sampler, seed=args.seed)),
+    )
+    settings = replace(settings, spacing=runs.SETTINGS.spacing)
+    for axis in (args.x, args.y):
+        grids.Axis.of(axis)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.dtype is None and args.device in (None, "cpu"):
+        args.dtype = "float32"  # what is looked at closely should not be rounded
+    model = painting.load(args)
+    if args.size is not None:
+        model.config = replace(model.config, size=args.size)
+        model.latent_shape()
+    print(f"{model.config.name} on {model.device}, {dtype_name(model.dtype)}, seed {settings.seed}", flush=True)
+    desk = Desk(model, args.prompt, args.other, settings, args)
+    chosen = list(FIGURES) if args.figure == "all" else [args.figure]
+    with tqdm(unit=" evaluations", disable=None, leave=False, file=sys.stderr) as bar:
+        counting = model.unet.register_forward_hook(lambda *_: bar.update() and None)
+        for number, name in enumerate(chosen, start=1):
+            bar.set_description(f"{name} ({number} of {len(chosen)})")
+            for file, drawn in FIGURES[name](desk):
+                save(drawn, args.out / file)
+                tqdm.write(str(args.out / file))
+        counting.remove()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return cli.run(study, parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Grids of pictures over two settings: what web interfaces call the X/Y plot.
+
+sheet = grid(model, "a red house", Axis("steps", (4, 8, 16)), Axis("sampler", ("ddim", "heun")))
+draw_grid(sheet).save("grid.png")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from PIL import Image
+
+from ..pipeline import STRENGTH, StableDiffusion
+from ..settings import Settings, one_of
+from .drawing import figure, strip
+from .runs import SETTINGS
+
+AXES = ("sampler", "steps", "guidance", "seed", "strength", "prompt")
+
+
+class Axis(NamedTuple):
+    """What varies, one of AXES, and its values."""
+
+    name: str
+    values: Sequence[object]
+
+    @classmethod
+    def of(cls, text: str) -> Axis:
+        """ "steps=4,8,16" -> an axis; the values of prompts are separated by "|".
+
+        >>> Axis.of("guidance=1,7.5")
+        Axis(name='guidance', values=(1.0, 7.5))
+        """
+        name, found, values = text.partition("=")
+        one_of("axis", name.strip(), AXES)
+        name = name.strip()
+        words = [word.strip() for word in values.split("|" if name == "prompt" else ",")]
+        if not found or not all(words):
+            raise ValueError(f"an axis is NAME=VALUE,VALUE,..., got {text!r}")
+        kind = {"steps": int, "seed": int, "guidance": float, "strength": float}.get(name, str)
+        try:
+            return cls(name, tuple(kind(word) for word in words))
+        except ValueError:
+            raise ValueError(f"the values of {name} are numbers, got {values!r}") from None
+
+
+class Grid(NamedTuple):
+    """Pictures [row][column]: y varies from row to row, x from column to column."""
+
+    x: Axis
+    y: Axis
+    pictures: list[list[Image.Image]]
+
+
+def grid(
+    model: StableDiffusion,
+    prompt: str,
+    x: Axis,
+    y: Axis,
+    settings: Settings = SETTINGS,
+    image: Image.Image | None = None,
+) -> Grid:
+    """A picture for each pair of values; what does not vary is from `settings`. Strength needs an image."""
+    for axis in (x, y):
+        one_of("axis", axis.name, AXES)
+    if x.name == y.name:
+        raise ValueError(f"two different axes make a grid, got {x.name} twice")
+    if image is None and "strength" in (x.name, y.name):
+        raise ValueError("strength says how much of a picture is kept: give the picture to start from")
+
+    def picture(x_value: object, y_value: object) -> Image.Image:
+        values: dict[str, object] = {
+            "prompt": prompt,
+            "sampler": settings.sampler,
+            "spacing": settings.spacing,
+            "steps": settings.steps,
+            "guidance": settings.guidance,
+            "seed": settings.seed,
+            x.name: x_value,
+            y.name: y_value,
+        }
+        if image is None:
+            return model.txt2img(**values)[0]
+        return model.img2img(image=image, **{"strength": STRENGTH, **values})[0]
+
+    return Grid(x, y, [[picture(a, b) for a in x.values] for b in y.values])
+
+
+def draw_grid(sheet: Grid, title: str = "", width: int = 128) -> Image.Image:
+    """The pictures under the values of x and beside those of y."""
+    columns = [f"{sheet.x.name} {value}" if sheet.x.name != "prompt" else str(value) for value in sheet.x.values]
+    rows = [f"{sheet.y.name} {value}" if sheet.y.name != "prompt" else str(value) for value in sheet.y.values]
+    return figure(title or f"{sheet.x.name} and {sheet.y.name}", strip(sheet.pictures, columns, rows, width))

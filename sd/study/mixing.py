@@ -1,0 +1,120 @@
+"""Between two prompts and between two noises.
+
+A prompt's context and the initial noise are points in spaces, so there are points between them. A straight line
+
+    lerp(a, b, p) = (1 - p) a + p b
+
+is fine for contexts. Noise in many dimensions lies close to a sphere of radius sqrt(number of dimensions), and the
+middle of a straight line is far inside of it (of 0.7 times its length): noise of a strength that the network never saw.
+The arc between them stays outside (Shoemake 1985, "Animating rotation with quaternion curves"):
+
+    slerp(a, b, p) = (sin((1 - p) w) a + sin(p w) b) / sin(w),   w the angle between a and b
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..model import Model
+from ..settings import Settings
+from .drawing import figure, strip
+from .runs import SETTINGS, noise, paint
+
+PARALLEL = 1e-4  # sin(w) below which the arc is a line for all purposes
+Mix = Callable[[Tensor, Tensor, float], Tensor]
+
+
+def lerp(a: Tensor, b: Tensor, part: float) -> Tensor:
+    """The point `part` of the way along the line from a to b.
+
+    >>> lerp(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), 0.5)
+    tensor([0.5000, 0.5000])
+    """
+    return torch.lerp(a, b, part)
+
+
+def slerp(a: Tensor, b: Tensor, part: float, dim: int | tuple[int, ...] = -1) -> Tensor:
+    """The point `part` of the way along the arc from a to b, vectors along `dim` (several make one).
+
+    >>> slerp(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), 0.5)
+    tensor([0.7071, 0.7071])
+    """
+    dims = (dim,) if isinstance(dim, int) else dim
+    lengths = [torch.linalg.vector_norm(x.double(), dim=dims, keepdim=True) for x in (a, b)]
+    cos = (a.double() * b.double()).sum(dims, keepdim=True) / (lengths[0] * lengths[1]).clamp(min=1e-12)
+    angle = cos.clamp(-1, 1).acos()
+    sin = angle.sin()
+    parallel = sin < PARALLEL
+    sin = sin.masked_fill(parallel, 1.0)
+    of_a = torch.where(parallel, 1 - part, ((1 - part) * angle).sin() / sin)
+    of_b = torch.where(parallel, part, (part * angle).sin() / sin)
+    return (of_a * a + of_b * b).to(a.dtype)
+
+
+class Mixed(NamedTuple):
+    """Rows of pictures between two ends, with what each row mixes and how."""
+
+    parts: list[float]  # 0 at the first end, 1 at the second
+    rows: dict[str, list[Image.Image]]
+    lengths: dict[str, list[float]]  # |noise| / sqrt(dimensions) along the rows that mix noise
+
+
+def parts(n: int) -> list[float]:
+    """n numbers from 0 to 1.
+
+    >>> parts(3)
+    [0.0, 0.5, 1.0]
+    """
+    if n < 2:
+        raise ValueError(f"a way has at least its two ends, got {n} points")
+    return [i / (n - 1) for i in range(n)]
+
+
+def mix_prompts(
+    model: Model, one: str, other: str, n: int = 7, settings: Settings = SETTINGS, how: Mix = lerp
+) -> list[Image.Image]:
+    """Pictures of n contexts from one prompt to another, each token's vector mixed, from one noise."""
+    a, b = model.encode_prompt([one]), model.encode_prompt([other])
+    return paint(model, torch.cat([how(a, b, part) for part in parts(n)]), settings)
+
+
+def between_noises(a: Tensor, b: Tensor, n: int, how: Mix = slerp) -> Tensor:
+    """n noises from a to b, both (1, C, h, w), each taken as one vector -> (n, C, h, w)."""
+    flat = [how(a.flatten(1), b.flatten(1), part) for part in parts(n)]
+    return torch.cat(flat).view(n, *a.shape[1:])
+
+
+def mixing(model: Model, one: str, other: str, n: int = 7, settings: Settings = SETTINGS, seed: int = 2) -> Mixed:
+    """Four rows: prompts along a line and an arc, then the noise of the settings' seed and of `seed` likewise."""
+    rows: dict[str, list[Image.Image]] = {}
+    lengths: dict[str, list[float]] = {}
+    for name, how in (("line", lerp), ("arc", slerp)):
+        rows[f"prompts, {name}"] = mix_prompts(model, one, other, n, settings, how)
+    a = noise(model, settings)
+    b = noise(model, Settings.of(seed=seed))
+    context = model.encode_prompt([one])
+    for name, how in (("line", lerp), ("arc", slerp)):
+        x = between_noises(a, b, n, how)
+        rows[f"noise, {name}"] = paint(model, context.expand(n, -1, -1), settings, x)
+        lengths[f"noise, {name}"] = (x.flatten(1).norm(dim=1) / x[0].numel() ** 0.5).tolist()
+    return Mixed(parts(n), rows, lengths)
+
+
+def draw_mixing(mixed: Mixed, one: str, other: str, width: int = 132) -> Image.Image:
+    """The rows with their parts, and the length of the noise where it is mixed."""
+    names = []
+    for name in mixed.rows:
+        middle = mixed.lengths.get(name)
+        names.append(name + (f"\nlength in the middle {middle[len(middle) // 2]:.2f}" if middle else ""))
+    columns: Sequence[str] = [f"{part:.0%}" for part in mixed.parts]
+    return figure(
+        f'Mixing: "{one}" to "{other}"',
+        strip(list(mixed.rows.values()), columns, names, width),
+        "Between two prompts the line and the arc are much alike. Between two noises the line leads through noise "
+        "that is too weak, and the picture loses its details; the arc keeps its length.",
+    )

@@ -1,0 +1,258 @@
+"""The U-Net as it runs: shapes, parameters and operations of every part, taken from a forward pass.
+
+A multiplication and an addition are counted as two floating point operations (FLOPs); what is not a matrix product
+(normalisations, activations, the softmax) is left out, as is customary:
+
+    convolution   2 k² C_in C_out H W          linear   2 D_in D_out N          attention   4 N M D
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from ..layers import Attention
+from ..unet import UNet
+from .attention import check_plain
+from .drawing import INK, MUTED, PAPER, SMALL, above, figure, table, write
+
+
+class Part(NamedTuple):
+    """One block of the U-Net in one forward pass."""
+
+    name: str  # as in the state dict: "down.0.res.1"
+    kind: str  # its class
+    shape: tuple[int, ...]  # of what it gives, (B, C, H, W)
+    parameters: int
+    flops: int
+
+
+def _flops(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> int:
+    """Of one call of a layer by itself, its children not counted."""
+    if isinstance(module, nn.Conv2d):
+        return 2 * module.weight[0].numel() * out.numel()
+    if isinstance(module, nn.Linear):
+        return 2 * module.in_features * out.numel()
+    if isinstance(module, Attention):
+        context = args[1] if len(args) > 1 else args[0]
+        return 4 * context.shape[1] * out.numel()
+    return 0
+
+
+def blocks(unet: UNet) -> list[str]:
+    """The names of the parts that a table shows, in the order of the forward pass."""
+    names = ["time", "conv_in"]
+    stages = [("down", i) for i in range(len(unet.down))] + [("mid", 0)]
+    stages += [("up", i) for i in reversed(range(len(unet.up)))]
+    for part, i in stages:
+        if part == "mid":
+            names += ["mid.res.0", "mid.attn", "mid.res.1"]
+            continue
+        stage = unet.get_submodule(f"{part}.{i}")
+        for k in range(len(stage.res)):
+            names.append(f"{part}.{i}.res.{k}")
+            if stage.attn:
+                names.append(f"{part}.{i}.attn.{k}")
+        names += [f"{part}.{i}.{step}" for step in ("down", "up") if getattr(stage, step) is not None]
+    return [*names, "norm_out", "conv_out"]
+
+
+def trace(unet: UNet, height: int, width: int, tokens: int = 77) -> list[Part]:
+    """Run the network once on latents (1, C, height, width) and note what each of its parts does.
+
+    The pass is real, so what is noted is what happens; on the "meta" device it costs neither time nor memory.
+    """
+    check_plain(unet)
+    names = blocks(unet)
+    shapes: dict[str, tuple[int, ...]] = {}
+    flops = dict.fromkeys(names, 0)
+    handles = []
+
+    def shape_of(name: str):
+        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            shapes[name] = tuple(out.shape)
+
+        return hook
+
+    def flops_of(name: str):
+        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            flops[name] += _flops(module, args, out)
+
+        return hook
+
+    for name in names:
+        part = unet.get_submodule(name)
+        handles.append(part.register_forward_hook(shape_of(name)))
+        handles += [module.register_forward_hook(flops_of(name)) for module in part.modules()]
+    weight = unet.conv_in.weight
+    try:
+        with torch.no_grad():
+            x = weight.new_zeros(1, unet.config.in_channels, height, width)
+            unet(x, weight.new_zeros(1, dtype=torch.float32), weight.new_zeros(1, tokens, unet.config.context))
+    finally:
+        for handle in handles:
+            handle.remove()
+    parts = []
+    for name in names:
+        part = unet.get_submodule(name)
+        kind = "MLP" if name == "time" else type(part).__name__
+        parts.append(Part(name, kind, shapes[name], sum(p.numel() for p in part.parameters()), flops[name]))
+    return parts
+
+
+def level_of(name: str, levels: int) -> int:
+    """The level that a part computes at, 0 the finest; what leads to another level counts to where it comes from.
+
+    >>> level_of("up.1.res.0", 4), level_of("mid.attn", 4), level_of("conv_in", 4)
+    (1, 3, 0)
+    """
+    if name.startswith("mid"):
+        return levels - 1
+    return int(name.split(".")[1]) if name.startswith(("down", "up")) else 0
+
+
+def count(number: float) -> str:
+    """A large number in words of thousands, millions, ...: 859520964 -> "860 M".
+
+    >>> count(859520964), count(9810)
+    ('860 M', '9.81 k')
+    """
+    for unit, name in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:.3g}"
+
+
+def rows(parts: Sequence[Part], levels: int) -> list[list[str]]:
+    """The parts as rows of a table, with the sum at the end."""
+    body = [
+        [part.name, part.kind, " x ".join(map(str, part.shape[1:])), count(part.parameters), count(part.flops)]
+        for part in parts
+    ]
+    total = ["all", "", "", count(sum(part.parameters for part in parts)), count(sum(part.flops for part in parts))]
+    return [*body, total]
+
+
+# ------------------------------------------------------------------------------------- drawing
+
+KINDS = {  # fill of a box, and what it is
+    "ResBlock": ((205, 225, 244), "residual block"),
+    "SpatialTransformer": ((255, 226, 179), "transformer: self-, cross-attention, feed-forward"),
+    "Conv2d": ((223, 227, 232), "convolution"),
+    "Upsample": ((223, 227, 232), "up- or downsampling"),
+}
+
+
+def draw_u(parts: Sequence[Part], unet: UNet) -> Image.Image:
+    """The U: a line of boxes for each level, the way down on the left, the way up on the right, skips between them."""
+    levels = len(unet.config.channels)
+    box, gap, row = (46, 46), 8, 118
+    down = {i: [p for p in parts if p.name.startswith(f"down.{i}.")] for i in range(levels)}
+    up = {i: [p for p in parts if p.name.startswith(f"up.{i}.")] for i in range(levels)}
+    middle = [p for p in parts if p.name.startswith("mid")]
+    head, tail = [p for p in parts if p.name == "conv_in"], [p for p in parts if p.name == "conv_out"]
+    down[0], up[0] = head + down[0], up[0] + tail
+
+    def wide(boxes: Sequence[Part]) -> int:
+        return len(boxes) * (box[0] + gap)
+
+    label = 150
+    indent = 36
+    half = max(wide(down[i]) + i * indent for i in range(levels))
+    other = max(wide(up[i]) + i * indent for i in range(levels))
+    centre = wide(middle) + 30
+    sheet = Image.new("RGB", (label + half + centre + other + 10, (levels + 1) * row - 20), PAPER)
+    pen = ImageDraw.Draw(sheet)
+
+    def place(boxes: Sequence[Part], x: int, y: int) -> None:
+        for part in boxes:
+            fill = KINDS.get(part.kind, ((235, 235, 235), ""))[0]
+            pen.rounded_rectangle((x, y, x + box[0], y + box[1]), 6, fill, outline=(140, 148, 160))
+            letters = {"ResBlock": "res", "SpatialTransformer": "attn", "Upsample": "up", "Conv2d": "conv"}[part.kind]
+            if part.name.endswith(".down"):
+                letters = "down"
+            write(pen, (x + box[0] / 2, y + box[1] / 2), letters, SMALL, INK, "middle")
+            write(pen, (x + box[0] / 2, y + box[1] + 12), count(part.parameters), 11, MUTED, "middle")
+            x += box[0] + gap
+
+    for i in range(levels):
+        y = i * row + 10
+        left, right = label + i * indent, sheet.width - 10 - i * indent - wide(up[i])
+        c, h, w = next(p for p in down[i] if p.kind == "ResBlock").shape[1:]
+        write(pen, (0, y + box[1] / 2 - 10), f"level {i}", SMALL, INK, bold=True)
+        write(pen, (0, y + box[1] / 2 + 9), f"{h} x {w}, {c} channels", SMALL, MUTED)
+        end = left + wide(down[i])
+        for x in range(end + 6, right - 10, 12):  # the skips
+            pen.line((x, y + box[1] / 2, x + 6, y + box[1] / 2), fill=(150, 156, 166), width=2)
+        pen.polygon(
+            [(right - 4, y + box[1] / 2), (right - 11, y + box[1] / 2 - 4), (right - 11, y + box[1] / 2 + 4)], MUTED
+        )
+        if i == 0:
+            write(
+                pen,
+                ((end + right) / 2, y + box[1] / 2 - 12),
+                "skips: outputs kept for the way up",
+                SMALL,
+                MUTED,
+                "middle",
+            )
+        place(down[i], left, y)
+        place(up[i], right, y)
+    y = levels * row + 10
+    c, h, w = middle[0].shape[1:]
+    write(pen, (0, y + box[1] / 2 - 10), "middle", SMALL, INK, bold=True)
+    write(pen, (0, y + box[1] / 2 + 9), f"{h} x {w}, {c} channels", SMALL, MUTED)
+    lowest = label + (levels - 1) * indent + wide(down[levels - 1])
+    rise = sheet.width - 10 - (levels - 1) * indent - wide(up[levels - 1])
+    x = (lowest + rise) // 2 - wide(middle) // 2
+    place(middle, x, y)
+    return sheet
+
+
+def draw_network(parts: Sequence[Part], unet: UNet, name: str = "") -> Image.Image:
+    """The U and, level by level, what it costs."""
+    levels = len(unet.config.channels)
+    total = sum(part.flops for part in parts)
+    lines = []
+    for level in range(levels):
+        own = [part for part in parts if level_of(part.name, levels) == level]
+        attends = sum(part.flops for part in own if part.kind == "SpatialTransformer")
+        flops = sum(part.flops for part in own)
+        lines.append(
+            [
+                f"level {level}" + (" and middle" if level == levels - 1 else ""),
+                count(sum(part.parameters for part in own)),
+                count(flops),
+                f"{flops / total:.0%}",
+                f"{attends / max(flops, 1):.0%}",
+            ]
+        )
+    lines.append(["all", count(sum(part.parameters for part in parts)), count(total), "100%", ""])
+    costs = table(
+        ["", "parameters", "FLOPs", "of all", "of it in transformers"],
+        lines,
+        ["left", *["right"] * 4],
+        shaded=[levels],
+    )
+    return figure(
+        f"The U-Net of {name or 'this model'}, as it runs",
+        above([draw_u(parts, unet), costs], gap=26),
+        "One evaluation for one picture, traced. Below each box its parameters: res is a residual block, attn a "
+        "transformer (self-attention, cross-attention to the text, feed-forward).",
+    )
+
+
+def draw_table(parts: Sequence[Part], levels: int) -> Image.Image:
+    """Every part with shape, parameters and FLOPs."""
+    body = rows(parts, levels)
+    shaded = [i for i, part in enumerate(parts) if level_of(part.name, levels) % 2] + [len(body) - 1]
+    return figure(
+        "The U-Net, part by part",
+        table(
+            ["part", "what", "gives", "parameters", "FLOPs"], body, ["left", "left", "right", "right", "right"], shaded
+        ),
+    )

@@ -1,0 +1,113 @@
+"""The forward process: how a picture becomes noise.
+
+Ho et al. 2020, "Denoising diffusion probabilistic models", eq. 2 and 4. A step adds a little noise and takes a little
+of the picture away, and many of them in one are again one step of that kind, so any level is reached at once:
+
+    q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t)         one step after the other
+    q(x_t | x_0)     = N(alpha x_0, sigma²)                        `Schedule.add_noise`
+    alpha-bar_t = alpha² = prod_{s <= t} (1 - beta_s),   sigma² = 1 - alpha-bar_t,   SNR = alpha² / sigma²
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..model import Model
+from ..pipeline import draw, generators
+from ..schedule import Level, Schedule
+from .drawing import Curve, beside, figure, plot, strip
+from .latent import as_colours
+
+
+class Noised(NamedTuple):
+    """One picture at rising levels of noise."""
+
+    levels: list[Level]
+    latents: Tensor  # (n, C, h, w)
+    pictures: list[Image.Image]  # decoded
+
+
+class Curves(NamedTuple):
+    """A schedule as numbers, per timestep."""
+
+    t: np.ndarray
+    alpha_bar: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+    snr: np.ndarray
+
+
+def forward_process(
+    model: Model, picture: Image.Image, timesteps: Sequence[float] = (-1, 50, 150, 300, 500, 750, 999), seed: int = 0
+) -> Noised:
+    """The picture's latent with noise at each timestep (-1 is clean), the noise being the same at all of them."""
+    z = model.encode(picture).mode()
+    noise = draw(generators(seed, 1), z.shape[1:], z.device)
+    levels = [model.schedule.level(t) for t in timesteps]
+    latents = [model.schedule.add_noise(z, noise, level) for level in levels]
+    pictures = [picture for x in latents for picture in model.decode(x)]
+    return Noised(levels, torch.cat(latents), pictures)
+
+
+def curves(schedule: Schedule) -> Curves:
+    """alpha-bar, alpha, sigma and the signal-to-noise ratio of every timestep."""
+    alpha_bar = schedule.alpha_bar
+    return Curves(
+        np.arange(schedule.steps),
+        alpha_bar,
+        np.sqrt(alpha_bar),
+        np.sqrt(1 - alpha_bar),
+        alpha_bar / (1 - alpha_bar),
+    )
+
+
+def draw_forward(noised: Noised, width: int = 148) -> Image.Image:
+    """Two rows, the latent and the picture it decodes to; a column for each level."""
+    names = ["clean" if level.t < 0 else f"t = {level.t:g}" for level in noised.levels]
+    columns = [
+        f"{name}\nalpha {level.alpha:.2f}\nsigma {level.sigma:.2f}"
+        for name, level in zip(names, noised.levels, strict=True)
+    ]
+    rows = [as_colours(noised.latents), [picture.resize((width, width)) for picture in noised.pictures]]
+    body = strip(rows, columns, ("latent x_{t}", "decoded"), width, pixels=True)
+    return figure(
+        "The forward process: x_{t} = alpha x_{0} + sigma noise",
+        body,
+        "One noise, more and more of it. Diffusion adds it to the latent (above, three of its channels as red, green "
+        "and blue); below is what the VAE's decoder makes of that.",
+    )
+
+
+def draw_curves(curves: Curves) -> Image.Image:
+    """What there is of picture and noise over t, and their ratio on a logarithmic scale."""
+    t = curves.t.tolist()
+    parts = plot(
+        [
+            Curve("alpha: picture", t, curves.alpha.tolist()),
+            Curve("sigma: noise", t, curves.sigma.tolist()),
+            Curve("alpha-bar", t, curves.alpha_bar.tolist()),
+        ],
+        (400, 300),
+        x_label="timestep t",
+        y_limits=(0, 1),
+        title="picture and noise in x_{t}",
+    )
+    ratio = plot(
+        [Curve("SNR", t, curves.snr.tolist())],
+        (400, 300),
+        x_label="timestep t",
+        y_log=True,
+        title="signal-to-noise ratio alpha² / sigma²".replace("²", "^{2}"),
+    )
+    return figure(
+        "The noise schedule",
+        beside([parts, ratio], gap=40),
+        f"At t = 0 there is hardly any noise, at t = {t[-1]} hardly anything else. alpha^{{2}} + sigma^{{2}} = 1 "
+        "everywhere; alpha^{2} is called alpha-bar.",
+    )

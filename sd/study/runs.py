@@ -1,0 +1,81 @@
+"""How the studies paint: one noise for all pictures, so that what differs between them is what is studied.
+
+    settings = Settings.of(steps=20, guidance=5.0, sampler="ddim", spacing="trailing", seed=1)
+    for step in run(model, model.encode_prompt(["a red house", "a blue house"]), settings): ...
+
+`StableDiffusion.txt2img` gives each picture of a batch a seed of its own; here all of them have the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from PIL import Image
+from torch import Tensor
+
+from ..denoiser import Denoiser
+from ..model import Model
+from ..pipeline import draw, generators
+from ..samplers import Denoise, Step
+from ..schedule import Level
+from ..settings import Settings
+
+# quick, deterministic and from pure noise to clean data
+SETTINGS = Settings.of(sampler="ddim", steps=20, spacing="trailing", guidance=5.0, seed=1)
+
+
+def noise(model: Model, settings: Settings = SETTINGS, n: int = 1) -> Tensor:
+    """The initial noise of the settings' seed, n times: (n, C, h, w) of the model's native size."""
+    return draw(generators(settings.seed, 1), model.latent_shape(), model.device).repeat(n, 1, 1, 1)
+
+
+def levels(model: Model, settings: Settings = SETTINGS) -> list[Level]:
+    """The settings' grid."""
+    return model.schedule.levels(settings.steps, settings.spacing, settings.strength)
+
+
+def denoiser(model: Model, context: Tensor, settings: Settings = SETTINGS, negative: str = "") -> Denoiser:
+    """The guided denoiser of contexts (B, M, D)."""
+    uncond = model.encode_prompt([negative]) if settings.guidance != 1.0 else None
+    extra = model.all_hidden(model.latent_shape()) if model.sees_masks else None
+    return model.denoiser(context.to(model.device, model.dtype), uncond, settings.guidance, extra)
+
+
+def walk(model: Model, denoise: Denoise, x: Tensor, settings: Settings = SETTINGS) -> Iterator[Step]:
+    """The steps from x (B, C, h, w) at the first level down to clean; stochastic samplers draw alike for all B."""
+    rngs = [generators(settings.seed, 1)[0] for _ in range(x.shape[0])]
+    draw(rngs, x.shape[1:], x.device)  # the one that x began with
+    return model.sample(
+        denoise,
+        x,
+        levels(model, settings),
+        settings.sampler,
+        eta=settings.eta,
+        noise=lambda x: draw(rngs, x.shape[1:], x.device),
+    )
+
+
+def run(
+    model: Model, context: Tensor, settings: Settings = SETTINGS, x: Tensor | None = None, negative: str = ""
+) -> Iterator[Step]:
+    """The steps of contexts (B, M, D) from the same noise, or from x (B, C, h, w)."""
+    x = noise(model, settings, context.shape[0]) if x is None else x
+    return walk(model, denoiser(model, context, settings, negative), x, settings)
+
+
+def last(steps: Iterator[Step]) -> Tensor:
+    """Where a run ends: x (B, C, h, w)."""
+    x = None
+    for step in steps:
+        x = step.x
+    if x is None:
+        raise ValueError("a run of no steps ends nowhere")
+    return x
+
+
+def paint(
+    model: Model, prompts: Sequence[str] | Tensor, settings: Settings = SETTINGS, x: Tensor | None = None
+) -> list[Image.Image]:
+    """Pictures of texts or contexts (B, M, D), all from the same noise, or from x (B, C, h, w)."""
+    context = prompts if isinstance(prompts, Tensor) else model.encode_prompt(list(prompts))
+    return model.decode(last(run(model, context, settings, x)))
