@@ -40,6 +40,7 @@ from sd.study import (
     editing,
     grids,
     guidance,
+    influence,
     latent,
     mixing,
     network,
@@ -108,7 +109,11 @@ def tokens(desk: Desk) -> Drawn:
 @named("embeddings")
 def embeddings(desk: Desk) -> Drawn:
     """how alike token and position embeddings are"""
-    names = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "white", "house", "castle", "tree", "flower", "car", "boat", "cat", "duck", "balloon", "kite", "meadow", "beach", "desert", "snow", "sea", "day", "sunset", "night"]  # fmt: skip
+    names = [
+        *("red", "orange", "yellow", "green", "blue", "purple", "pink", "white"),
+        *("house", "castle", "tree", "flower", "car", "boat", "cat", "duck", "balloon", "kite"),
+        *("meadow", "beach", "desert", "snow", "sea", "day", "sunset", "night"),
+    ]
     text_encoder = desk.model.text_encoder
     similar = prompts.token_similarity(text_encoder, desk.model.tokenizer, names)
     yield "embeddings.png", prompts.draw_embeddings(similar, names, prompts.position_similarity(text_encoder))
@@ -152,21 +157,45 @@ def unet(desk: Desk) -> Drawn:
 
 @named("attention")
 def cross_attention(desk: Desk) -> Drawn:
-    """where each word acts; one word by step, level and head"""
+    """where each word is listened to; one word by step, level and head"""
     seen = attention.word_maps(desk.model, desk.prompt, desk.settings)
-    notes, boxes = {}, {}
-    if desk.prompt == PROMPT:  # only of it is known where things are meant to be
-        for number, thing in object_words(seen.words):
-            mass = attention.mass_inside(seen.of(number), box(thing))
-            area = attention.mass_inside(torch.ones(64, 64), box(thing))
-            notes[number], boxes[number] = f"{mass:.0%} in its box\n({area:.0%} of the area)", box(thing)
-            print(f"attention: {mass:.0%} of {seen.words[number].text!r} in the box of the {thing.kind}, {area:.0%} of "
-                  "the picture")  # fmt: skip
-    yield "attention.webp", attention.draw_word_maps(seen, desk.prompt, notes, boxes)
+    maps = [seen.of(i) for i in range(len(seen.words))]
+    yield "attention.webp", attention.draw_word_maps(seen, desk.prompt, *in_boxes(desk, "attention", seen.words, maps))
     word = desk.args.word or next((w.text for w in seen.words if w.text in THINGS), seen.words[-1].text)
     positions = prompts.find_word(desk.model.tokenizer, desk.prompt, word)
     number = next(i for i, each in enumerate(seen.words) if each.positions == positions)
     yield "attention-word.webp", attention.draw_breakdown(seen, number)
+
+
+@named("influence")
+def influences(desk: Desk) -> Drawn:
+    """what changes where a word of the prompt is left out"""
+    seen = influence.influence(desk.model, desk.prompt, desk.settings)
+    yield (
+        "influence.webp",
+        influence.draw_influence(seen, desk.prompt, *in_boxes(desk, "influence", seen.words, seen.maps)),
+    )
+
+
+Box = tuple[float, float, float, float]
+
+
+def in_boxes(
+    desk: Desk, what: str, found: list[prompts.Word], maps: list[torch.Tensor]
+) -> tuple[dict[int, str], dict[int, Box]]:
+    """Notes and boxes for the words that name a thing or its colour: how much of the map is inside of the thing's box.
+
+    Only for the default prompt, of which it is known where its things are.
+    """
+    notes: dict[int, str] = {}
+    boxes: dict[int, Box] = {}
+    for number, thing in object_words(found) if desk.prompt == PROMPT else ():
+        mass = attention.mass_inside(maps[number], box(thing))
+        area = attention.mass_inside(torch.ones(64, 64), box(thing))
+        notes[number], boxes[number] = f"{mass:.0%} in its box\n({area:.0%} of the area)", box(thing)
+        tqdm.write(f"{what}: {mass:.0%} of {found[number].text!r} is in the box of the {thing.kind}, {area:.0%} of the "
+                   "picture")  # fmt: skip
+    return notes, boxes
 
 
 def object_words(found: list[prompts.Word]) -> Iterator[tuple[int, Thing]]:

@@ -20,7 +20,7 @@ network uses, its output is what it was, to the bit, unless the hook is there to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ from .prompts import Word, words
 from .runs import SETTINGS, run
 
 KINDS = ("cross", "self")
+WORDS_A_LINE = 7  # of a figure
 
 
 class Site(NamedTuple):
@@ -298,34 +299,49 @@ def _grid_size(maps: AttentionMaps, level: int) -> str:
     return f"{h}x{w}"
 
 
-def _lines(images: Sequence[Image.Image], columns: int, gap: int = 10) -> Image.Image:
-    return above([beside(images[i : i + columns], gap) for i in range(0, len(images), columns)], gap=14)
+def draw_words(
+    picture: Image.Image,
+    names: Sequence[str],
+    maps: Sequence[Tensor],
+    title: str,
+    note: str,
+    boxes: Mapping[int, tuple[float, float, float, float]] | None = None,
+    width: int = 150,
+) -> Image.Image:
+    """The picture, then one heat map (h, w) with its name for each word; `boxes` are drawn into those they name.
+
+    Each map is as bright as it can be: brightness compares places, not words.
+    """
+    cells = [captioned(scaled(picture, width), "the picture")]
+    for i, (name, values) in enumerate(zip(names, maps, strict=True)):
+        heat = overlay(picture, values, width)
+        cells.append(captioned(boxed(heat, boxes[i]) if boxes and i in boxes else heat, name))
+    lines = -(-len(cells) // WORDS_A_LINE)
+    columns = -(-len(cells) // lines)
+    rows = [beside(cells[i : i + columns], gap=10) for i in range(0, len(cells), columns)]
+    return figure(title, above(rows, gap=14), note)
 
 
 def draw_word_maps(
     seen: WordMaps,
     prompt: str,
-    notes: dict[int, str] | None = None,
-    boxes: dict[int, tuple[float, float, float, float]] | None = None,
-    columns: int = 6,
-    width: int = 150,
+    notes: Mapping[int, str] | None = None,
+    boxes: Mapping[int, tuple[float, float, float, float]] | None = None,
 ) -> Image.Image:
-    """The picture, then one heat map for each word; `notes` and `boxes` are added to those of the words they name.
-
-    Each map is as bright as it can be: brightness compares places, not words.
-    """
-    notes, boxes = notes or {}, boxes or {}
-    cells = [captioned(scaled(seen.picture, width), "the picture")]
-    for i, word in enumerate(seen.words):
-        map_ = overlay(seen.picture, seen.of(i), width)
-        if i in boxes:
-            map_ = boxed(map_, boxes[i])
-        cells.append(captioned(map_, word.text + (f"\n{notes[i]}" if i in notes else "")))
-    return figure(
+    """The picture and the attention that each word got; `notes` are added to the names of the words they number."""
+    return draw_words(
+        seen.picture,
+        noted(seen.words, notes),
+        [seen.of(i) for i in range(len(seen.words))],
         "Cross-attention: where each word is listened to",
-        _lines(cells, columns),
         f'"{prompt}": the mean over all steps, layers and heads, each map from none (dark) to its most (light).',
+        boxes,
     )
+
+
+def noted(words: Sequence[Word], notes: Mapping[int, str] | None) -> list[str]:
+    """The words, each with its note in the lines below."""
+    return [word.text + (f"\n{notes[i]}" if notes and i in notes else "") for i, word in enumerate(words)]
 
 
 def draw_breakdown(seen: WordMaps, word: int, moments: int = 5, width: int = 110) -> Image.Image:
@@ -376,6 +392,6 @@ def draw_self_maps(
     return figure(
         "Self-attention: where a place looks",
         strip(rows, [f"place {i + 1}" for i in range(len(points))], names, width),
-        "Every place of the picture looks at all the others. Light is where the ringed place looks most, the mean "
-        "over all steps and heads: often at what belongs to the same thing.",
+        "Every place of the picture looks at all of them. Light is where the ringed place looks most: the mean over "
+        "all steps and heads, at each level of the U-Net.",
     )

@@ -92,5 +92,5 @@ def draw_convergence(results: Sequence[Convergence]) -> Image.Image:
         "Samplers: how fast they converge",
         body,
         f"Each ends at the same picture if its steps are small enough: x* is a run of {SOLUTION_STEPS} steps. Lower is "
-        "better; a method of higher order falls more steeply. Methods that look twice in a step have half as many.",
+        "better; a method of higher order falls more steeply. Heun and DPM2 evaluate twice in a step.",
     )

@@ -185,7 +185,6 @@ def strip(
     width: int = 128,
     gap: int = 6,
     pixels: bool = False,
-    corner: str = "",
 ) -> Image.Image:
     """Pictures in rows and columns at one width, with the columns' names above and the rows' names on the left."""
     cells = [[scaled(image, width, pixels) for image in row] for row in rows]
@@ -194,11 +193,9 @@ def strip(
         heads = [paragraph(name, width, SMALL, INK, align="middle") for name in columns]
         body = above([beside(heads, gap, align="end"), body], gap=5)
     if names:
-        wide = min(max(text_width(name, SMALL) for name in [*names, corner]) + 2, 150)
+        wide = min(max(text_width(line, SMALL) for name in names for line in name.split("\n")) + 2, 150)
         side = Image.new("RGB", (wide, body.height), PAPER)
         y = body.height - sum(row[0].height + gap for row in cells) + gap
-        if corner:
-            side.paste(paragraph(corner, wide, SMALL, MUTED, align="right"), (0, 0))
         for name, row in zip(names, cells, strict=True):
             label = paragraph(name, wide, SMALL, INK, align="right")
             side.paste(label, (0, y + (row[0].height - label.height) // 2))

@@ -56,7 +56,7 @@ def partners(source: list[int], target: list[int]) -> list[int | None]:
 
 
 def taken_over(weights: Tensor, pairs: list[int | None]) -> Tensor:
-    """Cross-attention (2, heads, N, M) of source and target -> the target's (heads, N, M), with the source's at pairs."""
+    """Cross-attention (2, heads, N, M) of source and target -> the target's (heads, N, M), the source's at pairs."""
     source, target = weights
     columns = [j for j, partner in enumerate(pairs) if partner is not None]
     target = target.clone()

@@ -70,8 +70,8 @@ def draw_sweep(
     return figure(
         f'Guidance: "{prompt}"',
         strip([pictures], [f"guidance {guidance:g}" for guidance in guidances], width=width),
-        "One noise, one prompt, guidance from left to right. At 0 the prompt is ignored, 1 is what the network predicts. "
-        "Beyond it the prompt is exaggerated, first to the better, then too much.",
+        "One noise, one prompt, guidance from left to right. At 0 the prompt is ignored, 1 is what the network "
+        "predicts. Beyond it the prompt is exaggerated, first to the better, then too much.",
     )
 
 

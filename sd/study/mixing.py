@@ -116,5 +116,5 @@ def draw_mixing(mixed: Mixed, one: str, other: str, width: int = 132) -> Image.I
         f'Mixing: "{one}" to "{other}"',
         strip(list(mixed.rows.values()), columns, names, width),
         "Between two prompts the line and the arc are much alike. Between two noises the line leads through noise "
-        "that is too weak, and the picture loses its details; the arc keeps its length.",
+        "that is too weak, which costs details; the arc keeps its length.",
     )

@@ -179,9 +179,12 @@ def draw_u(parts: Sequence[Part], unet: UNet) -> Image.Image:
             write(pen, (x + box[0] / 2, y + box[1] + 12), count(part.parameters), 11, MUTED, "middle")
             x += box[0] + gap
 
+    starts, ends = [], []  # where the boxes of each level begin, on both sides
     for i in range(levels):
         y = i * row + 10
         left, right = label + i * indent, sheet.width - 10 - i * indent - wide(up[i])
+        starts.append(left)
+        ends.append(right)
         c, h, w = next(p for p in down[i] if p.kind == "ResBlock").shape[1:]
         write(pen, (0, y + box[1] / 2 - 10), f"level {i}", SMALL, INK, bold=True)
         write(pen, (0, y + box[1] / 2 + 9), f"{h} x {w}, {c} channels", SMALL, MUTED)
@@ -206,10 +209,28 @@ def draw_u(parts: Sequence[Part], unet: UNet) -> Image.Image:
     c, h, w = middle[0].shape[1:]
     write(pen, (0, y + box[1] / 2 - 10), "middle", SMALL, INK, bold=True)
     write(pen, (0, y + box[1] / 2 + 9), f"{h} x {w}, {c} channels", SMALL, MUTED)
-    lowest = label + (levels - 1) * indent + wide(down[levels - 1])
-    rise = sheet.width - 10 - (levels - 1) * indent - wide(up[levels - 1])
-    x = (lowest + rise) // 2 - wide(middle) // 2
+    x = (starts[-1] + wide(down[levels - 1]) + ends[-1]) // 2 - wide(middle) // 2
     place(middle, x, y)
+
+    def arrow(*points: tuple[float, float]) -> None:
+        pen.line(points, fill=MUTED, width=2, joint="curve")
+        (x, before), (_, end) = points[-2:]
+        back = 7 if end > before else -7
+        pen.polygon([(x, end), (x - 4, end - back), (x + 4, end - back)], MUTED)
+
+    def centre_of(start: int, number: int) -> float:
+        return start + number * (box[0] + gap) + box[0] / 2
+
+    below = box[1] + 22  # under the parameters
+    lower = [*starts[1:], x]  # where the boxes begin that a level leads down to
+    for i in range(levels):
+        y, turn = i * row + 10, i * row + 10 + row - 22
+        come, go = centre_of(starts[i], len(down[i]) - 1), centre_of(lower[i], 0)
+        arrow((come, y + below), (come, turn), (go, turn), (go, y + row - 3))
+        boxes = up[i + 1] if i < levels - 1 else middle
+        come = centre_of(ends[i + 1] if i < levels - 1 else x, len(boxes) - 1)
+        go = centre_of(ends[i], 0)
+        arrow((come, y + row - 3), (come, turn), (go, turn), (go, y + below))
     return sheet
 
 

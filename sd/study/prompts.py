@@ -143,7 +143,8 @@ def _cell(lines: Sequence[str], fill: tuple[int, int, int], width: int, height: 
     pen = ImageDraw.Draw(image)
     pen.rectangle((0, 0, width - 1, height - 1), outline=LINE)
     dark = sum(fill) < 330
-    for line, y, colour in zip(lines, (0.3, 0.72), (INK, MUTED), strict=False):
+    heights = (0.3, 0.72) if len(lines) > 1 else (0.5,)
+    for line, y, colour in zip(lines, heights, (INK, MUTED), strict=False):
         write(pen, (width / 2, y * height), line, SMALL, PAPER if dark else colour, "middle")
     return image
 
@@ -220,7 +221,7 @@ def draw_embeddings(similar: Tensor, names: Sequence[str], positions: Tensor) ->
     )
 
 
-def draw_word_order(order: WordOrder, width: int = 260) -> Image.Image:
+def draw_word_order(order: WordOrder, width: int = 300) -> Image.Image:
     """The tokens of both prompts, the distance of their contexts, and the pictures."""
     end = max(sum(token.role in ("start", "text") for token in row) for row in order.tokens) + 1
     columns = []
@@ -244,5 +245,5 @@ def draw_word_order(order: WordOrder, width: int = 260) -> Image.Image:
         "Word order",
         body,
         "The same words in another order. Below: how far the two context vectors of each place are apart. Up to the "
-        "first word that differs they are equal, as a token sees only what stands before it; after it all differ.",
+        "first word that differs they are equal, as a token sees only what stands before it; after it none is.",
     )
