@@ -25,7 +25,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     # data/ and weights/ stand beside the package in a checkout, and inside of it in a wheel (sd/resources.py)
-    packages=["sd", "sd.checkpoints", "sd.data", "sd.weights", "sd.scripts", *SUBPACKAGES],
+    packages=["sd", "sd.checkpoints", "sd.study", "sd.data", "sd.weights", "sd.scripts", *SUBPACKAGES],
     package_dir={"sd": "sd", "sd.data": "data", "sd.weights": "weights", "sd.scripts": "scripts"},
     package_data={"sd.data": ["*.gz", "*.md", "sample*.png"], "sd.weights": ["pocket.safetensors", "README.md"]},
     install_requires=[
@@ -49,6 +49,7 @@ setup(
             "sd-train-vae = sd.scripts.train_vae:main",
             "sd-evaluate = sd.scripts.evaluate:main",
             "sd-bench = sd.scripts.bench:main",
+            "sd-study = sd.scripts.study:main",
         ]
     },
 )

@@ -77,6 +77,7 @@ CHECKPOINTS = {
     "census": {"..config", "checkpoint", "convert", "identity", "layouts", "weight_shapes"},
 }  # fmt: skip
 MODULES = ALLOWED | {f"checkpoints.{name}": allowed for name, allowed in CHECKPOINTS.items()}
+STUDY = sorted(f"study.{path.stem}" for path in (ROOT / "sd" / "study").glob("*.py") if path.stem != "__init__")
 
 
 def tree(name: str) -> ast.Module:
@@ -96,7 +97,16 @@ def test_imports_flow_one_way(name):
     assert imported <= MODULES[name], f"{name} must not import {imported - MODULES[name]}"
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", STUDY)
+def test_study_stands_on_top(name):
+    """It may look at everything in the package; `test_imports_flow_one_way` lets nothing there look back."""
+    modules = {node.module for node in ast.walk(tree(name)) if isinstance(node, ast.ImportFrom) and node.level == 2}
+    assert modules <= set(MODULES)
+    others = [node for node in ast.walk(tree(name)) if isinstance(node, ast.ImportFrom) and node.level == 0]
+    assert not any(node.module.split(".")[0] in {"scripts", "sd"} for node in others)
+
+
+@pytest.mark.parametrize("name", [*MODULES, *STUDY])
 def test_package_is_quiet(name):
     for node in ast.walk(tree(name)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):

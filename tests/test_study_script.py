@@ -1,0 +1,141 @@
+"""scripts/study.py as a user meets it: every figure is there, and one clear line for whatever is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageStat
+
+from scripts import study
+from sd.study import convergence, drawing
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = {  # what each subcommand makes
+    "tokens": {"tokens.png"},
+    "embeddings": {"embeddings.png"},
+    "words": {"words.webp"},
+    "latent": {"latent.webp"},
+    "schedule": {"schedule.png"},
+    "forward": {"forward.webp"},
+    "unet": {"unet.png", "unet-parts.png"},
+    "attention": {"attention.webp", "attention-word.webp"},
+    "influence": {"influence.webp"},
+    "self-attention": {"self-attention.webp"},
+    "reverse": {"reverse.webp", "reverse-film.webp"},
+    "convergence": {"convergence.png"},
+    "guidance": {"guidance.webp", "predictions.webp"},
+    "grid": {"grid.webp"},
+    "mixing": {"mixing.webp"},
+    "editing": {"editing.webp"},
+    "steering": {"steering.webp"},
+}
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Runs study.py in two steps a picture; gives status, stderr and the files made."""
+
+    def call(*args: str):
+        try:
+            status = study.main([*args, "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "out")])
+        except SystemExit as stop:  # argparse
+            status = stop.code
+        folder = tmp_path / "out"
+        return status, capsys.readouterr().err, {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+
+    return call
+
+
+def test_all_are_there():
+    assert set(FILES) == set(study.FIGURES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_figure(name, run, tmp_path, monkeypatch):
+    """Its files are pictures with something in them; a second run replaces them."""
+    monkeypatch.setattr(convergence, "STEPS", (2, 3))
+    monkeypatch.setattr(convergence, "SOLUTION_STEPS", 6)
+    arguments = ["--x", "steps=1,2", "--y", "strength=0.5"] if name == "grid" else []
+    for _ in range(2 if name in ("schedule", "reverse") else 1):
+        status, errors, files = run(name, *arguments)
+        assert (status, files) == (0, FILES[name]), errors
+    for file in files:
+        with Image.open(tmp_path / "out" / file) as image:
+            assert image.width > 300
+            assert image.height > 150
+            assert ImageStat.Stat(image.convert("L")).stddev[0] > 5
+            assert getattr(image, "n_frames", 1) == (3 if "film" in file else 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["atention"], "invalid choice: 'atention'"),
+        (["attention", "--word", "dog"], "the prompt has no word 'dog': its words are a, big, red"),
+        (["grid", "--x", "size=3"], "unknown axis 'size'"),
+        (["self-attention", "--point", "3"], "a place is X,Y"),
+        (["schedule", "--ckpt", "missing.ckpt"], "missing.ckpt"),
+        (["schedule", "--size", "100"], "must be a multiple of 8, got 100"),
+        (["tokens", "--seed", "-5"], "seed must be from 0"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(arguments, message, run):
+    status, errors, _ = run(*arguments)
+    lines = [line for line in errors.splitlines() if not line.startswith("warning")]
+    assert status in (1, 2)
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_help_names_every_figure(capsys):
+    with pytest.raises(SystemExit):
+        study.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n  {name} " in text for name in [*study.FIGURES, "all"])
+
+
+def test_nothing_that_paints_imports_it():
+    code = (
+        "import sys, sd, sd.training, scripts.txt2img, scripts.inpaint, scripts.train; "
+        "print([name for name in sys.modules if 'study' in name])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------- drawing
+
+
+def test_marks_are_not_drawn_as_letters():
+    assert drawing.text_width("x_{t}") < drawing.text_width("x_t")
+    assert drawing.text_width("10^{-3}") < drawing.text_width("10-3")
+    assert drawing.text_width("euler_a") == drawing.text_width("euler") + drawing.text_width("_a")
+    assert all(drawing.text_width(line) <= 120 for line in drawing.wrapped("one two three four five six", 120))
+
+
+def test_colours_of_a_heat_map_are_in_order():
+    image = drawing.heat(torch.tensor([[0.0, 0.5, 1.0]]), 30)
+    light = [sum(image.getpixel((x, 2))) for x in (5, 15, 25)]
+    assert light == sorted(light)
+    assert image.getpixel((5, 2)) == drawing.GLOW[0]
+    assert image.getpixel((25, 2)) == drawing.GLOW[-1]
+    around = drawing.heat(torch.tensor([[-2.0, 0.0, 1.0]]), 30, diverging=True)
+    assert around.getpixel((5, 2)) == drawing.DIVERGING[0]
+    assert around.getpixel((15, 2)) == drawing.DIVERGING[2]
+
+
+def test_curves_go_where_their_numbers_are():
+    """A rising line on a logarithmic axis: its colour is at the lower left and the upper right."""
+    image = drawing.plot([drawing.Curve("", [1, 10, 100], [1, 10, 100])], (200, 200), x_log=True, y_log=True)
+    found = [
+        (x, y) for x in range(image.width) for y in range(image.height) if image.getpixel((x, y)) == drawing.SERIES[0]
+    ]
+    assert found
+    left, right = min(found), max(found)
+    assert left[1] - right[1] > 150 < right[0] - left[0]
+    middle = min(found, key=lambda at: abs(at[0] - (left[0] + right[0]) / 2))
+    assert abs(middle[1] - (left[1] + right[1]) / 2) < 5
