@@ -1,0 +1,80 @@
+"""The book in docs/: its code runs, its figures are made by commands, its links and names lead somewhere."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from functools import reduce
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts import study
+from sd.model import EMBEDDED
+from sd.resources import resource
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+CHAPTERS = sorted(DOCS.glob("[1-9]-*.md"))
+TEXTS = {path.name: path.read_text(encoding="utf-8") for path in [DOCS / "README.md", *CHAPTERS]}
+
+
+def code(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_code_of_a_chapter_runs(path, tmp_path, monkeypatch, capsys):
+    """From top to bottom, in one go, as a reader pastes it; the asserts in it hold."""
+    (tmp_path / "weights").mkdir()
+    (tmp_path / EMBEDDED).symlink_to(resource(EMBEDDED))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    blocks = code(TEXTS[path.name])
+    assert blocks
+    for number, block in enumerate(blocks, start=1):
+        with torch.enable_grad():  # as a reader has it
+            exec(compile(block, f"{path.name}, block {number}", "exec"), names)
+
+
+def test_reading_order():
+    """Nine chapters; the contents list them in order, and each leads to the next."""
+    names = [path.name for path in CHAPTERS]
+    assert len(names) == 9
+    assert re.findall(r"^\d\. \[.*?\]\((.*?)\)", TEXTS["README.md"], re.MULTILINE) == names
+    for name, following in pairwise(names):
+        assert "Next: [" in TEXTS[name].splitlines()[-1]
+        assert TEXTS[name].rstrip().endswith(f"({following}).")
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_somewhere(name):
+    for link in re.findall(r"\]\(([^)#]+)\)", TEXTS[name]):
+        assert "//" in link or (DOCS / link).exists(), link
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_functions_that_are_named_exist(name):
+    """[`Schedule.add_noise`](../sd/schedule.py) is there."""
+    for function, module in re.findall(r"\[`([\w.]+)`\]\(\.\./(sd/[\w/]+)\.py\)", TEXTS[name]):
+        reduce(getattr, function.split("."), importlib.import_module(module.replace("/", ".")))
+
+
+def test_every_figure_is_made_by_a_command_and_shown():
+    """The pictures in docs/figures are those that `study.py all` makes, and they are in the book; 2 MB at most."""
+    made = {path.name for path in (DOCS / "figures").iterdir()}
+    shown = {name for text in TEXTS.values() for name in re.findall(r"\]\(figures/(.*?)\)", text)}
+    source = Path(study.__file__).read_text(encoding="utf-8").replace("{desk.args.film}", "webp")
+    assert shown <= made
+    assert all(f'"{name}"' in source for name in made)
+    assert made - shown <= {"unet-parts.png"}
+    assert sum(path.stat().st_size for path in (DOCS / "figures").iterdir()) < 2_000_000
+
+
+def test_commands_are_those_that_exist():
+    """Figures that the book's commands name."""
+    for text in TEXTS.values():
+        for figure in re.findall(r"scripts/study\.py ([\w-]+)", text):
+            assert figure in {*study.FIGURES, "all"}
