@@ -45,9 +45,9 @@ from sd.study import (
     mixing,
     network,
     noising,
-    prompts,
     runs,
     steering,
+    text,
 )
 
 if __package__:
@@ -104,7 +104,7 @@ def named(name: str) -> Callable[[Callable[[Desk], Drawn]], Callable[[Desk], Dra
 @named("tokens")
 def tokens(desk: Desk) -> Drawn:
     """the prompt as tokens with ids, padding and what is cut"""
-    yield "tokens.png", prompts.draw_tokens(desk.model.tokenizer, [desk.prompt, LONG])
+    yield "tokens.png", text.draw_tokens(desk.model.tokenizer, [desk.prompt, LONG])
 
 
 @named("embeddings")
@@ -116,15 +116,15 @@ def embeddings(desk: Desk) -> Drawn:
         *("meadow", "beach", "desert", "snow", "sea", "day", "sunset", "night"),
     ]
     text_encoder = desk.model.text_encoder
-    similar = prompts.token_similarity(text_encoder, desk.model.tokenizer, names)
-    yield "embeddings.png", prompts.draw_embeddings(similar, names, prompts.position_similarity(text_encoder))
+    similar = text.token_similarity(text_encoder, desk.model.tokenizer, names)
+    yield "embeddings.png", text.draw_embeddings(similar, names, text.position_similarity(text_encoder))
 
 
 @named("words")
 def words(desk: Desk) -> Drawn:
     """two prompts of the same words in another order"""
     one, other = "a red house and a blue tree on a meadow", "a blue house and a red tree on a meadow"
-    yield "words.webp", prompts.draw_word_order(prompts.word_order(desk.model, one, other, desk.settings))
+    yield "words.webp", text.draw_word_order(text.word_order(desk.model, one, other, desk.settings))
 
 
 @named("latent")
@@ -163,7 +163,7 @@ def cross_attention(desk: Desk) -> Drawn:
     maps = [seen.of(i) for i in range(len(seen.words))]
     yield "attention.webp", attention.draw_word_maps(seen, desk.prompt, *in_boxes(desk, "attention", seen.words, maps))
     word = desk.args.word or next((w.text for w in seen.words if w.text in THINGS), seen.words[-1].text)
-    positions = prompts.find_word(desk.model.tokenizer, desk.prompt, word)
+    positions = text.find_word(desk.model.tokenizer, desk.prompt, word)
     number = next(i for i, each in enumerate(seen.words) if each.positions == positions)
     yield "attention-word.webp", attention.draw_breakdown(seen, number)
 
@@ -182,7 +182,7 @@ Box = tuple[float, float, float, float]
 
 
 def in_boxes(
-    desk: Desk, what: str, found: list[prompts.Word], maps: list[torch.Tensor]
+    desk: Desk, what: str, found: list[text.Word], maps: list[torch.Tensor]
 ) -> tuple[dict[int, str], dict[int, Box]]:
     """Notes and boxes for the words that name a thing or its colour: how much of the map is inside of the thing's box.
 
@@ -199,7 +199,7 @@ def in_boxes(
     return notes, boxes
 
 
-def object_words(found: list[prompts.Word]) -> Iterator[tuple[int, Thing]]:
+def object_words(found: list[text.Word]) -> Iterator[tuple[int, Thing]]:
     """The numbers of the words that name one of THINGS or its colour."""
     for number, word in enumerate(found):
         for thing in THINGS.values():

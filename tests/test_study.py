@@ -17,7 +17,6 @@ from torch import Tensor
 import sd.layers
 from scripts.world import Thing, box
 from sd.config import SD1
-from sd.convert import build
 from sd.denoiser import Denoiser
 from sd.image import to_tensor
 from sd.pipeline import StableDiffusion, draw, generators
@@ -35,11 +34,13 @@ from sd.study import (
     mixing,
     network,
     noising,
-    prompts,
     runs,
     steering,
+    text,
 )
+from sd.text_encoder import TextEncoder
 from sd.unet import UNet
+from sd.vae import VAE
 
 FEW = replace(runs.SETTINGS, steps=3, guidance=3.0)
 PROMPT = "a red house on a meadow"
@@ -255,27 +256,27 @@ def test_a_colour_word_acts_where_its_thing_is(embedded):
 
 def test_tokens_and_words():
     tokenizer = StableDiffusion.load(device="cpu").tokenizer
-    row = prompts.tokens(tokenizer, "a triceratops!")
+    row = text.tokens(tokenizer, "a triceratops!")
     assert [token.role for token in row] == ["start", *["text"] * 6, "end", *["padding"] * 69]
     assert [token.id for token in row[2:6]] == [9511, 517, 527, 3054]
-    assert prompts.find_word(tokenizer, "a red cat and a red hat", "red", 1) == [6]
+    assert text.find_word(tokenizer, "a red cat and a red hat", "red", 1) == [6]
     with pytest.raises(ValueError, match="no word 'dog': its words are a, cat"):
-        prompts.find_word(tokenizer, "a cat", "dog")
+        text.find_word(tokenizer, "a cat", "dog")
     with pytest.warns(UserWarning, match="ignored"):
-        long = prompts.words(tokenizer, "house " * 100)
+        long = text.words(tokenizer, "house " * 100)
     assert [word.positions for word in long] == [[i] for i in range(1, 76)]
 
 
 def test_word_order_starts_where_the_words_differ(tiny_sd):
-    order = prompts.word_order(tiny_sd, "a red house and a tree", "a red tree and a house", FEW)
+    order = text.word_order(tiny_sd, "a red house and a tree", "a red tree and a house", FEW)
     assert order.distances[:3] == [0.0, 0.0, 0.0]  # start, a, red: a causal encoder cannot see what follows
     assert all(distance > 0 for distance in order.distances[3:])
 
 
 def test_similarities(tiny):
     names = ["red", "blue", "house"]
-    similar = prompts.token_similarity(tiny["text_encoder"], prompts.Tokenizer(), names)
-    positions = prompts.position_similarity(tiny["text_encoder"])
+    similar = text.token_similarity(tiny["text_encoder"], text.Tokenizer(), names)
+    positions = text.position_similarity(tiny["text_encoder"])
     for matrix in (similar, positions):
         assert torch.allclose(matrix.diagonal(), torch.ones(len(matrix)), atol=1e-5)
         assert torch.allclose(matrix, matrix.T, atol=1e-5)
@@ -549,7 +550,8 @@ def test_network_is_counted_whole(config, parameters):
     """Every parameter once, and as many operations as PyTorch's own counter finds."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    unet = build(config)["unet"]  # on the meta device: shapes without numbers
+    with torch.device("meta"):  # shapes without numbers
+        unet = UNet(config.unet)
     side = 64 if config is SD1 else 24
     with FlopCounterMode(display=False) as counter:
         parts = network.trace(unet, side, side)
@@ -570,14 +572,16 @@ def test_full_size():
     config = replace(SD1, size=64)
     torch.manual_seed(0)
     networks = {}
-    for name, net in build(config).items():
-        net = net.to_empty(device="cpu").to(torch.bfloat16).requires_grad_(False)
+    for name, kind in (("text_encoder", TextEncoder), ("vae", VAE), ("unet", UNet)):
+        with torch.device("meta"):
+            net = kind(getattr(config, name.removesuffix("_encoder")))
+        net = net.to_empty(device="cpu").to(torch.bfloat16).requires_grad_(False).eval()
         for parameter in net.parameters():
             parameter.normal_(std=0.02)
         for module in net.modules():
             if isinstance(module, (torch.nn.LayerNorm, torch.nn.GroupNorm)):
                 module.weight.fill_(1)
-        networks[name] = net.eval()
+        networks[name] = net
     model = StableDiffusion(config, **networks)
     settings = replace(FEW, steps=2)
     seen = attention.word_maps(model, PROMPT, settings)

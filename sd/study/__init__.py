@@ -3,7 +3,7 @@
 Every figure is two functions: one that returns data (tensors, pictures, numbers) and one that draws it. Reading order,
 which is the order of docs/:
 
-    prompts       words, tokens, embeddings; what word order changes
+    text          words, tokens, embeddings; what word order changes
     latent        the latent's channels, the VAE's round trip
     noising       the forward process, the schedule's curves
     network       the U-Net's parts: shapes, parameters, FLOPs

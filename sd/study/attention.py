@@ -34,8 +34,8 @@ from ..model import Model
 from ..settings import Settings
 from ..unet import TransformerBlock, UNet
 from .drawing import above, beside, boxed, captioned, dotted, figure, overlay, scaled, strip
-from .prompts import Word, words
 from .runs import SETTINGS, run
+from .text import Word, words
 
 KINDS = ("cross", "self")
 WORDS_A_LINE = 7  # of a figure

@@ -23,8 +23,8 @@ from ..model import Model
 from ..settings import Settings
 from .attention import Call, watching
 from .drawing import above, figure, strip
-from .prompts import find_word
 from .runs import SETTINGS, last, run
+from .text import find_word
 
 CROSS, OWN = 0.8, 0.3  # of the way, beginning with noise, on which attention is taken over
 FINEST = 32 * 32  # places up to which self-attention is: finer layers hold texture, not layout (their code: 16x16)

@@ -22,8 +22,8 @@ from ..model import Model
 from ..settings import Settings
 from .attention import draw_words, noted
 from .denoising import trajectory
-from .prompts import Word, words
 from .runs import SETTINGS, denoiser
+from .text import Word, words
 
 
 class Influence(NamedTuple):

@@ -32,7 +32,11 @@ class RoundTrip(NamedTuple):
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
-    """How alike two RGB pictures of one size are, in decibels; infinite if they are equal."""
+    """How alike two RGB pictures of one size are, in decibels; infinite if they are equal.
+
+    >>> round(psnr(Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8), (5, 5, 5))), 2)
+    34.15
+    """
     if a.size != b.size:
         raise ValueError(f"pictures of one size are compared, got {a.size} and {b.size}")
     one, other = (np.asarray(image.convert("RGB"), np.float64) for image in (a, b))

@@ -68,6 +68,7 @@ def tokens(tokenizer: Tokenizer, prompt: str) -> list[Token]:
     ids = tokenizer(prompt)[0].tolist()
     end = ids.index(tokenizer.end)
     roles = ["start", *["text"] * (end - 1), "end", *["padding"] * (len(ids) - end - 1)]
+    symbols += [tokenizer.decode([id]) + END_OF_WORD for id in range(len(symbols), max(ids) + 1)]  # words of one's own
     return [Token(i, id, symbols[id], role) for i, (id, role) in enumerate(zip(ids, roles, strict=True))]
 
 
