@@ -6,6 +6,11 @@ project writes carries its config as JSON (`Config.to_json`), so that it loads w
 
 Sources: Stable Diffusion 1.x, `configs/stable-diffusion/v1-inference.yaml` of CompVis/stable-diffusion; 2.x,
 `configs/stable-diffusion/v2-inference(-v).yaml` of Stability-AI/stablediffusion; CLIP ViT-L/14 and OpenCLIP ViT-H/14.
+
+>>> SD1.vae.factor, SD1_INPAINT.unet.in_channels, POCKET.size
+(8, 9, 128)
+>>> Config.from_json(SD2_V.to_json()) == SD2_V
+True
 """
 
 from __future__ import annotations

@@ -8,6 +8,12 @@ with the negative prompt)
 The batch order is [uncond, cond], here and nowhere else. As x0 is linear in the prediction, guiding the noise, the
 velocity or x0 is the same. Anything with the U-Net's signature can stand in for the network, and anything with the
 denoiser's for the denoiser: more inputs (`with_channels`) and a known part of the picture (`keep_known`) are wrappers.
+
+>>> level = Schedule().level(500)
+>>> x0, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+>>> denoise = Denoiser(lambda x, t, context: noise, Schedule(), torch.zeros(1, 77, 16))  # knows the noise
+>>> torch.allclose(denoise(Schedule().add_noise(x0, noise, level), level), x0, atol=1e-5)
+True
 """
 
 from __future__ import annotations

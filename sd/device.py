@@ -1,4 +1,8 @@
-"""Where to compute and in which precision: names -> torch devices and dtypes, and the best there is."""
+"""Where to compute and in which precision: names -> torch devices and dtypes, and the best there is.
+
+>>> dtype_name(find_dtype("bfloat16")), find_device("cpu")
+('bfloat16', device(type='cpu'))
+"""
 
 from __future__ import annotations
 

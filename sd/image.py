@@ -2,6 +2,12 @@
 
 Sizes are (width, height) in PIL's and height x width in tensors' order. Nothing is ever stretched: a picture keeps its
 proportions and is either cut (`fit`) or framed (`frame`).
+
+>>> picture = Image.new("RGB", (60, 40), "orange")
+>>> to_tensor(picture).shape
+torch.Size([1, 3, 40, 60])
+>>> to_pil(to_tensor(picture))[0] == picture, fit(picture, 32, 32).size, grid([picture] * 4).size
+(True, (32, 32), (120, 80))
 """
 
 from __future__ import annotations

@@ -310,7 +310,13 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def parameters(prompt: str, negative: str, settings: Mapping[str, object]) -> str:
-    """The text of the "parameters" chunk; values with a comma, colon or line break are quoted, as readers expect."""
+    """The text of the "parameters" chunk; values with a comma, colon or line break are quoted, as readers expect.
+
+    >>> print(parameters("a red house", "clouds", {"Steps": 20, "Sampler": "DDIM"}))
+    a red house
+    Negative prompt: clouds
+    Steps: 20, Sampler: DDIM
+    """
     pairs = []
     for name, value in settings.items():
         text = str(value)

@@ -9,6 +9,11 @@ model are told about it in different ways:
     4 channels (any other): x0 is known outside of the hole, see `denoiser.keep_known`
 
 Either way the result is pasted into the picture through the mask, so that where the mask is 0 no pixel changes.
+
+>>> mask = torch.zeros(1, 1, 64, 64)
+>>> mask[..., 16:32, 16:32] = 1
+>>> latent_mask(mask, 8).sum()
+tensor(4.)
 """
 
 from __future__ import annotations

@@ -6,6 +6,14 @@
     timestep embedding   cos(t w_i), sin(t w_i)             Ho et al. 2020; w_i = 10000^(-i / half)
 
 B batch, C channels, H height, W width, N tokens, M tokens of the context, D width of a token, d width of a head.
+
+>>> timestep_embedding(torch.tensor([0.0, 999.0]), 320).shape
+torch.Size([2, 320])
+>>> tokens = torch.randn(1, 5, 64)
+>>> Attention(64, heads=4)(tokens).shape  # self-attention
+torch.Size([1, 5, 64])
+>>> Attention(64, heads=4, context_width=32)(tokens, torch.randn(1, 77, 32)).shape  # cross-attention
+torch.Size([1, 5, 64])
 """
 
 from __future__ import annotations

@@ -1,6 +1,10 @@
 """The networks of one checkpoint, and each thing that is done with them: encoding, denoising, sampling, decoding.
 
 The three tasks that are made of these parts are in pipeline.py.
+
+>>> model = Model.load()  # the embedded one
+>>> model.encode_prompt(["a red house"]).shape, model.latent_shape()
+(torch.Size([1, 77, 64]), (4, 16, 16))
 """
 
 from __future__ import annotations

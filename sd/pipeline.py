@@ -19,6 +19,9 @@ tensors of the latents' shape (C, h, w), in this order: for the sample of the en
 if it is encoded; for that of the picture with its hole hidden, if the model has 9 channels; its initial noise; then,
 with a stochastic sampler, as its steps ask for them. So a picture depends on neither the batch it is made in nor the
 device.
+
+>>> StableDiffusion.load().txt2img("a red house on a meadow", steps=2, seed=7)[0].size
+(128, 128)
 """
 
 from __future__ import annotations

@@ -2,6 +2,10 @@
 
 Each latent of 4 numbers stands for 8x8 pixels, and their mean colour is nearly a linear function of it. The map is
 fitted to one latent whose picture is known, so it holds for any VAE; a preview is as small as the latent.
+
+>>> latents = torch.randn(1, 4, 16, 16)
+>>> LinearDecoder.fit(latents, [Image.new("RGB", (128, 128), "orange")])(latents)[0].size
+(128, 128)
 """
 
 from __future__ import annotations

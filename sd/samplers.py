@@ -14,6 +14,14 @@ Papers after DDIM use y = x / alpha = x0 + r eps instead, with r = sigma / alpha
 al. 2022 and in k-diffusion) and lambda = -ln r. There the way down is a differential equation, dy/dr = eps, and `move`
 is its exact solution for an x0 that stays the same. So most samplers come down to a choice of the x0 to move with.
 The ancestral ones go further than b, to r_down, and come back up to b with fresh noise.
+
+>>> import torch
+>>> from sd.schedule import Schedule
+>>> truth = torch.ones(1, 4, 8, 8)
+>>> for step in ddim(lambda x, level: truth, torch.randn(1, 4, 8, 8), Schedule().levels(10, "trailing")):
+...     pass
+>>> torch.allclose(step.x, truth)  # a denoiser that knows the answer is led to it
+True
 """
 
 from __future__ import annotations

@@ -10,6 +10,13 @@ training target. Levels are Python floats computed once in float64, so that no s
     alpha    signal, sigma noise; sigma / alpha is the "sigma" of Karras et al. 2022 and of k-diffusion
     t        timestep, 0 (nearly clean) to steps - 1 (nearly noise); fractional between them
     eps      the noise;  v = alpha eps - sigma x0, the velocity (Salimans and Ho 2022)
+
+>>> schedule = Schedule()
+>>> level = schedule.level(999)
+>>> round(level.alpha, 3), round(level.sigma, 3)
+(0.068, 0.998)
+>>> [level.t for level in schedule.levels(4, "trailing")]
+[999.0, 749.0, 499.0, 249.0, -1.0]
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""How to sample: what text to image, image to image and inpainting have in common, checked before any work is done."""
+"""How to sample: what text to image, image to image and inpainting have in common, checked before any work is done.
+
+>>> settings = Settings.of(sampler="DPM++ 2M Karras")
+>>> settings.sampler.label, settings.steps, settings.spacing, settings.guidance
+('DPM++ 2M', 25, 'karras', 7.5)
+"""
 
 from __future__ import annotations
 

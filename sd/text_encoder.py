@@ -11,6 +11,10 @@ trained with the padding attended to, and masking it changes the picture.
     out = norm(x)
 
 B batch, M tokens (77), D width.
+
+>>> encoder = TextEncoder(TextConfig(width=32, layers=1, heads=2))
+>>> encoder(torch.tensor([[49406, 320, 736, 1212, 49407]])).shape  # start, a, red, house, end
+torch.Size([1, 5, 32])
 """
 
 from __future__ import annotations

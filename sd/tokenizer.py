@@ -28,6 +28,12 @@ In the table every byte is written as a visible character: a printable one as it
 start, end   the two special ids; CLIP takes its summary of a whole text (which SD does not use) at the first end
 pad          49407 in SD 1 (Hugging Face's choice) and 0 in SD 2 (OpenAI's): part of what the model was trained with
 word         what the pattern below finds: letters, one digit, a run of punctuation, 's 't 're 've 'm 'll 'd
+
+>>> tokenizer = Tokenizer()
+>>> tokenizer.encode("triceratops")
+[9511, 517, 527, 3054]
+>>> tokenizer("a red house").shape
+torch.Size([1, 77])
 """
 
 from __future__ import annotations

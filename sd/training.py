@@ -13,6 +13,13 @@
     Muon         weight -= rate · the nearest orthogonal matrix of the gradients' average   Jordan et al. 2024
 
 Nothing that paints imports this file.
+
+>>> schedule, noise = Schedule(), torch.randn(2, 4, 8, 8)
+>>> t, context = torch.tensor([10, 900]), torch.zeros(2, 77, 16)
+>>> float(diffusion_loss(lambda x, t, context: noise, schedule, torch.randn(2, 4, 8, 8), context, t, noise))
+0.0
+>>> [round(learning_rate(step, 100, 1.0, warmup=10), 2) for step in (0, 9, 55, 100)]
+[0.1, 1.0, 0.5, 0.0]
 """
 
 from __future__ import annotations

@@ -11,6 +11,10 @@ down, every output is kept; going up, each block takes the latest of them beside
                           └ down.3: res x2   ── mid ──   up.3: res x3, double
 
 B batch, C channels, H x W latents (any size), N = H W tokens, M tokens of the context, D its width.
+
+>>> unet = UNet(UNetConfig(channels=(32, 64), heads=(2, 2), attention=(False, True), blocks=1, context=16))
+>>> unet(torch.randn(1, 4, 16, 24), torch.tensor([999.0]), torch.randn(1, 77, 16)).shape
+torch.Size([1, 4, 16, 24])
 """
 
 from __future__ import annotations

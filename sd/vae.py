@@ -9,6 +9,11 @@ models". The encoder gives a Gaussian per latent; diffusion runs on a sample of 
 
 Pictures are in [-1, 1]. B batch, C channels, H x W pixels, h x w = H/8 x W/8 latents. Level 0 is the finest, in the
 encoder and in the decoder alike.
+
+>>> vae = VAE(VAEConfig(channels=(32, 32, 32, 32), blocks=1))
+>>> z = vae.encode(torch.zeros(1, 3, 64, 96)).mode()
+>>> z.shape, vae.decode(z).shape
+(torch.Size([1, 4, 8, 12]), torch.Size([1, 3, 64, 96]))
 """
 
 from __future__ import annotations
