@@ -63,8 +63,8 @@ PROMPT = "a big red house and a big blue tree on a meadow"
 THINGS = {"house": Thing("house", "red", "big", "left"), "tree": Thing("tree", "blue", "big", "right")}
 OTHER = "a big red house and a big blue tree in the snow"
 LONG = "a red triceratops in the snow, " + ", ".join(["a small blue boat on the sea at night under the stars"] * 8)
-GENTLE = 2.0  # guidance for comparing samplers: with more of it all of them need more steps
 FILM_SECONDS = 0.15  # a frame
+LINGER = 8  # times that an MP4 shows its last frame once more
 QUALITY = 90  # of WebP
 
 
@@ -231,7 +231,7 @@ def converging(desk: Desk) -> Drawn:
     results = convergence.convergence(
         desk.model,
         desk.prompt,
-        replace(desk.settings, guidance=GENTLE),
+        replace(desk.settings, guidance=1.0),
         steps=convergence.STEPS,
         reference_steps=convergence.SOLUTION_STEPS,
     )
@@ -354,7 +354,7 @@ def save_film(frames: list[Image.Image], path: Path) -> None:
     width, height = even[0].size
     command = ["ffmpeg", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
     command += ["-r", f"{1 / FILM_SECONDS:.3f}", "-i", "-", "-pix_fmt", "yuv420p", str(path)]
-    pixels = b"".join(frame.tobytes() for frame in [*even, *even[-1:] * 8])
+    pixels = b"".join(frame.tobytes() for frame in [*even, *even[-1:] * LINGER])
     done = subprocess.run(command, input=pixels, capture_output=True)
     if done.returncode:
         raise OSError(f"{path}: ffmpeg: {done.stderr.decode(errors='replace')[:200]}")

@@ -91,6 +91,26 @@ def test_what_is_wrong_is_said_in_one_line(arguments, message, run):
     assert message in lines[0]
 
 
+def test_films(run, tmp_path, monkeypatch):
+    """A GIF; an MP4 where there is ffmpeg, which is given whole frames of even sides; one line where there is none."""
+    assert run("reverse", "--film", "gif")[2] == {"reverse.webp", "reverse-film.gif"}
+    monkeypatch.setattr(study.shutil, "which", lambda name: None)
+    status, errors, _ = run("reverse", "--film", "mp4")
+    assert status == 1
+    assert errors == "error: --film mp4 needs ffmpeg, which is not installed: try webp or gif\n"
+    monkeypatch.undo()
+    tool = tmp_path / "bin" / "ffmpeg"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\nfor last; do :; done\necho "$@" > "$last.arguments"\ncat > "$last"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
+    assert run("reverse", "--film", "mp4")[0] == 0
+    arguments = (tmp_path / "out" / "reverse-film.mp4.arguments").read_text().split()
+    width, height = map(int, arguments[arguments.index("-s") + 1].split("x"))
+    assert width % 2 == height % 2 == 0
+    assert (tmp_path / "out" / "reverse-film.mp4").stat().st_size == width * height * 3 * (3 + study.LINGER)
+
+
 def test_help_names_every_figure(capsys):
     with pytest.raises(SystemExit):
         study.main(["--help"])

@@ -81,8 +81,12 @@ def check_plain(network: nn.Module) -> None:
     """ValueError for a network whose layers are not called one by one, so that hooks on them are run past."""
     if not isinstance(network, nn.Module):
         raise ValueError(f"attention is looked at in a U-Net, got {type(network).__name__}")
-    compiled = hasattr(network, "_orig_mod") or isinstance(network, torch.jit.ScriptModule)
-    if compiled or any(module._compiled_call_impl is not None for module in network.modules()):
+    whole = hasattr(network, "_orig_mod") or isinstance(network, torch.jit.ScriptModule)  # torch.compile(network)
+    if whole or any(
+        module._compiled_call_impl is not None  # network.compile()
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")  # forward = torch.compile(forward)
+        for module in network.modules()
+    ):
         raise ValueError(
             "the U-Net is compiled, which runs past hooks: give the network as it was before torch.compile"
         )

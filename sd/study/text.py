@@ -65,9 +65,10 @@ class Word(NamedTuple):
 def tokens(tokenizer: Tokenizer, prompt: str) -> list[Token]:
     """The prompt as the text encoder sees it, all `tokenizer.length` places; what does not fit is not among them."""
     symbols = list(tokenizer.vocab)
-    ids = tokenizer(prompt)[0].tolist()
-    end = ids.index(tokenizer.end)
-    roles = ["start", *["text"] * (end - 1), "end", *["padding"] * (len(ids) - end - 1)]
+    kept = tokenizer.encode(prompt)[: tokenizer.length - 2]
+    spare = tokenizer.length - 2 - len(kept)
+    ids = [tokenizer.start, *kept, tokenizer.end, *[tokenizer.pad] * spare]
+    roles = ["start", *["text"] * len(kept), "end", *["padding"] * spare]
     symbols += [tokenizer.decode([id]) + END_OF_WORD for id in range(len(symbols), max(ids) + 1)]  # words of one's own
     return [Token(i, id, symbols[id], role) for i, (id, role) in enumerate(zip(ids, roles, strict=True))]
 
