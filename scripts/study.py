@@ -1,6 +1,6 @@
 """Pictures of what happens inside: noise, attention, guidance, samplers, ...
 
-python scripts/study.py attention --prompt "a red house and a blue tree on a meadow"
+python scripts/study.py attention --prompt "a pink cat to the left of a white duck on the beach"
 python scripts/study.py grid --x steps=4,8,16 --y sampler=ddim,heun,dpmpp_2m
 python scripts/study.py all --out docs/figures
 python scripts/study.py reverse --ckpt v1-5-pruned-emaonly.ckpt --prompt "a photograph of an astronaut riding a horse"
@@ -58,10 +58,12 @@ else:
     from scripts.world import Scene, Thing, box, draw
 
 OUT = Path("outputs/study")
-# of the embedded model's world; any checkpoint that knows houses can do them
-PROMPT = "a big red house and a big blue tree on a meadow"
+# Sentences of the embedded model's world; any checkpoint that knows houses can do them. The first says all that there
+# is to say, so that it is known where its things are; the second leaves much to the noise.
+PROMPT = "watercolour of a big red house to the left of a big blue tree on a meadow at sunset"
 THINGS = {"house": Thing("house", "red", "big", "left"), "tree": Thing("tree", "blue", "big", "right")}
-OTHER = "a big red house and a big blue tree in the snow"
+OTHER = "a pink cat to the left of a white duck on the beach"
+EXCHANGED = ("watercolour of a red house and a blue tree at sunset", "watercolour of a blue house and a red tree at sunset")
 LONG = "a red triceratops in the snow, " + ", ".join(["a small blue boat on the sea at night under the stars"] * 8)
 FILM_SECONDS = 0.15  # a frame
 LINGER = 8  # times that an MP4 shows its last frame once more
@@ -123,8 +125,7 @@ def embeddings(desk: Desk) -> Drawn:
 @named("words")
 def words(desk: Desk) -> Drawn:
     """two prompts of the same words in another order"""
-    one, other = "a red house and a blue tree on a meadow", "a blue house and a red tree on a meadow"
-    yield "words.webp", text.draw_word_order(text.word_order(desk.model, one, other, desk.settings))
+    yield "words.webp", text.draw_word_order(text.word_order(desk.model, *EXCHANGED, desk.settings))
 
 
 @named("latent")
@@ -259,7 +260,7 @@ def grid(desk: Desk) -> Drawn:
 
 @named("mixing")
 def mix(desk: Desk) -> Drawn:
-    """between two prompts, and between two noises"""
+    """from one prompt to --other, and from one noise to another"""
     mixed = mixing.mixing(desk.model, desk.prompt, desk.other, settings=desk.settings, seed=desk.settings.seed + 1)
     yield "mixing.webp", mixing.draw_mixing(mixed, desk.prompt, desk.other)
 
@@ -267,14 +268,24 @@ def mix(desk: Desk) -> Drawn:
 @named("editing")
 def edit(desk: Desk) -> Drawn:
     """prompt-to-prompt: other words, the same layout"""
-    edits = {}
-    for name, change in {
-        "replace a word": {"target": desk.prompt.replace("house", "castle")},
-        "another colour": {"target": desk.prompt.replace("red", "yellow"), "own": 0.6},
-        "another place": {"target": desk.other},
-        "less of a word": {"target": desk.prompt, "factors": {"tree": 0.2}},
-    }.items():
-        edits[name] = editing.prompt_to_prompt(desk.model, desk.prompt, settings=desk.settings, **change)
+    if desk.prompt == PROMPT:
+        changes = {
+            "replace a word": {"target": PROMPT.replace("house", "castle")},
+            "another colour": {"target": PROMPT.replace("red", "yellow"), "own": 0.6},
+            "another place": {"target": PROMPT.replace("on a meadow", "in the desert")},
+            "less of a word": {"target": PROMPT, "factors": {"tree": 0.2}},
+        }
+    else:
+        word = desk.args.word or text.words(desk.model.tokenizer, desk.prompt)[-1].text
+        changes = {
+            "the other prompt": {"target": desk.other},
+            f'less of "{word}"': {"target": desk.prompt, "factors": {word: 0.2}},
+            f'more of "{word}"': {"target": desk.prompt, "factors": {word: 3.0}},
+        }
+    edits = {
+        name: editing.prompt_to_prompt(desk.model, desk.prompt, settings=desk.settings, **change)
+        for name, change in changes.items()
+    }
     yield "editing.webp", editing.draw_edits(edits)
 
 
@@ -299,7 +310,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help="where to (default: %(default)s)")
     parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help='default: "%(default)s"')
     parser.add_argument("--other", default=OTHER, metavar="TEXT", help='to mix and edit with (default: "%(default)s")')
-    parser.add_argument("--word", metavar="WORD", help="attention: the word to take apart (default: a thing)")
+    parser.add_argument("--word", metavar="WORD", help="attention, editing: the word to look at")
     parser.add_argument("--image", type=Path, metavar="FILE", help="latent, forward, grid: a picture to work on")
     parser.add_argument(
         "--point", type=point, action="append", metavar="X,Y",
@@ -313,7 +324,7 @@ def parser() -> cli.Parser:
     usual = runs.SETTINGS
     group = parser.add_argument_group("sampling")
     group.add_argument("--steps", type=int, default=usual.steps, metavar="N", help="default: %(default)s")
-    group.add_argument("--guidance", type=float, default=usual.guidance, metavar="G", help="default: %(default)s")
+    group.add_argument("--guidance", type=float, metavar="G", help="default: the model's own")
     group.add_argument(
         "--sampler", default="ddim", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: %(default)s)"
     )
@@ -378,7 +389,13 @@ def study(args: argparse.Namespace) -> None:
     if args.size is not None:
         model.config = replace(model.config, size=args.size)
         model.latent_shape()
-    print(f"{model.config.name} on {model.device}, {dtype_name(model.dtype)}, seed {settings.seed}", flush=True)
+    if not text.words(model.tokenizer, args.prompt):
+        raise ValueError("--prompt has no words to look at")
+    print(
+        f"{model.config.name} on {model.device}, {dtype_name(model.dtype)}, seed {settings.seed}, guidance "
+        f"{runs.guidance_of(model, settings):g}",
+        flush=True,
+    )
     desk = Desk(model, args.prompt, args.other, settings, args)
     chosen = list(FIGURES) if args.figure == "all" else [args.figure]
     with tqdm(unit=" evaluations", disable=None, leave=False, file=sys.stderr) as bar:

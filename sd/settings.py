@@ -1,8 +1,8 @@
 """How to sample: what text to image, image to image and inpainting have in common, checked before any work is done.
 
 >>> settings = Settings.of(sampler="DPM++ 2M Karras")
->>> settings.sampler.label, settings.steps, settings.spacing, settings.guidance
-('DPM++ 2M', 25, 'karras', 7.5)
+>>> settings.sampler.label, settings.steps, settings.spacing
+('DPM++ 2M', 25, 'karras')
 """
 
 from __future__ import annotations

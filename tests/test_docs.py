@@ -26,8 +26,8 @@ def code(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-def test_code_of_a_chapter_runs(path, tmp_path, monkeypatch, capsys):
-    """From top to bottom, in one go, as a reader pastes it; the asserts in it hold."""
+def test_code_of_a_chapter_runs(path, tmp_path, monkeypatch, capsys, strange_words):
+    """From top to bottom, in one go, as a reader pastes it; the asserts in it hold, and the model knows its words."""
     (tmp_path / "weights").mkdir()
     (tmp_path / EMBEDDED).symlink_to(resource(EMBEDDED))
     monkeypatch.chdir(tmp_path)
@@ -37,6 +37,7 @@ def test_code_of_a_chapter_runs(path, tmp_path, monkeypatch, capsys):
     for number, block in enumerate(blocks, start=1):
         with torch.enable_grad():  # as a reader has it
             exec(compile(block, f"{path.name}, block {number}", "exec"), names)
+    assert strange_words == set()
 
 
 def test_reading_order():

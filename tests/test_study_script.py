@@ -55,14 +55,15 @@ def test_all_are_there():
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_figure(name, run, tmp_path, monkeypatch):
-    """Its files are pictures with something in them; a second run replaces them."""
+def test_a_figure(name, run, tmp_path, monkeypatch, strange_words):
+    """Its files are pictures with something in them; a second run replaces them. The model knows its prompts' words."""
     monkeypatch.setattr(convergence, "STEPS", (2, 3))
     monkeypatch.setattr(convergence, "SOLUTION_STEPS", 6)
     arguments = ["--x", "steps=1,2", "--y", "strength=0.5"] if name == "grid" else []
     for _ in range(2 if name in ("schedule", "reverse") else 1):
         status, errors, files = run(name, *arguments)
         assert (status, files) == (0, FILES[name]), errors
+    assert strange_words == set()
     for file in files:
         with Image.open(tmp_path / "out" / file) as image:
             assert image.width > 300
@@ -75,12 +76,13 @@ def test_a_figure(name, run, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["atention"], "invalid choice: 'atention'"),
-        (["attention", "--word", "dog"], "the prompt has no word 'dog': its words are a, big, red"),
+        (["attention", "--word", "dog"], "the prompt has no word 'dog': its words are watercolour, of, a"),
         (["grid", "--x", "size=3"], "unknown axis 'size'"),
         (["self-attention", "--point", "3"], "a place is X,Y"),
         (["schedule", "--ckpt", "missing.ckpt"], "missing.ckpt"),
         (["schedule", "--size", "100"], "must be a multiple of 8, got 100"),
         (["tokens", "--seed", "-5"], "seed must be from 0"),
+        (["attention", "--prompt", " "], "--prompt has no words to look at"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(arguments, message, run):

@@ -3,6 +3,12 @@
 Every function takes data and returns a new RGB picture on white, and larger figures are made of smaller ones with
 `beside` and `above`. Sizes are in pixels. In labels `x_{t}` writes a subscript and `10^{-3}` a superscript; the font is
 Pillow's own, which has no Greek letters, so labels use the code's names (alpha, sigma).
+
+>>> maps = [Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")]
+>>> strip([maps], ("first", "second"), width=64, gap=6).width
+134
+>>> figure("Two maps", strip([maps], ("first", "second"))).mode
+'RGB'
 """
 
 from __future__ import annotations

@@ -4,6 +4,10 @@ Ho and Salimans 2022. Two predictions are made in every step, with the prompt (c
 given a point beyond the first on the line from the second through it:
 
     guided = u + guidance (c - u)         0 is u, 1 is c, above 1 goes on in the same direction (`Denoiser`)
+
+>>> first, last_one = predictions(Model.load(), "a red house", replace(SETTINGS, steps=2))
+>>> bool((first.guided - first.uncond).norm() > (first.cond - first.uncond).norm())  # exaggerated
+True
 """
 
 from __future__ import annotations
@@ -21,9 +25,9 @@ from ..schedule import Level
 from ..settings import Settings
 from .denoising import spread
 from .drawing import figure, heat, strip
-from .runs import SETTINGS, denoiser, last, noise, walk
+from .runs import SETTINGS, denoiser, guidance_of, last, noise, walk
 
-GUIDANCES = (0.0, 1.0, 2.0, 3.0, 5.0, 7.5, 12.0, 20.0)
+GUIDANCES = (0.0, 1.0, 2.0, 4.0, 7.5, 12.0, 20.0)
 
 
 class Predictions(NamedTuple):
@@ -52,11 +56,12 @@ def predictions(model: Model, prompt: str, settings: Settings = SETTINGS, negati
     plain = replace(settings, guidance=1.0)
     cond = denoiser(model, model.encode_prompt([prompt]), plain)
     uncond = denoiser(model, model.encode_prompt([negative]), plain)
+    scale = guidance_of(model, settings)
     seen: list[Predictions] = []
 
     def denoise(x: Tensor, level: Level) -> Tensor:
         u, c = uncond(x, level), cond(x, level)
-        seen.append(Predictions(level, u, c, u + settings.guidance * (c - u)))
+        seen.append(Predictions(level, u, c, u + scale * (c - u)))
         return seen[-1].guided
 
     last(walk(model, denoise, noise(model, settings), settings))

@@ -90,14 +90,16 @@ def between_noises(a: Tensor, b: Tensor, n: int, how: Mix = slerp) -> Tensor:
 
 
 def mixing(model: Model, one: str, other: str, n: int = 7, settings: Settings = SETTINGS, seed: int = 2) -> Mixed:
-    """Four rows: prompts along a line and an arc, then the noise of the settings' seed and of `seed` likewise."""
+    """Four rows: from one prompt to the other along a line and an arc, with the noise of the settings' seed; then, with
+    the other prompt, from that noise to the one of `seed`, likewise.
+    """
     rows: dict[str, list[Image.Image]] = {}
     lengths: dict[str, list[float]] = {}
     for name, how in (("line", lerp), ("arc", slerp)):
         rows[f"prompts, {name}"] = mix_prompts(model, one, other, n, settings, how)
     a = noise(model, settings)
     b = noise(model, Settings.of(seed=seed))
-    context = model.encode_prompt([one])
+    context = model.encode_prompt([other])
     for name, how in (("line", lerp), ("arc", slerp)):
         x = between_noises(a, b, n, how)
         rows[f"noise, {name}"] = paint(model, context.expand(n, -1, -1), settings, x)
@@ -115,6 +117,6 @@ def draw_mixing(mixed: Mixed, one: str, other: str, width: int = 132) -> Image.I
     return figure(
         f'Mixing: "{one}" to "{other}"',
         strip(list(mixed.rows.values()), columns, names, width),
-        "Between two prompts the line and the arc are much alike. Between two noises the line leads through noise "
-        "that is too weak, which costs details; the arc keeps its length.",
+        "Above: from one prompt to the other with one noise. Below: with the other prompt, from that noise to another. "
+        "Halfway on the line the noise is too weak, which costs details; the arc keeps its length.",
     )

@@ -6,6 +6,12 @@ of the picture away, and many of them in one are again one step of that kind, so
     q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t)         one step after the other
     q(x_t | x_0)     = N(alpha x_0, sigma²)                        `Schedule.add_noise`
     alpha-bar_t = alpha² = prod_{s <= t} (1 - beta_s),   sigma² = 1 - alpha-bar_t,   SNR = alpha² / sigma²
+
+>>> of_t = curves(Schedule())
+>>> [float(of_t.alpha_bar[t].round(3)) for t in (0, 500, 999)]
+[0.999, 0.276, 0.005]
+>>> int(np.argmax(of_t.snr < 1))  # from there on there is more noise than picture
+354
 """
 
 from __future__ import annotations

@@ -1,7 +1,13 @@
 """How the studies paint: one noise for all pictures, so that what differs between them is what is studied.
 
-    settings = Settings.of(steps=20, guidance=5.0, sampler="ddim", spacing="trailing", seed=1)
-    for step in run(model, model.encode_prompt(["a red house", "a blue house"]), settings): ...
+>>> model = Model.load()
+>>> settings = replace(SETTINGS, steps=2, seed=3)  # guidance: the model's own
+>>> for step in run(model, model.encode_prompt(["a red house", "a blue house"]), settings):
+...     print(step.i, tuple(step.x.shape))
+0 (2, 4, 16, 16)
+1 (2, 4, 16, 16)
+>>> paint(model, ["a red house"], settings)[0].size
+(128, 128)
 
 `StableDiffusion.txt2img` gives each picture of a batch a seed of its own; here all of them have the same.
 """
@@ -9,6 +15,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from PIL import Image
 from torch import Tensor
@@ -21,7 +28,8 @@ from ..schedule import Level
 from ..settings import Settings
 
 # quick, deterministic and from pure noise to clean data
-SETTINGS = Settings.of(sampler="ddim", steps=20, spacing="trailing", guidance=5.0, seed=1)
+SETTINGS = Settings.of(sampler="ddim", steps=20, spacing="trailing", seed=1)
+PLAIN = replace(SETTINGS, guidance=1.0)  # what the network predicts, by itself
 
 
 def noise(model: Model, settings: Settings = SETTINGS, n: int = 1) -> Tensor:
@@ -34,11 +42,17 @@ def levels(model: Model, settings: Settings = SETTINGS) -> list[Level]:
     return model.schedule.levels(settings.steps, settings.spacing, settings.strength)
 
 
+def guidance_of(model: Model, settings: Settings = SETTINGS) -> float:
+    """The settings' guidance, or the model's own."""
+    return model.config.guidance if settings.guidance is None else settings.guidance
+
+
 def denoiser(model: Model, context: Tensor, settings: Settings = SETTINGS, negative: str = "") -> Denoiser:
     """The guided denoiser of contexts (B, M, D)."""
-    uncond = model.encode_prompt([negative]) if settings.guidance != 1.0 else None
+    scale = guidance_of(model, settings)
+    uncond = model.encode_prompt([negative]) if scale != 1.0 else None
     extra = model.all_hidden(model.latent_shape()) if model.sees_masks else None
-    return model.denoiser(context.to(model.device, model.dtype), uncond, settings.guidance, extra)
+    return model.denoiser(context.to(model.device, model.dtype), uncond, scale, extra)
 
 
 def walk(model: Model, denoise: Denoise, x: Tensor, settings: Settings = SETTINGS) -> Iterator[Step]:
