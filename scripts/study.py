@@ -63,7 +63,10 @@ OUT = Path("outputs/study")
 PROMPT = "watercolour of a big red house to the left of a big blue tree on a meadow at sunset"
 THINGS = {"house": Thing("house", "red", "big", "left"), "tree": Thing("tree", "blue", "big", "right")}
 OTHER = "a pink cat to the left of a white duck on the beach"
-EXCHANGED = ("watercolour of a red house and a blue tree at sunset", "watercolour of a blue house and a red tree at sunset")
+EXCHANGED = (
+    "watercolour of a red house and a blue tree at sunset",
+    "watercolour of a blue house and a red tree at sunset",
+)
 LONG = "a red triceratops in the snow, " + ", ".join(["a small blue boat on the sea at night under the stars"] * 8)
 FILM_SECONDS = 0.15  # a frame
 LINGER = 8  # times that an MP4 shows its last frame once more

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from common import TINY, TINY_INPAINT, tiny_state
 
-from scripts.world.words import FUNCTION_WORDS, WORDS
 from sd.checkpoints.convert import convert
 from sd.loading import build, load_weights
-from sd.model import Model
 from sd.pipeline import StableDiffusion
-
-KNOWN = {*WORDS, *FUNCTION_WORDS}
 
 
 def pytest_addoption(parser):
@@ -35,20 +29,6 @@ def no_grad():
     """Networks are tested as they are used for painting; what needs gradients enables them."""
     with torch.no_grad():
         yield
-
-
-@pytest.fixture
-def strange_words(monkeypatch) -> set[str]:
-    """Words of the prompts that a test has encoded which the embedded model's world does not know."""
-    found: set[str] = set()
-    encode = Model.encode_prompt
-
-    def heard(model, prompts):
-        found.update(word for prompt in prompts for word in re.findall(r"[\w-]+", prompt) if word not in KNOWN)
-        return encode(model, prompts)
-
-    monkeypatch.setattr(Model, "encode_prompt", heard)
-    return found
 
 
 @pytest.fixture(scope="session")

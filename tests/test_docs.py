@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from world_words import strange_words
 
 from scripts import study
 from sd.model import EMBEDDED
@@ -26,18 +27,18 @@ def code(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-def test_code_of_a_chapter_runs(path, tmp_path, monkeypatch, capsys, strange_words):
+def test_code_of_a_chapter_runs(path, tmp_path, monkeypatch, capsys):
     """From top to bottom, in one go, as a reader pastes it; the asserts in it hold, and the model knows its words."""
     (tmp_path / "weights").mkdir()
     (tmp_path / EMBEDDED).symlink_to(resource(EMBEDDED))
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    blocks = code(TEXTS[path.name])
+    blocks, strange = code(TEXTS[path.name]), strange_words(monkeypatch)
     assert blocks
     for number, block in enumerate(blocks, start=1):
         with torch.enable_grad():  # as a reader has it
             exec(compile(block, f"{path.name}, block {number}", "exec"), names)
-    assert strange_words == set()
+    assert strange == set()
 
 
 def test_reading_order():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageStat
+from world_words import strange_words
 
 from scripts import study
 from sd.study import convergence, drawing
@@ -55,15 +56,16 @@ def test_all_are_there():
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_figure(name, run, tmp_path, monkeypatch, strange_words):
+def test_a_figure(name, run, tmp_path, monkeypatch):
     """Its files are pictures with something in them; a second run replaces them. The model knows its prompts' words."""
     monkeypatch.setattr(convergence, "STEPS", (2, 3))
     monkeypatch.setattr(convergence, "SOLUTION_STEPS", 6)
+    strange = strange_words(monkeypatch)
     arguments = ["--x", "steps=1,2", "--y", "strength=0.5"] if name == "grid" else []
     for _ in range(2 if name in ("schedule", "reverse") else 1):
         status, errors, files = run(name, *arguments)
         assert (status, files) == (0, FILES[name]), errors
-    assert strange_words == set()
+    assert strange == set()
     for file in files:
         with Image.open(tmp_path / "out" / file) as image:
             assert image.width > 300

@@ -52,7 +52,7 @@ def convergence(
     spacing: str = "karras",
     reference: str = "dpmpp_2m",
     reference_steps: int = SOLUTION_STEPS,
-    n: int = 3,
+    n: int = 8,
 ) -> list[Convergence]:
     """The distance of every sampler's result from a long run of `reference`, all on one kind of grid.
 

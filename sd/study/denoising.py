@@ -4,7 +4,7 @@ At every step the denoiser says what the clean data x0 seems to be, and the samp
 run is two films: x_t, which loses its noise, and x0, which begins as a blurred guess at everything that the prompt
 could mean and gets sharper as it is decided (Ho et al. 2020, section 3.2; Song et al. 2021, eq. 12).
 
->>> steps = trajectory(Model.load(), "a red house", replace(SETTINGS, steps=3))
+>>> steps = trajectory(Model.load(), "a red house", Settings.of(steps=3, spacing="trailing"))
 >>> [round(level.sigma, 3) for level in steps.levels]
 [0.998, 0.946, 0.681, 0.0]
 >>> steps.x.shape, steps.x0.shape
@@ -13,7 +13,6 @@ could mean and gets sharper as it is decided (Ho et al. 2020, section 3.2; Song 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
