@@ -27,6 +27,7 @@ if not __package__:  # run as a file, from any folder, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sd import StableDiffusion
+from sd.config import POCKET
 from sd.device import dtype_name
 from sd.files import replaced_file
 from sd.image import fit
@@ -190,11 +191,12 @@ def in_boxes(
 ) -> tuple[dict[int, str], dict[int, Box]]:
     """Notes and boxes for the words that name a thing or its colour: how much of the map is inside of the thing's box.
 
-    Only for the default prompt, of which it is known where its things are.
+    Only for the default prompt and the world in which it is known where its things are.
     """
     notes: dict[int, str] = {}
     boxes: dict[int, Box] = {}
-    for number, thing in object_words(found) if desk.prompt == PROMPT else ():
+    known = desk.prompt == PROMPT and desk.model.config.name == POCKET.name
+    for number, thing in object_words(found) if known else ():
         mass = attention.mass_inside(maps[number], box(thing))
         area = attention.mass_inside(torch.ones(64, 64), box(thing))
         notes[number], boxes[number] = f"{mass:.0%} in its box\n({area:.0%} of the area)", box(thing)

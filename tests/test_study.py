@@ -444,10 +444,10 @@ def test_arc_between_noises_keeps_their_length():
 def test_mixed_pictures_end_at_the_plain_ones(tiny_sd):
     mixed = mixing.mixing(tiny_sd, "a red house", "a tree", 2, FEW, seed=9)
     first, second = runs.paint(tiny_sd, ["a red house", "a tree"], FEW)
-    other = runs.paint(tiny_sd, ["a red house"], replace(FEW, seed=9))[0]
+    third = runs.paint(tiny_sd, ["a tree"], replace(FEW, seed=9))[0]
     for name, row in mixed.rows.items():
-        end = second if name.startswith("prompts") else other
-        for mine, plain in ((row[0], first), (row[-1], end)):
+        ends = (first, second) if name.startswith("prompts") else (second, third)
+        for mine, plain in zip((row[0], row[-1]), ends, strict=True):
             assert alike(mine, plain), name
 
 
@@ -510,7 +510,7 @@ def test_steering_is_the_formula():
 def test_steering_lowers_its_loss(embedded):
     """ "Make it blue", through the decoder and the U-Net."""
     loss = steering.colour_loss(-1.0, -1.0, 1.0)
-    settings = replace(runs.SETTINGS, steps=8)
+    settings = replace(runs.SETTINGS, steps=8, guidance=3.0)
     result = steering.steering(embedded, PROMPT, loss, (0.0, 100.0), settings)
     plain, steered = (float(loss(to_tensor(picture))) for picture in result.pictures)
     assert steered < 0.9 * plain
@@ -603,4 +603,12 @@ def test_full_size():
     steering.steering(model, PROMPT, steering.colour_loss(-1, -1, 1), (1.0,), settings)
     influence.draw_influence(influence.influence(model, "a house", settings), "a house")
     network.draw_network(network.trace(model.unet, 8, 8), model.unet, config.name)
+    network.draw_table(network.trace(model.unet, 8, 8), 4)
+    places = [(0.5, 0.5)]
+    attention.draw_self_maps(*attention.self_maps(model, PROMPT, places, settings), places)
+    text.draw_word_order(text.word_order(model, PROMPT, "a red meadow on a house", settings))
+    similar = text.token_similarity(model.text_encoder, model.tokenizer, ["red", "blue"])
+    text.draw_embeddings(similar, ["red", "blue"], text.position_similarity(model.text_encoder))
+    guidance.draw_sweep(guidance.sweep(model, PROMPT, (1.0, 4.0), settings), (1.0, 4.0), PROMPT)
+    grids.draw_grid(grids.grid(model, PROMPT, grids.Axis("steps", (1, 2)), grids.Axis("seed", (1,)), settings))
     convergence.convergence(model, PROMPT, settings, samplers=("ddim",), steps=(1, 2), reference_steps=3)

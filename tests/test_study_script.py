@@ -95,6 +95,28 @@ def test_what_is_wrong_is_said_in_one_line(arguments, message, run):
     assert message in lines[0]
 
 
+def test_all_makes_them_one_after_the_other(run, monkeypatch):
+    monkeypatch.setattr(study, "FIGURES", {name: study.FIGURES[name] for name in ("tokens", "schedule")})
+    assert run("all") == (0, "", {"tokens.png", "schedule.png"})
+
+
+def test_the_prompt_can_be_ones_own(run, monkeypatch):
+    """No boxes, as nobody knows where things are; edits that go with any prompt."""
+    seen = {}
+    draw_maps, draw_edits = study.attention.draw_word_maps, study.editing.draw_edits
+    monkeypatch.setattr(
+        study.attention, "draw_word_maps", lambda *args: seen.update(notes=args[2:]) or draw_maps(*args)
+    )
+    monkeypatch.setattr(study.editing, "draw_edits", lambda edits: seen.update(edits=edits) or draw_edits(edits))
+    for name in ("attention", "editing"):
+        assert run(name, "--prompt", "a cat in the snow", "--other", "a duck in the snow", "--word", "cat")[0] == 0
+    assert seen["notes"] == ({}, {})
+    assert list(seen["edits"]) == ["the other prompt", 'less of "cat"', 'more of "cat"']
+    other, less, more = seen["edits"].values()
+    assert other.source == less.source == less.alone
+    assert less.edited != less.source != more.edited
+
+
 def test_films(run, tmp_path, monkeypatch):
     """A GIF; an MP4 where there is ffmpeg, which is given whole frames of even sides; one line where there is none."""
     assert run("reverse", "--film", "gif")[2] == {"reverse.webp", "reverse-film.gif"}

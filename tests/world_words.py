@@ -19,9 +19,9 @@ def strange_words(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     found: set[str] = set()
     encode = Model.encode_prompt
 
-    def heard(model: Model, prompts: Sequence[str]) -> Tensor:
+    def heard(model: Model, prompts: Sequence[str], **options: object) -> Tensor:
         found.update(word for prompt in prompts for word in re.findall(r"[\w-]+", prompt) if word not in KNOWN)
-        return encode(model, prompts)
+        return encode(model, prompts, **options)
 
     monkeypatch.setattr(Model, "encode_prompt", heard)
     return found
