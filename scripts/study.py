@@ -59,11 +59,12 @@ else:
     from scripts.world import Scene, Thing, box, draw
 
 OUT = Path("outputs/study")
-# Sentences of the embedded model's world; any checkpoint that knows houses can do them. The first says all that there
-# is to say, so that it is known where its things are; the second leaves much to the noise.
+# Sentences of the embedded model's world; any checkpoint that knows houses can do them. PROMPT says all that there is,
+# so that it is known where its things are; OTHER leaves some things to the noise, and OPEN nearly all.
 PROMPT = "watercolour of a big red house to the left of a big blue tree on a meadow at sunset"
 THINGS = {"house": Thing("house", "red", "big", "left"), "tree": Thing("tree", "blue", "big", "right")}
 OTHER = "a pink cat to the left of a white duck on the beach"
+OPEN = "a house and a tree"
 EXCHANGED = (
     "watercolour of a red house and a blue tree at sunset",
     "watercolour of a blue house and a red tree at sunset",
@@ -79,10 +80,12 @@ class Desk:
     """What a figure is made with."""
 
     model: StableDiffusion
-    prompt: str
-    other: str
     settings: Settings
     args: argparse.Namespace
+
+    def prompt(self, default: str = PROMPT) -> str:
+        """The user's, or one that suits the figure."""
+        return default if self.args.prompt is None else self.args.prompt
 
     def picture(self) -> Image.Image:
         """--image at the model's size, or a scene of the drawn world."""
@@ -110,7 +113,7 @@ def named(name: str) -> Callable[[Callable[[Desk], Drawn]], Callable[[Desk], Dra
 @named("tokens")
 def tokens(desk: Desk) -> Drawn:
     """the prompt as tokens with ids, padding and what is cut"""
-    yield "tokens.png", text.draw_tokens(desk.model.tokenizer, [desk.prompt, LONG])
+    yield "tokens.png", text.draw_tokens(desk.model.tokenizer, [desk.prompt(), LONG])
 
 
 @named("embeddings")
@@ -164,11 +167,15 @@ def unet(desk: Desk) -> Drawn:
 @named("attention")
 def cross_attention(desk: Desk) -> Drawn:
     """where each word is listened to; one word by step, level and head"""
-    seen = attention.word_maps(desk.model, desk.prompt, desk.settings)
+    prompt = desk.prompt()
+    seen = attention.word_maps(desk.model, prompt, desk.settings)
     maps = [seen.of(i) for i in range(len(seen.words))]
-    yield "attention.webp", attention.draw_word_maps(seen, desk.prompt, *in_boxes(desk, "attention", seen.words, maps))
+    yield (
+        "attention.webp",
+        attention.draw_word_maps(seen, prompt, *in_boxes(desk, "attention", seen.words, maps)),
+    )
     word = desk.args.word or next((w.text for w in seen.words if w.text in THINGS), seen.words[-1].text)
-    positions = text.find_word(desk.model.tokenizer, desk.prompt, word)
+    positions = text.find_word(desk.model.tokenizer, prompt, word)
     number = next(i for i, each in enumerate(seen.words) if each.positions == positions)
     yield "attention-word.webp", attention.draw_breakdown(seen, number)
 
@@ -176,10 +183,11 @@ def cross_attention(desk: Desk) -> Drawn:
 @named("influence")
 def influences(desk: Desk) -> Drawn:
     """what changes where a word of the prompt is left out"""
-    seen = influence.influence(desk.model, desk.prompt, desk.settings)
+    prompt = desk.prompt()
+    seen = influence.influence(desk.model, prompt, desk.settings)
     yield (
         "influence.webp",
-        influence.draw_influence(seen, desk.prompt, *in_boxes(desk, "influence", seen.words, seen.maps)),
+        influence.draw_influence(seen, prompt, *in_boxes(desk, "influence", seen.words, seen.maps)),
     )
 
 
@@ -195,7 +203,7 @@ def in_boxes(
     """
     notes: dict[int, str] = {}
     boxes: dict[int, Box] = {}
-    known = desk.prompt == PROMPT and desk.model.config.name == POCKET.name
+    known = desk.prompt() == PROMPT and desk.model.config.name == POCKET.name
     for number, thing in object_words(found) if known else ():
         mass = attention.mass_inside(maps[number], box(thing))
         area = attention.mass_inside(torch.ones(64, 64), box(thing))
@@ -219,14 +227,14 @@ def self_attention(desk: Desk) -> Drawn:
     points = desk.args.point or [(0.3, 0.7), (0.73, 0.55), (0.5, 0.12), (0.5, 0.93)]
     yield (
         "self-attention.webp",
-        attention.draw_self_maps(*attention.self_maps(desk.model, desk.prompt, points, desk.settings), points),
+        attention.draw_self_maps(*attention.self_maps(desk.model, desk.prompt(), points, desk.settings), points),
     )
 
 
 @named("reverse")
 def reverse(desk: Desk) -> Drawn:
     """x_t and the predicted x0 step by step, as a strip and as a film"""
-    steps = denoising.trajectory(desk.model, desk.prompt, desk.settings)
+    steps = denoising.trajectory(desk.model, desk.prompt(), desk.settings)
     yield "reverse.webp", denoising.draw_trajectory(desk.model, steps)
     yield f"reverse-film.{desk.args.film}", denoising.frames(desk.model, steps)
 
@@ -236,7 +244,7 @@ def converging(desk: Desk) -> Drawn:
     """samplers' distance to a 1000-step solution over evaluations"""
     results = convergence.convergence(
         desk.model,
-        desk.prompt,
+        desk.prompt(),
         replace(desk.settings, guidance=1.0),
         steps=convergence.STEPS,
         reference_steps=convergence.SOLUTION_STEPS,
@@ -247,33 +255,37 @@ def converging(desk: Desk) -> Drawn:
 @named("guidance")
 def guiding(desk: Desk) -> Drawn:
     """the same picture at rising guidance; both predictions and the guided one"""
-    pictures = guidance.sweep(desk.model, desk.prompt, settings=desk.settings)
-    yield "guidance.webp", guidance.draw_sweep(pictures, guidance.GUIDANCES, desk.prompt)
-    seen = guidance.predictions(desk.model, desk.prompt, desk.settings)
+    prompt = desk.prompt(OTHER)
+    pictures = guidance.sweep(desk.model, prompt, settings=desk.settings)
+    yield "guidance.webp", guidance.draw_sweep(pictures, guidance.GUIDANCES, prompt)
+    seen = guidance.predictions(desk.model, prompt, desk.settings)
     yield "predictions.webp", guidance.draw_predictions(desk.model, seen)
 
 
 @named("grid")
 def grid(desk: Desk) -> Drawn:
     """pictures over two settings, --x and --y: sampler, steps, guidance, seed, strength, prompt"""
+    prompt = desk.prompt(OTHER)
     x = grids.Axis.of(desk.args.x)
     y = grids.Axis.of(desk.args.y)
     image = desk.picture() if "strength" in (x.name, y.name) else None
-    sheet = grids.grid(desk.model, desk.prompt, x, y, desk.settings, image)
-    yield "grid.webp", grids.draw_grid(sheet, f'{y.name} and {x.name}: "{desk.prompt}"')
+    sheet = grids.grid(desk.model, prompt, x, y, desk.settings, image)
+    yield "grid.webp", grids.draw_grid(sheet, f'{y.name} and {x.name}: "{prompt}"')
 
 
 @named("mixing")
 def mix(desk: Desk) -> Drawn:
     """from one prompt to --other, and from one noise to another"""
-    mixed = mixing.mixing(desk.model, desk.prompt, desk.other, settings=desk.settings, seed=desk.settings.seed + 1)
-    yield "mixing.webp", mixing.draw_mixing(mixed, desk.prompt, desk.other)
+    prompt = desk.prompt()
+    mixed = mixing.mixing(desk.model, prompt, desk.args.other, settings=desk.settings, seed=desk.settings.seed + 1)
+    yield "mixing.webp", mixing.draw_mixing(mixed, prompt, desk.args.other)
 
 
 @named("editing")
 def edit(desk: Desk) -> Drawn:
     """prompt-to-prompt: other words, the same layout"""
-    if desk.prompt == PROMPT:
+    prompt = desk.prompt()
+    if prompt == PROMPT:
         changes = {
             "replace a word": {"target": PROMPT.replace("house", "castle")},
             "another colour": {"target": PROMPT.replace("red", "yellow"), "own": 0.6},
@@ -281,14 +293,14 @@ def edit(desk: Desk) -> Drawn:
             "less of a word": {"target": PROMPT, "factors": {"tree": 0.2}},
         }
     else:
-        word = desk.args.word or text.words(desk.model.tokenizer, desk.prompt)[-1].text
+        word = desk.args.word or text.words(desk.model.tokenizer, prompt)[-1].text
         changes = {
-            "the other prompt": {"target": desk.other},
-            f'less of "{word}"': {"target": desk.prompt, "factors": {word: 0.2}},
-            f'more of "{word}"': {"target": desk.prompt, "factors": {word: 3.0}},
+            "the other prompt": {"target": desk.args.other},
+            f'less of "{word}"': {"target": prompt, "factors": {word: 0.2}},
+            f'more of "{word}"': {"target": prompt, "factors": {word: 3.0}},
         }
     edits = {
-        name: editing.prompt_to_prompt(desk.model, desk.prompt, settings=desk.settings, **change)
+        name: editing.prompt_to_prompt(desk.model, prompt, settings=desk.settings, **change)
         for name, change in changes.items()
     }
     yield "editing.webp", editing.draw_edits(edits)
@@ -297,10 +309,11 @@ def edit(desk: Desk) -> Drawn:
 @named("steering")
 def steer(desk: Desk) -> Drawn:
     """a loss on the picture, "make it blue", as guidance"""
+    prompt = desk.prompt(OPEN)
     result = steering.steering(
-        desk.model, desk.prompt, steering.colour_loss(-1.0, -1.0, 1.0), (0.0, 10.0, 30.0, 100.0), desk.settings
+        desk.model, prompt, steering.colour_loss(-1.0, -1.0, 1.0), (0.0, 3.0, 10.0, 30.0, 100.0), desk.settings
     )
-    yield "steering.webp", steering.draw_steering(result, desk.prompt, "make it blue")
+    yield "steering.webp", steering.draw_steering(result, prompt, "make it blue")
 
 
 def parser() -> cli.Parser:
@@ -313,7 +326,7 @@ def parser() -> cli.Parser:
     )
     parser.add_argument("figure", choices=[*FIGURES, "all"], metavar="FIGURE", help="one of the above")
     parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help="where to (default: %(default)s)")
-    parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help='default: "%(default)s"')
+    parser.add_argument("--prompt", metavar="TEXT", help="what to paint (default: what suits the figure)")
     parser.add_argument("--other", default=OTHER, metavar="TEXT", help='to mix and edit with (default: "%(default)s")')
     parser.add_argument("--word", metavar="WORD", help="attention, editing: the word to look at")
     parser.add_argument("--image", type=Path, metavar="FILE", help="latent, forward, grid: a picture to work on")
@@ -394,14 +407,14 @@ def study(args: argparse.Namespace) -> None:
     if args.size is not None:
         model.config = replace(model.config, size=args.size)
         model.latent_shape()
-    if not text.words(model.tokenizer, args.prompt):
+    if args.prompt is not None and not text.words(model.tokenizer, args.prompt):
         raise ValueError("--prompt has no words to look at")
     print(
         f"{model.config.name} on {model.device}, {dtype_name(model.dtype)}, seed {settings.seed}, guidance "
         f"{runs.guidance_of(model, settings):g}",
         flush=True,
     )
-    desk = Desk(model, args.prompt, args.other, settings, args)
+    desk = Desk(model, settings, args)
     chosen = list(FIGURES) if args.figure == "all" else [args.figure]
     with tqdm(unit=" evaluations", disable=None, leave=False, file=sys.stderr) as bar:
         counting = model.unet.register_forward_hook(lambda *_: bar.update() and None)
