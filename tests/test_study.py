@@ -611,4 +611,4 @@ def test_full_size():
     text.draw_embeddings(similar, ["red", "blue"], text.position_similarity(model.text_encoder))
     guidance.draw_sweep(guidance.sweep(model, PROMPT, (1.0, 4.0), settings), (1.0, 4.0), PROMPT)
     grids.draw_grid(grids.grid(model, PROMPT, grids.Axis("steps", (1, 2)), grids.Axis("seed", (1,)), settings))
-    convergence.convergence(model, PROMPT, settings, samplers=("ddim",), steps=(1, 2), reference_steps=3)
+    convergence.convergence(model, PROMPT, settings, samplers=("ddim",), steps=(1, 2), reference_steps=3, n=1)
