@@ -284,13 +284,13 @@ def mix(desk: Desk) -> Drawn:
 @named("editing")
 def edit(desk: Desk) -> Drawn:
     """prompt-to-prompt: other words, the same layout"""
-    prompt = desk.prompt()
-    if prompt == PROMPT:
+    prompt = desk.prompt(OTHER)
+    if prompt == OTHER:
         changes = {
-            "replace a word": {"target": PROMPT.replace("house", "castle")},
-            "another colour": {"target": PROMPT.replace("red", "yellow"), "own": 0.6},
-            "another place": {"target": PROMPT.replace("on a meadow", "in the desert")},
-            "less of a word": {"target": PROMPT, "factors": {"tree": 0.2}},
+            "a house": {"target": OTHER.replace("cat", "house")},
+            "another colour": {"target": OTHER.replace("pink", "orange"), "own": 0.6},
+            "in the snow": {"target": OTHER.replace("on the beach", "in the snow")},
+            "less of a word": {"target": OTHER, "factors": {"duck": 0.2}},
         }
     else:
         word = desk.args.word or text.words(desk.model.tokenizer, prompt)[-1].text

@@ -41,6 +41,7 @@ DIVERGING: tuple[Colour, ...] = ((26, 76, 148), (120, 169, 213), (248, 248, 248)
 SIZE, SMALL, LARGE = 16, 14, 22  # of letters
 SMOOTH = 3  # lines are drawn so many times larger and reduced
 SUBSCRIPT = 0.7  # of the size of what it belongs to
+ROOM = 0.04  # of a plot's side at both ends, so that no line runs along the frame
 
 
 # ------------------------------------------------------------------------------------- text
@@ -316,16 +317,13 @@ class Curve(NamedTuple):
 class _Axis:
     """Numbers -> [0, 1] along one side, with its ticks."""
 
-    def __init__(self, values: Sequence[float], log: bool, limits: tuple[float, float] | None) -> None:
+    def __init__(self, values: Sequence[float], log: bool, limits: tuple[float, float] | None, room: float) -> None:
         self.log = log
         low, high = limits or (min(values), max(values))
-        if log:
-            self.low, self.high = math.log10(low), math.log10(high)
-            if limits is None:  # a little room, so that no line runs along the frame
-                room = 0.04 * (self.high - self.low)
-                self.low, self.high = self.low - room, self.high + room
-        else:
-            self.low, self.high = low, high
+        self.low, self.high = (math.log10(low), math.log10(high)) if log else (low, high)
+        if limits is None:
+            room *= self.high - self.low
+            self.low, self.high = self.low - room, self.high + room
         self.high = self.high if self.high > self.low else self.low + 1
 
     def __call__(self, value: float) -> float:
@@ -368,8 +366,8 @@ def plot(
 ) -> Image.Image:
     """Lines over two axes, with a legend on the right where there is more than one; `size` is of the inner area."""
     width, height = size
-    x_axis = _Axis([x for curve in curves for x in curve.x], x_log, x_limits)
-    y_axis = _Axis([y for curve in curves for y in curve.y], y_log, y_limits)
+    x_axis = _Axis([x for curve in curves for x in curve.x], x_log, x_limits, ROOM if x_log else 0)
+    y_axis = _Axis([y for curve in curves for y in curve.y], y_log, y_limits, ROOM)
 
     x_ticks, y_ticks = x_axis.ticks(), y_axis.ticks()
     left = max(text_width(name, SMALL) for _, name in y_ticks) + 10

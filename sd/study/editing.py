@@ -127,6 +127,6 @@ def draw_edits(edits: Mapping[str, Edited], width: int = 170) -> Image.Image:
     return figure(
         "Prompt-to-prompt: editing attention",
         body,
-        "The new prompt alone paints another picture from the same noise. With the attention of the source's run it "
-        "keeps the layout and changes what the words say.",
+        "From the same noise, the new prompt alone may paint another picture. With the attention of the source's run "
+        "it keeps the layout and changes what the words say.",
     )
