@@ -393,11 +393,13 @@ def study(args: argparse.Namespace) -> None:
     """Check, load, draw, save."""
     if args.film == "mp4" and shutil.which("ffmpeg") is None:
         raise ValueError("--film mp4 needs ffmpeg, which is not installed: try webp or gif")
-    settings = replace(
-        runs.SETTINGS,
-        **vars(Settings.of(steps=args.steps, guidance=args.guidance, sampler=args.sampler, seed=args.seed)),
+    settings = Settings.of(
+        steps=args.steps,
+        guidance=args.guidance,
+        sampler=args.sampler,
+        seed=args.seed,
+        spacing=runs.SETTINGS.spacing,
     )
-    settings = replace(settings, spacing=runs.SETTINGS.spacing)
     for axis in (args.x, args.y):
         grids.Axis.of(axis)
     args.out.mkdir(parents=True, exist_ok=True)
