@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image, ImageStat
+from PIL import Image, ImageChops, ImageStat
 from world_words import strange_words
 
 from scripts import study
@@ -100,6 +100,11 @@ def test_all_makes_them_one_after_the_other(run, monkeypatch):
     assert run("all") == (0, "", {"tokens.png", "schedule.png"})
 
 
+def distance(a, b):
+    """The mean difference of two pictures, in grey levels."""
+    return sum(ImageStat.Stat(ImageChops.difference(a, b)).mean) / 3
+
+
 def test_the_prompt_can_be_ones_own(run, monkeypatch):
     """No boxes, as nobody knows where things are; edits that go with any prompt."""
     seen = {}
@@ -113,8 +118,8 @@ def test_the_prompt_can_be_ones_own(run, monkeypatch):
     assert seen["notes"] == ({}, {})
     assert list(seen["edits"]) == ["the other prompt", 'less of "cat"', 'more of "cat"']
     other, less, more = seen["edits"].values()
-    assert other.source == less.source == less.alone
-    assert less.edited != less.source != more.edited
+    assert distance(other.source, less.source) < 1 and distance(less.source, less.alone) < 1  # rounding: other batches
+    assert distance(less.edited, less.source) > 1 < distance(more.edited, less.source)
 
 
 def test_films(run, tmp_path, monkeypatch):
