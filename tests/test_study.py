@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from dataclasses import replace
@@ -14,11 +15,13 @@ from common import TINY, error, gaussian_denoiser
 from PIL import Image
 from torch import Tensor
 
-import sd.layers
 from scripts.world import Thing, box
+from sd import kernels
+from sd.capture import Recorded
 from sd.config import SD1
 from sd.denoiser import Denoiser
 from sd.image import to_tensor
+from sd.layers import Attention
 from sd.pipeline import StableDiffusion, draw, generators
 from sd.schedule import Schedule
 from sd.settings import Settings
@@ -88,17 +91,32 @@ def test_looking_changes_nothing(tiny, inputs):
     assert hooks(unet) == others
 
 
-@pytest.mark.parametrize("path", ["fused", "by rows", "with gradients"])
+PATHS = {  # name: precision, side of the latent, from what it differs
+    "fused": (torch.float32, 16),
+    "by rows": (torch.float32, 24),  # 576 places: from 512 on
+    "by rows, bfloat16": (torch.bfloat16, 24),
+    "with gradients": (torch.float32, 24),
+    "plain weights": (torch.float32, 24),
+    "as on a GPU": (torch.float32, 24),
+    "as on a GPU, bfloat16": (torch.bfloat16, 24),
+    "autocast": (torch.float32, 24),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_every_path_of_attention(tiny, path, monkeypatch):
     """The weights by the formula give what the network's kernels give, whichever it uses; none of them is disturbed."""
+    dtype, side = PATHS[path]
     rows = []
-    by_rows = sd.layers._attention_by_rows
-    monkeypatch.setattr(sd.layers, "_attention_by_rows", lambda *args: rows.append(1) or by_rows(*args))
-    dtype = torch.bfloat16 if path == "by rows" else torch.float32
-    unet = build_like(tiny["unet"]).to(dtype)
-    unet.requires_grad_(path == "with gradients")
+    by_rows = kernels._attention_by_rows
+    monkeypatch.setattr(kernels, "_attention_by_rows", lambda *args: rows.append(1) or by_rows(*args))
+    if path.startswith("as on a GPU"):
+        monkeypatch.setattr(kernels, "onednn_dtypes", frozenset)  # no layouts, no rows
+    unet = build_like(tiny["unet"]).to(dtype).requires_grad_(path == "with gradients")
+    if path == "plain weights":
+        kernels.keep_plain(unet)
     rng = torch.Generator().manual_seed(1)
-    x = torch.randn(1, 4, 24, 24, generator=rng).to(dtype)  # 576 places: from 512 on rows are used
+    x = torch.randn(1, 4, side, side, generator=rng).to(dtype)
     given = x, torch.tensor([300.0]), torch.randn(1, 77, 64, generator=rng).to(dtype)
     errors = []
 
@@ -106,16 +124,67 @@ def test_every_path_of_attention(tiny, path, monkeypatch):
         weights = call.weights()
         assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-5)
         real = call.layer.forward(call.x, call.context)
-        errors.append(error(call.output(weights).detach(), real.detach()))
+        errors.append(error(call.output(weights).detach().float(), real.detach().float()))
 
-    with torch.set_grad_enabled(path == "with gradients"):
+    gradients, half = path == "with gradients", path == "autocast"
+    with torch.set_grad_enabled(gradients), torch.autocast("cpu", enabled=half):
         before = unet(*given)
-        with attention.watching(unet, see):
+        for _ in range(2):
+            with attention.watching(unet, see):
+                assert torch.equal(unet(*given), before)
+            with attention.recording(unet, "self"):
+                assert torch.equal(unet(*given), before)
             assert torch.equal(unet(*given), before)
-        assert torch.equal(unet(*given), before)
-    assert bool(rows) == (path == "by rows")
-    assert len(errors) == len(attention.sites(unet))
-    assert max(errors) < (0.02 if dtype == torch.bfloat16 else 1e-5)
+    here = kernels.onednn_dtypes()
+    assert bool(rows) == (dtype in here and path.startswith(("by rows", "plain weights", "autocast")))
+    laid_out = dtype in here and path in ("fused", "by rows", "by rows, bfloat16")
+    assert {layer.q.weight.is_mkldnn for _, layer in attention.sites(unet)} == {laid_out}
+    assert len(errors) == 2 * len(attention.sites(unet))
+    assert max(errors) < (1e-5 if dtype == torch.float32 and path != "autocast" else 0.02)
+
+
+def test_steps_that_are_recorded(tiny, inputs, monkeypatch):
+    """Where steps are played back, hooks are seen all the same; before and after it is the same recording."""
+    monkeypatch.setattr(kernels, "onednn_dtypes", frozenset)  # as on a GPU
+    runs: list[int] = []
+
+    def record(run, device):  # stands in for a CUDA graph
+        out = run()
+        return lambda: runs.append(1) or out.copy_(run()), out
+
+    unet = build_like(tiny["unet"])
+    steps = Recorded(unet, record)
+    before = steps(*inputs)
+    assert len(runs) == 1
+    for kind in attention.KINDS:
+        with attention.recording(unet, kind) as maps:
+            assert torch.equal(steps(*inputs), before)
+        assert maps.calls == 1
+        assert len(maps.records) == len(maps.sites) > 0
+    assert len(runs) == 1  # the network itself was called
+    assert torch.equal(steps(*inputs), before)
+    assert len(runs) == 2
+    with pytest.raises(ValueError, match="looked at in a U-Net, got Recorded"), attention.recording(steps):
+        pass
+
+
+def test_networks_that_take_turns(embedded):
+    """With low memory the U-Net comes and goes within a study; its maps and its picture are the same to the bit."""
+    saving = StableDiffusion.load(device="cpu", dtype="float32", low_memory=True)
+    others = hooks(saving.unet)
+    seen, same = (attention.word_maps(model, PROMPT, FEW) for model in (embedded, saving))
+    assert seen.picture == same.picture
+    for one, other in zip(seen.maps.records, same.maps.records, strict=True):
+        assert one[:3] == other[:3]
+        assert torch.equal(one.maps, other.maps)
+    assert hooks(saving.unet) == others
+    edits = [editing.prompt_to_prompt(model, PROMPT, "a red tree on a meadow", FEW) for model in (embedded, saving)]
+    assert edits[0] == edits[1]
+    loss = steering.colour_loss(-1.0, -1.0, 1.0)
+    steered = [steering.steering(model, PROMPT, loss, (10.0,), FEW) for model in (embedded, saving)]
+    assert steered[0].losses[0] == pytest.approx(steered[1].losses[0], rel=1e-3)  # weights come in another layout
+    traced = [network.trace(model.unet, 16, 16) for model in (embedded, saving)]
+    assert traced[0] == traced[1]
 
 
 def build_like(unet: UNet) -> UNet:
@@ -173,7 +242,7 @@ def test_a_compiled_network_is_refused():
 
 def test_sites_are_all_attention_layers(tiny):
     found = attention.sites(tiny["unet"])
-    layers = [module for module in tiny["unet"].modules() if isinstance(module, sd.layers.Attention)]
+    layers = [module for module in tiny["unet"].modules() if isinstance(module, Attention)]
     assert len(found) == len(layers) == len({id(layer) for _, layer in found})
     order: list[str] = []
     with attention.watching(tiny["unet"], lambda call: order.append((call.site.name, call.site.kind))):
@@ -516,8 +585,32 @@ def test_steering_lowers_its_loss(embedded):
     plain, steered = (float(loss(to_tensor(picture))) for picture in result.pictures)
     assert steered < 0.9 * plain
     assert result.losses[1][-1] < 0.9 * result.losses[0][-1]
-    assert result.pictures[0] == runs.paint(embedded, [PROMPT], settings)[0]  # scale 0 changes nothing
+    # scale 0 changes nothing; with gradients other kernels are used, which round otherwise
+    assert alike(result.pictures[0], runs.paint(embedded, [PROMPT], settings)[0])
     assert all(parameter.grad is None for parameter in embedded.unet.parameters())
+
+
+def test_steering_where_weights_are_moved_between_turns(tiny):
+    """On a GPU with low memory the U-Net goes when the decoder comes, and has to be back for its own gradient.
+
+    Another precision stands in for the other memory: neither can be computed with.
+    """
+
+    class Moving(dict):
+        """Networks by name; only the one that was asked for last can be used."""
+
+        def __getitem__(self, name: str) -> torch.nn.Module:
+            for other, net in self.items():
+                for weight in net.parameters():
+                    weight.data = weight.data.to(torch.float32 if other == name else torch.float64)
+            return super().__getitem__(name)
+
+    networks = {name: kernels.keep_plain(copy.deepcopy(net)) for name, net in tiny.items()}
+    model = StableDiffusion(TINY, **networks)
+    loss = steering.colour_loss(-1.0, -1.0, 1.0)
+    expected = steering.steering(model, PROMPT, loss, (10.0,), FEW)
+    model._networks = Moving(networks)
+    assert steering.steering(model, PROMPT, loss, (10.0,), FEW) == expected
 
 
 def test_influence_of_a_word(tiny_sd):
@@ -564,6 +657,19 @@ def test_network_is_counted_whole(config, parameters):
     assert parts[-1].shape == (1, 4, side, side)
     assert [part.name for part in parts] == network.blocks(unet)
     assert hooks(unet) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_network_is_counted_as_ever_once_it_has_run(tiny, inputs, dtype):
+    """Its weights are in oneDNN's layout then (kernels.py), which has neither the usual strides nor rows to count."""
+    unet = build_like(tiny["unet"]).to(dtype).requires_grad_(False)
+    with torch.device("meta"):
+        expected = network.trace(UNet(TINY.unet), 24, 24)
+    given = [inputs[0].to(dtype), inputs[1], inputs[2].to(dtype)]
+    before = unet(*given)
+    assert network.trace(unet, 24, 24) == expected
+    assert torch.equal(unet(*given), before)
+    assert any(p.is_mkldnn for p in unet.parameters()) == (dtype in kernels.onednn_dtypes())
 
 
 # ------------------------------------------------------------------------------------- full size

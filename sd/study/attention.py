@@ -9,9 +9,11 @@ A column of the weights is a map of the picture that says where its token is lis
 DAAM: interpreting Stable Diffusion using cross attention". In self-attention, tokens are places as well, and a row
 says where one place looks.
 
-The network computes attention with fused kernels that never form these weights. Here a forward hook, put on each
-attention layer for the length of a `with` block, computes them once more from the layer's input: whichever kernel the
-network uses, its output is what it was, to the bit, unless the hook is there to change it. Afterwards nothing is left.
+The network's kernels (kernels.py) never hold these weights as a whole, and some not even their softmax. Here a forward
+hook, put on each attention layer for the length of a `with` block, computes them once more from the layer's input:
+whichever kernel the network uses, its output is what it was, to the bit, unless the hook is there to change it.
+Afterwards nothing is left. Steps that are played back as CUDA graphs (capture.py) are computed anew while there is a
+hook, and networks that take turns in memory (turns.py) keep their hooks.
 
     with recording(model.unet, tokens=find_word(model.tokenizer, prompt, "red")) as maps:
         for step in run(model, model.encode_prompt([prompt])): ...
@@ -63,7 +65,8 @@ class Call(NamedTuple):
         """softmax(q kᵀ / sqrt(d)) in float32: (B, heads, N, M), or only these rows of the N."""
         x = self.x if rows is None else self.x[:, list(rows)]
         q, k = (self._heads(y).float() for y in (self.layer.q(x), self.layer.k(self.context)))
-        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
+        with torch.autocast(q.device.type, enabled=False):  # which would make the product a rough one
+            return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
     def output(self, weights: Tensor) -> Tensor:
         """What the layer would give with these weights (B, heads, N, M): (B, N, D)."""

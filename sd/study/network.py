@@ -4,10 +4,18 @@ A multiplication and an addition are counted as two floating point operations (F
 (normalisations, activations, the softmax) is left out, as is customary:
 
     convolution   2 k² C_in C_out H W          linear   2 D_in D_out N          attention   4 N M D
+
+These are the operations of the formulas; kernels.py does some convolutions with fewer.
+
+>>> from sd.config import UNetConfig
+>>> parts = trace(UNet(UNetConfig(channels=(32, 64), heads=(2, 2), attention=(False, True), blocks=1)), 16, 16)
+>>> parts[1].name, parts[1].shape, parts[1].flops == 2 * 3 * 3 * 4 * 32 * 16 * 16
+('conv_in', (1, 32, 16, 16), True)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,8 +41,8 @@ class Part(NamedTuple):
 
 def _flops(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> int:
     """Of one call of a layer by itself, its children not counted."""
-    if isinstance(module, nn.Conv2d):
-        return 2 * module.weight[0].numel() * out.numel()
+    if isinstance(module, nn.Conv2d):  # not by the weight, which may be in a layout of its own (kernels.py)
+        return 2 * math.prod(module.kernel_size) * module.in_channels // module.groups * out.numel()
     if isinstance(module, nn.Linear):
         return 2 * module.in_features * out.numel()
     if isinstance(module, Attention):
@@ -88,11 +96,12 @@ def trace(unet: UNet, height: int, width: int, tokens: int = 77) -> list[Part]:
         part = unet.get_submodule(name)
         handles.append(part.register_forward_hook(shape_of(name)))
         handles += [module.register_forward_hook(flops_of(name)) for module in part.modules()]
-    weight = unet.conv_in.weight
+    weight = unet.norm_out.weight
+    kind = {"device": weight.device, "dtype": weight.dtype}
     try:
         with torch.no_grad():
-            x = weight.new_zeros(1, unet.config.in_channels, height, width)
-            unet(x, weight.new_zeros(1, dtype=torch.float32), weight.new_zeros(1, tokens, unet.config.context))
+            x = torch.zeros(1, unet.config.in_channels, height, width, **kind)
+            unet(x, torch.zeros(1, device=weight.device), torch.zeros(1, tokens, unet.config.context, **kind))
     finally:
         for handle in handles:
             handle.remove()

@@ -91,7 +91,11 @@ def steering(model: Model, prompt: str, loss: Loss, scales: Sequence[float], set
     plain = denoiser(model, model.encode_prompt([prompt]), settings)
     pictures, losses = [], []
 
+    def turn(_: Tensor) -> None:
+        _ = model.unet  # networks that take turns (turns.py): the gradient has come back to x0, and goes on through it
+
     def decode(x0: Tensor) -> Tensor:
+        x0.register_hook(turn)
         return model.vae.decode(x0.to(model.dtype)).float()
 
     for scale in scales:
