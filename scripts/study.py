@@ -73,6 +73,8 @@ LONG = "a red triceratops in the snow, " + ", ".join(["a small blue boat on the 
 FILM_SECONDS = 0.15  # a frame
 LINGER = 8  # times that an MP4 shows its last frame once more
 QUALITY = 90  # of WebP
+AXES = ("steps=2,4,8,16,32", "sampler=ddim,euler_a,heun,dpmpp_2m")  # of a grid where none are given: x, y
+OUT_OF_MEMORY = "out of memory: try a smaller --size, --dtype float16 or bfloat16, --low-memory, or --device cpu"
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,9 @@ def embeddings(desk: Desk) -> Drawn:
 
 @named("words")
 def words(desk: Desk) -> Drawn:
-    """two prompts of the same words in another order"""
-    yield "words.webp", text.draw_word_order(text.word_order(desk.model, *EXCHANGED, desk.settings))
+    """two prompts place by place, as the same words in another order; yours and --other"""
+    prompts = EXCHANGED if desk.args.prompt is None else (desk.args.prompt, desk.args.other)
+    yield "words.webp", text.draw_word_order(text.word_order(desk.model, *prompts, desk.settings))
 
 
 @named("latent")
@@ -149,8 +152,9 @@ def schedule(desk: Desk) -> Drawn:
 
 @named("forward")
 def forward(desk: Desk) -> Drawn:
-    """a picture with more and more noise"""
-    noised = noising.forward_process(desk.model, desk.picture(), seed=desk.settings.seed)
+    """a picture with more and more noise, or as much as at each --t"""
+    timesteps = desk.args.t or noising.TIMESTEPS
+    noised = noising.forward_process(desk.model, desk.picture(), timesteps, seed=desk.settings.seed)
     yield "forward.webp", noising.draw_forward(noised)
 
 
@@ -174,7 +178,9 @@ def cross_attention(desk: Desk) -> Drawn:
         "attention.webp",
         attention.draw_word_maps(seen, prompt, *in_boxes(desk, "attention", seen.words, maps)),
     )
-    word = desk.args.word or next((w.text for w in seen.words if w.text in THINGS), seen.words[-1].text)
+    word = desk.args.word
+    if word is None:
+        word = next((w.text for w in seen.words if w.text in THINGS), seen.words[-1].text)
     positions = text.find_word(desk.model.tokenizer, prompt, word)
     number = next(i for i, each in enumerate(seen.words) if each.positions == positions)
     yield "attention-word.webp", attention.draw_breakdown(seen, number)
@@ -262,12 +268,22 @@ def guiding(desk: Desk) -> Drawn:
     yield "predictions.webp", guidance.draw_predictions(desk.model, seen)
 
 
+def axes(args: argparse.Namespace) -> tuple[grids.Axis, grids.Axis]:
+    """--x and --y; for one that is not given what is usual there, unless the other one varies that."""
+    given = [None if axis is None else grids.Axis.of(axis) for axis in (args.x, args.y)]
+    for i in range(2):
+        if given[i] is None:
+            other = given[1 - i]
+            usual = [grids.Axis.of(axis) for axis in (AXES[i], AXES[1 - i])]
+            given[i] = next(axis for axis in usual if other is None or axis.name != other.name)
+    return given[0], given[1]
+
+
 @named("grid")
 def grid(desk: Desk) -> Drawn:
     """pictures over two settings, --x and --y: sampler, steps, guidance, seed, strength, prompt"""
     prompt = desk.prompt(OTHER)
-    x = grids.Axis.of(desk.args.x)
-    y = grids.Axis.of(desk.args.y)
+    x, y = axes(desk.args)
     image = desk.picture() if "strength" in (x.name, y.name) else None
     sheet = grids.grid(desk.model, prompt, x, y, desk.settings, image)
     yield "grid.webp", grids.draw_grid(sheet, f'{y.name} and {x.name}: "{prompt}"')
@@ -277,7 +293,8 @@ def grid(desk: Desk) -> Drawn:
 def mix(desk: Desk) -> Drawn:
     """from one prompt to --other, and from one noise to another"""
     prompt = desk.prompt()
-    mixed = mixing.mixing(desk.model, prompt, desk.args.other, settings=desk.settings, seed=desk.settings.seed + 1)
+    seed = (desk.settings.seed + 1) % 2**64
+    mixed = mixing.mixing(desk.model, prompt, desk.args.other, settings=desk.settings, seed=seed)
     yield "mixing.webp", mixing.draw_mixing(mixed, prompt, desk.args.other)
 
 
@@ -285,7 +302,7 @@ def mix(desk: Desk) -> Drawn:
 def edit(desk: Desk) -> Drawn:
     """prompt-to-prompt: other words, the same layout"""
     prompt = desk.prompt(OTHER)
-    if prompt == OTHER:
+    if prompt == OTHER and desk.args.word is None:
         changes = {
             "a house": {"target": OTHER.replace("cat", "house")},
             "another colour": {"target": OTHER.replace("pink", "orange"), "own": 0.6},
@@ -293,7 +310,7 @@ def edit(desk: Desk) -> Drawn:
             "less of a word": {"target": OTHER, "factors": {"duck": 0.2}},
         }
     else:
-        word = desk.args.word or text.words(desk.model.tokenizer, prompt)[-1].text
+        word = text.words(desk.model.tokenizer, prompt)[-1].text if desk.args.word is None else desk.args.word
         changes = {
             "the other prompt": {"target": desk.args.other},
             f'less of "{word}"': {"target": prompt, "factors": {word: 0.2}},
@@ -327,17 +344,21 @@ def parser() -> cli.Parser:
     parser.add_argument("figure", choices=[*FIGURES, "all"], metavar="FIGURE", help="one of the above")
     parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help="where to (default: %(default)s)")
     parser.add_argument("--prompt", metavar="TEXT", help="what to paint (default: what suits the figure)")
-    parser.add_argument("--other", default=OTHER, metavar="TEXT", help='to mix and edit with (default: "%(default)s")')
+    parser.add_argument(
+        "--other", default=OTHER, metavar="TEXT", help='words, mixing, editing: another prompt (default: "%(default)s")'
+    )
     parser.add_argument("--word", metavar="WORD", help="attention, editing: the word to look at")
     parser.add_argument("--image", type=Path, metavar="FILE", help="latent, forward, grid: a picture to work on")
     parser.add_argument(
         "--point", type=point, action="append", metavar="X,Y",
         help="self-attention: a place, in parts of the picture's sides; may be given several times",
     )  # fmt: skip
-    parser.add_argument("--x", default="steps=2,4,8,16,32", metavar="NAME=A,B", help="grid (default: %(default)s)")
     parser.add_argument(
-        "--y", default="sampler=ddim,euler_a,heun,dpmpp_2m", metavar="NAME=A,B", help="grid (default: %(default)s)"
-    )
+        "--t", type=float, action="append", metavar="T",
+        help="forward: a timestep, 0 to 999, or -1 for none; may be given several times",
+    )  # fmt: skip
+    for name, usual in zip(("--x", "--y"), AXES, strict=True):
+        parser.add_argument(name, metavar="NAME=A,B", help=f"grid (default: {usual})")
     parser.add_argument("--film", choices=("webp", "gif", "mp4"), default="webp", help="mp4 needs ffmpeg")
     usual = runs.SETTINGS
     group = parser.add_argument_group("sampling")
@@ -398,10 +419,11 @@ def study(args: argparse.Namespace) -> None:
         guidance=args.guidance,
         sampler=args.sampler,
         seed=args.seed,
-        spacing=runs.SETTINGS.spacing,
+        spacing=runs.spacing_of(args.sampler, runs.SETTINGS.spacing),
     )
-    for axis in (args.x, args.y):
-        grids.Axis.of(axis)
+    if args.compile:
+        raise ValueError("--compile: nothing can be seen inside of a compiled U-Net; leave it out")
+    axes(args)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.dtype is None and args.device in (None, "cpu"):
         args.dtype = "float32"  # what is looked at closely should not be rounded
@@ -411,6 +433,8 @@ def study(args: argparse.Namespace) -> None:
         model.latent_shape()
     if args.prompt is not None and not text.words(model.tokenizer, args.prompt):
         raise ValueError("--prompt has no words to look at")
+    for t in args.t or ():
+        model.schedule.level(t)
     print(
         f"{model.config.name} on {model.device}, {dtype_name(model.dtype)}, seed {settings.seed}, guidance "
         f"{runs.guidance_of(model, settings):g}",
@@ -430,7 +454,7 @@ def study(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    return cli.run(study, parser(), argv)
+    return cli.run(study, parser(), argv, OUT_OF_MEMORY)
 
 
 if __name__ == "__main__":

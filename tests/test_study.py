@@ -454,6 +454,15 @@ def test_grid_is_made_of_plain_pictures(tiny_sd):
     sheet = grids.grid(tiny_sd, PROMPT, grids.Axis("steps", (2, 3)), grids.Axis.of("sampler=ddim,heun"), FEW)
     plain = tiny_sd.txt2img(PROMPT, steps=3, sampler="heun", spacing="trailing", guidance=3.0, seed=FEW.seed)[0]
     assert sheet.pictures[1][1] == plain
+    named = grids.grid(
+        tiny_sd, PROMPT, grids.Axis.of("sampler=DPM++ 2M,DPM++ 2M Karras"), grids.Axis("seed", (1,)), FEW
+    )
+    other, same = (
+        tiny_sd.txt2img(PROMPT, steps=3, sampler="dpmpp_2m", spacing=spacing, guidance=3.0, seed=1)[0]
+        for spacing in ("trailing", "karras")
+    )
+    assert named.pictures == [[other, same]]
+    assert other != same
     image = Image.new("RGB", (128, 128), "red")
     kept = grids.grid(tiny_sd, PROMPT, grids.Axis.of("strength=0,1"), grids.Axis.of("seed=1"), FEW, image)
     assert kept.pictures[0][1] == tiny_sd.txt2img(PROMPT, steps=3, spacing="trailing", guidance=3.0, seed=1)[0]
@@ -464,16 +473,27 @@ def test_grid_is_made_of_plain_pictures(tiny_sd):
     [
         ("steps=2", "steps=3", "two different axes"),
         ("strength=0.5", "seed=1", "give the picture to start from"),
+        ("steps=2,0", "seed=1", "steps must be at least 1, got 0"),
+        ("seed=1", "sampler=ddim,eulr", "unknown sampler 'eulr'"),
     ],
 )
-def test_grids_that_cannot_be(tiny_sd, x, y, message):
+def test_grids_that_cannot_be(tiny_sd, x, y, message, monkeypatch):
+    painted = []
+    monkeypatch.setattr(StableDiffusion, "txt2img", lambda *args, **values: painted.append(values))
     with pytest.raises(ValueError, match=message):
         grids.grid(tiny_sd, PROMPT, grids.Axis.of(x), grids.Axis.of(y), FEW)
+    assert painted == []  # it is not said after minutes
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("size=3", "unknown axis 'size'"), ("steps=3,x", "are numbers"), ("steps", "NAME=VALUE"), ("seed=1,,2", "NAME=")],
+    [
+        ("size=3", "unknown axis 'size'"),
+        ("steps=3,1.5", "the values of steps are whole numbers, got '3,1.5'"),
+        ("guidance=3,x", "are numbers"),
+        ("steps", "NAME=VALUE"),
+        ("seed=1,,2", "NAME="),
+    ],
 )
 def test_axes_that_cannot_be(text, message):
     with pytest.raises(ValueError, match=message):

@@ -85,6 +85,14 @@ def test_a_figure(name, run, tmp_path, monkeypatch):
         (["schedule", "--size", "100"], "must be a multiple of 8, got 100"),
         (["tokens", "--seed", "-5"], "seed must be from 0"),
         (["attention", "--prompt", " "], "--prompt has no words to look at"),
+        (["attention", "--word", ""], "the prompt has no word '': its words are"),
+        (["editing", "--word", "dog"], "the prompt has no word 'dog': its words are a, pink, cat"),
+        (["forward", "--t", "1000"], "timestep must be -1 (clean) or in [0, 999], got 1000"),
+        (["forward", "--t", "nan"], "timestep must be"),
+        (["forward", "--t", "half"], "argument --t: invalid float value: 'half'"),
+        (["grid", "--x", "seed=1", "--y", "seed=2"], "two different axes make a grid, got seed twice"),
+        (["grid", "--x", "steps=1,0"], "steps must be at least 1, got 0"),
+        (["attention", "--compile"], "--compile: nothing can be seen inside of a compiled U-Net; leave it out"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(arguments, message, run):
@@ -98,6 +106,44 @@ def test_what_is_wrong_is_said_in_one_line(arguments, message, run):
 def test_all_makes_them_one_after_the_other(run, monkeypatch):
     monkeypatch.setattr(study, "FIGURES", {name: study.FIGURES[name] for name in ("tokens", "schedule")})
     assert run("all") == (0, "", {"tokens.png", "schedule.png"})
+
+
+def test_axes_that_are_not_given():
+    """The usual one, but for what the other one varies."""
+
+    def names(*args: str) -> list[str]:
+        return [axis.name for axis in study.axes(study.parser().parse_args(["grid", *args]))]
+
+    assert names() == ["steps", "sampler"]
+    assert names("--x", "sampler=ddim") == ["sampler", "steps"]
+    assert names("--y", "steps=2") == ["sampler", "steps"]
+    assert names("--x", "seed=2") == ["seed", "sampler"]
+
+
+def test_timesteps_and_prompts_of_ones_own(run, monkeypatch):
+    seen = {}
+    draw_forward, draw_order = study.noising.draw_forward, study.text.draw_word_order
+    monkeypatch.setattr(study.noising, "draw_forward", lambda noised: seen.update(at=noised) or draw_forward(noised))
+    monkeypatch.setattr(study.text, "draw_word_order", lambda order: seen.update(of=order) or draw_order(order))
+    assert run("forward", "--t", "0", "--t", "500.5")[0] == 0
+    assert [level.t for level in seen["at"].levels] == [0, 500.5]
+    assert run("words", "--prompt", "a cat and a duck", "--other", "a duck and a cat")[0] == 0
+    assert seen["of"].prompts == ("a cat and a duck", "a duck and a cat")
+    assert run("mixing", "--seed", str(2**64 - 1))[0] == 0  # the seed behind it is 0
+
+
+def test_memory_that_is_not_there(run, monkeypatch):
+    """What is advised are options that there are."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(study.latent, "round_trip", fail)
+    status, errors, _ = run("latent")
+    assert status == 1
+    assert errors == f"error: {study.OUT_OF_MEMORY}\n"
+    known = {name for action in study.parser()._actions for name in action.option_strings}
+    assert {word.strip(",") for word in study.OUT_OF_MEMORY.split() if word.startswith("--")} <= known
 
 
 def distance(a, b):

@@ -89,8 +89,8 @@ def convergence(
     return results
 
 
-def draw_convergence(results: Sequence[Convergence]) -> Image.Image:
-    """Error over evaluations, both logarithmic."""
+def draw_convergence(results: Sequence[Convergence], reference_steps: int = SOLUTION_STEPS) -> Image.Image:
+    """Error over evaluations, both logarithmic; `reference_steps` is of the solution that they were compared with."""
     curves = [Curve(result.sampler, result.evaluations, result.errors, dots=True) for result in results]
     body = plot(
         curves,
@@ -103,6 +103,6 @@ def draw_convergence(results: Sequence[Convergence]) -> Image.Image:
     return figure(
         "Samplers: how fast they converge",
         body,
-        f"Each ends at the same picture if its steps are small enough: x* is a run of {SOLUTION_STEPS} steps. Lower is "
-        "better; a method of higher order falls more steeply. Heun and DPM2 evaluate twice in a step.",
+        f"Each ends at the same picture if its steps are small enough: x* is a run of {reference_steps} steps. Lower "
+        "is better; a method of higher order falls more steeply. Heun and DPM2 evaluate twice in a step.",
     )

@@ -14,7 +14,7 @@ from PIL import Image
 from ..pipeline import STRENGTH, StableDiffusion
 from ..settings import Settings, one_of
 from .drawing import figure, strip
-from .runs import SETTINGS
+from .runs import SETTINGS, spacing_of
 
 AXES = ("sampler", "steps", "guidance", "seed", "strength", "prompt")
 
@@ -42,7 +42,8 @@ class Axis(NamedTuple):
         try:
             return cls(name, tuple(kind(word) for word in words))
         except ValueError:
-            raise ValueError(f"the values of {name} are numbers, got {values!r}") from None
+            numbers = "whole numbers" if kind is int else "numbers"
+            raise ValueError(f"the values of {name} are {numbers}, got {values!r}") from None
 
 
 class Grid(NamedTuple):
@@ -61,7 +62,10 @@ def grid(
     settings: Settings = SETTINGS,
     image: Image.Image | None = None,
 ) -> Grid:
-    """A picture for each pair of values; what does not vary is from `settings`. Strength needs an image."""
+    """A picture for each pair of values; what does not vary is from `settings`. Strength needs an image.
+
+    Raises ValueError, before any is painted, for values that cannot be.
+    """
     for axis in (x, y):
         one_of("axis", axis.name, AXES)
     if x.name == y.name:
@@ -69,17 +73,21 @@ def grid(
     if image is None and "strength" in (x.name, y.name):
         raise ValueError("strength says how much of a picture is kept: give the picture to start from")
 
+    for axis in (x, y):
+        for value in axis.values if axis.name != "prompt" else ():
+            Settings.of(**{axis.name: value})
+
     def picture(x_value: object, y_value: object) -> Image.Image:
         values: dict[str, object] = {
             "prompt": prompt,
             "sampler": settings.sampler,
-            "spacing": settings.spacing,
             "steps": settings.steps,
             "guidance": settings.guidance,
             "seed": settings.seed,
             x.name: x_value,
             y.name: y_value,
         }
+        values["spacing"] = spacing_of(values["sampler"], settings.spacing)
         if image is None:
             return model.txt2img(**values)[0]
         return model.img2img(image=image, **{"strength": STRENGTH, **values})[0]

@@ -30,6 +30,8 @@ from ..schedule import Level, Schedule
 from .drawing import Curve, beside, figure, plot, strip
 from .latent import as_colours
 
+TIMESTEPS = (-1, 50, 150, 300, 500, 750, 999)  # from clean to nearly nothing but noise
+
 
 class Noised(NamedTuple):
     """One picture at rising levels of noise."""
@@ -50,7 +52,7 @@ class Curves(NamedTuple):
 
 
 def forward_process(
-    model: Model, picture: Image.Image, timesteps: Sequence[float] = (-1, 50, 150, 300, 500, 750, 999), seed: int = 0
+    model: Model, picture: Image.Image, timesteps: Sequence[float] = TIMESTEPS, seed: int = 0
 ) -> Noised:
     """The picture's latent with noise at each timestep (-1 is clean), the noise being the same at all of them."""
     z = model.encode(picture).mode()

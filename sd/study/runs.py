@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -23,9 +24,9 @@ from torch import Tensor
 from ..denoiser import Denoiser
 from ..model import Model
 from ..pipeline import draw, generators
-from ..samplers import Denoise, Step
-from ..schedule import Level
-from ..settings import Settings
+from ..samplers import Denoise, Sampler, Step
+from ..schedule import SPACINGS, Level
+from ..settings import Settings, find_sampler
 
 # quick, deterministic and from pure noise to clean data
 SETTINGS = Settings.of(sampler="ddim", steps=20, spacing="trailing", seed=1)
@@ -40,6 +41,16 @@ def noise(model: Model, settings: Settings = SETTINGS, n: int = 1) -> Tensor:
 def levels(model: Model, settings: Settings = SETTINGS) -> list[Level]:
     """The settings' grid."""
     return model.schedule.levels(settings.steps, settings.spacing, settings.strength)
+
+
+def spacing_of(sampler: str | Sampler, usual: str) -> str:
+    """The grid that a sampler's name asks for, or the usual one.
+
+    >>> spacing_of("DPM++ 2M Karras", "trailing"), spacing_of("dpmpp_2m", "trailing")
+    ('karras', 'trailing')
+    """
+    asked = isinstance(sampler, str) and not {*re.split(r"[\s_]+", sampler.lower())}.isdisjoint(SPACINGS)
+    return find_sampler(sampler).spacing if asked else usual
 
 
 def guidance_of(model: Model, settings: Settings = SETTINGS) -> float:

@@ -246,6 +246,6 @@ def draw_word_order(order: WordOrder, width: int = 300) -> Image.Image:
     return figure(
         "Word order",
         body,
-        "The same words in another order. Below: how far the two context vectors of each place are apart. Up to the "
-        "first word that differs they are equal, as a token sees only what stands before it; after it none is.",
+        "Two prompts, place by place, and how far their context vectors are apart. Up to the first word that differs "
+        "they are equal, as a token sees only what stands before it; after it none is.",
     )
