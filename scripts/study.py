@@ -69,6 +69,12 @@ EXCHANGED = (
     "watercolour of a red house and a blue tree at sunset",
     "watercolour of a blue house and a red tree at sunset",
 )
+EDITS = {  # source, target, what is added to the seed, factors of words; here the target alone moves what is there
+    "a duck for the boat": ("a boat on the sea", "a duck on the sea", 1, {}),
+    "a cat for the house": ("a red house on a meadow", "a red cat on a meadow", 1, {}),
+    "a red house": ("a house and a tree on a meadow", "a red house and a tree on a meadow", 2, {}),
+    "less of the duck": (OTHER, OTHER, 0, {"duck": 0.2}),
+}
 LONG = "a red triceratops in the snow, " + ", ".join(["a small blue boat on the sea at night under the stars"] * 8)
 FILM_SECONDS = 0.15  # a frame
 LINGER = 8  # times that an MP4 shows its last frame once more
@@ -301,25 +307,20 @@ def mix(desk: Desk) -> Drawn:
 @named("editing")
 def edit(desk: Desk) -> Drawn:
     """prompt-to-prompt: other words, the same layout"""
-    prompt = desk.prompt(OTHER)
-    if prompt == OTHER and desk.args.word is None:
-        changes = {
-            "a house": {"target": OTHER.replace("cat", "house")},
-            "another colour": {"target": OTHER.replace("pink", "orange"), "own": 0.6},
-            "in the snow": {"target": OTHER.replace("on the beach", "in the snow")},
-            "less of a word": {"target": OTHER, "factors": {"duck": 0.2}},
-        }
+    if desk.args.prompt is None and desk.args.word is None:
+        changes = EDITS
     else:
+        prompt = desk.prompt(OTHER)
         word = text.words(desk.model.tokenizer, prompt)[-1].text if desk.args.word is None else desk.args.word
         changes = {
-            "the other prompt": {"target": desk.args.other},
-            f'less of "{word}"': {"target": prompt, "factors": {word: 0.2}},
-            f'more of "{word}"': {"target": prompt, "factors": {word: 3.0}},
+            "the other prompt": (prompt, desk.args.other, 0, {}),
+            f'less of "{word}"': (prompt, prompt, 0, {word: 0.2}),
+            f'more of "{word}"': (prompt, prompt, 0, {word: 3.0}),
         }
-    edits = {
-        name: editing.prompt_to_prompt(desk.model, prompt, settings=desk.settings, **change)
-        for name, change in changes.items()
-    }
+    edits = {}
+    for name, (source, target, more, factors) in changes.items():
+        settings = replace(desk.settings, seed=(desk.settings.seed + more) % 2**64)
+        edits[name] = editing.prompt_to_prompt(desk.model, source, target, settings, factors=factors)
     yield "editing.webp", editing.draw_edits(edits)
 
 

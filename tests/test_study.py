@@ -575,6 +575,14 @@ def test_editing_takes_attention_over(tiny, inputs, tiny_sd):
         editing.prompt_to_prompt(tiny_sd, PROMPT, target, FEW, factors={"dog": 2.0})
 
 
+def test_editing_keeps_what_the_prompt_alone_changes(embedded):
+    """The figure's claim: a duck in the place of the boat, under the same sky."""
+    settings = replace(runs.SETTINGS, seed=2)
+    edit = editing.prompt_to_prompt(embedded, "a boat on the sea", "a duck on the sea", settings)
+    source, alone, edited = (np.asarray(picture, float) for picture in edit)
+    assert 5 < np.abs(edited - source).mean() < 0.5 * np.abs(alone - source).mean()
+
+
 def test_new_words_keep_their_own_attention():
     weights = torch.rand(2, 3, 5, 4)
     mine = editing.taken_over(weights, [0, None, 1, 2])

@@ -7,7 +7,8 @@ which is the order of docs/:
     latent        the latent's channels, the VAE's round trip
     noising       the forward process, the schedule's curves
     network       the U-Net's parts: shapes, parameters, FLOPs
-    attention     where each word acts, where a place looks; the hook that the next two lines use
+    attention     where each word is listened to, where a place looks; the hook that `editing` uses as well
+    influence     what a word changes, and where
     denoising     the reverse process: x_t and x0, as a strip and as a film
     convergence   samplers against the exact solution
     guidance      sweeps; both predictions side by side

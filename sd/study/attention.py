@@ -1,4 +1,4 @@
-"""Attention made visible: where each word acts, where a place looks, and a hook to change it.
+"""Attention made visible: where each word is listened to, where a place looks, and a hook to change it.
 
 In the U-Net's cross-attention every place of the picture asks (q) and every token of the prompt answers (k, v):
 
