@@ -8,6 +8,15 @@ as everything here that concerns GPUs).
 What is played back is what was recorded, at the same addresses. Hence inputs are copied into memory that stays, and the
 result is copied out of it; and hence, before each step, a look at whether the network is still the one that was
 recorded: a LoRA that was merged since has put its weights elsewhere, and a hook wants to be called.
+
+>>> def record(run, device):  # stands in for `cuda_graph`
+...     out = run()
+...     return lambda: out.copy_(run()), out
+>>> network, x = nn.Linear(4, 4), torch.randn(2, 4)
+>>> steps = Recorded(network, record)
+>>> with torch.no_grad():
+...     steps(x).equal(network(x))
+True
 """
 
 from __future__ import annotations

@@ -1,4 +1,12 @@
-"""Writing a file whole or not at all: a new one, never over another (`new_file`), or in the place of an old one."""
+"""Writing a file whole or not at all: a new one, never over another (`new_file`), or in the place of an old one.
+
+>>> from tempfile import TemporaryDirectory
+>>> with TemporaryDirectory() as folder:
+...     with new_file(Path(folder) / "a.txt") as partial:
+...         _ = partial.write_text("whole or not at all")
+...     (Path(folder) / "a.txt").read_text()
+'whole or not at all'
+"""
 
 from __future__ import annotations
 

@@ -11,6 +11,15 @@ Layers change the layout of their weights when they are first used without gradi
 tensor of oneDNN, and no second copy is kept. Nobody has to know: `state_dict`, `load_state_dict`, `to`, `float`,
 `train`, copying and derivatives with respect to the input work as ever, and `plain` undoes it for whoever wants to look
 at or change weights.
+
+>>> layer = Linear(8, 4).requires_grad_(False)
+>>> weight, x = layer.weight.clone(), torch.randn(2, 8)
+>>> torch.allclose(layer(x), F.linear(x, weight, layer.bias), atol=1e-5)  # whatever became of its weight
+True
+>>> plain(layer).weight.equal(weight)
+True
+>>> attention(*torch.randn(3, 1, 6, 16), heads=2).shape  # of 6 tokens to each other, 2 times 8 wide
+torch.Size([1, 6, 16])
 """
 
 from __future__ import annotations

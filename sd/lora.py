@@ -8,6 +8,11 @@ weight W (out x in) is nearly of low rank r, so only two thin matrices are train
 For a convolution (LoCon) A is one with the same kernel and r outputs, and B a 1x1 one; or both are 1x1 and a third, M,
 "mid", stands between them: B M A. The merged network is as fast as without. B A is computed in float32 and the sum of
 all LoRAs is rounded once, to the precision of the weight. What was there before is kept to restore it.
+
+>>> pair = Pair(down=torch.ones(1, 3), up=torch.tensor([[1.0], [2.0]]), mid=None, scale=0.5)
+>>> pair.delta(torch.zeros(2, 3))
+tensor([[0.5000, 0.5000, 0.5000],
+        [1.0000, 1.0000, 1.0000]])
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 In a checkout they stand beside the package (`data/`, `weights/`); a built wheel carries them inside of it
 (`sd/data/`, `sd/weights/`). Nothing else needs to know.
+
+>>> resource("weights/pocket.safetensors").is_file()
+True
 """
 
 from __future__ import annotations

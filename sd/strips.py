@@ -9,6 +9,12 @@ A map is kept where it is read again later. The result of an enlargement, the la
 often as it is read. Attention is in the coarsest level alone and sees the whole of it.
 
 B batch, C channels, H x W pixels of a map, rows a to b of it without b.
+
+>>> from sd.config import VAEConfig
+>>> vae, z = VAE(VAEConfig(channels=(32, 64), blocks=1)), torch.randn(1, 4, 24, 16)
+>>> with torch.no_grad():
+...     torch.allclose(decode_in_strips(vae, z), vae.decode(z), atol=1e-4)
+True
 """
 
 from __future__ import annotations

@@ -3,6 +3,12 @@
 A picture needs the text encoder, then (from a picture) the VAE, then the U-Net for all of its steps, then the VAE. Of
 Stable Diffusion 1.x they are 12, 8 and 80 % of the weights. A GPU's networks lie in CPU memory and come over when it is
 their turn. Where there is no second place to put them, as on a CPU, they are read from their file again, and dropped.
+
+>>> with torch.device("meta"):  # without numbers
+...     networks = {"unet": nn.Linear(4, 4), "vae": nn.Linear(4, 4)}
+>>> turns = Turns(networks, torch.device("cpu"), lambda name, network: network.to_empty(device="cpu"))
+>>> turns["unet"].weight.is_meta, turns["vae"].weight.is_meta, networks["unet"].weight.is_meta
+(False, False, True)
 """
 
 from __future__ import annotations

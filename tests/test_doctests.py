@@ -12,7 +12,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = [
     "config", "schedule", "samplers", "layers", "unet", "denoiser", "model", "pipeline", "inpainting", "text_encoder",
-    "tokenizer", "vae", "image", "image_files", "preview", "settings", "device", "training",
+    "tokenizer", "vae", "image", "image_files", "preview", "settings", "device", "training", "kernels", "capture",
+    "turns", "strips", "loading", "prompts", "lora", "files", "resources",
+    *(f"checkpoints.{name}" for name in ("checkpoint", "identity", "convert", "keys", "weight_shapes", "census")),
 ]  # fmt: skip
 MODULES += sorted(f"study.{path.stem}" for path in (ROOT / "sd" / "study").glob("*.py") if path.stem != "__init__")
 

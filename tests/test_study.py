@@ -229,7 +229,9 @@ def test_a_compiled_network_is_refused():
     part.mid.compile()
     method = UNet(TINY.unet)
     method.forward = torch.compile(method.forward)
-    for network_ in (torch.compile(unet), inside, part, method):
+    wrapped = UNet(TINY.unet)
+    wrapped.mid = torch.compile(wrapped.mid)
+    for network_ in (torch.compile(unet), inside, part, method, wrapped):
         with (
             pytest.raises(ValueError, match=r"^the U-Net is compiled, .*before torch\.compile$"),
             attention.recording(network_),

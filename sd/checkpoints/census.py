@@ -3,6 +3,12 @@
 Names, shapes and types are at the beginning of a file (or, in a zip, at its end), so this takes no longer for 8 GB than
 for 8 MB. What needs all of the file is left out: its SHA-256 is computed where that takes no time (`SMALL`) or is asked
 for, and whether a network of SD 2.x predicts eps or v, if nothing says so, only running it can tell.
+
+>>> from sd.checkpoints.checkpoint import load_checkpoint
+>>> from sd.resources import resource
+>>> with load_checkpoint(resource("weights/pocket.safetensors")) as file:
+...     census(file).model
+'pocket, 128x128'
 """
 
 from __future__ import annotations

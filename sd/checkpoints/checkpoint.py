@@ -11,6 +11,11 @@ A model may also be several of these: a diffusers folder, or a file that was spl
 All come down to one table, `{key: View}`, with which `Checkpoint` reads any single tensor at its place in the file,
 into memory of its own, when asked and not before. The file is not mapped into memory, but for weights that a model
 keeps as they come, if its owner wishes so: pages.py has the reasons for both.
+
+>>> from sd.resources import resource
+>>> with load_checkpoint(resource("weights/pocket.safetensors")) as file:
+...     print(file["unet.conv_in.weight"].shape)
+torch.Size([96, 4, 3, 3])
 """
 
 from __future__ import annotations

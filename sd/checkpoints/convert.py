@@ -4,6 +4,13 @@
 network needs must be there in the right shape, and everything that is there must be used or be on the short list of
 what is known to be superfluous: anything else is an error that names it. A 1x1 convolution and a linear layer hold the
 same numbers, so shapes are compared without trailing ones. The way back is in export.py.
+
+>>> from sd.checkpoints.checkpoint import load_checkpoint
+>>> from sd.resources import resource
+>>> with load_checkpoint(resource("weights/pocket.safetensors")) as file:
+...     states = convert(file, identify(file).config)
+...     print(*states, states["unet"]["conv_in.weight"].shape)
+text_encoder vae unet torch.Size([96, 4, 3, 3])
 """
 
 from __future__ import annotations

@@ -2,6 +2,12 @@
 
 The sizes of a model show in the shapes of its weights, and a file of ours or a folder carries its config. What the
 U-Net predicts shows in neither: that is prediction.py. Other models are refused by name.
+
+>>> from sd.checkpoints.checkpoint import load_checkpoint
+>>> from sd.resources import resource
+>>> with load_checkpoint(resource("weights/pocket.safetensors")) as file:
+...     detect(file).name
+'pocket'
 """
 
 from __future__ import annotations

@@ -15,6 +15,10 @@ The same for the modules of diffusers and transformers, which the networks are c
     unet.down.1.attn.0.block.attn2.q     down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q
     unet.up.0.res.2.conv1                up_blocks.3.resnets.2.conv1: going up they count from the coarsest level
     vae.encoder.mid.attn.attn.q          encoder.mid_block.attentions.0.to_q
+
+>>> from sd.config import SD1
+>>> unet_sources("original", SD1, UNET)("down.1.attn.0.block.attn2.q.weight").key
+'model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_q.weight'
 """
 
 from __future__ import annotations

@@ -3,6 +3,10 @@
 A list of what the networks of text_encoder.py, vae.py and unet.py are made of, for whoever wants to know without
 building them: what a file must hold is checked against it, in no time and without torch. tests/test_networks.py holds
 the two to one another.
+
+>>> from sd.config import SD1
+>>> weight_shapes(SD1)["unet"]["conv_in.weight"]
+(320, 4, 3, 3)
 """
 
 from __future__ import annotations

@@ -84,9 +84,10 @@ def check_plain(network: nn.Module) -> None:
     """ValueError for a network whose layers are not called one by one, so that hooks on them are run past."""
     if not isinstance(network, nn.Module):
         raise ValueError(f"attention is looked at in a U-Net, got {type(network).__name__}")
-    whole = hasattr(network, "_orig_mod") or isinstance(network, torch.jit.ScriptModule)  # torch.compile(network)
-    if whole or any(
-        module._compiled_call_impl is not None  # network.compile()
+    if any(
+        hasattr(module, "_orig_mod")
+        or isinstance(module, torch.jit.ScriptModule)  # torch.compile(module)
+        or module._compiled_call_impl is not None  # module.compile()
         or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")  # forward = torch.compile(forward)
         for module in network.modules()
     ):
