@@ -23,7 +23,7 @@ hook, and networks that take turns in memory (turns.py) keep their hooks.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -65,7 +65,10 @@ class Call(NamedTuple):
         """softmax(q kᵀ / sqrt(d)) in float32: (B, heads, N, M), or only these rows of the N."""
         x = self.x if rows is None else self.x[:, list(rows)]
         q, k = (self._heads(y).float() for y in (self.layer.q(x), self.layer.k(self.context)))
-        with torch.autocast(q.device.type, enabled=False):  # which would make the product a rough one
+        kind = q.device.type
+        # autocast would make the product a rough one
+        exact = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+        with exact:
             return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
     def output(self, weights: Tensor) -> Tensor:
