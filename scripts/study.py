@@ -5,7 +5,7 @@ python scripts/study.py grid --x steps=4,8,16 --y sampler=ddim,heun,dpmpp_2m
 python scripts/study.py all --out docs/figures
 python scripts/study.py reverse --ckpt v1-5-pruned-emaonly.ckpt --prompt "a photograph of an astronaut riding a horse"
 
-docs/ explains each of them. Files of the same name in --out are replaced.
+docs/ explains each of them. Computed in float32, if no --dtype is given. Files of the same name in --out are replaced.
 """
 
 from __future__ import annotations
@@ -426,8 +426,7 @@ def study(args: argparse.Namespace) -> None:
         raise ValueError("--compile: nothing can be seen inside of a compiled U-Net; leave it out")
     axes(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.dtype is None and args.device in (None, "cpu"):
-        args.dtype = "float32"  # what is looked at closely should not be rounded
+    args.dtype = args.dtype or "float32"  # what is looked at closely should not be rounded
     model = painting.load(args)
     if args.size is not None:
         model.config = replace(model.config, size=args.size)
@@ -445,12 +444,14 @@ def study(args: argparse.Namespace) -> None:
     chosen = list(FIGURES) if args.figure == "all" else [args.figure]
     with tqdm(unit=" evaluations", disable=None, leave=False, file=sys.stderr) as bar:
         counting = model.unet.register_forward_hook(lambda *_: bar.update() and None)
-        for number, name in enumerate(chosen, start=1):
-            bar.set_description(f"{name} ({number} of {len(chosen)})")
-            for file, drawn in FIGURES[name](desk):
-                save(drawn, args.out / file)
-                tqdm.write(str(args.out / file))
-        counting.remove()
+        try:
+            for number, name in enumerate(chosen, start=1):
+                bar.set_description(f"{name} ({number} of {len(chosen)})")
+                for file, drawn in FIGURES[name](desk):
+                    save(drawn, args.out / file)
+                    tqdm.write(str(args.out / file))
+        finally:
+            counting.remove()
 
 
 def main(argv: list[str] | None = None) -> int:
