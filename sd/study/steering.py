@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..kernels import plain
 from ..model import Model
 from ..samplers import Denoise
 from ..schedule import Level
@@ -88,7 +89,7 @@ class Steered(NamedTuple):
 
 def steering(model: Model, prompt: str, loss: Loss, scales: Sequence[float], settings: Settings = SETTINGS) -> Steered:
     """Pictures of a prompt steered by a loss on the decoded x0, for each scale."""
-    plain = denoiser(model, model.encode_prompt([prompt]), settings)
+    denoise = denoiser(model, model.encode_prompt([prompt]), settings)
     pictures, losses = [], []
 
     def turn(_: Tensor) -> None:
@@ -99,8 +100,10 @@ def steering(model: Model, prompt: str, loss: Loss, scales: Sequence[float], set
         return model.vae.decode(x0.to(model.dtype)).float()
 
     for scale in scales:
+        for network in (model.vae, model.unet):
+            plain(network)  # or every call would have a copy of its weights, to be kept for the gradient
         each: list[Tensor] = []
-        x = last(walk(model, steered(plain, loss, scale, decode, each), noise(model, settings), settings))
+        x = last(walk(model, steered(denoise, loss, scale, decode, each), noise(model, settings), settings))
         pictures += model.decode(x)
         losses.append([float(value) for value in each])
     return Steered(list(scales), pictures, losses)
