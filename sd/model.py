@@ -251,16 +251,17 @@ class Model:
         self._words.remove(*_those(words, self.words, "word"))
 
     def encode_prompt(
-        self, prompts: Sequence[str], *, weighted_prompts: bool = False, long_prompts: bool = False
+        self, prompts: str | Sequence[str], *, weighted_prompts: bool = False, long_prompts: bool = False
     ) -> Tensor:
-        """Texts -> context (B, M, D). What does not fit into M tokens is cut, with a warning that says what.
+        """Texts, or one -> context (B, M, D). What does not fit into M tokens is cut, with a warning that says what.
 
         weighted_prompts  `(word:1.2)`, `(word)` and `[word]` weigh words instead of being text (prompts.py)
         long_prompts      nothing is cut: contexts are (B, k M, D), k chunks, as many as the longest text needs; the
                           others are filled up with the empty text's
         """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not (weighted_prompts or long_prompts):
-            ids = self.tokenizer(list(prompts)).to(self.device)
+            ids = self.tokenizer(prompts).to(self.device)
             with torch.no_grad():
                 return self.text_encoder(ids)
         texts = [chunks(self.tokenizer, text, weighted_prompts, long_prompts) for text in prompts]

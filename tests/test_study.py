@@ -535,6 +535,7 @@ def test_arc_between_noises_keeps_their_length():
 def test_mixed_pictures_end_at_the_plain_ones(tiny_sd):
     mixed = mixing.mixing(tiny_sd, "a red house", "a tree", 2, FEW, seed=9)
     first, second = runs.paint(tiny_sd, ["a red house", "a tree"], FEW)
+    assert len(runs.paint(tiny_sd, "a tree", FEW)) == 1  # one text, not its letters
     third = runs.paint(tiny_sd, ["a tree"], replace(FEW, seed=9))[0]
     for name, row in mixed.rows.items():
         ends = (first, second) if name.startswith("prompts") else (second, third)

@@ -99,8 +99,8 @@ def last(steps: Iterator[Step]) -> Tensor:
 
 
 def paint(
-    model: Model, prompts: Sequence[str] | Tensor, settings: Settings = SETTINGS, x: Tensor | None = None
+    model: Model, prompts: str | Sequence[str] | Tensor, settings: Settings = SETTINGS, x: Tensor | None = None
 ) -> list[Image.Image]:
     """Pictures of texts or contexts (B, M, D), all from the same noise, or from x (B, C, h, w)."""
-    context = prompts if isinstance(prompts, Tensor) else model.encode_prompt(list(prompts))
+    context = prompts if isinstance(prompts, Tensor) else model.encode_prompt(prompts)
     return model.decode(last(run(model, context, settings, x)))
