@@ -178,6 +178,8 @@ def unet(desk: Desk) -> Drawn:
 def cross_attention(desk: Desk) -> Drawn:
     """where each word is listened to; one word by step, level and head"""
     prompt = desk.prompt()
+    if desk.args.word is not None:
+        text.find_word(desk.model.tokenizer, prompt, desk.args.word)  # one that is not there is said before painting
     seen = attention.word_maps(desk.model, prompt, desk.settings)
     maps = [seen.of(i) for i in range(len(seen.words))]
     yield (
@@ -292,7 +294,8 @@ def grid(desk: Desk) -> Drawn:
     x, y = axes(desk.args)
     image = desk.picture() if "strength" in (x.name, y.name) else None
     sheet = grids.grid(desk.model, prompt, x, y, desk.settings, image)
-    yield "grid.webp", grids.draw_grid(sheet, f'{y.name} and {x.name}: "{prompt}"')
+    told = "" if "prompt" in (x.name, y.name) else f': "{prompt}"'
+    yield "grid.webp", grids.draw_grid(sheet, f"{y.name} and {x.name}{told}")
 
 
 @named("mixing")
@@ -359,7 +362,7 @@ def parser() -> cli.Parser:
         help="forward: a timestep, 0 to 999, or -1 for none; may be given several times",
     )  # fmt: skip
     for name, usual in zip(("--x", "--y"), AXES, strict=True):
-        parser.add_argument(name, metavar="NAME=A,B", help=f"grid (default: {usual})")
+        parser.add_argument(name, metavar="NAME=A,B", help=f'grid; prompts as prompt="A|B" (default: {usual})')
     parser.add_argument("--film", choices=("webp", "gif", "mp4"), default="webp", help="mp4 needs ffmpeg")
     usual = runs.SETTINGS
     group = parser.add_argument_group("sampling")
@@ -425,7 +428,10 @@ def study(args: argparse.Namespace) -> None:
     if args.compile:
         raise ValueError("--compile: nothing can be seen inside of a compiled U-Net; leave it out")
     axes(args)
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"--out {args.out}: there is a file where a folder should be, give another name") from None
     args.dtype = args.dtype or "float32"  # what is looked at closely should not be rounded
     model = painting.load(args)
     if args.size is not None:

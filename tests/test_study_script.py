@@ -103,6 +103,18 @@ def test_what_is_wrong_is_said_in_one_line(arguments, message, run):
     assert message in lines[0]
 
 
+def test_a_word_that_is_not_there_is_said_before_painting(run, monkeypatch):
+    monkeypatch.setattr(study.attention, "word_maps", lambda *_: pytest.fail("painted first"))
+    assert run("attention", "--word", "dog")[0] == 1
+
+
+@pytest.mark.parametrize("below", ["", "/deeper"])
+def test_out_is_a_folder(below, tmp_path, capsys):
+    (tmp_path / "taken").touch()
+    assert study.main(["schedule", "--out", f"{tmp_path}/taken{below}"]) == 1
+    assert "there is a file where a folder should be" in capsys.readouterr().err
+
+
 def test_all_makes_them_one_after_the_other(run, monkeypatch):
     monkeypatch.setattr(study, "FIGURES", {name: study.FIGURES[name] for name in ("tokens", "schedule")})
     assert run("all") == (0, "", {"tokens.png", "schedule.png"})

@@ -37,7 +37,8 @@ class Axis(NamedTuple):
         name = name.strip()
         words = [word.strip() for word in values.split("|" if name == "prompt" else ",")]
         if not found or not all(words):
-            raise ValueError(f"an axis is NAME=VALUE,VALUE,..., got {text!r}")
+            form = "prompt=TEXT|TEXT|..." if name == "prompt" else "NAME=VALUE,VALUE,..."
+            raise ValueError(f"an axis is {form}, got {text!r}")
         kind = {"steps": int, "seed": int, "guidance": float, "strength": float}.get(name, str)
         try:
             return cls(name, tuple(kind(word) for word in words))
