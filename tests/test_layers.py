@@ -124,6 +124,20 @@ def test_normalisation_of_large_flat_pictures(height, width):
         assert error(norm(x).detach(), expected) < 1e-5
 
 
+@pytest.mark.parametrize("height, width", [(4, 4), (31, 33), (32, 32)])
+def test_normalisation_of_small_maps_in_bfloat16(height, width):
+    """Computed in float32 where that is faster: only what comes out is rounded."""
+    x = reference.normal("x", (2, 64, height, width)).bfloat16().to(memory_format=torch.channels_last)
+    norm = GroupNorm(32, 64, 1e-5)
+    norm.weight.copy_(reference.normal("w", (64,)))
+    norm.bias.copy_(reference.normal("b", (64,)))
+    norm = norm.bfloat16()
+    out = norm(x)
+    assert out.dtype == torch.bfloat16 and out.is_contiguous(memory_format=torch.channels_last)
+    weight, bias = norm.weight.double(), norm.bias.double()
+    assert error(out, nn.functional.group_norm(x.double(), 32, weight, bias, 1e-5)) < 3e-3
+
+
 def test_res_block_adds_time_between_its_halves():
     block = ResBlock(32, 64, 1e-5, time_width=16)
     x, time = reference.normal("x", (2, 32, 5, 7)), reference.normal("t", (2, 16))
