@@ -108,7 +108,9 @@ def test_study_stands_on_top(name):
 
 @pytest.mark.parametrize("name", [*MODULES, *STUDY])
 def test_package_is_quiet(name):
-    for node in ast.walk(tree(name)):
+    nodes = list(ast.walk(tree(name)))
+    left = [node.func for node in nodes if isinstance(node, ast.Call) and "False" in map(ast.unparse, node.args)]
+    for node in nodes:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in {"print", "input", "eval", "exec", "__import__"}, f"line {node.lineno}"
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
@@ -117,7 +119,8 @@ def test_package_is_quiet(name):
                 "sys.argv", "os.environ", "os.getenv", "torch.manual_seed", "torch.load", "torch.inference_mode",
                 "pickle.load", "pickle.loads", "np.random", "random.random",
             }  # fmt: skip
-            assert called not in forbidden, f"line {node.lineno}: {called}"
+            leaves = called == "torch.inference_mode" and node in left  # torch.inference_mode(False)
+            assert called not in forbidden or leaves, f"line {node.lineno}: {called}"
 
 
 def test_import_is_light():
