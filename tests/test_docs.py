@@ -19,7 +19,9 @@ from sd.resources import resource
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 CHAPTERS = sorted(DOCS.glob("[1-9]-*.md"))
-TEXTS = {path.name: path.read_text(encoding="utf-8") for path in [DOCS / "README.md", *CHAPTERS, DOCS / "performance.md"]}
+TEXTS = {
+    path.name: path.read_text(encoding="utf-8") for path in [DOCS / "README.md", *CHAPTERS, DOCS / "performance.md"]
+}
 
 
 def code(text: str) -> list[str]:

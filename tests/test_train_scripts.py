@@ -43,6 +43,8 @@ SMALL = Config(
     unet=UNetConfig(channels=(32, 64), heads=(1, 2), attention=(False, True), blocks=1, context=32),
 )
 PROGRAMS = [("train", "adamw"), ("train", "muon"), ("train_text", "muon"), ("train_vae", "muon")]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # for each: else two processes want twice the cores that there are
 QUICK = ("--batch", "2", "--warmup", "2", "--precision", "float32", "--device", "cpu", "--log-every", "2")
 
 
@@ -156,9 +158,8 @@ def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(name, new,
     options += ["--samples", 0, *new] if name == "train" else [*new[:2], *QUICK]
     program = {"train": train, "train_vae": train_vae}[name]
     assert start(program, *options, "--batch", 4, "--out", tmp_path / "one")[0] == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, ROOT / "scripts" / f"{name}.py", *options, "--batch", 2, "--out", tmp_path / "two"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
+    command = [*TORCHRUN, ROOT / "scripts" / f"{name}.py", *options, "--batch", 2, "--out", tmp_path / "two"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = (load_state(tmp_path / folder / "state.pt") for folder in ("one", "two"))
     moments = [state["optimizers"][0]["state"] for state in (one, two)]
@@ -177,10 +178,23 @@ def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(name, new,
 
 def test_ctrl_c_saves_where_many_processes_run(new, photos, start, tmp_path):
     """The terminal tells torchrun and its processes, and torchrun tells them again: they agree on a step and save."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [ROOT / "scripts" / "train.py", "--data", photos, *new, "--steps", 10**6, "--out", tmp_path / "out"]
+    command = [
+        *TORCHRUN,
+        ROOT / "scripts" / "train.py",
+        "--data",
+        photos,
+        *new,
+        "--steps",
+        10**6,
+        "--out",
+        tmp_path / "out",
+    ]
     running = subprocess.Popen(
-        [*map(str, command), "--samples", "0"], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*map(str, command), "--samples", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=ONE_THREAD,
     )
     try:
         deadline = time.monotonic() + 120
@@ -534,9 +548,8 @@ def test_a_text_encoder_learns_which_caption_belongs_to_which_picture(new, photo
 
 
 def test_a_text_encoder_is_trained_by_one_process(new, photos, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [ROOT / "scripts" / "train_text.py", "--data", photos, *new, "--out", tmp_path / "out"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
+    command = [*TORCHRUN, ROOT / "scripts" / "train_text.py", "--data", photos, *new, "--out", tmp_path / "out"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=ONE_THREAD)
     assert done.returncode != 0
     assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
         "error: the loss compares all pictures of a batch, so one process trains: start it without torchrun"
