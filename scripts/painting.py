@@ -148,7 +148,9 @@ def add_model_arguments(parser: Parser) -> None:
         help="text encoder, U-Net and VAE take turns in the device's memory: the same pictures, a little slower",
     )  # fmt: skip
     group.add_argument(
-        "--compile", action="store_true", help="compile the U-Net: minutes at first, for many pictures of one size"
+        "--compile",
+        action="store_true",
+        help="compile the U-Net, for many pictures of one size on a GPU: minutes at first",
     )
 
 

@@ -32,6 +32,7 @@ from .device import best_dtype, dtype_name, find_device, find_dtype
 from .embeddings import Words, read_embedding
 from .image import to_pil, to_tensor
 from .inpainting import conditioning
+from .kernels import lays_out
 from .loading import build, describe, like, load_weights, probed, with_part
 from .lora import Merged
 from .lora_files import read_lora
@@ -140,7 +141,8 @@ class Model:
         variant       of a diffusers folder: "fp16", ..., the files named so
         low_memory    the networks take turns in the device's memory (turns.py); on CPU and MPS they are read again at
                       each turn, from the files, which stay open: every picture takes seconds more
-        compile       whether txt2img, img2img and inpaint compile the U-Net: it takes minutes at the first of each size
+        compile       whether txt2img, img2img and inpaint compile the U-Net, which takes minutes at the first of each
+                      size; for GPUs: on x86 CPUs it is slower than without, which a UserWarning says
         progress      is told (numbers in this weight, numbers in all) after each weight is read
 
         What was found out and chosen is in `about`. Raises CheckpointError, in one line, for files that are not a
@@ -195,6 +197,8 @@ class Model:
             model._steps = None
         elif compile:
             model._steps = Compiled(networks["unet"])
+            if lays_out(device, dtype):
+                warnings.warn("compiled, the U-Net is slower on this processor than as it is", stacklevel=2)
         return model
 
     def _keep(self, *names: str) -> None:

@@ -373,6 +373,12 @@ def test_compiling_is_asked_for(monkeypatch):
         StableDiffusion.load(device="cpu", compile=True, low_memory=True)
 
 
+def test_compiling_for_a_cpu_whose_own_kernels_are_faster_is_advised_against(monkeypatch):
+    monkeypatch.setattr(kernels, "onednn_dtypes", lambda: frozenset({torch.float32}))
+    with pytest.warns(UserWarning, match="slower on this processor"):
+        StableDiffusion.load(device="cpu", dtype="float32", compile=True)
+
+
 @pytest.mark.gpu
 def test_cuda_graphs():
     """Played back against called, at two shapes, with a LoRA's change of weights in between."""
