@@ -281,6 +281,17 @@ def test_mean_takes_apart_what_was_recorded(tiny, inputs):
     assert error(each, whole) < 1e-5
     with pytest.raises(ValueError, match="no attention was recorded that fits"):
         maps.mean(calls=[7])
+    for heads_asked in ([], [99]):
+        with pytest.raises(ValueError, match=r"^heads are 0 to \d in all layers that fit, got "):
+            maps.mean(heads=heads_asked)
+
+
+def test_runs_are_of_contexts(tiny_sd):
+    """One prompt's context alone would be taken for as many prompts as it has tokens."""
+    context = tiny_sd.encode_prompt("a")
+    for wrong, got in ((context[0], r"\(77, "), ("a", "str")):
+        with pytest.raises(ValueError, match=rf"^expected contexts \(B, M, D\), .* got {got}"):
+            runs.run(tiny_sd, wrong)
 
 
 def test_self_attention_of_a_place(tiny, inputs):

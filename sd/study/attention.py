@@ -189,6 +189,9 @@ class AttentionMaps:
         ]
         if not fitting:
             raise ValueError("no attention was recorded that fits: run the network inside of the with block")
+        shared = range(min(len(record.maps) for record in fitting))
+        if heads is not None and not (heads and set(heads) <= set(shared)):
+            raise ValueError(f"heads are 0 to {shared[-1]} in all layers that fit, got {list(heads)}")
         total: Tensor | float = 0.0
         for record in fitting:
             maps = record.maps if heads is None else record.maps[list(heads)]

@@ -83,7 +83,10 @@ def walk(model: Model, denoise: Denoise, x: Tensor, settings: Settings = SETTING
 def run(
     model: Model, context: Tensor, settings: Settings = SETTINGS, x: Tensor | None = None, negative: str = ""
 ) -> Iterator[Step]:
-    """The steps of contexts (B, M, D) from the same noise, or from x (B, C, h, w)."""
+    """The steps of contexts (B, M, D), as encode_prompt gives them, from the same noise, or from x (B, C, h, w)."""
+    if not isinstance(context, Tensor) or context.dim() != 3:
+        got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
+        raise ValueError(f"expected contexts (B, M, D), as encode_prompt gives them, got {got}")
     x = noise(model, settings, context.shape[0]) if x is None else x
     return walk(model, denoiser(model, context, settings, negative), x, settings)
 
