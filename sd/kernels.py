@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 BY_ROWS_FROM = {torch.bfloat16: 1, torch.float32: 512}  # keys from which attention by rows is faster, on x86
-SCORES = 2**20  # how many of its scores are computed at a time: 2 to 4 MB, which stay in the cache
+SCORES = 2**20  # how many of its scores a thread computes at a time: 2 to 4 MB, which stay in the cache
+THREADS = 2, 4  # for so many threads at least and at most: below calls cost more than the cache saves, above it is full
 ROWS = 128  # but so many queries at least, as the keys are brought into order for each product
 LARGEST_EXPONENT = 100.0  # from 2^-100 to 2^100 numbers are exact, as the smallest float32 and bfloat16 is 2^-126
 LARGEST_SUM = 126.0  # and the largest 2^127: of the values, each times such a power, over all keys
@@ -331,8 +332,10 @@ def _attention_by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q = q * (d**-0.5 * (math.log2(math.e) if small else 1.0))
     sums = v.new_zeros(B * heads, M, (d // LANES + 1) * LANES)  # v, a column of ones, zeros
     sums[..., :d], sums[..., d] = v, 1
-    rows = min(N, max(ROWS, SCORES // M))
-    group = max(1, min(B * heads, SCORES // (rows * M))) if q.dtype == torch.bfloat16 else 1
+    least, most = THREADS
+    at_a_time = SCORES * min(max(torch.get_num_threads(), least), most)
+    rows = min(N, max(ROWS, at_a_time // M))
+    group = max(1, min(B * heads, at_a_time // (rows * M))) if q.dtype == torch.bfloat16 else 1
     out = q.new_empty(B * heads, N, sums.shape[-1])
     for i in range(0, B * heads, group):
         times_keys, times_values = _times(k[i : i + group].transpose(1, 2)), _times(sums[i : i + group])
