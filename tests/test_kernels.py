@@ -384,3 +384,20 @@ def test_attention_never_holds_all_scores(dtype, fast, monkeypatch):
     with Largest() as largest:
         attention(q, k, v, heads=8)
     assert q.numel() <= largest.numbers <= 2 * q.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_kernels_of_one_pixel_are_good_for_every_size(dtype, layout):
+    """Computed as linear layers, whose layout is not made for a size; the kernel comes back to the bit."""
+    layer = Conv2d(24, 40, 1).to(dtype).requires_grad_(False)
+    kernel, bias = layer.weight.clone(), layer.bias.double()
+    for size in ((2, 24, 5, 7), (1, 24, 16, 16), (3, 24, 1, 1)):
+        x = reference.normal("x", size).to(dtype).contiguous(memory_format=layout)
+        out = layer(x)
+        assert out.dtype == dtype
+        assert out.is_contiguous(memory_format=torch.channels_last) or layout != torch.channels_last
+        assert error(out, F.conv2d(x.double(), kernel.double(), bias)) < ROUNDING[dtype]
+    assert layer.weight.is_mkldnn == (dtype in kernels.onednn_dtypes())
+    assert layer.state_dict()["weight"].equal(kernel)
+    assert plain(layer).weight.equal(kernel) and layer.weight.shape == (40, 24, 1, 1)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.benchmark import report
 from sd.model import EMBEDDED
 from sd.resources import resource
 from sd.samplers import SAMPLERS
@@ -37,6 +38,17 @@ def sampler_table() -> str:
 
 def test_table_of_samplers():
     assert sampler_table() in TEXT, f"put this into README.md:\n{sampler_table()}"
+
+
+def test_tables_of_the_benchmark():
+    """What was measured last, as `bench.py --show FILE --markdown` prints it."""
+    tables, growing = (
+        report.text(report.read(ROOT / "docs" / file), markdown=True).split("\n\n")
+        for file in ("bench.json", "bench-growth.json")
+    )
+    assert all(table in TEXT for table in tables)
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert growing[0] in page and growing[-1] in page  # machine and date; how cost grows
 
 
 @pytest.mark.parametrize("number", range(len(CODE)))
