@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
-from .kernels import keep_plain
+from .kernels import keep_plain, lays_out
 
 SHAPES = 2  # recordings that are kept: each holds the memory of a step
 WARM_UP = 2  # runs before a recording, in which libraries choose their kernels and take their memory
@@ -153,10 +153,13 @@ class Compiled:
     """The network through `torch.compile`, each shape for itself: minutes the first time, on CUDA for the last bit.
 
     Needs a C++ compiler, on CUDA triton: without them, the first call raises ValueError. The network itself can still
-    be called as it is.
+    be called as it is. Where its own kernels are faster, a UserWarning says so.
     """
 
     def __init__(self, network: nn.Module) -> None:
+        weight = next(network.parameters())
+        if lays_out(weight.device, weight.dtype):
+            warnings.warn("compiled, the U-Net is slower on this processor than as it is", stacklevel=3)
         self._network = keep_plain(network)
         self._fast: Network | None = None  # when it is first called
 

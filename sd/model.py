@@ -32,7 +32,6 @@ from .device import best_dtype, dtype_name, find_device, find_dtype
 from .embeddings import Words, read_embedding
 from .image import to_pil, to_tensor
 from .inpainting import conditioning
-from .kernels import lays_out
 from .loading import build, describe, like, load_weights, probed, with_part
 from .lora import Merged
 from .lora_files import read_lora
@@ -197,8 +196,6 @@ class Model:
             model._steps = None
         elif compile:
             model._steps = Compiled(networks["unet"])
-            if lays_out(device, dtype):
-                warnings.warn("compiled, the U-Net is slower on this processor than as it is", stacklevel=2)
         return model
 
     def _keep(self, *names: str) -> None:
