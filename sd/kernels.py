@@ -3,7 +3,7 @@
 What is computed stands in layers.py. On CUDA and elsewhere PyTorch's own kernels are the fast ones. On an x86 CPU,
 where a step of Stable Diffusion 1.x is 1,600 GFLOP, three of its choices cost up to half of the time:
 
-    convolutions   re-lay their weights at every call      -> laid out once, by oneDNN (`Conv2d`)
+    convolutions   re-lay their weights at every call      -> laid out once, by oneDNN (`Conv2d`; 1x1 as linear layers)
     linear layers  the same; in float32 they go to MKL     -> laid out once, and through oneDNN (`Linear`)
     attention      reaches a sixth of the processor's peak -> two plain products, some queries at a time (`attention`)
 
