@@ -68,7 +68,7 @@ class Turns(Mapping[str, nn.Module]):
     def _put_away(self, name: str) -> None:
         if self._read is not None:
             self._networks[name].to("meta")
-            _give_back()
+            give_back_memory()
         else:
             self._networks[name].to("cpu")
 
@@ -79,7 +79,7 @@ class Turns(Mapping[str, nn.Module]):
         return len(self._networks)
 
 
-def _give_back() -> None:
+def give_back_memory() -> None:
     """Have glibc give back what is free: by itself it keeps what has something in use behind it, here 1.5 GB."""
     with suppress(OSError, AttributeError):  # another system
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 from pathlib import Path
 
 import torch
+
+from sd.turns import give_back_memory
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -46,8 +47,7 @@ class Memory:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        with contextlib.suppress(OSError, AttributeError):  # not glibc
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        give_back_memory()
 
 
 def _own(entry: str) -> int | None:
