@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "sd" / "__init__.py").read_text(), re.MULTILINE).group(1)
@@ -14,7 +14,8 @@ if not (ROOT / "weights" / "pocket.safetensors").is_file():
 REFERENCES = ["diffusers>=0.30", "transformers>=4.40", "accelerate", "openvino>=2024.6"]
 TESTS = ["pytest>=8", "hypothesis>=6", "ruff>=0.5", *REFERENCES]
 
-SUBPACKAGES = [f"sd.scripts.{name}" for name in ("benchmark", "evaluation", "training", "world")]
+PACKAGES = ["sd", *(f"sd.{name}" for name in find_packages("sd"))]
+SCRIPTS = ["sd.scripts", *(f"sd.scripts.{name}" for name in find_packages("scripts"))]
 
 setup(
     name="sd-from-scratch",
@@ -25,7 +26,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     # data/ and weights/ stand beside the package in a checkout, and inside of it in a wheel (sd/resources.py)
-    packages=["sd", "sd.checkpoints", "sd.study", "sd.data", "sd.weights", "sd.scripts", *SUBPACKAGES],
+    packages=[*PACKAGES, "sd.data", "sd.weights", *SCRIPTS],
     package_dir={"sd": "sd", "sd.data": "data", "sd.weights": "weights", "sd.scripts": "scripts"},
     package_data={"sd.data": ["*.gz", "*.md", "sample*.png"], "sd.weights": ["pocket.safetensors", "README.md"]},
     install_requires=[

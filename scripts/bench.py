@@ -28,34 +28,25 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-if not __package__:  # run as a file, from any folder, installed or not
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file: see bootstrap.py
+    from bootstrap import PACKAGE as __package__  # noqa: F401
 
 import torch
 from tqdm import tqdm
 
 from sd.checkpoints.checkpoint import load_checkpoint, naming
-from sd.checkpoints.identity import identify
+from sd.checkpoints.detect import identify
 from sd.config import POCKET, SD1, Config
-from sd.device import DTYPES, best_dtype, find_device
 from sd.files import exists
+from sd.runtime.device import DTYPES, best_dtype, find_device
 
-if __package__:
-    from . import cli
-    from .benchmark import report
-    from .benchmark.cases import PARTS, Case, all_cases, usual_case
-    from .benchmark.sides import PEERS, able_peers, takes_part
-    from .benchmark.start import TAKING_PART, measure_start
-    from .benchmark.turns import measure
-    from .benchmark.weights import Setup
-else:
-    from scripts import cli
-    from scripts.benchmark import report
-    from scripts.benchmark.cases import PARTS, Case, all_cases, usual_case
-    from scripts.benchmark.sides import PEERS, able_peers, takes_part
-    from scripts.benchmark.start import TAKING_PART, measure_start
-    from scripts.benchmark.turns import measure
-    from scripts.benchmark.weights import Setup
+from .benchmark import report
+from .benchmark.cases import PARTS, Case, all_cases, usual_case
+from .benchmark.interleave import measure
+from .benchmark.sides import PEERS, able_peers, takes_part
+from .benchmark.start import TAKING_PART, measure_start
+from .benchmark.weights import Setup
+from .common import cli
 
 
 def parser() -> cli.Parser:

@@ -17,18 +17,15 @@ import argparse
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file, from any folder, installed or not
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file: see bootstrap.py
+    from bootstrap import PACKAGE as __package__  # noqa: F401
 
 import sd
-from sd.checkpoints.census import census
 from sd.checkpoints.checkpoint import naming
 from sd.checkpoints.convert import WEIGHTS
+from sd.checkpoints.inspect import census
 
-if __package__:
-    from . import cli
-else:
-    from scripts import cli
+from .common import cli
 
 LAYOUTS = ("sd", "original", "diffusers")
 PRECISIONS = ("float32", "float16", "bfloat16")
@@ -81,10 +78,8 @@ def work(args: argparse.Namespace) -> None:
     if args.output is None:
         raise ValueError("give the name of the file to write behind the input, or --info")
     # here, as it imports torch, which takes longer than --info
-    if __package__:
-        from .rewriting import rewrite
-    else:
-        from scripts.rewriting import rewrite
+    from .rewriting import rewrite
+
     rewrite(args)
 
 

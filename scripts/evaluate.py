@@ -23,8 +23,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-if not __package__:  # run as a file, from any folder, installed or not
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file: see bootstrap.py
+    from bootstrap import PACKAGE as __package__  # noqa: F401
 
 import torch
 import torch.nn.functional as F
@@ -33,25 +33,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd.files import exists
-from sd.image import to_pil
-from sd.image_files import save_png
+from sd.imaging.files import save_png
+from sd.imaging.tensors import to_pil
+from sd.params import SAMPLER, Settings
 from sd.pipeline import StableDiffusion
-from sd.settings import SAMPLER, Settings
 
-if __package__:
-    from . import cli, painting
-    from .evaluation import judge
-    from .evaluation.probes import PROBES, Painter
-    from .evaluation.scoring import ATTRIBUTES, Rate, tally, verdict, whole
-    from .world import Scene, Told, random_scene, tell
-    from .world.scenes import kept_back
-else:
-    from scripts import cli, painting
-    from scripts.evaluation import judge
-    from scripts.evaluation.probes import PROBES, Painter
-    from scripts.evaluation.scoring import ATTRIBUTES, Rate, tally, verdict, whole
-    from scripts.world import Scene, Told, random_scene, tell
-    from scripts.world.scenes import kept_back
+from .common import cli, generate
+from .evaluation import judge
+from .evaluation.probes import PROBES, Painter
+from .evaluation.scoring import ATTRIBUTES, Rate, tally, verdict, whole
+from .toy_world import Scene, Told, random_scene, tell
+from .toy_world.scenes import kept_back
 
 SPLITS = {"seen": "train", "unseen": "unseen"}  # their names in world.scenes
 TRUSTED = 0.99  # of each attribute, as rendered: a judge that errs more says little
@@ -80,7 +72,7 @@ def parser() -> cli.Parser:
     add("--markdown", type=Path, metavar="FILE", help="write the tables to a file, for a model card")
     add("--json", type=Path, metavar="FILE", help="write all figures to a file")
     add("--wrong", type=Path, metavar="FOLDER", help="write the pictures that are not all right, and what is wrong")
-    painting.add_model_arguments(parser)
+    generate.add_model_arguments(parser)
     return parser
 
 
@@ -175,7 +167,7 @@ def table(columns: dict[str, Rates], first: str) -> str:
 def evaluate(args: argparse.Namespace) -> None:
     """Test the judge, paint, judge, and print."""
     check(args)
-    model = painting.load(args)
+    model = generate.load(args)
     args.guidance = args.guidance or [model.config.guidance]
     judged_by = judge.find(args.judge, model.device)
     report: list[str] = []

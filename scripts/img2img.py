@@ -11,37 +11,33 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-if not __package__:  # run as a file, from any folder, installed or not
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file: see bootstrap.py
+    from bootstrap import PACKAGE as __package__  # noqa: F401
 
 from sd import StableDiffusion
 from sd.pipeline import FITS, STRENGTH
 
-if __package__:
-    from . import addons, cli, painting
-else:
-    from scripts import addons, cli, painting
+from .common import adapter_args, cli, generate
 
 
 def parser() -> cli.Parser:
     """The arguments; names of the original's scripts work too."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    painting.add_prompt_arguments(parser, "PICTURE")
-    painting.add_fit_argument(painting.add_picture_arguments(parser, STRENGTH))
-    painting.add_sampling_arguments(parser, size="from the picture")
-    painting.add_output_arguments(parser)
-    painting.add_model_arguments(parser)
-    addons.add_addon_arguments(parser)
+    generate.add_prompt_arguments(parser, "PICTURE")
+    generate.add_fit_argument(generate.add_picture_arguments(parser, STRENGTH))
+    generate.add_sampling_arguments(parser, size="from the picture")
+    generate.add_output_arguments(parser)
+    generate.add_model_arguments(parser)
+    adapter_args.add_addon_arguments(parser)
     return parser
 
 
 def paint(args: argparse.Namespace) -> None:
     """Check, read the picture, load, paint, save."""
-    args = painting.place_words(args, "init_img")
-    settings = painting.checked(args, args.strength)
-    init = painting.read_init(args, args.background)
+    args = generate.place_words(args, "init_img")
+    settings = generate.checked(args, args.strength)
+    init = generate.read_init(args, args.background)
 
     def make(model: StableDiffusion, prompt: str, **shared: object) -> list:
         return model.img2img(
@@ -49,7 +45,7 @@ def paint(args: argparse.Namespace) -> None:
         )
 
     fitted = {"Fit": args.fit} if args.fit != FITS[0] else {}
-    painting.paint(args, settings, make, {**painting.about_init(args, init), **fitted})
+    generate.paint(args, settings, make, {**generate.about_init(args, init), **fitted})
 
 
 def main(argv: list[str] | None = None) -> int:

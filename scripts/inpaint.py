@@ -14,19 +14,16 @@ import sys
 from hashlib import sha256
 from pathlib import Path
 
-if not __package__:  # run as a file, from any folder, installed or not
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file: see bootstrap.py
+    from bootstrap import PACKAGE as __package__  # noqa: F401
 
 from PIL import ImageOps
 
 from sd import StableDiffusion
-from sd.image_files import read_mask
-from sd.inpainting import CONTENTS
+from sd.imaging.files import read_mask
+from sd.imaging.masks import CONTENTS
 
-if __package__:
-    from . import addons, cli, painting
-else:
-    from scripts import addons, cli, painting
+from .common import adapter_args, cli, generate
 
 MARGIN = 32  # pixels around the mask with --only-masked, as other tools have it
 
@@ -34,8 +31,8 @@ MARGIN = 32  # pixels around the mask with --only-masked, as other tools have it
 def parser() -> cli.Parser:
     """The arguments."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    painting.add_prompt_arguments(parser, "PICTURE", "MASK")
-    group = painting.add_picture_arguments(parser, strength=1.0)
+    generate.add_prompt_arguments(parser, "PICTURE", "MASK")
+    group = generate.add_picture_arguments(parser, strength=1.0)
     group.add_argument("--mask", metavar="FILE", help="white is painted anew (default: what is transparent)")
     group.add_argument("--invert-mask", action="store_true", help="paint what the mask keeps, and keep the rest")
     group.add_argument(
@@ -53,18 +50,18 @@ def parser() -> cli.Parser:
         "--margin", type=int, default=MARGIN, metavar="PIXELS",
         help="how much around the mask --only-masked looks at (default: %(default)s)",
     )  # fmt: skip
-    painting.add_sampling_arguments(parser, size="from the picture")
-    painting.add_output_arguments(parser)
-    painting.add_model_arguments(parser)
-    addons.add_addon_arguments(parser)
+    generate.add_sampling_arguments(parser, size="from the picture")
+    generate.add_output_arguments(parser)
+    generate.add_model_arguments(parser)
+    adapter_args.add_addon_arguments(parser)
     return parser
 
 
 def paint(args: argparse.Namespace) -> None:
     """Check, read picture and mask, load, paint, save."""
-    args = painting.place_words(args, "init_img", "mask")
-    settings = painting.checked(args, args.strength)
-    init = painting.read_init(args, args.background if args.mask is not None else None)
+    args = generate.place_words(args, "init_img", "mask")
+    settings = generate.checked(args, args.strength)
+    init = generate.read_init(args, args.background if args.mask is not None else None)
     if args.mask is not None:
         mask = read_mask(args.mask)
     elif init.alpha is not None:
@@ -90,7 +87,7 @@ def paint(args: argparse.Namespace) -> None:
         )
 
     about = {
-        **painting.about_init(args, init),
+        **generate.about_init(args, init),
         "Mask": "alpha" if args.mask is None else Path(args.mask).name,
         **({"Mask hash": sha256(Path(args.mask).read_bytes()).hexdigest()[:10]} if args.mask is not None else {}),
         **({"Mask mode": "Inpaint not masked"} if args.invert_mask else {}),
@@ -98,7 +95,7 @@ def paint(args: argparse.Namespace) -> None:
         **({"Masked content": args.content} if args.strength < 1 else {}),
         **({"Inpaint area": "Only masked", "Masked area padding": args.margin} if args.only_masked else {}),
     }
-    painting.paint(args, settings, make, about)
+    generate.paint(args, settings, make, about)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,12 +17,12 @@ from tqdm import tqdm
 import sd
 from sd.checkpoints.checkpoint import Checkpoint, naming
 from sd.checkpoints.convert import StateDict
+from sd.checkpoints.detect import identify
 from sd.checkpoints.export import diffusers_texts, extras, metadata, to_diffusers, to_original, to_own, unrun_layer
-from sd.checkpoints.identity import identify
 from sd.checkpoints.layouts import AVERAGE, NETWORKS, find_layouts
-from sd.device import DTYPES, best_dtype
+from sd.checkpoints.loading import build, describe, like, load_weights, probed, with_part
 from sd.files import exists, new_file, new_folder
-from sd.loading import build, describe, like, load_weights, probed, with_part
+from sd.runtime.device import DTYPES, best_dtype
 
 
 def rewrite(args: argparse.Namespace) -> None:

@@ -23,17 +23,17 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-if not __package__:  # run as a file, from any folder, installed or not
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file: see bootstrap.py
+    from bootstrap import PACKAGE as __package__  # noqa: F401
 
 from sd import StableDiffusion
 from sd.config import POCKET
-from sd.device import dtype_name
 from sd.files import replaced_file
-from sd.image import fit
-from sd.image_files import read_picture, save_animation
+from sd.imaging.files import read_picture, save_animation
+from sd.imaging.tensors import fit
+from sd.params import Settings
+from sd.runtime.device import dtype_name
 from sd.samplers import SAMPLERS
-from sd.settings import Settings
 from sd.study import (
     attention,
     convergence,
@@ -51,12 +51,8 @@ from sd.study import (
     text,
 )
 
-if __package__:
-    from . import cli, painting
-    from .world import Scene, Thing, box, draw
-else:
-    from scripts import cli, painting
-    from scripts.world import Scene, Thing, box, draw
+from .common import cli, generate
+from .toy_world import Scene, Thing, box, draw
 
 OUT = Path("outputs/study")
 # Sentences of the embedded model's world; any checkpoint that knows houses can do them. PROMPT says all that there is,
@@ -373,7 +369,7 @@ def parser() -> cli.Parser:
     )
     group.add_argument("--seed", type=int, default=usual.seed, metavar="S", help="default: %(default)s")
     group.add_argument("--size", type=int, metavar="PIXELS", help="side of the pictures (default: the model's own)")
-    painting.add_model_arguments(parser)
+    generate.add_model_arguments(parser)
     return parser
 
 
@@ -433,7 +429,7 @@ def study(args: argparse.Namespace) -> None:
     except (FileExistsError, NotADirectoryError):
         raise ValueError(f"--out {args.out}: there is a file where a folder should be, give another name") from None
     args.dtype = args.dtype or "float32"  # what is looked at closely should not be rounded
-    model = painting.load(args)
+    model = generate.load(args)
     if args.size is not None:
         model.config = replace(model.config, size=args.size)
         model.latent_shape()

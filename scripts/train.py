@@ -20,36 +20,29 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-if not __package__:  # run as a file, from any folder, installed or not
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file: see bootstrap.py
+    from bootstrap import PACKAGE as __package__  # noqa: F401
 
 import torch
 from torch import Tensor, nn
 
 from sd.checkpoints.convert import WEIGHTS
 from sd.denoiser import with_channels
-from sd.device import DTYPES
 from sd.files import replaced_file
-from sd.image import grid
+from sd.imaging.tensors import grid
+from sd.models.text_encoder import TextEncoder
+from sd.models.unet import UNet
+from sd.params import Settings
 from sd.pipeline import StableDiffusion
+from sd.runtime.device import DTYPES
 from sd.schedule import Schedule
-from sd.settings import Settings
-from sd.text_encoder import TextEncoder
 from sd.training import checkpoint_activations, diffusion_loss, min_snr_weight, velocity_weight
-from sd.unet import UNet
 
-if __package__:
-    from . import cli
-    from .training import loop, models
-    from .training.data import add_data_arguments, find_source, read_lines
-    from .training.latents import Batches, latents
-    from .training.processes import Processes
-else:
-    from scripts import cli
-    from scripts.training import loop, models
-    from scripts.training.data import add_data_arguments, find_source, read_lines
-    from scripts.training.latents import Batches, latents
-    from scripts.training.processes import Processes
+from .common import cli
+from .training import loop, models
+from .training.data import add_data_arguments, find_source, read_lines
+from .training.latents import Batches, latents
+from .training.processes import Processes
 
 # the embedded model's, and that of going on with a checkpoint
 RECIPE = loop.Recipe(

@@ -21,32 +21,24 @@ import math
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file, from any folder, installed or not
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file: see bootstrap.py
+    from bootstrap import PACKAGE as __package__  # noqa: F401
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sd.checkpoints.identity import CONFIG_KEY
+from sd.checkpoints.detect import CONFIG_KEY
+from sd.models.text_encoder import TextEncoder
 from sd.pipeline import StableDiffusion
-from sd.text_encoder import TextEncoder
 from sd.training import checkpoint_activations, contrastive_loss
 
-if __package__:
-    from . import cli
-    from .training import loop, models
-    from .training.data import World, add_data_arguments, find_source
-    from .training.latents import Batches, latents
-    from .training.processes import Processes
-    from .training.state import save_tensors
-else:
-    from scripts import cli
-    from scripts.training import loop, models
-    from scripts.training.data import World, add_data_arguments, find_source
-    from scripts.training.latents import Batches, latents
-    from scripts.training.processes import Processes
-    from scripts.training.state import save_tensors
+from .common import cli
+from .training import loop, models
+from .training.data import World, add_data_arguments, find_source
+from .training.latents import Batches, latents
+from .training.processes import Processes
+from .training.state import save_tensors
 
 RECIPE = loop.Recipe(
     steps=1000, batch=256, lr=2e-3, weight_decay=0.0, beta2=0.99, optimizer="muon", ema=0.99, save_every=250

@@ -17,29 +17,23 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-if not __package__:  # run as a file, from any folder, installed or not
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file: see bootstrap.py
+    from bootstrap import PACKAGE as __package__  # noqa: F401
 
 import torch
 from torch import Tensor, nn
 
-from sd.checkpoints.identity import CONFIG_KEY
+from sd.checkpoints.detect import CONFIG_KEY
 from sd.config import Config
 from sd.files import replaced_file
-from sd.image import grid, to_pil
+from sd.imaging.tensors import grid, to_pil
+from sd.models.vae import VAE
 from sd.training import checkpoint_activations, initialise_vae, vae_loss
-from sd.vae import VAE
 
-if __package__:
-    from . import cli
-    from .training import data, loop, models
-    from .training.processes import Processes
-    from .training.state import save_tensors
-else:
-    from scripts import cli
-    from scripts.training import data, loop, models
-    from scripts.training.processes import Processes
-    from scripts.training.state import save_tensors
+from .common import cli
+from .training import data, loop, models
+from .training.processes import Processes
+from .training.state import save_tensors
 
 KL = 5e-5  # of squared errors around 0.005 it takes little; latents then have a deviation of about 0.3
 HELD_OUT = 10_000_000  # scenes from this number on are never trained on

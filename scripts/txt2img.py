@@ -8,34 +8,30 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-if not __package__:  # run as a file, from any folder, installed or not
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file: see bootstrap.py
+    from bootstrap import PACKAGE as __package__  # noqa: F401
 
 from sd import StableDiffusion
 
-if __package__:
-    from . import addons, cli, painting
-else:
-    from scripts import addons, cli, painting
+from .common import adapter_args, cli, generate
 
 
 def parser() -> cli.Parser:
     """The arguments; names of the original's scripts work too."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    painting.add_prompt_arguments(parser)
-    painting.add_sampling_arguments(parser)
-    painting.add_output_arguments(parser)
-    painting.add_model_arguments(parser)
-    addons.add_addon_arguments(parser)
+    generate.add_prompt_arguments(parser)
+    generate.add_sampling_arguments(parser)
+    generate.add_output_arguments(parser)
+    generate.add_model_arguments(parser)
+    adapter_args.add_addon_arguments(parser)
     return parser
 
 
 def paint(args: argparse.Namespace) -> None:
     """Check, load, paint, save."""
-    args = painting.place_words(args)
-    painting.paint(args, painting.checked(args), StableDiffusion.txt2img)
+    args = generate.place_words(args)
+    generate.paint(args, generate.checked(args), StableDiffusion.txt2img)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from .checkpoints.convert import convert
-from .checkpoints.identity import detect, identify
+from .checkpoints.detect import detect, identify
 from .config import MODELS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, Config
 from .schedule import Level, Schedule
 
 if TYPE_CHECKING:
     from .denoiser import Denoiser
+    from .models.text_encoder import TextEncoder
+    from .models.unet import UNet
+    from .models.vae import VAE
     from .pipeline import StableDiffusion
     from .samplers import SAMPLERS, Step
-    from .text_encoder import TextEncoder
-    from .tokenizer import Tokenizer
-    from .unet import UNet
-    from .vae import VAE
+    from .text.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
 _LATER = {
     "Denoiser": "denoiser", "StableDiffusion": "pipeline", "SAMPLERS": "samplers", "Step": "samplers",
-    "TextEncoder": "text_encoder", "Tokenizer": "tokenizer", "UNet": "unet", "VAE": "vae",
+    "TextEncoder": "models.text_encoder", "Tokenizer": "text.tokenizer", "UNet": "models.unet", "VAE": "models.vae",
 }  # fmt: skip
 
 __all__ = [

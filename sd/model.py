@@ -21,31 +21,31 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .capture import Compiled, Recorded
+from .adapters.lora import Merged
+from .adapters.lora_formats import read_lora
+from .adapters.textual_inversion import Words, read_embedding
 from .checkpoints.checkpoint import Checkpoint, load_checkpoint, naming
 from .checkpoints.convert import convert
-from .checkpoints.identity import identify
+from .checkpoints.detect import identify
 from .checkpoints.layouts import NETWORKS
+from .checkpoints.loading import build, describe, like, load_weights, probed, with_part
 from .config import Config
 from .denoiser import Denoiser, Network, with_channels
-from .device import best_dtype, dtype_name, find_device, find_dtype
-from .embeddings import Words, read_embedding
-from .image import to_pil, to_tensor
-from .inpainting import conditioning
-from .loading import build, describe, like, load_weights, probed, with_part
-from .lora import Merged
-from .lora_files import read_lora
-from .prompts import Chunk, chunks, emphasised
+from .imaging.masks import conditioning
+from .imaging.tensors import to_pil, to_tensor
+from .models.text_encoder import TextEncoder
+from .models.unet import UNet
+from .models.vae import VAE, Gaussian
+from .params import SAMPLER, find_sampler, number, whole
 from .resources import resource
+from .runtime.cuda_graphs import Compiled, Recorded
+from .runtime.device import best_dtype, dtype_name, find_device, find_dtype
+from .runtime.offload import Turns
+from .runtime.vae_tiling import decode_in_strips, encode_in_strips
 from .samplers import Denoise, Noise, Sampler, Step
 from .schedule import Level, Schedule
-from .settings import SAMPLER, find_sampler, number, whole
-from .strips import decode_in_strips, encode_in_strips
-from .text_encoder import TextEncoder
-from .tokenizer import Tokenizer
-from .turns import Turns
-from .unet import UNet
-from .vae import VAE, Gaussian
+from .text.prompt_syntax import Chunk, chunks, emphasised
+from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11

@@ -37,13 +37,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .denoiser import keep_known
-from .image import Box, fit, frame, to_tensor
-from .image_files import WHITE, flatten
-from .inpainting import CONTENTS, Canvas, conditioning, hide, latent_mask, prepare_mask, surroundings, widened
+from .imaging.files import WHITE, flatten
+from .imaging.masks import CONTENTS, Canvas, conditioning, hide, latent_mask, prepare_mask, surroundings, widened
+from .imaging.tensors import Box, fit, frame, to_tensor
 from .model import Model, Steps
+from .params import MAX_SEED, SAMPLER, Settings, number, one_of, whole
 from .samplers import Denoise, Step
 from .schedule import Level
-from .settings import MAX_SEED, SAMPLER, Settings, number, one_of, whole
 
 STRENGTH = 0.75  # image to image's default
 FITS = ("crop", "pad")

@@ -35,11 +35,11 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import UNetConfig
 from .denoiser import Network
-from .layers import ResBlock
+from .models.layers import ResBlock
+from .models.text_encoder import TextBlock, TextEncoder
+from .models.unet import SpatialTransformer, UNet
+from .models.vae import VAE
 from .schedule import Level, Schedule
-from .text_encoder import TextBlock, TextEncoder
-from .unet import SpatialTransformer, UNet
-from .vae import VAE
 
 
 @lru_cache(maxsize=16)

@@ -19,7 +19,7 @@ import reference_weights as reference
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sd.checkpoints.keys import Place, unet_places
+from sd.checkpoints.key_maps import Place, unet_places
 from sd.config import Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from sd.schedule import Level
 

@@ -7,7 +7,7 @@ import torch
 from common import TINY, TINY_INPAINT, tiny_state
 
 from sd.checkpoints.convert import convert
-from sd.loading import build, load_weights
+from sd.checkpoints.loading import build, load_weights
 from sd.pipeline import StableDiffusion
 
 

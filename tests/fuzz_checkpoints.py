@@ -41,13 +41,13 @@ import fuzz_inputs
 import torch
 from fuzz_inputs import FOLDERS, MICRO, Input, make
 
-from sd.checkpoints.census import census
+from sd.adapters.lora_formats import read_lora
+from sd.adapters.textual_inversion import read_embedding
 from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint, naming
 from sd.checkpoints.convert import convert
-from sd.checkpoints.identity import identify
-from sd.embeddings import read_embedding
-from sd.loading import build
-from sd.lora_files import read_lora
+from sd.checkpoints.detect import identify
+from sd.checkpoints.inspect import census
+from sd.checkpoints.loading import build
 from sd.pipeline import StableDiffusion
 
 SECONDS = 2.0  # of the processor

@@ -18,18 +18,19 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from scripts import bench, peers
+from scripts import bench
+from scripts.benchmark import references as peers
 from scripts.benchmark import report, sides, start
 from scripts.benchmark.cases import Case, all_cases, flop, inputs, label, usual_case, weight_bytes
+from scripts.benchmark.interleave import Turns, alternate, compared
 from scripts.benchmark.memory import Memory
 from scripts.benchmark.peak import peak
 from scripts.benchmark.runner import Run, settle
-from scripts.benchmark.turns import Turns, alternate, compared
 from scripts.benchmark.weights import WEIGHT_STD, RandomWeights, Setup
 from scripts.benchmark.workers import Failed, Worker
-from sd.capture import Recorded
+from sd.checkpoints.loading import build
 from sd.config import POCKET, SD1, SD1_INPAINT
-from sd.loading import build
+from sd.runtime.cuda_graphs import Recorded
 
 LABELS = {
     "unet": "U-Net step, 2 x 16x16",
@@ -433,7 +434,7 @@ def test_who_takes_part_in_what():
 def test_a_peer_that_fails_is_left_out(tmp_path, capsys, monkeypatch):
     """And said; ours is measured all the same."""
     monkeypatch.setattr(bench, "able_peers", lambda named, device: (["openvino"], []))
-    monkeypatch.setattr("scripts.benchmark.turns.start_peer", failing)
+    monkeypatch.setattr("scripts.benchmark.interleave.start_peer", failing)
     record = measured(tmp_path, "--parts", "text", "--dtype", "float32")
     assert record["notes"] == ["text, float32: openvino failed: no such luck"]
     assert record["notes"][0] in capsys.readouterr().out and record["figures"][0]["peers"] == {}

@@ -8,8 +8,8 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 from common import TINY
 
+from sd.checkpoints.loading import build
 from sd.config import MODELS, SD1, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from sd.loading import build
 
 
 @pytest.mark.parametrize(

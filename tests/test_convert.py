@@ -11,15 +11,16 @@ from common import TINY, TINY_V2, Golden, error, manifest, tiny_state
 from conftest import loaded
 from safetensors.torch import save_file
 
-from sd import StableDiffusion, loading
+from sd import StableDiffusion
+from sd.checkpoints import loading
 from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint
 from sd.checkpoints.convert import convert
+from sd.checkpoints.detect import CONFIG_KEY, detect
 from sd.checkpoints.export import to_original, to_own
-from sd.checkpoints.identity import CONFIG_KEY, detect
-from sd.checkpoints.keys import UNET, original_sources
+from sd.checkpoints.key_maps import UNET, original_sources
+from sd.checkpoints.loading import build, load_weights
 from sd.config import SD1, SD1_INPAINT, SD2_INPAINT
-from sd.layers import Attention
-from sd.loading import build, load_weights
+from sd.models.layers import Attention
 
 SCHEDULE_BUFFERS = 12
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from world_words import strange_words
+from toy_world_words import strange_words
 
 from scripts import study
 from sd.model import EMBEDDED

@@ -10,18 +10,18 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = [
-    "config", "schedule", "samplers", "layers", "unet", "denoiser", "model", "pipeline", "inpainting", "text_encoder",
-    "tokenizer", "vae", "image", "image_files", "preview", "settings", "device", "training", "kernels", "capture",
-    "turns", "strips", "loading", "prompts", "lora", "files", "resources",
-    *(f"checkpoints.{name}" for name in ("checkpoint", "identity", "convert", "keys", "weight_shapes", "census")),
-]  # fmt: skip
-MODULES += sorted(f"study.{path.stem}" for path in (ROOT / "sd" / "study").glob("*.py") if path.stem != "__init__")
+FILES = [path for path in sorted((ROOT / "sd").rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
+MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES]
+
+
+def test_the_mathematics_has_examples():
+    for name in ("schedule", "samplers", "denoiser", "models.unet", "models.vae", "models.text_encoder"):
+        assert f"sd.{name}" in MODULES
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
     with torch.enable_grad():  # as a reader has it
-        results = doctest.testmod(importlib.import_module(f"sd.{name}"), optionflags=doctest.NORMALIZE_WHITESPACE)
+        results = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert results.attempted > 0
     assert results.failed == 0

@@ -15,9 +15,9 @@ from PIL import Image
 from scripts import evaluate
 from scripts.evaluation import judge, probes
 from scripts.evaluation.scoring import ATTRIBUTES, Rate, tally, verdict, whole
-from scripts.world import Scene, Thing, Told, draw, held_out, random_scene, tell
-from scripts.world.scenes import COLOURS, GROUNDS, KINDS, STYLES, TIMES
-from scripts.world.words import NOUNS
+from scripts.toy_world import Scene, Thing, Told, draw, held_out, random_scene, tell
+from scripts.toy_world.scenes import COLOURS, GROUNDS, KINDS, STYLES, TIMES
+from scripts.toy_world.words import NOUNS
 
 CPU = torch.device("cpu")
 HOUSE, MOON = Thing("house", "red", "big", "left"), Thing("moon", "white", "small", "left")

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from scripts import convert
 from sd import StableDiffusion
 from sd.checkpoints.checkpoint import load_checkpoint
+from sd.checkpoints.detect import CONFIG_KEY, identify
 from sd.checkpoints.export import diffusers_texts, has_own_schedule, metadata, to_original
-from sd.checkpoints.identity import CONFIG_KEY, identify
-from sd.checkpoints.keys import EMA, OPENCLIP, UNET
+from sd.checkpoints.key_maps import EMA, OPENCLIP, UNET
+from sd.checkpoints.loading import build
 from sd.config import MODELS, SD1, SD2, Config
-from sd.loading import build
 from sd.schedule import Schedule, to_zero_snr
-from sd.tokenizer import Tokenizer
+from sd.text.tokenizer import Tokenizer
 
 FAMILIES = {"tiny-v1": TINY, "tiny-v1-full-ema": TINY, "tiny-v1-inpainting": TINY_INPAINT, "tiny-v2-v": TINY_V2}
 ZERO_SNR = torch.from_numpy(to_zero_snr(Schedule().alpha_bar)).float()

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from sd import StableDiffusion
 from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint
 from sd.checkpoints.convert import convert
+from sd.checkpoints.detect import identify
 from sd.checkpoints.diffusers_config import from_diffusers, schedule_from_diffusers, to_diffusers_configs
 from sd.checkpoints.export import diffusers_texts, to_diffusers, to_own
-from sd.checkpoints.identity import identify
 from sd.checkpoints.prediction import decide
 from sd.config import MODELS, SD1, SD2_V, Config, ScheduleConfig
 

@@ -18,8 +18,8 @@ import PIL
 import pytest
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
-from sd import image_files
-from sd.image_files import (
+from sd.imaging import files as image_files
+from sd.imaging.files import (
     MAX_BYTES,
     MAX_PIXELS,
     PictureError,
@@ -30,7 +30,7 @@ from sd.image_files import (
     read_picture,
     save_animation,
     save_png,
-)  # fmt: skip
+)
 
 pytestmark = [  # unless a test expects it, nothing warns; colours are what most of these masks are told apart by
     pytest.mark.filterwarnings("error"),

@@ -11,104 +11,72 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# what each module of the package may import from it; a module that is new here needs a line
+# What each layer may import of the package: a layer is a module or a folder of sd/, named by its path. A module that
+# is new in a folder needs no line here; a new layer does.
 ALLOWED = {
+    "config": set(),
     "files": set(),
     "resources": set(),
-    "config": set(),
-    "kernels": set(),
-    "layers": {"config", "kernels"},
-    "text_encoder": {"config", "kernels", "layers"},
-    "vae": {"config", "kernels", "layers"},
-    "strips": {"kernels", "layers", "vae"},
-    "unet": {"config", "kernels", "layers"},
     "schedule": {"config"},
     "samplers": {"schedule"},
     "denoiser": {"samplers", "schedule"},
-    "settings": {"samplers", "schedule"},
-    "device": set(),
-    "tokenizer": {"resources"},
-    "prompts": {"tokenizer"},
-    "lora": {"kernels"},
-    "lora_files": {"checkpoints.checkpoint", "checkpoints.keys", "config", "lora"},
-    "embeddings": {"checkpoints.checkpoint", "tokenizer"},
-    "image": set(),
-    "image_files": {"files"},
-    "inpainting": {"image", "image_files", "samplers", "schedule"},
-    "preview": {"image"},
-    "training": {"config", "denoiser", "layers", "schedule", "text_encoder", "unet", "vae"},
-    "loading": {
-        "checkpoints.checkpoint", "checkpoints.convert", "checkpoints.diffusers_config", "checkpoints.identity",
-        "checkpoints.layouts", "checkpoints.other_models", "checkpoints.pages", "checkpoints.prediction", "config",
-        "kernels", "text_encoder", "unet", "vae",
-    },
+    "params": {"samplers", "schedule"},
+    "runtime": {"models"},
+    "models": {"config", "runtime"},
+    "text": {"resources"},
+    "imaging": {"files", "samplers", "schedule"},
+    "checkpoints": {"config", "models", "runtime", "schedule", "text"},
+    "adapters": {"checkpoints", "config", "runtime", "text"},
+    "training": {"config", "denoiser", "models", "schedule"},
     "model": {
-        "capture", "checkpoints.checkpoint", "checkpoints.convert", "checkpoints.identity", "checkpoints.layouts",
-        "config", "denoiser", "device", "embeddings", "image", "inpainting", "loading", "lora", "lora_files", "prompts",
-        "resources", "samplers", "schedule", "settings", "strips", "text_encoder", "tokenizer", "turns", "unet", "vae",
+        "adapters", "checkpoints", "config", "denoiser", "imaging", "models", "params", "resources", "runtime",
+        "samplers", "schedule", "text",
     },
-    "turns": set(),
-    "capture": {"kernels"},
-    "pipeline": {
-        "denoiser", "image", "image_files", "inpainting", "model", "samplers", "schedule", "settings",
-    },
+    "pipeline": {"denoiser", "imaging", "model", "params", "samplers", "schedule"},
+    "study": None,  # stands on top of everything: nothing may import it
 }  # fmt: skip
-# the same within sd.checkpoints; from outside of it (..) nothing of the networks
-CHECKPOINTS = {
-    "pickles": set(),
-    "numbers": set(),
-    "torch_files": {"numbers", "pickles"},
-    "folders": {"pickles"},
-    "safetensors_files": {"numbers", "pickles", "torch_files"},
-    "pages": set(),
-    "checkpoint": {"folders", "numbers", "pages", "pickles", "safetensors_files", "torch_files"},
-    "weight_shapes": {"..config"},
-    "keys": {"..config"},
-    "layouts": {"..config", "keys"},
-    "other_models": {"checkpoint"},
-    "diffusers_config": {"..config", "checkpoint", "keys"},
-    "prediction": {"..config", "..schedule", "checkpoint", "diffusers_config", "numbers"},
-    "identity": {"..config", "checkpoint", "diffusers_config", "layouts", "other_models", "prediction"},
-    "convert": {"..config", "checkpoint", "identity", "keys", "layouts", "weight_shapes"},
-    "export": {
-        "..config", "..schedule", "..tokenizer", "diffusers_config", "folders", "identity", "keys", "layouts",
-        "prediction",
-    },
-    "census": {"..config", "checkpoint", "convert", "identity", "layouts", "weight_shapes"},
-}  # fmt: skip
-MODULES = ALLOWED | {f"checkpoints.{name}": allowed for name, allowed in CHECKPOINTS.items()}
-STUDY = sorted(f"study.{path.stem}" for path in (ROOT / "sd" / "study").glob("*.py") if path.stem != "__init__")
+FILES = sorted(path for path in (ROOT / "sd").rglob("*.py") if path != ROOT / "sd" / "__init__.py")
 
 
-def tree(name: str) -> ast.Module:
-    return ast.parse((ROOT / "sd" / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8"))
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def test_every_module_has_its_line():
-    found = {file.relative_to(ROOT / "sd") for file in (ROOT / "sd").rglob("*.py") if file.stem != "__init__"}
-    assert {".".join(file.with_suffix("").parts) for file in found} == {*MODULES, *STUDY}
+def name(path: Path) -> str:
+    return path.relative_to(ROOT / "sd").as_posix()
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_imports_flow_one_way(name):
-    imports = [node for node in ast.walk(tree(name)) if isinstance(node, ast.ImportFrom) and node.level]
-    assert all(node.module for node in imports), "import names from modules, not modules from the package"
-    imported = {(".." if node.level == 2 else "") + node.module for node in imports}
-    assert imported <= MODULES[name], f"{name} must not import {imported - MODULES[name]}"
+def layer(path: Path) -> str:
+    return path.relative_to(ROOT / "sd").with_suffix("").parts[0]
 
 
-@pytest.mark.parametrize("name", STUDY)
-def test_study_stands_on_top(name):
-    """It may look at everything in the package; `test_imports_flow_one_way` lets nothing there look back."""
-    modules = {node.module for node in ast.walk(tree(name)) if isinstance(node, ast.ImportFrom) and node.level == 2}
-    assert modules <= set(MODULES)
-    others = [node for node in ast.walk(tree(name)) if isinstance(node, ast.ImportFrom) and node.level == 0]
-    assert not any(node.module.split(".")[0] in {"scripts", "sd"} for node in others)
+def imported_layers(path: Path) -> set[str]:
+    """The layers of the package that a file imports."""
+    package = ["sd", *path.relative_to(ROOT / "sd").parts[:-1]]
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            modules = [*base, *(node.module or "").split(".")] if node.module else base
+            if modules[:1] == ["sd"]:
+                found |= {modules[1]} if len(modules) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.split(".")[0] in {"sd", "scripts"} for alias in node.names)
+    return found
 
 
-@pytest.mark.parametrize("name", [*MODULES, *STUDY])
-def test_package_is_quiet(name):
-    nodes = list(ast.walk(tree(name)))
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_imports_flow_one_way(path):
+    own = layer(path)
+    assert own in ALLOWED, f"{own} is a new layer: say what it may import"
+    allowed = ALLOWED[own] if ALLOWED[own] is not None else set(ALLOWED)
+    assert imported_layers(path) <= {own, *allowed}
+    assert "scripts" not in imported_layers(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_package_is_quiet(path):
+    nodes = list(ast.walk(tree(path)))
     left = [node.func for node in nodes if isinstance(node, ast.Call) and "False" in map(ast.unparse, node.args)]
     for node in nodes:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -138,7 +106,8 @@ def test_import_is_light():
 def test_the_public_names_are_what_they_are_called():
     """Functions and classes, also after modules of nearly the same names were imported."""
     code = (
-        "import sd, sd.pipeline, sd.vae, sd.unet, sd.schedule, sd.checkpoints.convert; from types import ModuleType;"
+        "import sd, sd.pipeline, sd.models.vae, sd.models.unet, sd.schedule, sd.checkpoints.convert;"
+        "from types import ModuleType;"
         "from sd import *; assert not [n for n in sd.__all__ if isinstance(getattr(sd, n), ModuleType)];"
         "assert callable(convert) and set(sd.__all__) <= set(dir(sd)); import pytest;"
         "pytest.raises(AttributeError, getattr, sd, 'nothing')"

@@ -10,9 +10,9 @@ import torch
 from common import error
 from torch import nn
 
-from sd.kernels import GroupNorm, attention
-from sd.layers import Attention, FeedForward, ResBlock, Upsample, timestep_embedding
-from sd.text_encoder import quick_gelu
+from sd.models.layers import Attention, FeedForward, ResBlock, Upsample, timestep_embedding
+from sd.models.text_encoder import quick_gelu
+from sd.runtime.cpu_kernels import GroupNorm, attention
 
 
 def textbook_attention(q, k, v, heads, causal=False):

@@ -15,9 +15,9 @@ from scripts.training.models import load_vae
 from sd import StableDiffusion
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.convert import convert, describe_weights
+from sd.checkpoints.detect import damaged_position_ids, identify
 from sd.checkpoints.export import to_diffusers, to_original, to_own
-from sd.checkpoints.identity import damaged_position_ids, identify
-from sd.checkpoints.keys import CLIP, OPENCLIP, UNET, VAE
+from sd.checkpoints.key_maps import CLIP, OPENCLIP, UNET, VAE
 from sd.checkpoints.layouts import AVERAGE, find_layouts
 from sd.config import MODELS, SD1, SD2
 

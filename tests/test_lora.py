@@ -12,12 +12,12 @@ from common import TINY, TINY_INPAINT, manifest
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sd.adapters.lora import _sum
+from sd.adapters.lora_formats import names, read_lora
 from sd.checkpoints.checkpoint import CheckpointError
-from sd.checkpoints.keys import diffusers_sources
+from sd.checkpoints.key_maps import diffusers_sources
+from sd.checkpoints.loading import build
 from sd.config import SD1, SD2
-from sd.loading import build
-from sd.lora import _sum
-from sd.lora_files import names, read_lora
 from sd.pipeline import StableDiffusion
 
 RANK = 3
@@ -164,7 +164,7 @@ def test_every_naming_scheme_merges_and_comes_out_again(scheme, model, tmp_path)
 
 def test_names_of_the_original(model, tmp_path):
     """kohya's prefix, or none, before the names that a checkpoint has."""
-    from sd.checkpoints.keys import original_sources
+    from sd.checkpoints.key_maps import original_sources
 
     sources = original_sources(
         TINY, {"unet": [k for n, k in TINY_PLACES if n == "unet"], "vae": [], "text_encoder": []}
@@ -475,7 +475,7 @@ def test_every_matrix_of_the_original_unet_has_its_name(config, file):
 def test_every_module_of_diffusers_has_its_names(config, text_layers):
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
-    from scripts.peers import peers
+    from scripts.benchmark.references import peers
 
     networks = build(config)
     shapes = places(networks)
@@ -583,7 +583,7 @@ def test_diffusers_merges_the_same(scheme, tiny, model, tmp_path):
     """fuse_lora of a diffusers pipeline, where PEFT is installed, gives the same weights."""
     for package in ("diffusers", "transformers", "peft"):
         pytest.importorskip(package)
-    from scripts.peers import peers, pipeline
+    from scripts.benchmark.references import peers, pipeline
 
     tensors, deltas = lora_file(scheme, alpha=2.0 if scheme == "kohya" else None)
     for key, tensor in tensors.items():

@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd.checkpoints import checkpoint, folders, pickles, safetensors_files, torch_files
-from sd.checkpoints.pickles import LITERALS, MAX_BYTES, Opaque, Placeholder, RefusedFile, Symbol, read_pickle
+from sd.checkpoints import checkpoint, folders
+from sd.checkpoints.formats import pickles, safetensors_files, torch_files
+from sd.checkpoints.formats.pickles import LITERALS, MAX_BYTES, Opaque, Placeholder, RefusedFile, Symbol, read_pickle
 
 PROTOCOLS = range(6)
 

@@ -11,8 +11,8 @@ from common import error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd.prompts import chunks, emphasised, parse, plain
-from sd.tokenizer import Tokenizer
+from sd.text.prompt_syntax import chunks, emphasised, parse, plain
+from sd.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer()
 CAT, COMMA, START, END = 2368, 267, 49406, 49407

@@ -17,15 +17,15 @@ pytest.importorskip("transformers", reason="compares with transformers, which is
 
 from diffusers.utils.torch_utils import randn_tensor
 
-from scripts.peers import LAYOUTS, peers, pipeline, scheduler
-from sd.checkpoints.keys import diffusers_sources
+from scripts.benchmark.references import LAYOUTS, peers, pipeline, scheduler
+from sd.checkpoints.key_maps import diffusers_sources
+from sd.checkpoints.loading import build
 from sd.config import MODELS, SD1, SD2, SD2_V
 from sd.denoiser import Denoiser
-from sd.loading import build
+from sd.models.text_encoder import TextEncoder
 from sd.pipeline import draw, generators
 from sd.samplers import ddim, ddpm, posterior
 from sd.schedule import CLEAN, Schedule
-from sd.text_encoder import TextEncoder
 
 schedule = Schedule()
 

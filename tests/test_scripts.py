@@ -19,9 +19,10 @@ from common import TINY, tiny_state
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from scripts import convert, img2img, inpaint, output, txt2img
+from scripts import convert, img2img, inpaint, txt2img
+from scripts.common import output
+from sd.checkpoints.detect import CONFIG_KEY
 from sd.checkpoints.export import to_own
-from sd.checkpoints.identity import CONFIG_KEY
 from sd.config import ScheduleConfig
 from sd.schedule import Schedule, to_zero_snr
 

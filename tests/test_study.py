@@ -15,16 +15,19 @@ from common import TINY, error, gaussian_denoiser
 from PIL import Image
 from torch import Tensor
 
-from scripts.world import Thing, box
-from sd import kernels
-from sd.capture import Recorded
+from scripts.toy_world import Thing, box
 from sd.config import SD1
 from sd.denoiser import Denoiser
-from sd.image import to_tensor
-from sd.layers import Attention
+from sd.imaging.tensors import to_tensor
+from sd.models.layers import Attention
+from sd.models.text_encoder import TextEncoder
+from sd.models.unet import UNet
+from sd.models.vae import VAE
+from sd.params import Settings
 from sd.pipeline import StableDiffusion, draw, generators
+from sd.runtime import cpu_kernels as kernels
+from sd.runtime.cuda_graphs import Recorded
 from sd.schedule import Schedule
-from sd.settings import Settings
 from sd.study import (
     attention,
     convergence,
@@ -41,9 +44,6 @@ from sd.study import (
     steering,
     text,
 )
-from sd.text_encoder import TextEncoder
-from sd.unet import UNet
-from sd.vae import VAE
 
 FEW = replace(runs.SETTINGS, steps=3, guidance=3.0)
 PROMPT = "a red house on a meadow"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageChops, ImageStat
-from world_words import strange_words
+from toy_world_words import strange_words
 
 from scripts import study
 from sd.study import convergence, drawing

@@ -20,9 +20,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-import sd.tokenizer
+import sd.text.tokenizer
 from sd.resources import resource
-from sd.tokenizer import PIECE, Tokenizer, clean, merge
+from sd.text.tokenizer import PIECE, Tokenizer, clean, merge
 
 GOLDENS = Path(__file__).parent / "goldens"
 TEXTS = json.loads((GOLDENS / "tokens.json").read_text(encoding="utf-8"))["prompts"]
@@ -469,7 +469,7 @@ def test_missing_files(tmp_path, monkeypatch):
     assert "vocab.json" in refused(folder, FileNotFoundError)
     assert "merges.txt" in refused(tmp_path, FileNotFoundError)
     assert "data/README.md" in refused(tmp_path / "none.txt.gz", FileNotFoundError)
-    monkeypatch.setattr(sd.tokenizer, "resource", lambda name: tmp_path / name)
+    monkeypatch.setattr(sd.text.tokenizer, "resource", lambda name: tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"no merges file at .*bpe_simple_vocab_16e6.txt.gz"):
         Tokenizer()
 
@@ -482,7 +482,7 @@ def test_copies_for_other_processes():
 
 
 def test_slow_imports_wait_for_a_tokenizer():
-    tree = ast.parse(Path(sd.tokenizer.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(sd.text.tokenizer.__file__).read_text(encoding="utf-8"))
     names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
     assert "torch" in names and not names & {"ftfy", "regex"}

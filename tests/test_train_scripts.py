@@ -28,11 +28,11 @@ from scripts.training.log import Log, read_log
 from scripts.training.loop import Trainer
 from scripts.training.state import load_state, save_state, save_tensors
 from sd import StableDiffusion
-from sd.checkpoints.identity import CONFIG_KEY
+from sd.checkpoints.detect import CONFIG_KEY
 from sd.config import SD1, Config, TextConfig, UNetConfig, VAEConfig
+from sd.models.vae import VAE
 from sd.resources import resource
-from sd.tokenizer import Tokenizer
-from sd.vae import VAE
+from sd.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = Config(

@@ -13,8 +13,10 @@ from torch import nn
 
 from scripts.training.state import load_state, save_state
 from sd.config import POCKET, ScheduleConfig, UNetConfig
+from sd.models.text_encoder import TextEncoder
+from sd.models.unet import UNet
+from sd.models.vae import VAE
 from sd.schedule import Schedule
-from sd.text_encoder import TextEncoder
 from sd.training import (
     EMA,
     Muon,
@@ -34,8 +36,6 @@ from sd.training import (
     velocity_weight,
     widen_input,
 )
-from sd.unet import UNet
-from sd.vae import VAE
 
 
 def rng(seed: int = 0) -> torch.Generator:

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sd.checkpoints.layouts import NETWORKS
+from sd.checkpoints.loading import build
 from sd.config import Config
-from sd.loading import build
-from sd.tokenizer import Tokenizer
+from sd.text.tokenizer import Tokenizer
 
 PARTS = ("unet", "vae", "text", "picture", "start")
 NEEDED = {"unet": ("unet",), "vae": ("vae",), "text": ("text_encoder",), "picture": NETWORKS, "start": NETWORKS}

@@ -15,8 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ..peers import peers
 from .cases import NEEDED, inputs, usual_case
+from .references import peers
 from .weights import Setup, load_networks
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}  # its names of those that it has on every CPU

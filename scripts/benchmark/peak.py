@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd.kernels import Conv2d, Linear
+from sd.runtime.cpu_kernels import Conv2d, Linear
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices
 CONVOLUTIONS = ((512, 64), (1024, 32))  # channels and side of maps like the VAE's and the U-Net's

@@ -18,9 +18,9 @@ import sd
 from sd.files import replaced_file
 
 from .cases import TITLES, Case, flop, label, usual_case, weight_bytes
+from .interleave import Turns
 from .runner import Run
 from .start import LABEL
-from .turns import Turns
 from .weights import Setup
 
 FORMAT = "sd bench 2"  # of the file

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import cli
+from ..common import cli
 from .cases import Case
 from .memory import Memory
 from .peak import peak, timed

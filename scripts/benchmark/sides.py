@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sd.capture import Recorded
 from sd.denoiser import Denoiser
 from sd.model import LARGE
 from sd.pipeline import StableDiffusion
+from sd.runtime.cuda_graphs import Recorded
+from sd.runtime.vae_tiling import decode_in_strips
 from sd.samplers import ddim
 from sd.schedule import Schedule
-from sd.strips import decode_in_strips
 
-from .. import peers
+from . import references
 from .cases import GUIDANCE, NEEDED, PROMPTS, Case, inputs, usual_case
 from .openvino_networks import PRECISIONS, Network, openvino
 from .weights import Setup, load_networks
@@ -78,11 +78,11 @@ class Diffusers(Side):
     @staticmethod
     def libraries() -> None:
         """Import what is used."""
-        peers.libraries()
+        references.libraries()
 
     def build(self, part: str) -> dict[str, nn.Module]:
         """Peers with the weights of ours."""
-        return peers.peers(super().build(part), self.setup.config, self.setup.torch_dtype)
+        return references.peers(super().build(part), self.setup.config, self.setup.torch_dtype)
 
     def function(self, case: Case) -> Callable[..., Tensor]:
         """The network of a part."""
@@ -91,7 +91,7 @@ class Diffusers(Side):
 
     def picture(self, case: Case) -> Callable[[], Any]:
         """By its pipeline."""
-        pipe = peers.pipeline(self.networks, self.setup.config)
+        pipe = references.pipeline(self.networks, self.setup.config)
         (ids,) = self.inputs(usual_case("text", self.setup.config))
 
         def paint() -> Any:
@@ -177,7 +177,7 @@ def able_peers(named: Sequence[str] | None, device: torch.device) -> tuple[list[
 
 def _unable(peer: str, device: torch.device) -> str | None:
     """Why a peer cannot run here; None if it can."""
-    gone = [*peers.missing(), *(["openvino"] if peer == "openvino" and find_spec("openvino") is None else [])]
+    gone = [*references.missing(), *(["openvino"] if peer == "openvino" and find_spec("openvino") is None else [])]
     if gone:
         return f"{' and '.join(gone)} not installed (pip install {' '.join(gone)})"
     if peer == "openvino" and device.type != "cpu":

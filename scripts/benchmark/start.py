@@ -23,14 +23,14 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import sd
+from sd.checkpoints.detect import CONFIG_KEY
 from sd.checkpoints.export import to_own
-from sd.checkpoints.identity import CONFIG_KEY
 
-from ..peers import peers, pipeline
 from .cases import NEEDED, inputs, usual_case
+from .interleave import Turns, alternate
 from .openvino_networks import PRECISIONS, Conversion, model_file, options
+from .references import peers, pipeline
 from .runner import Run
-from .turns import Turns, alternate
 from .weights import Setup, load_networks
 from .workers import Failed, Worker
 

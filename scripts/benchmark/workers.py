@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .. import cli
+from ..common import cli
 
 PATIENCE = 10.0  # seconds for a process to end by itself
 

@@ -29,12 +29,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sd.device import best_dtype
-from sd.image import resize
+from sd.imaging.tensors import resize
+from sd.runtime.device import best_dtype
 
+from ..toy_world import SIZE, Scene, Thing, draw, random_scene
+from ..toy_world.scenes import COLOURS, COLUMNS, FLOATING, GROUNDS, SIZES, STANDING, STYLES, TIMES
 from ..training.state import save_tensors
-from ..world import SIZE, Scene, Thing, draw, random_scene
-from ..world.scenes import COLOURS, COLUMNS, FLOATING, GROUNDS, SIZES, STANDING, STYLES, TIMES
 
 SLOTS = tuple((kinds, column) for kinds in (STANDING, FLOATING) for column in COLUMNS)  # where a thing can be
 QUESTIONS: tuple[tuple[str, ...], ...] = (STYLES, TIMES, GROUNDS)  # the possible answers to each, in words

@@ -16,11 +16,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from sd.image import resize
+from sd.imaging.tensors import resize
 from sd.pipeline import StableDiffusion
 
-from ..world import SIZE, Told, box, draw, random_scene, tell
-from ..world.scenes import COLOURS, FLOATING, KINDS, STANDING, STYLES, SWIMMING
+from ..toy_world import SIZE, Told, box, draw, random_scene, tell
+from ..toy_world.scenes import COLOURS, FLOATING, KINDS, STANDING, STYLES, SWIMMING
 from .judge import Judge, to_tensor
 from .scoring import Rate, tally
 

@@ -18,8 +18,8 @@ from collections.abc import Iterable
 from itertools import permutations
 from typing import NamedTuple
 
-from ..world import Scene, Thing, Told
-from ..world.scenes import COLUMNS
+from ..toy_world import Scene, Thing, Told
+from ..toy_world.scenes import COLUMNS
 
 ATTRIBUTES = ("object", "colour", "size", "place", "relation", "ground", "time", "style", "all", "no more")
 OF_THINGS = {"colour": "colour", "size": "size", "place": "column"}  # attribute -> field of Thing

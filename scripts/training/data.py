@@ -2,7 +2,7 @@
 
     FOLDER/**/name.png + name.txt         one caption a line; each time the picture is seen, one of them is taken
     FOLDER/**/metadata.jsonl              {"file_name": "a.png", "text": "a caption"}, as Hugging Face's datasets
-    world                                 scenes of scripts/world, with several captions each
+    world                                 scenes of scripts/toy_world, with several captions each
 
 A picture that cannot be read is left out, and counted; a picture without a caption is an error, as it is likely a
 misspelt name (or --caption says what to take).
@@ -29,11 +29,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from sd.image import fit
-from sd.image_files import PictureError, read_picture
+from sd.imaging.files import PictureError, read_picture
+from sd.imaging.tensors import fit
 
-from .. import world
-from ..cli import Parser
+from .. import toy_world
+from ..common.cli import Parser
 from .processes import Processes
 from .state import save_tensors
 
@@ -90,18 +90,18 @@ class World:
         if self.pairs:
             seed = self.first + i // 2
             rng = Random(seed)
-            scene = world.random_scene(rng, self.split)
-            scene = world.counterpart(scene, rng) if i % 2 else scene
-            image = world.draw(scene, Random(f"landscape {seed}"), self.size)
+            scene = toy_world.random_scene(rng, self.split)
+            scene = toy_world.counterpart(scene, rng) if i % 2 else scene
+            image = toy_world.draw(scene, Random(f"landscape {seed}"), self.size)
         else:
             rng = Random(self.first + i)
-            scene = world.random_scene(rng, self.split)
-            image = world.draw(scene, rng, self.size)
-        return Example(np.asarray(image), [world.caption(scene, rng) for _ in range(self.phrasings)])
+            scene = toy_world.random_scene(rng, self.split)
+            image = toy_world.draw(scene, rng, self.size)
+        return Example(np.asarray(image), [toy_world.caption(scene, rng) for _ in range(self.phrasings)])
 
     def fingerprint(self) -> str:
         """Of the numbers and of the code that draws."""
-        code = [path.read_text(encoding="utf-8") for path in sorted(Path(world.__file__).parent.glob("*.py"))]
+        code = [path.read_text(encoding="utf-8") for path in sorted(Path(toy_world.__file__).parent.glob("*.py"))]
         return digest([repr(self), *code])
 
 

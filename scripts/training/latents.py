@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sd.inpainting import conditioning, hide, latent_mask
+from sd.imaging.masks import conditioning, hide, latent_mask
+from sd.models.vae import VAE
 from sd.pipeline import StableDiffusion
-from sd.tokenizer import Tokenizer
+from sd.text.tokenizer import Tokenizer
 from sd.training import drop_prompts, random_masks
-from sd.vae import VAE
 
 from .data import Order, Source, cached, digest, examples, generator, pixels, to_floats
 from .loop import Recipe

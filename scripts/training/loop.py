@@ -23,11 +23,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from sd.device import best_dtype, dtype_name
 from sd.files import remove_partial
+from sd.runtime.device import best_dtype, dtype_name
 from sd.training import EMA, Muon, learning_rate
 
-from ..cli import Parser, keep_freed_memory, run
+from ..common.cli import Parser, keep_freed_memory, run
 from .log import Log
 from .processes import Processes, processes
 from .state import STATE, Stop, continued, finite, keep_settings, load_state, save_state

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint, named, naming
 from sd.checkpoints.convert import convert
+from sd.checkpoints.detect import CONFIG_KEY, detect
 from sd.checkpoints.export import to_own
-from sd.checkpoints.identity import CONFIG_KEY, detect
 from sd.checkpoints.layouts import find_layouts
+from sd.checkpoints.loading import build, load_weights, with_part
 from sd.config import MODELS, Config
-from sd.loading import build, load_weights, with_part
+from sd.models.text_encoder import TextEncoder
+from sd.models.unet import UNet
+from sd.models.vae import VAE
 from sd.pipeline import StableDiffusion
-from sd.text_encoder import TextEncoder
 from sd.training import initialise_text_encoder, initialise_unet, widen_input
-from sd.unet import UNet
-from sd.vae import VAE
 
-from ..cli import Parser
+from ..common.cli import Parser
 from .state import save_tensors
 
 # what train_vae.py and train_text.py write: a network's weights under their names in a whole model
@@ -152,7 +152,7 @@ def for_inpainting(model: StableDiffusion) -> StableDiffusion:
 
 
 def with_weights(network: nn.Module, weights: Mapping[str, Tensor], prefix: str) -> nn.Module:
-    """A network like this one, for painting, with the weights whose names begin with `prefix`, uncopied."""
+    """A network like this one, for generate, with the weights whose names begin with `prefix`, uncopied."""
     with torch.device("meta"):
         other = type(network)(network.config)
     own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}

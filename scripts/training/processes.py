@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sd.device import find_device
+from sd.runtime.device import find_device
 
 PATIENCE = timedelta(hours=12)  # others may wait so long for the one that prepares the data or paints samples
 

@@ -33,11 +33,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from .folders import Part, Parts, check_not_a_shard, find_parts, is_index, parts_of_index
-from .numbers import NumberType
-from .pages import FilePages, fresh
-from .pickles import RefusedFile
-from .safetensors_files import AGAIN, read_safetensors
-from .torch_files import LEGACY_MAGIC, MAX_TENSORS, View, read_legacy, read_zip
+from .formats.dtypes import NumberType
+from .formats.mmap import FilePages, fresh
+from .formats.pickles import RefusedFile
+from .formats.safetensors_files import AGAIN, read_safetensors
+from .formats.torch_files import LEGACY_MAGIC, MAX_TENSORS, View, read_legacy, read_zip
 
 if TYPE_CHECKING:
     import torch

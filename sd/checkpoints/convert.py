@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from ..config import Config
 from .checkpoint import CheckpointError, shapes
-from .identity import identify, no_unet
-from .keys import EMA, Source
+from .detect import identify, no_unet
+from .key_maps import EMA, Source
 from .layouts import AVERAGE, EXTRA, NETWORKS, TOKENS, find_layouts, usual_layout
 from .weight_shapes import weight_shapes
 

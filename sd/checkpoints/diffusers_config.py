@@ -15,7 +15,7 @@ from typing import Any
 
 from ..config import GROUPS, MODELS, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from .checkpoint import CheckpointError
-from .keys import is_openclip
+from .key_maps import is_openclip
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}  # theirs -> ours
 MAX_TIMESTEPS = 100_000

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from ..config import Config
 from ..schedule import Schedule
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
+from .detect import CONFIG_KEY
 from .diffusers_config import to_diffusers_configs
 from .folders import EXTRA_FILE, RAW_VARIANT
-from .identity import CONFIG_KEY
-from .keys import CLIP, EMA, OPENCLIP, diffusers_sources, is_openclip, original_sources
+from .key_maps import CLIP, EMA, OPENCLIP, diffusers_sources, is_openclip, original_sources
 from .layouts import AVERAGE, EXTRA, find_layouts
 from .prediction import PREDICTION_KEY
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .pickles import RefusedFile
+from .formats.pickles import RefusedFile
 
 MAX_JSON = 1 << 20  # bytes; an index has below 200 KB
 STEMS = {

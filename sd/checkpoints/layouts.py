@@ -22,7 +22,7 @@ from collections.abc import Container, Iterable, Mapping
 from typing import NamedTuple
 
 from ..config import Config
-from .keys import CLIP, CLIP_OLD, EMA, OPENCLIP, UNET, VAE, Source, is_openclip, sources
+from .key_maps import CLIP, CLIP_OLD, EMA, OPENCLIP, UNET, VAE, Source, is_openclip, sources
 
 NETWORKS = ("text_encoder", "vae", "unet")
 AVERAGE = "unet_ema"  # the U-Net's moving average, which a training checkpoint holds beside the U-Net

@@ -27,7 +27,7 @@ from ..config import SD2, SD2_V, Config, ScheduleConfig
 from ..schedule import Schedule
 from .checkpoint import Checkpoint, CheckpointError
 from .diffusers_config import schedule_from_diffusers
-from .numbers import TYPES, NumberType
+from .formats.dtypes import TYPES, NumberType
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -31,10 +31,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..layers import Attention
 from ..model import Model
-from ..settings import Settings
-from ..unet import TransformerBlock, UNet
+from ..models.layers import Attention
+from ..models.unet import TransformerBlock, UNet
+from ..params import Settings
 from .drawing import above, beside, boxed, captioned, dotted, figure, overlay, scaled, strip
 from .runs import SETTINGS, run
 from .text import Word, words

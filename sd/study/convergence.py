@@ -22,10 +22,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..model import Model
+from ..params import Settings
 from ..pipeline import draw, generators
 from ..samplers import SAMPLERS
 from ..schedule import Level
-from ..settings import Settings
 from .drawing import Curve, figure, plot
 from .runs import PLAIN, denoiser, last, walk
 

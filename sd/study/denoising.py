@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..model import Model
+from ..params import Settings
 from ..schedule import Level
-from ..settings import Settings
 from .drawing import MUTED, above, figure, framed, paragraph, strip
 from .runs import SETTINGS, levels, noise, run
 

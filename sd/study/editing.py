@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..model import Model
-from ..settings import Settings
+from ..params import Settings
 from .attention import Call, watching
 from .drawing import above, figure, strip
 from .runs import SETTINGS, last, run

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from ..params import Settings, one_of
 from ..pipeline import STRENGTH, StableDiffusion
-from ..settings import Settings, one_of
 from .drawing import figure, strip
 from .runs import SETTINGS, spacing_of
 

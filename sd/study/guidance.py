@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..model import Model
+from ..params import Settings
 from ..schedule import Level
-from ..settings import Settings
 from .denoising import spread
 from .drawing import figure, heat, strip
 from .runs import SETTINGS, denoiser, guidance_of, last, noise, walk

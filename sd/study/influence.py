@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..model import Model
-from ..settings import Settings
+from ..params import Settings
 from .attention import draw_words, noted
 from .denoising import trajectory
 from .runs import SETTINGS, denoiser

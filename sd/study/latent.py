@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..image import to_pil
+from ..imaging.tensors import to_pil
 from ..model import Model
 from .drawing import above, beside, captioned, figure, heat, paragraph, scale_bar, scaled
 

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..model import Model
-from ..settings import Settings
+from ..params import Settings
 from .drawing import figure, strip
 from .runs import SETTINGS, noise, paint
 

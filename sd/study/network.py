@@ -23,8 +23,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from ..layers import Attention
-from ..unet import UNet
+from ..models.layers import Attention
+from ..models.unet import UNet
 from .attention import check_plain
 from .drawing import INK, MUTED, PAPER, SMALL, above, figure, table, write
 

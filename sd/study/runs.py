@@ -23,10 +23,10 @@ from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..model import Model
+from ..params import Settings, find_sampler
 from ..pipeline import draw, generators
 from ..samplers import Denoise, Sampler, Step
 from ..schedule import SPACINGS, Level
-from ..settings import Settings, find_sampler
 
 # quick, deterministic and from pure noise to clean data
 SETTINGS = Settings.of(sampler="ddim", steps=20, spacing="trailing", seed=1)

@@ -26,11 +26,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..kernels import plain
 from ..model import Model
+from ..params import Settings
+from ..runtime.cpu_kernels import plain
 from ..samplers import Denoise
 from ..schedule import Level
-from ..settings import Settings
 from .drawing import Curve, above, figure, plot, strip
 from .runs import SETTINGS, denoiser, last, noise, walk
 

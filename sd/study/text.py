@@ -20,9 +20,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..model import Model
-from ..settings import Settings
-from ..text_encoder import TextEncoder
-from ..tokenizer import END_OF_WORD, Tokenizer
+from ..models.text_encoder import TextEncoder
+from ..params import Settings
+from ..text.tokenizer import END_OF_WORD, Tokenizer
 from .drawing import (
     DIVERGING,
     INK,
@@ -42,7 +42,7 @@ from .drawing import (
     scaled,
     text_width,
     write,
-)  # fmt: skip
+)
 from .runs import SETTINGS, paint
 
 

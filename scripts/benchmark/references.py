@@ -1,0 +1,183 @@
+"""The same networks in diffusers and transformers, with the same weights, to compare with.
+
+Built from a config, with nothing downloaded. The weights are the very tensors of our networks wherever the layout
+allows it, so that a model and its peer together need little more memory than one of them. Each peer is called as ours
+is: `unet(x, t, context)`, `vae.moments(image)`, `vae.decode(z)`, `text_encoder(ids)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sd.checkpoints.diffusers_config import unet_to_diffusers, vae_to_diffusers
+from sd.checkpoints.key_maps import diffusers_sources
+from sd.config import Config
+
+REQUIRED = ("diffusers", "transformers")
+LAYOUTS = {"channels_last": torch.channels_last, "default": torch.contiguous_format}
+
+
+class PeerUNet(nn.Module):
+    """diffusers' UNet2DConditionModel with the signature of ours."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """x (B, C, H, W), t (B,), context (B, M, D) -> (B, C_out, H, W)."""
+        return self.model(x, t, context, return_dict=False)[0]
+
+
+class PeerVAE(nn.Module):
+    """diffusers' AutoencoderKL with the signature of ours: the scale factor is inside."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """image (B, 3, H, W) in [-1, 1] -> mean and log variance of the unscaled latent, each (B, 4, h, w)."""
+        gaussian = self.model.encode(image, return_dict=False)[0]
+        return gaussian.mean, gaussian.logvar
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (B, 4, h, w) as the U-Net has them -> picture (B, 3, H, W)."""
+        return self.model.decode(z / self.model.config.scaling_factor, return_dict=False)[0]
+
+
+class PeerTextEncoder(nn.Module):
+    """transformers' CLIPTextModel with the signature of ours."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, M) -> context (B, M, D)."""
+        return self.model(ids).last_hidden_state
+
+
+def missing() -> list[str]:
+    """Which of the packages that peers need are not installed."""
+    return [name for name in REQUIRED if find_spec(name) is None]
+
+
+def require() -> None:
+    """Raises ValueError, in one line, where peers cannot be built."""
+    if gone := missing():
+        raise ValueError(f"comparing needs {' and '.join(REQUIRED)}: pip install {' '.join(gone)}")
+
+
+def libraries() -> None:
+    """Import all that peers are made of, and keep the advice of these packages from the terminal."""
+    require()
+    import diffusers
+    import transformers
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
+    from transformers import CLIPTextModel  # noqa: F401
+
+    for package in (diffusers, transformers):
+        package.utils.logging.set_verbosity_error()
+        package.utils.logging.disable_progress_bar()
+
+
+def peers(
+    networks: Mapping[str, nn.Module], config: Config, dtype: torch.dtype, layout: str = "channels_last"
+) -> dict[str, nn.Module]:
+    """The peers of our networks (of "text_encoder", "vae", "unet"), with their weights, on their device, in this dtype.
+
+    layout   of convolution kernels: "channels_last", in which ours are, or "default", as diffusers loads them
+
+    Raises ValueError where diffusers or transformers is not installed.
+    """
+    require()
+    states = {name: network.state_dict() for name, network in networks.items()}
+    sources = diffusers_sources(config, states)
+    makers = {"text_encoder": _text_encoder, "vae": _vae, "unet": _unet}
+    with torch.device("meta"):
+        built = {name: makers[name](config) for name in networks}
+    for name, model in built.items():
+        before = "text_model." if any(key.startswith("text_model.") for key in model.state_dict()) else ""
+        state = {}
+        for key, source in sources[name].items():
+            tensor = states[name][key].to(dtype)
+            tensor = tensor.reshape(tensor.shape + (1,) * source.ones)
+            kind = LAYOUTS[layout] if tensor.dim() == 4 else torch.contiguous_format
+            state[before + source.key] = tensor.contiguous(memory_format=kind)
+        model.load_state_dict(state, strict=True, assign=True)
+        model.requires_grad_(False).eval()
+    if "text_encoder" in built:  # its positions were made on the meta device, and are in no state dict
+        embeddings = next(module for module in built["text_encoder"].modules() if hasattr(module, "position_ids"))
+        device = next(iter(states["text_encoder"].values())).device
+        embeddings.position_ids = torch.arange(config.text.length, device=device).unsqueeze(0)
+    adapters = {"text_encoder": PeerTextEncoder, "vae": PeerVAE, "unet": PeerUNet}
+    return {name: adapters[name](model).eval() for name, model in built.items()}
+
+
+def scheduler(config: Config, kind: str = "DDIMScheduler", **options: Any) -> Any:
+    """A scheduler of diffusers, by its name, for this config's noise schedule; more `options` are handed to it."""
+    require()
+    import diffusers
+
+    predictions = {"eps": "epsilon", "v": "v_prediction"}
+    return getattr(diffusers, kind)(
+        num_train_timesteps=config.schedule.steps,
+        beta_start=config.schedule.beta_start,
+        beta_end=config.schedule.beta_end,
+        beta_schedule="scaled_linear",
+        prediction_type=predictions[config.schedule.prediction],
+        clip_sample=False,
+        **options,
+    )
+
+
+def pipeline(built: Mapping[str, nn.Module], config: Config) -> Any:
+    """diffusers' StableDiffusionPipeline over `peers`, with DDIM on the original's grid; it takes embedded prompts."""
+    require()
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline(
+        **{name: built[name].model for name in ("text_encoder", "vae", "unet")},
+        tokenizer=None,
+        scheduler=scheduler(config, steps_offset=1, set_alpha_to_one=False, timestep_spacing="leading"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _unet(config: Config) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(**unet_to_diffusers(config))
+
+
+def _vae(config: Config) -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(**vae_to_diffusers(config))
+
+
+def _text_encoder(config: Config) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    cfg = config.text
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=cfg.vocab,
+            hidden_size=cfg.width,
+            intermediate_size=4 * cfg.width,
+            num_hidden_layers=cfg.layers,
+            num_attention_heads=cfg.heads,
+            max_position_embeddings=cfg.length,
+            hidden_act=cfg.activation,
+        )
+    )

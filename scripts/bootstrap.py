@@ -1,0 +1,19 @@
+"""Lets `python scripts/NAME.py` run from a bare checkout, installed or not, from any folder.
+
+A file that is run by its path belongs to no package, so its relative imports would fail. Each program therefore begins
+
+    if not __package__:
+        from bootstrap import PACKAGE as __package__
+
+which finds this file beside it, puts the checkout on the path, and names the package that relative imports start from
+(PEP 366). Installed programs are run as modules and skip it.
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+PACKAGE = "scripts"
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import_module(PACKAGE)

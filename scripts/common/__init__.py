@@ -1,0 +1,1 @@
+"""What the programs share: arguments, output files, generating image after image."""

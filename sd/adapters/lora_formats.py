@@ -1,0 +1,326 @@
+"""LoRA files: which weight of ours each of their tensors changes, in the names of every tool; strict and counted.
+
+The same weight goes by many names. As for checkpoints the names are made from ours and looked up, never parsed:
+
+    kohya        lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight, .lora_up, .alpha
+                 lora_te_text_model_encoder_layers_0_mlp_fc1...; also lora_te1_, and the original's U-Net names
+    diffusers    unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight, .lora_B
+                 unet....attn1.processor.to_q_lora.down.weight; text_encoder....q_proj.lora_linear_layer.down.weight
+    PEFT         base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight
+
+alpha stands beside each pair, once for the whole file, or in PEFT's settings; where it does not, it is the rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming
+from ..checkpoints.key_maps import UNET, diffusers_sources, original_sources
+from ..config import Config
+from .lora import Lora, Pair, Place
+
+LAYERS = 24  # of the largest text encoder: files may have layers behind the last one that is run
+SAME_NAMES = ("pytorch_lora_weights", "adapter_model")  # as diffusers and PEFT call every file
+MAX_SETTINGS = 1 << 20  # bytes of an adapter_config.json, or the same in metadata
+
+# What stands behind a weight's name -> the part it is. PEFT may put the adapter's name before ".weight".
+PARTS = re.compile(
+    r"(?P<name>.+?)\.(?:lora_(?P<kohya>down|up|mid)\.weight|lora_(?P<peft>[AB])(?:\.[^.]+)?\.weight"
+    r"|(?:(?:lora|lora_linear_layer)\.)?(?P<diffusers>down|up)\.weight|(?P<alpha>alpha))"
+)
+PEFT = {"A": "down", "B": "up"}
+# The processors that diffusers had before PEFT: the layer of an attention -> its name in there.
+PROCESSORS = {"to_q": "to_q_lora", "to_k": "to_k_lora", "to_v": "to_v_lora", "to_out.0": "to_out_lora"}
+TEXT_PROCESSORS = {"q_proj": "to_q_lora", "k_proj": "to_k_lora", "v_proj": "to_v_lora", "out_proj": "to_out_lora"}
+
+# Other ways to change weights that are found in files of this kind, and other models: by their keys.
+OTHER_KINDS = (
+    (r"\.(dora_scale|lora_magnitude_vector)", "a DoRA"),
+    (r"\.hada_", "a LoHa"),
+    (r"\.lokr_", "a LoKr"),
+    (r"\.b?oft_|\.oft_diag", "an OFT"),
+    (r"\.on_input$", "an IA3"),
+    (r"\.[ab][12]\.weight$", "a GLoRA"),
+    (r"\.diff(_b)?$|\.[wb]_norm$", "a LyCORIS file of full weights, biases or norms"),
+    (r"\.lora_embedding_", "a LoRA of word tables"),
+    (r"^bundle_emb\.", "a LoRA with embeddings in it"),
+)
+OTHER_MODELS = (
+    (r"lora_te3_|text_encoder_3\.|lora_transformer_|transformer\.|lora_unet_joint_blocks_", "SD 3 or Flux"),
+    (r"(lora_unet_|diffusion_model\.|lycoris_)(double|single)_blocks", "Flux"),
+    (r"lora_prior_unet_|prior\.", "Stable Cascade"),
+    (r"lora_te2_|text_encoder_2\.|.*transformer_blocks[._]1[._]|.*label_emb|.*add_embedding", "SDXL"),
+)
+FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 1280: "SDXL"}  # by width of texts
+
+
+def read_lora(path: str | os.PathLike[str], config: Config, networks: Mapping[str, nn.Module]) -> Lora:
+    """Read a LoRA file for a model of this config, with these networks ("unet", "text_encoder").
+
+    Raises CheckpointError, in one line, for a file that is no LoRA, one for another model, of another kind, or with
+    anything in it that has no place in the model.
+    """
+    path = Path(path)
+    shapes = {
+        (network, key): tuple(weight.shape)
+        for network in ("unet", "text_encoder")
+        for key, weight in networks[network].named_parameters()
+        if key.endswith(".weight") and weight.dim() > 1 and key not in ("token.weight", "position.weight")
+    }
+    with load_checkpoint(path) as file, naming(path):
+        return Lora(_name(path), dict(_pairs(file, config, shapes)))
+
+
+def _name(path: Path) -> str:
+    """The file's name without its ending, or its folder's where every file is called the same."""
+    return path.resolve().parent.name if path.stem in SAME_NAMES else path.stem
+
+
+def names(config: Config, places: Sequence[Place]) -> dict[str, Place]:
+    """Every name that a LoRA file may have for each of these weights -> the weight."""
+    keys = {"unet": [], "vae": [], "text_encoder": []}
+    for network, key in places:
+        keys[network].append(key)
+    theirs = diffusers_sources(config, keys)
+    original = original_sources(config, {**keys, "text_encoder": []})
+    found: dict[str, Place] = {}
+    for key in keys["unet"]:
+        for name in _unet_names(theirs["unet"][key].key, original["unet"][key].key):
+            found[name] = "unet", key
+    for key in keys["text_encoder"]:
+        for name in _text_names(theirs["text_encoder"][key].key):
+            found[name] = "text_encoder", key
+    return found
+
+
+def _unet_names(diffusers: str, original: str) -> Iterator[str]:
+    path, old = diffusers.removesuffix(".weight"), original.removesuffix(".weight").removeprefix(UNET)
+    for name in (path, old):
+        yield "lora_unet_" + name.replace(".", "_")
+    yield from (f"diffusion_model.{old}", f"{UNET}{old}")
+    for prefix in ("", "unet.", "base_model.model.", "unet.base_model.model."):
+        yield prefix + path
+        for layer, processor in PROCESSORS.items():
+            if path.endswith(f".{layer}"):
+                attention = path.removesuffix(layer)
+                yield from (f"{prefix}{attention}processor.{processor}", f"{prefix}{attention}{processor}")
+
+
+def _text_names(diffusers: str) -> Iterator[str]:
+    short = diffusers.removesuffix(".weight").removeprefix("text_model.")
+    for path in (short, f"text_model.{short}"):  # transformers before and from version 5 on
+        for prefix in ("lora_te_", "lora_te1_"):
+            yield prefix + path.replace(".", "_")
+        for prefix in (
+            "", "text_encoder.", "base_model.model.", "text_encoder.base_model.model.",
+            "text_encoders.clip_l.transformer.", "text_encoders.clip_h.transformer.",
+        ):  # fmt: skip
+            yield prefix + path
+            for layer, processor in TEXT_PROCESSORS.items():
+                if path.endswith(f".{layer}"):
+                    yield prefix + path.removesuffix(layer) + processor
+
+
+def _pairs(file: Checkpoint, config: Config, shapes: Mapping[Place, tuple[int, ...]]) -> Iterator[tuple[Place, Pair]]:
+    """The changes that a file holds, once all of its names and shapes have been found to fit."""
+    known = names(config, list(shapes))
+    parts: dict[str, dict[str, str]] = {}  # name of a weight -> part of it -> key in the file
+    unknown: list[str] = []
+    beyond = _beyond(config, shapes)
+    for key in file:
+        match = PARTS.fullmatch(key)
+        name = match["name"] if match else ""
+        if match and name in known:
+            part = match["kohya"] or match["diffusers"] or PEFT.get(match["peft"]) or "alpha"
+            if part in parts.setdefault(name, {}):
+                raise CheckpointError(f"two adapters in one file: {parts[name][part]} and {key}")
+            parts[name][part] = key
+        elif not (match and name in beyond) and key != "alpha":
+            unknown.append(key)
+    _check_family(file, parts, known, shapes)
+    if unknown:
+        _refuse(file, unknown, bool(parts))
+    by_place: dict[Place, str] = {}
+    for name in parts:
+        if (other := by_place.setdefault(known[name], name)) != name:
+            raise CheckpointError(f"two names for one weight: {other} and {name}")
+    if not parts:
+        raise CheckpointError("changes only layers of the text encoder that this model does not run")
+    halves = [f"{name} without {part}" for name in parts for part in ("down", "up") if part not in parts[name]]
+    if halves:
+        raise CheckpointError(f"{len(halves)} halves of pairs missing: {_listed(halves)}")
+    _check_shapes(file, parts, known, shapes)
+    settings = _settings(file)
+    for name, keys in parts.items():
+        place = known[name]
+        down, up, *mid = (file[keys[part]] for part in ("down", "up", "mid") if part in keys)
+        if not all(map(_sound, (down, up, *mid))):
+            raise CheckpointError(f"{name} holds numbers that are not finite, or whole numbers: a damaged file")
+        yield place, Pair(down, up, mid[0] if mid else None, _scale(file, keys, name, place, down.shape[0], settings))
+
+
+def _sound(numbers: Tensor) -> bool:
+    """Whether all are floats and finite. In pieces, as floats of 8 bits must be converted to see."""
+    pieces = numbers.flatten().split(1 << 20)
+    return numbers.is_floating_point() and all(bool(piece.float().isfinite().all()) for piece in pieces)
+
+
+def _beyond(config: Config, shapes: Mapping[Place, tuple[int, ...]]) -> dict[str, Place]:
+    """The names of the weights in the text encoder's layers behind the last one that is run."""
+    first = [key for network, key in shapes if network == "text_encoder" and key.startswith("blocks.0.")]
+    more = [
+        ("text_encoder", key.replace("blocks.0.", f"blocks.{i}.", 1))
+        for i in range(config.text.layers, LAYERS)
+        for key in first
+    ]
+    return names(replace(config, text=replace(config.text, layers=max(LAYERS, config.text.layers))), more)
+
+
+def _refuse(file: Checkpoint, unknown: list[str], some_known: bool) -> None:
+    """Say what the file is, if that can be told; else which of its keys are unknown."""
+    for pattern, model in OTHER_MODELS:
+        if any(re.match(pattern, key) for key in unknown):
+            raise CheckpointError(f"a LoRA for {model}, which is not supported: Stable Diffusion 1.x and 2.x are")
+    for pattern, kind in OTHER_KINDS:
+        found = [key for key in unknown if re.search(pattern, key)]
+        if found:
+            raise CheckpointError(f"{kind} ({found[0]}), which is not supported: LoRA and LoCon are")
+    if not some_known and not any("lora" in key for key in unknown):
+        raise CheckpointError(
+            f"no LoRA ({_listed(unknown)}): a checkpoint is given with --ckpt, an embedding with --embedding"
+        )
+    raise CheckpointError(f"{len(unknown)} of {len(file)} keys have no place in this model: {_listed(unknown)}")
+
+
+def _check_family(
+    file: Checkpoint,
+    parts: Mapping[str, Mapping[str, str]],
+    known: Mapping[str, Place],
+    shapes: Mapping[Place, tuple[int, ...]],
+) -> None:
+    """Refuse what was made for a model of another family: its texts have another width."""
+    for name, keys in parts.items():
+        network, key = known[name]
+        if network == "unet" and not key.endswith(("attn2.k.weight", "attn2.v.weight")):
+            continue
+        if network == "text_encoder" and key.endswith(".fc2.weight"):
+            continue
+        theirs, ours = file.shape(keys["down"])[1:2] if "down" in keys else (), shapes[network, key][1]
+        if theirs and theirs != (ours,):
+            what = "U-Net expects texts" if network == "unet" else "text encoder is"
+            raise CheckpointError(
+                f"made for {FAMILIES.get(theirs[0], 'another model')}, whose {what} {theirs[0]} wide, not {ours} as in "
+                f"this model ({name})"
+            )
+
+
+def _check_shapes(
+    file: Checkpoint,
+    parts: Mapping[str, Mapping[str, str]],
+    known: Mapping[str, Place],
+    shapes: Mapping[Place, tuple[int, ...]],
+) -> None:
+    wrong = []
+    for name, keys in parts.items():
+        network, key = known[name]
+        shape = shapes[network, key]
+        down, up = (_squeezed(file.shape(keys[part])) for part in ("down", "up"))
+        mid = file.shape(keys["mid"]) if "mid" in keys else None
+        if len(file.shape(keys["down"])) < 2 or len(file.shape(keys["up"])) < 2:
+            wrong.append(f"{keys['down']} is {_text(down)}, {keys['up']} {_text(up)}")
+            continue
+        rank = file.shape(keys["down"])[0]
+        out, width, *kernel = shape
+        if mid is not None:
+            made = (file.shape(keys["up"])[0], file.shape(keys["down"])[1], *mid[2:])
+            fits = len(mid) == 4 and mid[:2] == (rank, rank) and len(down) <= 2 and len(up) <= 2
+        else:
+            made = (file.shape(keys["up"])[0], *file.shape(keys["down"])[1:])
+            fits = len(up) <= 2
+        fits = fits and file.shape(keys["up"])[1] == rank and rank > 0
+        widened = (network, key) == ("unet", "conv_in.weight") and made == (out, 4, *kernel) and width == 9
+        if not fits or not (_squeezed(made) == _squeezed(shape) or widened):
+            wrong.append(f"{name} is for {_text(made)}, the model's is {_text(shape)}")
+    if wrong:
+        raise CheckpointError(
+            f"made for another model: {len(wrong)} of {len(parts)} of the wrong shape: {_listed(wrong, '; ')}"
+        )
+
+
+def _scale(
+    file: Checkpoint, keys: Mapping[str, str], name: str, place: Place, rank: int, settings: Mapping[str, Any]
+) -> float:
+    """alpha / r of one weight; alpha is its own, or the file's, or r."""
+    key = keys.get("alpha", "alpha")
+    if key in file:
+        if math.prod(file.shape(key)) != 1:
+            raise CheckpointError(f"{key} is {_text(file.shape(key))}, expected one number")
+        alpha, root = float(file[key].flatten()[0]), False
+    else:
+        alpha, root = _setting(settings, name, place, rank)
+    scale = alpha / (math.sqrt(rank) if root else rank)
+    if not math.isfinite(scale):
+        raise CheckpointError(f"the alpha of {name} is not finite: a damaged file")
+    return scale
+
+
+def _settings(file: Checkpoint) -> dict[str, Any]:
+    """What PEFT says about its adapters, in the metadata of the file or in an adapter_config.json beside it."""
+    text = file.metadata.get("lora_adapter_metadata")
+    beside = file.path.with_name("adapter_config.json")
+    try:
+        if text is None and file.path.stem == "adapter_model" and beside.is_file():
+            with open(beside, "rb") as stream:
+                text = stream.read(MAX_SETTINGS + 1).decode()
+        if text is not None and len(text) > MAX_SETTINGS:
+            raise ValueError(f"{len(text)} characters")
+        found = json.loads(text) if text is not None else {}
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"the settings of its adapter cannot be read: {error!s:.100}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _setting(settings: Mapping[str, Any], name: str, place: Place, rank: int) -> tuple[float, bool]:
+    """alpha from PEFT's settings, and whether it is divided by the root of the rank."""
+
+    def get(what: str) -> Any:
+        return settings.get(f"{place[0]}.{what}", settings.get(what))
+
+    alpha = get("lora_alpha")
+    patterns = get("alpha_pattern")
+    for layer, own in patterns.items() if isinstance(patterns, dict) else ():
+        if not re.fullmatch(r"[\w.-]+", layer):  # PEFT takes any regular expression
+            what = f"the settings of its adapter have the pattern {layer!r:.50}"
+            raise CheckpointError(f"{what}, which is not supported: expected the name of a layer")
+        if name == layer or name.endswith(f".{layer}"):
+            alpha = own
+            break  # as PEFT: the first that fits
+    if alpha is None:
+        return float(rank), False
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or abs(alpha) > 1e6:
+        raise CheckpointError(f"the settings of its adapter say lora_alpha {alpha!r:.50}, expected a number")
+    return float(alpha), get("use_rslora") is True
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def _listed(names: Sequence[str], separator: str = ", ") -> str:
+    return separator.join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _text(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "a single number"

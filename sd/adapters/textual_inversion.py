@@ -1,0 +1,142 @@
+"""Textual inversion: files with vectors for words that a text encoder does not have.
+
+Gal et al. 2022, "An image is worth one word: personalizing text-to-image generation using textual inversion"
+(arXiv:2208.01618): the networks stay as they are; only the vectors of a new word are trained, from a few pictures.
+A word may have several vectors, and takes as many of the 75 places of a prompt.
+
+    file                        in it
+    the paper's .pt             string_to_param: {"*": (n, D)}, also the web UI's, with a name beside it
+    diffusers' .bin             {"<the-word>": (D,) or (n, D)}; in .safetensors as well
+    .safetensors of others      emb_params: (n, D)
+
+D is the width of the text encoder, so a file fits one family of models: 768 Stable Diffusion 1.x, 1024 2.x.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints.checkpoint import CheckpointError, load_checkpoint, naming
+from ..text.tokenizer import Tokenizer
+
+PARAMETERS = "string_to_param."  # what the reader of pickles puts before the names in there
+NAMELESS = ("emb_params", "clip_l", "embedding", "weight", "*", "<*>")  # keys that are no word
+FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL"}
+MAX_WORDS = 100  # in one file
+MAX_LETTERS = 200  # of a word
+
+
+def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: str | None = None) -> dict[str, Tensor]:
+    """The words of an embedding file and their vectors, (n, width) each, in float32.
+
+    width   of the text encoder's vectors
+    room    tokens in a prompt: a word can have as many vectors
+    word    what to call it; else the word that the file gives it, or the file's name without its ending
+
+    Raises CheckpointError, in one line, for a file that is no embedding, or one for another model.
+    """
+    path = Path(path)
+    with load_checkpoint(path) as file, naming(path):
+        if {"clip_g", "clip_l"} <= set(file):
+            raise CheckpointError("an embedding for SDXL, which is not supported: Stable Diffusion 1.x and 2.x are")
+        shapes = {key: file.shape(key) for key in file}
+        bad = [key for key, shape in shapes.items() if len(shape) not in (1, 2) or 0 in shape]
+        if bad or len(shapes) > MAX_WORDS or any("lora" in key for key in shapes):
+            few = (
+                f"{bad[0]} is {'x'.join(map(str, shapes[bad[0]]))}"
+                if bad
+                else f"{len(shapes)} tensors, {next(iter(shapes))}, ..."
+            )
+            raise CheckpointError(f"no embedding ({few}): a checkpoint is given with --ckpt, a LoRA file with --lora")
+        if word is not None and len(shapes) > 1:
+            raise CheckpointError(f"holds {len(shapes)} words ({', '.join(list(shapes)[:5])}): give none of your own")
+        found = {}
+        for key, shape in shapes.items():
+            if shape[-1] != width:
+                family = FAMILIES.get(shape[-1], "another model")
+                raise CheckpointError(
+                    f"an embedding for {family}: its vectors are {shape[-1]} wide, this model's {width}"
+                )
+            name = word or key.removeprefix(PARAMETERS)
+            if word is None and len(shapes) == 1 and (name in NAMELESS or key.startswith(PARAMETERS)):
+                name = path.stem
+            if not name.isprintable() or len(name) > MAX_LETTERS:
+                raise CheckpointError(f"{name[:50]!r} is no word; give one (word=..., --embedding FILE:WORD)")
+            if len(shape) == 2 and shape[0] > room:
+                raise CheckpointError(f"{name!r} has {shape[0]} vectors, but a prompt has room for {room}")
+            vectors = file[key].reshape(-1, width)
+            whole = not vectors.is_floating_point()
+            vectors = vectors.float()
+            if whole or not vectors.isfinite().all():
+                raise CheckpointError(f"{key} holds numbers that are not finite, or whole numbers: a damaged file")
+            found[name] = vectors
+        return found
+
+
+class WordTable(nn.Embedding):
+    """The text encoder's table of tokens with more behind its end; the table itself is the same, and is not copied."""
+
+    def __init__(self, table: nn.Embedding, more: Tensor) -> None:
+        """`more` (n, D) has the vectors of the ids from `len(table)` on."""
+        super().__init__(table.num_embeddings, table.embedding_dim, device="meta", dtype=table.weight.dtype)
+        self.weight = table.weight
+        self.register_buffer("more", more.to(table.weight), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (...) -> vectors (..., D)."""
+        new = (ids - self.num_embeddings).clamp(min=0)
+        known = super().forward(ids.clamp(max=self.num_embeddings - 1))
+        return torch.where((ids >= self.num_embeddings)[..., None], nn.functional.embedding(new, self.more), known)
+
+
+class Words:
+    """The words that were added to a tokenizer and a text encoder; both are as before when none is left."""
+
+    def __init__(self, tokenizer: Tokenizer, text_encoder: nn.Module) -> None:
+        """`text_encoder` has its table of tokens as `token`."""
+        self._tokenizer, self._text_encoder = tokenizer, text_encoder
+        self._table: nn.Embedding = text_encoder.token
+        self._vectors: dict[str, Tensor] = {}  # by word, as the tokenizer knows it
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many vectors each word has."""
+        return {word: len(vectors) for word, vectors in self._vectors.items()}
+
+    def add(self, words: Mapping[str, Tensor]) -> list[str]:
+        """Add words with their vectors (n, D); returns them as the tokenizer knows them. ValueError if one is taken."""
+        added = []
+        try:
+            for word, vectors in words.items():
+                added.append(self._tokenizer.add(word, range(self._next, self._next + len(vectors))))
+                self._vectors[added[-1]] = vectors
+        except ValueError:
+            self.remove(*added)
+            raise
+        self._rebuild()
+        return added
+
+    def remove(self, *words: str) -> None:
+        """Forget words that were added. KeyError for others."""
+        for word in words:
+            del self._vectors[word]
+            self._tokenizer.remove(word)
+        kept, self._vectors = self._vectors, {}
+        for word, vectors in kept.items():  # close the gaps
+            self._tokenizer.remove(word)
+            self._tokenizer.add(word, range(self._next, self._next + len(vectors)))
+            self._vectors[word] = vectors
+        self._rebuild()
+
+    @property
+    def _next(self) -> int:
+        return self._table.num_embeddings + sum(map(len, self._vectors.values()))
+
+    def _rebuild(self) -> None:
+        vectors = list(self._vectors.values())
+        self._text_encoder.token = WordTable(self._table, torch.cat(vectors)) if vectors else self._table

@@ -1,0 +1,193 @@
+"""What a file holds, without reading its weights: family, prediction, precision, what is missing, what is unknown.
+
+Names, shapes and types are at the beginning of a file (or, in a zip, at its end), so this takes no longer for 8 GB than
+for 8 MB. What needs all of the file is left out: its SHA-256 is computed where that takes no time (`SMALL`) or is asked
+for, and whether a network of SD 2.x predicts eps or v, if nothing says so, only running it can tell.
+
+>>> from sd.checkpoints.checkpoint import load_checkpoint
+>>> from sd.resources import resource
+>>> with load_checkpoint(resource("weights/pocket.safetensors")) as file:
+...     census(file).model
+'pocket, 128x128'
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..config import SD1, SD2, Config
+from .checkpoint import Bundle, Checkpoint, CheckpointError, printable, shapes
+from .convert import FLAGS, NAMES, ignored
+from .detect import damaged_position_ids, identify
+from .layouts import AVERAGE, NETWORKS, TOKENS, Layout, find_layouts, usual_layout
+from .weight_shapes import weight_shapes
+
+SMALL = 256 << 20  # bytes: SHA-256 of so much takes below half a second
+SHORT_HASH = (0x100000, 0x10000)  # where older tools look for "model hash": 64 KB behind the first megabyte
+LISTED = 10  # keys, of a long list
+
+
+@dataclass
+class Census:
+    """What is in a file. `lines()` has all of it in words."""
+
+    path: Path
+    kind: str
+    size: int  # bytes
+    tensors: int
+    model: str  # its family, or why it is none that runs here
+    supported: bool
+    prediction: str = ""
+    channels: str = ""
+    networks: dict[str, str] = field(default_factory=dict)  # name -> its weights, precision and layout
+    ema: str = "no"
+    missing: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
+    short_hash: str | None = None
+    sha256: str | None = None
+
+    def lines(self) -> list[str]:
+        """One line each: what, and the answer."""
+        rows = [
+            ("file", f"{self.path} ({self.kind}, {self.size:,} bytes, {self.tensors} tensors)"),
+            ("model", self.model),
+            ("predicts", self.prediction),
+            ("channels", self.channels),
+            *self.networks.items(),
+            ("EMA", self.ema if self.networks else ""),
+            ("missing", "; ".join(self.missing) or ("nothing" if self.supported else "")),
+            ("unknown", _listed(self.unknown) or "nothing"),
+            *(("note", note) for note in self.notes),
+            ("metadata", ", ".join(f"{key}: {value}" for key, value in self.metadata.items())),
+            ("short hash", f"{self.short_hash} (of 64 KB, as older tools name models)" if self.short_hash else ""),
+            (
+                "SHA-256",
+                self.sha256 or ("" if not self.short_hash else "not computed: reads all of the file (--sha256)"),
+            ),
+        ]
+        return [printable(f"{name + ':':<14}{value}") for name, value in rows if value]
+
+
+def census(tensors: Checkpoint, config: Config | None = None, *, sha256: bool | None = None) -> Census:
+    """Count what an opened checkpoint holds. Only two small tables are read of its numbers.
+
+    config   which model it is, if that is known
+    sha256   of the whole file, which has to be read for it; by default of small ones only
+    """
+    found, layouts = shapes(tensors), find_layouts(tensors)
+    files = [file.path for file in tensors.files] if isinstance(tensors, Bundle) else [tensors.path]
+    size = sum(path.stat().st_size for path in files)
+    out = Census(tensors.path, tensors.kind, size, len(tensors), "", supported=False)
+    out.notes += tensors.notes
+    out.metadata = {key: _short(value) for key, value in tensors.metadata.items() if not key.startswith("sd.")}
+    try:
+        identity = identify(tensors, config)
+        config, out.supported = identity.config, True
+        out.model = f"{config.name}, {config.size}x{config.size}"
+        said = f"{config.schedule.prediction}: {identity.reason or 'its own config says so'}"
+        open_question = "eps or v: nothing says; its U-Net is run once to see when it is loaded (--prediction says it)"
+        out.prediction = said if identity.decided else open_question
+        inpaints = config.unet.in_channels != config.vae.latent_channels
+        out.channels = f"{config.unet.in_channels} ({'inpainting' if inpaints else 'text to image'})"
+    except CheckpointError as error:
+        out.model = str(error)
+        if not layouts:
+            return _hashed(out, files, sha256)
+        # a network alone: counted as one of the model it most likely is of
+        wide = any(shape[-1:] == (SD2.text.width,) and "token_embedding" in key for key, shape in found.items())
+        config = config or (SD2 if wide else SD1)
+    _count(out, tensors, config, layouts)
+    if damaged := damaged_position_ids(tensors):
+        out.notes.append(
+            f"{damaged} is damaged, as merging does: not used here, but other programs may misread prompts"
+        )
+    return _hashed(out, files, sha256)
+
+
+def _count(out: Census, tensors: Checkpoint, config: Config, layouts: Mapping[str, Layout]) -> None:
+    found = shapes(tensors)
+    expected = weight_shapes(config)
+    expected[AVERAGE] = expected["unet"]
+    used: set[str] = set()
+    for name in (*NETWORKS, AVERAGE):
+        layout = layouts.get(name)
+        if layout is None:
+            if name != AVERAGE:
+                out.missing.append(f"the {NAMES[name]}" + (f" ({FLAGS[name]} gives it)" if name in FLAGS else ""))
+            continue
+        keys = {source.key for source in layout.sources(config, expected[name]).values()}
+        here = [key for key in keys if key in found]
+        gone = sorted(keys - set(here))
+        used |= keys
+        numbers = sum(math.prod(found[key]) for key in here)
+        usual = usual_layout(name, config)
+        names = (
+            "" if layout == usual else f", {layout.name} names{f' behind {layout.prefix!r}' if layout.prefix else ''}"
+        )
+        text = f"{len(here)} weights, {numbers / 1e6:.1f} M, {_precision(tensors, here)}{names}"
+        if name == AVERAGE:
+            out.ema = text if not gone else f"incomplete: {len(gone)} of {len(keys)} weights missing"
+            continue
+        out.networks[NAMES[name]] = text
+        if gone:
+            out.missing.append(f"of the {NAMES[name]} {len(gone)} of {len(keys)} weights: {_listed(gone)}")
+    if AVERAGE not in layouts and any(key.startswith("model_ema.") for key in found):
+        out.ema = "no, only its counters"
+    text = layouts.get("text_encoder")
+    if text is not None:
+        (source,) = text.sources(config, [TOKENS]).values()
+        added = found.get(source.key, (0,))[0] - SD1.text.vocab
+        if added > 0:
+            out.notes.append(f"{added} words added to the vocabulary: kept, but no prompt can ask for them")
+    out.unknown = [
+        key
+        for key in found
+        if key not in used and not ignored(key) and not (text is not None and text.unrun_layer(key, config.text.layers))
+    ]
+
+
+def _precision(tensors: Checkpoint, keys: list[str]) -> str:
+    counts = Counter(tensors.number_type(key).name for key in keys)
+    kinds = [f"{name} ({count})" if len(counts) > 1 else name for name, count in counts.most_common()]
+    return " and ".join(kinds) or "none"
+
+
+def _hashed(out: Census, files: list[Path], sha256: bool | None) -> Census:
+    """Add the hashes of a single file; a folder has none."""
+    if len(files) == 1:
+        out.short_hash = short_hash(files[0])
+        if sha256 or (sha256 is None and out.size <= SMALL):
+            with open(files[0], "rb") as stream:
+                digest = hashlib.sha256()
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+            out.sha256 = digest.hexdigest()
+    return out
+
+
+def short_hash(path: Path) -> str:
+    """Eight digits of the SHA-256 of 64 KB: the "model hash" of tools before 2023, such as 7460a6fa for sd-v1-4.ckpt.
+
+    Quick, and no proof of anything: files that differ elsewhere share it.
+    """
+    start, count = SHORT_HASH
+    with open(path, "rb") as stream:
+        stream.seek(start)
+        return hashlib.sha256(stream.read(count)).hexdigest()[:8]
+
+
+def _listed(keys: list[str]) -> str:
+    more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
+    return f"{len(keys)}: {', '.join(key[:100] for key in keys[:LISTED])}{more}" if keys else ""
+
+
+def _short(value: str) -> str:
+    value = " ".join(value.split())
+    return value if len(value) <= 60 else value[:57] + "..."

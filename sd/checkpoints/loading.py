@@ -1,0 +1,159 @@
+"""From opened files to networks: which parts come from where, networks without memory, and their weights, strictly.
+
+>>> from sd.config import POCKET
+>>> networks = build(POCKET)  # without numbers: those come by `load_weights`
+>>> sorted(networks), next(networks["unet"].parameters()).is_meta
+(['text_encoder', 'unet', 'vae'], True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..config import Config, TextConfig
+from ..models.text_encoder import TextEncoder
+from ..models.unet import UNet
+from ..models.vae import VAE
+from ..runtime.cpu_kernels import lays_out
+from .checkpoint import Checkpoint, CheckpointError, printable, shapes
+from .convert import FLAGS, NAMES, describe_weights, shape_text
+from .detect import CONFIG_KEY, Identity, damaged_position_ids, with_vocabulary
+from .diffusers_config import check_text_encoder, vae_from_diffusers
+from .formats.mmap import fresh
+from .layouts import find_layouts
+from .other_models import is_sdxl, refuse_others
+from .prediction import predicting, probe
+
+
+def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
+    """The config with the VAE or text encoder that another file holds: what that says of it, and its vocabulary.
+
+    Raises CheckpointError for a file without that network, or with one that does not go with the model.
+    """
+    found, layouts = shapes(tensors), find_layouts(tensors)
+    if network not in layouts:
+        refuse_others(found)
+        raise CheckpointError(f"the file has no {NAMES[network]}: give another one with {FLAGS[network]}")
+    written, folder = tensors.metadata.get(CONFIG_KEY), tensors.configs.get(network)
+    if network == "text_encoder":
+        if folder is not None:
+            check_text_encoder(folder, config.text)
+        plain = replace(config, text=replace(config.text, vocab=TextConfig().vocab))
+        return with_vocabulary(plain, found, layouts)
+    if is_sdxl(found):
+        raise CheckpointError("the VAE of an SDXL model, which makes other latents: give another one with --vae")
+    if written is not None:
+        return replace(config, vae=Config.from_json(written).vae)
+    return config if folder is None else replace(config, vae=vae_from_diffusers(folder))
+
+
+def like(known: Config, config: Config) -> Config:
+    """The config with the name, native size and schedule of another one, whose parts may be others."""
+    return replace(config, name=known.name, size=known.size, schedule=known.schedule)
+
+
+def probed(found: Identity, unet: nn.Module) -> Identity:
+    """What a U-Net predicts about which nothing is said: asked of itself."""
+    answer = probe(unet, found.config, next(unet.parameters()))
+    if answer is None:
+        return replace(found, reason=f"{found.reason}, and run once it gave NaN; --prediction says it")
+    config = predicting(found.config, answer)
+    return Identity(
+        config, reason=f"{found.reason}; run once, its U-Net answers as such models do (--prediction overrides)"
+    )
+
+
+def describe(tensors: Checkpoint, found: Identity, weights: str, config: Config) -> list[str]:
+    """What was found out about a file and chosen, one line each; `config` is with the parts of other files."""
+    lines = [f"predicts {found.config.schedule.prediction}: {found.reason}"] if found.reason else []
+    if taken := describe_weights(tensors, weights):
+        lines.append(taken)
+    if damaged := damaged_position_ids(tensors):
+        lines.append(
+            f"{damaged} is damaged, as merging does; it is not used here, but other programs may misread prompts"
+        )
+    scale, usual = config.vae.scale, found.config.vae.scale
+    if scale != usual:
+        lines.append(f"the VAE that is given has the scale {scale:g}, the model's own {usual:g}: it may not fit")
+    return list(map(printable, lines))
+
+
+class _SkipInit(TorchFunctionMode):
+    """Leaves out the initialisers of `torch.nn.init`: the weights come from a file."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def build(config: Config) -> dict[str, nn.Module]:
+    """The three networks of a config on the meta device: shapes without memory, nothing initialised."""
+    with torch.device("meta"), _SkipInit():
+        return {"text_encoder": TextEncoder(config.text), "vae": VAE(config.vae), "unet": UNet(config.unet)}
+
+
+def load_weights(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[int], object] = lambda numbers: None,
+) -> nn.Module:
+    """Give a network on the meta device its weights; each is read, converted and dropped, so nothing is held twice.
+
+    Convolution kernels are laid out channels-last, the layout in which convolutions run fastest on CPU and GPU and in
+    which a transformer's tokens are a view of the feature map, unless they are going to be laid out anew (kernels.py).
+    `progress` is told how many numbers each weight has. A weight that already is as wanted is taken as it is, not
+    copied.
+    """
+    shapes = {key: meta.shape for key, meta in module.state_dict().items()}
+    of_kernels = torch.contiguous_format if lays_out(device, dtype) else torch.channels_last
+
+    def ready(key: str) -> Tensor:
+        tensor = state[key]
+        if tensor.shape != shapes[key]:
+            raise CheckpointError(
+                f"{key} is {shape_text(tuple(tensor.shape))}, expected {shape_text(tuple(shapes[key]))}"
+            )
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{key} holds whole numbers ({tensor.dtype}): a quantised file, which is not supported"
+            )
+        layout = of_kernels if tensor.dim() == 4 else torch.contiguous_format
+        if device.type == "cpu":
+            weight = _in_pages(tensor, dtype, layout)
+        else:
+            weight = tensor.to(dtype).contiguous(memory_format=layout)
+        if dtype == torch.float16 and tensor.dtype != torch.float16 and not weight.isfinite().all():
+            raise CheckpointError(f"{key} has numbers beyond float16: use bfloat16 or float32 (--dtype)")
+        return weight
+
+    # Two threads, as reading and touching fresh memory leave a core waiting (more gain nothing); the largest first, so
+    # that the memory a weight was read into serves for all that follow. Only this thread talks to the device.
+    weights = {}
+    order = sorted(shapes, key=lambda key: -shapes[key].numel())
+    with ThreadPoolExecutor(2) as pool:
+        for key, weight in zip(order, pool.map(ready, order), strict=True):
+            weights[key] = weight.to(device)
+            progress(weight.numel())
+    module.load_state_dict(weights, strict=True, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+def _in_pages(tensor: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+    """The tensor itself if it is as wanted, or a copy in pages of its own."""
+    if tensor.dtype == dtype and tensor.is_contiguous(memory_format=layout):
+        return tensor
+    copy = fresh(tensor.numel(), dtype)
+    if layout == torch.channels_last:
+        out, width, *kernel = tensor.shape
+        copy = copy.view(out, *kernel, width).permute(0, 3, 1, 2)
+    return copy.view(tensor.shape).copy_(tensor)

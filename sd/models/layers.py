@@ -1,0 +1,116 @@
+"""The layers that the networks share: attention, feed-forward, residual block, timestep embedding.
+
+    attention            softmax(q kᵀ / sqrt(d)) v          Vaswani et al. 2017, "Attention is all you need", eq. 1
+    feed-forward         out(value * gelu(gate))            Shazeer 2020, "GLU variants improve transformer" (GEGLU)
+    residual block       x + conv(silu(norm(conv(silu(norm(x))) + time)))       Ho et al. 2020, appendix B
+    timestep embedding   cos(t w_i), sin(t w_i)             Ho et al. 2020; w_i = 10000^(-i / half)
+
+B batch, C channels, H height, W width, N tokens, M tokens of the context, D width of a token, d width of a head.
+
+>>> timestep_embedding(torch.tensor([0.0, 999.0]), 320).shape
+torch.Size([2, 320])
+>>> tokens = torch.randn(1, 5, 64)
+>>> Attention(64, heads=4)(tokens).shape  # self-attention
+torch.Size([1, 5, 64])
+>>> Attention(64, heads=4, context_width=32)(tokens, torch.randn(1, 77, 32)).shape  # cross-attention
+torch.Size([1, 5, 64])
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import GROUPS
+from ..runtime.cpu_kernels import Conv2d, EnlargingConv2d, GroupNorm, Linear, attention
+
+
+class Attention(nn.Module):
+    """Attention with its four projections: self-attention, or cross-attention where a context is given.
+
+    One class serves the text encoder (`qkv_bias`, causal), the VAE (one head) and the U-Net (no bias on q, k, v).
+    """
+
+    def __init__(self, width: int, heads: int, context_width: int | None = None, qkv_bias: bool = True) -> None:
+        super().__init__()
+        context_width = width if context_width is None else context_width
+        self.heads = heads
+        self.q = Linear(width, width, bias=qkv_bias)
+        self.k = Linear(context_width, width, bias=qkv_bias)
+        self.v = Linear(context_width, width, bias=qkv_bias)
+        self.out = Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, causal: bool = False) -> Tensor:
+        """x (B, N, D), context (B, M, context width) or None for x itself -> (B, N, D)."""
+        context = x if context is None else context
+        return self.out(attention(self.q(x), self.k(context), self.v(context), self.heads, causal))
+
+
+class FeedForward(nn.Module):
+    """GEGLU: half of a wide projection, gated by the exact (erf) GELU of the other half."""
+
+    def __init__(self, width: int, factor: int = 4) -> None:
+        super().__init__()
+        self.proj = Linear(width, 2 * factor * width)
+        self.out = Linear(factor * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return self.out(F.gelu(gate).mul_(value))  # in place: these are the largest tensors of a transformer
+
+
+class ResBlock(nn.Module):
+    """Two normalised 3x3 convolutions around a shortcut; in the U-Net the timestep is added between them.
+
+    `eps` is the normalisations': 1e-5 in the U-Net, 1e-6 in the VAE (openaimodel.py's GroupNorm32 and model.py's
+    Normalize of the original), so it has no default.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, eps: float, time_width: int | None = None) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(GROUPS, in_channels, eps)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time = Linear(time_width, out_channels) if time_width else None
+        self.norm2 = GroupNorm(GROUPS, out_channels, eps)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """x (B, C_in, H, W), time (B, time width) or None -> (B, C_out, H, W)."""
+        # SiLU in place: the normalised copy is not needed again, and at full resolution it is the largest tensor
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        if self.time is not None:
+            h += self.time(time)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        return self.skip(x) + h
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour enlargement, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = EnlargingConv2d(channels)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C, *size); twice the size where none is given.
+
+        Halving an odd size rounds up, so the way back needs to be told the size it came from.
+        """
+        return self.conv(x, size)
+
+
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """Sinusoids of the timestep, cosines first: t (B,), whole or fractional -> (B, width) in float32.
+
+    The frequencies fall from 1 to nearly 1/10000 in width / 2 steps. float32 whatever the network's precision:
+    in half precision t = 999 and 998.5 would be the same.
+    """
+    half = width // 2
+    index = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(index * (-math.log(10000) / half))  # (B, half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)

@@ -1,0 +1,167 @@
+"""The attention U-Net: a noisy latent, its timestep and the text's context -> what the schedule calls the prediction.
+
+Ronneberger et al. 2015 (the U), Ho et al. 2020 (residual blocks and timestep), Rombach et al. 2022, "High-resolution
+image synthesis with latent diffusion models", section 3.3 (cross-attention to the text). Level 0 is the finest. Going
+down, every output is kept; going up, each block takes the latest of them beside its input:
+
+    x ── conv_in ─┬───────────────────────────────────────────────┬─ norm, silu, conv_out ── prediction
+                down.0: (res, attn) x2, halve       up.0: (res, attn) x3
+                  └ down.1: (res, attn) x2, halve   up.1: (res, attn) x3, double ┘
+                      └ down.2: (res, attn) x2, halve   up.2: (res, attn) x3, double
+                          └ down.3: res x2   ── mid ──   up.3: res x3, double
+
+B batch, C channels, H x W latents (any size), N = H W tokens, M tokens of the context, D its width.
+
+>>> unet = UNet(UNetConfig(channels=(32, 64), heads=(2, 2), attention=(False, True), blocks=1, context=16))
+>>> unet(torch.randn(1, 4, 16, 24), torch.tensor([999.0]), torch.randn(1, 77, 16)).shape
+torch.Size([1, 4, 16, 24])
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import GROUPS, UNetConfig
+from ..runtime.cpu_kernels import Conv2d, GroupNorm, Linear
+from .layers import Attention, FeedForward, ResBlock, Upsample, timestep_embedding
+
+NORM_EPS = 1e-5  # residual blocks, norm_out and LayerNorms
+TRANSFORMER_NORM_EPS = 1e-6  # the GroupNorm before a transformer: the original builds it with another helper
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention among positions, cross-attention to the text, feed-forward; each pre-normalised."""
+
+    def __init__(self, width: int, heads: int, context_width: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, NORM_EPS)
+        self.attn1 = Attention(width, heads, qkv_bias=False)
+        self.norm2 = nn.LayerNorm(width, NORM_EPS)
+        self.attn2 = Attention(width, heads, context_width, qkv_bias=False)
+        self.norm3 = nn.LayerNorm(width, NORM_EPS)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (B, N, C), context (B, M, D) -> (B, N, C)."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the positions of a feature map."""
+
+    def __init__(self, channels: int, heads: int, context_width: int) -> None:
+        super().__init__()
+        self.norm = GroupNorm(GROUPS, channels, TRANSFORMER_NORM_EPS)
+        self.proj_in = Linear(channels, channels)
+        self.block = TransformerBlock(channels, heads, context_width)
+        self.proj_out = Linear(channels, channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (B, C, H, W), context (B, M, D) -> (B, C, H, W)."""
+        B, C, H, W = x.shape
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)  # (B, N, C): a view where x is channels-last
+        tokens = self.proj_out(self.block(self.proj_in(tokens), context))
+        return x + tokens.reshape(B, H, W, C).permute(0, 3, 1, 2)
+
+
+class Middle(nn.Module):
+    """The coarsest level's block, transformer, block."""
+
+    def __init__(self, channels: int, heads: int, context_width: int, time_width: int) -> None:
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(channels, channels, NORM_EPS, time_width) for _ in range(2))
+        self.attn = SpatialTransformer(channels, heads, context_width)
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        """x (B, C, H, W), time (B, T), context (B, M, D) -> (B, C, H, W)."""
+        return self.res[1](self.attn(self.res[0](x, time), context), time)
+
+
+class Stage(nn.Module):
+    """One resolution: residual blocks, each followed by a transformer if the level attends.
+
+    `widths` are the input channels of each block. `down` or `up` is the step to the next level, None at the end.
+    """
+
+    def __init__(
+        self, widths: list[int], channels: int, attends: bool, heads: int, context_width: int, time_width: int
+    ) -> None:
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(width, channels, NORM_EPS, time_width) for width in widths)
+        self.attn = nn.ModuleList(SpatialTransformer(channels, heads, context_width) for _ in widths if attends)
+        self.down: Conv2d | None = None
+        self.up: Upsample | None = None
+
+    def block(self, i: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        """Block i: x (B, C_in, H, W), time (B, T), context (B, M, D) -> (B, C, H, W)."""
+        x = self.res[i](x, time)
+        return self.attn[i](x, context) if self.attn else x
+
+
+class UNet(nn.Module):
+    """x_t, t, context -> prediction, with the shape of x_t (but `out_channels` channels)."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        first, last = config.channels[0], config.channels[-1]
+        time_width = 4 * first
+        self.time = nn.Sequential(Linear(first, time_width), nn.SiLU(), Linear(time_width, time_width))
+        self.conv_in = Conv2d(config.in_channels, first, 3, padding=1)
+
+        per_level = list(zip(config.channels, config.attention, config.heads, strict=True))
+        self.down = nn.ModuleList()
+        skips = [first]  # channels of everything that is kept on the way down
+        for i, (channels, attends, heads) in enumerate(per_level):
+            widths = [skips[-1]] + [channels] * (config.blocks - 1)
+            level = Stage(widths, channels, attends, heads, config.context, time_width)
+            skips += [channels] * config.blocks
+            if i < len(per_level) - 1:
+                level.down = Conv2d(channels, channels, 3, stride=2, padding=1)
+                skips.append(channels)
+            self.down.append(level)
+
+        self.mid = Middle(last, config.heads[-1], config.context, time_width)
+
+        up = []
+        width = last  # channels of what comes from below
+        for i, (channels, attends, heads) in reversed(list(enumerate(per_level))):
+            widths = [before + skips.pop() for before in [width] + [channels] * config.blocks]
+            level = Stage(widths, channels, attends, heads, config.context, time_width)
+            if i > 0:
+                level.up = Upsample(channels)
+            up.append(level)
+            width = channels
+        self.up = nn.ModuleList(reversed(up))
+
+        self.norm_out = GroupNorm(GROUPS, first, NORM_EPS)
+        self.conv_out = Conv2d(first, config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """x (B, C, H, W), t (B,) in [0, steps), whole or fractional, context (B, M, D) -> (B, C_out, H, W)."""
+        time = self.time(timestep_embedding(t, self.config.channels[0]).to(x.dtype))
+        time = F.silu(time)  # every block begins with it: once is enough
+
+        x = self.conv_in(x)
+        skips = [x]
+        for level in self.down:
+            for i in range(len(level.res)):
+                x = level.block(i, x, time, context)
+                skips.append(x)
+            if level.down is not None:
+                x = level.down(x)
+                skips.append(x)
+
+        x = self.mid(x, time, context)
+
+        for level in reversed(self.up):
+            for i in range(len(level.res)):
+                x = level.block(i, torch.cat([x, skips.pop()], dim=1), time, context)
+            if level.up is not None:
+                x = level.up(x, skips[-1].shape[-2:])
+
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))

@@ -1,0 +1,1 @@
+"""How the networks are run: device and precision, fast kernels, recording, offloading, tiling."""

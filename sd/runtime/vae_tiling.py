@@ -1,0 +1,165 @@
+"""The VAE in strips, for pictures whose feature maps would not fit: the same result in a fraction of the memory.
+
+Large pictures are usually decoded in tiles that know nothing of each other and whose edges are blended. But little of
+what a tile needs lies outside of it: a convolution looks one row further, and GroupNorm wants the mean and variance of
+the whole map. So here every layer goes over its map twice in strips of rows, once to measure and once to normalise,
+activate and convolve. What comes out differs by rounding from what `VAE` gives, and there are no seams.
+
+A map is kept where it is read again later. The result of an enlargement, the largest of all, is instead computed as
+often as it is read. Attention is in the coarsest level alone and sees the whole of it.
+
+B batch, C channels, H x W pixels of a map, rows a to b of it without b.
+
+>>> from sd.config import VAEConfig
+>>> vae, z = VAE(VAEConfig(channels=(32, 64), blocks=1)), torch.randn(1, 4, 24, 16)
+>>> with torch.no_grad():
+...     torch.allclose(decode_in_strips(vae, z), vae.decode(z), atol=1e-4)
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.layers import ResBlock, Upsample
+from ..models.vae import VAE, Downsample, Gaussian, Stage
+from .cpu_kernels import GroupNorm, moments
+
+NUMBERS = 2**24  # of a strip: 32 to 64 MB
+LEAST = 8  # rows of a strip: each strip computes up to two rows more than it gives
+
+
+class Map(NamedTuple):
+    """A feature map, or what gives its rows."""
+
+    shape: tuple[int, int, int, int]  # B, C, H, W
+    rows: Callable[[int, int], Tensor]  # a, b -> (B, C, b - a, W)
+
+    def strips(self) -> Iterator[tuple[int, int]]:
+        """The (a, b) that cover it."""
+        B, C, H, W = self.shape
+        step = max(NUMBERS // (B * C * W), LEAST)
+        return ((a, min(a + step, H)) for a in range(0, H, step))
+
+
+def stored(x: Tensor) -> Map:
+    """A map that lies in memory."""
+    return Map(tuple(x.shape), lambda a, b: x[:, :, a:b])
+
+
+def enlarged(up: Upsample, x: Tensor) -> Map:
+    """The result of an enlargement of x, computed where it is asked for."""
+    B, _, H, W = x.shape
+
+    def rows(a: int, b: int) -> Tensor:
+        first, last = max(a // 2 - 1, 0), min(-(-b // 2) + 1, H)
+        return up(x[:, :, first:last])[:, :, a - 2 * first : b - 2 * first]
+
+    return Map((B, up.conv.out_channels, 2 * H, 2 * W), rows)
+
+
+def empty(x: Map, channels: int, like: Tensor) -> Tensor:
+    """Memory for a map as high and wide as x, on the device and in the precision of another tensor."""
+    B, _, H, W = x.shape
+    return torch.empty(B, channels, H, W, device=like.device, dtype=like.dtype, memory_format=torch.channels_last)
+
+
+def activated(norm: GroupNorm, x: Map) -> Callable[[Tensor], Tensor]:
+    """The function rows -> SiLU(GroupNorm(rows)), with the mean and variance of the whole map."""
+    B, C, H, _ = x.shape
+    mean, square = torch.zeros(2, B, C, dtype=torch.float64, device="cpu")
+    for a, b in x.strips():
+        of_rows = moments(x.rows(a, b))
+        mean += of_rows[0] * ((b - a) / H)
+        square += of_rows[1] * ((b - a) / H)
+    mean, square = (y.view(B, norm.num_groups, -1).mean(-1, keepdim=True) for y in (mean, square))
+    weight, bias = (y.cpu().double().view(norm.num_groups, -1) for y in (norm.weight, norm.bias))
+    scale = ((square - mean**2).clamp(min=0) + norm.eps).rsqrt() * weight  # (B, G, C / G)
+    shift = bias - mean * scale
+    scale, shift = (y.float().view(B, C, 1, 1).to(norm.weight.device) for y in (scale, shift))
+    return lambda rows: F.silu(torch.addcmul(shift, rows.float(), scale), inplace=True).to(rows.dtype)
+
+
+def around(x: Map, a: int, b: int) -> tuple[Tensor, slice]:
+    """What a 3x3 convolution sees for its rows a to b: they and one more on each side, if there is one; where they are.
+
+    Beyond the map's edge the convolution itself pads with zeros; where it does so elsewhere, rows are dropped.
+    """
+    first, last = max(a - 1, 0), min(b + 1, x.shape[2])
+    return x.rows(first, last), slice(a - first, b - first)
+
+
+def res_block(res: ResBlock, x: Map, out: Tensor | None = None) -> Tensor:
+    """A residual block of x; written over x where that is given as `out`."""
+    h = empty(x, res.conv1.out_channels, res.conv1.bias)
+    fresh = out is None
+    out = torch.empty_like(h) if out is None else out
+    ready = activated(res.norm1, x)
+    for a, b in x.strips():
+        rows, inner = around(x, a, b)
+        h[:, :, a:b] = res.conv1(ready(rows))[:, :, inner]
+        if fresh:
+            out[:, :, a:b] = res.skip(rows[:, :, inner])
+    x = stored(h)
+    ready = activated(res.norm2, x)
+    for a, b in x.strips():
+        rows, inner = around(x, a, b)
+        out[:, :, a:b] += res.conv2(ready(rows))[:, :, inner]
+    return out
+
+
+def stage(level: Stage, x: Map, own: Tensor | None) -> Tensor:
+    """The residual blocks of a level of x, which is `own` if that may be written over."""
+    for res in level.res:
+        in_place = own is not None and isinstance(res.skip, nn.Identity)
+        own = res_block(res, x, own if in_place else None)
+        x = stored(own)
+    assert own is not None
+    return own
+
+
+def last_layers(norm: GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """SiLU(GroupNorm(x)), convolved."""
+    x, ready = stored(x), activated(norm, stored(x))
+    out = empty(x, conv.out_channels, conv.bias)
+    for a, b in x.strips():
+        rows, inner = around(x, a, b)
+        out[:, :, a:b] = conv(ready(rows))[:, :, inner]
+    return out
+
+
+def halved(down: Downsample, x: Tensor) -> Tensor:
+    """`down` of x, whose sides are even; each row of the result is made of three."""
+    H, W = x.shape[-2:]
+    out = empty(stored(x[:, :, : H // 2, : W // 2]), down.conv.out_channels, down.conv.bias)
+    for a, b in stored(out).strips():
+        out[:, :, a:b] = down(x[:, :, 2 * a : 2 * b + 1])  # past the edge, and nowhere else, its padding is seen
+    return out
+
+
+def decode_in_strips(vae: VAE, z: Tensor) -> Tensor:
+    """As `vae.decode`: latents (B, 4, h, w) -> picture (B, 3, H, W), about [-1, 1], not clamped."""
+    decoder = vae.decoder
+    x = decoder.mid(decoder.conv_in(vae.post_quant(z / vae.config.scale)))
+    source, own = stored(x), x
+    for level in reversed(decoder.up):
+        x = stage(level, source, own)
+        if level.up is not None:
+            source, own = enlarged(level.up, x), None
+    return last_layers(decoder.norm_out, decoder.conv_out, x)
+
+
+def encode_in_strips(vae: VAE, image: Tensor) -> Gaussian:
+    """As `vae.encode`: picture (B, 3, H, W) in [-1, 1] -> Gaussian over (B, 4, h, w)."""
+    encoder = vae.encoder
+    x = encoder.conv_in(image)
+    for level in encoder.down:
+        x = stage(level, stored(x), x)
+        if level.down is not None:
+            x = halved(level.down, x)
+    return vae.gaussian(last_layers(encoder.norm_out, encoder.conv_out, encoder.mid(x)))

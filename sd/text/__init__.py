@@ -1,0 +1,1 @@
+"""From text to token ids: the tokenizer, and the syntax of weighted and long prompts."""

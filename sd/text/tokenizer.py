@@ -1,0 +1,376 @@
+"""Text -> token ids: the byte-pair encoding of CLIP, which Stable Diffusion 1 and 2 both read their prompts with.
+
+Byte-pair encoding (Sennrich et al. 2016, "Neural machine translation of rare words with subword units",
+arXiv:1508.07909) lies between letters and words. It was trained once: start from single symbols, join the pair of
+neighbours that is most frequent in a large text, write the pair down, repeat. The list of pairs in the order they were
+found, the *merges*, is the whole tokenizer. To encode a word, apply them in the same order: of all neighbouring pairs
+join the one that comes first in the list, everywhere in the word from left to right, until no pair is in the list.
+
+    t r i c e r a t o p s.      letters; s. is an s at the end of the word
+    t r i c er a t o p s.       "e r" is merge 5 (counted from 0), the first in the list of all pairs here
+    t r i c er at o p s.        "a t" is merge 15
+    t r ic er at o p s.         "i c" is merge 23; then come "t r" 123, "o p" 164, "op s." 2542 and "tr ic" 8999
+    tric er at ops.             four tokens: 9511, 517, 527, 3054
+
+Frequent words become one token, rare ones a few, and nothing is unknown: the symbols are not characters but the 256
+bytes of UTF-8 (GPT-2, Radford et al. 2019). CLIP (Radford et al. 2021, arXiv:2103.00020) lowercases everything, keeps
+no spaces, and marks the last symbol of a word with `</w>` instead. Its table of 49,408 tokens, by id:
+
+    0 .. 255        one byte inside a word: the 188 printable ones of Latin-1 first, then the other 68
+    256 .. 511      the same bytes at the end of a word
+    512 .. 49405    the 48,894 merges in their order, so that the id of a merge is also its rank
+    49406, 49407    <|startoftext|>, <|endoftext|>
+
+In the table every byte is written as a visible character: a printable one as itself, the n-th other one as U+0100 + n.
+
+    text -> clean -> words -> bytes -> merges -> ids -> start, ids, end, padding: (B, 77)
+
+start, end   the two special ids; CLIP takes its summary of a whole text (which SD does not use) at the first end
+pad          49407 in SD 1 (Hugging Face's choice) and 0 in SD 2 (OpenAI's): part of what the model was trained with
+word         what the pattern below finds: letters, one digit, a run of punctuation, 's 't 're 've 'm 'll 'd
+
+>>> tokenizer = Tokenizer()
+>>> tokenizer.encode("triceratops")
+[9511, 517, 527, 3054]
+>>> tokenizer("a red house").shape
+torch.Size([1, 77])
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+import json
+import re
+import warnings
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache, partial
+from heapq import heapify, heappop, heappush
+from itertools import pairwise
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+from ..resources import resource
+
+MERGES = 48894
+MERGES_CRC32 = 0x3FC60DFD  # of the merges' lines, joined by "\n": the same in OpenAI's and in Hugging Face's file
+END_OF_WORD = "</w>"
+SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+
+# Needs the `regex` package for \p{L} (letters of any script) and \p{N} (digits). As in CLIP, case is ignored: after
+# lower() that matters for one letter only, U+017F, which counts as an s in 's.
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTES = bytes(PRINTABLE + sorted(set(range(256)) - set(PRINTABLE)))  # id -> byte
+BYTE_IDS = bytes(BYTES.index(byte) for byte in range(256))  # byte -> id, in the form bytes.translate takes
+SYMBOLS = [chr(byte) if i < len(PRINTABLE) else chr(0x100 + i - len(PRINTABLE)) for i, byte in enumerate(BYTES)]
+BYTE_OF_SYMBOL = dict(zip(SYMBOLS, BYTES, strict=True))
+
+# ftfy repeats its fixes until nothing changes, so some lines cost it the square of their length ("Ã" and then 100,000
+# times "ƒ": many minutes). So it gets longer lines in pieces, each of them longer than the 75 tokens of a model can be,
+# since a token has 24 characters at most.
+PIECE = 2000
+MAX_FILE = 1 << 21  # bytes read of a file: vocab.json has 1 MB, and CLIP's merges end after 0.5 MB of OpenAI's 3.2
+MAX_CACHED = 64  # characters: longer words are rare and are encoded anew each time, which bounds the cache's memory
+
+
+def clean(text: str, *, html_unescape: bool = True) -> str:
+    """The text as CLIP saw it in training: encoding errors repaired, single spaces, lower case.
+
+    `ftfy` turns what was decoded wrongly back into what was meant (`cafÃ©` -> `café`), straightens quotes, narrows
+    full-width letters, drops control characters and replaces lone surrogates by U+FFFD. Entities such as `&lt;` are
+    then resolved twice, since web text is often escaped twice; `html_unescape=False` leaves that out, as the tokenizer
+    that SD 1 was trained with did (ftfy resolves well-formed ones, too, unless there is a `<` before or beside them).
+
+    Equal to OpenAI's `basic_clean` and `whitespace_clean` for lines of up to 2,000 characters; longer lines are
+    repaired in pieces of that size.
+    """
+    import ftfy  # slow to import: only those who tokenize pay
+
+    text = ftfy.fix_text(text, max_decode_length=PIECE)
+    if html_unescape:
+        text = _unescape(_unescape(text))
+    return " ".join(text.split()).lower()
+
+
+def _unescape(text: str) -> str:
+    # Python refuses to read integers of more than 4,300 digits: 8 digits are beyond Unicode just as well.
+    return html.unescape(re.sub(r"&#0*([0-9]{1,8})[0-9]*", r"&#\1", text))
+
+
+def merge(symbols: list[int], merges: Mapping[int, int]) -> list[int]:
+    """Byte-pair encoding of one word: again and again, joins the pair of the lowest rank in all its places.
+
+    symbols: the ids of the word's bytes. merges: `left << 16 | right` -> the id of both joined, which is the rank, too.
+
+    The textbook looks through the whole word for the best pair, once per merge: quadratic. Here a linked list holds
+    the word, a heap the ranks that occur, and `places` where they occur. Joining a pair touches only its neighbours, so
+    a word of N bytes takes O(N) steps, and the heap O(log N) for each of the different merges.
+    """
+    ids = [*symbols, -1]  # -1 is no symbol and in no pair. It stands after the end and, as index -1, before the start
+    left = list(range(-1, len(ids) - 1))
+    right = list(range(1, len(ids) + 1))
+    places = defaultdict(list)
+    for i, (a, b) in enumerate(pairwise(ids)):
+        rank = merges.get(a << 16 | b)
+        if rank is not None:
+            places[rank].append(i)
+    ranks = list(places)
+    heapify(ranks)
+
+    while ranks:
+        merged = heappop(ranks)
+        # In order from left to right: new neighbours need a new token, and a token is made in one round, this one.
+        for i in places.pop(merged):
+            j = right[i]
+            if merges.get(ids[i] << 16 | ids[j]) != merged:
+                continue  # an earlier merge took one of the two
+            ids[i], ids[j] = merged, -1
+            right[i] = right[j]
+            left[right[j]] = i
+            for a, b in ((left[i], i), (i, right[i])):
+                rank = merges.get(ids[a] << 16 | ids[b])
+                if rank is not None:
+                    if rank not in places:
+                        heappush(ranks, rank)
+                    places[rank].append(a)
+    return [i for i in ids if i >= 0]
+
+
+class Tokenizer:
+    """CLIP's tokenizer. `tokenizer(texts)` gives what the text encoder takes.
+
+    length: ids per text, with start and end. pad: the id after the end, 49407 for SD 1 and 0 for SD 2.
+    merges: where the table is read from; nothing for the file in data/. A merges file (OpenAI's or Hugging Face's,
+    plain or .gz) or the tokenizer/ folder of a diffusers model, with vocab.json and merges.txt. There is one CLIP
+    table, and any other is refused.
+    allow_special: `<|startoftext|>` and `<|endoftext|>` written in a text become 49406 and 49407, as with OpenAI, so
+    that a prompt can end itself early. False reads them as the punctuation and letters they are.
+    html_unescape: see `clean`.
+
+    Words of one's own, which stand for ids beyond the table (textual inversion), come and go: `add`, `remove`.
+
+    Raises FileNotFoundError if there is no table, ValueError for another table or arguments out of range.
+    """
+
+    start: int = 512 + MERGES
+    end: int = 512 + MERGES + 1
+    vocab: Mapping[str, int]  #: token as written in the table -> id, in the order of the ids; 49,408 entries
+
+    def __init__(
+        self,
+        *,
+        length: int = 77,
+        pad: int = 49407,
+        merges: Path | str | None = None,
+        allow_special: bool = True,
+        html_unescape: bool = True,
+    ) -> None:
+        import regex  # slow to import, as ftfy
+
+        if length < 3:
+            raise ValueError(f"length must be at least 3 (start, one token, end), got {length}")
+        if not 0 <= pad <= self.end:
+            raise ValueError(f"pad must be a token id, 0 to {self.end}, got {pad}")
+        self.length, self.pad, self.html_unescape = length, pad, html_unescape
+        self.special = dict(zip(SPECIAL, (self.start, self.end), strict=True)) if allow_special else {}
+        words = "|".join([*map(regex.escape, self.special), WORDS])
+        self._words = regex.compile(words, regex.IGNORECASE)
+
+        path = resource("data/bpe_simple_vocab_16e6.txt.gz") if merges is None else Path(merges)
+        self._again = partial(
+            type(self), length=length, pad=pad, merges=merges, allow_special=allow_special, html_unescape=html_unescape
+        )
+        left, right = _read_merges(path / "merges.txt" if path.is_dir() else path)
+        self._tokens = [*SYMBOLS, *(s + END_OF_WORD for s in SYMBOLS), *map(str.__add__, left, right), *SPECIAL]
+        vocab = {token: i for i, token in enumerate(self._tokens)}
+        if path.is_dir():
+            _check_vocab(path / "vocab.json", vocab)
+        self.vocab = MappingProxyType(vocab)
+        # A pair is one integer: as many tuples would set off a full garbage collection, longer than all the rest.
+        self._merges = {vocab[a] << 16 | vocab[b]: 512 + i for i, (a, b) in enumerate(zip(left, right, strict=True))}
+        self._cached = lru_cache(maxsize=1 << 14)(self._encode_word)
+        self.added: dict[str, tuple[int, ...]] = {}  # words of one's own, as `clean` leaves them -> ids
+        self._split: Callable[[str], list[str]] | None = None  # at those words
+
+    def __call__(self, texts: str | list[str]) -> torch.LongTensor:
+        """Ids (B, length), int64: start, the text's tokens, end, padding. One text gives B = 1.
+
+        Tokens that do not fit are left out, the end stays, and a warning per such text says what was lost.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        fitting = []
+        for text in texts:  # no comprehension: a warning counts how many calls above it the caller is
+            fitting.append(self.fitting(self.encode(text)))
+        return self.rows(fitting)
+
+    def fitting(self, ids: list[int]) -> list[int]:
+        """The ids of a text that fit between start and end; a warning says what is lost."""
+        lost, tail = self._tail(ids)
+        if lost:
+            tail = tail if len(tail) <= 100 else tail[:97] + "..."
+            warnings.warn(
+                f"prompt is {len(ids)} tokens long, {len(ids) - lost} fit: "
+                f'the last {lost} {"are" if lost > 1 else "is"} ignored, from "{tail}" on',
+                stacklevel=3,
+            )
+        return ids[: self.length - 2]
+
+    def rows(self, texts: list[list[int]]) -> torch.LongTensor:
+        """Ids of texts that fit -> what the text encoder takes, (B, length): start, the ids, end, padding."""
+        rows = torch.full((len(texts), self.length), self.pad, device="cpu")
+        for row, ids in zip(rows, texts, strict=True):
+            row[: len(ids) + 2] = torch.tensor([self.start, *ids, self.end], device="cpu")
+        return rows
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text: no start, no end, however long. Raises TypeError if it is not a str."""
+        if not isinstance(text, str):
+            raise TypeError(f"a text must be a str, got {type(text).__name__}: {text!r:.80}")
+        text = clean(text, html_unescape=self.html_unescape)
+        ids: list[int] = []
+        for i, piece in enumerate(self._split(text) if self._split else [text]):
+            if i % 2:
+                ids.extend(self.added[piece])
+                continue
+            for word in self._words.findall(piece):
+                if word in self.special:
+                    ids.append(self.special[word])
+                else:
+                    ids.extend(self._cached(word) if len(word) <= MAX_CACHED else self._encode_word(word))
+        return ids
+
+    def add(self, word: str, ids: Iterable[int]) -> str:
+        """Let a word stand for ids beyond the table, `end` + 1 and more; returns it as `clean` leaves it.
+
+        From now on it is that wherever it stands in a text, in capitals or not, unless it is a part of a longer word.
+        Of words that begin alike the longest counts. Raises ValueError for a word that is empty or taken.
+        """
+        cleaned, ids = clean(word, html_unescape=self.html_unescape), tuple(ids)
+        if not cleaned or cleaned in SPECIAL:
+            raise ValueError(f"{word!r} cannot be a word of its own: choose another one")
+        if cleaned in self.added:
+            raise ValueError(f"the word {cleaned!r} is taken: choose another one")
+        if not ids or min(ids) <= self.end:
+            raise ValueError(f"the ids of {word!r} must be beyond {self.end}, got {ids}")
+        self.added = {**self.added, cleaned: ids}
+        self._find_added()
+        return cleaned
+
+    def remove(self, word: str) -> None:
+        """Forget a word that was added; it is text again. KeyError if it was not."""
+        added = dict(self.added)
+        del added[word]
+        self.added = added
+        self._find_added()
+
+    def _find_added(self) -> None:
+        import regex
+
+        def alone(word: str) -> str:
+            before, after = r"(?<!\w)" * bool(regex.match(r"\w", word)), r"(?!\w)" * bool(regex.match(r"\w", word[-1]))
+            return before + regex.escape(word) + after
+
+        words = sorted(self.added, key=len, reverse=True)
+        self._split = regex.compile(f"({'|'.join(map(alone, words))})").split if words else None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids: what `encode` gives or a row of a model's input; a list, or a tensor of shape (N,).
+
+        Case and spacing are gone: for a text without special tokens, `decode(encode(text))` is its words, as the
+        pattern finds them in the cleaned text, with one space between. Bytes that are no UTF-8 (a character cut in
+        half) become U+FFFD. Ids that begin with start are a row of the model: they end at the first end, and what
+        follows is padding. Start and end have no text of their own. Raises ValueError for an id that does not exist.
+        """
+        if isinstance(ids, torch.Tensor) and ids.ndim != 1:
+            raise ValueError(f"decode takes one text, ids of shape (N,), got {tuple(ids.shape)}")
+        ids = [int(i) for i in ids]
+        own = {i: "" for word in self.added.values() for i in word}
+        own |= {i: f"{word} " for word, (i, *_) in self.added.items()}
+        for i in ids:
+            if not 0 <= i <= self.end and i not in own:
+                raise ValueError(f"token ids are 0 to {self.end}, got {i}")
+        if ids[:1] == [self.start] and self.end in ids:
+            ids = ids[: ids.index(self.end)]
+        text = bytearray()
+        for i in ids:
+            if i < self.start:
+                symbols = self._tokens[i].removesuffix(END_OF_WORD)
+                text += bytes(BYTE_OF_SYMBOL[symbol] for symbol in symbols)
+                text += b" " * (symbols != self._tokens[i])
+            elif i > self.end:
+                text += own[i].encode()
+        return text.decode("utf-8", errors="replace").rstrip(" ")
+
+    def tables(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
+        """The vocabulary and the merges in their order, as other programs' tokenizers are given them."""
+        merges = [(self._tokens[pair >> 16], self._tokens[pair & 0xFFFF]) for pair in self._merges]
+        return dict(self.vocab), merges
+
+    def cut(self, text: str) -> tuple[int, str]:
+        """What of a text the model will not see: (the number of tokens that do not fit, their text), or (0, "")."""
+        return self._tail(self.encode(text))
+
+    def _tail(self, ids: list[int]) -> tuple[int, str]:
+        tail = ids[self.length - 2 :]
+        return len(tail), self.decode(tail)
+
+    def _encode_word(self, word: str) -> tuple[int, ...]:
+        symbols = list(word.encode().translate(BYTE_IDS))
+        symbols[-1] += 256  # the same byte, at the end of a word
+        return tuple(merge(symbols, self._merges))
+
+    def __reduce__(self):  # the cache cannot be pickled: a copy, in another process of a data loader, is built anew
+        return self._again, (), self.added
+
+    def __setstate__(self, added: dict[str, tuple[int, ...]]) -> None:
+        self.added = added
+        self._find_added()
+
+
+def _read_merges(path: Path) -> tuple[list[str], list[str]]:
+    """The left and the right halves of the merges. OpenAI's file, which goes on after them, and Hugging Face's both
+    have one line of version first, then "left right" per line."""
+    lines = _read(path, "merges").replace(b"\r\n", b"\n").split(b"\n", 1 + MERGES)[1 : 1 + MERGES]
+    table = b"\n".join(lines)
+    if zlib.crc32(table) != MERGES_CRC32:
+        found = f"{len(lines):,} merges" if len(lines) < MERGES else "other merges"
+        raise ValueError(f"{path} is not CLIP's table: it holds {found}, expected CLIP's {MERGES:,} after a first line")
+    symbols = table.decode().replace("\n", " ").split(" ")
+    return symbols[::2], symbols[1::2]
+
+
+def _check_vocab(path: Path, vocab: dict[str, int]) -> None:
+    try:
+        found = json.loads(_read(path, "vocabulary"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is not CLIP's vocabulary: it cannot be read as JSON") from None
+    if found == vocab:
+        return
+    if not isinstance(found, dict) or len(found) != len(vocab):
+        size = f"{len(found):,} entries" if isinstance(found, dict) else "no table"
+        raise ValueError(f"{path} is not CLIP's vocabulary: it holds {size}, expected {len(vocab):,}")
+    token = next(token for token in vocab if found.get(token) != vocab[token])
+    raise ValueError(
+        f"{path} does not fit merges.txt: token {token!r} has id {found.get(token)}, expected {vocab[token]}"
+    )
+
+
+def _read(path: Path, what: str) -> bytes:
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            return (gzip.GzipFile(fileobj=file) if zipped else file).read(MAX_FILE)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"no {what} file at {path}: expected CLIP's bpe_simple_vocab_16e6.txt.gz (see data/README.md), "
+            "or a folder with vocab.json and merges.txt"
+        ) from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"cannot read the {what} file {path}: {error}") from None

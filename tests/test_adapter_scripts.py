@@ -1,0 +1,153 @@
+"""Add-ons as a user of the programs meets them: pictures, what their metadata say, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from common import TINY
+from PIL import Image
+from safetensors.torch import save_file
+
+from scripts import img2img, inpaint, txt2img
+from scripts.common.adapter_args import split_embedding, split_lora
+from sd.checkpoints.detect import CONFIG_KEY
+from sd.checkpoints.export import to_own
+from sd.resources import resource
+
+NAME = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+
+
+@pytest.fixture(scope="module")
+def files(tiny, tmp_path_factory) -> Path:
+    """A folder with the tiny model, a LoRA file and an embedding."""
+    folder = tmp_path_factory.mktemp("files")
+    own = to_own({name: network.state_dict() for name, network in tiny.items()})
+    save_file({k: x.contiguous() for k, x in own.items()}, folder / "tiny.safetensors", {CONFIG_KEY: TINY.to_json()})
+    lora = {f"{NAME}.lora_down.weight": torch.ones(2, 64), f"{NAME}.lora_up.weight": torch.ones(256, 2)}
+    save_file(lora, folder / "style.safetensors", {"note": "not hashed"})
+    (folder / "mine").mkdir()
+    save_file(lora, folder / "mine" / "pytorch_lora_weights.safetensors")
+    torch.save({"string_to_param": {"*": torch.ones(3, 64)}, "name": "x"}, folder / "toy.pt")
+    return folder
+
+
+@pytest.fixture
+def paint(files, tmp_path, capsys, monkeypatch):
+    """Runs a program beside those files; gives status, lines of stdout and stderr, and the metadata of the picture."""
+    monkeypatch.chdir(files)
+
+    def run(*args: str, program=txt2img):
+        size = ["--height", "64", "--width", "64", "--steps", "2", "--seed", "1", "--dtype", "float32"]
+        out = ["--device", "cpu", "--out", str(tmp_path / "out")]
+        model = [] if "--ckpt" in args else ["--ckpt", "tiny.safetensors"]
+        status = program.main([*args, *size, *out, *model])
+        printed = capsys.readouterr()
+        made = sorted((tmp_path / "out").glob("*.png")) if (tmp_path / "out").is_dir() else []
+        text = Image.open(made[-1]).text["parameters"] if made else ""
+        return status, printed.out.splitlines(), printed.err.splitlines(), text
+
+    return run
+
+
+def pixels(tmp_path: Path, number: int) -> bytes:
+    return Image.open(tmp_path / "out" / f"{number:05d}.png").tobytes()
+
+
+def test_lora(paint, files, tmp_path):
+    paint("a cat")
+    status, out, err, text = paint(
+        "a cat", "--lora", "style.safetensors:0.5", "--lora", "mine/pytorch_lora_weights.safetensors"
+    )
+    assert (status, err) == (0, []) and out[1:3] == ["LoRA style, weight 0.5", "LoRA mine, weight 1"]
+    raw = (files / "style.safetensors").read_bytes()
+    digits = hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()[:12]
+    assert text.startswith("a cat <lora:style:0.5> <lora:mine:1>\nSteps: 2")
+    assert f', Lora hashes: "style: {digits}, mine: {digits}", Precision: float32' in text
+    assert pixels(tmp_path, 1) != pixels(tmp_path, 2)
+
+
+def test_embedding(paint, files, tmp_path):
+    status, out, err, text = paint("a toy", "--embedding", "toy.pt", "--negative", "blue")
+    assert (status, err) == (0, []) and out[1] == "embedding toy, vectors: 3"
+    digits = hashlib.sha256((files / "toy.pt").read_bytes()).hexdigest()[:12]
+    assert f', TI hashes: "toy: {digits}", Precision' in text
+    _, out, _, text = paint("a cat", "--embedding", "toy.pt:<Bad>", "--negative", "<bad>")
+    assert out[1] == "embedding <bad>, vectors: 3" and f'TI hashes: "<bad>: {digits}"' in text
+    _, _, _, text = paint("a cat", "--embedding", "toy.pt:<Bad>", "--guidance", "1", "--negative", "<bad>")
+    assert "TI hashes" not in text  # not used
+    assert len({pixels(tmp_path, number) for number in (1, 2, 3)}) == 3
+
+
+def test_weighted_and_long_prompts(paint, tmp_path):
+    for i, args in enumerate(([], ["--weighted-prompts"]), start=1):
+        status, _, err, text = paint("a (cat:1.5)", *args)
+        assert (status, err) == (0, []) and f", Emphasis: {'Original' if args else 'None'}, " in text
+        assert "Long prompts" not in text and text.startswith("a (cat:1.5)\n")
+        assert pixels(tmp_path, 1) != pixels(tmp_path, i) or i == 1
+    prompt = "cat " * 80
+    _, _, err, _ = paint(prompt)
+    assert len(err) == 1 and "the last 5 are ignored" in err[0]
+    status, _, err, text = paint(prompt, "--long-prompts")
+    assert (status, err) == (0, []) and ", Long prompts: on, Pad conds: True, " in text
+    assert pixels(tmp_path, 3) != pixels(tmp_path, 4)
+
+
+def test_nothing_is_recorded_where_nothing_was_added(paint):
+    _, _, _, text = paint("a cat")
+    assert not {"Emphasis", "Long", "Lora", "TI", "Pad"} & set(text.replace(":", " ").split())
+
+
+@pytest.mark.parametrize("program", [img2img, inpaint])
+def test_other_programs(paint, program):
+    pictures = ["--init-img", str(resource("data/sample.png"))]
+    pictures += ["--mask", str(resource("data/sample-mask.png"))] if program is inpaint else []
+    addons = ["--lora", "style.safetensors:0.5", "--embedding", "toy.pt", "--weighted-prompts", "--long-prompts"]
+    status, _, err, text = paint("a (toy:1.5) BREAK cat", *pictures, *addons, program=program)
+    assert (status, err) == (0, [])
+    assert text.startswith("a (toy:1.5) BREAK cat <lora:style:0.5>\n")
+    assert all(name in text for name in ("Lora hashes", "TI hashes", "Emphasis: Original", "Long prompts: on"))
+
+
+def test_words_that_the_embedded_model_does_not_know(paint):
+    """Weights are no words."""
+    embedded = ["--ckpt", str(resource("weights/pocket.safetensors"))]
+    assert paint("a (red:1.2) house", "--weighted-prompts", *embedded)[2] == []
+    status = txt2img.main(["a (red:1.2) [house] BREAK snow", "--weighted-prompts", "--long-prompts", "--steps", "1"])
+    assert status == 0
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--lora", "gone.safetensors:0.5"], "gone.safetensors: no such file"),
+        (["--lora", "gone.safetensors"], "gone.safetensors: no such file"),
+        (["--lora", "style.safetensors:much"], "the weight 'much' is not a number"),
+        (["--lora", "style.safetensors:nan"], "the weight 'nan' is not a number"),
+        (["--lora", "style.safetensors", "--lora", "style.safetensors"], "'style' is merged already"),
+        (["--lora", "toy.pt"], "an embedding with --embedding"),
+        (["--lora", "tiny.safetensors"], "a checkpoint is given with --ckpt"),
+        (["--embedding", "gone.pt"], "gone.pt: no such file"),
+        (["--embedding", "toy.pt:"], "no word behind the colon"),
+        (["--embedding", "toy.pt", "--embedding", "toy.pt"], "'toy' is taken"),
+        (["--embedding", "style.safetensors"], "a LoRA file with --lora"),
+        (["--embedding", "tiny.safetensors"], "a checkpoint is given with --ckpt"),
+        (["--negative", "<lora:style:0.8>"], "--lora style.safetensors:0.8"),
+        (["--weighted-prompts", "--negative", "(a:1.2.3)"], "is not a number"),
+    ],
+)
+def test_one_line_for_what_is_wrong(paint, args, message):
+    status, _, err, _ = paint("a cat", *args)
+    assert status == 1 and len(err) == 1 and err[0].startswith("error: ") and message in err[0]
+
+
+def test_names_with_colons(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a:0.5", "b"):
+        Path(name).touch()
+    assert split_lora("a:0.5") == (Path("a:0.5"), 1.0) and split_lora("a:0.5:2") == (Path("a:0.5"), 2.0)
+    assert split_lora("b:-.5") == (Path("b"), -0.5) and split_lora("b") == (Path("b"), 1.0)
+    assert split_embedding("b:word") == (Path("b"), "word") and split_embedding("c:word") == (Path("c:word"), None)
+    assert split_embedding("a:0.5") == (Path("a:0.5"), None)

@@ -1,0 +1,401 @@
+"""Recorded steps: what is played back is what the network would have given, and nobody who looks inside is misled.
+
+On CPUs a stand-in records; the CUDA graphs themselves have a test of their own, for machines with a GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from common import TINY, TINY_INPAINT, error, tiny_state
+from conftest import loaded
+from PIL import Image
+from test_lora import SCHEMES, lora_file, saved
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sd.pipeline import StableDiffusion
+from sd.runtime import cpu_kernels as kernels
+from sd.runtime import cuda_graphs as capture
+from sd.runtime.cuda_graphs import SHAPES, Compiled, Recorded, cuda_graph
+from sd.samplers import SAMPLERS
+
+
+@pytest.fixture(autouse=True)
+def weights_stay_plain(monkeypatch):
+    """As on a GPU: no layouts of oneDNN, which have no address."""
+    monkeypatch.setattr(kernels, "onednn_dtypes", frozenset)
+
+
+class Tape:
+    """Stands in for CUDA graphs: plays a run back into the memory that holds its result."""
+
+    def __init__(self) -> None:
+        self.recorded = self.played = 0
+
+    def __call__(self, run, device):
+        self.recorded += 1
+        out = run()
+
+        def replay():
+            self.played += 1
+            out.copy_(run())
+
+        out_of_date = out.clone().fill_(torch.nan)
+        out.copy_(out_of_date)  # a recording does not compute anything
+        return replay, out
+
+
+@pytest.fixture
+def unet():
+    """Of its own: other tests leave hooks in the shared one."""
+    return loaded(tiny_state(), TINY)["unet"]
+
+
+def inputs(seed: int, size: int = 8, B: int = 2) -> tuple[torch.Tensor, ...]:
+    rng = torch.Generator().manual_seed(seed)
+    x, context = torch.randn(B, 4, size, size, generator=rng), torch.randn(B, 77, 64, generator=rng)
+    return x, torch.full((B,), 100.0 * seed), context
+
+
+def test_played_back_is_what_the_network_gives(unet):
+    tape = Tape()
+    steps = Recorded(unet, tape)
+    found = [steps(*inputs(seed)) for seed in range(4)]
+    for seed, out in enumerate(found):  # none has been written over by those after it
+        assert torch.equal(out, unet(*inputs(seed)))
+    assert (tape.recorded, tape.played) == (1, 4)
+
+
+def test_a_few_shapes_are_kept(unet):
+    tape = Tape()
+    steps = Recorded(unet, tape)
+    for size in (8, 9, 8, 9, 8):
+        assert torch.equal(steps(*inputs(1, size)), unet(*inputs(1, size)))
+    assert tape.recorded == 2 == SHAPES
+    steps(*inputs(1, 10))  # in the place of 9, which was longest ago
+    steps(*inputs(1, 8))
+    assert tape.recorded == 3
+    steps(*inputs(1, 9))
+    assert tape.recorded == 4 and len(steps._recordings) == SHAPES
+
+
+def test_other_batches_and_precisions_are_other_recordings(unet):
+    tape = Tape()
+    steps = Recorded(unet, tape)
+    steps(*inputs(1, B=2))
+    assert steps(*inputs(1, B=1)).shape[0] == 1
+    x, t, context = inputs(1)
+    unet.double()
+    assert steps(x.double(), t, context.double()).dtype == torch.float64
+    assert tape.recorded == 3
+
+
+def test_weights_that_lie_elsewhere_are_recorded_anew(tmp_path):
+    tape = Tape()
+    sd = StableDiffusion(TINY, **loaded(tiny_state(), TINY))
+    steps = Recorded(sd.models.unet, tape)
+    before = steps(*inputs(1))
+    with torch.no_grad():  # in place: the recording reads what is there now
+        sd.models.unet.conv_out.bias.add_(1)
+    assert torch.equal(steps(*inputs(1)), sd.unet(*inputs(1))) and tape.recorded == 1
+    with torch.no_grad():
+        sd.models.unet.conv_out.bias.sub_(1)
+    sd.add_lora(saved(tmp_path, lora_file(next(iter(SCHEMES)))[0]), 0.1)
+    changed = steps(*inputs(1))
+    assert torch.equal(changed, sd.unet(*inputs(1))) and error(changed, before) > 1e-3
+    assert tape.recorded == 2
+    sd.remove_lora()
+    assert error(steps(*inputs(1)), before) < 1e-6 and tape.recorded == 3
+    sd.models.unet.mid.res[0] = copy.deepcopy(sd.models.unet.mid.res[0])
+    steps(*inputs(1))
+    assert tape.recorded == 4
+
+
+@pytest.mark.parametrize("kind", ["hook", "hook before", "hook of all modules", "forward"])
+def test_whoever_looks_inside_sees_every_step(unet, kind):
+    tape, seen = Tape(), []
+    steps = Recorded(unet, tape)
+    steps(*inputs(1))
+    block = unet.mid.attn
+    look = {
+        "hook": lambda: block.register_forward_hook(lambda *_: seen.append(1)),
+        "hook before": lambda: block.register_forward_pre_hook(lambda *_: seen.append(1)),
+        "hook of all modules": lambda: torch.nn.modules.module.register_module_forward_hook(
+            lambda module, *_: seen.append(1) if module is block else None
+        ),
+    }
+    if kind == "forward":
+        block.forward = lambda x, context: seen.append(1) or type(block).forward(block, x, context)
+    else:
+        handle = look[kind]()
+    for _ in range(3):
+        steps(*inputs(1))
+    assert len(seen) == 3 and not steps._recordings
+    if kind == "forward":
+        del block.forward
+    else:
+        handle.remove()
+    steps(*inputs(1))
+    assert len(seen) == 3 and tape.recorded == 2
+
+
+def test_gradients_are_as_ever(unet):
+    tape = Tape()
+    steps = Recorded(unet, tape)
+    x, t, context = inputs(1)
+    with torch.enable_grad():
+        steps(x.requires_grad_(), t, context).sum().backward()
+    assert x.grad is not None and tape.recorded == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        steps(x, t, context)
+    assert tape.recorded == 0
+
+
+def test_where_nothing_can_be_recorded_it_is_said_once(unet):
+    tried = []
+
+    def broken(run, device):
+        tried.append(1)
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore lines")
+
+    steps = Recorded(unet, broken)
+    with pytest.warns(UserWarning, match="cannot be recorded, and take longer: CUDA error: operation .* capturing$"):
+        first = steps(*inputs(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(steps(*inputs(1)), first)
+    assert torch.equal(first, unet(*inputs(1))) and len(tried) == 1
+
+
+def test_recordings_go_with_their_owner(unet):
+    steps = Recorded(unet, Tape())
+    steps(*inputs(1))
+    (recording,) = steps._recordings.values()
+    memory = weakref.ref(recording.inputs[0])
+    del steps, recording
+    gc.collect()
+    assert memory() is None
+
+
+def test_a_copy_records_for_itself(unet):
+    steps = Recorded(unet, Tape())
+    steps(*inputs(1))
+    other = copy.deepcopy(steps)
+    assert other._network is not unet and not other._recordings
+    other._network.conv_out.bias.add_(1)
+    assert torch.equal(steps(*inputs(1)), unet(*inputs(1)))
+    assert error(other(*inputs(1)), unet(*inputs(1)) + 1) < 1e-5
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+def test_within_inference_mode_and_without(unet, first):
+    """Tensors that are made within it could not be written to afterwards."""
+    tape, expected = Tape(), [unet(*inputs(seed)) for seed in range(4)]
+    steps = Recorded(unet, tape)
+    for seed, mode in enumerate((first, torch.no_grad, torch.inference_mode, torch.no_grad)):
+        with mode():
+            assert torch.equal(steps(*inputs(seed)), expected[seed])
+    assert tape.recorded == 1
+
+
+def test_threads_take_turns(unet):
+    """One must not write its inputs while another plays back."""
+    expected = [unet(*inputs(seed)) for seed in range(8)]
+
+    class Slow(Tape):
+        def __call__(self, run, device):
+            replay, out = super().__call__(run, device)
+            return lambda: time.sleep(0.01) or replay(), out
+
+    steps = torch.no_grad()(Recorded(unet, Slow()))
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda seed: steps(*inputs(seed)), range(8))
+        assert all(torch.equal(out, other) for out, other in zip(found, expected, strict=True))
+
+
+def test_a_graph_is_recorded_on_a_stream_of_its_device(monkeypatch):
+    """(By stand-ins, as there may be no GPU.) Two runs before on the same stream; whoever plays it back, there."""
+    log = []
+
+    class Place:
+        """A context that is written down; streams wait for each other."""
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __enter__(self):
+            log.append(f"into {self.name}")
+
+        def __exit__(self, *_):
+            log.append(f"out of {self.name}")
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    here, aside = Place("here"), Place("aside")
+    for name, stand_in in {
+        "device": lambda device: Place(str(device)),
+        "current_stream": lambda: here,
+        "Stream": lambda: aside,
+        "stream": lambda stream: stream,
+        "CUDAGraph": Graph,
+        "graph": lambda graph, stream, capture_error_mode: Place(f"recording on {stream.name}, {capture_error_mode}"),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    out = torch.ones(1)
+    replay, found = cuda_graph(lambda: log.append("run") or out, torch.device("cuda", 1))
+    assert found is out
+    assert log == [
+        *["into cuda:1", "aside waits for here", "into aside", "run", "run", "out of aside", "here waits for aside"],
+        *["into recording on aside, thread_local", "run", "out of recording on aside, thread_local", "out of cuda:1"],
+    ]
+    log.clear()
+    replay()
+    assert log == ["into cuda:1", "replay", "out of cuda:1"]
+
+
+def task(sd, name):
+    settings = {"height": 64, "width": 64, "steps": 2, "seed": 3, "sampler": "heun"}
+    photo, mask = Image.linear_gradient("L").convert("RGB").resize((64, 64)), Image.new("L", (64, 64), 255)
+    mask.paste(0, (0, 0, 30, 64))
+    return {
+        "txt2img": lambda: sd.txt2img("a cat", n=2, **settings),
+        "img2img": lambda: sd.img2img("a cat", photo, strength=0.9, **settings),
+        "inpaint": lambda: sd.inpaint("a cat", photo, mask, **settings),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", ["txt2img", "img2img", "inpaint"])
+@pytest.mark.parametrize("config", [TINY, TINY_INPAINT], ids=lambda config: config.name)
+def test_tasks_play_back_and_users_do_not(config, name):
+    state = tiny_state("tiny-v1" if config is TINY else "tiny-v1-inpainting")
+    sd, tape = StableDiffusion(config, **loaded(state, config)), Tape()
+    assert sd._steps is None  # on a CPU nothing is recorded
+    expected = [image.tobytes() for image in task(sd, name)]
+    sd._steps = Recorded(sd.models.unet, tape)
+    assert [image.tobytes() for image in task(sd, name)] == expected
+    assert tape.recorded == 1 and tape.played >= 1
+    context = sd.encode_prompt(["a"])
+    extra = sd.all_hidden((4, 8, 8)) if sd.sees_masks else None
+    sd.denoiser(context, context, 2.0, extra)(inputs(1, B=1)[0], sd.schedule.level(500))
+    assert tape.recorded == 1
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses whatever would make the program wait for the device: a number of a tensor, asked for by Python."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
+        assert func.overloadpacket not in waits, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_step_waits_for_the_device(sampler):
+    """With guidance, noise, a mask: nothing between the first step and the last asks for a result."""
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
+        bool(torch.ones(1) > 0)
+
+    def watching(steps):
+        with NoWaiting():
+            yield from steps
+
+    settings = {"height": 64, "width": 64, "steps": 3, "seed": 3, "sampler": sampler, "progress": watching}
+    photo, mask = Image.new("RGB", (64, 64)), Image.new("L", (64, 64), 255)
+    mask.paste(0, (0, 0, 30, 64))
+    models = [
+        StableDiffusion(config, **loaded(tiny_state(name), config))
+        for name, config in (("tiny-v1", TINY), ("tiny-v1-inpainting", TINY_INPAINT))
+    ]
+    models[0].txt2img("a cat", n=2, **settings)
+    for sd in models:
+        sd.inpaint("a cat", photo, mask, strength=0.9, **settings)
+
+
+def test_compiled_is_one_graph(monkeypatch):
+    """Whatever Python decides is decided in compiling. (Backend "eager": what is tested needs no compiler.)"""
+    options = []
+    plain = torch.compile
+
+    def compile(network, **chosen):
+        options.append(chosen)
+        return plain(network, backend="eager", fullgraph=True)
+
+    sd = StableDiffusion(TINY, **loaded(tiny_state(), TINY))
+    expected, images = sd.unet(*inputs(1, 24)), task(sd, "img2img")
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(kernels, "onednn_dtypes", lambda: frozenset({torch.float32}))  # but not for this network
+    sd._steps = Compiled(sd.models.unet)
+    assert error(sd._steps(*inputs(1, 24)), expected) < 1e-5
+    assert [image.size for image in task(sd, "img2img")] == [image.size for image in images]
+    assert options == [{"dynamic": False, "mode": None}]
+    assert not any(weight.is_mkldnn for weight in sd.models.unet.parameters())
+
+
+def test_a_copy_compiles_its_own_network(unet, monkeypatch):
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, **_: plain(network, backend="eager"))
+    steps = Compiled(unet)
+    expected = steps(*inputs(1))
+    other = copy.deepcopy(steps)
+    with torch.no_grad():
+        other._network.conv_out.bias.add_(1)
+    assert error(other(*inputs(1)), expected + 1) < 1e-5 and error(steps(*inputs(1)), expected) < 1e-5
+
+
+def test_what_cannot_be_compiled_is_said_in_a_line(unet, monkeypatch):
+    def no_compiler(*_):
+        raise RuntimeError("no compiler\nfound")
+
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, **_: plain(network, backend=no_compiler))
+    with pytest.raises(ValueError, match=r"^the U-Net cannot be compiled here: .*no compiler; leave it as it is .*$"):
+        Compiled(unet)(*inputs(1))
+
+
+def test_compiling_is_asked_for(monkeypatch):
+    made = []
+    monkeypatch.setattr("sd.model.Compiled", lambda unet: made.append(unet) or unet)
+    sd = StableDiffusion.load(device="cpu", compile=True)
+    sd.txt2img("a house", steps=1)
+    assert made == [sd.models.unet] and sd._steps is sd.models.unet
+    with pytest.raises(ValueError, match="do not go together"):
+        StableDiffusion.load(device="cpu", compile=True, low_memory=True)
+
+
+def test_compiling_for_a_cpu_whose_own_kernels_are_faster_is_advised_against(monkeypatch):
+    monkeypatch.setattr(kernels, "onednn_dtypes", lambda: frozenset({torch.float32}))
+    with pytest.warns(UserWarning, match="slower on this processor"):
+        StableDiffusion.load(device="cpu", dtype="float32", compile=True)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs():
+    """Played back against called, at two shapes, with a LoRA's change of weights in between."""
+    assert capture.cuda_graph is cuda_graph
+    networks = {name: network.cuda().half() for name, network in loaded(tiny_state(), TINY).items()}
+    sd = StableDiffusion(TINY, **networks)
+    assert isinstance(sd._steps, Recorded)
+    for seed in range(3):
+        for size in (8, 16):
+            x, t, context = (tensor.cuda() for tensor in inputs(seed, size))
+            given = x.half(), t, context.half()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                out = sd._steps(*given)
+            assert error(out.float(), sd.unet(*given).float()) < 2e-3
+        sd.models.unet.conv_out.weight.data = sd.models.unet.conv_out.weight.data * 2
+    images = [image.tobytes() for image in task(sd, "txt2img")]
+    sd._steps = None
+    assert error(torch.tensor(list(images[0])), torch.tensor(list(task(sd, "txt2img")[0].tobytes()))) < 0.02
