@@ -100,20 +100,20 @@ def test_other_batches_and_precisions_are_other_recordings(unet):
 def test_weights_that_lie_elsewhere_are_recorded_anew(tmp_path):
     tape = Tape()
     sd = StableDiffusion(TINY, **loaded(tiny_state(), TINY))
-    steps = Recorded(sd.models.unet, tape)
+    steps = Recorded(sd.unet, tape)
     before = steps(*inputs(1))
     with torch.no_grad():  # in place: the recording reads what is there now
-        sd.models.unet.conv_out.bias.add_(1)
+        sd.unet.conv_out.bias.add_(1)
     assert torch.equal(steps(*inputs(1)), sd.unet(*inputs(1))) and tape.recorded == 1
     with torch.no_grad():
-        sd.models.unet.conv_out.bias.sub_(1)
+        sd.unet.conv_out.bias.sub_(1)
     sd.add_lora(saved(tmp_path, lora_file(next(iter(SCHEMES)))[0]), 0.1)
     changed = steps(*inputs(1))
     assert torch.equal(changed, sd.unet(*inputs(1))) and error(changed, before) > 1e-3
     assert tape.recorded == 2
     sd.remove_lora()
     assert error(steps(*inputs(1)), before) < 1e-6 and tape.recorded == 3
-    sd.models.unet.mid.res[0] = copy.deepcopy(sd.models.unet.mid.res[0])
+    sd.unet.mid.res[0] = copy.deepcopy(sd.unet.mid.res[0])
     steps(*inputs(1))
     assert tape.recorded == 4
 
@@ -283,7 +283,7 @@ def test_tasks_play_back_and_users_do_not(config, name):
     sd, tape = StableDiffusion(config, **loaded(state, config)), Tape()
     assert sd._steps is None  # on a CPU nothing is recorded
     expected = [image.tobytes() for image in task(sd, name)]
-    sd._steps = Recorded(sd.models.unet, tape)
+    sd._steps = Recorded(sd.unet, tape)
     assert [image.tobytes() for image in task(sd, name)] == expected
     assert tape.recorded == 1 and tape.played >= 1
     context = sd.encode_prompt(["a"])
@@ -336,11 +336,11 @@ def test_compiled_is_one_graph(monkeypatch):
     expected, images = sd.unet(*inputs(1, 24)), task(sd, "img2img")
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(kernels, "onednn_dtypes", lambda: frozenset({torch.float32}))  # but not for this network
-    sd._steps = Compiled(sd.models.unet)
+    sd._steps = Compiled(sd.unet)
     assert error(sd._steps(*inputs(1, 24)), expected) < 1e-5
     assert [image.size for image in task(sd, "img2img")] == [image.size for image in images]
     assert options == [{"dynamic": False, "mode": None}]
-    assert not any(weight.is_mkldnn for weight in sd.models.unet.parameters())
+    assert not any(weight.is_mkldnn for weight in sd.unet.parameters())
 
 
 def test_a_copy_compiles_its_own_network(unet, monkeypatch):
@@ -369,7 +369,7 @@ def test_compiling_is_asked_for(monkeypatch):
     monkeypatch.setattr("sd.model.Compiled", lambda unet: made.append(unet) or unet)
     sd = StableDiffusion.load(device="cpu", compile=True)
     sd.txt2img("a house", steps=1)
-    assert made == [sd.models.unet] and sd._steps is sd.models.unet
+    assert made == [sd.unet] and sd._steps is sd.unet
     with pytest.raises(ValueError, match="do not go together"):
         StableDiffusion.load(device="cpu", compile=True, low_memory=True)
 
@@ -395,7 +395,7 @@ def test_cuda_graphs():
                 warnings.simplefilter("error")
                 out = sd._steps(*given)
             assert error(out.float(), sd.unet(*given).float()) < 2e-3
-        sd.models.unet.conv_out.weight.data = sd.models.unet.conv_out.weight.data * 2
+        sd.unet.conv_out.weight.data = sd.unet.conv_out.weight.data * 2
     images = [image.tobytes() for image in task(sd, "txt2img")]
     sd._steps = None
     assert error(torch.tensor(list(images[0])), torch.tensor(list(task(sd, "txt2img")[0].tobytes()))) < 0.02

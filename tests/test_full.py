@@ -85,9 +85,9 @@ def test_inpainting_model(inpainting_file):
     """Found out from the file alone."""
     sd = StableDiffusion.load(inpainting_file, device="cpu", dtype="float32")
     assert sd.config == SD1_INPAINT
-    assert sum(p.numel() for p in sd.models.unet.parameters()) == 859_535_364
+    assert sum(p.numel() for p in sd.unet.parameters()) == 859_535_364
     golden = Golden("unet_v1_inpainting_64x64")
-    norms = unet_norms(sd.models.unet, SD1_INPAINT)
+    norms = unet_norms(sd.unet, SD1_INPAINT)
     out = sd.unet(golden["x"], golden["t"], golden.normal("context", (1, 77, 768)))
     check_norms(norms, golden.case["norms"], at_least=28)
     assert error(out, golden["out"]) < 2e-5
@@ -166,7 +166,7 @@ def test_float16_networks(files):
     """As they run on GPUs; the CPU can do it, slowly, so on small inputs."""
     sd = StableDiffusion.load(files["fp16.safetensors"], device="cpu", dtype="float16")
     golden = Golden("vae_64x64_b2")
-    assert error(sd.models.vae.decode(golden["latent"].half()).float(), golden["decoded"]) < 1e-2
+    assert error(sd.vae.decode(golden["latent"].half()).float(), golden["decoded"]) < 1e-2
     golden = Golden("clip_l")
     assert error(sd.text_encoder(golden["ids"].long()).float(), golden["last_hidden_state"]) < 1e-2
     golden = Golden("unet_v1_48x80")

@@ -111,7 +111,7 @@ def test_inpainting(tmp_path):
     path.unlink()
     assert sd.config == SD2_INPAINT and sd.about[0].startswith("predicts eps: as inpainting models do")
     golden = Golden("unet_v2_inpainting_48x64")
-    norms = unet_norms(sd.models.unet, SD2_INPAINT)
+    norms = unet_norms(sd.unet, SD2_INPAINT)
     out = sd.unet(golden["x"], golden["t"], golden.normal("context", (1, 77, 1024)))
     check_norms(norms, golden.case["norms"], at_least=28)
     assert error(out, golden["out"]) < 2e-5

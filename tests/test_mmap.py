@@ -195,7 +195,7 @@ def test_weights_of_a_model_are_the_file_s(tmp_path, dtype):
     state = {key: tensor for key, tensor in tiny_state().items() if tensor.is_floating_point()}
     save_file(state, tmp_path / "tiny.safetensors")
     sd = StableDiffusion.load(tmp_path / "tiny.safetensors", config=TINY, device="cpu", dtype=dtype)
-    name, ours = "model.diffusion_model.time_embed.2.weight", sd.models.unet.time[2].weight
+    name, ours = "model.diffusion_model.time_embed.2.weight", sd.unet.time[2].weight
     assert torch.equal(ours, state[name].to(dtype))
     raw = (tmp_path / "tiny.safetensors").read_bytes()
     ours.zero_()

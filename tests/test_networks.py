@@ -12,14 +12,14 @@ from sd.checkpoints.convert import WEIGHTS, convert
 from sd.checkpoints.loading import build, load_weights
 from sd.checkpoints.weight_shapes import weight_shapes
 from sd.config import MODELS
-from sd.models.vae import VAE
+from sd.vae import VAE
 
 
 @pytest.mark.parametrize("name", ["tiny_v1_components", "tiny_v1_inpainting_components"])
 def test_tiny_components(request, name):
     golden = Golden(name)
     sd = request.getfixturevalue("tiny_sd" if name == "tiny_v1_components" else "tiny_inpaint")
-    vae, unet = sd.models.vae, sd.models.unet
+    vae, unet = sd.vae, sd.unet
     assert error(sd.text_encoder(golden["ids"].long()), golden["context"]) < 1e-5
     norms = unet_norms(unet, sd.config)
     out = unet(golden["unet_x"], golden["unet_t"], golden["context"])

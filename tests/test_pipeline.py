@@ -228,11 +228,11 @@ def test_half_precision_that_overflows_is_decoded_again():
     sd = StableDiffusion(TINY, **networks)
     z = reference.normal("z", (2, 4, 8, 8))
     with torch.no_grad():  # beyond float16 inside of the decoder, not at its ends
-        sd.models.vae.decoder.conv_in.weight.mul_(3e4)
+        sd.vae.decoder.conv_in.weight.mul_(3e4)
     with pytest.warns(UserWarning, match="a picture is not finite in float16: computing it again in float32"):
         images = sd.decode(z)
     assert len(images) == 2 and all(pixels(image).std() > 1 for image in images)
-    assert next(sd.models.vae.parameters()).dtype == torch.float16
+    assert next(sd.vae.parameters()).dtype == torch.float16
     with pytest.raises(ArithmeticError, match="NaN"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sd.decode(torch.full_like(z, float("nan")))
@@ -428,7 +428,7 @@ def test_inpainting_with_9_channels_is_these_parts(tiny_inpaint):
 
     hole = torch.from_numpy(np.asarray(mask) / np.float32(255))[None, None]
     grey = (torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)[None] / 127.5 - 1) * (1 - hole)
-    masked = sd.models.vae.encode(grey).sample(randn())
+    masked = sd.vae.encode(grey).sample(randn())
     extra = torch.cat([hole[..., ::8, ::8], masked], dim=1)
     denoise = sd.denoiser(sd.encode_prompt(["a cat"]), sd.encode_prompt([""]), 7.5, extra)
     *_, last = sd.sample(denoise, randn(), sd.schedule.levels(3, "leading"), "ddim", eta=1.0, noise=randn)
@@ -543,7 +543,7 @@ def test_inpainting_models_paint_without_a_mask(tiny_inpaint):
     sd = tiny_inpaint
     (image,) = sd.txt2img("a cat", height=64, width=40, steps=2, seed=4)
     noise = torch.randn(1, 4, 8, 5, generator=torch.Generator().manual_seed(4))
-    grey = sd.models.vae.encode(torch.zeros(1, 3, 64, 40)).mean
+    grey = sd.vae.encode(torch.zeros(1, 3, 64, 40)).mean
     denoise = sd.denoiser(
         sd.encode_prompt(["a cat"]), sd.encode_prompt([""]), 7.5, torch.cat([torch.ones(1, 1, 8, 5), grey], 1)
     )
@@ -597,10 +597,10 @@ def test_inpainting_refuses(either, settings, words):
 def test_half_precision_that_overflows_is_encoded_again():
     sd = StableDiffusion(TINY, **loaded(tiny_state(), TINY, torch.float16))
     with torch.no_grad():
-        sd.models.vae.encoder.conv_in.weight.mul_(3e4)
+        sd.vae.encoder.conv_in.weight.mul_(3e4)
     with pytest.warns(UserWarning, match="a latent is not finite in float16: computing it again in float32"):
         assert sd.encode(photo(64, 64)).mean.isfinite().all()
-    assert next(sd.models.vae.parameters()).dtype == torch.float16
+    assert next(sd.vae.parameters()).dtype == torch.float16
 
 
 def test_a_model_has_a_guidance_of_its_own(tiny_sd):
