@@ -12,7 +12,7 @@ from sd.checkpoints.convert import WEIGHTS, convert
 from sd.checkpoints.loading import build, load_weights
 from sd.checkpoints.weight_shapes import weight_shapes
 from sd.config import MODELS
-from sd.vae import VAE
+from sd.models.vae import VAE
 
 
 @pytest.mark.parametrize("name", ["tiny_v1_components", "tiny_v1_inpainting_components"])
