@@ -35,7 +35,7 @@ from tqdm import tqdm
 from sd.files import exists
 from sd.imaging.files import save_png
 from sd.imaging.tensors import to_pil
-from sd.params import SAMPLER, Settings
+from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion
 
 from .common import cli, generate
@@ -59,7 +59,7 @@ def parser() -> cli.Parser:
     add("--prompts", type=int, default=500, metavar="N", help="of each split; 0 tests the judge (default: %(default)s)")
     add("--split", choices=(*SPLITS, "both"), default="both", help="default: %(default)s")
     add("--guidance", type=float, nargs="+", metavar="G", help="one or more (default: the model's own)")
-    add("--sampler", default=SAMPLER, metavar="NAME", help="default: %(default)s")
+    add("--sampler", default="ddim", metavar="NAME", help="default: %(default)s")
     add("--steps", type=int, metavar="N", help="default: the sampler's")
     add("--seed", type=int, default=0, metavar="N", help="of the first picture (default: %(default)s)")
     add("--batch-size", type=int, default=16, metavar="N", help="pictures painted at once (default: %(default)s)")
@@ -215,7 +215,7 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, name) < value:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {value}, got {getattr(args, name)}")
     for guidance in args.guidance or [None]:
-        Settings.of(sampler=args.sampler, steps=args.steps, guidance=guidance, seed=args.seed)
+        SamplingParams(sampler=args.sampler, steps=args.steps, guidance=guidance, seed=args.seed)
     for file in (args.markdown, args.json, args.wrong):
         if file and file.exists():
             raise exists(file)

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 if not __package__:  # run as a file: see bootstrap.py
     from bootstrap import PACKAGE as __package__  # noqa: F401
 
-from sd import StableDiffusion
-from sd.pipeline import FITS, STRENGTH
+from sd.params import FITS, ImageToImage
 
 from .common import adapter_args, cli, generate
 
@@ -25,7 +25,7 @@ def parser() -> cli.Parser:
     """The arguments; names of the original's scripts work too."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     generate.add_prompt_arguments(parser, "PICTURE")
-    generate.add_fit_argument(generate.add_picture_arguments(parser, STRENGTH))
+    generate.add_fit_argument(generate.add_picture_arguments(parser, ImageToImage.strength))
     generate.add_sampling_arguments(parser, size="from the picture")
     generate.add_output_arguments(parser)
     generate.add_model_arguments(parser)
@@ -33,24 +33,21 @@ def parser() -> cli.Parser:
     return parser
 
 
-def paint(args: argparse.Namespace) -> None:
-    """Check, read the picture, load, paint, save."""
+def generate_images(args: argparse.Namespace) -> None:
+    """Check, read the image, load, generate, save."""
     args = generate.place_words(args, "init_img")
-    settings = generate.checked(args, args.strength)
+    params = generate.checked(args)
     init = generate.read_init(args, args.background)
 
-    def make(model: StableDiffusion, prompt: str, **shared: object) -> list:
-        return model.img2img(
-            prompt, init.image, strength=args.strength, fit_by=args.fit, posterior=args.posterior, **shared
-        )
+    make = partial(ImageToImage, image=init.image, strength=args.strength, fit=args.fit, posterior=args.posterior)
 
     fitted = {"Fit": args.fit} if args.fit != FITS[0] else {}
-    generate.paint(args, settings, make, {**generate.about_init(args, init), **fitted})
+    generate.generate(args, params, make, {**generate.about_init(args, init), **fitted})
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    return cli.run(paint, parser(), argv)
+    return cli.run(generate_images, parser(), argv)
 
 
 if __name__ == "__main__":

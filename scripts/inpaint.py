@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -19,9 +20,8 @@ if not __package__:  # run as a file: see bootstrap.py
 
 from PIL import ImageOps
 
-from sd import StableDiffusion
 from sd.imaging.files import read_mask
-from sd.imaging.masks import CONTENTS
+from sd.params import CONTENTS, Inpaint
 
 from .common import adapter_args, cli, generate
 
@@ -57,10 +57,10 @@ def parser() -> cli.Parser:
     return parser
 
 
-def paint(args: argparse.Namespace) -> None:
-    """Check, read picture and mask, load, paint, save."""
+def generate_images(args: argparse.Namespace) -> None:
+    """Check, read image and mask, load, generate, save."""
     args = generate.place_words(args, "init_img", "mask")
-    settings = generate.checked(args, args.strength)
+    params = generate.checked(args)
     init = generate.read_init(args, args.background if args.mask is not None else None)
     if args.mask is not None:
         mask = read_mask(args.mask)
@@ -73,18 +73,16 @@ def paint(args: argparse.Namespace) -> None:
     if mask.getbbox() is None:
         raise ValueError("the mask is empty (all black): nothing would be painted; --invert-mask?")
 
-    def make(model: StableDiffusion, prompt: str, **shared: object) -> list:
-        return model.inpaint(
-            prompt,
-            init.image,
-            mask,
-            strength=args.strength,
-            content=args.content,
-            blur=args.mask_blur,
-            margin=args.margin if args.only_masked else None,
-            posterior=args.posterior,
-            **shared,
-        )
+    make = partial(
+        Inpaint,
+        image=init.image,
+        mask=mask,
+        strength=args.strength,
+        content=args.content,
+        blur=args.mask_blur,
+        margin=args.margin if args.only_masked else None,
+        posterior=args.posterior,
+    )
 
     about = {
         **generate.about_init(args, init),
@@ -95,12 +93,12 @@ def paint(args: argparse.Namespace) -> None:
         **({"Masked content": args.content} if args.strength < 1 else {}),
         **({"Inpaint area": "Only masked", "Masked area padding": args.margin} if args.only_masked else {}),
     }
-    generate.paint(args, settings, make, about)
+    generate.generate(args, params, make, about)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    return cli.run(paint, parser(), argv)
+    return cli.run(generate_images, parser(), argv)
 
 
 if __name__ == "__main__":

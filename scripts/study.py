@@ -31,7 +31,7 @@ from sd.config import POCKET
 from sd.files import replaced_file
 from sd.imaging.files import read_picture, save_animation
 from sd.imaging.tensors import fit
-from sd.params import Settings
+from sd.params import SamplingParams
 from sd.runtime.device import dtype_name
 from sd.samplers import SAMPLERS
 from sd.study import (
@@ -84,7 +84,7 @@ class Desk:
     """What a figure is made with."""
 
     model: StableDiffusion
-    settings: Settings
+    settings: SamplingParams
     args: argparse.Namespace
 
     def prompt(self, default: str = PROMPT) -> str:
@@ -414,7 +414,7 @@ def study(args: argparse.Namespace) -> None:
     """Check, load, draw, save."""
     if args.film == "mp4" and shutil.which("ffmpeg") is None:
         raise ValueError("--film mp4 needs ffmpeg, which is not installed: try webp or gif")
-    settings = Settings.of(
+    settings = SamplingParams(
         steps=args.steps,
         guidance=args.guidance,
         sampler=args.sampler,

@@ -32,7 +32,7 @@ from sd.files import replaced_file
 from sd.imaging.tensors import grid
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
-from sd.params import Settings
+from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion
 from sd.runtime.device import DTYPES
 from sd.schedule import Schedule
@@ -134,7 +134,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     recipe = loop.Recipe.of(args)
     if not 0 <= args.drop <= 1 or args.phrasings < 1 or args.samples < 0:
         raise ValueError("--drop must be from 0 to 1, --phrasings at least 1, --samples at least 0")
-    Settings.of(steps=args.sample_steps, guidance=args.sample_guidance)
+    SamplingParams(steps=args.sample_steps, guidance=args.sample_guidance)
     prompts = sample_prompts(args)
     device = processes.device
     model = find_model(args, recipe.seed, device)

@@ -12,7 +12,7 @@ import sys
 if not __package__:  # run as a file: see bootstrap.py
     from bootstrap import PACKAGE as __package__  # noqa: F401
 
-from sd import StableDiffusion
+from sd.params import TextToImage
 
 from .common import adapter_args, cli, generate
 
@@ -28,15 +28,15 @@ def parser() -> cli.Parser:
     return parser
 
 
-def paint(args: argparse.Namespace) -> None:
-    """Check, load, paint, save."""
+def generate_images(args: argparse.Namespace) -> None:
+    """Check, load, generate, save."""
     args = generate.place_words(args)
-    generate.paint(args, generate.checked(args), StableDiffusion.txt2img)
+    generate.generate(args, generate.checked(args), TextToImage)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    return cli.run(paint, parser(), argv)
+    return cli.run(generate_images, parser(), argv)
 
 
 if __name__ == "__main__":

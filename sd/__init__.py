@@ -1,7 +1,7 @@
 """Stable Diffusion from scratch in PyTorch.
 
-Reading order: config, schedule, samplers, layers, unet, denoiser, model, pipeline, inpainting; then text_encoder, vae,
-tokenizer; then prompts, lora and embeddings, which are add-ons; then checkpoints: what is in people's files.
+Reading order: config, schedule, samplers, models/layers, models/unet, denoiser, params, pipeline; then
+models/text_encoder, models/vae, text/tokenizer; then adapters; then checkpoints: what is in people's files.
 
 What looks at files alone works without torch, whose import takes longer than all of it; the rest is imported when it is
 first asked for.
@@ -21,15 +21,18 @@ if TYPE_CHECKING:
     from .models.text_encoder import TextEncoder
     from .models.unet import UNet
     from .models.vae import VAE
-    from .pipeline import StableDiffusion
+    from .params import ImageToImage, Inpaint, SamplingParams, TextToImage
+    from .pipeline import Result, Run, StableDiffusion
     from .samplers import SAMPLERS, Step
     from .text.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
 _LATER = {
-    "Denoiser": "denoiser", "StableDiffusion": "pipeline", "SAMPLERS": "samplers", "Step": "samplers",
-    "TextEncoder": "models.text_encoder", "Tokenizer": "text.tokenizer", "UNet": "models.unet", "VAE": "models.vae",
+    "Denoiser": "denoiser", "ImageToImage": "params", "Inpaint": "params", "Result": "pipeline", "Run": "pipeline",
+    "SamplingParams": "params", "StableDiffusion": "pipeline", "TextToImage": "params", "SAMPLERS": "samplers",
+    "Step": "samplers", "TextEncoder": "models.text_encoder",
+    "Tokenizer": "text.tokenizer", "UNet": "models.unet", "VAE": "models.vae",
 }  # fmt: skip
 
 __all__ = [
@@ -45,11 +48,17 @@ __all__ = [
     "CheckpointError",
     "Config",
     "Denoiser",
+    "ImageToImage",
+    "Inpaint",
     "Level",
+    "Result",
+    "Run",
+    "SamplingParams",
     "Schedule",
     "StableDiffusion",
     "Step",
     "TextEncoder",
+    "TextToImage",
     "Tokenizer",
     "UNet",
     "convert",

@@ -167,11 +167,12 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole model: its name, the side of its native picture in pixels, its customary guidance, and its four parts."""
+    """A whole model: name, side of its native image in pixels, customary guidance and sampler, and its four parts."""
 
     name: str = "Stable Diffusion 1.x"
     size: int = 512
     guidance: float = 7.5
+    sampler: str = "dpmpp_2m"  # its customary one, a key of `samplers.SAMPLERS`
     text: TextConfig = field(default_factory=TextConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -181,6 +182,7 @@ class Config:
         _check_sizes(self, "size")
         number = type(self.guidance) in (int, float) and abs(self.guidance) <= 1000
         _check(number, f"Config.guidance: got {self.guidance!r:.100}, expected a number up to 1000")
+        _check(isinstance(self.sampler, str) and len(self.sampler) <= 100, "Config.sampler: expected a name")
         named = isinstance(self.name, str) and len(self.name) <= 100 and self.name.isprintable()
         _check(named, "Config.name: expected at most 100 printable characters")
         _check(
@@ -212,6 +214,7 @@ class Config:
         parts: dict[str, Any] = {"text": TextConfig, "vae": VAEConfig, "unet": UNetConfig, "schedule": ScheduleConfig}
         try:
             raw = json.loads(text)
+            raw.setdefault("sampler", LEGACY_SAMPLERS.get(raw.get("name"), SD1.sampler))  # version 0.1 had none
             values = {
                 name: parts[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
                 if name in parts
@@ -239,11 +242,14 @@ POCKET = Config(
     name="pocket",
     size=128,
     guidance=4.0,
+    sampler="ddim",
     text=TextConfig(width=64, layers=3, heads=2),
     vae=VAEConfig(channels=(64, 64, 96, 160), blocks=1),
     unet=UNetConfig(channels=(96, 160), heads=(3, 5), attention=(False, True), blocks=1, context=64),
     schedule=ScheduleConfig(prediction="v"),
 )
+
+LEGACY_SAMPLERS = {POCKET.name: POCKET.sampler}
 
 MODELS = {
     "sd1": SD1,

@@ -1,80 +1,133 @@
-"""How to sample: what text to image, image to image and inpainting have in common, checked before any work is done.
+"""Every setting of an image, once: its name, default, range and meaning; and the three requests made of them.
 
->>> settings = Settings.of(sampler="DPM++ 2M Karras")
->>> settings.sampler.label, settings.steps, settings.spacing
-('DPM++ 2M', 25, 'karras')
+    SamplingParams   how to sample: what all tasks share
+    TextToImage, ImageToImage, Inpaint   a prompt, its task's settings, and SamplingParams
+
+They are values: checked when they are made, compared by content, and written as JSON (`to_dict`, `from_dict`). The
+command line, the Python API and the metadata of images read names, defaults and help from here.
+
+>>> request = TextToImage.of("a house", steps=20, sampler="DPM++ 2M Karras")
+>>> request.params.sampler, request.params.spacing, request.params.steps
+('dpmpp_2m', 'karras', 20)
+>>> from_dict(request.to_dict()) == request
+True
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from numbers import Real
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from .samplers import Sampler, sampler
+from PIL import Image
+from torch import Tensor
+
+from .samplers import SAMPLERS, Sampler, grid_in, sampler, sampler_key
 from .schedule import SPACINGS
 
-SAMPLER = "ddim"  # the default
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.11
+
+    from .config import Config
+
 MAX_SEED = 2**64 - 1
+FITS = ("crop", "pad")
+POSTERIORS = ("sample", "mode")
+CONTENTS = ("original", "fill", "noise")  # what the hole holds at the start
+
+
+def whole(name: str, value: object) -> int:
+    """Whole numbers of any kind (numpy's too) as int; ValueError, with the name, for anything else."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r:.100}") from None
+
+
+def number(name: str, value: object) -> float:
+    """Real numbers of any kind as float; ValueError, with the name, for anything else."""
+    if not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number, got {value!r:.100}")
+    return float(value)
+
+
+def one_of(name: str, value: object, known: Sequence[str]) -> None:
+    """ValueError that lists what is known, if `value` is something else."""
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(known)}")
+
+
+def setting(default: Any, help: str) -> Any:
+    """A field of a request: its default and what it means."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Sampling settings that any model can run with; `Settings.of` makes them of what a user says."""
+class SamplingParams:
+    """How to sample. None stands for what is customary: of the sampler (steps, spacing) or the model (the others)."""
 
-    sampler: Sampler
-    steps: int  # of the whole grid, of which strength below 1 takes the last part
-    spacing: str  # one of `schedule.SPACINGS`
-    guidance: float | None  # 0 ignores the prompt, 1 is plain, above 1 exaggerates it; None: the model's own
-    eta: float | None  # DDIM's share of fresh noise, 0 to 1
-    seed: int  # 0 to 2^64 - 1
-    n: int  # pictures of each prompt
-    strength: float  # how much of the way to start from noise: 0 keeps the picture, 1 keeps nothing
+    sampler: str | None = setting(None, "a name of `samplers.SAMPLERS`, or another tool's name for one")
+    steps: int | None = setting(None, "steps of the whole grid, 1 to 1000; strength below 1 takes the last of them")
+    spacing: str | None = setting(None, f"grid of the noise levels: {', '.join(SPACINGS)}")
+    guidance: float | None = setting(None, "how strongly to follow the prompt; 0 ignores it, 1 is plain")
+    seed: int = setting(0, "0 to 2^64 - 1; image k of a request has seed + k")
+    n: int = setting(1, "images of each prompt")
+    height: int | None = setting(None, "in pixels, a multiple of 8")
+    width: int | None = setting(None, "in pixels, a multiple of 8")
+    options: Mapping[str, float] = field(default_factory=dict, metadata={"help": "the sampler's own, such as eta"})
 
-    @classmethod
-    def of(
-        cls,
-        *,
-        sampler: str | Sampler = SAMPLER,
-        steps: int | None = None,
-        spacing: str | None = None,
-        guidance: float | None = None,
-        eta: float | None = None,
-        seed: int = 0,
-        n: int = 1,
-        strength: float = 1.0,
-    ) -> Settings:
-        """Fill in what is customary for the sampler; ValueError, in one line, for values that cannot be.
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        if self.sampler is not None:
+            put(self, "spacing", self.spacing or grid_in(self.sampler))  # a grid behind the name counts
+            put(self, "sampler", sampler_key(find_sampler(self.sampler)))
+        for name in ("steps", "height", "width"):
+            if getattr(self, name) is not None:
+                put(self, name, whole(name, getattr(self, name)))
+        put(self, "seed", whole("seed", self.seed))
+        put(self, "n", whole("n", self.n))
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.spacing is not None:
+            one_of("spacing", self.spacing, SPACINGS)
+        if self.guidance is not None:
+            put(self, "guidance", number("guidance", self.guidance))
+            if not math.isfinite(self.guidance):
+                raise ValueError(f"guidance must be a finite number, got {self.guidance}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed must be from 0 to 2^64 - 1, got {self.seed}")
+        if self.n < 1:
+            raise ValueError(f"the number of images must be at least 1, got {self.n}")
+        put(self, "options", {name: self._option(name, value) for name, value in self.options.items()})
 
-        Whether a model has as many timesteps as `steps` is for its schedule to say.
-        """
-        chosen = find_sampler(sampler)
-        seed, n = whole("seed", seed), whole("n", n)
-        steps = chosen.steps if steps is None else whole("steps", steps)
-        spacing = chosen.spacing if spacing is None else spacing
-        if guidance is not None:
-            number("guidance", guidance)
-        number("strength", strength)
-        if eta is not None:
-            number("eta", eta)
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
-        one_of("spacing", spacing, SPACINGS)
-        if guidance is not None and not math.isfinite(guidance):
-            raise ValueError(f"guidance must be a finite number, got {guidance}")
-        if eta is not None and chosen.stochastic != "eta":
-            raise ValueError(f"eta is a setting of ddim, not of {chosen.label}")
-        if eta is not None and not 0 <= eta <= 1:
-            raise ValueError(f"eta must be in [0, 1], got {eta}")
-        if not 0 <= seed <= MAX_SEED:
-            raise ValueError(f"seed must be from 0 to 2^64 - 1, got {seed}")
-        if n < 1:
-            raise ValueError(f"the number of pictures must be at least 1, got {n}")
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength must be in [0, 1], got {strength}")
-        return cls(chosen, steps, spacing, guidance, eta, seed, n, strength)
+    def _option(self, name: str, value: object) -> float:
+        having = [key for key, entry in SAMPLERS.items() if name in entry.options]
+        if not having:
+            raise ValueError(f"no sampler has the option {name!r}")
+        if self.sampler is not None and self.sampler not in having:
+            raise ValueError(f"{name} is a setting of {', '.join(having)}, not of {SAMPLERS[self.sampler].label}")
+        option = SAMPLERS[having[0]].options[name]
+        found = whole(name, value) if isinstance(option.default, int) else number(name, value)
+        if not option.low <= found <= option.high:
+            raise ValueError(f"{name} must be in [{option.low:g}, {option.high:g}], got {value}")
+        return found
+
+    def resolved(self, config: Config) -> SamplingParams:
+        """The same for a model, with what is customary filled in: its sampler, grid, steps and guidance."""
+        name = sampler_key(find_sampler(self.sampler or config.sampler))
+        entry = SAMPLERS[name]
+        return replace(
+            self,
+            sampler=name,
+            steps=entry.steps if self.steps is None else self.steps,
+            spacing=self.spacing or entry.spacing,
+            guidance=config.guidance if self.guidance is None else self.guidance,
+        )
 
 
 def find_sampler(name: str | Sampler) -> Sampler:
@@ -82,22 +135,140 @@ def find_sampler(name: str | Sampler) -> Sampler:
     return name if isinstance(name, Sampler) else sampler(name)
 
 
-def whole(name: str, value: int) -> int:
-    """Whole numbers of any kind (numpy's too) as int; ValueError, with the name, for anything else."""
+@dataclass(frozen=True)
+class TextToImage:
+    """Images of a text: `params.n` for each prompt, prompt by prompt."""
+
+    kind: ClassVar[str] = "txt2img"
+
+    prompt: str | Sequence[str] | Tensor = setting("", "a text, several, or contexts (B, M, D)")
+    params: SamplingParams = field(default_factory=SamplingParams)
+    negative: str = setting("", "what to steer away from; without effect at guidance 1")
+    weighted_prompts: bool = setting(False, "(word:1.2), (word) and [word] in prompts weigh the word")
+    long_prompts: bool = setting(False, "prompts of more than 75 tokens in chunks, instead of cutting them")
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, Tensor):
+            object.__setattr__(self, "prompt", texts(self.prompt))
+
+    @property
+    def strength(self) -> float:
+        """The share of the grid's steps that are taken."""
+        return 1.0
+
+    @classmethod
+    def of(cls, prompt: str | Sequence[str] | Tensor, negative: str = "", **settings: Any) -> Self:
+        """The request of these settings: fields of the request, of SamplingParams, or options of the sampler.
+
+        Raises TypeError for a name that is none of them, ValueError for a value that cannot be.
+        """
+        own = {f.name for f in fields(cls)} - {"params"}
+        shared = {f.name for f in fields(SamplingParams)} - {"options"}
+        options = {name for entry in SAMPLERS.values() for name in entry.options}
+        if unknown := settings.keys() - own - shared - options:
+            known = ", ".join(sorted({*own, *shared, *options}))
+            raise TypeError(f"{cls.kind} has no setting {', '.join(map(repr, sorted(unknown)))}; it has {known}")
+        params = SamplingParams(
+            **{name: value for name, value in settings.items() if name in shared},
+            options={name: value for name, value in settings.items() if name in options and value is not None},
+        )
+        return cls(prompt=prompt, negative=negative, params=params, **{k: v for k, v in settings.items() if k in own})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The request as JSON values; images as PNG in base64. ValueError if the prompt is not text."""
+        if isinstance(self.prompt, Tensor):
+            raise ValueError("a request with contexts in place of a prompt cannot be written")
+        found: dict[str, Any] = {"kind": self.kind}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, SamplingParams):
+                value = {g.name: getattr(value, g.name) for g in fields(value)}
+            elif isinstance(value, Image.Image):
+                buffer = io.BytesIO()
+                value.save(buffer, "PNG")
+                value = base64.b64encode(buffer.getvalue()).decode("ascii")
+            elif isinstance(value, tuple):
+                value = list(value)
+            found[f.name] = value
+        return found
+
+
+def texts(prompt: object) -> tuple[str, ...]:
+    """A prompt or several, as a tuple; ValueError for anything else."""
+    found = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(found, Sequence) or not found or not all(isinstance(text, str) for text in found):
+        raise ValueError(f"prompt must be a text or a list of texts, got {prompt!r:.100}")
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class _FromImage(TextToImage):
+    """What image to image and inpainting share."""
+
+    image: Image.Image | None = setting(None, "of any size and mode; what is transparent becomes white")
+    posterior: str = setting("sample", "the encoder's answer: a random sample, as the original takes, or its mean")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.image, Image.Image):
+            what = type(self.image).__name__
+            raise ValueError(f"image must be a PIL image (imaging.files.read_picture reads files), got {what}")
+        one_of("posterior", self.posterior, POSTERIORS)
+        if not 0 <= number("strength", self.strength) <= 1:
+            raise ValueError(f"strength must be in [0, 1], got {self.strength}")
+
+
+@dataclass(frozen=True)
+class ImageToImage(_FromImage):
+    """Images of a text that start from an image (Meng et al. 2022, "SDEdit")."""
+
+    kind: ClassVar[str] = "img2img"
+
+    strength: float = setting(0.75, "0 keeps the image, 1 starts from noise alone; this share of the steps is taken")
+    fit: str = setting("crop", "to the size generated at: crop the image, or pad it by repeating its edges")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("way to fit", self.fit, FITS)
+
+
+@dataclass(frozen=True)
+class Inpaint(_FromImage):
+    """An image with a part of it generated anew, at its own size."""
+
+    kind: ClassVar[str] = "inpaint"
+
+    strength: float = setting(1.0, "below 1, something of what the hole held remains")
+    mask: Image.Image | None = setting(None, "white is generated anew, black stays to the bit; the transparent part")
+    content: str = setting("original", "what the hole holds at the start, where strength is below 1")
+    blur: float = setting(0.0, "softens the mask's edge, outwards, by so many pixels")
+    margin: int | None = setting(None, "look only at the part around the mask, with so many pixels on each side")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("content", self.content, CONTENTS)
+        number("blur", self.blur)
+        if self.margin is not None and whole("margin", self.margin) < 0:
+            raise ValueError(f"margin must be at least 0 pixels, got {self.margin}")
+        if self.mask is not None and not isinstance(self.mask, Image.Image):
+            what = type(self.mask).__name__
+            raise ValueError(f"mask must be a PIL image (imaging.files.read_mask reads files), got {what}")
+
+
+Request = TextToImage | ImageToImage | Inpaint
+REQUESTS: dict[str, type[TextToImage]] = {cls.kind: cls for cls in (TextToImage, ImageToImage, Inpaint)}
+
+
+def from_dict(values: Mapping[str, Any]) -> TextToImage:
+    """The request that `to_dict` wrote. It may come from a file, so ValueError for anything else."""
     try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
-
-
-def number(name: str, value: float) -> float:
-    """ValueError, with the name, for anything that is not a real number."""
-    if not isinstance(value, Real):
-        raise ValueError(f"{name} must be a number, got {value!r:.100}")
-    return float(value)
-
-
-def one_of(name: str, value: str, known: Sequence[str]) -> None:
-    """ValueError that lists what is known, if `value` is something else."""
-    if value not in known:
-        raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(known)}")
+        kind = REQUESTS[values["kind"]]
+        given = {name: value for name, value in values.items() if name != "kind"}
+        given["params"] = SamplingParams(**given.get("params", {}))
+        for name in ("image", "mask"):
+            if given.get(name) is not None:
+                given[name] = Image.open(io.BytesIO(base64.b64decode(given[name], validate=True)), formats=["PNG"])
+                given[name].load()
+        return kind(**given)
+    except (TypeError, KeyError, AttributeError, OSError, SyntaxError) as error:
+        raise ValueError(f"not a request: {error!s:.200}") from None

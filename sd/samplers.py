@@ -29,18 +29,18 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from .schedule import SPACINGS, Level
+from .schedule import SPACINGS, Level, Levels
 
 Denoise = Callable[[Tensor, Level], Tensor]  # (x_t, level) -> x0, the same shape
 Noise = Callable[[Tensor], Tensor]  # unit normal numbers in the shape of its argument
-LevelOfRatio = Callable[[float], Level]  # the level of a ratio between two of the grid: `Schedule.level_of_ratio`
 
 FEW_STEPS = 15  # below it DPM-Solver++ and UniPC end with a step of first order, which is more stable
 
@@ -63,7 +63,7 @@ def move(x: Tensor, x0: Tensor, a: Level, b: Level) -> Tensor:
 
 
 def of_x0(a: Level, b: Level) -> float:
-    """What x0 counts for in `move`."""
+    """The coefficient of x0 in `move`."""
     return b.alpha - b.sigma * a.alpha / a.sigma
 
 
@@ -80,7 +80,7 @@ def log_steps(a: Level, b: Level) -> float:
 # ------------------------------------------------------------------------------------- diffusion's own samplers
 
 
-def ddpm(denoise: Denoise, x: Tensor, levels: Sequence[Level], *, noise: Noise) -> Iterator[Step]:
+def ddpm(denoise: Denoise, x: Tensor, levels: Levels, *, noise: Noise) -> Iterator[Step]:
     """Ancestral sampling from the posterior of Ho et al. 2020, eq. 6 and 7, on any subset of the timesteps.
 
         alpha = alpha_a / alpha_b,  beta = 1 - alpha²
@@ -106,7 +106,7 @@ def posterior(a: Level, b: Level) -> tuple[float, float, float]:
 
 
 def ddim(
-    denoise: Denoise, x: Tensor, levels: Sequence[Level], *, eta: float = 0.0, noise: Noise | None = None
+    denoise: Denoise, x: Tensor, levels: Levels, *, eta: float = 0.0, noise: Noise | None = None
 ) -> Iterator[Step]:
     """Song et al. 2021, "Denoising diffusion implicit models", eq. 12 and 16.
 
@@ -129,7 +129,7 @@ def ddim(
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
-def plms(denoise: Denoise, x: Tensor, levels: Sequence[Level]) -> Iterator[Step]:
+def plms(denoise: Denoise, x: Tensor, levels: Levels, *, noise: Noise | None = None) -> Iterator[Step]:
     """Liu et al. 2022, "Pseudo numerical methods for diffusion models on manifolds", eq. 12: the multistep part.
 
     The noise of this step is extrapolated from those of up to three before (Adams-Bashforth), then moved with as in
@@ -154,7 +154,7 @@ def plms(denoise: Denoise, x: Tensor, levels: Sequence[Level]) -> Iterator[Step]
 # ------------------------------------------------------------------------------------- solvers of dy/dr = eps
 
 
-def euler(denoise: Denoise, x: Tensor, levels: Sequence[Level]) -> Iterator[Step]:
+def euler(denoise: Denoise, x: Tensor, levels: Levels, *, noise: Noise | None = None) -> Iterator[Step]:
     """Euler's method (Karras et al. 2022, algorithm 1 without the correction); DDIM by another name.
 
     x (B, C, h, w) at levels[0]. One evaluation a step.
@@ -165,7 +165,7 @@ def euler(denoise: Denoise, x: Tensor, levels: Sequence[Level]) -> Iterator[Step
         yield Step(i, b, x, x0)
 
 
-def heun(denoise: Denoise, x: Tensor, levels: Sequence[Level]) -> Iterator[Step]:
+def heun(denoise: Denoise, x: Tensor, levels: Levels, *, noise: Noise | None = None) -> Iterator[Step]:
     """Karras et al. 2022, algorithm 1: Euler's step, then once more with the mean of the slopes at both its ends.
 
     x (B, C, h, w) at levels[0]. Two evaluations a step, one where the next level is clean.
@@ -180,7 +180,7 @@ def heun(denoise: Denoise, x: Tensor, levels: Sequence[Level]) -> Iterator[Step]
         yield Step(i, b, x, x0)
 
 
-def lms(denoise: Denoise, x: Tensor, levels: Sequence[Level], *, order: int = 4) -> Iterator[Step]:
+def lms(denoise: Denoise, x: Tensor, levels: Levels, *, noise: Noise | None = None, order: int = 4) -> Iterator[Step]:
     """Linear multistep: the slope is a polynomial through the last `order` ones, integrated exactly (Adams-Bashforth).
 
         y_b = y_a + sum_j w_j eps_j,   w_j = integral from r_a to r_b of prod_{k != j} (r - r_k) / (r_j - r_k)
@@ -209,24 +209,27 @@ def multistep_weights(points: Sequence[float], start: float, end: float) -> list
     return weights
 
 
-def dpm2(
-    denoise: Denoise, x: Tensor, levels: Sequence[Level], *, level_of_ratio: LevelOfRatio, noise: Noise | None = None
-) -> Iterator[Step]:
+def dpm2(denoise: Denoise, x: Tensor, levels: Levels, *, noise: Noise | None = None) -> Iterator[Step]:
     """The slope of a step is taken at its middle in lambda (DPM-Solver-2 of Lu et al. 2022a, as in k-diffusion).
 
-    With `noise` it is ancestral. x (B, C, h, w) at levels[0]. Two evaluations a step, one where the next is clean.
+    x (B, C, h, w) at levels[0]. Two evaluations a step, one where the next level is clean.
     """
     for i, (a, b) in enumerate(pairwise(levels)):
         x0 = denoise(x, a)
-        down, up = (b.ratio, 0.0) if noise is None else ancestral(a, b)
-        if down == 0:
-            x = move(x, x0, a, b)
-        else:
-            middle = level_of_ratio(math.sqrt(a.ratio * down))
-            halfway = move(x, x0, a, middle)
-            slope = eps_of(halfway, denoise(halfway, middle), middle)
-            x = back_up(b.alpha * (x / a.alpha + (down - a.ratio) * slope), b, up, noise)
+        x = midpoint_step(denoise, x, x0, a, b, levels.between)
         yield Step(i, b, x, x0)
+
+
+def midpoint_step(
+    denoise: Denoise, x: Tensor, x0: Tensor, a: Level, b: Level, between: Callable[[float, float], Level]
+) -> Tensor:
+    """x at level a -> x at level b, along the slope in the middle of the step."""
+    if b.sigma == 0:
+        return move(x, x0, a, b)
+    middle = between(a.ratio, b.ratio)
+    halfway = move(x, x0, a, middle)
+    slope = eps_of(halfway, denoise(halfway, middle), middle)
+    return b.alpha * (x / a.alpha + (b.ratio - a.ratio) * slope)
 
 
 # ------------------------------------------------------------------------------------- ancestral steps
@@ -251,7 +254,7 @@ def back_up(x: Tensor, b: Level, up: float, noise: Noise | None) -> Tensor:
     return x + b.alpha * up * noise(x) if up > 0 and noise is not None else x
 
 
-def euler_a(denoise: Denoise, x: Tensor, levels: Sequence[Level], *, noise: Noise) -> Iterator[Step]:
+def euler_a(denoise: Denoise, x: Tensor, levels: Levels, *, noise: Noise) -> Iterator[Step]:
     """Euler's step down, fresh noise back up: DDIM with eta 1.
 
     x (B, C, h, w) at levels[0]. One evaluation and one draw of noise a step; none where the next level is clean.
@@ -263,9 +266,19 @@ def euler_a(denoise: Denoise, x: Tensor, levels: Sequence[Level], *, noise: Nois
         yield Step(i, b, x, x0)
 
 
-def dpmpp_2s_a(
-    denoise: Denoise, x: Tensor, levels: Sequence[Level], *, level_of_ratio: LevelOfRatio, noise: Noise
-) -> Iterator[Step]:
+def dpm2_a(denoise: Denoise, x: Tensor, levels: Levels, *, noise: Noise) -> Iterator[Step]:
+    """`dpm2`, further down than b, and back up with fresh noise.
+
+    x (B, C, h, w) at levels[0]. Two evaluations and one draw of noise a step; one and none where the next is clean.
+    """
+    for i, (a, b) in enumerate(pairwise(levels)):
+        x0 = denoise(x, a)
+        down, up = ancestral(a, b)
+        x = back_up(midpoint_step(denoise, x, x0, a, below(b, down), levels.between), b, up, noise)
+        yield Step(i, b, x, x0)
+
+
+def dpmpp_2s_a(denoise: Denoise, x: Tensor, levels: Levels, *, noise: Noise) -> Iterator[Step]:
     """DPM-Solver++(2S) (Lu et al. 2022b, algorithm 1), ancestral: the x0 of the step's middle serves for all of it.
 
     x (B, C, h, w) at levels[0]. Two evaluations and one draw of noise a step; one and none where the next is clean.
@@ -276,26 +289,17 @@ def dpmpp_2s_a(
         if down == 0:
             x = move(x, x0, a, b)
         else:
-            middle = level_of_ratio(math.sqrt(a.ratio * down))
+            middle = levels.between(a.ratio, down)
             x0_middle = denoise(move(x, x0, a, middle), middle)
             x = back_up(move(x, x0_middle, a, below(b, down)), b, up, noise)
         yield Step(i, b, x, x0)
 
 
-def dpmpp_sde(
-    denoise: Denoise,
-    x: Tensor,
-    levels: Sequence[Level],
-    *,
-    level_of_ratio: LevelOfRatio,
-    noise: Noise,
-    independent: bool = False,
-) -> Iterator[Step]:
+def dpmpp_sde(denoise: Denoise, x: Tensor, levels: Levels, *, noise: Noise) -> Iterator[Step]:
     """The same for the stochastic equation: also the way to the middle is ancestral (k-diffusion's sample_dpmpp_sde).
 
-    Both draws of a step have to belong to one Brownian path, of which the middle has seen the first part; otherwise
-    contrast is lost: 12 % of it in 20 steps. `noise` may see to that, as k-diffusion's noise sampler does; where its
-    draws are `independent`, the path is made of them here.
+    Both increments of a step belong to one Brownian path, of which the middle has seen the first part: the whole step's
+    is made of two independent draws. With unrelated ones contrast is lost: 12 % of it in 20 steps.
 
     x (B, C, h, w) at levels[0]. Two evaluations and two draws of noise a step; one and none where the next is clean.
     """
@@ -304,15 +308,13 @@ def dpmpp_sde(
         if b.sigma == 0:
             x = move(x, x0, a, b)
         else:
-            middle = level_of_ratio(math.sqrt(a.ratio * b.ratio))
+            middle = levels.between(a.ratio, b.ratio)
             down, up = ancestral(a, middle)
             first = noise(x)
             halfway = move(x, x0, a, below(middle, down)) + middle.alpha * up * first
             down, up = ancestral(a, b)
-            whole = noise(x)
-            if independent:
-                share = (a.ratio - middle.ratio) / (a.ratio - b.ratio)
-                whole = math.sqrt(share) * first + math.sqrt(1 - share) * whole
+            share = (a.ratio - middle.ratio) / (a.ratio - b.ratio)
+            whole = math.sqrt(share) * first + math.sqrt(1 - share) * noise(x)
             x = move(x, denoise(halfway, middle), a, below(b, down)) + b.alpha * up * whole
         yield Step(i, b, x, x0)
 
@@ -328,7 +330,7 @@ def extrapolated(x0: Tensor, a: Level, b: Level, before: tuple[Level, Tensor] | 
     return x0 + (log_steps(a, b) / (2 * log_steps(level, a))) * (x0 - x0_before)
 
 
-def dpmpp_2m(denoise: Denoise, x: Tensor, levels: Sequence[Level]) -> Iterator[Step]:
+def dpmpp_2m(denoise: Denoise, x: Tensor, levels: Levels, *, noise: Noise | None = None) -> Iterator[Step]:
     """DPM-Solver++(2M), Lu et al. 2022b, algorithm 2: `move` with x0 extrapolated to the middle of the step.
 
     First order in the first step, where the next level is clean, and at the end of a run of few steps.
@@ -343,7 +345,7 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, levels: Sequence[Level]) -> Iterator[S
         yield Step(i, b, x, x0)
 
 
-def dpmpp_2m_sde(denoise: Denoise, x: Tensor, levels: Sequence[Level], *, noise: Noise) -> Iterator[Step]:
+def dpmpp_2m_sde(denoise: Denoise, x: Tensor, levels: Levels, *, noise: Noise) -> Iterator[Step]:
     """SDE-DPM-Solver++(2M), Lu et al. 2022b, section 5: down to r_b² / r_a, twice as far in lambda, and noise back up.
 
     x (B, C, h, w) at levels[0]. One evaluation and one draw of noise a step; none where the next level is clean.
@@ -361,7 +363,7 @@ def dpmpp_2m_sde(denoise: Denoise, x: Tensor, levels: Sequence[Level], *, noise:
         yield Step(i, b, x, x0)
 
 
-def unipc(denoise: Denoise, x: Tensor, levels: Sequence[Level]) -> Iterator[Step]:
+def unipc(denoise: Denoise, x: Tensor, levels: Levels, *, noise: Noise | None = None) -> Iterator[Step]:
     """UniPC-2 for x0 with B(h) = e^h - 1, Zhao et al. 2023: predicts as `dpmpp_2m`, then corrects where it came from.
 
     The evaluation at the start of a step also tells how the step before should have ended: x is first set right.
@@ -400,38 +402,53 @@ def corrected(a: Level, x0: Tensor, before: tuple[Level, Tensor] | None, b: Leve
 # ------------------------------------------------------------------------------------- registry
 
 
-class Sampler(NamedTuple):
-    """What a caller needs to know to offer a sampler; --help and the README's table are made from it."""
+class Option(NamedTuple):
+    """A setting that one sampler has and others do not."""
 
-    label: str  # the name that people and picture metadata use
-    run: Callable[..., Iterator[Step]]
+    default: float
+    low: float
+    high: float
+    help: str
+
+
+class Sampler(NamedTuple):
+    """What a caller needs to know to offer a sampler; --help and the table in docs are made from it."""
+
+    label: str  # the name that people and image metadata use
+    run: Callable[..., Iterator[Step]]  # (denoise, x, levels, *, noise, **options), in every one of them
     paper: str
     order: int
     evaluations: int  # of the network in a step
-    stochastic: str  # "always", "eta" (only where eta > 0) or "never"
+    random: bool  # whether it draws noise; one with the option eta does only where that is above 0
     spacing: str  # its customary grid, one of SPACINGS
     steps: int  # a customary number of steps
-    midpoints: bool = False  # whether it takes `level_of_ratio`
-    paths: bool = False  # whether it takes `independent`
+    options: Mapping[str, Option] = MappingProxyType({})  # keyword arguments of `run`
 
+    def draws(self, options: Mapping[str, float] = MappingProxyType({})) -> bool:
+        """Whether a run with these options draws noise."""
+        return self.random or options.get("eta", 0.0) > 0
+
+
+ETA = Option(0.0, 0.0, 1.0, "share of fresh noise in each step: 0 none, 1 as much as DDPM")
+ORDER = Option(4, 1, 4, "how many of the last steps it extrapolates from")
 
 HO, LIU, KARRAS = "Ho et al. 2020", "Liu et al. 2022", "Karras et al. 2022"
 LU_A, LU_B, CROWSON = "Lu et al. 2022a", "Lu et al. 2022b", "k-diffusion"
 SAMPLERS = {
-    "ddim": Sampler("DDIM", ddim, "Song et al. 2021", 1, 1, "eta", "leading", 50),
-    "ddpm": Sampler("DDPM", ddpm, HO, 1, 1, "always", "leading", 1000),
-    "plms": Sampler("PLMS", plms, LIU, 4, 1, "never", "leading", 50),
-    "lms": Sampler("LMS", lms, CROWSON, 4, 1, "never", "linspace", 50),
-    "euler": Sampler("Euler", euler, KARRAS, 1, 1, "never", "linspace", 30),
-    "euler_a": Sampler("Euler a", euler_a, CROWSON, 1, 1, "always", "linspace", 30),
-    "heun": Sampler("Heun", heun, KARRAS, 2, 2, "never", "linspace", 20),
-    "dpm2": Sampler("DPM2", dpm2, LU_A, 2, 2, "never", "karras", 20, midpoints=True),
-    "dpm2_a": Sampler("DPM2 a", dpm2, LU_A, 1, 2, "always", "karras", 20, midpoints=True),
-    "dpmpp_2s_a": Sampler("DPM++ 2S a", dpmpp_2s_a, LU_B, 1, 2, "always", "karras", 20, midpoints=True),
-    "dpmpp_2m": Sampler("DPM++ 2M", dpmpp_2m, LU_B, 2, 1, "never", "karras", 25),
-    "dpmpp_sde": Sampler("DPM++ SDE", dpmpp_sde, LU_B, 1, 2, "always", "karras", 20, midpoints=True, paths=True),
-    "dpmpp_2m_sde": Sampler("DPM++ 2M SDE", dpmpp_2m_sde, LU_B, 1, 1, "always", "karras", 25),
-    "unipc": Sampler("UniPC", unipc, "Zhao et al. 2023", 3, 1, "never", "karras", 30),
+    "ddim": Sampler("DDIM", ddim, "Song et al. 2021", 1, 1, False, "leading", 50, MappingProxyType({"eta": ETA})),
+    "ddpm": Sampler("DDPM", ddpm, HO, 1, 1, True, "leading", 1000),
+    "plms": Sampler("PLMS", plms, LIU, 4, 1, False, "leading", 50),
+    "lms": Sampler("LMS", lms, CROWSON, 4, 1, False, "linspace", 50, MappingProxyType({"order": ORDER})),
+    "euler": Sampler("Euler", euler, KARRAS, 1, 1, False, "linspace", 30),
+    "euler_a": Sampler("Euler a", euler_a, CROWSON, 1, 1, True, "linspace", 30),
+    "heun": Sampler("Heun", heun, KARRAS, 2, 2, False, "linspace", 20),
+    "dpm2": Sampler("DPM2", dpm2, LU_A, 2, 2, False, "karras", 20),
+    "dpm2_a": Sampler("DPM2 a", dpm2_a, LU_A, 1, 2, True, "karras", 20),
+    "dpmpp_2s_a": Sampler("DPM++ 2S a", dpmpp_2s_a, LU_B, 1, 2, True, "karras", 20),
+    "dpmpp_2m": Sampler("DPM++ 2M", dpmpp_2m, LU_B, 2, 1, False, "karras", 25),
+    "dpmpp_sde": Sampler("DPM++ SDE", dpmpp_sde, LU_B, 1, 2, True, "karras", 20),
+    "dpmpp_2m_sde": Sampler("DPM++ 2M SDE", dpmpp_2m_sde, LU_B, 1, 1, True, "karras", 25),
+    "unipc": Sampler("UniPC", unipc, "Zhao et al. 2023", 3, 1, False, "karras", 30),
 }
 
 # other names of the original's scripts, k-diffusion, A1111, ComfyUI, and diffusers' classes without "Scheduler"
@@ -479,3 +496,14 @@ def sampler(name: str) -> Sampler:
         grids = ", ".join(SPACINGS)
         raise ValueError(f"unknown sampler {name!r}, expected one of {', '.join(SAMPLERS)}; behind it, one of {grids}")
     return NAMES[plain]
+
+
+def sampler_key(entry: Sampler) -> str:
+    """The name of a sampler in `SAMPLERS`, whatever its grid."""
+    return next(key for key, known in SAMPLERS.items() if known.label == entry.label)
+
+
+def grid_in(name: str | Sampler) -> str | None:
+    """The grid behind a sampler's name, if there is one: "karras" of "DPM++ 2M Karras"."""
+    plain = _plain(name).removesuffix("scheduler") if isinstance(name, str) else ""
+    return next((spacing for spacing in SPACINGS if plain.endswith(spacing)), None)

@@ -22,7 +22,8 @@ training target. Levels are Python floats computed once in float64, so that no s
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple, SupportsIndex, overload
 
 import numpy as np
 
@@ -43,6 +44,30 @@ class Level(NamedTuple):
     def ratio(self) -> float:
         """sigma / alpha: k-diffusion's sigma."""
         return self.sigma / self.alpha
+
+
+class Levels(list[Level]):
+    """A grid: levels from noisy to clean, and `between`, for samplers that evaluate inside a step."""
+
+    def __init__(self, levels: Iterable[Level], schedule: Schedule) -> None:
+        super().__init__(levels)
+        self.schedule = schedule
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Level: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Levels: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Level | Levels:
+        """One level, or a part of the grid."""
+        if isinstance(index, slice):
+            return Levels(super().__getitem__(index), self.schedule)
+        return super().__getitem__(index)
+
+    def between(self, high: float, low: float) -> Level:
+        """The level in the middle of two ratios, both positive, in ln(sigma / alpha)."""
+        return self.schedule.level_of_ratio(math.sqrt(high * low))
 
 
 CLEAN = Level(t=-1.0, alpha=1.0, sigma=0.0)  # one step before timestep 0, as alphas_cumprod_prev of the original has it
@@ -125,7 +150,7 @@ class Schedule:
         alpha = 1.0 / math.hypot(1.0, ratio)
         return Level(t, alpha, ratio * alpha)
 
-    def levels(self, n: int, spacing: str = "leading", strength: float = 1.0) -> list[Level]:
+    def levels(self, n: int, spacing: str = "leading", strength: float = 1.0) -> Levels:
         """The grid of an n-step run: n levels to evaluate, noisiest first, and the one to end at.
 
         n in 1..steps. `strength` in [0, 1] keeps the last int(n * strength) steps, for image to image; 0 leaves just
@@ -160,7 +185,7 @@ class Schedule:
             rho = KARRAS_RHO if spacing == "karras" else math.inf
             levels = [self.level_of_ratio(ratio) for ratio in ratios(n, low, high, rho)]
         kept = int(n * strength + 1e-9)  # 0.7 * 10 is 6.999...
-        return [*levels[n - kept :], end]
+        return Levels([*levels[n - kept :], end], self)
 
     def add_noise(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
         """x_t of clean x0 and unit normal noise of the same shape: alpha x0 + sigma noise."""

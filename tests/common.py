@@ -6,7 +6,9 @@ original modules. `error` is the relative L2 distance that all tolerances speak 
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -135,3 +137,24 @@ def gaussian_denoiser(std: float):
 
 def assert_close(a: Any, b: Any, rtol: float) -> None:
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=rtol)
+
+
+def increments(noise, levels):
+    """Independent draws that make what `noise` drew for both increments of each of DPM++ SDE's steps.
+
+    The original was given unrelated draws; ours makes the second increment of the first and a fresh one.
+    """
+    count, first = itertools.count(), None
+
+    def draw(x):
+        nonlocal first
+        step, second = divmod(next(count), 2)
+        drawn = noise(x)
+        if not second:
+            first = drawn
+            return drawn
+        high, low = levels[step].ratio, levels[step + 1].ratio
+        share = (high - math.sqrt(high * low)) / (high - low)
+        return (drawn - math.sqrt(share) * first) / math.sqrt(1 - share)
+
+    return draw

@@ -366,7 +366,7 @@ def test_what_cannot_be_compiled_is_said_in_a_line(unet, monkeypatch):
 
 def test_compiling_is_asked_for(monkeypatch):
     made = []
-    monkeypatch.setattr("sd.model.Compiled", lambda unet: made.append(unet) or unet)
+    monkeypatch.setattr("sd.pipeline.Compiled", lambda unet: made.append(unet) or unet)
     sd = StableDiffusion.load(device="cpu", compile=True)
     sd.txt2img("a house", steps=1)
     assert made == [sd.unet] and sd._steps is sd.unet

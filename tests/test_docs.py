@@ -13,7 +13,7 @@ import torch
 from toy_world_words import strange_words
 
 from scripts import study
-from sd.model import EMBEDDED
+from sd.pipeline import EMBEDDED
 from sd.resources import resource
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -173,7 +173,7 @@ def test_every_option_reaches_the_model(edit, ckpt, tmp_path):  # noqa: F811
     words = ("--guidance", "3", "--sampler", "euler_a", "--steps", "4", "--negative", "b")
     small = ("--height", "64", "--width", "64", "--device", "cpu", "--dtype", "float32", "--seed", "7", *words)
     with Image.open(SAMPLE) as sample, Image.open(MASK) as mask:
-        edited = model.img2img("a", sample, "b", strength=0.6, posterior="mode", fit_by="pad", **same)
+        edited = model.img2img("a", sample, "b", strength=0.6, posterior="mode", fit="pad", **same)
         repainted = model.inpaint(
             "a", sample, mask, "b", strength=0.6, content="noise", blur=2, margin=9, posterior="mode", **same
         )

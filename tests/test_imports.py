@@ -20,7 +20,7 @@ ALLOWED = {
     "schedule": {"config"},
     "samplers": {"schedule"},
     "denoiser": {"samplers", "schedule"},
-    "params": {"samplers", "schedule"},
+    "params": {"config", "samplers", "schedule"},
     "runtime": {"models"},
     "models": {"config", "runtime"},
     "text": {"resources"},
@@ -28,11 +28,10 @@ ALLOWED = {
     "checkpoints": {"config", "models", "runtime", "schedule", "text"},
     "adapters": {"checkpoints", "config", "runtime", "text"},
     "training": {"config", "denoiser", "models", "schedule"},
-    "model": {
+    "pipeline": {
         "adapters", "checkpoints", "config", "denoiser", "imaging", "models", "params", "resources", "runtime",
         "samplers", "schedule", "text",
     },
-    "pipeline": {"denoiser", "imaging", "model", "params", "samplers", "schedule"},
     "study": None,  # stands on top of everything: nothing may import it
 }  # fmt: skip
 FILES = sorted(path for path in (ROOT / "sd").rglob("*.py") if path != ROOT / "sd" / "__init__.py")

@@ -87,10 +87,10 @@ def test_known_part_is_reached_by_every_sampler(name):
         return torch.tanh(x) * level.alpha
 
     entry = SAMPLERS[name]
-    options = {"level_of_ratio": schedule.level_of_ratio} if entry.midpoints else {}
+    options = {}
 
     def final(denoise):
-        noise = {"noise": reference_noise()} if entry.stochastic == "always" else {}
+        noise = {"noise": reference_noise()} if entry.random else {}
         *_, last = entry.run(denoise, x, schedule.levels(30, "karras"), **options, **noise)
         return last.x
 
@@ -120,7 +120,7 @@ def test_masks_are_brought_to_the_picture():
     twice = np.asarray(prepare_mask(mask, (128, 96)))
     assert twice[20:40, 60:80].mean() > 240 and twice[:16].max() == twice[44:].max() == 0
     assert prepare_mask(mask.convert("RGB"), (64, 48)).mode == "L"
-    with pytest.warns(UserWarning, match="the mask is 64x48 and the picture 48x48: it is stretched"):
+    with pytest.warns(UserWarning, match="the mask is 64x48 and the image 48x48: it is stretched"):
         assert prepare_mask(mask, (48, 48)).size == (48, 48)
 
 

@@ -14,7 +14,7 @@ from conftest import loaded
 from PIL import Image
 
 from sd.config import Config
-from sd.imaging.masks import CONTENTS
+from sd.params import CONTENTS
 from sd.params import MAX_SEED
 from sd.pipeline import StableDiffusion, draw, generators
 from sd.runtime.device import best_dtype
@@ -314,7 +314,7 @@ def test_strength_zero_is_the_vae_and_one_is_text_to_image(tiny_sd):
 
 
 def test_a_strength_of_less_than_a_step_is_said(tiny_sd):
-    with pytest.warns(UserWarning, match=r"strength 0\.1 of 5 steps is less than one step: nothing is painted"):
+    with pytest.warns(UserWarning, match=r"strength 0\.1 of 5 steps is less than one step: nothing is generated"):
         tiny_sd.img2img("a", photo(64, 64), strength=0.1, steps=5, height=64, width=64)
 
 
@@ -352,12 +352,12 @@ def test_every_sampler_starts_anywhere(tiny_sd, name):
     ],
 )
 def test_sizes_from_pictures(tiny_sd, size, given, up, expected):
-    assert tiny_sd.picture_size(size, **given, up=up) == expected
+    assert tiny_sd.image_size(size, **given, up=up) == expected
 
 
 def test_pictures_are_cut_or_framed(tiny_sd):
-    for fit_by, size in (("crop", (64, 64)), ("pad", (64, 32))):
-        (image,) = tiny_sd.img2img("a", photo(200, 100), strength=0, height=64, width=64, fit_by=fit_by)
+    for fit, size in (("crop", (64, 64)), ("pad", (64, 32))):
+        (image,) = tiny_sd.img2img("a", photo(200, 100), strength=0, height=64, width=64, fit=fit)
         assert image.size == size
 
 
@@ -369,7 +369,7 @@ def test_pictures_of_any_mode(tiny_sd, mode):
 
 
 def test_what_is_cut_off_is_said(tiny_sd):
-    with pytest.warns(UserWarning, match="50 % of the picture is cut off"):
+    with pytest.warns(UserWarning, match="50 % of the image is cut off"):
         tiny_sd.img2img("a", photo(200, 100), strength=0, height=64, width=64)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from scripts.benchmark import report
-from sd.model import EMBEDDED
+from sd.pipeline import EMBEDDED
 from sd.resources import resource
 from sd.samplers import SAMPLERS
 
@@ -21,7 +21,7 @@ def sampler_table() -> str:
     """The table that the README must hold."""
     rows = ["| `--sampler` | name | paper | order | evaluations a step | random | grid | steps |", "| --- " * 8 + "|"]
     for key, entry in SAMPLERS.items():
-        random = {"always": "yes", "never": "no", "eta": "with `--eta`"}[entry.stochastic]
+        random = "yes" if entry.random else "with `--eta`" if "eta" in entry.options else "no"
         cells = [
             f"`{key}`",
             entry.label,

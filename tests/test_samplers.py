@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import reference_weights as reference
 import torch
-from common import GOLDENS, TINY, TINY_V2, Golden, error, gaussian_denoiser, tiny_state
+from common import GOLDENS, TINY, TINY_V2, Golden, error, gaussian_denoiser, increments, tiny_state
 from conftest import loaded
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sd.config import ScheduleConfig
 from sd.denoiser import Denoiser
-from sd.samplers import ADAMS_BASHFORTH, SAMPLERS, ddim, ddpm, euler, multistep_weights, sampler
-from sd.schedule import CLEAN, SPACINGS, Level, Schedule
+from sd.samplers import ADAMS_BASHFORTH, SAMPLERS, ddim, ddpm, dpmpp_sde, euler, multistep_weights, sampler
+from sd.schedule import CLEAN, SPACINGS, Level, Levels, Schedule
 
 schedule = Schedule()
 
@@ -59,12 +59,11 @@ def test_k_diffusion_samplers(tiny, tiny_v2, name):
     golden = Golden(name)
     networks, config = (tiny_v2, TINY_V2) if golden.case["manifest"] == "tiny-v2-v" else (tiny, TINY)
     own = Schedule(config.schedule)
-    levels = [own.level_of_ratio(float(ratio)) for ratio in golden["sigmas"]]
+    levels = Levels([own.level_of_ratio(float(ratio)) for ratio in golden["sigmas"]], own)
     kind = next(word for word in golden.case["component"].split() if word.startswith("sample_"))
     entry = SAMPLERS[K_NAMES[kind.removeprefix("sample_")]]
-    options = {"noise": golden.noise()} if entry.stochastic == "always" else {}
-    if entry.midpoints:
-        options["level_of_ratio"] = own.level_of_ratio
+    noise = golden.noise()
+    options = {"noise": increments(noise, levels) if entry.run is dpmpp_sde else noise} if entry.random else {}
     x = levels[0].sigma * golden["x_T"]  # k-diffusion begins at sigma times the noise, and does not scale by alpha
     steps = run(golden, networks, levels, K_NAMES[kind.removeprefix("sample_")], own, x, **options)
     assert error(steps[-1].x, golden["out"]) < 1e-4
@@ -171,11 +170,10 @@ def test_convergence(name):
     """
     std, order = 0.5, DETERMINISTIC[name]
     x = reference.normal("x", (1, 4, 8, 8)).double()
-    options = {"level_of_ratio": schedule.level_of_ratio} if SAMPLERS[name].midpoints else {}
     errors = []
     for n in (50, 100, 200, 400):
         levels = schedule.levels(n, "karras")[:-1]  # the jump to clean is exact for no n
-        *_, last = SAMPLERS[name].run(gaussian_denoiser(std), x, levels, **options)
+        *_, last = SAMPLERS[name].run(gaussian_denoiser(std), x, levels)
         errors.append(error(last.x, exact_flow(x, levels[0], levels[-1], std)))
     found = orders(errors)
     assert all(got > order - 0.2 for got in found), (errors, found)
@@ -184,12 +182,7 @@ def test_convergence(name):
 
 def run_of(name, denoise, x, levels, noise=None, **options):
     """The steps of a sampler with all that it may want; `noise` draws unit normal numbers."""
-    entry = SAMPLERS[name]
-    if entry.midpoints:
-        options["level_of_ratio"] = schedule.level_of_ratio
-    if entry.stochastic == "always" or options.get("eta"):
-        options["noise"] = noise
-    return entry.run(denoise, x, levels, **options)
+    return SAMPLERS[name].run(denoise, x, levels, noise=noise, **options)
 
 
 def spread(name, levels, std, **options):
@@ -212,16 +205,15 @@ def exact_spread(a, b, std):
     return factor, math.sqrt(var_b - factor**2 * var_a)
 
 
-STOCHASTIC = [(name, {}) for name, entry in SAMPLERS.items() if entry.stochastic == "always"]
-STOCHASTIC += [("ddim", {"eta": 1.0}), ("dpmpp_sde", {"independent": True})]
+STOCHASTIC = [(name, {}) for name, entry in SAMPLERS.items() if entry.random]
+STOCHASTIC += [("ddim", {"eta": 1.0})]
 CONVERGENCE = {  # orders of the factor and of the deviation; None: exact at any number of steps
     "ddim": (None, 1),
     "ddpm": (None, 1),
     "euler_a": (None, 1),
     "dpm2_a": (1, 2),
     "dpmpp_2s_a": (1, 1.8),
-    "dpmpp_sde": (None, 0.9),  # of draws that belong to no path
-    "dpmpp_sde, one path": (None, 2),
+    "dpmpp_sde": (None, 2),
     "dpmpp_2m_sde": (None, 2),
 }
 
@@ -233,7 +225,7 @@ def test_convergence_of_mean_and_deviation(name, options):
         levels = schedule.levels(n, "karras")[:-1]
         pairs = zip(spread(name, levels, std, **options), exact_spread(levels[0], levels[-1], std), strict=True)
         errors.append([got / exact - 1 for got, exact in pairs])
-    expected = CONVERGENCE[f"{name}, one path" if "independent" in options else name]
+    expected = CONVERGENCE[name]
     for found, order in zip(zip(*errors, strict=True), expected, strict=True):
         if order is None:
             assert max(map(abs, found)) < 1e-11, found
@@ -307,8 +299,8 @@ def test_every_sampler_on_every_grid(name, spacing):
             calls.append(level)
             return gaussian_denoiser(0.5)(x, level)
 
-        options = {"level_of_ratio": schedule.level_of_ratio} if entry.midpoints else {}
-        if entry.stochastic == "always":
+        options = {}
+        if entry.random:
             options["noise"] = lambda x: torch.randn(x.shape, generator=rng)
         steps = list(entry.run(denoise, torch.randn(1, 4, 4, 4, generator=rng), levels, **options))
         taken = len(levels) - 1
@@ -353,7 +345,7 @@ def test_runs(name, spacing, n, strength):
     extra = {1: name == "plms" and full > 0, 2: full}[entry.evaluations]
     assert len(asked) == taken + extra
     assert set(levels[:-1]) <= set(asked)
-    assert len(drawn) == {"always": full * (2 if name == "dpmpp_sde" else 1)}.get(entry.stochastic, 0)
+    assert len(drawn) == (full * (2 if name == "dpmpp_sde" else 1) if entry.random else 0)
     if taken:
         last = steps[-1].x
         reached = b.alpha * x0 + b.sigma * eps
@@ -446,8 +438,6 @@ def test_stochastic_samplers_give_the_data_distribution(name, options):
     levels = schedule.levels(1000, "trailing")  # with few steps the variance comes out too small, by the theory too
     x = torch.randn(20000, generator=rng)
     noise = lambda like: torch.randn(like.shape, generator=rng)  # noqa: E731
-    if SAMPLERS[name].midpoints:
-        options = {"level_of_ratio": schedule.level_of_ratio}
     *_, last = SAMPLERS[name].run(gaussian_denoiser(std), x, levels, noise=noise, **options)
     expected = math.sqrt(levels[-1].alpha ** 2 * std**2 + levels[-1].sigma ** 2)
     assert abs(float(last.x.mean())) < 0.02
@@ -472,9 +462,7 @@ def test_inputs_are_left_alone_and_steps_are_numbered():
     for name, entry in SAMPLERS.items():
         x = reference.normal("x", (1, 4, 8, 8))
         kept = x.clone()
-        options = {"noise": lambda x: torch.ones_like(x)} if entry.stochastic == "always" else {}
-        if entry.midpoints:
-            options["level_of_ratio"] = schedule.level_of_ratio
+        options = {"noise": lambda x: torch.ones_like(x)} if entry.random else {}
         steps = list(entry.run(gaussian_denoiser(0.5), x, levels, **options))
         assert [step.i for step in steps] == list(range(7)) and torch.equal(x, kept), name
         assert [step.level for step in steps] == levels[1:], name

@@ -58,11 +58,11 @@ import numpy as np
 import pytest
 import reference_weights as reference
 import torch
-from common import error
+from common import error, increments
 
 from sd.config import ScheduleConfig
 from sd.samplers import SAMPLERS, ancestral, dpmpp_2s_a, eps_of
-from sd.schedule import CLEAN, Level, Schedule
+from sd.schedule import CLEAN, Levels, Schedule
 
 pytest.importorskip("diffusers", reason="compares with diffusers, which is not installed")
 
@@ -172,15 +172,15 @@ def scheduler(monkeypatch):
     return start
 
 
-def grid(other) -> list[Level]:
+def grid(other) -> Levels:
     """The levels of their whole steps, with the t at which they ask the network."""
     if not hasattr(other, "sigmas"):
         end = schedule.level(0) if getattr(other, "final_alpha_cumprod", 1) != 1 else CLEAN
-        return [*(schedule.level(t) for t in dict.fromkeys(other.timesteps.tolist())), end]
+        return Levels([*(schedule.level(t) for t in dict.fromkeys(other.timesteps.tolist())), end], schedule)
     ratios = dict.fromkeys(other.sigmas.tolist())  # in those with two evaluations a step each stands twice
     *levels, end = [schedule.level_of_ratio(ratio) for ratio in ratios]
     times = other.timesteps[:: other.order].tolist()
-    return [*(level._replace(t=t) for level, t in zip(levels, times, strict=True)), end]
+    return Levels([*(level._replace(t=t) for level, t in zip(levels, times, strict=True)), end], schedule)
 
 
 def their_states(other, network, x, levels):
@@ -213,10 +213,9 @@ def errors(scheduler, case: Case, prediction: str, told: str | None = None) -> l
     theirs = their_states(other, their_network, x, levels)
 
     entry, options, draw = SAMPLERS[case.sampler], dict(case.own or {}), draws()
-    if entry.midpoints:
-        options["level_of_ratio"] = own.level_of_ratio
-    if entry.stochastic == "always":
-        options["noise"] = lambda like: draw()
+    if entry.random:
+        drawn = lambda like: draw()  # noqa: E731
+        options["noise"] = increments(drawn, levels) if case.sampler == "dpmpp_sde" else drawn
     steps = entry.run(denoise, x, levels, **options)
     return [error(step.x, state) for step, state in zip(steps, theirs, strict=True)]
 
@@ -268,7 +267,7 @@ def test_dpmpp_2s_a_is_pairs_of_singlestep_steps(scheduler, prediction):
     draw, draw_theirs = draws(), draws()
     steps = dpmpp_2s_a(
         lambda x, level: own.to_x0(network(x, level.t), x, level), x, levels,
-        level_of_ratio=own.level_of_ratio, noise=lambda like: draw(),
+        noise=lambda like: draw(),
     )  # fmt: skip
     for step, (a, b) in zip(steps, pairwise(levels), strict=True):
         down, up = ancestral(a, b)

@@ -89,7 +89,7 @@ def test_low_memory_paints_the_same(paint, ckpt, tmp_path):
 
 def test_compile_is_handed_on(paint, monkeypatch):
     made = []
-    monkeypatch.setattr("sd.model.Compiled", lambda unet: made.append(unet) or unet)
+    monkeypatch.setattr("sd.pipeline.Compiled", lambda unet: made.append(unet) or unet)
     assert paint("a", "--compile")[0] == 0 and len(made) == 1
     status, _, err, _ = paint("a", "--compile", "--low-memory")
     assert status == 1 and err == [

@@ -23,7 +23,7 @@ from sd.models.layers import Attention
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.models.vae import VAE
-from sd.params import Settings
+from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion, draw, generators
 from sd.runtime import cpu_kernels as kernels
 from sd.runtime.cuda_graphs import Recorded
@@ -401,7 +401,7 @@ def test_many_small_steps_are_one_large_one():
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
 def test_runs_paint_what_the_pipeline_paints(tiny_sd, sampler):
     """The same seed gives the same picture as txt2img, with a sampler that draws noise as well."""
-    settings = Settings.of(steps=3, sampler=sampler, spacing="trailing", guidance=3.0, seed=4)
+    settings = SamplingParams(steps=3, sampler=sampler, spacing="trailing", guidance=3.0, seed=4)
     ours = runs.paint(tiny_sd, [PROMPT, PROMPT], settings)
     theirs = tiny_sd.txt2img(PROMPT, steps=3, sampler=sampler, spacing="trailing", guidance=3.0, seed=4)[0]
     for image in ours:

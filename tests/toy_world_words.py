@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 
 import pytest
+from sd.model import Model
 from torch import Tensor
 
 from scripts.toy_world.words import FUNCTION_WORDS, WORDS
-from sd.model import Model
 
 KNOWN = {*WORDS, *FUNCTION_WORDS}
 

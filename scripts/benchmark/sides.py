@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sd.denoiser import Denoiser
-from sd.model import LARGE
-from sd.pipeline import StableDiffusion
+from sd.pipeline import LARGE, StableDiffusion
 from sd.runtime.cuda_graphs import Recorded
 from sd.runtime.vae_tiling import decode_in_strips
 from sd.samplers import ddim

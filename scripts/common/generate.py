@@ -6,7 +6,7 @@ import argparse
 import secrets
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +19,11 @@ from sd.checkpoints.convert import WEIGHTS
 from sd.imaging.files import Picture, parameters, read_picture
 from sd.imaging.previews import LinearDecoder
 from sd.imaging.tensors import grid
-from sd.model import EMBEDDED, Steps
-from sd.params import MAX_SEED, SAMPLER, Settings
-from sd.pipeline import FITS, POSTERIORS
+from sd.params import FITS, MAX_SEED, POSTERIORS, SamplingParams, TextToImage
+from sd.pipeline import EMBEDDED, Run
 from sd.resources import resource
 from sd.runtime.device import DTYPES, dtype_name
-from sd.samplers import SAMPLERS, Step
+from sd.samplers import SAMPLERS, Option
 from sd.schedule import SPACINGS
 from sd.text.prompt_syntax import chunks
 
@@ -34,14 +33,15 @@ from .output import ModelHash, Output
 
 # precisions by other names; the original's "autocast" is the best for the device
 NICKNAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "full": "float32", "autocast": None}
+OLD_OPTIONS = {"eta": ("--ddim_eta",)}  # of the original's scripts
 PROMPT_FILE_LIMIT = 16 << 20  # bytes
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 ANIMATIONS = ("webp", "gif")
 STEP_MODES = ("decoded", "linear")
 FRAMES = 100  # at most: of a longer run some steps are left out
 
-# paints pictures of a prompt: make(model, prompt, steps=..., ..., seed=..., n=..., progress=...)
-Make = Callable[..., list[Image.Image]]
+# makes the request of one prompt: make(prompt, params, negative=..., weighted_prompts=..., long_prompts=...)
+Make = Callable[..., TextToImage]
 
 
 def add_prompt_arguments(parser: Parser, *files: str) -> None:
@@ -154,12 +154,20 @@ def add_model_arguments(parser: Parser) -> None:
     )
 
 
+def sampler_options() -> dict[str, tuple[Option, list[str]]]:
+    """Every option that a sampler has: its declaration, and the samplers that have it."""
+    names = dict.fromkeys(name for entry in SAMPLERS.values() for name in entry.options)
+    having = {name: [key for key, entry in SAMPLERS.items() if name in entry.options] for name in names}
+    return {name: (SAMPLERS[keys[0]].options[name], keys) for name, keys in having.items()}
+
+
 def add_sampling_arguments(parser: Parser, size: str = "the model's own") -> None:
-    """--steps, --guidance, --sampler, --spacing, --eta, --seed, --height, --width."""
+    """--steps, --guidance, --sampler and its options, --spacing, --seed, --height, --width."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
-        "--sampler", default=SAMPLER, metavar="NAME",
-        help=f"{', '.join(SAMPLERS)}; other tools' names work too, and a grid behind them (default: %(default)s)",
+        "--sampler", metavar="NAME",
+        help=f"{', '.join(SAMPLERS)}; other tools' names work too, and a grid behind them (default: the model's own: "
+        f"{sd.SD1.sampler} for Stable Diffusion, {sd.MODELS['pocket'].sampler} for the embedded model)",
     )  # fmt: skip
     for name in ("plms", "dpm_solver"):  # switches of the original's scripts
         group.add_argument(f"--{name}", dest="sampler", action="store_const", const=name, help=argparse.SUPPRESS)
@@ -171,9 +179,11 @@ def add_sampling_arguments(parser: Parser, size: str = "the model's own") -> Non
         f"for Stable Diffusion, {sd.MODELS['pocket'].guidance:g} for the embedded model)",
     )  # fmt: skip
     group.add_argument("--spacing", choices=SPACINGS, help="grid of the noise levels (default: the sampler's own)")
-    group.add_argument(
-        "--eta", "--ddim_eta", type=float, metavar="E", help="ddim: share of fresh noise, 0 to 1 (default: 0)"
-    )
+    for name, (option, having) in sampler_options().items():
+        group.add_argument(
+            f"--{name}", *OLD_OPTIONS.get(name, ()), type=type(option.default), metavar=name[0].upper(),
+            help=f"{', '.join(having)}: {option.help} (default: {option.default:g})",
+        )  # fmt: skip
     group.add_argument(
         "--seed",
         type=int,
@@ -221,7 +231,7 @@ def add_output_arguments(parser: Parser) -> None:
     group.add_argument("--no-metadata", action="store_true", help="do not write prompt and settings into the PNG files")
 
 
-def checked(args: argparse.Namespace, strength: float = 1.0) -> Settings:
+def checked(args: argparse.Namespace) -> SamplingParams:
     """Settle the random seed and refuse impossible settings, before a large model is loaded."""
     if args.seed == -1:
         args.seed = secrets.randbelow(2**32)
@@ -230,15 +240,16 @@ def checked(args: argparse.Namespace, strength: float = 1.0) -> Settings:
             raise ValueError(f"--{name.replace('batch_', 'batch-')} must be at least 1, got {getattr(args, name)}")
     if args.columns is not None and args.columns < 1:
         raise ValueError(f"--columns must be at least 1, got {args.columns}")
-    return Settings.of(
+    return SamplingParams(
         sampler=args.sampler,
         steps=args.steps,
         spacing=args.spacing,
         guidance=args.guidance,
-        eta=args.eta,
         seed=args.seed,
         n=args.n,
-        strength=strength,
+        height=args.height,
+        width=args.width,
+        options={name: getattr(args, name) for name in sampler_options() if getattr(args, name) is not None},
     )
 
 
@@ -319,48 +330,48 @@ def load(args: argparse.Namespace) -> sd.StableDiffusion:
 
 
 class StepRecorder:
-    """The progress bar of one sampling run, which keeps what the picture seemed to be in each of its steps."""
+    """The progress bar of one run, which keeps what the image seemed to be in each of its steps."""
 
-    def __init__(self, label: str, model: sd.StableDiffusion, keep: bool) -> None:
-        self._label, self._model, self._keep = label, model, keep
+    def __init__(self, label: str, run: Run, keep: bool) -> None:
+        self._label, self._run, self._keep = label, run, keep
         self._x0: list[torch.Tensor] = []  # of each step, if wanted
-        self._finish: Callable[[Image.Image], Image.Image] | None = None
 
-    def __call__(self, steps: Steps) -> Iterator[Step]:
-        """Wrap the iterator over steps."""
-        self._finish = steps.finish
-        every = -(-len(steps) // FRAMES)
-        for step in tqdm(steps, desc=self._label, unit="step", disable=None, leave=False, file=sys.stderr):
-            if self._keep and ((step.i + 1) % every == 0 or step.i + 1 == len(steps)):
+    def take_steps(self) -> None:
+        """Take all steps."""
+        every = -(-len(self._run) // FRAMES)
+        count = len(self._run)
+        for step in tqdm(self._run, desc=self._label, unit="step", disable=None, leave=False, file=sys.stderr):
+            if self._keep and ((step.i + 1) % every == 0 or step.i + 1 == count):
                 self._x0.append(step.x0.cpu())
-            yield step
 
     def frames(self, i: int, mode: str) -> list[Image.Image]:
-        """The steps of the batch's i-th picture: decoded, or mapped to colours linearly, which is quick and coarse."""
-        x0 = [step[i : i + 1].to(self._model.device) for step in self._x0]
-        if not x0 or self._finish is None:
+        """The steps of the batch's i-th image: decoded, or mapped to colours linearly, which is quick and coarse."""
+        model, finish = self._run.model, self._run.start.finish
+        x0 = [step[i : i + 1].to(model.device) for step in self._x0]
+        if not x0:
             return []
-        decode = self._model.decode if mode == "decoded" else LinearDecoder.fit(x0[-1], self._model.decode(x0[-1]))
-        bar = tqdm(x0, desc="steps", unit="picture", disable=None, leave=False, file=sys.stderr)
-        return [self._finish(decode(z)[0]) for z in bar]
+        decode = model.decode if mode == "decoded" else LinearDecoder.fit(x0[-1], model.decode(x0[-1]))
+        bar = tqdm(x0, desc="steps", unit="image", disable=None, leave=False, file=sys.stderr)
+        return [finish(decode(z)[0]) for z in bar]
 
 
-def paint(args: argparse.Namespace, settings: Settings, make: Make, more: Mapping[str, object] | None = None) -> None:
-    """Make the pictures of all prompts, saving each as soon as it is there; `more` goes into their metadata.
-
-    `make(model, prompt, **options)` paints some pictures of one prompt; the options are those that all tasks share.
-    """
+def generate(
+    args: argparse.Namespace, params: SamplingParams, make: Make, more: Mapping[str, object] | None = None
+) -> None:
+    """Make the images of all prompts, saving each as soon as it is there; `more` goes into their metadata."""
     prompts = read_prompts(args.prompt, args.from_file)
+    how = {"weighted_prompts": args.weighted_prompts, "long_prompts": args.long_prompts}
+    for prompt in prompts:
+        make(prompt, params, negative=args.negative, **how)  # refuses what cannot be before a large model is loaded
     addons = AddOns(args, prompts)
     output = Output(args.out)
     model = load(args)
-    if settings.guidance is None:
-        settings = replace(settings, guidance=model.config.guidance)
+    params = params.resolved(model.config)
     digest = None if args.no_metadata else ModelHash(args.ckpt or resource(EMBEDDED))
     print(f"{model.config.name} on {model.device}, {dtype_name(model.dtype)}, first seed {args.seed}", flush=True)
     for line in model.about:
         print(line, flush=True)
-    if model.config.schedule.to_noise and settings.spacing not in ("trailing", "linspace"):
+    if model.config.schedule.to_noise and params.spacing not in ("trailing", "linspace"):
         warnings.warn(
             "this model is trained to begin at noise alone (zero terminal SNR), where this grid does not begin: "
             "--spacing trailing",
@@ -372,78 +383,73 @@ def paint(args: argparse.Namespace, settings: Settings, make: Make, more: Mappin
     total = count * len(prompts)
     done, kept = 0, []
     for prompt in prompts:
-        said.clear()  # what is wrong with one prompt is said once, not for each of its pictures
+        said.clear()  # what is wrong with one prompt is said once, not for each of its images
         if unknown := unknown_words(model, prompt, args.weighted_prompts, args.long_prompts):
             who = "this model" if args.ckpt else "the embedded model"
             hint = "" if args.ckpt else " (its words: weights/README.md; another model: --ckpt)"
             warnings.warn(f"{who} does not know: {unknown}{hint}", stacklevel=1)
-        for start in range(0, count, args.batch_size):
+        for first in range(0, count, args.batch_size):
             seed = (args.seed + done) % (MAX_SEED + 1)
-            recorder = StepRecorder(f"picture {done + 1} of {total}", model, args.save_steps)
-            batch = make(
-                model,
-                prompt,
-                negative=args.negative,
-                height=args.height,
-                width=args.width,
-                steps=settings.steps,
-                guidance=settings.guidance,
-                sampler=settings.sampler,
-                spacing=settings.spacing,
-                eta=settings.eta,
-                seed=seed,
-                n=min(args.batch_size, count - start),
-                weighted_prompts=args.weighted_prompts,
-                long_prompts=args.long_prompts,
-                progress=recorder,
-            )
-            for i, image in enumerate(batch):
-                own_seed = (seed + i) % (MAX_SEED + 1)
+            batch = replace(params, seed=seed, n=min(args.batch_size, count - first))
+            run = model.prepare(make(prompt, batch, negative=args.negative, **how))
+            recorder = StepRecorder(f"image {done + 1} of {total}", run, args.save_steps)
+            recorder.take_steps()
+            result = run.result()
+            for note in result.notes:
+                warnings.warn(note, stacklevel=1)
+            for i, (image, own_seed) in enumerate(zip(result.images, result.seeds, strict=True)):
                 text = None
                 if not args.no_metadata:
-                    text = describe(args, settings, model, prompt, image, own_seed, more, digest, addons)
+                    text = describe(args, run, image, replace(batch, seed=own_seed), more, digest, addons)
                 path = output.save(image, text)
                 print(f"{path}  seed {own_seed}", flush=True)
                 if frames := recorder.frames(i, args.preview):
                     print(output.save_steps(frames, path, args.animation), flush=True)
-            done += len(batch)
-            kept += batch if args.grid else []
+            done += len(result.images)
+            kept += result.images if args.grid else []
     if args.grid:
         print(output.save(grid(kept, args.columns), kind="-grid"), flush=True)
 
 
 def describe(
     args: argparse.Namespace,
-    settings: Settings,
-    model: sd.StableDiffusion,
-    prompt: str,
+    run: Run,
     image: Image.Image,
-    seed: int,
+    params: SamplingParams,
     more: Mapping[str, object] | None,
     digest: ModelHash | None,
     addons: AddOns,
 ) -> str:
-    """The "parameters" text of a picture."""
+    """The "parameters" text of an image."""
+    model = run.model
+    assert not isinstance(run.request.prompt, torch.Tensor) and params.sampler and params.spacing
+    (prompt,) = run.request.prompt
     digits = digest.digits() if digest else None
-    negative = args.negative if settings.guidance != 1 else ""  # without effect at 1
+    negative = args.negative if params.guidance != 1 else ""  # without effect at 1
     values = {
-        "Steps": settings.steps,
-        "Sampler": settings.sampler.label,
-        "Schedule type": settings.spacing.capitalize(),
-        "CFG scale": f"{settings.guidance:g}",
-        "Seed": seed,
+        "Steps": params.steps,
+        "Sampler": SAMPLERS[params.sampler].label,
+        "Schedule type": params.spacing.capitalize(),
+        "CFG scale": f"{params.guidance:g}",
+        "Seed": params.seed,
         "Size": f"{image.width}x{image.height}",
         **(more or {}),
-        **({"Eta": f"{settings.eta:g}"} if settings.eta is not None else {}),
+        **{name.capitalize(): f"{value:g}" for name, value in params.options.items()},
         **({"Model hash": digits} if digits else {}),
-        "Model": args.ckpt.stem if args.ckpt else "pocket",
+        "Model": name_of(args.ckpt) if args.ckpt else "pocket",
         **({"Weights": args.weights} if args.weights != "auto" else {}),
-        **({"VAE": args.vae.stem} if args.vae else {}),
+        **({"VAE": name_of(args.vae)} if args.vae else {}),
         **addons.about(model, prompt, negative),
         "Precision": dtype_name(model.dtype),
         "Version": f"sd {sd.__version__}",
     }
     return parameters(addons.prompt(prompt), negative, values)
+
+
+def name_of(path: Path) -> str:
+    """What a file or folder is called: a file's name without its ending, a folder's whole name, dots and all."""
+    path = path.expanduser().resolve() if path.name in ("", ".", "..") else path
+    return path.name if path.is_dir() else path.stem
 
 
 def unknown_words(model: sd.StableDiffusion, prompt: str, weighted: bool = False, long: bool = False) -> str:

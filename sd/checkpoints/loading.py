@@ -8,9 +8,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +23,16 @@ from ..models.text_encoder import TextEncoder
 from ..models.unet import UNet
 from ..models.vae import VAE
 from ..runtime.cpu_kernels import lays_out
-from .checkpoint import Checkpoint, CheckpointError, printable, shapes
-from .convert import FLAGS, NAMES, describe_weights, shape_text
-from .detect import CONFIG_KEY, Identity, damaged_position_ids, with_vocabulary
+from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming, printable, shapes
+from .convert import FLAGS, NAMES, convert, describe_weights, shape_text
+from .detect import CONFIG_KEY, Identity, damaged_position_ids, identify, with_vocabulary
 from .diffusers_config import check_text_encoder, vae_from_diffusers
 from .formats.mmap import fresh
-from .layouts import find_layouts
+from .layouts import NETWORKS, find_layouts
 from .other_models import is_sdxl, refuse_others
 from .prediction import predicting, probe
+
+Report = Callable[[int], object]  # is told how many numbers a weight has that was read
 
 
 def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
@@ -157,3 +161,77 @@ def _in_pages(tensor: Tensor, dtype: torch.dtype, layout: torch.memory_format) -
         out, width, *kernel = tensor.shape
         copy = copy.view(out, *kernel, width).permute(0, 3, 1, 2)
     return copy.view(tensor.shape).copy_(tensor)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What a checkpoint is taken for, and what is taken from other files; everything that is None is found out."""
+
+    config: Config | None = None  # which model it is
+    weights: str = "auto"  # "auto", "raw" or "ema": which of a training checkpoint's two U-Nets
+    prediction: str | None = None  # "eps" or "v": what the U-Net predicts
+    vae: str | os.PathLike[str] | None = None  # another file or folder to take the VAE from, alone or whole
+    text_encoder: str | os.PathLike[str] | None = None  # the same for the text encoder
+    variant: str | None = None  # of a diffusers folder: "fp16", ..., the files named so
+
+    @property
+    def others(self) -> dict[str, str | os.PathLike[str]]:
+        """Network -> the other file that it comes from."""
+        given = {"vae": self.vae, "text_encoder": self.text_encoder}
+        return {name: path for name, path in given.items() if path is not None}
+
+
+class Source:
+    """The files of one model: which model it is, and its weights by network. Use as a context manager, or close it."""
+
+    def __init__(self, path: str | os.PathLike[str], options: LoadOptions) -> None:
+        """Open the files and match every weight. Raises CheckpointError, in one line, for files that are no model."""
+        self._path, self._options, self._stack = path, options, ExitStack()
+        with ExitStack() as files:
+            self._main = files.enter_context(load_checkpoint(path, options.variant, mapped=True))
+            parts = {
+                name: files.enter_context(load_checkpoint(other, options.variant, mapped=True))
+                for name, other in options.others.items()
+            }
+            with naming(path):
+                self._found = identify(self._main, options.config, options.prediction)
+                missing = [name for name in NETWORKS if name not in parts]
+                self._states = convert(self._main, self._found.config, options.weights, missing)
+            self.config = self._found.config
+            for name, file in parts.items():
+                with naming(options.others[name]):
+                    self.config = with_part(self.config, name, file)
+                    self._states |= convert(file, self.config, parts=[name])
+            self._files = [self._main, *parts.values()]
+            self._stack = files.pop_all()
+
+    def read(self, name: str, network: nn.Module, device: torch.device, dtype: torch.dtype, report: Report) -> None:
+        """Give a network, on the meta device, its weights. `report` is told how many numbers each has."""
+        for file in self._files:
+            file.check_unchanged()
+        with naming(self._options.others.get(name, self._path)):
+            load_weights(network, self._states[name], device, dtype, report)
+
+    @property
+    def decided(self) -> bool:
+        """Whether the files say what the U-Net predicts."""
+        return self._found.decided
+
+    def probe(self, unet: nn.Module) -> None:
+        """Ask the U-Net itself what it predicts."""
+        self._found = probed(self._found, unet)
+        self.config = like(self._found.config, self.config)
+
+    def about(self) -> tuple[str, ...]:
+        """What was found out and chosen, one line each."""
+        return (*self._main.notes, *describe(self._main, self._found, self._options.weights, self.config))
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._stack.close()

@@ -33,13 +33,14 @@ from ..schedule import Level, Schedule
 from .files import flatten_mask
 from .tensors import Box, frame, resize, to_tensor
 
-CONTENTS = ("original", "fill", "noise")  # what the hole holds at the start
 MAX_ASPECT = 2.0  # of the part around a mask, as long as there is more of the picture to look at
 A_FEW = 16  # pixels of value 1 in a mask without higher ones may be chance; more are labels, 0 and 1
 NEARLY = 20  # of 255: masks saved as JPEG are not quite black and white
 
 
-def prepare_mask(mask: Image.Image, size: tuple[int, int], blur: float = 0.0) -> Image.Image:
+def prepare_mask(
+    mask: Image.Image, size: tuple[int, int], blur: float = 0.0, note: Callable[[str], object] = warnings.warn
+) -> Image.Image:
     """The mask (any mode; white is painted anew) at the picture's size, softened by `blur` pixels; mode L.
 
     What is nearly black or white becomes so. The blur reaches outwards only: the hole itself is painted in full.
@@ -50,9 +51,7 @@ def prepare_mask(mask: Image.Image, size: tuple[int, int], blur: float = 0.0) ->
         raise ValueError(f"mask must be a PIL picture (image_files.read_mask reads files), got {type(mask).__name__}")
     grey = flatten_mask(mask)
     if abs(grey.width * size[1] / (grey.height * size[0]) - 1) > 0.03:
-        warnings.warn(
-            f"the mask is {grey.width}x{grey.height} and the picture {size[0]}x{size[1]}: it is stretched", stacklevel=3
-        )
+        note(f"the mask is {grey.width}x{grey.height} and the image {size[0]}x{size[1]}: it is stretched")
     if grey.getextrema()[1] == 1 and np.count_nonzero(np.asarray(grey)) > A_FEW:  # the labels of annotation tools
         grey = grey.point(lambda value: 255 * value)
     values = np.asarray(resize(grey, *size))

@@ -14,8 +14,9 @@ their turn. Where there is no second place to put them, as on a CPU, they are re
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import nn
@@ -37,6 +38,7 @@ class Turns(Mapping[str, nn.Module]):
         self._networks, self._device, self._read = networks, device, read
         self._here: str | None = None  # whose turn it is
         self._kept: set[str] = set()
+        self._lock = threading.RLock()
 
     def __getitem__(self, name: str) -> nn.Module:
         network = self._networks[name]
@@ -47,6 +49,12 @@ class Turns(Mapping[str, nn.Module]):
             self._bring(name)
             self._here = name
         return network
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[nn.Module]:
+        """A network whose turn it is as long as the block lasts, whatever other threads ask for."""
+        with self._lock:
+            yield self[name]
 
     def keep(self, *names: str) -> None:
         """Networks that are about to be changed, so that what the file holds will no longer do: they stay.

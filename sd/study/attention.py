@@ -31,10 +31,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..model import Model
 from ..models.layers import Attention
 from ..models.unet import TransformerBlock, UNet
-from ..params import Settings
+from ..params import SamplingParams
+from ..pipeline import StableDiffusion
 from .drawing import above, beside, boxed, captioned, dotted, figure, overlay, scaled, strip
 from .runs import SETTINGS, run
 from .text import Word, words
@@ -282,7 +282,7 @@ class WordMaps(NamedTuple):
         return self.maps.mean(**which)[self.words[word].positions].sum(0)
 
 
-def word_maps(model: Model, prompt: str, settings: Settings = SETTINGS) -> WordMaps:
+def word_maps(model: StableDiffusion, prompt: str, settings: SamplingParams = SETTINGS) -> WordMaps:
     """Paint a prompt and keep all its cross-attention."""
     found = words(model.tokenizer, prompt)
     with recording(model.unet, tokens=range(max((max(word.positions) for word in found), default=0) + 1)) as maps:
@@ -293,7 +293,7 @@ def word_maps(model: Model, prompt: str, settings: Settings = SETTINGS) -> WordM
 
 
 def self_maps(
-    model: Model, prompt: str, points: Sequence[tuple[float, float]], settings: Settings = SETTINGS
+    model: StableDiffusion, prompt: str, points: Sequence[tuple[float, float]], settings: SamplingParams = SETTINGS
 ) -> tuple[Image.Image, AttentionMaps]:
     """Paint a prompt; where each of the points (x, y in parts of the sides) looked in self-attention."""
     with recording(model.unet, "self", points=points) as maps:

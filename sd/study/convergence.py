@@ -6,7 +6,7 @@ small enough. A method of order k makes an error of about C / n^k in n steps: a 
 
 >>> settings = replace(PLAIN, seed=3)
 >>> (ddim,) = convergence(
-...     Model.load(), "a red house", settings, samplers=["ddim"], steps=[2, 8], reference_steps=16, n=1
+...     StableDiffusion.load(), "a red house", settings, samplers=["ddim"], steps=[2, 8], reference_steps=16, n=1
 ... )
 >>> ddim.evaluations, ddim.errors[0] > ddim.errors[1]
 ([2, 8], True)
@@ -21,9 +21,8 @@ from typing import NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from ..model import Model
-from ..params import Settings
-from ..pipeline import draw, generators
+from ..params import SamplingParams
+from ..pipeline import StableDiffusion, draw, generators
 from ..samplers import SAMPLERS
 from ..schedule import Level
 from .drawing import Curve, figure, plot
@@ -43,9 +42,9 @@ class Convergence(NamedTuple):
 
 
 def convergence(
-    model: Model,
+    model: StableDiffusion,
     prompt: str,
-    settings: Settings = PLAIN,
+    settings: SamplingParams = PLAIN,
     *,
     samplers: Sequence[str] = DETERMINISTIC,
     steps: Sequence[int] = STEPS,
@@ -61,7 +60,7 @@ def convergence(
 
     Grids that begin or end at other levels solve the equation between other ends: not "leading" beside "karras".
     """
-    stochastic = [name for name in samplers if SAMPLERS[name].stochastic == "always"]
+    stochastic = [name for name in samplers if SAMPLERS[name].random]
     if stochastic:
         raise ValueError(f"{', '.join(stochastic)}: a sampler that draws noise has no one solution to approach")
     denoise = denoiser(model, model.encode_prompt([prompt]), settings)

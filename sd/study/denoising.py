@@ -4,7 +4,7 @@ At every step the denoiser says what the clean data x0 seems to be, and the samp
 run is two films: x_t, which loses its noise, and x0, which begins as a blurred guess at everything that the prompt
 could mean and gets sharper as it is decided (Ho et al. 2020, section 3.2; Song et al. 2021, eq. 12).
 
->>> steps = trajectory(Model.load(), "a red house", Settings.of(steps=3, spacing="trailing"))
+>>> steps = trajectory(StableDiffusion.load(), "a red house", SamplingParams(steps=3, spacing="trailing"))
 >>> [round(level.sigma, 3) for level in steps.levels]
 [0.998, 0.946, 0.681, 0.0]
 >>> steps.x.shape, steps.x0.shape
@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..model import Model
-from ..params import Settings
+from ..params import SamplingParams
+from ..pipeline import StableDiffusion
 from ..schedule import Level
 from .drawing import MUTED, above, figure, framed, paragraph, strip
 from .runs import SETTINGS, levels, noise, run
@@ -35,7 +35,11 @@ class Trajectory(NamedTuple):
 
 
 def trajectory(
-    model: Model, prompt: str, settings: Settings = SETTINGS, x: Tensor | None = None, negative: str = ""
+    model: StableDiffusion,
+    prompt: str,
+    settings: SamplingParams = SETTINGS,
+    x: Tensor | None = None,
+    negative: str = "",
 ) -> Trajectory:
     """All states of a run, from the settings' noise or from x (1, C, h, w), and what was predicted from each."""
     x = noise(model, settings) if x is None else x
@@ -57,7 +61,7 @@ def spread(n: int, most: int) -> list[int]:
     return [round(i * (n - 1) / (most - 1)) for i in range(most)]
 
 
-def draw_trajectory(model: Model, run: Trajectory, columns: int = 8, width: int = 132) -> Image.Image:
+def draw_trajectory(model: StableDiffusion, run: Trajectory, columns: int = 8, width: int = 132) -> Image.Image:
     """x_t above x0, decoded, for at most so many of the steps."""
     shown = spread(len(run.x0), columns)
     rows = [model.decode(run.x[shown]), model.decode(run.x0[shown])]
@@ -70,7 +74,7 @@ def draw_trajectory(model: Model, run: Trajectory, columns: int = 8, width: int 
     )
 
 
-def frames(model: Model, run: Trajectory, width: int = 192) -> list[Image.Image]:
+def frames(model: StableDiffusion, run: Trajectory, width: int = 192) -> list[Image.Image]:
     """The run as a film: x_t beside x0 with the timestep and a bar that shows how much noise is left."""
     pictures = []
     states, predicted = model.decode(run.x), model.decode(run.x0)

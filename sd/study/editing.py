@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..model import Model
-from ..params import Settings
+from ..params import SamplingParams
+from ..pipeline import StableDiffusion
 from .attention import Call, watching
 from .drawing import above, figure, strip
 from .runs import SETTINGS, last, run
@@ -65,10 +65,10 @@ def taken_over(weights: Tensor, pairs: list[int | None]) -> Tensor:
 
 
 def prompt_to_prompt(
-    model: Model,
+    model: StableDiffusion,
     source: str,
     target: str,
-    settings: Settings = SETTINGS,
+    settings: SamplingParams = SETTINGS,
     *,
     cross: float = CROSS,
     own: float = OWN,

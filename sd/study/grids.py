@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ..params import Settings, one_of
-from ..pipeline import STRENGTH, StableDiffusion
+from ..params import ImageToImage, SamplingParams, one_of
+from ..pipeline import StableDiffusion
 from .drawing import figure, strip
 from .runs import SETTINGS, spacing_of
 
@@ -60,7 +60,7 @@ def grid(
     prompt: str,
     x: Axis,
     y: Axis,
-    settings: Settings = SETTINGS,
+    settings: SamplingParams = SETTINGS,
     image: Image.Image | None = None,
 ) -> Grid:
     """A picture for each pair of values; what does not vary is from `settings`. Strength needs an image.
@@ -76,7 +76,7 @@ def grid(
 
     for axis in (x, y):
         for value in axis.values if axis.name != "prompt" else ():
-            Settings.of(**{axis.name: value})
+            _ = ImageToImage.of("", image=Image.new("RGB", (8, 8)), **{axis.name: value})
 
     def picture(x_value: object, y_value: object) -> Image.Image:
         values: dict[str, object] = {
@@ -91,7 +91,7 @@ def grid(
         values["spacing"] = spacing_of(values["sampler"], settings.spacing)
         if image is None:
             return model.txt2img(**values)[0]
-        return model.img2img(image=image, **{"strength": STRENGTH, **values})[0]
+        return model.img2img(image=image, **values)[0]
 
     return Grid(x, y, [[picture(a, b) for a in x.values] for b in y.values])
 

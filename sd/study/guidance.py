@@ -5,7 +5,7 @@ given a point beyond the first on the line from the second through it:
 
     guided = u + guidance (c - u)         0 is u, 1 is c, above 1 goes on in the same direction (`Denoiser`)
 
->>> first, last_one = predictions(Model.load(), "a red house", replace(SETTINGS, steps=2))
+>>> first, last_one = predictions(StableDiffusion.load(), "a red house", replace(SETTINGS, steps=2))
 >>> bool((first.guided - first.uncond).norm() > (first.cond - first.uncond).norm())  # exaggerated
 True
 """
@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..model import Model
-from ..params import Settings
+from ..params import SamplingParams
+from ..pipeline import StableDiffusion
 from ..schedule import Level
 from .denoising import spread
 from .drawing import figure, heat, strip
@@ -40,7 +40,7 @@ class Predictions(NamedTuple):
 
 
 def sweep(
-    model: Model, prompt: str, guidances: Sequence[float] = GUIDANCES, settings: Settings = SETTINGS
+    model: StableDiffusion, prompt: str, guidances: Sequence[float] = GUIDANCES, settings: SamplingParams = SETTINGS
 ) -> list[Image.Image]:
     """The prompt's picture at each guidance, from the same noise."""
     context, x = model.encode_prompt([prompt]), noise(model, settings)
@@ -51,7 +51,9 @@ def sweep(
     return pictures
 
 
-def predictions(model: Model, prompt: str, settings: Settings = SETTINGS, negative: str = "") -> list[Predictions]:
+def predictions(
+    model: StableDiffusion, prompt: str, settings: SamplingParams = SETTINGS, negative: str = ""
+) -> list[Predictions]:
     """Both predictions and the guided one at every state of a guided run."""
     plain = replace(settings, guidance=1.0)
     cond = denoiser(model, model.encode_prompt([prompt]), plain)
@@ -80,7 +82,9 @@ def draw_sweep(
     )
 
 
-def draw_predictions(model: Model, seen: Sequence[Predictions], columns: int = 6, width: int = 140) -> Image.Image:
+def draw_predictions(
+    model: StableDiffusion, seen: Sequence[Predictions], columns: int = 6, width: int = 140
+) -> Image.Image:
     """The predictions x0 without and with the prompt, where they differ, and the guided one, at some of the steps."""
     some = [seen[i] for i in spread(len(seen), columns)]
     gaps = [(p.cond - p.uncond)[0].norm(dim=0) for p in some]

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..model import Model
-from ..params import Settings
+from ..params import SamplingParams
+from ..pipeline import StableDiffusion
 from .attention import draw_words, noted
 from .denoising import trajectory
 from .runs import SETTINGS, denoiser
@@ -43,7 +43,7 @@ def without(found: list[Word], which: int) -> str:
     return " ".join(word.text for i, word in enumerate(found) if i != which)
 
 
-def influence(model: Model, prompt: str, settings: Settings = SETTINGS) -> Influence:
+def influence(model: StableDiffusion, prompt: str, settings: SamplingParams = SETTINGS) -> Influence:
     """Paint a prompt, and at each state of the run compare its prediction with those of the prompt less a word."""
     found = words(model.tokenizer, prompt)
     if not found:

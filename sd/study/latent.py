@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..imaging.tensors import to_pil
-from ..model import Model
+from ..pipeline import StableDiffusion
 from .drawing import above, beside, captioned, figure, heat, paragraph, scale_bar, scaled
 
 
@@ -44,7 +44,7 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
-def round_trip(model: Model, picture: Image.Image) -> RoundTrip:
+def round_trip(model: StableDiffusion, picture: Image.Image) -> RoundTrip:
     """Encode and decode an RGB picture whose sides are multiples of the VAE's factor."""
     gaussian = model.encode(picture)
     back = model.decode(gaussian.mode())[0]

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..model import Model
-from ..params import Settings
+from ..params import SamplingParams
+from ..pipeline import StableDiffusion
 from .drawing import figure, strip
 from .runs import SETTINGS, noise, paint
 
@@ -76,7 +76,7 @@ def parts(n: int) -> list[float]:
 
 
 def mix_prompts(
-    model: Model, one: str, other: str, n: int = 7, settings: Settings = SETTINGS, how: Mix = lerp
+    model: StableDiffusion, one: str, other: str, n: int = 7, settings: SamplingParams = SETTINGS, how: Mix = lerp
 ) -> list[Image.Image]:
     """Pictures of n contexts from one prompt to another, each token's vector mixed, from one noise."""
     a, b = model.encode_prompt([one]), model.encode_prompt([other])
@@ -89,7 +89,9 @@ def between_noises(a: Tensor, b: Tensor, n: int, how: Mix = slerp) -> Tensor:
     return torch.cat(flat).view(n, *a.shape[1:])
 
 
-def mixing(model: Model, one: str, other: str, n: int = 7, settings: Settings = SETTINGS, seed: int = 2) -> Mixed:
+def mixing(
+    model: StableDiffusion, one: str, other: str, n: int = 7, settings: SamplingParams = SETTINGS, seed: int = 2
+) -> Mixed:
     """Four rows: from one prompt to the other along a line and an arc, with the noise of the settings' seed; then, with
     the other prompt, from that noise to the one of `seed`, likewise.
     """
@@ -98,7 +100,7 @@ def mixing(model: Model, one: str, other: str, n: int = 7, settings: Settings = 
     for name, how in (("line", lerp), ("arc", slerp)):
         rows[f"prompts, {name}"] = mix_prompts(model, one, other, n, settings, how)
     a = noise(model, settings)
-    b = noise(model, Settings.of(seed=seed))
+    b = noise(model, SamplingParams(seed=seed))
     context = model.encode_prompt([other])
     for name, how in (("line", lerp), ("arc", slerp)):
         x = between_noises(a, b, n, how)

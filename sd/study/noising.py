@@ -24,8 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..model import Model
-from ..pipeline import draw, generators
+from ..pipeline import StableDiffusion, draw, generators
 from ..schedule import Level, Schedule
 from .drawing import Curve, beside, figure, plot, strip
 from .latent import as_colours
@@ -52,7 +51,7 @@ class Curves(NamedTuple):
 
 
 def forward_process(
-    model: Model, picture: Image.Image, timesteps: Sequence[float] = TIMESTEPS, seed: int = 0
+    model: StableDiffusion, picture: Image.Image, timesteps: Sequence[float] = TIMESTEPS, seed: int = 0
 ) -> Noised:
     """The picture's latent with noise at each timestep (-1 is clean), the noise being the same at all of them."""
     z = model.encode(picture).mode()

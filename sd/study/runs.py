@@ -1,6 +1,6 @@
 """How the studies paint: one noise for all pictures, so that what differs between them is what is studied.
 
->>> model = Model.load()
+>>> model = StableDiffusion.load()
 >>> settings = replace(SETTINGS, steps=2, seed=3)  # guidance: the model's own
 >>> for step in run(model, model.encode_prompt(["a red house", "a blue house"]), settings):
 ...     print(step.i, tuple(step.x.shape))
@@ -22,25 +22,24 @@ from PIL import Image
 from torch import Tensor
 
 from ..denoiser import Denoiser
-from ..model import Model
-from ..params import Settings, find_sampler
-from ..pipeline import draw, generators
+from ..params import SamplingParams, find_sampler
+from ..pipeline import StableDiffusion, draw, generators
 from ..samplers import Denoise, Sampler, Step
 from ..schedule import SPACINGS, Level
 
 # quick, deterministic and from pure noise to clean data
-SETTINGS = Settings.of(sampler="ddim", steps=20, spacing="trailing", seed=1)
+SETTINGS = SamplingParams(sampler="ddim", steps=20, spacing="trailing", seed=1)
 PLAIN = replace(SETTINGS, guidance=1.0)  # what the network predicts, by itself
 
 
-def noise(model: Model, settings: Settings = SETTINGS, n: int = 1) -> Tensor:
+def noise(model: StableDiffusion, settings: SamplingParams = SETTINGS, n: int = 1) -> Tensor:
     """The initial noise of the settings' seed, n times: (n, C, h, w) of the model's native size."""
     return draw(generators(settings.seed, 1), model.latent_shape(), model.device).repeat(n, 1, 1, 1)
 
 
-def levels(model: Model, settings: Settings = SETTINGS) -> list[Level]:
+def levels(model: StableDiffusion, settings: SamplingParams = SETTINGS) -> list[Level]:
     """The settings' grid."""
-    return model.schedule.levels(settings.steps, settings.spacing, settings.strength)
+    return model.schedule.levels(settings.steps, settings.spacing)
 
 
 def spacing_of(sampler: str | Sampler, usual: str) -> str:
@@ -53,12 +52,14 @@ def spacing_of(sampler: str | Sampler, usual: str) -> str:
     return find_sampler(sampler).spacing if asked else usual
 
 
-def guidance_of(model: Model, settings: Settings = SETTINGS) -> float:
+def guidance_of(model: StableDiffusion, settings: SamplingParams = SETTINGS) -> float:
     """The settings' guidance, or the model's own."""
     return model.config.guidance if settings.guidance is None else settings.guidance
 
 
-def denoiser(model: Model, context: Tensor, settings: Settings = SETTINGS, negative: str = "") -> Denoiser:
+def denoiser(
+    model: StableDiffusion, context: Tensor, settings: SamplingParams = SETTINGS, negative: str = ""
+) -> Denoiser:
     """The guided denoiser of contexts (B, M, D)."""
     scale = guidance_of(model, settings)
     uncond = model.encode_prompt([negative]) if scale != 1.0 else None
@@ -66,7 +67,7 @@ def denoiser(model: Model, context: Tensor, settings: Settings = SETTINGS, negat
     return model.denoiser(context.to(model.device, model.dtype), uncond, scale, extra)
 
 
-def walk(model: Model, denoise: Denoise, x: Tensor, settings: Settings = SETTINGS) -> Iterator[Step]:
+def walk(model: StableDiffusion, denoise: Denoise, x: Tensor, settings: SamplingParams = SETTINGS) -> Iterator[Step]:
     """The steps from x (B, C, h, w) at the first level down to clean; stochastic samplers draw alike for all B."""
     rngs = [generators(settings.seed, 1)[0] for _ in range(x.shape[0])]
     draw(rngs, x.shape[1:], x.device)  # the one that x began with
@@ -75,13 +76,17 @@ def walk(model: Model, denoise: Denoise, x: Tensor, settings: Settings = SETTING
         x,
         levels(model, settings),
         settings.sampler,
-        eta=settings.eta,
+        **settings.options,
         noise=lambda x: draw(rngs, x.shape[1:], x.device),
     )
 
 
 def run(
-    model: Model, context: Tensor, settings: Settings = SETTINGS, x: Tensor | None = None, negative: str = ""
+    model: StableDiffusion,
+    context: Tensor,
+    settings: SamplingParams = SETTINGS,
+    x: Tensor | None = None,
+    negative: str = "",
 ) -> Iterator[Step]:
     """The steps of contexts (B, M, D), as encode_prompt gives them, from the same noise, or from x (B, C, h, w)."""
     if not isinstance(context, Tensor) or context.dim() != 3:
@@ -102,7 +107,10 @@ def last(steps: Iterator[Step]) -> Tensor:
 
 
 def paint(
-    model: Model, prompts: str | Sequence[str] | Tensor, settings: Settings = SETTINGS, x: Tensor | None = None
+    model: StableDiffusion,
+    prompts: str | Sequence[str] | Tensor,
+    settings: SamplingParams = SETTINGS,
+    x: Tensor | None = None,
 ) -> list[Image.Image]:
     """Pictures of texts or contexts (B, M, D), all from the same noise, or from x (B, C, h, w)."""
     context = prompts if isinstance(prompts, Tensor) else model.encode_prompt(prompts)

@@ -26,8 +26,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..model import Model
-from ..params import Settings
+from ..params import SamplingParams
+from ..pipeline import StableDiffusion
 from ..runtime.cpu_kernels import plain
 from ..samplers import Denoise
 from ..schedule import Level
@@ -87,7 +87,9 @@ class Steered(NamedTuple):
     losses: list[list[float]]  # of x0, per evaluation
 
 
-def steering(model: Model, prompt: str, loss: Loss, scales: Sequence[float], settings: Settings = SETTINGS) -> Steered:
+def steering(
+    model: StableDiffusion, prompt: str, loss: Loss, scales: Sequence[float], settings: SamplingParams = SETTINGS
+) -> Steered:
     """Pictures of a prompt steered by a loss on the decoded x0, for each scale."""
     denoise = denoiser(model, model.encode_prompt([prompt]), settings)
     pictures, losses = [], []

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..model import Model
 from ..models.text_encoder import TextEncoder
-from ..params import Settings
+from ..params import SamplingParams
+from ..pipeline import StableDiffusion
 from ..text.tokenizer import END_OF_WORD, Tokenizer
 from .drawing import (
     DIVERGING,
@@ -114,7 +114,7 @@ def position_similarity(text_encoder: TextEncoder) -> Tensor:
     return vectors @ vectors.T
 
 
-def context_distance(model: Model, one: str, other: str) -> list[float]:
+def context_distance(model: StableDiffusion, one: str, other: str) -> list[float]:
     """How far the context vectors of two prompts are apart at each position, |a - b| / |a|."""
     a, b = model.encode_prompt([one, other]).float()
     return ((a - b).norm(dim=-1) / a.norm(dim=-1)).tolist()
@@ -129,7 +129,7 @@ class WordOrder(NamedTuple):
     pictures: list[Image.Image]
 
 
-def word_order(model: Model, one: str, other: str, settings: Settings = SETTINGS) -> WordOrder:
+def word_order(model: StableDiffusion, one: str, other: str, settings: SamplingParams = SETTINGS) -> WordOrder:
     """Contexts and pictures of two prompts that differ in the order of their words."""
     rows = tokens(model.tokenizer, one), tokens(model.tokenizer, other)
     return WordOrder((one, other), rows, context_distance(model, one, other), paint(model, [one, other], settings))

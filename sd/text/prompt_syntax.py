@@ -30,13 +30,12 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .tokenizer import Tokenizer
+from .tokenizer import Note, Tokenizer, warn
 
 ROUND, SQUARE = 1.1, 1 / 1.1  # what a pair of brackets multiplies a weight with
 COMMA = 267  # the token of a comma at the end of a word, in CLIP's table
@@ -124,24 +123,21 @@ def _number(text: str) -> float:
         raise ValueError(f"the weight {text!r} in the prompt is not a number") from None
 
 
-def chunks(tokenizer: Tokenizer, prompt: str, weighted: bool, long: bool) -> list[Chunk]:
+def chunks(tokenizer: Tokenizer, prompt: str, weighted: bool, long: bool, note: Note = warn) -> list[Chunk]:
     """The tokens of a prompt with their weights: one chunk, or if `long` as many as it needs, at least one.
 
     weighted   brackets mean weights; else they are text, and all weights are 1
-    long       BREAK and the length begin new chunks; else what does not fit is left out, with a warning
+    long       BREAK and the length begin new chunks; else what does not fit is left out, and `note` is told
     """
     if weighted and EDITING.search(prompt):
-        warnings.warn(
-            "prompt editing ([from:to:when] or [a|b]) is not supported: it is read as text",
-            stacklevel=3,
-        )
+        note("prompt editing ([from:to:when] or [a|b]) is not supported: it is read as text")
     if not long:
         ids, weights = [], []
         for text, weight in parse(prompt) if weighted else [Part(prompt, 1.0)]:
             new = tokenizer.encode(text)
             ids += new
             weights += [weight] * len(new)
-        fitting = tokenizer.fitting(ids)
+        fitting = tokenizer.fitting(ids, note)
         return [Chunk(fitting, weights[: len(fitting)])]
 
     room = tokenizer.length - 2

@@ -45,7 +45,7 @@ import re
 import warnings
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
@@ -77,6 +77,14 @@ BYTE_OF_SYMBOL = dict(zip(SYMBOLS, BYTES, strict=True))
 PIECE = 2000
 MAX_FILE = 1 << 21  # bytes read of a file: vocab.json has 1 MB, and CLIP's merges end after 0.5 MB of OpenAI's 3.2
 MAX_CACHED = 64  # characters: longer words are rare and are encoded anew each time, which bounds the cache's memory
+
+
+Note = Callable[[str], object]  # is told, in a line, what was cut, chosen or retried
+
+
+def warn(message: str) -> None:
+    """Notes as warnings, for those who call without a place to put them."""
+    warnings.warn(message, stacklevel=3)
 
 
 def clean(text: str, *, html_unescape: bool = True) -> str:
@@ -198,30 +206,26 @@ class Tokenizer:
         self.added: dict[str, tuple[int, ...]] = {}  # words of one's own, as `clean` leaves them -> ids
         self._split: Callable[[str], list[str]] | None = None  # at those words
 
-    def __call__(self, texts: str | list[str]) -> torch.LongTensor:
+    def __call__(self, texts: str | Sequence[str], note: Note = warn) -> torch.Tensor:
         """Ids (B, length), int64: start, the text's tokens, end, padding. One text gives B = 1.
 
-        Tokens that do not fit are left out, the end stays, and a warning per such text says what was lost.
+        Tokens that do not fit are left out and the end stays; `note` is told what each such text lost.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        fitting = []
-        for text in texts:  # no comprehension: a warning counts how many calls above it the caller is
-            fitting.append(self.fitting(self.encode(text)))
-        return self.rows(fitting)
+        texts = [texts] if isinstance(texts, str) else texts
+        return self.rows([self.fitting(self.encode(text), note) for text in texts])
 
-    def fitting(self, ids: list[int]) -> list[int]:
-        """The ids of a text that fit between start and end; a warning says what is lost."""
+    def fitting(self, ids: list[int], note: Note = warn) -> list[int]:
+        """The ids of a text that fit between start and end; `note` is told what is lost."""
         lost, tail = self._tail(ids)
         if lost:
             tail = tail if len(tail) <= 100 else tail[:97] + "..."
-            warnings.warn(
+            note(
                 f"prompt is {len(ids)} tokens long, {len(ids) - lost} fit: "
-                f'the last {lost} {"are" if lost > 1 else "is"} ignored, from "{tail}" on',
-                stacklevel=3,
+                f'the last {lost} {"are" if lost > 1 else "is"} ignored, from "{tail}" on'
             )
         return ids[: self.length - 2]
 
-    def rows(self, texts: list[list[int]]) -> torch.LongTensor:
+    def rows(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Ids of texts that fit -> what the text encoder takes, (B, length): start, the ids, end, padding."""
         rows = torch.full((len(texts), self.length), self.pad, device="cpu")
         for row, ids in zip(rows, texts, strict=True):
