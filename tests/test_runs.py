@@ -1,0 +1,147 @@
+"""Runs of requests on one model: several at once in several threads, interrupted ones, what they say, how they look as JSON."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_lora import saved
+
+from sd.params import ImageToImage, Inpaint, SamplingParams, TextToImage, from_dict
+from sd.pipeline import StableDiffusion
+
+PHOTO = Image.effect_noise((64, 64), 60).convert("RGB")
+MASK = Image.new("L", (64, 64))
+MASK.paste(255, (16, 16, 48, 48))
+MODES = ("plain", "low memory", "LoRA", "float16, VAE retried")
+
+
+def params(**settings) -> SamplingParams:
+    return SamplingParams(**{"steps": 3, "height": 64, "width": 64, "sampler": "euler_a", **settings})
+
+
+def requests(n: int) -> list[TextToImage]:
+    """Different tasks, prompts, seeds and samplers."""
+    each = [
+        TextToImage("a red house", params(seed=1)),
+        ImageToImage("a blue boat", params(seed=2, n=2), image=PHOTO, strength=0.7),
+        Inpaint("a tree", params(seed=3, sampler="dpmpp_2m"), image=PHOTO, mask=MASK),
+        TextToImage(["a duck", "a castle"], params(seed=4, sampler="heun", guidance=1.0), negative="a tree"),
+    ]
+    return [each[i % len(each)] for i in range(n)]
+
+
+def pixels(model: StableDiffusion, request: TextToImage) -> list[np.ndarray]:
+    return [np.asarray(image) for image in model.prepare(request).result().images]
+
+
+def made(mode: str, tmp_path) -> StableDiffusion:
+    if mode == "float16, VAE retried":
+        model = StableDiffusion.load(device="cpu", dtype="float16")
+        with torch.no_grad():
+            model.vae.decoder.conv_in.weight.mul_(3e4)
+        return model
+    model = StableDiffusion.load(device="cpu", dtype="float32", low_memory=mode == "low memory")
+    if mode == "LoRA":
+        key = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+        rng = torch.Generator().manual_seed(1)
+        tensors = {
+            f"{key}.lora_down.weight": torch.randn(4, 160, generator=rng),
+            f"{key}.lora_up.weight": torch.randn(160, 4, generator=rng),
+        }
+        model.add_lora(saved(tmp_path, tensors), 0.2)
+    return model
+
+
+@pytest.mark.parametrize("threads", [2, 8])
+@pytest.mark.parametrize("mode", MODES)
+def test_threads_on_one_model_give_the_images_they_give_alone(mode, threads, tmp_path):
+    model, given = made(mode, tmp_path), requests(threads)
+    alone = [pixels(model, request) for request in given]
+    with ThreadPoolExecutor(threads) as pool:
+        together = list(pool.map(lambda request: pixels(model, request), given))
+    for one, other in zip(alone, together, strict=True):
+        # a matrix product may add up in another order when cores are shared: a step of a pixel at most
+        assert all(abs(a.astype(int) - b.astype(int)).max() <= 1 for a, b in zip(one, other, strict=True))
+    assert next(model.vae.parameters()).dtype == model.dtype
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_run_that_is_interrupted_leaves_the_model_as_it_was(error, low_memory):
+    """At every step, and while it is decoded; then the same image comes as from a fresh model."""
+    model = StableDiffusion.load(device="cpu", dtype="float32", low_memory=low_memory)
+    request = requests(1)[0]
+    fresh = pixels(StableDiffusion.load(device="cpu", dtype="float32"), request)
+    for stop in range(3):
+        with pytest.raises(error):
+            for step in model.prepare(request):
+                if step.i == stop:
+                    raise error
+    broken = model.prepare(request)
+    broken.start = broken.start._replace(finish=lambda image: (_ for _ in ()).throw(error))
+    with pytest.raises(error):
+        broken.result()
+    assert all(map(np.array_equal, pixels(model, request), fresh))
+
+
+def test_two_runs_can_be_stepped_in_turn():
+    model = StableDiffusion.load(device="cpu", dtype="float32")
+    given = requests(2)
+    alone = [pixels(model, request) for request in given]
+    runs = [model.prepare(request) for request in given]
+    while any([next(run, None) for run in runs]):
+        pass
+    for run, images in zip(runs, alone, strict=True):
+        assert all(map(np.array_equal, map(np.asarray, run.result().images), images))
+
+
+def test_notes_come_with_the_result_and_no_warning_does():
+    model = StableDiffusion.load(device="cpu", dtype="float32")
+    request = ImageToImage("a house " * 80, params(seed=9, n=2), image=PHOTO.resize((64, 128)), strength=0.4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = model.prepare(request).result()
+    assert result.seeds == [9, 10] and len(result.images) == 2
+    text = "\n".join(result.notes)
+    assert "are ignored" in text and "50 % of the image is cut off" in text and len(result.notes) == 2
+
+
+@pytest.mark.parametrize("request_", requests(4), ids=lambda request: request.kind)
+def test_requests_are_values_that_can_be_written(request_):
+    """Through JSON and back: an equal request, and the same image."""
+    again = from_dict(json.loads(json.dumps(request_.to_dict())))
+    assert again == request_ and type(again) is type(request_)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"kind": "paint"}, {"kind": "txt2img", "prompt": 3}, {"kind": "txt2img", "prompt": "a", "more": 1},
+     {"kind": "img2img", "prompt": "a", "image": "no base64"}, {"kind": "txt2img", "prompt": "a", "params": {"n": 0}},
+     {"kind": "txt2img", "prompt": "a", "params": {"options": {"eta": 7}}}],
+)  # fmt: skip
+def test_what_is_no_request_is_refused(values):
+    with pytest.raises(ValueError):
+        from_dict(values)
+
+
+def test_a_setting_that_is_not_there_is_named():
+    with pytest.raises(TypeError, match="txt2img has no setting 'strenght'; it has .*guidance.*steps"):
+        TextToImage.of("a", strenght=0.5)
+    with pytest.raises(ValueError, match="eta is a setting of ddim, not of DPM"):
+        SamplingParams(sampler="dpmpp_2m", options={"eta": 0.5})
+
+
+def test_the_default_sampler_is_the_models():
+    model = StableDiffusion.load(device="cpu")
+    chosen = TextToImage("a").params.resolved(model.config)
+    assert (chosen.sampler, chosen.steps, chosen.spacing, chosen.guidance) == ("ddim", 50, "leading", 4.0)
+    from sd.config import SD1
+
+    chosen = SamplingParams().resolved(SD1)
+    assert (chosen.sampler, chosen.steps, chosen.spacing, chosen.guidance) == ("dpmpp_2m", 25, "karras", 7.5)
