@@ -19,8 +19,10 @@ from sd.resources import resource
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 CHAPTERS = sorted(DOCS.glob("[1-9]-*.md"))
+REFERENCE = ["cli.md", "python.md", "samplers.md", "training.md", "benchmark.md", "performance.md", "verification.md"]
 TEXTS = {
-    path.name: path.read_text(encoding="utf-8") for path in [DOCS / "README.md", *CHAPTERS, DOCS / "performance.md"]
+    path.name: path.read_text(encoding="utf-8")
+    for path in [DOCS / "README.md", *CHAPTERS, *(DOCS / name for name in REFERENCE)]
 }
 
 
@@ -48,6 +50,7 @@ def test_reading_order():
     names = [path.name for path in CHAPTERS]
     assert len(names) == 9
     assert re.findall(r"^\d\. \[.*?\]\((.*?)\)", TEXTS["README.md"], re.MULTILINE) == names
+    assert all(f"]({name})" in TEXTS["README.md"] for name in REFERENCE)
     for name, following in pairwise(names):
         assert "Next: [" in TEXTS[name].splitlines()[-1]
         assert TEXTS[name].rstrip().endswith(f"({following}).")

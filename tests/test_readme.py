@@ -1,7 +1,9 @@
-"""The README's promises: its code runs, its table of samplers is the registry, its links lead somewhere."""
+"""The README and the reference pages: code runs, tables match their source, every option is listed, links are valid."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import re
 from pathlib import Path
 
@@ -14,12 +16,24 @@ from sd.samplers import SAMPLERS
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-CODE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+DOCS = ROOT / "docs"
+PROGRAMS = (
+    *("txt2img", "img2img", "inpaint", "convert", "train_vae", "train_text", "train"),
+    *("evaluate", "study", "bench"),
+)
+CODE = [
+    pytest.param(block, id=f"{path.name}-{number}")
+    for path in (ROOT / "README.md", DOCS / "python.md")
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL))
+]
 
 
 def sampler_table() -> str:
-    """The table that the README must hold."""
-    rows = ["| `--sampler` | name | paper | order | evaluations a step | random | grid | steps |", "| --- " * 8 + "|"]
+    """The table that docs/samplers.md must hold."""
+    rows = [
+        "| `--sampler` | name | paper | order | evaluations per step | random | spacing | default steps |",
+        "| --- " * 8 + "|",
+    ]
     for key, entry in SAMPLERS.items():
         random = "yes" if entry.random else "with `--eta`" if "eta" in entry.options else "no"
         cells = [
@@ -37,7 +51,31 @@ def sampler_table() -> str:
 
 
 def test_table_of_samplers():
-    assert sampler_table() in TEXT, f"put this into README.md:\n{sampler_table()}"
+    page = (DOCS / "samplers.md").read_text(encoding="utf-8")
+    assert sampler_table() in page, f"put this into docs/samplers.md:\n{sampler_table()}"
+
+
+def option_strings(program: str) -> set[str]:
+    """The options that the parser of a program accepts."""
+    parser = importlib.import_module(f"scripts.{program}").parser()
+    assert isinstance(parser, argparse.ArgumentParser)
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_option_is_documented(program):
+    documented = set(re.findall(r"`(--?[\w-]+)`", (DOCS / "cli.md").read_text(encoding="utf-8")))
+    assert option_strings(program) - documented == set()
+
+
+def test_every_documented_option_exists():
+    rows = re.findall(r"^\| (`--.*?) \|", (DOCS / "cli.md").read_text(encoding="utf-8"), re.MULTILINE)
+    documented = {option for row in rows for option in re.findall(r"`(--[\w-]+)`", row)}
+    assert documented - set().union(*map(option_strings, PROGRAMS)) == set()
+
+
+def test_readme_is_short():
+    assert len(TEXT.encode()) <= 12_000
 
 
 def test_tables_of_the_benchmark():
@@ -46,22 +84,22 @@ def test_tables_of_the_benchmark():
         report.text(report.read(ROOT / "docs" / file), markdown=True).split("\n\n")
         for file in ("bench.json", "bench-growth.json")
     )
-    assert all(table in TEXT for table in tables)
-    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    benchmark, page = ((DOCS / name).read_text(encoding="utf-8") for name in ("benchmark.md", "performance.md"))
+    assert all(table in benchmark for table in tables)
     assert growing[0] in page and growing[-1] in page  # machine and date; how cost grows
 
 
-@pytest.mark.parametrize("number", range(len(CODE)))
-def test_code_runs(number, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("block", CODE)
+def test_code_runs(block, tmp_path, monkeypatch, capsys):
     assert resource(EMBEDDED).exists()
     (tmp_path / "weights").mkdir()
     (tmp_path / EMBEDDED).symlink_to(resource(EMBEDDED))
     monkeypatch.chdir(tmp_path)
-    exec(compile(CODE[number], f"README.md, block {number}", "exec"), {})
+    exec(compile(block, "block", "exec"), {})
 
 
 def test_there_is_code():
-    assert len(CODE) >= 3
+    assert TEXT.count("```python") >= 3
 
 
 def test_links_lead_somewhere():
