@@ -29,8 +29,9 @@ from .checkpoints.convert import convert
 from .checkpoints.detect import identify
 from .checkpoints.layouts import NETWORKS
 from .checkpoints.loading import build, describe, like, load_weights, probed, with_part
+from .conditioning import Conditioning
 from .config import Config
-from .denoiser import Denoiser, Network, with_channels
+from .denoiser import Denoiser, Network
 from .imaging.masks import conditioning
 from .imaging.tensors import to_pil, to_tensor
 from .models.text_encoder import TextEncoder
@@ -108,7 +109,7 @@ class Model:
 
     @property
     def unet(self) -> UNet:
-        """x_t, t, context -> prediction."""
+        """x_t, t, conditioning -> prediction."""
         return self._networks["unet"]
 
     @classmethod
@@ -309,13 +310,14 @@ class Model:
             need = "needs `extra`, mask and masked latent (all_hidden)" if extra is None else "takes no `extra`"
             raise ValueError(f"a U-Net of {self.config.unet.in_channels} input channels {need}")
         network = self._predict if network is None else network
-        network = network if extra is None else with_channels(network, extra)
         guidance = self.config.guidance if guidance is None else guidance
-        return Denoiser(network, self.schedule, context, uncond, guidance)
+        cond = Conditioning(context, concat=extra)
+        away = None if uncond is None else Conditioning(uncond, concat=extra)
+        return Denoiser(network, self.schedule, cond, away, guidance)
 
-    def _predict(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def _predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The U-Net, asked for at each step: in between, a picture of the step may have been decoded."""
-        return self.unet(x, t, context)
+        return self.unet(x, t, conditioning)
 
     def sample(
         self,

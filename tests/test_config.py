@@ -35,6 +35,15 @@ def test_json_round_trip(config):
     assert "\n" not in config.to_json()
 
 
+def test_configs_of_version_0_1():
+    """They say of each level whether it attends."""
+    raw = json.loads(SD1.to_json())
+    for name in ("depth", "middle_depth", "vector"):
+        del raw["unet"][name]
+    raw["unet"]["attention"] = [True, True, True, False]
+    assert Config.from_json(json.dumps(raw)) == SD1
+
+
 def test_factor_follows_the_levels():
     assert SD1.vae.factor == 8 and VAEConfig(channels=(32, 64)).factor == 2
 
@@ -82,6 +91,11 @@ def altered(path: str, value: object) -> str:
         (altered("name", "\x1b[31mred"), "name"),
         (altered("unet.attention", {"a": 1}), "attention"),
         (altered("unet.attention", "abcd"), "attention"),
+        (altered("unet.depth", [1, 1]), "depths"),
+        (altered("unet.depth", [1, 1, -1, 0]), "depth"),
+        (altered("unet.depth", [1, 1, 10**6, 0]), "depth"),
+        (altered("unet.middle_depth", 0), "middle_depth"),
+        (altered("unet.vector", 0), "vector"),
         (altered("text.vocab", 100), "vocab"),
         (altered("text.length", 2), "length"),
         (altered("vae.image_channels", 1), "image_channels"),

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..config import Config
 from ..schedule import Schedule
 from ..text.tokenizer import Tokenizer
-from .detect import CONFIG_KEY
+from .detect import CONFIG_KEY, FORMAT, FORMAT_KEY
 from .diffusers_config import to_diffusers_configs
 from .folders import EXTRA_FILE, RAW_VARIANT
 from .key_maps import CLIP, EMA, OPENCLIP, diffusers_sources, is_openclip, original_sources
@@ -63,7 +63,7 @@ def has_own_schedule(config: Config) -> bool:
 def metadata(config: Config) -> dict[str, str]:
     """What a safetensors file says about itself: the config, and the prediction as other programs look for it."""
     prediction = {"eps": "epsilon", "v": "v"}[config.schedule.prediction]
-    return {"format": "pt", PREDICTION_KEY: prediction, CONFIG_KEY: config.to_json()}
+    return {"format": "pt", PREDICTION_KEY: prediction, CONFIG_KEY: config.to_json(), FORMAT_KEY: FORMAT}
 
 
 def to_own(states: States, more: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
