@@ -99,11 +99,14 @@ class UNetConfig:
     blocks: int = 2  # residual blocks a level going down; going up there is one more
     context: int = 768  # width D of the text context
     vector: int | None = None  # width V of a vector that is added to the timestep's embedding; None: there is none
+    linear_projections: bool = False  # in files, linear layers around transformers; else 1x1 convolutions, as in SD 1.x
 
     def __post_init__(self) -> None:
         _check_sizes(self, "in_channels", "out_channels", "channels", "heads", "blocks", "context", "middle_depth")
         if self.vector is not None:
             _check_sizes(self, "vector")
+        flag = self.linear_projections
+        _check(type(flag) is bool, f"UNetConfig.linear_projections: got {flag!r:.100}, expected true or false")
         whole = isinstance(self.depth, tuple) and all(type(n) is int and 0 <= n <= 32 for n in self.depth)
         _check(whole, f"UNetConfig.depth: got {self.depth!r:.100}, expected a whole number from 0 to 32 per level")
         _check(self.middle_depth <= 32, f"UNetConfig.middle_depth: got {self.middle_depth}, expected at most 32")
@@ -229,7 +232,10 @@ class Config:
 
 
 def _upgraded(raw: dict[str, Any]) -> dict[str, Any]:
-    """A config as JSON of version 0.1, which said of each level whether it attends, in today's words."""
+    """A config as JSON of version 0.1, which said of each level whether it attends, in today's words.
+
+    The form of projections followed from the text encoder's activation then.
+    """
     unet = raw.get("unet", {})
     if "attention" not in unet:
         return raw
@@ -237,7 +243,8 @@ def _upgraded(raw: dict[str, Any]) -> dict[str, Any]:
     attention = unet.pop("attention")
     flags = isinstance(attention, list) and all(type(flag) is bool for flag in attention)
     _check(flags, f"UNetConfig.attention: got {attention!r:.100}, expected true or false per level")
-    return raw | {"unet": unet | {"depth": [int(flag) for flag in attention]}}
+    linear = raw.get("text", {}).get("activation") == "gelu"
+    return raw | {"unet": unet | {"depth": [int(flag) for flag in attention], "linear_projections": linear}}
 
 
 SD1 = Config()
@@ -246,7 +253,7 @@ SD2 = Config(
     name="Stable Diffusion 2.x base",
     # 23 of OpenCLIP's 24 layers: Stable Diffusion 2 was trained on the penultimate layer's output
     text=TextConfig(width=1024, layers=23, heads=16, activation="gelu", pad=0),
-    unet=replace(SD1.unet, heads=(5, 10, 20, 20), context=1024),
+    unet=replace(SD1.unet, heads=(5, 10, 20, 20), context=1024, linear_projections=True),
 )
 SD2_V = replace(SD2, name="Stable Diffusion 2.x 768-v", size=768, schedule=replace(SD2.schedule, prediction="v"))
 SD2_INPAINT = replace(SD2, name="Stable Diffusion 2.x inpainting", unet=replace(SD2.unet, in_channels=9))

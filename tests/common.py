@@ -43,7 +43,9 @@ TINY_V2 = Config(
     size=128,
     text=TextConfig(width=96, layers=3, heads=3, activation="gelu", pad=0),
     vae=VAEConfig(channels=(64, 128, 128, 192), blocks=2),
-    unet=UNetConfig(channels=(64, 128, 192), heads=(2, 4, 6), depth=(0, 1, 1), blocks=2, context=96),
+    unet=UNetConfig(
+        channels=(64, 128, 192), heads=(2, 4, 6), depth=(0, 1, 1), blocks=2, context=96, linear_projections=True
+    ),
     schedule=ScheduleConfig(prediction="v"),
 )
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from ..config import GROUPS, MODELS, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from .checkpoint import CheckpointError
-from .key_maps import is_openclip
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}  # theirs -> ours
 MAX_TIMESTEPS = 100_000
@@ -109,6 +108,7 @@ def _unet(raw: Mapping[str, Any]) -> UNetConfig:
         depth=tuple(int(kinds[name]) for name in down),
         blocks=raw.get("layers_per_block", 2),
         context=raw.get("cross_attention_dim", 1280),
+        linear_projections=raw.get("use_linear_projection") or False,
     )
 
 
@@ -264,7 +264,7 @@ def unet_to_diffusers(config: Config) -> dict[str, Any]:
         # the number of heads: diffusers keeps an old misnomer
         "attention_head_dim": cfg.heads[0] if len(set(cfg.heads)) == 1 else list(cfg.heads),
         "norm_num_groups": GROUPS,
-        "use_linear_projection": is_openclip(config),
+        "use_linear_projection": cfg.linear_projections,
     }
 
 

@@ -241,7 +241,7 @@ def vae_sources(layout: str, config: Config, prefix: str) -> Callable[[str], Sou
 
 def unet_sources(layout: str, config: Config, prefix: str) -> Callable[[str], Source]:
     """The same for the U-Net. `layout` "original", "diffusers", or "ema", the moving average in an original file."""
-    pointwise = () if is_openclip(config) else UNET_POINTWISE
+    pointwise = () if config.unet.linear_projections else UNET_POINTWISE
     if layout == "diffusers":
         return _sources(_layers(diffusers_unet_places(config), prefix), pointwise)
     if layout == "original":
@@ -276,7 +276,7 @@ def original_sources(
     keys         per network ("text_encoder", "vae", "unet"), our names of its weights
     text_prefix  overrides the prefix of CLIP's keys
     """
-    text = ("openclip", OPENCLIP) if is_openclip(config) else ("clip", text_prefix or CLIP)
+    text = ("openclip", OPENCLIP) if text_names(config) == "openclip" else ("clip", text_prefix or CLIP)
     where = {"text_encoder": text, "vae": ("original", VAE), "unet": ("original", UNET), "unet_ema": ("ema", EMA)}
     return {
         network: sources(network.removesuffix("_ema"), where[network][0], config, where[network][1], names)
@@ -297,9 +297,13 @@ def diffusers_sources(config: Config, keys: Mapping[str, Iterable[str]]) -> dict
     }
 
 
-def is_openclip(config: Config) -> bool:
-    """Whether this is Stable Diffusion 2.x: OpenCLIP has the exact GELU; its U-Net has no pointwise convolutions."""
-    return config.text.activation == "gelu"
+def text_names(config: Config) -> str:
+    """Whose names an original checkpoint has for the text encoder: "clip" (Hugging Face's) or "openclip".
+
+    OpenAI's encoder was published under the one, with its own activation; those that OpenCLIP trained, with the exact
+    GELU, under the other.
+    """
+    return "openclip" if config.text.activation == "gelu" else "clip"
 
 
 def _sources(layers: Mapping[str, str], pointwise: tuple[str, ...] = ()) -> Callable[[str], Source]:

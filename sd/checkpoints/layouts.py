@@ -23,7 +23,7 @@ from collections.abc import Container, Iterable, Mapping
 from typing import NamedTuple
 
 from ..config import Config
-from .key_maps import CLIP, CLIP_OLD, EMA, OPENCLIP, UNET, VAE, Source, is_openclip, sources
+from .key_maps import CLIP, CLIP_OLD, EMA, OPENCLIP, UNET, VAE, Source, sources, text_names
 
 NETWORKS = ("text_encoder", "vae", "unet")
 AVERAGE = "unet_ema"  # the U-Net's moving average, which a training checkpoint holds beside the U-Net
@@ -113,7 +113,8 @@ def find_layouts(found: Container[str]) -> dict[str, Layout]:
 
 def usual_layout(network: str, config: Config) -> Layout:
     """The names that an original checkpoint has for a network of this config."""
-    text = Layout(network, "openclip", OPENCLIP) if is_openclip(config) else Layout(network, "clip", CLIP)
+    names = text_names(config)
+    text = Layout(network, names, OPENCLIP if names == "openclip" else CLIP)
     return {
         "text_encoder": text,
         "vae": Layout(network, "original", VAE),
