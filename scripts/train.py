@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from sd.checkpoints.convert import WEIGHTS
-from sd.denoiser import with_channels
+from sd.conditioning import Conditioning
 from sd.files import replaced_file
 from sd.imaging.tensors import grid
 from sd.models.text_encoder import TextEncoder
@@ -87,9 +87,9 @@ class Objective(nn.Module):
 
     def forward(self, x0: Tensor, ids: Tensor, t: Tensor, noise: Tensor, extra: Tensor | None = None) -> Tensor:
         """x0 and noise (B, C, h, w), ids (B, M), t (B,), for 9 channels `extra` (B, 5, h, w) -> a scalar."""
-        network = self.unet if extra is None else with_channels(self.unet, extra)
         weight = self.weight(self.schedule, t) if self.weight else None
-        return diffusion_loss(network, self.schedule, x0, self.text_encoder(ids), t, noise, weight)
+        conditioning = Conditioning(self.text_encoder(ids), concat=extra)
+        return diffusion_loss(self.unet, self.schedule, x0, conditioning, t, noise, weight)
 
 
 def find_model(args: argparse.Namespace, seed: int, device: torch.device) -> StableDiffusion:

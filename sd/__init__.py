@@ -17,6 +17,7 @@ from .config import MODELS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, Config
 from .schedule import Level, Schedule
 
 if TYPE_CHECKING:
+    from .conditioning import Conditioning
     from .denoiser import Denoiser
     from .models.text_encoder import TextEncoder
     from .models.unet import UNet
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LATER = {
-    "Denoiser": "denoiser", "ImageToImage": "params", "Inpaint": "params", "Result": "pipeline", "Run": "pipeline",
-    "SamplingParams": "params", "StableDiffusion": "pipeline", "TextToImage": "params", "SAMPLERS": "samplers",
-    "Step": "samplers", "TextEncoder": "models.text_encoder",
+    "Conditioning": "conditioning", "Denoiser": "denoiser", "ImageToImage": "params", "Inpaint": "params",
+    "Result": "pipeline", "Run": "pipeline", "SamplingParams": "params", "StableDiffusion": "pipeline",
+    "TextToImage": "params", "SAMPLERS": "samplers", "Step": "samplers", "TextEncoder": "models.text_encoder",
     "Tokenizer": "text.tokenizer", "UNet": "models.unet", "VAE": "models.vae",
 }  # fmt: skip
 
@@ -46,6 +47,7 @@ __all__ = [
     "VAE",
     "Checkpoint",
     "CheckpointError",
+    "Conditioning",
     "Config",
     "Denoiser",
     "ImageToImage",

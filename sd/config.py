@@ -88,37 +88,45 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The attention U-Net; per level (finest first): channels, heads, and whether it attends."""
+    """The attention U-Net; per level (finest first): channels, heads, and depth."""
 
     in_channels: int = 4  # 9 for inpainting models: latent, mask, latent of the masked picture
     out_channels: int = 4
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     heads: tuple[int, ...] = (8, 8, 8, 8)  # the last entry is also the middle block's
-    attention: tuple[bool, ...] = (True, True, True, False)  # the middle block always attends
+    depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks behind each residual block; 0: the level attends not
+    middle_depth: int = 1  # the middle's: Stable Diffusion's last level has none, its middle has one
     blocks: int = 2  # residual blocks a level going down; going up there is one more
     context: int = 768  # width D of the text context
+    vector: int | None = None  # width V of a vector that is added to the timestep's embedding; None: there is none
+    linear_projections: bool = False  # in files, linear layers around transformers; else 1x1 convolutions, as in SD 1.x
 
     def __post_init__(self) -> None:
-        _check_sizes(self, "in_channels", "out_channels", "channels", "heads", "blocks", "context")
-        flags = isinstance(self.attention, tuple) and all(type(flag) is bool for flag in self.attention)
-        _check(flags, f"UNetConfig.attention: got {self.attention!r:.100}, expected true or false per level")
+        _check_sizes(self, "in_channels", "out_channels", "channels", "heads", "blocks", "context", "middle_depth")
+        if self.vector is not None:
+            _check_sizes(self, "vector")
+        flag = self.linear_projections
+        _check(type(flag) is bool, f"UNetConfig.linear_projections: got {flag!r:.100}, expected true or false")
+        whole = isinstance(self.depth, tuple) and all(type(n) is int and 0 <= n <= 32 for n in self.depth)
+        _check(whole, f"UNetConfig.depth: got {self.depth!r:.100}, expected a whole number from 0 to 32 per level")
+        _check(self.middle_depth <= 32, f"UNetConfig.middle_depth: got {self.middle_depth}, expected at most 32")
         _check(
             isinstance(self.channels, tuple) and isinstance(self.heads, tuple), "UNetConfig: expected lists per level"
         )
         levels = len(self.channels)
         _check(
-            len(self.heads) == levels and len(self.attention) == levels and levels <= 8 and self.blocks <= 16,
-            f"UNetConfig: {levels} channels, {len(self.heads)} heads and {len(self.attention)} attention entries: "
+            len(self.heads) == levels and len(self.depth) == levels and levels <= 8 and self.blocks <= 16,
+            f"UNetConfig: {levels} channels, {len(self.heads)} heads and {len(self.depth)} depths: "
             "expected one of each per level, at most 8 levels and 16 blocks a level",
         )
         _check(
             all(width % GROUPS == 0 for width in self.channels),
             f"UNetConfig.channels: got {self.channels}, expected multiples of {GROUPS}",
         )
-        attending = [*zip(self.channels, self.heads, self.attention, strict=True)][:-1]
-        attending += [(self.channels[-1], self.heads[-1], True)]
+        upper = [*zip(self.channels, self.heads, self.depth, strict=True)][:-1]
+        attending = [*upper, (self.channels[-1], self.heads[-1], self.middle_depth)]
         _check(
-            all(width % heads == 0 for width, heads, attends in attending if attends),
+            all(width % heads == 0 for width, heads, depth in attending if depth),
             f"UNetConfig.heads: {self.heads} do not divide the channels {self.channels}",
         )
 
@@ -208,12 +216,12 @@ class Config:
     def from_json(cls, text: str) -> Config:
         """The config written by `to_json`; text comes from a file, so everything in it is checked.
 
-        Raises ValueError for anything that is not a config. Entries that this version does not know are an error
-        too: they would change the model.
+        Configs of version 0.1 are read, too. Raises ValueError for anything that is not a config. Entries that this
+        version does not know are an error too: they would change the model.
         """
         parts: dict[str, Any] = {"text": TextConfig, "vae": VAEConfig, "unet": UNetConfig, "schedule": ScheduleConfig}
         try:
-            raw = json.loads(text)
+            raw = _upgraded(json.loads(text))
             raw.setdefault("sampler", LEGACY_SAMPLERS.get(raw.get("name"), SD1.sampler))  # version 0.1 had none
             values = {
                 name: parts[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
@@ -226,13 +234,29 @@ class Config:
             raise ValueError(f"not a model config: {error!s:.200}") from None
 
 
+def _upgraded(raw: dict[str, Any]) -> dict[str, Any]:
+    """A config as JSON of version 0.1, which said of each level whether it attends, in today's words.
+
+    The form of projections followed from the text encoder's activation then.
+    """
+    unet = raw.get("unet", {})
+    if "attention" not in unet:
+        return raw
+    unet = dict(unet)
+    attention = unet.pop("attention")
+    flags = isinstance(attention, list) and all(type(flag) is bool for flag in attention)
+    _check(flags, f"UNetConfig.attention: got {attention!r:.100}, expected true or false per level")
+    linear = raw.get("text", {}).get("activation") == "gelu"
+    return raw | {"unet": unet | {"depth": [int(flag) for flag in attention], "linear_projections": linear}}
+
+
 SD1 = Config()
 SD1_INPAINT = replace(SD1, name="Stable Diffusion 1.x inpainting", unet=replace(SD1.unet, in_channels=9))
 SD2 = Config(
     name="Stable Diffusion 2.x base",
     # 23 of OpenCLIP's 24 layers: Stable Diffusion 2 was trained on the penultimate layer's output
     text=TextConfig(width=1024, layers=23, heads=16, activation="gelu", pad=0),
-    unet=replace(SD1.unet, heads=(5, 10, 20, 20), context=1024),
+    unet=replace(SD1.unet, heads=(5, 10, 20, 20), context=1024, linear_projections=True),
 )
 SD2_V = replace(SD2, name="Stable Diffusion 2.x 768-v", size=768, schedule=replace(SD2.schedule, prediction="v"))
 SD2_INPAINT = replace(SD2, name="Stable Diffusion 2.x inpainting", unet=replace(SD2.unet, in_channels=9))
@@ -245,7 +269,7 @@ POCKET = Config(
     sampler="ddim",
     text=TextConfig(width=64, layers=3, heads=2),
     vae=VAEConfig(channels=(64, 64, 96, 160), blocks=1),
-    unet=UNetConfig(channels=(96, 160), heads=(3, 5), attention=(False, True), blocks=1, context=64),
+    unet=UNetConfig(channels=(96, 160), heads=(3, 5), depth=(0, 1), blocks=1, context=64),
     schedule=ScheduleConfig(prediction="v"),
 )
 

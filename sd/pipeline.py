@@ -48,8 +48,9 @@ from .adapters.lora import Merged
 from .adapters.lora_formats import read_lora
 from .adapters.textual_inversion import Words, read_embedding
 from .checkpoints.loading import LoadOptions, Source, build
+from .conditioning import Conditioning
 from .config import Config
-from .denoiser import Denoiser, Network, keep_known, with_channels
+from .denoiser import Denoiser, Network, keep_known
 from .imaging.files import WHITE, flatten
 from .imaging.masks import Canvas, conditioning, hide, latent_mask, prepare_mask, surroundings, widened
 from .imaging.tensors import Box, fit, frame, to_pil, to_tensor
@@ -223,7 +224,7 @@ class StableDiffusion:
 
     @property
     def unet(self) -> UNet:
-        """x_t, t, context -> prediction."""
+        """x_t, t, conditioning -> prediction."""
         return self._networks["unet"]  # type: ignore[return-value]
 
     @classmethod
@@ -513,14 +514,15 @@ class StableDiffusion:
             need = "needs `extra`, mask and masked latent (all_hidden)" if extra is None else "takes no `extra`"
             raise ValueError(f"a U-Net of {self.config.unet.in_channels} input channels {need}")
         network = self._predict if network is None else network
-        network = network if extra is None else with_channels(network, extra)
         guidance = self.config.guidance if guidance is None else guidance
-        return Denoiser(network, self.schedule, context, uncond, guidance)
+        cond = Conditioning(context, concat=extra)
+        away = None if uncond is None else Conditioning(uncond, concat=extra)
+        return Denoiser(network, self.schedule, cond, away, guidance)
 
-    def _predict(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def _predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The U-Net, taken at each step: in between, others may have used the device's memory."""
         with self._use("unet") as unet:
-            return (self._steps or unet)(x, t, context)
+            return (self._steps or unet)(x, t, conditioning)
 
     def _use(self, name: str) -> AbstractContextManager[nn.Module]:
         """A network, which stays on the device within the block."""

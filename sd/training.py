@@ -1,6 +1,6 @@
 """Training: the losses, how networks start, what is left out or hidden, the average of the weights, the learning rate.
 
-    diffusion    L = E w_t || network(alpha_t x0 + sigma_t eps, t, context) - target ||²  Ho et al. 2020, eq. 14
+    diffusion    L = E w_t || network(alpha_t x0 + sigma_t eps, t, c) - target ||²  Ho et al. 2020, eq. 14
                  target: eps, or the velocity v = alpha_t eps - sigma_t x0 (Salimans and Ho 2022, appendix D)
                  w_t: 1, or min-SNR's (Hang et al. 2023), or that of the velocity
     VAE          (x - decoded)² + weight KL(N(mean, exp(logvar)) || N(0, 1)) + what is injected
@@ -16,7 +16,8 @@ Nothing that paints imports this file.
 
 >>> schedule, noise = Schedule(), torch.randn(2, 4, 8, 8)
 >>> t, context = torch.tensor([10, 900]), torch.zeros(2, 77, 16)
->>> float(diffusion_loss(lambda x, t, context: noise, schedule, torch.randn(2, 4, 8, 8), context, t, noise))
+>>> cond = Conditioning(context)
+>>> float(diffusion_loss(lambda x, t, cond: noise, schedule, torch.randn(2, 4, 8, 8), cond, t, noise))
 0.0
 >>> [round(learning_rate(step, 100, 1.0, warmup=10), 2) for step in (0, 9, 55, 100)]
 [0.1, 1.0, 0.5, 0.0]
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .conditioning import Conditioning
 from .config import UNetConfig
 from .denoiser import Network
 from .models.layers import ResBlock
@@ -62,18 +64,18 @@ def diffusion_loss(
     network: Network,
     schedule: Schedule,
     x0: Tensor,
-    context: Tensor,
+    conditioning: Conditioning,
     t: Tensor,
     noise: Tensor,
     weight: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error of the network's prediction, eps or v as the schedule says (Ho et al. 2020, eq. 14).
 
-    x0 (B, C, h, w) clean latents, context (B, M, D), t (B,) whole timesteps, noise like x0 -> a scalar, in float32.
+    x0 (B, C, h, w) clean latents, t (B,) whole timesteps, noise like x0 -> a scalar, in float32.
     `weight` (B,) says how much each sample counts; all the same if not given.
     """
     level = level_batch(schedule, t)
-    out = network(schedule.add_noise(x0, noise, level), t, context)
+    out = network(schedule.add_noise(x0, noise, level), t, conditioning)
     error = (out.float() - schedule.target(x0, noise, level)).square().mean((1, 2, 3))
     return error.mean() if weight is None else (weight * error).mean()
 

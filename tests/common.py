@@ -34,7 +34,7 @@ TINY = Config(
     size=128,
     text=TextConfig(width=64, layers=3, heads=4),
     vae=VAEConfig(channels=(64, 64, 128, 128), blocks=1),
-    unet=UNetConfig(channels=(64, 128, 128), heads=(4, 4, 4), attention=(True, True, False), blocks=1, context=64),
+    unet=UNetConfig(channels=(64, 128, 128), heads=(4, 4, 4), depth=(1, 1, 0), blocks=1, context=64),
 )
 
 TINY_INPAINT = replace(TINY, name="tiny v1 inpainting", unet=replace(TINY.unet, in_channels=9))
@@ -45,7 +45,9 @@ TINY_V2 = Config(
     size=128,
     text=TextConfig(width=96, layers=3, heads=3, activation="gelu", pad=0),
     vae=VAEConfig(channels=(64, 128, 128, 192), blocks=2),
-    unet=UNetConfig(channels=(64, 128, 192), heads=(2, 4, 6), attention=(False, True, True), blocks=2, context=96),
+    unet=UNetConfig(
+        channels=(64, 128, 192), heads=(2, 4, 6), depth=(0, 1, 1), blocks=2, context=96, linear_projections=True
+    ),
     schedule=ScheduleConfig(prediction="v"),
 )
 

@@ -42,7 +42,7 @@ MICRO = Config(
     size=64,
     text=TextConfig(width=2, layers=1, heads=1),
     vae=VAEConfig(channels=(32,), blocks=1),
-    unet=UNetConfig(channels=(32,), heads=(1,), attention=(True,), blocks=1, context=2),
+    unet=UNetConfig(channels=(32,), heads=(1,), depth=(1,), blocks=1, context=2),
 )
 MAGIC = 0x1950A86A20F9469CFC6C
 EXTREME = (0, 1, 2, 3, 7, 8, 16, 17, 127, 128, 255, 256, 32767, 65535, 65536, 1 << 31, (1 << 32) - 1, 1 << 32, 1 << 62)

@@ -9,7 +9,7 @@ import pytest
 from common import TINY
 
 from sd.checkpoints.loading import build
-from sd.config import MODELS, SD1, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from sd.config import MODELS, SD1, SD2, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,16 @@ def test_published_parameter_counts(name, unet, text):
 def test_json_round_trip(config):
     assert Config.from_json(config.to_json()) == config
     assert "\n" not in config.to_json()
+
+
+def test_configs_of_version_0_1():
+    """They say of each level whether it attends."""
+    for known in (SD1, SD2):
+        raw = json.loads(known.to_json())
+        for name in ("depth", "middle_depth", "vector", "linear_projections"):
+            del raw["unet"][name]
+        raw["unet"]["attention"] = [True, True, True, False]
+        assert Config.from_json(json.dumps(raw)) == known
 
 
 def test_factor_follows_the_levels():
@@ -82,6 +92,12 @@ def altered(path: str, value: object) -> str:
         (altered("name", "\x1b[31mred"), "name"),
         (altered("unet.attention", {"a": 1}), "attention"),
         (altered("unet.attention", "abcd"), "attention"),
+        (altered("unet.depth", [1, 1]), "depths"),
+        (altered("unet.depth", [1, 1, -1, 0]), "depth"),
+        (altered("unet.depth", [1, 1, 10**6, 0]), "depth"),
+        (altered("unet.middle_depth", 0), "middle_depth"),
+        (altered("unet.vector", 0), "vector"),
+        (altered("unet.linear_projections", 1), "linear_projections"),
         (altered("text.vocab", 100), "vocab"),
         (altered("text.length", 2), "length"),
         (altered("vae.image_channels", 1), "image_channels"),

@@ -19,6 +19,7 @@ from sd.checkpoints.detect import CONFIG_KEY, detect
 from sd.checkpoints.export import to_original, to_own
 from sd.checkpoints.key_maps import UNET, original_sources
 from sd.checkpoints.loading import build, load_weights
+from sd.conditioning import Conditioning
 from sd.config import SD1, SD1_INPAINT, SD2_INPAINT
 from sd.models.layers import Attention
 
@@ -59,16 +60,16 @@ SPOT_CHECKS = {
     "unet.down.0.res.0.conv2.bias": "model.diffusion_model.input_blocks.1.0.out_layers.3.bias",
     "unet.down.0.down.bias": "model.diffusion_model.input_blocks.3.0.op.bias",
     "unet.down.1.res.0.skip.bias": "model.diffusion_model.input_blocks.4.0.skip_connection.bias",
-    "unet.down.2.attn.1.block.attn1.k.weight": (
+    "unet.down.2.attn.1.blocks.0.attn1.k.weight": (
         "model.diffusion_model.input_blocks.8.1.transformer_blocks.0.attn1.to_k.weight"
     ),
-    "unet.mid.attn.block.attn2.out.bias": (
+    "unet.mid.attn.blocks.0.attn2.out.bias": (
         "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_out.0.bias"
     ),
     "unet.up.3.up.conv.weight": "model.diffusion_model.output_blocks.2.1.conv.weight",
     "unet.up.2.up.conv.weight": "model.diffusion_model.output_blocks.5.2.conv.weight",
     "unet.up.0.res.2.norm1.weight": "model.diffusion_model.output_blocks.11.0.in_layers.0.weight",
-    "unet.up.0.attn.2.block.ff.proj.weight": (
+    "unet.up.0.attn.2.blocks.0.ff.proj.weight": (
         "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.ff.net.0.proj.weight"
     ),
     "vae.encoder.mid.attn.attn.k.bias": "first_stage_model.encoder.mid.attn_1.k.bias",
@@ -111,7 +112,9 @@ def test_own_layout_round_trip(tiny, tmp_path):
                 assert torch.equal(states[name][key], tensor)
     sd = StableDiffusion.load(path, device="cpu", dtype="float32")
     golden = Golden("tiny_v1_components")
-    assert error(sd.unet(golden["unet_x"], golden["unet_t"], golden["context"]), golden["unet_out"]) < 2e-5
+    assert (
+        error(sd.unet(golden["unet_x"], golden["unet_t"], Conditioning(golden["context"])), golden["unet_out"]) < 2e-5
+    )
 
 
 def test_detection():
@@ -240,7 +243,10 @@ def test_openclip_names_and_its_golden():
     q = networks["text_encoder"].blocks[0].attn.q.weight
     assert q.untyped_storage().nbytes() == q.nbytes, "a third must not keep the other two in memory"
     assert error(networks["text_encoder"](golden["ids"].long()), golden["context"]) < 1e-5
-    assert error(networks["unet"](golden["unet_x"], golden["unet_t"], golden["context"]), golden["unet_out"]) < 2e-5
+    assert (
+        error(networks["unet"](golden["unet_x"], golden["unet_t"], Conditioning(golden["context"])), golden["unet_out"])
+        < 2e-5
+    )
     back = to_original({name: network.state_dict() for name, network in networks.items()}, TINY_V2)
     for key, tensor in back.items():
         assert torch.equal(tensor, state[key]) and tensor.shape == state[key].shape, key
@@ -269,4 +275,4 @@ def test_nothing_is_initialised_and_kernels_are_channels_last(monkeypatch, anew)
             assert not p.requires_grad and not p.is_meta
             assert p.dim() != 4 or p.is_contiguous(memory_format=layout), key
         assert not any(module.training for module in network.modules())
-    assert isinstance(tiny["unet"].mid.attn.block.attn1, Attention)
+    assert isinstance(tiny["unet"].mid.attn.blocks[0].attn1, Attention)

@@ -20,6 +20,9 @@ from PIL import Image
 from test_lora import SCHEMES, lora_file, saved
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sd.conditioning import Conditioning
+from sd.config import UNetConfig
+from sd.models.unet import UNet
 from sd.pipeline import StableDiffusion
 from sd.runtime import cpu_kernels as kernels
 from sd.runtime import cuda_graphs as capture
@@ -58,10 +61,10 @@ def unet():
     return loaded(tiny_state(), TINY)["unet"]
 
 
-def inputs(seed: int, size: int = 8, B: int = 2) -> tuple[torch.Tensor, ...]:
+def inputs(seed: int, size: int = 8, B: int = 2) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
     rng = torch.Generator().manual_seed(seed)
     x, context = torch.randn(B, 4, size, size, generator=rng), torch.randn(B, 77, 64, generator=rng)
-    return x, torch.full((B,), 100.0 * seed), context
+    return x, torch.full((B,), 100.0 * seed), Conditioning(context)
 
 
 def test_played_back_is_what_the_network_gives(unet):
@@ -93,7 +96,7 @@ def test_other_batches_and_precisions_are_other_recordings(unet):
     assert steps(*inputs(1, B=1)).shape[0] == 1
     x, t, context = inputs(1)
     unet.double()
-    assert steps(x.double(), t, context.double()).dtype == torch.float64
+    assert steps(x.double(), t, context.to(dtype=torch.float64)).dtype == torch.float64
     assert tape.recorded == 3
 
 
@@ -144,6 +147,21 @@ def test_whoever_looks_inside_sees_every_step(unet, kind):
         handle.remove()
     steps(*inputs(1))
     assert len(seen) == 3 and tape.recorded == 2
+
+
+def test_everything_of_a_conditioning_is_played_back():
+    """Maps behind x's channels are copied into the recording as the context is; with and without are two recordings."""
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(channels=(32,), heads=(1,), depth=(1,), blocks=1, context=8, in_channels=9, vector=12))
+    tape = Tape()
+    steps = Recorded(unet.requires_grad_(False), tape)
+    for seed in range(3):
+        x, t, _ = inputs(seed)
+        cond = Conditioning(torch.randn(2, 7, 8), torch.randn(2, 12), torch.randn(2, 5, 8, 8))
+        assert torch.equal(steps(x, t, cond), unet(x, t, cond))
+        whole, plain = torch.cat([x, cond.concat], 1), cond._replace(concat=None)
+        assert torch.equal(steps(whole, t, plain), unet(whole, t, plain))
+    assert tape.recorded == 2
 
 
 def test_gradients_are_as_ever(unet):
@@ -389,8 +407,8 @@ def test_cuda_graphs():
     assert isinstance(sd._steps, Recorded)
     for seed in range(3):
         for size in (8, 16):
-            x, t, context = (tensor.cuda() for tensor in inputs(seed, size))
-            given = x.half(), t, context.half()
+            x, t, context = inputs(seed, size)
+            given = x.cuda().half(), t.cuda(), context.to(torch.device("cuda"), torch.float16)
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 out = sd._steps(*given)

@@ -7,18 +7,20 @@ import reference_weights as reference
 import torch
 from common import error
 
+from sd.conditioning import Conditioning, concatenate
 from sd.config import ScheduleConfig
 from sd.denoiser import Denoiser
 from sd.schedule import Schedule
 
 
-def network(x, t, context):
+def network(x, t, conditioning):
     """A stand-in that mixes everything it is given."""
-    return 0.3 * x + context.mean(dim=(1, 2))[:, None, None, None] + t[:, None, None, None] / 1000
+    return 0.3 * x + conditioning.context.mean(dim=(1, 2))[:, None, None, None] + t[:, None, None, None] / 1000
 
 
 X = reference.normal("x", (2, 4, 8, 8))
-COND, UNCOND = reference.normal("c", (2, 77, 16)), reference.normal("u", (2, 77, 16))
+COND, UNCOND = (Conditioning(reference.normal(name, (2, 77, 16))) for name in "cu")
+ONE, NONE = (Conditioning(part.context[:1]) for part in (COND, UNCOND))
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
@@ -34,9 +36,9 @@ def test_guidance_on_the_prediction_is_guidance_on_x0(prediction, guidance):
 def test_plain_prediction_is_half_the_work():
     batches = []
 
-    def counting(x, t, context):
-        batches.append((x.shape[0], t.shape[0], context.shape[0]))
-        return network(x, t, context)
+    def counting(x, t, conditioning):
+        batches.append((x.shape[0], t.shape[0], conditioning.batch))
+        return network(x, t, conditioning)
 
     schedule = Schedule()
     Denoiser(counting, schedule, COND, UNCOND, 1.0)(X, schedule.level(10))
@@ -47,33 +49,70 @@ def test_plain_prediction_is_half_the_work():
 def test_batch_order_is_uncond_cond():
     seen = []
 
-    def looking(x, t, context):
-        seen.append(context)
+    def looking(x, t, conditioning):
+        seen.append(conditioning.context)
         return x
 
     Denoiser(looking, Schedule(), COND, UNCOND, 3.0)(X, Schedule().level(5))
-    assert torch.equal(seen[0], torch.cat([UNCOND, COND]))
+    assert torch.equal(seen[0], torch.cat([UNCOND.context, COND.context]))
 
 
 def test_precision_of_the_network_and_of_the_state():
-    def half(x, t, context):
-        assert x.dtype == context.dtype == torch.bfloat16 and t.dtype == torch.float32
+    def half(x, t, conditioning):
+        assert x.dtype == conditioning.context.dtype == torch.bfloat16 and t.dtype == torch.float32
         return x
 
-    out = Denoiser(half, Schedule(), COND.bfloat16())(X, Schedule().level(5))
+    out = Denoiser(half, Schedule(), COND.to(dtype=torch.bfloat16))(X, Schedule().level(5))
     assert out.dtype == torch.float32
 
 
 def test_one_context_serves_all_and_other_numbers_are_refused():
     schedule = Schedule()
     level = schedule.level(5)
-    out = Denoiser(network, schedule, COND[:1], UNCOND[:1], 3.0)(X, level)
+    out = Denoiser(network, schedule, ONE, NONE, 3.0)(X, level)
     for i in range(2):
-        assert error(out[i : i + 1], Denoiser(network, schedule, COND[:1], UNCOND[:1], 3.0)(X[i : i + 1], level)) < 1e-6
+        assert error(out[i : i + 1], Denoiser(network, schedule, ONE, NONE, 3.0)(X[i : i + 1], level)) < 1e-6
     with pytest.raises(ValueError, match="a context for 2 pictures, but there are 3"):
-        Denoiser(network, schedule, COND, UNCOND[:1], 3.0)(torch.cat([X, X[:1]]), level)
+        Denoiser(network, schedule, COND, NONE, 3.0)(torch.cat([X, X[:1]]), level)
 
 
 def test_guidance_needs_uncond():
     with pytest.raises(ValueError, match="uncond"):
         Denoiser(network, Schedule(), COND, guidance=2.0)
+
+
+def test_contexts_of_unequal_length_are_refused_in_a_line():
+    longer = Conditioning(torch.cat([COND.context, COND.context], dim=1))
+    with pytest.raises(ValueError, match=r"^contexts must be of one length, got 77 and 154: .*same_length\)$"):
+        Denoiser(network, Schedule(), longer, UNCOND, 3.0)
+
+
+def test_all_of_a_conditioning_goes_together():
+    """Moved, expanded, repeated and concatenated as one; what some have and others lack is refused."""
+    whole = Conditioning(torch.ones(1, 3, 2), torch.ones(1, 5), torch.ones(1, 4, 6, 7))
+    assert [x.shape[0] for x in whole.expand(3)] == [3, 3, 3] and whole.expand(3).batch == 3
+    assert [x.shape[0] for x in whole.repeat(2)] == [2, 2, 2]
+    assert {x.dtype for x in whole.to(dtype=torch.float64)} == {torch.float64}
+    both = concatenate([whole, whole.each(torch.zeros_like).expand(2)])
+    assert [tuple(x.shape) for x in both] == [(3, 3, 2), (3, 5), (3, 4, 6, 7)]
+    assert all(x[0].min() == 1 and x[1:].max() == 0 for x in both)
+    assert concatenate([Conditioning(whole.context)] * 2).vector is None
+    with pytest.raises(ValueError, match="1 of 2 conditionings have a vector"):
+        concatenate([whole, whole._replace(vector=None)])
+    with pytest.raises(ValueError, match="concats must be of one shape"):
+        concatenate([whole, whole._replace(concat=torch.ones(1, 4, 6, 8))])
+    with pytest.raises(ValueError, match="a vector for 2 pictures, but there are 3"):
+        Conditioning(whole.context, torch.ones(2, 5)).expand(3)
+
+
+def test_the_conditioning_is_put_together_once():
+    seen = []
+
+    def looking(x, t, conditioning):
+        seen.append(conditioning.context)
+        return x
+
+    denoise = Denoiser(looking, Schedule(), COND, UNCOND, 3.0)
+    for t in (5, 10):
+        denoise(X, Schedule().level(t))
+    assert seen[0] is seen[1]

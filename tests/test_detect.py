@@ -168,7 +168,7 @@ def exact(prediction: str, std: float = 0.9, mean: float = 0.0):
     """The U-Net that is right about data of this mean and standard deviation, about those of real latents."""
     own = Schedule(ScheduleConfig(prediction=prediction))
 
-    def unet(x, t, context):
+    def unet(x, t, conditioning):
         level = own.level(float(t[0]))
         gain = level.alpha * std**2 / (level.alpha**2 * std**2 + level.sigma**2)
         x0 = mean + gain * (x - level.alpha * mean)
@@ -192,11 +192,11 @@ def test_probe_of_a_trained_network():
 
 def test_what_the_probe_asks():
     asked = []
-    answer = probe(lambda x, t, context: asked.append((x, t, context)) or x, SD2, torch.zeros(1, dtype=torch.bfloat16))
+    answer = probe(lambda x, t, c: asked.append((x, t, c.context)) or x, SD2, torch.zeros(1, dtype=torch.bfloat16))
     ((x, t, context),) = asked
     assert (answer, x.shape, t.tolist(), context.shape) == ("eps", (1, 4, 16, 16), [999.0], (1, 2, 1024))
     assert x.dtype == context.dtype == torch.bfloat16 and 0.9 < float(x.float().std()) < 1.1
-    assert probe(lambda x, t, context: x * float("nan"), SD2, torch.zeros(1)) is None
+    assert probe(lambda x, t, conditioning: x * float("nan"), SD2, torch.zeros(1)) is None
 
 
 @pytest.mark.parametrize("prediction, answer", [("v", 0.4), ("eps", float("nan"))])

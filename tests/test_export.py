@@ -19,6 +19,7 @@ from sd.checkpoints.detect import CONFIG_KEY, identify
 from sd.checkpoints.export import diffusers_texts, has_own_schedule, metadata, to_original
 from sd.checkpoints.key_maps import EMA, OPENCLIP, UNET
 from sd.checkpoints.loading import build
+from sd.conditioning import Conditioning
 from sd.config import MODELS, SD1, SD2, Config
 from sd.schedule import Schedule, to_zero_snr
 from sd.text.tokenizer import Tokenizer
@@ -231,7 +232,7 @@ def compare(model: StableDiffusion, pipe, tolerance: float = 1e-5) -> None:
     assert error(context, pipe.text_encoder(ids).last_hidden_state) < tolerance
     x = reference.normal("x", (2, config.unet.in_channels, 16, 24))
     t = torch.tensor([981.0, 17.0])
-    assert error(model.unet(x, t, context[:2]), pipe.unet(x, t, context[:2]).sample) < 2 * tolerance
+    assert error(model.unet(x, t, Conditioning(context[:2])), pipe.unet(x, t, context[:2]).sample) < 2 * tolerance
     image = reference.normal("image", (1, 3, 64, 96)).clamp(-1, 1)
     assert error(model.vae.moments(image)[0], pipe.vae.encode(image).latent_dist.mean) < 2 * tolerance
     z = reference.normal("z", (1, 4, 8, 12))
@@ -312,5 +313,8 @@ def test_golden_through_every_layout(tmp_path):
     model = StableDiffusion.load(tmp_path / "b.safetensors", device="cpu", dtype="float32")
     golden = Golden("tiny_v2_components")
     assert error(model.text_encoder(golden["ids"].long()), golden["context"]) < 1e-5
-    assert error(model.unet(golden["unet_x"], golden["unet_t"], golden["context"]), golden["unet_out"]) < 2e-5
+    assert (
+        error(model.unet(golden["unet_x"], golden["unet_t"], Conditioning(golden["context"])), golden["unet_out"])
+        < 2e-5
+    )
     assert error(model.vae.decode(golden["latent"]), golden["decoded"]) < 2e-5

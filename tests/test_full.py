@@ -20,6 +20,7 @@ from PIL import Image
 
 from sd import StableDiffusion
 from sd.checkpoints.loading import build
+from sd.conditioning import Conditioning
 from sd.config import SD1, SD1_INPAINT
 from sd.resources import resource
 
@@ -75,7 +76,7 @@ def test_parameter_counts():
 def test_unet(full, name, record_property):
     golden = Golden(name)
     norms = unet_norms(full.unet, SD1)
-    out = full.unet(golden["x"], golden["t"], golden.normal("context", (golden["x"].shape[0], 77, 768)))
+    out = full.unet(golden["x"], golden["t"], Conditioning(golden.normal("context", (golden["x"].shape[0], 77, 768))))
     check_norms(norms, golden.case["norms"], at_least=28)
     record_property("error", error(out, golden["out"]))
     assert error(out, golden["out"]) < 2e-5
@@ -88,7 +89,7 @@ def test_inpainting_model(inpainting_file):
     assert sum(p.numel() for p in sd.unet.parameters()) == 859_535_364
     golden = Golden("unet_v1_inpainting_64x64")
     norms = unet_norms(sd.unet, SD1_INPAINT)
-    out = sd.unet(golden["x"], golden["t"], golden.normal("context", (1, 77, 768)))
+    out = sd.unet(golden["x"], golden["t"], Conditioning(golden.normal("context", (1, 77, 768))))
     check_norms(norms, golden.case["norms"], at_least=28)
     assert error(out, golden["out"]) < 2e-5
 
@@ -159,7 +160,9 @@ def test_half_precision_files(files, name, dtype, tolerance):
     golden = Golden("unet_v1_48x80")
     sd = StableDiffusion.load(files[name], device="cpu", dtype=dtype)
     context = golden.normal("context", (1, 77, 768)).to(sd.dtype)
-    assert error(sd.unet(golden["x"].to(sd.dtype), golden["t"], context).float(), golden["out"]) < tolerance
+    assert (
+        error(sd.unet(golden["x"].to(sd.dtype), golden["t"], Conditioning(context)).float(), golden["out"]) < tolerance
+    )
 
 
 def test_float16_networks(files):
@@ -170,7 +173,7 @@ def test_float16_networks(files):
     golden = Golden("clip_l")
     assert error(sd.text_encoder(golden["ids"].long()).float(), golden["last_hidden_state"]) < 1e-2
     golden = Golden("unet_v1_48x80")
-    out = sd.unet(golden["x"].half(), golden["t"], golden.normal("context", (1, 77, 768)).half())
+    out = sd.unet(golden["x"].half(), golden["t"], Conditioning(golden.normal("context", (1, 77, 768)).half()))
     assert error(out.float(), golden["out"]) < 1e-2
 
 

@@ -21,6 +21,7 @@ from sd import StableDiffusion
 from sd.checkpoints.checkpoint import load_checkpoint
 from sd.checkpoints.detect import identify
 from sd.checkpoints.loading import build
+from sd.conditioning import Conditioning
 from sd.config import SD2, SD2_INPAINT, SD2_V
 
 pytestmark = pytest.mark.full
@@ -80,7 +81,7 @@ def test_text_encoder(full):
 def test_unet(full, name):
     golden = Golden(name)
     norms = unet_norms(full.unet, SD2)
-    out = full.unet(golden["x"], golden["t"], golden.normal("context", (golden["x"].shape[0], 77, 1024)))
+    out = full.unet(golden["x"], golden["t"], Conditioning(golden.normal("context", (golden["x"].shape[0], 77, 1024))))
     check_norms(norms, golden.case["norms"], at_least=28)
     assert error(out, golden["out"]) < 2e-5
 
@@ -90,7 +91,7 @@ def test_half_precision(files):
     sd = StableDiffusion.load(files["v2-fp16.safetensors"], device="cpu", dtype="float16", prediction="v")
     assert sd.config == SD2_V
     golden = Golden("unet_v2_32x48_b2")
-    out = sd.unet(golden["x"].half(), golden["t"], golden.normal("context", (2, 77, 1024)).half())
+    out = sd.unet(golden["x"].half(), golden["t"], Conditioning(golden.normal("context", (2, 77, 1024)).half()))
     assert error(out.float(), golden["out"]) < 1e-2
     golden = Golden("openclip_h")
     assert error(sd.text_encoder(golden["ids"].long()).float(), golden["penultimate_ln"]) < 1e-2
@@ -112,7 +113,7 @@ def test_inpainting(tmp_path):
     assert sd.config == SD2_INPAINT and sd.about[0].startswith("predicts eps: as inpainting models do")
     golden = Golden("unet_v2_inpainting_48x64")
     norms = unet_norms(sd.unet, SD2_INPAINT)
-    out = sd.unet(golden["x"], golden["t"], golden.normal("context", (1, 77, 1024)))
+    out = sd.unet(golden["x"], golden["t"], Conditioning(golden.normal("context", (1, 77, 1024))))
     check_norms(norms, golden.case["norms"], at_least=28)
     assert error(out, golden["out"]) < 2e-5
 

@@ -14,23 +14,24 @@ ROOT = Path(__file__).resolve().parents[1]
 # What each layer may import of the package: a layer is a module or a folder of sd/, named by its path. A module that
 # is new in a folder needs no line here; a new layer does.
 ALLOWED = {
+    "conditioning": set(),
     "config": set(),
     "files": set(),
     "resources": set(),
     "schedule": {"config"},
     "samplers": {"schedule"},
-    "denoiser": {"samplers", "schedule"},
+    "denoiser": {"conditioning", "samplers", "schedule"},
     "params": {"config", "samplers", "schedule"},
-    "runtime": {"models"},
-    "models": {"config", "runtime"},
+    "runtime": {"conditioning", "models"},
+    "models": {"conditioning", "config", "runtime"},
     "text": {"resources"},
     "imaging": {"files", "samplers", "schedule"},
-    "checkpoints": {"config", "models", "runtime", "schedule", "text"},
+    "checkpoints": {"conditioning", "config", "models", "runtime", "schedule", "text"},
     "adapters": {"checkpoints", "config", "runtime", "text"},
-    "training": {"config", "denoiser", "models", "schedule"},
+    "training": {"conditioning", "config", "denoiser", "models", "schedule"},
     "pipeline": {
-        "adapters", "checkpoints", "config", "denoiser", "imaging", "models", "params", "resources", "runtime",
-        "samplers", "schedule", "text",
+        "adapters", "checkpoints", "conditioning", "config", "denoiser", "imaging", "models", "params", "resources",
+        "runtime", "samplers", "schedule", "text",
     },
     "study": None,  # stands on top of everything: nothing may import it
 }  # fmt: skip

@@ -13,13 +13,14 @@ from safetensors.torch import save_file
 
 from scripts.training.models import load_vae
 from sd import StableDiffusion
-from sd.checkpoints.checkpoint import CheckpointError
+from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint
 from sd.checkpoints.convert import convert, describe_weights
 from sd.checkpoints.detect import damaged_position_ids, identify
-from sd.checkpoints.export import to_diffusers, to_original, to_own
+from sd.checkpoints.export import metadata, to_diffusers, to_original, to_own
 from sd.checkpoints.key_maps import CLIP, OPENCLIP, UNET, VAE
 from sd.checkpoints.layouts import AVERAGE, find_layouts
-from sd.config import MODELS, SD1, SD2
+from sd.config import MODELS, POCKET, SD1, SD2
+from sd.resources import resource
 
 State = dict[str, torch.Tensor]
 
@@ -390,3 +391,23 @@ def test_sd2_by_its_shapes():
     assert found.config == SD2 and not found.decided
     # of the text encoder 23 blocks of 16 weights (4 of norms, 8 of q, k, v, out, 4 of the feed-forward), and 4
     assert [len(table) for table in convert(state, SD2).values()] == [23 * 16 + 4, 248, 686]
+
+
+def test_files_of_version_0_1(tmp_path):
+    """A transformer's only block was called "block"; the embedded model is such a file."""
+    path = resource("weights/pocket.safetensors")
+    with load_checkpoint(path) as file:
+        assert find_layouts(file)["unet"].name == "own-0.1" and "sd.format" not in file.metadata
+        states = convert(file)
+        ours = states["unet"]["mid.attn.blocks.0.attn1.q.weight"]
+        assert torch.equal(ours, file["unet.mid.attn.block.attn1.q.weight"])
+        own = {key: tensor.clone() for key, tensor in to_own(states).items()}
+        save_file(own, tmp_path / "new.safetensors", metadata(POCKET))
+    with load_checkpoint(tmp_path / "new.safetensors") as file:
+        assert find_layouts(file)["unet"].name == "own" and identify(file).config == POCKET
+        again = convert(file)
+        assert all(torch.equal(again["unet"][key], own[f"unet.{key}"]) for key in again["unet"])
+        assert len(again["unet"]) == len(states["unet"])
+    save_file(own, tmp_path / "later.safetensors", metadata(POCKET) | {"sd.format": "3"})
+    with load_checkpoint(tmp_path / "later.safetensors") as file, pytest.raises(CheckpointError, match="the format 3"):
+        identify(file)

@@ -361,7 +361,7 @@ def without(tensors: dict, marker: str) -> dict:
 
 
 def cross_attention(width: int) -> dict[str, Tensor]:
-    name = kohya(("unet", "down.0.attn.0.block.attn2.k.weight"))
+    name = kohya(("unet", "down.0.attn.0.blocks.0.attn2.k.weight"))
     return {f"{name}.lora_down.weight": torch.zeros(4, width), f"{name}.lora_up.weight": torch.zeros(64, 4)}
 
 
@@ -370,7 +370,7 @@ def text_width(width: int) -> dict[str, Tensor]:
     return {f"{name}.lora_down.weight": torch.zeros(4, width), f"{name}.lora_up.weight": torch.zeros(width, 4)}
 
 
-NAME = kohya(("unet", "mid.attn.block.attn1.q.weight"))
+NAME = kohya(("unet", "mid.attn.blocks.0.attn1.q.weight"))
 GOOD = {f"{NAME}.lora_down.weight": torch.ones(4, 128), f"{NAME}.lora_up.weight": torch.ones(128, 4)}
 
 
@@ -398,7 +398,7 @@ GOOD = {f"{NAME}.lora_down.weight": torch.ones(4, 128), f"{NAME}.lora_up.weight"
         (GOOD | {f"{NAME}.lora_up.weight": torch.ones(128, 4, dtype=torch.int8)}, "whole numbers"),
         (GOOD | {f"{NAME}.lora_A.weight": torch.ones(4, 128)}, "two adapters in one file"),
         (
-            GOOD | {f"unet.{path(('unet', 'mid.attn.block.attn1.q.weight'))}.lora.down.weight": torch.ones(4, 128)},
+            GOOD | {f"unet.{path(('unet', 'mid.attn.blocks.0.attn1.q.weight'))}.lora.down.weight": torch.ones(4, 128)},
             "two names for one weight",
         ),
         (GOOD | {f"{NAME}.dora_scale": torch.ones(128)}, "a DoRA .*which is not supported: LoRA and LoCon are"),
@@ -516,7 +516,7 @@ def test_families_by_shape(config, width, message, tmp_path):
     name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_v"
     file = saved(tmp_path, cross_attention_at_full_size(name, width))
     if message is None:
-        assert list(read_lora(file, config, build(config)).pairs) == [("unet", "down.1.attn.0.block.attn2.v.weight")]
+        assert list(read_lora(file, config, build(config)).pairs) == [("unet", "down.1.attn.0.blocks.0.attn2.v.weight")]
         return
     with pytest.raises(CheckpointError, match=message):
         read_lora(file, config, build(config))
@@ -529,28 +529,29 @@ def test_families_by_shape(config, width, message, tmp_path):
         ("lora_te_text_model_encoder_layers_11_mlp_fc1", ("text_encoder", "blocks.11.fc1")),
         ("lora_te_text_model_encoder_layers_0_self_attn_out_proj", ("text_encoder", "blocks.0.attn.out")),
         ("lora_unet_down_blocks_0_attentions_1_proj_in", ("unet", "down.0.attn.1.proj_in")),
-        ("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_out_0", ("unet", "mid.attn.block.attn2.out")),
+        ("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_out_0",
+         ("unet", "mid.attn.blocks.0.attn2.out")),
         ("lora_unet_up_blocks_1_attentions_2_transformer_blocks_0_ff_net_0_proj",
-         ("unet", "up.2.attn.2.block.ff.proj")),
-        ("lora_unet_up_blocks_3_attentions_0_transformer_blocks_0_ff_net_2", ("unet", "up.0.attn.0.block.ff.out")),
+         ("unet", "up.2.attn.2.blocks.0.ff.proj")),
+        ("lora_unet_up_blocks_3_attentions_0_transformer_blocks_0_ff_net_2", ("unet", "up.0.attn.0.blocks.0.ff.out")),
         ("lora_unet_down_blocks_2_downsamplers_0_conv", ("unet", "down.2.down")),
         ("lora_unet_up_blocks_0_upsamplers_0_conv", ("unet", "up.3.up.conv")),
         ("lora_unet_up_blocks_0_resnets_0_conv_shortcut", ("unet", "up.3.res.0.skip")),
         ("lora_unet_mid_block_resnets_1_time_emb_proj", ("unet", "mid.res.1.time")),
         ("lora_unet_time_embedding_linear_2", ("unet", "time.2")),
         ("lora_unet_conv_in", ("unet", "conv_in")),
-        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", ("unet", "down.1.attn.0.block.attn1.q")),
+        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", ("unet", "down.1.attn.0.blocks.0.attn1.q")),
         ("lora_unet_output_blocks_11_1_proj_out", ("unet", "up.0.attn.2.proj_out")),
         ("unet.up_blocks.2.attentions.1.transformer_blocks.0.attn1.processor.to_out_lora",
-         ("unet", "up.1.attn.1.block.attn1.out")),
+         ("unet", "up.1.attn.1.blocks.0.attn1.out")),
         ("down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora",
-         ("unet", "down.0.attn.0.block.attn2.k")),
-        ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0", ("unet", "mid.attn.block.attn1.out")),
+         ("unet", "down.0.attn.0.blocks.0.attn2.k")),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0", ("unet", "mid.attn.blocks.0.attn1.out")),
         ("text_encoder.text_model.encoder.layers.5.self_attn.to_q_lora", ("text_encoder", "blocks.5.attn.q")),
         ("text_encoder.text_model.encoder.layers.5.self_attn.v_proj", ("text_encoder", "blocks.5.attn.v")),
         ("base_model.model.text_model.encoder.layers.5.mlp.fc2", ("text_encoder", "blocks.5.fc2")),
         ("text_encoders.clip_l.transformer.text_model.encoder.layers.5.mlp.fc2", ("text_encoder", "blocks.5.fc2")),
-        ("diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q", ("unet", "mid.attn.block.attn1.q")),
+        ("diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q", ("unet", "mid.attn.blocks.0.attn1.q")),
     ],
 )  # fmt: skip
 def test_names_of_published_files(name, place):

@@ -14,8 +14,7 @@ from conftest import loaded
 from PIL import Image
 
 from sd.config import Config
-from sd.params import CONTENTS
-from sd.params import MAX_SEED
+from sd.params import CONTENTS, MAX_SEED
 from sd.pipeline import StableDiffusion, draw, generators
 from sd.runtime.device import best_dtype
 from sd.samplers import SAMPLERS

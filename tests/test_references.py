@@ -20,6 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from scripts.benchmark.references import LAYOUTS, peers, pipeline, scheduler
 from sd.checkpoints.key_maps import diffusers_sources
 from sd.checkpoints.loading import build
+from sd.conditioning import Conditioning
 from sd.config import MODELS, SD1, SD2, SD2_V
 from sd.denoiser import Denoiser
 from sd.models.text_encoder import TextEncoder
@@ -44,7 +45,7 @@ def full():
 
 def compare_unets(networks, theirs, config, h, w):
     x = reference.normal("x", (2, config.unet.in_channels, h, w))
-    context = reference.normal("context", (2, 77, config.unet.context))
+    context = Conditioning(reference.normal("context", (2, 77, config.unet.context)))
     t = torch.tensor([981.0, 17.0])
     assert error(networks["unet"](x, t, context), theirs["unet"](x, t, context)) < 2e-5
 
@@ -121,7 +122,12 @@ def test_every_weight_of_the_peers_is_one_of_ours(name):
         (SD1, "unet", "up.0.res.2.conv1.weight", "up_blocks.3.resnets.2.conv1.weight"),
         (SD1, "unet", "up.3.up.conv.bias", "up_blocks.0.upsamplers.0.conv.bias"),
         (SD1, "unet", "down.2.down.bias", "down_blocks.2.downsamplers.0.conv.bias"),
-        (SD1, "unet", "mid.attn.block.attn1.k.weight", "mid_block.attentions.0.transformer_blocks.0.attn1.to_k.weight"),
+        (
+            SD1,
+            "unet",
+            "mid.attn.blocks.0.attn1.k.weight",
+            "mid_block.attentions.0.transformer_blocks.0.attn1.to_k.weight",
+        ),
         (SD1, "unet", "down.0.res.0.time.bias", "down_blocks.0.resnets.0.time_emb_proj.bias"),
         (SD1, "unet", "down.0.res.0.conv1.bias", "down_blocks.0.resnets.0.conv1.bias"),
         (SD1, "vae", "decoder.mid.attn.attn.k.bias", "decoder.mid_block.attentions.0.to_k.bias"),
@@ -191,7 +197,7 @@ def test_ddim(n, eta, prediction):
     assert [level.t for level in levels[:-1]] == other.timesteps.tolist()
 
     x = reference.normal("x_T", (1, 4, 8, 8)).double()
-    denoise = Denoiser(lambda x, t, context: network(x, float(t[0])), own, torch.zeros(1, 77, 8, dtype=x.dtype))
+    denoise = Denoiser(lambda x, t, _: network(x, float(t[0])), own, Conditioning(torch.zeros(1, 77, 8, dtype=x.dtype)))
     noise, their_noise = draws(n), draws(n)
     for step, t in zip(ddim(denoise, x.clone(), levels, eta=eta, noise=noise), other.timesteps, strict=True):
         fresh = their_noise(x) if eta else None

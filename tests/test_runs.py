@@ -1,4 +1,4 @@
-"""Runs of requests on one model: several at once in several threads, interrupted ones, what they say, how they look as JSON."""
+"""Runs of requests on one model: in several threads, interrupted, with their notes; requests as JSON."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_two_runs_can_be_stepped_in_turn():
     given = requests(2)
     alone = [pixels(model, request) for request in given]
     runs = [model.prepare(request) for request in given]
-    while any([next(run, None) for run in runs]):
+    for _ in zip(*runs, strict=False):  # a step of each
         pass
     for run, images in zip(runs, alone, strict=True):
         assert all(map(np.array_equal, map(np.asarray, run.result().images), images))
@@ -131,7 +131,7 @@ def test_what_is_no_request_is_refused(values):
 
 
 def test_a_setting_that_is_not_there_is_named():
-    with pytest.raises(TypeError, match="txt2img has no setting 'strenght'; it has .*guidance.*steps"):
+    with pytest.raises(TypeError, match=r"txt2img has no setting 'strenght'; it has .*guidance.*steps"):
         TextToImage.of("a", strenght=0.5)
     with pytest.raises(ValueError, match="eta is a setting of ddim, not of DPM"):
         SamplingParams(sampler="dpmpp_2m", options={"eta": 0.5})

@@ -14,6 +14,7 @@ from conftest import loaded
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from sd.conditioning import Conditioning
 from sd.config import ScheduleConfig
 from sd.denoiser import Denoiser
 from sd.samplers import ADAMS_BASHFORTH, SAMPLERS, ddim, ddpm, dpmpp_sde, euler, multistep_weights, sampler
@@ -33,12 +34,12 @@ def run(golden, networks, levels, name, own=schedule, x=None, **options):
     scale = golden.case["scale"]
     asked = []
 
-    def unet(x, t, context):
+    def unet(x, t, conditioning):
         t = t.round() if golden.case.get("quantize") else t
         asked.append(float(t[0]))
-        return networks["unet"](x, t, context)
+        return networks["unet"](x, t, conditioning)
 
-    denoise = Denoiser(unet, own, contexts["cond"], contexts["uncond"], scale)
+    denoise = Denoiser(unet, own, Conditioning(contexts["cond"]), Conditioning(contexts["uncond"]), scale)
     steps = list(SAMPLERS[name].run(denoise, golden["x_T"] if x is None else x, levels, **options))
     assert asked == pytest.approx(golden.case["t_calls"], abs=1e-3)
     return steps
@@ -365,10 +366,11 @@ def test_what_the_network_predicts_is_no_matter(name, spacing, n, strength):
     """A network that gives the noise and one that gives the velocity of the same x0 lead to the same pictures."""
     schedules = {prediction: Schedule(ScheduleConfig(prediction=prediction)) for prediction in ("eps", "v")}
     levels = schedule.levels(n, spacing, strength)
-    x, context = reference.normal("x", (2, 4, 2, 2)).double(), torch.zeros(1, 77, 8, dtype=torch.float64)
+    x = reference.normal("x", (2, 4, 2, 2)).double()
+    cond = Conditioning(torch.zeros(1, 77, 8, dtype=torch.float64))
 
     def network(prediction):
-        def predict(x, t, context):
+        def predict(x, t, conditioning):
             level = schedule.level(float(t[0]))
             x0 = torch.tanh(2 * x + t.view(-1, 1, 1, 1) / 1000)
             return schedules[prediction].target(x0, (x - level.alpha * x0) / level.sigma, level)
@@ -377,7 +379,7 @@ def test_what_the_network_predicts_is_no_matter(name, spacing, n, strength):
 
     ends = []
     for prediction, own in schedules.items():
-        denoise, rng = Denoiser(network(prediction), own, context), torch.Generator().manual_seed(0)
+        denoise, rng = Denoiser(network(prediction), own, cond), torch.Generator().manual_seed(0)
         noise = lambda like, rng=rng: torch.randn(like.shape, generator=rng, dtype=like.dtype)  # noqa: E731
         steps = list(run_of(name, denoise, x, levels, noise))
         assert len(steps) == len(levels) - 1 == int(n * strength + 1e-9)

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from scripts.toy_world import Thing, box
+from sd.conditioning import Conditioning
 from sd.config import SD1
-from sd.denoiser import Denoiser
 from sd.imaging.tensors import to_tensor
 from sd.models.layers import Attention
 from sd.models.text_encoder import TextEncoder
@@ -57,11 +57,11 @@ def embedded() -> StableDiffusion:
 
 
 @pytest.fixture
-def inputs() -> tuple[Tensor, Tensor, Tensor]:
-    """x, t and context for a batch of two."""
+def inputs() -> tuple[Tensor, Tensor, Conditioning]:
+    """x, t and conditioning for a batch of two."""
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(2, 4, 16, 16, generator=rng)
-    return x, torch.tensor([500.0, 20.0]), torch.randn(2, 77, 64, generator=rng)
+    return x, torch.tensor([500.0, 20.0]), Conditioning(torch.randn(2, 77, 64, generator=rng))
 
 
 def hooks(network: torch.nn.Module) -> int:
@@ -117,7 +117,7 @@ def test_every_path_of_attention(tiny, path, monkeypatch):
         kernels.keep_plain(unet)
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(1, 4, side, side, generator=rng).to(dtype)
-    given = x, torch.tensor([300.0]), torch.randn(1, 77, 64, generator=rng).to(dtype)
+    given = x, torch.tensor([300.0]), Conditioning(torch.randn(1, 77, 64, generator=rng).to(dtype))
     errors = []
 
     def see(call: attention.Call) -> None:
@@ -214,9 +214,10 @@ def test_what_see_returns_takes_the_place_of_the_output(tiny, inputs):
     with attention.watching(unet, lambda call: torch.zeros_like(call.x), ("cross",)):
         changed = unet(*inputs)
     assert error(changed, before) > 1e-3
-    other = unet(inputs[0], inputs[1], inputs[2].flip(0))
+    flipped = Conditioning(inputs[2].context.flip(0))
+    other = unet(inputs[0], inputs[1], flipped)
     with attention.watching(unet, lambda call: torch.zeros_like(call.x), ("cross",)):
-        assert torch.equal(unet(inputs[0], inputs[1], inputs[2].flip(0)), changed)  # deaf to the context
+        assert torch.equal(unet(inputs[0], inputs[1], flipped), changed)  # deaf to the context
     assert error(other, before) > 1e-3
     assert torch.equal(unet(*inputs), before)
 
@@ -248,7 +249,7 @@ def test_sites_are_all_attention_layers(tiny):
     assert len(found) == len(layers) == len({id(layer) for _, layer in found})
     order: list[str] = []
     with attention.watching(tiny["unet"], lambda call: order.append((call.site.name, call.site.kind))):
-        tiny["unet"](torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, 77, 64))
+        tiny["unet"](torch.zeros(1, 4, 8, 8), torch.zeros(1), Conditioning(torch.zeros(1, 77, 64)))
     assert order == [(site.name, site.kind) for site, _ in found]  # the order of the forward pass
 
 
@@ -659,8 +660,8 @@ def test_influence_of_a_word(tiny_sd):
     result = influence.influence(tiny_sd, "a red house", FEW)
     assert [word.text for word in result.words] == ["a", "red", "house"]
     run = denoising.trajectory(tiny_sd, "a red house", FEW)
-    plain = Denoiser(tiny_sd.unet, tiny_sd.schedule, tiny_sd.encode_prompt(["a red house"]))
-    less = Denoiser(tiny_sd.unet, tiny_sd.schedule, tiny_sd.encode_prompt(["a house"]))
+    plain = tiny_sd.denoiser(tiny_sd.encode_prompt(["a red house"]), guidance=1.0)
+    less = tiny_sd.denoiser(tiny_sd.encode_prompt(["a house"]), guidance=1.0)
     expected = [
         (plain(x[None], level) - less(x[None], level)).norm(dim=1)
         for x, level in zip(run.x[:-1], run.levels[:-1], strict=True)
@@ -707,7 +708,7 @@ def test_network_is_counted_as_ever_once_it_has_run(tiny, inputs, dtype):
     unet = build_like(tiny["unet"]).to(dtype).requires_grad_(False)
     with torch.device("meta"):
         expected = network.trace(UNet(TINY.unet), 24, 24)
-    given = [inputs[0].to(dtype), inputs[1], inputs[2].to(dtype)]
+    given = [inputs[0].to(dtype), inputs[1], inputs[2].to(dtype=dtype)]
     before = unet(*given)
     assert network.trace(unet, 24, 24) == expected
     assert torch.equal(unet(*given), before)

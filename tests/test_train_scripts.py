@@ -40,7 +40,7 @@ SMALL = Config(
     size=64,
     text=TextConfig(width=32, layers=1, heads=2),
     vae=VAEConfig(channels=(32, 32, 32, 32), blocks=1, scale=1.0),
-    unet=UNetConfig(channels=(32, 64), heads=(1, 2), attention=(False, True), blocks=1, context=32),
+    unet=UNetConfig(channels=(32, 64), heads=(1, 2), depth=(0, 1), blocks=1, context=32),
 )
 PROGRAMS = [("train", "adamw"), ("train", "muon"), ("train_text", "muon"), ("train_vae", "muon")]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

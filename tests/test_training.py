@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from scripts.training.state import load_state, save_state
+from sd.conditioning import Conditioning
 from sd.config import POCKET, ScheduleConfig, UNetConfig
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
@@ -46,7 +47,7 @@ def rng(seed: int = 0) -> torch.Generator:
 def test_diffusion_loss_is_its_closed_form(prediction):
     schedule = Schedule(ScheduleConfig(prediction=prediction))
     x0, noise = (torch.randn(3, 4, 2, 5, generator=rng(i)) for i in (1, 2))
-    context = torch.randn(3, 7, 6, generator=rng(3))
+    context = Conditioning(torch.randn(3, 7, 6, generator=rng(3)))
     t = torch.tensor([0, 500, 999])
     calls = []
 
@@ -74,7 +75,7 @@ def test_diffusion_loss_of_the_truth_is_zero(prediction):
     x0, noise = (torch.randn(2, 4, 3, 3, generator=rng(i)) for i in (1, 2))
     t = torch.tensor([3, 700])
     truth = schedule.target(x0, noise, level_batch(schedule, t))
-    assert diffusion_loss(lambda *_: truth, schedule, x0, torch.zeros(2, 1, 1), t, noise).item() == 0
+    assert diffusion_loss(lambda *_: truth, schedule, x0, Conditioning(torch.zeros(2, 1, 1)), t, noise).item() == 0
 
 
 def test_level_batch_agrees_with_level():
@@ -116,7 +117,7 @@ def test_min_snr_makes_the_error_of_x0_count_at_most_gamma(prediction):
     """The same guess of x0, said as eps or as v: its squared error counts min(SNR, gamma)."""
     schedule = Schedule(ScheduleConfig(prediction=prediction))
     x0, noise, guess = (torch.randn(4, 4, 2, 2, generator=rng(i)) for i in (1, 2, 3))
-    t, context = torch.tensor([0, 200, 600, 990]), torch.zeros(4, 1, 1)
+    t, context = torch.tensor([0, 200, 600, 990]), Conditioning(torch.zeros(4, 1, 1))
     alpha, sigma = level_batch(schedule, t)[1:]
 
     def says(x, *_):
@@ -228,7 +229,7 @@ def test_weighted_loss_of_eps_is_the_loss_of_v():
     """The same guess of x0, said as eps and as v: with the weight both losses are equal."""
     eps, v = Schedule(ScheduleConfig(prediction="eps")), Schedule(ScheduleConfig(prediction="v"))
     x0, noise, guess = (torch.randn(3, 4, 2, 2, generator=rng(i)) for i in (1, 2, 3))
-    t, context = torch.tensor([300, 600, 990]), torch.zeros(3, 1, 1)
+    t, context = torch.tensor([300, 600, 990]), Conditioning(torch.zeros(3, 1, 1))
     alpha, sigma = level_batch(eps, t)[1:]
 
     def says_eps(x, *_):
@@ -248,25 +249,26 @@ def test_a_new_unet_predicts_zero():
     torch.manual_seed(0)
     unet = UNet(replace(POCKET.unet, context=8))
     initialise_unet(unet)
-    assert unet(torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 3, 8)).abs().max() == 0
+    assert unet(torch.randn(1, 4, 8, 8), torch.tensor([5]), Conditioning(torch.randn(1, 3, 8))).abs().max() == 0
 
 
 def test_a_widened_unet_predicts_as_before():
     torch.manual_seed(0)
-    config = UNetConfig(channels=(32, 64), heads=(1, 2), attention=(False, True), blocks=1, context=8)
+    config = UNetConfig(channels=(32, 64), heads=(1, 2), depth=(0, 1), blocks=1, context=8)
     unet = UNet(config)
     wider = widen_input(unet, replace(config, in_channels=9))
     x, extra, context = (torch.randn(1, n, 8, 8, generator=rng(n)) for n in (4, 5, 1))
     t, context = torch.tensor([500]), context.view(1, 8, 8)
-    torch.testing.assert_close(wider(torch.cat([x, extra], 1), t, context), unet(x, t, context))
+    masked = wider(x, t, Conditioning(context, concat=extra))
+    torch.testing.assert_close(masked, unet(x, t, Conditioning(context)))
     with pytest.raises(ValueError, match="9 input channels cannot be given 4"):
         widen_input(wider, config)
 
 
 def test_recomputed_activations_give_the_same_gradients():
     torch.manual_seed(0)
-    unet = UNet(UNetConfig(channels=(32, 64), heads=(1, 2), attention=(False, True), blocks=1, context=8))
-    x, context = torch.randn(2, 4, 8, 8, generator=rng(1)), torch.randn(2, 3, 8, generator=rng(2))
+    unet = UNet(UNetConfig(channels=(32, 64), heads=(1, 2), depth=(0, 1), blocks=1, context=8))
+    x, context = torch.randn(2, 4, 8, 8, generator=rng(1)), Conditioning(torch.randn(2, 3, 8, generator=rng(2)))
     names = unet.state_dict().keys()
     saved: list[list[int]] = []
     found = []
@@ -307,10 +309,10 @@ def test_training_learns():
     """A tiny U-Net learns four latents by heart: the loss falls to a fraction."""
     torch.manual_seed(0)
     schedule = Schedule()
-    config = UNetConfig(channels=(32, 64), heads=(1, 2), attention=(False, True), blocks=1, context=8)
+    config = UNetConfig(channels=(32, 64), heads=(1, 2), depth=(0, 1), blocks=1, context=8)
     unet = UNet(config)
     initialise_unet(unet)
-    x0, context = torch.randn(4, 4, 8, 8, generator=rng(1)), torch.randn(4, 3, 8, generator=rng(2))
+    x0, context = torch.randn(4, 4, 8, 8, generator=rng(1)), Conditioning(torch.randn(4, 3, 8, generator=rng(2)))
     optimizer = torch.optim.AdamW(unet.parameters(), 2e-3, weight_decay=0.0)
     random = rng(3)
     losses = []

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sd.checkpoints.layouts import NETWORKS
 from sd.checkpoints.loading import build
+from sd.conditioning import Conditioning
 from sd.config import Config
 from sd.text.tokenizer import Tokenizer
 
@@ -71,7 +72,7 @@ def label(case: Case, config: Config) -> str:
 
 
 def inputs(case: Case, config: Config) -> tuple[Tensor, ...]:
-    """What the part's network is called with: the same numbers every time, on the CPU, in float32 (tokens: int64).
+    """The tensors that a part's network is given: the same numbers every time, on the CPU, in float32 (tokens: int64).
 
     unet (x (2B, C, h, w), t (2B,), context (2B, M, D)); vae (z (B, C, h, w),); text (ids (2, M),).
     """
@@ -87,6 +88,14 @@ def inputs(case: Case, config: Config) -> tuple[Tensor, ...]:
     return x, torch.full((B,), TIMESTEP), context
 
 
+def arguments(case: Case, given: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What the part's network is called with, of the tensors of `inputs`: the U-Net's context is a Conditioning."""
+    if case.part != "unet":
+        return tuple(given)
+    x, t, context = given
+    return x, t, Conditioning(context)
+
+
 @cache
 def flop(case: Case, config: Config) -> float:
     """Floating-point operations of the plain formulas, counted without computing anything.
@@ -99,9 +108,9 @@ def flop(case: Case, config: Config) -> float:
     (name,) = NEEDED[case.part]
     network = build(config)[name]
     call = network.decode if case.part == "vae" else network
-    arguments = [tensor.to("meta") for tensor in inputs(case, config)]
+    given = [tensor.to("meta") for tensor in inputs(case, config)]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        call(*arguments)
+        call(*arguments(case, given))
     return float(counter.get_total_flops())
 
 

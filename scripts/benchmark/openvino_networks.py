@@ -15,6 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from sd.conditioning import Conditioning
+
 from .cases import NEEDED, inputs, usual_case
 from .references import peers
 from .weights import Setup, load_networks
@@ -42,6 +44,18 @@ class Decoder(nn.Module):
         return self.vae.decode(z)
 
 
+class PlainUNet(nn.Module):
+    """A U-Net as the function that a conversion follows: of tensors."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """x (B, C, H, W), t (B,), context (B, M, D) -> (B, C_out, H, W)."""
+        return self.unet(x, t, Conditioning(context))
+
+
 def model_file(setup: Setup, network: str) -> Path:
     """Where the converted network lies; `write_models` puts it there."""
     return setup.folder / f"{network}-{'float32' if setup.dtype == 'float32' else 'float16'}.xml"
@@ -57,7 +71,7 @@ class Conversion:
         setup = replace(setup, dtype="float32", device=torch.device("cpu"))
         for name in missing:
             built = peers(load_networks(setup, [name]), setup.config, torch.float32)[name]
-            network = Decoder(built) if name == "vae" else built
+            network = {"vae": Decoder, "unet": PlainUNet}.get(name, lambda network: network)(built)
             of_part = next(part for part, needed in NEEDED.items() if needed == (name,))
             example = inputs(usual_case(of_part, setup.config), setup.config)
             with torch.no_grad():
@@ -83,7 +97,8 @@ class Network:
         model.reshape(dict(zip(model.inputs, map(list, shapes), strict=True)))
         self._request = core.compile_model(model, "CPU", options(setup)).create_infer_request()
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """The same order and shapes as when it was made; float32 comes out."""
-        arrays = [(x.float() if x.is_floating_point() else x).numpy() for x in inputs]
+    def __call__(self, *inputs: Tensor | Conditioning) -> Tensor:
+        """The same order and shapes as when it was made; of a conditioning, its context. float32 comes out."""
+        tensors = [x.context if isinstance(x, Conditioning) else x for x in inputs]
+        arrays = [(x.float() if x.is_floating_point() else x).numpy() for x in tensors]
         return torch.from_numpy(self._request.infer(arrays)[0])

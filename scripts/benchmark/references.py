@@ -2,7 +2,7 @@
 
 Built from a config, with nothing downloaded. The weights are the very tensors of our networks wherever the layout
 allows it, so that a model and its peer together need little more memory than one of them. Each peer is called as ours
-is: `unet(x, t, context)`, `vae.moments(image)`, `vae.decode(z)`, `text_encoder(ids)`.
+is: `unet(x, t, conditioning)`, `vae.moments(image)`, `vae.decode(z)`, `text_encoder(ids)`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sd.checkpoints.diffusers_config import unet_to_diffusers, vae_to_diffusers
 from sd.checkpoints.key_maps import diffusers_sources
+from sd.conditioning import Conditioning
 from sd.config import Config
 
 REQUIRED = ("diffusers", "transformers")
@@ -29,9 +30,10 @@ class PeerUNet(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """x (B, C, H, W), t (B,), context (B, M, D) -> (B, C_out, H, W)."""
-        return self.model(x, t, context, return_dict=False)[0]
+    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """x (B, C, H, W), t (B,), context (B, M, D) and maps behind x's channels -> (B, C_out, H, W)."""
+        x = x if conditioning.concat is None else torch.cat([x, conditioning.concat], dim=1)
+        return self.model(x, t, conditioning.context, return_dict=False)[0]
 
 
 class PeerVAE(nn.Module):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sd.conditioning import Conditioning
 from sd.denoiser import Denoiser
 from sd.pipeline import LARGE, StableDiffusion
 from sd.runtime.cuda_graphs import Recorded
@@ -21,7 +22,7 @@ from sd.samplers import ddim
 from sd.schedule import Schedule
 
 from . import references
-from .cases import GUIDANCE, NEEDED, PROMPTS, Case, inputs, usual_case
+from .cases import GUIDANCE, NEEDED, PROMPTS, Case, arguments, inputs, usual_case
 from .openvino_networks import PRECISIONS, Network, openvino
 from .weights import Setup, load_networks
 
@@ -49,7 +50,7 @@ class Side:
         """What is measured, ready to run: gives a tensor or pictures."""
         if case.part == "picture":
             return self.picture(case)
-        return partial(self.function(case), *self.inputs(case))
+        return partial(self.function(case), *arguments(case, self.inputs(case)))
 
     def inputs(self, case: Case) -> list[Tensor]:
         """On the device, in the precision; timesteps stay in float32, tokens whole."""
@@ -143,7 +144,7 @@ class OpenVINO(Side):
 
         def paint() -> Tensor:
             cond, uncond = networks["text"](ids).chunk(2)
-            denoise = Denoiser(networks["unet"], schedule, cond, uncond, GUIDANCE)
+            denoise = Denoiser(networks["unet"], schedule, Conditioning(cond), Conditioning(uncond), GUIDANCE)
             *_, last = ddim(denoise, noise, schedule.levels(case.steps))
             return networks["vae"](last.x)
 

@@ -61,21 +61,23 @@ dtype, device = getattr(torch, args["dtype"]), args["device"]
 {load}
 x, t, context = (torch.randn(shape).to(device, dtype) for shape in args["shapes"]["unet"])
 with torch.no_grad():
-    out = unet(x, t.float(), context)
+    out = step(x, t.float(), context)
 out = out if torch.is_tensor(out) else out.sample
 out.float().cpu()
 """
 OURS = """
 sys.path.insert(0, args["root"])
 import sd
+from sd.conditioning import Conditioning
 unet = sd.StableDiffusion.load(args["ours"], device=device, dtype=dtype).unet
+step = lambda x, t, context: unet(x, t, Conditioning(context))
 """
 DIFFUSERS = """
 from diffusers import StableDiffusionPipeline
 pipe = StableDiffusionPipeline.from_pretrained(
     args["diffusers"], torch_dtype=dtype, local_files_only=True, tokenizer=None, safety_checker=None
 ).to(device)
-unet = pipe.unet.to(memory_format=torch.channels_last)
+step = pipe.unet.to(memory_format=torch.channels_last)
 """
 OPENVINO = """
 sys.modules["openvino_telemetry"] = None

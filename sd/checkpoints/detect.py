@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG_KEY = "sd.config"  # where the metadata of a file of ours holds the config
+FORMAT_KEY, FORMAT = "sd.format", "2"  # the layout of a file of ours; version 0.1 wrote no number
 ALONE = {
     frozenset({"vae"}): "a VAE alone: give it with --vae, beside a checkpoint (--ckpt)",
     frozenset({"text_encoder"}): "a text encoder alone: give it with --text-encoder, beside a checkpoint (--ckpt)",
@@ -83,6 +84,9 @@ def identify(tensors: Mapping[str, Tensor], config: Config | None = None, predic
     metadata = getattr(tensors, "metadata", {})
     written = metadata.get(CONFIG_KEY)
     if written is not None:
+        number = metadata.get(FORMAT_KEY, FORMAT)
+        if number != FORMAT:
+            raise CheckpointError(f"the file has the format {number:.20}, this version reads {FORMAT} and those before")
         try:
             config = Config.from_json(written)
         except ValueError as error:

@@ -15,7 +15,6 @@ from typing import Any
 
 from ..config import GROUPS, MODELS, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from .checkpoint import CheckpointError
-from .key_maps import is_openclip
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}  # theirs -> ours
 MAX_TIMESTEPS = 100_000
@@ -106,9 +105,10 @@ def _unet(raw: Mapping[str, Any]) -> UNetConfig:
         out_channels=raw.get("out_channels", 4),
         channels=channels,
         heads=tuple(heads) if isinstance(heads, list) else (heads,) * len(channels),
-        attention=tuple(kinds[name] for name in down),
+        depth=tuple(int(kinds[name]) for name in down),
         blocks=raw.get("layers_per_block", 2),
         context=raw.get("cross_attention_dim", 1280),
+        linear_projections=raw.get("use_linear_projection") or False,
     )
 
 
@@ -256,15 +256,15 @@ def unet_to_diffusers(config: Config) -> dict[str, Any]:
         "sample_size": math.ceil(config.size / config.vae.factor),
         "in_channels": cfg.in_channels,
         "out_channels": cfg.out_channels,
-        "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in cfg.attention],
-        "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(cfg.attention)],
+        "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in cfg.depth],
+        "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(cfg.depth)],
         "block_out_channels": list(cfg.channels),
         "layers_per_block": cfg.blocks,
         "cross_attention_dim": cfg.context,
         # the number of heads: diffusers keeps an old misnomer
         "attention_head_dim": cfg.heads[0] if len(set(cfg.heads)) == 1 else list(cfg.heads),
         "norm_num_groups": GROUPS,
-        "use_linear_projection": is_openclip(config),
+        "use_linear_projection": cfg.linear_projections,
     }
 
 

@@ -22,10 +22,10 @@ from torch import Tensor
 from ..config import Config
 from ..schedule import Schedule
 from ..text.tokenizer import Tokenizer
-from .detect import CONFIG_KEY
+from .detect import CONFIG_KEY, FORMAT, FORMAT_KEY
 from .diffusers_config import to_diffusers_configs
 from .folders import EXTRA_FILE, RAW_VARIANT
-from .key_maps import CLIP, EMA, OPENCLIP, diffusers_sources, is_openclip, original_sources
+from .key_maps import CLIP, EMA, OPENCLIP, diffusers_sources, original_sources, text_names
 from .layouts import AVERAGE, EXTRA, find_layouts
 from .prediction import PREDICTION_KEY
 
@@ -42,13 +42,13 @@ def extras(tensors: Mapping[str, Tensor], config: Config) -> list[tuple[str, str
     """What a file holds beside its networks that is worth keeping: (its key there, its key in an original file)."""
     kept = [(key, key.removeprefix(EXTRA)) for key in tensors if key.startswith(EXTRA)]
     text = find_layouts(tensors).get("text_encoder")
-    if text is not None and text.name == ("openclip" if is_openclip(config) else "clip"):
-        usual = OPENCLIP if is_openclip(config) else CLIP
+    if text is not None and text.name == text_names(config):
+        usual = OPENCLIP if text.name == "openclip" else CLIP
         names = (f"{text.prefix}logit_scale", f"{text.prefix}text_projection")
         kept += [
             (key, usual + key.removeprefix(text.prefix))
             for key in tensors
-            if text.unrun_layer(key, config.text.layers) or (is_openclip(config) and key in names)
+            if text.unrun_layer(key, config.text.layers) or (text.name == "openclip" and key in names)
         ]
     if has_own_schedule(config) and "alphas_cumprod" in tensors:
         kept.append(("alphas_cumprod", "alphas_cumprod"))
@@ -63,7 +63,7 @@ def has_own_schedule(config: Config) -> bool:
 def metadata(config: Config) -> dict[str, str]:
     """What a safetensors file says about itself: the config, and the prediction as other programs look for it."""
     prediction = {"eps": "epsilon", "v": "v"}[config.schedule.prediction]
-    return {"format": "pt", PREDICTION_KEY: prediction, CONFIG_KEY: config.to_json()}
+    return {"format": "pt", PREDICTION_KEY: prediction, CONFIG_KEY: config.to_json(), FORMAT_KEY: FORMAT}
 
 
 def to_own(states: States, more: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -90,7 +90,7 @@ def to_original(states: States, config: Config, more: Mapping[str, Tensor] | Non
             else:
                 fused.setdefault(source.key, []).append(tensor)  # q, k, v in this order in the network
         out |= {key: torch.cat(parts) for key, parts in fused.items()}
-    if not is_openclip(config) and "text_encoder" in written:
+    if text_names(config) == "clip" and "text_encoder" in written:
         written["text_encoder"][CLIP + "embeddings.position_ids"] = torch.arange(config.text.length).unsqueeze(0)
     if has_own_schedule(config) and "alphas_cumprod" not in more:
         more["alphas_cumprod"] = torch.from_numpy(Schedule(config.schedule).alpha_bar).float()
@@ -107,7 +107,7 @@ def unrun_layer(out: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     stem = f"{OPENCLIP}transformer.resblocks."
     last, behind = f"{stem}{config.text.layers - 1}.", f"{stem}{config.text.layers}."
     first = OPENCLIP + "token_embedding.weight"
-    if not is_openclip(config) or first not in out or any(key.startswith(behind) for key in out):
+    if text_names(config) != "openclip" or first not in out or any(key.startswith(behind) for key in out):
         return {}
     made = {behind + key.removeprefix(last): tensor.clone() for key, tensor in out.items() if key.startswith(last)}
     dtype = out[first].dtype

@@ -5,24 +5,25 @@ rules name the layers inside a block. Together they give one table {our key: whe
 in both directions: no pattern is ever applied to a key that we do not know.
 
     ours                                 original (CompVis), behind the prefix of the network
-    unet.down.1.attn.0.block.attn2.q     input_blocks.4.1.transformer_blocks.0.attn2.to_q
+    unet.down.1.attn.0.blocks.0.attn2.q  input_blocks.4.1.transformer_blocks.0.attn2.to_q
     vae.encoder.mid.attn.attn.q          encoder.mid.attn_1.q, a 1x1 convolution
     text_encoder.blocks.3.attn.q         encoder.layers.3.self_attn.q_proj (CLIP)
                                          transformer.resblocks.3.attn.in_proj, the first third of it (OpenCLIP)
 
 The same for the modules of diffusers and transformers, which the networks are compared with.
 
-    unet.down.1.attn.0.block.attn2.q     down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q
+    unet.down.1.attn.0.blocks.0.attn2.q  down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q
     unet.up.0.res.2.conv1                up_blocks.3.resnets.2.conv1: going up they count from the coarsest level
     vae.encoder.mid.attn.attn.q          encoder.mid_block.attentions.0.to_q
 
 >>> from sd.config import SD1
->>> unet_sources("original", SD1, UNET)("down.1.attn.0.block.attn2.q.weight").key
+>>> unet_sources("original", SD1, UNET)("down.1.attn.0.blocks.0.attn2.q.weight").key
 'model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_q.weight'
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -52,12 +53,9 @@ RESBLOCK: Rules = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time": "emb_layers.1", "norm2": "out_layers.0",
     "conv2": "out_layers.3", "skip": "skip_connection",
 }  # fmt: skip
-TRANSFORMER: Rules = {"norm": "norm", "proj_in": "proj_in", "proj_out": "proj_out"} | {
-    f"block.{ours}": f"transformer_blocks.0.{theirs}"
-    for ours, theirs in {
-        "norm1": "norm1", "norm2": "norm2", "norm3": "norm3", "ff.proj": "ff.net.0.proj", "ff.out": "ff.net.2",
-        **{f"{attn}.{a}": f"{attn}.{b}" for attn in ("attn1", "attn2") for a, b in PROJECTIONS.items()},
-    }.items()
+TRANSFORMER_BLOCK: Rules = {
+    "norm1": "norm1", "norm2": "norm2", "norm3": "norm3", "ff.proj": "ff.net.0.proj", "ff.out": "ff.net.2",
+    **{f"{attn}.{a}": f"{attn}.{b}" for attn in ("attn1", "attn2") for a, b in PROJECTIONS.items()},
 }  # fmt: skip
 SAME_NAMES: Rules = {n: n for n in ("norm1", "conv1", "norm2", "conv2")}
 VAE_RESBLOCK: Rules = SAME_NAMES | {"skip": "nin_shortcut"}
@@ -77,9 +75,20 @@ OLD_VAE_ATTENTION: Rules = {  # diffusers before 0.18 (2023)
 }  # fmt: skip
 THIS: Rules = {"": ""}  # a block that is one layer
 
+OWN_0_1 = re.compile(r"(?<=attn)((?:\.\d+)?)\.blocks\.0\.")  # the one block of a transformer was ".block." in 0.1
+
 # layers that are linear here and may be 1x1 convolutions elsewhere
 UNET_POINTWISE = (".proj_in", ".proj_out")
 VAE_POINTWISE = tuple(f".attn.attn.{n}" for n in PROJECTIONS)
+
+
+def transformer(depth: int) -> Rules:
+    """The rules of a spatial transformer of so many blocks."""
+    return {name: name for name in ("norm", "proj_in", "proj_out")} | {
+        f"blocks.{i}.{ours}": f"transformer_blocks.{i}.{theirs}"
+        for i in range(depth)
+        for ours, theirs in TRANSFORMER_BLOCK.items()
+    }
 
 
 def unet_places(config: Config) -> Iterator[Place]:
@@ -92,24 +101,24 @@ def unet_places(config: Config) -> Iterator[Place]:
     for level in range(last + 1):
         for i in range(cfg.blocks):
             yield f"down.{level}.res.{i}", f"input_blocks.{n}.0", RESBLOCK
-            if cfg.attention[level]:
-                yield f"down.{level}.attn.{i}", f"input_blocks.{n}.1", TRANSFORMER
+            if depth := cfg.depth[level]:
+                yield f"down.{level}.attn.{i}", f"input_blocks.{n}.1", transformer(depth)
             n += 1
         if level < last:
             yield f"down.{level}.down", f"input_blocks.{n}.0.op", THIS
             n += 1
     yield "mid.res.0", "middle_block.0", RESBLOCK
-    yield "mid.attn", "middle_block.1", TRANSFORMER
+    yield "mid.attn", "middle_block.1", transformer(cfg.middle_depth)
     yield "mid.res.1", "middle_block.2", RESBLOCK
     n = 0
     for level in reversed(range(last + 1)):
         for i in range(cfg.blocks + 1):
             yield f"up.{level}.res.{i}", f"output_blocks.{n}.0", RESBLOCK
-            if cfg.attention[level]:
-                yield f"up.{level}.attn.{i}", f"output_blocks.{n}.1", TRANSFORMER
+            if depth := cfg.depth[level]:
+                yield f"up.{level}.attn.{i}", f"output_blocks.{n}.1", transformer(depth)
             n += 1
         if level > 0:  # inside the level's last block, behind whatever else is there
-            index = 2 if cfg.attention[level] else 1
+            index = 2 if cfg.depth[level] else 1
             yield f"up.{level}.up.conv", f"output_blocks.{n - 1}.{index}.conv", THIS
 
 
@@ -160,14 +169,14 @@ def diffusers_unet_places(config: Config) -> Iterator[Place]:
     yield from (("conv_in", "conv_in", THIS), ("norm_out", "conv_norm_out", THIS), ("conv_out", "conv_out", THIS))
     for i in range(2):
         yield f"mid.res.{i}", f"mid_block.resnets.{i}", DIFFUSERS_RESBLOCK
-    yield "mid.attn", "mid_block.attentions.0", TRANSFORMER
+    yield "mid.attn", "mid_block.attentions.0", transformer(cfg.middle_depth)
     for level in range(last + 1):
         down, up = f"down_blocks.{level}", f"up_blocks.{last - level}"
         for ours, theirs, blocks in ((f"down.{level}", down, cfg.blocks), (f"up.{level}", up, cfg.blocks + 1)):
             for i in range(blocks):
                 yield f"{ours}.res.{i}", f"{theirs}.resnets.{i}", DIFFUSERS_RESBLOCK
-                if cfg.attention[level]:
-                    yield f"{ours}.attn.{i}", f"{theirs}.attentions.{i}", TRANSFORMER
+                if depth := cfg.depth[level]:
+                    yield f"{ours}.attn.{i}", f"{theirs}.attentions.{i}", transformer(depth)
         if level < last:
             yield f"down.{level}.down", f"{down}.downsamplers.0.conv", THIS
         if level > 0:
@@ -232,7 +241,7 @@ def vae_sources(layout: str, config: Config, prefix: str) -> Callable[[str], Sou
 
 def unet_sources(layout: str, config: Config, prefix: str) -> Callable[[str], Source]:
     """The same for the U-Net. `layout` "original", "diffusers", or "ema", the moving average in an original file."""
-    pointwise = () if is_openclip(config) else UNET_POINTWISE
+    pointwise = () if config.unet.linear_projections else UNET_POINTWISE
     if layout == "diffusers":
         return _sources(_layers(diffusers_unet_places(config), prefix), pointwise)
     if layout == "original":
@@ -248,11 +257,13 @@ def unet_sources(layout: str, config: Config, prefix: str) -> Callable[[str], So
 def sources(network: str, layout: str, config: Config, prefix: str, keys: Iterable[str]) -> dict[str, Source]:
     """Where each of our weights `keys` of a network ("text_encoder", "vae", "unet") lies in a layout.
 
-    layout   "own", or one that the network's function above knows
+    layout   "own", "own-0.1" (as version 0.1 wrote it), or one that the network's function above knows
     prefix   what stands before every key there
     """
     if layout == "own":
         return {key: Source(prefix + key) for key in keys}
+    if layout == "own-0.1":
+        return {key: Source(prefix + OWN_0_1.sub(r"\1.block.", key)) for key in keys}
     source = {"text_encoder": text_sources, "vae": vae_sources, "unet": unet_sources}[network](layout, config, prefix)
     return {key: source(key) for key in keys}
 
@@ -265,7 +276,7 @@ def original_sources(
     keys         per network ("text_encoder", "vae", "unet"), our names of its weights
     text_prefix  overrides the prefix of CLIP's keys
     """
-    text = ("openclip", OPENCLIP) if is_openclip(config) else ("clip", text_prefix or CLIP)
+    text = ("openclip", OPENCLIP) if text_names(config) == "openclip" else ("clip", text_prefix or CLIP)
     where = {"text_encoder": text, "vae": ("original", VAE), "unet": ("original", UNET), "unet_ema": ("ema", EMA)}
     return {
         network: sources(network.removesuffix("_ema"), where[network][0], config, where[network][1], names)
@@ -286,9 +297,13 @@ def diffusers_sources(config: Config, keys: Mapping[str, Iterable[str]]) -> dict
     }
 
 
-def is_openclip(config: Config) -> bool:
-    """Whether this is Stable Diffusion 2.x: OpenCLIP has the exact GELU; its U-Net has no pointwise convolutions."""
-    return config.text.activation == "gelu"
+def text_names(config: Config) -> str:
+    """Whose names an original checkpoint has for the text encoder: "clip" (Hugging Face's) or "openclip".
+
+    OpenAI's encoder was published under the one, with its own activation; those that OpenCLIP trained, with the exact
+    GELU, under the other.
+    """
+    return "openclip" if config.text.activation == "gelu" else "clip"
 
 
 def _sources(layers: Mapping[str, str], pointwise: tuple[str, ...] = ()) -> Callable[[str], Source]:

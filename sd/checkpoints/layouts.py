@@ -13,7 +13,8 @@ library.
     unet           original       middle_block.0.in_layers.0.weight             CompVis
                    ema            middle_block0in_layers0weight                 its moving average: no dots
                    diffusers      mid_block.resnets.0.norm1.weight              diffusers
-    each           own            token.weight, ...                             this project
+    each           own            token.weight, mid.attn.blocks.0..., ...       this project
+    unet           own-0.1        mid.attn.block.norm1.weight                   version 0.1 of this project
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Container, Iterable, Mapping
 from typing import NamedTuple
 
 from ..config import Config
-from .key_maps import CLIP, CLIP_OLD, EMA, OPENCLIP, UNET, VAE, Source, is_openclip, sources
+from .key_maps import CLIP, CLIP_OLD, EMA, OPENCLIP, UNET, VAE, Source, sources, text_names
 
 NETWORKS = ("text_encoder", "vae", "unet")
 AVERAGE = "unet_ema"  # the U-Net's moving average, which a training checkpoint holds beside the U-Net
@@ -43,6 +44,7 @@ OPENCLIP_PREFIXES = (
 VAE_PREFIXES = (VAE, "vae.", "")
 UNET_PREFIXES = (UNET, "unet.", "diffusion_model.", "model.", "")
 
+OWN_TRANSFORMER, OLD_TRANSFORMER = (f"mid.attn.{name}.norm1.weight" for name in ("blocks.0", "block"))
 OLD_ATTENTION, NEW_ATTENTION = (f"decoder.mid_block.attentions.0.{name}.weight" for name in ("query", "to_q"))
 
 # network -> its layouts: name, the weight that tells, prefixes
@@ -59,19 +61,21 @@ LAYOUTS: Mapping[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
         ("diffusers-old", OLD_ATTENTION, VAE_PREFIXES),
     ),
     "unet": (
-        ("own", "mid.res.0.norm1.weight", ("unet.",)),
+        ("own", OWN_TRANSFORMER, ("unet.",)),
+        ("own-0.1", OLD_TRANSFORMER, ("unet.",)),
         ("original", "middle_block.0.in_layers.0.weight", UNET_PREFIXES),
         ("diffusers", "mid_block.resnets.0.norm1.weight", UNET_PREFIXES),
     ),
     AVERAGE: (
-        ("own", "mid.res.0.norm1.weight", (f"{AVERAGE}.",)),
+        ("own", OWN_TRANSFORMER, (f"{AVERAGE}.",)),
+        ("own-0.1", OLD_TRANSFORMER, (f"{AVERAGE}.",)),
         ("ema", "diffusion_modelmiddle_block0in_layers0weight", (EMA,)),
         ("diffusers", "mid_block.resnets.0.norm1.weight", (f"{AVERAGE}.",)),
     ),
 }
 
 # The first convolution and the first attention to the text, by layout: their shapes tell the model.
-FIRST = {"own": "conv_in.weight", "original": "input_blocks.0.0.weight", "diffusers": "conv_in.weight"}
+FIRST = dict.fromkeys(("own", "own-0.1", "diffusers"), "conv_in.weight") | {"original": "input_blocks.0.0.weight"}
 FIRST_AVERAGED = "diffusion_modelinput_blocks00weight"
 
 
@@ -109,7 +113,8 @@ def find_layouts(found: Container[str]) -> dict[str, Layout]:
 
 def usual_layout(network: str, config: Config) -> Layout:
     """The names that an original checkpoint has for a network of this config."""
-    text = Layout(network, "openclip", OPENCLIP) if is_openclip(config) else Layout(network, "clip", CLIP)
+    names = text_names(config)
+    text = Layout(network, names, OPENCLIP if names == "openclip" else CLIP)
     return {
         "text_encoder": text,
         "vae": Layout(network, "original", VAE),

@@ -32,6 +32,8 @@ from .formats.dtypes import TYPES, NumberType
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..conditioning import Conditioning
+
 PREDICTION_KEY = "modelspec.prediction_type"  # https://github.com/Stability-AI/ModelSpec
 PREDICTIONS = {
     "v": "v", "velocity": "v", "v_prediction": "v", "v-prediction": "v", "vpred": "v", "v_pred": "v",
@@ -221,7 +223,7 @@ def read_table(
     return None if tensors[key].is_meta else (tensors[key].double().cpu().numpy(), kind)
 
 
-def probe(unet: Callable[[Tensor, Tensor, Tensor], Tensor], config: Config, like: Tensor) -> str | None:
+def probe(unet: Callable[[Tensor, Tensor, Conditioning], Tensor], config: Config, like: Tensor) -> str | None:
     """Whether a U-Net predicts "eps" or "v", by running it once on noise; None if it does not answer with numbers.
 
     At the last timestep x_t = alpha x0 + sigma eps is nearly all noise: sigma / alpha is 14.6. So a network that
@@ -236,12 +238,14 @@ def probe(unet: Callable[[Tensor, Tensor, Tensor], Tensor], config: Config, like
     """
     import torch
 
+    from ..conditioning import Conditioning
+
     rng = torch.Generator("cpu").manual_seed(0)
     x = torch.randn((1, config.unet.in_channels, 16, 16), generator=rng).to(like)
     context = torch.full((1, 2, config.unet.context), 0.5).to(like)
     t = torch.full((1,), config.schedule.steps - 1.0, device=like.device)
     with torch.no_grad():
-        out = unet(x, t, context).double()
+        out = unet(x, t, Conditioning(context)).double()
     noise = x[:, : config.unet.out_channels].double()
     share = float((out * noise).sum() / (noise * noise).sum())
     if not np.isfinite(share):

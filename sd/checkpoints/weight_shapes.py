@@ -90,24 +90,28 @@ def _vae(config: VAEConfig) -> Shapes:
     return both | _conv("quant", 2 * C, 2 * C, 1) | _conv("post_quant", C, C, 1)
 
 
-def _transformer(name: str, channels: int, context: int) -> Shapes:
+def _transformer(name: str, channels: int, context: int, depth: int) -> Shapes:
     block = _norm("norm1", channels) | _attention("attn1", channels, qkv_bias=False)
     block |= _norm("norm2", channels) | _attention("attn2", channels, context, qkv_bias=False)
     block |= _norm("norm3", channels)
     block |= _inside("ff", _linear("proj", channels, 8 * channels), _linear("out", 4 * channels, channels))
     proj_in, proj_out = _linear("proj_in", channels, channels), _linear("proj_out", channels, channels)
-    return _inside(name, _norm("norm", channels), proj_in, _inside("block", block), proj_out)
+    blocks = [_inside(f"blocks.{i}", block) for i in range(depth)]
+    return _inside(name, _norm("norm", channels), proj_in, *blocks, proj_out)
 
 
 def _unet(config: UNetConfig) -> Shapes:
     first, last, T = config.channels[0], config.channels[-1], 4 * config.channels[0]
-    shapes = _linear("time.0", first, T) | _linear("time.2", T, T) | _conv("conv_in", config.in_channels, first)
+    shapes = _linear("time.0", first, T) | _linear("time.2", T, T)
+    if config.vector is not None:
+        shapes |= _linear("vector.0", config.vector, T) | _linear("vector.2", T, T)
+    shapes |= _conv("conv_in", config.in_channels, first)
 
     def stage(name: str, widths: list[int], level: int) -> Shapes:
         channels = config.channels[level]
         parts = [_res(f"res.{i}", width, channels, T) for i, width in enumerate(widths)]
-        if config.attention[level]:
-            parts += [_transformer(f"attn.{i}", channels, config.context) for i in range(len(widths))]
+        if depth := config.depth[level]:
+            parts += [_transformer(f"attn.{i}", channels, config.context, depth) for i in range(len(widths))]
         return _inside(name, *parts)
 
     skips = [first]
@@ -118,7 +122,7 @@ def _unet(config: UNetConfig) -> Shapes:
             shapes |= _conv(f"down.{level}.down", channels, channels)
             skips.append(channels)
     shapes |= _inside("mid", _res("res.0", last, last, T), _res("res.1", last, last, T))
-    shapes |= _transformer("mid.attn", last, config.context)
+    shapes |= _transformer("mid.attn", last, config.context, config.middle_depth)
     below = last
     for level in reversed(range(len(config.channels))):
         channels = config.channels[level]

@@ -12,17 +12,20 @@ down, every output is kept; going up, each block takes the latest of them beside
 
 B batch, C channels, H x W latents (any size), N = H W tokens, M tokens of the context, D its width.
 
->>> unet = UNet(UNetConfig(channels=(32, 64), heads=(2, 2), attention=(False, True), blocks=1, context=16))
->>> unet(torch.randn(1, 4, 16, 24), torch.tensor([999.0]), torch.randn(1, 77, 16)).shape
+>>> unet = UNet(UNetConfig(channels=(32, 64), heads=(2, 2), depth=(0, 1), blocks=1, context=16))
+>>> unet(torch.randn(1, 4, 16, 24), torch.tensor([999.0]), Conditioning(torch.randn(1, 77, 16))).shape
 torch.Size([1, 4, 16, 24])
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..conditioning import Conditioning
 from ..config import GROUPS, UNetConfig
 from ..runtime.cpu_kernels import Conv2d, GroupNorm, Linear
 from .layers import Attention, FeedForward, ResBlock, Upsample, timestep_embedding
@@ -51,30 +54,34 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the positions of a feature map."""
+    """Transformer blocks, `depth` of them, over the positions of a feature map."""
 
-    def __init__(self, channels: int, heads: int, context_width: int) -> None:
+    def __init__(self, channels: int, heads: int, context_width: int, depth: int = 1) -> None:
         super().__init__()
         self.norm = GroupNorm(GROUPS, channels, TRANSFORMER_NORM_EPS)
         self.proj_in = Linear(channels, channels)
-        self.block = TransformerBlock(channels, heads, context_width)
+        self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_width) for _ in range(depth))
         self.proj_out = Linear(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x (B, C, H, W), context (B, M, D) -> (B, C, H, W)."""
         B, C, H, W = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)  # (B, N, C): a view where x is channels-last
-        tokens = self.proj_out(self.block(self.proj_in(tokens), context))
+        tokens = self.proj_in(tokens)
+        for block in self.blocks:
+            tokens = block(tokens, context)
+        tokens = self.proj_out(tokens)
         return x + tokens.reshape(B, H, W, C).permute(0, 3, 1, 2)
 
 
 class Middle(nn.Module):
     """The coarsest level's block, transformer, block."""
 
-    def __init__(self, channels: int, heads: int, context_width: int, time_width: int) -> None:
+    def __init__(self, config: UNetConfig, time_width: int) -> None:
         super().__init__()
+        channels, heads = config.channels[-1], config.heads[-1]
         self.res = nn.ModuleList(ResBlock(channels, channels, NORM_EPS, time_width) for _ in range(2))
-        self.attn = SpatialTransformer(channels, heads, context_width)
+        self.attn = SpatialTransformer(channels, heads, config.context, config.middle_depth)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         """x (B, C, H, W), time (B, T), context (B, M, D) -> (B, C, H, W)."""
@@ -82,17 +89,18 @@ class Middle(nn.Module):
 
 
 class Stage(nn.Module):
-    """One resolution: residual blocks, each followed by a transformer if the level attends.
+    """One resolution: residual blocks, each followed by a transformer where the level's depth is not 0.
 
     `widths` are the input channels of each block. `down` or `up` is the step to the next level, None at the end.
     """
 
-    def __init__(
-        self, widths: list[int], channels: int, attends: bool, heads: int, context_width: int, time_width: int
-    ) -> None:
+    def __init__(self, config: UNetConfig, level: int, widths: list[int], time_width: int) -> None:
         super().__init__()
+        channels, heads, depth = config.channels[level], config.heads[level], config.depth[level]
         self.res = nn.ModuleList(ResBlock(width, channels, NORM_EPS, time_width) for width in widths)
-        self.attn = nn.ModuleList(SpatialTransformer(channels, heads, context_width) for _ in widths if attends)
+        self.attn = nn.ModuleList(
+            SpatialTransformer(channels, heads, config.context, depth) for _ in widths if depth > 0
+        )
         self.down: Conv2d | None = None
         self.up: Upsample | None = None
 
@@ -103,7 +111,7 @@ class Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """x_t, t, context -> prediction, with the shape of x_t (but `out_channels` channels)."""
+    """x_t, t, conditioning -> prediction, with the shape of x_t (but `out_channels` channels)."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -111,27 +119,29 @@ class UNet(nn.Module):
         first, last = config.channels[0], config.channels[-1]
         time_width = 4 * first
         self.time = nn.Sequential(Linear(first, time_width), nn.SiLU(), Linear(time_width, time_width))
+        self.vector: nn.Sequential | None = None
+        if config.vector is not None:
+            self.vector = nn.Sequential(Linear(config.vector, time_width), nn.SiLU(), Linear(time_width, time_width))
         self.conv_in = Conv2d(config.in_channels, first, 3, padding=1)
 
-        per_level = list(zip(config.channels, config.attention, config.heads, strict=True))
         self.down = nn.ModuleList()
         skips = [first]  # channels of everything that is kept on the way down
-        for i, (channels, attends, heads) in enumerate(per_level):
+        for i, channels in enumerate(config.channels):
             widths = [skips[-1]] + [channels] * (config.blocks - 1)
-            level = Stage(widths, channels, attends, heads, config.context, time_width)
+            level = Stage(config, i, widths, time_width)
             skips += [channels] * config.blocks
-            if i < len(per_level) - 1:
+            if i < len(config.channels) - 1:
                 level.down = Conv2d(channels, channels, 3, stride=2, padding=1)
                 skips.append(channels)
             self.down.append(level)
 
-        self.mid = Middle(last, config.heads[-1], config.context, time_width)
+        self.mid = Middle(config, time_width)
 
         up = []
         width = last  # channels of what comes from below
-        for i, (channels, attends, heads) in reversed(list(enumerate(per_level))):
+        for i, channels in reversed(list(enumerate(config.channels))):
             widths = [before + skips.pop() for before in [width] + [channels] * config.blocks]
-            level = Stage(widths, channels, attends, heads, config.context, time_width)
+            level = Stage(config, i, widths, time_width)
             if i > 0:
                 level.up = Upsample(channels)
             up.append(level)
@@ -141,12 +151,32 @@ class UNet(nn.Module):
         self.norm_out = GroupNorm(GROUPS, first, NORM_EPS)
         self.conv_out = Conv2d(first, config.out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """x (B, C, H, W), t (B,) in [0, steps), whole or fractional, context (B, M, D) -> (B, C_out, H, W)."""
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        conditioning: Conditioning,
+        down: Sequence[Tensor] = (),
+        middle: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, C, H, W), t (B,) in [0, steps), whole or fractional, and the conditioning -> (B, C_out, H, W).
+
+        conditioning   context (B, M, D); vector (B, V) where the config has one; concat (B, E, H, W), whose channels
+                       stand behind x's: C + E is the config's `in_channels`
+        down, middle   residuals of control networks, added to what is kept on the way down, in its order and shapes,
+                       and to the output of the middle
+
+        Raises ValueError where a vector is missing or not wanted, or for another number of residuals.
+        """
+        context, vector, concat = conditioning
+        if (vector is None) != (self.vector is None):
+            raise ValueError(f"this U-Net {'takes no' if self.vector is None else 'needs a'} vector as conditioning")
         time = self.time(timestep_embedding(t, self.config.channels[0]).to(x.dtype))
+        if self.vector is not None:
+            time = time + self.vector(vector.to(x.dtype))
         time = F.silu(time)  # every block begins with it: once is enough
 
-        x = self.conv_in(x)
+        x = self.conv_in(x if concat is None else torch.cat([x, concat.to(x.dtype)], dim=1))
         skips = [x]
         for level in self.down:
             for i in range(len(level.res)):
@@ -157,6 +187,13 @@ class UNet(nn.Module):
                 skips.append(x)
 
         x = self.mid(x, time, context)
+
+        if middle is not None:
+            x = x + middle
+        if down:
+            if len(down) != len(skips):
+                raise ValueError(f"{len(down)} residuals of a control network, but the U-Net keeps {len(skips)}")
+            skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
 
         for level in reversed(self.up):
             for i in range(len(level.res)):

@@ -12,10 +12,13 @@ recorded: a LoRA that was merged since has put its weights elsewhere, and a hook
 >>> def record(run, device):  # stands in for `cuda_graph`
 ...     out = run()
 ...     return lambda: out.copy_(run()), out
->>> network, x = nn.Linear(4, 4), torch.randn(2, 4)
+>>> class Network(nn.Module):
+...     def forward(self, x, t, conditioning):
+...         return x + conditioning.context.mean()
+>>> network, given = Network(), (torch.randn(2, 4), torch.ones(2), Conditioning(torch.randn(2, 77, 16)))
 >>> steps = Recorded(network, record)
 >>> with torch.no_grad():
-...     steps(x).equal(network(x))
+...     steps(*given).equal(network(*given))
 True
 """
 
@@ -30,12 +33,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
+from ..conditioning import Conditioning
 from .cpu_kernels import keep_plain, lays_out
 
 SHAPES = 2  # recordings that are kept: each holds the memory of a step
 WARM_UP = 2  # runs before a recording, in which libraries choose their kernels and take their memory
 
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # as in denoiser.py
+Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # as in denoiser.py
+Inputs = tuple[Tensor | None, ...]  # x, t, and what a conditioning has, or None
 Replay = Callable[[], object]
 Record = Callable[[Callable[[], Tensor], torch.device], tuple[Replay, Tensor]]  # as `cuda_graph`
 
@@ -67,21 +72,23 @@ def cuda_graph(run: Callable[[], Tensor], device: torch.device) -> tuple[Replay,
 class Recording(NamedTuple):
     """A step at one shape: play it back, and `out` is what the network makes of `inputs`."""
 
-    inputs: tuple[Tensor, ...]
+    inputs: Inputs
     replay: Replay
     out: Tensor
 
     @classmethod
-    def of(cls, network: nn.Module, inputs: tuple[Tensor, ...], record: Record) -> Recording:
+    def of(cls, network: nn.Module, inputs: Inputs, record: Record) -> Recording:
         """Record the network on memory of its own, which can be written to within `inference_mode` and without."""
         with torch.inference_mode(False), torch.no_grad():
-            own = tuple(x.clone() for x in inputs)
-            return cls(own, *record(lambda: network(*own), own[0].device))
+            own = tuple(None if x is None else x.clone() for x in inputs)
+            x, t, *rest = own
+            return cls(own, *record(lambda: network(x, t, Conditioning(*rest)), x.device))
 
-    def __call__(self, inputs: tuple[Tensor, ...]) -> Tensor:
+    def __call__(self, inputs: Inputs) -> Tensor:
         """The network's result, which nobody will write over."""
         for own, x in zip(self.inputs, inputs, strict=True):
-            own.copy_(x)
+            if own is not None:
+                own.copy_(x)
         self.replay()
         return self.out.clone()
 
@@ -105,15 +112,15 @@ class Recorded:
     def __getstate__(self):  # for copying: a copy's weights lie elsewhere
         return self.__dict__ | {"_recordings": {}, "_weights": []}
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """What the network makes of (x, t, context)."""
-        if self._failed or torch.is_grad_enabled() or torch.is_autocast_enabled(inputs[0].device.type):
-            return self._network(*inputs)
+    def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """What the network makes of them."""
+        if self._failed or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            return self._network(x, t, conditioning)
         with _one_at_a_time:
-            out = self._played(inputs)
-        return self._network(*inputs) if out is None else out
+            out = self._played((x, t, *conditioning))
+        return self._network(x, t, conditioning) if out is None else out
 
-    def _played(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
+    def _played(self, inputs: Inputs) -> Tensor | None:
         """From a recording; None where there can be none."""
         watched, weights = _look(self._network)
         if watched or weights != self._weights:
@@ -121,7 +128,7 @@ class Recorded:
             self._weights = weights
         if watched:
             return None
-        key = tuple((x.shape, x.dtype, x.device) for x in inputs)
+        key = tuple(None if x is None else (x.shape, x.dtype, x.device) for x in inputs)
         recording = self._recordings.pop(key, None)
         if recording is None:
             while len(self._recordings) >= SHAPES:
@@ -166,13 +173,13 @@ class Compiled:
     def __getstate__(self):  # for copying: a copy has another network
         return self.__dict__ | {"_fast": None}
 
-    def __call__(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """What the network makes of them."""
         if self._fast is None:
             mode = "max-autotune" if next(self._network.parameters()).is_cuda else None
             self._fast = torch.compile(self._network, dynamic=False, mode=mode)
         try:
-            return self._fast(x, t, context)
+            return self._fast(x, t, conditioning)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(getattr(error, "inner_exception", error)).partition("\n")[0]
             raise ValueError(f"the U-Net cannot be compiled here: {reason}; leave it as it is (no --compile)") from None

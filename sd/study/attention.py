@@ -104,7 +104,7 @@ def sites(unet: UNet) -> list[tuple[Site, Attention]]:
     found = []
     for path, module in unet.named_modules():
         if isinstance(module, TransformerBlock):
-            name = path.removesuffix(".block")
+            name = path.rpartition(".blocks.")[0]
             part = name.split(".")[0]
             level = len(unet.config.channels) - 1 if part == "mid" else int(name.split(".")[1])
             for kind, layer in (("self", module.attn1), ("cross", module.attn2)):

@@ -8,7 +8,7 @@ A multiplication and an addition are counted as two floating point operations (F
 These are the operations of the formulas; kernels.py does some convolutions with fewer.
 
 >>> from sd.config import UNetConfig
->>> parts = trace(UNet(UNetConfig(channels=(32, 64), heads=(2, 2), attention=(False, True), blocks=1)), 16, 16)
+>>> parts = trace(UNet(UNetConfig(channels=(32, 64), heads=(2, 2), depth=(0, 1), blocks=1)), 16, 16)
 >>> parts[1].name, parts[1].shape, parts[1].flops == 2 * 3 * 3 * 4 * 32 * 16 * 16
 ('conv_in', (1, 32, 16, 16), True)
 """
@@ -23,6 +23,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from ..conditioning import Conditioning
 from ..models.layers import Attention
 from ..models.unet import UNet
 from .attention import check_plain
@@ -101,7 +102,8 @@ def trace(unet: UNet, height: int, width: int, tokens: int = 77) -> list[Part]:
     try:
         with torch.no_grad():
             x = torch.zeros(1, unet.config.in_channels, height, width, **kind)
-            unet(x, torch.zeros(1, device=weight.device), torch.zeros(1, tokens, unet.config.context, **kind))
+            conditioning = Conditioning(torch.zeros(1, tokens, unet.config.context, **kind))
+            unet(x, torch.zeros(1, device=weight.device), conditioning)
     finally:
         for handle in handles:
             handle.remove()
