@@ -12,7 +12,7 @@ if not (ROOT / "weights" / "pocket.safetensors").is_file():
     raise SystemExit("weights/pocket.safetensors is missing: a package without the embedded model paints nothing")
 
 REFERENCES = ["diffusers>=0.30", "transformers>=4.40", "accelerate", "openvino>=2024.6"]
-TESTS = ["pytest>=8", "hypothesis>=6", "ruff>=0.5", *REFERENCES]
+TESTS = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.5", *REFERENCES]
 
 PACKAGES = ["sd", *(f"sd.{name}" for name in find_packages("sd"))]
 SCRIPTS = ["sd.scripts", *(f"sd.scripts.{name}" for name in find_packages("scripts"))]

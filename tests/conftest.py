@@ -1,6 +1,11 @@
-"""Options and shared fixtures. `pytest` runs the default suite; `pytest --full` the full-size networks as well."""
+"""Options and shared fixtures. `pytest` runs the default suite; `pytest --full` the exhaustive and full-size tests too.
+
+`pytest -n auto` runs it in a process for each core (pytest-xdist), with one thread of torch each.
+"""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -12,11 +17,25 @@ from sd.pipeline import StableDiffusion
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="also run the full-size tests (12 GB of memory, minutes)")
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="also run the exhaustive tests (minutes) and the full-size ones (12 GB of memory, minutes)",
+    )
+
+
+def pytest_configure(config):
+    if "PYTEST_XDIST_WORKER" in os.environ:  # processes that each use all cores wait for each other
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that tests start
 
 
 def pytest_collection_modifyitems(config, items):
-    skips = {"full": None if config.getoption("--full") else "full size: needs --full, 12 GB of memory and minutes"}
+    full = config.getoption("--full")
+    skips = {
+        "full": None if full else "full size: needs --full, 12 GB of memory and minutes",
+        "exhaustive": None if full else "every combination: needs --full and minutes",
+    }
     skips["gpu"] = None if torch.cuda.is_available() else "needs a CUDA device"
     for item in items:
         for marker, reason in skips.items():

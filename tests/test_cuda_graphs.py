@@ -295,7 +295,9 @@ def task(sd, name):
 
 
 @pytest.mark.parametrize("name", ["txt2img", "img2img", "inpaint"])
-@pytest.mark.parametrize("config", [TINY, TINY_INPAINT], ids=lambda config: config.name)
+@pytest.mark.parametrize(
+    "config", [TINY, pytest.param(TINY_INPAINT, marks=pytest.mark.exhaustive)], ids=lambda config: config.name
+)
 def test_tasks_play_back_and_users_do_not(config, name):
     state = tiny_state("tiny-v1" if config is TINY else "tiny-v1-inpainting")
     sd, tape = StableDiffusion(config, **loaded(state, config)), Tape()
@@ -319,7 +321,14 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+# one of each kind: without and with memory, with a corrector, with noise between two levels
+USUAL = {"ddim", "dpmpp_2m", "unipc", "dpmpp_sde"}
+assert set(SAMPLERS) > USUAL
+
+
+@pytest.mark.parametrize(
+    "sampler", [pytest.param(name, marks=() if name in USUAL else pytest.mark.exhaustive) for name in SAMPLERS]
+)
 def test_no_step_waits_for_the_device(sampler):
     """With guidance, noise, a mask: nothing between the first step and the last asks for a result."""
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():

@@ -10,8 +10,6 @@ import fuzz_inputs
 import pytest
 from fuzz_checkpoints import fuzz
 
-COUNT = 2000
-
 # A reader that does something else than to read, given one line of Python; prints what the fuzzer says of it.
 MISBEHAVING = """
 import os, subprocess, sys, tempfile, time
@@ -47,10 +45,11 @@ NOTICED = {
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is watched as Linux tells it")
 
 
-def test_damaged_files_do_no_harm():
-    report = fuzz(COUNT)
+@pytest.mark.parametrize("count", [700, pytest.param(4000, marks=pytest.mark.exhaustive)])
+def test_damaged_files_do_no_harm(count):
+    report = fuzz(count, first=800)  # number 1405 is a bomb, which few are
     assert not report.faults, "\n".join(f"input {outcome.number}: {outcome.fault}" for outcome in report.faults[:5])
-    assert report.count == COUNT and len(report.kinds) == 8
+    assert report.count == count and len(report.kinds) == 8
     assert set(report.results) >= {"checkpoint", "lora", "embedding", "CheckpointError"}, "some are damaged harmlessly"
 
 

@@ -116,7 +116,7 @@ def test_no_two_networks_or_layouts_are_taken_for_each_other():
 
 @pytest.mark.parametrize("name", ["sd-v1", "sd-v1-inpainting", "sd-v2-base", "sd-v2-768-v", "sd-v2-inpainting"])
 @pytest.mark.parametrize("ema", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.exhaustive), torch.float16])
 def test_every_full_size_manifest_is_complete(name, ema, dtype):
     """Names, shapes and types alone; test_full.py and test_full_sd2.py load such files."""
     keys = with_ema(manifest(name)) if ema else manifest(name)
@@ -131,7 +131,7 @@ def test_every_full_size_manifest_is_complete(name, ema, dtype):
     "name, config", [("tiny-v1", TINY), ("tiny-v1-inpainting", TINY_INPAINT), ("tiny-v2-v", TINY_V2)]
 )
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize("ema", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_every_small_manifest_loads_from_every_container(tmp_path, name, config, kind, ema):
     """In both precisions, with and without the moving average beside it."""
     state = make_state_dict(with_ema(manifest(name)))

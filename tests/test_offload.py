@@ -78,7 +78,7 @@ ORDER = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("task", ORDER)
 def test_the_same_pictures_by_turns(files, task, dtype):
     plain, low = both(files / "tiny-v1.safetensors", dtype=dtype)

@@ -13,19 +13,23 @@ from sd.runtime.cpu_kernels import Conv2d, Linear
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices
 CONVOLUTIONS = ((512, 64), (1024, 32))  # channels and side of maps like the VAE's and the U-Net's
+TRIAL_SIDE, TRIAL_CONVOLUTIONS = 1024, ((128, 64),)  # where the program is only tried: a twentieth of the work
 SECONDS = 0.3  # for each of them
 
 
-def peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest, with weights laid out once where that is faster (kernels.py)."""
-    size = SIDE.get(device.type, 4096)
+def peak(device: torch.device, dtype: torch.dtype, trial: bool = False) -> float:
+    """FLOP/s of the fastest, with weights laid out once where that is faster (cpu_kernels.py).
+
+    trial   take small ones, which tell less
+    """
+    size = TRIAL_SIDE if trial else SIDE.get(device.type, 4096)
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     linear = Linear(size, size, bias=False, device=device, dtype=dtype).requires_grad_(False)
     calls: list[tuple[float, Callable[[], Tensor]]] = [
         (2 * size**3, lambda: matrix @ matrix),
         (2 * size**3, lambda: linear(matrix)),
     ]
-    for channels, side in CONVOLUTIONS:
+    for channels, side in TRIAL_CONVOLUTIONS if trial else CONVOLUTIONS:
         x = torch.ones(1, channels, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
         layer = Conv2d(channels, channels, 3, padding=1, bias=False, device=device, dtype=dtype).requires_grad_(False)
         layer = layer.to(memory_format=torch.channels_last)

@@ -156,6 +156,8 @@ def text(record: Row, markdown: bool, earlier: Row | None = None) -> str:
     if grown:
         blocks.append("How cost grows with size and with pictures at a time; growth: times the first")
         blocks.append(grid(grown, growth_columns(peers) | change, markdown))
+    if notes := record.get("notes"):  # who is not in the tables, and why
+        blocks.append("\n".join(notes))
     return "\n\n".join(blocks)
 
 

@@ -63,7 +63,7 @@ class Runner:
 
     def peak(self) -> float:
         """What the machine reaches in this precision, in FLOP/s."""
-        return peak(self.setup.device, self.setup.torch_dtype)
+        return peak(self.setup.device, self.setup.torch_dtype, self.setup.trial)
 
 
 def settle() -> None:

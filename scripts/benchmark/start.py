@@ -32,7 +32,7 @@ from .openvino_networks import PRECISIONS, Conversion, model_file, options
 from .references import peers, pipeline
 from .runner import Run
 from .weights import Setup, load_networks
-from .workers import Failed, Worker
+from .workers import Failed, Worker, last_words
 
 LABEL = "start to first step"
 TAKING_PART = ("diffusers", "openvino")  # torch.compile takes minutes until its first step
@@ -169,5 +169,5 @@ def child(who: str, steps: str, told: dict[str, Any], keep: bool) -> Run:
         errors.seek(0)
         said = errors.read().strip().splitlines()
     if not line.startswith("ready"):
-        raise Failed(who, said[-1] if said else f"exit status {process.returncode}")
+        raise Failed(who, last_words(process.returncode, said))
     return Run(seconds, int(line.split()[1]) or None)

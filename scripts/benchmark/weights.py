@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sd.checkpoints.checkpoint import load_checkpoint, naming
 from sd.checkpoints.convert import convert
 from sd.checkpoints.loading import build, load_weights
-from sd.config import Config
+from sd.config import POCKET, Config
 from sd.runtime.device import DTYPES
 
 WEIGHT_STD = 0.7  # of random weights, times the root of the fan-in: below 1, so that half precision never overflows
@@ -41,6 +41,11 @@ class Setup:
     def torch_dtype(self) -> torch.dtype:
         """The precision."""
         return DTYPES[self.dtype]
+
+    @property
+    def trial(self) -> bool:
+        """Whether the program is only tried (--tiny): a small network with random weights."""
+        return self.ckpt is None and self.config == POCKET
 
 
 class RandomWeights(Mapping[str, Tensor]):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -72,11 +72,8 @@ class Worker:
         return Failed(self.name, self._last_words())
 
     def _last_words(self) -> str:
-        code = self._process.exitcode
-        if code == -9:
-            return "the system stopped it, as it does when memory runs out"
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"its process ended with status {code}"
+        return last_words(self._process.exitcode, lines)
 
     def close(self, patience: float = PATIENCE) -> None:
         """End the process and give back its memory."""
@@ -93,6 +90,18 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(patience=PATIENCE if kind is None else 0)
+
+
+def last_words(code: int | None, lines: Sequence[str]) -> str:
+    """Why a process ended, in one line: by which signal, or else the last of the lines that it printed.
+
+    code   its exit code, negative for a signal, None if it is not known
+    """
+    if code == -9:
+        return "the system stopped it, as it does when memory runs out"
+    if code is not None and code < 0:  # what it printed before a signal says nothing of it
+        return f"its process died (signal {-code})"
+    return lines[-1] if lines else f"its process ended with status {code}"
 
 
 def _serve(pipe: Connection, log: Path, make: Callable[..., Any], arguments: tuple) -> None:
