@@ -24,7 +24,7 @@ ALLOWED = {
     "runtime": {"models"},
     "models": {"config", "runtime"},
     "text": {"resources"},
-    "imaging": {"files", "samplers", "schedule"},
+    "imaging": {"files"},
     "checkpoints": {"config", "models", "runtime", "schedule", "text"},
     "adapters": {"checkpoints", "config", "runtime", "text"},
     "training": {"config", "denoiser", "models", "schedule"},
