@@ -9,10 +9,11 @@ ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "sd" / "__init__.py").read_text(), re.MULTILINE).group(1)
 
 if not (ROOT / "weights" / "pocket.safetensors").is_file():
-    raise SystemExit("weights/pocket.safetensors is missing: a package without the embedded model paints nothing")
+    raise SystemExit("weights/pocket.safetensors is missing: a package without the embedded model generates nothing")
 
 REFERENCES = ["diffusers>=0.30", "transformers>=4.40", "accelerate", "openvino>=2024.6"]
-TESTS = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.5", *REFERENCES]
+STUDY = ["matplotlib>=3.8"]
+TESTS = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.5", *STUDY, *REFERENCES]
 
 PACKAGES = ["sd", *(f"sd.{name}" for name in find_packages("sd"))]
 SCRIPTS = ["sd.scripts", *(f"sd.scripts.{name}" for name in find_packages("scripts"))]
@@ -38,7 +39,7 @@ setup(
         "regex>=2023.0",
         "ftfy>=6.1",
     ],
-    extras_require={"references": REFERENCES, "test": TESTS},
+    extras_require={"study": STUDY, "references": REFERENCES, "test": TESTS},
     entry_points={
         "console_scripts": [
             "sd-txt2img = sd.scripts.txt2img:main",

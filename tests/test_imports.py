@@ -25,7 +25,7 @@ ALLOWED = {
     "runtime": {"conditioning", "models"},
     "models": {"conditioning", "config", "runtime"},
     "text": {"resources"},
-    "imaging": {"files", "samplers", "schedule"},
+    "imaging": {"files"},
     "checkpoints": {"conditioning", "config", "models", "runtime", "schedule", "text"},
     "adapters": {"checkpoints", "config", "runtime", "text"},
     "training": {"conditioning", "config", "denoiser", "models", "schedule"},

@@ -159,6 +159,19 @@ def test_resumed_training_equals_uninterrupted_training(name, optimizer, new, ph
         assert image.size == (960, 540) and len(image.getcolors(1 << 20)) > 10
 
 
+def test_log_without_matplotlib_skips_the_curve_and_says_so_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    log = Log(tmp_path, 0)
+    for step in (1, 2, 3):
+        log.write(step=step, loss=1.0, seconds=0.0)
+        log.plot()
+    assert capsys.readouterr().out == (
+        'no loss.png: it needs matplotlib, pip install "sd-from-scratch[study]" or pip install matplotlib\n'
+    )
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2, 3]
+    assert not (tmp_path / "loss.png").exists()
+
+
 def test_a_state_between_two_lines_of_the_log_keeps_their_mean(new, photos, start, tmp_path, monkeypatch):
     options = ["--data", photos, *new, "--samples", 0, "--steps", 4, "--log-every", 4]
     assert start(train, *options, "--out", tmp_path / "whole")[0] == 0

@@ -1,23 +1,25 @@
-"""The log of a training run: one line of JSON every few steps, and the curve of the loss as a picture.
+"""The log of a training run: one line of JSON every few steps, and the curve of the loss as an image.
 
 OUT/log.jsonl    {"step": 100, "loss": 0.31, "lr": 0.0004, "norm": 0.8, "seconds": 12.5}
-OUT/loss.png
+OUT/loss.png     needs matplotlib; without it the run says so once and goes on
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw
+import numpy as np
 
 from sd.files import replaced_file
 
-WIDTH, HEIGHT = 960, 540
-LEFT, TOP, RIGHT, BOTTOM = 80, 30, 20, 50  # pixels around the plot
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 SMOOTH = 50  # points that the thick line averages over
+NO_CURVE = 'no loss.png: it needs matplotlib, pip install "sd-from-scratch[study]" or pip install matplotlib'
 
 
 class Log:
@@ -25,6 +27,7 @@ class Log:
 
     def __init__(self, folder: Path, start: int) -> None:
         self.path, self.picture = folder / "log.jsonl", folder / "loss.png"
+        self.plots = True  # until matplotlib turns out to be missing
         kept = [line for line in read_log(self.path) if line["step"] <= start] if start else []
         self.points = [(line["step"], line["loss"]) for line in kept]
         self.seconds = kept[-1]["seconds"] if kept else 0.0
@@ -38,10 +41,19 @@ class Log:
             file.write(json.dumps(values) + "\n")
 
     def plot(self) -> None:
-        """Draw the curve anew."""
-        if len(self.points) > 1:
-            with replaced_file(self.picture) as partial:
-                curve(self.points).save(partial, "PNG")
+        """Draw the curve again. Without matplotlib, say once how to get it and draw nothing."""
+        if len(self.points) < 2 or not self.plots:
+            return
+        try:
+            figure = curve(self.points)
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] != "matplotlib":
+                raise
+            self.plots = False
+            print(NO_CURVE, flush=True)
+            return
+        with replaced_file(self.picture) as partial:
+            figure.savefig(partial, format="png")
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
@@ -57,36 +69,30 @@ def read_log(path: Path) -> list[dict[str, float]]:
     return lines
 
 
-def curve(points: Sequence[tuple[float, float]]) -> Image.Image:
-    """Loss over steps, on a logarithmic scale: thin what was measured, thick its moving average."""
-    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    pen = ImageDraw.Draw(image)
+def curve(points: Sequence[tuple[float, float]]) -> Figure:
+    """Loss over steps on a logarithmic scale: the measurements as a thin line, their moving average as a thick one.
+
+    ModuleNotFoundError where matplotlib is missing.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     steps = [step for step, _ in points]
-    logs = [math.log10(max(loss, 1e-12)) for _, loss in points]
-    first, last = min(steps), max(max(steps), min(steps) + 1)
-    low, high = min(logs), max(logs)
-    low, high = low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3
+    losses = np.maximum([loss for _, loss in points], 1e-12)
+    window = max(1, min(SMOOTH, len(points) // 5))
+    sums = np.concatenate([[0.0], np.cumsum(np.log(losses))])
+    ends = np.arange(1, len(sums))
+    starts = np.maximum(ends - window, 0)
+    average = np.exp((sums[ends] - sums[starts]) / (ends - starts))
 
-    def place(step: float, log: float) -> tuple[float, float]:
-        x = LEFT + (step - first) / (last - first) * (WIDTH - LEFT - RIGHT)
-        return x, TOP + (high - log) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-    for i in range(6):
-        log = low + i / 5 * (high - low)
-        _, y = place(first, log)
-        pen.line([(LEFT, y), (WIDTH - RIGHT, y)], "#dddddd")
-        pen.text((LEFT - 8, y), f"{10**log:.3g}", "#444444", anchor="rm")
-        step = first + i / 5 * (last - first)
-        x, _ = place(step, low)
-        pen.text((x, HEIGHT - BOTTOM + 8), f"{step:.0f}", "#444444", anchor="ma")
-    pen.text((LEFT, 8), "loss", "#444444")
-    pen.text((WIDTH - RIGHT, HEIGHT - 18), "step", "#444444", anchor="ra")
-
-    pen.line([place(step, log) for step, log in zip(steps, logs, strict=True)], "#a8c4e8", 1)
-    window = max(1, min(SMOOTH, len(logs) // 5))
-    sums = [0.0]
-    for log in logs:
-        sums.append(sums[-1] + log)
-    smooth = [(sums[i] - sums[max(i - window, 0)]) / min(i, window) for i in range(1, len(sums))]
-    pen.line([place(step, log) for step, log in zip(steps, smooth, strict=True)], "#1f5fae", 3, joint="curve")
-    return image
+    figure = Figure(figsize=(9.6, 5.4), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="#a8c4e8", linewidth=1, label="loss")
+    axes.plot(steps, average, color="#1f5fae", linewidth=2.5, label=f"average of {window}")
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(color="#dddddd", which="both")
+    axes.legend()
+    return figure

@@ -19,7 +19,6 @@ tensor(4.)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,8 +27,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from ..samplers import Denoise, Noise, Step
-from ..schedule import Level, Schedule
 from .files import flatten_mask
 from .tensors import Box, frame, resize, to_tensor
 
@@ -163,26 +160,3 @@ class Canvas(NamedTuple):
         part = resize(painted.crop(self.inside), *self.region.size)
         result.paste(part, self.region[:2], self.mask.crop(self.region))
         return result
-
-
-def renoised(
-    sampler: Callable[..., Iterator[Step]], schedule: Schedule, known: Tensor, mask: Tensor, noise: Noise
-) -> Callable[..., Iterator[Step]]:
-    """The sampler as the original masks it: before every step the known part is replaced, noised anew.
-
-        x <- mask x + (1 - mask) add_noise(known, fresh noise, level)
-
-    known (B, C, h, w) clean latents, mask (B, 1, h, w). `keep_known` needs no random numbers and also holds within a
-    step; this is for comparison with the original (ddim.py and plms.py there, whose mask is 1 minus ours).
-    """
-
-    def keep(x: Tensor, level: Level) -> Tensor:
-        return torch.lerp(schedule.add_noise(known, noise(x), level), x, mask)
-
-    def run(denoise: Denoise, x: Tensor, levels: Sequence[Level], **options: object) -> Iterator[Step]:
-        for step in sampler(denoise, keep(x, levels[0]), levels, **options):
-            yield step
-            if step.i < len(levels) - 2:
-                step.x.copy_(keep(step.x, step.level))  # the sampler goes on from here
-
-    return run

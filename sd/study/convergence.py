@@ -25,7 +25,7 @@ from ..params import SamplingParams
 from ..pipeline import StableDiffusion, draw, generators
 from ..samplers import SAMPLERS
 from ..schedule import Level
-from .drawing import Curve, figure, plot
+from .drawing import Axes, Curve, figure, plot
 from .runs import PLAIN, denoiser, last, walk
 
 DETERMINISTIC = ("ddim", "heun", "dpm2", "lms", "dpmpp_2m", "unipc")
@@ -94,10 +94,12 @@ def draw_convergence(results: Sequence[Convergence], reference_steps: int = SOLU
     body = plot(
         curves,
         (620, 400),
-        x_label="evaluations of the network",
-        y_label="distance to the solution, |x - x*| / |x*|",
-        x_log=True,
-        y_log=True,
+        Axes(
+            x_label="evaluations of the network",
+            y_label="distance to the solution, |x - x*| / |x*|",
+            x_log=True,
+            y_log=True,
+        ),
     )
     return figure(
         "Samplers: how fast they converge",

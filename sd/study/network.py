@@ -186,8 +186,8 @@ def draw_u(parts: Sequence[Part], unet: UNet) -> Image.Image:
             letters = {"ResBlock": "res", "SpatialTransformer": "attn", "Upsample": "up", "Conv2d": "conv"}[part.kind]
             if part.name.endswith(".down"):
                 letters = "down"
-            write(pen, (x + box[0] / 2, y + box[1] / 2), letters, SMALL, INK, "middle")
-            write(pen, (x + box[0] / 2, y + box[1] + 12), count(part.parameters), 11, MUTED, "middle")
+            write(sheet, (x + box[0] / 2, y + box[1] / 2), letters, SMALL, INK, "middle")
+            write(sheet, (x + box[0] / 2, y + box[1] + 12), count(part.parameters), 11, MUTED, "middle")
             x += box[0] + gap
 
     starts, ends = [], []  # where the boxes of each level begin, on both sides
@@ -197,8 +197,8 @@ def draw_u(parts: Sequence[Part], unet: UNet) -> Image.Image:
         starts.append(left)
         ends.append(right)
         c, h, w = next(p for p in down[i] if p.kind == "ResBlock").shape[1:]
-        write(pen, (0, y + box[1] / 2 - 10), f"level {i}", SMALL, INK, bold=True)
-        write(pen, (0, y + box[1] / 2 + 9), f"{h} x {w}, {c} channels", SMALL, MUTED)
+        write(sheet, (0, y + box[1] / 2 - 10), f"level {i}", SMALL, INK, bold=True)
+        write(sheet, (0, y + box[1] / 2 + 9), f"{h} x {w}, {c} channels", SMALL, MUTED)
         end = left + wide(down[i])
         for x in range(end + 6, right - 10, 12):  # the skips
             pen.line((x, y + box[1] / 2, x + 6, y + box[1] / 2), fill=(150, 156, 166), width=2)
@@ -207,7 +207,7 @@ def draw_u(parts: Sequence[Part], unet: UNet) -> Image.Image:
         )
         if i == 0:
             write(
-                pen,
+                sheet,
                 ((end + right) / 2, y + box[1] / 2 - 12),
                 "skips: outputs kept for the way up",
                 SMALL,
@@ -218,8 +218,8 @@ def draw_u(parts: Sequence[Part], unet: UNet) -> Image.Image:
         place(up[i], right, y)
     y = levels * row + 10
     c, h, w = middle[0].shape[1:]
-    write(pen, (0, y + box[1] / 2 - 10), "middle", SMALL, INK, bold=True)
-    write(pen, (0, y + box[1] / 2 + 9), f"{h} x {w}, {c} channels", SMALL, MUTED)
+    write(sheet, (0, y + box[1] / 2 - 10), "middle", SMALL, INK, bold=True)
+    write(sheet, (0, y + box[1] / 2 + 9), f"{h} x {w}, {c} channels", SMALL, MUTED)
     x = (starts[-1] + wide(down[levels - 1]) + ends[-1]) // 2 - wide(middle) // 2
     place(middle, x, y)
 

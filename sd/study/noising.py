@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..pipeline import StableDiffusion, draw, generators
 from ..schedule import Level, Schedule
-from .drawing import Curve, beside, figure, plot, strip
+from .drawing import Axes, Curve, beside, figure, plot, strip
 from .latent import as_colours
 
 TIMESTEPS = (-1, 50, 150, 300, 500, 750, 999)  # from clean to nearly nothing but noise
@@ -96,21 +96,17 @@ def draw_curves(curves: Curves) -> Image.Image:
     t = curves.t.tolist()
     parts = plot(
         [
-            Curve("alpha: picture", t, curves.alpha.tolist()),
+            Curve("alpha: image", t, curves.alpha.tolist()),
             Curve("sigma: noise", t, curves.sigma.tolist()),
             Curve("alpha-bar", t, curves.alpha_bar.tolist()),
         ],
         (400, 300),
-        x_label="timestep t",
-        y_limits=(0, 1),
-        title="picture and noise in x_{t}",
+        Axes(x_label="timestep t", y_limits=(0, 1), title="image and noise in x_{t}"),
     )
     ratio = plot(
         [Curve("SNR", t, curves.snr.tolist())],
         (400, 300),
-        x_label="timestep t",
-        y_log=True,
-        title="signal-to-noise ratio alpha² / sigma²".replace("²", "^{2}"),
+        Axes(x_label="timestep t", y_log=True, title="signal-to-noise ratio alpha^{2} / sigma^{2}"),
     )
     return figure(
         "The noise schedule",

@@ -31,7 +31,7 @@ from ..pipeline import StableDiffusion
 from ..runtime.cpu_kernels import plain
 from ..samplers import Denoise
 from ..schedule import Level
-from .drawing import Curve, above, figure, plot, strip
+from .drawing import Axes, Curve, above, figure, plot, strip
 from .runs import SETTINGS, denoiser, last, noise, walk
 
 Loss = Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) in about [-1, 1] -> a number for each (B,)
@@ -118,7 +118,7 @@ def draw_steering(result: Steered, prompt: str, what: str, width: int = 150) -> 
         Curve(f"scale {scale:g}", list(range(1, len(values) + 1)), values)
         for scale, values in zip(result.scales, result.losses, strict=True)
     ]
-    lines = plot(curves, (520, 260), x_label="step", y_label="loss of the predicted x_{0}")
+    lines = plot(curves, (520, 260), Axes(x_label="step", y_label="loss of the predicted x_{0}"))
     return figure(
         f'Steering "{prompt}": {what}',
         above([row, lines], gap=24),

@@ -34,10 +34,10 @@ from .drawing import (
     above,
     beside,
     captioned,
+    coloured,
     figure,
     heat,
     paragraph,
-    ramp,
     scale_bar,
     scaled,
     text_width,
@@ -147,7 +147,7 @@ def _cell(lines: Sequence[str], fill: tuple[int, int, int], width: int, height: 
     dark = sum(fill) < 330
     heights = (0.3, 0.72) if len(lines) > 1 else (0.5,)
     for line, y, colour in zip(lines, heights, (INK, MUTED), strict=False):
-        write(pen, (width / 2, y * height), line, SMALL, PAPER if dark else colour, "middle")
+        write(image, (width / 2, y * height), line, SMALL, PAPER if dark else colour, "middle")
     return image
 
 
@@ -198,11 +198,10 @@ def _labelled(values: Tensor, names: Sequence[str], cell: int = 26) -> Image.Ima
     body = heat(values, n * cell, -1.0, 1.0, diverging=True)
     sheet = Image.new("RGB", (wide + n * cell, wide + n * cell), PAPER)
     sheet.paste(body, (wide, wide))
-    pen = ImageDraw.Draw(sheet)
     top = Image.new("RGB", (n * cell, wide), PAPER).rotate(-90, expand=True)
     for i, name in enumerate(names):
-        write(pen, (wide - 6, wide + (i + 0.5) * cell), name, SMALL, INK, "right")
-        write(ImageDraw.Draw(top), (6, (i + 0.5) * cell), name, SMALL, INK)
+        write(sheet, (wide - 6, wide + (i + 0.5) * cell), name, SMALL, INK, "right")
+        write(top, (6, (i + 0.5) * cell), name, SMALL, INK)
     sheet.paste(top.rotate(90, expand=True), (wide, 0))
     return sheet
 
@@ -232,7 +231,7 @@ def draw_word_order(order: WordOrder, width: int = 300) -> Image.Image:
         names = ["<start>" if t.role == "start" else "<end>" if t.role == "end" else t.symbols.removesuffix(END_OF_WORD)
                  for t in (a, b)]  # fmt: skip
         wide = max(text_width(name, SMALL) for name in [*names, "0.00"]) + 18
-        colour = tuple(int(c) for c in ramp(np.array(0.5 + 0.4 * distance / top), DIVERGING))
+        colour = tuple(int(c) for c in coloured(np.array(0.5 + 0.4 * distance / top), DIVERGING))
         same = (250, 250, 250) if a.id == b.id else (255, 233, 196)
         boxes = [_cell([names[0]], same, wide, 38), _cell([names[1]], same, wide, 38)]
         boxes.append(_cell([f"{distance:.2f}"], colour, wide, 38))

@@ -1,0 +1,33 @@
+"""Training: losses, initial weights, augmentation, EMA, optimisers and activation checkpointing.
+
+Nothing that generates images imports this package.
+"""
+
+from __future__ import annotations
+
+from .augmentation import drop_prompts, random_masks
+from .checkpointing import checkpoint_activations
+from .ema import EMA
+from .initialization import initialise_text_encoder, initialise_unet, initialise_vae, widen_input
+from .losses import contrastive_loss, diffusion_loss, level_batch, min_snr_weight, vae_loss, velocity_weight
+from .optimizers import Muon, learning_rate, orthogonal
+
+__all__ = [
+    "EMA",
+    "Muon",
+    "checkpoint_activations",
+    "contrastive_loss",
+    "diffusion_loss",
+    "drop_prompts",
+    "initialise_text_encoder",
+    "initialise_unet",
+    "initialise_vae",
+    "learning_rate",
+    "level_batch",
+    "min_snr_weight",
+    "orthogonal",
+    "random_masks",
+    "vae_loss",
+    "velocity_weight",
+    "widen_input",
+]
