@@ -19,6 +19,7 @@ tensor(4.)
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
