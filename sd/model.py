@@ -41,6 +41,7 @@ from .resources import resource
 from .runtime.cuda_graphs import Compiled, Recorded
 from .runtime.device import best_dtype, dtype_name, find_device, find_dtype
 from .runtime.offload import Turns
+from .runtime.optimize import optimize
 from .runtime.vae_tiling import decode_in_strips, encode_in_strips
 from .samplers import Denoise, Noise, Sampler, Step
 from .schedule import Level, Schedule
@@ -170,6 +171,8 @@ class Model:
                     config = with_part(config, name, file)
                     states |= convert(file, config, parts=[name])
             networks = build(config)
+            for network in networks.values():
+                optimize(network, device)
             total = sum(math.prod(w.shape) for net in networks.values() for w in net.state_dict().values())
             each_turn = low_memory and device.type in ONE_MEMORY  # are weights read, not only now
             place = torch.device("cpu") if low_memory and not each_turn else device

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import GROUPS, UNetConfig
-from ..runtime.cpu_kernels import Conv2d, GroupNorm, Linear
 from .layers import Attention, FeedForward, ResBlock, Upsample, timestep_embedding
 
 NORM_EPS = 1e-5  # residual blocks, norm_out and LayerNorms
@@ -55,10 +54,10 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels: int, heads: int, context_width: int) -> None:
         super().__init__()
-        self.norm = GroupNorm(GROUPS, channels, TRANSFORMER_NORM_EPS)
-        self.proj_in = Linear(channels, channels)
+        self.norm = nn.GroupNorm(GROUPS, channels, TRANSFORMER_NORM_EPS)
+        self.proj_in = nn.Linear(channels, channels)
         self.block = TransformerBlock(channels, heads, context_width)
-        self.proj_out = Linear(channels, channels)
+        self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x (B, C, H, W), context (B, M, D) -> (B, C, H, W)."""
@@ -93,7 +92,7 @@ class Stage(nn.Module):
         super().__init__()
         self.res = nn.ModuleList(ResBlock(width, channels, NORM_EPS, time_width) for width in widths)
         self.attn = nn.ModuleList(SpatialTransformer(channels, heads, context_width) for _ in widths if attends)
-        self.down: Conv2d | None = None
+        self.down: nn.Conv2d | None = None
         self.up: Upsample | None = None
 
     def block(self, i: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
@@ -110,8 +109,8 @@ class UNet(nn.Module):
         self.config = config
         first, last = config.channels[0], config.channels[-1]
         time_width = 4 * first
-        self.time = nn.Sequential(Linear(first, time_width), nn.SiLU(), Linear(time_width, time_width))
-        self.conv_in = Conv2d(config.in_channels, first, 3, padding=1)
+        self.time = nn.Sequential(nn.Linear(first, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
+        self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
 
         per_level = list(zip(config.channels, config.attention, config.heads, strict=True))
         self.down = nn.ModuleList()
@@ -121,7 +120,7 @@ class UNet(nn.Module):
             level = Stage(widths, channels, attends, heads, config.context, time_width)
             skips += [channels] * config.blocks
             if i < len(per_level) - 1:
-                level.down = Conv2d(channels, channels, 3, stride=2, padding=1)
+                level.down = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
                 skips.append(channels)
             self.down.append(level)
 
@@ -138,8 +137,8 @@ class UNet(nn.Module):
             width = channels
         self.up = nn.ModuleList(reversed(up))
 
-        self.norm_out = GroupNorm(GROUPS, first, NORM_EPS)
-        self.conv_out = Conv2d(first, config.out_channels, 3, padding=1)
+        self.norm_out = nn.GroupNorm(GROUPS, first, NORM_EPS)
+        self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """x (B, C, H, W), t (B,) in [0, steps), whole or fractional, context (B, M, D) -> (B, C_out, H, W)."""

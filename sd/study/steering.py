@@ -28,7 +28,6 @@ from torch import Tensor
 
 from ..model import Model
 from ..params import Settings
-from ..runtime.cpu_kernels import plain
 from ..samplers import Denoise
 from ..schedule import Level
 from .drawing import Curve, above, figure, plot, strip
@@ -100,8 +99,6 @@ def steering(model: Model, prompt: str, loss: Loss, scales: Sequence[float], set
         return model.vae.decode(x0.to(model.dtype)).float()
 
     for scale in scales:
-        for network in (model.vae, model.unet):
-            plain(network)  # or every call would have a copy of its weights, to be kept for the gradient
         each: list[Tensor] = []
         x = last(walk(model, steered(denoise, loss, scale, decode, each), noise(model, settings), settings))
         pictures += model.decode(x)
