@@ -40,7 +40,7 @@ from .params import SAMPLER, find_sampler, number, whole
 from .resources import resource
 from .runtime.cuda_graphs import Compiled, Recorded
 from .runtime.device import best_dtype, dtype_name, find_device, find_dtype
-from .runtime.offload import Turns
+from .runtime.offload import Offload
 from .runtime.optimize import optimize
 from .runtime.vae_tiling import decode_in_strips, encode_in_strips
 from .samplers import Denoise, Noise, Sampler, Step
@@ -186,7 +186,7 @@ class Model:
 
             for name, network in () if each_turn else networks.items():
                 read(name, network)
-            taken = Turns(networks, device, read if each_turn else None) if low_memory else networks
+            taken = Offload(networks, device, read if each_turn else None) if low_memory else networks
             if not found.decided:
                 found = probed(found, taken["unet"])
                 config = like(found.config, config)
@@ -203,7 +203,7 @@ class Model:
 
     def _keep(self, *names: str) -> None:
         """Networks that are about to be changed: their files will not have their weights."""
-        if isinstance(self._networks, Turns):
+        if isinstance(self._networks, Offload):
             self._networks.keep(*names)
 
     @property
