@@ -2,8 +2,8 @@
 
 A picture needs the text encoder, then (from a picture) the VAE, then the U-Net for all of its steps, then the VAE. Of
 Stable Diffusion 1.x they are 12, 8 and 80 % of the weights. A GPU's networks lie in CPU memory and come over when it is
-their turn; what was not changed there is not copied back. Where there is no second place to put them, as on a CPU, they are
-read from their file again, and dropped.
+their turn; what was not changed there is not
+copied back. Where there is no second place to put them, as on a CPU, they are read from their file again, and dropped.
 
 >>> with torch.device("meta"):  # without numbers
 ...     networks = {"unet": nn.Linear(4, 4), "vae": nn.Linear(4, 4)}
