@@ -61,7 +61,8 @@ from .params import MAX_SEED, ImageToImage, Inpaint, SamplingParams, TextToImage
 from .resources import resource
 from .runtime.cuda_graphs import Compiled, Recorded
 from .runtime.device import best_dtype, dtype_name, find_device, find_dtype
-from .runtime.offload import Turns
+from .runtime.offload import Offload
+from .runtime.optimize import optimize
 from .runtime.vae_tiling import decode_in_strips, encode_in_strips
 from .samplers import Denoise, Noise, Sampler, Step
 from .schedule import Levels, Schedule
@@ -262,6 +263,8 @@ class StableDiffusion:
         reread = low_memory and device.type in SHARED_MEMORY  # are weights read at each turn, not only now
         try:
             networks = build(source.config)
+            for network in networks.values():
+                optimize(network, device)
             total = sum(math.prod(w.shape) for net in networks.values() for w in net.state_dict().values())
             place = torch.device("cpu") if low_memory and not reread else device
 
@@ -274,7 +277,7 @@ class StableDiffusion:
 
             for name, network in {} if reread else networks.items():
                 read(name, network)
-            taken = Turns(networks, device, read if reread else None) if low_memory else networks
+            taken = Offload(networks, device, read if reread else None) if low_memory else networks
             if not source.decided:
                 source.probe(taken["unet"])
         except BaseException:
@@ -526,7 +529,7 @@ class StableDiffusion:
 
     def _use(self, name: str) -> AbstractContextManager[nn.Module]:
         """A network, which stays on the device within the block."""
-        return self._networks.use(name) if isinstance(self._networks, Turns) else nullcontext(self._networks[name])
+        return self._networks.use(name) if isinstance(self._networks, Offload) else nullcontext(self._networks[name])
 
     def sample(
         self,
@@ -600,7 +603,7 @@ class StableDiffusion:
 
     def _keep(self, *names: str) -> None:
         """Networks that are about to be changed: their files will not have their weights."""
-        if isinstance(self._networks, Turns):
+        if isinstance(self._networks, Offload):
             self._networks.keep(*names)
 
     @property

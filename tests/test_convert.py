@@ -12,7 +12,6 @@ from conftest import loaded
 from safetensors.torch import save_file
 
 from sd import StableDiffusion
-from sd.checkpoints import loading
 from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint
 from sd.checkpoints.convert import convert
 from sd.checkpoints.detect import CONFIG_KEY, detect
@@ -263,16 +262,12 @@ def test_numbers_beyond_float16_are_refused():
     load_weights(build(TINY)["unet"], states["unet"], torch.device("cpu"), torch.bfloat16)
 
 
-@pytest.mark.parametrize("anew", [False, True])
-def test_nothing_is_initialised_and_kernels_are_channels_last(monkeypatch, anew):
-    """Unless they are going to be laid out anew."""
+def test_nothing_is_initialised_and_kernels_are_channels_last():
     assert all(p.is_meta for network in build(SD1).values() for p in network.parameters())
-    monkeypatch.setattr(loading, "lays_out", lambda device, dtype: anew)
     tiny = loaded(tiny_state(), TINY)
-    layout = torch.contiguous_format if anew else torch.channels_last
     for network in tiny.values():
         for key, p in network.named_parameters():
             assert not p.requires_grad and not p.is_meta
-            assert p.dim() != 4 or p.is_contiguous(memory_format=layout), key
+            assert p.dim() != 4 or p.is_contiguous(memory_format=torch.channels_last), key
         assert not any(module.training for module in network.modules())
     assert isinstance(tiny["unet"].mid.attn.blocks[0].attn1, Attention)

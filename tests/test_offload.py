@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 
 import pytest
 import torch
@@ -11,11 +12,10 @@ from common import TINY, TINY_INPAINT, tiny_state
 from PIL import Image
 from safetensors.torch import save_file
 from test_lora import SCHEMES, lora_file, saved
-from torch import nn
 
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.pipeline import StableDiffusion
-from sd.runtime.offload import Turns
+from sd.runtime.offload import Offload
 
 SETTINGS = {"height": 64, "width": 64, "steps": 2, "seed": 3}
 NAMES = ("text_encoder", "vae", "unet")
@@ -203,30 +203,46 @@ def test_weights_that_are_no_good_are_said_when_they_are_read(tmp_path):
     assert low.encode_prompt(["a"]).isfinite().all()
 
 
-class Moved(nn.Linear):
-    """A network that writes down where it was sent."""
+class Counted(Offload):
+    """The CPU stands in for a GPU; copies are counted, in numbers."""
 
-    def __init__(self, name: str, log: list[tuple[str, str]]) -> None:
-        super().__init__(1, 1)
-        self.name, self.log = name, log
+    there = back = 0
 
-    def to(self, place, **options):
-        self.log.append((self.name, str(place)))
-        return self
+    def _to_device(self, tensor):
+        self.there += tensor.numel()
+        return tensor.clone()
+
+    def _from_device(self, tensor):
+        self.back += tensor.numel()
+        return tensor.clone()
 
 
-def test_on_a_gpu_networks_come_and_go():
-    log = []
-    turns = Turns({name: Moved(name, log) for name in NAMES}, torch.device("cuda", 0))
-    assert list(turns) == list(NAMES) and len(turns) == 3 and not log
+def test_on_a_gpu_only_what_was_changed_is_copied_back():
+    networks = {name: torch.nn.Linear(3, 2).requires_grad_(False) for name in NAMES}
+    weight = networks["unet"].weight.clone()
+    offload = Counted(networks, torch.device("cpu"))
+    assert list(offload) == list(NAMES) and len(offload) == 3 and offload.there == 0
     for name in ("text_encoder", "unet", "unet", "vae"):
-        assert turns[name].name == name
-    turns.keep("unet", "text_encoder")  # what is merged into them moves with them
-    _ = turns["unet"]
-    assert log == [
-        *[("text_encoder", "cuda:0"), ("text_encoder", "cpu"), ("unet", "cuda:0")],
-        *[("unet", "cpu"), ("vae", "cuda:0"), ("vae", "cpu"), ("unet", "cuda:0")],
-    ]
+        assert offload[name] is networks[name]
+    assert (offload.there, offload.back) == (3 * 8, 0)
+    changes = (lambda w: w.mul_(2), lambda w: w.data.mul_(2), lambda w: setattr(w, "data", 2 * w.data))
+    for i, change in enumerate(changes, start=1):
+        with torch.no_grad():
+            change(offload["unet"].weight)
+        _ = offload["vae"]
+        assert offload.back == i * 6  # not the bias
+        assert torch.equal(offload["unet"].weight, 2**i * weight)
+
+
+def test_a_network_in_use_is_not_moved_away():
+    offload = Counted({name: torch.nn.Linear(1, 1) for name in NAMES}, torch.device("cpu"))
+    other = threading.Thread(target=lambda: offload["vae"])
+    with offload.use("unet"), offload.use("unet"):
+        other.start()
+        other.join(0.2)
+        assert other.is_alive() and offload._here == "unet"
+    other.join(5)
+    assert offload._here == "vae"
 
 
 @pytest.mark.gpu

@@ -27,6 +27,7 @@ from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion, draw, generators
 from sd.runtime import cpu_kernels as kernels
 from sd.runtime.cuda_graphs import Recorded
+from sd.runtime.optimize import optimize
 from sd.schedule import Schedule
 from sd.study import (
     attention,
@@ -91,32 +92,29 @@ def test_looking_changes_nothing(tiny, inputs):
     assert hooks(unet) == others
 
 
-PATHS = {  # name: precision, side of the latent, from what it differs
-    "fused": (torch.float32, 16),
-    "by rows": (torch.float32, 24),  # 576 places: from 512 on
-    "by rows, bfloat16": (torch.bfloat16, 24),
-    "with gradients": (torch.float32, 24),
-    "plain weights": (torch.float32, 24),
-    "as on a GPU": (torch.float32, 24),
-    "as on a GPU, bfloat16": (torch.bfloat16, 24),
-    "autocast": (torch.float32, 24),
+PATHS = {  # name: precision, the kernels that are forced
+    "plain": (torch.float32, "plain"),
+    "packed, by rows": (torch.float32, "packed"),
+    "packed, by rows, bfloat16": (torch.bfloat16, "packed"),
+    "measured": (torch.float32, None),
+    "with gradients": (torch.float32, "packed"),
+    "not optimized": (torch.float32, "packed"),
+    "autocast": (torch.float32, "packed"),
 }
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_every_path_of_attention(tiny, path, monkeypatch):
     """The weights by the formula give what the network's kernels give, whichever it uses; none of them is disturbed."""
-    dtype, side = PATHS[path]
+    dtype, choice = PATHS[path]
     rows = []
     by_rows = kernels._attention_by_rows
     monkeypatch.setattr(kernels, "_attention_by_rows", lambda *args: rows.append(1) or by_rows(*args))
-    if path.startswith("as on a GPU"):
-        monkeypatch.setattr(kernels, "onednn_dtypes", frozenset)  # no layouts, no rows
     unet = build_like(tiny["unet"]).to(dtype).requires_grad_(path == "with gradients")
-    if path == "plain weights":
-        kernels.keep_plain(unet)
+    if path != "not optimized":
+        optimize(unet)
     rng = torch.Generator().manual_seed(1)
-    x = torch.randn(1, 4, side, side, generator=rng).to(dtype)
+    x = torch.randn(1, 4, 24, 24, generator=rng).to(dtype)
     given = x, torch.tensor([300.0]), Conditioning(torch.randn(1, 77, 64, generator=rng).to(dtype))
     errors = []
 
@@ -127,7 +125,7 @@ def test_every_path_of_attention(tiny, path, monkeypatch):
         errors.append(error(call.output(weights).detach().float(), real.detach().float()))
 
     gradients, half = path == "with gradients", path == "autocast"
-    with torch.set_grad_enabled(gradients), torch.autocast("cpu", enabled=half):
+    with kernels.prefer(choice), torch.set_grad_enabled(gradients), torch.autocast("cpu", enabled=half):
         before = unet(*given)
         for _ in range(2):
             with attention.watching(unet, see):
@@ -135,10 +133,11 @@ def test_every_path_of_attention(tiny, path, monkeypatch):
             with attention.recording(unet, "self"):
                 assert torch.equal(unet(*given), before)
             assert torch.equal(unet(*given), before)
-    here = kernels.onednn_dtypes()
-    assert bool(rows) == (dtype in here and path.startswith(("by rows", "plain weights", "autocast")))
-    laid_out = dtype in here and path in ("fused", "by rows", "by rows, bfloat16")
-    assert {layer.q.weight.is_mkldnn for _, layer in attention.sites(unet)} == {laid_out}
+    if choice is not None:
+        # within autocast, queries are in bfloat16, which has a fast path only where the processor multiplies it
+        within = torch.bfloat16 if half else dtype
+        fast = choice == "packed" and path not in ("with gradients", "not optimized")
+        assert bool(rows) == (fast and within in kernels.onednn_dtypes())
     assert len(errors) == 2 * len(attention.sites(unet))
     assert max(errors) < (1e-5 if dtype == torch.float32 and path != "autocast" else 0.02)
 
@@ -648,7 +647,7 @@ def test_steering_where_weights_are_moved_between_turns(tiny):
                     weight.data = weight.data.to(torch.float32 if other == name else torch.float64)
             return super().__getitem__(name)
 
-    networks = {name: kernels.keep_plain(copy.deepcopy(net)) for name, net in tiny.items()}
+    networks = {name: copy.deepcopy(net) for name, net in tiny.items()}
     model = StableDiffusion(TINY, **networks)
     loss = steering.colour_loss(-1.0, -1.0, 1.0)
     expected = steering.steering(model, PROMPT, loss, (10.0,), FEW)
@@ -704,15 +703,14 @@ def test_network_is_counted_whole(config, parameters):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_network_is_counted_as_ever_once_it_has_run(tiny, inputs, dtype):
-    """Its weights are in oneDNN's layout then (kernels.py), which has neither the usual strides nor rows to count."""
-    unet = build_like(tiny["unet"]).to(dtype).requires_grad_(False)
+    unet = optimize(build_like(tiny["unet"]).to(dtype).requires_grad_(False))
     with torch.device("meta"):
         expected = network.trace(UNet(TINY.unet), 24, 24)
     given = [inputs[0].to(dtype), inputs[1], inputs[2].to(dtype=dtype)]
-    before = unet(*given)
-    assert network.trace(unet, 24, 24) == expected
-    assert torch.equal(unet(*given), before)
-    assert any(p.is_mkldnn for p in unet.parameters()) == (dtype in kernels.onednn_dtypes())
+    with kernels.prefer("packed"):
+        before = unet(*given)
+        assert network.trace(unet, 24, 24) == expected
+        assert torch.equal(unet(*given), before)
 
 
 # ------------------------------------------------------------------------------------- full size

@@ -7,9 +7,9 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sd.runtime.cpu_kernels import Conv2d, Linear
+from sd.runtime.optimize import optimize
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices
 CONVOLUTIONS = ((512, 64), (1024, 32))  # channels and side of maps like the VAE's and the U-Net's
@@ -18,21 +18,23 @@ SECONDS = 0.3  # for each of them
 
 
 def peak(device: torch.device, dtype: torch.dtype, trial: bool = False) -> float:
-    """FLOP/s of the fastest, with weights laid out once where that is faster (cpu_kernels.py).
+    """FLOP/s of the fastest, with weights packed once where that is faster (sd/runtime/optimize.py).
 
     trial   take small ones, which tell less
     """
     size = TRIAL_SIDE if trial else SIDE.get(device.type, 4096)
     matrix = torch.ones(size, size, device=device, dtype=dtype)
-    linear = Linear(size, size, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    linear = optimize(nn.Linear(size, size, bias=False, device=device, dtype=dtype).requires_grad_(False))
     calls: list[tuple[float, Callable[[], Tensor]]] = [
         (2 * size**3, lambda: matrix @ matrix),
         (2 * size**3, lambda: linear(matrix)),
     ]
     for channels, side in TRIAL_CONVOLUTIONS if trial else CONVOLUTIONS:
         x = torch.ones(1, channels, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-        layer = Conv2d(channels, channels, 3, padding=1, bias=False, device=device, dtype=dtype).requires_grad_(False)
-        layer = layer.to(memory_format=torch.channels_last)
+        layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False, device=device, dtype=dtype).requires_grad_(
+            False
+        )
+        layer = optimize(layer.to(memory_format=torch.channels_last))
         calls.append((2 * side**2 * channels**2 * 9, lambda layer=layer, x=x: layer(x)))
     return max(flop / fastest(call, device) for flop, call in calls)
 

@@ -26,8 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..runtime.cpu_kernels import plain
-
 Place = tuple[str, str]  # network ("unet", "text_encoder") and our name of a weight in it
 
 
@@ -114,7 +112,7 @@ class Merged:
     def _weight(self, place: Place) -> nn.Parameter:
         network, key = place
         layer, _, name = key.rpartition(".")
-        return plain(self.networks[network].get_submodule(layer)).get_parameter(name)
+        return self.networks[network].get_submodule(layer).get_parameter(name)
 
     def _refresh(self, places: Mapping[Place, None]) -> None:
         """Compute these weights anew from what they were and all LoRAs that change them."""

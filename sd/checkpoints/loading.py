@@ -22,7 +22,6 @@ from ..config import Config, TextConfig
 from ..models.text_encoder import TextEncoder
 from ..models.unet import UNet
 from ..models.vae import VAE
-from ..runtime.cpu_kernels import lays_out
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming, printable, shapes
 from .convert import FLAGS, NAMES, convert, describe_weights, shape_text
 from .detect import CONFIG_KEY, Identity, damaged_position_ids, identify, with_vocabulary
@@ -114,12 +113,10 @@ def load_weights(
     """Give a network on the meta device its weights; each is read, converted and dropped, so nothing is held twice.
 
     Convolution kernels are laid out channels-last, the layout in which convolutions run fastest on CPU and GPU and in
-    which a transformer's tokens are a view of the feature map, unless they are going to be laid out anew (kernels.py).
-    `progress` is told how many numbers each weight has. A weight that already is as wanted is taken as it is, not
-    copied.
+    which a transformer's tokens are a view of the feature map. `progress` is told how many numbers each weight has. A
+    weight that already is as wanted is taken as it is, not copied.
     """
     shapes = {key: meta.shape for key, meta in module.state_dict().items()}
-    of_kernels = torch.contiguous_format if lays_out(device, dtype) else torch.channels_last
 
     def ready(key: str) -> Tensor:
         tensor = state[key]
@@ -131,7 +128,7 @@ def load_weights(
             raise CheckpointError(
                 f"{key} holds whole numbers ({tensor.dtype}): a quantised file, which is not supported"
             )
-        layout = of_kernels if tensor.dim() == 4 else torch.contiguous_format
+        layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
         if device.type == "cpu":
             weight = _in_pages(tensor, dtype, layout)
         else:

@@ -25,7 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import GROUPS
-from ..runtime.cpu_kernels import Conv2d, EnlargingConv2d, GroupNorm, Linear, attention
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
+    """Multi-head attention: q (B, N, D), k and v (B, M, D) -> (B, N, D).
+
+    PyTorch's fused kernel never builds the N x M matrix; it scales before the softmax and sums in float32, which keeps
+    half precision safe. `causal` lets token n see tokens 0..n only (M = N).
+    """
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N, d)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(-2)  # (B, N, D)
 
 
 class Attention(nn.Module):
@@ -38,10 +47,10 @@ class Attention(nn.Module):
         super().__init__()
         context_width = width if context_width is None else context_width
         self.heads = heads
-        self.q = Linear(width, width, bias=qkv_bias)
-        self.k = Linear(context_width, width, bias=qkv_bias)
-        self.v = Linear(context_width, width, bias=qkv_bias)
-        self.out = Linear(width, width)
+        self.q = nn.Linear(width, width, bias=qkv_bias)
+        self.k = nn.Linear(context_width, width, bias=qkv_bias)
+        self.v = nn.Linear(context_width, width, bias=qkv_bias)
+        self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor | None = None, causal: bool = False) -> Tensor:
         """x (B, N, D), context (B, M, context width) or None for x itself -> (B, N, D)."""
@@ -54,8 +63,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, factor: int = 4) -> None:
         super().__init__()
-        self.proj = Linear(width, 2 * factor * width)
-        self.out = Linear(factor * width, width)
+        self.proj = nn.Linear(width, 2 * factor * width)
+        self.out = nn.Linear(factor * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
@@ -72,12 +81,12 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, eps: float, time_width: int | None = None) -> None:
         super().__init__()
-        self.norm1 = GroupNorm(GROUPS, in_channels, eps)
-        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time = Linear(time_width, out_channels) if time_width else None
-        self.norm2 = GroupNorm(GROUPS, out_channels, eps)
-        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
-        self.skip = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.norm1 = nn.GroupNorm(GROUPS, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time = nn.Linear(time_width, out_channels) if time_width else None
+        self.norm2 = nn.GroupNorm(GROUPS, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """x (B, C_in, H, W), time (B, time width) or None -> (B, C_out, H, W)."""
@@ -94,14 +103,15 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = EnlargingConv2d(channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, *size); twice the size where none is given.
 
         Halving an odd size rounds up, so the way back needs to be told the size it came from.
         """
-        return self.conv(x, size)
+        size = size or (2 * x.shape[-2], 2 * x.shape[-1])
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import TextConfig
-from ..runtime.cpu_kernels import Linear
 from .layers import Attention
 
 NORM_EPS = 1e-5  # every LayerNorm
@@ -46,8 +45,8 @@ class TextBlock(nn.Module):
         self.norm1 = nn.LayerNorm(config.width, NORM_EPS)
         self.attn = Attention(config.width, config.heads)
         self.norm2 = nn.LayerNorm(config.width, NORM_EPS)
-        self.fc1 = Linear(config.width, 4 * config.width)
-        self.fc2 = Linear(4 * config.width, config.width)
+        self.fc1 = nn.Linear(config.width, 4 * config.width)
+        self.fc2 = nn.Linear(4 * config.width, config.width)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:

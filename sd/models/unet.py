@@ -27,11 +27,10 @@ from torch import Tensor, nn
 
 from ..conditioning import Conditioning
 from ..config import GROUPS, UNetConfig
-from ..runtime.cpu_kernels import Conv2d, GroupNorm, Linear
 from .layers import Attention, FeedForward, ResBlock, Upsample, timestep_embedding
 
 NORM_EPS = 1e-5  # residual blocks, norm_out and LayerNorms
-TRANSFORMER_NORM_EPS = 1e-6  # the GroupNorm before a transformer: the original builds it with another helper
+TRANSFORMER_NORM_EPS = 1e-6  # the nn.GroupNorm before a transformer: the original builds it with another helper
 
 
 class TransformerBlock(nn.Module):
@@ -58,10 +57,10 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels: int, heads: int, context_width: int, depth: int = 1) -> None:
         super().__init__()
-        self.norm = GroupNorm(GROUPS, channels, TRANSFORMER_NORM_EPS)
-        self.proj_in = Linear(channels, channels)
+        self.norm = nn.GroupNorm(GROUPS, channels, TRANSFORMER_NORM_EPS)
+        self.proj_in = nn.Linear(channels, channels)
         self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_width) for _ in range(depth))
-        self.proj_out = Linear(channels, channels)
+        self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x (B, C, H, W), context (B, M, D) -> (B, C, H, W)."""
@@ -101,7 +100,7 @@ class Stage(nn.Module):
         self.attn = nn.ModuleList(
             SpatialTransformer(channels, heads, config.context, depth) for _ in widths if depth > 0
         )
-        self.down: Conv2d | None = None
+        self.down: nn.Conv2d | None = None
         self.up: Upsample | None = None
 
     def block(self, i: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
@@ -118,11 +117,13 @@ class UNet(nn.Module):
         self.config = config
         first, last = config.channels[0], config.channels[-1]
         time_width = 4 * first
-        self.time = nn.Sequential(Linear(first, time_width), nn.SiLU(), Linear(time_width, time_width))
+        self.time = nn.Sequential(nn.Linear(first, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
         self.vector: nn.Sequential | None = None
         if config.vector is not None:
-            self.vector = nn.Sequential(Linear(config.vector, time_width), nn.SiLU(), Linear(time_width, time_width))
-        self.conv_in = Conv2d(config.in_channels, first, 3, padding=1)
+            self.vector = nn.Sequential(
+                nn.Linear(config.vector, time_width), nn.SiLU(), nn.Linear(time_width, time_width)
+            )
+        self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
 
         self.down = nn.ModuleList()
         skips = [first]  # channels of everything that is kept on the way down
@@ -131,7 +132,7 @@ class UNet(nn.Module):
             level = Stage(config, i, widths, time_width)
             skips += [channels] * config.blocks
             if i < len(config.channels) - 1:
-                level.down = Conv2d(channels, channels, 3, stride=2, padding=1)
+                level.down = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
                 skips.append(channels)
             self.down.append(level)
 
@@ -148,8 +149,8 @@ class UNet(nn.Module):
             width = channels
         self.up = nn.ModuleList(reversed(up))
 
-        self.norm_out = GroupNorm(GROUPS, first, NORM_EPS)
-        self.conv_out = Conv2d(first, config.out_channels, 3, padding=1)
+        self.norm_out = nn.GroupNorm(GROUPS, first, NORM_EPS)
+        self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
     def forward(
         self,

@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import GROUPS, VAEConfig
-from ..runtime.cpu_kernels import Conv2d, GroupNorm
 from .layers import Attention, ResBlock, Upsample
 
 NORM_EPS = 1e-6  # every normalisation of the VAE; the U-Net's blocks have 1e-5
@@ -53,7 +52,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = Conv2d(channels, channels, 3, stride=2)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H/2, W/2)."""
@@ -65,7 +64,7 @@ class PixelAttention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = GroupNorm(GROUPS, channels, NORM_EPS)
+        self.norm = nn.GroupNorm(GROUPS, channels, NORM_EPS)
         self.attn = Attention(channels, heads=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,14 +110,14 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        self.conv_in = Conv2d(config.image_channels, config.channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.image_channels, config.channels[0], 3, padding=1)
         widths = (config.channels[0], *config.channels)
         self.down = nn.ModuleList(Stage(a, b, config.blocks) for a, b in pairwise(widths))
         for level in self.down[:-1]:
             level.down = Downsample(level.res[-1].conv2.out_channels)
         self.mid = Middle(widths[-1])
-        self.norm_out = GroupNorm(GROUPS, widths[-1], NORM_EPS)
-        self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.norm_out = nn.GroupNorm(GROUPS, widths[-1], NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, 8, h, w)."""
@@ -133,14 +132,14 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        self.conv_in = Conv2d(config.latent_channels, config.channels[-1], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.latent_channels, config.channels[-1], 3, padding=1)
         self.mid = Middle(config.channels[-1])
         widths = (*config.channels, config.channels[-1])  # what comes in from the coarser level, behind each level
         self.up = nn.ModuleList(Stage(b, a, config.blocks + 1) for a, b in pairwise(widths))
         for level in self.up[1:]:
             level.up = Upsample(level.res[-1].conv2.out_channels)
-        self.norm_out = GroupNorm(GROUPS, widths[0], NORM_EPS)
-        self.conv_out = Conv2d(widths[0], config.image_channels, 3, padding=1)
+        self.norm_out = nn.GroupNorm(GROUPS, widths[0], NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, 4, h, w) -> (B, 3, H, W), about [-1, 1]."""
@@ -158,8 +157,8 @@ class VAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant = Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
-        self.post_quant = Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.quant = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image (B, 3, H, W) in [-1, 1] -> mean and log variance of the unscaled latent, each (B, 4, h, w)."""

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
 from ..conditioning import Conditioning
-from .cpu_kernels import keep_plain, lays_out
+from .cpu_kernels import onednn_dtypes
+from .optimize import restore
 
 SHAPES = 2  # recordings that are kept: each holds the memory of a step
 WARM_UP = 2  # runs before a recording, in which libraries choose their kernels and take their memory
@@ -165,9 +166,9 @@ class Compiled:
 
     def __init__(self, network: nn.Module) -> None:
         weight = next(network.parameters())
-        if lays_out(weight.device, weight.dtype):
+        if weight.device.type == "cpu" and weight.dtype in onednn_dtypes():
             warnings.warn("compiled, the U-Net is slower on this processor than as it is", stacklevel=3)
-        self._network = keep_plain(network)
+        self._network = restore(network)
         self._fast: Network | None = None  # when it is first called
 
     def __getstate__(self):  # for copying: a copy has another network

@@ -2,12 +2,13 @@
 
 A picture needs the text encoder, then (from a picture) the VAE, then the U-Net for all of its steps, then the VAE. Of
 Stable Diffusion 1.x they are 12, 8 and 80 % of the weights. A GPU's networks lie in CPU memory and come over when it is
-their turn. Where there is no second place to put them, as on a CPU, they are read from their file again, and dropped.
+their turn; what was not changed there is not
+copied back. Where there is no second place to put them, as on a CPU, they are read from their file again, and dropped.
 
 >>> with torch.device("meta"):  # without numbers
 ...     networks = {"unet": nn.Linear(4, 4), "vae": nn.Linear(4, 4)}
->>> turns = Turns(networks, torch.device("cpu"), lambda name, network: network.to_empty(device="cpu"))
->>> turns["unet"].weight.is_meta, turns["vae"].weight.is_meta, networks["unet"].weight.is_meta
+>>> offload = Offload(networks, torch.device("cpu"), lambda name, network: network.to_empty(device="cpu"))
+>>> offload["unet"].weight.is_meta, offload["vae"].weight.is_meta, networks["unet"].weight.is_meta
 (False, False, True)
 """
 
@@ -19,13 +20,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
-class Turns(Mapping[str, nn.Module]):
+class Offload(Mapping[str, nn.Module]):
     """Networks by name. Whichever is asked for has its weights on the device; it has taken them from the one before.
 
-    So a network is to be asked for whenever it is used, not kept: `turns["unet"](...)`.
+    So a network is to be asked for whenever it is used, not kept: `offload["unet"](...)`. Several threads
+    take `with offload.use("unet") as network:`, which keeps it on the device until the end of the block.
     """
 
     def __init__(
@@ -38,9 +40,21 @@ class Turns(Mapping[str, nn.Module]):
         self._networks, self._device, self._read = networks, device, read
         self._here: str | None = None  # whose turn it is
         self._kept: set[str] = set()
+        # of the network on the device: each tensor, its fingerprint as it came, and the copy in CPU memory
+        self._copies: list[tuple[Tensor, Tensor, Tensor]] = []
         self._lock = threading.RLock()
 
+    @contextmanager
+    def use(self, name: str) -> Iterator[nn.Module]:
+        """The network, which no other thread can move away within the block."""
+        with self._lock:
+            yield self[name]
+
     def __getitem__(self, name: str) -> nn.Module:
+        with self._lock:
+            return self._get(name)
+
+    def _get(self, name: str) -> nn.Module:
         network = self._networks[name]
         if name != self._here and name not in self._kept:
             if self._here is not None and self._here not in self._kept:
@@ -50,41 +64,79 @@ class Turns(Mapping[str, nn.Module]):
             self._here = name
         return network
 
-    @contextmanager
-    def use(self, name: str) -> Iterator[nn.Module]:
-        """A network whose turn it is as long as the block lasts, whatever other threads ask for."""
-        with self._lock:
-            yield self[name]
-
     def keep(self, *names: str) -> None:
         """Networks that are about to be changed, so that what the file holds will no longer do: they stay.
 
         Where weights are moved, not read again, changes move with them.
         """
-        if self._read is not None:
+        if self._read is None:
+            return
+        with self._lock:
             for name in set(names) - self._kept:
                 if name != self._here:
                     self._bring(name)
                 self._kept.add(name)
 
     def _bring(self, name: str) -> None:
+        network = self._networks[name]
         if self._read is not None:
-            self._read(name, self._networks[name])
-        else:
-            self._networks[name].to(self._device, memory_format=torch.channels_last)
+            self._read(name, network)
+            return
+        self._copies = []
+        for tensor in _tensors(network):
+            copy = tensor.data
+            if self._device.type == "cuda" and not copy.is_pinned():  # once: from then on it is copied at full speed
+                copy = copy.pin_memory()
+            tensor.data = self._to_device(copy)
+            self._copies.append((tensor, fingerprint(tensor.data), copy))
 
     def _put_away(self, name: str) -> None:
+        network = self._networks[name]
         if self._read is not None:
-            self._networks[name].to("meta")
+            network.to("meta")
             give_back_memory()
-        else:
-            self._networks[name].to("cpu")
+            return
+        copies = {id(tensor): (before, copy) for tensor, before, copy in self._copies}
+        self._copies = []
+        for tensor in _tensors(network):
+            before, copy = copies.get(id(tensor), (None, None))
+            same = copy is not None and tensor.dtype == copy.dtype and tensor.shape == copy.shape
+            same = same and torch.equal(fingerprint(tensor.data), before)
+            tensor.data = copy if same else self._from_device(tensor.data)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device, kernels channels-last."""
+        layout = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
+        return tensor.to(self._device, memory_format=layout)
+
+    def _from_device(self, tensor: Tensor) -> Tensor:
+        """The tensor in CPU memory."""
+        return tensor.cpu()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._networks)
 
     def __len__(self) -> int:
         return len(self._networks)
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    """Parameters and buffers."""
+    return [*network.parameters(), *network.buffers()]
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """(2,) whole numbers, on the tensor's device, that change with its bits: their sum, and that of rows by place.
+
+    Versions of tensors do not tell: changes through `.data`, as LoRAs are merged, leave them as they are.
+
+    >>> fingerprint(torch.tensor([1.0, 2.0])).equal(fingerprint(torch.tensor([2.0, 1.0])))
+    False
+    """
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    rows = tensor.detach().reshape(len(tensor) if tensor.dim() else 1, -1).view(kind).sum(dim=1, dtype=torch.int64)
+    places = torch.arange(1, len(rows) + 1, device=rows.device)
+    return torch.stack([rows.sum(), (rows * places).sum()])
 
 
 def give_back_memory() -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..models.layers import ResBlock, Upsample
 from ..models.vae import VAE, Downsample, Gaussian, Stage
-from .cpu_kernels import GroupNorm, moments
+from .cpu_kernels import moments
 
 NUMBERS = 2**24  # of a strip: 32 to 64 MB
 LEAST = 8  # rows of a strip: each strip computes up to two rows more than it gives
@@ -69,7 +69,7 @@ def empty(x: Map, channels: int, like: Tensor) -> Tensor:
     return torch.empty(B, channels, H, W, device=like.device, dtype=like.dtype, memory_format=torch.channels_last)
 
 
-def activated(norm: GroupNorm, x: Map) -> Callable[[Tensor], Tensor]:
+def activated(norm: nn.GroupNorm, x: Map) -> Callable[[Tensor], Tensor]:
     """The function rows -> SiLU(GroupNorm(rows)), with the mean and variance of the whole map."""
     B, C, H, _ = x.shape
     mean, square = torch.zeros(2, B, C, dtype=torch.float64, device="cpu")
@@ -123,7 +123,7 @@ def stage(level: Stage, x: Map, own: Tensor | None) -> Tensor:
     return own
 
 
-def last_layers(norm: GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
+def last_layers(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
     """SiLU(GroupNorm(x)), convolved."""
     x, ready = stored(x), activated(norm, stored(x))
     out = empty(x, conv.out_channels, conv.bias)

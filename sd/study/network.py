@@ -5,7 +5,7 @@ A multiplication and an addition are counted as two floating point operations (F
 
     convolution   2 k² C_in C_out H W          linear   2 D_in D_out N          attention   4 N M D
 
-These are the operations of the formulas; kernels.py does some convolutions with fewer.
+These are the operations of the formulas; cpu_kernels.py does some convolutions with fewer.
 
 >>> from sd.config import UNetConfig
 >>> parts = trace(UNet(UNetConfig(channels=(32, 64), heads=(2, 2), depth=(0, 1), blocks=1)), 16, 16)
@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
 def _flops(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> int:
     """Of one call of a layer by itself, its children not counted."""
-    if isinstance(module, nn.Conv2d):  # not by the weight, which may be in a layout of its own (kernels.py)
+    if isinstance(module, nn.Conv2d):
         return 2 * math.prod(module.kernel_size) * module.in_channels // module.groups * out.numel()
     if isinstance(module, nn.Linear):
         return 2 * module.in_features * out.numel()

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from ..params import SamplingParams
 from ..pipeline import StableDiffusion
-from ..runtime.cpu_kernels import plain
 from ..samplers import Denoise
 from ..schedule import Level
 from .drawing import Axes, Curve, above, figure, plot, strip
@@ -102,8 +101,6 @@ def steering(
         return model.vae.decode(x0.to(model.dtype)).float()
 
     for scale in scales:
-        for network in (model.vae, model.unet):
-            plain(network)  # or every call would have a copy of its weights, to be kept for the gradient
         each: list[Tensor] = []
         x = last(walk(model, steered(denoise, loss, scale, decode, each), noise(model, settings), settings))
         pictures += model.decode(x)
