@@ -120,6 +120,12 @@ class SamplingParams:
     def resolved(self, config: Config) -> SamplingParams:
         """The same for a model, with what is customary filled in: its sampler, grid, steps and guidance."""
         name = sampler_key(find_sampler(self.sampler or config.sampler))
+        if self.sampler is None and not self.options.keys() <= SAMPLERS[name].options.keys():
+            # an option asks for its sampler: the original's --ddim_eta, for example
+            having = [key for key, entry in SAMPLERS.items() if self.options.keys() <= entry.options.keys()]
+            if not having:
+                raise ValueError(f"no sampler has all of {', '.join(self.options)}")
+            name = having[0]
         entry = SAMPLERS[name]
         return replace(
             self,
@@ -150,6 +156,8 @@ class TextToImage:
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, Tensor):
             object.__setattr__(self, "prompt", texts(self.prompt))
+        if not isinstance(self.negative, str):
+            raise ValueError(f"the negative prompt must be a text, got {self.negative!r:.100}")
 
     @property
     def strength(self) -> float:
@@ -267,8 +275,8 @@ def from_dict(values: Mapping[str, Any]) -> TextToImage:
         given["params"] = SamplingParams(**given.get("params", {}))
         for name in ("image", "mask"):
             if given.get(name) is not None:
-                given[name] = Image.open(io.BytesIO(base64.b64decode(given[name], validate=True)), formats=["PNG"])
-                given[name].load()
+                png = io.BytesIO(base64.b64decode(given[name], validate=True))
+                given[name] = Image.open(png, formats=["PNG"]).copy()
         return kind(**given)
     except (TypeError, KeyError, AttributeError, OSError, SyntaxError) as error:
         raise ValueError(f"not a request: {error!s:.200}") from None

@@ -72,7 +72,7 @@ def test_one_context_serves_all_and_other_numbers_are_refused():
     out = Denoiser(network, schedule, ONE, NONE, 3.0)(X, level)
     for i in range(2):
         assert error(out[i : i + 1], Denoiser(network, schedule, ONE, NONE, 3.0)(X[i : i + 1], level)) < 1e-6
-    with pytest.raises(ValueError, match="a context for 2 pictures, but there are 3"):
+    with pytest.raises(ValueError, match="a context for 2 images, but there are 3"):
         Denoiser(network, schedule, COND, NONE, 3.0)(torch.cat([X, X[:1]]), level)
 
 
@@ -101,7 +101,7 @@ def test_all_of_a_conditioning_goes_together():
         concatenate([whole, whole._replace(vector=None)])
     with pytest.raises(ValueError, match="concats must be of one shape"):
         concatenate([whole, whole._replace(concat=torch.ones(1, 4, 6, 8))])
-    with pytest.raises(ValueError, match="a vector for 2 pictures, but there are 3"):
+    with pytest.raises(ValueError, match="a vector for 2 images, but there are 3"):
         Conditioning(whole.context, torch.ones(2, 5)).expand(3)
 
 

@@ -50,7 +50,7 @@ def test_a_changed_picture(edit, tmp_path):
     image = made(tmp_path)
     assert image.size == (64, 64) and np.asarray(image).std() > 1
     assert re.fullmatch(
-        r"a red cube\nSteps: 2, Sampler: DDIM, Schedule type: Leading, CFG scale: 7.5, Seed: 7, Size: 64x64, "
+        r"a red cube\nSteps: 2, Sampler: DPM\+\+ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 7, Size: 64x64, "
         r"Denoising strength: 0.5, Painted size: 64x64, Init image hash: [0-9a-f]{10}, "
         r"Model hash: [0-9a-f]{10}, Model: tiny, "
         r"Precision: float32, Version: sd [\d.]+",

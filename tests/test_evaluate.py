@@ -299,7 +299,7 @@ def test_changed_pictures_are_judged_by_the_new_caption(name, monkeypatch) -> No
 
 
 def test_a_whole_run(small_judge, tmp_path, capsys, tiny_sd, monkeypatch) -> None:
-    monkeypatch.setattr(evaluate.painting, "load", lambda args: tiny_sd)
+    monkeypatch.setattr(evaluate.generate, "load", lambda args: tiny_sd)
     monkeypatch.setattr(evaluate, "THROUGH_VAE", 2)
     files = [tmp_path / name for name in ("new/card.md", "scores.json", "wrong")]
     options = ["--prompts", "2", "--guidance", "1", "3", "--steps", "1", "--probes", "2", "--renderings", "6"]

@@ -59,7 +59,9 @@ def test_prompt_to_picture_like_the_original_2():
 
 
 def test_text_to_image_is_these_parts(tiny_sd):
-    (image,) = tiny_sd.txt2img("a red cube", "blue", height=96, width=64, steps=3, guidance=4.0, seed=11)
+    (image,) = tiny_sd.txt2img(
+        "a red cube", "blue", height=96, width=64, steps=3, guidance=4.0, seed=11, sampler="ddim"
+    )
     noise = torch.randn(4, 12, 8, generator=torch.Generator().manual_seed(11))[None]
     denoise = tiny_sd.denoiser(tiny_sd.encode_prompt(["a red cube"]), tiny_sd.encode_prompt(["blue"]), 4.0)
     *_, last = tiny_sd.sample(denoise, noise, tiny_sd.schedule.levels(3, "leading"), "ddim")
@@ -67,7 +69,9 @@ def test_text_to_image_is_these_parts(tiny_sd):
     assert np.abs(pixels(image) - pixels(tiny_sd.decode(last.x)[0])).max() <= 1
 
 
-@pytest.mark.parametrize("options", [{}, {"eta": 1.0}, {"sampler": "ddpm"}, {"guidance": 1.0}, {"height": 72}])
+@pytest.mark.parametrize(
+    "options", [{}, {"sampler": "ddim", "eta": 1.0}, {"sampler": "ddpm"}, {"guidance": 1.0}, {"height": 72}]
+)
 def test_picture_depends_on_its_seed_only(tiny_sd, options):
     """Not on the batch, nor on the place in it; also where the latent's size is no multiple of 16."""
     settings = {"height": 64, "width": 40, "steps": 4} | options
@@ -167,7 +171,7 @@ def test_global_random_numbers_are_left_alone(tiny_sd):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    tiny_sd.txt2img("x", height=64, width=64, steps=2, eta=1.0)
+    tiny_sd.txt2img("x", height=64, width=64, steps=2, sampler="ddim", eta=1.0)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -193,7 +197,7 @@ def test_native_size(tiny_sd):
         ({"spacing": "even"}, "unknown spacing"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**64}, "seed"),
-        ({"n": 0}, "number of pictures"),
+        ({"n": 0}, "number of images"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": torch.zeros(77, 64)}, r"a context must be \(B, 77, 64\), got \(77, 64\)"),
@@ -228,7 +232,7 @@ def test_half_precision_that_overflows_is_decoded_again():
     z = reference.normal("z", (2, 4, 8, 8))
     with torch.no_grad():  # beyond float16 inside of the decoder, not at its ends
         sd.vae.decoder.conv_in.weight.mul_(3e4)
-    with pytest.warns(UserWarning, match="a picture is not finite in float16: computing it again in float32"):
+    with pytest.warns(UserWarning, match="the image is not finite in float16: computing it again in float32"):
         images = sd.decode(z)
     assert len(images) == 2 and all(pixels(image).std() > 1 for image in images)
     assert next(sd.vae.parameters()).dtype == torch.float16
@@ -292,7 +296,9 @@ def test_image_to_image_of_the_original(tiny_sd, name):
 
 def test_image_to_image_is_these_parts(tiny_sd):
     picture = photo(64, 96)
-    (image,) = tiny_sd.img2img("a red cube", picture, "blue", strength=0.5, steps=4, height=96, width=64, seed=11)
+    (image,) = tiny_sd.img2img(
+        "a red cube", picture, "blue", strength=0.5, steps=4, height=96, width=64, seed=11, sampler="ddim"
+    )
     rng = torch.Generator().manual_seed(11)
     posterior, noise = torch.randn(1, 4, 12, 8, generator=rng), torch.randn(1, 4, 12, 8, generator=rng)
     pixels_in = torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)[None] / 127.5 - 1
@@ -398,7 +404,7 @@ def test_outside_of_the_mask_no_pixel_changes(either, size, options):
 
 def test_inpainting_with_4_channels_is_these_parts(tiny_sd):
     picture, mask = photo(64, 64), a_mask(64, 64)
-    (image,) = tiny_sd.inpaint("a cat", picture, mask, steps=3, seed=11, height=64, width=64)
+    (image,) = tiny_sd.inpaint("a cat", picture, mask, steps=3, seed=11, height=64, width=64, sampler="ddim")
     rng = torch.Generator().manual_seed(11)
     posterior, x = torch.randn(1, 4, 8, 8, generator=rng), torch.randn(1, 4, 8, 8, generator=rng)
     z = tiny_sd.encode(picture).sample(posterior)
@@ -419,7 +425,7 @@ def test_inpainting_with_4_channels_is_these_parts(tiny_sd):
 
 def test_inpainting_with_9_channels_is_these_parts(tiny_inpaint):
     sd, picture, mask = tiny_inpaint, photo(64, 64), a_mask(64, 64)
-    (image,) = sd.inpaint("a cat", picture, mask, steps=3, seed=11, eta=1.0, height=64, width=64)
+    (image,) = sd.inpaint("a cat", picture, mask, steps=3, seed=11, sampler="ddim", eta=1.0, height=64, width=64)
     rng = torch.Generator().manual_seed(11)
 
     def randn(_=None):
@@ -508,9 +514,9 @@ def test_only_what_is_around_the_mask_is_looked_at(tiny_sd):
     """All of the canvas is picture, as far as there is any."""
     seen = []
 
-    def encode(pixels):
+    def encode(pixels, note):
         seen.append(pixels)
-        return StableDiffusion.encode(tiny_sd, pixels)
+        return StableDiffusion.encode(tiny_sd, pixels, note)
 
     picture, mask = photo(256, 256), Image.new("L", (256, 256))
     mask.paste(255, (120, 40, 126, 200))
@@ -533,14 +539,14 @@ def test_transparent_part_is_the_mask(either):
     (image,) = either.inpaint("a", clear, **settings)
     kept = np.asarray(mask) == 0
     assert np.array_equal(pixels(image)[kept], pixels(picture)[kept])
-    with pytest.raises(ValueError, match="Give a mask, or a picture with a transparent part"):
+    with pytest.raises(ValueError, match="Give a mask, or an image with a transparent part"):
         either.inpaint("a", picture, **settings)
 
 
 def test_inpainting_models_paint_without_a_mask(tiny_inpaint):
     """All is hidden then: a mask of ones, and the latent of a grey picture."""
     sd = tiny_inpaint
-    (image,) = sd.txt2img("a cat", height=64, width=40, steps=2, seed=4)
+    (image,) = sd.txt2img("a cat", height=64, width=40, steps=2, seed=4, sampler="ddim")
     noise = torch.randn(1, 4, 8, 5, generator=torch.Generator().manual_seed(4))
     grey = sd.vae.encode(torch.zeros(1, 3, 64, 40)).mean
     denoise = sd.denoiser(
@@ -549,7 +555,7 @@ def test_inpainting_models_paint_without_a_mask(tiny_inpaint):
     *_, last = sd.sample(denoise, noise, sd.schedule.levels(2, "leading"), "ddim")
     assert np.abs(pixels(image) - pixels(sd.decode(last.x)[0])).max() <= 1
     (changed,) = sd.img2img(
-        "a cat", photo(40, 64), strength=0.5, height=64, width=40, steps=4, posterior="mode", seed=4
+        "a cat", photo(40, 64), strength=0.5, height=64, width=40, steps=4, posterior="mode", seed=4, sampler="ddim"
     )
     levels = sd.schedule.levels(4, "leading", 0.5)
     x = sd.schedule.add_noise(sd.encode(photo(40, 64)).mode(), noise, levels[0])
@@ -563,7 +569,7 @@ def test_more_channels_are_asked_for_or_refused(tiny_sd, tiny_inpaint):
         tiny_inpaint.denoiser(context, guidance=1.0)
     with pytest.raises(ValueError, match="4 input channels takes no `extra`"):
         tiny_sd.denoiser(context, guidance=1.0, extra=torch.zeros(1, 5, 8, 8))
-    with pytest.raises(ValueError, match=r"an RGB picture or \(B, 3, H, W\), got \(1, 1, 64, 64\)"):
+    with pytest.raises(ValueError, match=r"an RGB image or \(B, 3, H, W\), got \(1, 1, 64, 64\)"):
         tiny_sd.encode(Image.new("L", (64, 64)))
 
 
@@ -577,9 +583,9 @@ def test_more_channels_are_asked_for_or_refused(tiny_sd, tiny_inpaint):
         ({"margin": -1}, "margin"),
         ({"margin": 1.5}, "margin must be a whole number"),
         ({"height": 65}, "height must be a multiple of 8, got 65: try 64 or 72"),
-        ({"image": "photo.png"}, "image must be a PIL picture .* got str"),
-        ({"mask": "mask.png"}, "mask must be a PIL picture .* got str"),
-        ({"mask": np.zeros((64, 64))}, "mask must be a PIL picture .* got ndarray"),
+        ({"image": "photo.png"}, "image must be a PIL image .* got str"),
+        ({"mask": "mask.png"}, "mask must be a PIL image .* got str"),
+        ({"mask": np.zeros((64, 64))}, "mask must be a PIL image .* got ndarray"),
         ({"strength": "0.5"}, "strength must be a number, got '0.5'"),
         ({"guidance": "7"}, "guidance must be a number, got '7'"),
         ({"blur": "2"}, "blur must be a number"),
@@ -597,7 +603,7 @@ def test_half_precision_that_overflows_is_encoded_again():
     sd = StableDiffusion(TINY, **loaded(tiny_state(), TINY, torch.float16))
     with torch.no_grad():
         sd.vae.encoder.conv_in.weight.mul_(3e4)
-    with pytest.warns(UserWarning, match="a latent is not finite in float16: computing it again in float32"):
+    with pytest.warns(UserWarning, match="the latent is not finite in float16: computing it again in float32"):
         assert sd.encode(photo(64, 64)).mean.isfinite().all()
     assert next(sd.vae.parameters()).dtype == torch.float16
 

@@ -65,7 +65,7 @@ def test_a_picture(paint, tmp_path):
     with Image.open(tmp_path / "out" / "00001.png") as image:
         assert image.size == (64, 64) and image.mode == "RGB" and np.asarray(image).std() > 1
         assert re.fullmatch(
-            r"a red cube\nSteps: 2, Sampler: DDIM, Schedule type: Leading, CFG scale: 7.5, Seed: 7, Size: 64x64, "
+            r"a red cube\nSteps: 2, Sampler: DPM\+\+ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 7, Size: 64x64, "
             r"Model hash: [0-9a-f]{10}, Model: tiny, Precision: float32, Version: sd [\d.]+",
             image.text["parameters"],
         )
@@ -325,7 +325,7 @@ def test_out_of_memory_says_which_knobs_to_turn(paint, monkeypatch, error):
     def exhausted(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("sd.pipeline.StableDiffusion.txt2img", exhausted)
+    monkeypatch.setattr("sd.pipeline.StableDiffusion.prepare", exhausted)
     status, _, err, files = paint("a")
     assert status == 1 and files == [] and len(err) == 1
     assert "out of memory" in err[0] and "--batch-size 1" in err[0] and "--height" in err[0]
@@ -335,7 +335,7 @@ def test_control_c(paint, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sd.pipeline.StableDiffusion.txt2img", interrupted)
+    monkeypatch.setattr("sd.pipeline.StableDiffusion.prepare", interrupted)
     status, _, err, files = paint("a")
     assert (status, err, files) == (130, ["stopped"], [])
 
@@ -344,7 +344,7 @@ def test_a_bug_is_not_called_a_mistake_of_the_user(paint, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr("sd.pipeline.StableDiffusion.txt2img", broken)
+    monkeypatch.setattr("sd.pipeline.StableDiffusion.prepare", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         paint("a")
 

@@ -57,7 +57,7 @@ def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
     sizes = (replace(text, vocab=TextConfig().vocab), vae, unet)  # fine-tuning may have added words
     same = [known for known in MODELS.values() if (known.text, known.vae, known.unet) == sizes]
     same.sort(key=lambda known: known.schedule.prediction != schedule.prediction)  # there are SD 1.x that predict v
-    return replace(config, name=same[0].name, guidance=same[0].guidance) if same else config
+    return replace(config, name=same[0].name, guidance=same[0].guidance, sampler=same[0].sampler) if same else config
 
 
 @contextmanager
