@@ -84,7 +84,7 @@ Note = Callable[[str], object]  # is told, in a line, what was cut, chosen or re
 
 def warn(message: str) -> None:
     """Notes as warnings, for those who call without a place to put them."""
-    warnings.warn(message, stacklevel=3)
+    warnings.warn(message, stacklevel=4)
 
 
 def clean(text: str, *, html_unescape: bool = True) -> str:
@@ -212,7 +212,10 @@ class Tokenizer:
         Tokens that do not fit are left out and the end stays; `note` is told what each such text lost.
         """
         texts = [texts] if isinstance(texts, str) else texts
-        return self.rows([self.fitting(self.encode(text), note) for text in texts])
+        fitting = []
+        for text in texts:  # no comprehension: `warn` counts the calls to the caller of this
+            fitting.append(self.fitting(self.encode(text), note))
+        return self.rows(fitting)
 
     def fitting(self, ids: list[int], note: Note = warn) -> list[int]:
         """The ids of a text that fit between start and end; `note` is told what is lost."""
