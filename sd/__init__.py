@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .samplers import SAMPLERS, Step
     from .text.tokenizer import Tokenizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LATER = {
     "Conditioning": "conditioning", "Denoiser": "denoiser", "ImageToImage": "params", "Inpaint": "params",

@@ -62,7 +62,6 @@ from .resources import resource
 from .runtime.cuda_graphs import Compiled, Recorded
 from .runtime.device import best_dtype, dtype_name, find_device, find_dtype
 from .runtime.offload import Offload
-from .runtime.optimize import optimize
 from .runtime.vae_tiling import decode_in_strips, encode_in_strips
 from .samplers import Denoise, Noise, Sampler, Step
 from .schedule import Levels, Schedule
@@ -263,8 +262,6 @@ class StableDiffusion:
         reread = low_memory and device.type in SHARED_MEMORY  # are weights read at each turn, not only now
         try:
             networks = build(source.config)
-            for network in networks.values():
-                optimize(network, device)
             total = sum(math.prod(w.shape) for net in networks.values() for w in net.state_dict().values())
             place = torch.device("cpu") if low_memory and not reread else device
 
@@ -273,7 +270,7 @@ class StableDiffusion:
                     progress(count, total)
 
             def read(name: str, network: nn.Module) -> None:
-                source.read(name, network, place, dtype, report)
+                source.read(name, network, place, dtype, report, own=reread)
 
             for name, network in {} if reread else networks.items():
                 read(name, network)
@@ -443,7 +440,7 @@ class StableDiffusion:
         context = context.to(self.device, self.dtype).repeat_interleave(params.n, dim=0)
         if params.guidance == 1.0:
             return context, None
-        context, uncond = self.same_length(context, self.encode_prompt(request.negative, note=note, **how))
+        context, uncond = self.same_length(context, self.encode_prompt([request.negative], note=note, **how))
         return context, uncond
 
     def _checked_context(self, context: Tensor) -> Tensor:

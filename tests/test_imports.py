@@ -26,7 +26,7 @@ ALLOWED = {
     "models": {"conditioning", "config"},
     "text": {"resources"},
     "imaging": {"files"},
-    "checkpoints": {"conditioning", "config", "models", "schedule", "text"},
+    "checkpoints": {"conditioning", "config", "models", "runtime", "schedule", "text"},
     "adapters": {"checkpoints", "config", "text"},
     "training": {"conditioning", "config", "denoiser", "models", "schedule"},
     "pipeline": {

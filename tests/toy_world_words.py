@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 
 import pytest
-from sd.model import Model
 from torch import Tensor
 
 from scripts.toy_world.words import FUNCTION_WORDS, WORDS
+from sd.pipeline import StableDiffusion
 
 KNOWN = {*WORDS, *FUNCTION_WORDS}
 
@@ -17,11 +17,11 @@ KNOWN = {*WORDS, *FUNCTION_WORDS}
 def strange_words(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """A set that gets every word of the prompts encoded from now on which that world does not know."""
     found: set[str] = set()
-    encode = Model.encode_prompt
+    encode = StableDiffusion.encode_prompt
 
-    def heard(model: Model, prompts: Sequence[str], **options: object) -> Tensor:
+    def heard(model: StableDiffusion, prompts: Sequence[str], **options: object) -> Tensor:
         found.update(word for prompt in prompts for word in re.findall(r"[\w-]+", prompt) if word not in KNOWN)
         return encode(model, prompts, **options)
 
-    monkeypatch.setattr(Model, "encode_prompt", heard)
+    monkeypatch.setattr(StableDiffusion, "encode_prompt", heard)
     return found

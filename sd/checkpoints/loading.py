@@ -22,6 +22,7 @@ from ..config import Config, TextConfig
 from ..models.text_encoder import TextEncoder
 from ..models.unet import UNet
 from ..models.vae import VAE
+from ..runtime.optimize import optimize
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming, printable, shapes
 from .convert import FLAGS, NAMES, convert, describe_weights, shape_text
 from .detect import CONFIG_KEY, Identity, damaged_position_ids, identify, with_vocabulary
@@ -109,6 +110,7 @@ def load_weights(
     device: torch.device,
     dtype: torch.dtype,
     progress: Callable[[int], object] = lambda numbers: None,
+    own: bool = False,
 ) -> nn.Module:
     """Give a network on the meta device its weights; each is read, converted and dropped, so nothing is held twice.
 
@@ -130,7 +132,7 @@ def load_weights(
             )
         layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
         if device.type == "cpu":
-            weight = _in_pages(tensor, dtype, layout)
+            weight = _in_pages(tensor, dtype, layout, own)
         else:
             weight = tensor.to(dtype).contiguous(memory_format=layout)
         if dtype == torch.float16 and tensor.dtype != torch.float16 and not weight.isfinite().all():
@@ -146,12 +148,12 @@ def load_weights(
             weights[key] = weight.to(device)
             progress(weight.numel())
     module.load_state_dict(weights, strict=True, assign=True)
-    return module.requires_grad_(False).eval()
+    return optimize(module.requires_grad_(False).eval(), device)
 
 
-def _in_pages(tensor: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
-    """The tensor itself if it is as wanted, or a copy in pages of its own."""
-    if tensor.dtype == dtype and tensor.is_contiguous(memory_format=layout):
+def _in_pages(tensor: Tensor, dtype: torch.dtype, layout: torch.memory_format, own: bool) -> Tensor:
+    """The tensor itself if it is as wanted and need not be our own, or a copy in pages of its own."""
+    if not own and tensor.dtype == dtype and tensor.is_contiguous(memory_format=layout):
         return tensor
     copy = fresh(tensor.numel(), dtype)
     if layout == torch.channels_last:
@@ -202,12 +204,18 @@ class Source:
             self._files = [self._main, *parts.values()]
             self._stack = files.pop_all()
 
-    def read(self, name: str, network: nn.Module, device: torch.device, dtype: torch.dtype, report: Report) -> None:
-        """Give a network, on the meta device, its weights. `report` is told how many numbers each has."""
+    def read(
+        self, name: str, network: nn.Module, device: torch.device, dtype: torch.dtype, report: Report, own: bool
+    ) -> None:
+        """Give a network, on the meta device, its weights, in memory of its `own` if asked for.
+
+        `report` is told how many numbers each has.
+        """
         for file in self._files:
             file.check_unchanged()
         with naming(self._options.others.get(name, self._path)):
-            load_weights(network, self._states[name], device, dtype, report)
+            # files that stay open would share the memory of what is read from them, and such weights are not packed
+            load_weights(network, self._states[name], device, dtype, report, own=own)
 
     @property
     def decided(self) -> bool:

@@ -18,6 +18,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,12 @@ class Offload(Mapping[str, nn.Module]):
         """The network, which no other thread can move away within the block."""
         with self._lock:
             yield self[name]
+
+    def __getstate__(self) -> dict[str, Any]:  # for copying: a lock belongs to one
+        return self.__dict__ | {"_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
 
     def __getitem__(self, name: str) -> nn.Module:
         with self._lock:

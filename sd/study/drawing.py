@@ -267,7 +267,7 @@ def table(
 def coloured(values: np.ndarray, colormap: str = SEQUENTIAL) -> np.ndarray:
     """Values in [0, 1], of any shape -> colours (..., 3), uint8, by one of matplotlib's colour maps."""
     cmap = matplotlib_module("cm").ScalarMappable(cmap=colormap).get_cmap()
-    return cmap(np.clip(values, 0, 1).astype(np.float64), bytes=True)[..., :3]
+    return np.asarray(cmap(np.clip(values, 0, 1).astype(np.float64), bytes=True))[..., :3]
 
 
 def heat(
