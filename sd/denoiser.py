@@ -5,9 +5,9 @@ with the negative prompt)
 
     guided = u + guidance (c - u)
 
-The batch order is [uncond, cond], here and nowhere else. As x0 is linear in the prediction, guiding the noise, the
-velocity or x0 is the same. Anything with the U-Net's signature can stand in for the network, and anything with the
-denoiser's for the denoiser: a known part of the picture (`keep_known`) is a wrapper.
+The batch order [uncond, cond] is known only here. Since x0 is linear in the prediction, it makes no difference whether
+guidance is applied to the noise, the velocity or x0. Any callable with the signature of the U-Net can replace the
+network, and any callable with the signature of the denoiser can replace the denoiser: `keep_known` is such a wrapper.
 
 >>> level = Schedule().level(500)
 >>> x0, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
@@ -34,13 +34,13 @@ Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x (B, C, h, w), t
 class Denoiser:
     """Guided prediction of the clean data.
 
-    network   what predicts, in the precision of the context
-    schedule  says what the prediction means
-    cond      the prompts, for B pictures, or for one where all pictures are alike
-    uncond    what to steer away from, likewise, with a context of the same length; not needed at guidance 1
-    guidance  0 ignores the prompt, 1 is the plain prediction (and half the work), above 1 exaggerates the prompt
+    network    predicts, in the precision of the context
+    schedule   defines what the prediction means: the noise or the velocity
+    cond       the prompts, for B images, or for one if all images share it
+    uncond     what to steer away from, likewise, with a context of the same length; not needed at guidance 1
+    guidance   0 ignores the prompt, 1 is the plain prediction (at half the cost), above 1 exaggerates the prompt
 
-    Raises ValueError, in one line, for a guidance without `uncond`, and where `cond` and `uncond` do not go together.
+    Raises ValueError, in one line, for guidance without `uncond`, and if `cond` and `uncond` do not match.
     """
 
     def __init__(
@@ -51,28 +51,25 @@ class Denoiser:
         uncond: Conditioning | None = None,
         guidance: float = 1.0,
     ) -> None:
-        if guidance != 1.0 and uncond is None:
+        self.network, self.schedule, self.guidance = network, schedule, guidance
+        if guidance == 1.0:
+            self.parts = [cond]
+        elif uncond is not None:
+            self.parts = [uncond, cond]
+        else:
             raise ValueError(f"guidance {guidance} needs `uncond`, the conditioning to steer away from")
-        self.network = network
-        self.schedule = schedule
-        self.guidance = guidance
-        self.parts = [cond] if guidance == 1.0 else [uncond, cond]
-        self._batch = 0  # pictures that `_conditioning` is for
-        self._conditioning = self._for_batch(max(part.batch for part in self.parts))
-
-    def _for_batch(self, batch: int) -> Conditioning:
-        """The conditioning of a step of so many pictures, which is put together once."""
-        if batch != self._batch:
-            self._conditioning = concatenate([part.expand(batch) for part in self.parts])
-            self._batch = batch
-        return self._conditioning
+        # concatenated once, not in every step; again only for another batch size
+        self._batch = max(len(part.context) for part in self.parts)
+        self._conditioning = concatenate(self.parts, self._batch)
 
     def __call__(self, x: Tensor, level: Level) -> Tensor:
-        """x (B, C, h, w) at a level -> x0 (B, C, h, w) in x's precision."""
-        conditioning = self._for_batch(x.shape[0])
-        batch = x.to(conditioning.context.dtype).repeat(len(self.parts), 1, 1, 1)
+        """x (B, C, h, w) at a level -> x0 (B, C, h, w) in the precision of x."""
+        if x.shape[0] != self._batch:
+            self._conditioning = concatenate(self.parts, x.shape[0])
+            self._batch = x.shape[0]
+        batch = x.to(self._conditioning.context.dtype).repeat(len(self.parts), 1, 1, 1)
         t = torch.full((batch.shape[0],), level.t, device=x.device, dtype=torch.float32)
-        out = self.network(batch, t, conditioning).to(x.dtype)
+        out = self.network(batch, t, self._conditioning).to(x.dtype)
         if self.guidance != 1.0:
             uncond, cond = out.chunk(2)
             out = uncond + self.guidance * (cond - uncond)
@@ -80,9 +77,9 @@ class Denoiser:
 
 
 def keep_known(denoise: Denoise, known: Tensor, mask: Tensor) -> Denoise:
-    """The denoiser where part of the clean data is known: x0 is `known` (B, C, h, w) wherever mask (B, 1, h, w) is 0.
+    """A denoiser for data that is partly known: x0 is `known` (B, C, h, w) wherever mask (B, 1, h, w) is 0.
 
-    So every sampler leads that part from its noise straight to `known`, through just as much noise as each level has,
-    while the network sees both parts and paints where mask is 1 what goes with the rest.
+    With it, any sampler moves the known part from its noise straight to `known`, at the noise level of each step, while
+    the network sees both parts and makes what it generates, where mask is 1, fit the rest.
     """
     return lambda x, level: torch.lerp(known, denoise(x, level), mask)

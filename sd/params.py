@@ -1,10 +1,11 @@
-"""Every setting of an image, once: its name, default, range and meaning; and the three requests made of them.
+"""Every setting is defined here once, with its default, range and meaning; and the three requests made of them.
 
-    SamplingParams   how to sample: what all tasks share
-    TextToImage, ImageToImage, Inpaint   a prompt, its task's settings, and SamplingParams
+    SamplingParams                       how to sample, for all tasks; None means the model's or sampler's default
+    ResolvedParams                       the same for one model, with these defaults filled in
+    TextToImage, ImageToImage, Inpaint   a prompt, the settings of the task, and SamplingParams
 
-They are values: checked when they are made, compared by content, and written as JSON (`to_dict`, `from_dict`). The
-command line, the Python API and the metadata of images read names, defaults and help from here.
+All of them are values: validated on construction, compared by content, and serialised as JSON (`to_dict`, `from_dict`).
+The command line, the Python API and the metadata of images read names, defaults and help from here.
 
 >>> request = TextToImage.of("a house", steps=20, sampler="DPM++ 2M Karras")
 >>> request.params.sampler, request.params.spacing, request.params.steps
@@ -20,9 +21,9 @@ import io
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, cast
 
 from PIL import Image
 from torch import Tensor
@@ -38,59 +39,58 @@ if TYPE_CHECKING:
 MAX_SEED = 2**64 - 1
 FITS = ("crop", "pad")
 POSTERIORS = ("sample", "mode")
-CONTENTS = ("original", "fill", "noise")  # what the hole holds at the start
+CONTENTS = ("original", "fill", "noise")  # of the masked part, before noise is added
+OPTIONS = {name: option for entry in SAMPLERS.values() for name, option in entry.options.items()}
 
 
 def whole(name: str, value: object) -> int:
-    """Whole numbers of any kind (numpy's too) as int; ValueError, with the name, for anything else."""
+    """An integer of any type (numpy's too) as int; raises ValueError, with the name, for anything else."""
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        return operator.index(cast(SupportsIndex, value))
     except TypeError:
         raise ValueError(f"{name} must be a whole number, got {value!r:.100}") from None
 
 
 def number(name: str, value: object) -> float:
-    """Real numbers of any kind as float; ValueError, with the name, for anything else."""
+    """A real number of any type as float; raises ValueError, with the name, for anything else."""
     if not isinstance(value, Real):
         raise ValueError(f"{name} must be a number, got {value!r:.100}")
     return float(value)
 
 
 def one_of(name: str, value: object, known: Sequence[str]) -> None:
-    """ValueError that lists what is known, if `value` is something else."""
+    """Raise a ValueError that lists the known values if `value` is none of them."""
     if value not in known:
         raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(known)}")
 
 
 def setting(default: Any, help: str) -> Any:
-    """A field of a request: its default and what it means."""
+    """A dataclass field with its default and its help text."""
     return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample. None stands for what is customary: of the sampler (steps, spacing) or the model (the others)."""
+    """How to sample. None means the default of the sampler (steps, spacing) or of the model (all others)."""
 
-    sampler: str | None = setting(None, "a name of `samplers.SAMPLERS`, or another tool's name for one")
-    steps: int | None = setting(None, "steps of the whole grid, 1 to 1000; strength below 1 takes the last of them")
+    sampler: str | None = setting(None, "a key of `samplers.SAMPLERS`, or the name of a sampler in another tool")
+    steps: int | None = setting(None, "steps of the whole grid, 1 to 1000; strength below 1 takes only the last ones")
     spacing: str | None = setting(None, f"grid of the noise levels: {', '.join(SPACINGS)}")
-    guidance: float | None = setting(None, "how strongly to follow the prompt; 0 ignores it, 1 is plain")
+    guidance: float | None = setting(None, "how strongly to follow the prompt; 0 ignores it, 1 is no guidance")
     seed: int = setting(0, "0 to 2^64 - 1; image k of a request has seed + k")
-    n: int = setting(1, "images of each prompt")
+    n: int = setting(1, "images per prompt")
     height: int | None = setting(None, "in pixels, a multiple of 8")
     width: int | None = setting(None, "in pixels, a multiple of 8")
-    options: Mapping[str, float] = field(default_factory=dict, metadata={"help": "the sampler's own, such as eta"})
+    options: Mapping[str, float] = field(default_factory=dict, metadata={"help": "of the sampler, such as eta"})
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        if self.sampler is not None:
-            put(self, "spacing", self.spacing or grid_in(self.sampler))  # a grid behind the name counts
+        if self.sampler is not None and self.sampler not in tuple(SAMPLERS):
+            put(self, "spacing", self.spacing or grid_in(self.sampler))  # "DPM++ 2M Karras" names a grid as well
             put(self, "sampler", sampler_key(find_sampler(self.sampler)))
-        for name in ("steps", "height", "width"):
+        for name in ("seed", "n", "steps", "height", "width"):
             if getattr(self, name) is not None:
                 put(self, name, whole(name, getattr(self, name)))
-        put(self, "seed", whole("seed", self.seed))
-        put(self, "n", whole("n", self.n))
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if self.spacing is not None:
@@ -103,55 +103,71 @@ class SamplingParams:
             raise ValueError(f"seed must be from 0 to 2^64 - 1, got {self.seed}")
         if self.n < 1:
             raise ValueError(f"the number of images must be at least 1, got {self.n}")
-        put(self, "options", {name: self._option(name, value) for name, value in self.options.items()})
+        if self.options:
+            put(self, "options", {name: self._option(name, value) for name, value in self.options.items()})
 
     def _option(self, name: str, value: object) -> float:
-        having = [key for key, entry in SAMPLERS.items() if name in entry.options]
-        if not having:
+        if name not in OPTIONS:
             raise ValueError(f"no sampler has the option {name!r}")
-        if self.sampler is not None and self.sampler not in having:
-            raise ValueError(f"{name} is a setting of {', '.join(having)}, not of {SAMPLERS[self.sampler].label}")
-        option = SAMPLERS[having[0]].options[name]
+        if self.sampler is not None and name not in SAMPLERS[self.sampler].options:
+            having = ", ".join(key for key, entry in SAMPLERS.items() if name in entry.options)
+            raise ValueError(f"{name} is a setting of {having}, not of {SAMPLERS[self.sampler].label}")
+        option = OPTIONS[name]
         found = whole(name, value) if isinstance(option.default, int) else number(name, value)
         if not option.low <= found <= option.high:
             raise ValueError(f"{name} must be in [{option.low:g}, {option.high:g}], got {value}")
         return found
 
-    def resolved(self, config: Config) -> SamplingParams:
-        """The same for a model, with what is customary filled in: its sampler, grid, steps and guidance."""
-        name = sampler_key(find_sampler(self.sampler or config.sampler))
+    def resolved(self, config: Config) -> ResolvedParams:
+        """The same for a model, with its default sampler and guidance, and the sampler's default grid and steps."""
+        name = self.sampler or config.sampler
+        if name not in SAMPLERS:  # the config of a file may have another tool's name
+            name = sampler_key(sampler(name))
         if self.sampler is None and not self.options.keys() <= SAMPLERS[name].options.keys():
-            # an option asks for its sampler: the original's --ddim_eta, for example
+            # an option without a sampler selects one that has it: the original's --ddim_eta, for example
             having = [key for key, entry in SAMPLERS.items() if self.options.keys() <= entry.options.keys()]
             if not having:
                 raise ValueError(f"no sampler has all of {', '.join(self.options)}")
             name = having[0]
-        entry = SAMPLERS[name]
-        return replace(
-            self,
+        return ResolvedParams(
             sampler=name,
-            steps=entry.steps if self.steps is None else self.steps,
-            spacing=self.spacing or entry.spacing,
+            steps=SAMPLERS[name].steps if self.steps is None else self.steps,
+            spacing=self.spacing or SAMPLERS[name].spacing,
             guidance=config.guidance if self.guidance is None else self.guidance,
+            seed=self.seed,
+            n=self.n,
+            height=self.height,
+            width=self.width,
+            options=self.options,
         )
 
 
+@dataclass(frozen=True)
+class ResolvedParams(SamplingParams):
+    """SamplingParams for one model: only height and width may be None, which depend on the task. See `resolved`."""
+
+    sampler: str = "ddim"
+    steps: int = 50
+    spacing: str = "leading"
+    guidance: float = 1.0
+
+
 def find_sampler(name: str | Sampler) -> Sampler:
-    """A sampler itself, or the one of this name."""
+    """The sampler of this name; a sampler is returned as it is."""
     return name if isinstance(name, Sampler) else sampler(name)
 
 
 @dataclass(frozen=True)
 class TextToImage:
-    """Images of a text: `params.n` for each prompt, prompt by prompt."""
+    """Generate images from text: `params.n` for each prompt, in the order of the prompts."""
 
     kind: ClassVar[str] = "txt2img"
 
-    prompt: str | Sequence[str] | Tensor = setting("", "a text, several, or contexts (B, M, D)")
+    prompt: str | Sequence[str] | Tensor = setting("", "one text, several texts, or contexts (B, M, D)")
     params: SamplingParams = field(default_factory=SamplingParams)
-    negative: str = setting("", "what to steer away from; without effect at guidance 1")
-    weighted_prompts: bool = setting(False, "(word:1.2), (word) and [word] in prompts weigh the word")
-    long_prompts: bool = setting(False, "prompts of more than 75 tokens in chunks, instead of cutting them")
+    negative: str = setting("", "what to steer away from; has no effect at guidance 1")
+    weighted_prompts: bool = setting(False, "(word:1.2), (word) and [word] in prompts change the weight of the word")
+    long_prompts: bool = setting(False, "split prompts of more than 75 tokens into chunks instead of truncating them")
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, Tensor):
@@ -159,38 +175,37 @@ class TextToImage:
         if not isinstance(self.negative, str):
             raise ValueError(f"the negative prompt must be a text, got {self.negative!r:.100}")
 
-    @property
-    def strength(self) -> float:
-        """The share of the grid's steps that are taken."""
-        return 1.0
-
     @classmethod
     def of(cls, prompt: str | Sequence[str] | Tensor, negative: str = "", **settings: Any) -> Self:
-        """The request of these settings: fields of the request, of SamplingParams, or options of the sampler.
+        """The request with these settings: fields of the request, of SamplingParams, or options of the sampler.
 
-        Raises TypeError for a name that is none of them, ValueError for a value that cannot be.
+        Raises TypeError for an unknown name, ValueError for a value out of range.
         """
-        own = {f.name for f in fields(cls)} - {"params"}
-        shared = {f.name for f in fields(SamplingParams)} - {"options"}
-        options = {name for entry in SAMPLERS.values() for name in entry.options}
-        if unknown := settings.keys() - own - shared - options:
-            known = ", ".join(sorted({*own, *shared, *options}))
-            raise TypeError(f"{cls.kind} has no setting {', '.join(map(repr, sorted(unknown)))}; it has {known}")
-        params = SamplingParams(
-            **{name: value for name, value in settings.items() if name in shared},
-            options={name: value for name, value in settings.items() if name in options and value is not None},
-        )
-        return cls(prompt=prompt, negative=negative, params=params, **{k: v for k, v in settings.items() if k in own})
+        own: dict[str, Any] = {}
+        shared: dict[str, Any] = {}
+        options: dict[str, float] = {}
+        for name, value in settings.items():
+            if name in OPTIONS:
+                if value is not None:
+                    options[name] = value
+            elif name in SamplingParams.__dataclass_fields__:
+                shared[name] = value
+            elif name in cls.__dataclass_fields__:
+                own[name] = value
+            else:
+                known = {f.name for f in (*fields(cls), *fields(SamplingParams))} - {"params", "options"}
+                raise TypeError(f"{cls.kind} has no setting {name!r}; it has {', '.join(sorted({*known, *OPTIONS}))}")
+        return cls(prompt=prompt, negative=negative, params=SamplingParams(**shared, options=options), **own)
 
     def to_dict(self) -> dict[str, Any]:
-        """The request as JSON values; images as PNG in base64. ValueError if the prompt is not text."""
+        """The request as JSON values, images as PNG in base64. Raises ValueError if the prompt is not text."""
         if isinstance(self.prompt, Tensor):
-            raise ValueError("a request with contexts in place of a prompt cannot be written")
+            raise ValueError("a request cannot be serialised if its prompt is a context and not a text")
         found: dict[str, Any] = {"kind": self.kind}
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, SamplingParams):
-                value = {g.name: getattr(value, g.name) for g in fields(value)}
+                value = {g.name: getattr(value, g.name) for g in fields(SamplingParams)}
             elif isinstance(value, Image.Image):
                 buffer = io.BytesIO()
                 value.save(buffer, "PNG")
@@ -202,7 +217,7 @@ class TextToImage:
 
 
 def texts(prompt: object) -> tuple[str, ...]:
-    """A prompt or several, as a tuple; ValueError for anything else."""
+    """One text or several, as a tuple; raises ValueError for anything else."""
     found = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(found, Sequence) or not found or not all(isinstance(text, str) for text in found):
         raise ValueError(f"prompt must be a text or a list of texts, got {prompt!r:.100}")
@@ -211,10 +226,12 @@ def texts(prompt: object) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _FromImage(TextToImage):
-    """What image to image and inpainting share."""
+    """The settings that image to image and inpainting share."""
 
-    image: Image.Image | None = setting(None, "of any size and mode; what is transparent becomes white")
-    posterior: str = setting("sample", "the encoder's answer: a random sample, as the original takes, or its mean")
+    # required; it has a default only because the fields before it have one
+    image: Image.Image = setting(None, "of any size and mode; transparent pixels become white")
+    posterior: str = setting("sample", "latents of the image: a random sample, as in the original code, or the mean")
+    strength: float = setting(1.0, "this share of the steps is taken; 0 keeps the image, 1 starts from pure noise")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -228,12 +245,12 @@ class _FromImage(TextToImage):
 
 @dataclass(frozen=True)
 class ImageToImage(_FromImage):
-    """Images of a text that start from an image (Meng et al. 2022, "SDEdit")."""
+    """Generate images from text and an initial image (Meng et al. 2022, "SDEdit")."""
 
     kind: ClassVar[str] = "img2img"
 
-    strength: float = setting(0.75, "0 keeps the image, 1 starts from noise alone; this share of the steps is taken")
-    fit: str = setting("crop", "to the size generated at: crop the image, or pad it by repeating its edges")
+    strength: float = setting(0.75, "this share of the steps is taken; 0 keeps the image, 1 starts from pure noise")
+    fit: str = setting("crop", "how to reach the size generated at: crop the image, or pad it with its edge pixels")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -242,15 +259,16 @@ class ImageToImage(_FromImage):
 
 @dataclass(frozen=True)
 class Inpaint(_FromImage):
-    """An image with a part of it generated anew, at its own size."""
+    """Generate the masked part of an image anew. The result has the size of the image."""
 
     kind: ClassVar[str] = "inpaint"
 
-    strength: float = setting(1.0, "below 1, something of what the hole held remains")
-    mask: Image.Image | None = setting(None, "white is generated anew, black stays to the bit; the transparent part")
-    content: str = setting("original", "what the hole holds at the start, where strength is below 1")
-    blur: float = setting(0.0, "softens the mask's edge, outwards, by so many pixels")
-    margin: int | None = setting(None, "look only at the part around the mask, with so many pixels on each side")
+    mask: Image.Image | None = setting(
+        None, "white is generated, black is kept; if None, the transparent part is the mask"
+    )
+    content: str = setting("original", "initial content of the masked part, where strength is below 1")
+    blur: float = setting(0.0, "radius in pixels by which the edge of the mask is softened, outwards")
+    margin: int | None = setting(None, "generate only the region around the mask, with this many pixels on each side")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -268,7 +286,7 @@ REQUESTS: dict[str, type[TextToImage]] = {cls.kind: cls for cls in (TextToImage,
 
 
 def from_dict(values: Mapping[str, Any]) -> TextToImage:
-    """The request that `to_dict` wrote. It may come from a file, so ValueError for anything else."""
+    """The request that `to_dict` serialised. Raises ValueError for anything else: it may come from a file."""
     try:
         kind = REQUESTS[values["kind"]]
         given = {name: value for name, value in values.items() if name != "kind"}

@@ -1,11 +1,11 @@
-"""The noise schedule: how much of the picture and how much noise there is at each timestep.
+"""The noise schedule: how much signal and how much noise there is at each timestep.
 
 Ho et al. 2020, "Denoising diffusion probabilistic models". Everything here uses the coordinates
 
     x_t = alpha x0 + sigma eps,    alpha² + sigma² = 1,    alpha² = alpha-bar_t = prod_{s <= t} (1 - beta_s)
 
-and every other module asks here: step grids, the conversions between what networks predict (eps, v) and x0, and the
-training target. Levels are Python floats computed once in float64, so that no sampling loop waits for a device.
+This is the only place for step grids, for the conversion of predictions (eps, v) to x0, and for the training target.
+Levels are Python floats, computed in float64, so that no sampling loop waits for a device.
 
     alpha    signal, sigma noise; sigma / alpha is the "sigma" of Karras et al. 2022 and of k-diffusion
     t        timestep, 0 (nearly clean) to steps - 1 (nearly noise); fractional between them
@@ -60,26 +60,27 @@ class Levels(list[Level]):
     def __getitem__(self, index: slice) -> Levels: ...
 
     def __getitem__(self, index: SupportsIndex | slice) -> Level | Levels:
-        """One level, or a part of the grid."""
+        """One level, or a slice of the grid."""
         if isinstance(index, slice):
             return Levels(super().__getitem__(index), self.schedule)
         return super().__getitem__(index)
 
     def between(self, high: float, low: float) -> Level:
-        """The level in the middle of two ratios, both positive, in ln(sigma / alpha)."""
+        """The level halfway between two positive ratios, in ln(sigma / alpha)."""
         return self.schedule.level_of_ratio(math.sqrt(high * low))
 
 
 CLEAN = Level(t=-1.0, alpha=1.0, sigma=0.0)  # one step before timestep 0, as alphas_cumprod_prev of the original has it
 
 SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential")
-# Samplers divide by alpha: a schedule that ends in noise alone ends here, at sigma / alpha = 4519, as in other tools.
+# Samplers divide by alpha, so a schedule that ends in pure noise is clamped here, at sigma / alpha = 4519, as in other
+# tools.
 MIN_ALPHA_BAR = 4.8973451890853435e-08
 KARRAS_RHO = 7.0  # Karras et al. 2022, "Elucidating the design space", eq. 5 and table 1
 
 
 def ratios(n: int, low: float, high: float, rho: float) -> list[float]:
-    """n values of sigma / alpha from high to low, even in ratio^(1/rho), or in ln(ratio) where rho is infinite.
+    """n values of sigma / alpha from high to low, evenly spaced in ratio^(1/rho), or in ln(ratio) if rho is infinite.
 
     Karras et al. 2022, eq. 5; rho 7 there.
     """
@@ -90,10 +91,10 @@ def ratios(n: int, low: float, high: float, rho: float) -> list[float]:
 
 
 def to_zero_snr(alpha_bar: np.ndarray) -> np.ndarray:
-    """A schedule (steps,) stretched so that it ends in noise alone: Lin et al. 2024, algorithm 1.
+    """Rescale a schedule (steps,) so that it ends in pure noise: Lin et al. 2024, algorithm 1.
 
-    "Common diffusion noise schedules and sample steps are flawed": alpha is shifted to end at 0 and scaled to begin
-    where it did.
+    "Common diffusion noise schedules and sample steps are flawed": alpha is shifted to end at 0 and scaled to
+    keep its first value.
     """
     alpha = np.sqrt(alpha_bar)
     if len(alpha) < 2:
@@ -106,6 +107,7 @@ class Schedule:
 
     def __init__(self, config: ScheduleConfig | None = None) -> None:
         self.config = config or ScheduleConfig()
+        self.steps = self.config.steps  # number of training timesteps (1000)
         # "scaled linear" of diffusers, which the original calls "linear": the square roots are evenly spaced
         roots = np.linspace(self.config.beta_start**0.5, self.config.beta_end**0.5, self.config.steps)
         alpha_bar = np.cumprod(1.0 - roots**2)
@@ -116,11 +118,6 @@ class Schedule:
         self.alpha_bar = np.maximum(alpha_bar, MIN_ALPHA_BAR)
         self.betas = 1.0 - self.alpha_bar / np.append(1.0, self.alpha_bar[:-1])
         self._log_ratio = 0.5 * np.log((1.0 - self.alpha_bar) / self.alpha_bar)  # ln(sigma / alpha), rising with t
-
-    @property
-    def steps(self) -> int:
-        """Number of training timesteps (1000)."""
-        return self.config.steps
 
     def level(self, t: float) -> Level:
         """The level of timestep t in [0, steps - 1]; -1 is clean data.
@@ -151,17 +148,17 @@ class Schedule:
         return Level(t, alpha, ratio * alpha)
 
     def levels(self, n: int, spacing: str = "leading", strength: float = 1.0) -> Levels:
-        """The grid of an n-step run: n levels to evaluate, noisiest first, and the one to end at.
+        """The grid of an n-step run: n levels to evaluate, noisiest first, and the final level.
 
-        n in 1..steps. `strength` in [0, 1] keeps the last int(n * strength) steps, for image to image; 0 leaves just
-        the end. Spacings:
+        n in 1..steps. `strength` in [0, 1] keeps the last int(n * strength) steps, for image to image; 0 leaves only
+        the final level. Spacings:
 
-        leading      1, 1 + steps/n, ...: the original DDIM's wherever n divides 1000, ending at timestep 0. Where it
-                     does not, the original takes too many steps or reads past the end; here they stay evenly spread.
+        leading      1, 1 + steps/n, ..., ending at timestep 0: as in the original DDIM if n divides 1000. If not, the
+                     original takes too many steps or reads past the end; here they stay evenly spaced.
         trailing     steps - 1 downwards in even strides, to clean (Lin et al. 2024, "Common diffusion noise schedules")
-        linspace     steps - 1 to 0, both included and fractional between them (k-diffusion's get_sigmas), to clean
-        karras       even in ratio^(1/7) between the schedule's largest and smallest, to clean (Karras et al. 2022)
-        exponential  even in ln(ratio) between the same, to clean
+        linspace     steps - 1 to 0 inclusive, with fractional timesteps (k-diffusion's get_sigmas), to clean
+        karras       evenly spaced in ratio^(1/7) over the range of the schedule, to clean (Karras et al. 2022)
+        exponential  evenly spaced in ln(ratio) over the same range, to clean
         """
         if not isinstance(n, (int, np.integer)) or not 1 <= n <= self.steps:
             raise ValueError(f"steps must be a whole number from 1 to {self.steps}, got {n}")
@@ -171,7 +168,7 @@ class Schedule:
             raise ValueError(f"unknown spacing {spacing!r}, expected one of {', '.join(SPACINGS)}")
         end = CLEAN
         if spacing == "leading":
-            # timesteps 1, 1 + steps/n, ... and the one below the first, 0, to end at; all one lower if n = steps, as
+            # timesteps 1, 1 + steps/n, ..., ending at 0, one below the first; all one lower if n = steps, because
             # there is no timestep `steps`
             offset = 1 if n < self.steps else 0
             levels = [self.level(i * self.steps // n + offset) for i in reversed(range(n))]
@@ -192,13 +189,13 @@ class Schedule:
         return level.alpha * x0 + level.sigma * noise
 
     def to_x0(self, out: Tensor, x: Tensor, level: Level) -> Tensor:
-        """The clean data that the network's output `out` means at x = x_t; all three of one shape."""
+        """The clean data x0 that the output `out` of the network implies at x = x_t; all of the same shape."""
         if self.config.prediction == "v":
             return level.alpha * x - level.sigma * out
         return (x - level.sigma * out) / level.alpha
 
     def target(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
-        """What the network is trained to give for x_t = add_noise(x0, noise, level): the noise or the velocity."""
+        """The training target of the network at x_t = add_noise(x0, noise, level): the noise or the velocity."""
         if self.config.prediction == "v":
             return level.alpha * noise - level.sigma * x0
         return noise

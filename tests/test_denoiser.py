@@ -90,10 +90,11 @@ def test_contexts_of_unequal_length_are_refused_in_a_line():
 def test_all_of_a_conditioning_goes_together():
     """Moved, expanded, repeated and concatenated as one; what some have and others lack is refused."""
     whole = Conditioning(torch.ones(1, 3, 2), torch.ones(1, 5), torch.ones(1, 4, 6, 7))
-    assert [x.shape[0] for x in whole.expand(3)] == [3, 3, 3] and whole.expand(3).batch == 3
+    assert [x.shape[0] for x in concatenate([whole], batch=3)] == [3, 3, 3]
+    assert concatenate([whole], batch=3).batch == 3
     assert [x.shape[0] for x in whole.repeat(2)] == [2, 2, 2]
     assert {x.dtype for x in whole.to(dtype=torch.float64)} == {torch.float64}
-    both = concatenate([whole, whole.each(torch.zeros_like).expand(2)])
+    both = concatenate([whole, whole.each(torch.zeros_like).repeat(2)])
     assert [tuple(x.shape) for x in both] == [(3, 3, 2), (3, 5), (3, 4, 6, 7)]
     assert all(x[0].min() == 1 and x[1:].max() == 0 for x in both)
     assert concatenate([Conditioning(whole.context)] * 2).vector is None
@@ -102,7 +103,7 @@ def test_all_of_a_conditioning_goes_together():
     with pytest.raises(ValueError, match="concats must be of one shape"):
         concatenate([whole, whole._replace(concat=torch.ones(1, 4, 6, 8))])
     with pytest.raises(ValueError, match="a vector for 2 images, but there are 3"):
-        Conditioning(whole.context, torch.ones(2, 5)).expand(3)
+        concatenate([Conditioning(whole.context, torch.ones(2, 5))], batch=3)
 
 
 def test_the_conditioning_is_put_together_once():

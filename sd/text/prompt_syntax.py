@@ -1,22 +1,22 @@
-r"""Prompts with weights, and prompts of any length, as AUTOMATIC1111's web UI reads them, where most of them come from.
+r"""Weighted prompts, and prompts of any length, in the syntax of AUTOMATIC1111's web UI, where most prompts come from.
 
-    (word)          1.1 times the weight; brackets inside of brackets multiply
-    [word]          1 / 1.1 times
-    (word:1.3)      1.3 times; square brackets take no number
-    \( \) \[ \] \\  the character itself; a bracket that is never closed reaches to the end of the prompt
-    BREAK           in a long prompt: what follows begins a new chunk
+    (word)          multiplies the weight by 1.1; nested brackets multiply
+    [word]          divides it by 1.1
+    (word:1.3)      multiplies it by 1.3; square brackets take no number
+    \( \) \[ \] \\  the character itself; a bracket that is never closed extends to the end of the prompt
+    BREAK           in a long prompt: starts a new chunk
 
     prompt -> parts, each a text and its weight -> tokens -> chunks of 75 -> contexts, weighted -> one long context
 
-A weight w multiplies the vectors that the text encoder gives for the tokens of its part. Then the whole chunk is
-brought back to the mean that it had, as the U-Net has never seen another one: z' = w z, z'' = z' mean(z) / mean(z').
+A weight w multiplies the output vectors of the text encoder for the tokens of its part. The whole chunk is then
+rescaled to its previous mean, as the U-Net has never seen another one: z' = w z, z'' = z' mean(z) / mean(z').
 
-The text encoder sees 77 places. A longer prompt is cut into chunks of 75 tokens, each with a start and an end of its
-own, that know nothing of each other; the U-Net attends to all of them, 77 k places. A chunk that would end in the
-middle of a phrase ends at the last comma instead, if that is at most 20 tokens back.
+The text encoder takes 77 tokens. A longer prompt is split into chunks of 75 tokens, each with its own start and end and
+encoded independently; the U-Net attends to all of them, 77 k tokens. A chunk that would end in the middle of a phrase
+ends at the last comma instead, if that is at most 20 tokens back.
 
-Where this differs: BREAK works inside of brackets, too (there it becomes the word "break"); the mean is each text's
-own, not that of all texts encoded at once. Not here: prompt editing `[from:to:when]`, alternation `[a|b]` and `AND`.
+Differences from the web UI: BREAK also works inside brackets (there it becomes the word "break"); the mean is that of
+each text, not of all texts of a batch. Not supported: prompt editing `[from:to:when]`, alternation `[a|b]` and `AND`.
 
 >>> for part in parse("a (red:1.3) house, [small]"):
 ...     print(repr(part.text), round(part.weight, 3))
@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,11 +38,11 @@ from torch import Tensor
 
 from .tokenizer import Note, Tokenizer, warn
 
-ROUND, SQUARE = 1.1, 1 / 1.1  # what a pair of brackets multiplies a weight with
+ROUND, SQUARE = 1.1, 1 / 1.1  # factor of the weight for a pair of brackets
 COMMA = 267  # the token of a comma at the end of a word, in CLIP's table
-BACK = 20  # tokens: how far back a comma may be at which a chunk ends
-MAX_CHUNKS = 100  # of a prompt: 7,500 tokens
-MAX_OPEN = 100  # brackets: 1.1 to the power of that is 13,780
+BACK = 20  # tokens: how far back the comma may be at which a chunk ends
+MAX_CHUNKS = 100  # per prompt: 7,500 tokens
+MAX_OPEN = 100  # open brackets: 1.1 ** 100 is 13,780
 
 TOKENS = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:\s*([+-]?[.\d]+)\s*\)|\)|\]|[^\\()\[\]:]+|:")
 BREAK = re.compile(r"\bBREAK\b")
@@ -49,28 +50,28 @@ EDITING = re.compile(r"\[[^][]*(?:\||:\s*[.\d]+\s*\])")  # alternation, or editi
 
 
 class Part(NamedTuple):
-    """A piece of a prompt, all of one weight."""
+    """A piece of a prompt with one weight."""
 
-    text: str | None  # None where a new chunk is to begin
+    text: str | None  # None starts a new chunk
     weight: float
 
 
 class Chunk(NamedTuple):
-    """Tokens that the text encoder sees together, at most 75, and the weight of each."""
+    """Tokens that are encoded together, at most 75, and the weight of each."""
 
     ids: list[int]
     weights: list[float]
 
 
 def parse(prompt: str, breaks: bool = False) -> list[Part]:
-    """The parts of a prompt with weights, in order; neighbours of the same weight are one part.
+    """Parse a weighted prompt into parts, in order; adjacent text of the same weight is one part.
 
-    With `breaks` the word BREAK is a part without text; else it is text. Raises ValueError for weights that are no
-    numbers, and for more than 100 brackets open at once.
+    With `breaks`, the word BREAK is a part without text; otherwise it is text. Raises ValueError for weights that are
+    not numbers, and for more than 100 open brackets.
     """
     texts: list[str | None] = []
     weights: list[float] = []
-    opened: dict[str, list[int]] = {"(": [], "[": []}  # where each open bracket's first part will be
+    opened: dict[str, list[int]] = {"(": [], "[": []}  # index of the first part in each open bracket
 
     def close(bracket: str, factor: float) -> None:
         for i in range(opened[bracket].pop(), len(weights)):
@@ -111,7 +112,7 @@ def parse(prompt: str, breaks: bool = False) -> list[Part]:
 
 
 def _between_breaks(prompt: str) -> list[Part]:
-    """The parts of a long prompt without weights."""
+    """The parts of a long prompt that has no weights: the texts between BREAKs."""
     first, *rest = BREAK.split(prompt)
     return [Part(first, 1.0), *(Part(part, 1.0) for text in rest for part in (None, text))]
 
@@ -124,34 +125,35 @@ def _number(text: str) -> float:
 
 
 def chunks(tokenizer: Tokenizer, prompt: str, weighted: bool, long: bool, note: Note = warn) -> list[Chunk]:
-    """The tokens of a prompt with their weights: one chunk, or if `long` as many as it needs, at least one.
+    """The tokens of a prompt with their weights: one chunk or, if `long`, as many as needed, at least one.
 
-    weighted   brackets mean weights; else they are text, and all weights are 1
-    long       BREAK and the length begin new chunks; else what does not fit is left out, and `note` is told
+    weighted   brackets are weights; otherwise they are text, and all weights are 1
+    long       BREAK and the length limit start new chunks; otherwise tokens that do not fit are dropped, with a `note`
     """
     if weighted and EDITING.search(prompt):
         note("prompt editing ([from:to:when] or [a|b]) is not supported: it is read as text")
+    ids: list[int] = []
+    weights: list[float] = []
     if not long:
-        ids, weights = [], []
         for text, weight in parse(prompt) if weighted else [Part(prompt, 1.0)]:
-            new = tokenizer.encode(text)
+            new = tokenizer.encode(text or "")
             ids += new
             weights += [weight] * len(new)
         fitting = tokenizer.fitting(ids, note)
         return [Chunk(fitting, weights[: len(fitting)])]
 
     room = tokenizer.length - 2
-    own = {ids[0]: len(ids) for ids in tokenizer.added.values()}  # the vectors of one word stay together
+    own = {first: 1 + len(rest) for first, *rest in tokenizer.added.values()}  # the vectors of one word stay together
     done: list[Chunk] = []
-    ids, weights, comma = [], [], -1
+    comma = -1
 
     def begin(carried: int | None = None) -> None:
-        """End the chunk, before the token `carried` if given, which begins the next one with all behind it."""
+        """Start a new chunk, with the tokens of this one from index `carried` on, if given."""
         nonlocal ids, weights, comma
         carried = len(ids) if carried is None else carried
         done.append(Chunk(ids[:carried], weights[:carried]))
         if len(done) > MAX_CHUNKS:
-            raise ValueError(f"a prompt of more than {MAX_CHUNKS} chunks of {room} tokens: shorten it")
+            raise ValueError(f"the prompt has more than {MAX_CHUNKS} chunks of {room} tokens: shorten it")
         ids, weights, comma = ids[carried:], weights[carried:], -1
 
     for text, weight in parse(prompt, breaks=True) if weighted else _between_breaks(prompt):
@@ -176,11 +178,29 @@ def chunks(tokenizer: Tokenizer, prompt: str, weighted: bool, long: bool, note: 
     return done
 
 
-def emphasised(context: Tensor, weights: Tensor) -> Tensor:
-    """Contexts (B, M, D) with each token's vector times its weight (B, M), brought back to the mean of each context.
+class Rows(NamedTuple):
+    """The chunks of several prompts as the input of the text encoder."""
 
-    Computed in float32. Where all weights are 1 the numbers are as they were. Raises ValueError if the weights are so
-    large, or cancel each other out so well, that no finite number is left.
+    ids: Tensor  # (B k, M), the k chunks of each prompt in order
+    weights: Tensor  # (B k, M)
+
+
+def rows(tokenizer: Tokenizer, prompts: Sequence[str], weighted: bool, long: bool, note: Note = warn) -> Rows:
+    """The tokens and weights of B prompts, k chunks each: shorter prompts are padded with chunks of the empty text."""
+    split = [chunks(tokenizer, prompt, weighted, long, note) for prompt in prompts]
+    count = max(map(len, split), default=1)
+    padded = [chunk for found in split for chunk in (*found, *[Chunk([], [])] * (count - len(found)))]
+    weights = torch.ones(len(padded), tokenizer.length, device="cpu")
+    for row, chunk in zip(weights, padded, strict=True):
+        row[1 : 1 + len(chunk.weights)] = torch.tensor(chunk.weights, device="cpu")
+    return Rows(tokenizer.rows([chunk.ids for chunk in padded]), weights)
+
+
+def emphasised(context: Tensor, weights: Tensor) -> Tensor:
+    """Multiply the vectors of contexts (B, M, D) by weights (B, M), and restore the mean of each context.
+
+    Computed in float32. Contexts whose weights are all 1 are unchanged. Raises ValueError if no finite number is left,
+    because weights are too large or cancel out.
     """
     z = context.float()
     weighted = z * weights[:, :, None]
@@ -188,10 +208,10 @@ def emphasised(context: Tensor, weights: Tensor) -> Tensor:
     plain = (weights == 1).all(dim=1)[:, None, None]
     out = torch.where(plain, context, weighted.to(context.dtype))
     if not math.isfinite(float(out.float().abs().sum())):
-        raise ValueError("the weights of this prompt leave no finite numbers: use some between 0 and 2")
+        raise ValueError("the weights of this prompt leave no finite numbers: use weights between 0 and 2")
     return out
 
 
 def plain(prompt: str) -> str:
-    """A prompt with weights without its brackets and numbers."""
-    return "".join(text for text, _ in parse(prompt))
+    """A weighted prompt without its brackets and numbers."""
+    return "".join(text or "" for text, _ in parse(prompt))

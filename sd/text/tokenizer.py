@@ -1,33 +1,33 @@
-"""Text -> token ids: the byte-pair encoding of CLIP, which Stable Diffusion 1 and 2 both read their prompts with.
+"""Text -> token ids: the byte-pair encoding of CLIP, which Stable Diffusion 1 and 2 use for their prompts.
 
 Byte-pair encoding (Sennrich et al. 2016, "Neural machine translation of rare words with subword units",
-arXiv:1508.07909) lies between letters and words. It was trained once: start from single symbols, join the pair of
-neighbours that is most frequent in a large text, write the pair down, repeat. The list of pairs in the order they were
-found, the *merges*, is the whole tokenizer. To encode a word, apply them in the same order: of all neighbouring pairs
-join the one that comes first in the list, everywhere in the word from left to right, until no pair is in the list.
+arXiv:1508.07909) is a vocabulary between letters and words. It is trained once: start from single symbols, merge the
+most frequent pair of neighbours in a large text, record the pair, repeat. The list of pairs in this order, the
+*merges*, is the whole tokenizer. To encode a word, apply them in the same order: of all neighbouring pairs, merge the
+one that comes first in the list, at all its positions from left to right, until no pair is in the list.
 
     t r i c e r a t o p s.      letters; s. is an s at the end of the word
-    t r i c er a t o p s.       "e r" is merge 5 (counted from 0), the first in the list of all pairs here
+    t r i c er a t o p s.       "e r" is merge 5 (counted from 0), the first in the list among all pairs here
     t r i c er at o p s.        "a t" is merge 15
     t r ic er at o p s.         "i c" is merge 23; then come "t r" 123, "o p" 164, "op s." 2542 and "tr ic" 8999
     tric er at ops.             four tokens: 9511, 517, 527, 3054
 
-Frequent words become one token, rare ones a few, and nothing is unknown: the symbols are not characters but the 256
-bytes of UTF-8 (GPT-2, Radford et al. 2019). CLIP (Radford et al. 2021, arXiv:2103.00020) lowercases everything, keeps
-no spaces, and marks the last symbol of a word with `</w>` instead. Its table of 49,408 tokens, by id:
+Frequent words become one token, rare words a few, and no text is out of vocabulary: the symbols are not characters but
+the 256 bytes of UTF-8 (GPT-2, Radford et al. 2019). CLIP (Radford et al. 2021, arXiv:2103.00020) lowercases everything,
+drops spaces, and marks the last symbol of a word with `</w>` instead. Its table of 49,408 tokens, by id:
 
     0 .. 255        one byte inside a word: the 188 printable ones of Latin-1 first, then the other 68
     256 .. 511      the same bytes at the end of a word
     512 .. 49405    the 48,894 merges in their order, so that the id of a merge is also its rank
     49406, 49407    <|startoftext|>, <|endoftext|>
 
-In the table every byte is written as a visible character: a printable one as itself, the n-th other one as U+0100 + n.
+The table writes every byte as a visible character: a printable one as itself, the n-th of the others as U+0100 + n.
 
     text -> clean -> words -> bytes -> merges -> ids -> start, ids, end, padding: (B, 77)
 
-start, end   the two special ids; CLIP takes its summary of a whole text (which SD does not use) at the first end
-pad          49407 in SD 1 (Hugging Face's choice) and 0 in SD 2 (OpenAI's): part of what the model was trained with
-word         what the pattern below finds: letters, one digit, a run of punctuation, 's 't 're 've 'm 'll 'd
+start, end   the two special ids; CLIP's summary of a text (the pooled output) is its output at the first end
+pad          49407 in SD 1 (as in Hugging Face's CLIP) and 0 in SD 2 (as in OpenAI's): the model was trained with it
+word         a match of the pattern below: letters, one digit, a run of punctuation, 's 't 're 've 'm 'll 'd
 
 >>> tokenizer = Tokenizer()
 >>> tokenizer.encode("triceratops")
@@ -71,56 +71,51 @@ BYTE_IDS = bytes(BYTES.index(byte) for byte in range(256))  # byte -> id, in the
 SYMBOLS = [chr(byte) if i < len(PRINTABLE) else chr(0x100 + i - len(PRINTABLE)) for i, byte in enumerate(BYTES)]
 BYTE_OF_SYMBOL = dict(zip(SYMBOLS, BYTES, strict=True))
 
-# ftfy repeats its fixes until nothing changes, so some lines cost it the square of their length ("Ã" and then 100,000
-# times "ƒ": many minutes). So it gets longer lines in pieces, each of them longer than the 75 tokens of a model can be,
-# since a token has 24 characters at most.
+# ftfy repeats its fixes until nothing changes, which takes time quadratic in the length of some lines ("Ã" followed by
+# 100,000 "ƒ": many minutes). Longer lines are therefore fixed in pieces. A piece is longer than a model's 75 tokens can
+# be, since a token has at most 24 characters.
 PIECE = 2000
 MAX_FILE = 1 << 21  # bytes read of a file: vocab.json has 1 MB, and CLIP's merges end after 0.5 MB of OpenAI's 3.2
-MAX_CACHED = 64  # characters: longer words are rare and are encoded anew each time, which bounds the cache's memory
+MAX_CACHED = 64  # characters; longer words are rare and not cached, which bounds the memory of the cache
 
-
-Note = Callable[[str], object]  # is told, in a line, what was cut, chosen or retried
+Note = Callable[[str], object]  # receives one line for each thing that was cut, chosen or retried
 
 
 def warn(message: str) -> None:
-    """Notes as warnings, for those who call without a place to put them."""
+    """The default `Note`: a UserWarning at the line that called the pipeline or the tokenizer."""
     warnings.warn(message, stacklevel=4)
 
 
 def clean(text: str, *, html_unescape: bool = True) -> str:
-    """The text as CLIP saw it in training: encoding errors repaired, single spaces, lower case.
+    """Normalise text as CLIP did in training: encoding errors repaired, single spaces, lower case.
 
-    `ftfy` turns what was decoded wrongly back into what was meant (`cafÃ©` -> `café`), straightens quotes, narrows
-    full-width letters, drops control characters and replaces lone surrogates by U+FFFD. Entities such as `&lt;` are
-    then resolved twice, since web text is often escaped twice; `html_unescape=False` leaves that out, as the tokenizer
-    that SD 1 was trained with did (ftfy resolves well-formed ones, too, unless there is a `<` before or beside them).
+    `ftfy` repairs text that was decoded wrongly (`cafÃ©` -> `café`), straightens quotes, narrows full-width letters,
+    drops control characters and replaces lone surrogates by U+FFFD. HTML entities such as `&lt;` are then unescaped
+    twice, since web text is often escaped twice. `html_unescape=False` skips that, as did the tokenizer that SD 1 was
+    trained with (ftfy also unescapes well-formed entities, unless there is a `<` before or beside them).
 
     Equal to OpenAI's `basic_clean` and `whitespace_clean` for lines of up to 2,000 characters; longer lines are
     repaired in pieces of that size.
     """
-    import ftfy  # slow to import: only those who tokenize pay
+    import ftfy  # slow to import, and not needed before the first text
 
     text = ftfy.fix_text(text, max_decode_length=PIECE)
-    if html_unescape:
-        text = _unescape(_unescape(text))
+    for _ in range(2 if html_unescape else 0):
+        # Python refuses to parse integers of more than 4,300 digits; 8 digits are already beyond Unicode
+        text = html.unescape(re.sub(r"&#0*([0-9]{1,8})[0-9]*", r"&#\1", text))
     return " ".join(text.split()).lower()
 
 
-def _unescape(text: str) -> str:
-    # Python refuses to read integers of more than 4,300 digits: 8 digits are beyond Unicode just as well.
-    return html.unescape(re.sub(r"&#0*([0-9]{1,8})[0-9]*", r"&#\1", text))
-
-
 def merge(symbols: list[int], merges: Mapping[int, int]) -> list[int]:
-    """Byte-pair encoding of one word: again and again, joins the pair of the lowest rank in all its places.
+    """Byte-pair encoding of one word: repeatedly merge the pair of the lowest rank, at all its positions.
 
-    symbols: the ids of the word's bytes. merges: `left << 16 | right` -> the id of both joined, which is the rank, too.
+    symbols: the ids of the word's bytes. merges: `left << 16 | right` -> the id of the merged pair, which is its rank.
 
-    The textbook looks through the whole word for the best pair, once per merge: quadratic. Here a linked list holds
-    the word, a heap the ranks that occur, and `places` where they occur. Joining a pair touches only its neighbours, so
-    a word of N bytes takes O(N) steps, and the heap O(log N) for each of the different merges.
+    The textbook algorithm searches the whole word for the best pair once per merge, which is quadratic. Here a linked
+    list holds the word, a heap the ranks that occur, and `places` their positions. A merge changes only the neighbours
+    of the pair, so a word of N bytes takes O(N) steps, plus O(log N) in the heap for each distinct merge.
     """
-    ids = [*symbols, -1]  # -1 is no symbol and in no pair. It stands after the end and, as index -1, before the start
+    ids = [*symbols, -1]  # a sentinel in no pair: it is after the end and, as index -1, also before the start
     left = list(range(-1, len(ids) - 1))
     right = list(range(1, len(ids) + 1))
     places = defaultdict(list)
@@ -133,11 +128,11 @@ def merge(symbols: list[int], merges: Mapping[int, int]) -> list[int]:
 
     while ranks:
         merged = heappop(ranks)
-        # In order from left to right: new neighbours need a new token, and a token is made in one round, this one.
+        # from left to right; no position is added to this list, since new pairs contain the new token
         for i in places.pop(merged):
             j = right[i]
             if merges.get(ids[i] << 16 | ids[j]) != merged:
-                continue  # an earlier merge took one of the two
+                continue  # an earlier merge consumed one of the two
             ids[i], ids[j] = merged, -1
             right[i] = right[j]
             left[right[j]] = i
@@ -151,24 +146,24 @@ def merge(symbols: list[int], merges: Mapping[int, int]) -> list[int]:
 
 
 class Tokenizer:
-    """CLIP's tokenizer. `tokenizer(texts)` gives what the text encoder takes.
+    """CLIP's tokenizer. `tokenizer(texts)` returns the input of the text encoder.
 
-    length: ids per text, with start and end. pad: the id after the end, 49407 for SD 1 and 0 for SD 2.
-    merges: where the table is read from; nothing for the file in data/. A merges file (OpenAI's or Hugging Face's,
-    plain or .gz) or the tokenizer/ folder of a diffusers model, with vocab.json and merges.txt. There is one CLIP
-    table, and any other is refused.
-    allow_special: `<|startoftext|>` and `<|endoftext|>` written in a text become 49406 and 49407, as with OpenAI, so
-    that a prompt can end itself early. False reads them as the punctuation and letters they are.
-    html_unescape: see `clean`.
+    length           ids per text, including start and end
+    pad              the id after the end, 49407 for SD 1 and 0 for SD 2
+    merges           a merges file (OpenAI's or Hugging Face's, plain or .gz), or the tokenizer/ folder of a diffusers
+                     model with vocab.json and merges.txt; None reads the file in data/. Only CLIP's table is accepted
+    allow_special    `<|startoftext|>` and `<|endoftext|>` in a text become 49406 and 49407, as in OpenAI's tokenizer,
+                     so a prompt can end early; if False they are read as punctuation and letters
+    html_unescape    see `clean`
 
-    Words of one's own, which stand for ids beyond the table (textual inversion), come and go: `add`, `remove`.
+    `add` and `remove` register words for ids beyond the table (textual inversion).
 
     Raises FileNotFoundError if there is no table, ValueError for another table or arguments out of range.
     """
 
     start: int = 512 + MERGES
     end: int = 512 + MERGES + 1
-    vocab: Mapping[str, int]  #: token as written in the table -> id, in the order of the ids; 49,408 entries
+    vocab: Mapping[str, int]  # token as written in the table -> id, in the order of the ids; 49,408 entries
 
     def __init__(
         self,
@@ -191,7 +186,7 @@ class Tokenizer:
         self._words = regex.compile(words, regex.IGNORECASE)
 
         path = resource("data/bpe_simple_vocab_16e6.txt.gz") if merges is None else Path(merges)
-        self._again = partial(
+        self._again = partial(  # for `__reduce__`
             type(self), length=length, pad=pad, merges=merges, allow_special=allow_special, html_unescape=html_unescape
         )
         left, right = _read_merges(path / "merges.txt" if path.is_dir() else path)
@@ -200,43 +195,43 @@ class Tokenizer:
         if path.is_dir():
             _check_vocab(path / "vocab.json", vocab)
         self.vocab = MappingProxyType(vocab)
-        # A pair is one integer: as many tuples would set off a full garbage collection, longer than all the rest.
+        # A pair is one integer: this many tuples would trigger a full garbage collection, which takes longest of all.
         self._merges = {vocab[a] << 16 | vocab[b]: 512 + i for i, (a, b) in enumerate(zip(left, right, strict=True))}
         self._cached = lru_cache(maxsize=1 << 14)(self._encode_word)
-        self.added: dict[str, tuple[int, ...]] = {}  # words of one's own, as `clean` leaves them -> ids
-        self._split: Callable[[str], list[str]] | None = None  # at those words
+        self.added: dict[str, tuple[int, ...]] = {}  # registered words, cleaned -> ids
+        self._split: Callable[[str], list[str]] | None = None  # splits a text at these words
 
     def __call__(self, texts: str | Sequence[str], note: Note = warn) -> torch.Tensor:
-        """Ids (B, length), int64: start, the text's tokens, end, padding. One text gives B = 1.
+        """Token ids (B, length), int64: start, the text's tokens, end, padding. One text gives B = 1.
 
-        Tokens that do not fit are left out and the end stays; `note` is told what each such text lost.
+        Tokens that do not fit are dropped before the end token; `note` receives what each such text lost.
         """
-        texts = [texts] if isinstance(texts, str) else texts
         fitting = []
-        for text in texts:  # no comprehension: `warn` counts the calls to the caller of this
+        for text in [texts] if isinstance(texts, str) else texts:  # no comprehension: `warn` counts stack frames
             fitting.append(self.fitting(self.encode(text), note))
         return self.rows(fitting)
 
     def fitting(self, ids: list[int], note: Note = warn) -> list[int]:
-        """The ids of a text that fit between start and end; `note` is told what is lost."""
-        lost, tail = self._tail(ids)
-        if lost:
+        """The ids of a text that fit between start and end; `note` receives what is lost."""
+        room = self.length - 2
+        if len(ids) > room:
+            lost, tail = len(ids) - room, self.decode(ids[room:])
             tail = tail if len(tail) <= 100 else tail[:97] + "..."
             note(
-                f"prompt is {len(ids)} tokens long, {len(ids) - lost} fit: "
+                f"prompt is {len(ids)} tokens long, {room} fit: "
                 f'the last {lost} {"are" if lost > 1 else "is"} ignored, from "{tail}" on'
             )
-        return ids[: self.length - 2]
+        return ids[:room]
 
     def rows(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Ids of texts that fit -> what the text encoder takes, (B, length): start, the ids, end, padding."""
+        """Ids of texts that fit -> the input of the text encoder (B, length): start, the ids, end, padding."""
         rows = torch.full((len(texts), self.length), self.pad, device="cpu")
         for row, ids in zip(rows, texts, strict=True):
             row[: len(ids) + 2] = torch.tensor([self.start, *ids, self.end], device="cpu")
         return rows
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text: no start, no end, however long. Raises TypeError if it is not a str."""
+        """The ids of a text of any length, without start and end. Raises TypeError if it is not a str."""
         if not isinstance(text, str):
             raise TypeError(f"a text must be a str, got {type(text).__name__}: {text!r:.80}")
         text = clean(text, html_unescape=self.html_unescape)
@@ -253,10 +248,10 @@ class Tokenizer:
         return ids
 
     def add(self, word: str, ids: Iterable[int]) -> str:
-        """Let a word stand for ids beyond the table, `end` + 1 and more; returns it as `clean` leaves it.
+        """Register a word for ids beyond the table, `end` + 1 and above; returns it as `clean` leaves it.
 
-        From now on it is that wherever it stands in a text, in capitals or not, unless it is a part of a longer word.
-        Of words that begin alike the longest counts. Raises ValueError for a word that is empty or taken.
+        It is recognised anywhere in a text, in upper or lower case, unless it is part of a longer word. If several
+        registered words match, the longest wins. Raises ValueError for a word that is empty or taken.
         """
         cleaned, ids = clean(word, html_unescape=self.html_unescape), tuple(ids)
         if not cleaned or cleaned in SPECIAL:
@@ -270,7 +265,7 @@ class Tokenizer:
         return cleaned
 
     def remove(self, word: str) -> None:
-        """Forget a word that was added; it is text again. KeyError if it was not."""
+        """Remove a registered word; it is plain text again. Raises KeyError if it was not registered."""
         added = dict(self.added)
         del added[word]
         self.added = added
@@ -287,12 +282,12 @@ class Tokenizer:
         self._split = regex.compile(f"({'|'.join(map(alone, words))})").split if words else None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of some ids: what `encode` gives or a row of a model's input; a list, or a tensor of shape (N,).
+        """The text of some ids: the output of `encode`, or a row of the model's input; a list, or a tensor (N,).
 
-        Case and spacing are gone: for a text without special tokens, `decode(encode(text))` is its words, as the
-        pattern finds them in the cleaned text, with one space between. Bytes that are no UTF-8 (a character cut in
-        half) become U+FFFD. Ids that begin with start are a row of the model: they end at the first end, and what
-        follows is padding. Start and end have no text of their own. Raises ValueError for an id that does not exist.
+        Case and spacing are lost: for a text without special tokens, `decode(encode(text))` is its words, as the
+        pattern finds them in the cleaned text, separated by single spaces. Bytes that are not UTF-8 (half a character)
+        become U+FFFD. Ids that begin with start are a row of the model's input: they end at the first end, and the
+        rest is padding. Start and end have no text. Raises ValueError for an id that does not exist.
         """
         if isinstance(ids, torch.Tensor) and ids.ndim != 1:
             raise ValueError(f"decode takes one text, ids of shape (N,), got {tuple(ids.shape)}")
@@ -315,16 +310,13 @@ class Tokenizer:
         return text.decode("utf-8", errors="replace").rstrip(" ")
 
     def tables(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
-        """The vocabulary and the merges in their order, as other programs' tokenizers are given them."""
+        """The vocabulary and the merges in their order, in the form that other tokenizers take."""
         merges = [(self._tokens[pair >> 16], self._tokens[pair & 0xFFFF]) for pair in self._merges]
         return dict(self.vocab), merges
 
     def cut(self, text: str) -> tuple[int, str]:
-        """What of a text the model will not see: (the number of tokens that do not fit, their text), or (0, "")."""
-        return self._tail(self.encode(text))
-
-    def _tail(self, ids: list[int]) -> tuple[int, str]:
-        tail = ids[self.length - 2 :]
+        """The part of a text that does not fit: (number of tokens, their text), or (0, "")."""
+        tail = self.encode(text)[self.length - 2 :]
         return len(tail), self.decode(tail)
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
@@ -332,7 +324,8 @@ class Tokenizer:
         symbols[-1] += 256  # the same byte, at the end of a word
         return tuple(merge(symbols, self._merges))
 
-    def __reduce__(self):  # the cache cannot be pickled: a copy, in another process of a data loader, is built anew
+    def __reduce__(self) -> tuple[Callable[[], Tokenizer], tuple[()], dict[str, tuple[int, ...]]]:
+        # the cache cannot be pickled, so a copy (in the worker process of a data loader) is built from the arguments
         return self._again, (), self.added
 
     def __setstate__(self, added: dict[str, tuple[int, ...]]) -> None:
@@ -341,8 +334,11 @@ class Tokenizer:
 
 
 def _read_merges(path: Path) -> tuple[list[str], list[str]]:
-    """The left and the right halves of the merges. OpenAI's file, which goes on after them, and Hugging Face's both
-    have one line of version first, then "left right" per line."""
+    """The left and the right halves of the merges.
+
+    Both OpenAI's file, which continues after the merges, and Hugging Face's start with a version line, followed by
+    "left right" on each line.
+    """
     lines = _read(path, "merges").replace(b"\r\n", b"\n").split(b"\n", 1 + MERGES)[1 : 1 + MERGES]
     table = b"\n".join(lines)
     if zlib.crc32(table) != MERGES_CRC32:
