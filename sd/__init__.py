@@ -1,6 +1,6 @@
 """Stable Diffusion from scratch in PyTorch.
 
-Reading order: config, schedule, samplers, models/layers, models/unet, denoiser, params, pipeline; then
+Reading order: config, schedule, samplers, models/layers, models/unet, denoiser, params, run, pipeline; then
 models/text_encoder, models/vae, text/tokenizer; then adapters; then checkpoints: what is in people's files.
 
 What looks at files alone works without torch, whose import takes longer than all of it; the rest is imported when it is
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from .models.unet import UNet
     from .models.vae import VAE
     from .params import ImageToImage, Inpaint, SamplingParams, TextToImage
-    from .pipeline import Result, Run, StableDiffusion
+    from .pipeline import StableDiffusion
+    from .run import Result, Run
     from .samplers import SAMPLERS, Step
     from .text.tokenizer import Tokenizer
 
@@ -31,7 +32,7 @@ __version__ = "0.2.0"
 
 _LATER = {
     "Conditioning": "conditioning", "Denoiser": "denoiser", "ImageToImage": "params", "Inpaint": "params",
-    "Result": "pipeline", "Run": "pipeline", "SamplingParams": "params", "StableDiffusion": "pipeline",
+    "Result": "run", "Run": "run", "SamplingParams": "params", "StableDiffusion": "pipeline",
     "TextToImage": "params", "SAMPLERS": "samplers", "Step": "samplers", "TextEncoder": "models.text_encoder",
     "Tokenizer": "text.tokenizer", "UNet": "models.unet", "VAE": "models.vae",
 }  # fmt: skip

@@ -62,11 +62,11 @@ def concatenate(parts: Sequence[Conditioning], batch: int | None = None) -> Cond
         shapes = [x.shape[1:] for x in given]
         if given and len(given) < len(parts):
             raise ValueError(f"{len(given)} of {len(parts)} conditionings have a {name}: give it to all or none")
-        if name == "context" and len({shape[0] for shape in shapes}) > 1:
-            lengths = " and ".join(str(shape[0]) for shape in shapes)
+        lengths = [shape[0] for shape in shapes]
+        if name == "context" and len(set(lengths)) > 1:
             raise ValueError(
-                f"contexts must be of one length, got {lengths}: pad the shorter ones with the empty prompt's "
-                "(StableDiffusion.same_length)"
+                f"contexts must be of one length, got {' and '.join(map(str, lengths))}: pad the shorter ones with the "
+                "empty prompt's (StableDiffusion.same_length)"
             )
         if len(set(shapes)) > 1:
             each = " and ".join(str(tuple(x.shape)) for x in given)

@@ -10,7 +10,8 @@ sampler, the noise of each step. So an image depends neither on its batch nor on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -22,10 +23,10 @@ from .denoiser import keep_known
 from .imaging.files import WHITE, flatten
 from .imaging.masks import Canvas, conditioning, hide, latent_mask, prepare_mask, surroundings, widened
 from .imaging.tensors import Box, fit, frame, to_tensor
+from .latents import image_size, latent_shape
 from .params import MAX_SEED, ImageToImage, Inpaint, ResolvedParams, TextToImage
-from .samplers import SAMPLERS, Denoise, Step
+from .samplers import SAMPLERS, Denoise, Noise, Sampler, Step
 from .schedule import Levels
-from .sizes import image_size, latent_shape
 
 if TYPE_CHECKING:
     from .pipeline import StableDiffusion
@@ -54,8 +55,22 @@ def draw(rngs: Sequence[torch.Generator], shape: Sequence[int], device: torch.de
 class Sampling(Iterator[Step]):
     """The steps of a sampler, without gradients. `len` is the total number of steps, for progress bars."""
 
-    def __init__(self, steps: Iterator[Step], n: int) -> None:
-        self._steps, self._n = steps, n
+    def __init__(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        levels: Levels,
+        sampler: Sampler,
+        noise: Noise | None,
+        options: Mapping[str, float],
+    ) -> None:
+        """Raises ValueError for options that the sampler does not have, and if it needs noise and is given none."""
+        for name in options:
+            if name not in sampler.options:
+                raise ValueError(f"{sampler.label} has no option {name}")
+        if noise is None and sampler.draws(options):
+            raise ValueError(f"{sampler.label} draws noise in every step: give it `noise`")
+        self._steps, self._n = sampler.run(denoise, x, levels, noise=noise, **options), max(len(levels) - 1, 0)
 
     def __next__(self) -> Step:
         with torch.no_grad():
@@ -105,22 +120,24 @@ class Run(Iterator[Step]):
         self.levels = model.schedule.levels(params.steps, params.spacing, strength)
         if strength > 0 and len(self.levels) == 1:
             notes.append(f"strength {strength:g} of {params.steps} steps is less than one step: nothing is generated")
-        context = request.prompt if isinstance(request.prompt, Tensor) else self._encode(request.prompt)
+        encode = partial(
+            model.encode_prompt,
+            weighted_prompts=request.weighted_prompts,
+            long_prompts=request.long_prompts,
+            note=notes.append,
+        )
+        context = request.prompt if isinstance(request.prompt, Tensor) else encode(request.prompt)
         M, D = model.config.text.length, model.config.text.width
         if context.dim() != 3 or 0 in context.shape or context.shape[1] % M or context.shape[2] != D:
             raise ValueError(f"a context must be (B, {M}, {D}), got {tuple(context.shape)}")
         self.context = context.to(model.device, model.dtype).repeat_interleave(params.n, dim=0)
         self.uncond: Tensor | None = None
         if params.guidance != 1.0:
-            self.context, self.uncond = model.same_length(self.context, self._encode([request.negative]))
+            self.uncond = encode([request.negative])
+            if self.uncond.shape[1] != self.context.shape[1]:
+                self.context, self.uncond = model.same_length(self.context, self.uncond)
         self.rngs = generators(params.seed, len(self.context))
         self.seeds = [rng.initial_seed() for rng in self.rngs]
-
-    def _encode(self, prompts: Sequence[str]) -> Tensor:
-        weighted, long = self.request.weighted_prompts, self.request.long_prompts
-        return self.model.encode_prompt(
-            prompts, weighted_prompts=weighted, long_prompts=long, note=self.notes.append
-        )
 
     def begin(self, start: Start) -> Run:
         """Set the initial state; returns the run itself."""

@@ -29,12 +29,15 @@ ALLOWED = {
     "checkpoints": {"conditioning", "config", "models", "runtime", "schedule", "text"},
     "adapters": {"checkpoints", "config", "text"},
     "training": {"conditioning", "config", "denoiser", "models", "schedule"},
+    "latents": {"config", "imaging", "models", "params", "runtime", "text"},
+    "run": {"config", "denoiser", "imaging", "latents", "params", "samplers", "schedule"},
     "pipeline": {
-        "adapters", "checkpoints", "conditioning", "config", "denoiser", "imaging", "models", "params", "resources",
-        "runtime", "samplers", "schedule", "text",
+        "adapters", "checkpoints", "conditioning", "config", "denoiser", "imaging", "latents", "models", "params",
+        "resources", "run", "runtime", "samplers", "schedule", "text",
     },
     "study": None,  # stands on top of everything: nothing may import it
 }  # fmt: skip
+ANNOTATED = {"run": {"pipeline"}}  # imported under TYPE_CHECKING only: a run is one of a model
 FILES = sorted(path for path in (ROOT / "sd").rglob("*.py") if path != ROOT / "sd" / "__init__.py")
 
 
@@ -51,10 +54,15 @@ def layer(path: Path) -> str:
 
 
 def imported_layers(path: Path) -> set[str]:
-    """The layers of the package that a file imports."""
+    """The layers of the package that a file imports, but for the annotations in `ANNOTATED`."""
     package = ["sd", *path.relative_to(ROOT / "sd").parts[:-1]]
-    found = set()
-    for node in ast.walk(tree(path)):
+    found, annotated = set(), ANNOTATED.get(layer(path), set())
+    module = tree(path)
+    typing = [node for node in module.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    only = {id(node) for block in typing for node in ast.walk(block)}
+    for node in ast.walk(module):
+        if id(node) in only and isinstance(node, ast.ImportFrom) and node.module in annotated:
+            continue
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             modules = [*base, *(node.module or "").split(".")] if node.module else base

@@ -324,7 +324,7 @@ def test_merged_for_good(model, tmp_path):
     before = weights(model)
     file, other = saved(tmp_path, tensors), saved(tmp_path, tensors, "other.safetensors")
     model.add_loras([(file, 0.5)], removable=False)
-    assert model.loras == {} and model._merged._before == {}
+    assert model.loras == {} and model._adapters.merged._before == {}
     check(model, before, deltas, 0.5)
     for_good = weights(model)
     model.add_lora(other, 1.0)

@@ -15,7 +15,8 @@ from PIL import Image
 
 from sd.config import Config
 from sd.params import CONTENTS, MAX_SEED
-from sd.pipeline import StableDiffusion, draw, generators
+from sd.pipeline import StableDiffusion
+from sd.run import draw, generators
 from sd.runtime.device import best_dtype
 from sd.samplers import SAMPLERS
 

@@ -24,7 +24,8 @@ from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.models.vae import VAE
 from sd.params import SamplingParams
-from sd.pipeline import StableDiffusion, draw, generators
+from sd.pipeline import StableDiffusion
+from sd.run import draw, generators
 from sd.runtime import cpu_kernels as kernels
 from sd.runtime.cuda_graphs import Recorded
 from sd.runtime.optimize import optimize

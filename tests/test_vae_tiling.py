@@ -13,7 +13,7 @@ import torch
 from common import TINY, TINY_V2, error, tiny_state
 from conftest import loaded
 
-from sd import pipeline as models
+from sd import latents as models
 from sd.models.layers import ResBlock
 from sd.runtime import vae_tiling as strips
 from sd.runtime.vae_tiling import decode_in_strips, encode_in_strips

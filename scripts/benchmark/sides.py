@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from sd.conditioning import Conditioning
 from sd.denoiser import Denoiser
-from sd.pipeline import LARGE, StableDiffusion
+from sd.latents import LARGE
+from sd.pipeline import StableDiffusion
 from sd.runtime.cuda_graphs import Recorded
 from sd.runtime.vae_tiling import decode_in_strips
 from sd.samplers import ddim

@@ -20,8 +20,9 @@ from sd.imaging.files import Picture, parameters, read_picture
 from sd.imaging.previews import LinearDecoder
 from sd.imaging.tensors import grid
 from sd.params import FITS, MAX_SEED, POSTERIORS, SamplingParams, TextToImage
-from sd.pipeline import EMBEDDED, Run
+from sd.pipeline import EMBEDDED
 from sd.resources import resource
+from sd.run import Run
 from sd.runtime.device import DTYPES, dtype_name
 from sd.samplers import SAMPLERS, Option
 from sd.schedule import SPACINGS

@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..params import SamplingParams
-from ..pipeline import StableDiffusion, draw, generators
+from ..pipeline import StableDiffusion
+from ..run import draw, generators
 from ..samplers import SAMPLERS
 from ..schedule import Level
 from .drawing import Axes, Curve, figure, plot

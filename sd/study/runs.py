@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..params import SamplingParams, find_sampler
-from ..pipeline import StableDiffusion, draw, generators
+from ..pipeline import StableDiffusion
+from ..run import draw, generators
 from ..samplers import Denoise, Sampler, Step
 from ..schedule import SPACINGS, Level
 

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -210,6 +210,21 @@ def emphasised(context: Tensor, weights: Tensor) -> Tensor:
     if not math.isfinite(float(out.float().abs().sum())):
         raise ValueError("the weights of this prompt leave no finite numbers: use weights between 0 and 2")
     return out
+
+
+def same_length(contexts: Sequence[Tensor], empty: Callable[[], Tensor]) -> list[Tensor]:
+    """Pad contexts (B, k M, D) of different k to the length of the longest.
+
+    empty   returns the context (1, M, D) of the empty text, which they are padded with; called only if needed
+    """
+    length = max(context.shape[1] for context in contexts)
+    if all(context.shape[1] == length for context in contexts):
+        return list(contexts)
+    padding = empty()
+    M = padding.shape[1]
+    if any(context.shape[1] % M for context in contexts):
+        raise ValueError(f"contexts must be multiples of {M} long, got {[c.shape[1] for c in contexts]}")
+    return [torch.cat([x, padding.to(x).repeat(x.shape[0], (length - x.shape[1]) // M, 1)], dim=1) for x in contexts]
 
 
 def plain(prompt: str) -> str:

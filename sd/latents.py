@@ -1,4 +1,7 @@
-"""Sizes of images and of their latents.
+"""Images and their latents: sizes, and the VAE for images of any size in any precision.
+
+Large images pass through the VAE in strips. Its activations can exceed float16, so an output that is not finite is
+computed again in float32: a black image is never returned.
 
 >>> from sd.config import SD1
 >>> latent_shape(SD1), latent_shape(SD1, height=768), image_size(SD1, (1000, 700))
@@ -7,11 +10,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from torch import Tensor
 
 from .config import Config
+from .imaging.tensors import to_pil
+from .models.vae import VAE, Gaussian
 from .params import whole
+from .runtime.device import dtype_name
+from .runtime.vae_tiling import decode_in_strips, encode_in_strips
+from .text.tokenizer import Note
 
+LARGE = 1024 * 1024  # pixels above which the VAE works in strips
 MAX_SIDE = 16384  # pixels
 
 
@@ -63,3 +78,44 @@ def image_size(
     width = rounded(wide * scale) if width is None else width
     latent_shape(config, height, width)  # raises for a given side that is invalid
     return height, width
+
+
+@torch.no_grad()
+def encode(vae: VAE, pixels: Tensor, note: Note) -> Gaussian:
+    """pixels (B, 3, H, W) in [-1, 1] -> Gaussian over the latents (B, C, h, w) in float32. See `decode`."""
+    large = pixels.shape[-2] * pixels.shape[-1] > LARGE
+
+    def run(vae: VAE, x: Tensor) -> Tensor:
+        return torch.stack(encode_in_strips(vae, x) if large else vae.encode(x))
+
+    mean, std = _finite("latent", run, vae, pixels, note)
+    return Gaussian(mean, std)
+
+
+@torch.no_grad()
+def decode(vae: VAE, z: Tensor, note: Note) -> list[Image.Image]:
+    """Latents (B, C, h, w) -> RGB images, one at a time, which needs the memory of one.
+
+    Images of more than `LARGE` pixels are decoded in strips, which saves memory and changes only rounding. `note`
+    receives a line if an image is computed again in float32. Raises ArithmeticError if it is not finite even then.
+    """
+    large = z.shape[-2] * z.shape[-1] * vae.config.factor**2 > LARGE
+    images = []
+    for one in z.split(1):
+        out = _finite("image", lambda vae, x: decode_in_strips(vae, x) if large else vae.decode(x), vae, one, note)
+        images += to_pil(out)
+    return images
+
+
+def _finite(what: str, run: Callable[[VAE, Tensor], Tensor], vae: VAE, x: Tensor, note: Note) -> Tensor:
+    dtype = next(vae.parameters()).dtype
+    out = run(vae, x.to(dtype))
+    if dtype != torch.float32 and not out.isfinite().all():
+        note(f"the {what} is not finite in {dtype_name(dtype)}: computing it again in float32")
+        out = run(copy.deepcopy(vae).float(), x.float())  # a copy: other threads may be using the VAE
+    if not out.isfinite().all():
+        raise ArithmeticError(
+            f"the {what} is not finite (NaN) even in float32: the checkpoint may be damaged, or the U-Net "
+            "overflows in half precision: try float32 (--dtype)"
+        )
+    return out.float()
