@@ -38,7 +38,7 @@ from sd.imaging.tensors import to_pil
 from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion
 
-from .common import cli, generate
+from .common import arguments, cli, generate
 from .evaluation import judge
 from .evaluation.probes import PROBES, Painter
 from .evaluation.scoring import ATTRIBUTES, Rate, tally, verdict, whole
@@ -72,7 +72,7 @@ def parser() -> cli.Parser:
     add("--markdown", type=Path, metavar="FILE", help="write the tables to a file, for a model card")
     add("--json", type=Path, metavar="FILE", help="write all figures to a file")
     add("--wrong", type=Path, metavar="FOLDER", help="write the pictures that are not all right, and what is wrong")
-    generate.add_model_arguments(parser)
+    arguments.add_model_arguments(parser)
     return parser
 
 

@@ -1,10 +1,11 @@
-"""A picture with a part of it painted anew.
+"""Generate the masked part of an image anew.
 
 python scripts/inpaint.py "a red balloon" photo.png mask.png
 python scripts/inpaint.py "a cat on the bench" bench.png --ckpt sd-v1-5-inpainting.ckpt
 
-White in the mask is painted anew, black stays to the bit; without a mask, the picture's transparent part is painted.
-Inpainting checkpoints (9 channels) are made for this; any other works, too. The result has the picture's size.
+White in the mask is generated, black is kept bit for bit; if no mask is given, the transparent part of the image is the
+mask. Inpainting checkpoints (9 channels) are made for this, but any other works, too. The result has the size of the
+image.
 """
 
 from __future__ import annotations
@@ -16,62 +17,65 @@ from hashlib import sha256
 from pathlib import Path
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE as __package__  # noqa: F401
+    import bootstrap
+
+    __package__ = bootstrap.PACKAGE
 
 from PIL import ImageOps
 
 from sd.imaging.files import read_mask
 from sd.params import CONTENTS, Inpaint
 
-from .common import adapter_args, cli, generate
+from .common import adapter_args, arguments, cli
+from .common.generate import about_init, generate
 
-MARGIN = 32  # pixels around the mask with --only-masked, as other tools have it
+MARGIN = 32  # pixels around the mask with --only-masked, as in other tools
 
 
 def parser() -> cli.Parser:
     """The arguments."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    generate.add_prompt_arguments(parser, "PICTURE", "MASK")
-    group = generate.add_picture_arguments(parser, strength=1.0)
-    group.add_argument("--mask", metavar="FILE", help="white is painted anew (default: what is transparent)")
-    group.add_argument("--invert-mask", action="store_true", help="paint what the mask keeps, and keep the rest")
+    arguments.add_prompt_arguments(parser, "IMAGE", "MASK")
+    group = arguments.add_image_arguments(parser, strength=1.0)
+    group.add_argument("--mask", metavar="FILE", help="white is generated (default: the transparent part of the image)")
+    group.add_argument("--invert-mask", action="store_true", help="generate what the mask keeps, and keep the rest")
     group.add_argument(
         "--mask-blur", type=float, default=0.0, metavar="PIXELS", help="soften the mask's edge (default: %(default)s)"
     )
     group.add_argument(
         "--content", choices=CONTENTS, default=CONTENTS[0],
-        help="what the hole holds at the start, if strength is below 1 (default: %(default)s)",
+        help="initial content of the masked part, if strength is below 1 (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--only-masked", action="store_true",
-        help="look at the part around the mask only, at the size that the model paints best: for small things",
+        help="generate only the region around the mask, at the native size of the model: for small details",
     )  # fmt: skip
     group.add_argument(
         "--margin", type=int, default=MARGIN, metavar="PIXELS",
-        help="how much around the mask --only-masked looks at (default: %(default)s)",
+        help="size of the margin around the mask for --only-masked (default: %(default)s)",
     )  # fmt: skip
-    generate.add_sampling_arguments(parser, size="from the picture")
-    generate.add_output_arguments(parser)
-    generate.add_model_arguments(parser)
+    arguments.add_sampling_arguments(parser, size="from the image")
+    arguments.add_output_arguments(parser)
+    arguments.add_model_arguments(parser)
     adapter_args.add_addon_arguments(parser)
     return parser
 
 
 def generate_images(args: argparse.Namespace) -> None:
     """Check, read image and mask, load, generate, save."""
-    args = generate.place_words(args, "init_img", "mask")
-    params = generate.checked(args)
-    init = generate.read_init(args, args.background if args.mask is not None else None)
+    args = arguments.place_words(args, "init_img", "mask")
+    params = arguments.sampling_params(args)
+    init = arguments.read_init(args, args.background if args.mask is not None else None)
     if args.mask is not None:
         mask = read_mask(args.mask)
     elif init.alpha is not None:
         mask = ImageOps.invert(init.alpha)
     else:
-        raise ValueError(f"{args.init_img}: no part of it is transparent: say with --mask what is to be painted anew")
+        raise ValueError(f"{args.init_img}: no part of it is transparent: give a mask with --mask")
     if args.invert_mask:
         mask = ImageOps.invert(mask)
     if mask.getbbox() is None:
-        raise ValueError("the mask is empty (all black): nothing would be painted; --invert-mask?")
+        raise ValueError("the mask is empty (all black): nothing would be generated; --invert-mask?")
 
     make = partial(
         Inpaint,
@@ -85,7 +89,7 @@ def generate_images(args: argparse.Namespace) -> None:
     )
 
     about = {
-        **generate.about_init(args, init),
+        **about_init(args, init),
         "Mask": "alpha" if args.mask is None else Path(args.mask).name,
         **({"Mask hash": sha256(Path(args.mask).read_bytes()).hexdigest()[:10]} if args.mask is not None else {}),
         **({"Mask mode": "Inpaint not masked"} if args.invert_mask else {}),
@@ -93,7 +97,7 @@ def generate_images(args: argparse.Namespace) -> None:
         **({"Masked content": args.content} if args.strength < 1 else {}),
         **({"Inpaint area": "Only masked", "Masked area padding": args.margin} if args.only_masked else {}),
     }
-    generate.generate(args, params, make, about)
+    generate(args, params, make, about)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -51,7 +51,7 @@ from sd.study import (
     text,
 )
 
-from .common import cli, generate
+from .common import arguments, cli, generate
 from .toy_world import Scene, Thing, box, draw
 
 OUT = Path("outputs/study")
@@ -369,7 +369,7 @@ def parser() -> cli.Parser:
     )
     group.add_argument("--seed", type=int, default=usual.seed, metavar="S", help="default: %(default)s")
     group.add_argument("--size", type=int, metavar="PIXELS", help="side of the pictures (default: the model's own)")
-    generate.add_model_arguments(parser)
+    arguments.add_model_arguments(parser)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a text.
+"""Generate images from text.
 
 python scripts/txt2img.py "a red house in the snow"
 python scripts/txt2img.py "a photograph of an astronaut riding a horse" --ckpt v1-5-pruned-emaonly.ckpt --n 4 --grid
@@ -10,28 +10,31 @@ import argparse
 import sys
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE as __package__  # noqa: F401
+    import bootstrap
+
+    __package__ = bootstrap.PACKAGE
 
 from sd.params import TextToImage
 
-from .common import adapter_args, cli, generate
+from .common import adapter_args, arguments, cli
+from .common.generate import generate
 
 
 def parser() -> cli.Parser:
-    """The arguments; names of the original's scripts work too."""
+    """The arguments; names in the original's scripts work, too."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    generate.add_prompt_arguments(parser)
-    generate.add_sampling_arguments(parser)
-    generate.add_output_arguments(parser)
-    generate.add_model_arguments(parser)
+    arguments.add_prompt_arguments(parser)
+    arguments.add_sampling_arguments(parser)
+    arguments.add_output_arguments(parser)
+    arguments.add_model_arguments(parser)
     adapter_args.add_addon_arguments(parser)
     return parser
 
 
 def generate_images(args: argparse.Namespace) -> None:
     """Check, load, generate, save."""
-    args = generate.place_words(args)
-    generate.generate(args, generate.checked(args), TextToImage)
+    args = arguments.place_words(args)
+    generate(args, arguments.sampling_params(args), TextToImage)
 
 
 def main(argv: list[str] | None = None) -> int:

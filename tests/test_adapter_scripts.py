@@ -130,7 +130,7 @@ def test_words_that_the_embedded_model_does_not_know(paint):
         (["--lora", "toy.pt"], "an embedding with --embedding"),
         (["--lora", "tiny.safetensors"], "a checkpoint is given with --ckpt"),
         (["--embedding", "gone.pt"], "gone.pt: no such file"),
-        (["--embedding", "toy.pt:"], "no word behind the colon"),
+        (["--embedding", "toy.pt:"], "no word after the colon"),
         (["--embedding", "toy.pt", "--embedding", "toy.pt"], "'toy' is taken"),
         (["--embedding", "style.safetensors"], "a LoRA file with --lora"),
         (["--embedding", "tiny.safetensors"], "a checkpoint is given with --ckpt"),

@@ -51,7 +51,7 @@ def test_a_changed_picture(edit, tmp_path):
     assert image.size == (64, 64) and np.asarray(image).std() > 1
     assert re.fullmatch(
         r"a red cube\nSteps: 2, Sampler: DPM\+\+ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 7, Size: 64x64, "
-        r"Denoising strength: 0.5, Painted size: 64x64, Init image hash: [0-9a-f]{10}, "
+        r"Denoising strength: 0.5, Generated size: 64x64, Init image hash: [0-9a-f]{10}, "
         r"Model hash: [0-9a-f]{10}, Model: tiny, "
         r"Precision: float32, Version: sd [\d.]+",
         image.text["parameters"],
@@ -91,7 +91,7 @@ def test_sample_picture_and_mask(edit, tmp_path, size, options):
     if "--mask-blur" in options:  # it reaches some pixels outwards
         hole = np.asarray(Image.fromarray(hole).filter(ImageFilter.MaxFilter(41)))
     assert image.size == size and not changed[~hole].any() and changed[hole].mean() > 0.5
-    assert "Denoising strength: 1, Painted size: 64x64, Init image hash: " in image.text["parameters"]
+    assert "Denoising strength: 1, Generated size: 64x64, Init image hash: " in image.text["parameters"]
     assert "Mask: mask.png" in image.text["parameters"]
 
 
@@ -129,7 +129,7 @@ def test_settings_of_the_mask_are_recorded(edit, tmp_path):
     for words in (
         "Denoising strength: 0.5, Posterior: mode, ",
         "Mask blur: 2, Masked content: fill, Inpaint area: Only masked, Masked area padding: 8",
-        "Painted size: 64x64, ",
+        "Generated size: 64x64, ",
         f"Mask: sample-mask.png, Mask hash: {sha256(MASK.read_bytes()).hexdigest()[:10]}, ",
     ):
         assert words in text
@@ -219,13 +219,13 @@ def test_no_steps_no_frames(edit):
         (img2img, ["a", SAMPLE, "--strength", "1.5"], "strength must be in [0, 1], got 1.5"),
         (img2img, ["a", SAMPLE, "--strength", "nan"], "strength"),
         (img2img, ["a", SAMPLE, "--height", "65"], "height must be a multiple of 8, got 65"),
-        (inpaint, ["a", SAMPLE], "no part of it is transparent: say with --mask"),
+        (inpaint, ["a", SAMPLE], "no part of it is transparent: give a mask with --mask"),
         (inpaint, ["a", SAMPLE, "missing.png"], "missing.png: no such file"),
         (inpaint, ["a", SAMPLE, MASK, "--mask-blur", "-1"], "blur"),
         (inpaint, ["a", SAMPLE, MASK, "--only-masked", "--margin", "-1"], "at least 0"),
-        (inpaint, [SAMPLE, MASK], "sample.png is a picture: the prompt comes first"),
-        (img2img, [SAMPLE, "a"], "sample.png is a picture: the prompt comes first"),
-        (img2img, ["a", "https://example.org/a.png"], "addresses are not fetched"),
+        (inpaint, [SAMPLE, MASK], "sample.png is an image: the prompt comes first"),
+        (img2img, [SAMPLE, "a"], "sample.png is an image: the prompt comes first"),
+        (img2img, ["a", "https://example.org/a.png"], "URLs are not fetched"),
     ],
     ids=str,
 )

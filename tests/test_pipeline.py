@@ -540,7 +540,7 @@ def test_transparent_part_is_the_mask(either):
     (image,) = either.inpaint("a", clear, **settings)
     kept = np.asarray(mask) == 0
     assert np.array_equal(pixels(image)[kept], pixels(picture)[kept])
-    with pytest.raises(ValueError, match="Give a mask, or an image with a transparent part"):
+    with pytest.raises(ValueError, match="give a mask, or an image with a transparent part"):
         either.inpaint("a", picture, **settings)
 
 

@@ -1,4 +1,4 @@
-"""The add-ons of txt2img, img2img and inpaint: LoRA files, embeddings, weighted and long prompts."""
+"""Arguments for LoRA files, embeddings, and weighted and long prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import sd
 from .cli import Parser
 from .output import ModelHash
 
-LORA_TAG = re.compile(r"<lora:([^:>]{1,200})(?::([^>]{0,20}))?>")  # how other tools name a LoRA file in a prompt
+LORA_TAG = re.compile(
+    r"<lora:([^:>]{1,200})(?::([^>]{0,20}))?>"
+)  # a LoRA file in a prompt, in the syntax of other tools
 
 
 def add_addon_arguments(parser: Parser) -> None:
@@ -20,24 +22,24 @@ def add_addon_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("add-ons")
     group.add_argument(
         "--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
-        help="merge a LoRA file into the model; may be given several times (default weight: 1)",
+        help="merge a LoRA file into the model; can be given several times (default weight: 1)",
     )  # fmt: skip
     group.add_argument(
         "--embedding", "--textual-inversion", action="append", default=[], metavar="FILE[:WORD]",
-        help="a textual inversion file, and the word for it in prompts (default: the file's own, or its name)",
+        help="a textual inversion file, and its word in prompts (default: the word in the file, or the file name)",
     )  # fmt: skip
     group.add_argument(
         "--weighted-prompts", action="store_true",
-        help="(word:1.2), (word) and [word] in prompts weigh the word; otherwise brackets are text",
+        help="(word:1.2), (word) and [word] in prompts change the weight of the word; otherwise brackets are text",
     )  # fmt: skip
     group.add_argument(
         "--long-prompts", action="store_true",
-        help="prompts of more than 75 tokens in chunks of 75, BREAK begins one; otherwise they are cut",
+        help="split prompts of more than 75 tokens into chunks, also at BREAK; otherwise they are truncated",
     )  # fmt: skip
 
 
 def split_lora(text: str) -> tuple[Path, float]:
-    """FILE[:WEIGHT]; names with a colon in them are files first."""
+    """FILE[:WEIGHT] -> (path, weight). An existing file whose name contains a colon takes precedence."""
     head, colon, tail = text.rpartition(":")
     if not colon or Path(text).exists():
         return Path(text), 1.0
@@ -51,24 +53,24 @@ def split_lora(text: str) -> tuple[Path, float]:
 
 
 def split_embedding(text: str) -> tuple[Path, str | None]:
-    """FILE[:WORD]."""
+    """FILE[:WORD] -> (path, word)."""
     head, colon, tail = text.rpartition(":")
     if not colon or Path(text).exists() or not Path(head).exists():
         return Path(text), None
     if not tail.strip():
-        raise ValueError(f"--embedding {text}: no word behind the colon")
+        raise ValueError(f"--embedding {text}: no word after the colon")
     return Path(head), tail
 
 
 class AddOns:
-    """The add-ons that the arguments name: checked before the model is loaded, then given to it."""
+    """The adapters given as arguments: checked before the model is loaded, then added to it."""
 
     def __init__(self, args: argparse.Namespace, prompts: list[str]) -> None:
         self._weighted, self._long = args.weighted_prompts, args.long_prompts
         self._loras = [split_lora(text) for text in args.lora]
         self._embeddings = [split_embedding(text) for text in args.embedding]
-        for file in (file for file, _ in (*self._loras, *self._embeddings)):
-            sd.load_checkpoint(file).close()  # a name that is wrong should say so before a large model is loaded
+        for path, _ in (*self._loras, *self._embeddings):
+            sd.load_checkpoint(path).close()  # raises for a wrong name before a large model is loaded
         for prompt in (*prompts, args.negative):
             if tag := LORA_TAG.search(prompt):
                 file = f"{tag[1]}.safetensors" + (f":{tag[2]}" if tag[2] else "")
@@ -78,7 +80,7 @@ class AddOns:
         self._hashes: dict[Path, ModelHash] = {}
 
     def give(self, model: sd.StableDiffusion, hashes: bool) -> None:
-        """Merge the LoRAs and add the words, and say so; `hashes` are for the metadata."""
+        """Merge the LoRAs, add the words and print them. `hashes` computes the hashes for the metadata."""
         self._names = model.add_loras(self._loras, removable=False)
         for name, (_, weight) in zip(self._names, self._loras, strict=True):
             print(f"LoRA {name}, weight {weight:g}", flush=True)
@@ -92,12 +94,12 @@ class AddOns:
             self._hashes = {file: ModelHash(file, digits=12, tensors_only=only) for file, only in files}
 
     def prompt(self, prompt: str) -> str:
-        """The prompt as metadata have it: LoRAs stand in it, as other tools write and read them."""
+        """The prompt for the metadata, with its LoRAs in the syntax of other tools."""
         tags = [f"<lora:{name}:{weight:g}>" for name, (_, weight) in zip(self._names, self._loras, strict=True)]
         return " ".join([prompt, *tags])
 
     def about(self, model: sd.StableDiffusion, prompt: str, negative: str) -> dict[str, str]:
-        """What a picture's metadata say about add-ons, under the names that other tools use."""
+        """The entries about adapters in the metadata of an image, with the keys of other tools."""
         used = {i for text in (prompt, negative) for i in model.tokenizer.encode(text)} if self._words else set()
         words = [(word, file) for word, file in self._words.items() if used & set(model.tokenizer.added[word])]
         loras = [(name, file) for name, (file, _) in zip(self._names, self._loras, strict=True)]

@@ -1,4 +1,4 @@
-"""What all programs share: arguments that are wrong and work that fails end in one line; memory that is kept."""
+"""What all programs share: errors in one line, exit statuses, and the memory allocator."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 from tqdm import tqdm
 
 
 class Parser(argparse.ArgumentParser):
-    """Answers a wrong call with one line instead of the whole usage."""
+    """Reports wrong arguments in one line instead of with the whole usage."""
 
-    def error(self, message: str) -> None:
-        """Exit with status 2; an option that is nearly one is answered with what it may be."""
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2. For a misspelt option, suggest the closest one."""
         words = message.split()
         if message.startswith("unrecognized arguments: -"):
             known = [name for action in self._actions for name in action.option_strings]
@@ -39,11 +40,11 @@ def run(
     argv: list[str] | None = None,
     out_of_memory: str = OUT_OF_MEMORY,
 ) -> int:
-    """Parse, work, and turn whatever goes wrong through no fault of the program into one line and an exit status."""
-    if hasattr(sys.stdout, "reconfigure"):  # a file name that the terminal cannot show is no reason to stop
+    """Parse, work, and report errors that are not the fault of the program in one line. Returns the exit status."""
+    if hasattr(sys.stdout, "reconfigure"):  # a file name that the terminal cannot show must not stop the program
         sys.stdout.reconfigure(errors="backslashreplace")
-    args = parser.parse_intermixed_args(argv)  # options may stand between the words
-    if not gc.get_freeze_count():  # what was imported, a million objects, stays: not to look through it saves 0.3 s
+    args = parser.parse_intermixed_args(argv)  # allows options between positional arguments
+    if not gc.get_freeze_count():  # a million objects of imports stay: not scanning them saves 0.3 s
         gc.freeze()
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
@@ -63,24 +64,24 @@ def run(
     return 0
 
 
-said: set[str] = set()  # warnings, each of which is said once; whoever starts with something new clears it
+said: set[str] = set()  # warnings already shown; cleared where they may be shown again
 
 
-def say(message: Warning, *_: object) -> None:
-    """Show a warning in one line."""
+def say(message: Warning | str, *_: object, **__: object) -> None:
+    """Show a warning in one line, once."""
     if str(message) not in said:
         said.add(str(message))
         tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def fail(message: str, status: int = 1) -> int:
-    """Say what is wrong, in one line."""
+    """Print an error in one line; returns the exit status."""
     tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 
 def describe(error: Exception) -> str:
-    """The message of an error; the operating system's say which file and why."""
+    """The message of an error; for one of the operating system, the file and the reason."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
@@ -88,7 +89,7 @@ def describe(error: Exception) -> str:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a RuntimeError is the device's or the CPU allocator's "no memory"."""
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported for it
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
         return True
     return bool(
         re.search("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", str(error), re.IGNORECASE)
@@ -96,11 +97,11 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep large blocks that are freed, for the next ones: the next step asks for the same sizes again.
+    """Let glibc keep large blocks that are freed, because the next step allocates the same sizes again.
 
-    By default it gives them back to the system, which clears every page of them when they are asked for again. Worth
-    2 to 11 % of a U-Net step on the CPU and 17 to 28 % of the VAE, for a few hundred MB that the process keeps.
-    Elsewhere than on Linux with glibc this does nothing.
+    By default it returns them to the system, which clears every page when they are allocated again. This saves 2 to
+    11 % of a U-Net step on the CPU and 17 to 28 % of the VAE, at the cost of a few hundred MB. Does nothing on systems
+    other than Linux with glibc.
     """
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
     with contextlib.suppress(OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""Where pictures go: numbered files that never replace others, and pictures of the steps beside them."""
+"""Output files: numbered images that never replace other files, with the images of their steps beside them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from sd.imaging.files import save_animation, save_png
 
 
 class ModelHash:
-    """First digits of a file's SHA-256, as other tools name models; computed while the model paints.
+    """The first digits of the SHA-256 of a file, which identify models in other tools; computed in the background.
 
-    tensors_only   what lies behind the header of a .safetensors file, which tools change: their name of LoRA files
+    tensors_only   skip the header of a .safetensors file, which tools may change: the hash of LoRA files
     """
 
     def __init__(self, path: Path, digits: int = 10, tensors_only: bool = False) -> None:
         self._path, self._count, self._tensors_only = path, digits, tensors_only
         self._digits: str | None = None
-        self._thread = threading.Thread(target=self._compute, daemon=True)  # nobody waits for it who stops the program
+        self._thread = threading.Thread(target=self._compute, daemon=True)  # does not delay the exit of the program
         self._thread.start()
 
     def _compute(self) -> None:
@@ -40,21 +40,21 @@ class ModelHash:
             self._digits = digest.hexdigest()[: self._count]
 
     def digits(self) -> str | None:
-        """The digits, as soon as they are known; None if the file has become unreadable."""
+        """Wait for the digits; None if the file could not be read."""
         self._thread.join()
         return self._digits
 
 
 class Output:
-    """Where pictures go: numbered files in a folder, or one name with numbers behind it; no file is ever replaced."""
+    """Numbered files in a folder, or one name with numbers appended; no file is ever replaced."""
 
     def __init__(self, path: Path) -> None:
         self.name = path.stem if path.suffix.lower() == ".png" else None
         if path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif"):
-            raise ValueError(f"--out {path}: pictures are written as .png, which keeps them unchanged")
+            raise ValueError(f"--out {path}: images are saved as .png, which is lossless")
         self.folder = path.parent if self.name else path
         self.folder.mkdir(parents=True, exist_ok=True)
-        probe = self.folder / f".{secrets.token_hex(8)}"  # an unwritable folder should say so before the work
+        probe = self.folder / f".{secrets.token_hex(8)}"  # raises for an unwritable folder before the work
         try:
             probe.touch(exist_ok=False)
         finally:
@@ -71,7 +71,7 @@ class Output:
         yield from (self.folder / f"{number:05d}{kind}.png" for number in range(max(used, default=0) + 1, 10**9 + 1))
 
     def save(self, image: Image.Image, text: str | None = None, kind: str = "") -> Path:
-        """Write a picture under the next free name; returns that name."""
+        """Save an image under the next free name; returns the path."""
         for path in self._names(kind):
             try:
                 save_png(image, path, text)
@@ -80,11 +80,11 @@ class Output:
                 continue
         raise OSError(f"{self.folder}: no free name left")
 
-    def save_steps(self, frames: Sequence[Image.Image], picture: Path, kind: str) -> Path:
-        """Write a picture's steps beside it: a folder of numbered frames, and an animation of them (.webp or .gif)."""
+    def save_steps(self, frames: Sequence[Image.Image], image: Path, kind: str) -> Path:
+        """Save the steps of an image beside it: a folder of numbered frames, and an animation (.webp or .gif)."""
         for number in range(1, 10**9):
-            name = f"{picture.stem}-steps" + (f"-{number}" if number > 1 else "")
-            folder, film = picture.with_name(name), picture.with_name(f"{name}.{kind}")
+            name = f"{image.stem}-steps" + (f"-{number}" if number > 1 else "")
+            folder, film = image.with_name(name), image.with_name(f"{name}.{kind}")
             if film.exists():
                 continue
             with contextlib.suppress(FileExistsError):
@@ -94,7 +94,7 @@ class Output:
             save_png(frame, folder / f"{number:03d}.png")
         try:
             save_animation(frames, film)
-        except ValueError as error:  # a size that the format cannot hold
+        except ValueError as error:  # the format does not support this size
             warnings.warn(f"no animation, only its frames: {error}", stacklevel=2)
             return folder
         return film

@@ -156,19 +156,21 @@ class UNet(nn.Module):
         self,
         x: Tensor,
         t: Tensor,
-        conditioning: Conditioning,
+        conditioning: Conditioning | Tensor,
         down: Sequence[Tensor] = (),
         middle: Tensor | None = None,
     ) -> Tensor:
         """x (B, C, H, W), t (B,) in [0, steps), whole or fractional, and the conditioning -> (B, C_out, H, W).
 
         conditioning   context (B, M, D); vector (B, V) where the config has one; concat (B, E, H, W), whose channels
-                       stand behind x's: C + E is the config's `in_channels`
+                       stand behind x's: C + E is the config's `in_channels`. A tensor is a context alone
         down, middle   residuals of control networks, added to what is kept on the way down, in its order and shapes,
                        and to the output of the middle
 
         Raises ValueError where a vector is missing or not wanted, or for another number of residuals.
         """
+        if isinstance(conditioning, Tensor):
+            conditioning = Conditioning(conditioning)
         context, vector, concat = conditioning
         if (vector is None) != (self.vector is None):
             raise ValueError(f"this U-Net {'takes no' if self.vector is None else 'needs a'} vector as conditioning")

@@ -1,0 +1,266 @@
+"""The arguments of txt2img, img2img and inpaint, and checks of their values before a model is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+from pathlib import Path
+
+from PIL import ImageColor
+
+import sd
+from sd.checkpoints.convert import WEIGHTS
+from sd.imaging.files import Picture, read_picture
+from sd.params import FITS, OPTIONS, POSTERIORS, SamplingParams
+from sd.runtime.device import DTYPES
+from sd.samplers import SAMPLERS
+from sd.schedule import SPACINGS
+
+from .cli import Parser
+
+# other names of precisions; "autocast" in the original's scripts is the best for the device
+NICKNAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "full": "float32", "autocast": None}
+OLD_OPTIONS = {"eta": ("--ddim_eta",)}  # names in the original's scripts
+PROMPT_FILE_LIMIT = 16 << 20  # bytes
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+ANIMATIONS = ("webp", "gif")
+STEP_MODES = ("decoded", "linear")
+
+
+def add_prompt_arguments(parser: Parser, *files: str) -> None:
+    """The positional arguments PROMPT and `files`; --prompt, --negative, --from-file."""
+    parser.usage = " ".join(["%(prog)s [PROMPT]", *(f"[{name}]" for name in files), "[options]"])
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--prompt", metavar="TEXT", help="what to generate; may be empty")
+    parser.add_argument("--negative", "--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
+    parser.add_argument(
+        "--from-file", type=Path, metavar="FILE", help='one prompt a line, UTF-8; "-" reads standard input'
+    )
+
+
+def place_words(args: argparse.Namespace, *names: str) -> argparse.Namespace:
+    """Assign the positional arguments to --prompt and then to the options `names`, in this order.
+
+    Those that are given as options are skipped, and so is the prompt if there is a file of prompts.
+    """
+    given = {name: f"--{name.replace('_', '-')}" for name in ("prompt", *names) if getattr(args, name) is not None}
+    if args.from_file is not None:
+        given["prompt"] = "--from-file"
+    free = [name for name in ("prompt", *names) if name not in given]
+    if len(args.words) > len(free):
+        why = f" beside {', '.join(given.values())}" if given else ""
+        hint = "" if given or names else ": a prompt of several words needs quotes"
+        raise ValueError(f"{args.words[len(free)]!r} is one word too many{why}{hint}")
+    for name, word in zip(free, args.words, strict=False):
+        setattr(args, name, word)
+    prompt = Path(args.prompt or "")
+    if "prompt" in free and prompt.suffix.lower() in IMAGES and prompt.is_file():
+        raise ValueError(f"{prompt} is an image: the prompt comes first, then the files")
+    return args
+
+
+def add_image_arguments(parser: Parser, strength: float) -> argparse._ArgumentGroup:
+    """--init-img, --strength, --posterior, --background; returns their group, to which more can be added."""
+    group = parser.add_argument_group("image")
+    group.add_argument("--init-img", "--init_img", "--image", metavar="FILE", help="the image to start from")
+    group.add_argument(
+        "--strength", "--denoising-strength", type=float, default=strength, metavar="S",
+        help="0 keeps the image, 1 starts from pure noise; this share of the steps is taken (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--posterior", choices=POSTERIORS, default=POSTERIORS[0],
+        help="latents of the image: a random sample, as in the original code, or the mean (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--background", type=colour, default="white", metavar="COLOUR",
+        help="colour behind transparent pixels: a name or #rrggbb (default: %(default)s)",
+    )  # fmt: skip
+    return group
+
+
+def add_fit_argument(group: argparse._ArgumentGroup) -> None:
+    """--fit."""
+    group.add_argument(
+        "--fit", choices=FITS, default=FITS[0],
+        help="how to reach the size generated at: crop the image, or repeat its edge pixels (default: %(default)s)",
+    )  # fmt: skip
+
+
+def colour(text: str) -> tuple[int, int, int]:
+    """The name of a colour or #rrggbb -> (red, green, blue)."""
+    try:
+        red, green, blue, *_ = ImageColor.getrgb(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a colour: give a name or #rrggbb") from None
+    return red, green, blue
+
+
+def add_model_arguments(parser: Parser) -> None:
+    """--ckpt, --model, --weights, --device, --dtype, --low-memory, --compile."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--ckpt",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint: .ckpt, .safetensors or a diffusers folder (default: the embedded model)",
+    )
+    group.add_argument(
+        "--model",
+        choices=("auto", *sd.MODELS),
+        default="auto",
+        help="which model the checkpoint is (default: detected)",
+    )
+    group.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default="auto",
+        help="the U-Net as trained (raw) or its moving average (ema) (default: raw if present; main for a folder)",
+    )
+    group.add_argument(
+        "--prediction", choices=("eps", "v"), help="what the U-Net predicts: noise or velocity (default: detected)"
+    )
+    group.add_argument("--vae", type=Path, metavar="FILE", help="load the VAE from this file or folder")
+    group.add_argument("--text-encoder", type=Path, metavar="FILE", help="load the text encoder from this one")
+    group.add_argument("--variant", metavar="NAME", help="variant of a diffusers folder: fp16, ...")
+    group.add_argument("--device", help="cuda, cpu, mps (default: the best available)")
+    group.add_argument(
+        "--dtype", "--precision", choices=(*DTYPES, *NICKNAMES), metavar="{" + ",".join(DTYPES) + "}",
+        help="precision (default: float16 on CUDA, bfloat16 on CPUs that support it, else float32)",
+    )  # fmt: skip
+    group.add_argument(
+        "--low-memory", action="store_true",
+        help="text encoder, U-Net and VAE take turns in the memory of the device: the same images, a little slower",
+    )  # fmt: skip
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the U-Net, for many images of one size on a GPU; takes minutes at first",
+    )
+
+
+def add_sampling_arguments(parser: Parser, size: str = "the model's own") -> None:
+    """--steps, --guidance, --sampler and its options, --spacing, --seed, --height, --width."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--sampler", metavar="NAME",
+        help=f"{', '.join(SAMPLERS)}; names in other tools work, too, with a grid at their end (default: by model: "
+        f"{sd.SD1.sampler} for Stable Diffusion, {sd.MODELS['pocket'].sampler} for the embedded model)",
+    )  # fmt: skip
+    for name in ("plms", "dpm_solver"):  # switches of the original's scripts
+        group.add_argument(f"--{name}", dest="sampler", action="store_const", const=name, help=argparse.SUPPRESS)
+    defaults = ", ".join(f"{name} {entry.steps}" for name, entry in SAMPLERS.items())
+    group.add_argument("--steps", "--ddim_steps", type=int, metavar="N", help=f"default: {defaults}")
+    group.add_argument(
+        "--guidance", "--scale", "--cfg-scale", type=float, metavar="G",
+        help="how strongly to follow the prompt; 1 is no guidance, and twice as fast (default: by model: 7.5 "
+        f"for Stable Diffusion, {sd.MODELS['pocket'].guidance:g} for the embedded model)",
+    )  # fmt: skip
+    group.add_argument("--spacing", choices=SPACINGS, help="grid of the noise levels (default: by sampler)")
+    for name, option in OPTIONS.items():
+        having = [key for key, entry in SAMPLERS.items() if name in entry.options]
+        group.add_argument(
+            f"--{name}", *OLD_OPTIONS.get(name, ()), type=type(option.default), metavar=name[0].upper(),
+            help=f"{', '.join(having)}: {option.help} (default: {option.default:g})",
+        )  # fmt: skip
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=-1,
+        metavar="S",
+        help="image k has seed S + k (default: -1, a random seed, which is printed)",
+    )
+    group.add_argument("--height", "--H", type=int, metavar="PIXELS", help=f"a multiple of 8 (default: {size})")
+    group.add_argument("--width", "--W", type=int, metavar="PIXELS", help=f"a multiple of 8 (default: {size})")
+
+
+def add_output_arguments(parser: Parser) -> None:
+    """--n, --batch-size, --out, --grid, --save-steps, --no-metadata."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--n", "--n_samples", type=int, default=1, metavar="N", help="images per prompt (default: 1)")
+    group.add_argument("--n_iter", type=int, default=1, metavar="N", help="repeat: N times as many images")
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="images generated at once: more memory, faster on GPUs (default: 1)",
+    )
+    group.add_argument(
+        "--out", "--outdir", type=Path, default=Path("outputs"), metavar="PATH",
+        help="folder for numbered files, or a file name ending in .png (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument("--grid", action="store_true", help="also save all images as one grid")
+    group.add_argument(
+        "--skip_grid", dest="grid", action="store_false", help=argparse.SUPPRESS
+    )  # in the original's scripts
+    group.add_argument(
+        "--columns", "--n_rows", type=int, metavar="N", help="columns of the grid (default: nearly square)"
+    )
+    group.add_argument(
+        "--save-steps", action="store_true", help="also save the prediction of each step, as images and as an animation"
+    )
+    group.add_argument(
+        "--preview", choices=STEP_MODES, default=STEP_MODES[0],
+        help="how to preview steps: with the decoder, or with a linear map, fast and coarse (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--animation", choices=ANIMATIONS, default=ANIMATIONS[0], help="format of the animation (default: %(default)s)"
+    )
+    group.add_argument("--no-metadata", action="store_true", help="do not write prompt and settings into the PNG files")
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """The sampling parameters, checked before a large model is loaded. Sets a random `args.seed` if it is -1."""
+    if args.seed == -1:
+        args.seed = secrets.randbelow(2**32)
+    for name in ("n", "n_iter", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('batch_', 'batch-')} must be at least 1, got {getattr(args, name)}")
+    if args.columns is not None and args.columns < 1:
+        raise ValueError(f"--columns must be at least 1, got {args.columns}")
+    return SamplingParams(
+        sampler=args.sampler,
+        steps=args.steps,
+        spacing=args.spacing,
+        guidance=args.guidance,
+        seed=args.seed,
+        n=args.n,
+        height=args.height,
+        width=args.width,
+        options={name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None},
+    )
+
+
+def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
+    """The prompt, or the lines of a UTF-8 file ("-" is standard input) that are not blank."""
+    if prompt is not None and file is not None:
+        raise ValueError("give a prompt or --from-file, not both")
+    if file is None:
+        if prompt is None:
+            raise ValueError("give either a prompt or --from-file")
+        return [prompt]
+    if str(file) == "-":
+        raw = sys.stdin.buffer.read(PROMPT_FILE_LIMIT + 1)
+    else:
+        with open(file, "rb") as stream:
+            raw = stream.read(PROMPT_FILE_LIMIT + 1)
+    if len(raw) > PROMPT_FILE_LIMIT:
+        raise ValueError(f"{file}: larger than {PROMPT_FILE_LIMIT >> 20} MB, too large for a list of prompts")
+    try:
+        lines = raw.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: not UTF-8 text; save it as UTF-8") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{file}: no prompts in it")
+    return prompts
+
+
+def read_init(args: argparse.Namespace, background: tuple[int, int, int] | None) -> Picture:
+    """The image given by --init-img. Without a background, the colours of transparent pixels are kept."""
+    if args.init_img is None:
+        raise ValueError("give the image to start from, after the prompt or with --init-img")
+    if "://" in args.init_img:
+        raise ValueError(f"{args.init_img}: URLs are not fetched; download the image first")
+    return read_picture(args.init_img, background)
