@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -80,7 +81,7 @@ class VAEConfig:
         )
         _check(type(self.scale) is float and 0 < self.scale < 1e4, f"VAEConfig.scale: got {self.scale!r}")
 
-    @property
+    @cached_property
     def factor(self) -> int:
         """How many pixels one latent is wide and high: 8 for Stable Diffusion."""
         return 2 ** (len(self.channels) - 1)

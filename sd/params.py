@@ -171,7 +171,10 @@ class TextToImage:
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, Tensor):
-            object.__setattr__(self, "prompt", texts(self.prompt))
+            texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+            if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"prompt must be a text or a list of texts, got {self.prompt!r:.100}")
+            object.__setattr__(self, "prompt", tuple(texts))
         if not isinstance(self.negative, str):
             raise ValueError(f"the negative prompt must be a text, got {self.negative!r:.100}")
 
@@ -214,14 +217,6 @@ class TextToImage:
                 value = list(value)
             found[f.name] = value
         return found
-
-
-def texts(prompt: object) -> tuple[str, ...]:
-    """One text or several, as a tuple; raises ValueError for anything else."""
-    found = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(found, Sequence) or not found or not all(isinstance(text, str) for text in found):
-        raise ValueError(f"prompt must be a text or a list of texts, got {prompt!r:.100}")
-    return tuple(found)
 
 
 @dataclass(frozen=True)

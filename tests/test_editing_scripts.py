@@ -211,7 +211,7 @@ def test_no_steps_no_frames(edit):
 @pytest.mark.parametrize(
     "program, args, words",
     [
-        (img2img, ["a"], "give the picture to start from"),
+        (img2img, ["a"], "give the image to start from"),
         (img2img, ["a", "missing.png"], "missing.png: no such file"),
         (img2img, ["a", SAMPLE, "b"], "'b' is one word too many"),
         (img2img, ["a", SAMPLE, "--init-img", SAMPLE], "one word too many beside --init-img"),

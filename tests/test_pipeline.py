@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from common import TINY, TINY_V2, Golden, error, tiny_state
 from conftest import loaded
 from PIL import Image
 
+import sd
 from sd.config import Config
 from sd.params import CONTENTS, MAX_SEED
 from sd.pipeline import StableDiffusion
@@ -266,6 +269,54 @@ def test_same_picture_on_the_gpu(tiny_sd):
     settings = {"height": 64, "width": 64, "steps": 4, "eta": 1.0, "seed": 3}
     (gpu,), (cpu,) = sd.txt2img("a cat", **settings), tiny_sd.txt2img("a cat", **settings)
     assert np.abs(pixels(gpu) - pixels(cpu)).max() <= 2
+
+
+def test_hot_path_is_short(tiny_sd):
+    """How many functions of the package one image crosses, in how many files: printed, and bounded.
+
+    The networks' own functions, and the kernels that take their place on this processor, are printed only.
+    """
+    settings = {"height": 64, "width": 64, "steps": 3, "sampler": "ddim"}
+    tiny_sd.txt2img("a house", **settings)
+    root, crossed = str(Path(sd.__file__).parent), set()
+
+    def profile(frame, event, arg):
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(root) and "<" not in code.co_name:
+            crossed.add((code.co_filename[len(root) + 1 :], code.co_name, code.co_firstlineno))
+
+    sys.setprofile(profile)
+    try:
+        tiny_sd.txt2img("a red cube", **settings)
+    finally:
+        sys.setprofile(None)
+    for file in sorted({file for file, *_ in crossed}):
+        print(file, *sorted(name for other, name, _ in crossed if other == file))
+    files = {file for file, *_ in crossed}
+    print(f"{len(crossed)} functions in {len(files)} files")
+    own = {entry for entry in crossed if not entry[0].startswith(("models", "runtime"))}
+    assert len(own) <= 44 and len({file for file, *_ in own}) <= 11
+
+
+def test_networks_can_be_replaced():
+    """By a compiled one, as people do it, which is used from then on; LoRAs still find the weights inside."""
+    model = StableDiffusion(TINY, **loaded(tiny_state(), TINY))
+    settings = {"height": 64, "width": 64, "steps": 2, "seed": 3}
+    (expected,) = model.txt2img("a cat", **settings)
+    plain, calls = model.unet, []
+    model.unet = torch.compile(model.unet, backend=lambda graph, _: calls.append(1) or graph)
+    (image,) = model.txt2img("a cat", **settings)
+    assert calls and np.abs(pixels(image) - pixels(expected)).max() <= 1
+    assert model._adapters.merged.networks["unet"] is plain
+    other = loaded(tiny_state(), TINY)["unet"]
+    with torch.no_grad():
+        other.conv_out.weight.zero_()
+    model.unet = other
+    assert model.unet is other and model._adapters.merged.networks["unet"] is other
+    assert np.abs(pixels(model.txt2img("a cat", **settings)[0]) - pixels(expected)).max() > 1
+    with pytest.raises(ValueError, match="take turns, and cannot be replaced"):
+        low = StableDiffusion.load(device="cpu", low_memory=True)
+        low.vae = model.vae
 
 
 # --- image to image ---
