@@ -119,9 +119,8 @@ class StableDiffusion:
         if low_memory and compile:
             raise ValueError("low memory and compiling do not go together: compiled networks stay where they are")
         source = Source(resource(EMBEDDED) if path is None else path, LoadOptions(**options))
-        networks, used = place(source, device, dtype, low_memory, progress)
-        parts = cast(dict[str, Any], networks)
-        model = cls(source.config, **parts, about=source.about())
+        config, networks, used, about = place(source, device, dtype, low_memory, progress)
+        model = cls(config, **cast(dict[str, Any], networks), about=about)
         model._networks, model.device, model.dtype = used, device, dtype
         if low_memory:  # a recording would hold memory that the other networks need
             model._steps = None

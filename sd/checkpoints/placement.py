@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from ..config import Config
 from ..runtime.offload import Offload
 from .loading import Source, build
 
 SHARED_MEMORY = ("cpu", "mps")  # devices that share the memory of the CPU
+
+
+class Placed(NamedTuple):
+    """The networks of a checkpoint, and what was detected."""
+
+    config: Config
+    networks: dict[str, nn.Module]
+    used: Mapping[str, nn.Module]  # the networks, or an `Offload` through which they have to be used
+    about: tuple[str, ...]  # what was detected and chosen, one line each
 
 
 def place(
@@ -20,14 +31,15 @@ def place(
     dtype: torch.dtype,
     low_memory: bool = False,
     progress: Callable[[int, int], object] | None = None,
-) -> tuple[Mapping[str, nn.Module], Mapping[str, nn.Module]]:
-    """Build the networks of a source and read their weights: (all networks, the same through which they are used).
+) -> Placed:
+    """Build the networks of a source and read their weights.
 
-    low_memory   the second of both is an `Offload`. On CPU and MPS nothing is read yet, and the source stays open: the
-                 networks are read at each turn
+    low_memory   the networks take turns on the device. On CPU and MPS nothing is read yet, and the source stays open,
+                 since they are read at each turn; otherwise it is closed here
     progress     called with (parameters in this weight, parameters in total) after each weight
 
-    What the U-Net predicts is asked of itself if the files do not say it. The source is closed if an error is raised.
+    If the files do not say what the U-Net predicts, it is run once to find out. If an error is raised, the source is
+    closed.
     """
     reread = low_memory and device.type in SHARED_MEMORY
     home = torch.device("cpu") if low_memory and not reread else device
@@ -48,9 +60,10 @@ def place(
         used = Offload(networks, device, read if reread else None) if low_memory else networks
         if not source.decided:
             source.probe(used["unet"])
+        about = source.about()
     except BaseException:
         source.close()
         raise
     if not reread:
         source.close()
-    return networks, used
+    return Placed(source.config, networks, used, about)
