@@ -5,14 +5,13 @@
     sd.img2img("an oil painting", photo, strength=0.6)
     sd.inpaint("a cat", photo, mask)
 
-These methods build a request from keywords and return its images. With the request itself, every step is accessible,
-and the result says what happened:
+These methods build a request and return its images. `prepare` returns the run itself, whose steps are accessible:
 
     run = sd.prepare(TextToImage("a horse", SamplingParams(steps=20, seed=7)))     run.py
     for step in run: ...                                                           preview, stop, change step.x
-    result = run.result()                                                          images, their seeds, notes
+    images, seeds, notes = run.result()
 
-A run is a few lines on top of the other modules, which can also be used one by one:
+A run only combines the other modules, which can also be used one by one:
 
     context = sd.encode_prompt(["a horse"])                               models/text_encoder.py
     denoise = sd.denoiser(context, sd.encode_prompt([""]), guidance=7.5)  denoiser.py
@@ -79,14 +78,14 @@ class StableDiffusion:
         self.about = tuple(about)  # what was detected and chosen in loading, one line each
         self.tokenizer = Tokenizer(length=config.text.length, pad=config.text.pad)
         self.schedule = Schedule(config.schedule)
-        # whether the U-Net of an inpainting model: it takes a mask and a masked image beside x
+        # an inpainting model: the U-Net takes a mask and a masked image beside x
         self.sees_masks = config.unet.in_channels != config.vae.latent_channels
         self._networks: Mapping[str, nn.Module] = {"text_encoder": text_encoder, "vae": vae, "unet": unet}
         self._adapters = Adapters(config, self.tokenizer, self._networks, self._keep)
         weight = next(unet.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         # called in place of the U-Net: recorded or compiled
-        self._steps: Network | None = Recorded(unet) if self.device.type == "cuda" else None
+        self._fast_unet: Network | None = Recorded(unet) if self.device.type == "cuda" else None
 
     @classmethod
     def load(
@@ -123,9 +122,9 @@ class StableDiffusion:
         model = cls(config, **cast(dict[str, Any], networks), about=about)
         model._networks, model.device, model.dtype = used, device, dtype
         if low_memory:  # a recording would hold memory that the other networks need
-            model._steps = None
+            model._fast_unet = None
         elif compile:
-            model._steps = Compiled(networks["unet"])
+            model._fast_unet = Compiled(networks["unet"])
         return model
 
     # ------------------------------------------------------------------------------------------------- networks
@@ -156,7 +155,7 @@ class StableDiffusion:
     @unet.setter
     def unet(self, network: nn.Module) -> None:
         self._replace("unet", network)
-        self._steps = None  # what was recorded or compiled is the previous one
+        self._fast_unet = None  # what was recorded or compiled is the previous one
 
     def _replace(self, name: str, network: nn.Module) -> None:
         """Use another network, or the same one in a wrapper: `model.unet = torch.compile(model.unet)`."""
@@ -177,7 +176,7 @@ class StableDiffusion:
     def _predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The U-Net, fetched at each step: in between, another network may take its turn on the device."""
         with self._use("unet") as unet:
-            return (self._steps or unet)(x, t, conditioning)
+            return (self._fast_unet or unet)(x, t, conditioning)
 
     # ------------------------------------------------------------------------------------------- the three tasks
 
@@ -246,8 +245,7 @@ class StableDiffusion:
     ) -> Tensor:
         """Encode one text, or B texts -> context (B, M, D). Tokens beyond M are dropped, with a `note`.
 
-        weighted_prompts   `(word:1.2)`, `(word)` and `[word]` change weights instead of being text
-                           (text/prompt_syntax.py)
+        weighted_prompts   `(word:1.2)`, `(word)` and `[word]` change weights (text/prompt_syntax.py)
         long_prompts       nothing is dropped: contexts are (B, k M, D), with as many chunks k as the longest text
                            needs; shorter ones are padded with chunks of the empty text
         """

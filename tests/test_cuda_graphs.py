@@ -302,9 +302,9 @@ def task(sd, name):
 def test_tasks_play_back_and_so_do_loops_of_your_own(config, name):
     state = tiny_state("tiny-v1" if config is TINY else "tiny-v1-inpainting")
     sd, tape = StableDiffusion(config, **loaded(state, config)), Tape()
-    assert sd._steps is None  # on a CPU nothing is recorded
+    assert sd._fast_unet is None  # on a CPU nothing is recorded
     expected = [image.tobytes() for image in task(sd, name)]
-    sd._steps = Recorded(sd.unet, tape)
+    sd._fast_unet = Recorded(sd.unet, tape)
     assert [image.tobytes() for image in task(sd, name)] == expected
     assert tape.recorded == 1 and tape.played >= 1
     before = tape.recorded + tape.played
@@ -366,9 +366,9 @@ def test_compiled_is_one_graph(monkeypatch):
     expected, images = sd.unet(*inputs(1, 24)), task(sd, "img2img")
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(kernels, "onednn_dtypes", lambda: frozenset({torch.float32}))  # but not for this network
-    sd._steps = Compiled(sd.unet)
+    sd._fast_unet = Compiled(sd.unet)
     assert type(sd.unet.conv_in) is torch.nn.Conv2d
-    assert error(sd._steps(*inputs(1, 24)), expected) < 1e-5
+    assert error(sd._fast_unet(*inputs(1, 24)), expected) < 1e-5
     assert [image.size for image in task(sd, "img2img")] == [image.size for image in images]
     assert options == [{"dynamic": False, "mode": None}]
 
@@ -399,7 +399,7 @@ def test_compiling_is_asked_for(monkeypatch):
     monkeypatch.setattr("sd.pipeline.Compiled", lambda unet: made.append(unet) or unet)
     sd = StableDiffusion.load(device="cpu", compile=True)
     sd.txt2img("a house", steps=1)
-    assert made == [sd.unet] and sd._steps is sd.unet
+    assert made == [sd.unet] and sd._fast_unet is sd.unet
     with pytest.raises(ValueError, match="do not go together"):
         StableDiffusion.load(device="cpu", compile=True, low_memory=True)
 
@@ -416,16 +416,16 @@ def test_cuda_graphs():
     assert capture.cuda_graph is cuda_graph
     networks = {name: network.cuda().half() for name, network in loaded(tiny_state(), TINY).items()}
     sd = StableDiffusion(TINY, **networks)
-    assert isinstance(sd._steps, Recorded)
+    assert isinstance(sd._fast_unet, Recorded)
     for seed in range(3):
         for size in (8, 16):
             x, t, context = inputs(seed, size)
             given = x.cuda().half(), t.cuda(), context.to(torch.device("cuda"), torch.float16)
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                out = sd._steps(*given)
+                out = sd._fast_unet(*given)
             assert error(out.float(), sd.unet(*given).float()) < 2e-3
         sd.unet.conv_out.weight.data = sd.unet.conv_out.weight.data * 2
     images = [image.tobytes() for image in task(sd, "txt2img")]
-    sd._steps = None
+    sd._fast_unet = None
     assert error(torch.tensor(list(images[0])), torch.tensor(list(task(sd, "txt2img")[0].tobytes()))) < 0.02
