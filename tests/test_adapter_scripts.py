@@ -1,4 +1,4 @@
-"""Add-ons as a user of the programs meets them: pictures, what their metadata say, and one line for what is wrong."""
+"""Add-ons as a user of the programs meets them: images, what their metadata say, and one line for what is wrong."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def files(tiny, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def paint(files, tmp_path, capsys, monkeypatch):
-    """Runs a program beside those files; gives status, lines of stdout and stderr, and the metadata of the picture."""
+def generate(files, tmp_path, capsys, monkeypatch):
+    """Runs a program beside those files; gives status, lines of stdout and stderr, and the metadata of the image."""
     monkeypatch.chdir(files)
 
     def run(*args: str, program=txt2img):
@@ -56,9 +56,9 @@ def pixels(tmp_path: Path, number: int) -> bytes:
     return Image.open(tmp_path / "out" / f"{number:05d}.png").tobytes()
 
 
-def test_lora(paint, files, tmp_path):
-    paint("a cat")
-    status, out, err, text = paint(
+def test_lora(generate, files, tmp_path):
+    generate("a cat")
+    status, out, err, text = generate(
         "a cat", "--lora", "style.safetensors:0.5", "--lora", "mine/pytorch_lora_weights.safetensors"
     )
     assert (status, err) == (0, []) and out[1:3] == ["LoRA style, weight 0.5", "LoRA mine, weight 1"]
@@ -69,52 +69,52 @@ def test_lora(paint, files, tmp_path):
     assert pixels(tmp_path, 1) != pixels(tmp_path, 2)
 
 
-def test_embedding(paint, files, tmp_path):
-    status, out, err, text = paint("a toy", "--embedding", "toy.pt", "--negative", "blue")
+def test_embedding(generate, files, tmp_path):
+    status, out, err, text = generate("a toy", "--embedding", "toy.pt", "--negative", "blue")
     assert (status, err) == (0, []) and out[1] == "embedding toy, vectors: 3"
     digits = hashlib.sha256((files / "toy.pt").read_bytes()).hexdigest()[:12]
     assert f', TI hashes: "toy: {digits}", Precision' in text
-    _, out, _, text = paint("a cat", "--embedding", "toy.pt:<Bad>", "--negative", "<bad>")
+    _, out, _, text = generate("a cat", "--embedding", "toy.pt:<Bad>", "--negative", "<bad>")
     assert out[1] == "embedding <bad>, vectors: 3" and f'TI hashes: "<bad>: {digits}"' in text
-    _, _, _, text = paint("a cat", "--embedding", "toy.pt:<Bad>", "--guidance", "1", "--negative", "<bad>")
+    _, _, _, text = generate("a cat", "--embedding", "toy.pt:<Bad>", "--guidance", "1", "--negative", "<bad>")
     assert "TI hashes" not in text  # not used
     assert len({pixels(tmp_path, number) for number in (1, 2, 3)}) == 3
 
 
-def test_weighted_and_long_prompts(paint, tmp_path):
+def test_weighted_and_long_prompts(generate, tmp_path):
     for i, args in enumerate(([], ["--weighted-prompts"]), start=1):
-        status, _, err, text = paint("a (cat:1.5)", *args)
+        status, _, err, text = generate("a (cat:1.5)", *args)
         assert (status, err) == (0, []) and f", Emphasis: {'Original' if args else 'None'}, " in text
         assert "Long prompts" not in text and text.startswith("a (cat:1.5)\n")
         assert pixels(tmp_path, 1) != pixels(tmp_path, i) or i == 1
     prompt = "cat " * 80
-    _, _, err, _ = paint(prompt)
+    _, _, err, _ = generate(prompt)
     assert len(err) == 1 and "the last 5 are ignored" in err[0]
-    status, _, err, text = paint(prompt, "--long-prompts")
+    status, _, err, text = generate(prompt, "--long-prompts")
     assert (status, err) == (0, []) and ", Long prompts: on, Pad conds: True, " in text
     assert pixels(tmp_path, 3) != pixels(tmp_path, 4)
 
 
-def test_nothing_is_recorded_where_nothing_was_added(paint):
-    _, _, _, text = paint("a cat")
+def test_nothing_is_recorded_if_nothing_was_added(generate):
+    _, _, _, text = generate("a cat")
     assert not {"Emphasis", "Long", "Lora", "TI", "Pad"} & set(text.replace(":", " ").split())
 
 
 @pytest.mark.parametrize("program", [img2img, inpaint])
-def test_other_programs(paint, program):
+def test_other_programs(generate, program):
     pictures = ["--init-img", str(resource("data/sample.png"))]
     pictures += ["--mask", str(resource("data/sample-mask.png"))] if program is inpaint else []
     addons = ["--lora", "style.safetensors:0.5", "--embedding", "toy.pt", "--weighted-prompts", "--long-prompts"]
-    status, _, err, text = paint("a (toy:1.5) BREAK cat", *pictures, *addons, program=program)
+    status, _, err, text = generate("a (toy:1.5) BREAK cat", *pictures, *addons, program=program)
     assert (status, err) == (0, [])
     assert text.startswith("a (toy:1.5) BREAK cat <lora:style:0.5>\n")
     assert all(name in text for name in ("Lora hashes", "TI hashes", "Emphasis: Original", "Long prompts: on"))
 
 
-def test_words_that_the_embedded_model_does_not_know(paint):
+def test_words_that_the_embedded_model_does_not_know(generate):
     """Weights are no words."""
     embedded = ["--ckpt", str(resource("weights/pocket.safetensors"))]
-    assert paint("a (red:1.2) house", "--weighted-prompts", *embedded)[2] == []
+    assert generate("a (red:1.2) house", "--weighted-prompts", *embedded)[2] == []
     status = txt2img.main(["a (red:1.2) [house] BREAK snow", "--weighted-prompts", "--long-prompts", "--steps", "1"])
     assert status == 0
 
@@ -138,8 +138,8 @@ def test_words_that_the_embedded_model_does_not_know(paint):
         (["--weighted-prompts", "--negative", "(a:1.2.3)"], "is not a number"),
     ],
 )
-def test_one_line_for_what_is_wrong(paint, args, message):
-    status, _, err, _ = paint("a cat", *args)
+def test_errors_are_one_line(generate, args, message):
+    status, _, err, _ = generate("a cat", *args)
     assert status == 1 and len(err) == 1 and err[0].startswith("error: ") and message in err[0]
 
 

@@ -1,4 +1,4 @@
-"""img2img.py and inpaint.py as a user meets them, and pictures of the steps."""
+"""img2img.py and inpaint.py as a user meets them, and images of the steps."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def made(tmp_path: Path, name: str = "00001.png") -> Image.Image:
     return image
 
 
-def test_a_changed_picture(edit, tmp_path):
+def test_a_changed_image(edit, tmp_path):
     status, out, err, files = edit(img2img, "a red cube", SAMPLE, "--strength", "0.5")
     assert (status, files, err) == (0, ["00001.png"], [])
     assert out[-1] == f"{tmp_path / 'out' / '00001.png'}  seed 7"
@@ -63,14 +63,14 @@ def test_names_of_the_original_script(edit):
     assert edit(img2img, *args, "--strength", "0.8", small=SMALL[:4])[3] == ["00001.png", "00002.png"]
 
 
-def test_the_size_is_the_picture_s(edit, tmp_path):
+def test_the_size_is_the_image_s(edit, tmp_path):
     Image.open(SAMPLE).resize((131, 70)).save(tmp_path / "odd.png")
     edit(img2img, "a", tmp_path / "odd.png", "--steps", "2", small=("--seed", "1"))
     edit(img2img, "a", tmp_path / "odd.png", "--steps", "2", "--fit", "pad", small=("--seed", "1"))
     assert made(tmp_path).size == (128, 64) and made(tmp_path, "00002.png").size == (131, 70)
 
 
-def test_prompts_from_a_file_leave_a_place_for_the_picture(edit, tmp_path):
+def test_prompts_from_a_file_leave_a_place_for_the_image(edit, tmp_path):
     prompts = write(tmp_path / "p.txt", b"a\nb\n")
     status, _, _, files = edit(img2img, SAMPLE, "--from-file", prompts, "--strength", "0.5")
     assert status == 0 and files == ["00001.png", "00002.png"]
@@ -78,7 +78,7 @@ def test_prompts_from_a_file_leave_a_place_for_the_picture(edit, tmp_path):
 
 @pytest.mark.parametrize("size", [(64, 64), (200, 136), (333, 222), (768, 512)], ids=str)
 @pytest.mark.parametrize("options", [(), ("--only-masked",), ("--mask-blur", "4")], ids=str)
-def test_sample_picture_and_mask(edit, tmp_path, size, options):
+def test_sample_image_and_mask(edit, tmp_path, size, options):
     picture = Image.open(SAMPLE).convert("RGB").resize(size)
     mask = Image.open(MASK).convert("L").resize(size, Image.Resampling.NEAREST)
     picture.save(tmp_path / "picture.png")
@@ -190,7 +190,7 @@ def test_empty_masks_are_refused_before_anything_is_loaded(edit, tmp_path):
     assert status == 1 and out == [] and files == [] and "the mask is empty" in err[0]
 
 
-def test_pictures_given_as_masks_are_noticed_once(edit):
+def test_images_given_as_masks_are_noticed_once(edit):
     status, _, err, _ = edit(inpaint, "a", MASK, SAMPLE, "--n", "2")
     assert status == 0 and err == [
         "warning: the mask has colours, of which only the brightness counts: is it the picture?"
@@ -247,7 +247,7 @@ def test_unknown_choices(edit, args, words):
     assert status == 2 and len(err) == 1 and words in err[0]
 
 
-def test_background_of_transparent_pictures(edit, tmp_path):
+def test_background_of_transparent_images(edit, tmp_path):
     Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     for name, colour in (("00001.png", "black"), ("00002.png", "#ffffff")):
         edit(img2img, "a", tmp_path / "clear.png", "--strength", "0", "--background", colour)

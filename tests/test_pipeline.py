@@ -1,4 +1,4 @@
-"""The pipeline: prompt to picture as the original does it, seeds, sizes, precision, and what is refused."""
+"""The pipeline: prompt to image as the original does it, seeds, sizes, precision, and what is refused."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from conftest import loaded
 from PIL import Image
 
 import sd
+from sd.conditioning import Conditioning
 from sd.config import Config
 from sd.params import CONTENTS, MAX_SEED
 from sd.pipeline import StableDiffusion
@@ -28,7 +29,7 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
-def test_prompt_to_picture_of_the_original(tiny_sd):
+def test_prompt_to_image_of_the_original(tiny_sd):
     golden = Golden("tiny_v1_txt2img_ddim_s20")
     case = golden.case
     assert torch.equal(tiny_sd.tokenizer(case["prompts"]), golden["ids"].long())
@@ -45,7 +46,7 @@ def test_prompt_to_picture_of_the_original(tiny_sd):
     assert (ours - truncated >= 0).mean() > 0.999 and np.abs(ours - truncated).max() <= 1  # we round, it truncates
 
 
-def test_prompt_to_picture_like_the_original_2():
+def test_prompt_to_image_like_the_original_2():
     """Stable Diffusion 2.x in small, with v: OpenCLIP's padding, penultimate layer and v in one run."""
     golden = Golden("tiny_v2_txt2img_ddim_s15")
     case = golden.case
@@ -76,7 +77,7 @@ def test_text_to_image_is_these_parts(tiny_sd):
 @pytest.mark.parametrize(
     "options", [{}, {"sampler": "ddim", "eta": 1.0}, {"sampler": "ddpm"}, {"guidance": 1.0}, {"height": 72}]
 )
-def test_picture_depends_on_its_seed_only(tiny_sd, options):
+def test_image_depends_on_its_seed_only(tiny_sd, options):
     """Not on the batch, nor on the place in it; also where the latent's size is no multiple of 16."""
     settings = {"height": 64, "width": 40, "steps": 4} | options
     batch = tiny_sd.txt2img("a cat", seed=5, n=3, **settings)
@@ -111,7 +112,7 @@ def test_progress_wraps_the_steps(tiny_sd):
     assert seen == [(i, (1, 4, 8, 8), (1, 4, 8, 8)) for i in range(3)]
 
 
-def test_noise_is_each_picture_s_own():
+def test_noise_is_each_image_s_own():
     rngs = generators(MAX_SEED, 2)  # seeds wrap around
     first = draw(rngs, (4, 9, 13), torch.device("cpu"))
     again = draw(generators(0, 1), (4, 9, 13), torch.device("cpu"))
@@ -122,18 +123,18 @@ def test_noise_is_each_picture_s_own():
 def test_default_type_and_device_of_torch_do_not_matter(either):
     settings = {"height": 64, "width": 64, "steps": 2, "seed": 9}
 
-    def paint():
+    def generate():
         (free,) = either.txt2img("a", **settings)
         (made,) = either.inpaint("a", photo(64, 64), a_mask(64, 64), strength=0.6, content="fill", **settings)
         return np.stack([pixels(free), pixels(made)])
 
-    expected = paint()
+    expected = generate()
     try:
         torch.set_default_dtype(torch.float64)
-        wide = paint()
+        wide = generate()
         torch.set_default_dtype(torch.float32)
         torch.set_default_device("meta")
-        nowhere = paint()
+        nowhere = generate()
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
@@ -154,7 +155,7 @@ def test_samplers_are_given_what_they_need(tiny_sd):
 
 
 @pytest.mark.gpu
-def test_peak_memory_of_a_picture_on_the_gpu():
+def test_peak_memory_of_a_image_on_the_gpu():
     """float16 at 512x512: at most 2.6 GB, the weights being 2.13 of them."""
     from sd.checkpoints.loading import build
     from sd.config import SD1
@@ -264,7 +265,7 @@ def test_device_and_precision_are_checked(tmp_path):
 
 
 @pytest.mark.gpu
-def test_same_picture_on_the_gpu(tiny_sd):
+def test_same_image_on_the_gpu(tiny_sd):
     sd = StableDiffusion(TINY, **{k: v.cuda() for k, v in loaded(tiny_state(), TINY).items()})
     settings = {"height": 64, "width": 64, "steps": 4, "eta": 1.0, "seed": 3}
     (gpu,), (cpu,) = sd.txt2img("a cat", **settings), tiny_sd.txt2img("a cat", **settings)
@@ -303,6 +304,8 @@ def test_networks_can_be_replaced():
     model = StableDiffusion(TINY, **loaded(tiny_state(), TINY))
     settings = {"height": 64, "width": 64, "steps": 2, "seed": 3}
     (expected,) = model.txt2img("a cat", **settings)
+    context, given = model.encode_prompt("a cat"), (torch.ones(1, 4, 8, 8), torch.ones(1))
+    assert torch.equal(model.unet(*given, context), model.unet(*given, Conditioning(context)))  # a context alone
     plain, calls = model.unet, []
     model.unet = torch.compile(model.unet, backend=lambda graph, _: calls.append(1) or graph)
     (image,) = model.txt2img("a cat", **settings)
@@ -370,14 +373,14 @@ def test_strength_zero_is_the_vae_and_one_is_text_to_image(tiny_sd):
     assert np.array_equal(pixels(free), pixels(tiny_sd.txt2img("a cat", steps=3, **size)[0]))
 
 
-def test_a_strength_of_less_than_a_step_is_said(tiny_sd):
+def test_a_note_says_that_the_strength_is_less_than_a_step(tiny_sd):
     with pytest.warns(UserWarning, match=r"strength 0\.1 of 5 steps is less than one step: nothing is generated"):
         tiny_sd.img2img("a", photo(64, 64), strength=0.1, steps=5, height=64, width=64)
 
 
 @pytest.mark.parametrize("posterior", ["sample", "mode"])
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
-def test_changed_picture_depends_on_its_seed_only(tiny_sd, posterior, sampler):
+def test_changed_image_depends_on_its_seed_only(tiny_sd, posterior, sampler):
     settings = {"strength": 0.6, "steps": 5, "sampler": sampler, "posterior": posterior, "height": 64, "width": 72}
     batch = tiny_sd.img2img("a cat", photo(72, 64), seed=5, n=3, **settings)
     for i in range(3):
@@ -408,24 +411,24 @@ def test_every_sampler_starts_anywhere(tiny_sd, name):
         ((100, 200), {"height": 64, "width": 64}, True, (64, 64)),
     ],
 )
-def test_sizes_from_pictures(tiny_sd, size, given, up, expected):
+def test_sizes_from_images(tiny_sd, size, given, up, expected):
     assert tiny_sd.image_size(size, **given, up=up) == expected
 
 
-def test_pictures_are_cut_or_framed(tiny_sd):
+def test_images_are_cropped_or_padded(tiny_sd):
     for fit, size in (("crop", (64, 64)), ("pad", (64, 32))):
         (image,) = tiny_sd.img2img("a", photo(200, 100), strength=0, height=64, width=64, fit=fit)
         assert image.size == size
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "F"])
-def test_pictures_of_any_mode(tiny_sd, mode):
+def test_images_of_any_mode(tiny_sd, mode):
     picture = photo(64, 64, "L").convert(mode) if mode in ("1", "I;16", "F") else photo(64, 64, mode)
     (image,) = tiny_sd.img2img("a", picture, strength=0, height=64, width=64)
     assert image.mode == "RGB"
 
 
-def test_what_is_cut_off_is_said(tiny_sd):
+def test_a_note_says_what_is_cropped(tiny_sd):
     with pytest.warns(UserWarning, match="50 % of the image is cut off"):
         tiny_sd.img2img("a", photo(200, 100), strength=0, height=64, width=64)
 
@@ -494,7 +497,7 @@ def test_inpainting_with_9_channels_is_these_parts(tiny_inpaint):
 
 
 @pytest.mark.parametrize("content", CONTENTS)
-def test_painted_part_depends_on_its_seed_only(either, content):
+def test_inpainted_part_depends_on_its_seed_only(either, content):
     settings = {"strength": 0.7, "content": content, "steps": 4, "sampler": "dpmpp_2m_sde", "height": 64, "width": 64}
     picture, mask = photo(64, 64), a_mask(64, 64)
     batch = either.inpaint("a cat", picture, mask, seed=5, n=2, **settings)
@@ -540,7 +543,7 @@ def test_soft_masks_blend(either):
         assert np.abs(change(grey) - grey / 255 * full).max() <= 2
 
 
-def test_small_holes_in_large_pictures_are_painted(either):
+def test_small_holes_in_large_images_are_generated(either):
     picture = photo(1024, 1024)
     mask = Image.new("L", picture.size)
     mask.paste(255, (500, 500, 506, 506))
@@ -551,7 +554,7 @@ def test_small_holes_in_large_pictures_are_painted(either):
 
 
 def test_half_transparent_edges_have_no_halo(either):
-    """The colours beneath are blended with what is painted; no background comes in between."""
+    """The colours beneath are blended with what is generated; no background comes in between."""
     picture = Image.new("RGBA", (64, 64), (10, 20, 30, 255))
     picture.paste((10, 20, 30, 128), (0, 32, 64, 40))
     picture.paste((10, 20, 30, 0), (0, 40, 64, 64))
@@ -563,7 +566,7 @@ def test_half_transparent_edges_have_no_halo(either):
 
 
 def test_only_what_is_around_the_mask_is_looked_at(tiny_sd):
-    """All of the canvas is picture, as far as there is any."""
+    """All of the canvas is image, as far as there is any."""
     seen = []
 
     def encode(pixels, note):
@@ -595,8 +598,8 @@ def test_transparent_part_is_the_mask(either):
         either.inpaint("a", picture, **settings)
 
 
-def test_inpainting_models_paint_without_a_mask(tiny_inpaint):
-    """All is hidden then: a mask of ones, and the latent of a grey picture."""
+def test_inpainting_models_work_without_a_mask(tiny_inpaint):
+    """All is hidden then: a mask of ones, and the latent of a grey image."""
     sd = tiny_inpaint
     (image,) = sd.txt2img("a cat", height=64, width=40, steps=2, seed=4, sampler="ddim")
     noise = torch.randn(1, 4, 8, 5, generator=torch.Generator().manual_seed(4))
@@ -615,7 +618,7 @@ def test_inpainting_models_paint_without_a_mask(tiny_inpaint):
     assert np.abs(pixels(changed) - pixels(sd.decode(last.x)[0])).max() <= 1
 
 
-def test_more_channels_are_asked_for_or_refused(tiny_sd, tiny_inpaint):
+def test_extra_channels_are_required_or_refused(tiny_sd, tiny_inpaint):
     context = tiny_sd.encode_prompt(["a"])
     with pytest.raises(ValueError, match="9 input channels needs `extra`"):
         tiny_inpaint.denoiser(context, guidance=1.0)

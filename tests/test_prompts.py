@@ -95,7 +95,7 @@ def test_brackets_are_text_without_weights():
     assert chunk.ids == TOKENIZER.encode("(cat:1.5)") and set(chunk.weights) == {1.0}
 
 
-def test_what_does_not_fit_is_said():
+def test_a_note_says_what_does_not_fit():
     with pytest.warns(UserWarning, match='76 tokens long, 75 fit: the last 1 is ignored, from "dog" on'):
         (chunk,) = chunks(TOKENIZER, "(cat:2) " + "cat " * 74 + "dog", weighted=True, long=False)
     assert len(chunk.ids) == len(chunk.weights) == 75 and chunk.weights[:2] == [2, 1]
@@ -204,7 +204,7 @@ def test_padding_of_stable_diffusion_2():
     assert rows[:, :4].tolist() == [[START, CAT, END, 0], [START, END, 0, 0]]
 
 
-def test_pictures_of_long_and_weighted_prompts(tiny_sd):
+def test_images_of_long_and_weighted_prompts(tiny_sd):
     settings = {"height": 64, "width": 64, "steps": 2, "seed": 3}
     for prompt, negative in (("cat " * 80, "blue"), ("a cat", "blue " * 160), (["cat", "dog " * 90], "")):
         images = tiny_sd.txt2img(prompt, negative, long_prompts=True, **settings)

@@ -373,7 +373,7 @@ def test_runs(name, spacing, n, strength):
     st.floats(0, 1),
 )
 def test_what_the_network_predicts_is_no_matter(name, spacing, n, strength):
-    """A network that gives the noise and one that gives the velocity of the same x0 lead to the same pictures."""
+    """A network that gives the noise and one that gives the velocity of the same x0 lead to the same images."""
     schedules = {prediction: Schedule(ScheduleConfig(prediction=prediction)) for prediction in ("eps", "v")}
     levels = schedule.levels(n, spacing, strength)
     x = reference.normal("x", (2, 4, 2, 2)).double()

@@ -1,4 +1,4 @@
-"""The programs as a user meets them: pictures that are there, and one clear line for whatever is wrong."""
+"""The programs as a user meets them: images that are there, and one clear line for whatever is wrong."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def ckpt(tiny, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def paint(ckpt, tmp_path, capsys):
+def generate(ckpt, tmp_path, capsys):
     """Runs txt2img on the tiny model; gives status, lines of stdout and stderr, and the files made."""
 
     def run(*args: str, model: Path | None = ckpt, out: Path | None = None):
@@ -58,8 +58,8 @@ def paint(ckpt, tmp_path, capsys):
     return run
 
 
-def test_a_picture(paint, tmp_path):
-    status, out, err, files = paint("a red cube", "--seed", "7", "--dtype", "float32")
+def test_a_image(generate, tmp_path):
+    status, out, err, files = generate("a red cube", "--seed", "7", "--dtype", "float32")
     assert (status, files, err) == (0, ["00001.png"], [])
     assert out == ["tiny v1 on cpu, float32, first seed 7", f"{tmp_path / 'out' / '00001.png'}  seed 7"]
     with Image.open(tmp_path / "out" / "00001.png") as image:
@@ -71,7 +71,7 @@ def test_a_picture(paint, tmp_path):
         )
 
 
-def test_low_memory_paints_the_same(paint, ckpt, tmp_path):
+def test_low_memory_gives_the_same_image(generate, ckpt, tmp_path):
     photo, mask = tmp_path / "photo.png", tmp_path / "mask.png"
     Image.linear_gradient("L").convert("RGB").resize((64, 64)).save(photo)
     Image.new("L", (64, 64), 255).save(mask)
@@ -88,18 +88,18 @@ def test_low_memory_paints_the_same(paint, ckpt, tmp_path):
         assert len(made[0]) == len(made[1]) == 2 and abs(np.stack(made[0]) - np.stack(made[1])).max() <= 1
 
 
-def test_compile_is_handed_on(paint, monkeypatch):
+def test_compile_is_passed_on(generate, monkeypatch):
     made = []
     monkeypatch.setattr("sd.pipeline.Compiled", lambda unet: made.append(unet) or unet)
-    assert paint("a", "--compile")[0] == 0 and len(made) == 1
-    status, _, err, _ = paint("a", "--compile", "--low-memory")
+    assert generate("a", "--compile")[0] == 0 and len(made) == 1
+    status, _, err, _ = generate("a", "--compile", "--low-memory")
     assert status == 1 and err == [
         "error: low memory and compiling do not go together: compiled networks stay where they are"
     ]
 
 
-def test_names_of_the_original_scripts(paint, tmp_path):
-    status, out, _, files = paint(
+def test_option_names_of_the_original_scripts(generate, tmp_path):
+    status, out, _, files = generate(
         *("--prompt", "a", "--ddim_steps", "3", "--scale", "4", "--H", "72", "--W", "64", "--ddim_eta", "0.5"),
         *("--n_samples", "2", "--n_iter", "2", "--seed", "5", "--precision", "full", "--negative", "b"),
     )
@@ -110,10 +110,10 @@ def test_names_of_the_original_scripts(paint, tmp_path):
         assert f"Negative prompt: b\n{text}" in image.text["parameters"]
 
 
-def test_batches_give_the_same_pictures_and_numbers_go_on(paint, tmp_path):
-    paint("a", "--n", "3", "--seed", "1", "--dtype", "float32")
+def test_batches_give_the_same_images_and_numbers_go_on(generate, tmp_path):
+    generate("a", "--n", "3", "--seed", "1", "--dtype", "float32")
     (tmp_path / "out" / "00002.png").rename(tmp_path / "kept.png")
-    paint("a", "--n", "3", "--seed", "1", "--dtype", "float32", "--batch-size", "3", "--grid")
+    generate("a", "--n", "3", "--seed", "1", "--dtype", "float32", "--batch-size", "3", "--grid")
     files = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert files == ["00001.png", "00003.png", "00004.png", "00005.png", "00006.png", "00007-grid.png"]
 
@@ -125,24 +125,24 @@ def test_batches_give_the_same_pictures_and_numbers_go_on(paint, tmp_path):
     assert pixels("out/00007-grid.png").shape == (128, 128, 3)
 
 
-def test_prompt_files(paint, tmp_path):
+def test_prompt_files(generate, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffa naïve cat\r\n\r\n  東京  \n".encode())
-    status, _, _, files = paint("--from-file", str(file), "--seed", "0")
+    status, _, _, files = generate("--from-file", str(file), "--seed", "0")
     assert status == 0 and files == ["00001.png", "00002.png"]
     texts = [Image.open(tmp_path / "out" / name).text["parameters"].splitlines()[0] for name in files]
     assert texts == ["a naïve cat", "東京"]
 
 
-def test_a_name_for_the_picture_and_no_metadata(paint, tmp_path):
-    status, _, _, _ = paint("a", "--n", "2", "--no-metadata", out=tmp_path / "new" / "cat.png")
+def test_a_name_for_the_image_and_no_metadata(generate, tmp_path):
+    status, _, _, _ = generate("a", "--n", "2", "--no-metadata", out=tmp_path / "new" / "cat.png")
     assert status == 0
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["cat-2.png", "cat.png"]
     assert "parameters" not in Image.open(tmp_path / "new" / "cat.png").text
 
 
-def test_random_seeds_are_reported_and_differ(paint):
-    seeds = {paint("a")[1][-1].split()[-1] for _ in range(3)}
+def test_random_seeds_are_reported_and_differ(generate):
+    seeds = {generate("a")[1][-1].split()[-1] for _ in range(3)}
     assert len(seeds) == 3
 
 
@@ -154,8 +154,8 @@ def test_random_seeds_are_reported_and_differ(paint):
         (["--sampler", "k_euler_a", "--spacing", "exponential"], "Euler a, Schedule type: Exponential"),
     ],
 )
-def test_samplers_by_the_names_people_type(paint, tmp_path, args, label):
-    status, _, err, _ = paint("a", *args, "--skip_grid")
+def test_samplers_by_the_names_people_type(generate, tmp_path, args, label):
+    status, _, err, _ = generate("a", *args, "--skip_grid")
     assert status == 0 and err == []
     assert f"Sampler: {label}, " in Image.open(tmp_path / "out" / "00001.png").text["parameters"]
 
@@ -169,32 +169,32 @@ def test_the_embedded_model_says_which_words_it_does_not_know(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_negative_without_effect_is_not_recorded(paint, tmp_path):
-    paint("a", "--negative", "b", "--guidance", "1")
+def test_a_negative_without_effect_is_not_recorded(generate, tmp_path):
+    generate("a", "--negative", "b", "--guidance", "1")
     assert "Negative" not in Image.open(tmp_path / "out" / "00001.png").text["parameters"]
 
 
-def test_seeds_wrap_around(paint):
-    status, out, err, _ = paint("a", "--n", "2", "--seed", str(2**64 - 1))
+def test_seeds_wrap_around(generate):
+    status, out, err, _ = generate("a", "--n", "2", "--seed", str(2**64 - 1))
     assert status == 0 and err == []
     assert [line.split()[-1] for line in out[1:]] == [str(2**64 - 1), "0"]
 
 
-def test_every_warning_is_said(paint, tmp_path):
+def test_every_warning_is_printed(generate, tmp_path):
     """Also the second of two that are equal."""
     file = write(tmp_path / "p.txt", (b"word " * 100 + b"\n") * 2)
-    status, _, err, files = paint("--from-file", str(file))
+    status, _, err, files = generate("--from-file", str(file))
     assert status == 0 and len(files) == 2 and len([line for line in err if "25" in line]) == 2
 
 
-def test_long_prompts_are_cut_and_it_is_said(paint):
-    status, _, err, files = paint("word " * 500)
+def test_a_warning_says_that_a_long_prompt_is_truncated(generate):
+    status, _, err, files = generate("word " * 500)
     assert status == 0 and files and len(err) == 1
     assert err[0].startswith("warning: ") and "425" in err[0]
 
 
-def test_empty_prompts_are_allowed(paint):
-    assert paint("")[0] == 0
+def test_empty_prompts_are_allowed(generate):
+    assert generate("")[0] == 0
 
 
 HTML = b"<!DOCTYPE html><html><head><title>Log in</title>"
@@ -248,9 +248,9 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_bad_checkpoints(paint, tmp_path, name):
+def test_bad_checkpoints(generate, tmp_path, name):
     make, words = FILES[name]
-    status, out, err, files = paint("a", model=make(tmp_path / "bad.ckpt"))
+    status, out, err, files = generate("a", model=make(tmp_path / "bad.ckpt"))
     assert status == 1 and out == [] and files == []
     assert len(err) == 1 and err[0].startswith("error: ") and "bad.ckpt" in err[0]
     assert re.search(words, err[0], re.IGNORECASE), err[0]
@@ -283,8 +283,8 @@ def test_bad_checkpoints(paint, tmp_path, name):
     ],
     ids=" ".join,
 )
-def test_bad_arguments(paint, args, words):
-    status, _, err, files = paint(*args)
+def test_bad_arguments(generate, args, words):
+    status, _, err, files = generate(*args)
     assert status in (1, 2) and files == []
     assert len(err) == 1 and err[0].startswith("error: ") and words in err[0], err
 
@@ -292,29 +292,29 @@ def test_bad_arguments(paint, args, words):
 @pytest.mark.parametrize(
     "data, words", [(b"\xff\xfe\x00", "UTF-8"), (b"\n \n", "no prompts"), (b"a" * (17 << 20), "16 MB")]
 )
-def test_bad_prompt_files(paint, tmp_path, data, words):
-    status, _, err, files = paint("--from-file", str(write(tmp_path / "p.txt", data)))
+def test_bad_prompt_files(generate, tmp_path, data, words):
+    status, _, err, files = generate("--from-file", str(write(tmp_path / "p.txt", data)))
     assert status == 1 and files == [] and len(err) == 1 and words in err[0]
 
 
-def test_output_that_cannot_be_written(paint, tmp_path):
-    status, _, err, _ = paint("a", out=write(tmp_path / "file", b"mine"))
+def test_output_that_cannot_be_written(generate, tmp_path):
+    status, _, err, _ = generate("a", out=write(tmp_path / "file", b"mine"))
     assert status == 1 and len(err) == 1 and "file" in err[0]
-    status, _, err, _ = paint("a", out=write(tmp_path / "mine.png", b"mine"))
+    status, _, err, _ = generate("a", out=write(tmp_path / "mine.png", b"mine"))
     assert status == 1 and "already" in err[0] and (tmp_path / "mine.png").read_bytes() == b"mine"
-    status, _, err, _ = paint("a", out=tmp_path / "a.jpg")
+    status, _, err, _ = generate("a", out=tmp_path / "a.jpg")
     assert status == 1 and ".png" in err[0]
     if Path("/proc").is_dir():  # where not even root may write
-        status, _, err, _ = paint("a", out=Path("/proc/pictures"))
+        status, _, err, _ = generate("a", out=Path("/proc/pictures"))
         assert status == 1 and len(err) == 1 and "/proc/pictures" in err[0]
 
 
-def test_a_full_disk_leaves_nothing_behind(paint, monkeypatch):
+def test_a_full_disk_leaves_nothing_behind(generate, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    status, _, err, files = paint("a")
+    status, _, err, files = generate("a")
     assert status == 1 and files == [] and err == ["error: No space left on device"]
 
 
@@ -322,32 +322,32 @@ def test_a_full_disk_leaves_nothing_behind(paint, monkeypatch):
     "error",
     [torch.cuda.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError("not enough memory: 1 GB")],
 )
-def test_out_of_memory_says_which_knobs_to_turn(paint, monkeypatch, error):
+def test_out_of_memory_suggests_settings(generate, monkeypatch, error):
     def exhausted(*args, **kwargs):
         raise error
 
     monkeypatch.setattr("sd.pipeline.StableDiffusion.prepare", exhausted)
-    status, _, err, files = paint("a")
+    status, _, err, files = generate("a")
     assert status == 1 and files == [] and len(err) == 1
     assert "out of memory" in err[0] and "--batch-size 1" in err[0] and "--height" in err[0]
 
 
-def test_control_c(paint, monkeypatch):
+def test_control_c(generate, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sd.pipeline.StableDiffusion.prepare", interrupted)
-    status, _, err, files = paint("a")
+    status, _, err, files = generate("a")
     assert (status, err, files) == (130, ["stopped"], [])
 
 
-def test_a_bug_is_not_called_a_mistake_of_the_user(paint, monkeypatch):
+def test_a_bug_is_not_reported_as_an_error_of_the_user(generate, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr("sd.pipeline.StableDiffusion.prepare", broken)
     with pytest.raises(RuntimeError, match="shapes"):
-        paint("a")
+        generate("a")
 
 
 def test_runs_from_any_folder_without_installation(ckpt, tmp_path):
@@ -369,21 +369,21 @@ def test_help(module, capsys):
     assert stop.value.code == 0 and "usage" in capsys.readouterr().out
 
 
-def test_what_was_found_out_is_printed(paint, ckpt, tmp_path, capsys):
+def test_what_was_detected_is_printed(generate, ckpt, tmp_path, capsys):
     """A diffusers folder, another VAE, and the prediction with its reason; --prediction overrules it."""
     folder, vae = tmp_path / "folder", tmp_path / "vae.safetensors"
     assert convert.main([str(ckpt), str(folder), "--layout", "diffusers"]) == 0
     save_file({k: t for k, t in tiny_state().items() if k.startswith("first_stage_model.")}, vae)
     capsys.readouterr()
-    status, out, err, _ = paint("a", "--seed", "1", "--dtype", "float32", "--vae", str(vae), model=folder)
+    status, out, err, _ = generate("a", "--seed", "1", "--dtype", "float32", "--vae", str(vae), model=folder)
     assert (status, err) == (0, [])
     assert out[:2] == ["diffusers model on cpu, float32, first seed 1", "predicts eps: scheduler_config.json says so"]
     with Image.open(tmp_path / "out" / "00001.png") as image:
         assert "Model: folder, VAE: vae, Precision: float32" in image.text["parameters"]
-    paint("a", "--seed", "1", "--dtype", "float32")
+    generate("a", "--seed", "1", "--dtype", "float32")
     one, other = (np.asarray(Image.open(tmp_path / "out" / f"0000{i}.png")) for i in (1, 2))
     assert np.array_equal(one, other)
-    _, out, _, _ = paint("a", "--seed", "1", "--dtype", "float32", "--prediction", "v", model=folder)
+    _, out, _, _ = generate("a", "--seed", "1", "--dtype", "float32", "--prediction", "v", model=folder)
     assert out[1] == "predicts v: as given"
     assert not np.array_equal(np.asarray(Image.open(tmp_path / "out" / "00003.png")), one)
 
@@ -400,29 +400,29 @@ def test_what_was_found_out_is_printed(paint, ckpt, tmp_path, capsys):
         ),
     ],
 )
-def test_parts_that_cannot_be(paint, ckpt, tmp_path, capsys, given, words):
+def test_parts_that_cannot_be(generate, ckpt, tmp_path, capsys, given, words):
     save_file(
         {k: t for k, t in tiny_state().items() if k.startswith("first_stage_model.")}, tmp_path / "vae.safetensors"
     )
     assert convert.main([str(ckpt), str(tmp_path / "folder"), "--layout", "diffusers"]) == 0
     capsys.readouterr()
     given = [word.format(vae=tmp_path / "vae.safetensors", folder=tmp_path / "folder") for word in given]
-    status, _, err, files = paint("a", *given, model=None if "--ckpt" in given else ckpt)
+    status, _, err, files = generate("a", *given, model=None if "--ckpt" in given else ckpt)
     assert status == 1 and len(err) == 1 and words in err[0], err
     assert files == []
 
 
 @pytest.mark.parametrize("table", [False, True])
-def test_a_model_that_begins_at_noise_alone(paint, ckpt, tmp_path, table):
+def test_a_model_trained_from_pure_noise(generate, ckpt, tmp_path, table):
     """Zero terminal SNR: the usual grid does not begin where the model does, and that is said."""
     alpha_bar = tuple(to_zero_snr(Schedule(ScheduleConfig(beta_end=0.02)).alpha_bar).tolist())
     given = {"alpha_bar": alpha_bar} if table else {"zero_snr": True}
     config = replace(TINY, schedule=replace(TINY.schedule, prediction="v", **given))
     path = tmp_path / "zero.safetensors"
     save_file(load_file(ckpt), path, {CONFIG_KEY: config.to_json()})
-    _, _, err, _ = paint("a", model=path)
+    _, _, err, _ = generate("a", model=path)
     assert len(err) == 1 and "--spacing trailing" in err[0]
-    _, _, err, _ = paint("a", "--spacing", "trailing", model=path)
+    _, _, err, _ = generate("a", "--spacing", "trailing", model=path)
     assert err == []
 
 
