@@ -3,7 +3,9 @@
 A file that is run by its path belongs to no package, so its relative imports would fail. Each program therefore begins
 
     if not __package__:
-        from bootstrap import PACKAGE as __package__
+        import bootstrap
+
+        __package__ = bootstrap.PACKAGE
 
 which finds this file beside it, puts the checkout on the path, and names the package that relative imports start from
 (PEP 366). Installed programs are run as modules and skip it.
