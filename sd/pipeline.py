@@ -47,13 +47,14 @@ from torch import Tensor, nn
 from .adapters.lora import Merged
 from .adapters.lora_formats import read_lora
 from .adapters.textual_inversion import Words, read_embedding
-from .checkpoints.loading import LoadOptions, Source, build
+from .checkpoints.loading import LoadOptions, Source
 from .conditioning import Conditioning
 from .config import Config
 from .denoiser import Denoiser, Network, keep_known
 from .imaging.files import WHITE, flatten
 from .imaging.masks import Canvas, conditioning, hide, latent_mask, prepare_mask, surroundings, widened
 from .imaging.tensors import Box, fit, frame, to_pil, to_tensor
+from .models.build import build
 from .models.text_encoder import TextEncoder
 from .models.unet import UNet
 from .models.vae import VAE, Gaussian
@@ -202,7 +203,7 @@ class StableDiffusion:
     ) -> None:
         self.config = config
         self.about = tuple(about)  # what was found out and chosen in loading, one line each
-        self.tokenizer = Tokenizer(length=config.text.length, pad=config.text.pad)
+        self.tokenizer = Tokenizer(length=config.text[0].length, pad=config.text[0].pad)
         self.schedule = Schedule(config.schedule)
         self._networks: Mapping[str, nn.Module] = {"text_encoder": text_encoder, "vae": vae, "unet": unet}
         self._merged = Merged({"text_encoder": text_encoder, "unet": unet})
@@ -444,7 +445,7 @@ class StableDiffusion:
         return context, uncond
 
     def _checked_context(self, context: Tensor) -> Tensor:
-        M, D = self.config.text.length, self.config.text.width
+        M, D = self.config.text[0].length, self.config.unet.context
         if context.dim() != 3 or 0 in context.shape or context.shape[1] % M or context.shape[2] != D:
             raise ValueError(f"a context must be (B, {M}, {D}), got {tuple(context.shape)}")
         return context
@@ -479,11 +480,11 @@ class StableDiffusion:
 
     def _encode_ids(self, ids: Tensor) -> Tensor:
         with torch.no_grad(), self._use("text_encoder") as encoder:
-            return encoder(ids.to(self.device))
+            return encoder(ids.to(self.device)).hidden
 
     def same_length(self, *contexts: Tensor) -> list[Tensor]:
         """Contexts (B, k M, D) of different k, as long as the longest: filled up with that of the empty text."""
-        M, length = self.config.text.length, max(context.shape[1] for context in contexts)
+        M, length = self.config.text[0].length, max(context.shape[1] for context in contexts)
         if all(context.shape[1] == length for context in contexts):
             return list(contexts)
         if any(context.shape[1] % M for context in contexts):
@@ -644,7 +645,7 @@ class StableDiffusion:
         CheckpointError, in one line, for a file that is no embedding, or one for another model; ValueError if the word
         is taken.
         """
-        text = self.config.text
+        text = self.config.text[0]
         words = read_embedding(path, text.width, text.length - 2, word)
         self._keep("text_encoder")
         return self._words.add(words)

@@ -47,7 +47,7 @@ from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint, naming
 from sd.checkpoints.convert import convert
 from sd.checkpoints.detect import identify
 from sd.checkpoints.inspect import census
-from sd.checkpoints.loading import build
+from sd.models.build import build
 from sd.pipeline import StableDiffusion
 
 SECONDS = 10.0  # of the processor, which may be slow

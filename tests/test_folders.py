@@ -413,12 +413,12 @@ def test_files_of_a_folder_are_read_as_carefully_as_any(folder):
 def test_sd2_has_its_pad_by_its_tokenizer_or_its_activation(tmp_path):
     path = write_folder(tmp_path / "model", tiny_state("tiny-v2-v"), TINY_V2)
     config = json.loads((path / "tokenizer/tokenizer_config.json").read_text())
-    assert config["pad_token"] == "!" and identify(load_checkpoint(path)).config.text.pad == 0
+    assert config["pad_token"] == "!" and identify(load_checkpoint(path)).config.text[0].pad == 0
     edit(path / "tokenizer/tokenizer_config.json", pad_token={"content": "<|endoftext|>", "lstrip": False})
-    assert identify(load_checkpoint(path)).config.text.pad == 49407
+    assert identify(load_checkpoint(path)).config.text[0].pad == 49407
     (path / "tokenizer/tokenizer_config.json").unlink()
-    assert identify(load_checkpoint(path)).config.text.pad == 0
-    assert SD2_V.text.pad == 0
+    assert identify(load_checkpoint(path)).config.text[0].pad == 0
+    assert SD2_V.text[0].pad == 0
 
 
 @pytest.mark.parametrize(

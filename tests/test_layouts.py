@@ -330,8 +330,8 @@ def test_added_words_are_kept():
     key = f"{CLIP}embeddings.token_embedding.weight"
     state = {k: torch.empty(shape, dtype=dtype, device="meta") for k, (shape, dtype) in manifest("sd-v1").items()}
     config = identify({**state, key: torch.empty(49410, 768, device="meta")}).config
-    assert config == replace(SD1, text=replace(SD1.text, vocab=49410))
-    large = replace(TINY, text=replace(TINY.text, vocab=49410))
+    assert config == replace(SD1, text=(replace(SD1.text[0], vocab=49410),))
+    large = replace(TINY, text=(replace(TINY.text[0], vocab=49410),))
     tokens = torch.cat([tiny_state()[key], torch.ones(2, 64)])
     states = convert({**tiny_state(), key: tokens}, large)
     assert torch.equal(to_original(states, large)[key], tokens)
@@ -344,10 +344,10 @@ def test_the_vocabulary_is_that_of_the_text_encoder_that_is_taken(tmp_path, word
     for name, rows in zip("ab", words, strict=True):
         more = torch.full((rows - 49408, 64), 2.0)
         save_file({**tiny_state(), key: torch.cat([tiny_state()[key], more])}, tmp_path / f"{name}.safetensors")
-    config = replace(TINY, text=replace(TINY.text, vocab=words[0]))
+    config = replace(TINY, text=(replace(TINY.text[0], vocab=words[0]),))
     options = {"config": config, "device": "cpu", "dtype": "float32", "text_encoder": tmp_path / "b.safetensors"}
     model = StableDiffusion.load(tmp_path / "a.safetensors", **options)
-    assert model.config.text.vocab == len(model.text_encoder.token.weight) == words[1]
+    assert model.config.text[0].vocab == len(model.text_encoder.token.weight) == words[1]
 
 
 @pytest.mark.parametrize(

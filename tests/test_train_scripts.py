@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = Config(
     name="small",
     size=64,
-    text=TextConfig(width=32, layers=1, heads=2),
+    text=(TextConfig(width=32, layers=1, heads=2),),
     vae=VAEConfig(channels=(32, 32, 32, 32), blocks=1, scale=1.0),
     unet=UNetConfig(channels=(32, 64), heads=(1, 2), depth=(0, 1), blocks=1, context=32),
 )

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import sd
 from sd.checkpoints.convert import WEIGHTS
+from sd.checkpoints.folders import model_name
 from sd.imaging.files import Picture, parameters, read_picture
 from sd.imaging.previews import LinearDecoder
 from sd.imaging.tensors import grid
@@ -436,20 +437,14 @@ def describe(
         **(more or {}),
         **{name.capitalize(): f"{value:g}" for name, value in params.options.items()},
         **({"Model hash": digits} if digits else {}),
-        "Model": name_of(args.ckpt) if args.ckpt else "pocket",
+        "Model": model_name(args.ckpt) if args.ckpt else "pocket",
         **({"Weights": args.weights} if args.weights != "auto" else {}),
-        **({"VAE": name_of(args.vae)} if args.vae else {}),
+        **({"VAE": model_name(args.vae)} if args.vae else {}),
         **addons.about(model, prompt, negative),
         "Precision": dtype_name(model.dtype),
         "Version": f"sd {sd.__version__}",
     }
     return parameters(addons.prompt(prompt), negative, values)
-
-
-def name_of(path: Path) -> str:
-    """What a file or folder is called: a file's name without its ending, a folder's whole name, dots and all."""
-    path = path.expanduser().resolve() if path.name in ("", ".", "..") else path
-    return path.name if path.is_dir() else path.stem
 
 
 def unknown_words(model: sd.StableDiffusion, prompt: str, weighted: bool = False, long: bool = False) -> str:

@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming
+from ..checkpoints.folders import model_name
 from ..checkpoints.key_maps import UNET, diffusers_sources, original_sources
 from ..config import Config
 from .lora import Lora, Pair, Place
@@ -83,7 +84,8 @@ def read_lora(path: str | os.PathLike[str], config: Config, networks: Mapping[st
 
 def _name(path: Path) -> str:
     """The file's name without its ending, or its folder's where every file is called the same."""
-    return path.resolve().parent.name if path.stem in SAME_NAMES else path.stem
+    name = model_name(path)
+    return path.resolve().parent.name if name in SAME_NAMES else name
 
 
 def names(config: Config, places: Sequence[Place]) -> dict[str, Place]:
@@ -177,13 +179,14 @@ def _sound(numbers: Tensor) -> bool:
 
 def _beyond(config: Config, shapes: Mapping[Place, tuple[int, ...]]) -> dict[str, Place]:
     """The names of the weights in the text encoder's layers behind the last one that is run."""
+    text = config.text[0]
     first = [key for network, key in shapes if network == "text_encoder" and key.startswith("blocks.0.")]
     more = [
         ("text_encoder", key.replace("blocks.0.", f"blocks.{i}.", 1))
-        for i in range(config.text.layers, LAYERS)
+        for i in range(text.layers, LAYERS)
         for key in first
     ]
-    return names(replace(config, text=replace(config.text, layers=max(LAYERS, config.text.layers))), more)
+    return names(replace(config, text=(replace(text, layers=max(LAYERS, text.layers)),)), more)
 
 
 def _refuse(file: Checkpoint, unknown: list[str], some_known: bool) -> None:
@@ -279,7 +282,7 @@ def _settings(file: Checkpoint) -> dict[str, Any]:
     text = file.metadata.get("lora_adapter_metadata")
     beside = file.path.with_name("adapter_config.json")
     try:
-        if text is None and file.path.stem == "adapter_model" and beside.is_file():
+        if text is None and model_name(file.path) == "adapter_model" and beside.is_file():
             with open(beside, "rb") as stream:
                 text = stream.read(MAX_SETTINGS + 1).decode()
         if text is not None and len(text) > MAX_SETTINGS:

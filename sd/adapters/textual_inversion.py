@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import CheckpointError, load_checkpoint, naming
+from ..checkpoints.folders import model_name
 from ..text.tokenizer import Tokenizer
 
 PARAMETERS = "string_to_param."  # what the reader of pickles puts before the names in there
@@ -64,7 +65,7 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
                 )
             name = word or key.removeprefix(PARAMETERS)
             if word is None and len(shapes) == 1 and (name in NAMELESS or key.startswith(PARAMETERS)):
-                name = path.stem
+                name = model_name(path)
             if not name.isprintable() or len(name) > MAX_LETTERS:
                 raise CheckpointError(f"{name[:50]!r} is no word; give one (word=..., --embedding FILE:WORD)")
             if len(shape) == 2 and shape[0] > room:

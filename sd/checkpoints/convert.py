@@ -23,7 +23,6 @@ from .checkpoint import CheckpointError, shapes
 from .detect import identify, no_unet
 from .key_maps import EMA, Source
 from .layouts import AVERAGE, EXTRA, NETWORKS, TOKENS, find_layouts, usual_layout
-from .weight_shapes import weight_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,10 +92,12 @@ def convert(
 
     Raises CheckpointError that names what is missing, superfluous or misshapen, and how many.
     """
+    from ..models.build import weight_shapes  # not above: torch is slow to import, and not all that is here needs it
+
     config = config or identify(tensors).config
     found, layouts = shapes(tensors), find_layouts(tensors)
     of_unet = choose_weights(tensors, weights) if "unet" in parts else "unet"
-    expected = weight_shapes(config)
+    expected = dict(weight_shapes(config))
     expected[AVERAGE] = expected["unet"]
     tables = {name: layout.sources(config, expected[name]) for name, layout in layouts.items()}
     used = {source.key for table in tables.values() for source in table.values()}
@@ -116,7 +117,7 @@ def convert(
         if key not in used
         and not key.startswith(tuple(others))
         and not ignored(key)
-        and not (text is not None and text.unrun_layer(key, config.text.layers))
+        and not (text is not None and text.unrun_layer(key, config.text[0].layers))
     ]
     if extra:
         raise CheckpointError(f"{_count(extra)} in the file that {config.name} does not have: {_listed(extra)}")

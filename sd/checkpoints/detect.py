@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CONFIG_KEY = "sd.config"  # where the metadata of a file of ours holds the config
 FORMAT_KEY, FORMAT = "sd.format", "2"  # the layout of a file of ours; version 0.1 wrote no number
+ORIGINAL_TEXT = ("cond_stage_model.", "conditioner.")  # before the names of an original checkpoint's text encoders
 ALONE = {
     frozenset({"vae"}): "a VAE alone: give it with --vae, beside a checkpoint (--ckpt)",
     frozenset({"text_encoder"}): "a text encoder alone: give it with --text-encoder, beside a checkpoint (--ckpt)",
@@ -99,7 +100,7 @@ def identify(tensors: Mapping[str, Tensor], config: Config | None = None, predic
     if "unet" in configs:
         config = from_diffusers(configs)
     _check_unet(found, layouts)
-    config = with_vocabulary(config or _by_shapes(found, layouts), found, layouts)
+    config = with_form(config or _by_shapes(found, layouts), found, layouts)
     return Identity(*decide(tensors, config, prediction, by_folder="unet" in configs))
 
 
@@ -171,14 +172,23 @@ def _by_shapes(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layou
     return known[channels, context]
 
 
-def with_vocabulary(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> Config:
-    """The config with as many tokens as the file has: fine-tuning adds words behind CLIP's own."""
-    layout = layouts.get("text_encoder")
-    if layout is None:
-        return config
-    (source,) = layout.sources(config, [TOKENS]).values()
-    rows = found.get(source.key, (0,))[0]
-    return replace(config, text=replace(config.text, vocab=rows)) if rows > config.text.vocab else config
+def with_form(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> Config:
+    """The config with what is not part of a model but of a file: its vocabulary, and the form of its weights.
+
+    Fine-tuning adds words behind CLIP's own. The names of the text encoder, and whether projections are linear layers
+    or 1x1 convolutions, are taken from original checkpoints alone: other layouts have one form for all models.
+    """
+    text, unet = config.text[0], config.unet
+    if (layout := layouts.get("text_encoder")) is not None:
+        (source,) = layout.sources(config, [TOKENS]).values()
+        text = replace(text, vocab=max(text.vocab, found.get(source.key, (0,))[0]))
+        if layout.prefix.startswith(ORIGINAL_TEXT):
+            text = replace(text, names=layout.name)
+    if (layout := layouts.get("unet")) is not None and layout.name == "original":
+        (source,) = layout.sources(config, ["mid.attn.proj_in.weight"]).values()
+        if source.key in found:
+            unet = replace(unet, linear_projections=len(found[source.key]) == 2)
+    return replace(config, text=(text, *config.text[1:]), unet=unet)
 
 
 def damaged_position_ids(tensors: Mapping[str, Tensor]) -> str | None:

@@ -53,8 +53,8 @@ def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
         size = configs["unet"].get("sample_size") or 64
         size = (max(size) if isinstance(size, list) else int(size)) * vae.factor
         schedule = schedule_from_diffusers(configs.get("scheduler", {}))
-        config = Config("diffusers model", size, text=text, vae=vae, unet=unet, schedule=schedule)
-    sizes = (replace(text, vocab=TextConfig().vocab), vae, unet)  # fine-tuning may have added words
+        config = Config("diffusers model", size, text=(text,), vae=vae, unet=unet, schedule=schedule)
+    sizes = ((replace(text, vocab=TextConfig().vocab),), vae, unet)  # fine-tuning may have added words
     same = [known for known in MODELS.values() if (known.text, known.vae, known.unet) == sizes]
     same.sort(key=lambda known: known.schedule.prediction != schedule.prediction)  # there are SD 1.x that predict v
     return replace(config, name=same[0].name, guidance=same[0].guidance, sampler=same[0].sampler) if same else config
@@ -132,9 +132,12 @@ def vae_from_diffusers(raw: Mapping[str, Any]) -> VAEConfig:
 
 
 def _text(configs: Mapping[str, Mapping[str, Any]], unet: UNetConfig) -> TextConfig:
-    """Without a text_encoder/config.json, the one that goes with the U-Net."""
+    """Without a text_encoder/config.json, the one that goes with the U-Net.
+
+    A folder does not say how an original checkpoint names the weights: encoders with the exact GELU are OpenCLIP's.
+    """
     if "text_encoder" not in configs:
-        known = next((model.text for model in MODELS.values() if model.unet.context == unet.context), None)
+        known = next((model.text[0] for model in MODELS.values() if model.unet.context == unet.context), None)
         if known is None:
             raise ValueError(f"no text_encoder/config.json beside a U-Net with context {unet.context}")
         return known
@@ -154,6 +157,7 @@ def _text(configs: Mapping[str, Mapping[str, Any]], unet: UNetConfig) -> TextCon
         pad=padding,
         vocab=raw.get("vocab_size", 49408),
         length=raw.get("max_position_embeddings", 77),
+        names="openclip" if activation == "gelu" else "clip",
     )
 
 
@@ -201,7 +205,7 @@ def schedule_from_diffusers(raw: Mapping[str, Any]) -> ScheduleConfig:
 
 def to_diffusers_configs(config: Config, version: str = "0.30.0") -> dict[str, dict[str, Any]]:
     """Path in the folder -> contents, for every JSON file but the tokenizer's vocabulary."""
-    text, vae, unet, schedule = config.text, config.vae, config.unet, config.schedule
+    text, vae, unet, schedule = config.text[0], config.vae, config.unet, config.schedule
     inpaints = unet.in_channels != vae.latent_channels
     pipeline = "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"
     end = "!" if text.pad == 0 else "<|endoftext|>"

@@ -25,7 +25,7 @@ from ..text.tokenizer import Tokenizer
 from .detect import CONFIG_KEY, FORMAT, FORMAT_KEY
 from .diffusers_config import to_diffusers_configs
 from .folders import EXTRA_FILE, RAW_VARIANT
-from .key_maps import CLIP, EMA, OPENCLIP, diffusers_sources, original_sources, text_names
+from .key_maps import CLIP, EMA, OPENCLIP, TEXT, diffusers_sources, original_sources
 from .layouts import AVERAGE, EXTRA, find_layouts
 from .prediction import PREDICTION_KEY
 
@@ -42,13 +42,13 @@ def extras(tensors: Mapping[str, Tensor], config: Config) -> list[tuple[str, str
     """What a file holds beside its networks that is worth keeping: (its key there, its key in an original file)."""
     kept = [(key, key.removeprefix(EXTRA)) for key in tensors if key.startswith(EXTRA)]
     text = find_layouts(tensors).get("text_encoder")
-    if text is not None and text.name == text_names(config):
-        usual = OPENCLIP if text.name == "openclip" else CLIP
+    if text is not None and text.name == config.text[0].names:
+        usual = TEXT[text.name]
         names = (f"{text.prefix}logit_scale", f"{text.prefix}text_projection")
         kept += [
             (key, usual + key.removeprefix(text.prefix))
             for key in tensors
-            if text.unrun_layer(key, config.text.layers) or (text.name == "openclip" and key in names)
+            if text.unrun_layer(key, config.text[0].layers) or (text.name == "openclip" and key in names)
         ]
     if has_own_schedule(config) and "alphas_cumprod" in tensors:
         kept.append(("alphas_cumprod", "alphas_cumprod"))
@@ -90,8 +90,8 @@ def to_original(states: States, config: Config, more: Mapping[str, Tensor] | Non
             else:
                 fused.setdefault(source.key, []).append(tensor)  # q, k, v in this order in the network
         out |= {key: torch.cat(parts) for key, parts in fused.items()}
-    if text_names(config) == "clip" and "text_encoder" in written:
-        written["text_encoder"][CLIP + "embeddings.position_ids"] = torch.arange(config.text.length).unsqueeze(0)
+    if config.text[0].names == "clip" and "text_encoder" in written:
+        written["text_encoder"][CLIP + "embeddings.position_ids"] = torch.arange(config.text[0].length).unsqueeze(0)
     if has_own_schedule(config) and "alphas_cumprod" not in more:
         more["alphas_cumprod"] = torch.from_numpy(Schedule(config.schedule).alpha_bar).float()
     order = ("unet", AVERAGE, "vae", "text_encoder")  # the original's
@@ -104,14 +104,14 @@ def unrun_layer(out: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     They load the layer behind the last one that is run and never run it. It is made a copy of the last one, the
     projection the identity, the scale OpenCLIP's initial one (1 / 0.07).
     """
-    stem = f"{OPENCLIP}transformer.resblocks."
-    last, behind = f"{stem}{config.text.layers - 1}.", f"{stem}{config.text.layers}."
+    text, stem = config.text[0], f"{OPENCLIP}transformer.resblocks."
+    last, behind = f"{stem}{text.layers - 1}.", f"{stem}{text.layers}."
     first = OPENCLIP + "token_embedding.weight"
-    if text_names(config) != "openclip" or first not in out or any(key.startswith(behind) for key in out):
+    if text.names != "openclip" or first not in out or any(key.startswith(behind) for key in out):
         return {}
     made = {behind + key.removeprefix(last): tensor.clone() for key, tensor in out.items() if key.startswith(last)}
     dtype = out[first].dtype
-    made[OPENCLIP + "text_projection"] = torch.eye(config.text.width, dtype=dtype)
+    made[OPENCLIP + "text_projection"] = torch.eye(text.width, dtype=dtype)
     made[OPENCLIP + "logit_scale"] = torch.tensor(1 / 0.07, dtype=dtype).log()
     return {key: tensor for key, tensor in made.items() if key not in out}
 

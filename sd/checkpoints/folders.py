@@ -38,6 +38,7 @@ CONFIGS = {
     "tokenizer": "tokenizer/tokenizer_config.json",
 }
 CLASSES = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "CLIPTextModel": "text_encoder"}
+ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of files of weights
 SHARD = re.compile(r"-\d{5}-of-(\d{5})(?=\.)")
 
 
@@ -90,6 +91,16 @@ def find_parts(folder: Path, variant: str | None = None) -> Parts:
     if (folder / EXTRA_FILE).is_file():
         parts.append(Part("", (folder / EXTRA_FILE,)))
     return Parts("diffusers folder", tuple(parts), configs, tuple(dict.fromkeys(notes)))
+
+
+def model_name(path: Path) -> str:
+    """What a file or folder of weights is called: its name, of a file without the ending.
+
+    A folder keeps its whole name, and so does a file without a known ending: ".0" of "style-2.0" is a version.
+    """
+    path = path.expanduser().resolve() if path.name in ("", ".", "..") else path
+    known = path.suffix.lower() in ENDINGS and not path.is_dir()
+    return path.stem if known else path.name
 
 
 def is_index(path: Path) -> bool:

@@ -21,11 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config import SD1, SD2, Config
-from .checkpoint import Bundle, Checkpoint, CheckpointError, printable, shapes
+from .checkpoint import Checkpoint, CheckpointError, printable, shapes
 from .convert import FLAGS, NAMES, ignored
 from .detect import damaged_position_ids, identify
 from .layouts import AVERAGE, NETWORKS, TOKENS, Layout, find_layouts, usual_layout
-from .weight_shapes import weight_shapes
 
 SMALL = 256 << 20  # bytes: SHA-256 of so much takes below half a second
 SHORT_HASH = (0x100000, 0x10000)  # where older tools look for "model hash": 64 KB behind the first megabyte
@@ -82,7 +81,7 @@ def census(tensors: Checkpoint, config: Config | None = None, *, sha256: bool | 
     sha256   of the whole file, which has to be read for it; by default of small ones only
     """
     found, layouts = shapes(tensors), find_layouts(tensors)
-    files = [file.path for file in tensors.files] if isinstance(tensors, Bundle) else [tensors.path]
+    files = [file.path for file in tensors.files]
     size = sum(path.stat().st_size for path in files)
     out = Census(tensors.path, tensors.kind, size, len(tensors), "", supported=False)
     out.notes += tensors.notes
@@ -101,7 +100,7 @@ def census(tensors: Checkpoint, config: Config | None = None, *, sha256: bool | 
         if not layouts:
             return _hashed(out, files, sha256)
         # a network alone: counted as one of the model it most likely is of
-        wide = any(shape[-1:] == (SD2.text.width,) and "token_embedding" in key for key, shape in found.items())
+        wide = any(shape[-1:] == (SD2.text[0].width,) and "token_embedding" in key for key, shape in found.items())
         config = config or (SD2 if wide else SD1)
     _count(out, tensors, config, layouts)
     if damaged := damaged_position_ids(tensors):
@@ -112,8 +111,10 @@ def census(tensors: Checkpoint, config: Config | None = None, *, sha256: bool | 
 
 
 def _count(out: Census, tensors: Checkpoint, config: Config, layouts: Mapping[str, Layout]) -> None:
+    from ..models.build import weight_shapes  # not above: torch is slow to import, and not all that is here needs it
+
     found = shapes(tensors)
-    expected = weight_shapes(config)
+    expected = dict(weight_shapes(config))
     expected[AVERAGE] = expected["unet"]
     used: set[str] = set()
     for name in (*NETWORKS, AVERAGE):
@@ -143,13 +144,15 @@ def _count(out: Census, tensors: Checkpoint, config: Config, layouts: Mapping[st
     text = layouts.get("text_encoder")
     if text is not None:
         (source,) = text.sources(config, [TOKENS]).values()
-        added = found.get(source.key, (0,))[0] - SD1.text.vocab
+        added = found.get(source.key, (0,))[0] - SD1.text[0].vocab
         if added > 0:
             out.notes.append(f"{added} words added to the vocabulary: kept, but no prompt can ask for them")
     out.unknown = [
         key
         for key in found
-        if key not in used and not ignored(key) and not (text is not None and text.unrun_layer(key, config.text.layers))
+        if key not in used
+        and not ignored(key)
+        and not (text is not None and text.unrun_layer(key, config.text[0].layers))
     ]
 
 

@@ -27,13 +27,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from ..config import Config
+from ..config import Config, TextConfig
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 CLIP = "cond_stage_model.transformer.text_model."
 CLIP_OLD = "cond_stage_model.transformer."  # some fine-tunes lack "text_model."
 OPENCLIP = "cond_stage_model.model."
+TEXT = {"clip": CLIP, "openclip": OPENCLIP}  # the prefix of an original text encoder, by `TextConfig.names`
 EMA = "model_ema."
 
 
@@ -144,20 +145,20 @@ def vae_places(config: Config) -> Iterator[Place]:
                 )
 
 
-def clip_places(config: Config) -> Iterator[Place]:
-    """OpenAI's CLIP text encoder, named by Hugging Face's CLIPTextModel."""
+def clip_places(text: TextConfig) -> Iterator[Place]:
+    """The text encoder's blocks in transformers' CLIPTextModel."""
     yield "token", "embeddings.token_embedding", THIS
     yield "position", "embeddings.position_embedding", THIS
     yield "norm", "final_layer_norm", THIS
-    for i in range(config.text.layers):
+    for i in range(text.layers):
         yield f"blocks.{i}", f"encoder.layers.{i}", CLIP_BLOCK
 
 
-def openclip_places(config: Config) -> Iterator[Place]:
-    """OpenCLIP's text encoder. Its fused q, k, v and its bare position table are added in `text_sources`."""
+def openclip_places(text: TextConfig) -> Iterator[Place]:
+    """The same in OpenCLIP. Its fused q, k, v and its bare position table are added in `text_sources`."""
     yield "token", "token_embedding", THIS
     yield "norm", "ln_final", THIS
-    for i in range(config.text.layers):
+    for i in range(text.layers):
         yield f"blocks.{i}", f"transformer.resblocks.{i}", OPENCLIP_BLOCK
 
 
@@ -212,10 +213,10 @@ def _layers(places: Iterable[Place], prefix: str = "") -> dict[str, str]:
     }
 
 
-def text_sources(layout: str, config: Config, prefix: str) -> Callable[[str], Source]:
-    """Where a weight of the text encoder lies, by our key. `layout` "clip" (Hugging Face's names) or "openclip"."""
+def text_sources(layout: str, text: TextConfig, prefix: str) -> Callable[[str], Source]:
+    """Where a weight of the text encoder lies, by our key. `layout` "clip" (transformers' names) or "openclip"."""
     places = openclip_places if layout == "openclip" else clip_places
-    plain = _sources(_layers(places(config), prefix))
+    plain = _sources(_layers(places(text), prefix))
     if layout == "clip":
         return plain
 
@@ -264,19 +265,20 @@ def sources(network: str, layout: str, config: Config, prefix: str, keys: Iterab
         return {key: Source(prefix + key) for key in keys}
     if layout == "own-0.1":
         return {key: Source(prefix + OWN_0_1.sub(r"\1.block.", key)) for key in keys}
-    source = {"text_encoder": text_sources, "vae": vae_sources, "unet": unet_sources}[network](layout, config, prefix)
+    if network == "text_encoder":
+        source = text_sources(layout, config.text[0], prefix)
+    else:
+        source = {"vae": vae_sources, "unet": unet_sources}[network](layout, config, prefix)
     return {key: source(key) for key in keys}
 
 
-def original_sources(
-    config: Config, keys: Mapping[str, Iterable[str]], text_prefix: str | None = None
-) -> dict[str, dict[str, Source]]:
+def original_sources(config: Config, keys: Mapping[str, Iterable[str]]) -> dict[str, dict[str, Source]]:
     """Per network, where each of our weights lies in an original checkpoint of this config.
 
-    keys         per network ("text_encoder", "vae", "unet"), our names of its weights
-    text_prefix  overrides the prefix of CLIP's keys
+    keys   per network ("text_encoder", "vae", "unet", "unet_ema"), our names of its weights
     """
-    text = ("openclip", OPENCLIP) if text_names(config) == "openclip" else ("clip", text_prefix or CLIP)
+    names = config.text[0].names
+    text = (names, TEXT[names])
     where = {"text_encoder": text, "vae": ("original", VAE), "unet": ("original", UNET), "unet_ema": ("ema", EMA)}
     return {
         network: sources(network.removesuffix("_ema"), where[network][0], config, where[network][1], names)
@@ -295,15 +297,6 @@ def diffusers_sources(config: Config, keys: Mapping[str, Iterable[str]]) -> dict
         network: sources(network, layout.get(network, "diffusers"), config, "", names)
         for network, names in keys.items()
     }
-
-
-def text_names(config: Config) -> str:
-    """Whose names an original checkpoint has for the text encoder: "clip" (Hugging Face's) or "openclip".
-
-    OpenAI's encoder was published under the one, with its own activation; those that OpenCLIP trained, with the exact
-    GELU, under the other.
-    """
-    return "openclip" if config.text.activation == "gelu" else "clip"
 
 
 def _sources(layers: Mapping[str, str], pointwise: tuple[str, ...] = ()) -> Callable[[str], Source]:

@@ -23,7 +23,7 @@ from collections.abc import Container, Iterable, Mapping
 from typing import NamedTuple
 
 from ..config import Config
-from .key_maps import CLIP, CLIP_OLD, EMA, OPENCLIP, UNET, VAE, Source, sources, text_names
+from .key_maps import CLIP, CLIP_OLD, EMA, OPENCLIP, TEXT, UNET, VAE, Source, sources
 
 NETWORKS = ("text_encoder", "vae", "unet")
 AVERAGE = "unet_ema"  # the U-Net's moving average, which a training checkpoint holds beside the U-Net
@@ -113,10 +113,9 @@ def find_layouts(found: Container[str]) -> dict[str, Layout]:
 
 def usual_layout(network: str, config: Config) -> Layout:
     """The names that an original checkpoint has for a network of this config."""
-    names = text_names(config)
-    text = Layout(network, names, OPENCLIP if names == "openclip" else CLIP)
+    names = config.text[0].names
     return {
-        "text_encoder": text,
+        "text_encoder": Layout(network, names, TEXT[names]),
         "vae": Layout(network, "original", VAE),
         "unet": Layout(network, "original", UNET),
         AVERAGE: Layout(network, "ema", EMA),

@@ -16,16 +16,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..config import Config, TextConfig
-from ..models.text_encoder import TextEncoder
-from ..models.unet import UNet
-from ..models.vae import VAE
 from ..runtime.optimize import optimize
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming, printable, shapes
 from .convert import FLAGS, NAMES, convert, describe_weights, shape_text
-from .detect import CONFIG_KEY, Identity, damaged_position_ids, identify, with_vocabulary
+from .detect import CONFIG_KEY, Identity, damaged_position_ids, identify, with_form
 from .diffusers_config import check_text_encoder, vae_from_diffusers
 from .formats.mmap import fresh
 from .layouts import NETWORKS, find_layouts
@@ -47,9 +43,9 @@ def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
     written, folder = tensors.metadata.get(CONFIG_KEY), tensors.configs.get(network)
     if network == "text_encoder":
         if folder is not None:
-            check_text_encoder(folder, config.text)
-        plain = replace(config, text=replace(config.text, vocab=TextConfig().vocab))
-        return with_vocabulary(plain, found, layouts)
+            check_text_encoder(folder, config.text[0])
+        plain = replace(config.text[0], vocab=TextConfig().vocab)
+        return with_form(replace(config, text=(plain, *config.text[1:])), found, layouts)
     if is_sdxl(found):
         raise CheckpointError("the VAE of an SDXL model, which makes other latents: give another one with --vae")
     if written is not None:
@@ -86,22 +82,6 @@ def describe(tensors: Checkpoint, found: Identity, weights: str, config: Config)
     if scale != usual:
         lines.append(f"the VAE that is given has the scale {scale:g}, the model's own {usual:g}: it may not fit")
     return list(map(printable, lines))
-
-
-class _SkipInit(TorchFunctionMode):
-    """Leaves out the initialisers of `torch.nn.init`: the weights come from a file."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
-
-
-def build(config: Config) -> dict[str, nn.Module]:
-    """The three networks of a config on the meta device: shapes without memory, nothing initialised."""
-    with torch.device("meta"), _SkipInit():
-        return {"text_encoder": TextEncoder(config.text), "vae": VAE(config.vae), "unet": UNet(config.unet)}
 
 
 def load_weights(

@@ -27,6 +27,7 @@ from ..config import SD2, SD2_V, Config, ScheduleConfig
 from ..schedule import Schedule
 from .checkpoint import Checkpoint, CheckpointError
 from .diffusers_config import schedule_from_diffusers
+from .folders import model_name
 from .formats.dtypes import TYPES, NumberType
 
 if TYPE_CHECKING:
@@ -50,7 +51,10 @@ def predicting(config: Config, prediction: str | None) -> Config:
     """The config with this prediction, under the name and with the native size of the known model that it then is."""
     if prediction is None or prediction == config.schedule.prediction:
         return config
-    named = {SD2: SD2_V, SD2_V: SD2}.get(replace(config, text=replace(config.text, vocab=SD2.text.vocab)))
+    usual = SD2.text[0]
+    plain = tuple(replace(text, vocab=usual.vocab, names=usual.names) for text in config.text)
+    unet = replace(config.unet, linear_projections=SD2.unet.linear_projections)
+    named = {SD2: SD2_V, SD2_V: SD2}.get(replace(config, text=plain, unet=unet))
     size, name = (named.size, named.name) if named else (config.size, config.name)
     try:
         schedule = replace(config.schedule, prediction=prediction)
@@ -108,7 +112,9 @@ def read_beside(tensors: Mapping[str, Tensor]) -> tuple[str | None, str, bool]:
     path = getattr(tensors, "path", None)
     if path is None or "scheduler" in getattr(tensors, "configs", {}):
         return None, "", False
-    sidecars = [] if path.is_dir() else [path.with_suffix(ending) for ending in (".yaml", ".yml", ".json")]
+    sidecars = (
+        [] if path.is_dir() else [path.with_name(model_name(path) + ending) for ending in (".yaml", ".yml", ".json")]
+    )
     part = path if path.is_dir() else path.parent
     if (part / "config.json").is_file():  # a part of a diffusers folder, given alone
         sidecars.append(part.parent / "scheduler" / "scheduler_config.json")
