@@ -13,12 +13,15 @@ from common import TINY, TINY_INPAINT, TINY_V2, tiny_state
 from safetensors.torch import load_file, save_file
 
 from sd import StableDiffusion
+from sd.adapters.lora_formats import lora_name
+from sd.adapters.textual_inversion import read_embedding
 from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint
 from sd.checkpoints.convert import convert
 from sd.checkpoints.detect import identify
 from sd.checkpoints.diffusers_config import from_diffusers, schedule_from_diffusers, to_diffusers_configs
 from sd.checkpoints.export import diffusers_texts, to_diffusers, to_own
-from sd.checkpoints.prediction import decide
+from sd.checkpoints.folders import model_name
+from sd.checkpoints.prediction import decide, read_beside
 from sd.config import MODELS, SD1, SD2_V, Config, ScheduleConfig
 
 UNET_FILE, VAE_FILE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
@@ -353,6 +356,22 @@ def test_other_pipelines_have_no_u_net(folder, name, words):
 def test_what_is_not_known_is_refused_by_name(folder, file, changes, words):
     edit(folder / file, **changes)
     assert words in refusal(folder)
+
+
+def test_a_version_in_a_name_is_no_ending(tmp_path):
+    """A folder keeps its whole name, and a file all but a known ending: of LoRAs, of words and of sidecars, too."""
+    for name in ("dreamlike-photoreal-2.0", "v1.5"):
+        (tmp_path / name).mkdir()
+        assert model_name(tmp_path / name) == name
+        assert [model_name(Path(name + end)) for end in (".safetensors", ".CKPT", ".bin", "")] == [name] * 4
+    assert model_name(tmp_path / "v1.5" / "..") == tmp_path.name
+    file = tmp_path / "v1.5" / "pretty-2.0"
+    save_file({"<*>": torch.ones(1, 64)}, file)
+    assert list(read_embedding(file, 64, 75)) == [lora_name(file)] == ["pretty-2.0"]
+    assert lora_name(file.with_name("pytorch_lora_weights.bin")) == "v1.5"
+    file.with_name("pretty-2.0.yaml").write_text("parameterization: v")
+    with load_checkpoint(file) as checkpoint:
+        assert read_beside(checkpoint)[0] == "v"
 
 
 def test_folders_without_a_model(tmp_path):

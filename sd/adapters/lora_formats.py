@@ -79,10 +79,10 @@ def read_lora(path: str | os.PathLike[str], config: Config, networks: Mapping[st
         if key.endswith(".weight") and weight.dim() > 1 and key not in ("token.weight", "position.weight")
     }
     with load_checkpoint(path) as file, naming(path):
-        return Lora(_name(path), dict(_pairs(file, config, shapes)))
+        return Lora(lora_name(path), dict(_pairs(file, config, shapes)))
 
 
-def _name(path: Path) -> str:
+def lora_name(path: Path) -> str:
     """The file's name without its ending, or its folder's where every file is called the same."""
     name = model_name(path)
     return path.resolve().parent.name if name in SAME_NAMES else name
