@@ -108,7 +108,7 @@ def test_a_fine_tuned_folder_is_called_as_its_file_is(model):
     """One that predicts the other way, or has words of its own, is no other model: it has its name and guidance."""
     known = MODELS[model]
     other = {"v": "eps", "eps": "v"}[known.schedule.prediction]
-    text, schedule = replace(known.text, vocab=49410), replace(known.schedule, prediction=other)
+    text, schedule = (replace(known.text[0], vocab=49410),), replace(known.schedule, prediction=other)
     files = to_diffusers_configs(replace(known, text=text, schedule=schedule))
     configs = {name: files[f"{name}/config.json"] for name in ("unet", "vae", "text_encoder")}
     config = from_diffusers({**configs, "scheduler": files["scheduler/scheduler_config.json"]})

@@ -96,8 +96,8 @@ def test_full_text_encoder(full):
 
 def test_exact_gelu():
     """Stable Diffusion 2.x: transformers' "gelu" is OpenCLIP's."""
-    text = replace(TINY.text, activation="gelu", pad=0)
-    config = replace(TINY, text=text)
+    text = replace(TINY.text[0], activation="gelu", pad=0)
+    config = replace(TINY, text=(text,))
     torch.manual_seed(0)
     networks = {name: network.to_empty(device="cpu") for name, network in build(config).items()}
     networks["text_encoder"] = TextEncoder(text).eval()

@@ -1,9 +1,12 @@
-"""From opened files to networks: which parts come from where, networks without memory, and their weights, strictly.
+"""From opened files to networks: which file each network comes from, and its weights, strictly.
 
->>> from sd.config import POCKET
->>> networks = build(POCKET)  # without numbers: those come by `load_weights`
->>> sorted(networks), next(networks["unet"].parameters()).is_meta
-(['text_encoder', 'unet', 'vae'], True)
+>>> from sd.models.build import build
+>>> from sd.resources import resource
+>>> with Source(resource("weights/pocket.safetensors"), LoadOptions()) as source:
+...     vae = build(source.config)["vae"]  # without memory
+...     source.read("vae", vae, torch.device("cpu"), torch.float32, lambda count: None, own=False)
+>>> vae.encoder.conv_in.weight.shape
+torch.Size([64, 3, 3, 3])
 """
 
 from __future__ import annotations
