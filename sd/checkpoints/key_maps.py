@@ -76,7 +76,8 @@ OLD_VAE_ATTENTION: Rules = {  # diffusers before 0.18 (2023)
 }  # fmt: skip
 THIS: Rules = {"": ""}  # a block that is one layer
 
-OWN_0_1 = re.compile(r"(?<=attn)((?:\.\d+)?)\.blocks\.0\.")  # the one block of a transformer was ".block." in 0.1
+# A transformer's only block was "block" in version 0.1; several are "blocks.0", "blocks.1", ...
+OWN, OWN_0_1 = (re.compile(rf"(?<=attn)((?:\.\d+)?)\.{name}\.") for name in (r"blocks\.0", "block"))
 
 # layers that are linear here and may be 1x1 convolutions elsewhere
 UNET_POINTWISE = (".proj_in", ".proj_out")
@@ -264,12 +265,17 @@ def sources(network: str, layout: str, config: Config, prefix: str, keys: Iterab
     if layout == "own":
         return {key: Source(prefix + key) for key in keys}
     if layout == "own-0.1":
-        return {key: Source(prefix + OWN_0_1.sub(r"\1.block.", key)) for key in keys}
+        return {key: Source(prefix + OWN.sub(r"\1.block.", key)) for key in keys}
     if network == "text_encoder":
         source = text_sources(layout, config.text[0], prefix)
     else:
         source = {"vae": vae_sources, "unet": unet_sources}[network](layout, config, prefix)
     return {key: source(key) for key in keys}
+
+
+def from_own_0_1(key: str) -> str:
+    """Our name of a weight, by its name in version 0.1."""
+    return OWN_0_1.sub(r"\1.blocks.0.", key)
 
 
 def original_sources(config: Config, keys: Mapping[str, Iterable[str]]) -> dict[str, dict[str, Source]]:
