@@ -27,7 +27,7 @@ ALLOWED = {
     "text": {"resources"},
     "imaging": {"files"},
     "checkpoints": {"conditioning", "config", "models", "runtime", "schedule", "text"},
-    "adapters": {"checkpoints", "config", "text"},
+    "adapters": {"checkpoints", "config", "models", "text"},
     "training": {"conditioning", "config", "denoiser", "models", "schedule"},
     "pipeline": {
         "adapters", "checkpoints", "conditioning", "config", "denoiser", "imaging", "models", "params", "resources",

@@ -99,8 +99,8 @@ class Merged:
                 self._before[place] = _sum(self._before[place], loras, place)  # under those that can be removed
                 self._refresh({place: None})
             else:
-                weight = self._weight(place)
-                weight.data = _sum(weight.data, loras, place)
+                parameter = self._weight(place)
+                parameter.data = _sum(parameter.data, loras, place)
 
     def remove(self, *names: str) -> None:
         """Take LoRAs out again; without any other, the weights are to the bit what they were. KeyError for others."""

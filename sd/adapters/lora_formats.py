@@ -90,7 +90,7 @@ def lora_name(path: Path) -> str:
 
 def names(config: Config, places: Sequence[Place]) -> dict[str, Place]:
     """Every name that a LoRA file may have for each of these weights -> the weight."""
-    keys = {"unet": [], "vae": [], "text_encoder": []}
+    keys: dict[str, list[str]] = {"unet": [], "vae": [], "text_encoder": []}
     for network, key in places:
         keys[network].append(key)
     theirs = diffusers_sources(config, keys)

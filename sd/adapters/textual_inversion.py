@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import CheckpointError, load_checkpoint, naming
 from ..checkpoints.folders import model_name
+from ..models.text_encoder import TextEncoder
 from ..text.tokenizer import Tokenizer
 
 PARAMETERS = "string_to_param."  # what the reader of pickles puts before the names in there
@@ -86,6 +87,7 @@ class WordTable(nn.Embedding):
         """`more` (n, D) has the vectors of the ids from `len(table)` on."""
         super().__init__(table.num_embeddings, table.embedding_dim, device="meta", dtype=table.weight.dtype)
         self.weight = table.weight
+        self.more: Tensor
         self.register_buffer("more", more.to(table.weight), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -98,10 +100,9 @@ class WordTable(nn.Embedding):
 class Words:
     """The words that were added to a tokenizer and a text encoder; both are as before when none is left."""
 
-    def __init__(self, tokenizer: Tokenizer, text_encoder: nn.Module) -> None:
-        """`text_encoder` has its table of tokens as `token`."""
+    def __init__(self, tokenizer: Tokenizer, text_encoder: TextEncoder) -> None:
         self._tokenizer, self._text_encoder = tokenizer, text_encoder
-        self._table: nn.Embedding = text_encoder.token
+        self._table = text_encoder.token
         self._vectors: dict[str, Tensor] = {}  # by word, as the tokenizer knows it
 
     @property

@@ -116,7 +116,7 @@ class OpenFile:
         if numbers is None:
             empty = fresh if self._mapped else partial(torch.empty, device="cpu")
             numbers = empty(view.extent, dtype=dtype)
-            self._read(view, memoryview(numbers.view(torch.uint8).numpy()))
+            self._read(view, numbers.view(torch.uint8).numpy().data)
         tensor = numbers.as_strided(view.shape, view.stride)
         return numbers.view(view.shape) if tensor.is_contiguous() else tensor.contiguous()
 

@@ -68,11 +68,13 @@ def find_parts(folder: Path, variant: str | None = None) -> Parts:
     if not inside and not (folder / CONFIGS["index"]).is_file():
         return _single_part(folder, variant)
     configs = {name: _read_json(folder / file) for name, file in CONFIGS.items() if (folder / file).is_file()}
-    parts, notes, available = [], [], set()
+    parts: list[Part] = []
+    notes: list[str] = []
+    available: set[str | None] = set()
     matched = variant is None
     for name, place in inside.items():
         variants = _variants(place, STEMS[name])
-        available |= variants.keys() - {None}
+        available |= variants.keys()
         chosen = _choose(variants, variant)
         if not variants:
             continue  # convert.py says what is missing, and which option gives it
@@ -84,7 +86,7 @@ def find_parts(folder: Path, variant: str | None = None) -> Parts:
         if averaged:
             parts.append(_part(f"{name}.", variants[RAW_VARIANT]))
     if not matched:
-        known = ", ".join(sorted(available)) or "none"
+        known = ", ".join(sorted(filter(None, available))) or "none"
         raise RefusedFile(f"no files of the variant {variant!r} in it; its variants: {known}")
     if not parts and "index" not in configs:
         raise RefusedFile(_no_model(folder))
@@ -127,7 +129,7 @@ def _single_part(folder: Path, variant: str | None) -> Parts:
         raise RefusedFile(_no_model(folder))
     chosen = _choose(variants, variant)
     if variant is not None and chosen != variant:
-        known = ", ".join(sorted(variants.keys() - {None})) or "none"
+        known = ", ".join(sorted(filter(None, variants))) or "none"
         raise RefusedFile(f"no files of the variant {variant!r} in it; its variants: {known}")
     configs = {}
     if (folder / "config.json").is_file():

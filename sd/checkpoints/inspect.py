@@ -141,9 +141,9 @@ def _count(out: Census, tensors: Checkpoint, config: Config, layouts: Mapping[st
             out.missing.append(f"of the {NAMES[name]} {len(gone)} of {len(keys)} weights: {_listed(gone)}")
     if AVERAGE not in layouts and any(key.startswith("model_ema.") for key in found):
         out.ema = "no, only its counters"
-    text = layouts.get("text_encoder")
-    if text is not None:
-        (source,) = text.sources(config, [TOKENS]).values()
+    encoder = layouts.get("text_encoder")
+    if encoder is not None:
+        (source,) = encoder.sources(config, [TOKENS]).values()
         added = found.get(source.key, (0,))[0] - SD1.text[0].vocab
         if added > 0:
             out.notes.append(f"{added} words added to the vocabulary: kept, but no prompt can ask for them")
@@ -152,7 +152,7 @@ def _count(out: Census, tensors: Checkpoint, config: Config, layouts: Mapping[st
         for key in found
         if key not in used
         and not ignored(key)
-        and not (text is not None and text.unrun_layer(key, config.text[0].layers))
+        and not (encoder is not None and encoder.unrun_layer(key, config.text[0].layers))
     ]
 
 

@@ -46,7 +46,7 @@ class Source(NamedTuple):
     ones: int = 0  # 1x1 convolutions of the original that are linear layers here have two more dimensions, of size 1
 
 
-Rules = Mapping[str, str]  # layer of ours within a block -> layer of theirs within their block
+Rules = dict[str, str]  # layer of ours within a block -> layer of theirs within their block
 Place = tuple[str, str, Rules]  # block of ours, block of theirs, the rules between them
 
 PROJECTIONS: Rules = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}

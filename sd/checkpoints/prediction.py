@@ -198,8 +198,8 @@ def stored_schedule(tensors: Mapping[str, Tensor], schedule: ScheduleConfig) -> 
 
     if same(schedule):
         return {}, ""
-    zero = {"zero_snr": True, "prediction": "v"}
-    if not schedule.zero_snr and schedule.alpha_bar is None and same(replace(schedule, **zero)):
+    usual = not schedule.zero_snr and schedule.alpha_bar is None
+    if usual and same(replace(schedule, zero_snr=True, prediction="v")):
         return {"zero_snr": True}, "the file's noise schedule is used: zero terminal SNR"
     table = tuple(theirs.tolist())
     try:
@@ -219,12 +219,14 @@ def read_table(
 
     shape   the one expected: of any other, nothing is read, and it comes out empty
     """
-    is_file = isinstance(tensors, Checkpoint)
-    has = tensors.shape(key) if is_file else tuple(tensors[key].shape)
-    kind = tensors.number_type(key) if is_file else TYPES.get(str(tensors[key].dtype).removeprefix("torch."))
+    kind: NumberType | None
+    if isinstance(tensors, Checkpoint):
+        has, kind = tensors.shape(key), tensors.number_type(key)
+    else:
+        has, kind = tuple(tensors[key].shape), TYPES.get(str(tensors[key].dtype).removeprefix("torch."))
     if kind is None or (shape is not None and has != shape) or math.prod(has) > 100_000 or kind.name[:6] == "float8":
         return np.empty((0,)), kind or TYPES["bool"]
-    if is_file:
+    if isinstance(tensors, Checkpoint):
         return tensors.table(key), kind
     return None if tensors[key].is_meta else (tensors[key].double().cpu().numpy(), kind)
 

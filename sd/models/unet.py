@@ -20,6 +20,7 @@ torch.Size([1, 4, 16, 24])
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ from ..config import GROUPS, UNetConfig
 from .layers import Attention, FeedForward, ResBlock, Upsample, timestep_embedding
 
 NORM_EPS = 1e-5  # residual blocks, norm_out and LayerNorms
-TRANSFORMER_NORM_EPS = 1e-6  # the nn.GroupNorm before a transformer: the original builds it with another helper
+TRANSFORMER_NORM_EPS = 1e-6  # of the GroupNorm before a transformer: the original makes it with another helper
 
 
 class TransformerBlock(nn.Module):
@@ -125,7 +126,7 @@ class UNet(nn.Module):
             )
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
 
-        self.down = nn.ModuleList()
+        down = []
         skips = [first]  # channels of everything that is kept on the way down
         for i, channels in enumerate(config.channels):
             widths = [skips[-1]] + [channels] * (config.blocks - 1)
@@ -134,7 +135,8 @@ class UNet(nn.Module):
             if i < len(config.channels) - 1:
                 level.down = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
                 skips.append(channels)
-            self.down.append(level)
+            down.append(level)
+        self.down = cast("Sequence[Stage]", nn.ModuleList(down))
 
         self.mid = Middle(config, time_width)
 
@@ -147,7 +149,7 @@ class UNet(nn.Module):
                 level.up = Upsample(channels)
             up.append(level)
             width = channels
-        self.up = nn.ModuleList(reversed(up))
+        self.up = cast("Sequence[Stage]", nn.ModuleList(reversed(up)))
 
         self.norm_out = nn.GroupNorm(GROUPS, first, NORM_EPS)
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
@@ -173,7 +175,7 @@ class UNet(nn.Module):
         if (vector is None) != (self.vector is None):
             raise ValueError(f"this U-Net {'takes no' if self.vector is None else 'needs a'} vector as conditioning")
         time = self.time(timestep_embedding(t, self.config.channels[0]).to(x.dtype))
-        if self.vector is not None:
+        if self.vector is not None and vector is not None:
             time = time + self.vector(vector.to(x.dtype))
         time = F.silu(time)  # every block begins with it: once is enough
 

@@ -113,8 +113,8 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(config.image_channels, config.channels[0], 3, padding=1)
         widths = (config.channels[0], *config.channels)
         self.down = nn.ModuleList(Stage(a, b, config.blocks) for a, b in pairwise(widths))
-        for level in self.down[:-1]:
-            level.down = Downsample(level.res[-1].conv2.out_channels)
+        for level, channels in zip(self.down[:-1], config.channels[:-1], strict=True):
+            level.down = Downsample(channels)
         self.mid = Middle(widths[-1])
         self.norm_out = nn.GroupNorm(GROUPS, widths[-1], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
@@ -136,8 +136,8 @@ class Decoder(nn.Module):
         self.mid = Middle(config.channels[-1])
         widths = (*config.channels, config.channels[-1])  # what comes in from the coarser level, behind each level
         self.up = nn.ModuleList(Stage(b, a, config.blocks + 1) for a, b in pairwise(widths))
-        for level in self.up[1:]:
-            level.up = Upsample(level.res[-1].conv2.out_channels)
+        for level, channels in zip(self.up[1:], config.channels[1:], strict=True):
+            level.up = Upsample(channels)
         self.norm_out = nn.GroupNorm(GROUPS, widths[0], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
 

@@ -28,7 +28,7 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 MAX_BYTES = 1 << 26  # 64 MB; the pickle of a full training checkpoint has 1 to 10 MB
 MAX_PIECE = 4 << 20  # bytes of one string or number; with a single wide character text takes four times its bytes
@@ -175,7 +175,11 @@ def _run(source: _Source, call: Callable[[Symbol, tuple], object], stored: Calla
             raise ValueError(f"unknown opcode {code!r}" if code else "it ends too early")
         name, form = OPCODES[code].name, OPCODES[code].arg
         # pickletools would join the two lines of a symbol, and no longer tell where.
-        argument = source.symbol() if name in ("GLOBAL", "INST") else form and form.reader(source)
+        argument: Any = None
+        if name in ("GLOBAL", "INST"):
+            argument = source.symbol()
+        elif form is not None:
+            argument = form.reader(source)  # type: ignore[arg-type]  # it reads and reads lines, no more
 
         match name:
             # the memo: an item is kept under a number and fetched again
@@ -212,8 +216,9 @@ def _run(source: _Source, call: Callable[[Symbol, tuple], object], stored: Calla
             case "EMPTY_DICT":
                 stack.append({})
             case "DICT":
-                _update(marked(), target := {})
-                stack.append(target)
+                items = marked()
+                stack.append({})
+                _update(items, stack[-1])
             case "SETITEM":
                 _update(top(2), stack[-1])
             case "SETITEMS":

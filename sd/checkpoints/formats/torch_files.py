@@ -26,7 +26,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeGuard
 
 from .dtypes import TYPES, NumberType
 from .pickles import MAX_BYTES, Placeholder, RefusedFile, Stateful, Symbol, read_pickle
@@ -274,7 +274,8 @@ def _contents(content: object, place: Callable[[str], Place]) -> Contents:
     if all(key.startswith("module.") for key in tensors):  # saved from within DistributedDataParallel
         tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
     views = {key: _view(key, tensor, place) for key, tensor in tensors.items()}
-    numbers = sum(place(key).size for key in {tensor.storage.key for tensor in tensors.values()})
+    storages = {tensor.storage.key for tensor in tensors.values() if isinstance(tensor, Tensor)}
+    numbers = sum(place(key).size for key in storages)
     sizes = sum(math.prod(view.shape) * view.dtype.itemsize for view in views.values())
     if sizes > MAX_SHARING * numbers + (1 << 20):
         what = f"its tensors have {sizes} bytes, the numbers that they are views of only {numbers}"
@@ -349,7 +350,9 @@ def _tensor(
     storage: Storage, dtype: object, offset: object, shape: tuple, stride: tuple, flags: object = None
 ) -> Tensor | Unreadable:
     """A tensor, after a look at all of its numbers; `dtype` may still be the symbol of one."""
-    if len(shape) != len(stride) or len(shape) > MAX_DIMS or not all(map(_is_size, (offset, *shape, *stride))):
+    if len(shape) != len(stride) or len(shape) > MAX_DIMS or not all(map(_is_size, (*shape, *stride))):
+        raise ValueError("a tensor of impossible shape")
+    if not _is_size(offset):
         raise ValueError("a tensor of impossible shape")
     if isinstance(dtype, Symbol):
         dtype = DTYPES.get(str(dtype))
@@ -378,5 +381,5 @@ def _stored(storages: dict[str, Storage], saved: object) -> object:
     raise ValueError("a reference to unknown data outside of the pickle")
 
 
-def _is_size(number: object) -> bool:
+def _is_size(number: object) -> TypeGuard[int]:
     return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 1 << 63
