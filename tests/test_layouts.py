@@ -11,6 +11,7 @@ from common import TINY, TINY_INPAINT, TINY_V2, manifest, tiny_state
 from reference_weights import make_state_dict, save, with_ema
 from safetensors.torch import save_file
 
+from scripts import convert as program
 from scripts.training.models import load_vae
 from sd import StableDiffusion
 from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint
@@ -101,6 +102,40 @@ def test_every_form_gives_the_same_weights(name, form):
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert torch.equal(found[key], tensor), key
+
+
+@pytest.mark.parametrize(
+    "name, form",
+    [
+        ("tiny-v1", "original"),
+        ("tiny-v1", "named by OpenCLIP"),
+        ("tiny-v1", "projections as linear layers"),
+        ("tiny-v2-v", "original"),
+        ("tiny-v2-v", "text encoder of diffusers"),
+        ("tiny-v2-v", "projections as convolutions"),
+    ],
+)
+def test_the_form_of_a_file_is_kept(tmp_path, monkeypatch, name, form):
+    """Names of the text encoder, form of projections, activation: three facts, none of which follows from another."""
+    monkeypatch.setitem(MODELS, name, TINY if name == "tiny-v1" else TINY_V2)
+    config = MODELS[name]
+    if form == "named by OpenCLIP":
+        state = to_original(convert(tiny_state(), TINY), replace(TINY, text=(replace(TINY.text[0], names="openclip"),)))
+        assert f"{OPENCLIP}transformer.resblocks.0.attn.in_proj_weight" in state
+    else:
+        state = (V1 if name == "tiny-v1" else V2)[form](dict(tiny_state(name)))
+    a, b, c = (tmp_path / f"{letter}.safetensors" for letter in "abc")
+    save_file({key: tensor.clone() for key, tensor in state.items()}, a)
+    assert program.main([str(a), str(b), "--model", name]) == 0
+    assert program.main([str(b), str(c), "--layout", "original"]) == 0
+    with load_checkpoint(b) as own, load_checkpoint(c) as again:
+        (text,) = identify(own).config.text
+        assert text.activation == config.text[0].activation
+        kept = {
+            key: tuple(tensor.shape) for key, tensor in state.items() if key.startswith((UNET, "cond_stage_model."))
+        }
+        assert {key: again.shape(key) for key in again if key in kept} == kept
+        assert find_layouts(again)["text_encoder"].name == text.names == find_layouts(state)["text_encoder"].name
 
 
 def test_no_two_networks_or_layouts_are_taken_for_each_other():

@@ -100,13 +100,15 @@ def identify(tensors: Mapping[str, Tensor], config: Config | None = None, predic
     if "unet" in configs:
         config = from_diffusers(configs)
     _check_unet(found, layouts)
-    config = with_form(config or _by_shapes(found, layouts), found, layouts)
+    config = with_form(with_vocabulary(config or _by_shapes(found, layouts), found, layouts), found, layouts)
     return Identity(*decide(tensors, config, prediction, by_folder="unet" in configs))
 
 
 def _as_given(tensors: Mapping[str, Tensor], config: Config) -> Identity:
     """The config that the caller gives; a noise schedule in the file takes the place of the usual one."""
-    refuse_others(shapes(tensors))
+    found = shapes(tensors)
+    refuse_others(found)
+    config = with_form(config, found, find_layouts(found))
     reason = "as given"
     usual = ScheduleConfig(steps=config.schedule.steps, prediction=config.schedule.prediction)
     if config.schedule == usual:
@@ -172,23 +174,30 @@ def _by_shapes(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layou
     return known[channels, context]
 
 
-def with_form(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> Config:
-    """The config with what is not part of a model but of a file: its vocabulary, and the form of its weights.
+def with_vocabulary(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> Config:
+    """The config with as many tokens as the file has: fine-tuning adds words behind CLIP's own."""
+    if (layout := layouts.get("text_encoder")) is None:
+        return config
+    (source,) = layout.sources(config, [TOKENS]).values()
+    text, *others = config.text
+    text = replace(text, vocab=max(text.vocab, found.get(source.key, (0,))[0]))
+    return replace(config, text=(text, *others))
 
-    Fine-tuning adds words behind CLIP's own. The names of the text encoder, and whether projections are linear layers
-    or 1x1 convolutions, are taken from original checkpoints alone: other layouts have one form for all models.
+
+def with_form(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> Config:
+    """The config with the form that an original checkpoint has, which an export then has, too.
+
+    It names its text encoder as transformers or as OpenCLIP does, and its projections are linear layers or 1x1
+    convolutions. Other layouts have one form for all models, and say nothing about it.
     """
-    text, unet = config.text[0], config.unet
-    if (layout := layouts.get("text_encoder")) is not None:
-        (source,) = layout.sources(config, [TOKENS]).values()
-        text = replace(text, vocab=max(text.vocab, found.get(source.key, (0,))[0]))
-        if layout.prefix.startswith(ORIGINAL_TEXT):
-            text = replace(text, names=layout.name)
-    if (layout := layouts.get("unet")) is not None and layout.name == "original":
-        (source,) = layout.sources(config, ["mid.attn.proj_in.weight"]).values()
-        if source.key in found:
-            unet = replace(unet, linear_projections=len(found[source.key]) == 2)
-    return replace(config, text=(text, *config.text[1:]), unet=unet)
+    text, unet = layouts.get("text_encoder"), layouts.get("unet")
+    if text is not None and text.prefix.startswith(ORIGINAL_TEXT):
+        config = replace(config, text=(replace(config.text[0], names=text.name), *config.text[1:]))
+    if unet is not None and unet.name == "original":
+        (source,) = unet.sources(config, ["mid.attn.proj_in.weight"]).values()
+        linear = len(found.get(source.key, ())) == 2
+        config = replace(config, unet=replace(config.unet, linear_projections=linear))
+    return config
 
 
 def damaged_position_ids(tensors: Mapping[str, Tensor]) -> str | None:

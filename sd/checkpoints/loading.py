@@ -24,7 +24,7 @@ from ..config import Config, TextConfig
 from ..runtime.optimize import optimize
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming, printable, shapes
 from .convert import FLAGS, NAMES, convert, describe_weights, shape_text
-from .detect import CONFIG_KEY, Identity, damaged_position_ids, identify, with_form
+from .detect import CONFIG_KEY, Identity, damaged_position_ids, identify, with_form, with_vocabulary
 from .diffusers_config import check_text_encoder, vae_from_diffusers
 from .formats.mmap import fresh
 from .layouts import NETWORKS, find_layouts
@@ -48,7 +48,9 @@ def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
         if folder is not None:
             check_text_encoder(folder, config.text[0])
         plain = replace(config.text[0], vocab=TextConfig().vocab)
-        return with_form(replace(config, text=(plain, *config.text[1:])), found, layouts)
+        return with_form(
+            with_vocabulary(replace(config, text=(plain, *config.text[1:])), found, layouts), found, layouts
+        )
     if is_sdxl(found):
         raise CheckpointError("the VAE of an SDXL model, which makes other latents: give another one with --vae")
     if written is not None:
