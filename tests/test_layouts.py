@@ -131,9 +131,8 @@ def test_the_form_of_a_file_is_kept(tmp_path, monkeypatch, name, form):
     with load_checkpoint(b) as own, load_checkpoint(c) as again:
         (text,) = identify(own).config.text
         assert text.activation == config.text[0].activation
-        kept = {
-            key: tuple(tensor.shape) for key, tensor in state.items() if key.startswith((UNET, "cond_stage_model."))
-        }
+        networks = (UNET, "cond_stage_model.")
+        kept = {key: tuple(tensor.shape) for key, tensor in state.items() if key.startswith(networks)}
         assert {key: again.shape(key) for key in again if key in kept} == kept
         assert find_layouts(again)["text_encoder"].name == text.names == find_layouts(state)["text_encoder"].name
 

@@ -19,12 +19,21 @@ torch.Size([1, 5, 64])
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import GROUPS
+
+Part = TypeVar("Part", bound=nn.Module)
+
+
+def module_list(modules: Iterable[Part]) -> Sequence[Part]:
+    """An `nn.ModuleList` whose contents type checkers know."""
+    return cast("Sequence[Part]", nn.ModuleList(modules))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import END, TextConfig
-from .layers import Attention
+from .layers import Attention, module_list
 
 NORM_EPS = 1e-5  # every LayerNorm
 
@@ -77,7 +77,7 @@ class TextEncoder(nn.Module):
         self.config = config
         self.token = nn.Embedding(config.vocab, config.width)
         self.position = nn.Embedding(config.length, config.width)
-        self.blocks = nn.ModuleList(TextBlock(config) for _ in range(config.layers))
+        self.blocks = module_list(TextBlock(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, NORM_EPS)
         self.projection = nn.Linear(config.width, config.projection, bias=False) if config.projection else None
 

@@ -20,7 +20,6 @@ torch.Size([1, 4, 16, 24])
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 
 from ..conditioning import Conditioning
 from ..config import GROUPS, UNetConfig
-from .layers import Attention, FeedForward, ResBlock, Upsample, timestep_embedding
+from .layers import Attention, FeedForward, ResBlock, Upsample, module_list, timestep_embedding
 
 NORM_EPS = 1e-5  # residual blocks, norm_out and LayerNorms
 TRANSFORMER_NORM_EPS = 1e-6  # of the GroupNorm before a transformer: the original makes it with another helper
@@ -60,7 +59,7 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(GROUPS, channels, TRANSFORMER_NORM_EPS)
         self.proj_in = nn.Linear(channels, channels)
-        self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_width) for _ in range(depth))
+        self.blocks = module_list(TransformerBlock(channels, heads, context_width) for _ in range(depth))
         self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -80,7 +79,7 @@ class Middle(nn.Module):
     def __init__(self, config: UNetConfig, time_width: int) -> None:
         super().__init__()
         channels, heads = config.channels[-1], config.heads[-1]
-        self.res = nn.ModuleList(ResBlock(channels, channels, NORM_EPS, time_width) for _ in range(2))
+        self.res = module_list(ResBlock(channels, channels, NORM_EPS, time_width) for _ in range(2))
         self.attn = SpatialTransformer(channels, heads, config.context, config.middle_depth)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
@@ -97,10 +96,8 @@ class Stage(nn.Module):
     def __init__(self, config: UNetConfig, level: int, widths: list[int], time_width: int) -> None:
         super().__init__()
         channels, heads, depth = config.channels[level], config.heads[level], config.depth[level]
-        self.res = nn.ModuleList(ResBlock(width, channels, NORM_EPS, time_width) for width in widths)
-        self.attn = nn.ModuleList(
-            SpatialTransformer(channels, heads, config.context, depth) for _ in widths if depth > 0
-        )
+        self.res = module_list(ResBlock(width, channels, NORM_EPS, time_width) for width in widths)
+        self.attn = module_list(SpatialTransformer(channels, heads, config.context, depth) for _ in widths if depth > 0)
         self.down: nn.Conv2d | None = None
         self.up: Upsample | None = None
 
@@ -136,7 +133,7 @@ class UNet(nn.Module):
                 level.down = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
                 skips.append(channels)
             down.append(level)
-        self.down = cast("Sequence[Stage]", nn.ModuleList(down))
+        self.down = module_list(down)
 
         self.mid = Middle(config, time_width)
 
@@ -149,7 +146,7 @@ class UNet(nn.Module):
                 level.up = Upsample(channels)
             up.append(level)
             width = channels
-        self.up = cast("Sequence[Stage]", nn.ModuleList(reversed(up)))
+        self.up = module_list(reversed(up))
 
         self.norm_out = nn.GroupNorm(GROUPS, first, NORM_EPS)
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import GROUPS, VAEConfig
-from .layers import Attention, ResBlock, Upsample
+from .layers import Attention, ResBlock, Upsample, module_list
 
 NORM_EPS = 1e-6  # every normalisation of the VAE; the U-Net's blocks have 1e-5
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # the original's clamp (distributions.py)
@@ -79,7 +79,7 @@ class Middle(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.res = nn.ModuleList(ResBlock(channels, channels, NORM_EPS) for _ in range(2))
+        self.res = module_list(ResBlock(channels, channels, NORM_EPS) for _ in range(2))
         self.attn = PixelAttention(channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Stage(nn.Module):
     def __init__(self, in_channels: int, channels: int, blocks: int) -> None:
         super().__init__()
         widths = [in_channels] + [channels] * blocks
-        self.res = nn.ModuleList(ResBlock(a, b, NORM_EPS) for a, b in pairwise(widths))
+        self.res = module_list(ResBlock(a, b, NORM_EPS) for a, b in pairwise(widths))
         self.down: Downsample | None = None
         self.up: Upsample | None = None
 
@@ -112,7 +112,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(config.image_channels, config.channels[0], 3, padding=1)
         widths = (config.channels[0], *config.channels)
-        self.down = nn.ModuleList(Stage(a, b, config.blocks) for a, b in pairwise(widths))
+        self.down = module_list(Stage(a, b, config.blocks) for a, b in pairwise(widths))
         for level, channels in zip(self.down[:-1], config.channels[:-1], strict=True):
             level.down = Downsample(channels)
         self.mid = Middle(widths[-1])
@@ -135,7 +135,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, config.channels[-1], 3, padding=1)
         self.mid = Middle(config.channels[-1])
         widths = (*config.channels, config.channels[-1])  # what comes in from the coarser level, behind each level
-        self.up = nn.ModuleList(Stage(b, a, config.blocks + 1) for a, b in pairwise(widths))
+        self.up = module_list(Stage(b, a, config.blocks + 1) for a, b in pairwise(widths))
         for level, channels in zip(self.up[1:], config.channels[1:], strict=True):
             level.up = Upsample(channels)
         self.norm_out = nn.GroupNorm(GROUPS, widths[0], NORM_EPS)
