@@ -31,7 +31,7 @@ import sd
 from sd.checkpoints.checkpoint import Checkpoint, naming
 from sd.checkpoints.convert import WEIGHTS, StateDict
 from sd.checkpoints.detect import identify
-from sd.checkpoints.inspect import census
+from sd.checkpoints.inspect import inspect
 from sd.checkpoints.layouts import AVERAGE, NETWORKS, find_layouts
 from sd.files import exists, new_file, new_folder
 
@@ -85,7 +85,7 @@ def work(args: argparse.Namespace) -> None:
             raise ValueError(f"--info says what is in the input, as it is: leave out {', '.join(given)}")
         with sd.load_checkpoint(args.input, args.variant) as checkpoint, naming(args.input):
             config = None if args.model == "auto" else sd.MODELS[args.model]
-            print("\n".join(census(checkpoint, config, sha256=args.sha256 or None).lines()))
+            print("\n".join(inspect(checkpoint, config, sha256=args.sha256 or None).lines()))
         return
     if args.sha256:
         raise ValueError("--sha256 goes with --info: leave it out")

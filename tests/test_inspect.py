@@ -19,7 +19,7 @@ from test_layouts import only, without
 from scripts import convert
 from sd.checkpoints.checkpoint import load_checkpoint
 from sd.checkpoints.export import metadata
-from sd.checkpoints.inspect import SMALL, census, short_hash
+from sd.checkpoints.inspect import SMALL, inspect, short_hash
 from sd.checkpoints.key_maps import CLIP, UNET, VAE
 from sd.config import MODELS, SD1
 from sd.runtime.device import DTYPES
@@ -131,7 +131,7 @@ def test_what_is_unknown_damaged_or_added(tmp_path, capsys, monkeypatch):
     }  # fmt: skip
     save_file({key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / "a.safetensors")
     with load_checkpoint(tmp_path / "a.safetensors") as checkpoint:
-        found = census(checkpoint, TINY)
+        found = inspect(checkpoint, TINY)
     assert found.unknown == ["mystery.weight"] and found.missing == [] and found.ema == "no, only its counters"
     assert any("position_ids is damaged" in note for note in found.notes)
     assert any(note.startswith("3 words added") for note in found.notes)
@@ -202,7 +202,7 @@ def test_nothing_but_two_tables_is_read(tmp_path, monkeypatch):
         "sd.checkpoints.checkpoint.Checkpoint.table", lambda self, key: asked.append(key) or torch.arange(77).numpy()
     )
     with load_checkpoint(tmp_path / "a.safetensors") as checkpoint:
-        census(checkpoint, sha256=False)
+        inspect(checkpoint, sha256=False)
     assert asked == [f"{CLIP}embeddings.position_ids"]
 
 

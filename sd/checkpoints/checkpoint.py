@@ -1,16 +1,15 @@
-"""Files -> named tensors: the weight files people have, read as data. What a tensor is for is not asked here.
+"""Files -> named tensors: the weight files that people have, read as data. What a tensor is for is decided elsewhere.
 
-Three formats hold Stable Diffusion weights. They are told apart by their first bytes; a file's name says nothing.
+Three formats hold Stable Diffusion weights. Their first bytes tell them apart, not the file's name.
 
     zip pickle, legacy pickle   .ckpt, .pt, .bin, written by `torch.save`; read by torch_files.py, without running them
     safetensors                 8 bytes: length N of the header; N bytes of JSON {key: {dtype, shape, data_offsets}};
                                 the numbers. https://github.com/huggingface/safetensors#format
 
-A model may also be several of these: a diffusers folder, or a file that was split (folders.py).
+A model may also be several of these: a diffusers folder, or a sharded file (folders.py).
 
-All come down to one table, `{key: View}`, with which `Checkpoint` reads any single tensor at its place in the file,
-into memory of its own, when asked and not before. The file is not mapped into memory, but for weights that a model
-keeps as they come, if its owner wishes so: pages.py has the reasons for both.
+Each format yields a table `{key: View}`, with which `Checkpoint` reads a single tensor from its place in the file, on
+demand and into memory of its own. Only on request is a file mapped into memory (mmap.py has the reasons).
 
 >>> from sd.resources import resource
 >>> with load_checkpoint(resource("weights/pocket.safetensors")) as file:
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_NAME = 500  # characters
-MAX_TABLE = 1_000_000  # numbers that a small tensor may be spread over
+MAX_TABLE = 1_000_000  # elements from the first to the last of a small tensor
 
 # First bytes of files that are often given in place of a checkpoint -> what to tell the user.
 NOT_A_CHECKPOINT = (
@@ -60,29 +59,29 @@ NOT_A_CHECKPOINT = (
 
 
 def printable(text: str) -> str:
-    """One line of a text out of a foreign file, in which names may hold line ends, or codes that a terminal obeys."""
+    """A text from an untrusted file as one line: line ends and terminal control codes are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be used. The text is one line: the path, what is wrong, what to do."""
+    """A file that cannot be used. The message is one line: the path, what is wrong, what to do."""
 
     def __init__(self, message: str) -> None:
-        if len(message) > 2000:  # names in a foreign file may be endless
+        if len(message) > 2000:  # names in a file may be of any length
             message = message[:1500] + " ... " + message[-400:]
         super().__init__(printable(message))
 
 
 def named(path: str | os.PathLike[str], error: ValueError) -> ValueError:
-    """The error with the file's name in front, unless it is there already."""
+    """The error, prefixed with the file's name unless it already is."""
     message = str(error)
-    there = (f"{path}: ", f"{path}{os.sep}")  # or that of a file in the folder
+    there = (f"{path}: ", f"{path}{os.sep}")  # or the name of a file in the folder
     return error if message.startswith(there) else CheckpointError(f"{path}: {message}")
 
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Put the file's name in front of whatever is wrong with it."""
+    """Prefix every ValueError with the file's name."""
     try:
         yield
     except ValueError as error:
@@ -236,12 +235,12 @@ def _state(stream: BinaryIO) -> tuple[int, int]:
 def load_checkpoint(path: str | os.PathLike, variant: str | None = None, *, mapped: bool = False) -> Checkpoint:
     """Open a .ckpt, .pt, .bin or .safetensors file, an index of several, or a diffusers folder; no tensor is read yet.
 
-    variant   of a folder: "fp16", "bf16", ..., the files named so where there are any
-    mapped    large tensors get pages of their own: of safetensors the file's, which must not be written over as long as
-              they are used (pages.py has the reasons)
+    variant   of a folder: "fp16", "bf16", ..., the files of this name where there are any
+    mapped    large tensors get memory pages of their own; of safetensors those of the file, which must then not be
+              overwritten in place while they are in use (see mmap.py)
 
-    Raises CheckpointError, one line that names the file, for whatever is no usable checkpoint: missing, broken,
-    truncated, another kind of file, or a pickle that is not to be trusted.
+    Raises CheckpointError, one line that names the file, for anything that is not a usable checkpoint: missing, broken,
+    truncated, another kind of file, or an untrustworthy pickle.
     """
     path = Path(path)
     try:
@@ -319,7 +318,7 @@ def _check_index(part: Part, file: Checkpoint) -> None:
 
 
 def shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor; of a Checkpoint without reading any."""
+    """The shape of every tensor; a Checkpoint does not read them for it."""
     if isinstance(tensors, Checkpoint):
         return {key: tensors.shape(key) for key in tensors}
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -331,7 +330,7 @@ def _check(views: dict[str, View]) -> None:
     for key, (_, shape, _, _) in views.items():
         if len(key) > MAX_NAME:
             raise RefusedFile(f"damaged: a tensor's name of {len(key)} characters, {key[:100]!r}...; {AGAIN}")
-        if math.prod(size or 1 for size in shape) >> 63:  # torch minds these sizes of an empty tensor, too
+        if math.prod(size or 1 for size in shape) >> 63:  # torch rejects these sizes even for an empty tensor
             raise RefusedFile(f"damaged: tensor {key[:100]!r} has an impossible shape; {AGAIN}")
 
 
@@ -348,7 +347,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _kind(stream: BinaryIO) -> str:
-    """The format, by the first bytes; RefusedFile says what else it is."""
+    """The format, by the first bytes. Raises RefusedFile, which names other kinds of files."""
     head = stream.read(512)
     if not head:
         raise RefusedFile(f"an empty file; {AGAIN}")
