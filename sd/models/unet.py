@@ -1,8 +1,8 @@
-"""The attention U-Net: a noisy latent, its timestep and the text's context -> what the schedule calls the prediction.
+"""The attention U-Net: a noisy latent, its timestep and the text's context -> prediction (eps or v, see schedule.py).
 
 Ronneberger et al. 2015 (the U), Ho et al. 2020 (residual blocks and timestep), Rombach et al. 2022, "High-resolution
-image synthesis with latent diffusion models", section 3.3 (cross-attention to the text). Level 0 is the finest. Going
-down, every output is kept; going up, each block takes the latest of them beside its input:
+image synthesis with latent diffusion models", section 3.3 (cross-attention to the text). Level 0 is the finest. On the
+way down, every output is kept; on the way up, each block takes the latest of them in addition to its input:
 
     x ── conv_in ─┬───────────────────────────────────────────────┬─ norm, silu, conv_out ── prediction
                 down.0: (res, attn) x2, halve       up.0: (res, attn) x3
@@ -74,7 +74,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Middle(nn.Module):
-    """The coarsest level's block, transformer, block."""
+    """Residual block, transformer, residual block at the coarsest level."""
 
     def __init__(self, config: UNetConfig, time_width: int) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
 
         down = []
-        skips = [first]  # channels of everything that is kept on the way down
+        skips = [first]  # channels of what is kept on the way down
         for i, channels in enumerate(config.channels):
             widths = [skips[-1]] + [channels] * (config.blocks - 1)
             level = Stage(config, i, widths, time_width)
@@ -138,7 +138,7 @@ class UNet(nn.Module):
         self.mid = Middle(config, time_width)
 
         up = []
-        width = last  # channels of what comes from below
+        width = last  # channels of the output of the coarser level
         for i, channels in reversed(list(enumerate(config.channels))):
             widths = [before + skips.pop() for before in [width] + [channels] * config.blocks]
             level = Stage(config, i, widths, time_width)
@@ -161,12 +161,12 @@ class UNet(nn.Module):
     ) -> Tensor:
         """x (B, C, H, W), t (B,) in [0, steps), whole or fractional, and the conditioning -> (B, C_out, H, W).
 
-        conditioning   context (B, M, D); vector (B, V) where the config has one; concat (B, E, H, W), whose channels
-                       stand behind x's: C + E is the config's `in_channels`
-        down, middle   residuals of control networks, added to what is kept on the way down, in its order and shapes,
-                       and to the output of the middle
+        conditioning   context (B, M, D); vector (B, V) if the config has one; concat (B, E, H, W), which is appended to
+                       the channels of x: C + E is the config's `in_channels`
+        down, middle   residuals of control networks: added to the skip connections, in the order of the way down, and
+                       to the output of the middle block
 
-        Raises ValueError where a vector is missing or not wanted, or for another number of residuals.
+        Raises ValueError if a vector is missing or unexpected, and for a wrong number of residuals.
         """
         context, vector, concat = conditioning
         if (vector is None) != (self.vector is None):
@@ -174,7 +174,7 @@ class UNet(nn.Module):
         time = self.time(timestep_embedding(t, self.config.channels[0]).to(x.dtype))
         if self.vector is not None and vector is not None:
             time = time + self.vector(vector.to(x.dtype))
-        time = F.silu(time)  # every block begins with it: once is enough
+        time = F.silu(time)  # every block would begin with it
 
         x = self.conv_in(x if concat is None else torch.cat([x, concat.to(x.dtype)], dim=1))
         skips = [x]
