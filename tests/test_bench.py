@@ -30,6 +30,7 @@ from scripts.benchmark.weights import WEIGHT_STD, RandomWeights, Setup
 from scripts.benchmark.workers import Failed, Worker
 from sd.config import POCKET, SD1, SD1_INPAINT
 from sd.models.build import build
+from sd.models.text_encoder import TextOutput
 from sd.runtime.cuda_graphs import Recorded
 
 LABELS = {
@@ -287,7 +288,7 @@ def test_on_a_gpu_steps_are_recorded_as_in_painting():
     side.setup, network = replace(SETUP, device=torch.device("cuda")), torch.nn.Identity()
     side.networks = {"unet": network}
     assert isinstance(side.function(usual_case("unet", POCKET)), Recorded)
-    assert side.function(usual_case("text", POCKET)) is network
+    assert side.function(usual_case("text", POCKET))(TextOutput("hidden")) == "hidden"
     side.setup = SETUP
     assert side.function(usual_case("unet", POCKET)) is network
 
