@@ -1,4 +1,4 @@
-"""Rewrite a checkpoint, or say what is in it.
+"""Convert a checkpoint, or show what is in it.
 
     python scripts/convert.py v1-5-pruned-emaonly.ckpt weights/v1-5.safetensors --dtype float16
     python scripts/convert.py v1-5.safetensors original.safetensors --layout original
@@ -6,8 +6,8 @@
     python scripts/convert.py v1-5-folder v1-5.safetensors
     python scripts/convert.py v2-1_768-ema-pruned.ckpt --info
 
-The input is a file in the original layout or ours, or a diffusers folder. The output has this project's names and
-carries its config, so it loads with no flags; `--layout original` writes the names of the original code, for other
+The input is a file in the original layout or in ours, or a diffusers folder. The output has this project's names and
+carries its config, so it loads without flags; `--layout original` writes the names of the original code, for other
 tools, `--layout diffusers` a folder. Weights are copied bit for bit unless --dtype changes their precision.
 """
 
@@ -52,31 +52,29 @@ def parser() -> cli.Parser:
     parser.add_argument(
         "output", type=Path, nargs="?", help="a new .safetensors file; with --layout diffusers a folder"
     )
-    parser.add_argument("--info", action="store_true", help="say what is in the input, without reading its weights")
-    parser.add_argument("--sha256", action="store_true", help="with --info: of large files, too")
+    parser.add_argument("--info", action="store_true", help="show what is in the input, without reading its weights")
+    parser.add_argument("--sha256", action="store_true", help="with --info: compute the SHA-256 of large files, too")
     parser.add_argument(
         "--layout", choices=LAYOUTS, default="sd", help="names to write (default: %(default)s, ours, in one file)"
     )
-    parser.add_argument("--dtype", choices=PRECISIONS, help="precision to write (default: as it is)")
+    parser.add_argument("--dtype", choices=PRECISIONS, help="precision to write (default: unchanged)")
     parser.add_argument(
         "--weights", choices=WEIGHTS, default="auto",
-        help="which U-Net of a training checkpoint (default: raw if there; of a folder, its main one)",
+        help="which U-Net of a training checkpoint (default: raw if present; of a folder, its main one)",
     )  # fmt: skip
     parser.add_argument(
         "--keep-ema", action="store_true", help="write both: the U-Net as trained and its moving average"
     )
-    parser.add_argument(
-        "--model", choices=("auto", *sd.MODELS), default="auto", help="which model it is (default: found out)"
-    )
-    parser.add_argument("--prediction", choices=("eps", "v"), help="what its U-Net predicts (default: found out)")
+    parser.add_argument("--model", choices=("auto", *sd.MODELS), default="auto", help="the model (default: detected)")
+    parser.add_argument("--prediction", choices=("eps", "v"), help="what the U-Net predicts (default: detected)")
     parser.add_argument("--vae", type=Path, metavar="FILE", help="take the VAE from this file or folder")
-    parser.add_argument("--text-encoder", type=Path, metavar="FILE", help="take the text encoder from this one")
-    parser.add_argument("--variant", metavar="NAME", help="of a diffusers folder: fp16, ...")
+    parser.add_argument("--text-encoder", type=Path, metavar="FILE", help="the same for the text encoder")
+    parser.add_argument("--variant", metavar="NAME", help="of a diffusers folder: which files to read, fp16, ...")
     return parser
 
 
 def work(args: argparse.Namespace) -> None:
-    """--info or rewrite."""
+    """Run the program: --info, or convert."""
     if args.info:
         if args.output is not None:
             raise ValueError("--info writes nothing: leave out the output")
@@ -95,7 +93,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def rewrite(args: argparse.Namespace) -> None:
-    """Read, rename, write: a whole file or none."""
+    """Convert the input; the output is written completely or not at all."""
     folder = args.layout == "diffusers"
     if folder and args.output.suffix in (".safetensors", ".ckpt"):
         raise ValueError(f"{args.output}: --layout diffusers writes a folder; give a name without {args.output.suffix}")
@@ -105,7 +103,7 @@ def rewrite(args: argparse.Namespace) -> None:
         raise exists(args.output)
     if not args.output.parent.is_dir():
         raise ValueError(f"{args.output.parent}: no such folder")
-    # an unwritable folder says so before the work
+    # an unwritable folder is an error before the work
     with (new_folder if folder else new_file)(args.output) as partial:
         count, config = write(args, partial)
     files = [file for file in args.output.rglob("*") if file.is_file()] if folder else [args.output]
@@ -114,7 +112,7 @@ def rewrite(args: argparse.Namespace) -> None:
 
 
 def write(args: argparse.Namespace, path: Path) -> tuple[int, sd.Config]:
-    """Read and rename all weights and write them to `path`; returns their number and the model."""
+    """Convert all weights and write them to `path`; returns their number and the model."""
     from sd.runtime.device import DTYPES
 
     dtype = DTYPES[args.dtype] if args.dtype else None
@@ -138,7 +136,7 @@ def write(args: argparse.Namespace, path: Path) -> tuple[int, sd.Config]:
 
 
 def open_all(args: argparse.Namespace, files: ExitStack) -> dict[str, Checkpoint]:
-    """The file or folder that each network comes from."""
+    """Network -> the opened file or folder that it comes from."""
     given = {"unet": args.input, "vae": args.vae or args.input, "text_encoder": args.text_encoder or args.input}
     paths = {
         path: files.enter_context(sd.load_checkpoint(path, args.variant)) for path in dict.fromkeys(given.values())
@@ -147,7 +145,7 @@ def open_all(args: argparse.Namespace, files: ExitStack) -> dict[str, Checkpoint
 
 
 def find_all(args: argparse.Namespace, opened: Mapping[str, Checkpoint]) -> tuple[sd.Config, dict[str, StateDict]]:
-    """Which model it is, and its networks under our names; prints what was found out and chosen."""
+    """The model and its networks under our names; prints what was detected and chosen."""
     import torch
 
     from sd.checkpoints.loading import describe, like, load_weights, probed, with_part
@@ -175,7 +173,7 @@ def find_all(args: argparse.Namespace, opened: Mapping[str, Checkpoint]) -> tupl
                 states |= sd.convert(opened[name], config, parts=[name])
     if not found.decided:
         with naming(main.path):
-            # a copy in the precision that is fastest here
+            # a copy in the precision that is fastest on this CPU
             cpu = torch.device("cpu")
             found = probed(found, load_weights(build(config)["unet"], states["unet"], cpu, best_dtype(cpu)))
         config = like(found.config, config)
@@ -185,7 +183,7 @@ def find_all(args: argparse.Namespace, opened: Mapping[str, Checkpoint]) -> tupl
 
 
 def read_extras(opened: Mapping[str, Checkpoint], config: sd.Config) -> dict[str, Tensor]:
-    """What the files hold beside the networks that is kept, by its original names."""
+    """The tensors beside the networks that are kept, by their original names."""
     from sd.checkpoints.export import extras
 
     read = {}
@@ -199,7 +197,7 @@ def read_extras(opened: Mapping[str, Checkpoint], config: sd.Config) -> dict[str
 def save(
     layout: str, path: Path, read: Mapping[str, Mapping[str, Tensor]], config: sd.Config, more: Mapping[str, Tensor]
 ) -> None:
-    """Write the networks in a layout, to a file or into a folder."""
+    """Write the networks in a layout, to a file or a folder."""
     from safetensors.torch import save_file
 
     from sd.checkpoints.export import diffusers_texts, metadata, to_diffusers, to_original, to_own, unrun_layer
@@ -223,12 +221,12 @@ def save(
 
 
 def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As the format wants them: each in memory of its own."""
+    """The tensors in contiguous memory, as the format requires."""
     return {key: tensor.contiguous() for key, tensor in tensors.items()}
 
 
 def cast(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A weight in another precision, refused where numbers would not fit; tables and counters stay as they are."""
+    """A weight in another precision; tables and counters are unchanged. ValueError if its numbers are too large."""
     if dtype is None or not tensor.is_floating_point() or key == "alphas_cumprod" or key.startswith("model_ema."):
         return tensor
     out = tensor.to(dtype)

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..config import GROUPS, MODELS, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from .checkpoint import CheckpointError
+from .other_models import OTHER_INPUTS
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}  # theirs -> ours
 MAX_TIMESTEPS = 100_000
@@ -83,9 +84,8 @@ def _unet(raw: Mapping[str, Any]) -> UNetConfig:
             else "an upscaling, unCLIP or other class-conditional"
         )
         raise CheckpointError(f"this is {kind} model, which is not supported")
-    other_inputs = {5: "a depth-to-image", 7: "an upscaling", 8: "an instruct-pix2pix"}
-    if raw.get("in_channels") in other_inputs:
-        what = other_inputs[raw["in_channels"]]
+    if raw.get("in_channels") in OTHER_INPUTS:
+        what = OTHER_INPUTS[raw["in_channels"]]
         raise CheckpointError(f"this is {what} model ({raw['in_channels']} input channels), which is not supported")
     channels = tuple(raw.get("block_out_channels", (320, 640, 1280, 1280)))
     heads = raw.get("num_attention_heads") or raw.get("attention_head_dim", 8)
