@@ -145,6 +145,8 @@ class UNetConfig:
             f"UNetConfig: {levels} channels, {len(self.heads)} heads and {len(self.depth)} depths: "
             "expected one of each per level, at most 8 levels and 16 blocks a level",
         )
+        transformers = sum(self.depth) * (2 * self.blocks + 1) + self.middle_depth  # SDXL has 70
+        _check(transformers <= 500, f"UNetConfig: {transformers} transformer blocks, expected at most 500")
         _check(
             all(width % GROUPS == 0 for width in self.channels),
             f"UNetConfig.channels: got {self.channels}, expected multiples of {GROUPS}",

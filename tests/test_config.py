@@ -106,6 +106,7 @@ def altered(path: str, value: object) -> str:
         (altered("unet.depth", [1, 1]), "depths"),
         (altered("unet.depth", [1, 1, -1, 0]), "depth"),
         (altered("unet.depth", [1, 1, 10**6, 0]), "depth"),
+        (altered("unet.depth", [32] * 4), "641 transformer blocks"),
         (altered("unet.middle_depth", 0), "middle_depth"),
         (altered("unet.vector", 0), "vector"),
         (altered("unet.linear_projections", 1), "linear_projections"),
