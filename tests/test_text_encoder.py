@@ -8,6 +8,8 @@ import pytest
 import torch
 from common import TINY, error
 
+from sd.checkpoints.checkpoint import CheckpointError
+from sd.checkpoints.convert import convert
 from sd.checkpoints.key_maps import diffusers_sources
 from sd.config import END, SD1, SD2, TextConfig
 from sd.models.build import build
@@ -97,5 +99,7 @@ def test_two_encoders_side_by_side():
     config = replace(TINY, text=pair, unet=replace(TINY.unet, context=64))
     assert list(build(config)) == ["text_encoder", "text_encoder_2", "vae", "unet"]
     assert type(config).from_json(config.to_json()) == config
+    with pytest.raises(CheckpointError, match="has 2 text encoders, which is not supported yet"):
+        convert({}, config)
     with pytest.raises(ValueError, match="context 32 wide, the text encoders' is 64"):
         replace(config, unet=replace(TINY.unet, context=32))

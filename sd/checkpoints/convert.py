@@ -93,6 +93,8 @@ def convert(
     from ..models.build import weight_shapes  # not at the top: torch is slow to import, and not everything needs it
 
     config = config or identify(tensors).config
+    if len(config.text) > 1:
+        raise CheckpointError(f"{config.name} has {len(config.text)} text encoders, which is not supported yet")
     found, layouts = shapes(tensors), find_layouts(tensors)
     of_unet = choose_weights(tensors, weights) if "unet" in parts else "unet"
     expected = dict(weight_shapes(config))
