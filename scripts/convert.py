@@ -1,4 +1,4 @@
-"""Rewrite a checkpoint, or say what is in it.
+"""Convert a checkpoint, or show what is in it.
 
     python scripts/convert.py v1-5-pruned-emaonly.ckpt weights/v1-5.safetensors --dtype float16
     python scripts/convert.py v1-5.safetensors original.safetensors --layout original
@@ -6,8 +6,8 @@
     python scripts/convert.py v1-5-folder v1-5.safetensors
     python scripts/convert.py v2-1_768-ema-pruned.ckpt --info
 
-The input is a file in the original layout or ours, or a diffusers folder. The output has this project's names and
-carries its config, so it loads with no flags; `--layout original` writes the names of the original code, for other
+The input is a file in the original layout or in ours, or a diffusers folder. The output has this project's names and
+carries its config, so it loads without flags; `--layout original` writes the names of the original code, for other
 tools, `--layout diffusers` a folder. Weights are copied bit for bit unless --dtype changes their precision.
 """
 
@@ -15,17 +15,31 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE as __package__  # noqa: F401
+    from bootstrap import PACKAGE as __package__  # type: ignore[no-redef]  # noqa: F401
+
+from safetensors import SafetensorError
+from tqdm import tqdm
 
 import sd
-from sd.checkpoints.checkpoint import naming
-from sd.checkpoints.convert import WEIGHTS
-from sd.checkpoints.inspect import census
+from sd.checkpoints.checkpoint import Checkpoint, naming
+from sd.checkpoints.convert import WEIGHTS, StateDict
+from sd.checkpoints.detect import identify
+from sd.checkpoints.inspect import inspect
+from sd.checkpoints.layouts import AVERAGE, NETWORKS, find_layouts
+from sd.files import exists, new_file, new_folder
 
 from .common import cli
+
+if TYPE_CHECKING:  # torch is slow to import: functions that need it do so, and --help does not
+    import torch
+    from torch import Tensor
 
 LAYOUTS = ("sd", "original", "diffusers")
 PRECISIONS = ("float32", "float16", "bfloat16")
@@ -38,31 +52,29 @@ def parser() -> cli.Parser:
     parser.add_argument(
         "output", type=Path, nargs="?", help="a new .safetensors file; with --layout diffusers a folder"
     )
-    parser.add_argument("--info", action="store_true", help="say what is in the input, without reading its weights")
-    parser.add_argument("--sha256", action="store_true", help="with --info: of large files, too")
+    parser.add_argument("--info", action="store_true", help="show what is in the input, without reading its weights")
+    parser.add_argument("--sha256", action="store_true", help="with --info: compute the SHA-256 of large files, too")
     parser.add_argument(
         "--layout", choices=LAYOUTS, default="sd", help="names to write (default: %(default)s, ours, in one file)"
     )
-    parser.add_argument("--dtype", choices=PRECISIONS, help="precision to write (default: as it is)")
+    parser.add_argument("--dtype", choices=PRECISIONS, help="precision to write (default: unchanged)")
     parser.add_argument(
         "--weights", choices=WEIGHTS, default="auto",
-        help="which U-Net of a training checkpoint (default: raw if there; of a folder, its main one)",
+        help="which U-Net of a training checkpoint (default: raw if present; of a folder, its main one)",
     )  # fmt: skip
     parser.add_argument(
         "--keep-ema", action="store_true", help="write both: the U-Net as trained and its moving average"
     )
-    parser.add_argument(
-        "--model", choices=("auto", *sd.MODELS), default="auto", help="which model it is (default: found out)"
-    )
-    parser.add_argument("--prediction", choices=("eps", "v"), help="what its U-Net predicts (default: found out)")
+    parser.add_argument("--model", choices=("auto", *sd.MODELS), default="auto", help="the model (default: detected)")
+    parser.add_argument("--prediction", choices=("eps", "v"), help="what the U-Net predicts (default: detected)")
     parser.add_argument("--vae", type=Path, metavar="FILE", help="take the VAE from this file or folder")
-    parser.add_argument("--text-encoder", type=Path, metavar="FILE", help="take the text encoder from this one")
-    parser.add_argument("--variant", metavar="NAME", help="of a diffusers folder: fp16, ...")
+    parser.add_argument("--text-encoder", type=Path, metavar="FILE", help="the same for the text encoder")
+    parser.add_argument("--variant", metavar="NAME", help="of a diffusers folder: which files to read, fp16, ...")
     return parser
 
 
 def work(args: argparse.Namespace) -> None:
-    """--info or rewrite."""
+    """Run the program: --info, or convert."""
     if args.info:
         if args.output is not None:
             raise ValueError("--info writes nothing: leave out the output")
@@ -71,16 +83,156 @@ def work(args: argparse.Namespace) -> None:
             raise ValueError(f"--info says what is in the input, as it is: leave out {', '.join(given)}")
         with sd.load_checkpoint(args.input, args.variant) as checkpoint, naming(args.input):
             config = None if args.model == "auto" else sd.MODELS[args.model]
-            print("\n".join(census(checkpoint, config, sha256=args.sha256 or None).lines()))
+            print("\n".join(inspect(checkpoint, config, sha256=args.sha256 or None).lines()))
         return
     if args.sha256:
         raise ValueError("--sha256 goes with --info: leave it out")
     if args.output is None:
         raise ValueError("give the name of the file to write behind the input, or --info")
-    # here, as it imports torch, which takes longer than --info
-    from .rewriting import rewrite
-
     rewrite(args)
+
+
+def rewrite(args: argparse.Namespace) -> None:
+    """Convert the input; the output is written completely or not at all."""
+    folder = args.layout == "diffusers"
+    if folder and args.output.suffix in (".safetensors", ".ckpt"):
+        raise ValueError(f"{args.output}: --layout diffusers writes a folder; give a name without {args.output.suffix}")
+    if not folder and args.output.suffix != ".safetensors":
+        raise ValueError(f"{args.output}: only .safetensors files are written, as they cannot run code")
+    if args.output.exists():
+        raise exists(args.output)
+    if not args.output.parent.is_dir():
+        raise ValueError(f"{args.output.parent}: no such folder")
+    # an unwritable folder is an error before the work
+    with (new_folder if folder else new_file)(args.output) as partial:
+        count, config = write(args, partial)
+    files = [file for file in args.output.rglob("*") if file.is_file()] if folder else [args.output]
+    size = sum(file.stat().st_size for file in files)
+    print(f"{args.output}: {config.name}, {count} weights, {size / 1e9:.2f} GB")
+
+
+def write(args: argparse.Namespace, path: Path) -> tuple[int, sd.Config]:
+    """Convert all weights and write them to `path`; returns their number and the model."""
+    from sd.runtime.device import DTYPES
+
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    with ExitStack() as files:
+        opened = open_all(args, files)
+        config, states = find_all(args, opened)
+        count = sum(map(len, states.values()))
+        with tqdm(total=count, desc="reading", unit="weight", disable=None, leave=False) as bar, naming(args.input):
+            read: dict[str, dict[str, Tensor]] = {}
+            for network, state in states.items():
+                read[network] = {}
+                for key, tensor in state.items():
+                    read[network][key] = cast(key, tensor, dtype)
+                    bar.update()
+            more = {key: cast(key, tensor, dtype) for key, tensor in read_extras(opened, config).items()}
+    try:
+        save(args.layout, path, read, config, more)
+    except SafetensorError as error:
+        raise OSError(f"{args.output}: cannot be written: {error}") from None
+    return count, config
+
+
+def open_all(args: argparse.Namespace, files: ExitStack) -> dict[str, Checkpoint]:
+    """Network -> the opened file or folder that it comes from."""
+    given = {"unet": args.input, "vae": args.vae or args.input, "text_encoder": args.text_encoder or args.input}
+    paths = {
+        path: files.enter_context(sd.load_checkpoint(path, args.variant)) for path in dict.fromkeys(given.values())
+    }
+    return {name: paths[path] for name, path in given.items()}
+
+
+def find_all(args: argparse.Namespace, opened: Mapping[str, Checkpoint]) -> tuple[sd.Config, dict[str, StateDict]]:
+    """The model and its networks under our names; prints what was detected and chosen."""
+    import torch
+
+    from sd.checkpoints.loading import describe, like, load_weights, probed, with_part
+    from sd.models.build import build
+    from sd.runtime.device import best_dtype
+
+    main, weights = opened["unet"], args.weights
+    with naming(main.path):
+        found = identify(main, None if args.model == "auto" else sd.MODELS[args.model], args.prediction)
+        parts = [name for name in NETWORKS if opened[name] is main]
+        if args.keep_ema:
+            if weights != "auto":
+                raise ValueError("--keep-ema writes both U-Nets: leave out --weights")
+            if not {"unet", AVERAGE} <= find_layouts(main).keys():
+                raise ValueError(
+                    "there are no two U-Nets, as trained and as moving average (EMA): leave out --keep-ema"
+                )
+            parts, weights = [*parts, AVERAGE], "raw"
+        states = sd.convert(main, found.config, weights, parts)
+    config = found.config
+    for name in NETWORKS:
+        if name not in states:
+            with naming(opened[name].path):
+                config = with_part(config, name, opened[name])
+                states |= sd.convert(opened[name], config, parts=[name])
+    if not found.decided:
+        with naming(main.path):
+            # a copy in the precision that is fastest on this CPU
+            cpu = torch.device("cpu")
+            found = probed(found, load_weights(build(config)["unet"], states["unet"], cpu, best_dtype(cpu)))
+        config = like(found.config, config)
+    for line in (*main.notes, *describe(main, found, weights, config)):
+        print(line)
+    return config, {name: states[name] for name in (*NETWORKS, AVERAGE) if name in states}
+
+
+def read_extras(opened: Mapping[str, Checkpoint], config: sd.Config) -> dict[str, Tensor]:
+    """The tensors beside the networks that are kept, by their original names."""
+    from sd.checkpoints.export import extras
+
+    read = {}
+    for name in ("unet", "text_encoder"):
+        for key, original in extras(opened[name], config):
+            if original.startswith("cond_stage_model.") == (name == "text_encoder"):
+                read[original] = opened[name][key]
+    return read
+
+
+def save(
+    layout: str, path: Path, read: Mapping[str, Mapping[str, Tensor]], config: sd.Config, more: Mapping[str, Tensor]
+) -> None:
+    """Write the networks in a layout, to a file or a folder."""
+    from safetensors.torch import save_file
+
+    from sd.checkpoints.export import diffusers_texts, metadata, to_diffusers, to_original, to_own, unrun_layer
+
+    if layout == "diffusers":
+        for name, text in diffusers_texts(config).items():
+            (path / name).parent.mkdir(exist_ok=True)
+            (path / name).write_text(text, encoding="utf-8")
+        for name, tensors in to_diffusers(read, config, more).items():
+            save_file(contiguous(tensors), path / name, {"format": "pt"})
+        return
+    tensors = to_own(read, more) if layout == "sd" else to_original(read, config, more)
+    if layout == "original" and (made := unrun_layer(tensors, config)):
+        tensors |= made
+        warnings.warn(
+            f"{len(made)} weights that other programs expect and never use were not in the input: the text encoder's "
+            "last layer is a copy of the one before it",
+            stacklevel=1,
+        )
+    save_file(contiguous(tensors), path, metadata(config))
+
+
+def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in contiguous memory, as the format requires."""
+    return {key: tensor.contiguous() for key, tensor in tensors.items()}
+
+
+def cast(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A weight in another precision; tables and counters are unchanged. ValueError if its numbers are too large."""
+    if dtype is None or not tensor.is_floating_point() or key == "alphas_cumprod" or key.startswith("model_ema."):
+        return tensor
+    out = tensor.to(dtype)
+    if not out.isfinite().all() and tensor.isfinite().all():
+        raise ValueError(f"{key} has numbers beyond {str(dtype).removeprefix('torch.')}: use bfloat16 or float32")
+    return out
 
 
 def main(argv: list[str] | None = None) -> int:

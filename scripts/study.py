@@ -165,7 +165,7 @@ def unet(desk: Desk) -> Drawn:
     """the U-Net's levels and parts: shapes, parameters, FLOPs"""
     model = desk.model
     _, height, width = model.latent_shape()
-    parts = network.trace(model.unet, height, width, model.config.text.length)
+    parts = network.trace(model.unet, height, width, model.config.text[0].length)
     yield "unet.png", network.draw_network(parts, model.unet, model.config.name)
     yield "unet-parts.png", network.draw_table(parts, len(model.config.unet.channels))
 

@@ -88,7 +88,7 @@ class Objective(nn.Module):
     def forward(self, x0: Tensor, ids: Tensor, t: Tensor, noise: Tensor, extra: Tensor | None = None) -> Tensor:
         """x0 and noise (B, C, h, w), ids (B, M), t (B,), for 9 channels `extra` (B, 5, h, w) -> a scalar."""
         weight = self.weight(self.schedule, t) if self.weight else None
-        conditioning = Conditioning(self.text_encoder(ids), concat=extra)
+        conditioning = Conditioning(self.text_encoder(ids).hidden, concat=extra)
         return diffusion_loss(self.unet, self.schedule, x0, conditioning, t, noise, weight)
 
 

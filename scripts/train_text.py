@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sd.checkpoints.detect import CONFIG_KEY
+from sd.config import END
 from sd.models.text_encoder import TextEncoder
 from sd.pipeline import StableDiffusion
 from sd.training import checkpoint_activations, contrastive_loss
@@ -46,7 +47,6 @@ RECIPE = loop.Recipe(
 FEATURES = 128  # of a picture and of a text, where they are compared
 WIDTHS, GROUPS = (64, 96, 128), 8  # of the picture encoder
 HOTTEST = math.log(100)  # similarities are never scaled up more, as in CLIP
-END = 49407  # the id of the end token
 HELD_OUT = 500  # pictures that success is measured by, at most a tenth of all
 
 
@@ -97,7 +97,7 @@ class Objective(nn.Module):
         What follows only repeats it, and nothing looks ahead: it is left out of the computation.
         """
         end = (ids == END).int().argmax(1)
-        hidden = self.text_encoder(ids[:, : int(end.max()) + 1])
+        hidden = self.text_encoder(ids[:, : int(end.max()) + 1]).hidden
         return self.text_projection(hidden[torch.arange(len(ids), device=ids.device), end])
 
     def forward(self, x0: Tensor, ids: Tensor, **_: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         )
 
     trainer.describe(f"text encoder of {model.config.name}", len(seen["mean"]))
-    trainer.run(batches, write, model.config.text.length)
+    trainer.run(batches, write, model.config.text[0].length)
     print(f"{written}: the text encoder, for train.py --text")
 
 

@@ -1,8 +1,8 @@
 """Every supported model as a value.
 
-A model is four frozen dataclasses: a text encoder, a VAE, a U-Net and a noise schedule. The networks read nothing
-else, so a new variant is a `replace(...)` of an old one and never an `if` in a network. A checkpoint that this
-project writes carries its config as JSON (`Config.to_json`), so that it loads with no flags.
+A model is made of frozen dataclasses: its text encoders, a VAE, a U-Net and a noise schedule. The networks read nothing
+else, so a new variant is a `replace(...)` of an existing one and never an `if` in a network. A checkpoint written by
+this project carries its config as JSON (`Config.to_json`), so it loads without flags.
 
 Sources: Stable Diffusion 1.x, `configs/stable-diffusion/v1-inference.yaml` of CompVis/stable-diffusion; 2.x,
 `configs/stable-diffusion/v2-inference(-v).yaml` of Stability-AI/stablediffusion; CLIP ViT-L/14 and OpenCLIP ViT-H/14.
@@ -16,12 +16,14 @@ True
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-GROUPS = 32  # GroupNorm's groups, everywhere: every channel count is a multiple of it
+GROUPS = 32  # groups of every GroupNorm: every channel count is a multiple of it
+END = 49407  # id of CLIP's end token
 
 
 def _check(ok: bool, message: str) -> None:
@@ -30,7 +32,7 @@ def _check(ok: bool, message: str) -> None:
 
 
 def _check_sizes(owner: object, *names: str, limit: int = 1 << 17) -> None:
-    """Sizes may come from a file's metadata, so they are whole numbers within reason or refused."""
+    """Raise ValueError for a size that is not a sensible whole number: sizes may come from a file's metadata."""
     for name in names:
         value = getattr(owner, name)
         values = value if isinstance(value, tuple) else (value,)
@@ -40,15 +42,27 @@ def _check_sizes(owner: object, *names: str, limit: int = 1 << 17) -> None:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The CLIP text transformer; the defaults are ViT-L/14's, which Stable Diffusion 1.x uses."""
+    """A CLIP text transformer; the defaults are those of ViT-L/14 in Stable Diffusion 1.x.
+
+    SDXL's two encoders, of which only the second gives a pooled vector:
+
+        TextConfig(layers=11, hidden_norm=False)
+        TextConfig(1280, 32, 20, "gelu", pad=0, names="openclip", hidden_layer=-2, hidden_norm=False, pooled=True,
+                   projection=1280)
+    """
 
     width: int = 768  # D
     layers: int = 12  # layers that are run; fewer than were trained is "clip skip"
     heads: int = 12
     activation: str = "quick_gelu"  # OpenAI's CLIP: x * sigmoid(1.702 x); OpenCLIP: "gelu", the exact one
-    pad: int = 49407  # the id behind the end token: the end token again (OpenAI's CLIP by Hugging Face) or 0 (OpenCLIP)
+    pad: int = END  # id after the end token: the end token again (OpenAI's CLIP at Hugging Face) or 0 (OpenCLIP)
     vocab: int = 49408
     length: int = 77  # M, tokens with start and end
+    names: str = "clip"  # of its weights in original checkpoints: "clip" (transformers' names) or "openclip"
+    hidden_layer: int = -1  # layer whose output is `hidden`, counted from the last one: -1, -2, ...
+    hidden_norm: bool = True  # whether `hidden` passes through the final normalisation
+    pooled: bool = False  # whether the normalised output at the end token is given, too
+    projection: int | None = None  # width P of the linear layer that the pooled output passes through; None: no layer
 
     def __post_init__(self) -> None:
         _check_sizes(self, "width", "layers", "heads", "vocab", "length")
@@ -56,24 +70,36 @@ class TextConfig:
         _check(self.length >= 3, f"TextConfig.length: got {self.length}, expected room for start, a token and end")
         _check(self.vocab >= 49408, f"TextConfig.vocab: got {self.vocab}, CLIP has 49408 tokens")
         _check(self.width % self.heads == 0, f"TextConfig: {self.heads} heads do not divide width {self.width}")
-        known = ("quick_gelu", "gelu")
-        _check(self.activation in known, f"TextConfig.activation: got {self.activation!r}, expected one of {known}")
+        for name, known in (("activation", ("quick_gelu", "gelu")), ("names", ("clip", "openclip"))):
+            value = getattr(self, name)
+            _check(value in known, f"TextConfig.{name}: got {value!r:.100}, expected one of {known}")
         _check(type(self.pad) is int and 0 <= self.pad < self.vocab, f"TextConfig.pad: got {self.pad!r}, not an id")
+        which = self.hidden_layer
+        _check(
+            type(which) is int and -self.layers <= which <= -1,
+            f"TextConfig.hidden_layer: got {which!r:.100}, expected {-self.layers} to -1",
+        )
+        for name in ("hidden_norm", "pooled"):
+            value = getattr(self, name)
+            _check(type(value) is bool, f"TextConfig.{name}: got {value!r:.100}, expected true or false")
+        if self.projection is not None:
+            _check_sizes(self, "projection")
+            _check(self.pooled, "TextConfig.projection: projects the pooled output, which is not asked for (pooled)")
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The autoencoder between pictures and latents (the original's kl-f8)."""
+    """The autoencoder between images and latents (kl-f8 of the original code)."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)  # one entry a level; each level but the last halves the size
     blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
     latent_channels: int = 4
     image_channels: int = 3
-    scale: float = 0.18215  # latents are multiplied by it: it brought their standard deviation to 1 in training
+    scale: float = 0.18215  # factor of the latents: it brings their standard deviation to about 1
 
     def __post_init__(self) -> None:
         _check_sizes(self, "channels", "blocks", "latent_channels", "image_channels")
-        _check(self.image_channels == 3, f"VAEConfig.image_channels: got {self.image_channels}, pictures have 3")
+        _check(self.image_channels == 3, f"VAEConfig.image_channels: got {self.image_channels}, images have 3")
         _check(len(self.channels) <= 8 and self.blocks <= 16, "VAEConfig: more than 8 levels or 16 blocks a level")
         _check(
             all(width % GROUPS == 0 for width in self.channels),
@@ -83,7 +109,7 @@ class VAEConfig:
 
     @cached_property
     def factor(self) -> int:
-        """How many pixels one latent is wide and high: 8 for Stable Diffusion."""
+        """Image pixels per latent pixel, in each direction: 8 for Stable Diffusion."""
         return 2 ** (len(self.channels) - 1)
 
 
@@ -91,16 +117,16 @@ class VAEConfig:
 class UNetConfig:
     """The attention U-Net; per level (finest first): channels, heads, and depth."""
 
-    in_channels: int = 4  # 9 for inpainting models: latent, mask, latent of the masked picture
+    in_channels: int = 4  # 9 for inpainting models: latent, mask, latent of the masked image
     out_channels: int = 4
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     heads: tuple[int, ...] = (8, 8, 8, 8)  # the last entry is also the middle block's
-    depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks behind each residual block; 0: the level attends not
-    middle_depth: int = 1  # the middle's: Stable Diffusion's last level has none, its middle has one
-    blocks: int = 2  # residual blocks a level going down; going up there is one more
+    depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks after each residual block; 0: no attention at this level
+    middle_depth: int = 1  # the same for the middle block
+    blocks: int = 2  # residual blocks per level on the way down; one more on the way up
     context: int = 768  # width D of the text context
-    vector: int | None = None  # width V of a vector that is added to the timestep's embedding; None: there is none
-    linear_projections: bool = False  # in files, linear layers around transformers; else 1x1 convolutions, as in SD 1.x
+    vector: int | None = None  # width V of a vector added to the timestep embedding; None: no such vector
+    linear_projections: bool = False  # around transformers, files have linear layers; else 1x1 convolutions
 
     def __post_init__(self) -> None:
         _check_sizes(self, "in_channels", "out_channels", "channels", "heads", "blocks", "context", "middle_depth")
@@ -120,6 +146,8 @@ class UNetConfig:
             f"UNetConfig: {levels} channels, {len(self.heads)} heads and {len(self.depth)} depths: "
             "expected one of each per level, at most 8 levels and 16 blocks a level",
         )
+        transformers = sum(self.depth) * (2 * self.blocks + 1) + self.middle_depth  # SDXL has 70
+        _check(transformers <= 500, f"UNetConfig: {transformers} transformer blocks, expected at most 500")
         _check(
             all(width % GROUPS == 0 for width in self.channels),
             f"UNetConfig.channels: got {self.channels}, expected multiples of {GROUPS}",
@@ -134,14 +162,14 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The noise schedule: betas whose square roots are evenly spaced, and what the network predicts."""
+    """The noise schedule (betas with evenly spaced square roots) and what the network predicts."""
 
     steps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.0120
     prediction: str = "eps"  # "eps": the noise (SD 1.x, SD 2 base); "v": the velocity (SD 2 768)
-    zero_snr: bool = False  # rescaled so that the last timestep is noise alone (Lin et al. 2024)
-    alpha_bar: tuple[float, ...] | None = None  # the schedule as a table, one entry a timestep, in place of betas
+    zero_snr: bool = False  # rescaled so that the last timestep is pure noise (Lin et al. 2024)
+    alpha_bar: tuple[float, ...] | None = None  # the schedule as a table, one entry per timestep, in place of betas
 
     def __post_init__(self) -> None:
         _check_sizes(self, "steps", limit=100_000)
@@ -160,29 +188,32 @@ class ScheduleConfig:
                 f"ScheduleConfig.alpha_bar: expected {self.steps} numbers, one for each timestep",
             )
             falls = all(1 > a > b >= 0 for a, b in pairwise(table)) if len(table) > 1 else 0 < table[0] < 1
-            _check(falls, "ScheduleConfig.alpha_bar: not a noise schedule, which falls from below 1 towards 0")
+            _check(falls, "ScheduleConfig.alpha_bar: not a noise schedule, which decreases from below 1 towards 0")
             _check(not self.zero_snr, "ScheduleConfig: zero_snr rescales betas, alpha_bar is used as it is: give one")
         _check(
             not self.to_noise or self.prediction == "v",
-            "ScheduleConfig: at zero terminal SNR nothing of the picture is left, so eps says nothing about it: "
+            "ScheduleConfig: at zero terminal SNR nothing of the image is left, so eps says nothing about it: "
             "prediction must be v",
         )
 
     @property
     def to_noise(self) -> bool:
-        """Whether the last timestep is noise alone: zero terminal SNR, by `zero_snr` or by the table."""
+        """Whether the last timestep is pure noise (zero terminal SNR), by `zero_snr` or by the table."""
         return self.zero_snr or (self.alpha_bar is not None and self.alpha_bar[-1] < 1e-7)
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole model: name, side of its native image in pixels, customary guidance and sampler, and its four parts."""
+    """A whole model: name, native image size in pixels, default guidance and sampler, and its parts.
+
+    text   one text encoder, or several side by side: their hidden states are joined to one context
+    """
 
     name: str = "Stable Diffusion 1.x"
     size: int = 512
     guidance: float = 7.5
-    sampler: str = "dpmpp_2m"  # its customary one, a key of `samplers.SAMPLERS`
-    text: TextConfig = field(default_factory=TextConfig)
+    sampler: str = "dpmpp_2m"  # the default one, a key of `samplers.SAMPLERS`
+    text: tuple[TextConfig, ...] = (TextConfig(),)
     vae: VAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -204,9 +235,12 @@ class Config:
             f"Config: a U-Net of {self.unet.in_channels} input channels, expected {latent} (x) or {2 * latent + 1} (x, "
             "mask and masked latent)",
         )
+        encoders = isinstance(self.text, tuple) and all(isinstance(text, TextConfig) for text in self.text)
+        _check(encoders and 1 <= len(self.text) <= 4, "Config.text: expected one to four text encoders")
+        width = sum(text.width for text in self.text)
         _check(
-            self.unet.context == self.text.width,
-            f"Config: the U-Net expects a context {self.unet.context} wide, the text encoder's is {self.text.width}",
+            self.unet.context == width,
+            f"Config: the U-Net expects a context {self.unet.context} wide, the text encoders' is {width}",
         )
 
     def to_json(self) -> str:
@@ -215,60 +249,63 @@ class Config:
 
     @classmethod
     def from_json(cls, text: str) -> Config:
-        """The config written by `to_json`; text comes from a file, so everything in it is checked.
+        """The config written by `to_json` of this version or of 0.1; everything in it is checked.
 
-        Configs of version 0.1 are read, too. Raises ValueError for anything that is not a config. Entries that this
-        version does not know are an error too: they would change the model.
+        Raises ValueError for anything that is not a config, unknown entries included: they might change the model.
         """
-        parts: dict[str, Any] = {"text": TextConfig, "vae": VAEConfig, "unet": UNetConfig, "schedule": ScheduleConfig}
+        parts: dict[str, Any] = {"vae": VAEConfig, "unet": UNetConfig, "schedule": ScheduleConfig}
         try:
             raw = _upgraded(json.loads(text))
-            raw.setdefault("sampler", LEGACY_SAMPLERS.get(raw.get("name"), SD1.sampler))  # version 0.1 had none
-            values = {
-                name: parts[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
-                if name in parts
-                else value
-                for name, value in raw.items()
-            }
+            values = {name: _part(parts[name], value) if name in parts else value for name, value in raw.items()}
+            if "text" in raw:
+                values["text"] = tuple(_part(TextConfig, value) for value in raw["text"])
             return cls(**values)
         except (TypeError, AttributeError, LookupError, RecursionError, json.JSONDecodeError) as error:
             raise ValueError(f"not a model config: {error!s:.200}") from None
 
 
-def _upgraded(raw: dict[str, Any]) -> dict[str, Any]:
-    """A config as JSON of version 0.1, which said of each level whether it attends, in today's words.
+def _part(kind: Callable[..., Any], raw: Mapping[str, Any]) -> Any:
+    """One of the dataclasses above from its JSON object, which has lists for tuples."""
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
 
-    The form of projections followed from the text encoder's activation then.
+
+def _upgraded(raw: dict[str, Any]) -> dict[str, Any]:
+    """A config as JSON, in the entries of this version.
+
+    Version 0.1 had one text encoder, no sampler, and a flag for each level that has attention. From the encoder's
+    activation followed how files name its weights and whether they have linear projections.
     """
-    unet = raw.get("unet", {})
-    if "attention" not in unet:
-        return raw
-    unet = dict(unet)
-    attention = unet.pop("attention")
-    flags = isinstance(attention, list) and all(type(flag) is bool for flag in attention)
-    _check(flags, f"UNetConfig.attention: got {attention!r:.100}, expected true or false per level")
-    linear = raw.get("text", {}).get("activation") == "gelu"
-    return raw | {"unet": unet | {"depth": [int(flag) for flag in attention], "linear_projections": linear}}
+    text, unet = raw.get("text"), raw.get("unet", {})
+    if isinstance(text, dict):
+        raw = raw | {"text": [{"names": "openclip" if text.get("activation") == "gelu" else "clip"} | text]}
+    if "attention" in unet:
+        attention = unet["attention"]
+        flags = isinstance(attention, list) and all(type(flag) is bool for flag in attention)
+        _check(flags, f"UNetConfig.attention: got {attention!r:.100}, expected true or false per level")
+        rest = {name: value for name, value in unet.items() if name != "attention"}
+        linear = isinstance(text, dict) and text.get("activation") == "gelu"
+        raw = raw | {"unet": rest | {"depth": [int(flag) for flag in attention], "linear_projections": linear}}
+    return {"sampler": LEGACY_SAMPLERS.get(raw.get("name", ""), SD1.sampler)} | raw
 
 
 SD1 = Config()
 SD1_INPAINT = replace(SD1, name="Stable Diffusion 1.x inpainting", unet=replace(SD1.unet, in_channels=9))
 SD2 = Config(
     name="Stable Diffusion 2.x base",
-    # 23 of OpenCLIP's 24 layers: Stable Diffusion 2 was trained on the penultimate layer's output
-    text=TextConfig(width=1024, layers=23, heads=16, activation="gelu", pad=0),
+    # 23 of OpenCLIP's 24 layers: Stable Diffusion 2 was trained with the output of the last but one
+    text=(TextConfig(width=1024, layers=23, heads=16, activation="gelu", pad=0, names="openclip"),),
     unet=replace(SD1.unet, heads=(5, 10, 20, 20), context=1024, linear_projections=True),
 )
 SD2_V = replace(SD2, name="Stable Diffusion 2.x 768-v", size=768, schedule=replace(SD2.schedule, prediction="v"))
 SD2_INPAINT = replace(SD2, name="Stable Diffusion 2.x inpainting", unet=replace(SD2.unet, in_channels=9))
 
-# The embedded model: Stable Diffusion 1.x made small, trained from scratch on drawn scenes (weights/README.md)
+# The embedded model: a small Stable Diffusion 1.x, trained from scratch on drawn scenes (weights/README.md)
 POCKET = Config(
     name="pocket",
     size=128,
     guidance=4.0,
     sampler="ddim",
-    text=TextConfig(width=64, layers=3, heads=2),
+    text=(TextConfig(width=64, layers=3, heads=2),),
     vae=VAEConfig(channels=(64, 64, 96, 160), blocks=1),
     unet=UNetConfig(channels=(96, 160), heads=(3, 5), depth=(0, 1), blocks=1, context=64),
     schedule=ScheduleConfig(prediction="v"),

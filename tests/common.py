@@ -32,7 +32,7 @@ GOLDENS, MANIFESTS = HERE / "goldens", HERE / "manifests"
 TINY = Config(
     name="tiny v1",
     size=128,
-    text=TextConfig(width=64, layers=3, heads=4),
+    text=(TextConfig(width=64, layers=3, heads=4),),
     vae=VAEConfig(channels=(64, 64, 128, 128), blocks=1),
     unet=UNetConfig(channels=(64, 128, 128), heads=(4, 4, 4), depth=(1, 1, 0), blocks=1, context=64),
 )
@@ -43,7 +43,7 @@ TINY_INPAINT = replace(TINY, name="tiny v1 inpainting", unet=replace(TINY.unet, 
 TINY_V2 = Config(
     name="tiny v2",
     size=128,
-    text=TextConfig(width=96, layers=3, heads=3, activation="gelu", pad=0),
+    text=(TextConfig(width=96, layers=3, heads=3, activation="gelu", pad=0, names="openclip"),),
     vae=VAEConfig(channels=(64, 128, 128, 192), blocks=2),
     unet=UNetConfig(
         channels=(64, 128, 192), heads=(2, 4, 6), depth=(0, 1, 1), blocks=2, context=96, linear_projections=True

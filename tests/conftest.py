@@ -12,7 +12,8 @@ import torch
 from common import TINY, TINY_INPAINT, tiny_state
 
 from sd.checkpoints.convert import convert
-from sd.checkpoints.loading import build, load_weights
+from sd.checkpoints.loading import load_weights
+from sd.models.build import build
 from sd.pipeline import StableDiffusion
 
 

@@ -46,8 +46,8 @@ from sd.adapters.textual_inversion import read_embedding
 from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint, naming
 from sd.checkpoints.convert import convert
 from sd.checkpoints.detect import identify
-from sd.checkpoints.inspect import census
-from sd.checkpoints.loading import build
+from sd.checkpoints.inspect import inspect
+from sd.models.build import build
 from sd.pipeline import StableDiffusion
 
 SECONDS = 10.0  # of the processor, which may be slow
@@ -118,7 +118,7 @@ def read(path: Path, what: str, networks: dict[str, torch.nn.Module], load: bool
         read_embedding(path, 2, 75)
         return "embedding"
     with load_checkpoint(path) as file, naming(path):
-        assert all(line.isprintable() for line in census(file, sha256=False).lines())
+        assert all(line.isprintable() for line in inspect(file, sha256=False).lines())
         for key in file:
             tensor = file[key]
             assert tuple(tensor.shape) == file.shape(key) and tensor.dtype == file.dtype(key)

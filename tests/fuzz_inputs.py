@@ -33,14 +33,14 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from sd.checkpoints.export import diffusers_texts, metadata, to_diffusers, to_original, to_own
-from sd.checkpoints.weight_shapes import weight_shapes
 from sd.config import Config, TextConfig, UNetConfig, VAEConfig
+from sd.models.build import weight_shapes
 
 # the smallest model there is: 32 groups, 49,408 words
 MICRO = Config(
     name="micro",
     size=64,
-    text=TextConfig(width=2, layers=1, heads=1),
+    text=(TextConfig(width=2, layers=1, heads=1),),
     vae=VAEConfig(channels=(32,), blocks=1),
     unet=UNetConfig(channels=(32,), heads=(1,), depth=(1,), blocks=1, context=2),
 )

@@ -28,8 +28,9 @@ from scripts.benchmark.peak import peak
 from scripts.benchmark.runner import Run, settle
 from scripts.benchmark.weights import WEIGHT_STD, RandomWeights, Setup
 from scripts.benchmark.workers import Failed, Worker
-from sd.checkpoints.loading import build
 from sd.config import POCKET, SD1, SD1_INPAINT
+from sd.models.build import build
+from sd.models.text_encoder import TextOutput
 from sd.runtime.cuda_graphs import Recorded
 
 LABELS = {
@@ -135,10 +136,10 @@ def test_arithmetic_of_stable_diffusion():
     """Counted without memory; the U-Net's published 0.80 TFLOP a picture, twice for guidance."""
     unet, vae = (flop(usual_case(part, SD1), SD1) for part in ("unet", "vae"))
     assert unet == pytest.approx(1.607e12, rel=1e-2) and vae == pytest.approx(2.515e12, rel=1e-2)
-    small, width, inner = flop(usual_case("text", POCKET), POCKET), POCKET.text.width, 4 * POCKET.text.width
-    tokens = 2 * POCKET.text.length
-    linear = 2 * tokens * POCKET.text.layers * (4 * width**2 + 2 * width * inner)
-    scores = 2 * tokens * POCKET.text.layers * 2 * POCKET.text.length * width
+    small, width, inner = flop(usual_case("text", POCKET), POCKET), POCKET.text[0].width, 4 * POCKET.text[0].width
+    tokens = 2 * POCKET.text[0].length
+    linear = 2 * tokens * POCKET.text[0].layers * (4 * width**2 + 2 * width * inner)
+    scores = 2 * tokens * POCKET.text[0].layers * 2 * POCKET.text[0].length * width
     assert small == pytest.approx(linear + scores)
     assert flop(usual_case("picture", SD1, 4), SD1) == 4 * unet + vae + flop(usual_case("text", SD1), SD1)
     assert flop(Case("unet", 512, 8), SD1) == pytest.approx(8 * unet)
@@ -287,7 +288,7 @@ def test_on_a_gpu_steps_are_recorded_as_in_painting():
     side.setup, network = replace(SETUP, device=torch.device("cuda")), torch.nn.Identity()
     side.networks = {"unet": network}
     assert isinstance(side.function(usual_case("unet", POCKET)), Recorded)
-    assert side.function(usual_case("text", POCKET)) is network
+    assert side.function(usual_case("text", POCKET))(TextOutput("hidden")) == "hidden"
     side.setup = SETUP
     assert side.function(usual_case("unet", POCKET)) is network
 

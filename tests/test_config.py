@@ -8,8 +8,8 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 from common import TINY
 
-from sd.checkpoints.loading import build
 from sd.config import MODELS, SD1, SD2, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from sd.models.build import build
 
 
 @pytest.mark.parametrize(
@@ -36,12 +36,15 @@ def test_json_round_trip(config):
 
 
 def test_configs_of_version_0_1():
-    """They say of each level whether it attends."""
+    """They have one text encoder, and a flag for each level that has attention."""
     for known in (SD1, SD2):
         raw = json.loads(known.to_json())
         for name in ("depth", "middle_depth", "vector", "linear_projections"):
             del raw["unet"][name]
         raw["unet"]["attention"] = [True, True, True, False]
+        (text,) = raw["text"]
+        old = ("width", "layers", "heads", "activation", "pad", "vocab", "length")
+        raw["text"] = {name: text[name] for name in old}
         assert Config.from_json(json.dumps(raw)) == known
 
 
@@ -60,7 +63,7 @@ def altered(path: str, value: object) -> str:
     *parents, last = path.split(".")
     part = raw
     for name in parents:
-        part = part[name]
+        part = part[int(name) if name.isdecimal() else name]
     part[last] = value
     return json.dumps(raw)
 
@@ -73,11 +76,19 @@ def altered(path: str, value: object) -> str:
         ("[" * 100_000, "not a model config"),
         ('{"unet": 3}', "not a model config"),
         ('{"colour": "red"}', "not a model config"),
-        (altered("text.layers", 10**9), "layers"),
-        (altered("text.layers", "12"), "layers"),
-        (altered("text.heads", 7), "heads"),
-        (altered("text.activation", "relu"), "activation"),
-        (altered("text.pad", -1), "pad"),
+        (altered("text.0.layers", 10**9), "layers"),
+        (altered("text.0.layers", "12"), "layers"),
+        (altered("text.0.heads", 7), "heads"),
+        (altered("text.0.activation", "relu"), "activation"),
+        (altered("text.0.pad", -1), "pad"),
+        (altered("text.0.names", "bert"), "names"),
+        (altered("text.0.hidden_layer", 0), "hidden_layer"),
+        (altered("text.0.hidden_layer", -13), "hidden_layer"),
+        (altered("text.0.hidden_norm", 1), "hidden_norm"),
+        (altered("text.0.projection", 768), "pooled"),
+        (altered("text", []), "expected one to four"),
+        (altered("text", [3]), "not a model config"),
+        (altered("text", 3), "not a model config"),
         (altered("unet.channels", [320] * 50), "UNetConfig"),
         (altered("unet.channels", [321, 640, 1280, 1280]), "multiples of 32"),
         (altered("unet.channels", []), "channels"),
@@ -95,11 +106,12 @@ def altered(path: str, value: object) -> str:
         (altered("unet.depth", [1, 1]), "depths"),
         (altered("unet.depth", [1, 1, -1, 0]), "depth"),
         (altered("unet.depth", [1, 1, 10**6, 0]), "depth"),
+        (altered("unet.depth", [32] * 4), "641 transformer blocks"),
         (altered("unet.middle_depth", 0), "middle_depth"),
         (altered("unet.vector", 0), "vector"),
         (altered("unet.linear_projections", 1), "linear_projections"),
-        (altered("text.vocab", 100), "vocab"),
-        (altered("text.length", 2), "length"),
+        (altered("text.0.vocab", 100), "vocab"),
+        (altered("text.0.length", 2), "length"),
         (altered("vae.image_channels", 1), "image_channels"),
         (altered("unet.out_channels", 3), "channels"),
         (altered("schedule.beta_start", 1e-300), "betas"),
@@ -114,4 +126,4 @@ def test_refusals(text, word):
 
 @pytest.mark.parametrize("make", [TextConfig, VAEConfig, UNetConfig, ScheduleConfig, Config])
 def test_defaults_are_stable_diffusion_1(make):
-    assert make() in (SD1, SD1.text, SD1.vae, SD1.unet, SD1.schedule)
+    assert make() in (SD1, *SD1.text, SD1.vae, SD1.unet, SD1.schedule)

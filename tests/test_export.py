@@ -18,9 +18,9 @@ from sd.checkpoints.checkpoint import load_checkpoint
 from sd.checkpoints.detect import CONFIG_KEY, identify
 from sd.checkpoints.export import diffusers_texts, has_own_schedule, metadata, to_original
 from sd.checkpoints.key_maps import EMA, OPENCLIP, UNET
-from sd.checkpoints.loading import build
 from sd.conditioning import Conditioning
 from sd.config import MODELS, SD1, SD2, Config
+from sd.models.build import build
 from sd.schedule import Schedule, to_zero_snr
 from sd.text.tokenizer import Tokenizer
 
@@ -235,7 +235,7 @@ def compare(model: StableDiffusion, pipe, tolerance: float = 1e-5) -> None:
     prompts = ["a red house", "", "don't stop: 12 cats (in a ROW)"]
     ids = pipe.tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
     assert torch.equal(ids, model.tokenizer(prompts))
-    context = model.text_encoder(ids)
+    context = model.text_encoder(ids).hidden
     assert error(context, pipe.text_encoder(ids).last_hidden_state) < tolerance
     x = reference.normal("x", (2, config.unet.in_channels, 16, 24))
     t = torch.tensor([981.0, 17.0])
@@ -319,7 +319,7 @@ def test_golden_through_every_layout(tmp_path):
     run(tmp_path / "folder", tmp_path / "b.safetensors")
     model = StableDiffusion.load(tmp_path / "b.safetensors", device="cpu", dtype="float32")
     golden = Golden("tiny_v2_components")
-    assert error(model.text_encoder(golden["ids"].long()), golden["context"]) < 1e-5
+    assert error(model.text_encoder(golden["ids"].long()).hidden, golden["context"]) < 1e-5
     assert (
         error(model.unet(golden["unet_x"], golden["unet_t"], Conditioning(golden["context"])), golden["unet_out"])
         < 2e-5

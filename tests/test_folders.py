@@ -13,12 +13,15 @@ from common import TINY, TINY_INPAINT, TINY_V2, tiny_state
 from safetensors.torch import load_file, save_file
 
 from sd import StableDiffusion
+from sd.adapters.lora_formats import lora_name
+from sd.adapters.textual_inversion import read_embedding
 from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint
 from sd.checkpoints.convert import convert
 from sd.checkpoints.detect import identify
 from sd.checkpoints.diffusers_config import from_diffusers, schedule_from_diffusers, to_diffusers_configs
 from sd.checkpoints.export import diffusers_texts, to_diffusers, to_own
-from sd.checkpoints.prediction import decide
+from sd.checkpoints.folders import model_name
+from sd.checkpoints.prediction import decide, read_beside
 from sd.config import MODELS, SD1, SD2_V, Config, ScheduleConfig
 
 UNET_FILE, VAE_FILE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
@@ -105,7 +108,7 @@ def test_a_fine_tuned_folder_is_called_as_its_file_is(model):
     """One that predicts the other way, or has words of its own, is no other model: it has its name and guidance."""
     known = MODELS[model]
     other = {"v": "eps", "eps": "v"}[known.schedule.prediction]
-    text, schedule = replace(known.text, vocab=49410), replace(known.schedule, prediction=other)
+    text, schedule = (replace(known.text[0], vocab=49410),), replace(known.schedule, prediction=other)
     files = to_diffusers_configs(replace(known, text=text, schedule=schedule))
     configs = {name: files[f"{name}/config.json"] for name in ("unet", "vae", "text_encoder")}
     config = from_diffusers({**configs, "scheduler": files["scheduler/scheduler_config.json"]})
@@ -355,6 +358,22 @@ def test_what_is_not_known_is_refused_by_name(folder, file, changes, words):
     assert words in refusal(folder)
 
 
+def test_a_version_in_a_name_is_no_ending(tmp_path):
+    """A folder keeps its whole name, and a file all but a known ending: of LoRAs, of words and of sidecars, too."""
+    for name in ("dreamlike-photoreal-2.0", "v1.5"):
+        (tmp_path / name).mkdir()
+        assert model_name(tmp_path / name) == name
+        assert [model_name(Path(name + end)) for end in (".safetensors", ".CKPT", ".bin", "")] == [name] * 4
+    assert model_name(tmp_path / "v1.5" / "..") == tmp_path.name
+    file = tmp_path / "v1.5" / "pretty-2.0"
+    save_file({"<*>": torch.ones(1, 64)}, file)
+    assert list(read_embedding(file, 64, 75)) == [lora_name(file)] == ["pretty-2.0"]
+    assert lora_name(file.with_name("pytorch_lora_weights.bin")) == "v1.5"
+    file.with_name("pretty-2.0.yaml").write_text("parameterization: v")
+    with load_checkpoint(file) as checkpoint:
+        assert read_beside(checkpoint)[0] == "v"
+
+
 def test_folders_without_a_model(tmp_path):
     assert "a folder that is no diffusers model (no model_index.json" in refusal(tmp_path)
     (tmp_path / "b.ckpt").touch()
@@ -413,12 +432,12 @@ def test_files_of_a_folder_are_read_as_carefully_as_any(folder):
 def test_sd2_has_its_pad_by_its_tokenizer_or_its_activation(tmp_path):
     path = write_folder(tmp_path / "model", tiny_state("tiny-v2-v"), TINY_V2)
     config = json.loads((path / "tokenizer/tokenizer_config.json").read_text())
-    assert config["pad_token"] == "!" and identify(load_checkpoint(path)).config.text.pad == 0
+    assert config["pad_token"] == "!" and identify(load_checkpoint(path)).config.text[0].pad == 0
     edit(path / "tokenizer/tokenizer_config.json", pad_token={"content": "<|endoftext|>", "lstrip": False})
-    assert identify(load_checkpoint(path)).config.text.pad == 49407
+    assert identify(load_checkpoint(path)).config.text[0].pad == 49407
     (path / "tokenizer/tokenizer_config.json").unlink()
-    assert identify(load_checkpoint(path)).config.text.pad == 0
-    assert SD2_V.text.pad == 0
+    assert identify(load_checkpoint(path)).config.text[0].pad == 0
+    assert SD2_V.text[0].pad == 0
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from common import MANIFESTS, Golden, check_norms, error, images, manifest, unet
 from PIL import Image
 
 from sd import StableDiffusion
-from sd.checkpoints.loading import build
 from sd.conditioning import Conditioning
 from sd.config import SD1, SD1_INPAINT
+from sd.models.build import build
 from sd.resources import resource
 
 pytestmark = pytest.mark.full
@@ -171,7 +171,7 @@ def test_float16_networks(files):
     golden = Golden("vae_64x64_b2")
     assert error(sd.vae.decode(golden["latent"].half()).float(), golden["decoded"]) < 1e-2
     golden = Golden("clip_l")
-    assert error(sd.text_encoder(golden["ids"].long()).float(), golden["last_hidden_state"]) < 1e-2
+    assert error(sd.text_encoder(golden["ids"].long()).hidden.float(), golden["last_hidden_state"]) < 1e-2
     golden = Golden("unet_v1_48x80")
     out = sd.unet(golden["x"].half(), golden["t"], Conditioning(golden.normal("context", (1, 77, 768)).half()))
     assert error(out.float(), golden["out"]) < 1e-2

@@ -20,9 +20,9 @@ from common import MANIFESTS, Golden, check_norms, error, manifest, unet_norms
 from sd import StableDiffusion
 from sd.checkpoints.checkpoint import load_checkpoint
 from sd.checkpoints.detect import identify
-from sd.checkpoints.loading import build
 from sd.conditioning import Conditioning
 from sd.config import SD2, SD2_INPAINT, SD2_V
+from sd.models.build import build
 
 pytestmark = pytest.mark.full
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +73,7 @@ def test_the_yaml_beside_it_says_v(full):
 def test_text_encoder(full):
     golden = Golden("openclip_h")
     assert torch.equal(full.tokenizer(golden.case["prompts"]), golden["ids"].long())
-    assert error(full.text_encoder(golden["ids"].long()), golden["penultimate_ln"]) < 1e-5
+    assert error(full.text_encoder(golden["ids"].long()).hidden, golden["penultimate_ln"]) < 1e-5
     assert error(full.encode_prompt(golden.case["prompts"]), golden["penultimate_ln"]) < 1e-5
 
 
@@ -94,7 +94,7 @@ def test_half_precision(files):
     out = sd.unet(golden["x"].half(), golden["t"], Conditioning(golden.normal("context", (2, 77, 1024)).half()))
     assert error(out.float(), golden["out"]) < 1e-2
     golden = Golden("openclip_h")
-    assert error(sd.text_encoder(golden["ids"].long()).float(), golden["penultimate_ln"]) < 1e-2
+    assert error(sd.text_encoder(golden["ids"].long()).hidden.float(), golden["penultimate_ln"]) < 1e-2
 
 
 def test_a_file_that_says_nothing_is_run_once(files):
@@ -119,7 +119,7 @@ def test_inpainting(tmp_path):
 
 
 def test_info_does_not_read_the_weights(files):
-    """Of 9 and 3 GB; test_census.py measures the whole program."""
+    """Of 9 and 3 GB; test_inspect.py measures the whole program."""
     for name in ("v2-1_768-ema-pruned.ckpt", "v2-fp16.safetensors"):
         code = (
             "import sys, time; from scripts import convert; start = time.process_time();"

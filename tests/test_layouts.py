@@ -11,6 +11,7 @@ from common import TINY, TINY_INPAINT, TINY_V2, manifest, tiny_state
 from reference_weights import make_state_dict, save, with_ema
 from safetensors.torch import save_file
 
+from scripts import convert as program
 from scripts.training.models import load_vae
 from sd import StableDiffusion
 from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint
@@ -101,6 +102,39 @@ def test_every_form_gives_the_same_weights(name, form):
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert torch.equal(found[key], tensor), key
+
+
+@pytest.mark.parametrize(
+    "name, form",
+    [
+        ("tiny-v1", "original"),
+        ("tiny-v1", "named by OpenCLIP"),
+        ("tiny-v1", "projections as linear layers"),
+        ("tiny-v2-v", "original"),
+        ("tiny-v2-v", "text encoder of diffusers"),
+        ("tiny-v2-v", "projections as convolutions"),
+    ],
+)
+def test_the_form_of_a_file_is_kept(tmp_path, monkeypatch, name, form):
+    """Names of the text encoder, form of projections, activation: three facts, none of which follows from another."""
+    monkeypatch.setitem(MODELS, name, TINY if name == "tiny-v1" else TINY_V2)
+    config = MODELS[name]
+    if form == "named by OpenCLIP":
+        state = to_original(convert(tiny_state(), TINY), replace(TINY, text=(replace(TINY.text[0], names="openclip"),)))
+        assert f"{OPENCLIP}transformer.resblocks.0.attn.in_proj_weight" in state
+    else:
+        state = (V1 if name == "tiny-v1" else V2)[form](dict(tiny_state(name)))
+    a, b, c = (tmp_path / f"{letter}.safetensors" for letter in "abc")
+    save_file({key: tensor.clone() for key, tensor in state.items()}, a)
+    assert program.main([str(a), str(b), "--model", name]) == 0
+    assert program.main([str(b), str(c), "--layout", "original"]) == 0
+    with load_checkpoint(b) as own, load_checkpoint(c) as again:
+        (text,) = identify(own).config.text
+        assert text.activation == config.text[0].activation
+        networks = (UNET, "cond_stage_model.")
+        kept = {key: tuple(tensor.shape) for key, tensor in state.items() if key.startswith(networks)}
+        assert {key: again.shape(key) for key in again if key in kept} == kept
+        assert find_layouts(again)["text_encoder"].name == text.names == find_layouts(state)["text_encoder"].name
 
 
 def test_no_two_networks_or_layouts_are_taken_for_each_other():
@@ -330,8 +364,8 @@ def test_added_words_are_kept():
     key = f"{CLIP}embeddings.token_embedding.weight"
     state = {k: torch.empty(shape, dtype=dtype, device="meta") for k, (shape, dtype) in manifest("sd-v1").items()}
     config = identify({**state, key: torch.empty(49410, 768, device="meta")}).config
-    assert config == replace(SD1, text=replace(SD1.text, vocab=49410))
-    large = replace(TINY, text=replace(TINY.text, vocab=49410))
+    assert config == replace(SD1, text=(replace(SD1.text[0], vocab=49410),))
+    large = replace(TINY, text=(replace(TINY.text[0], vocab=49410),))
     tokens = torch.cat([tiny_state()[key], torch.ones(2, 64)])
     states = convert({**tiny_state(), key: tokens}, large)
     assert torch.equal(to_original(states, large)[key], tokens)
@@ -344,10 +378,10 @@ def test_the_vocabulary_is_that_of_the_text_encoder_that_is_taken(tmp_path, word
     for name, rows in zip("ab", words, strict=True):
         more = torch.full((rows - 49408, 64), 2.0)
         save_file({**tiny_state(), key: torch.cat([tiny_state()[key], more])}, tmp_path / f"{name}.safetensors")
-    config = replace(TINY, text=replace(TINY.text, vocab=words[0]))
+    config = replace(TINY, text=(replace(TINY.text[0], vocab=words[0]),))
     options = {"config": config, "device": "cpu", "dtype": "float32", "text_encoder": tmp_path / "b.safetensors"}
     model = StableDiffusion.load(tmp_path / "a.safetensors", **options)
-    assert model.config.text.vocab == len(model.text_encoder.token.weight) == words[1]
+    assert model.config.text[0].vocab == len(model.text_encoder.token.weight) == words[1]
 
 
 @pytest.mark.parametrize(

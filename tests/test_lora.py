@@ -16,8 +16,8 @@ from sd.adapters.lora import _sum
 from sd.adapters.lora_formats import names, read_lora
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.key_maps import diffusers_sources
-from sd.checkpoints.loading import build
 from sd.config import SD1, SD2
+from sd.models.build import build
 from sd.pipeline import StableDiffusion
 
 RANK = 3

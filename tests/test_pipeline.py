@@ -157,8 +157,8 @@ def test_samplers_are_given_what_they_need(tiny_sd):
 @pytest.mark.gpu
 def test_peak_memory_of_a_image_on_the_gpu():
     """float16 at 512x512: at most 2.6 GB, the weights being 2.13 of them."""
-    from sd.checkpoints.loading import build
     from sd.config import SD1
+    from sd.models.build import build
 
     networks = {name: net.to_empty(device="cuda").half() for name, net in build(SD1).items()}
     for network in networks.values():

@@ -181,7 +181,7 @@ def test_emphasis_by_hand():
 
 def test_weighted_prompt_in_the_model(tiny_sd):
     ids = TOKENIZER("a cat")
-    plain_context = tiny_sd.text_encoder(ids)
+    plain_context = tiny_sd.text_encoder(ids).hidden
     weights = torch.ones(77)
     weights[2] = 1.5
     z = plain_context * weights[:, None]

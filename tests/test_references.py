@@ -19,10 +19,10 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from scripts.benchmark.references import LAYOUTS, peers, pipeline, scheduler
 from sd.checkpoints.key_maps import diffusers_sources
-from sd.checkpoints.loading import build
 from sd.conditioning import Conditioning
 from sd.config import MODELS, SD1, SD2, SD2_V
 from sd.denoiser import Denoiser
+from sd.models.build import build
 from sd.models.text_encoder import TextEncoder
 from sd.run import draw, generators
 from sd.samplers import ddim, ddpm, posterior
@@ -60,9 +60,9 @@ def compare_vaes(networks, theirs, h, w):
 
 def compare_text_encoders(networks, theirs, config):
     rng = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.text.vocab, (2, 77), generator=rng)
-    ids[1, 5:] = config.text.pad  # padding is attended to
-    assert error(networks["text_encoder"](ids), theirs["text_encoder"](ids)) < 1e-5
+    ids = torch.randint(0, config.text[0].vocab, (2, 77), generator=rng)
+    ids[1, 5:] = config.text[0].pad  # padding is attended to
+    assert error(networks["text_encoder"](ids).hidden, theirs["text_encoder"](ids)) < 1e-5
 
 
 @pytest.mark.parametrize("h, w", [(16, 16), (8, 24)])
@@ -96,8 +96,8 @@ def test_full_text_encoder(full):
 
 def test_exact_gelu():
     """Stable Diffusion 2.x: transformers' "gelu" is OpenCLIP's."""
-    text = replace(TINY.text, activation="gelu", pad=0)
-    config = replace(TINY, text=text)
+    text = replace(TINY.text[0], activation="gelu", pad=0)
+    config = replace(TINY, text=(text,))
     torch.manual_seed(0)
     networks = {name: network.to_empty(device="cpu") for name, network in build(config).items()}
     networks["text_encoder"] = TextEncoder(text).eval()

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = Config(
     name="small",
     size=64,
-    text=TextConfig(width=32, layers=1, heads=2),
+    text=(TextConfig(width=32, layers=1, heads=2),),
     vae=VAEConfig(channels=(32, 32, 32, 32), blocks=1, scale=1.0),
     unet=UNetConfig(channels=(32, 64), heads=(1, 2), depth=(0, 1), blocks=1, context=32),
 )
@@ -300,6 +300,21 @@ def test_kill_9_while_saving_never_loses_the_state_before(tmp_path):
         parent.kill()
         parent.wait()
     assert half_written > 0  # at least once it was killed in the middle
+
+
+def test_a_state_of_version_0_1_is_resumed(new, photos, start, tmp_path):
+    """The names of a transformer's weights were others then, in networks and average."""
+    assert start(train, "--data", photos, *new, "--samples", 0, "--steps", 1, "--out", tmp_path)[0] == 0
+    model = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    state = load_state(tmp_path / "state.pt")
+    for owner, name in ((state, "networks"), (state["ema"], "average")):
+        old = {key.replace(".blocks.0.", ".block.") if "unet" in key else key: v for key, v in owner[name].items()}
+        assert old.keys() != owner[name].keys()
+        owner[name] = old
+    save_state(state, tmp_path / "state.pt")
+    assert start(train, "--out", tmp_path, "--resume")[0] == 0
+    assert same(load_file(tmp_path / "model.safetensors"), model)
 
 
 def test_what_killed_programs_left_is_removed_at_the_next_start(new, photos, start, tmp_path):

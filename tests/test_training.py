@@ -295,11 +295,11 @@ def test_recomputed_activations_give_the_same_gradients():
 def test_a_new_text_encoder_tells_prompts_apart():
     """The words must be as loud as the positions from the start, or the U-Net learns to ignore them."""
     torch.manual_seed(0)
-    text_encoder = TextEncoder(POCKET.text)
+    text_encoder = TextEncoder(POCKET.text[0])
     initialise_text_encoder(text_encoder)
-    ids = torch.full((2, POCKET.text.length), POCKET.text.pad)
+    ids = torch.full((2, POCKET.text[0].length), POCKET.text[0].pad)
     ids[0, 1:6], ids[1, 1:6] = torch.arange(100, 105), torch.arange(200, 205)
-    first, second = text_encoder(ids)
+    first, second = text_encoder(ids).hidden
     assert (first[1:6] - second[1:6]).square().mean() > 0.5
     assert (first[-1] - second[-1]).square().mean() > 0.01  # the end knows what came before it
 

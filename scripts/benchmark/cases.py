@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sd.checkpoints.layouts import NETWORKS
-from sd.checkpoints.loading import build
 from sd.conditioning import Conditioning
 from sd.config import Config
+from sd.models.build import build
 from sd.text.tokenizer import Tokenizer
 
 PARTS = ("unet", "vae", "text", "picture", "start")
@@ -77,14 +77,15 @@ def inputs(case: Case, config: Config) -> tuple[Tensor, ...]:
     unet (x (2B, C, h, w), t (2B,), context (2B, M, D)); vae (z (B, C, h, w),); text (ids (2, M),).
     """
     if case.part == "text":
-        return (Tokenizer(length=config.text.length, pad=config.text.pad)(list(PROMPTS)),)
+        return (Tokenizer(length=config.text[0].length, pad=config.text[0].pad)(list(PROMPTS)),)
     rng = torch.Generator().manual_seed(0)
     side = case.size // config.vae.factor
     if case.part == "vae":
         return (torch.randn(case.batch, config.vae.latent_channels, side, side, generator=rng),)
     B = 2 * case.batch
     x = torch.randn(B, config.unet.in_channels, side, side, generator=rng)
-    context = torch.randn(B, config.text.length, config.text.width, generator=rng)  # of unit size, as the encoder's
+    shape = (B, config.text[0].length, config.unet.context)
+    context = torch.randn(shape, generator=rng)  # of unit size, as the encoder's
     return x, torch.full((B,), TIMESTEP), context
 
 

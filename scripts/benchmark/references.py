@@ -2,7 +2,8 @@
 
 Built from a config, with nothing downloaded. The weights are the very tensors of our networks wherever the layout
 allows it, so that a model and its peer together need little more memory than one of them. Each peer is called as ours
-is: `unet(x, t, conditioning)`, `vae.moments(image)`, `vae.decode(z)`, `text_encoder(ids)`.
+is: `unet(x, t, conditioning)`, `vae.moments(image)`, `vae.decode(z)`, `text_encoder(ids).hidden`, of
+which the peer gives the tensor.
 """
 
 from __future__ import annotations
@@ -54,14 +55,14 @@ class PeerVAE(nn.Module):
 
 
 class PeerTextEncoder(nn.Module):
-    """transformers' CLIPTextModel with the signature of ours."""
+    """transformers' CLIPTextModel, which gives the hidden state alone."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, M) -> context (B, M, D)."""
+        """ids (B, M) -> hidden (B, M, D)."""
         return self.model(ids).last_hidden_state
 
 
@@ -117,7 +118,7 @@ def peers(
     if "text_encoder" in built:  # its positions were made on the meta device, and are in no state dict
         embeddings = next(module for module in built["text_encoder"].modules() if hasattr(module, "position_ids"))
         device = next(iter(states["text_encoder"].values())).device
-        embeddings.position_ids = torch.arange(config.text.length, device=device).unsqueeze(0)
+        embeddings.position_ids = torch.arange(config.text[0].length, device=device).unsqueeze(0)
     adapters = {"text_encoder": PeerTextEncoder, "vae": PeerVAE, "unet": PeerUNet}
     return {name: adapters[name](model).eval() for name, model in built.items()}
 
@@ -171,7 +172,7 @@ def _vae(config: Config) -> nn.Module:
 def _text_encoder(config: Config) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    cfg = config.text
+    cfg = config.text[0]
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=cfg.vocab,

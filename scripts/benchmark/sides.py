@@ -65,6 +65,8 @@ class Side:
             return partial(decode_in_strips, network) if case.size**2 > LARGE else network.decode
         if case.part == "unet" and self.setup.device.type == "cuda":  # as Model does it
             return Recorded(network)
+        if case.part == "text":
+            return lambda ids: network(ids).hidden
         return network
 
     def picture(self, case: Case) -> Callable[[], Any]:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from sd.checkpoints.checkpoint import load_checkpoint, naming
 from sd.checkpoints.convert import convert
-from sd.checkpoints.loading import build, load_weights
+from sd.checkpoints.loading import load_weights
 from sd.config import POCKET, Config
+from sd.models.build import build
 from sd.runtime.device import DTYPES
 
 WEIGHT_STD = 0.7  # of random weights, times the root of the fan-in: below 1, so that half precision never overflows

@@ -30,7 +30,7 @@ from sd.training import EMA, Muon, learning_rate
 from ..common.cli import Parser, keep_freed_memory, run
 from .log import Log
 from .processes import Processes, processes
-from .state import STATE, Stop, continued, finite, keep_settings, load_state, save_state
+from .state import STATE, Stop, continued, finite, keep_settings, load_state, save_state, upgraded
 
 # what Muon leaves to AdamW: first and last layers, whose rows are colours, latents or words, not directions
 ENDS = ("conv_in", "conv_out", "quant", "token.", "position.")
@@ -149,7 +149,7 @@ class Trainer:
         self.sum = torch.zeros((), device=processes.device)  # of the losses since the last line of the log
         self.count = 0
         if args.resume:
-            self._restore(load_state(self.out / STATE))
+            self._restore(upgraded(load_state(self.out / STATE)))
         self.runs: nn.Module = objective
         if processes.count > 1:
             self.runs = DistributedDataParallel(objective)

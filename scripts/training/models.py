@@ -15,8 +15,9 @@ from sd.checkpoints.convert import convert
 from sd.checkpoints.detect import CONFIG_KEY, detect
 from sd.checkpoints.export import to_own
 from sd.checkpoints.layouts import find_layouts
-from sd.checkpoints.loading import build, load_weights, with_part
+from sd.checkpoints.loading import load_weights, with_part
 from sd.config import MODELS, Config
+from sd.models.build import build
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.models.vae import VAE
@@ -89,7 +90,7 @@ def new_model(config: Config, vae: VAE, seed: int, device: torch.device) -> Stab
     """Text encoder and U-Net as training starts them, a function of the seed, beside a trained VAE."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        text_encoder, unet = TextEncoder(config.text), UNet(config.unet)
+        text_encoder, unet = TextEncoder(config.text[0]), UNet(config.unet)
         initialise_text_encoder(text_encoder)
         initialise_unet(unet)
     return StableDiffusion(config, text_encoder.to(device), vae, unet.to(device))

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from sd.checkpoints.key_maps import from_own_0_1
 from sd.files import replaced_file
 
 SETTINGS, STATE = "settings.json", "state.pt"
@@ -51,6 +52,14 @@ def load_state(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # torch raises several kinds, depending on where the file is wrong
         raise ValueError(f"{path}: not a training state: {str(error).partition(chr(10))[0][:200]}") from None
+
+
+def upgraded(state: dict[str, Any]) -> dict[str, Any]:
+    """A training state with this version's names of weights; it may be of version 0.1."""
+    state["networks"] = {from_own_0_1(key): value for key, value in state["networks"].items()}
+    if state["ema"] is not None:
+        state["ema"]["average"] = {from_own_0_1(key): value for key, value in state["ema"]["average"].items()}
+    return state
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

@@ -1,13 +1,13 @@
-"""LoRA: small changes to the weights of a model, merged into them, and taken out again to the bit.
+"""LoRA: low-rank changes to the weights of a model, merged into them and removable bit for bit.
 
-Hu et al. 2021, "LoRA: low-rank adaptation of large language models" (arXiv:2106.09685): what fine-tuning does to a
-weight W (out x in) is nearly of low rank r, so only two thin matrices are trained and kept:
+Hu et al. 2021, "LoRA: low-rank adaptation of large language models" (arXiv:2106.09685): fine-tuning changes a weight
+W (out x in) by a matrix of nearly low rank r, so only two thin matrices are trained and stored:
 
     W' = W + w (alpha / r) B A        A "down" (r x in), B "up" (out x r); alpha is chosen in training, w by the user
 
-For a convolution (LoCon) A is one with the same kernel and r outputs, and B a 1x1 one; or both are 1x1 and a third, M,
-"mid", stands between them: B M A. The merged network is as fast as without. B A is computed in float32 and the sum of
-all LoRAs is rounded once, to the precision of the weight. What was there before is kept to restore it.
+For a convolution (LoCon), A has the same kernel and r outputs, and B is 1x1; or both are 1x1 with a third, M, "mid",
+between them: B M A. The merged network is as fast as without LoRA. B A is computed in float32, and the sum of all LoRAs
+is rounded once, to the precision of the weight. The previous weights are kept to restore them.
 
 >>> pair = Pair(down=torch.ones(1, 3), up=torch.tensor([[1.0], [2.0]]), mid=None, scale=0.5)
 >>> pair.delta(torch.zeros(2, 3))
@@ -38,16 +38,16 @@ class Pair(NamedTuple):
     scale: float  # alpha / r
 
     def delta(self, weight: Tensor, factor: float = 1.0) -> Tensor:
-        """The change, times a factor, in float32, in the shape and on the device of the weight."""
+        """The change times a factor, in float32, with the shape and on the device of the weight."""
         down, up = (x.to(weight.device, torch.float32).flatten(1) for x in (self.down, self.up))
-        up = up * (self.scale * factor)  # the smallest of all
+        up = up * (self.scale * factor)  # the smallest of the tensors
         if self.mid is not None:
             mid = self.mid.to(weight.device, torch.float32)
             delta = torch.einsum("oa,abhw,bi->oihw", up, mid, down)
         else:
             delta = up @ down  # (out, in) or (out, in h w)
         out, width, *kernel = weight.shape
-        if kernel and delta.numel() < weight.numel():  # made for the 4 channels of x, of which this model has 9
+        if kernel and delta.numel() < weight.numel():  # made for a U-Net of 4 input channels, of which this one has 9
             delta = delta.view(out, -1, *kernel)
             delta = F.pad(delta, (0, 0) * len(kernel) + (0, width - delta.shape[1]))
         return delta.view(weight.shape)
@@ -55,30 +55,30 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file that has been read and fits a model."""
+    """The contents of a LoRA file that fits a model."""
 
     name: str
     pairs: Mapping[Place, Pair]
 
 
 class Merged:
-    """What is merged into some networks, and what their weights were before."""
+    """The LoRAs that are merged into some networks, and the previous weights."""
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
         self.networks = networks
-        self._loras: dict[str, tuple[Lora, float]] = {}  # by name, in the order they came
-        self._before: dict[Place, Tensor] = {}  # of each weight that is changed: the tensor that was there
+        self._loras: dict[str, tuple[Lora, float]] = {}  # by name, in order of addition
+        self._before: dict[Place, Tensor] = {}  # changed weight -> the tensor before
 
     @property
     def weights(self) -> dict[str, float]:
-        """How strongly each LoRA is merged, by name; those that are merged for good are not listed."""
+        """The weight of each removable LoRA, by name."""
         return {name: weight for name, (_, weight) in self._loras.items()}
 
     def add(self, loras: Sequence[tuple[Lora, float]], removable: bool = True) -> None:
-        """Merge LoRAs with their weights. Raises ValueError if the names are taken, or a sum is too large for float16.
+        """Merge LoRAs with their weights. Raises ValueError if a name is taken, or a sum is too large for float16.
 
-        Then nothing has changed, unless they were not to be `removable`: that keeps nothing of what was there before,
-        which takes less memory and leaves no way back.
+        An error leaves everything unchanged, unless the LoRAs are not `removable`: the previous weights are then not
+        kept, which takes less memory.
         """
         for i, (lora, weight) in enumerate(loras):
             if lora.name in self._loras or any(lora.name == other.name for other, _ in loras[:i]):
@@ -99,11 +99,11 @@ class Merged:
                 self._before[place] = _sum(self._before[place], loras, place)  # under those that can be removed
                 self._refresh({place: None})
             else:
-                weight = self._weight(place)
-                weight.data = _sum(weight.data, loras, place)
+                parameter = self._weight(place)
+                parameter.data = _sum(parameter.data, loras, place)
 
     def remove(self, *names: str) -> None:
-        """Take LoRAs out again; without any other, the weights are to the bit what they were. KeyError for others."""
+        """Remove LoRAs; without any, the weights are bit for bit the original ones. KeyError for unknown names."""
         places = {place: None for name in names for place in self._loras[name][0].pairs}
         for name in names:
             del self._loras[name]
@@ -115,25 +115,25 @@ class Merged:
         return self.networks[network].get_submodule(layer).get_parameter(name)
 
     def _refresh(self, places: Mapping[Place, None]) -> None:
-        """Compute these weights anew from what they were and all LoRAs that change them."""
+        """Recompute these weights from the original ones and all LoRAs that change them."""
         loras = list(self._loras.values())
         for place in places:
             parameter = self._weight(place)
             if any(place in lora.pairs for lora, _ in loras):
-                before = self._before.setdefault(place, parameter.data.cpu())  # the device's memory is the scarcer
+                before = self._before.setdefault(place, parameter.data.cpu())  # the device's memory is scarcer
                 parameter.data = _sum(before.to(parameter.device), loras, place)
             elif place in self._before:
                 parameter.data = self._before.pop(place).to(parameter.device)
 
 
 def _sum(before: Tensor, loras: Sequence[tuple[Lora, float]], place: Place) -> Tensor:
-    """W + the changes of this weight by all LoRAs, computed in float32 and rounded once, laid out as W is."""
+    """W + the changes of all LoRAs, computed in float32 and rounded once, with the memory layout of W."""
     total = before.to(torch.float32, copy=True)
     for lora, weight in loras:
         if place in lora.pairs:
             total += lora.pairs[place].delta(before, weight)
     merged = total.to(before.dtype)
-    if not math.isfinite(merged.sum(dtype=torch.float32)):  # one that is not makes the sum so
+    if not math.isfinite(merged.sum(dtype=torch.float32)):  # a single non-finite number makes the sum so
         raise ValueError(
             f"merged, {'.'.join(place)} has numbers beyond {before.dtype}: use a smaller weight or bfloat16"
         )

@@ -1,6 +1,6 @@
-"""LoRA files: which weight of ours each of their tensors changes, in the names of every tool; strict and counted.
+"""LoRA files: which of our weights each tensor changes, for the names of every tool; strict and counted.
 
-The same weight goes by many names. As for checkpoints the names are made from ours and looked up, never parsed:
+The same weight goes by many names. As for checkpoints, the names are generated from ours and looked up, never parsed:
 
     kohya        lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight, .lora_up, .alpha
                  lora_te_text_model_encoder_layers_0_mlp_fc1...; also lora_te1_, and the original's U-Net names
@@ -8,7 +8,7 @@ The same weight goes by many names. As for checkpoints the names are made from o
                  unet....attn1.processor.to_q_lora.down.weight; text_encoder....q_proj.lora_linear_layer.down.weight
     PEFT         base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight
 
-alpha stands beside each pair, once for the whole file, or in PEFT's settings; where it does not, it is the rank.
+alpha is given for each pair, once for the whole file, or in PEFT's settings; by default it is the rank.
 """
 
 from __future__ import annotations
@@ -25,25 +25,26 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming
+from ..checkpoints.folders import model_name
 from ..checkpoints.key_maps import UNET, diffusers_sources, original_sources
 from ..config import Config
 from .lora import Lora, Pair, Place
 
-LAYERS = 24  # of the largest text encoder: files may have layers behind the last one that is run
-SAME_NAMES = ("pytorch_lora_weights", "adapter_model")  # as diffusers and PEFT call every file
+LAYERS = 24  # of the largest text encoder: files may have layers after the last one that is run
+SAME_NAMES = ("pytorch_lora_weights", "adapter_model")  # what diffusers and PEFT call every file
 MAX_SETTINGS = 1 << 20  # bytes of an adapter_config.json, or the same in metadata
 
-# What stands behind a weight's name -> the part it is. PEFT may put the adapter's name before ".weight".
+# The suffix of a key tells the part. PEFT may put the adapter's name before ".weight".
 PARTS = re.compile(
     r"(?P<name>.+?)\.(?:lora_(?P<kohya>down|up|mid)\.weight|lora_(?P<peft>[AB])(?:\.[^.]+)?\.weight"
     r"|(?:(?:lora|lora_linear_layer)\.)?(?P<diffusers>down|up)\.weight|(?P<alpha>alpha))"
 )
 PEFT = {"A": "down", "B": "up"}
-# The processors that diffusers had before PEFT: the layer of an attention -> its name in there.
+# Attention processors of diffusers before PEFT: layer of an attention -> its name there.
 PROCESSORS = {"to_q": "to_q_lora", "to_k": "to_k_lora", "to_v": "to_v_lora", "to_out.0": "to_out_lora"}
 TEXT_PROCESSORS = {"q_proj": "to_q_lora", "k_proj": "to_k_lora", "v_proj": "to_v_lora", "out_proj": "to_out_lora"}
 
-# Other ways to change weights that are found in files of this kind, and other models: by their keys.
+# Unsupported kinds of adapters, and unsupported models, by patterns of keys.
 OTHER_KINDS = (
     (r"\.(dora_scale|lora_magnitude_vector)", "a DoRA"),
     (r"\.hada_", "a LoHa"),
@@ -61,14 +62,15 @@ OTHER_MODELS = (
     (r"lora_prior_unet_|prior\.", "Stable Cascade"),
     (r"lora_te2_|text_encoder_2\.|.*transformer_blocks[._]1[._]|.*label_emb|.*add_embedding", "SDXL"),
 )
-FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 1280: "SDXL"}  # by width of texts
+# by width of the text encoder
+FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 1280: "SDXL"}
 
 
 def read_lora(path: str | os.PathLike[str], config: Config, networks: Mapping[str, nn.Module]) -> Lora:
     """Read a LoRA file for a model of this config, with these networks ("unet", "text_encoder").
 
-    Raises CheckpointError, in one line, for a file that is no LoRA, one for another model, of another kind, or with
-    anything in it that has no place in the model.
+    Raises CheckpointError, in one line, for a file that is not a LoRA, is for another model, of another kind, or has
+    keys without a place in the model.
     """
     path = Path(path)
     shapes = {
@@ -78,17 +80,18 @@ def read_lora(path: str | os.PathLike[str], config: Config, networks: Mapping[st
         if key.endswith(".weight") and weight.dim() > 1 and key not in ("token.weight", "position.weight")
     }
     with load_checkpoint(path) as file, naming(path):
-        return Lora(_name(path), dict(_pairs(file, config, shapes)))
+        return Lora(lora_name(path), dict(_pairs(file, config, shapes)))
 
 
-def _name(path: Path) -> str:
-    """The file's name without its ending, or its folder's where every file is called the same."""
-    return path.resolve().parent.name if path.stem in SAME_NAMES else path.stem
+def lora_name(path: Path) -> str:
+    """The file's name without its ending, or its folder's name if the tool calls every file the same."""
+    name = model_name(path)
+    return path.resolve().parent.name if name in SAME_NAMES else name
 
 
 def names(config: Config, places: Sequence[Place]) -> dict[str, Place]:
-    """Every name that a LoRA file may have for each of these weights -> the weight."""
-    keys = {"unet": [], "vae": [], "text_encoder": []}
+    """Every name that LoRA files may use for these weights -> the weight."""
+    keys: dict[str, list[str]] = {"unet": [], "vae": [], "text_encoder": []}
     for network, key in places:
         keys[network].append(key)
     theirs = diffusers_sources(config, keys)
@@ -118,7 +121,7 @@ def _unet_names(diffusers: str, original: str) -> Iterator[str]:
 
 def _text_names(diffusers: str) -> Iterator[str]:
     short = diffusers.removesuffix(".weight").removeprefix("text_model.")
-    for path in (short, f"text_model.{short}"):  # transformers before and from version 5 on
+    for path in (short, f"text_model.{short}"):  # transformers from version 5 on, and before
         for prefix in ("lora_te_", "lora_te1_"):
             yield prefix + path.replace(".", "_")
         for prefix in (
@@ -132,7 +135,7 @@ def _text_names(diffusers: str) -> Iterator[str]:
 
 
 def _pairs(file: Checkpoint, config: Config, shapes: Mapping[Place, tuple[int, ...]]) -> Iterator[tuple[Place, Pair]]:
-    """The changes that a file holds, once all of its names and shapes have been found to fit."""
+    """The changes in a file, after checking that all of its names and shapes fit."""
     known = names(config, list(shapes))
     parts: dict[str, dict[str, str]] = {}  # name of a weight -> part of it -> key in the file
     unknown: list[str] = []
@@ -170,24 +173,25 @@ def _pairs(file: Checkpoint, config: Config, shapes: Mapping[Place, tuple[int, .
 
 
 def _sound(numbers: Tensor) -> bool:
-    """Whether all are floats and finite. In pieces, as floats of 8 bits must be converted to see."""
+    """Whether all numbers are floats and finite. In pieces, because 8-bit floats have to be converted."""
     pieces = numbers.flatten().split(1 << 20)
     return numbers.is_floating_point() and all(bool(piece.float().isfinite().all()) for piece in pieces)
 
 
 def _beyond(config: Config, shapes: Mapping[Place, tuple[int, ...]]) -> dict[str, Place]:
-    """The names of the weights in the text encoder's layers behind the last one that is run."""
+    """The names of weights in the text encoder's layers after the last one that is run."""
+    text = config.text[0]
     first = [key for network, key in shapes if network == "text_encoder" and key.startswith("blocks.0.")]
     more = [
         ("text_encoder", key.replace("blocks.0.", f"blocks.{i}.", 1))
-        for i in range(config.text.layers, LAYERS)
+        for i in range(text.layers, LAYERS)
         for key in first
     ]
-    return names(replace(config, text=replace(config.text, layers=max(LAYERS, config.text.layers))), more)
+    return names(replace(config, text=(replace(text, layers=max(LAYERS, text.layers)),)), more)
 
 
 def _refuse(file: Checkpoint, unknown: list[str], some_known: bool) -> None:
-    """Say what the file is, if that can be told; else which of its keys are unknown."""
+    """Raise CheckpointError that names the kind of file, if recognised, or its unknown keys."""
     for pattern, model in OTHER_MODELS:
         if any(re.match(pattern, key) for key in unknown):
             raise CheckpointError(f"a LoRA for {model}, which is not supported: Stable Diffusion 1.x and 2.x are")
@@ -208,7 +212,7 @@ def _check_family(
     known: Mapping[str, Place],
     shapes: Mapping[Place, tuple[int, ...]],
 ) -> None:
-    """Refuse what was made for a model of another family: its texts have another width."""
+    """Raise CheckpointError for a LoRA for another model family, whose text encoder has another width."""
     for name, keys in parts.items():
         network, key = known[name]
         if network == "unet" and not key.endswith(("attn2.k.weight", "attn2.v.weight")):
@@ -260,7 +264,7 @@ def _check_shapes(
 def _scale(
     file: Checkpoint, keys: Mapping[str, str], name: str, place: Place, rank: int, settings: Mapping[str, Any]
 ) -> float:
-    """alpha / r of one weight; alpha is its own, or the file's, or r."""
+    """alpha / r of one weight; alpha is its own, the file's, or r."""
     key = keys.get("alpha", "alpha")
     if key in file:
         if math.prod(file.shape(key)) != 1:
@@ -275,11 +279,11 @@ def _scale(
 
 
 def _settings(file: Checkpoint) -> dict[str, Any]:
-    """What PEFT says about its adapters, in the metadata of the file or in an adapter_config.json beside it."""
+    """PEFT's settings, from the file's metadata or an adapter_config.json beside it."""
     text = file.metadata.get("lora_adapter_metadata")
     beside = file.path.with_name("adapter_config.json")
     try:
-        if text is None and file.path.stem == "adapter_model" and beside.is_file():
+        if text is None and model_name(file.path) == "adapter_model" and beside.is_file():
             with open(beside, "rb") as stream:
                 text = stream.read(MAX_SETTINGS + 1).decode()
         if text is not None and len(text) > MAX_SETTINGS:
@@ -291,7 +295,7 @@ def _settings(file: Checkpoint) -> dict[str, Any]:
 
 
 def _setting(settings: Mapping[str, Any], name: str, place: Place, rank: int) -> tuple[float, bool]:
-    """alpha from PEFT's settings, and whether it is divided by the root of the rank."""
+    """alpha from PEFT's settings, and whether it is divided by the square root of the rank."""
 
     def get(what: str) -> Any:
         return settings.get(f"{place[0]}.{what}", settings.get(what))
@@ -304,7 +308,7 @@ def _setting(settings: Mapping[str, Any], name: str, place: Place, rank: int) ->
             raise CheckpointError(f"{what}, which is not supported: expected the name of a layer")
         if name == layer or name.endswith(f".{layer}"):
             alpha = own
-            break  # as PEFT: the first that fits
+            break  # the first match counts, as in PEFT
     if alpha is None:
         return float(rank), False
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or abs(alpha) > 1e6:

@@ -1,11 +1,11 @@
-"""Textual inversion: files with vectors for words that a text encoder does not have.
+"""Textual inversion: files with vectors for new words of a text encoder.
 
 Gal et al. 2022, "An image is worth one word: personalizing text-to-image generation using textual inversion"
-(arXiv:2208.01618): the networks stay as they are; only the vectors of a new word are trained, from a few pictures.
-A word may have several vectors, and takes as many of the 75 places of a prompt.
+(arXiv:2208.01618): the networks stay as they are; only the vectors of a new word are trained, from a few images. A word
+may have several vectors, and takes as many of the 75 tokens of a prompt.
 
-    file                        in it
-    the paper's .pt             string_to_param: {"*": (n, D)}, also the web UI's, with a name beside it
+    file                        contents
+    the paper's .pt             string_to_param: {"*": (n, D)}; the web UI's as well, with a name in addition
     diffusers' .bin             {"<the-word>": (D,) or (n, D)}; in .safetensors as well
     .safetensors of others      emb_params: (n, D)
 
@@ -22,10 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import CheckpointError, load_checkpoint, naming
+from ..checkpoints.folders import model_name
+from ..models.text_encoder import TextEncoder
 from ..text.tokenizer import Tokenizer
 
-PARAMETERS = "string_to_param."  # what the reader of pickles puts before the names in there
-NAMELESS = ("emb_params", "clip_l", "embedding", "weight", "*", "<*>")  # keys that are no word
+PARAMETERS = "string_to_param."  # prefix that the pickle reader gives to the names inside
+NAMELESS = ("emb_params", "clip_l", "embedding", "weight", "*", "<*>")  # keys that are not words
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL"}
 MAX_WORDS = 100  # in one file
 MAX_LETTERS = 200  # of a word
@@ -35,10 +37,10 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
     """The words of an embedding file and their vectors, (n, width) each, in float32.
 
     width   of the text encoder's vectors
-    room    tokens in a prompt: a word can have as many vectors
-    word    what to call it; else the word that the file gives it, or the file's name without its ending
+    room    number of tokens in a prompt, the maximum number of vectors of a word
+    word    name of the word; by default the one in the file, or the file's name without its ending
 
-    Raises CheckpointError, in one line, for a file that is no embedding, or one for another model.
+    Raises CheckpointError, in one line, for a file that is not an embedding, or one for another model.
     """
     path = Path(path)
     with load_checkpoint(path) as file, naming(path):
@@ -64,7 +66,7 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
                 )
             name = word or key.removeprefix(PARAMETERS)
             if word is None and len(shapes) == 1 and (name in NAMELESS or key.startswith(PARAMETERS)):
-                name = path.stem
+                name = model_name(path)
             if not name.isprintable() or len(name) > MAX_LETTERS:
                 raise CheckpointError(f"{name[:50]!r} is no word; give one (word=..., --embedding FILE:WORD)")
             if len(shape) == 2 and shape[0] > room:
@@ -79,12 +81,13 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
 
 
 class WordTable(nn.Embedding):
-    """The text encoder's table of tokens with more behind its end; the table itself is the same, and is not copied."""
+    """The text encoder's token embedding with more rows at its end; the original table is shared, not copied."""
 
     def __init__(self, table: nn.Embedding, more: Tensor) -> None:
-        """`more` (n, D) has the vectors of the ids from `len(table)` on."""
+        """`more` (n, D): the vectors of the ids from `len(table)` on."""
         super().__init__(table.num_embeddings, table.embedding_dim, device="meta", dtype=table.weight.dtype)
         self.weight = table.weight
+        self.more: Tensor
         self.register_buffer("more", more.to(table.weight), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -95,17 +98,16 @@ class WordTable(nn.Embedding):
 
 
 class Words:
-    """The words that were added to a tokenizer and a text encoder; both are as before when none is left."""
+    """The words added to a tokenizer and a text encoder; without words both are unchanged."""
 
-    def __init__(self, tokenizer: Tokenizer, text_encoder: nn.Module) -> None:
-        """`text_encoder` has its table of tokens as `token`."""
+    def __init__(self, tokenizer: Tokenizer, text_encoder: TextEncoder) -> None:
         self._tokenizer, self._text_encoder = tokenizer, text_encoder
-        self._table: nn.Embedding = text_encoder.token
+        self._table = text_encoder.token
         self._vectors: dict[str, Tensor] = {}  # by word, as the tokenizer knows it
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many vectors each word has."""
+        """Word -> number of its vectors."""
         return {word: len(vectors) for word, vectors in self._vectors.items()}
 
     def add(self, words: Mapping[str, Tensor]) -> list[str]:
@@ -122,7 +124,7 @@ class Words:
         return added
 
     def remove(self, *words: str) -> None:
-        """Forget words that were added. KeyError for others."""
+        """Remove words that were added. KeyError for others."""
         for word in words:
             del self._vectors[word]
             self._tokenizer.remove(word)

@@ -1,8 +1,8 @@
-"""A file's weights under our names: all that a model needs, counted and of the right shapes, or an error.
+"""A file's weights under our names: everything that a model needs, in the right shapes, or an error.
 
-`layouts.py` says which names a file uses, `keys.py` where each weight lies; here it is looked up. Everything that a
-network needs must be there in the right shape, and everything that is there must be used or be on the short list of
-what is known to be superfluous: anything else is an error that names it. A 1x1 convolution and a linear layer hold the
+`layouts.py` finds out which names a file uses, `key_maps.py` has the key of each weight; here both are applied. Every
+weight that a network needs must be present in the right shape, and every tensor of the file must be used or be on the
+short list of known leftovers: anything else is an error that names it. A 1x1 convolution and a linear layer hold the
 same numbers, so shapes are compared without trailing ones. The way back is in export.py.
 
 >>> from sd.checkpoints.checkpoint import load_checkpoint
@@ -23,16 +23,15 @@ from .checkpoint import CheckpointError, shapes
 from .detect import identify, no_unet
 from .key_maps import EMA, Source
 from .layouts import AVERAGE, EXTRA, NETWORKS, TOKENS, find_layouts, usual_layout
-from .weight_shapes import weight_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-WEIGHTS = ("auto", "raw", "ema")  # which of the two sets of U-Net weights a training checkpoint may hold
+WEIGHTS = ("auto", "raw", "ema")  # which of the two U-Nets of a training checkpoint to take
 NAMES = {"text_encoder": "text encoder", "vae": "vae", "unet": "U-Net", AVERAGE: "moving average (EMA) of the U-Net"}
-FLAGS = {"text_encoder": "--text-encoder", "vae": "--vae"}  # what gives a network that a file lacks
+FLAGS = {"text_encoder": "--text-encoder", "vae": "--vae"}  # options that supply a network missing from a file
 
-# What a checkpoint may hold besides the weights of the three networks. Anything else is an error.
+# What a checkpoint may hold besides the weights of its networks. Anything else is an error.
 IGNORED_PREFIXES = (
     EMA, EXTRA, f"{AVERAGE}.", "loss.", "first_stage_model.loss.", "first_stage_model.model_ema.", "vae.loss.",
     "embedding_manager.", "cond_stage_model.model.visual.", "visual.", "vision_model.", "safety_checker.", "edm_",
@@ -51,7 +50,7 @@ IGNORED_KEYS = frozenset(
 
 
 class StateDict(Mapping[str, "Tensor"]):
-    """One network's weights under our names, read from `tensors` one at a time, when asked for."""
+    """One network's weights under our names, read from `tensors` one at a time, on demand."""
 
     def __init__(
         self, tensors: Mapping[str, Tensor], sources: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]]
@@ -82,21 +81,23 @@ def convert(
 ) -> dict[str, StateDict]:
     """Checkpoint -> {"text_encoder", "vae", "unet"}: state dicts under our names, complete and of the right shapes.
 
-    tensors   a `Checkpoint` (nothing is read until a weight is asked for) or any mapping of names to tensors, in any
-              of the layouts of layouts.py
-    config    what the file holds; found out by `identify` if not given
-    weights   a training checkpoint may hold the U-Net twice: as trained ("raw") and as moving average ("ema").
-              "auto" takes what other tools take: raw from a file, ema from a diffusers folder, and the one there is
-              where there is only one
-    parts     the networks wanted, of `NETWORKS` and "unet_ema", the moving average beside the U-Net; what the file says
-              about others is not looked at
+    tensors   a `Checkpoint` (weights are read on demand) or any mapping of names to tensors, in one of the layouts of
+              layouts.py
+    config    the model in the file; by default `identify` finds out
+    weights   a training checkpoint may hold the U-Net twice: as trained ("raw") and its moving average ("ema"). "auto"
+              takes what other tools take: raw from a file, ema from a diffusers folder, or the only one there is
+    parts     the networks to convert, of `NETWORKS` and "unet_ema", the moving average; the others are ignored
 
-    Raises CheckpointError that names what is missing, superfluous or misshapen, and how many.
+    Raises CheckpointError that counts and names what is missing, unknown or of the wrong shape.
     """
+    from ..models.build import weight_shapes  # not at the top: torch is slow to import, and not everything needs it
+
     config = config or identify(tensors).config
+    if len(config.text) > 1:
+        raise CheckpointError(f"{config.name} has {len(config.text)} text encoders, which is not supported yet")
     found, layouts = shapes(tensors), find_layouts(tensors)
     of_unet = choose_weights(tensors, weights) if "unet" in parts else "unet"
-    expected = weight_shapes(config)
+    expected = dict(weight_shapes(config))
     expected[AVERAGE] = expected["unet"]
     tables = {name: layout.sources(config, expected[name]) for name, layout in layouts.items()}
     used = {source.key for table in tables.values() for source in table.values()}
@@ -116,7 +117,7 @@ def convert(
         if key not in used
         and not key.startswith(tuple(others))
         and not ignored(key)
-        and not (text is not None and text.unrun_layer(key, config.text.layers))
+        and not (text is not None and text.unrun_layer(key, config.text[0].layers))
     ]
     if extra:
         raise CheckpointError(f"{_count(extra)} in the file that {config.name} does not have: {_listed(extra)}")
@@ -124,9 +125,9 @@ def convert(
 
 
 def choose_weights(tensors: Mapping[str, Tensor], weights: str = "auto") -> str:
-    """Which of a file's U-Nets `weights` ("auto", "raw", "ema") means: "unet", as trained, or "unet_ema", the average.
+    """Which U-Net of a file to take for `weights` ("auto", "raw", "ema"): "unet", as trained, or "unet_ema".
 
-    Raises CheckpointError where there is no moving average, or nothing else.
+    Raises CheckpointError if the file does not have the one that is asked for.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"unknown weights {weights!r}, expected one of {', '.join(WEIGHTS)}")
@@ -137,12 +138,12 @@ def choose_weights(tensors: Mapping[str, Tensor], weights: str = "auto") -> str:
         raise CheckpointError("of the U-Net only the moving average (EMA) is in this file: use weights auto or ema")
     if AVERAGE not in layouts or weights == "raw":
         return "unet"
-    folder = getattr(tensors, "kind", None) == "diffusers folder"  # whose main file diffusers takes: the average
+    folder = getattr(tensors, "kind", None) == "diffusers folder"  # of which diffusers takes the average
     return AVERAGE if weights == "ema" or folder or "unet" not in layouts else "unet"
 
 
 def describe_weights(tensors: Mapping[str, Tensor], weights: str = "auto") -> str:
-    """Which of a file's two U-Nets is taken, in one line; empty where there is no choice."""
+    """Which of a file's two U-Nets is taken, in one line; empty if there is no choice."""
     layouts = find_layouts(tensors)
     if AVERAGE not in layouts:
         return ""
@@ -171,7 +172,7 @@ def _check_complete(
             if source.third is not None:
                 want = (3 * want[0], *want[1:])
             if key == TOKENS and have is not None and len(have) == 2 and have[0] > want[0]:
-                have = (want[0], have[1])  # fine-tuning added words behind CLIP's own, which nothing here types
+                have = (want[0], have[1])  # fine-tuning added words that no prompt can contain
             if have is not None and _squeezed(have) != _squeezed(want):
                 misshapen.append(f"{source.key} is {shape_text(have)}, expected {shape_text(want)}")
     if absent:
@@ -192,7 +193,7 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def ignored(key: str) -> bool:
-    """Whether a key is on the list of what checkpoints may hold that no network needs."""
+    """Whether a key is a known leftover: checkpoints may hold it, and no network needs it."""
     return key in IGNORED_KEYS or key.startswith(IGNORED_PREFIXES) or key.endswith(IGNORED_SUFFIXES)
 
 
@@ -205,5 +206,5 @@ def _listed(keys: list[str], separator: str = ", ") -> str:
 
 
 def shape_text(shape: tuple[int, ...]) -> str:
-    """A shape in words: "320x4x3x3"."""
+    """A shape as text: "320x4x3x3"."""
     return "x".join(map(str, shape)) or "a scalar"

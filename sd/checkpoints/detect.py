@@ -1,7 +1,7 @@
-"""Which model a file holds: told by the shapes of its weights, or by what is said about it.
+"""Which model a file holds, by its metadata or by the shapes of its weights.
 
-The sizes of a model show in the shapes of its weights, and a file of ours or a folder carries its config. What the
-U-Net predicts shows in neither: that is prediction.py. Other models are refused by name.
+A file of ours and a diffusers folder carry their config; of other files, the shapes of the weights tell the model. What
+the U-Net predicts does not show in shapes: see prediction.py. Other models are refused by name.
 
 >>> from sd.checkpoints.checkpoint import load_checkpoint
 >>> from sd.resources import resource
@@ -28,8 +28,9 @@ from .prediction import decide, predicting, read_beside, read_table, stored_sche
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG_KEY = "sd.config"  # where the metadata of a file of ours holds the config
-FORMAT_KEY, FORMAT = "sd.format", "2"  # the layout of a file of ours; version 0.1 wrote no number
+CONFIG_KEY = "sd.config"  # metadata entry of a file of ours that holds the config
+FORMAT_KEY, FORMAT = "sd.format", "2"  # format of a file of ours; version 0.1 wrote no number
+ORIGINAL_TEXT = ("cond_stage_model.", "conditioner.")  # prefixes of text encoders in original checkpoints
 ALONE = {
     frozenset({"vae"}): "a VAE alone: give it with --vae, beside a checkpoint (--ckpt)",
     frozenset({"text_encoder"}): "a text encoder alone: give it with --text-encoder, beside a checkpoint (--ckpt)",
@@ -41,9 +42,9 @@ ALONE = {
 class Identity:
     """Which model a file holds.
 
-    config    all about it; if not `decided`, its prediction is a guess that `probe` should check
-    decided   whether something says what the U-Net predicts
-    reason    what says so; empty for a file of ours, which carries its config
+    config    the model; if not `decided`, its prediction is a guess that `probe` should check
+    decided   whether it is known what the U-Net predicts
+    reason    how it is known; empty for a file of ours, which carries its config
     """
 
     config: Config
@@ -52,10 +53,10 @@ class Identity:
 
 
 def detect(tensors: Mapping[str, Tensor]) -> Config:
-    """Which model a checkpoint holds, from what is said about it or the names and shapes of its weights.
+    """Which model a checkpoint holds, from its metadata or the names and shapes of its weights.
 
-    Raises CheckpointError for models that this project does not run, by name, and for SD 2.x U-Nets about which nothing
-    says whether they predict eps (base) or v (768-v): `StableDiffusion.load` runs such a one to see.
+    Raises CheckpointError for unsupported models, by name, and for SD 2.x U-Nets if nothing says whether they predict
+    eps (base) or v (768-v): `StableDiffusion.load` runs these once to find out.
     """
     found = identify(tensors)
     if not found.decided:
@@ -67,13 +68,13 @@ def detect(tensors: Mapping[str, Tensor]) -> Config:
 
 
 def identify(tensors: Mapping[str, Tensor], config: Config | None = None, prediction: str | None = None) -> Identity:
-    """Which model a checkpoint holds, and what its U-Net predicts, with the reason.
+    """Which model a checkpoint holds, what its U-Net predicts, and how that is known.
 
     tensors      a `Checkpoint`, of which only shapes and a small table are read, or any mapping
-    config       which model it is, if that is known; what it says about the noise schedule is taken as it is
-    prediction   "eps" or "v", if that is known
+    config       the model, if known; an unusual noise schedule in it takes precedence over the file's
+    prediction   "eps" or "v", if known
 
-    Raises CheckpointError for models that this project does not run, by name.
+    Raises CheckpointError for unsupported models, by name.
     """
     if prediction not in (None, "eps", "v"):
         raise ValueError(f"unknown prediction {prediction!r}, expected eps or v")
@@ -99,13 +100,15 @@ def identify(tensors: Mapping[str, Tensor], config: Config | None = None, predic
     if "unet" in configs:
         config = from_diffusers(configs)
     _check_unet(found, layouts)
-    config = with_vocabulary(config or _by_shapes(found, layouts), found, layouts)
+    config = with_form(with_vocabulary(config or _by_shapes(found, layouts), found, layouts), found, layouts)
     return Identity(*decide(tensors, config, prediction, by_folder="unet" in configs))
 
 
 def _as_given(tensors: Mapping[str, Tensor], config: Config) -> Identity:
-    """The config that the caller gives; a noise schedule in the file takes the place of the usual one."""
-    refuse_others(shapes(tensors))
+    """The config given by the caller; a noise schedule in the file replaces the usual one."""
+    found = shapes(tensors)
+    refuse_others(found)
+    config = with_form(config, found, find_layouts(found))
     reason = "as given"
     usual = ScheduleConfig(steps=config.schedule.steps, prediction=config.schedule.prediction)
     if config.schedule == usual:
@@ -140,12 +143,12 @@ def _check_unet(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layo
 
 
 def no_unet(layouts: Mapping[str, Layout]) -> str:
-    """What a file is that holds these networks, of which none is a U-Net, and what to do with it."""
+    """What a file without a U-Net is, by the networks that it does hold, and what to do with it."""
     return f"this is {ALONE.get(frozenset(layouts), 'no whole model: it has no U-Net')}"
 
 
 def _by_shapes(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> Config:
-    """The config of a known model, by the shapes of its U-Net; of SD 2.x with 4 channels, base."""
+    """The config of a known model, by the shapes of its U-Net; SD 2 base for SD 2.x with 4 channels."""
     unet = layouts.get("unet") or layouts[AVERAGE]
     first = found.get(first_convolution(unet), ())
     keys = (".attn2.to_k.weight", ".attn2.k.weight", "attn2to_kweight")
@@ -172,17 +175,33 @@ def _by_shapes(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layou
 
 
 def with_vocabulary(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> Config:
-    """The config with as many tokens as the file has: fine-tuning adds words behind CLIP's own."""
-    layout = layouts.get("text_encoder")
-    if layout is None:
+    """The config with the vocabulary size of the file: fine-tuning may add words after CLIP's own."""
+    if (layout := layouts.get("text_encoder")) is None:
         return config
     (source,) = layout.sources(config, [TOKENS]).values()
-    rows = found.get(source.key, (0,))[0]
-    return replace(config, text=replace(config.text, vocab=rows)) if rows > config.text.vocab else config
+    text, *others = config.text
+    text = replace(text, vocab=max(text.vocab, found.get(source.key, (0,))[0]))
+    return replace(config, text=(text, *others))
+
+
+def with_form(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> Config:
+    """The config with the form of an original checkpoint, which an export keeps.
+
+    Such a file names its text encoder as transformers or as OpenCLIP does, and has linear layers or 1x1 convolutions as
+    projections. Other layouts have the same form for all models.
+    """
+    text, unet = layouts.get("text_encoder"), layouts.get("unet")
+    if text is not None and text.prefix.startswith(ORIGINAL_TEXT):
+        config = replace(config, text=(replace(config.text[0], names=text.name), *config.text[1:]))
+    if unet is not None and unet.name == "original":
+        (source,) = unet.sources(config, ["mid.attn.proj_in.weight"]).values()
+        linear = len(found.get(source.key, ())) == 2
+        config = replace(config, unet=replace(config.unet, linear_projections=linear))
+    return config
 
 
 def damaged_position_ids(tensors: Mapping[str, Tensor]) -> str | None:
-    """The key of position ids that merging has damaged, if there is one. They are never used here, but elsewhere."""
+    """The key of position ids that merging has damaged, if any. They are not used here, but other programs use them."""
     for key in tensors:
         if key.endswith("position_ids"):
             found = read_table(tensors, key)

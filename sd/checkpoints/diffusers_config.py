@@ -1,8 +1,8 @@
-"""A config and the JSON files of a diffusers folder: both say how large each network is, in other words.
+"""Conversion between a config and the JSON files of a diffusers folder.
 
-Some of theirs mislead. `attention_head_dim` is the number of heads; `layers_per_block` counts the encoder's blocks, the
-decoder has one more; `beta_schedule` "scaled_linear" is what the original calls "linear". What this project does not do
-is refused by name. `num_hidden_layers` is how many layers of the text encoder are run: 23 of 24 in SD 2.
+Some of their names mislead. `attention_head_dim` is the number of heads; `layers_per_block` counts the encoder's blocks
+(the decoder has one more); `beta_schedule` "scaled_linear" is what the original calls "linear"; `num_hidden_layers` is
+the number of layers that are run, 23 of 24 in SD 2. Unsupported settings are refused by name.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 
 from ..config import GROUPS, MODELS, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from .checkpoint import CheckpointError
+from .other_models import OTHER_INPUTS
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}  # theirs -> ours
 MAX_TIMESTEPS = 100_000
 
-# pipelines that are other models, by a part of their class's name
+# unsupported pipelines, by a part of their class name
 OTHER_PIPELINES = {
     "XL": "SDXL", "StableDiffusion3": "Stable Diffusion 3", "Flux": "Flux", "Depth2Img": "depth-to-image",
     "Upscale": "upscaling", "InstructPix2Pix": "instruct-pix2pix", "UnCLIP": "unCLIP",
@@ -29,9 +30,9 @@ OTHER_PIPELINES = {
 
 
 def refuse_other_pipelines(configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise CheckpointError, by name, for a folder whose model_index.json says that it is another model.
+    """Raise CheckpointError, by name, for a folder whose model_index.json names another model.
 
-    Many of them have no U-Net, but a VAE and a text encoder that are named as those of Stable Diffusion.
+    Many of them have no U-Net, but a VAE and a text encoder with the same names as Stable Diffusion's.
     """
     pipeline = str(configs.get("index", {}).get("_class_name") or "")
     for part, name in OTHER_PIPELINES.items():
@@ -42,9 +43,9 @@ def refuse_other_pipelines(configs: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
-    """The config that a folder's JSON files describe; at least "unet" is among them.
+    """The config described by a folder's JSON files, of which there is at least "unet".
 
-    What a file leaves out has diffusers' default. Raises CheckpointError for what is not known here.
+    Missing entries have diffusers' defaults. Raises CheckpointError for what is not supported.
     """
     with _described():
         unet = _unet(configs["unet"])
@@ -53,8 +54,8 @@ def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
         size = configs["unet"].get("sample_size") or 64
         size = (max(size) if isinstance(size, list) else int(size)) * vae.factor
         schedule = schedule_from_diffusers(configs.get("scheduler", {}))
-        config = Config("diffusers model", size, text=text, vae=vae, unet=unet, schedule=schedule)
-    sizes = (replace(text, vocab=TextConfig().vocab), vae, unet)  # fine-tuning may have added words
+        config = Config("diffusers model", size, text=(text,), vae=vae, unet=unet, schedule=schedule)
+    sizes = ((replace(text, vocab=TextConfig().vocab),), vae, unet)  # fine-tuning may have added words
     same = [known for known in MODELS.values() if (known.text, known.vae, known.unet) == sizes]
     same.sort(key=lambda known: known.schedule.prediction != schedule.prediction)  # there are SD 1.x that predict v
     return replace(config, name=same[0].name, guidance=same[0].guidance, sampler=same[0].sampler) if same else config
@@ -62,7 +63,7 @@ def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
 
 @contextmanager
 def _described() -> Iterator[None]:
-    """Whatever stands in a JSON file, an entry that makes no sense is one clear error."""
+    """Turn errors caused by nonsensical entries of a JSON file into one clear CheckpointError."""
     try:
         yield
     except CheckpointError:
@@ -83,9 +84,8 @@ def _unet(raw: Mapping[str, Any]) -> UNetConfig:
             else "an upscaling, unCLIP or other class-conditional"
         )
         raise CheckpointError(f"this is {kind} model, which is not supported")
-    other_inputs = {5: "a depth-to-image", 7: "an upscaling", 8: "an instruct-pix2pix"}
-    if raw.get("in_channels") in other_inputs:
-        what = other_inputs[raw["in_channels"]]
+    if raw.get("in_channels") in OTHER_INPUTS:
+        what = OTHER_INPUTS[raw["in_channels"]]
         raise CheckpointError(f"this is {what} model ({raw['in_channels']} input channels), which is not supported")
     channels = tuple(raw.get("block_out_channels", (320, 640, 1280, 1280)))
     heads = raw.get("num_attention_heads") or raw.get("attention_head_dim", 8)
@@ -114,7 +114,7 @@ def _unet(raw: Mapping[str, Any]) -> UNetConfig:
 
 @_described()
 def vae_from_diffusers(raw: Mapping[str, Any]) -> VAEConfig:
-    """The VAE that a `vae/config.json` describes. Raises CheckpointError for one that is not known here."""
+    """The VAE described by a `vae/config.json`. Raises CheckpointError if it is not supported."""
     down, up = raw.get("down_block_types", ["DownEncoderBlock2D"]), raw.get("up_block_types", ["UpDecoderBlock2D"])
     expected = {
         "down_block_types": ["DownEncoderBlock2D"] * len(down), "up_block_types": ["UpDecoderBlock2D"] * len(up),
@@ -132,9 +132,12 @@ def vae_from_diffusers(raw: Mapping[str, Any]) -> VAEConfig:
 
 
 def _text(configs: Mapping[str, Mapping[str, Any]], unet: UNetConfig) -> TextConfig:
-    """Without a text_encoder/config.json, the one that goes with the U-Net."""
+    """The text encoder described by a folder; without a text_encoder/config.json, the one that fits the U-Net.
+
+    A folder does not tell how an original checkpoint names the weights: those with the exact GELU are OpenCLIP's.
+    """
     if "text_encoder" not in configs:
-        known = next((model.text for model in MODELS.values() if model.unet.context == unet.context), None)
+        known = next((model.text[0] for model in MODELS.values() if model.unet.context == unet.context), None)
         if known is None:
             raise ValueError(f"no text_encoder/config.json beside a U-Net with context {unet.context}")
         return known
@@ -154,11 +157,12 @@ def _text(configs: Mapping[str, Mapping[str, Any]], unet: UNetConfig) -> TextCon
         pad=padding,
         vocab=raw.get("vocab_size", 49408),
         length=raw.get("max_position_embeddings", 77),
+        names="openclip" if activation == "gelu" else "clip",
     )
 
 
 def check_text_encoder(raw: Mapping[str, Any], text: TextConfig) -> None:
-    """Refuse a text encoder of the right shapes that computes something else, by its `text_encoder/config.json`."""
+    """Raise CheckpointError for a text encoder of the right shapes whose config.json describes another computation."""
     expected = {"hidden_act": text.activation, "num_attention_heads": text.heads, "layer_norm_eps": 1e-5}
     _check_supported("text_encoder", raw, expected)
 
@@ -173,7 +177,7 @@ def _check_supported(part: str, raw: Mapping[str, Any], expected: Mapping[str, A
 
 @_described()
 def schedule_from_diffusers(raw: Mapping[str, Any]) -> ScheduleConfig:
-    """The noise schedule that a `scheduler_config.json` describes; Stable Diffusion's own where it says nothing."""
+    """The noise schedule described by a `scheduler_config.json`; by default Stable Diffusion's own."""
     prediction = raw.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         known = ", ".join(PREDICTIONS)
@@ -200,8 +204,8 @@ def schedule_from_diffusers(raw: Mapping[str, Any]) -> ScheduleConfig:
 
 
 def to_diffusers_configs(config: Config, version: str = "0.30.0") -> dict[str, dict[str, Any]]:
-    """Path in the folder -> contents, for every JSON file but the tokenizer's vocabulary."""
-    text, vae, unet, schedule = config.text, config.vae, config.unet, config.schedule
+    """Path in the folder -> contents, for every JSON file except the tokenizer's vocabulary."""
+    text, vae, unet, schedule = config.text[0], config.vae, config.unet, config.schedule
     inpaints = unet.in_channels != vae.latent_channels
     pipeline = "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"
     end = "!" if text.pad == 0 else "<|endoftext|>"
@@ -261,7 +265,7 @@ def unet_to_diffusers(config: Config) -> dict[str, Any]:
         "block_out_channels": list(cfg.channels),
         "layers_per_block": cfg.blocks,
         "cross_attention_dim": cfg.context,
-        # the number of heads: diffusers keeps an old misnomer
+        # the number of heads: an old misnomer of diffusers
         "attention_head_dim": cfg.heads[0] if len(set(cfg.heads)) == 1 else list(cfg.heads),
         "norm_num_groups": GROUPS,
         "use_linear_projection": cfg.linear_projections,

@@ -1,13 +1,13 @@
-"""Our names and those of other programs: weights back into the layouts that they are read in, bit for bit.
+"""Export: from our names back to the layouts that other programs read, bit for bit.
 
     own         one file, text_encoder.*, vae.*, unet.*, with the config in its metadata
-    original    one file as CompVis', Stability's and most other programs read it
+    original    one file, as CompVis', Stability's and most other programs read it
     diffusers   a folder
 
-An original file holds things that no network here needs: the layer of OpenCLIP behind the last one that is run, its
-projection, a noise schedule of its own. Other programs insist on some of them, and a way there and back that loses
-none is one that can be checked. So they are carried along (`extras`): in our file under "extra.", in a folder as
-sd_extra.safetensors, under their original names.
+An original file holds tensors that no network here needs: OpenCLIP's layer after the last one that is run, its
+projection, a noise schedule. Other programs require some of them, and a lossless round trip can be tested. So they are
+carried along (`extras`) under their original names: in our file with the prefix "extra.", in a folder in
+sd_extra.safetensors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..text.tokenizer import Tokenizer
 from .detect import CONFIG_KEY, FORMAT, FORMAT_KEY
 from .diffusers_config import to_diffusers_configs
 from .folders import EXTRA_FILE, RAW_VARIANT
-from .key_maps import CLIP, EMA, OPENCLIP, diffusers_sources, original_sources, text_names
+from .key_maps import CLIP, EMA, OPENCLIP, TEXT, diffusers_sources, original_sources
 from .layouts import AVERAGE, EXTRA, find_layouts
 from .prediction import PREDICTION_KEY
 
@@ -39,16 +39,16 @@ DIFFUSERS_FILES = {
 
 
 def extras(tensors: Mapping[str, Tensor], config: Config) -> list[tuple[str, str]]:
-    """What a file holds beside its networks that is worth keeping: (its key there, its key in an original file)."""
+    """The tensors of a file beside its networks that are kept: (key in the file, key in an original file)."""
     kept = [(key, key.removeprefix(EXTRA)) for key in tensors if key.startswith(EXTRA)]
     text = find_layouts(tensors).get("text_encoder")
-    if text is not None and text.name == text_names(config):
-        usual = OPENCLIP if text.name == "openclip" else CLIP
+    if text is not None and text.name == config.text[0].names:
+        usual = TEXT[text.name]
         names = (f"{text.prefix}logit_scale", f"{text.prefix}text_projection")
         kept += [
             (key, usual + key.removeprefix(text.prefix))
             for key in tensors
-            if text.unrun_layer(key, config.text.layers) or (text.name == "openclip" and key in names)
+            if text.unrun_layer(key, config.text[0].layers) or (text.name == "openclip" and key in names)
         ]
     if has_own_schedule(config) and "alphas_cumprod" in tensors:
         kept.append(("alphas_cumprod", "alphas_cumprod"))
@@ -56,12 +56,12 @@ def extras(tensors: Mapping[str, Tensor], config: Config) -> list[tuple[str, str
 
 
 def has_own_schedule(config: Config) -> bool:
-    """Whether the noise schedule is not the one that every program assumes."""
+    """Whether the noise schedule differs from the one that every program assumes."""
     return config.schedule.zero_snr or config.schedule.alpha_bar is not None
 
 
 def metadata(config: Config) -> dict[str, str]:
-    """What a safetensors file says about itself: the config, and the prediction as other programs look for it."""
+    """Metadata of a safetensors file: the config, and the prediction in the form that other programs look for."""
     prediction = {"eps": "epsilon", "v": "v"}[config.schedule.prediction]
     return {"format": "pt", PREDICTION_KEY: prediction, CONFIG_KEY: config.to_json(), FORMAT_KEY: FORMAT}
 
@@ -75,8 +75,8 @@ def to_own(states: States, more: Mapping[str, Tensor] | None = None) -> dict[str
 def to_original(states: States, config: Config, more: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Per-network state dicts under our names -> one state dict in the original layout.
 
-    Weights are bit-identical; Stable Diffusion 1.x gets the `position_ids` that old tools insist on, a noise schedule
-    that is not the usual one its `alphas_cumprod`. `more` are extras by their original names.
+    Weights are bit-identical. Models with transformers' names get the `position_ids` that old tools require, those with
+    an unusual noise schedule `alphas_cumprod`. `more` are extras by their original names.
     """
     more = {key: tensor for key, tensor in (more or {}).items() if AVERAGE in states or not key.startswith(EMA)}
     written: dict[str, dict[str, Tensor]] = {}
@@ -90,8 +90,8 @@ def to_original(states: States, config: Config, more: Mapping[str, Tensor] | Non
             else:
                 fused.setdefault(source.key, []).append(tensor)  # q, k, v in this order in the network
         out |= {key: torch.cat(parts) for key, parts in fused.items()}
-    if text_names(config) == "clip" and "text_encoder" in written:
-        written["text_encoder"][CLIP + "embeddings.position_ids"] = torch.arange(config.text.length).unsqueeze(0)
+    if config.text[0].names == "clip" and "text_encoder" in written:
+        written["text_encoder"][CLIP + "embeddings.position_ids"] = torch.arange(config.text[0].length).unsqueeze(0)
     if has_own_schedule(config) and "alphas_cumprod" not in more:
         more["alphas_cumprod"] = torch.from_numpy(Schedule(config.schedule).alpha_bar).float()
     order = ("unet", AVERAGE, "vae", "text_encoder")  # the original's
@@ -99,19 +99,19 @@ def to_original(states: States, config: Config, more: Mapping[str, Tensor] | Non
 
 
 def unrun_layer(out: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """What other programs look for in an OpenCLIP text encoder and `out`, an original state dict, lacks.
+    """What other programs expect of an OpenCLIP text encoder and `out`, an original state dict, lacks.
 
-    They load the layer behind the last one that is run and never run it. It is made a copy of the last one, the
-    projection the identity, the scale OpenCLIP's initial one (1 / 0.07).
+    They load one more layer, which they never run: it becomes a copy of the last one, the projection the identity, and
+    the scale OpenCLIP's initial value (1 / 0.07).
     """
-    stem = f"{OPENCLIP}transformer.resblocks."
-    last, behind = f"{stem}{config.text.layers - 1}.", f"{stem}{config.text.layers}."
+    text, stem = config.text[0], f"{OPENCLIP}transformer.resblocks."
+    last, behind = f"{stem}{text.layers - 1}.", f"{stem}{text.layers}."
     first = OPENCLIP + "token_embedding.weight"
-    if text_names(config) != "openclip" or first not in out or any(key.startswith(behind) for key in out):
+    if text.names != "openclip" or first not in out or any(key.startswith(behind) for key in out):
         return {}
     made = {behind + key.removeprefix(last): tensor.clone() for key, tensor in out.items() if key.startswith(last)}
     dtype = out[first].dtype
-    made[OPENCLIP + "text_projection"] = torch.eye(config.text.width, dtype=dtype)
+    made[OPENCLIP + "text_projection"] = torch.eye(text.width, dtype=dtype)
     made[OPENCLIP + "logit_scale"] = torch.tensor(1 / 0.07, dtype=dtype).log()
     return {key: tensor for key, tensor in made.items() if key not in out}
 
@@ -121,8 +121,8 @@ def to_diffusers(
 ) -> dict[str, dict[str, Tensor]]:
     """Per-network state dicts under our names -> the weight files of a diffusers folder, by their paths in it.
 
-    The text encoder's names are those of transformers before 5.6, which later versions read, too. With a moving
-    average, that one is the main file, and the U-Net as trained the variant "non_ema", as in published folders.
+    The text encoder's names are those of transformers before 5.6, which later versions read as well. With a moving
+    average, the average is the main file and the U-Net as trained the variant "non_ema", as in published folders.
     """
     files: dict[str, dict[str, Tensor]] = {}
     for network, state in states.items():
@@ -141,7 +141,7 @@ def to_diffusers(
 
 
 def diffusers_texts(config: Config) -> dict[str, str]:
-    """The JSON and text files of a diffusers folder, by their paths in it: configs, and the tokenizer's tables."""
+    """The JSON and text files of a diffusers folder by their paths in it: configs and the tokenizer's tables."""
     configs: dict[str, dict[str, Any]] = to_diffusers_configs(config)
     texts = {path: json.dumps(content, indent=2) + "\n" for path, content in configs.items()}
     vocab, merges = Tokenizer().tables()

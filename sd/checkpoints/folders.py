@@ -1,4 +1,4 @@
-"""Which files make up a model that is a folder, or is split into several files. Only names are looked at, and JSON.
+"""The files of a model that is a folder or split into several files. Only names and JSON files are looked at.
 
     model_index.json                    what the parts are
     unet/     config.json               sizes
@@ -7,8 +7,8 @@
     text_encoder/  config.json, model.safetensors or pytorch_model.bin
     scheduler/scheduler_config.json     noise schedule, and what the U-Net predicts
 
-This is how diffusers saves a pipeline. One of its parts may be given alone. A large file may be split: an index,
-`*.safetensors.index.json`, then says under "weight_map" which of the files beside it has which weight.
+This is how diffusers saves a pipeline. One of its parts may be given alone. A large file may be sharded: the
+"weight_map" of an index, `*.safetensors.index.json`, then maps each weight to a file beside it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 
 from .formats.pickles import RefusedFile
 
-MAX_JSON = 1 << 20  # bytes; an index has below 200 KB
+MAX_JSON = 1 << 20  # bytes; an index has less than 200 KB
 STEMS = {
     "unet": ("diffusion_pytorch_model",),
     "vae": ("diffusion_pytorch_model",),
     "text_encoder": ("model", "pytorch_model"),
 }
-RAW_VARIANT = "non_ema"  # beside it, the file without a variant is the moving average
-EXTRA_FILE = "sd_extra.safetensors"  # ours: what the folder's parts do not need but an original file has
+RAW_VARIANT = "non_ema"  # if present, the file without a variant is the moving average
+EXTRA_FILE = "sd_extra.safetensors"  # ours: tensors that only an original file has
 CONFIGS = {
     "index": "model_index.json",
     "unet": "unet/config.json",
@@ -38,19 +38,20 @@ CONFIGS = {
     "tokenizer": "tokenizer/tokenizer_config.json",
 }
 CLASSES = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "CLIPTextModel": "text_encoder"}
+ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of files of weights
 SHARD = re.compile(r"-\d{5}-of-(\d{5})(?=\.)")
 
 
 class Part(NamedTuple):
-    """Some weights: the files they lie in, and the prefix that their names get."""
+    """Files of weights, and the prefix that their names get."""
 
     prefix: str
     files: tuple[Path, ...]
-    weight_map: Mapping[str, Set[str]] | None = None  # of an index: name of a file -> the weights in it
+    weight_map: Mapping[str, Set[str]] | None = None  # of an index: file name -> weights in the file
 
 
 class Parts(NamedTuple):
-    """A model in several files: its weights, its JSON files by what they are about, and what was chosen."""
+    """A model in several files: its weights, its JSON files by topic, and what was chosen."""
 
     kind: str
     parts: tuple[Part, ...]
@@ -61,17 +62,19 @@ class Parts(NamedTuple):
 def find_parts(folder: Path, variant: str | None = None) -> Parts:
     """The files of a diffusers folder, of one of its parts, or of a folder with an index. Raises RefusedFile.
 
-    variant   "fp16", ...: the files named so where there are any; else those without a variant, or the only variant
+    variant   "fp16", ...: files of this variant where there are any; else those without a variant, or the only variant
     """
     inside = {name: folder / name for name in STEMS if (folder / name).is_dir()}
     if not inside and not (folder / CONFIGS["index"]).is_file():
         return _single_part(folder, variant)
     configs = {name: _read_json(folder / file) for name, file in CONFIGS.items() if (folder / file).is_file()}
-    parts, notes, available = [], [], set()
+    parts: list[Part] = []
+    notes: list[str] = []
+    available: set[str | None] = set()
     matched = variant is None
     for name, place in inside.items():
         variants = _variants(place, STEMS[name])
-        available |= variants.keys() - {None}
+        available |= variants.keys()
         chosen = _choose(variants, variant)
         if not variants:
             continue  # convert.py says what is missing, and which option gives it
@@ -83,7 +86,7 @@ def find_parts(folder: Path, variant: str | None = None) -> Parts:
         if averaged:
             parts.append(_part(f"{name}.", variants[RAW_VARIANT]))
     if not matched:
-        known = ", ".join(sorted(available)) or "none"
+        known = ", ".join(sorted(filter(None, available))) or "none"
         raise RefusedFile(f"no files of the variant {variant!r} in it; its variants: {known}")
     if not parts and "index" not in configs:
         raise RefusedFile(_no_model(folder))
@@ -92,8 +95,18 @@ def find_parts(folder: Path, variant: str | None = None) -> Parts:
     return Parts("diffusers folder", tuple(parts), configs, tuple(dict.fromkeys(notes)))
 
 
+def model_name(path: Path) -> str:
+    """The name of a file or folder of weights, without a file's ending.
+
+    A folder keeps its whole name, as does a file without a known ending: the ".0" of "style-2.0" is part of a version.
+    """
+    path = path.expanduser().resolve() if path.name in ("", ".", "..") else path
+    known = path.suffix.lower() in ENDINGS and not path.is_dir()
+    return path.stem if known else path.name
+
+
 def is_index(path: Path) -> bool:
-    """Whether a path is called as an index of several files is."""
+    """Whether a path is named like the index of a sharded file."""
     return re.search(r"\.index(\.[\w-]+)?\.json$", path.name) is not None
 
 
@@ -103,7 +116,7 @@ def parts_of_index(path: Path) -> Parts:
 
 
 def check_not_a_shard(path: Path) -> None:
-    """Refuse one of several files that a model was split into."""
+    """Refuse a single shard of a model. Raises RefusedFile."""
     found = SHARD.search(path.name)
     if found and int(found[1]) > 1:
         raise RefusedFile(f"one of {int(found[1])} parts of a model; give the .index.json beside it, or the folder")
@@ -116,7 +129,7 @@ def _single_part(folder: Path, variant: str | None) -> Parts:
         raise RefusedFile(_no_model(folder))
     chosen = _choose(variants, variant)
     if variant is not None and chosen != variant:
-        known = ", ".join(sorted(variants.keys() - {None})) or "none"
+        known = ", ".join(sorted(filter(None, variants))) or "none"
         raise RefusedFile(f"no files of the variant {variant!r} in it; its variants: {known}")
     configs = {}
     if (folder / "config.json").is_file():
@@ -136,7 +149,7 @@ def _no_model(folder: Path) -> str:
 
 
 def _variants(folder: Path, stems: Sequence[str]) -> dict[str | None, Path]:
-    """Variant -> the file or index to read, safetensors before pickles; None is the variant without a name."""
+    """Variant -> the file or index to read, safetensors before pickles; None for files without a variant."""
     found: dict[str | None, Path] = {}
     names = sorted(file.name for file in folder.iterdir() if file.is_file())
     for ending in ("safetensors", "bin"):
@@ -151,7 +164,7 @@ def _variants(folder: Path, stems: Sequence[str]) -> dict[str | None, Path]:
 
 
 def _choose(variants: Mapping[str | None, Path], wanted: str | None) -> str | None:
-    """The variant to read: the one wanted, else the one without a name, else the only one there is."""
+    """The variant to read: the one wanted, else none, else the only one there is."""
     if wanted in variants or None in variants or not variants:
         return wanted if wanted in variants else None
     names = sorted(name for name in variants if name)

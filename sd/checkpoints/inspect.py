@@ -1,13 +1,13 @@
-"""What a file holds, without reading its weights: family, prediction, precision, what is missing, what is unknown.
+"""What a file holds, without reading its weights: model, prediction, precision, missing and unknown weights.
 
-Names, shapes and types are at the beginning of a file (or, in a zip, at its end), so this takes no longer for 8 GB than
-for 8 MB. What needs all of the file is left out: its SHA-256 is computed where that takes no time (`SMALL`) or is asked
-for, and whether a network of SD 2.x predicts eps or v, if nothing says so, only running it can tell.
+Names, shapes and types are at the beginning of a file (in a zip, at its end), so 8 GB take no longer than 8 MB. The
+SHA-256 needs the whole file and is computed for small ones (`SMALL`) or on request. Whether an SD 2.x U-Net predicts
+eps or v, where nothing says so, only running it can tell.
 
 >>> from sd.checkpoints.checkpoint import load_checkpoint
 >>> from sd.resources import resource
 >>> with load_checkpoint(resource("weights/pocket.safetensors")) as file:
-...     census(file).model
+...     inspect(file).model
 'pocket, 128x128'
 """
 
@@ -21,26 +21,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config import SD1, SD2, Config
-from .checkpoint import Bundle, Checkpoint, CheckpointError, printable, shapes
+from .checkpoint import Checkpoint, CheckpointError, printable, shapes
 from .convert import FLAGS, NAMES, ignored
 from .detect import damaged_position_ids, identify
 from .layouts import AVERAGE, NETWORKS, TOKENS, Layout, find_layouts, usual_layout
-from .weight_shapes import weight_shapes
 
-SMALL = 256 << 20  # bytes: SHA-256 of so much takes below half a second
-SHORT_HASH = (0x100000, 0x10000)  # where older tools look for "model hash": 64 KB behind the first megabyte
-LISTED = 10  # keys, of a long list
+SMALL = 256 << 20  # bytes: their SHA-256 takes less than half a second
+SHORT_HASH = (0x100000, 0x10000)  # "model hash" of older tools: 64 KB after the first megabyte
+LISTED = 10  # keys printed of a long list
 
 
 @dataclass
-class Census:
-    """What is in a file. `lines()` has all of it in words."""
+class Report:
+    """What is in a file; `lines()` is all of it as text."""
 
     path: Path
     kind: str
     size: int  # bytes
     tensors: int
-    model: str  # its family, or why it is none that runs here
+    model: str  # its family, or why it is not supported
     supported: bool
     prediction: str = ""
     channels: str = ""
@@ -54,7 +53,7 @@ class Census:
     sha256: str | None = None
 
     def lines(self) -> list[str]:
-        """One line each: what, and the answer."""
+        """Lines of text: what, and the answer."""
         rows = [
             ("file", f"{self.path} ({self.kind}, {self.size:,} bytes, {self.tensors} tensors)"),
             ("model", self.model),
@@ -75,16 +74,16 @@ class Census:
         return [printable(f"{name + ':':<14}{value}") for name, value in rows if value]
 
 
-def census(tensors: Checkpoint, config: Config | None = None, *, sha256: bool | None = None) -> Census:
-    """Count what an opened checkpoint holds. Only two small tables are read of its numbers.
+def inspect(tensors: Checkpoint, config: Config | None = None, *, sha256: bool | None = None) -> Report:
+    """Look at what an opened checkpoint holds. Of its tensors, only two small tables are read.
 
-    config   which model it is, if that is known
-    sha256   of the whole file, which has to be read for it; by default of small ones only
+    config   which model it is, if known
+    sha256   whether to compute the SHA-256, which reads the whole file; by default of small files only
     """
     found, layouts = shapes(tensors), find_layouts(tensors)
-    files = [file.path for file in tensors.files] if isinstance(tensors, Bundle) else [tensors.path]
+    files = [file.path for file in tensors.files]
     size = sum(path.stat().st_size for path in files)
-    out = Census(tensors.path, tensors.kind, size, len(tensors), "", supported=False)
+    out = Report(tensors.path, tensors.kind, size, len(tensors), "", supported=False)
     out.notes += tensors.notes
     out.metadata = {key: _short(value) for key, value in tensors.metadata.items() if not key.startswith("sd.")}
     try:
@@ -100,8 +99,8 @@ def census(tensors: Checkpoint, config: Config | None = None, *, sha256: bool | 
         out.model = str(error)
         if not layouts:
             return _hashed(out, files, sha256)
-        # a network alone: counted as one of the model it most likely is of
-        wide = any(shape[-1:] == (SD2.text.width,) and "token_embedding" in key for key, shape in found.items())
+        # a network alone: compared with the model that it most likely belongs to
+        wide = any(shape[-1:] == (SD2.text[0].width,) and "token_embedding" in key for key, shape in found.items())
         config = config or (SD2 if wide else SD1)
     _count(out, tensors, config, layouts)
     if damaged := damaged_position_ids(tensors):
@@ -111,9 +110,11 @@ def census(tensors: Checkpoint, config: Config | None = None, *, sha256: bool | 
     return _hashed(out, files, sha256)
 
 
-def _count(out: Census, tensors: Checkpoint, config: Config, layouts: Mapping[str, Layout]) -> None:
+def _count(out: Report, tensors: Checkpoint, config: Config, layouts: Mapping[str, Layout]) -> None:
+    from ..models.build import weight_shapes  # not above: torch is slow to import, and not all that is here needs it
+
     found = shapes(tensors)
-    expected = weight_shapes(config)
+    expected = dict(weight_shapes(config))
     expected[AVERAGE] = expected["unet"]
     used: set[str] = set()
     for name in (*NETWORKS, AVERAGE):
@@ -140,16 +141,18 @@ def _count(out: Census, tensors: Checkpoint, config: Config, layouts: Mapping[st
             out.missing.append(f"of the {NAMES[name]} {len(gone)} of {len(keys)} weights: {_listed(gone)}")
     if AVERAGE not in layouts and any(key.startswith("model_ema.") for key in found):
         out.ema = "no, only its counters"
-    text = layouts.get("text_encoder")
-    if text is not None:
-        (source,) = text.sources(config, [TOKENS]).values()
-        added = found.get(source.key, (0,))[0] - SD1.text.vocab
+    encoder = layouts.get("text_encoder")
+    if encoder is not None:
+        (source,) = encoder.sources(config, [TOKENS]).values()
+        added = found.get(source.key, (0,))[0] - SD1.text[0].vocab
         if added > 0:
             out.notes.append(f"{added} words added to the vocabulary: kept, but no prompt can ask for them")
     out.unknown = [
         key
         for key in found
-        if key not in used and not ignored(key) and not (text is not None and text.unrun_layer(key, config.text.layers))
+        if key not in used
+        and not ignored(key)
+        and not (encoder is not None and encoder.unrun_layer(key, config.text[0].layers))
     ]
 
 
@@ -159,8 +162,8 @@ def _precision(tensors: Checkpoint, keys: list[str]) -> str:
     return " and ".join(kinds) or "none"
 
 
-def _hashed(out: Census, files: list[Path], sha256: bool | None) -> Census:
-    """Add the hashes of a single file; a folder has none."""
+def _hashed(out: Report, files: list[Path], sha256: bool | None) -> Report:
+    """Add the hashes of a single file; folders have none."""
     if len(files) == 1:
         out.short_hash = short_hash(files[0])
         if sha256 or (sha256 is None and out.size <= SMALL):
@@ -175,7 +178,7 @@ def _hashed(out: Census, files: list[Path], sha256: bool | None) -> Census:
 def short_hash(path: Path) -> str:
     """Eight digits of the SHA-256 of 64 KB: the "model hash" of tools before 2023, such as 7460a6fa for sd-v1-4.ckpt.
 
-    Quick, and no proof of anything: files that differ elsewhere share it.
+    Quick, but files that differ elsewhere share it.
     """
     start, count = SHORT_HASH
     with open(path, "rb") as stream:

@@ -1,19 +1,19 @@
-"""The names of weights: where each of ours lies in an original checkpoint.
+"""Key maps: the name of each of our weights in other layouts.
 
-The key map is data. `*_places` walk the config and yield where each block of ours lies in the original; a handful of
-rules name the layers inside a block. Together they give one table {our key: where it comes from}, which is looked up
-in both directions: no pattern is ever applied to a key that we do not know.
+The key map is data. `*_places` walk the config and yield pairs of corresponding blocks; a few rules name the layers
+inside a block. Together they give one table {our key: source}, which is looked up in both directions: patterns are
+never applied to unknown keys.
 
-    ours                                 original (CompVis), behind the prefix of the network
+    ours                                 original (CompVis), after the prefix of the network
     unet.down.1.attn.0.blocks.0.attn2.q  input_blocks.4.1.transformer_blocks.0.attn2.to_q
     vae.encoder.mid.attn.attn.q          encoder.mid.attn_1.q, a 1x1 convolution
     text_encoder.blocks.3.attn.q         encoder.layers.3.self_attn.q_proj (CLIP)
                                          transformer.resblocks.3.attn.in_proj, the first third of it (OpenCLIP)
 
-The same for the modules of diffusers and transformers, which the networks are compared with.
+The same for diffusers and transformers.
 
     unet.down.1.attn.0.blocks.0.attn2.q  down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q
-    unet.up.0.res.2.conv1                up_blocks.3.resnets.2.conv1: going up they count from the coarsest level
+    unet.up.0.res.2.conv1                up_blocks.3.resnets.2.conv1: on the way up they count from the coarsest level
     vae.encoder.mid.attn.attn.q          encoder.mid_block.attentions.0.to_q
 
 >>> from sd.config import SD1
@@ -27,26 +27,27 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from ..config import Config
+from ..config import Config, TextConfig
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 CLIP = "cond_stage_model.transformer.text_model."
 CLIP_OLD = "cond_stage_model.transformer."  # some fine-tunes lack "text_model."
 OPENCLIP = "cond_stage_model.model."
+TEXT = {"clip": CLIP, "openclip": OPENCLIP}  # the prefix of an original text encoder, by `TextConfig.names`
 EMA = "model_ema."
 
 
 class Source(NamedTuple):
-    """Where a weight of ours lies elsewhere: all of a tensor, or one third of a fused q, k, v projection."""
+    """Where to find one of our weights in another layout: a tensor, or one third of a fused q, k, v projection."""
 
     key: str
     third: int | None = None
-    ones: int = 0  # 1x1 convolutions of the original that are linear layers here have two more dimensions, of size 1
+    ones: int = 0  # dimensions of size 1 that it has in addition: 2 where our linear layer is a 1x1 convolution
 
 
-Rules = Mapping[str, str]  # layer of ours within a block -> layer of theirs within their block
-Place = tuple[str, str, Rules]  # block of ours, block of theirs, the rules between them
+Rules = dict[str, str]  # our layer within a block -> their layer within their block
+Place = tuple[str, str, Rules]  # our block, their block, and the rules inside
 
 PROJECTIONS: Rules = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 RESBLOCK: Rules = {
@@ -73,9 +74,10 @@ DIFFUSERS_VAE_ATTENTION: Rules = {"norm": "group_norm"} | {f"attn.{a}": b for a,
 OLD_VAE_ATTENTION: Rules = {  # diffusers before 0.18 (2023)
     "norm": "group_norm", "attn.q": "query", "attn.k": "key", "attn.v": "value", "attn.out": "proj_attn",
 }  # fmt: skip
-THIS: Rules = {"": ""}  # a block that is one layer
+THIS: Rules = {"": ""}  # a block that is a single layer
 
-OWN_0_1 = re.compile(r"(?<=attn)((?:\.\d+)?)\.blocks\.0\.")  # the one block of a transformer was ".block." in 0.1
+# A transformer's only block was "block" in version 0.1; several are "blocks.0", "blocks.1", ...
+OWN, OWN_0_1 = (re.compile(rf"(?<=attn)((?:\.\d+)?)\.{name}\.") for name in (r"blocks\.0", "block"))
 
 # layers that are linear here and may be 1x1 convolutions elsewhere
 UNET_POINTWISE = (".proj_in", ".proj_out")
@@ -83,7 +85,7 @@ VAE_POINTWISE = tuple(f".attn.attn.{n}" for n in PROJECTIONS)
 
 
 def transformer(depth: int) -> Rules:
-    """The rules of a spatial transformer of so many blocks."""
+    """The rules of a spatial transformer with this number of blocks."""
     return {name: name for name in ("norm", "proj_in", "proj_out")} | {
         f"blocks.{i}.{ours}": f"transformer_blocks.{i}.{theirs}"
         for i in range(depth)
@@ -92,12 +94,12 @@ def transformer(depth: int) -> Rules:
 
 
 def unet_places(config: Config) -> Iterator[Place]:
-    """The U-Net's blocks: ours, the original's (without prefix), and the rules inside."""
+    """The U-Net's blocks: ours, the original ones (without prefix), and the rules inside."""
     cfg = config.unet
     last = len(cfg.channels) - 1
     yield from (("time.0", "time_embed.0", THIS), ("time.2", "time_embed.2", THIS))
     yield from (("conv_in", "input_blocks.0.0", THIS), ("norm_out", "out.0", THIS), ("conv_out", "out.2", THIS))
-    n = 1  # the original numbers all blocks of one direction in a row, steps between levels included going down
+    n = 1  # the original numbers the blocks of a direction consecutively, on the way down with the steps between levels
     for level in range(last + 1):
         for i in range(cfg.blocks):
             yield f"down.{level}.res.{i}", f"input_blocks.{n}.0", RESBLOCK
@@ -117,13 +119,13 @@ def unet_places(config: Config) -> Iterator[Place]:
             if depth := cfg.depth[level]:
                 yield f"up.{level}.attn.{i}", f"output_blocks.{n}.1", transformer(depth)
             n += 1
-        if level > 0:  # inside the level's last block, behind whatever else is there
+        if level > 0:  # the last layer of the level's last block
             index = 2 if cfg.depth[level] else 1
             yield f"up.{level}.up.conv", f"output_blocks.{n - 1}.{index}.conv", THIS
 
 
 def vae_places(config: Config) -> Iterator[Place]:
-    """The VAE's blocks. The original counts the decoder's levels from the finest, as we do."""
+    """The VAE's blocks. The original counts the decoder's levels from the finest, as here."""
     cfg = config.vae
     last = len(cfg.channels) - 1
     yield from (("quant", "quant_conv", THIS), ("post_quant", "post_quant_conv", THIS))
@@ -144,20 +146,20 @@ def vae_places(config: Config) -> Iterator[Place]:
                 )
 
 
-def clip_places(config: Config) -> Iterator[Place]:
-    """OpenAI's CLIP text encoder, named by Hugging Face's CLIPTextModel."""
+def clip_places(text: TextConfig) -> Iterator[Place]:
+    """The text encoder's blocks in transformers' CLIPTextModel."""
     yield "token", "embeddings.token_embedding", THIS
     yield "position", "embeddings.position_embedding", THIS
     yield "norm", "final_layer_norm", THIS
-    for i in range(config.text.layers):
+    for i in range(text.layers):
         yield f"blocks.{i}", f"encoder.layers.{i}", CLIP_BLOCK
 
 
-def openclip_places(config: Config) -> Iterator[Place]:
-    """OpenCLIP's text encoder. Its fused q, k, v and its bare position table are added in `text_sources`."""
+def openclip_places(text: TextConfig) -> Iterator[Place]:
+    """The same in OpenCLIP. Its fused q, k, v and its bare position table are added in `text_sources`."""
     yield "token", "token_embedding", THIS
     yield "norm", "ln_final", THIS
-    for i in range(config.text.layers):
+    for i in range(text.layers):
         yield f"blocks.{i}", f"transformer.resblocks.{i}", OPENCLIP_BLOCK
 
 
@@ -204,7 +206,7 @@ def diffusers_vae_places(config: Config, attention: Rules = DIFFUSERS_VAE_ATTENT
 
 
 def _layers(places: Iterable[Place], prefix: str = "") -> dict[str, str]:
-    """Layer of ours -> layer of theirs, for every layer that a block of these kinds may have."""
+    """Our layer -> their layer, for every layer that a block of these kinds may have."""
     return {
         f"{ours}.{a}".rstrip("."): f"{prefix}{theirs}.{b}".rstrip(".")
         for ours, theirs, rules in places
@@ -212,10 +214,10 @@ def _layers(places: Iterable[Place], prefix: str = "") -> dict[str, str]:
     }
 
 
-def text_sources(layout: str, config: Config, prefix: str) -> Callable[[str], Source]:
-    """Where a weight of the text encoder lies, by our key. `layout` "clip" (Hugging Face's names) or "openclip"."""
+def text_sources(layout: str, text: TextConfig, prefix: str) -> Callable[[str], Source]:
+    """The sources of the text encoder's weights, by our key. `layout` "clip" (transformers' names) or "openclip"."""
     places = openclip_places if layout == "openclip" else clip_places
-    plain = _sources(_layers(places(config), prefix))
+    plain = _sources(_layers(places(text), prefix))
     if layout == "clip":
         return plain
 
@@ -255,28 +257,34 @@ def unet_sources(layout: str, config: Config, prefix: str) -> Callable[[str], So
 
 
 def sources(network: str, layout: str, config: Config, prefix: str, keys: Iterable[str]) -> dict[str, Source]:
-    """Where each of our weights `keys` of a network ("text_encoder", "vae", "unet") lies in a layout.
+    """The sources of a network's weights ("text_encoder", "vae", "unet") in a layout, by our keys.
 
-    layout   "own", "own-0.1" (as version 0.1 wrote it), or one that the network's function above knows
-    prefix   what stands before every key there
+    layout   "own", "own-0.1" (as written by version 0.1), or one that the network's function above knows
+    prefix   the prefix of every key in that layout
     """
     if layout == "own":
         return {key: Source(prefix + key) for key in keys}
     if layout == "own-0.1":
-        return {key: Source(prefix + OWN_0_1.sub(r"\1.block.", key)) for key in keys}
-    source = {"text_encoder": text_sources, "vae": vae_sources, "unet": unet_sources}[network](layout, config, prefix)
+        return {key: Source(prefix + OWN.sub(r"\1.block.", key)) for key in keys}
+    if network == "text_encoder":
+        source = text_sources(layout, config.text[0], prefix)
+    else:
+        source = {"vae": vae_sources, "unet": unet_sources}[network](layout, config, prefix)
     return {key: source(key) for key in keys}
 
 
-def original_sources(
-    config: Config, keys: Mapping[str, Iterable[str]], text_prefix: str | None = None
-) -> dict[str, dict[str, Source]]:
-    """Per network, where each of our weights lies in an original checkpoint of this config.
+def from_own_0_1(key: str) -> str:
+    """Our name of a weight, by its name in version 0.1."""
+    return OWN_0_1.sub(r"\1.blocks.0.", key)
 
-    keys         per network ("text_encoder", "vae", "unet"), our names of its weights
-    text_prefix  overrides the prefix of CLIP's keys
+
+def original_sources(config: Config, keys: Mapping[str, Iterable[str]]) -> dict[str, dict[str, Source]]:
+    """Per network, the sources of our weights in an original checkpoint of this config.
+
+    keys   per network ("text_encoder", "vae", "unet", "unet_ema"), our names of its weights
     """
-    text = ("openclip", OPENCLIP) if text_names(config) == "openclip" else ("clip", text_prefix or CLIP)
+    names = config.text[0].names
+    text = (names, TEXT[names])
     where = {"text_encoder": text, "vae": ("original", VAE), "unet": ("original", UNET), "unet_ema": ("ema", EMA)}
     return {
         network: sources(network.removesuffix("_ema"), where[network][0], config, where[network][1], names)
@@ -285,10 +293,10 @@ def original_sources(
 
 
 def diffusers_sources(config: Config, keys: Mapping[str, Iterable[str]]) -> dict[str, dict[str, Source]]:
-    """Per network, where each of our weights lies in diffusers' and transformers' modules of this config.
+    """Per network, the sources of our weights in diffusers' and transformers' modules of this config.
 
-    These are UNet2DConditionModel, AutoencoderKL and transformers 5's CLIPTextModel, which serves OpenCLIP too; earlier
-    versions of it put "text_model." before every key. `keys` as for `original_sources`.
+    These are UNet2DConditionModel, AutoencoderKL and transformers 5's CLIPTextModel, also for OpenCLIP; earlier
+    versions of transformers put "text_model." before every key. `keys` as for `original_sources`.
     """
     layout = {"text_encoder": "clip"}
     return {
@@ -297,17 +305,8 @@ def diffusers_sources(config: Config, keys: Mapping[str, Iterable[str]]) -> dict
     }
 
 
-def text_names(config: Config) -> str:
-    """Whose names an original checkpoint has for the text encoder: "clip" (Hugging Face's) or "openclip".
-
-    OpenAI's encoder was published under the one, with its own activation; those that OpenCLIP trained, with the exact
-    GELU, under the other.
-    """
-    return "openclip" if config.text.activation == "gelu" else "clip"
-
-
 def _sources(layers: Mapping[str, str], pointwise: tuple[str, ...] = ()) -> Callable[[str], Source]:
-    """Our key -> its source, by a table of layers; those named `pointwise` at the end are 1x1 convolutions there."""
+    """Our key -> its source, by a table of layers; those whose names end in `pointwise` are 1x1 convolutions there."""
 
     def source(key: str) -> Source:
         layer, _, leaf = key.rpartition(".")
@@ -317,5 +316,5 @@ def _sources(layers: Mapping[str, str], pointwise: tuple[str, ...] = ()) -> Call
 
 
 def ema_key(key: str) -> str:
-    """Name of the moving average of a U-Net weight: "model." goes and every dot after it (LitEma of the original)."""
+    """The key of a U-Net weight's moving average: without "model." and without dots (LitEma of the original)."""
     return EMA + key.removeprefix("model.").replace(".", "")

@@ -1,12 +1,11 @@
-"""Under which names a file holds each network, told by one weight that only those names have.
+"""The layout of each network in a file: a set of names, recognised by a key that only this set has.
 
-The same weights go by many names. `keys.py` has a table for each set of names; a file may put a prefix of its own
-before all of them. Every network is looked for by itself, so that a file may hold one of them, or each in another
-layout: an original checkpoint with diffusers' VAE in it, a folder whose parts were written by different versions of a
-library.
+The same weights go by many names. `key_maps.py` has a table for each set; a file may put a prefix of its own before
+them. Networks are detected one by one, because a file may hold only one of them, or each in another layout: an original
+checkpoint with diffusers' VAE, a folder whose parts were written by different versions of a library.
 
-    network        layout         the weight that tells                         written by
-    text_encoder   clip           embeddings.token_embedding.weight             Hugging Face's CLIPTextModel; SD 1.x
+    network        layout         characteristic key                            written by
+    text_encoder   clip           embeddings.token_embedding.weight             transformers' CLIPTextModel; SD 1.x
                    openclip       positional_embedding, without ".weight"       OpenCLIP; SD 2.x
     vae            original       decoder.mid.block_1.norm1.weight              CompVis
                    diffusers      ...attentions.0.to_q.weight                   diffusers; "-old", before 0.18: query
@@ -23,15 +22,15 @@ from collections.abc import Container, Iterable, Mapping
 from typing import NamedTuple
 
 from ..config import Config
-from .key_maps import CLIP, CLIP_OLD, EMA, OPENCLIP, UNET, VAE, Source, sources, text_names
+from .key_maps import CLIP, CLIP_OLD, EMA, OPENCLIP, TEXT, UNET, VAE, Source, sources
 
 NETWORKS = ("text_encoder", "vae", "unet")
-AVERAGE = "unet_ema"  # the U-Net's moving average, which a training checkpoint holds beside the U-Net
-EXTRA = "extra."  # in files of ours: what the networks do not need but the original's files have, under its names
+AVERAGE = "unet_ema"  # moving average of the U-Net, which a training checkpoint has in addition
+EXTRA = "extra."  # in files of ours: tensors that only other programs need, under their original names
 TOKENS = "token.weight"  # our name of the text encoder's table of tokens
 
-# What may stand before the names. The first one of a layout is that of its own files; then those of other programs:
-# generative-models (conditioner.*), ComfyUI (text_encoders.*), stable-diffusion.cpp (te.*); a network alone has none.
+# Possible prefixes. The first is that of the original files; then those of other programs: generative-models
+# (conditioner.*), ComfyUI (text_encoders.*), stable-diffusion.cpp (te.*). A network alone has none.
 CLIP_PREFIXES = (
     CLIP, CLIP_OLD, "text_encoder.text_model.", "text_encoder.", "text_model.", "",
     "conditioner.embedders.0.transformer.text_model.", "text_encoders.clip_l.transformer.text_model.",
@@ -47,7 +46,7 @@ UNET_PREFIXES = (UNET, "unet.", "diffusion_model.", "model.", "")
 OWN_TRANSFORMER, OLD_TRANSFORMER = (f"mid.attn.{name}.norm1.weight" for name in ("blocks.0", "block"))
 OLD_ATTENTION, NEW_ATTENTION = (f"decoder.mid_block.attentions.0.{name}.weight" for name in ("query", "to_q"))
 
-# network -> its layouts: name, the weight that tells, prefixes
+# network -> its layouts: name, characteristic key, prefixes
 LAYOUTS: Mapping[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
     "text_encoder": (
         ("own", TOKENS, ("text_encoder.",)),
@@ -74,13 +73,13 @@ LAYOUTS: Mapping[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
     ),
 }
 
-# The first convolution and the first attention to the text, by layout: their shapes tell the model.
+# The first convolution, by layout: its shape tells the number of input channels.
 FIRST = dict.fromkeys(("own", "own-0.1", "diffusers"), "conv_in.weight") | {"original": "input_blocks.0.0.weight"}
 FIRST_AVERAGED = "diffusion_modelinput_blocks00weight"
 
 
 class Layout(NamedTuple):
-    """The names that a file has for one network: a table of keys.py and what stands before every name."""
+    """The names that a file has for one network: a table of key_maps.py and a prefix."""
 
     network: str
     name: str
@@ -91,7 +90,7 @@ class Layout(NamedTuple):
         return sources(self.network.removesuffix("_ema"), self.name, config, self.prefix, keys)
 
     def unrun_layer(self, key: str, layers: int) -> bool:
-        """Whether a key belongs to a layer of the text encoder behind the first `layers`, which alone are run."""
+        """Whether a key belongs to a layer of the text encoder after the first `layers`, which are never run."""
         blocks = {"clip": "encoder.layers.", "openclip": "transformer.resblocks."}.get(self.name)
         if blocks is None or not key.startswith(self.prefix + blocks):
             return False
@@ -100,7 +99,7 @@ class Layout(NamedTuple):
 
 
 def find_layouts(found: Container[str]) -> dict[str, Layout]:
-    """The networks in a file with these keys, and the names it has for each."""
+    """The networks in a file with these keys, and the layout of each."""
     layouts = {}
     for network, candidates in LAYOUTS.items():
         for name, mark, prefixes in candidates:
@@ -112,11 +111,10 @@ def find_layouts(found: Container[str]) -> dict[str, Layout]:
 
 
 def usual_layout(network: str, config: Config) -> Layout:
-    """The names that an original checkpoint has for a network of this config."""
-    names = text_names(config)
-    text = Layout(network, names, OPENCLIP if names == "openclip" else CLIP)
+    """The layout of a network of this config in an original checkpoint."""
+    names = config.text[0].names
     return {
-        "text_encoder": text,
+        "text_encoder": Layout(network, names, TEXT[names]),
         "vae": Layout(network, "original", VAE),
         "unet": Layout(network, "original", UNET),
         AVERAGE: Layout(network, "ema", EMA),
@@ -124,5 +122,5 @@ def usual_layout(network: str, config: Config) -> Layout:
 
 
 def first_convolution(layout: Layout) -> str:
-    """The key of the U-Net's first convolution, whose shape tells how many channels it is given."""
+    """The key of the U-Net's first convolution, whose shape tells the number of input channels."""
     return layout.prefix + (FIRST_AVERAGED if layout.name == "ema" else FIRST[layout.name])

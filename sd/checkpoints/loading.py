@@ -1,9 +1,12 @@
-"""From opened files to networks: which parts come from where, networks without memory, and their weights, strictly.
+"""From opened files to networks: which file each network comes from, and its weights, strictly.
 
->>> from sd.config import POCKET
->>> networks = build(POCKET)  # without numbers: those come by `load_weights`
->>> sorted(networks), next(networks["unet"].parameters()).is_meta
-(['text_encoder', 'unet', 'vae'], True)
+>>> from sd.models.build import build
+>>> from sd.resources import resource
+>>> with Source(resource("weights/pocket.safetensors"), LoadOptions()) as source:
+...     vae = build(source.config)["vae"]  # without memory
+...     source.read("vae", vae, torch.device("cpu"), torch.float32, lambda count: None, own=False)
+>>> vae.encoder.conv_in.weight.shape
+torch.Size([64, 3, 3, 3])
 """
 
 from __future__ import annotations
@@ -16,29 +19,25 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..config import Config, TextConfig
-from ..models.text_encoder import TextEncoder
-from ..models.unet import UNet
-from ..models.vae import VAE
 from ..runtime.optimize import optimize
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming, printable, shapes
 from .convert import FLAGS, NAMES, convert, describe_weights, shape_text
-from .detect import CONFIG_KEY, Identity, damaged_position_ids, identify, with_vocabulary
+from .detect import CONFIG_KEY, Identity, damaged_position_ids, identify, with_form, with_vocabulary
 from .diffusers_config import check_text_encoder, vae_from_diffusers
 from .formats.mmap import fresh
 from .layouts import NETWORKS, find_layouts
 from .other_models import is_sdxl, refuse_others
 from .prediction import predicting, probe
 
-Report = Callable[[int], object]  # is told how many numbers a weight has that was read
+Report = Callable[[int], object]  # called with the number of elements of each weight that was read
 
 
 def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
-    """The config with the VAE or text encoder that another file holds: what that says of it, and its vocabulary.
+    """The config of a model whose VAE or text encoder comes from another file.
 
-    Raises CheckpointError for a file without that network, or with one that does not go with the model.
+    Raises CheckpointError for a file without that network, or with one that does not fit the model.
     """
     found, layouts = shapes(tensors), find_layouts(tensors)
     if network not in layouts:
@@ -47,9 +46,11 @@ def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
     written, folder = tensors.metadata.get(CONFIG_KEY), tensors.configs.get(network)
     if network == "text_encoder":
         if folder is not None:
-            check_text_encoder(folder, config.text)
-        plain = replace(config, text=replace(config.text, vocab=TextConfig().vocab))
-        return with_vocabulary(plain, found, layouts)
+            check_text_encoder(folder, config.text[0])
+        plain = replace(config.text[0], vocab=TextConfig().vocab)
+        return with_form(
+            with_vocabulary(replace(config, text=(plain, *config.text[1:])), found, layouts), found, layouts
+        )
     if is_sdxl(found):
         raise CheckpointError("the VAE of an SDXL model, which makes other latents: give another one with --vae")
     if written is not None:
@@ -58,12 +59,12 @@ def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
 
 
 def like(known: Config, config: Config) -> Config:
-    """The config with the name, native size and schedule of another one, whose parts may be others."""
+    """The config with the name, native size and schedule of `known`."""
     return replace(config, name=known.name, size=known.size, schedule=known.schedule)
 
 
 def probed(found: Identity, unet: nn.Module) -> Identity:
-    """What a U-Net predicts about which nothing is said: asked of itself."""
+    """The identity with the prediction that the U-Net itself shows when it is run once."""
     answer = probe(unet, found.config, next(unet.parameters()))
     if answer is None:
         return replace(found, reason=f"{found.reason}, and run once it gave NaN; --prediction says it")
@@ -74,7 +75,7 @@ def probed(found: Identity, unet: nn.Module) -> Identity:
 
 
 def describe(tensors: Checkpoint, found: Identity, weights: str, config: Config) -> list[str]:
-    """What was found out about a file and chosen, one line each; `config` is with the parts of other files."""
+    """What was found out about a file and chosen, as lines of text; `config` includes parts from other files."""
     lines = [f"predicts {found.config.schedule.prediction}: {found.reason}"] if found.reason else []
     if taken := describe_weights(tensors, weights):
         lines.append(taken)
@@ -88,22 +89,6 @@ def describe(tensors: Checkpoint, found: Identity, weights: str, config: Config)
     return list(map(printable, lines))
 
 
-class _SkipInit(TorchFunctionMode):
-    """Leaves out the initialisers of `torch.nn.init`: the weights come from a file."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
-
-
-def build(config: Config) -> dict[str, nn.Module]:
-    """The three networks of a config on the meta device: shapes without memory, nothing initialised."""
-    with torch.device("meta"), _SkipInit():
-        return {"text_encoder": TextEncoder(config.text), "vae": VAE(config.vae), "unet": UNet(config.unet)}
-
-
 def load_weights(
     module: nn.Module,
     state: Mapping[str, Tensor],
@@ -112,11 +97,11 @@ def load_weights(
     progress: Callable[[int], object] = lambda numbers: None,
     own: bool = False,
 ) -> nn.Module:
-    """Give a network on the meta device its weights; each is read, converted and dropped, so nothing is held twice.
+    """Fill a network on the meta device with weights, which are read and converted one by one: none is held twice.
 
-    Convolution kernels are laid out channels-last, the layout in which convolutions run fastest on CPU and GPU and in
-    which a transformer's tokens are a view of the feature map. `progress` is told how many numbers each weight has. A
-    weight that already is as wanted is taken as it is, not copied.
+    Convolution kernels get the channels-last layout, in which convolutions run fastest on CPU and GPU and a
+    transformer's tokens are a view of the feature map. `progress` is called with the number of elements of each weight.
+    A weight that needs no conversion is not copied, unless memory of the network's `own` is asked for.
     """
     shapes = {key: meta.shape for key, meta in module.state_dict().items()}
 
@@ -139,8 +124,8 @@ def load_weights(
             raise CheckpointError(f"{key} has numbers beyond float16: use bfloat16 or float32 (--dtype)")
         return weight
 
-    # Two threads, as reading and touching fresh memory leave a core waiting (more gain nothing); the largest first, so
-    # that the memory a weight was read into serves for all that follow. Only this thread talks to the device.
+    # Two threads, because reading and touching fresh memory leave a core idle (more gain nothing). The largest weights
+    # first, so that the memory they were read into is reused. Only this thread talks to the device.
     weights = {}
     order = sorted(shapes, key=lambda key: -shapes[key].numel())
     with ThreadPoolExecutor(2) as pool:
@@ -152,7 +137,7 @@ def load_weights(
 
 
 def _in_pages(tensor: Tensor, dtype: torch.dtype, layout: torch.memory_format, own: bool) -> Tensor:
-    """The tensor itself if it is as wanted and need not be our own, or a copy in pages of its own."""
+    """The tensor itself if it needs no conversion and may be shared, or a copy in memory pages of its own."""
     if not own and tensor.dtype == dtype and tensor.is_contiguous(memory_format=layout):
         return tensor
     copy = fresh(tensor.numel(), dtype)
@@ -164,27 +149,27 @@ def _in_pages(tensor: Tensor, dtype: torch.dtype, layout: torch.memory_format, o
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What a checkpoint is taken for, and what is taken from other files; everything that is None is found out."""
+    """How to read a checkpoint, and what to take from other files; whatever is None is detected."""
 
-    config: Config | None = None  # which model it is
+    config: Config | None = None  # the model
     weights: str = "auto"  # "auto", "raw" or "ema": which of a training checkpoint's two U-Nets
     prediction: str | None = None  # "eps" or "v": what the U-Net predicts
     vae: str | os.PathLike[str] | None = None  # another file or folder to take the VAE from, alone or whole
     text_encoder: str | os.PathLike[str] | None = None  # the same for the text encoder
-    variant: str | None = None  # of a diffusers folder: "fp16", ..., the files named so
+    variant: str | None = None  # of a diffusers folder: "fp16", ..., which files to read
 
     @property
     def others(self) -> dict[str, str | os.PathLike[str]]:
-        """Network -> the other file that it comes from."""
+        """Networks that come from other files: name -> path."""
         given = {"vae": self.vae, "text_encoder": self.text_encoder}
         return {name: path for name, path in given.items() if path is not None}
 
 
 class Source:
-    """The files of one model: which model it is, and its weights by network. Use as a context manager, or close it."""
+    """The open files of one model: its config, and the weights of each network. Close it, or use it in a `with`."""
 
     def __init__(self, path: str | os.PathLike[str], options: LoadOptions) -> None:
-        """Open the files and match every weight. Raises CheckpointError, in one line, for files that are no model."""
+        """Open the files and match every weight. Raises CheckpointError, in one line, if they are not a model."""
         self._path, self._options, self._stack = path, options, ExitStack()
         with ExitStack() as files:
             self._main = files.enter_context(load_checkpoint(path, options.variant, mapped=True))
@@ -207,28 +192,24 @@ class Source:
     def read(
         self, name: str, network: nn.Module, device: torch.device, dtype: torch.dtype, report: Report, own: bool
     ) -> None:
-        """Give a network, on the meta device, its weights, in memory of its `own` if asked for.
-
-        `report` is told how many numbers each has.
-        """
+        """Fill a network on the meta device with its weights (see `load_weights`)."""
         for file in self._files:
             file.check_unchanged()
         with naming(self._options.others.get(name, self._path)):
-            # files that stay open would share the memory of what is read from them, and such weights are not packed
             load_weights(network, self._states[name], device, dtype, report, own=own)
 
     @property
     def decided(self) -> bool:
-        """Whether the files say what the U-Net predicts."""
+        """Whether it is known what the U-Net predicts."""
         return self._found.decided
 
     def probe(self, unet: nn.Module) -> None:
-        """Ask the U-Net itself what it predicts."""
+        """Run the U-Net once to find out what it predicts."""
         self._found = probed(self._found, unet)
         self.config = like(self._found.config, self.config)
 
     def about(self) -> tuple[str, ...]:
-        """What was found out and chosen, one line each."""
+        """What was found out and chosen, as lines of text."""
         return (*self._main.notes, *describe(self._main, self._found, self._options.weights, self.config))
 
     def __enter__(self) -> Source:

@@ -1,4 +1,4 @@
-"""What people give that is no Stable Diffusion 1.x or 2.x, told by its keys, so that it can be refused by name."""
+"""Files that are not Stable Diffusion 1.x or 2.x, recognised by their keys so that they can be refused by name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from .checkpoint import CheckpointError
 
-# What others' files are, by a part of their keys; the first that fits. "^" is the beginning of a key, "$" its end.
+# Regular expressions that match a key -> what the file is; the first match counts.
 NOT_SUPPORTED = "which is not supported: Stable Diffusion 1.x and 2.x are"
 ADDITION = "an addition to a checkpoint, not a checkpoint"
 EMBEDDING = f"this is a textual inversion embedding, {ADDITION}: give it with --embedding"
@@ -30,19 +30,19 @@ OTHERS: tuple[tuple[str, str], ...] = (
     (r"^cond_stage_model\.transformer\.token_emb", f"this is LDM text2img-large, {NOT_SUPPORTED}"),
     (r"^cond_stage_model\.roberta\.|\.roberta\.encoder", f"this is AltDiffusion, {NOT_SUPPORTED}"),
     (r"^effnet\.|^prior\.|^generator\.down_blocks", f"this is a cascade, {NOT_SUPPORTED}"),
-    (r"^conv_first\.|^params_ema\.|^model\.0\.weight$", "this is an upscaler of pictures (ESRGAN)"),
+    (r"^conv_first\.|^params_ema\.|^model\.0\.weight$", "this is an image upscaler (ESRGAN)"),
 )  # fmt: skip
 OTHER_INPUTS = {5: "a depth-to-image", 7: "an upscaling", 8: "an instruct-pix2pix"}
 OTHER_CONTEXTS = {1280: "LDM text2img-large or an SDXL refiner", 2048: "an SDXL"}
 
 
 def is_sdxl(found: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether this is an SDXL model, of which the VAE has the names and shapes of Stable Diffusion's."""
+    """Whether this is an SDXL model, whose VAE has the same names and shapes as Stable Diffusion's."""
     return any(re.search(SDXL, key) for key in found)
 
 
 def refuse_others(found: Mapping[str, tuple[int, ...]]) -> None:
-    """Say what a file is that is no Stable Diffusion 1.x or 2.x."""
+    """Raise CheckpointError, which names the kind of file, for what is not Stable Diffusion 1.x or 2.x."""
     for pattern, what in OTHERS:
         search = re.compile(pattern).search
         if any(search(key) for key in found):

@@ -1,11 +1,11 @@
-"""What a U-Net predicts, the noise or the velocity, and on which noise schedule: from what is said, else by asking it.
+"""What a U-Net predicts, noise (eps) or velocity (v), and its noise schedule.
 
-Stable Diffusion 2.x base and 768-v have the same weights by name and shape, and taking one for the other gives brown
-noise. So it is asked for, in this order, and the answer comes with its reason:
+Stable Diffusion 2.x base and 768-v have weights of the same names and shapes, and confusing them gives brown noise. The
+sources of this information, in order of precedence; the result comes with the reason:
 
-    what the caller says                                                        --model, --prediction
+    the caller                                                                  --model, --prediction
     a file beside it of the same name, .yaml or .json                           parameterization: "v"
-    (of a diffusers folder's U-Net given alone, the folder's scheduler_config.json)
+    (for a diffusers folder's U-Net given alone, the folder's scheduler_config.json)
     the folder's scheduler_config.json, the file's metadata or marker keys      prediction_type, v_pred, alphas_cumprod
     the U-Net itself, run once (`probe`)                                        SD 2.x with 4 channels only
     eps                                                                         everything else
@@ -27,6 +27,7 @@ from ..config import SD2, SD2_V, Config, ScheduleConfig
 from ..schedule import Schedule
 from .checkpoint import Checkpoint, CheckpointError
 from .diffusers_config import schedule_from_diffusers
+from .folders import model_name
 from .formats.dtypes import TYPES, NumberType
 
 if TYPE_CHECKING:
@@ -42,15 +43,18 @@ PREDICTIONS = {
 MAX_SIDECAR = 1 << 20  # bytes
 SAY_PREDICTION = ("parameterization", "prediction_type", PREDICTION_KEY, "v_parameterization")  # entries of sidecars
 SAY_ZERO_SNR = ("rescale_betas_zero_snr", "zero_terminal_snr", "zsnr", "ztsnr")
-# an entry at the beginning of a line or of a {...}: its name, and the first word of its value
+# an entry at the beginning of a line or inside {...}: its name, and the first word of its value
 YAML_ENTRY = re.compile(r"""(?:^[ \t-]*|[{,][ \t]*)["']?([\w.]+)["']?[ \t]*[:=][ \t]*["']?([\w-]+)""", re.MULTILINE)
 
 
 def predicting(config: Config, prediction: str | None) -> Config:
-    """The config with this prediction, under the name and with the native size of the known model that it then is."""
+    """The config with this prediction, and the name and native size of the known model that it thereby becomes."""
     if prediction is None or prediction == config.schedule.prediction:
         return config
-    named = {SD2: SD2_V, SD2_V: SD2}.get(replace(config, text=replace(config.text, vocab=SD2.text.vocab)))
+    usual = SD2.text[0]
+    plain = tuple(replace(text, vocab=usual.vocab, names=usual.names) for text in config.text)
+    unet = replace(config.unet, linear_projections=SD2.unet.linear_projections)
+    named = {SD2: SD2_V, SD2_V: SD2}.get(replace(config, text=plain, unet=unet))
     size, name = (named.size, named.name) if named else (config.size, config.name)
     try:
         schedule = replace(config.schedule, prediction=prediction)
@@ -62,10 +66,9 @@ def predicting(config: Config, prediction: str | None) -> Config:
 def decide(
     tensors: Mapping[str, Tensor], config: Config, prediction: str | None, by_folder: bool
 ) -> tuple[Config, bool, str]:
-    """The config of a file that is not ours with its noise schedule and prediction, and the reason.
+    """The config of a foreign file with its noise schedule and prediction; whether the latter is known; and the reason.
 
-    The second is whether something says what it predicts; if not, `probe` should. `by_folder`: the config is that of a
-    diffusers folder, the schedule included.
+    If it is not known, `probe` should find out. `by_folder`: the config is that of a diffusers folder, with schedule.
     """
     beside, why_beside, zero_beside = read_beside(tensors)
     inside, why_inside = _inside(tensors)
@@ -92,7 +95,7 @@ def decide(
         kind = "inpainting models do" if inpaints else "Stable Diffusion 1.x does"
         reason = f"as {kind}, and nothing about this one says otherwise" if decided else "nothing says what it predicts"
     try:
-        # built in one go: a schedule that ends in noise alone is only valid with v
+        # in one call, because zero terminal SNR is only valid with v
         schedule = replace(schedule, prediction=said, **(table or ({"zero_snr": True} if zero else {})))
     except ValueError as error:
         raise CheckpointError(str(error)) from None
@@ -104,11 +107,13 @@ def decide(
 
 
 def read_beside(tensors: Mapping[str, Tensor]) -> tuple[str | None, str, bool]:
-    """What a file beside it says: the prediction, where it is said, and whether terminal SNR is zero."""
+    """What a file beside the checkpoint says: the prediction, which file, and whether terminal SNR is zero."""
     path = getattr(tensors, "path", None)
     if path is None or "scheduler" in getattr(tensors, "configs", {}):
         return None, "", False
-    sidecars = [] if path.is_dir() else [path.with_suffix(ending) for ending in (".yaml", ".yml", ".json")]
+    sidecars = (
+        [] if path.is_dir() else [path.with_name(model_name(path) + ending) for ending in (".yaml", ".yml", ".json")]
+    )
     part = path if path.is_dir() else path.parent
     if (part / "config.json").is_file():  # a part of a diffusers folder, given alone
         sidecars.append(part.parent / "scheduler" / "scheduler_config.json")
@@ -121,18 +126,18 @@ def read_beside(tensors: Mapping[str, Tensor]) -> tuple[str | None, str, bool]:
 
 
 def read_sidecar(path: Path) -> tuple[str | None, bool]:
-    """The prediction ("eps", "v" or None) and whether terminal SNR is zero, in a .yaml or .json about a checkpoint.
+    """The prediction ("eps", "v" or None) and whether terminal SNR is zero, from a .yaml or .json beside a checkpoint.
 
-    Only entries count, not what notes for people say: other programs keep a model's description in such a file. Of a
-    YAML single lines are looked at, so none needs to be understood. An original YAML that does not say
-    `parameterization` means eps: it is the default of the original's classes. Raises CheckpointError for "x0".
+    Only entries count, not free text: other programs keep a model's description in such a file. YAML is not parsed but
+    searched line by line. In an original YAML, no `parameterization` means eps, the default of the original classes.
+    Raises CheckpointError for "x0".
     """
     with open(path, "rb") as file:
         text = file.read(MAX_SIDECAR).decode("utf-8", "replace")
     if path.suffix == ".json":
         try:
             entries = list(_entries(json.loads(text.removeprefix("\ufeff"))))
-        except (ValueError, RecursionError):  # nothing that could be meant for us
+        except (ValueError, RecursionError):  # not meant for us
             entries = []
     else:
         text = re.sub(r"#.*", "", text)
@@ -148,7 +153,7 @@ def read_sidecar(path: Path) -> tuple[str | None, bool]:
 
 
 def _entries(content: object) -> Iterator[tuple[str, str]]:
-    """The entries of a JSON document that are plain values, those of inner objects too: name and lower-case text."""
+    """The plain values in a JSON document, those of inner objects included, as name and lower-case text."""
     if isinstance(content, list):
         for item in content:
             yield from _entries(item)
@@ -160,7 +165,7 @@ def _entries(content: object) -> Iterator[tuple[str, str]]:
 
 
 def _inside(tensors: Mapping[str, Tensor]) -> tuple[str | None, str]:
-    """What the file's metadata or its marker keys say."""
+    """The prediction according to the file's metadata or marker keys, and which of them."""
     metadata = getattr(tensors, "metadata", {})
     for name in (PREDICTION_KEY, "prediction_type", "ss_prediction_type", "parameterization"):
         word = str(metadata.get(name, "")).lower()
@@ -175,7 +180,7 @@ def _inside(tensors: Mapping[str, Tensor]) -> tuple[str | None, str]:
 
 
 def stored_schedule(tensors: Mapping[str, Tensor], schedule: ScheduleConfig) -> tuple[dict[str, Any], str]:
-    """What of a `ScheduleConfig` is to be replaced by the noise schedule in the file, and in words."""
+    """The fields of a `ScheduleConfig` to be replaced by the noise schedule in the file, and a note about it."""
     if "alphas_cumprod" not in tensors:
         return {}, ""
     found = read_table(tensors, "alphas_cumprod", (schedule.steps,))
@@ -192,8 +197,8 @@ def stored_schedule(tensors: Mapping[str, Tensor], schedule: ScheduleConfig) -> 
 
     if same(schedule):
         return {}, ""
-    zero = {"zero_snr": True, "prediction": "v"}
-    if not schedule.zero_snr and schedule.alpha_bar is None and same(replace(schedule, **zero)):
+    usual = not schedule.zero_snr and schedule.alpha_bar is None
+    if usual and same(replace(schedule, zero_snr=True, prediction="v")):
         return {"zero_snr": True}, "the file's noise schedule is used: zero terminal SNR"
     table = tuple(theirs.tolist())
     try:
@@ -209,32 +214,34 @@ def stored_schedule(tensors: Mapping[str, Tensor], schedule: ScheduleConfig) -> 
 def read_table(
     tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...] | None = None
 ) -> tuple[np.ndarray, NumberType] | None:
-    """A small tensor as float64, and its type; None where it has no numbers to read (on the meta device).
+    """A small tensor as float64, and its type; None on the meta device.
 
-    shape   the one expected: of any other, nothing is read, and it comes out empty
+    shape   the expected one: a tensor of another shape is not read, and the result is empty
     """
-    is_file = isinstance(tensors, Checkpoint)
-    has = tensors.shape(key) if is_file else tuple(tensors[key].shape)
-    kind = tensors.number_type(key) if is_file else TYPES.get(str(tensors[key].dtype).removeprefix("torch."))
+    kind: NumberType | None
+    if isinstance(tensors, Checkpoint):
+        has, kind = tensors.shape(key), tensors.number_type(key)
+    else:
+        has, kind = tuple(tensors[key].shape), TYPES.get(str(tensors[key].dtype).removeprefix("torch."))
     if kind is None or (shape is not None and has != shape) or math.prod(has) > 100_000 or kind.name[:6] == "float8":
         return np.empty((0,)), kind or TYPES["bool"]
-    if is_file:
+    if isinstance(tensors, Checkpoint):
         return tensors.table(key), kind
     return None if tensors[key].is_meta else (tensors[key].double().cpu().numpy(), kind)
 
 
 def probe(unet: Callable[[Tensor, Tensor, Conditioning], Tensor], config: Config, like: Tensor) -> str | None:
-    """Whether a U-Net predicts "eps" or "v", by running it once on noise; None if it does not answer with numbers.
+    """Whether a U-Net predicts "eps" or "v", by running it once on noise; None if the output is not finite.
 
-    At the last timestep x_t = alpha x0 + sigma eps is nearly all noise: sigma / alpha is 14.6. So a network that
-    predicts eps gives x back, and the share of x in its answer is 1. One that predicts v = alpha eps - sigma x0 gives a
-    picture, and that share is near 0. Measured on small models of this project: 0.99, and 0.01 to 0.03. A network that
-    was not trained has a share near 0, too.
+    At the last timestep x_t = alpha x0 + sigma eps is nearly pure noise: sigma / alpha is 14.6. A network that predicts
+    eps returns about x, so the projection of its output on x is 1. One that predicts v = alpha eps - sigma x0 returns
+    an image, and the projection is near 0. Measured on small models of this project: 0.99, and 0.01 to 0.03. For an
+    untrained network it is near 0, too.
 
-    AUTOMATIC1111's webui and stable-diffusion.cpp run it once, too, on 0.5 everywhere, and ask whether the answer's
-    mean is lower by more than 1: the v-models measured here lie on both sides of that, at 0.96 to 1.02.
+    AUTOMATIC1111's webui and stable-diffusion.cpp also run the network once, on a constant 0.5, and test whether the
+    output's mean is lower by more than 1: v-models measured here lie on both sides of that, at 0.96 to 1.02.
 
-    `like` is any tensor of the network's device and precision.
+    `like` is any tensor with the network's device and precision.
     """
     import torch
 

@@ -19,6 +19,8 @@ torch.Size([1, 5, 64])
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,19 +28,26 @@ from torch import Tensor, nn
 
 from ..config import GROUPS
 
+Part = TypeVar("Part", bound=nn.Module)
+
+
+def module_list(modules: Iterable[Part]) -> Sequence[Part]:
+    """An `nn.ModuleList` whose contents type checkers know."""
+    return cast("Sequence[Part]", nn.ModuleList(modules))
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
     """Multi-head attention: q (B, N, D), k and v (B, M, D) -> (B, N, D).
 
-    PyTorch's fused kernel never builds the N x M matrix; it scales before the softmax and sums in float32, which keeps
-    half precision safe. `causal` lets token n see tokens 0..n only (M = N).
+    PyTorch's fused kernel never builds the N x M matrix; it scales before the softmax and accumulates in float32, which
+    makes half precision safe. `causal` lets token n see tokens 0..n only (M = N).
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N, d)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(-2)  # (B, N, D)
 
 
 class Attention(nn.Module):
-    """Attention with its four projections: self-attention, or cross-attention where a context is given.
+    """Attention with its four projections: self-attention, or cross-attention if a context is given.
 
     One class serves the text encoder (`qkv_bias`, causal), the VAE (one head) and the U-Net (no bias on q, k, v).
     """
@@ -59,7 +68,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU: half of a wide projection, gated by the exact (erf) GELU of the other half."""
+    """GEGLU: one half of a wide projection, gated by the exact (erf) GELU of the other half."""
 
     def __init__(self, width: int, factor: int = 4) -> None:
         super().__init__()
@@ -69,14 +78,14 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         value, gate = self.proj(x).chunk(2, dim=-1)
-        return self.out(F.gelu(gate).mul_(value))  # in place: these are the largest tensors of a transformer
+        return self.out(F.gelu(gate).mul_(value))  # in place: the largest tensors of a transformer
 
 
 class ResBlock(nn.Module):
     """Two normalised 3x3 convolutions around a shortcut; in the U-Net the timestep is added between them.
 
-    `eps` is the normalisations': 1e-5 in the U-Net, 1e-6 in the VAE (openaimodel.py's GroupNorm32 and model.py's
-    Normalize of the original), so it has no default.
+    `eps` of the normalisations is 1e-5 in the U-Net and 1e-6 in the VAE (GroupNorm32 in openaimodel.py and Normalize in
+    model.py of the original), so it has no default.
     """
 
     def __init__(self, in_channels: int, out_channels: int, eps: float, time_width: int | None = None) -> None:
@@ -90,7 +99,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """x (B, C_in, H, W), time (B, time width) or None -> (B, C_out, H, W)."""
-        # SiLU in place: the normalised copy is not needed again, and at full resolution it is the largest tensor
+        # SiLU in place: the normalised copy, at full resolution the largest tensor, is not needed again
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
         if self.time is not None:
             h += self.time(time)[:, :, None, None]
@@ -99,16 +108,16 @@ class ResBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour enlargement, then a 3x3 convolution."""
+    """Nearest-neighbour upsampling, then a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, C, *size); twice the size where none is given.
+        """(B, C, H, W) -> (B, C, *size); by default twice the size.
 
-        Halving an odd size rounds up, so the way back needs to be told the size it came from.
+        Halving an odd size rounds up, so the original size has to be given on the way back.
         """
         size = size or (2 * x.shape[-2], 2 * x.shape[-1])
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
@@ -117,8 +126,8 @@ class Upsample(nn.Module):
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """Sinusoids of the timestep, cosines first: t (B,), whole or fractional -> (B, width) in float32.
 
-    The frequencies fall from 1 to nearly 1/10000 in width / 2 steps. float32 whatever the network's precision:
-    in half precision t = 999 and 998.5 would be the same.
+    The frequencies decrease from 1 to nearly 1/10000 in width / 2 steps. Always in float32: in half precision t = 999
+    and 998.5 would be equal.
     """
     half = width // 2
     index = torch.arange(half, dtype=torch.float32, device=t.device)

@@ -1,40 +1,47 @@
-"""The CLIP text encoder: token ids -> one vector per token, the "context" that the U-Net attends to.
+"""The CLIP text encoder: token ids -> one vector per token, the context that the U-Net attends to.
 
 Radford et al. 2021, "Learning transferable visual models from natural language supervision": a GPT-like causal
-transformer with pre-normalisation. Stable Diffusion 1.x uses OpenAI's ViT-L/14 at its last layer; 2.x OpenCLIP's
-ViT-H/14 at its last but one. Both pass the result through the final normalisation. No padding mask: the model was
-trained with the padding attended to, and masking it changes the picture.
+transformer with pre-normalisation. There is no padding mask: the models were trained with padding attended to, and
+masking it changes the image.
 
-    x   = token embedding + position embedding
-    x   = x + attention(norm1(x))          causal: a token sees those before it
-    x   = x + fc2(activation(fc1(norm2(x))))
-    out = norm(x)
+    x      = token embedding + position embedding
+    x      = x + attention(norm1(x))          causal: a token sees those before it
+    x      = x + fc2(activation(fc1(norm2(x))))
+    hidden = norm(x) or x, after the layer that the U-Net was trained with
+    pooled = projection(norm(x at the end token)), after the last layer
 
-B batch, M tokens (77), D width.
+What differs between models is in `TextConfig`. Stable Diffusion 1.x takes `hidden` from the last layer of OpenAI's
+ViT-L/14, 2.x from the last but one of OpenCLIP's ViT-H/14, both normalised; neither uses `pooled`.
 
->>> encoder = TextEncoder(TextConfig(width=32, layers=1, heads=2))
->>> encoder(torch.tensor([[49406, 320, 736, 1212, 49407]])).shape  # start, a, red, house, end
-torch.Size([1, 5, 32])
+B batch, M tokens (77), D width, P width of the projection.
+
+>>> encoder = TextEncoder(TextConfig(width=32, layers=2, heads=2, pooled=True, projection=16))
+>>> hidden, pooled = encoder(torch.tensor([[49406, 320, 736, 1212, 49407]]))  # start, a, red, house, end
+>>> hidden.shape, pooled.shape
+(torch.Size([1, 5, 32]), torch.Size([1, 16]))
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import TextConfig
-from .layers import Attention
+from ..config import END, TextConfig
+from .layers import Attention, module_list
 
 NORM_EPS = 1e-5  # every LayerNorm
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """OpenAI's approximation of GELU, x sigmoid(1.702 x); their weights were trained with it (CLIP model.py)."""
+    """OpenAI's approximation of GELU, x sigmoid(1.702 x), with which their CLIP was trained (CLIP model.py)."""
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class TextBlock(nn.Module):
@@ -55,20 +62,38 @@ class TextBlock(nn.Module):
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 
 
+class TextOutput(NamedTuple):
+    """What the text encoder says about a batch of texts."""
+
+    hidden: Tensor  # (B, M, D), one vector per token
+    pooled: Tensor | None = None  # (B, P), or (B, D) where nothing projects it: one vector per text
+
+
 class TextEncoder(nn.Module):
-    """Token ids -> context."""
+    """Token ids -> `TextOutput`."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
         self.token = nn.Embedding(config.vocab, config.width)
         self.position = nn.Embedding(config.length, config.width)
-        self.blocks = nn.ModuleList(TextBlock(config) for _ in range(config.layers))
+        self.blocks = module_list(TextBlock(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, NORM_EPS)
+        self.projection = nn.Linear(config.width, config.projection, bias=False) if config.projection else None
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, M), whole numbers below the vocabulary's size, M at most `config.length` -> (B, M, D)."""
-        x = self.token(ids) + self.position.weight[: ids.shape[1]]
-        for block in self.blocks:
+    def forward(self, ids: Tensor) -> TextOutput:
+        """ids (B, M), whole numbers below the vocabulary's size, M at most `config.length`.
+
+        The pooled vector is taken at a text's first end token: the tokens after it are padding.
+        """
+        hidden = x = self.token(ids) + self.position.weight[: ids.shape[1]]
+        for layer, block in enumerate(self.blocks, -len(self.blocks)):
             x = block(x)
-        return self.norm(x)
+            if layer == self.config.hidden_layer:
+                hidden = x
+        hidden = self.norm(hidden) if self.config.hidden_norm else hidden
+        if not self.config.pooled:
+            return TextOutput(hidden)
+        end = (ids == END).int().argmax(dim=1)
+        pooled = self.norm(x[torch.arange(len(x), device=x.device), end])  # (B, D)
+        return TextOutput(hidden, pooled if self.projection is None else self.projection(pooled))

@@ -1,8 +1,8 @@
-"""The attention U-Net: a noisy latent, its timestep and the text's context -> what the schedule calls the prediction.
+"""The attention U-Net: a noisy latent, its timestep and the text's context -> prediction (eps or v, see schedule.py).
 
 Ronneberger et al. 2015 (the U), Ho et al. 2020 (residual blocks and timestep), Rombach et al. 2022, "High-resolution
-image synthesis with latent diffusion models", section 3.3 (cross-attention to the text). Level 0 is the finest. Going
-down, every output is kept; going up, each block takes the latest of them beside its input:
+image synthesis with latent diffusion models", section 3.3 (cross-attention to the text). Level 0 is the finest. On the
+way down, every output is kept; on the way up, each block takes the latest of them in addition to its input:
 
     x ── conv_in ─┬───────────────────────────────────────────────┬─ norm, silu, conv_out ── prediction
                 down.0: (res, attn) x2, halve       up.0: (res, attn) x3
@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from ..conditioning import Conditioning
 from ..config import GROUPS, UNetConfig
-from .layers import Attention, FeedForward, ResBlock, Upsample, timestep_embedding
+from .layers import Attention, FeedForward, ResBlock, Upsample, module_list, timestep_embedding
 
 NORM_EPS = 1e-5  # residual blocks, norm_out and LayerNorms
-TRANSFORMER_NORM_EPS = 1e-6  # the nn.GroupNorm before a transformer: the original builds it with another helper
+TRANSFORMER_NORM_EPS = 1e-6  # of the GroupNorm before a transformer: the original makes it with another helper
 
 
 class TransformerBlock(nn.Module):
@@ -59,7 +59,7 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(GROUPS, channels, TRANSFORMER_NORM_EPS)
         self.proj_in = nn.Linear(channels, channels)
-        self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_width) for _ in range(depth))
+        self.blocks = module_list(TransformerBlock(channels, heads, context_width) for _ in range(depth))
         self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -74,12 +74,12 @@ class SpatialTransformer(nn.Module):
 
 
 class Middle(nn.Module):
-    """The coarsest level's block, transformer, block."""
+    """Residual block, transformer, residual block at the coarsest level."""
 
     def __init__(self, config: UNetConfig, time_width: int) -> None:
         super().__init__()
         channels, heads = config.channels[-1], config.heads[-1]
-        self.res = nn.ModuleList(ResBlock(channels, channels, NORM_EPS, time_width) for _ in range(2))
+        self.res = module_list(ResBlock(channels, channels, NORM_EPS, time_width) for _ in range(2))
         self.attn = SpatialTransformer(channels, heads, config.context, config.middle_depth)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
@@ -96,10 +96,8 @@ class Stage(nn.Module):
     def __init__(self, config: UNetConfig, level: int, widths: list[int], time_width: int) -> None:
         super().__init__()
         channels, heads, depth = config.channels[level], config.heads[level], config.depth[level]
-        self.res = nn.ModuleList(ResBlock(width, channels, NORM_EPS, time_width) for width in widths)
-        self.attn = nn.ModuleList(
-            SpatialTransformer(channels, heads, config.context, depth) for _ in widths if depth > 0
-        )
+        self.res = module_list(ResBlock(width, channels, NORM_EPS, time_width) for width in widths)
+        self.attn = module_list(SpatialTransformer(channels, heads, config.context, depth) for _ in widths if depth > 0)
         self.down: nn.Conv2d | None = None
         self.up: Upsample | None = None
 
@@ -125,8 +123,8 @@ class UNet(nn.Module):
             )
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
 
-        self.down = nn.ModuleList()
-        skips = [first]  # channels of everything that is kept on the way down
+        down = []
+        skips = [first]  # channels of what is kept on the way down
         for i, channels in enumerate(config.channels):
             widths = [skips[-1]] + [channels] * (config.blocks - 1)
             level = Stage(config, i, widths, time_width)
@@ -134,12 +132,13 @@ class UNet(nn.Module):
             if i < len(config.channels) - 1:
                 level.down = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
                 skips.append(channels)
-            self.down.append(level)
+            down.append(level)
+        self.down = module_list(down)
 
         self.mid = Middle(config, time_width)
 
         up = []
-        width = last  # channels of what comes from below
+        width = last  # channels of the output of the coarser level
         for i, channels in reversed(list(enumerate(config.channels))):
             widths = [before + skips.pop() for before in [width] + [channels] * config.blocks]
             level = Stage(config, i, widths, time_width)
@@ -147,7 +146,7 @@ class UNet(nn.Module):
                 level.up = Upsample(channels)
             up.append(level)
             width = channels
-        self.up = nn.ModuleList(reversed(up))
+        self.up = module_list(reversed(up))
 
         self.norm_out = nn.GroupNorm(GROUPS, first, NORM_EPS)
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
@@ -167,7 +166,7 @@ class UNet(nn.Module):
         down, middle   residuals of control networks, added to what is kept on the way down, in its order and shapes,
                        and to the output of the middle
 
-        Raises ValueError where a vector is missing or not wanted, or for another number of residuals.
+        Raises ValueError if a vector is missing or unexpected, and for a wrong number of residuals.
         """
         if isinstance(conditioning, Tensor):
             conditioning = Conditioning(conditioning)
@@ -175,9 +174,9 @@ class UNet(nn.Module):
         if (vector is None) != (self.vector is None):
             raise ValueError(f"this U-Net {'takes no' if self.vector is None else 'needs a'} vector as conditioning")
         time = self.time(timestep_embedding(t, self.config.channels[0]).to(x.dtype))
-        if self.vector is not None:
+        if self.vector is not None and vector is not None:
             time = time + self.vector(vector.to(x.dtype))
-        time = F.silu(time)  # every block begins with it: once is enough
+        time = F.silu(time)  # every block would begin with it
 
         x = self.conv_in(x if concat is None else torch.cat([x, concat.to(x.dtype)], dim=1))
         skips = [x]

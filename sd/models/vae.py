@@ -1,14 +1,14 @@
-"""The variational autoencoder between pictures and latents: 512x512x3 <-> 64x64x4.
+"""The variational autoencoder between images and latents: 512x512x3 <-> 64x64x4.
 
 Kingma and Welling 2013, "Auto-encoding variational Bayes"; the networks are those of Esser et al. 2021, "Taming
 transformers", in the kl-f8 form of Rombach et al. 2022, "High-resolution image synthesis with latent diffusion
-models". The encoder gives a Gaussian per latent; diffusion runs on a sample of it times `scale`.
+models". The encoder outputs a Gaussian per latent pixel; diffusion runs on a sample of it times `scale`.
 
-    encode:  picture -> encoder -> quant -> mean, log variance;   z = scale * (mean + exp(logvar / 2) * noise)
-    decode:  z / scale -> post_quant -> decoder -> picture
+    encode:  image -> encoder -> quant -> mean, log variance;   z = scale * (mean + exp(logvar / 2) * noise)
+    decode:  z / scale -> post_quant -> decoder -> image
 
-Pictures are in [-1, 1]. B batch, C channels, H x W pixels, h x w = H/8 x W/8 latents. Level 0 is the finest, in the
-encoder and in the decoder alike.
+Images are in [-1, 1]. B batch, C channels, H x W pixels, h x w = H/8 x W/8 latents. Level 0 is the finest,
+in the encoder as in the decoder.
 
 >>> vae = VAE(VAEConfig(channels=(32, 32, 32, 32), blocks=1))
 >>> z = vae.encode(torch.zeros(1, 3, 64, 96)).mode()
@@ -26,14 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import GROUPS, VAEConfig
-from .layers import Attention, ResBlock, Upsample
+from .layers import Attention, ResBlock, Upsample, module_list
 
 NORM_EPS = 1e-6  # every normalisation of the VAE; the U-Net's blocks have 1e-5
-LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # the original's clamp (distributions.py)
+LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # the clamp of the original code (distributions.py)
 
 
 class Gaussian(NamedTuple):
-    """The encoder's answer, per latent: mean and standard deviation, both (B, C, h, w), scale included."""
+    """The encoder's output, per latent: mean and standard deviation, both (B, C, h, w), scale included."""
 
     mean: Tensor
     std: Tensor
@@ -60,7 +60,7 @@ class Downsample(nn.Module):
 
 
 class PixelAttention(nn.Module):
-    """Self-attention among all positions, with one head."""
+    """Single-head self-attention among all positions."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Middle(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.res = nn.ModuleList(ResBlock(channels, channels, NORM_EPS) for _ in range(2))
+        self.res = module_list(ResBlock(channels, channels, NORM_EPS) for _ in range(2))
         self.attn = PixelAttention(channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Stage(nn.Module):
     def __init__(self, in_channels: int, channels: int, blocks: int) -> None:
         super().__init__()
         widths = [in_channels] + [channels] * blocks
-        self.res = nn.ModuleList(ResBlock(a, b, NORM_EPS) for a, b in pairwise(widths))
+        self.res = module_list(ResBlock(a, b, NORM_EPS) for a, b in pairwise(widths))
         self.down: Downsample | None = None
         self.up: Upsample | None = None
 
@@ -106,15 +106,15 @@ class Stage(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures -> moments: mean and log variance, one above the other."""
+    """Images -> moments: mean and log variance, stacked as channels."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(config.image_channels, config.channels[0], 3, padding=1)
         widths = (config.channels[0], *config.channels)
-        self.down = nn.ModuleList(Stage(a, b, config.blocks) for a, b in pairwise(widths))
-        for level in self.down[:-1]:
-            level.down = Downsample(level.res[-1].conv2.out_channels)
+        self.down = module_list(Stage(a, b, config.blocks) for a, b in pairwise(widths))
+        for level, channels in zip(self.down[:-1], config.channels[:-1], strict=True):
+            level.down = Downsample(channels)
         self.mid = Middle(widths[-1])
         self.norm_out = nn.GroupNorm(GROUPS, widths[-1], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
@@ -128,16 +128,16 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents -> pictures."""
+    """Latents -> images."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(config.latent_channels, config.channels[-1], 3, padding=1)
         self.mid = Middle(config.channels[-1])
-        widths = (*config.channels, config.channels[-1])  # what comes in from the coarser level, behind each level
-        self.up = nn.ModuleList(Stage(b, a, config.blocks + 1) for a, b in pairwise(widths))
-        for level in self.up[1:]:
-            level.up = Upsample(level.res[-1].conv2.out_channels)
+        widths = (*config.channels, config.channels[-1])  # each level takes those of the next coarser one
+        self.up = module_list(Stage(b, a, config.blocks + 1) for a, b in pairwise(widths))
+        for level, channels in zip(self.up[1:], config.channels[1:], strict=True):
+            level.up = Upsample(channels)
         self.norm_out = nn.GroupNorm(GROUPS, widths[0], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
 
@@ -150,7 +150,7 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Encoder and decoder with the scale factor inside, so that nobody else needs to know it."""
+    """Encoder and decoder. The scale factor is applied here and nowhere else."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -172,14 +172,14 @@ class VAE(nn.Module):
         """image (B, 3, H, W) in [-1, 1], sides multiples of `config.factor` -> Gaussian over (B, 4, h, w)."""
         H, W = image.shape[-2:]
         if H % self.config.factor or W % self.config.factor:
-            raise ValueError(f"picture sides must be multiples of {self.config.factor}, got {H}x{W} (height x width)")
+            raise ValueError(f"image sides must be multiples of {self.config.factor}, got {H}x{W} (height x width)")
         return self.gaussian(self.encoder(image))
 
     def gaussian(self, encoded: Tensor) -> Gaussian:
-        """What the encoder gives (B, 8, h, w) -> Gaussian over (B, 4, h, w)."""
+        """The encoder's output (B, 8, h, w) -> Gaussian over (B, 4, h, w)."""
         mean, logvar = self._split(encoded)
         return Gaussian(self.config.scale * mean, self.config.scale * torch.exp(0.5 * logvar))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, 4, h, w) as the U-Net has them -> picture (B, 3, H, W), about [-1, 1], not clamped."""
+        """Latents (B, 4, h, w) as the U-Net has them -> image (B, 3, H, W), about [-1, 1], not clamped."""
         return self.decoder(self.post_quant(z / self.config.scale))

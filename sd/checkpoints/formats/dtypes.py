@@ -1,7 +1,6 @@
-"""The types of numbers in files, and small tables of them as numpy reads them: without torch.
+"""The data types of tensors in files, and decoding of small tables with numpy, without torch.
 
-Importing torch takes longer than everything else that is done to look at a file. Names, shapes and types, and the few
-numbers that a model is recognised by, are read without it.
+Importing torch takes longer than looking at a file. Names, shapes, types and small tables are read without it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class NumberType:
-    """A type of number: its name in torch, its size in bytes, and its relative precision (0 for whole numbers)."""
+    """A data type: its name in torch, its size in bytes, and its relative precision (0 for integers)."""
 
     name: str
     itemsize: int
@@ -31,7 +30,7 @@ class NumberType:
         return getattr(torch, self.name)
 
     def decode(self, data: bytes) -> np.ndarray:
-        """Little-endian numbers of this type as float64. ValueError for floats of 8 bits, which numpy does not know."""
+        """Little-endian numbers of this type as float64. ValueError for 8-bit floats, which numpy does not have."""
         if self.name == "bfloat16":  # the upper half of a float32
             return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").astype(float)
         if self.name.startswith("float8"):

@@ -1,20 +1,19 @@
-"""Memory for weights: whole pages of their own, which go back to the system as soon as a weight goes.
+"""Memory for weights: separate memory pages, which return to the system as soon as a weight is freed.
 
-A weight does not live long where it was loaded: an x86 CPU lays it out anew when it is first used (kernels.py). The
-holes that it leaves in an allocator's memory are a little too small for what comes in its place: in the first step a
-process with Stable Diffusion 1.x in bfloat16 (2.1 GB) grew to 4.7 GB. With pages it stays at 2.4.
+Weights do not stay where they were loaded: on x86 CPUs they are packed when they are first used (cpu_kernels.py). The
+holes that they leave in an allocator's memory are slightly too small for their successors: in the first step, a process
+with Stable Diffusion 1.x in bfloat16 (2.1 GB) grew to 4.7 GB. With separate pages it stays at 2.4 GB.
 
-Pages may be a file's own (`FilePages`): mapped, so that nothing is read before it is used, nor copied; and privately,
-so that writing to a weight leaves the file as it is. To load that model from a file of its precision takes 0.2 s of
-one core then, in place of 1.5.
+Pages may belong to the file (`FilePages`): it is mapped, so that nothing is copied or read before it is used, and
+privately, so that writing to a weight does not change the file. Loading that model from a file of the same precision
+then takes 0.2 s of one core instead of 1.5 s.
 
-The price: a file that is written over in place changes weights that have not been touched yet, and one that becomes
-shorter ends the program. It is the same for all who load safetensors through the format's own library, diffusers and
-transformers among them, and they live with it: what downloads or saves models puts a new file in the old one's place,
-and then the old one's pages stay. What remains is `cp` and the like onto a model in use. On an x86 CPU that is the time
-before its first picture, afterwards only the table of words still lies in the file. So models are mapped; whatever is
-opened without the wish for it (LoRA files, conversion) is read. So is everything on Windows: there a file that is
-mapped cannot be replaced, not even by the program that trains its model further.
+The price: overwriting the file in place changes weights that have not been touched yet, and truncating it ends the
+program. The same holds for everyone who loads safetensors through the format's own library, including diffusers and
+transformers. Programs that download or save models replace the file, and then the old pages persist; what remains is
+`cp` and the like onto a model in use. So models are mapped, and files opened without asking for it (LoRAs, conversion)
+are read. On Windows everything is read: a mapped file cannot be replaced there, not even by the program that continues
+training it.
 """
 
 from __future__ import annotations
@@ -32,22 +31,22 @@ if TYPE_CHECKING:
     import torch
 
 POSIX = os.name == "posix"
-SMALL = 2**16  # bytes up to which an allocator's memory is the better place
+SMALL = 2**16  # bytes; smaller tensors are better placed in the allocator's memory
 
 
 def fresh(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Memory for so many numbers, whose values are not defined: pages of its own if they are many."""
+    """Uninitialised memory for `count` numbers; separate pages if they are many."""
     import torch
 
     size = count * dtype.itemsize
     if size > SMALL and POSIX:
-        with suppress(OSError):  # no memory, which the allocator has the better words for
+        with suppress(OSError):  # out of memory: the allocator has a better message
             return torch.frombuffer(mmap.mmap(-1, size, access=mmap.ACCESS_COPY), dtype=dtype)
     return torch.empty(count, dtype=dtype, device="cpu")
 
 
 class FilePages:
-    """The pages of an open file, lent to tensors; what they write is theirs alone."""
+    """The memory-mapped pages of an open file, lent to tensors; what is written to them does not reach the file."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -56,9 +55,9 @@ class FilePages:
         self._lock = threading.Lock()  # several threads may read
 
     def lend(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """The numbers from byte `start` on; None where they have to be read.
+        """`count` numbers from byte `start` on; None if they have to be read.
 
-        Small ones are, those that do not lie at a multiple of their size, and files that cannot or must not be mapped.
+        That is so for small tensors, unaligned ones, and files that cannot or must not be mapped.
         """
         import torch
 
@@ -85,6 +84,6 @@ class FilePages:
 
 
 def _advise(pages: mmap.mmap, advice: int, start: int, length: int) -> None:
-    """Tell the system what will become of these pages; not all file systems want to know."""
+    """Advise the system about the use of these pages; some file systems do not support it."""
     with suppress(OSError):
         pages.madvise(advice, start, length)

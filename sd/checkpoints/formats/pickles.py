@@ -1,24 +1,23 @@
-"""Pickles read as data: an interpreter of the pickle opcodes in which nothing can be run.
+"""Pickles read as data: an interpreter of the pickle opcodes that executes nothing.
 
-A pickle is a program for a machine with a stack, a list of marks and a memo. Most of its opcodes push a number or a
-string, or gather what is on the stack into a list, a dict or a tuple. Three kinds of opcodes make it dangerous:
+A pickle is a program for a machine with a stack, a list of marks and a memo. Most opcodes push a number or a string, or
+collect items of the stack in a list, a dict or a tuple. Three kinds of opcodes are dangerous:
 
     GLOBAL, STACK_GLOBAL, INST   import a module and fetch a name from it
     REDUCE, NEWOBJ, OBJ          call what was fetched
-    BUILD                        hand a state to `__setstate__` of what was made
+    BUILD                        pass a state to `__setstate__` of an object
 
-Python's own `pickle` obeys them, so opening a stranger's file runs the stranger's code. Here they only leave notes:
-GLOBAL gives a `Symbol` (two strings), a call is told to the owner of the machine (torch_files.py), who knows a dozen
-symbols and answers with a `Placeholder` otherwise, and BUILD drops the state, unless the owner answered with a
-`Stateful`. The opcodes and how their arguments are written come from the standard library's `pickletools`, protocols 0
-to 5.
+Python's `pickle` obeys them, so opening a stranger's file runs the stranger's code. Here they are only recorded:
+GLOBAL yields a `Symbol` (two strings); a call is passed to the caller (torch_files.py), which knows a dozen symbols
+and returns a `Placeholder` for all others; BUILD drops the state, unless the object is a `Stateful`. The opcodes and
+the encoding of their arguments come from the standard library's `pickletools`, protocols 0 to 5.
 
-A file that names a symbol made for running code (`os.system`, `builtins.eval`, ...) is refused altogether. That list
-protects the *other* programs its owner may open the file with; this one is safe without it.
+A file that names a symbol for running code (`os.system`, `builtins.eval`, ...) is refused altogether. That list
+protects the *other* programs with which the file may be opened; this one is safe without it.
 
-Bounds: a pickle has at most `MAX_BYTES` and `MAX_OPCODES`. An opcode adds at most one thing to the stack, the marks
-and the memo, so these are bounded too: by 100 MB and about a second. Nothing recurses into what was built, so it may be
-nested to any depth.
+Bounds: a pickle has at most `MAX_BYTES` and `MAX_OPCODES`. An opcode adds at most one item to the stack, the marks and
+the memo, so these are bounded, too: by 100 MB and about a second. Nothing recurses into the result, so it may be nested
+to any depth.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 MAX_BYTES = 1 << 26  # 64 MB; the pickle of a full training checkpoint has 1 to 10 MB
-MAX_PIECE = 4 << 20  # bytes of one string or number; with a single wide character text takes four times its bytes
+MAX_PIECE = 4 << 20  # bytes of one string or number; in memory, text may take four times as much
 MAX_OPCODES = 1_000_000  # about 38 for each tensor: 70,000 for the 1,831 tensors of a full Stable Diffusion 1 file
-MAX_SYMBOLS = 10_000  # different ones; real files have below 100
+MAX_SYMBOLS = 10_000  # distinct ones; real files have less than 100
 MAX_PARTS = 10  # of a symbol's name, between dots
-SET = 4  # opcodes that EMPTY_SET counts as: a set takes four times the memory of anything else that is empty
+SET = 4  # opcodes that EMPTY_SET counts as: an empty set takes four times the memory of other empty containers
 
 # Modules and single functions that exist to run code, to load it or to reach the system.
 RUNS_CODE = re.compile(
@@ -53,7 +52,7 @@ RUNS_CODE = re.compile(
 )
 
 OPCODES = {op.code.encode("latin-1"): op for op in pickletools.opcodes}
-# The opcodes that push their own argument; those that look something up push "any object" in pickletools' words.
+# The opcodes that push their own argument; those that look something up push "any object" in pickletools' terms.
 LITERALS = {op.name for op in pickletools.opcodes if op.arg and op.stack_after not in ([], [pickletools.anyobject])}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
@@ -64,7 +63,7 @@ class RefusedFile(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Symbol:
-    """What a pickle wanted to import: two strings, never looked up."""
+    """A name that a pickle wanted to import: two strings, never looked up."""
 
     module: str
     name: str
@@ -75,24 +74,24 @@ class Symbol:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placeholder:
-    """Stands where a pickle wanted an object of `symbol`, a class or function that means nothing here."""
+    """Stands for an object of `symbol`, an unknown class or function."""
 
     symbol: Symbol
 
 
 @dataclass(slots=True, eq=False)
 class Stateful:
-    """Stands for an object of which the state is wanted that it is built with: plain data, whatever stands in it."""
+    """Stands for an object whose state, plain data, is kept."""
 
     state: object = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Opaque:
-    """Stands for a dict key or set member that is no plain scalar; it equals only itself.
+    """Stands for a dict key or set member that is not a plain scalar; it equals only itself.
 
-    Hashing is the one thing a dict does with foreign data that can take for ever: a tuple of twice the same tuple of
-    twice the same tuple ... takes two to the power of its depth, and large integers can be made to share one hash.
+    Hashing foreign data can take for ever: a tuple of twice the same tuple of twice the same tuple ... takes two to the
+    power of its depth, and large integers can be chosen to share one hash.
     """
 
     value: object
@@ -101,14 +100,14 @@ class Opaque:
 def read_pickle(
     stream: BinaryIO, call: Callable[[Symbol, tuple], object], stored: Callable[[object], object]
 ) -> object:
-    """Interpret one pickle from where `stream` stands, and leave the stream behind its last byte.
+    """Interpret one pickle at the current position of `stream`, and leave the stream after its last byte.
 
-    `call(symbol, arguments)` says what a call of something imported gives, `stored(id)` what an object gives that is
-    kept outside of the pickle (a "persistent id"). They must not trust their arguments, nor walk into them, which may
-    have no end; a ValueError of theirs counts as a broken pickle.
+    `call(symbol, arguments)` returns the result of calling something imported, `stored(id)` an object that is kept
+    outside the pickle (a "persistent id"). They must not trust their arguments, nor recurse into them, which may never
+    end; a ValueError of theirs counts as a broken pickle.
 
-    Returns plain Python data, with `Symbol`, `Opaque` and whatever `call` and `stored` returned in between.
-    Raises RefusedFile.
+    Returns plain Python data, with `Symbol`, `Opaque` and the results of `call` and `stored` in between. Raises
+    RefusedFile.
     """
     source = _Source(stream)
     try:
@@ -120,7 +119,7 @@ def read_pickle(
 
 
 class _Source:
-    """The bytes of one pickle, counted and bounded: a length in the file is checked before anything is allocated."""
+    """The bytes of one pickle, counted and bounded: lengths are checked before anything is allocated."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.count = stream, 0
@@ -139,7 +138,7 @@ class _Source:
         return line
 
     def symbol(self) -> Symbol:
-        """Two lines of text, as GLOBAL and INST have them."""
+        """Two lines of text, the argument of GLOBAL and INST."""
         module, name = self.readline(), self.readline()
         if not name.endswith(b"\n"):
             raise ValueError("it ends within a name")
@@ -147,7 +146,7 @@ class _Source:
 
 
 def _run(source: _Source, call: Callable[[Symbol, tuple], object], stored: Callable[[object], object]) -> object:
-    """The machine: one opcode after the other until STOP."""
+    """The machine: executes one opcode after the other until STOP."""
     stack: list = []
     marks: list[int] = []  # for every open MARK, how many items lay on the stack
     memo: dict[int, object] = {}
@@ -174,8 +173,12 @@ def _run(source: _Source, call: Callable[[Symbol, tuple], object], stored: Calla
         if code not in OPCODES:
             raise ValueError(f"unknown opcode {code!r}" if code else "it ends too early")
         name, form = OPCODES[code].name, OPCODES[code].arg
-        # pickletools would join the two lines of a symbol, and no longer tell where.
-        argument = source.symbol() if name in ("GLOBAL", "INST") else form and form.reader(source)
+        # pickletools would join the two lines of a symbol and lose the boundary
+        argument: Any = None
+        if name in ("GLOBAL", "INST"):
+            argument = source.symbol()
+        elif form is not None:
+            argument = form.reader(source)  # type: ignore[arg-type]  # it reads and reads lines, no more
 
         match name:
             # the memo: an item is kept under a number and fetched again
@@ -212,8 +215,9 @@ def _run(source: _Source, call: Callable[[Symbol, tuple], object], stored: Calla
             case "EMPTY_DICT":
                 stack.append({})
             case "DICT":
-                _update(marked(), target := {})
-                stack.append(target)
+                items = marked()
+                stack.append({})
+                _update(items, stack[-1])
             case "SETITEM":
                 _update(top(2), stack[-1])
             case "SETITEMS":
@@ -225,7 +229,7 @@ def _run(source: _Source, call: Callable[[Symbol, tuple], object], stored: Calla
                 _extend(marked(), stack[-1])
             case "FROZENSET":
                 stack.append(frozenset(map(_key, marked())))
-            # names, calls and states: noted, not obeyed
+            # names, calls and states: recorded, not executed
             case "GLOBAL":
                 stack.append(_inert(argument, symbols))
             case "STACK_GLOBAL":
@@ -269,7 +273,7 @@ def _run(source: _Source, call: Callable[[Symbol, tuple], object], stored: Calla
 
 
 def _key(value: object) -> object:
-    """A dict key or set member that is hashed in no time, see `Opaque`."""
+    """A dict key or set member that is hashed quickly, see `Opaque`."""
     if isinstance(value, int):
         return value if value.bit_length() <= 60 else Opaque(value)
     return value if value is None or isinstance(value, (str, bytes, float, Symbol)) else Opaque(value)
@@ -285,7 +289,7 @@ def _extend(items: list, target: object) -> None:
 
 
 def _update(items: list, target: object) -> None:
-    """Keys and values in turn; the items that a class derived from dict would take are dropped with its state."""
+    """Add alternating keys and values; those of a class derived from dict are dropped with its state."""
     if isinstance(target, dict):
         target.update(zip(map(_key, items[::2]), items[1::2], strict=True))
     elif not isinstance(target, Placeholder):
@@ -293,7 +297,7 @@ def _update(items: list, target: object) -> None:
 
 
 def _inert(symbol: Symbol, seen: set[Symbol]) -> Symbol:
-    """The symbol itself, unless it names something that runs code; then RefusedFile. Those `seen` are good."""
+    """The symbol itself. Raises RefusedFile if it names something that runs code; those in `seen` were checked."""
     if not isinstance(symbol.module, str) or not isinstance(symbol.name, str):
         raise ValueError("a name that is no text")
     if len(symbol.module) + len(symbol.name) > 500:

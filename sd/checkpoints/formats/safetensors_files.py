@@ -19,8 +19,8 @@ from .dtypes import TYPES
 from .pickles import RefusedFile
 from .torch_files import MAX_DIMS, MAX_TENSORS, Contents, View
 
-MAX_HEADER = 8 << 20  # bytes of a safetensors header; real ones have below 1 MB, LoRA files with many tags a few
-SMALL_HEADER = 1 << 20  # bytes of one that Python may parse whatever it holds
+MAX_HEADER = 8 << 20  # bytes of a header; real ones have less than 1 MB, those of LoRAs with many tags a few MB
+SMALL_HEADER = 1 << 20  # bytes of a header that Python may parse unchecked
 SAFETENSORS_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
@@ -30,7 +30,7 @@ AGAIN = "download it again"
 
 
 def read_safetensors(stream: BinaryIO, path: Path) -> Contents:
-    """Names and places from the header, which the library of the format, too, has to find no fault with."""
+    """Names and places from the header, which the format's own library has to accept, too. Raises RefusedFile."""
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
     length = int.from_bytes(stream.read(8), "little")
@@ -65,9 +65,10 @@ def read_safetensors(stream: BinaryIO, path: Path) -> Contents:
 
 
 def _check_header(path: Path) -> None:
-    """Ask the library about types, sizes, overlaps and gaps; no tensor is read.
+    """Let the library check types, sizes, overlaps and gaps; no tensor is read.
 
-    Before Python parses a large header: the library takes less memory for nonsense, where `[],` becomes 72 bytes here.
+    A large header is checked before Python parses it: the library needs less memory for nonsense, of which Python makes
+    72 bytes for each `[],`.
     """
     try:
         with safe_open(path, framework="numpy") as file:
@@ -79,7 +80,7 @@ def _check_header(path: Path) -> None:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object; a name that stands in it twice could be read either way."""
+    """A JSON object. ValueError for a duplicate name, which could be read either way."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a name stands in it twice")

@@ -10,9 +10,9 @@ the storage a "persistent id": a key for numbers that lie outside of the pickle.
 
     element (i, j, ...)  =  number  offset + i stride[0] + j stride[1] + ...  of the storage
 
-Here a call becomes a `Tensor`, and with the place of its storage in the file a `View`: where its numbers lie. No number
-in a file is believed: the last element of a view lies inside of its storage, and the storage, apart from all others,
-inside of the file. A file is parsed once, here, and not handed on to a reader that may see something else in it.
+Here such a call becomes a `Tensor`, and with the place of its storage in the file a `View`. No number in a file is
+trusted: the last element of a view has to lie inside its storage, and the storage inside the file, apart from all
+others. A file is parsed only once, here, and not passed on to a reader that might see something else in it.
 
 torch's side of this: https://github.com/pytorch/pytorch/blob/main/torch/serialization.py
 """
@@ -26,20 +26,20 @@ import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeGuard
 
 from .dtypes import TYPES, NumberType
 from .pickles import MAX_BYTES, Placeholder, RefusedFile, Stateful, Symbol, read_pickle
 
-MAX_TENSORS = 20_000  # in a file; a full Stable Diffusion 1 training file has 1,831
+MAX_TENSORS = 20_000  # in a file; a full Stable Diffusion 1 training checkpoint has 1,831
 MAX_DIMS = 16  # of a tensor; convolutions have 4
-MAX_DIRECTORY = 2 << 20  # bytes of a zip directory, 45,000 members at most; real ones have below 500 KB
+MAX_DIRECTORY = 2 << 20  # bytes of a zip directory, at most 45,000 members; real ones have less than 500 KB
 MAX_NESTING = 8  # of "state_dict" in "state_dict"
 MAX_METADATA = 1000  # characters of a plain value
-MAX_SHARING = 2  # how often on average the numbers of a file may be used: tied weights, or an average that is the same
+MAX_SHARING = 2  # average number of uses of the numbers in a file: tied weights, or an average equal to the weights
 
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a zip member: before its name, its extra field and its data
+LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # header of a zip member, before name, extra field and data
 ENCRYPTED = 0x2041  # three bits of a zip member's flags
 
 STORAGE_DTYPES = {
@@ -53,7 +53,7 @@ DTYPES = {f"torch.{name}": kind for name, kind in TYPES.items()}
 
 
 class View(NamedTuple):
-    """Where a tensor lies: its element (0, 0, ...) is at byte `start` of the file; strides count elements."""
+    """Where a tensor lies in a file: element (0, 0, ...) is at byte `start`; strides count elements."""
 
     dtype: NumberType
     shape: tuple[int, ...]
@@ -62,13 +62,13 @@ class View(NamedTuple):
 
     @property
     def extent(self) -> int:
-        """How many elements of the storage lie from the first to the last one, both included."""
+        """Number of elements of the storage from the first to the last one, both included."""
         steps = zip(self.shape, self.stride, strict=True)
         return 0 if 0 in self.shape else 1 + sum((size - 1) * stride for size, stride in steps)
 
 
 class Place(NamedTuple):
-    """Where the numbers of a storage lie in the file, in bytes."""
+    """Where a storage lies in the file, in bytes."""
 
     start: int
     size: int
@@ -76,7 +76,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """`numel` numbers, known as `key` outside of the pickle; `dtype` is None where their `kind` is not known."""
+    """`numel` numbers, known as `key` outside the pickle; `dtype` is None for an unknown `kind`."""
 
     kind: Symbol
     key: str
@@ -86,7 +86,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A window on a storage, made of integers of 0 to 2^63 - 1; whether it fits is not yet known."""
+    """A window on a storage, of integers from 0 to 2^63 - 1; not yet checked against the storage's size."""
 
     storage: Storage
     dtype: NumberType
@@ -97,7 +97,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A tensor of a kind that is not read here (sparse, quantised, a subclass, ...); `how` completes "stored ..."."""
+    """A tensor of an unsupported kind (sparse, quantised, a subclass, ...); `how` completes "stored ..."."""
 
     how: str
 
@@ -124,10 +124,10 @@ def read_zip(stream: BinaryIO) -> Contents:
 
 
 def _directory(stream: BinaryIO) -> tuple[dict[str, tuple[zipfile.ZipInfo, int]], str]:
-    """The members of the archive and what their names begin with.
+    """The members of the archive and the prefix of their names.
 
-    A member is its entry in the directory and the byte of the file before which it must end. Whatever torch never
-    writes is refused: it could hide from one zip reader what another one sees.
+    A member is its directory entry and the byte of the file before which it must end. Whatever torch never writes is
+    refused, because two zip readers might see different contents.
     """
     size = stream.seek(0, io.SEEK_END)
     try:
@@ -136,7 +136,7 @@ def _directory(stream: BinaryIO) -> tuple[dict[str, tuple[zipfile.ZipInfo, int]]
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, OSError, struct.error) as error:
         what = f"no zip directory at the end of its {size} bytes ({error!s:.100})"
         raise RefusedFile(f"truncated or damaged: {what}; download it again") from None
-    if infos and infos[0].header_offset != 0:  # some readers would take what lies in front for the archive
+    if infos and infos[0].header_offset != 0:  # which some readers would take for the archive
         raise RefusedFile("tampered with: something lies in front of its zip archive; do not use this file")
     names = [info.orig_filename for info in infos]
     pickles = [name for name in names if name.casefold().rpartition("/")[2] == "data.pkl"]
@@ -171,13 +171,13 @@ def _directory(stream: BinaryIO) -> tuple[dict[str, tuple[zipfile.ZipInfo, int]]
 
 
 class _Bounded:
-    """A file of which only small pieces are read, whatever it says: zipfile reads the whole directory at once."""
+    """A file that is read in small pieces only: zipfile reads the whole directory at once, whatever its size."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.seek, self.tell, self._read = stream.seek, stream.tell, stream.read
 
     def read(self, size: int = -1) -> bytes:
-        """All that is left, or RefusedFile if that is too much, if no size is given."""
+        """`size` bytes, or all that is left. Raises RefusedFile if that is too much."""
         data = self._read(MAX_DIRECTORY + 1 if size is None or size < 0 else min(size, MAX_DIRECTORY + 1))
         if len(data) > MAX_DIRECTORY:
             raise RefusedFile(f"damaged: a zip directory of more than {MAX_DIRECTORY >> 20} MB; download it again")
@@ -185,7 +185,7 @@ class _Bounded:
 
 
 def _place(stream: BinaryIO, info: zipfile.ZipInfo, before: int) -> Place:
-    """Where the data of a zip member lie, by the local header in front of them, which must agree with the directory."""
+    """Where the data of a zip member are, by its local header, which must agree with the directory."""
     name = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
     local = _read(stream, info.header_offset, LOCAL_HEADER.size + len(name))
     signature, _, flags, method, *_, name_length, extra_length = LOCAL_HEADER.unpack_from(local)
@@ -245,7 +245,7 @@ def _read(stream: BinaryIO, start: int, count: int) -> bytes:
 
 
 def _contents(content: object, place: Callable[[str], Place]) -> Contents:
-    """The tensors and the plain values in the object that was pickled; `place` finds a storage by its key."""
+    """The tensors and plain values in the pickled object; `place` finds a storage by its key."""
     plain = {}
     if isinstance(content, dict):
         plain = {
@@ -263,7 +263,7 @@ def _contents(content: object, place: Callable[[str], Place]) -> Contents:
     tensors = _tensors(content)
     for name in ("model", "ema"):
         inner = _tensors(content.get(name)) if isinstance(content, dict) else {}
-        if len(inner) > len(tensors):  # trainers put a few tensors beside it: a step, the state of a generator
+        if len(inner) > len(tensors):  # trainers add a few tensors: a step, the state of a generator
             tensors = inner
     if not tensors and isinstance(content, dict):
         tensors = _parameters(content, "string_to_param")
@@ -274,7 +274,8 @@ def _contents(content: object, place: Callable[[str], Place]) -> Contents:
     if all(key.startswith("module.") for key in tensors):  # saved from within DistributedDataParallel
         tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
     views = {key: _view(key, tensor, place) for key, tensor in tensors.items()}
-    numbers = sum(place(key).size for key in {tensor.storage.key for tensor in tensors.values()})
+    storages = {tensor.storage.key for tensor in tensors.values() if isinstance(tensor, Tensor)}
+    numbers = sum(place(key).size for key in storages)
     sizes = sum(math.prod(view.shape) * view.dtype.itemsize for view in views.values())
     if sizes > MAX_SHARING * numbers + (1 << 20):
         what = f"its tensors have {sizes} bytes, the numbers that they are views of only {numbers}"
@@ -283,13 +284,13 @@ def _contents(content: object, place: Callable[[str], Place]) -> Contents:
 
 
 def _tensors(content: object) -> dict[str, Tensor | Unreadable]:
-    """The tensors that lie in a dict by name, without what lies beside them."""
+    """The named tensors in a dict."""
     items = content.items() if isinstance(content, dict) else ()
     return {k: value for k, value in items if isinstance(k, str) and isinstance(value, (Tensor, Unreadable))}
 
 
 def _parameters(content: dict, name: str) -> dict[str, Tensor | Unreadable]:
-    """The tensors in a dict or a ParameterDict inside of a dict, as textual inversion has them: "name.key"."""
+    """The tensors in a dict or a ParameterDict inside a dict, as in textual inversion: "name.key"."""
     inner = content.get(name)
     if isinstance(inner, Stateful) and isinstance(inner.state, dict):
         inner = inner.state.get("_parameters")
@@ -297,7 +298,7 @@ def _parameters(content: dict, name: str) -> dict[str, Tensor | Unreadable]:
 
 
 def _view(key: str, tensor: Tensor | Unreadable, place: Callable[[str], Place]) -> View:
-    """A tensor at its place in the file, if it is one that can be read and all of it lies inside of its storage."""
+    """A tensor's place in the file. Raises RefusedFile for an unsupported kind, or one that exceeds its storage."""
     if isinstance(tensor, Unreadable):
         what = f"tensor {key[:100]!r} is stored {tensor.how}, which is not supported"
         raise RefusedFile(f"{what}; save it as an ordinary dense tensor")
@@ -315,7 +316,7 @@ def _view(key: str, tensor: Tensor | Unreadable, place: Callable[[str], Place]) 
 
 
 def _call(function: Symbol, arguments: tuple) -> object:
-    """What a call gives: a tensor or a dict where the function is known to make one, else a Placeholder."""
+    """The result of a call: a tensor or a dict if the function is known to make one, else a Placeholder."""
     if len(arguments) > 8:  # more than any function below takes
         return Placeholder(function)
     match (str(function), *arguments):
@@ -338,7 +339,7 @@ def _call(function: Symbol, arguments: tuple) -> object:
         case ("torch._tensor._rebuild_from_type_v2", Symbol() as rebuild, Symbol() as kind, tuple(inner), *_):
             if str(kind) not in ("torch.Tensor", "torch.nn.parameter.Parameter"):
                 return Unreadable(f"as the tensor class {kind}")
-            if rebuild != function:  # not itself: that would be a nest of calls without end
+            if rebuild != function:  # not itself: that would recurse without end
                 return _call(rebuild, inner)
     if function.name.startswith("_rebuild"):
         return Unreadable(f"by way of {function}")
@@ -348,8 +349,10 @@ def _call(function: Symbol, arguments: tuple) -> object:
 def _tensor(
     storage: Storage, dtype: object, offset: object, shape: tuple, stride: tuple, flags: object = None
 ) -> Tensor | Unreadable:
-    """A tensor, after a look at all of its numbers; `dtype` may still be the symbol of one."""
-    if len(shape) != len(stride) or len(shape) > MAX_DIMS or not all(map(_is_size, (offset, *shape, *stride))):
+    """A tensor, after a check of all its numbers; `dtype` may still be a symbol."""
+    if len(shape) != len(stride) or len(shape) > MAX_DIMS or not all(map(_is_size, (*shape, *stride))):
+        raise ValueError("a tensor of impossible shape")
+    if not _is_size(offset):
         raise ValueError("a tensor of impossible shape")
     if isinstance(dtype, Symbol):
         dtype = DTYPES.get(str(dtype))
@@ -361,11 +364,11 @@ def _tensor(
 
 
 def _stored(storages: dict[str, Storage], saved: object) -> object:
-    """What a persistent id stands for; a storage is also added to `storages`."""
+    """The object of a persistent id; a storage is also added to `storages`."""
     if not isinstance(saved, tuple) or not 4 <= len(saved) <= 6:
         raise ValueError("a reference to unknown data outside of the pickle")
     match saved:
-        case ("module", Symbol() as kind, *_):  # a class with its source text, beside the objects of it
+        case ("module", Symbol() as kind, *_):  # a class with its source text
             return kind
         case ("storage", Symbol() as kind, str(key), _, numel, *view) if _is_size(numel):
             if any(part is not None for part in view):
@@ -378,5 +381,5 @@ def _stored(storages: dict[str, Storage], saved: object) -> object:
     raise ValueError("a reference to unknown data outside of the pickle")
 
 
-def _is_size(number: object) -> bool:
+def _is_size(number: object) -> TypeGuard[int]:
     return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 1 << 63
