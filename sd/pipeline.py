@@ -76,7 +76,7 @@ class StableDiffusion:
     ) -> None:
         self.config = config
         self.about = tuple(about)  # what was detected and chosen in loading, one line each
-        self.tokenizer = Tokenizer(length=config.text.length, pad=config.text.pad)
+        self.tokenizer = Tokenizer(length=config.text[0].length, pad=config.text[0].pad)
         self.schedule = Schedule(config.schedule)
         # an inpainting model: the U-Net takes a mask and a masked image beside x
         self.sees_masks = config.unet.in_channels != config.vae.latent_channels
@@ -256,7 +256,7 @@ class StableDiffusion:
         else:
             ids = self.tokenizer(prompts, note)
         with torch.no_grad(), self._use("text_encoder") as encoder:
-            context = encoder(ids.to(self.device))
+            context = encoder(ids.to(self.device)).hidden
         if weights is not None and (weights != 1).any():
             context = emphasised(context, weights.to(self.device))
         return context.reshape(len(prompts), -1, context.shape[-1]) if prompts else context

@@ -127,7 +127,7 @@ class Run(Iterator[Step]):
             note=notes.append,
         )
         context = request.prompt if isinstance(request.prompt, Tensor) else encode(request.prompt)
-        M, D = model.config.text.length, model.config.text.width
+        M, D = model.config.text[0].length, model.config.unet.context
         if context.dim() != 3 or 0 in context.shape or context.shape[1] % M or context.shape[2] != D:
             raise ValueError(f"a context must be (B, {M}, {D}), got {tuple(context.shape)}")
         self.context = context.to(model.device, model.dtype).repeat_interleave(params.n, dim=0)

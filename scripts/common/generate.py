@@ -8,13 +8,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 import sd
+from sd.checkpoints.folders import model_name
 from sd.imaging.files import Picture, parameters
 from sd.imaging.previews import LinearDecoder
 from sd.imaging.tensors import grid
@@ -132,9 +132,9 @@ class Metadata:
             **self.more,
             **{name.capitalize(): f"{value:g}" for name, value in params.options.items()},
             **({"Model hash": digits} if digits else {}),
-            "Model": name_of(args.ckpt) if args.ckpt else "pocket",
+            "Model": model_name(args.ckpt) if args.ckpt else "pocket",
             **({"Weights": args.weights} if args.weights != "auto" else {}),
-            **({"VAE": name_of(args.vae)} if args.vae else {}),
+            **({"VAE": model_name(args.vae)} if args.vae else {}),
             **self.addons.about(self.model, prompt, negative),
             "Precision": dtype_name(self.model.dtype),
             "Version": f"sd {sd.__version__}",
@@ -190,12 +190,6 @@ def generate(
             kept += result.images if args.grid else []
     if args.grid:
         print(output.save(grid(kept, args.columns), kind="-grid"), flush=True)
-
-
-def name_of(path: Path) -> str:
-    """The name of a file without its suffix, or the full name of a folder, including dots."""
-    path = path.expanduser().resolve() if path.name in ("", ".", "..") else path
-    return path.name if path.is_dir() else path.stem
 
 
 def warn_of_unknown_words(model: sd.StableDiffusion, args: argparse.Namespace, prompt: str) -> None:

@@ -45,7 +45,7 @@ class Adapters:
 
     def add_embedding(self, path: str | os.PathLike[str], word: str | None = None) -> list[str]:
         """See `StableDiffusion.add_embedding`."""
-        text = self._config.text
+        text = self._config.text[0]
         words = read_embedding(path, text.width, text.length - 2, word)
         self._keep("text_encoder")
         return self.words.add(words)

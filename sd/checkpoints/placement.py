@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ..config import Config
+from ..models.build import build
 from ..runtime.offload import Offload
-from .loading import Source, build
+from .loading import Source
 
 SHARED_MEMORY = ("cpu", "mps")  # devices that share the memory of the CPU
 

@@ -161,10 +161,10 @@ class UNet(nn.Module):
     ) -> Tensor:
         """x (B, C, H, W), t (B,) in [0, steps), whole or fractional, and the conditioning -> (B, C_out, H, W).
 
-        conditioning   context (B, M, D); vector (B, V) where the config has one; concat (B, E, H, W), whose channels
-                       stand behind x's: C + E is the config's `in_channels`. A tensor is a context alone
-        down, middle   residuals of control networks, added to what is kept on the way down, in its order and shapes,
-                       and to the output of the middle
+        conditioning   context (B, M, D); vector (B, V) if the config has one; concat (B, E, H, W), which is appended to
+                       the channels of x: C + E is the config's `in_channels`. A tensor is a context alone
+        down, middle   residuals of control networks: added to the skip connections, in the order of the way down, and
+                       to the output of the middle block
 
         Raises ValueError if a vector is missing or unexpected, and for a wrong number of residuals.
         """
