@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
 from ..conditioning import Conditioning
-from .cpu_kernels import onednn_dtypes
+from . import packing
 from .optimize import restore
 
 SHAPES = 2  # recordings that are kept: each holds the memory of a step
@@ -166,7 +166,7 @@ class Compiled:
 
     def __init__(self, network: nn.Module) -> None:
         weight = next(network.parameters())
-        if weight.device.type == "cpu" and weight.dtype in onednn_dtypes():
+        if weight.device.type == "cpu" and weight.dtype in packing.onednn_dtypes():
             warnings.warn("compiled, the U-Net is slower on this processor than as it is", stacklevel=3)
         self._network = restore(network)
         self._fast: Network | None = None  # when it is first called
