@@ -72,7 +72,11 @@ class Conv2d(PackedLayer, nn.Conv2d):
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H', W')."""
-        packed = self.packed(x, input_size(x, self.out_channels)) if x.dim() == 4 and x.shape[1] == self.in_channels else None
+        packed = (
+            self.packed(x, input_size(x, self.out_channels))
+            if x.dim() == 4 and x.shape[1] == self.in_channels
+            else None
+        )
         if packed is None:
             return self._conv_forward(x, self.weight, self.bias)
         bias = self.__dict__["_parameters"]["bias"]
@@ -122,7 +126,11 @@ class UpsampleConv2d(PackedLayer, nn.Conv2d):
 
     def doubled(self, x: Tensor) -> Tensor | None:
         """The convolution of the doubled x (B, C, H, W): (B, C_out, 2 H, 2 W); None where only the plain layer can."""
-        packed = self.packed(x, input_size(x, self.out_channels)) if x.dim() == 4 and x.shape[1] == self.in_channels else None
+        packed = (
+            self.packed(x, input_size(x, self.out_channels))
+            if x.dim() == 4 and x.shape[1] == self.in_channels
+            else None
+        )
         if packed is None:
             return None
         B, _, H, W = x.shape

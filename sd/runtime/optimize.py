@@ -119,7 +119,9 @@ def _packed_is_faster(kind: type[nn.Module], layer: nn.Linear | nn.Conv2d) -> bo
     return faster((kind.__name__, weight.dtype, width), partial(_example, kind, width, weight.dtype))
 
 
-def _example(kind: type[nn.Module], width: int, dtype: torch.dtype) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+def _example(
+    kind: type[nn.Module], width: int, dtype: torch.dtype
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """Calls of two layers of this kind and width that do the same: (packed, plain)."""
     with torch.device("meta"):  # where initialisers draw no random numbers
         plain = {

@@ -120,6 +120,15 @@ class Packed(NamedTuple):
     stride: tuple[int, ...]
     plain: Tensor | None = None  # itself, where it cannot be computed from the packed one
 
+    def restored(self) -> Tensor:
+        """The plain weight, equal to the bit and with its strides."""
+        if self.plain is not None:
+            return self.plain
+        plain = self.weight.to_dense().view(self.shape)
+        if plain.stride() == self.stride:
+            return plain
+        return torch.empty_strided(self.shape, self.stride, dtype=plain.dtype, device="cpu").copy_(plain)
+
 
 class PackedLayer(nn.Module):
     """A layer that keeps its weight packed between calls, and plain for everybody else.
@@ -152,16 +161,12 @@ class PackedLayer(nn.Module):
             return self.__dict__ | {"_parameters": dict(self._parameters)}
 
     def _unpack(self) -> None:
-        """Restore the plain weight, equal to the bit and with its strides, and drop the packed one."""
+        """Restore the plain weight, and drop the packed one."""
         packed = self.__dict__.pop("_packed", None)
-        if packed is None:
-            return
-        # Whatever mode the caller is in, the weight has to be an ordinary tensor; functorch cannot look into oneDNN's.
-        with torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
-            plain = packed.weight.to_dense().view(packed.shape) if packed.plain is None else packed.plain
-            if plain.stride() != packed.stride:
-                plain = torch.empty_strided(packed.shape, packed.stride, dtype=plain.dtype, device="cpu").copy_(plain)
-            self.__dict__["_parameters"]["weight"] = nn.Parameter(plain, requires_grad=False)
+        if packed is not None:
+            # Whatever mode the caller is in, weights are ordinary tensors; functorch cannot look into oneDNN's.
+            with torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
+                self.__dict__["_parameters"]["weight"] = nn.Parameter(packed.restored(), requires_grad=False)
 
     def packed(self, x: Tensor, size: InputSize | None = None) -> Packed | None:
         """The weight packed for inputs of this size; None where the plain layer has to be used for x."""
@@ -188,9 +193,10 @@ class PackedLayer(nn.Module):
         """Pack the weight and drop the plain one; None, and all as before, if it cannot be or somebody else holds it."""
         with _packing, torch.inference_mode(False), torch.no_grad():
             packed: Packed | None = self.__dict__.get("_packed")
-            if packed is not None and packed.size == size:  # by another thread
+            if packed is not None:
+                if packed.size != size:  # else another thread has just packed it
+                    packed = self.__dict__["_packed"] = self.pack(packed.restored(), size)
                 return packed
-            self._unpack()
             parameters = self.__dict__["_parameters"]
             weight = parameters.get("weight")
             if (
