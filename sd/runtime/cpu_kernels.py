@@ -49,7 +49,7 @@ PART = 2**18  # how many numbers to add up at a time: 1 MB, which stays in the c
 class Linear(PackedLayer, nn.Linear):
     """nn.Linear with a packed weight; plain where gradients are wanted."""
 
-    def pack(self, weight: Tensor, size: InputSize | None) -> Packed:
+    def pack(self, weight: Tensor, size: InputSize) -> Packed:
         return Packed(pack_linear(weight), size, weight.shape, weight.stride())
 
     @torch.compiler.disable
@@ -65,7 +65,7 @@ class Linear(PackedLayer, nn.Linear):
 class Conv2d(PackedLayer, nn.Conv2d):
     """nn.Conv2d (padding of zeros, one group) with a packed kernel; plain where gradients are wanted."""
 
-    def pack(self, weight: Tensor, size: InputSize | None) -> Packed:
+    def pack(self, weight: Tensor, size: InputSize) -> Packed:
         kernel = pack_kernel(weight, self.padding, self.stride, self.dilation, self.groups, size)
         return Packed(kernel, size, weight.shape, weight.stride())
 
@@ -90,7 +90,7 @@ class PixelConv2d(PackedLayer, nn.Conv2d):
     took half as long again where the one before was of 512x512.)
     """
 
-    def pack(self, weight: Tensor, size: InputSize | None) -> Packed:
+    def pack(self, weight: Tensor, size: InputSize) -> Packed:
         return Packed(pack_linear(weight.flatten(1)), size, weight.shape, weight.stride())
 
     @torch.compiler.disable
@@ -116,7 +116,7 @@ class UpsampleConv2d(PackedLayer, nn.Conv2d):
 
     OPTIONS = (1, 1), (1, 1), (1, 1), 1  # padding, stride, dilation, groups
 
-    def pack(self, weight: Tensor, size: InputSize | None) -> Packed:
+    def pack(self, weight: Tensor, size: InputSize) -> Packed:
         C_out, C_in = weight.shape[:2]
         sums = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).float()  # (place, of 2, of 3)
         kernels = torch.einsum("ral,scm,oilm->rsoiac", sums, sums, weight.float()).reshape(4 * C_out, C_in, 2, 2)

@@ -2,10 +2,10 @@
 
 A layer is replaced by changing its class to a subclass of its own: the network keeps its modules, their names, hooks
 and parameters. Layers with packed weights (cpu_kernels.py) replace plain ones where they are faster, which is measured
-for two sizes of each; where they are not, the plain layers stay.
+by an example of each kind; where they are not, the plain layers stay.
 
 >>> network = nn.Sequential(nn.Linear(4, 4), nn.SiLU())
->>> with prefer("fast"):
+>>> with kernel_choice.prefer("fast"):
 ...     type(optimize(network)[0]) is cpu_kernels.Linear, isinstance(network[0], nn.Linear)
 (True, True)
 >>> type(restore(network)[0]) is nn.Linear
@@ -16,19 +16,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import layers
-from . import cpu_kernels, packing
-from .kernel_choice import faster, prefer
+from . import cpu_kernels, kernel_choice, packing
 
-# The layers with which packed kernels are compared with plain ones: a few milliseconds each. Linear layers of at most
-# the smaller width, in the geometric mean of in and out, are compared on their own: their overhead counts for more.
-NARROW, WIDE, TOKENS = 128, 512, 128
+# Packed layers are compared with plain ones by these examples, which take a few milliseconds each. Small linear layers
+# are compared on their own: there, the overhead of a call counts as much as the kernel.
+EXAMPLES: dict[type[nn.Module], Callable[[int], nn.Module]] = {
+    nn.Linear: lambda width: nn.Linear(width, width),
+    nn.Conv2d: lambda width: nn.Conv2d(width, width, 3, padding=1),
+    layers.Upsample: layers.Upsample,
+}
+NARROW, WIDE, TOKENS = 128, 512, 128  # widths of linear layers: up to NARROW x NARROW weights, and more
 CHANNELS, SIDE = 256, 8  # of a convolution and its map
 
 
@@ -70,9 +73,11 @@ def optimize(network: nn.Module, device: torch.device | None = None) -> nn.Modul
     """
     if device is None:
         device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-    replace = {"cpu": _on_cpu, "mps": _on_mps}.get(device.type)
-    for module in network.modules() if replace is not None else ():
-        replace(module)
+    for module in network.modules():
+        if device.type == "cpu":
+            _optimize_for_cpu(module)
+        elif device.type == "mps" and type(module) is layers.Attention:
+            module.__class__ = MPSAttention
     return network
 
 
@@ -85,59 +90,65 @@ def restore(network: nn.Module) -> nn.Module:
     return network
 
 
-def _on_mps(module: nn.Module) -> None:
-    if type(module) is layers.Attention:
-        module.__class__ = MPSAttention
-
-
-def _on_cpu(module: nn.Module) -> None:
-    kind = type(module)
-    if kind is nn.GroupNorm:
+def _optimize_for_cpu(module: nn.Module) -> None:
+    """Replace one layer, where its fast version pays."""
+    if type(module) is nn.GroupNorm:
         module.__class__ = cpu_kernels.GroupNorm
-    elif kind is layers.Attention:
+    elif type(module) is layers.Attention:
         module.__class__ = cpu_kernels.Attention
-    elif kind is layers.Upsample and type(module.conv) is nn.Conv2d and _packed_is_faster(kind, module.conv):
+    elif type(module) is layers.Upsample:
+        if type(module.conv) is nn.Conv2d and _pays(layers.Upsample, CHANNELS, module.conv.weight.dtype):
+            _pack(module)
+    elif type(module) is nn.Linear or _is_by_pixel(module):
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if _pays(nn.Linear, NARROW if weight.numel() <= NARROW**2 else WIDE, weight.dtype):
+            _pack(module)
+    elif type(module) is nn.Conv2d and _is_usual(module) and _pays(nn.Conv2d, CHANNELS, module.weight.dtype):
+        _pack(module)
+
+
+def _is_usual(module: nn.Conv2d) -> bool:
+    """Whether oneDNN's operator for packed kernels can do what a convolution does."""
+    return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def _is_by_pixel(module: nn.Module) -> bool:
+    """Whether a layer is a convolution that sees one pixel at a time."""
+    return (
+        type(module) is nn.Conv2d
+        and module.kernel_size == module.stride == (1, 1)
+        and module.padding == (0, 0)
+        and module.groups == 1
+    )
+
+
+def _pack(module: nn.Module) -> None:
+    """Replace a layer by the one that packs its weight."""
+    if type(module) is layers.Upsample:
         module.__class__, module.conv.__class__ = cpu_kernels.Upsample, cpu_kernels.UpsampleConv2d
-    elif kind is nn.Linear and _packed_is_faster(kind, module):
+    elif type(module) is nn.Linear:
         module.__class__ = cpu_kernels.Linear
-    elif kind is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros":
-        if module.kernel_size == module.stride == (1, 1) and module.padding == (0, 0):
-            if _packed_is_faster(nn.Linear, module):
-                module.__class__ = cpu_kernels.PixelConv2d
-        elif not isinstance(module.padding, str) and _packed_is_faster(kind, module):
-            module.__class__ = cpu_kernels.Conv2d
-
-
-def _packed_is_faster(kind: type[nn.Module], layer: nn.Linear | nn.Conv2d) -> bool:
-    """Whether a layer is to be packed, computed as one of this kind."""
-    weight = layer.weight
-    if weight.dtype not in packing.onednn_dtypes():
-        return False
-    width = CHANNELS
-    if kind is nn.Linear:
-        width = NARROW if weight.shape[0] * weight.shape[1] <= NARROW**2 else WIDE
-    return faster((kind.__name__, weight.dtype, width), partial(_example, kind, width, weight.dtype))
-
-
-def _example(
-    kind: type[nn.Module], width: int, dtype: torch.dtype
-) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """Calls of two layers of this kind and width that do the same: (packed, plain)."""
-    with torch.device("meta"):  # where initialisers draw no random numbers
-        plain = {
-            nn.Linear: partial(nn.Linear, width, width),
-            nn.Conv2d: partial(nn.Conv2d, width, width, 3, padding=1),
-            layers.Upsample: partial(layers.Upsample, width),
-        }[kind]()
-    plain = plain.to(dtype).to_empty(device="cpu").to(memory_format=torch.channels_last).requires_grad_(False)
-    for parameter in plain.parameters():
-        parameter.fill_(1)
-    packed = copy.deepcopy(plain)
-    if kind is layers.Upsample:
-        packed.__class__, packed.conv.__class__ = cpu_kernels.Upsample, cpu_kernels.UpsampleConv2d
     else:
-        packed.__class__ = cpu_kernels.Linear if kind is nn.Linear else cpu_kernels.Conv2d
-    shape = (TOKENS, width) if kind is nn.Linear else (1, width, SIDE, SIDE)
-    x = torch.ones(shape, dtype=dtype, device="cpu")
-    x = x if kind is nn.Linear else x.to(memory_format=torch.channels_last)
-    return lambda: packed(x), lambda: plain(x)
+        module.__class__ = cpu_kernels.PixelConv2d if _is_by_pixel(module) else cpu_kernels.Conv2d
+
+
+def _pays(kind: type[nn.Module], width: int, dtype: torch.dtype) -> bool:
+    """Whether packed layers of this kind are the faster ones."""
+
+    def kernels() -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+        with torch.device("meta"):  # where initialisers draw no random numbers
+            layer = EXAMPLES[kind](width)
+        plain = layer.to(dtype).to_empty(device="cpu").requires_grad_(False)
+        for parameter in plain.parameters():
+            layout = torch.channels_last if parameter.dim() == 4 else torch.contiguous_format
+            parameter.data = parameter.fill_(1).contiguous(memory_format=layout)
+        packed = copy.deepcopy(plain)
+        _pack(packed)
+        if kind is nn.Linear:
+            x = torch.ones(TOKENS, width, dtype=dtype, device="cpu")
+        else:
+            x = torch.ones(1, SIDE, SIDE, width, dtype=dtype, device="cpu").permute(0, 3, 1, 2)
+        return lambda: packed(x), lambda: plain(x)
+
+    return dtype in packing.onednn_dtypes() and kernel_choice.faster((kind.__name__, width, dtype), kernels)

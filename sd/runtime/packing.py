@@ -1,4 +1,4 @@
-"""Layers whose weight oneDNN keeps in a layout of its own ("packed") between calls, and that look plain to everybody else.
+"""Layers whose weight stays in oneDNN's own layout ("packed") between calls, and that look plain to everybody else.
 
 On x86 CPUs, PyTorch reorders the weights of linear layers and convolutions for the processor at every call. oneDNN can
 do so once. Its operators for packed weights are those of PyTorch's compiler, and also run without it.
@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-Pair = tuple[int, int]
+Option = int | tuple[int, ...] | str  # as `nn.Conv2d` has its padding
 InputSize = tuple[int, int, int]  # B, H, W
+ANY_SIZE: InputSize = (2, 64, 64)
 
 LANES = 16  # float32 numbers in a vector register of AVX-512
 ROWS = 256  # that linear layers are packed for: their layout is the same for any number
@@ -72,17 +73,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def input_size(x: Tensor, out_channels: int) -> InputSize:
     """The size that a kernel is packed for, to be used on x (B, C, H, W)."""
     B, C, H, W = x.shape
-    return (2, 64, 64) if C * out_channels >= LARGE_KERNEL or H * W >= LARGE_MAP else (min(B, 2), H, W)
+    return ANY_SIZE if C * out_channels >= LARGE_KERNEL or H * W >= LARGE_MAP else (min(B, 2), H, W)
 
 
-def pack_kernel(kernel: Tensor, padding: Pair, stride: Pair, dilation: Pair, groups: int, size: InputSize) -> Tensor:
+def pack_kernel(
+    kernel: Tensor, padding: Option, stride: Option, dilation: Option, groups: int, size: InputSize
+) -> Tensor:
     """Pack the kernel (C_out, C_in / groups, k, k) of a convolution, for inputs of this size."""
     shape = (size[0], kernel.shape[1] * groups, *size[1:])
     return torch._C._nn.mkldnn_reorder_conv2d_weight(kernel.to_mkldnn(), padding, stride, dilation, groups, shape)
 
 
 def convolution(
-    x: Tensor, kernel: Tensor, bias: Tensor | None, padding: Pair, stride: Pair, dilation: Pair, groups: int
+    x: Tensor, kernel: Tensor, bias: Tensor | None, padding: Option, stride: Option, dilation: Option, groups: int
 ) -> Tensor:
     """F.conv2d with a packed kernel."""
     return torch.ops.mkldnn._convolution_pointwise(x, kernel, bias, padding, stride, dilation, groups, "none", [], "")
@@ -115,7 +118,7 @@ class Packed(NamedTuple):
     """A weight in oneDNN's layout, and what it takes to restore the plain one."""
 
     weight: Tensor
-    size: InputSize | None  # of the inputs that it is packed for, where that matters
+    size: InputSize  # of the inputs that it is packed for
     shape: torch.Size  # the plain weight's
     stride: tuple[int, ...]
     plain: Tensor | None = None  # itself, where it cannot be computed from the packed one
@@ -168,7 +171,7 @@ class PackedLayer(nn.Module):
             with torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
                 self.__dict__["_parameters"]["weight"] = nn.Parameter(packed.restored(), requires_grad=False)
 
-    def packed(self, x: Tensor, size: InputSize | None = None) -> Packed | None:
+    def packed(self, x: Tensor, size: InputSize = ANY_SIZE) -> Packed | None:
         """The weight packed for inputs of this size; None where the plain layer has to be used for x."""
         state = self.__dict__
         if (
@@ -185,12 +188,12 @@ class PackedLayer(nn.Module):
             packed = self._pack(size)
         return packed if packed is not None and packed.weight.dtype == x.dtype else None
 
-    def pack(self, weight: Tensor, size: InputSize | None) -> Packed:
+    def pack(self, weight: Tensor, size: InputSize) -> Packed:
         """Pack the weight, for inputs of this size."""
         raise NotImplementedError
 
-    def _pack(self, size: InputSize | None) -> Packed | None:
-        """Pack the weight and drop the plain one; None, and all as before, if it cannot be or somebody else holds it."""
+    def _pack(self, size: InputSize) -> Packed | None:
+        """Pack the weight and drop the plain one; None, and all as before, if somebody else holds it."""
         with _packing, torch.inference_mode(False), torch.no_grad():
             packed: Packed | None = self.__dict__.get("_packed")
             if packed is not None:
