@@ -35,7 +35,6 @@ from .packing import (
     PackedLayer,
     convolution,
     for_inference,
-    input_size,
     linear,
     pack_kernel,
     pack_linear,
@@ -65,6 +64,8 @@ class Linear(PackedLayer, nn.Linear):
 class Conv2d(PackedLayer, nn.Conv2d):
     """nn.Conv2d (padding of zeros, one group) with a packed kernel; plain where gradients are wanted."""
 
+    for_maps = True
+
     def pack(self, weight: Tensor, size: InputSize) -> Packed:
         kernel = pack_kernel(weight, self.padding, self.stride, self.dilation, self.groups, size)
         return Packed(kernel, size, weight.shape, weight.stride())
@@ -72,11 +73,7 @@ class Conv2d(PackedLayer, nn.Conv2d):
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H', W')."""
-        packed = (
-            self.packed(x, input_size(x, self.out_channels))
-            if x.dim() == 4 and x.shape[1] == self.in_channels
-            else None
-        )
+        packed = self.packed(x) if x.dim() == 4 and x.shape[1] == self.in_channels else None
         if packed is None:
             return self._conv_forward(x, self.weight, self.bias)
         bias = self.__dict__["_parameters"]["bias"]
@@ -114,6 +111,7 @@ class UpsampleConv2d(PackedLayer, nn.Conv2d):
         row 2i + 1 sees rows i, i, i + 1:                  a + b, c
     """
 
+    for_maps = True
     OPTIONS = (1, 1), (1, 1), (1, 1), 1  # padding, stride, dilation, groups
 
     def pack(self, weight: Tensor, size: InputSize) -> Packed:
@@ -124,26 +122,6 @@ class UpsampleConv2d(PackedLayer, nn.Conv2d):
         kernels = pack_kernel(kernels.to(weight.dtype), *self.OPTIONS, size)
         return Packed(kernels, size, weight.shape, weight.stride(), weight)
 
-    def doubled(self, x: Tensor) -> Tensor | None:
-        """The convolution of the doubled x (B, C, H, W): (B, C_out, 2 H, 2 W); None where only the plain layer can."""
-        packed = (
-            self.packed(x, input_size(x, self.out_channels))
-            if x.dim() == 4 and x.shape[1] == self.in_channels
-            else None
-        )
-        if packed is None:
-            return None
-        B, _, H, W = x.shape
-        bias = self.__dict__["_parameters"]["bias"]
-        x = convolution(x, packed.weight, None if bias is None else bias.repeat(4), *self.OPTIONS)
-        out = torch.empty(
-            (B, self.out_channels, 2 * H, 2 * W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-        )
-        for place, part in enumerate(x.chunk(4, dim=1)):  # (B, C, H + 1, W + 1): a row and a column too many
-            row, column = divmod(place, 2)
-            out[:, :, row::2, column::2] = part[:, :, row : row + H, column : column + W]
-        return out
-
 
 class Upsample(layers.Upsample):
     """`layers.Upsample` with 4/9 of the arithmetic, where the map is doubled (`UpsampleConv2d`)."""
@@ -151,15 +129,21 @@ class Upsample(layers.Upsample):
     @torch.compiler.disable
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, *size); twice the size where none is given."""
-        conv, double = self.conv, (2 * x.shape[-2], 2 * x.shape[-1])
-        out = None
-        if (
-            type(conv) is UpsampleConv2d
-            and tuple(size or double) == double
-            and not (conv._forward_hooks or conv._forward_pre_hooks or "forward" in conv.__dict__)
-        ):
-            out = conv.doubled(x)
-        return super().forward(x, size) if out is None else out
+        conv = self.conv
+        if type(conv) is not UpsampleConv2d or x.dim() != 4 or x.shape[1] != conv.in_channels:
+            return super().forward(x, size)
+        B, C, H, W = x.shape
+        hooked = conv._forward_hooks or conv._forward_pre_hooks or "forward" in conv.__dict__
+        packed = conv.packed(x) if not hooked and tuple(size or ()) in ((), (2 * H, 2 * W)) else None
+        if packed is None:
+            return super().forward(x, size)
+        bias = conv.__dict__["_parameters"]["bias"]
+        x = convolution(x, packed.weight, None if bias is None else bias.repeat(4), *conv.OPTIONS)
+        out = torch.empty((B, C, 2 * H, 2 * W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        for place, part in enumerate(x.chunk(4, dim=1)):  # (B, C, H + 1, W + 1): a row and a column too many
+            row, column = divmod(place, 2)
+            out[:, :, row::2, column::2] = part[:, :, row : row + H, column : column + W]
+        return out
 
 
 class Attention(layers.Attention):

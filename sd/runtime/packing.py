@@ -9,7 +9,7 @@ first restores the plain weight, equal to the bit; the next call packs it again.
 weight, or a view of its memory, it is not packed. So changes in place always take effect.
 
 The layout that is fastest can depend on the shape of the inputs, and another one may take twenty times as long, so
-small kernels are packed again when maps of another size come (`input_size`). Results are the same in any layout.
+small kernels are packed again when maps of another size come. Results are the same in any layout.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-Option = int | tuple[int, ...] | str  # as `nn.Conv2d` has its padding
+Option = tuple[int, ...] | str  # as `nn.Conv2d` has its padding
 InputSize = tuple[int, int, int]  # B, H, W
 ANY_SIZE: InputSize = (2, 64, 64)
 
@@ -70,18 +70,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def input_size(x: Tensor, out_channels: int) -> InputSize:
-    """The size that a kernel is packed for, to be used on x (B, C, H, W)."""
-    B, C, H, W = x.shape
-    return ANY_SIZE if C * out_channels >= LARGE_KERNEL or H * W >= LARGE_MAP else (min(B, 2), H, W)
-
-
 def pack_kernel(
     kernel: Tensor, padding: Option, stride: Option, dilation: Option, groups: int, size: InputSize
 ) -> Tensor:
     """Pack the kernel (C_out, C_in / groups, k, k) of a convolution, for inputs of this size."""
     shape = (size[0], kernel.shape[1] * groups, *size[1:])
-    return torch._C._nn.mkldnn_reorder_conv2d_weight(kernel.to_mkldnn(), padding, stride, dilation, groups, shape)
+    pack: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # torch's own annotation is wrong
+    return pack(kernel.to_mkldnn(), padding, stride, dilation, groups, shape)
 
 
 def convolution(
@@ -140,6 +135,8 @@ class PackedLayer(nn.Module):
     parameter lead through `_parameters` or `__getattr__`.
     """
 
+    for_maps = False  # whether its input is a map (B, C, H, W), and the layout of its weight depends on the map's size
+
     @property
     def _parameters(self) -> dict[str, nn.Parameter | None]:
         with _packing:
@@ -171,18 +168,23 @@ class PackedLayer(nn.Module):
             with torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
                 self.__dict__["_parameters"]["weight"] = nn.Parameter(packed.restored(), requires_grad=False)
 
-    def packed(self, x: Tensor, size: InputSize = ANY_SIZE) -> Packed | None:
-        """The weight packed for inputs of this size; None where the plain layer has to be used for x."""
+    def packed(self, x: Tensor) -> Packed | None:
+        """The weight packed for inputs like x; None where the plain layer has to be used for it."""
         state = self.__dict__
         if (
             type(x) is not Tensor  # but computed from others, or a tensor without numbers
-            or x.device.type != "cpu"
+            or not x.is_cpu
             or x.numel() == 0
             or not for_inference(x, state["_parameters"].get("bias"))
             or torch.is_autocast_enabled("cpu")
             or not torch.backends.mkldnn.enabled
         ):
             return None
+        size = ANY_SIZE
+        if self.for_maps:
+            B, C, H, W = x.shape
+            if C * self.out_channels < LARGE_KERNEL and H * W < LARGE_MAP:
+                size = min(B, 2), H, W
         packed: Packed | None = state.get("_packed")
         if packed is None or packed.size != size:
             packed = self._pack(size)
