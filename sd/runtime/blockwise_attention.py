@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +39,9 @@ ROWS = {torch.bfloat16: 512, torch.float32: 256}  # queries at least, as each pr
 LARGEST_EXPONENT = 100.0  # numbers from 2^-100 to 2^100 are exact, as the smallest of float32 and bfloat16 is 2^-126
 LARGEST_SUM = 126.0  # and the largest 2^127: for the values, each times such a power, summed over all keys
 
-# Sizes at which the two kernels are compared: a prompt's tokens or a map's as keys, a head of the U-Net's or of the
-# VAE's. Each stands for those that are nearer to it than to the other.
-TEXT_KEYS, MAP_KEYS, QUERIES = 77, 1024, 1024
-NARROW_HEAD, WIDE_HEAD = 64, 512
+# Heads, tokens and width of a head for which the two kernels are compared: those of a small map in a U-Net. Where
+# blockwise attention is faster, it is so for the text's 77 keys, for larger maps and for wider heads as well.
+EXAMPLE = 4, 1024, 64
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
@@ -55,22 +55,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
         or not torch.backends.mkldnn.enabled
         or k.shape[0] != q.shape[0]
         or 0 in (q.numel(), k.shape[1])
-        or not _blockwise_is_faster(k.shape[1], q.shape[2] // heads, q.dtype)
+        or not faster(("attention", q.dtype), partial(_example, q.dtype))
     ):
         return layers.attention(q, k, v, heads, causal)
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N, d)
     return blockwise(q, k, v).transpose(1, 2).flatten(-2)
 
 
-def _blockwise_is_faster(M: int, d: int, dtype: torch.dtype) -> bool:
-    """For M keys and heads of width d."""
-    M, d = TEXT_KEYS if M < MAP_KEYS / 2 else MAP_KEYS, NARROW_HEAD if d < WIDE_HEAD / 2 else WIDE_HEAD
-
-    def kernels() -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-        q, k = (torch.ones(1, 2, n, d, dtype=dtype, device="cpu") for n in (QUERIES, M))
-        return lambda: blockwise(q, k, k), lambda: F.scaled_dot_product_attention(q, k, k)
-
-    return faster(("attention", dtype, M, d), kernels)
+def _example(dtype: torch.dtype) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    q = torch.ones(1, *EXAMPLE, dtype=dtype, device="cpu")
+    return lambda: blockwise(q, q, q), lambda: F.scaled_dot_product_attention(q, q, q)
 
 
 @torch.compiler.disable
