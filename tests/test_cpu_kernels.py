@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import pytest
 import reference_weights as reference
@@ -261,8 +264,15 @@ def test_results_do_not_depend_on_earlier_sizes(name, channels, dtype):
         assert torch.equal(layer(x), expected) and laid_out(layer)
 
 
-def test_a_network_compiled_by_its_user():
-    layer, _, x, _ = made("3x3")
+def test_the_compiler_is_not_imported_before_it_is_used():
+    """It takes a second and 70 MB: more than a step of the embedded model by far."""
+    code = "import sys, sd.pipeline, sd.runtime.optimize; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
+
+
+@pytest.mark.parametrize("name", ["linear", "3x3", "1x1", "upsampling"])
+def test_a_network_compiled_by_its_user(name):
+    layer, _, x, _ = made(name)
     network = nn.Sequential(layer, nn.SiLU())
     expected = network(x)
     compiled = torch.compile(network, backend="eager")

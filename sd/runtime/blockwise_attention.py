@@ -67,7 +67,6 @@ def _example(dtype: torch.dtype) -> tuple[Callable[[], Tensor], Callable[[], Ten
     return lambda: blockwise(q, q, q), lambda: F.scaled_dot_product_attention(q, q, q)
 
 
-@torch.compiler.disable
 def blockwise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / sqrt(d)) v for q (B, heads, N, d) and k, v (B, heads, M, d), some heads and queries at a time."""
     B, heads, N, d = q.shape

@@ -34,6 +34,7 @@ from .packing import (
     Packed,
     PackedLayer,
     convolution,
+    eagerly,
     for_inference,
     linear,
     pack_kernel,
@@ -51,9 +52,10 @@ class Linear(PackedLayer, nn.Linear):
     def pack(self, weight: Tensor, size: InputSize) -> Packed:
         return Packed(pack_linear(weight), size, weight.shape, weight.stride())
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""
+        if torch.compiler.is_compiling():
+            return eagerly(self, x)
         # for inputs of a wrong shape, PyTorch's own operators have the best messages
         packed = self.packed(x) if x.dim() > 0 and x.shape[-1] == self.in_features else None
         if packed is None:
@@ -70,9 +72,10 @@ class Conv2d(PackedLayer, nn.Conv2d):
         kernel = pack_kernel(weight, self.padding, self.stride, self.dilation, self.groups, size)
         return Packed(kernel, size, weight.shape, weight.stride())
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H', W')."""
+        if torch.compiler.is_compiling():
+            return eagerly(self, x)
         packed = self.packed(x) if x.dim() == 4 and x.shape[1] == self.in_channels else None
         if packed is None:
             return self._conv_forward(x, self.weight, self.bias)
@@ -90,9 +93,10 @@ class PixelConv2d(PackedLayer, nn.Conv2d):
     def pack(self, weight: Tensor, size: InputSize) -> Packed:
         return Packed(pack_linear(weight.flatten(1)), size, weight.shape, weight.stride())
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H, W)."""
+        if torch.compiler.is_compiling():
+            return eagerly(self, x)
         packed = self.packed(x) if x.dim() == 4 and x.shape[1] == self.in_channels else None
         if packed is None:
             return self._conv_forward(x, self.weight, self.bias)
@@ -126,9 +130,10 @@ class UpsampleConv2d(PackedLayer, nn.Conv2d):
 class Upsample(layers.Upsample):
     """`layers.Upsample` with 4/9 of the arithmetic, where the map is doubled (`UpsampleConv2d`)."""
 
-    @torch.compiler.disable
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, *size); twice the size where none is given."""
+        if torch.compiler.is_compiling():
+            return eagerly(self, x, size)
         conv = self.conv
         if type(conv) is not UpsampleConv2d or x.dim() != 4 or x.shape[1] != conv.in_channels:
             return super().forward(x, size)
