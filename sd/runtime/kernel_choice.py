@@ -21,7 +21,7 @@ import torch
 
 Choice = Literal["fast", "plain"]
 
-CALLS = 5  # of each kernel, in turns; the fastest counts, as other processes only ever make calls slower
+CALLS = 3  # of each kernel, in turns; the fastest counts, as other processes only ever make calls slower
 # Fast kernels may be this much slower and are still taken: the examples are small, and they gain more in large layers.
 # A threshold that is far from usual results also keeps noise from deciding, and so how results are rounded.
 MARGIN = 1.1
