@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import pytest
 import reference_weights as reference
@@ -18,15 +21,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd.models.layers import Upsample
-from sd.runtime import cpu_kernels as kernels
-from sd.runtime.cpu_kernels import attention
+from sd.runtime import blockwise_attention, kernel_choice, packing
+from sd.runtime.blockwise_attention import attention, blockwise
 from sd.runtime.optimize import optimize, restore
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
-def enlarged(x, weight, bias):
+def upsampled(x, weight, bias):
     return F.conv2d(F.interpolate(x, scale_factor=2.0), weight, bias, padding=1)
 
 
@@ -38,14 +41,14 @@ LAYERS = {
     "1x1": (lambda: nn.Conv2d(32, 48, 1), (2, 32, 9, 7), F.conv2d),
     "halving": (lambda: nn.Conv2d(32, 32, 3, stride=2), (1, 32, 9, 8), partial(F.conv2d, stride=2)),
     "4 channels": (lambda: nn.Conv2d(4, 32, 3, padding=1), (1, 4, 8, 8), partial(F.conv2d, padding=1)),
-    "enlarging": (lambda: Upsample(32), (2, 32, 5, 7), enlarged),
+    "upsampling": (lambda: Upsample(32), (2, 32, 5, 7), upsampled),
 }
 
 
 @pytest.fixture(autouse=True)
-def packed_kernels():
+def fast_kernels():
     """Whichever are faster on this processor."""
-    with kernels.prefer("packed"):
+    with kernel_choice.prefer("fast"):
         yield
 
 
@@ -75,12 +78,12 @@ def formula_of(weights, x, formula):
 
 
 needs_onednn = pytest.mark.skipif(
-    not kernels.onednn_dtypes(), reason="needs an x86 CPU with AVX and a torch that has oneDNN"
+    not packing.onednn_dtypes(), reason="needs an x86 CPU with AVX and a torch that has oneDNN"
 )
 
 
 def only(dtype):
-    if dtype not in kernels.onednn_dtypes():
+    if dtype not in packing.onednn_dtypes():
         pytest.skip(f"{dtype} has no fast path on this CPU")
 
 
@@ -92,7 +95,7 @@ def test_layers_are_their_formula(name, dtype):
     for _ in range(2):  # as it lays its weights out, and after
         assert error(layer(x), expected) < ROUNDING[dtype]
         assert layer(x).dtype == dtype
-    assert laid_out(layer) == (dtype in kernels.onednn_dtypes())
+    assert laid_out(layer) == (dtype in packing.onednn_dtypes())
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -193,7 +196,7 @@ def test_training_after_inference():
 
 @needs_onednn
 def test_threads_use_and_look_at_one_layer():
-    layer, weights, x, formula = made("enlarging")
+    layer, weights, x, formula = made("upsampling")
     expected = formula_of(weights, x, formula)
 
     def work(i):
@@ -206,29 +209,76 @@ def test_threads_use_and_look_at_one_layer():
         assert all(pool.map(work, range(60)))
 
 
-@pytest.mark.parametrize("choice", ["packed", "plain"])
+@pytest.mark.parametrize("choice", ["fast", "plain"])
 def test_which_kernel_is_measured_once(choice, monkeypatch):
     """Of two kernels, the one that takes no time wins."""
-    monkeypatch.setattr(kernels, "_measured", {})
+    monkeypatch.setattr(kernel_choice, "_measured", {})
     calls = []
 
     def slow():
         calls.append(1)
         time.sleep(0.002)
 
-    pair = (lambda: None, slow) if choice == "packed" else (slow, lambda: None)
-    with kernels.prefer(None):
+    pair = (lambda: None, slow) if choice == "fast" else (slow, lambda: None)
+    with kernel_choice.prefer(None):
         for _ in range(2):
-            assert kernels.faster(("a kind",), lambda: pair) == (choice == "packed")
-    assert len(calls) == kernels.REPEATS + 1
-    with kernels.prefer("plain"):
-        layer, _, x, _ = made("linear")
-        layer(x)
-        assert not laid_out(layer)
+            assert kernel_choice.faster("a kind", lambda: pair) == (choice == "fast")
+    assert len(calls) == kernel_choice.CALLS + 1
 
 
-def test_a_network_compiled_by_its_user():
-    layer, _, x, _ = made("3x3")
+@pytest.mark.parametrize("name", LAYERS)
+def test_where_plain_kernels_are_faster_layers_stay_as_they_are(name):
+    with kernel_choice.prefer("plain"):
+        layer, *_ = made(name)
+    assert type(layer) in (nn.Linear, nn.Conv2d, Upsample) and type(inner(layer)) in (nn.Linear, nn.Conv2d)
+
+
+def test_measuring_draws_no_random_numbers(monkeypatch):
+    monkeypatch.setattr(kernel_choice, "_measured", {})
+    network = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(8, 8, 3), Upsample(8)).requires_grad_(False)
+    before = torch.get_rng_state()
+    with kernel_choice.prefer(None):
+        optimize(network)
+    assert torch.equal(torch.get_rng_state(), before)
+    kinds = len(kernel_choice._measured)
+    assert kinds == (3 if packing.onednn_dtypes() else 0)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [(96, 96), (192, 64)])
+@pytest.mark.parametrize("name", ["3x3", "upsampling"])
+def test_results_do_not_depend_on_earlier_sizes(name, channels, dtype):
+    """Kernels are packed for a size of maps; after another size, the same bits, and no plain weight in between."""
+    only(dtype)
+    C = channels[0]
+    layer = Upsample(C) if name == "upsampling" else nn.Conv2d(*channels, 3, padding=1)
+    layer = optimize(layer.to(dtype).to(memory_format=torch.channels_last).requires_grad_(False))
+    maps = [reference.normal(f"{n}", (n % 3 + 1, C, n, n + 1)).to(dtype) for n in (4, 8, 12, 16, 40, 70)]
+    first = []
+    for x in maps:
+        inner(layer).state_dict()  # restores the plain weight
+        first.append(layer(x))
+        assert laid_out(layer)
+    for x, expected in zip(reversed(maps), reversed(first), strict=True):
+        assert torch.equal(layer(x), expected) and laid_out(layer)
+
+
+def test_the_compiler_is_not_imported_before_it_is_used():
+    """It takes a second and 70 MB, and what torch computes with Python half of that: too much for the start."""
+    code = (
+        "import sys, torch, sd.pipeline; from sd.runtime.optimize import optimize;"
+        "optimize(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Conv2d(8, 8, 3)));"
+        "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["linear", "3x3", "1x1", "upsampling"])
+def test_a_network_compiled_by_its_user(name):
+    layer, _, x, _ = made(name)
     network = nn.Sequential(layer, nn.SiLU())
     expected = network(x)
     compiled = torch.compile(network, backend="eager")
@@ -279,7 +329,7 @@ def test_inputs_of_other_shapes(name):
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"cannot be multiplied|to have \d+ channels"):
             layer(torch.ones(wrong))
-        if name != "enlarging":
+        if name != "upsampling":
             assert error(layer(x[0]), formula_of(weights, x[0], formula)) < 2e-6
         layer(x)
 
@@ -310,13 +360,13 @@ def test_a_torch_whose_operators_want_something_else(broken, monkeypatch):
     def changed(*_):
         raise broken("_linear_pointwise() expected at most 5 arguments")
 
-    monkeypatch.setattr(kernels, "_linear", changed)
-    kernels.onednn_dtypes.cache_clear()
+    monkeypatch.setattr(packing, "linear", changed)
+    packing.onednn_dtypes.cache_clear()
     try:
         layer, weights, x, formula = made("linear")
         assert error(layer(x), formula_of(weights, x, formula)) < 2e-6 and not laid_out(layer)
     finally:
-        kernels.onednn_dtypes.cache_clear()
+        packing.onednn_dtypes.cache_clear()
 
 
 def textbook(q, k, v):
@@ -327,12 +377,12 @@ def textbook(q, k, v):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("N, M", [(1, 1), (64, 77), (700, 600), (2100, 1030)])
 @pytest.mark.parametrize("spread", [1.0, 10.0, 100.0, 1e4])
-def test_attention_by_rows_whatever_the_scores(N, M, spread, dtype):
+def test_blockwise_attention_whatever_the_scores(N, M, spread, dtype):
     """Small scores take the short way, large ones the usual softmax; with the largest, one key has all the weight."""
     only(dtype)
     q, k, v = (reference.normal(name, (1, n, 64)).to(dtype) for name, n in (("q", N), ("k", M), ("v", M)))
     q = q * spread
-    out = kernels._attention_by_rows(q[:, None], k[:, None], v[:, None])[:, 0]
+    out = blockwise(q[:, None], k[:, None], v[:, None])[:, 0]
     expected = textbook(q, k, v)
     assert out.isfinite().all()
     if dtype == torch.float32:
@@ -344,14 +394,14 @@ def test_attention_by_rows_whatever_the_scores(N, M, spread, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("value", [1e-4, 1.0, 1e6, 1e20])
-def test_attention_by_rows_at_the_limit(value, sign, dtype):
+def test_blockwise_attention_at_the_limit(value, sign, dtype):
     """Every score at the largest or smallest that takes the short way, and values far from 1: sums do not overflow."""
     only(dtype)
-    score = math.sqrt(0.99 * kernels.LARGEST_EXPONENT * math.log(2) / 8)
+    score = math.sqrt(0.99 * blockwise_attention.LARGEST_EXPONENT * math.log(2) / 8)
     q, k = torch.full((1, 1, 40, 64), sign * score).to(dtype), torch.full((1, 1, 4096, 64), score).to(dtype)
     v = (value * (1 + 0.1 * reference.normal("v", (1, 1, 4096, 64)))).to(dtype)
     expected = v.double().mean(dim=2, keepdim=True).expand(-1, -1, 40, -1)
-    assert error(kernels._attention_by_rows(q, k, v), expected) < max(ROUNDING[dtype], 2e-5)
+    assert error(blockwise(q, k, v), expected) < max(ROUNDING[dtype], 2e-5)
 
 
 def test_attention_passes_on_what_is_not_a_number():
@@ -379,11 +429,13 @@ class Largest(TorchDispatchMode):
 def test_attention_never_holds_all_scores(dtype, fast, monkeypatch):
     """Of 8 heads and 4096 tokens, as in 512x512 pictures, they would be 134 million."""
     if not fast:
-        monkeypatch.setattr(kernels, "onednn_dtypes", frozenset)
+        monkeypatch.setattr(packing, "onednn_dtypes", frozenset)
     q, k, v = (reference.normal(name, (1, 4096, 8 * 40)).to(dtype) for name in "qkv")
     with Largest() as largest:
         attention(q, k, v, heads=8)
-    at_most = kernels.SCORES * kernels.THREADS[1] if fast else 2 * q.numel()  # however many threads there are
+    at_most = (
+        blockwise_attention.SCORES * blockwise_attention.THREADS[1] if fast else 2 * q.numel()
+    )  # however many threads there are
     assert q.numel() <= largest.numbers <= at_most
 
 
@@ -399,6 +451,6 @@ def test_kernels_of_one_pixel_are_good_for_every_size(dtype, layout):
         assert out.dtype == dtype
         assert out.is_contiguous(memory_format=torch.channels_last) or layout != torch.channels_last
         assert error(out, F.conv2d(x.double(), kernel.double(), bias)) < ROUNDING[dtype]
-    assert laid_out(layer) == (dtype in kernels.onednn_dtypes())
+    assert laid_out(layer) == (dtype in packing.onednn_dtypes())
     assert layer.state_dict()["weight"].equal(kernel)
     assert restore(layer).weight.equal(kernel) and layer.weight.shape == (40, 24, 1, 1)

@@ -24,8 +24,8 @@ from sd.conditioning import Conditioning
 from sd.config import UNetConfig
 from sd.models.unet import UNet
 from sd.pipeline import StableDiffusion
-from sd.runtime import cpu_kernels as kernels
 from sd.runtime import cuda_graphs as capture
+from sd.runtime import packing
 from sd.runtime.cuda_graphs import SHAPES, Compiled, Recorded, cuda_graph
 from sd.runtime.optimize import optimize
 from sd.samplers import SAMPLERS
@@ -34,7 +34,7 @@ from sd.samplers import SAMPLERS
 @pytest.fixture(autouse=True)
 def weights_stay_plain(monkeypatch):
     """As on a GPU: no layouts of oneDNN, which have no address."""
-    monkeypatch.setattr(kernels, "onednn_dtypes", frozenset)
+    monkeypatch.setattr(packing, "onednn_dtypes", frozenset)
 
 
 class Tape:
@@ -365,7 +365,7 @@ def test_compiled_is_one_graph(monkeypatch):
     optimize(sd.unet)
     expected, images = sd.unet(*inputs(1, 24)), task(sd, "img2img")
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(kernels, "onednn_dtypes", lambda: frozenset({torch.float32}))  # but not for this network
+    monkeypatch.setattr(packing, "onednn_dtypes", lambda: frozenset({torch.float32}))  # but not for this network
     sd._fast_unet = Compiled(sd.unet)
     assert type(sd.unet.conv_in) is torch.nn.Conv2d
     assert error(sd._fast_unet(*inputs(1, 24)), expected) < 1e-5
@@ -405,7 +405,7 @@ def test_compiling_is_asked_for(monkeypatch):
 
 
 def test_compiling_for_a_cpu_whose_own_kernels_are_faster_is_advised_against(monkeypatch):
-    monkeypatch.setattr(kernels, "onednn_dtypes", lambda: frozenset({torch.float32}))
+    monkeypatch.setattr(packing, "onednn_dtypes", lambda: frozenset({torch.float32}))
     with pytest.warns(UserWarning, match="slower on this processor"):
         StableDiffusion.load(device="cpu", dtype="float32", compile=True)
 

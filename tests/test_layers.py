@@ -12,7 +12,8 @@ from torch import nn
 
 from sd.models.layers import Attention, FeedForward, ResBlock, Upsample, timestep_embedding
 from sd.models.text_encoder import quick_gelu
-from sd.runtime.cpu_kernels import GroupNorm, attention
+from sd.runtime.blockwise_attention import attention
+from sd.runtime.cpu_kernels import GroupNorm
 
 
 def textbook_attention(q, k, v, heads, causal=False):
@@ -39,13 +40,13 @@ def test_attention_is_the_textbook_formula(heads, width, N, M, causal):
 
 @pytest.mark.parametrize("spread, tolerance", [(1.0, 0.01), (4.0, 0.03), (8.0, 0.05)])
 def test_attention_in_bfloat16_with_large_scores(spread, tolerance):
-    """Where it goes by rows on the CPU, scores are rounded before the softmax; the error grows with them."""
+    """Where it is blockwise on the CPU, scores are rounded before the softmax; the error grows with them."""
     q, k, v = (reference.normal(name, (1, 1024, 64)) for name in "qkv")
     low = [(spread * q).bfloat16(), k.bfloat16(), v.bfloat16()]
     assert error(attention(*low, heads=1), textbook_attention(*low, heads=1)) < tolerance
 
 
-def test_attention_by_rows_has_no_gradient_to_lose():
+def test_blockwise_attention_has_no_gradient_to_lose():
     x = reference.normal("x", (1, 600, 32)).bfloat16()
     with torch.enable_grad():
         tracked = x.clone().requires_grad_()

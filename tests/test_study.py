@@ -26,8 +26,9 @@ from sd.models.vae import VAE
 from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion
 from sd.run import draw, generators
-from sd.runtime import cpu_kernels as kernels
+from sd.runtime import blockwise_attention, packing
 from sd.runtime.cuda_graphs import Recorded
+from sd.runtime.kernel_choice import prefer
 from sd.runtime.optimize import optimize
 from sd.schedule import Schedule
 from sd.study import (
@@ -95,12 +96,12 @@ def test_looking_changes_nothing(tiny, inputs):
 
 PATHS = {  # name: precision, the kernels that are forced
     "plain": (torch.float32, "plain"),
-    "packed, by rows": (torch.float32, "packed"),
-    "packed, by rows, bfloat16": (torch.bfloat16, "packed"),
+    "fast": (torch.float32, "fast"),
+    "fast, bfloat16": (torch.bfloat16, "fast"),
     "measured": (torch.float32, None),
-    "with gradients": (torch.float32, "packed"),
-    "not optimized": (torch.float32, "packed"),
-    "autocast": (torch.float32, "packed"),
+    "with gradients": (torch.float32, "fast"),
+    "not optimized": (torch.float32, "fast"),
+    "autocast": (torch.float32, "fast"),
 }
 
 
@@ -109,11 +110,12 @@ def test_every_path_of_attention(tiny, path, monkeypatch):
     """The weights by the formula give what the network's kernels give, whichever it uses; none of them is disturbed."""
     dtype, choice = PATHS[path]
     rows = []
-    by_rows = kernels._attention_by_rows
-    monkeypatch.setattr(kernels, "_attention_by_rows", lambda *args: rows.append(1) or by_rows(*args))
+    blockwise = blockwise_attention.blockwise
+    monkeypatch.setattr(blockwise_attention, "blockwise", lambda *args: rows.append(1) or blockwise(*args))
     unet = build_like(tiny["unet"]).to(dtype).requires_grad_(path == "with gradients")
     if path != "not optimized":
-        optimize(unet)
+        with prefer(choice):
+            optimize(unet)
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(1, 4, 24, 24, generator=rng).to(dtype)
     given = x, torch.tensor([300.0]), Conditioning(torch.randn(1, 77, 64, generator=rng).to(dtype))
@@ -126,7 +128,7 @@ def test_every_path_of_attention(tiny, path, monkeypatch):
         errors.append(error(call.output(weights).detach().float(), real.detach().float()))
 
     gradients, half = path == "with gradients", path == "autocast"
-    with kernels.prefer(choice), torch.set_grad_enabled(gradients), torch.autocast("cpu", enabled=half):
+    with prefer(choice), torch.set_grad_enabled(gradients), torch.autocast("cpu", enabled=half):
         before = unet(*given)
         for _ in range(2):
             with attention.watching(unet, see):
@@ -137,15 +139,15 @@ def test_every_path_of_attention(tiny, path, monkeypatch):
     if choice is not None:
         # within autocast, queries are in bfloat16, which has a fast path only where the processor multiplies it
         within = torch.bfloat16 if half else dtype
-        fast = choice == "packed" and path not in ("with gradients", "not optimized")
-        assert bool(rows) == (fast and within in kernels.onednn_dtypes())
+        fast = choice == "fast" and path not in ("with gradients", "not optimized")
+        assert bool(rows) == (fast and within in packing.onednn_dtypes())
     assert len(errors) == 2 * len(attention.sites(unet))
     assert max(errors) < (1e-5 if dtype == torch.float32 and path != "autocast" else 0.02)
 
 
 def test_steps_that_are_recorded(tiny, inputs, monkeypatch):
     """Where steps are played back, hooks are seen all the same; before and after it is the same recording."""
-    monkeypatch.setattr(kernels, "onednn_dtypes", frozenset)  # as on a GPU
+    monkeypatch.setattr(packing, "onednn_dtypes", frozenset)  # as on a GPU
     runs: list[int] = []
 
     def record(run, device):  # stands in for a CUDA graph
@@ -705,11 +707,12 @@ def test_network_is_counted_whole(config, parameters):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_network_is_counted_as_ever_once_it_has_run(tiny, inputs, dtype):
-    unet = optimize(build_like(tiny["unet"]).to(dtype).requires_grad_(False))
+    unet = build_like(tiny["unet"]).to(dtype).requires_grad_(False)
     with torch.device("meta"):
         expected = network.trace(UNet(TINY.unet), 24, 24)
     given = [inputs[0].to(dtype), inputs[1], inputs[2].to(dtype=dtype)]
-    with kernels.prefer("packed"):
+    with prefer("fast"):
+        optimize(unet)
         before = unet(*given)
         assert network.trace(unet, 24, 24) == expected
         assert torch.equal(unet(*given), before)

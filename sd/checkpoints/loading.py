@@ -139,12 +139,18 @@ def load_weights(
 def _in_pages(tensor: Tensor, dtype: torch.dtype, layout: torch.memory_format, own: bool) -> Tensor:
     """The tensor itself if it needs no conversion and may be shared, or a copy in memory pages of its own."""
     if not own and tensor.dtype == dtype and tensor.is_contiguous(memory_format=layout):
-        return tensor
+        # Kernels of 1x1 are contiguous in both layouts. PyTorch goes by the strides, so they have to be the usual ones.
+        return tensor.as_strided(tensor.shape, _channels_last(tensor.shape)) if tensor.dim() == 4 else tensor
     copy = fresh(tensor.numel(), dtype)
     if layout == torch.channels_last:
         out, width, *kernel = tensor.shape
         copy = copy.view(out, *kernel, width).permute(0, 3, 1, 2)
     return copy.view(tensor.shape).copy_(tensor)
+
+
+def _channels_last(shape: torch.Size) -> tuple[int, ...]:
+    _, C, H, W = shape
+    return C * H * W, 1, W * C, C
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
 from ..conditioning import Conditioning
-from .cpu_kernels import onednn_dtypes
+from . import packing
 from .optimize import restore
 
 SHAPES = 2  # recordings that are kept: each holds the memory of a step
@@ -82,13 +82,15 @@ class Recording(NamedTuple):
         """Record the network on memory of its own, which can be written to within `inference_mode` and without."""
         with torch.inference_mode(False), torch.no_grad():
             own = tuple(None if x is None else x.clone() for x in inputs)
-            x, t, *rest = own
-            return cls(own, *record(lambda: network(x, t, Conditioning(*rest)), x.device))
+            x, t, context, vector, concat = own
+            assert x is not None and context is not None
+            conditioning = Conditioning(context, vector, concat)
+            return cls(own, *record(lambda: network(x, t, conditioning), x.device))
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """The network's result, which nobody will write over."""
         for own, x in zip(self.inputs, inputs, strict=True):
-            if own is not None:
+            if own is not None and x is not None:
                 own.copy_(x)
         self.replay()
         return self.out.clone()
@@ -166,7 +168,7 @@ class Compiled:
 
     def __init__(self, network: nn.Module) -> None:
         weight = next(network.parameters())
-        if weight.device.type == "cpu" and weight.dtype in onednn_dtypes():
+        if weight.device.type == "cpu" and weight.dtype in packing.onednn_dtypes():
             warnings.warn("compiled, the U-Net is slower on this processor than as it is", stacklevel=3)
         self._network = restore(network)
         self._fast: Network | None = None  # when it is first called

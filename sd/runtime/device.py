@@ -52,7 +52,7 @@ def best_dtype(device: torch.device) -> torch.dtype:
 def find_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """The precision of this name; ValueError for one that is not supported."""
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+    if found is None or found not in DTYPES.values():
         raise ValueError(f"unknown precision {dtype!r}, expected one of {', '.join(DTYPES)}")
     return found
 

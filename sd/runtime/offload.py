@@ -1,9 +1,9 @@
 """Networks that take turns in memory, for machines that have no room for all of them at once.
 
-A picture needs the text encoder, then (from a picture) the VAE, then the U-Net for all of its steps, then the VAE. Of
-Stable Diffusion 1.x they are 12, 8 and 80 % of the weights. A GPU's networks lie in CPU memory and come over when it is
-their turn; what was not changed there is not
-copied back. Where there is no second place to put them, as on a CPU, they are read from their file again, and dropped.
+An image needs the text encoder, then (if it starts from an image) the VAE, then the U-Net for all steps, then the VAE.
+In Stable Diffusion 1.x they hold 12, 8 and 80 % of the weights. For a GPU, networks stay in CPU memory and are copied
+over at their turn; only what was changed there is copied back. Where there is no second place for them, as on a CPU,
+they are read from their file again at each turn, and dropped after it.
 
 >>> with torch.device("meta"):  # without numbers
 ...     networks = {"unet": nn.Linear(4, 4), "vae": nn.Linear(4, 4)}
@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 
 class Offload(Mapping[str, nn.Module]):
-    """Networks by name. Whichever is asked for has its weights on the device; it has taken them from the one before.
+    """Networks by name. The one that was asked for last has its weights on the device, and no other.
 
-    So a network is to be asked for whenever it is used, not kept: `offload["unet"](...)`. Several threads
-    take `with offload.use("unet") as network:`, which keeps it on the device until the end of the block.
+    So ask for a network whenever you use it, and do not keep it: `offload["unet"](...)`. With several threads, use
+    `with offload.use("unet") as network:`, which keeps it on the device until the end of the block.
     """
 
     def __init__(
@@ -107,9 +107,15 @@ class Offload(Mapping[str, nn.Module]):
         self._copies = []
         for tensor in _tensors(network):
             before, copy = copies.get(id(tensor), (None, None))
-            same = copy is not None and tensor.dtype == copy.dtype and tensor.shape == copy.shape
-            same = same and torch.equal(fingerprint(tensor.data), before)
-            tensor.data = copy if same else self._from_device(tensor.data)
+            if (
+                before is not None
+                and copy is not None
+                and (tensor.dtype, tensor.shape) == (copy.dtype, copy.shape)
+                and torch.equal(fingerprint(tensor.data), before)
+            ):
+                tensor.data = copy
+            else:
+                tensor.data = self._from_device(tensor.data)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         """The tensor on the device, kernels channels-last."""

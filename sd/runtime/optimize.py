@@ -1,11 +1,12 @@
 """The pass that makes networks fast on a device: layers are replaced by faster ones that do the same, and back.
 
-A layer is replaced by changing its class, to a subclass of its own: the network keeps its modules, their names, hooks
-and parameters. What is faster is decided when a layer is called, by device, precision and shape, and measured where it
-depends on the processor (cpu_kernels.py).
+A layer is replaced by changing its class to a subclass of its own: the network keeps its modules, their names, hooks
+and parameters. Layers with packed weights (cpu_kernels.py) replace plain ones where they are faster, which is measured
+by an example of each kind; where they are not, the plain layers stay.
 
 >>> network = nn.Sequential(nn.Linear(4, 4), nn.SiLU())
->>> type(optimize(network)[0]) is cpu_kernels.Linear, isinstance(network[0], nn.Linear)
+>>> with kernel_choice.prefer("fast"):
+...     type(optimize(network)[0]) is cpu_kernels.Linear, isinstance(network[0], nn.Linear)
 (True, True)
 >>> type(restore(network)[0]) is nn.Linear
 True
@@ -13,12 +14,25 @@ True
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import layers
-from . import cpu_kernels
+from . import cpu_kernels, kernel_choice, packing
+
+# Packed layers are compared with plain ones by these examples, which take a few milliseconds each. Small linear layers
+# are compared on their own: there, the overhead of a call counts as much as the kernel.
+EXAMPLES: dict[type[nn.Module], Callable[[int], nn.Module]] = {
+    nn.Linear: lambda width: nn.Linear(width, width),
+    nn.Conv2d: lambda width: nn.Conv2d(width, width, 3, padding=1),
+    layers.Upsample: layers.Upsample,
+}
+NARROW, WIDE, TOKENS = 128, 512, 128  # widths of linear layers: up to NARROW x NARROW weights, and more
+CHANNELS, SIDE = 256, 8  # of a convolution and its map
 
 
 class MPSAttention(layers.Attention):
@@ -39,38 +53,103 @@ class MPSAttention(layers.Attention):
         return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(-2))
 
 
-REPLACEMENTS: dict[str, dict[type[nn.Module], type[nn.Module]]] = {  # device type -> class -> the faster one
-    "cpu": {
-        nn.Linear: cpu_kernels.Linear,
-        nn.Conv2d: cpu_kernels.Conv2d,
-        nn.GroupNorm: cpu_kernels.GroupNorm,
-        layers.Attention: cpu_kernels.Attention,
-        layers.Upsample: cpu_kernels.Upsample,
-    },
-    "mps": {layers.Attention: MPSAttention},
+RESTORED: dict[type[nn.Module], type[nn.Module]] = {  # fast class -> the one that it replaces
+    cpu_kernels.Linear: nn.Linear,
+    cpu_kernels.Conv2d: nn.Conv2d,
+    cpu_kernels.PixelConv2d: nn.Conv2d,
+    cpu_kernels.UpsampleConv2d: nn.Conv2d,
+    cpu_kernels.Upsample: layers.Upsample,
+    cpu_kernels.Attention: layers.Attention,
+    cpu_kernels.GroupNorm: nn.GroupNorm,
+    MPSAttention: layers.Attention,
 }
 
 
 def optimize(network: nn.Module, device: torch.device | None = None) -> nn.Module:
     """Replace the layers of a network by the faster ones for a device, in place; returns the network.
 
-    `device` is the one that it will run on, that of its first parameter if not given. Layers of other classes,
-    subclasses among them, stay as they are.
+    `device` is the one that it will run on, that of its first parameter if not given. Its weights have to be there, in
+    the precision that it will run in. Layers of other classes, subclasses among them, stay as they are.
     """
     if device is None:
         device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-    replacements = REPLACEMENTS.get(device.type, {})
     for module in network.modules():
-        if type(module) in replacements:
-            module.__class__ = replacements[type(module)]
+        if device.type == "cpu":
+            _optimize_for_cpu(module)
+        elif device.type == "mps" and type(module) is layers.Attention:
+            module.__class__ = MPSAttention
     return network
 
 
 def restore(network: nn.Module) -> nn.Module:
     """Undo `optimize`, in place; returns the network, its weights in their plain form, equal to the bit."""
-    plain = {fast: usual for table in REPLACEMENTS.values() for usual, fast in table.items()}
     for module in network.modules():
-        if type(module) in plain:
+        if type(module) in RESTORED:
             _ = module._parameters  # restores a packed weight
-            module.__class__ = plain[type(module)]
+            module.__class__ = RESTORED[type(module)]
     return network
+
+
+def _optimize_for_cpu(module: nn.Module) -> None:
+    """Replace one layer, where its fast version pays."""
+    if type(module) is nn.GroupNorm:
+        module.__class__ = cpu_kernels.GroupNorm
+    elif type(module) is layers.Attention:
+        module.__class__ = cpu_kernels.Attention
+    elif type(module) is layers.Upsample:
+        if type(module.conv) is nn.Conv2d and _pays(layers.Upsample, CHANNELS, module.conv.weight.dtype):
+            _pack(module)
+    elif type(module) is nn.Linear or _is_by_pixel(module):
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if _pays(nn.Linear, NARROW if weight.numel() <= NARROW**2 else WIDE, weight.dtype):
+            _pack(module)
+    elif type(module) is nn.Conv2d and _is_usual(module) and _pays(nn.Conv2d, CHANNELS, module.weight.dtype):
+        _pack(module)
+
+
+def _is_usual(module: nn.Conv2d) -> bool:
+    """Whether oneDNN's operator for packed kernels can do what a convolution does."""
+    return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def _is_by_pixel(module: nn.Module) -> bool:
+    """Whether a layer is a convolution that sees one pixel at a time."""
+    return (
+        type(module) is nn.Conv2d
+        and module.kernel_size == module.stride == (1, 1)
+        and module.padding == (0, 0)
+        and module.groups == 1
+    )
+
+
+def _pack(module: nn.Module) -> None:
+    """Replace a layer by the one that packs its weight."""
+    if type(module) is layers.Upsample:
+        module.__class__, module.conv.__class__ = cpu_kernels.Upsample, cpu_kernels.UpsampleConv2d
+    elif type(module) is nn.Linear:
+        module.__class__ = cpu_kernels.Linear
+    else:
+        module.__class__ = cpu_kernels.PixelConv2d if _is_by_pixel(module) else cpu_kernels.Conv2d
+
+
+def _pays(kind: type[nn.Module], width: int, dtype: torch.dtype) -> bool:
+    """Whether packed layers of this kind are the faster ones."""
+
+    def kernels() -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+        with torch.device("meta"):  # where initialisers draw no random numbers
+            plain = EXAMPLES[kind](width)
+        for layer in plain.modules():  # not `to_empty`, whose imports take half a second
+            for name, parameter in layer.named_parameters(recurse=False):
+                layout = torch.channels_last if parameter.dim() == 4 else torch.contiguous_format
+                ones = torch.ones(parameter.shape, dtype=dtype, device="cpu").contiguous(memory_format=layout)
+                setattr(layer, name, nn.Parameter(ones, requires_grad=False))
+        packed = copy.deepcopy(plain)
+        _pack(packed)
+        if kind is nn.Linear:
+            x = torch.ones(TOKENS, width, dtype=dtype, device="cpu")
+        else:
+            x = torch.ones(1, SIDE, SIDE, width, dtype=dtype, device="cpu").permute(0, 3, 1, 2)
+        return lambda: packed(x), lambda: plain(x)
+
+    return dtype in packing.onednn_dtypes() and kernel_choice.faster((kind.__name__, width, dtype), kernels)

@@ -19,8 +19,8 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,8 @@ class Map(NamedTuple):
 
 def stored(x: Tensor) -> Map:
     """A map that lies in memory."""
-    return Map(tuple(x.shape), lambda a, b: x[:, :, a:b])
+    B, C, H, W = x.shape
+    return Map((B, C, H, W), lambda a, b: x[:, :, a:b])
 
 
 def enlarged(up: Upsample, x: Tensor) -> Map:
@@ -63,10 +64,14 @@ def enlarged(up: Upsample, x: Tensor) -> Map:
     return Map((B, up.conv.out_channels, 2 * H, 2 * W), rows)
 
 
-def empty(x: Map, channels: int, like: Tensor) -> Tensor:
-    """Memory for a map as high and wide as x, on the device and in the precision of another tensor."""
+def empty(x: Map, conv: nn.Conv2d) -> Tensor:
+    """Memory for a map as high and wide as x, with the channels, device and precision of a convolution's output."""
     B, _, H, W = x.shape
-    return torch.empty(B, channels, H, W, device=like.device, dtype=like.dtype, memory_format=torch.channels_last)
+    like = conv.bias
+    assert like is not None
+    return torch.empty(
+        (B, conv.out_channels, H, W), device=like.device, dtype=like.dtype, memory_format=torch.channels_last
+    )
 
 
 def activated(norm: nn.GroupNorm, x: Map) -> Callable[[Tensor], Tensor]:
@@ -96,7 +101,7 @@ def around(x: Map, a: int, b: int) -> tuple[Tensor, slice]:
 
 def res_block(res: ResBlock, x: Map, out: Tensor | None = None) -> Tensor:
     """A residual block of x; written over x where that is given as `out`."""
-    h = empty(x, res.conv1.out_channels, res.conv1.bias)
+    h = empty(x, res.conv1)
     fresh = out is None
     out = torch.empty_like(h) if out is None else out
     ready = activated(res.norm1, x)
@@ -115,7 +120,7 @@ def res_block(res: ResBlock, x: Map, out: Tensor | None = None) -> Tensor:
 
 def stage(level: Stage, x: Map, own: Tensor | None) -> Tensor:
     """The residual blocks of a level of x, which is `own` if that may be written over."""
-    for res in level.res:
+    for res in cast("Iterable[ResBlock]", level.res):
         in_place = own is not None and isinstance(res.skip, nn.Identity)
         own = res_block(res, x, own if in_place else None)
         x = stored(own)
@@ -125,10 +130,10 @@ def stage(level: Stage, x: Map, own: Tensor | None) -> Tensor:
 
 def last_layers(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
     """SiLU(GroupNorm(x)), convolved."""
-    x, ready = stored(x), activated(norm, stored(x))
-    out = empty(x, conv.out_channels, conv.bias)
-    for a, b in x.strips():
-        rows, inner = around(x, a, b)
+    source = stored(x)
+    ready, out = activated(norm, source), empty(source, conv)
+    for a, b in source.strips():
+        rows, inner = around(source, a, b)
         out[:, :, a:b] = conv(ready(rows))[:, :, inner]
     return out
 
@@ -136,7 +141,7 @@ def last_layers(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
 def halved(down: Downsample, x: Tensor) -> Tensor:
     """`down` of x, whose sides are even; each row of the result is made of three."""
     H, W = x.shape[-2:]
-    out = empty(stored(x[:, :, : H // 2, : W // 2]), down.conv.out_channels, down.conv.bias)
+    out = empty(stored(x[:, :, : H // 2, : W // 2]), down.conv)
     for a, b in stored(out).strips():
         out[:, :, a:b] = down(x[:, :, 2 * a : 2 * b + 1])  # past the edge, and nowhere else, its padding is seen
     return out
@@ -147,7 +152,7 @@ def decode_in_strips(vae: VAE, z: Tensor) -> Tensor:
     decoder = vae.decoder
     x = decoder.mid(decoder.conv_in(vae.post_quant(z / vae.config.scale)))
     source, own = stored(x), x
-    for level in reversed(decoder.up):
+    for level in cast("Iterable[Stage]", reversed(decoder.up)):
         x = stage(level, source, own)
         if level.up is not None:
             source, own = enlarged(level.up, x), None
@@ -158,7 +163,7 @@ def encode_in_strips(vae: VAE, image: Tensor) -> Gaussian:
     """As `vae.encode`: picture (B, 3, H, W) in [-1, 1] -> Gaussian over (B, 4, h, w)."""
     encoder = vae.encoder
     x = encoder.conv_in(image)
-    for level in encoder.down:
+    for level in cast("Iterable[Stage]", encoder.down):
         x = stage(level, stored(x), x)
         if level.down is not None:
             x = halved(level.down, x)
