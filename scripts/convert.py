@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE as __package__  # type: ignore[no-redef]  # noqa: F401
+    import bootstrap
+
+    __package__ = bootstrap.PACKAGE
 
 from safetensors import SafetensorError
 from tqdm import tqdm
