@@ -29,7 +29,9 @@ from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE as __package__  # noqa: F401
+    from bootstrap import PACKAGE
+
+    __package__ = PACKAGE
 
 import torch
 from tqdm import tqdm

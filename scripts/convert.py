@@ -18,7 +18,9 @@ import sys
 from pathlib import Path
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE as __package__  # noqa: F401
+    from bootstrap import PACKAGE
+
+    __package__ = PACKAGE
 
 import sd
 from sd.checkpoints.checkpoint import naming

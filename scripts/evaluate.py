@@ -24,7 +24,9 @@ from random import Random
 from typing import Any
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE as __package__  # noqa: F401
+    from bootstrap import PACKAGE
+
+    __package__ = PACKAGE
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +80,8 @@ def parser() -> cli.Parser:
 
 def prompts(split: str, n: int) -> list[Told]:
     """n captions of a split of SPLITS, and what they say; the same on every call."""
-    rng, found = Random(f"evaluate: {split}"), []
+    rng = Random(f"evaluate: {split}")
+    found: list[Told] = []
     while len(found) < n:
         told = tell(random_scene(rng, SPLITS[split]), rng)
         if split == "seen" or says_unseen(told.said):

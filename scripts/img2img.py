@@ -14,7 +14,9 @@ import sys
 from functools import partial
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE as __package__  # noqa: F401
+    from bootstrap import PACKAGE
+
+    __package__ = PACKAGE
 
 from sd.params import FITS, ImageToImage
 

@@ -16,7 +16,9 @@ from hashlib import sha256
 from pathlib import Path
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE as __package__  # noqa: F401
+    from bootstrap import PACKAGE
+
+    __package__ = PACKAGE
 
 from PIL import ImageOps
 

@@ -21,7 +21,9 @@ from PIL import Image
 from tqdm import tqdm
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE as __package__  # noqa: F401
+    from bootstrap import PACKAGE
+
+    __package__ = PACKAGE
 
 from sd.files import replaced_file
 from sd.imaging.files import save_animation

@@ -21,7 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE as __package__  # noqa: F401
+    from bootstrap import PACKAGE
+
+    __package__ = PACKAGE
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion
 from sd.runtime.device import DTYPES
 from sd.schedule import Schedule
-from sd.training import checkpoint_activations, diffusion_loss, min_snr_weight, velocity_weight
+from sd.training import channels_last, checkpoint_activations, diffusion_loss, min_snr_weight, velocity_weight
 
 from .common import cli
 from .training import loop, models
@@ -155,7 +157,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
             model.text_encoder.load_state_dict(models.load_text_encoder(args.text, model).state_dict())
         models.forget_unused(model.text_encoder, torch.cat([data["ids"].long(), model.tokenizer([""])]))
     objective = Objective(model.text_encoder, model.unet, model.schedule, args.weighting)
-    objective.to(device, memory_format=torch.channels_last)
+    channels_last(objective, device)
     if args.checkpointing:
         checkpoint_activations(objective)
     if args.compile:

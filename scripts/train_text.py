@@ -22,7 +22,9 @@ import sys
 from pathlib import Path
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE as __package__  # noqa: F401
+    from bootstrap import PACKAGE
+
+    __package__ = PACKAGE
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,7 @@ from torch import Tensor, nn
 from sd.checkpoints.detect import CONFIG_KEY
 from sd.models.text_encoder import TextEncoder
 from sd.pipeline import StableDiffusion
-from sd.training import checkpoint_activations, contrastive_loss
+from sd.training import channels_last, checkpoint_activations, contrastive_loss
 
 from .common import cli
 from .training import loop, models
@@ -143,7 +145,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         objective = Objective(model.text_encoder, model.config.vae.latent_channels, side)
-    objective.to(processes.device, memory_format=torch.channels_last)
+    channels_last(objective, processes.device)
     if args.checkpointing:
         checkpoint_activations(objective)
     trainer = loop.Trainer(objective, recipe, processes, args)

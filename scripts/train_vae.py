@@ -18,7 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE as __package__  # noqa: F401
+    from bootstrap import PACKAGE
+
+    __package__ = PACKAGE
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ from sd.config import Config
 from sd.files import replaced_file
 from sd.imaging.tensors import grid, to_pil
 from sd.models.vae import VAE
-from sd.training import checkpoint_activations, initialise_vae, vae_loss
+from sd.training import channels_last, checkpoint_activations, initialise_vae, vae_loss
 
 from .common import cli
 from .training import data, loop, models
@@ -179,7 +181,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     held_out = data.to_floats(held_out.to(device))
     if args.checkpointing:
         checkpoint_activations(vae)
-    objective = Objective(vae, args.kl, args.decoder_only).to(device, memory_format=torch.channels_last)
+    objective = channels_last(Objective(vae, args.kl, args.decoder_only), device)
     if args.compile:
         vae.encoder.compile()
         vae.decoder.compile()

@@ -10,7 +10,9 @@ import argparse
 import sys
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE as __package__  # noqa: F401
+    from bootstrap import PACKAGE
+
+    __package__ = PACKAGE
 
 from sd.params import TextToImage
 

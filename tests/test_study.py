@@ -163,7 +163,7 @@ def test_steps_that_are_recorded(tiny, inputs, monkeypatch):
     assert len(runs) == 1  # the network itself was called
     assert torch.equal(steps(*inputs), before)
     assert len(runs) == 2
-    with pytest.raises(ValueError, match="expected a U-Net .*, got Recorded"), attention.recording(steps):
+    with pytest.raises(ValueError, match=r"expected a U-Net .*, got Recorded"), attention.recording(steps):
         pass
 
 

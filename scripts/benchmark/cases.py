@@ -106,7 +106,7 @@ def flop(case: Case, config: Config) -> float:
         once = {part: flop(usual_case(part, config), config) for part in ("unet", "vae", "text")}
         return case.steps * once["unet"] + once["vae"] + once["text"]
     (name,) = NEEDED[case.part]
-    network = build(config)[name]
+    network: Any = build(config)[name]
     call = network.decode if case.part == "vae" else network
     given = [tensor.to("meta") for tensor in inputs(case, config)]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -5,7 +5,7 @@ Ours takes turns with one peer at a time, so that two models are in memory and n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -89,12 +89,13 @@ def pair(ours: Worker, theirs: Worker | None, case: Case, setup: Setup, runs: in
     return alternate(calls, runs, title, bar)
 
 
-def alternate(calls: dict[str, Callable[[bool], Run]], runs: int, title: str, bar: tqdm) -> Turns:
+def alternate(calls: Mapping[str, Callable[[bool], Run]], runs: int, title: str, bar: tqdm) -> Turns:
     """Ours and a peer's, or ours alone, in turns: one unmeasured run of each, whose results are compared, then `runs`.
 
     A call is told whether its result is wanted.
     """
-    first, series = {}, {name: [] for name in calls}
+    first: dict[str, np.ndarray | None] = {}
+    series: dict[str, list[Run]] = {name: [] for name in calls}
     for name, call in calls.items():
         bar.set_postfix_str(f"{title}: {name}")
         first[name] = call(True).result

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}  # its names of those that i
 
 def openvino() -> ModuleType:
     """The package, without its part that reports over the network that it is used."""
-    sys.modules.setdefault("openvino_telemetry", None)
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None makes its import fail
     import openvino
 
     return openvino
@@ -35,7 +36,7 @@ def openvino() -> ModuleType:
 class Decoder(nn.Module):
     """A VAE as the function that a conversion follows: latents to picture."""
 
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
 

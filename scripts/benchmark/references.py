@@ -7,7 +7,7 @@ is: `unet(x, t, conditioning)`, `vae.moments(image)`, `vae.decode(z)`, `text_enc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,10 +23,10 @@ REQUIRED = ("diffusers", "transformers")
 LAYOUTS = {"channels_last": torch.channels_last, "default": torch.contiguous_format}
 
 
-class PeerUNet(nn.Module):
+class ReferenceUNet(nn.Module):
     """diffusers' UNet2DConditionModel with the signature of ours."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
@@ -36,10 +36,10 @@ class PeerUNet(nn.Module):
         return self.model(x, t, conditioning.context, return_dict=False)[0]
 
 
-class PeerVAE(nn.Module):
-    """diffusers' AutoencoderKL with the signature of ours: the scale factor is inside."""
+class ReferenceVAE(nn.Module):
+    """diffusers' AutoencoderKL with the signature of ours, which includes the scale factor."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
@@ -53,10 +53,10 @@ class PeerVAE(nn.Module):
         return self.model.decode(z / self.model.config.scaling_factor, return_dict=False)[0]
 
 
-class PeerTextEncoder(nn.Module):
+class ReferenceTextEncoder(nn.Module):
     """transformers' CLIPTextModel with the signature of ours."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
@@ -118,7 +118,9 @@ def peers(
         embeddings = next(module for module in built["text_encoder"].modules() if hasattr(module, "position_ids"))
         device = next(iter(states["text_encoder"].values())).device
         embeddings.position_ids = torch.arange(config.text.length, device=device).unsqueeze(0)
-    adapters = {"text_encoder": PeerTextEncoder, "vae": PeerVAE, "unet": PeerUNet}
+    adapters: dict[str, Callable[[Any], nn.Module]] = {
+        "text_encoder": ReferenceTextEncoder, "vae": ReferenceVAE, "unet": ReferenceUNet,
+    }  # fmt: skip
     return {name: adapters[name](model).eval() for name, model in built.items()}
 
 
@@ -144,7 +146,7 @@ def pipeline(built: Mapping[str, nn.Module], config: Config) -> Any:
     require()
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline(
+    pipe: Any = StableDiffusionPipeline(
         **{name: built[name].model for name in ("text_encoder", "vae", "unet")},
         tokenizer=None,
         scheduler=scheduler(config, steps_offset=1, set_alpha_to_one=False, timestep_spacing="leading"),
@@ -156,19 +158,19 @@ def pipeline(built: Mapping[str, nn.Module], config: Config) -> Any:
     return pipe
 
 
-def _unet(config: Config) -> nn.Module:
+def _unet(config: Config) -> Any:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(**unet_to_diffusers(config))
 
 
-def _vae(config: Config) -> nn.Module:
+def _vae(config: Config) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(**vae_to_diffusers(config))
 
 
-def _text_encoder(config: Config) -> nn.Module:
+def _text_encoder(config: Config) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     cfg = config.text

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -170,7 +171,7 @@ def time_columns(peers: Sequence[str]) -> Columns:
         "part": lambda row: row["label"],
         "precision": lambda row: row["dtype"],
         "ours": lambda row: time(row["ours"]),
-        **{peer: lambda row, peer=peer: versus(row, peer) for peer in peers},
+        **{peer: partial(versus, peer=peer) for peer in peers},
         "GFLOP": lambda row: "-" if row["gflop"] is None else f"{row['gflop']:,.0f}",
         "GFLOP/s": lambda row: "-" if row["gflops"] is None else f"{row['gflops']:,.0f}",
         "of peak": lambda row: "-" if row["of_peak"] is None else f"{row['of_peak']:.0%}",
@@ -184,7 +185,7 @@ def memory_columns(peers: Sequence[str]) -> Columns:
         "precision": lambda row: row["dtype"],
         "weights": lambda row: gigabytes(row["weights"]),
         "ours": lambda row: gigabytes(row["memory"]),
-        **{peer: lambda row, peer=peer: gigabytes(row["peers"].get(peer, {}).get("memory")) for peer in peers},
+        **{peer: partial(peer_memory, peer=peer) for peer in peers},
     }
 
 
@@ -258,6 +259,11 @@ def versus(row: Row, peer: str) -> str:
     """A peer's time, and ours through it."""
     its = row["peers"].get(peer)
     return f"{time(its['seconds'])} ({its['ratio']:.2f})" if its else "-"
+
+
+def peer_memory(row: Row, peer: str) -> str:
+    """Memory of a peer."""
+    return gigabytes(row["peers"].get(peer, {}).get("memory"))
 
 
 def time(seconds: float) -> str:

@@ -54,6 +54,8 @@ class Runner:
 
     def run(self, keep: bool) -> Run:
         """Once; with the numbers that came out if `keep`, where they are a tensor."""
+        if self.call is None:
+            raise ValueError("nothing to run: call prepare first")
         self.memory.start()
         seconds, out = timed(self.call, self.setup.device)
         memory = self.memory.peak()

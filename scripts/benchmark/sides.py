@@ -59,6 +59,7 @@ class Side:
 
     def function(self, case: Case) -> Callable[..., Tensor]:
         """The network of a part, as a function of its inputs."""
+        network: Any
         (network,) = self.networks.values()
         if case.part == "vae":  # as Model.decode does it
             return partial(decode_in_strips, network) if case.size**2 > LARGE else network.decode
@@ -68,7 +69,8 @@ class Side:
 
     def picture(self, case: Case) -> Callable[[], Any]:
         """From prompts to a picture."""
-        model = StableDiffusion(self.setup.config, **self.networks)
+        networks: dict[str, Any] = dict(self.networks)
+        model = StableDiffusion(self.setup.config, **networks)
         return lambda: model.txt2img(PROMPTS[0], PROMPTS[1], steps=case.steps, guidance=GUIDANCE, sampler="ddim")
 
 
@@ -86,6 +88,7 @@ class Diffusers(Side):
 
     def function(self, case: Case) -> Callable[..., Tensor]:
         """The network of a part."""
+        network: Any
         (network,) = self.networks.values()
         return network.decode if case.part == "vae" else network
 
@@ -110,6 +113,7 @@ class Compiled(Diffusers):
     def build(self, part: str) -> dict[str, nn.Module]:
         """Peers that are compiled when they are first called."""
         networks = super().build(part)
+        network: Any
         mode = "max-autotune" if self.setup.device.type == "cuda" else "default"
         for name, network in networks.items():
             (network.model.decoder if name == "vae" else network.model).compile(dynamic=False, mode=mode)

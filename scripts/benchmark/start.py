@@ -164,6 +164,7 @@ def child(who: str, steps: str, told: dict[str, Any], keep: bool) -> Run:
     with tempfile.TemporaryFile("w+") as errors:
         start = perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process:
+            assert process.stdout is not None  # stdout=PIPE
             line = process.stdout.readline()
             seconds = perf_counter() - start
         errors.seek(0)

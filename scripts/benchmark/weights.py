@@ -73,6 +73,7 @@ def load_networks(setup: Setup, names: Collection[str]) -> dict[str, nn.Module]:
     """Our networks of these names with the weights that all sides have; no others are read or made."""
     built = build(setup.config)
     with ExitStack() as files:
+        states: Mapping[str, Mapping[str, Tensor]]
         if setup.ckpt is None:
             states = {name: RandomWeights(built[name].state_dict()) for name in names}
         else:

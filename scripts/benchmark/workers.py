@@ -104,7 +104,7 @@ def last_words(code: int | None, lines: Sequence[str]) -> str:
     return lines[-1] if lines else f"its process ended with status {code}"
 
 
-def _serve(pipe: Connection, log: Path, make: Callable[..., Any], arguments: tuple) -> None:
+def _serve(pipe: Connection, log: Path, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """What the process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it decides
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -120,7 +120,7 @@ def _serve(pipe: Connection, log: Path, make: Callable[..., Any], arguments: tup
         pipe.send(_attempt(getattr(made, method), arguments))
 
 
-def _attempt(function: Callable[..., Any], arguments: tuple) -> tuple[Any, str | None]:
+def _attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, str | None]:
     """(result, None), or (None, what went wrong)."""
     try:
         return function(*arguments), None

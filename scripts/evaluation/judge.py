@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from sd.imaging.tensors import resize
 from sd.runtime.device import best_dtype
+from sd.training import channels_last
 
 from ..toy_world import SIZE, Scene, Thing, draw, random_scene
 from ..toy_world.scenes import COLOURS, COLUMNS, FLOATING, GROUNDS, SIZES, STANDING, STYLES, TIMES
@@ -60,10 +61,11 @@ def labels(scene: Scene) -> list[int]:
 
 
 def scene_of(answers: Sequence[int]) -> Scene:
-    """What `labels` was made of. A picture gone wrong may hold more than the two things of a proper scene."""
+    """The scene with these labels. An image of poor quality may have more than the two things of a valid scene."""
     words = [choices[answer] for choices, answer in zip(QUESTIONS, answers, strict=True)]
     style, time, ground, *rest = words
-    seen = [Thing(*rest[3 * i : 3 * i + 3], column) for i, (_, column) in enumerate(SLOTS) if rest[3 * i]]
+    triples = zip(rest[::3], rest[1::3], rest[2::3], SLOTS, strict=True)
+    seen = [Thing(kind, colour, size, column) for kind, colour, size, (_, column) in triples if kind]
     seen.sort(key=lambda thing: COLUMNS.index(thing.column))  # stable: what stands stays before what floats
     return Scene(style, time, ground, tuple(seen))
 
@@ -176,7 +178,7 @@ def train(
     rng = torch.Generator().manual_seed(0)
     pixels, scenes = renderings(pictures, "judge: training", compressed=True)
     targets = torch.tensor([labels(each) for each in scenes])
-    judge = Judge().to(device, memory_format=torch.channels_last)
+    judge = channels_last(Judge(), device)
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.02)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=min(0.1, 100 / steps))
     bar = tqdm(range(steps), "training the judge", disable=None)

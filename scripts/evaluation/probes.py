@@ -67,7 +67,12 @@ class Painter:
         painted = []
         bar = tqdm(texts, desc=label, unit="picture", disable=None, leave=False, file=sys.stderr)
         for i, text in enumerate(bar):
-            settings = {"steps": self._steps, "guidance": guidance, "sampler": self._sampler, "seed": self._seed + i}
+            settings: dict[str, Any] = {
+                "steps": self._steps,
+                "guidance": guidance,
+                "sampler": self._sampler,
+                "seed": self._seed + i,
+            }
             if masks:
                 painted += self._model.inpaint(text, pictures[i], masks[i], **settings)
             else:
@@ -148,7 +153,10 @@ def swap(paint: Painter, judge: Judge, guidance: float, told: Sequence[Told]) ->
     What stands is exchanged for what stands, of the same size; right is the whole of what the prompt says, and that
     nothing of the old thing is left.
     """
-    rng, texts, pictures, masks = Random("probes: swap"), [], [], []
+    rng = Random("probes: swap")
+    texts: list[Told] = []
+    images: list[Image.Image] = []
+    masks: list[Image.Image] = []
     while len(texts) < len(told):
         scene = random_scene(rng, "train")
         if len(scene.things) != 1 or scene.things[0].kind in SWIMMING:  # an island would have to go, or to come
@@ -157,11 +165,11 @@ def swap(paint: Painter, judge: Judge, guidance: float, told: Sequence[Told]) ->
         kinds = [kind for kind in (FLOATING if old.floats else STANDING) if kind != old.kind and kind not in SWIMMING]
         new = scene._replace(things=(old._replace(kind=rng.choice(kinds), colour=rng.choice(COLOURS)),))
         texts.append(tell(new, rng))
-        pictures.append(draw(scene, rng))
+        images.append(draw(scene, rng))
         mask = Image.new("L", (SIZE, SIZE))
         ImageDraw.Draw(mask).rectangle([round(SIZE * side) for side in box(old)], fill=255)
         masks.append(mask)
-    seen = judge.look(paint.each("swapping a thing", guidance, [each.text for each in texts], pictures, masks))
+    seen = judge.look(paint.each("swapping a thing", guidance, [each.text for each in texts], images, masks))
     rates = tally(texts, seen)
     text = f"Inpainting, one thing for another ({len(texts)} drawn scenes): the new one is there in {rates['object']}, "
     return f"{text}all right in {rates['all']}, nothing more in {rates['no more']}.", rates
@@ -169,17 +177,18 @@ def swap(paint: Painter, judge: Judge, guidance: float, told: Sequence[Told]) ->
 
 def restyle(paint: Painter, judge: Judge, guidance: float, told: Sequence[Told]) -> tuple[str, dict[str, Any]]:
     """Image to image at its default strength: drawn scenes, and a caption that has them in another style."""
-    rng, texts, pictures = Random("probes: restyle"), [], []
+    rng = Random("probes: restyle")
+    texts: list[Told] = []
+    images: list[Image.Image] = []
     while len(texts) < len(told):
         scene = random_scene(rng, "train")
         new = scene._replace(style=rng.choice([style for style in STYLES if style != scene.style]))
         each = tell(new, rng)
         if each.said.style:
             texts.append(each)
-            pictures.append(draw(scene, rng))
-    rates = tally(
-        texts, judge.look(paint.each("changing the style", guidance, [each.text for each in texts], pictures))
-    )
+            images.append(draw(scene, rng))
+    seen = judge.look(paint.each("changing the style", guidance, [each.text for each in texts], images))
+    rates = tally(texts, seen)
     text = f"Image to image, another style ({len(texts)} drawn scenes): the style is right in {rates['style']}, "
     return f"{text}the things are there in {rates['object']}, all right in {rates['all']}.", rates
 

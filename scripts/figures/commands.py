@@ -95,8 +95,8 @@ def embeddings(job: Job) -> Figures:
 @named("words")
 def words(job: Job) -> Figures:
     """two prompts compared token by token: --prompt and --other"""
-    prompts = EXCHANGED if job.args.prompt is None else (job.args.prompt, job.args.other)
-    yield "words.webp", text.draw_word_order(text.word_order(job.model, *prompts, job.settings))
+    one, other = EXCHANGED if job.args.prompt is None else (job.args.prompt, job.args.other)
+    yield "words.webp", text.draw_word_order(text.word_order(job.model, one, other, job.settings))
 
 
 @named("latent")

@@ -135,6 +135,8 @@ def _any_scene(rng: Random) -> Scene:
         kinds = rng.choices((STANDING, FLOATING), (7, 3))[0]
         return Scene(style, time, ground, (_thing(kinds, time, ground, rng.choice(COLUMNS), rng),))
     stacked = rng.random() < 0.4
+    both: tuple[tuple[str, ...], ...]
+    columns: tuple[str, ...]
     if stacked:
         both, columns = (STANDING, FLOATING), (rng.choices(COLUMNS, (1, 2, 1))[0],) * 2
     else:

@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from sd.imaging.files import PictureError, read_picture
@@ -216,7 +216,10 @@ def _metadata(path: Path) -> dict[Path, list[str]]:
 def examples(source: Source, workers: int, progress: bool) -> Iterator[tuple[list[int], list[Example]]]:
     """The readable items, in order, some at a time, with their numbers; the others are left out with a warning."""
     few = len(source) < FEW
-    loader = DataLoader(source, batch_size=CHUNK, num_workers=0 if few else workers, collate_fn=list)
+    items = cast("Dataset[Example]", source)  # it has all that a loader uses
+    loader: DataLoader[Example] = DataLoader(
+        items, batch_size=CHUNK, num_workers=0 if few else workers, collate_fn=list
+    )
     number, broken = 0, 0
     with tqdm(total=len(source), desc="reading pictures", disable=None if progress else True, leave=False) as bar:
         for chunk in loader:
@@ -238,7 +241,8 @@ def examples(source: Source, workers: int, progress: bool) -> Iterator[tuple[lis
 
 def pixels(chunk: Sequence[Example]) -> Tensor:
     """(B, 3, H, W), uint8."""
-    return torch.from_numpy(np.stack([example.pixels for example in chunk])).permute(0, 3, 1, 2)
+    arrays = [example.pixels for example in chunk if example.pixels is not None]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
 def to_floats(images: Tensor) -> Tensor:

@@ -103,9 +103,10 @@ class Batches:
         index = index.to(stored.device, non_blocking=stored.is_cuda)  # the way back must be waited for
         return stored[index].to(self.processes.device, non_blocking=True)
 
-    def _mask(self, step: int, item: int, size: tuple[int, ...]) -> Tensor:
-        """One item's mask. They take much memory, so none is drawn for other parts and processes."""
-        return random_masks(1, *size, generator(self.processes.device, self.recipe.seed, "mask", step, item))
+    def _mask(self, step: int, item: int, height: int, width: int) -> Tensor:
+        """The mask of one item. Masks take much memory, so they are made only for this part and process."""
+        rng = generator(self.processes.device, self.recipe.seed, "mask", step, item)
+        return random_masks(1, height, width, rng)
 
     @torch.no_grad()
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
@@ -128,7 +129,8 @@ class Batches:
             part = {"x0": x0, "ids": ids[mine], "t": t[mine], "noise": noise[mine]}
             if self.inpaint:
                 images = to_floats(self._take("pixels", chosen[mine]))
-                masks = torch.cat([self._mask(step, start + i, images.shape[2:]) for i in range(recipe.batch)])
+                height, width = images.shape[2:]
+                masks = torch.cat([self._mask(step, start + i, height, width) for i in range(recipe.batch)])
                 hidden = self.vae.encode(hide(images, masks)).mode()
                 part["extra"] = conditioning(latent_mask(masks, self.factor), hidden)
             yield part

@@ -150,9 +150,7 @@ class Trainer:
         self.count = 0
         if args.resume:
             self._restore(load_state(self.out / STATE))
-        self.runs: nn.Module = objective
-        if processes.count > 1:
-            self.runs = DistributedDataParallel(objective)
+        self.parallel = DistributedDataParallel(objective) if processes.count > 1 else None
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW alone, or Muon for the matrices between the ends and AdamW for the rest. Biases do not decay."""
@@ -165,9 +163,13 @@ class Trainer:
                 groups["inner"].append(p)
             else:
                 groups["decayed"].append(p)
+        adamw: list[dict[str, Any]] = [
+            {"params": groups["decayed"]},
+            {"params": groups["others"], "weight_decay": 0.0},
+        ]
         found: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
-                [{"params": groups["decayed"]}, {"params": groups["others"], "weight_decay": 0.0}],
+                adamw,
                 recipe.lr,
                 betas=(0.9, recipe.beta2),
                 weight_decay=recipe.weight_decay,
@@ -178,7 +180,7 @@ class Trainer:
             found.append(Muon(groups["inner"], recipe.lr, weight_decay=recipe.weight_decay))
         return found
 
-    def _restore(self, state: Mapping[str, object]) -> None:
+    def _restore(self, state: Mapping[str, Any]) -> None:
         shapes = {name: p.shape for name, p in self.trained.items()}
         if shapes != {name: value.shape for name, value in state["networks"].items()}:
             raise ValueError(f"{self.out / STATE}: the state of another model; resume with the options it began with")
@@ -293,10 +295,10 @@ class Trainer:
                     loss = finite(self._mean_loss(), self.step, self.saved)
                     bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                     if log:
-                        norm = self.norm.item()
                         seconds = round(time.monotonic() - began, 2)
-                        norm = norm if math.isfinite(norm) else None  # a step that float16 left out
-                        log.write(step=self.step, loss=loss, lr=lr, norm=norm, seconds=seconds)
+                        norm = self.norm.item()  # not finite for a step that float16 skipped
+                        logged = norm if math.isfinite(norm) else None
+                        log.write(step=self.step, loss=loss, lr=lr, norm=logged, seconds=seconds)
                 asked = self.processes.any(stop.asked)
                 if asked or self.step % recipe.save_every == 0 or self.step == recipe.steps:
                     self.save()
@@ -314,10 +316,12 @@ class Trainer:
                 group["lr"] = lr
         for k, part in enumerate(parts, start=1):
             last = k == self.recipe.accumulate
-            together = contextlib.nullcontext() if last or self.processes.count == 1 else self.runs.no_sync()
+            module = self.objective if self.parallel is None else self.parallel
+            # processes average their gradients after the last part only
+            together = contextlib.nullcontext() if last or self.parallel is None else self.parallel.no_sync()
             with together, torch.enable_grad():
                 with torch.autocast(self.processes.device.type, self.precision, enabled=self.precision is not None):
-                    loss = self.runs(**part) / self.recipe.accumulate
+                    loss = module(**part) / self.recipe.accumulate
                 self.scaler.scale(loss).backward()
             self.sum += loss.detach()
         self.count += 1
@@ -342,7 +346,7 @@ class Trainer:
         return mean
 
 
-def _fast_attention(device: torch.device, positions: int) -> contextlib.AbstractContextManager:
+def _fast_attention(device: torch.device, positions: int) -> contextlib.AbstractContextManager[None]:
     """On CPUs the fused attention's way back is slow; the plain one is faster where its matrix is small."""
     plain = device.type == "cpu" and positions <= FEW_POSITIONS
     return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()

@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint, named, naming
 from sd.checkpoints.convert import convert
@@ -28,6 +29,9 @@ from .state import save_tensors
 
 # what train_vae.py and train_text.py write: a network's weights under their names in a whole model
 VAE_FILE, TEXT_FILE = "vae.safetensors", "text_encoder.safetensors"
+
+
+Network = TypeVar("Network", TextEncoder, VAE, UNet)
 
 
 def add_model_arguments(parser: Parser) -> None:
@@ -71,7 +75,8 @@ def load_vae(
         config = find_config(model) if model else goes_with if alone and goes_with else detect(checkpoint)
         config = with_part(config, "vae", checkpoint)
         state = convert(checkpoint, config, parts=["vae"])["vae"]
-        return config, load_weights(build(config)["vae"], state, device, torch.float32)
+        vae = load_weights(build(config)["vae"], state, device, torch.float32)
+        return config, cast(VAE, vae)
 
 
 def find_new(args: argparse.Namespace, seed: int, device: torch.device) -> StableDiffusion:
@@ -103,7 +108,8 @@ def load_text_encoder(path: Path, model: StableDiffusion) -> TextEncoder:
         try:
             if not state:
                 raise CheckpointError("no text encoder in it: expected what train_text.py writes")
-            return load_weights(build(model.config)["text_encoder"], state, model.device, torch.float32)
+            network = load_weights(build(model.config)["text_encoder"], state, model.device, torch.float32)
+            return cast(TextEncoder, network)
         except ValueError as error:
             raise named(path, error) from None
 
@@ -151,8 +157,8 @@ def for_inpainting(model: StableDiffusion) -> StableDiffusion:
     return StableDiffusion(config, model.text_encoder, model.vae, widen_input(model.unet, unet_config))
 
 
-def with_weights(network: nn.Module, weights: Mapping[str, Tensor], prefix: str) -> nn.Module:
-    """A network like this one, for generate, with the weights whose names begin with `prefix`, uncopied."""
+def with_weights(network: Network, weights: Mapping[str, Tensor], prefix: str) -> Network:
+    """A network of the same class for inference, with the weights whose names begin with `prefix`, not copied."""
     with torch.device("meta"):
         other = type(network)(network.config)
     own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}

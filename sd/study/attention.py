@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -217,12 +217,13 @@ def recording(
         raise ValueError(f"unknown kind of attention {kind!r}, expected one of {', '.join(KINDS)}")
     check_plain(unet)
     maps = AttentionMaps()
-    now = {"call": -1, "t": 0.0}
+    call_number, timestep = -1, 0.0  # of the current forward pass
 
     def before(unet: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        nonlocal call_number, timestep
         x, t = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("x", "t")))
-        now.update(call=now["call"] + 1, t=float(t[item]))
-        maps.size = tuple(x.shape[-2:])
+        call_number, timestep = call_number + 1, float(t[item])
+        maps.size = x.shape[-2], x.shape[-1]
 
     def see(call: Call) -> None:
         h, w = (-(-side // 2**call.site.level) for side in maps.size)  # halving rounds up
@@ -235,7 +236,7 @@ def recording(
             else:
                 places = [min(int(y * h), h - 1) * w + min(int(x * w), w - 1) for x, y in points]
                 found = one.weights(places)[0]  # (heads, K, N)
-        maps.records.append(Record(call.site, now["call"], now["t"], found.unflatten(-1, (h, w)).cpu()))
+        maps.records.append(Record(call.site, call_number, timestep, found.unflatten(-1, (h, w)).cpu()))
 
     handle = unet.register_forward_pre_hook(before, with_kwargs=True)
     try:
@@ -274,7 +275,7 @@ class WordMaps(NamedTuple):
     words: list[Word]
     maps: AttentionMaps  # K is the position in the prompt
 
-    def of(self, word: int, **which: Collection[int] | Collection[str] | None) -> Tensor:
+    def of(self, word: int, **which: Any) -> Tensor:
         """Map (h, w) of the word with this index: the mean of `AttentionMaps.mean(**which)`, summed over its tokens."""
         return self.maps.mean(**which)[self.words[word].positions].sum(0)
 
@@ -359,7 +360,7 @@ def draw_breakdown(seen: WordMaps, word: int, moments: int = 5, width: int = 110
     rows = places(seen.maps)
     names = [f"{part}, level {level}\n{_grid_size(seen.maps, level)}" for part, level in rows]
 
-    def cell(**which: Collection[int] | Collection[str]) -> Image.Image:
+    def cell(**which: Any) -> Image.Image:
         return overlay(seen.image, seen.of(word, **which), width)
 
     by_step = [[cell(parts=(part,), levels=(level,), calls=chunk) for chunk in chunks] for part, level in rows]

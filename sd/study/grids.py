@@ -78,7 +78,8 @@ def grid(
 
     for axis in (x, y):
         for value in axis.values if axis.name != "prompt" else ():
-            _ = ImageToImage.of("", image=Image.new("RGB", (8, 8)), **{axis.name: value})
+            given: dict[str, Any] = {axis.name: value}
+            _ = ImageToImage.of("", image=Image.new("RGB", (8, 8)), **given)
 
     def generate(x_value: object, y_value: object) -> Image.Image:
         values: dict[str, Any] = {

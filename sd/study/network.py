@@ -16,8 +16,8 @@ These are the operations of the formulas; runtime/cpu_kernels.py computes some c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, ImageDraw
@@ -61,7 +61,7 @@ def blocks(unet: UNet) -> list[str]:
         if part == "mid":
             names += ["mid.res.0", "mid.attn", "mid.res.1"]
             continue
-        stage = unet.get_submodule(f"{part}.{i}")
+        stage: Any = unet.get_submodule(f"{part}.{i}")
         for k in range(len(stage.res)):
             names.append(f"{part}.{i}.res.{k}")
             if stage.attn:
@@ -81,13 +81,13 @@ def trace(unet: UNet, height: int, width: int, tokens: int = 77) -> list[Part]:
     flops = dict.fromkeys(names, 0)
     handles = []
 
-    def shape_of(name: str):
+    def shape_of(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             shapes[name] = tuple(out.shape)
 
         return hook
 
-    def flops_of(name: str):
+    def flops_of(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             flops[name] += _flops(module, args, out)
 
@@ -98,11 +98,11 @@ def trace(unet: UNet, height: int, width: int, tokens: int = 77) -> list[Part]:
         handles.append(part.register_forward_hook(shape_of(name)))
         handles += [module.register_forward_hook(flops_of(name)) for module in part.modules()]
     weight = unet.norm_out.weight
-    kind = {"device": weight.device, "dtype": weight.dtype}
+
     try:
         with torch.no_grad():
-            x = torch.zeros(1, unet.config.in_channels, height, width, **kind)
-            conditioning = Conditioning(torch.zeros(1, tokens, unet.config.context, **kind))
+            x = weight.new_zeros(1, unet.config.in_channels, height, width)
+            conditioning = Conditioning(weight.new_zeros(1, tokens, unet.config.context))
             unet(x, torch.zeros(1, device=weight.device), conditioning)
     finally:
         for handle in handles:

@@ -25,7 +25,7 @@ from ..denoiser import Denoiser
 from ..params import SamplingParams, find_sampler
 from ..pipeline import StableDiffusion, draw, generators
 from ..samplers import Denoise, Sampler, Step
-from ..schedule import SPACINGS, Level
+from ..schedule import SPACINGS, Levels
 
 # fast, deterministic, and from pure noise to clean data
 SETTINGS = SamplingParams(sampler="ddim", steps=20, spacing="trailing", seed=1)
@@ -37,12 +37,14 @@ def noise(model: StableDiffusion, settings: SamplingParams = SETTINGS, n: int = 
     return draw(generators(settings.seed, 1), model.latent_shape(), model.device).repeat(n, 1, 1, 1)
 
 
-def levels(model: StableDiffusion, settings: SamplingParams = SETTINGS) -> list[Level]:
-    """The step grid of the settings."""
+def levels(model: StableDiffusion, settings: SamplingParams = SETTINGS) -> Levels:
+    """The step grid of the settings. Raises ValueError if they have no steps or no spacing."""
+    if settings.steps is None or settings.spacing is None:
+        raise ValueError("settings of a study need steps and spacing")
     return model.schedule.levels(settings.steps, settings.spacing)
 
 
-def spacing_of(sampler: str | Sampler, usual: str) -> str:
+def spacing_of(sampler: str | Sampler, usual: str | None) -> str | None:
     """The step grid in a sampler's name ("DPM++ 2M Karras"), or `usual` if it has none.
 
     >>> spacing_of("DPM++ 2M Karras", "trailing"), spacing_of("dpmpp_2m", "trailing")

@@ -90,7 +90,7 @@ def steering(
     denoise = denoiser(model, model.encode_prompt([prompt]), settings)
     images, losses = [], []
 
-    def load_unet(_: Tensor) -> None:
+    def load_unet(gradient: Tensor) -> None:
         _ = model.unet  # with offloading: the gradient has reached x0 and is about to pass through the U-Net
 
     def decode(x0: Tensor) -> Tensor:

@@ -232,10 +232,10 @@ def draw_word_order(order: WordOrder, width: int = 300) -> Image.Image:
         names = ["<start>" if t.role == "start" else "<end>" if t.role == "end" else t.symbols.removesuffix(END_OF_WORD)
                  for t in (a, b)]  # fmt: skip
         wide = max(text_width(name, SMALL) for name in [*names, "0.00"]) + 18
-        colour = tuple(int(c) for c in coloured(np.array(0.5 + 0.4 * distance / top), DIVERGING))
+        red, green, blue = (int(c) for c in coloured(np.array(0.5 + 0.4 * distance / top), DIVERGING))
         same = (250, 250, 250) if a.id == b.id else (255, 233, 196)
         boxes = [_cell([names[0]], same, wide, 38), _cell([names[1]], same, wide, 38)]
-        boxes.append(_cell([f"{distance:.2f}"], colour, wide, 38))
+        boxes.append(_cell([f"{distance:.2f}"], (red, green, blue), wide, 38))
         columns.append(above(boxes, gap=4))
     labels = above([_cell([name], PAPER, 150, 38) for name in ("first prompt", "second prompt", "distance")], gap=4)
     images = [
