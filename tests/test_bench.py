@@ -22,7 +22,7 @@ from scripts import bench
 from scripts.benchmark import references as peers
 from scripts.benchmark import report, sides, start
 from scripts.benchmark.cases import Case, all_cases, flop, inputs, label, usual_case, weight_bytes
-from scripts.benchmark.interleave import Turns, alternate, compared, measure
+from scripts.benchmark.interleave import Comparison, alternate, compared, measure
 from scripts.benchmark.memory import Memory
 from scripts.benchmark.peak import peak
 from scripts.benchmark.runner import Run, settle
@@ -186,11 +186,12 @@ def test_turns():
 
         return run
 
-    turns = alternate({"ours": call("a", 1.0), "other": call("b", 1.1)}, 2, "x", BAR)
+    comparison = alternate({"ours": call("a", 1.0), "other": call("b", 1.1)}, 2, "x", BAR)
     assert order == ["a", "b"] * 3
-    assert [run.seconds for run in turns.ours] == [1.0] * 2 and [run.seconds for run in turns.peer] == [1.1] * 2
-    assert turns.difference == pytest.approx(0.1 / 1.1)
-    assert alternate({"ours": call("a", 1.0)}, 1, "x", BAR) == Turns([Run(1.0, None)], [], None)
+    assert [run.seconds for run in comparison.ours] == [1.0] * 2
+    assert [run.seconds for run in comparison.peer] == [1.1] * 2
+    assert comparison.difference == pytest.approx(0.1 / 1.1)
+    assert alternate({"ours": call("a", 1.0)}, 1, "x", BAR) == Comparison([Run(1.0, None)], [], None)
 
 
 def test_results_that_differ_are_not_compared():
@@ -282,7 +283,7 @@ def test_a_worker_that_is_killed_while_another_works(tmp_path):
                 worker.ask("process")
 
 
-def test_on_a_gpu_steps_are_recorded_as_in_painting():
+def test_on_a_gpu_steps_are_recorded_as_in_the_pipeline():
     side = object.__new__(sides.Side)
     side.setup, network = replace(SETUP, device=torch.device("cuda")), torch.nn.Identity()
     side.networks = {"unet": network}
@@ -314,12 +315,12 @@ def test_the_peak_is_of_something(monkeypatch):
 def example(ours: float = 2.0, theirs: float = 4.0) -> dict:
     """The record of a run that was not made."""
     case = usual_case("unet", POCKET)
-    turns = {
-        "openvino": Turns([Run(ours, 10), Run(ours, 30)], [Run(theirs, 20)], 1e-3),
-        "diffusers": Turns([Run(2 * ours, None)], [Run(ours, None)], None),
+    comparison = {
+        "openvino": Comparison([Run(ours, 10), Run(ours, 30)], [Run(theirs, 20)], 1e-3),
+        "diffusers": Comparison([Run(2 * ours, None)], [Run(ours, None)], None),
     }
-    grown = {"": Turns([Run(3 * ours, 50)], [], None)}
-    rows = [report.row(case, SETUP, turns), report.row(case._replace(batch=2), SETUP, grown)]
+    grown = {"": Comparison([Run(3 * ours, 50)], [], None)}
+    rows = [report.row(case, SETUP, comparison), report.row(case._replace(batch=2), SETUP, grown)]
     report.hold_against(rows, 2e9 * rows[0]["gflops"])
     return {"machine": report.machine(SETUP), "notes": [], "figures": rows}
 
@@ -477,10 +478,10 @@ def test_a_peer_that_dies_is_left_out(tmp_path, monkeypatch, when):
     )
     monkeypatch.setattr("scripts.benchmark.interleave.Worker", OursAtOnce)
     case, notes = usual_case("text", POCKET), []
-    turns, _ = measure(SETUP, "text", [case], ["openvino"], 1, BAR, notes.append)
+    comparison, _ = measure(SETUP, "text", [case], ["openvino"], 1, BAR, notes.append)
     assert notes == ["text, float32: openvino failed: its process died (signal 8)"]
-    assert list(turns[case]) == [""] and turns[case][""].peer == []
-    record = {"machine": report.machine(SETUP), "notes": notes, "figures": [report.row(case, SETUP, turns[case])]}
+    assert list(comparison[case]) == [""] and comparison[case][""].peer == []
+    record = {"machine": report.machine(SETUP), "notes": notes, "figures": [report.row(case, SETUP, comparison[case])]}
     text = report.text(record, markdown=False)
     assert text.endswith(f"\n\n{notes[0]}")
     (titles,) = [line for line in text.splitlines() if "precision" in line]

@@ -193,7 +193,7 @@ def test_empty_masks_are_refused_before_anything_is_loaded(edit, tmp_path):
 def test_pictures_given_as_masks_are_noticed_once(edit):
     status, _, err, _ = edit(inpaint, "a", MASK, SAMPLE, "--n", "2")
     assert status == 0 and err == [
-        "warning: the mask has colours, of which only the brightness counts: is it the picture?"
+        "warning: the mask has colours, and only their brightness is used: is it the right file?"
     ]
 
 

@@ -152,9 +152,9 @@ def test_judge_learns(small_judge) -> None:
 
 
 def test_judge_sees_pictures_of_every_size_alike(small_judge) -> None:
-    picture = draw(SCENE._replace(style="pixel"), Random(0))
-    larger = picture.resize((256, 256), Image.Resampling.NEAREST)
-    one, two = small_judge[0].look([picture, larger])
+    image = draw(SCENE._replace(style="pixel"), Random(0))
+    larger = image.resize((256, 256), Image.Resampling.NEAREST)
+    one, two = small_judge[0].look([image, larger])
     assert one[:3] == two[:3]
 
 
@@ -170,7 +170,7 @@ def test_judge_is_kept_unless_the_world_changes(small_judge, monkeypatch, capsys
     painted = judge.draw
     monkeypatch.setattr(judge, "draw", lambda *args: painted(*args).rotate(90))
     judge.find(file, CPU)
-    assert len(calls) == 1 and "another world" in capsys.readouterr().out
+    assert len(calls) == 1 and "trained on another world" in capsys.readouterr().out
     judge.find(file, CPU)  # the new one is of the new world
     assert len(calls) == 1
 
@@ -192,7 +192,7 @@ def test_prompts_are_of_their_split() -> None:
 
 
 class Oracle:
-    """A judge of scenes instead of pictures, for painters that hand them on."""
+    """A judge of scenes instead of images, for painters that hand them on."""
 
     def look(self, painted: list[Scene]) -> list[Scene]:
         return painted
@@ -228,7 +228,7 @@ def test_negative_prompts_are_counted() -> None:
 
 
 def test_distance_between_seeds() -> None:
-    """Pictures of one prompt that differ by a tenth of the range, prompts by more; then pictures that do not differ."""
+    """Images of one prompt that differ by a tenth of the range, prompts by more; then images that do not differ."""
 
     def paint(texts, guidance, label, step=26):
         names = sorted(set(texts), key=texts.index)
@@ -262,14 +262,14 @@ def test_nonsense_is_put_into_the_prompt() -> None:
 
 
 class Changer:
-    """Stands for a painter: notes what it is to change, and gives the pictures back as they are or as `scenes`."""
+    """Stands for a painter: notes what it is to change, and gives the images back as they are or as `scenes`."""
 
     def __init__(self, scenes=None) -> None:
         self.scenes, self.given = scenes, None
 
-    def each(self, label, guidance, texts, pictures, masks=()):
-        self.given = texts, pictures, masks
-        return self.scenes or pictures
+    def each(self, label, guidance, texts, images, masks=()):
+        self.given = texts, images, masks
+        return self.scenes or images
 
 
 @pytest.mark.parametrize("name", ["swap", "restyle"])
@@ -287,8 +287,8 @@ def test_changed_pictures_are_judged_by_the_new_caption(name, monkeypatch) -> No
     probe, idle = probes.PROBES[name], Changer()
     monkeypatch.setattr(idle, "scenes", old)
     _, lazy = probe(idle, Oracle(), 7.5, some)
-    texts, pictures, masks = idle.given
-    assert len(texts) == len(pictures) == 24 and len(masks) == (24 if name == "swap" else 0)
+    texts, images, masks = idle.given
+    assert len(texts) == len(images) == 24 and len(masks) == (24 if name == "swap" else 0)
     if name == "swap":
         assert lazy["object"] == (0, 24) and lazy["ground"].right == lazy["ground"].of > 0
         assert all(0.02 < np.asarray(mask).mean() / 255 < 0.5 for mask in masks)

@@ -1,4 +1,4 @@
-"""Every kind of picture file is read right, or refused with one line that says what it is; and what is written."""
+"""Every kind of image file is read right, or refused with one line that says what it is; and what is written."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ pytestmark = [  # unless a test expects it, nothing warns; colours are what most
 
 RED, GREEN, BLUE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (128, 128, 128)
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
-DAMAGED = "a {} file that is damaged, cut off or of a rare kind; download it again or save it as PNG or JPEG"
-TOO_MANY = "too many pixels, at most 67,108,864 are read; make the picture smaller"
+DAMAGED = "a {} file that is damaged, truncated or of a rare kind; download it again or save it as PNG or JPEG"
+TOO_MANY = "too many pixels, the limit is 67,108,864; reduce the image"
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -49,7 +49,7 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     return stream.getvalue()
 
 
-def written(folder: Path, data: bytes, name: str = "picture") -> Path:
+def written(folder: Path, data: bytes, name: str = "image") -> Path:
     path = folder / name
     path.write_bytes(data)
     return path
@@ -234,19 +234,19 @@ def skip_if_newer(name: str) -> None:
 def test_opaque_files(tmp_path, name):
     skip_if_newer(name)
     data, expected = OPAQUE[name]
-    picture = read_picture(written(tmp_path, data), background=(1, 2, 3))
-    assert np.array_equal(np.asarray(picture.image), np.array(expected)), pixels(picture.image)
-    assert picture.image.mode == "RGB" and type(picture.image) is Image.Image
-    assert picture.alpha is None
-    assert picture.digest == hashlib.sha256(data).hexdigest()
+    image = read_picture(written(tmp_path, data), background=(1, 2, 3))
+    assert np.array_equal(np.asarray(image.image), np.array(expected)), pixels(image.image)
+    assert image.image.mode == "RGB" and type(image.image) is Image.Image
+    assert image.alpha is None
+    assert image.digest == hashlib.sha256(data).hexdigest()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "YCbCr", "CMYK", "L"])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}])
 def test_jpeg_colours(tmp_path, mode, options):
     """CMYK too, whose numbers Adobe's programs write upside down."""
-    picture = Image.new("RGB", (64, 64), (200, 60, 30)).convert(mode)
-    data = encoded(picture, "JPEG", quality=95, **options)
+    image = Image.new("RGB", (64, 64), (200, 60, 30)).convert(mode)
+    data = encoded(image, "JPEG", quality=95, **options)
     assert (b"Adobe" in data) == (mode == "CMYK")
     expected = [98] * 3 if mode == "L" else [200, 60, 30]
     assert np.abs(np.asarray(read_picture(written(tmp_path, data)).image).astype(int) - expected).max() <= 3
@@ -315,24 +315,24 @@ SEE_THROUGH = see_through()
 def test_transparent_files(tmp_path, name, background):
     skip_if_newer(name)
     data, expected = SEE_THROUGH[name]
-    picture = read_picture(written(tmp_path, data), background)
+    image = read_picture(written(tmp_path, data), background)
     expected = np.array(expected)
     colours, alpha = expected[..., :3], expected[..., 3:]
     composite = np.rint((colours * alpha + np.array(background) * (255 - alpha)) / 255)
-    assert np.array_equal(np.asarray(picture.image), composite), pixels(picture.image)
-    assert picture.image.mode == "RGB"
+    assert np.array_equal(np.asarray(image.image), composite), pixels(image.image)
+    assert image.image.mode == "RGB"
     if alpha.min() == 255:
-        assert picture.alpha is None
+        assert image.alpha is None
     else:
-        assert picture.alpha.mode == "L" and np.array_equal(np.asarray(picture.alpha), alpha[..., 0])
+        assert image.alpha.mode == "L" and np.array_equal(np.asarray(image.alpha), alpha[..., 0])
 
 
 def test_opaque_pixels_stay_to_the_bit_beside_transparent_ones(tmp_path):
     colours = np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8)
     colours[::2, :, 3], colours[1::2, :, 3] = 255, 0
-    picture = read_picture(written(tmp_path, encoded(Image.fromarray(colours), "PNG")), background=(3, 2, 1))
-    assert np.array_equal(np.asarray(picture.image)[::2], colours[::2, :, :3])
-    assert (np.asarray(picture.image)[1::2] == (3, 2, 1)).all()
+    image = read_picture(written(tmp_path, encoded(Image.fromarray(colours), "PNG")), background=(3, 2, 1))
+    assert np.array_equal(np.asarray(image.image)[::2], colours[::2, :, :3])
+    assert (np.asarray(image.image)[1::2] == (3, 2, 1)).all()
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_opaque_pixels_stay_to_the_bit_beside_transparent_ones(tmp_path):
     ],
 )
 def test_flatten_takes_every_mode(mode):  # fmt: skip
-    """Also those that no file has: white stays white, and the picture that was given is not changed."""
+    """Also those that no file has: white stays white, and the image that was given is not changed."""
     if mode == "LAB":
         image = Image.merge("LAB", [Image.new("L", (3, 2), v) for v in (255, 128, 128)])
     elif mode in ("La", "RGBa"):
@@ -389,7 +389,7 @@ def test_flatten_takes_every_mode(mode):  # fmt: skip
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_numbers_that_are_none(tmp_path, value):
     path = written(tmp_path, tiff(np.array([[0.5, value]], dtype="f4")))
-    text = "it has numbers that are infinite or not a number; save it as PNG or JPEG"
+    text = "it has values that are infinite or NaN; save it as PNG or JPEG"
     assert refusal(path) == refusal(path, read_mask) == text
 
 
@@ -446,9 +446,9 @@ def test_orientation(tmp_path, kind, orientation):
 def test_orientation_of_alpha(tmp_path, orientation):
     upright = np.dstack([CORNERS, np.where(np.arange(64) < 20, 0, 255).repeat(32).reshape(64, 32).T.astype(np.uint8)])
     stored = Image.fromarray(np.ascontiguousarray(turned(upright, orientation)))
-    picture = read_picture(written(tmp_path, encoded(stored, "PNG", exif=oriented(orientation))))
-    assert np.array_equal(np.asarray(picture.alpha), upright[..., 3])
-    assert np.array_equal(np.asarray(picture.image)[:, 20:], CORNERS[:, 20:])
+    image = read_picture(written(tmp_path, encoded(stored, "PNG", exif=oriented(orientation))))
+    assert np.array_equal(np.asarray(image.alpha), upright[..., 3])
+    assert np.array_equal(np.asarray(image.image)[:, 20:], CORNERS[:, 20:])
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
@@ -503,10 +503,10 @@ def test_colour_profiles_are_obeyed(tmp_path, mode, space):
     image = Image.new(mode.replace("P", "RGB"), (4, 4), fill)
     image = image.quantize(2) if mode == "P" else image
     path = written(tmp_path, encoded(image, "PNG", icc_profile=icc(space)))
-    picture = read_picture(path, background=BLACK)
+    image = read_picture(path, background=BLACK)
     share = 90 / 255 if "A" in mode else 1
-    assert np.abs(np.asarray(picture.image) - 188 * share).max() <= 1
-    assert (picture.alpha is not None) == ("A" in mode)
+    assert np.abs(np.asarray(image.image) - 188 * share).max() <= 1
+    assert (image.alpha is not None) == ("A" in mode)
     assert set(np.asarray(read_mask(path)).flat) == {90 if "A" in mode else 128}
 
 
@@ -643,7 +643,7 @@ def test_files_that_are_cut_off(tmp_path, name, share):
     for read in (read_picture, read_mask):
         text = refusal(path, read)
         if text != DAMAGED.format(kind):
-            assert text.startswith(f"a {kind} file that is damaged or cut off (") and text.endswith(
+            assert text.startswith(f"a {kind} file that is damaged or truncated (") and text.endswith(
                 "); download it again"
             )
 
@@ -652,39 +652,39 @@ def test_files_that_are_cut_off(tmp_path, name, share):
     "data, text",
     [
         (b"", "an empty file; download or save it again"),
-        (b"a picture of a cat\n", "a text, not a picture; give a PNG or JPEG file"),
-        ("ein Bild \u4e2d\u6587".encode() * 999, "a text, not a picture; give a PNG or JPEG file"),
-        ("a text".encode("utf-16"), "a text, not a picture; give a PNG or JPEG file"),
-        (b"BMW and other cars", "a text, not a picture; give a PNG or JPEG file"),
+        (b"an image of a cat\n", "a text, not an image; give a PNG or JPEG file"),
+        ("ein Bild \u4e2d\u6587".encode() * 999, "a text, not an image; give a PNG or JPEG file"),
+        ("a text".encode("utf-16"), "a text, not an image; give a PNG or JPEG file"),
+        (b"BMW and other cars", "a text, not an image; give a PNG or JPEG file"),
         (
             b"<!DOCTYPE html><html><body>404</body>",
-            "a web page, saved in place of the picture; save the picture itself",
+            "a web page, saved instead of the image; save the image itself",
         ),
-        (b"\xef\xbb\xbf\n <html>", "a web page, saved in place of the picture; save the picture itself"),
+        (b"\xef\xbb\xbf\n <html>", "a web page, saved instead of the image; save the image itself"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
             "a git-lfs pointer, not the file itself; fetch it with `git lfs pull`",
         ),
-        (b"\0\0\0\x1cftypavif\0\0\0\0", "AVIF, which is not read here; save it as PNG or JPEG"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC, which is not read here; save it as PNG or JPEG"),
-        (b"\0\0\0\x18ftypcrx \0\0\0\1", "a camera's raw data, which is not read here; save it as PNG or JPEG"),
-        (b"\0\0\0\x18ftypmp42\0\0\0\0", "a film, which is not read here; save it as PNG or JPEG"),
-        (b"\xff\x0a\xfa\x7f\1", "JPEG XL, which is not read here; save it as PNG or JPEG"),
-        (b"8BPS\0\1", "a Photoshop document, which is not read here; save it as PNG or JPEG"),
-        (b"%PDF-1.7\n%\xe2\xe3", "PDF, which is not read here; save it as PNG or JPEG"),
-        (b"<svg xmlns='x'/>", "an SVG drawing, which is not read here; save it as PNG or JPEG"),
-        (b"<?xml version='1.0'?>\n<svg/>", "an SVG drawing, which is not read here; save it as PNG or JPEG"),
-        (b"gimp xcf v011\0", "a GIMP document, which is not read here; save it as PNG or JPEG"),
-        (b"v/1\x01\2\0\0\0", "a picture of high dynamic range, which is not read here; save it as PNG or JPEG"),
-        (b"P6 1 1 255 abc", "a kind of picture, which is not read here; save it as PNG or JPEG"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0", "AVIF, which is not supported; save it as PNG or JPEG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC, which is not supported; save it as PNG or JPEG"),
+        (b"\0\0\0\x18ftypcrx \0\0\0\1", "a camera's raw data, which is not supported; save it as PNG or JPEG"),
+        (b"\0\0\0\x18ftypmp42\0\0\0\0", "a video, which is not supported; save it as PNG or JPEG"),
+        (b"\xff\x0a\xfa\x7f\1", "JPEG XL, which is not supported; save it as PNG or JPEG"),
+        (b"8BPS\0\1", "a Photoshop document, which is not supported; save it as PNG or JPEG"),
+        (b"%PDF-1.7\n%\xe2\xe3", "PDF, which is not supported; save it as PNG or JPEG"),
+        (b"<svg xmlns='x'/>", "an SVG drawing, which is not supported; save it as PNG or JPEG"),
+        (b"<?xml version='1.0'?>\n<svg/>", "an SVG drawing, which is not supported; save it as PNG or JPEG"),
+        (b"gimp xcf v011\0", "a GIMP document, which is not supported; save it as PNG or JPEG"),
+        (b"v/1\x01\2\0\0\0", "a high dynamic range image, which is not supported; save it as PNG or JPEG"),
+        (b"P6 1 1 255 abc", "a kind of image, which is not supported; save it as PNG or JPEG"),
         (b"PK\x03\x04\x14\0", "an archive; unpack it first"),
         (b"\x1f\x8b\x08\0", "an archive; unpack it first"),
         (
             b"\x00\x05\x16\x07\0\2\0\0Mac OS X",
             "the `._` companion that macOS writes beside a file; give the file without `._`",
         ),
-        (b"\x7fELF\2\1\1\0\0", "not a picture that is known here; save it as PNG or JPEG"),
-        (bytes(1000), "not a picture that is known here; save it as PNG or JPEG"),
+        (b"\x7fELF\2\1\1\0\0", "an unknown image format; save it as PNG or JPEG"),
+        (bytes(1000), "an unknown image format; save it as PNG or JPEG"),
         (b"\x89PNG\r\n\x1a\n", DAMAGED.format("PNG")),
         (b"\xff\xd8\xff", DAMAGED.format("JPEG")),
         (b"GIF89a", DAMAGED.format("GIF")),
@@ -692,7 +692,7 @@ def test_files_that_are_cut_off(tmp_path, name, share):
     ],
 )
 def test_what_is_not_a_picture_is_named(tmp_path, data, text):
-    path = written(tmp_path, data, "picture.png")
+    path = written(tmp_path, data, "image.png")
     assert refusal(path) == refusal(path, read_mask) == text
 
 
@@ -701,7 +701,7 @@ def test_what_is_not_a_file(tmp_path, read):
     missing = "no such file; check the path"
     file = written(tmp_path, b"x")
     (tmp_path / "dangling").symlink_to("nowhere")
-    assert refusal(tmp_path, read) == "a folder; give the picture file inside of it"
+    assert refusal(tmp_path, read) == "a folder; give the image file inside it"
     assert refusal(tmp_path / "missing.png", read) == missing
     assert refusal(file / "below.png", read) == missing
     assert refusal(tmp_path / "dangling", read) == missing
@@ -718,9 +718,9 @@ def test_what_is_not_a_file(tmp_path, read):
 @pytest.mark.parametrize("read", [read_picture, read_mask])
 def test_pipes_and_devices_are_not_waited_for(tmp_path, read):
     os.mkfifo(tmp_path / "pipe.png")
-    assert refusal(tmp_path / "pipe.png", read) == "not an ordinary file; give a picture file"
+    assert refusal(tmp_path / "pipe.png", read) == "not an ordinary file; give an image file"
     if os.path.exists("/dev/zero"):
-        assert refusal("/dev/zero", read) == "not an ordinary file; give a picture file"
+        assert refusal("/dev/zero", read) == "not an ordinary file; give an image file"
 
 
 @pytest.mark.parametrize(
@@ -751,7 +751,7 @@ def test_too_many_bytes(tmp_path):
     path = written(tmp_path, encoded(STRIPES, "PNG"))
     os.truncate(path, MAX_BYTES + 1)  # takes no room on the disk
     start = time.process_time()
-    assert refusal(path) == refusal(path, read_mask) == "larger than 256 MB; make the picture smaller"
+    assert refusal(path) == refusal(path, read_mask) == "larger than 256 MB; reduce the image"
     assert time.process_time() - start < 0.1
 
 
@@ -796,7 +796,7 @@ def test_where_the_limit_of_pixels_is(tmp_path, monkeypatch):
     monkeypatch.setattr(image_files, "MAX_PIXELS", 100)
     for size in ((10, 10), (100, 1), (1, 100)):
         assert read_picture(written(tmp_path, encoded(Image.new("L", size), "PNG"))).image.size == size
-    text = "101 x 1: too many pixels, at most 100 are read; make the picture smaller"
+    text = "101 x 1: too many pixels, the limit is 100; reduce the image"
     assert refusal(written(tmp_path, encoded(Image.new("L", (101, 1)), "PNG"))) == text
 
 
@@ -806,7 +806,7 @@ def test_bombs_of_other_kinds(tmp_path):
     line = bytes([*RED, *GREEN])
     for name in (b"zTXt", b"iCCP"):
         text = refusal(written(tmp_path, png(2, 1, 8, 2, [line], chunk(name, b"name\0\0" + zeros))))
-        assert text.lower().startswith("a png file that is damaged or cut off (decompressed data too large")
+        assert text.lower().startswith("a png file that is damaged or truncated (decompressed data too large")
     for data in (
         png(2, 1, 8, 2, [line], chunk(b"tEXt", b"Comment\0" + b"x" * (3 << 20))),  # large, but it does not grow
         png(2, 1, 8, 2, [line] + [bytes(1 << 20)] * 100),
@@ -831,13 +831,13 @@ def test_whatever_a_decoder_raises_is_one_line(tmp_path, monkeypatch, error, pla
 
     monkeypatch.setattr(*((Image, "open") if place == "open" else (ImageFile.ImageFile, "load")), fail)
     text = refusal(written(tmp_path, encoded(STRIPES, "PNG")))
-    assert text.startswith("a PNG file that is damaged or cut off (")
+    assert text.startswith("a PNG file that is damaged or truncated (")
 
 
 def test_what_is_no_fault_of_the_file(tmp_path, monkeypatch):
     path = written(tmp_path, encoded(STRIPES, "PNG"))
     for error, text in (
-        (MemoryError(), "too little memory to read it; make the picture smaller"),
+        (MemoryError(), "not enough memory to read it; reduce the image"),
         (Image.DecompressionBombError("x"), TOO_MANY),
     ):
         monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_, error=error: (_ for _ in ()).throw(error))
@@ -938,8 +938,8 @@ def fuzz(folder: Path, seed: int, rounds: int) -> dict[str, int]:
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
                 if number // len(files) % 4:
-                    picture = read_picture(path)
-                    images = [image for image in (picture.image, picture.alpha) if image is not None]
+                    image = read_picture(path)
+                    images = [image for image in (image.image, image.alpha) if image is not None]
                     assert [image.mode for image in images] == ["RGB", "L"][: len(images)]
                     assert (
                         len({image.size for image in images}) == 1
@@ -1021,7 +1021,7 @@ def played(path: Path) -> tuple[list[Image.Image], list[int]]:
 
 
 def steps(count: int, size: tuple[int, int] = (48, 40)) -> list[Image.Image]:
-    """A smooth picture that comes out of noise."""
+    """A smooth image that comes out of noise."""
     y, x = np.mgrid[: size[1], : size[0]]
     smooth = np.dstack([x * 255 / size[0], y * 255 / size[1], 255 - x * 255 / size[0]])
     noise = np.random.default_rng(3).uniform(0, 255, (size[1] // 8, size[0] // 8, 3)).repeat(8, 0).repeat(8, 1)
@@ -1064,7 +1064,7 @@ def test_frames_may_be_alike_and_of_any_mode(tmp_path, suffix):
 
 
 def test_frames_of_a_gif_have_palettes_of_their_own(tmp_path):
-    """And dithering halves the error of the mean of 8 x 8 pixels of a smooth picture (1.3 and 0.9 without)."""
+    """And dithering halves the error of the mean of 8 x 8 pixels of a smooth image (1.3 and 0.9 without)."""
     first = np.asarray(steps(1, (96, 64))[0]).astype(float)
     frames = [first, first[::-1] * 0.3, 255 - first[:, :, ::-1] * 0.4]
     save_animation([Image.fromarray(frame.astype(np.uint8)) for frame in frames], tmp_path / "film.gif")
@@ -1104,7 +1104,7 @@ def test_masks_with_colours_are_noticed(tmp_path):
             read_mask(tmp_path / "mask.png")
             flatten_mask(Image.new("RGB", (20, 20), colours))
         assert [str(w.message) for w in told] == 2 * warned * [
-            "the mask has colours, of which only the brightness counts: is it the picture?"
+            "the mask has colours, and only their brightness is used: is it the right file?"
         ]
         assert all(w.filename == __file__ for w in told)
     strokes = Image.new("RGBA", (20, 20))

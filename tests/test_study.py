@@ -290,7 +290,7 @@ def test_runs_are_of_contexts(tiny_sd):
     """One prompt's context alone would be taken for as many prompts as it has tokens."""
     context = tiny_sd.encode_prompt("a")
     for wrong, got in ((context[0], r"\(77, "), ("a", "str")):
-        with pytest.raises(ValueError, match=rf"^expected contexts \(B, M, D\), .* got {got}"):
+        with pytest.raises(ValueError, match=rf"^expected contexts \(B, M, D\) .* got {got}"):
             runs.run(tiny_sd, wrong)
 
 

@@ -79,14 +79,14 @@ def new(tmp_path_factory) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Eight plain pictures with captions beside them."""
+    """Eight plain images with captions beside them."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for i, name in enumerate(("red", "green", "blue", "yellow", "pink", "cyan", "white", "black")):
         image = Image.new("RGB", (96, 64), name)
         ImageDraw.Draw(image).ellipse([20 + 3 * i, 5 + 4 * i, 50 + 3 * i, 30 + 4 * i], tuple(rng.integers(0, 255, 3)))
         image.save(folder / f"{name}.png")
-        (folder / f"{name}.txt").write_text(f"a {name} picture\nsomething {name}\n")
+        (folder / f"{name}.txt").write_text(f"a {name} image\nsomething {name}\n")
     return folder
 
 
@@ -344,7 +344,7 @@ def test_a_full_disk_keeps_the_state_before(full_disk, new, photos, start, tmp_p
     [("adamw", 3, 100), pytest.param("muon", 8, 150, marks=pytest.mark.exhaustive)],
 )
 def test_pictures_are_memorised(optimizer, count, steps, start, tmp_path):
-    """The program alone: a few scenes through the embedded model's VAE; then each caption paints its own picture."""
+    """The program alone: a few scenes through the embedded model's VAE; then each caption paints its own image."""
     config = replace(SMALL, unet=replace(SMALL.unet, channels=(64, 96), heads=(2, 3)))
     (tmp_path / "small.json").write_text(config.to_json())
     data = tmp_path / "data"
@@ -387,7 +387,7 @@ def test_what_was_trained_loads_everywhere(ckpt, photos, start, tmp_path, capsys
     assert same(kept.text_encoder.state_dict(), trained.text_encoder.state_dict())  # without --train-text
     assert same(kept.vae.state_dict(), trained.vae.state_dict())
 
-    paint = ["a red picture", "--steps", "2", "--height", "64", "--width", "64", "--device", "cpu", "--out"]
+    paint = ["a red image", "--steps", "2", "--height", "64", "--width", "64", "--device", "cpu", "--out"]
     assert txt2img.main([*paint, str(tmp_path / "painted"), "--ckpt", str(model)]) == 0
     original = tmp_path / "original.safetensors"
     assert convert.main([str(model), str(original), "--layout", "original"]) == 0
@@ -409,9 +409,9 @@ def test_an_inpainting_model_of_a_model_of_four_channels(ckpt, photos, start, tm
     assert not same(kept.text_encoder.state_dict(), trained.text_encoder.state_dict())
     mask = tmp_path / "mask.png"
     Image.new("L", (96, 64), 255).save(mask)
-    picture = photos / "red.png"
+    image = photos / "red.png"
     small = ["--ckpt", str(model), "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "painted")]
-    assert inpaint.main(["a", str(picture), str(mask), *small]) == 0
+    assert inpaint.main(["a", str(image), str(mask), *small]) == 0
     # and going on with a model that has nine channels already
     assert start(*common[:2], model, *common[3:], "--steps", 1, "--samples", 0, "--out", tmp_path / "b")[0] == 0
     status, _, err = start(train, "--ckpt", model, "--data", photos, "--steps", 1, "--out", tmp_path / "c")
@@ -456,11 +456,11 @@ def test_broken_pictures_are_skipped_and_counted(new, photos, start, tmp_path):
     status, _, err = start(train, "--data", data, *new, "--samples", 0, "--steps", 1, "--out", tmp_path / "out")
     assert status == 0 and len(err) == 3
     assert err[0].startswith(f"warning: skipped: {data / 'blue.png'}: ")
-    assert err[2] == "warning: 2 of 8 pictures cannot be read and are skipped"
+    assert err[2] == "warning: 2 of 8 images cannot be read and are skipped"
     for path in data.glob("*.png"):
         path.write_bytes(b"")
     status, _, err = start(train, "--data", data, *new, "--steps", 1, "--out", tmp_path / "none")
-    assert status == 1 and err[-1] == "error: none of the 8 pictures can be read"
+    assert status == 1 and err[-1] == "error: none of the 8 images can be read"
 
 
 def test_problems_with_the_data_are_one_line(new, photos, start, tmp_path):
@@ -473,11 +473,11 @@ def test_problems_with_the_data_are_one_line(new, photos, start, tmp_path):
 
     assert problem() == f"error: --data {data}: no such folder"
     data.mkdir()
-    assert problem().startswith(f"error: --data {data}: no pictures in it")
+    assert problem().startswith(f"error: --data {data}: no images in it")
     (data / "a.png").write_bytes((photos / "red.png").read_bytes())
     (data / "b.png").write_bytes((photos / "red.png").read_bytes())
     (data / "b.txt").write_text("b")
-    assert problem().startswith(f"error: {data / 'a.png'}: no caption (1 of 2 pictures have none): write it into a.txt")
+    assert problem().startswith(f"error: {data / 'a.png'}: no caption (1 of 2 images have none): write it to a.txt")
     (data / "a.txt").write_bytes(b"\xff\xfe\x00")
     assert problem() == f"error: {data / 'a.txt'}: not text in UTF-8; save it as that"
     (data / "a.txt").unlink()
@@ -485,7 +485,7 @@ def test_problems_with_the_data_are_one_line(new, photos, start, tmp_path):
     listed.write_text('{"file_name": "a.png"}\n')
     assert problem().startswith(f"error: {listed}, line 1: expected")
     listed.write_text('{"file_name": "c.png", "text": "c"}\n')
-    assert problem() == f"error: {data}: 1 pictures of metadata.jsonl are not there, first {data / 'c.png'}"
+    assert problem() == f"error: {data}: 1 images of metadata.jsonl are missing, first {data / 'c.png'}"
     listed.write_text('{"file_name": "a.png", "text": " "}\n')  # as good as none
     assert problem().startswith(f"error: {data / 'a.png'}: no caption (1 of 2")
     listed.write_text("not json\n")
@@ -551,14 +551,14 @@ def test_a_loss_of_nan_is_one_line_and_keeps_the_state(new, photos, start, tmp_p
 
 
 def test_a_text_encoder_learns_which_caption_belongs_to_which_picture(new, photos, start, tmp_path):
-    """Of 8 pictures, each with a word of its own. Then it is what a new model begins with."""
+    """Of 8 images, each with a word of its own. Then it is what a new model begins with."""
     options = ["--data", photos, *new, "--batch", 8, "--lr", 1e-3, "--ema", 0, "--optimizer", "adamw"]
     status, out, _ = start(train_text, *options, "--steps", 250, "--out", tmp_path / "text")
-    assert status == 0 and out[-2].endswith(", 100.0 % of 8 captions find their picture")
+    assert status == 0 and out[-2].endswith(", 100.0 % of 8 captions find their image")
     written = tmp_path / "text" / "text_encoder.safetensors"
     learned = load_file(written)
     token = learned["text_encoder.token.weight"]
-    known = Tokenizer()(["a red picture", "something blue"]).unique()
+    known = Tokenizer()(["a red image", "something blue"]).unique()
     assert (token[known] != 0).any(1).all()
     assert (token != 0).any(1).sum() < 20  # all other words mean nothing
 
@@ -590,7 +590,7 @@ def test_a_text_encoder_is_trained_by_one_process(new, photos, tmp_path):
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=ONE_THREAD)
     assert done.returncode != 0
     assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
-        "error: the loss compares all pictures of a batch, so one process trains: start it without torchrun"
+        "error: the loss compares all images of a batch, so only one process can train: do not use torchrun"
     ]
 
 
@@ -677,7 +677,7 @@ def test_a_run_inside_of_its_data_does_not_train_on_its_samples(new, photos, sta
     assert start(train, *options)[0] == 0
     assert (data / "run" / "samples-000001.png").exists()
     _, out, _ = start(train, "--out", data / "run", "--resume", "--steps", 2)
-    assert ", 8 pictures," in out[0]
+    assert ", 8 images," in out[0]
 
 
 def test_wrong_options_are_one_line(new, photos, start, tmp_path):
@@ -711,7 +711,7 @@ def test_wrong_options_are_one_line(new, photos, start, tmp_path):
         assert problem(*new, "--out", other, *wrong).startswith(said)
     assert not list(other.glob("*.*"))
     status, _, err = start(train, "--ckpt", resource("weights/pocket.safetensors"), "--out", other)
-    assert status == 1 and err == ["error: --ckpt needs --data: a folder with pictures, or world for the drawn scenes"]
+    assert status == 1 and err == ["error: --ckpt needs --data: a folder with images, or world for drawn scenes"]
     save_tensors({"text_encoder.norm.weight": torch.ones(8)}, tmp_path / "text.safetensors", {})
     said = problem("--vae", tmp_path / "text.safetensors", "--out", other)
     assert "no VAE in it: expected what train_vae.py writes" in said

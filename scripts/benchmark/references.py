@@ -1,8 +1,8 @@
-"""The same networks in diffusers and transformers, with the same weights, to compare with.
+"""Reference networks: those of diffusers and transformers with our weights, for comparison.
 
-Built from a config, with nothing downloaded. The weights are the very tensors of our networks wherever the layout
-allows it, so that a model and its peer together need little more memory than one of them. Each peer is called as ours
-is: `unet(x, t, conditioning)`, `vae.moments(image)`, `vae.decode(z)`, `text_encoder(ids)`.
+They are built from a config; nothing is downloaded. They share the tensors of our networks where the memory layout
+permits it, so that both together need little more memory than one. Each is called like ours:
+`unet(x, t, conditioning)`, `vae.moments(image)`, `vae.decode(z)`, `text_encoder(ids)`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ReferenceUNet(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """x (B, C, H, W), t (B,), context (B, M, D) and maps behind x's channels -> (B, C_out, H, W)."""
+        """x (B, C, H, W), t (B,), context (B, M, D) and extra channels -> (B, C_out, H, W)."""
         x = x if conditioning.concat is None else torch.cat([x, conditioning.concat], dim=1)
         return self.model(x, t, conditioning.context, return_dict=False)[0]
 
@@ -49,7 +49,7 @@ class ReferenceVAE(nn.Module):
         return gaussian.mean, gaussian.logvar
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, 4, h, w) as the U-Net has them -> picture (B, 3, H, W)."""
+        """Scaled latents (B, 4, h, w) -> image (B, 3, H, W)."""
         return self.model.decode(z / self.model.config.scaling_factor, return_dict=False)[0]
 
 
@@ -66,18 +66,18 @@ class ReferenceTextEncoder(nn.Module):
 
 
 def missing() -> list[str]:
-    """Which of the packages that peers need are not installed."""
+    """The required packages that are not installed."""
     return [name for name in REQUIRED if find_spec(name) is None]
 
 
 def require() -> None:
-    """Raises ValueError, in one line, where peers cannot be built."""
+    """Raise ValueError, in one line, if diffusers or transformers is not installed."""
     if gone := missing():
         raise ValueError(f"comparing needs {' and '.join(REQUIRED)}: pip install {' '.join(gone)}")
 
 
 def libraries() -> None:
-    """Import all that peers are made of, and keep the advice of these packages from the terminal."""
+    """Import the packages, and silence their log messages and progress bars."""
     require()
     import diffusers
     import transformers
@@ -92,11 +92,11 @@ def libraries() -> None:
 def peers(
     networks: Mapping[str, nn.Module], config: Config, dtype: torch.dtype, layout: str = "channels_last"
 ) -> dict[str, nn.Module]:
-    """The peers of our networks (of "text_encoder", "vae", "unet"), with their weights, on their device, in this dtype.
+    """Reference networks for ours ("text_encoder", "vae", "unet"), with their weights, on their device, in `dtype`.
 
-    layout   of convolution kernels: "channels_last", in which ours are, or "default", as diffusers loads them
+    layout   of convolution kernels: "channels_last" like ours, or "default" as diffusers loads them
 
-    Raises ValueError where diffusers or transformers is not installed.
+    Raises ValueError if diffusers or transformers is not installed.
     """
     require()
     states = {name: network.state_dict() for name, network in networks.items()}
@@ -114,7 +114,7 @@ def peers(
             state[before + source.key] = tensor.contiguous(memory_format=kind)
         model.load_state_dict(state, strict=True, assign=True)
         model.requires_grad_(False).eval()
-    if "text_encoder" in built:  # its positions were made on the meta device, and are in no state dict
+    if "text_encoder" in built:  # its position ids are on the meta device and not in the state dict
         embeddings = next(module for module in built["text_encoder"].modules() if hasattr(module, "position_ids"))
         device = next(iter(states["text_encoder"].values())).device
         embeddings.position_ids = torch.arange(config.text.length, device=device).unsqueeze(0)
@@ -125,7 +125,7 @@ def peers(
 
 
 def scheduler(config: Config, kind: str = "DDIMScheduler", **options: Any) -> Any:
-    """A scheduler of diffusers, by its name, for this config's noise schedule; more `options` are handed to it."""
+    """A scheduler of diffusers, by class name, for the noise schedule of a config; `options` are passed to it."""
     require()
     import diffusers
 
@@ -142,7 +142,7 @@ def scheduler(config: Config, kind: str = "DDIMScheduler", **options: Any) -> An
 
 
 def pipeline(built: Mapping[str, nn.Module], config: Config) -> Any:
-    """diffusers' StableDiffusionPipeline over `peers`, with DDIM on the original's grid; it takes embedded prompts."""
+    """diffusers' StableDiffusionPipeline of `peers`, with DDIM on the original's step grid; takes encoded prompts."""
     require()
     from diffusers import StableDiffusionPipeline
 

@@ -41,7 +41,7 @@ class Log:
             file.write(json.dumps({"step": step, "loss": loss, **values}) + "\n")
 
     def plot(self) -> None:
-        """Draw the curve again. Without matplotlib, say once how to get it and draw nothing."""
+        """Redraw the loss curve. Without matplotlib, print once how to install it."""
         if len(self.points) < 2 or not self.plots:
             return
         try:
@@ -57,7 +57,7 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The lines of a log; what follows one that was cut off is left out."""
+    """The lines of a log up to the first damaged one."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -70,9 +70,9 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def curve(points: Sequence[tuple[float, float]]) -> Figure:
-    """Loss over steps on a logarithmic scale: the measurements as a thin line, their moving average as a thick one.
+    """Loss over steps on a logarithmic scale: the values as a thin line, their moving average as a thick one.
 
-    ModuleNotFoundError where matplotlib is missing.
+    Raises ModuleNotFoundError without matplotlib.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
