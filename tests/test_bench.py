@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bench_workers import Dying, Echo
 from tqdm import tqdm
 
 from scripts import bench
@@ -23,7 +24,6 @@ from scripts.benchmark import references as peers
 from scripts.benchmark import report, sides, start
 from scripts.benchmark.cases import Case, all_cases, flop, inputs, label, usual_case, weight_bytes
 from scripts.benchmark.interleave import Comparison, alternate, compared, measure
-from scripts.benchmark.memory import Memory
 from scripts.benchmark.peak import peak
 from scripts.benchmark.runner import Run, settle
 from scripts.benchmark.weights import WEIGHT_STD, RandomWeights, Setup
@@ -203,45 +203,6 @@ def test_results_that_differ_are_not_compared():
     with pytest.raises(Failed, match="ours failed: x: not finite") as failed:
         compared("x", {"ours": one * np.inf, "other": one})
     assert failed.value.who == "ours"
-
-
-class Echo:
-    """What the tests put into a process of its own."""
-
-    def __init__(self, word: str) -> None:
-        if word == "refused":
-            raise ValueError("this word is refused")
-        print("printed by", word, flush=True)
-        self.memory = Memory(CPU)
-
-    def process(self) -> int:
-        return os.getpid()
-
-    def divide(self, a: int, b: int) -> float:
-        return a / b
-
-    def complain(self) -> None:
-        raise OSError("no such model\nSee our pages.")
-
-    def lookup(self) -> None:
-        raise KeyError("nothing\nof interest")
-
-    def die(self, how: str) -> None:
-        if how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        print("something", "last words", sep="\n", flush=True)
-        os._exit(3)
-
-    def take(self, size: int) -> tuple[int, int, int]:
-        """The peak before, while and after so many bytes are held."""
-        peaks = []
-        for amount in (1, size, 1):
-            self.memory.release()
-            self.memory.start()
-            held = bytearray(os.urandom(1)) * amount
-            peaks.append(self.memory.peak())
-            del held
-        return tuple(peaks)
 
 
 def test_a_worker(tmp_path, capfd):
@@ -439,6 +400,7 @@ def test_a_peer_that_fails_is_left_out(tmp_path, capsys, monkeypatch):
     """And said; ours is measured all the same."""
     monkeypatch.setattr(bench, "able_peers", lambda named, device: (["openvino"], []))
     monkeypatch.setattr("scripts.benchmark.interleave.start_peer", failing)
+    monkeypatch.setattr("scripts.benchmark.interleave.Worker", OursAtOnce)
     record = measured(tmp_path, "--parts", "text", "--dtype", "float32")
     assert record["notes"] == ["text, float32: openvino failed: no such luck"]
     assert record["notes"][0] in capsys.readouterr().out and record["figures"][0]["peers"] == {}
@@ -446,26 +408,6 @@ def test_a_peer_that_fails_is_left_out(tmp_path, capsys, monkeypatch):
 
 def failing(peer: str, *_: object) -> None:
     raise Failed(peer, "no such luck")
-
-
-class Dying:
-    """A peer whose process dies, as a library does that a processor's instructions do not suit."""
-
-    def __init__(self, when: str) -> None:
-        self.when = when
-        self.die("built")
-
-    def die(self, when: str) -> None:
-        if self.when == when:
-            print("a line that says nothing of it", flush=True)
-            os.kill(os.getpid(), signal.SIGFPE)
-
-    def prepare(self, case: Case) -> None:
-        self.die("prepared")
-
-    def run(self, keep: bool) -> Run:
-        self.die("run")
-        raise AssertionError("it should be dead")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no signals")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from random import Random
 
@@ -134,41 +133,41 @@ def test_training_pictures_are_worn_but_mildly() -> None:
     assert all((worn[0] - other).abs().mean() > 0.01 for other in worn[1:])
 
 
-@pytest.fixture(scope="module")
-def small_judge(tmp_path_factory) -> tuple[judge.Judge, Path]:
-    """A judge of little training, and its file."""
-    file = tmp_path_factory.mktemp("judge") / "new" / "judge.safetensors"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judge.train, "__defaults__", (600, 70, 32))
-        return judge.find(file, CPU), file
+@pytest.fixture
+def new_judge(tmp_path, monkeypatch) -> tuple[judge.Judge, Path]:
+    """A judge without training, and its file."""
+    torch.manual_seed(0)
+    file = tmp_path / "new" / "judge.safetensors"
+    monkeypatch.setattr(judge, "train", lambda device: judge.Judge().eval())
+    return judge.find(file, CPU), file
 
 
-def test_judge_learns(small_judge) -> None:
-    """Style, time and ground are well above chance after 70 steps; things take longer."""
+def test_judge_learns() -> None:
+    """After few steps style, time and ground are well above chance; things take longer."""
+    trained = judge.train(CPU, 400, 60, 16)
     pixels, scenes = judge.renderings(100, "test")
-    rates = tally([whole(scene) for scene in scenes], small_judge[0].look(judge.to_floats(pixels)))
+    rates = tally([whole(scene) for scene in scenes], trained.look(judge.to_floats(pixels)))
     for name, chance in (("style", 1 / 3), ("time", 1 / 4), ("ground", 1 / 5)):
         assert rates[name].right / rates[name].of > 1.5 * chance, name
 
 
-def test_judge_sees_pictures_of_every_size_alike(small_judge) -> None:
+def test_judge_sees_images_of_every_size_alike(new_judge) -> None:
     image = draw(SCENE._replace(style="pixel"), Random(0))
     larger = image.resize((256, 256), Image.Resampling.NEAREST)
-    one, two = small_judge[0].look([image, larger])
+    one, two = new_judge[0].look([image, larger])
     assert one[:3] == two[:3]
 
 
-def test_judge_is_kept_unless_the_world_changes(small_judge, monkeypatch, capsys, tmp_path) -> None:
-    trained, file = small_judge[0], tmp_path / "judge.safetensors"
-    shutil.copy(small_judge[1], file)
+def test_judge_is_kept_unless_the_world_changes(new_judge, monkeypatch, capsys) -> None:
+    trained, file = new_judge
     calls = []
     monkeypatch.setattr(judge, "train", lambda device: calls.append(device) or trained)
     again = judge.find(file, CPU)
     assert not calls and not again.training
     for a, b in zip(trained.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    painted = judge.draw
-    monkeypatch.setattr(judge, "draw", lambda *args: painted(*args).rotate(90))
+    drawn = judge.draw
+    monkeypatch.setattr(judge, "draw", lambda *args: drawn(*args).rotate(90))
     judge.find(file, CPU)
     assert len(calls) == 1 and "trained on another world" in capsys.readouterr().out
     judge.find(file, CPU)  # the new one is of the new world
@@ -298,12 +297,12 @@ def test_changed_pictures_are_judged_by_the_new_caption(name, monkeypatch) -> No
     assert perfect["all"] == (24, 24) and str(perfect["all"]) in text
 
 
-def test_a_whole_run(small_judge, tmp_path, capsys, tiny_sd, monkeypatch) -> None:
+def test_a_whole_run(new_judge, tmp_path, capsys, tiny_sd, monkeypatch) -> None:
     monkeypatch.setattr(evaluate.generate, "load", lambda args: tiny_sd)
     monkeypatch.setattr(evaluate, "THROUGH_VAE", 2)
-    files = [tmp_path / name for name in ("new/card.md", "scores.json", "wrong")]
+    files = [tmp_path / name for name in ("card/card.md", "scores.json", "wrong")]
     options = ["--prompts", "2", "--guidance", "1", "3", "--steps", "1", "--probes", "2", "--renderings", "6"]
-    for name, file in zip(("--judge", "--markdown", "--json", "--wrong"), (small_judge[1], *files), strict=True):
+    for name, file in zip(("--judge", "--markdown", "--json", "--wrong"), (new_judge[1], *files), strict=True):
         options += [name, str(file)]
     status = evaluate.main(options)
     out = capsys.readouterr().out

@@ -595,7 +595,7 @@ def test_of_several_frames_the_first_is_used(tmp_path, kind, read):
     with pytest.warns(UserWarning) as told:
         found = read(path)
     about_frames = [w for w in told if "colours" not in str(w.message)]
-    assert [str(w.message) for w in about_frames] == [f"{path}: holds several frames or pages; the first one is used"]
+    assert [str(w.message) for w in about_frames] == [f"{path}: has several frames or pages; the first one is used"]
     assert about_frames[0].filename == __file__
     image = found if read is read_mask else found.image
     assert image.getpixel((9, 9)) == (76 if read is read_mask else RED)
@@ -957,7 +957,7 @@ def fuzz(folder: Path, seed: int, rounds: int) -> dict[str, int]:
             counts["refused"] += 1
         for warning in told:
             text = str(warning.message)
-            assert text == f"{path}: holds several frames or pages; the first one is used" or "has colours" in text
+            assert text == f"{path}: has several frames or pages; the first one is used" or "has colours" in text
     return counts
 
 

@@ -167,9 +167,11 @@ def test_steps_that_are_recorded(tiny, inputs, monkeypatch):
         pass
 
 
-def test_networks_that_take_turns(embedded):
+def test_offloaded_networks(embedded, monkeypatch):
     """With low memory the U-Net comes and goes within a study; its maps and its image are the same to the bit."""
     saving = StableDiffusion.load(device="cpu", dtype="float32", low_memory=True)
+    for model in (embedded, saving):
+        monkeypatch.setattr(model, "config", replace(model.config, size=64))
     others = hooks(saving.unet)
     seen, same = (attention.word_maps(model, PROMPT, FEW) for model in (embedded, saving))
     assert seen.image == same.image
@@ -620,10 +622,11 @@ def test_steering_is_the_formula():
         steering.steered(lambda x, level: x, lambda x0: x0.mean(), 1.0)(x, level)
 
 
-def test_steering_lowers_its_loss(embedded):
+def test_steering_lowers_its_loss(embedded, monkeypatch):
     """ "Make it blue", through the decoder and the U-Net."""
+    monkeypatch.setattr(embedded, "config", replace(embedded.config, size=64))
     loss = steering.colour_loss(-1.0, -1.0, 1.0)
-    settings = replace(runs.SETTINGS, steps=8, guidance=3.0)
+    settings = replace(runs.SETTINGS, steps=6, guidance=3.0)
     result = steering.steering(embedded, PROMPT, loss, (0.0, 100.0), settings)
     plain, steered = (float(loss(to_tensor(image))) for image in result.images)
     assert steered < 0.9 * plain

@@ -41,11 +41,13 @@ FILES = {  # what each subcommand makes
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """Runs study.py with two steps per image; returns status, stderr and the names of the files."""
+    """Runs study.py on small images with two steps; returns status, stderr and the names of the files."""
 
     def call(*args: str):
         try:
-            status = study.main([*args, "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "out")])
+            status = study.main(
+                ["--size", "64", *args, "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "out")]
+            )
         except SystemExit as stop:  # argparse
             status = stop.code
         folder = tmp_path / "out"

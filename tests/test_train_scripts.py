@@ -544,7 +544,7 @@ def test_a_loss_of_nan_is_one_line_and_keeps_the_state(new, photos, start, tmp_p
     monkeypatch.setattr(train, "diffusion_loss", lambda *args: loss(*args) * float("nan"))
     status, _, err = start(train, "--out", tmp_path, "--resume", "--steps", 5)
     assert status == 1 and err == [
-        "error: the loss is not finite (nan) by step 3: try a lower --lr or --precision float32; "
+        "error: the loss is not finite (nan) at step 3: try a lower --lr or --precision float32; "
         "the state of step 2 is kept"
     ]
     assert (tmp_path / "state.pt").read_bytes() == before
@@ -608,7 +608,7 @@ def test_a_gradient_of_nan_is_never_saved(new, photos, start, tmp_path, monkeypa
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
     status, _, err = start(train, "--out", tmp_path, "--resume", "--steps", 3)
-    assert status == 1 and err[-1].startswith("error: the gradient is not finite (nan) by step 3")
+    assert status == 1 and err[-1].startswith("error: the gradient is not finite (nan) at step 3")
     assert kept == {name: (tmp_path / name).read_bytes() for name in kept}
 
 
@@ -692,16 +692,16 @@ def test_wrong_options_are_one_line(new, photos, start, tmp_path):
     assert problem("--vae", photos / "red.png").startswith(f"{photos / 'red.png'}: ")
     assert problem(*new, "--model", "sd9").startswith("--model sd9: expected one of sd1, ")
     assert problem(*new, "--size", 60).startswith("height must be a multiple of 8, got 60")
-    assert problem("--resume").endswith("no run to go on with (state.pt); begin one without --resume")
+    assert problem("--resume").endswith("no run to resume (state.pt); start one without --resume")
     out = tmp_path / "out"
     assert start(train, "--data", photos, *new, "--samples", 0, "--steps", 1, "--out", out)[0] == 0
-    assert problem(*new) == f"{out} holds a run already: go on with it (--resume) or choose another --out"
-    assert problem("--resume", "--steps", 2, "--ema", 0).endswith("with --ema 0 or without, as it began")
+    assert problem(*new) == f"{out} already has a run: continue it (--resume) or choose another --out"
+    assert problem("--resume", "--steps", 2, "--ema", 0).endswith("--ema cannot change between 0 and another value")
     assert problem("--resume", "--steps", 2, "--optimizer", "muon").endswith(
-        "began with --optimizer adamw and goes on with it"
+        "started with --optimizer adamw, which cannot change"
     )
     assert start(train, "--out", out, "--resume", "--steps", 2)[0] == 0  # what was refused is not remembered
-    assert problem("--resume", "--steps", 1) == "the run is at step 2 already: give more --steps"
+    assert problem("--resume", "--steps", 1) == "the run is already at step 2: give more --steps"
     other = tmp_path / "other"
     for wrong, said in (
         (("--sample-steps", 0), "steps"), (("--sample-guidance", "nan"), "guidance"), (("--threads", -1), "--threads"),

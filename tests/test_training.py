@@ -146,7 +146,7 @@ def test_contrastive_loss_is_its_closed_form():
     assert contrastive_loss(images, texts, 3.0).item() == pytest.approx(expected, rel=1e-5)
     assert contrastive_loss(images, 5 * images, 100.0).item() < 0.01  # length does not count
     assert contrastive_loss(images, images.flip(0), 100.0).item() > 10
-    with pytest.raises(ValueError, match=r"one shape \(B, D\), got \(5, 7\) and \(5, 6\)"):
+    with pytest.raises(ValueError, match=r"the same shape \(B, D\), got \(5, 7\) and \(5, 6\)"):
         contrastive_loss(images, texts[:, :6], 1.0)
 
 
@@ -261,7 +261,7 @@ def test_a_widened_unet_predicts_as_before():
     t, context = torch.tensor([500]), context.view(1, 8, 8)
     masked = wider(x, t, Conditioning(context, concat=extra))
     torch.testing.assert_close(masked, unet(x, t, Conditioning(context)))
-    with pytest.raises(ValueError, match="9 input channels cannot be given 4"):
+    with pytest.raises(ValueError, match="9 input channels to 4"):
         widen_input(wider, config)
 
 
