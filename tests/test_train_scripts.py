@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource as limits
@@ -26,6 +27,7 @@ from scripts.training import data as training_data
 from scripts.training import loop
 from scripts.training.log import Log, read_log
 from scripts.training.loop import Trainer
+from scripts.training.processes import Processes
 from scripts.training.state import load_state, save_state, save_tensors
 from sd import StableDiffusion
 from sd.checkpoints.detect import CONFIG_KEY
@@ -86,7 +88,7 @@ def photos(tmp_path_factory) -> Path:
         image = Image.new("RGB", (96, 64), name)
         ImageDraw.Draw(image).ellipse([20 + 3 * i, 5 + 4 * i, 50 + 3 * i, 30 + 4 * i], tuple(rng.integers(0, 255, 3)))
         image.save(folder / f"{name}.png")
-        (folder / f"{name}.txt").write_text(f"a {name} image\nsomething {name}\n")
+        (folder / f"{name}.txt").write_text(f"a {name} picture\nsomething {name}\n")
     return folder
 
 
@@ -416,7 +418,7 @@ def test_an_inpainting_model_of_a_model_of_four_channels(ckpt, photos, start, tm
     assert start(*common[:2], model, *common[3:], "--steps", 1, "--samples", 0, "--out", tmp_path / "b")[0] == 0
     status, _, err = start(train, "--ckpt", model, "--data", photos, "--steps", 1, "--out", tmp_path / "c")
     assert status == 1 and err == [
-        "error: tiny v1 inpainting has a U-Net of 9 channels, which is trained with --inpaint"
+        "error: tiny v1 inpainting has a U-Net of 9 channels: train it with --inpaint"
     ]
 
 
@@ -479,7 +481,7 @@ def test_problems_with_the_data_are_one_line(new, photos, start, tmp_path):
     (data / "b.txt").write_text("b")
     assert problem().startswith(f"error: {data / 'a.png'}: no caption (1 of 2 images have none): write it to a.txt")
     (data / "a.txt").write_bytes(b"\xff\xfe\x00")
-    assert problem() == f"error: {data / 'a.txt'}: not text in UTF-8; save it as that"
+    assert problem() == f"error: {data / 'a.txt'}: not UTF-8 text; save it as UTF-8"
     (data / "a.txt").unlink()
     listed = data / "metadata.jsonl"
     listed.write_text('{"file_name": "a.png"}\n')
@@ -558,7 +560,7 @@ def test_a_text_encoder_learns_which_caption_belongs_to_which_picture(new, photo
     written = tmp_path / "text" / "text_encoder.safetensors"
     learned = load_file(written)
     token = learned["text_encoder.token.weight"]
-    known = Tokenizer()(["a red image", "something blue"]).unique()
+    known = Tokenizer()(["a red picture", "something blue"]).unique()
     assert (token[known] != 0).any(1).all()
     assert (token != 0).any(1).sum() < 20  # all other words mean nothing
 
@@ -585,11 +587,11 @@ def test_a_text_encoder_learns_which_caption_belongs_to_which_picture(new, photo
     assert status == 1 and err == [f"error: {new[3]}: no text encoder in it: expected what train_text.py writes"]
 
 
-def test_a_text_encoder_is_trained_by_one_process(new, photos, tmp_path):
-    command = [*TORCHRUN, ROOT / "scripts" / "train_text.py", "--data", photos, *new, "--out", tmp_path / "out"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=ONE_THREAD)
-    assert done.returncode != 0
-    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
+def test_a_text_encoder_is_trained_by_one_process(new, photos, start, tmp_path, monkeypatch):
+    two = Processes(torch.device("cpu"), rank=0, count=2)
+    monkeypatch.setattr(loop, "processes", lambda device: contextlib.nullcontext(two))
+    status, _, err = start(train_text, "--data", photos, *new, "--out", tmp_path / "out")
+    assert status == 1 and err == [
         "error: the loss compares all images of a batch, so only one process can train: do not use torchrun"
     ]
 
@@ -688,7 +690,7 @@ def test_wrong_options_are_one_line(new, photos, start, tmp_path):
 
     assert problem("--steps", 0) == "--steps must be at least 1, got 0"
     assert problem("--ema", 1) == "--ema must be from 0 to below 1, got 1.0"
-    assert problem() == "a new model needs a VAE (--vae): train one with train_vae.py, or give a checkpoint's"
+    assert problem() == "a new model needs a VAE (--vae): train one with train_vae.py, or use that of a checkpoint"
     assert problem("--vae", photos / "red.png").startswith(f"{photos / 'red.png'}: ")
     assert problem(*new, "--model", "sd9").startswith("--model sd9: expected one of sd1, ")
     assert problem(*new, "--size", 60).startswith("height must be a multiple of 8, got 60")
@@ -731,7 +733,7 @@ def test_words_that_will_not_be_learned_are_said(start, tmp_path):
         out = tmp_path / f"out{len(more)}"
         status, _, err = start(train, *common, "--steps", 1, "--samples", 0, "--out", out, *more)
         assert status == 0, err
-        assert any("will not learn: triceratops (--train-text teaches it)" in line for line in err) == said
+        assert any("does not know these words: triceratops (--train-text learns them)" in line for line in err) == said
 
 
 def test_every_epoch_sees_every_picture_once():
