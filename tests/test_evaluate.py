@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -142,9 +143,12 @@ def new_judge(tmp_path, monkeypatch) -> tuple[judge.Judge, Path]:
     return judge.find(file, CPU), file
 
 
-def test_judge_learns() -> None:
-    """After few steps style, time and ground are well above chance; things take longer."""
-    trained = judge.train(CPU, 400, 60, 16)
+def test_judge_learns(monkeypatch) -> None:
+    """After few steps, without degradations, style, time and ground are well above chance; things take longer."""
+    batches = []
+    monkeypatch.setattr(judge, "worn", lambda x, rng: batches.append(x.shape) or x)
+    trained = judge.train(CPU, 600, 50, 24)
+    assert batches == [(24, 3, 128, 128)] * 50
     pixels, scenes = judge.renderings(100, "test")
     rates = tally([whole(scene) for scene in scenes], trained.look(judge.to_floats(pixels)))
     for name, chance in (("style", 1 / 3), ("time", 1 / 4), ("ground", 1 / 5)):
@@ -299,6 +303,7 @@ def test_changed_pictures_are_judged_by_the_new_caption(name, monkeypatch) -> No
 
 def test_a_whole_run(new_judge, tmp_path, capsys, tiny_sd, monkeypatch) -> None:
     monkeypatch.setattr(evaluate.generate, "load", lambda args: tiny_sd)
+    monkeypatch.setattr(tiny_sd, "config", replace(tiny_sd.config, size=64))
     monkeypatch.setattr(evaluate, "THROUGH_VAE", 2)
     files = [tmp_path / name for name in ("card/card.md", "scores.json", "wrong")]
     options = ["--prompts", "2", "--guidance", "1", "3", "--steps", "1", "--probes", "2", "--renderings", "6"]
