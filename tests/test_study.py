@@ -52,6 +52,12 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 
 
 @pytest.fixture(scope="module")
+def tiny_sd(tiny) -> StableDiffusion:
+    """The tiny model with small images."""
+    return StableDiffusion(replace(TINY, size=64), **tiny)
+
+
+@pytest.fixture(scope="module")
 def embedded() -> StableDiffusion:
     """The model that comes with the project."""
     return StableDiffusion.load(device="cpu", dtype="float32")
@@ -328,8 +334,9 @@ def test_a_colour_word_acts_where_its_thing_is(embedded):
     prompt = "a big red house in the middle on a meadow"
     inside = box(Thing("house", "red", "big", "middle"))
     area = attention.mass_inside(torch.ones(64, 64), inside)
-    seen = attention.word_maps(embedded, prompt)
-    acts = influence.influence(embedded, prompt)
+    settings = replace(runs.SETTINGS, steps=8)
+    seen = attention.word_maps(embedded, prompt, settings)
+    acts = influence.influence(embedded, prompt, settings)
     words = {word.text: i for i, word in enumerate(seen.words)}
     house = attention.mass_inside(seen.of(words["house"]), inside)
     red = attention.mass_inside(acts.maps[words["red"]], inside)
@@ -652,7 +659,7 @@ def test_steering_where_weights_are_moved_between_turns(tiny):
             return super().__getitem__(name)
 
     networks = {name: copy.deepcopy(net) for name, net in tiny.items()}
-    model = StableDiffusion(TINY, **networks)
+    model = StableDiffusion(replace(TINY, size=64), **networks)
     loss = steering.colour_loss(-1.0, -1.0, 1.0)
     expected = steering.steering(model, PROMPT, loss, (10.0,), FEW)
     model._networks = Moving(networks)

@@ -265,9 +265,6 @@ def mass_inside(values: Tensor, box: tuple[float, float, float, float]) -> float
     return float((values.double().cpu() * part).sum() / values.double().sum())
 
 
-# ------------------------------------------------------------------------------------- figures
-
-
 class WordMaps(NamedTuple):
     """A generated image with the attention maps of the words of its prompt."""
 
@@ -365,11 +362,9 @@ def draw_breakdown(seen: WordMaps, word: int, moments: int = 5, width: int = 110
 
     by_step = [[cell(parts=(part,), levels=(level,), calls=chunk) for chunk in chunks] for part, level in rows]
     heads = min(max(site.heads for site in seen.maps.sites), 8)
+    own = {(site.part, site.level): site.heads for site in seen.maps.sites}
     by_head = [
-        [
-            cell(parts=(part,), levels=(level,), heads=(head,))
-            for head in range(min(heads, *(s.heads for s in seen.maps.sites if (s.part, s.level) == (part, level)), 8))
-        ]
+        [cell(parts=(part,), levels=(level,), heads=(head,)) for head in range(min(own[part, level], heads))]
         for part, level in rows
     ]
     body = above(
