@@ -22,12 +22,12 @@ from sd.imaging import files as image_files
 from sd.imaging.files import (
     MAX_BYTES,
     MAX_PIXELS,
-    PictureError,
+    ImageFileError,
     flatten,
     flatten_mask,
     parameters,
+    read_image,
     read_mask,
-    read_picture,
     save_animation,
     save_png,
 )
@@ -64,9 +64,9 @@ def row(*colours) -> Image.Image:
     return Image.fromarray(np.array([colours], dtype=np.uint8))
 
 
-def refusal(path: Path | str, read=read_picture) -> str:
+def refusal(path: Path | str, read=read_image) -> str:
     """The message behind the file's name; one line."""
-    with pytest.raises(PictureError) as error:
+    with pytest.raises(ImageFileError) as error:
         read(path)
     text = str(error.value)
     assert text.startswith(f"{path}: ") and text.isprintable()
@@ -234,7 +234,7 @@ def skip_if_newer(name: str) -> None:
 def test_opaque_files(tmp_path, name):
     skip_if_newer(name)
     data, expected = OPAQUE[name]
-    image = read_picture(written(tmp_path, data), background=(1, 2, 3))
+    image = read_image(written(tmp_path, data), background=(1, 2, 3))
     assert np.array_equal(np.asarray(image.image), np.array(expected)), pixels(image.image)
     assert image.image.mode == "RGB" and type(image.image) is Image.Image
     assert image.alpha is None
@@ -249,7 +249,7 @@ def test_jpeg_colours(tmp_path, mode, options):
     data = encoded(image, "JPEG", quality=95, **options)
     assert (b"Adobe" in data) == (mode == "CMYK")
     expected = [98] * 3 if mode == "L" else [200, 60, 30]
-    assert np.abs(np.asarray(read_picture(written(tmp_path, data)).image).astype(int) - expected).max() <= 3
+    assert np.abs(np.asarray(read_image(written(tmp_path, data)).image).astype(int) - expected).max() <= 3
 
 
 def see_through() -> dict[str, tuple[bytes, list]]:
@@ -315,7 +315,7 @@ SEE_THROUGH = see_through()
 def test_transparent_files(tmp_path, name, background):
     skip_if_newer(name)
     data, expected = SEE_THROUGH[name]
-    image = read_picture(written(tmp_path, data), background)
+    image = read_image(written(tmp_path, data), background)
     expected = np.array(expected)
     colours, alpha = expected[..., :3], expected[..., 3:]
     composite = np.rint((colours * alpha + np.array(background) * (255 - alpha)) / 255)
@@ -330,7 +330,7 @@ def test_transparent_files(tmp_path, name, background):
 def test_opaque_pixels_stay_to_the_bit_beside_transparent_ones(tmp_path):
     colours = np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8)
     colours[::2, :, 3], colours[1::2, :, 3] = 255, 0
-    image = read_picture(written(tmp_path, encoded(Image.fromarray(colours), "PNG")), background=(3, 2, 1))
+    image = read_image(written(tmp_path, encoded(Image.fromarray(colours), "PNG")), background=(3, 2, 1))
     assert np.array_equal(np.asarray(image.image)[::2], colours[::2, :, :3])
     assert (np.asarray(image.image)[1::2] == (3, 2, 1)).all()
 
@@ -399,7 +399,7 @@ def test_nothing_is_carried_along(tmp_path, kind):
     exif[0x010F] = "a camera"
     data = encoded(RAMP.convert("RGB"), kind, exif=exif, icc_profile=icc(b"RGB ", name="sRGB"), dpi=(72, 72))
     assert b"a camera" in data
-    image = read_picture(written(tmp_path, data)).image
+    image = read_image(written(tmp_path, data)).image
     assert image.info == {} and not image.getexif() and image.format is None
     assert b"a camera" not in encoded(image, "PNG")
 
@@ -436,7 +436,7 @@ def test_orientation(tmp_path, kind, orientation):
     path = written(tmp_path, encoded(stored, kind.partition(",")[0], exif=oriented(orientation), **options))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore" if "two" in kind else "error", message=".*the first one is used")
-        image, mask = read_picture(path).image, read_mask(path)
+        image, mask = read_image(path).image, read_mask(path)
     assert image.size == mask.size == (64, 32)
     assert np.abs(np.asarray(image).astype(int) - CORNERS).max() <= (8 if kind == "JPEG" else 0)
     assert abs(mask.getpixel((2, 2)) - 76) <= 2 and abs(mask.getpixel((61, 2)) - 29) <= 2
@@ -446,7 +446,7 @@ def test_orientation(tmp_path, kind, orientation):
 def test_orientation_of_alpha(tmp_path, orientation):
     upright = np.dstack([CORNERS, np.where(np.arange(64) < 20, 0, 255).repeat(32).reshape(64, 32).T.astype(np.uint8)])
     stored = Image.fromarray(np.ascontiguousarray(turned(upright, orientation)))
-    image = read_picture(written(tmp_path, encoded(stored, "PNG", exif=oriented(orientation))))
+    image = read_image(written(tmp_path, encoded(stored, "PNG", exif=oriented(orientation))))
     assert np.array_equal(np.asarray(image.alpha), upright[..., 3])
     assert np.array_equal(np.asarray(image.image)[:, 20:], CORNERS[:, 20:])
 
@@ -463,7 +463,7 @@ def test_flatten_turns_opened_files_once(tmp_path, kind):
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
 def test_orientations_that_do_not_exist(tmp_path, orientation):
     path = written(tmp_path, encoded(Image.fromarray(CORNERS), "PNG", exif=oriented(orientation)))
-    assert np.array_equal(np.asarray(read_picture(path).image), CORNERS)
+    assert np.array_equal(np.asarray(read_image(path).image), CORNERS)
 
 
 JPEG_OR_WEBP = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
@@ -487,7 +487,7 @@ def test_broken_exif_does_not_stop_the_reading(tmp_path, kind, exif):
         data = data[:33] + chunk(b"eXIf", exif) + data[33:]
     else:
         data = encoded(image, kind, exif=b"Exif\0\0" + exif, **JPEG_OR_WEBP[kind])
-    shown = np.asarray(read_picture(written(tmp_path, data)).image).astype(int)
+    shown = np.asarray(read_image(written(tmp_path, data)).image).astype(int)
     assert np.abs(shown - CORNERS).max() <= (8 if kind == "JPEG" else 0)
 
 
@@ -503,7 +503,7 @@ def test_colour_profiles_are_obeyed(tmp_path, mode, space):
     image = Image.new(mode.replace("P", "RGB"), (4, 4), fill)
     image = image.quantize(2) if mode == "P" else image
     path = written(tmp_path, encoded(image, "PNG", icc_profile=icc(space)))
-    image = read_picture(path, background=BLACK)
+    image = read_image(path, background=BLACK)
     share = 90 / 255 if "A" in mode else 1
     assert np.abs(np.asarray(image.image) - 188 * share).max() <= 1
     assert (image.alpha is not None) == ("A" in mode)
@@ -514,7 +514,7 @@ def test_inks_are_converted_by_their_profile(tmp_path):
     """A profile of CMYK needs tables; here it is enough that one of the wrong kind is not applied."""
     image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
     path = written(tmp_path, encoded(image, "TIFF", icc_profile=icc(b"RGB ")))
-    assert read_picture(path).image.getpixel((0, 0)) == RED
+    assert read_image(path).image.getpixel((0, 0)) == RED
 
 
 @pytest.mark.parametrize(
@@ -531,7 +531,7 @@ def test_these_profiles_change_nothing(tmp_path, profile, kind):
     colours = np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     options = {"lossless": True} if kind == "WEBP" else {}
     path = written(tmp_path, encoded(Image.fromarray(colours), kind, icc_profile=profile, **options))
-    assert np.array_equal(np.asarray(read_picture(path).image), colours)
+    assert np.array_equal(np.asarray(read_image(path).image), colours)
 
 
 def test_without_lcms(tmp_path, monkeypatch):
@@ -540,7 +540,7 @@ def test_without_lcms(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ImageCms, "ImageCmsProfile", missing)
     path = written(tmp_path, encoded(Image.new("RGB", (2, 2), GREY), "PNG", icc_profile=icc(b"RGB ")))
-    assert read_picture(path).image.getpixel((0, 0)) == GREY
+    assert read_image(path).image.getpixel((0, 0)) == GREY
 
 
 # ------------------------------------------------------------------------------------------------------------ masks
@@ -587,7 +587,7 @@ def test_a_stroke_in_a_gif_is_its_alpha(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
-@pytest.mark.parametrize("read", [read_picture, read_mask])
+@pytest.mark.parametrize("read", [read_image, read_mask])
 def test_of_several_frames_the_first_is_used(tmp_path, kind, read):
     frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, GREEN, BLUE)]
     options = {"lossless": True} if kind == "WEBP" else {}
@@ -607,21 +607,21 @@ def test_a_damaged_second_frame_does_no_harm(tmp_path):
     path = written(tmp_path, data[: data.rindex(b"\x2c") + 5])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert read_picture(path).image.getpixel((3, 3)) == RED
+        assert read_image(path).image.getpixel((3, 3)) == RED
 
 
 def test_photos_with_a_preview_behind_them_are_one_picture(tmp_path):
     """MPO: what many phones write under the name .jpg."""
     photo = Image.new("RGB", (32, 32), (200, 60, 30))
     data = encoded(photo, "MPO", save_all=True, append_images=[photo.resize((8, 8))])
-    assert read_picture(written(tmp_path, data)).image.size == (32, 32)
+    assert read_image(written(tmp_path, data)).image.size == (32, 32)
 
 
 def test_camera_raw_files_are_not_their_previews(tmp_path):
     preview = np.full((4, 4, 3), 9, dtype=np.uint8)
     text = "its first page is a small preview, as in camera raw files; open it and save it as PNG or JPEG"
     assert refusal(written(tmp_path, tiff(preview, t254=1, t330=8))) == text
-    assert read_picture(written(tmp_path, tiff(preview, t254=1))).image.size == (4, 4)  # there is nothing else in it
+    assert read_image(written(tmp_path, tiff(preview, t254=1))).image.size == (4, 4)  # there is nothing else in it
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
@@ -640,7 +640,7 @@ def test_files_that_are_cut_off(tmp_path, name, share):
     data = encoded(NOISE, **KINDS[name])
     path = written(tmp_path, data[: max(int(share * len(data)), 16)])
     kind = name.split()[-1]
-    for read in (read_picture, read_mask):
+    for read in (read_image, read_mask):
         text = refusal(path, read)
         if text != DAMAGED.format(kind):
             assert text.startswith(f"a {kind} file that is damaged or truncated (") and text.endswith(
@@ -696,7 +696,7 @@ def test_what_is_not_a_picture_is_named(tmp_path, data, text):
     assert refusal(path) == refusal(path, read_mask) == text
 
 
-@pytest.mark.parametrize("read", [read_picture, read_mask])
+@pytest.mark.parametrize("read", [read_image, read_mask])
 def test_what_is_not_a_file(tmp_path, read):
     missing = "no such file; check the path"
     file = written(tmp_path, b"x")
@@ -706,16 +706,16 @@ def test_what_is_not_a_file(tmp_path, read):
     assert refusal(file / "below.png", read) == missing
     assert refusal(tmp_path / "dangling", read) == missing
     assert refusal("", read) == missing
-    with pytest.raises(PictureError, match=r"a\\x00b: no such file"):
+    with pytest.raises(ImageFileError, match=r"a\\x00b: no such file"):
         read("a\0b")
     assert refusal(tmp_path / ("x" * 5000), read).startswith("cannot be read: ")
-    with pytest.raises(PictureError) as error:
+    with pytest.raises(ImageFileError) as error:
         read(tmp_path / "two\nlines \x1b[31m.png")
     assert str(error.value) == f"{tmp_path}/two\\nlines \\x1b[31m.png: {missing}"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
-@pytest.mark.parametrize("read", [read_picture, read_mask])
+@pytest.mark.parametrize("read", [read_image, read_mask])
 def test_pipes_and_devices_are_not_waited_for(tmp_path, read):
     os.mkfifo(tmp_path / "pipe.png")
     assert refusal(tmp_path / "pipe.png", read) == "not an ordinary file; give an image file"
@@ -744,7 +744,7 @@ def test_symbolic_links_and_odd_names_are_fine(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to("日本 {0} %s.jpeg")
     monkeypatch.chdir(tmp_path)
     for path in ("link", Path("link"), "日本 {0} %s.jpeg"):
-        assert pixels(read_picture(path).image) == pixels(STRIPES)
+        assert pixels(read_image(path).image) == pixels(STRIPES)
 
 
 def test_too_many_bytes(tmp_path):
@@ -795,7 +795,7 @@ def test_where_the_limit_of_pixels_is(tmp_path, monkeypatch):
     assert MAX_PIXELS == 8192 * 8192
     monkeypatch.setattr(image_files, "MAX_PIXELS", 100)
     for size in ((10, 10), (100, 1), (1, 100)):
-        assert read_picture(written(tmp_path, encoded(Image.new("L", size), "PNG"))).image.size == size
+        assert read_image(written(tmp_path, encoded(Image.new("L", size), "PNG"))).image.size == size
     text = "101 x 1: too many pixels, the limit is 100; reduce the image"
     assert refusal(written(tmp_path, encoded(Image.new("L", (101, 1)), "PNG"))) == text
 
@@ -811,7 +811,7 @@ def test_bombs_of_other_kinds(tmp_path):
         png(2, 1, 8, 2, [line], chunk(b"tEXt", b"Comment\0" + b"x" * (3 << 20))),  # large, but it does not grow
         png(2, 1, 8, 2, [line] + [bytes(1 << 20)] * 100),
     ):
-        assert pixels(read_picture(written(tmp_path, data)).image) == [[list(RED), list(GREEN)]]
+        assert pixels(read_image(written(tmp_path, data)).image) == [[list(RED), list(GREEN)]]
 
 
 ERRORS = [
@@ -845,7 +845,7 @@ def test_what_is_no_fault_of_the_file(tmp_path, monkeypatch):
     for error in (KeyboardInterrupt, SystemExit):
         monkeypatch.setattr(Image, "open", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
         with pytest.raises(error):
-            read_picture(path)
+            read_image(path)
 
 
 def test_a_pillow_without_webp(tmp_path, monkeypatch):
@@ -860,7 +860,7 @@ def test_a_pillow_without_webp(tmp_path, monkeypatch):
 def test_threads_do_not_silence_each_other(tmp_path):
     path = written(tmp_path, encoded(NOISE.resize((300, 300)), "PNG"))
     before = list(warnings.filters)
-    threads = [threading.Thread(target=lambda: [read_picture(path) for _ in range(20)]) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: [read_image(path) for _ in range(20)]) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -938,7 +938,7 @@ def fuzz(folder: Path, seed: int, rounds: int) -> dict[str, int]:
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
                 if number // len(files) % 4:
-                    image = read_picture(path)
+                    image = read_image(path)
                     images = [image for image in (image.image, image.alpha) if image is not None]
                     assert [image.mode for image in images] == ["RGB", "L"][: len(images)]
                     assert (
@@ -948,7 +948,7 @@ def fuzz(folder: Path, seed: int, rounds: int) -> dict[str, int]:
                 else:
                     assert read_mask(path).mode == "L"
             counts["read"] += 1
-        except PictureError as error:
+        except ImageFileError as error:
             assert (
                 str(error).startswith(f"{path}: ")
                 and str(error).isprintable()

@@ -417,9 +417,7 @@ def test_an_inpainting_model_of_a_model_of_four_channels(ckpt, photos, start, tm
     # and going on with a model that has nine channels already
     assert start(*common[:2], model, *common[3:], "--steps", 1, "--samples", 0, "--out", tmp_path / "b")[0] == 0
     status, _, err = start(train, "--ckpt", model, "--data", photos, "--steps", 1, "--out", tmp_path / "c")
-    assert status == 1 and err == [
-        "error: tiny v1 inpainting has a U-Net of 9 channels: train it with --inpaint"
-    ]
+    assert status == 1 and err == ["error: tiny v1 inpainting has a U-Net of 9 channels: train it with --inpaint"]
 
 
 @pytest.mark.parametrize("precision", [pytest.param("bfloat16", marks=pytest.mark.exhaustive), "float16"])

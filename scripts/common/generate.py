@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import sd
 from sd.checkpoints.convert import WEIGHTS
-from sd.imaging.files import Picture, parameters, read_picture
+from sd.imaging.files import ImageFile, parameters, read_image
 from sd.imaging.previews import LinearDecoder
 from sd.imaging.tensors import grid
 from sd.params import FITS, MAX_SEED, POSTERIORS, SamplingParams, TextToImage
@@ -278,16 +278,16 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
     return prompts
 
 
-def read_init(args: argparse.Namespace, background: tuple[int, int, int] | None) -> Picture:
+def read_init(args: argparse.Namespace, background: tuple[int, int, int] | None) -> ImageFile:
     """The picture that --init-img names; None shows the colours under what is transparent."""
     if args.init_img is None:
         raise ValueError("give the picture to start from, behind the prompt or with --init-img")
     if "://" in args.init_img:
         raise ValueError(f"{args.init_img}: addresses are not fetched; download the picture first")
-    return read_picture(args.init_img, background)
+    return read_image(args.init_img, background)
 
 
-def about_init(args: argparse.Namespace, init: Picture) -> dict[str, object]:
+def about_init(args: argparse.Namespace, init: ImageFile) -> dict[str, object]:
     """What a picture's metadata say about the picture that it was made from."""
     return {
         "Denoising strength": f"{args.strength:g}",

@@ -13,7 +13,7 @@ from random import Random
 from PIL import Image
 
 from sd import StableDiffusion
-from sd.imaging.files import read_picture
+from sd.imaging.files import read_image
 from sd.imaging.tensors import fit
 from sd.params import SamplingParams
 from sd.study import (
@@ -54,7 +54,7 @@ class Job:
         """--image at the model's size, or a drawn scene."""
         side = self.model.config.size
         if self.args.image is not None:
-            return fit(read_picture(self.args.image).image, side, side)
+            return fit(read_image(self.args.image).image, side, side)
         scene = Scene("flat", "day", "meadow", tuple(THINGS.values()))
         return draw(scene, Random(1), side)
 

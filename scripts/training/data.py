@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sd.imaging.files import PictureError, read_picture
+from sd.imaging.files import ImageFileError, read_image
 from sd.imaging.tensors import fit
 
 from .. import toy_world
@@ -126,8 +126,8 @@ class Folder:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # such as those for animations, whose first frame is used
-                image = fit(read_picture(path).image, self.size, self.size)
-        except (PictureError, OSError) as error:
+                image = fit(read_image(path).image, self.size, self.size)
+        except (ImageFileError, OSError) as error:
             return Example(None, captions, str(error))
         return Example(np.asarray(image), captions)
 

@@ -53,7 +53,7 @@ OTHERS = {
     "a kind of image": rb"\x00\x00[\x01\x02]\x00|qoif|DDS |P[1-7]\s",
 }  # fmt: skip
 SAVE_AS = "save it as PNG or JPEG"
-NOT_A_PICTURE = {
+NOT_AN_IMAGE = {
     "an empty file; download or save it again": rb"\Z",
     "a git-lfs pointer, not the file itself; fetch it with `git lfs pull`": rb"version https://git-lfs",
     "a web page, saved instead of the image; save the image itself": rb"(\xef\xbb\xbf)?\s*<",
@@ -78,7 +78,7 @@ SEVERAL = "{}: has several frames or pages; the first one is used"
 _quiet = threading.Lock()
 
 
-class PictureError(ValueError):
+class ImageFileError(ValueError):
     """A file that cannot be used as an image. The message is one line: the path, the problem, a remedy."""
 
     def __init__(self, message: str) -> None:
@@ -86,7 +86,7 @@ class PictureError(ValueError):
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
-class Picture(NamedTuple):
+class ImageFile(NamedTuple):
     """The contents of a file: `image`, RGB, upright, without metadata; `alpha` of the same size in mode L, or None if
     all pixels are opaque; `digest`, the SHA-256 of the file in hexadecimal."""
 
@@ -95,19 +95,19 @@ class Picture(NamedTuple):
     digest: str
 
 
-def read_picture(path: str | os.PathLike[str], background: Colour | None = WHITE) -> Picture:
+def read_image(path: str | os.PathLike[str], background: Colour | None = WHITE) -> ImageFile:
     """Read an image file and `flatten` it. Of several frames or pages, the first, with a UserWarning.
 
-    Raises PictureError for any file that cannot be read: missing, no permission, too large, damaged, unknown format.
+    Raises ImageFileError for any file that cannot be read: missing, no permission, too large, damaged, unknown format.
     """
     colours, alpha, several, digest = _read(path)
     if several:
         warnings.warn(SEVERAL.format(path), stacklevel=2)
-    return Picture(_over(colours, alpha, background), alpha, digest)
+    return ImageFile(_over(colours, alpha, background), alpha, digest)
 
 
 def read_mask(path: str | os.PathLike[str]) -> Image.Image:
-    """Read a mask file and `flatten_mask` it; warnings and errors as in `read_picture`."""
+    """Read a mask file and `flatten_mask` it; warnings and errors as in `read_image`."""
     colours, alpha, several, _ = _read(path, managed=False)
     if several:
         warnings.warn(SEVERAL.format(path), stacklevel=2)
@@ -121,7 +121,7 @@ def flatten(image: Image.Image, background: Colour | None = WHITE) -> tuple[Imag
     Embedded colour profiles are applied, broken ones ignored. 16-bit values are scaled: 65535 -> 255. If the white
     value is unknown (32-bit integers and floats), it is the smallest of 1, 255, 65535 and 2**31 - 1 that no value
     exceeds; floats may exceed it by a factor of two, as sharpening causes. Values outside of 0 to white are clipped.
-    Raises PictureError for values that are not finite.
+    Raises ImageFileError for values that are not finite.
     """
     colours, alpha = _layers(image)
     return _over(colours, alpha, background), alpha
@@ -172,27 +172,27 @@ def _read(path: str | os.PathLike[str], managed: bool = True) -> tuple[Image.Ima
             warnings.simplefilter("ignore")
             return *_decode(data, managed), hashlib.sha256(data).hexdigest()
     except Exception as error:  # decoders may raise anything for damaged data
-        raise PictureError(f"{path}: {_problem(error, data)}") from None
+        raise ImageFileError(f"{path}: {_problem(error, data)}") from None
 
 
 def _bytes(path: str | os.PathLike[str]) -> bytes:
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a path with a zero byte
-        raise PictureError("no such file; check the path") from None
+        raise ImageFileError("no such file; check the path") from None
     if stat.S_ISDIR(found.st_mode):
-        raise PictureError("a folder; give the image file inside it")
+        raise ImageFileError("a folder; give the image file inside it")
     if not stat.S_ISREG(found.st_mode):  # a pipe or a device may never end
-        raise PictureError("not an ordinary file; give an image file")
+        raise ImageFileError("not an ordinary file; give an image file")
     if found.st_size > MAX_BYTES:
-        raise PictureError(f"larger than {MAX_BYTES >> 20} MB; reduce the image")
+        raise ImageFileError(f"larger than {MAX_BYTES >> 20} MB; reduce the image")
     with open(path, "rb") as file:
         return file.read(MAX_BYTES)
 
 
 def _problem(error: Exception, data: bytes | None) -> str:
     """The error message for the user. `data`: the contents of the file, if they could be read."""
-    if isinstance(error, PictureError):
+    if isinstance(error, ImageFileError):
         return str(error)
     if isinstance(error, MemoryError):
         return "not enough memory to read it; reduce the image"
@@ -215,7 +215,7 @@ def _problem(error: Exception, data: bytes | None) -> str:
         )
     if other := begins(OTHERS):
         return f"{other}, which is not supported; {SAVE_AS}"
-    return begins(NOT_A_PICTURE) or str(error)  # the last pattern matches everything
+    return begins(NOT_AN_IMAGE) or str(error)  # the last pattern matches everything
 
 
 def _too_many_pixels(size: str = "") -> str:
@@ -226,10 +226,10 @@ def _decode(data: bytes, managed: bool) -> tuple[Image.Image, Image.Image | None
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise PictureError(_too_many_pixels(f"{width} x {height}: "))
+        raise ImageFileError(_too_many_pixels(f"{width} x {height}: "))
     tags = _tags(image)
     if tags.get(PAGE_KIND, 0) & 1 and (SUB_PAGES in tags or getattr(image, "is_animated", False)):
-        raise PictureError(f"its first page is a small preview, as in camera raw files; open it and {SAVE_AS}")
+        raise ImageFileError(f"its first page is a small preview, as in camera raw files; open it and {SAVE_AS}")
     layers = _layers(image, data[24] if image.format == "PNG" else 8, managed)
     try:
         several = image.format != "MPO" and getattr(image, "is_animated", False)  # MPO: a photo with its preview
@@ -295,7 +295,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     else:
         top, beyond = numbers.max(), 2 if image.mode == "F" else 1
         if not np.isfinite(numbers).all():
-            raise PictureError(f"it has values that are infinite or NaN; {SAVE_AS}")
+            raise ImageFileError(f"it has values that are infinite or NaN; {SAVE_AS}")
         white = next((white for white in (1, 255, 65535) if top <= beyond * white), 2**31 - 1)
     grey = (numbers.clip(0, white) * np.float32(255 / white) + np.float32(0.5)).astype(np.uint8)
     # 0 may be white in a TIFF file, which Pillow handles in other modes only
