@@ -127,7 +127,7 @@ def test_blur_is_gaussian() -> None:
         torch.testing.assert_close(profile @ place**2, torch.full((3,), 1.44), atol=0.02, rtol=0)
 
 
-def test_training_pictures_are_worn_but_mildly() -> None:
+def test_training_images_are_worn_but_mildly() -> None:
     x = judge.to_tensor([draw(SCENE, Random(0))] * 4)
     worn = judge.worn(x, torch.Generator().manual_seed(0))
     assert 0.01 < (worn - x).square().mean().sqrt() < 0.2
@@ -195,17 +195,17 @@ def test_prompts_are_of_their_split() -> None:
 
 
 class Oracle:
-    """A judge of scenes instead of images, for painters that hand them on."""
+    """A judge of scenes instead of images, for generators that hand them on."""
 
-    def look(self, painted: list[Scene]) -> list[Scene]:
-        return painted
+    def look(self, images: list[Scene]) -> list[Scene]:
+        return images
 
 
 def test_negative_prompts_are_counted() -> None:
-    """A painter that obeys, one that ignores, and one that forgets everything."""
+    """A generator that obeys, one that ignores, and one that forgets everything."""
 
-    def painter(obey: bool, forget: bool = False):
-        def paint(texts, guidance, label, negatives=()):
+    def generator(obey: bool, forget: bool = False):
+        def generate(texts, guidance, label, negatives=()):
             scenes = []
             for i, text in enumerate(texts):
                 unwanted = negatives[i] if negatives else ""
@@ -215,16 +215,16 @@ def test_negative_prompts_are_counted() -> None:
                 scenes.append(Scene(style, "day", "sea", tuple(Thing(k, "red", "big", "left") for k in kinds)))
             return scenes
 
-        return paint
+        return generate
 
     some = evaluate.prompts("seen", 40)
     names = ("thing", "another thing", "style", "things stay")
-    for paint, expected in (
-        (painter(True), [1, 0, 1, 1]),
-        (painter(False), [0, 0, 0, 1]),
-        (painter(False, forget=True), [1, 1, 0, 0]),
+    for generate, expected in (
+        (generator(True), [1, 0, 1, 1]),
+        (generator(False), [0, 0, 0, 1]),
+        (generator(False, forget=True), [1, 1, 0, 0]),
     ):
-        text, figures = probes.negative(paint, Oracle(), 7.5, some)
+        text, figures = probes.negative(generate, Oracle(), 7.5, some)
         assert [figures[name].right / figures[name].of for name in names] == expected
         assert figures["thing"].of == 40 and 5 < figures["style"].of < 40
         assert all(str(figures[name]) in text for name in names)
@@ -233,7 +233,7 @@ def test_negative_prompts_are_counted() -> None:
 def test_distance_between_seeds() -> None:
     """Images of one prompt that differ by a tenth of the range, prompts by more; then images that do not differ."""
 
-    def paint(texts, guidance, label, step=26):
+    def generate(texts, guidance, label, step=26):
         names = sorted(set(texts), key=texts.index)
         return [
             Image.new("RGB", (128, 128), (60 * (names.index(text) % 3) + step * (i % 2),) * 3)
@@ -241,22 +241,22 @@ def test_distance_between_seeds() -> None:
         ]
 
     some = evaluate.prompts("seen", 12)
-    _, figures = probes.seeds(paint, Oracle(), 7.5, some)
+    _, figures = probes.seeds(generate, Oracle(), 7.5, some)
     assert figures["mean"] == pytest.approx(4 / 6 * 26 / 255, abs=1e-4) and figures["least"] == 0
     assert figures["different prompts"] == pytest.approx(80 / 255, abs=1e-4)
-    _, figures = probes.seeds(lambda *args: paint(*args, step=0), Oracle(), 7.5, some)
+    _, figures = probes.seeds(lambda *args: generate(*args, step=0), Oracle(), 7.5, some)
     assert figures["mean"] == 0
 
 
 def test_nonsense_is_put_into_the_prompt() -> None:
     given = []
 
-    def paint(texts, guidance, label, negatives=()):
+    def generate(texts, guidance, label, negatives=()):
         given.append(texts)
         return [SCENE for _ in texts]
 
     some = evaluate.prompts("seen", 30)
-    _, figures = probes.nonsense(paint, Oracle(), 7.5, some)
+    _, figures = probes.nonsense(generate, Oracle(), 7.5, some)
     assert figures["with"] == figures["without"] == tally(some, [SCENE] * 30)["all"]
     plain, odd = given
     assert plain == [each.text for each in some]
@@ -265,7 +265,7 @@ def test_nonsense_is_put_into_the_prompt() -> None:
 
 
 class Changer:
-    """Stands for a painter: notes what it is to change, and gives the images back as they are or as `scenes`."""
+    """Stands for a generator: notes what it is to change, and gives the images back as they are or as `scenes`."""
 
     def __init__(self, scenes=None) -> None:
         self.scenes, self.given = scenes, None
@@ -276,7 +276,7 @@ class Changer:
 
 
 @pytest.mark.parametrize("name", ["swap", "restyle"])
-def test_changed_pictures_are_judged_by_the_new_caption(name, monkeypatch) -> None:
+def test_changed_images_are_judged_by_the_new_caption(name, monkeypatch) -> None:
     """Whoever changes nothing is wrong in what was to be changed and right in the rest; whoever obeys is all right."""
     some, old, new = evaluate.prompts("seen", 24), [], {}
 

@@ -610,7 +610,7 @@ def test_a_damaged_second_frame_does_no_harm(tmp_path):
         assert read_image(path).image.getpixel((3, 3)) == RED
 
 
-def test_photos_with_a_preview_behind_them_are_one_picture(tmp_path):
+def test_photos_with_a_preview_behind_them_are_one_image(tmp_path):
     """MPO: what many phones write under the name .jpg."""
     photo = Image.new("RGB", (32, 32), (200, 60, 30))
     data = encoded(photo, "MPO", save_all=True, append_images=[photo.resize((8, 8))])
@@ -691,7 +691,7 @@ def test_files_that_are_cut_off(tmp_path, name, share):
         (b"II*\0\x08\0\0\0", DAMAGED.format("TIFF")),
     ],
 )
-def test_what_is_not_a_picture_is_named(tmp_path, data, text):
+def test_what_is_not_a_image_is_named(tmp_path, data, text):
     path = written(tmp_path, data, "image.png")
     assert refusal(path) == refusal(path, read_mask) == text
 

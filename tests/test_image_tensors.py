@@ -60,7 +60,7 @@ GRID = st.integers(1, 60).map(lambda n: 8 * n)
 @given(SIDES, SIDES, GRID, GRID)
 @example(2894, 1927, 72, 88)  # where rounding led out of the image
 @example(4000, 3000, 576, 256)
-def test_any_picture_is_brought_to_any_size(w, h, width, height):
+def test_any_image_is_brought_to_any_size(w, h, width, height):
     image = Image.new("L", (w, h), 7)
     assert fit(image, width, height).size == (width, height)
     framed, inside = frame(image, width, height)

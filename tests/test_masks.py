@@ -139,7 +139,7 @@ def mask_of(rows: slice, columns: slice, size=(64, 48)) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def test_masks_are_brought_to_the_picture():
+def test_masks_are_brought_to_the_image():
     mask = mask_of(slice(10, 20), slice(30, 40))
     assert prepare_mask(mask, (64, 48)).tobytes() == mask.tobytes()
     twice = np.asarray(prepare_mask(mask, (128, 96)))
@@ -253,14 +253,14 @@ def test_no_hole_is_too_small_for_its_canvas():
         (Box(0, 0, 64, 48), 3.0, (64, 48)),
     ],
 )
-def test_boxes_grow_within_the_picture(box, aspect, expected):
+def test_boxes_grow_within_the_image(box, aspect, expected):
     grown = widened(box, aspect, (64, 48))
     assert grown.size == expected
     assert grown.left <= box.left and grown.right >= box.right and grown.top <= box.top and grown.bottom >= box.bottom
     assert grown.left >= 0 and grown.top >= 0 and grown.right <= 64 and grown.bottom <= 48
 
 
-def test_conditioning_is_mask_then_picture():
+def test_conditioning_is_mask_then_image():
     hidden = reference.normal("h", (2, 4, 3, 5))
     extra = conditioning(torch.ones(1, 1, 3, 5), hidden)
     assert extra.shape == (2, 5, 3, 5) and extra[:, 0].eq(1).all() and torch.equal(extra[:, 1:], hidden)

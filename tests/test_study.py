@@ -260,7 +260,7 @@ def test_sites_are_all_attention_layers(tiny):
     assert order == [(site.name, site.kind) for site, _ in found]  # the order of the forward pass
 
 
-def test_recording_follows_the_picture_with_the_prompt(tiny_sd):
+def test_recording_follows_the_image_with_the_prompt(tiny_sd):
     """Under guidance the batch is [uncond, cond]: what is kept is what a run without guidance shows at its start."""
     context = tiny_sd.encode_prompt([PROMPT])
     kept = []
@@ -472,7 +472,7 @@ def test_convergence_counts_and_converges():
         convergence.convergence(Model(), "", samplers=("ddim", "euler_a"))
 
 
-def test_grid_is_made_of_plain_pictures(tiny_sd):
+def test_grid_is_made_of_plain_images(tiny_sd):
     sheet = grids.grid(tiny_sd, PROMPT, grids.Axis("steps", (2, 3)), grids.Axis.of("sampler=ddim,heun"), FEW)
     plain = tiny_sd.txt2img(PROMPT, steps=3, sampler="heun", spacing="trailing", guidance=3.0, seed=FEW.seed)[0]
     assert sheet.images[1][1] == plain
@@ -553,7 +553,7 @@ def test_arc_between_noises_keeps_their_length():
     assert 0.65 < float(line[2].std()) < 0.77
 
 
-def test_mixed_pictures_end_at_the_plain_ones(tiny_sd):
+def test_mixed_images_end_at_the_plain_ones(tiny_sd):
     mixed = mixing.mixing(tiny_sd, "a red house", "a tree", 2, FEW, seed=9)
     first, second = runs.generate(tiny_sd, ["a red house", "a tree"], FEW)
     assert len(runs.generate(tiny_sd, "a tree", FEW)) == 1  # one text, not its letters

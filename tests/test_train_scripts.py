@@ -345,8 +345,8 @@ def test_a_full_disk_keeps_the_state_before(full_disk, new, photos, start, tmp_p
     ("optimizer", "count", "steps"),
     [("adamw", 3, 100), pytest.param("muon", 8, 150, marks=pytest.mark.exhaustive)],
 )
-def test_pictures_are_memorised(optimizer, count, steps, start, tmp_path):
-    """The program alone: a few scenes through the embedded model's VAE; then each caption paints its own image."""
+def test_images_are_memorised(optimizer, count, steps, start, tmp_path):
+    """The program alone: a few scenes through the embedded model's VAE; then each caption generates its own image."""
     config = replace(SMALL, unet=replace(SMALL.unet, channels=(64, 96), heads=(2, 3)))
     (tmp_path / "small.json").write_text(config.to_json())
     data = tmp_path / "data"
@@ -369,15 +369,15 @@ def test_pictures_are_memorised(optimizer, count, steps, start, tmp_path):
 
     model = StableDiffusion.load(tmp_path / "out" / "model.safetensors", device="cpu", dtype="float32")
     wanted = [model.decode(model.encode(Image.fromarray(e.pixels)).mode())[0] for e in examples]
-    painted = [model.txt2img(e.captions[0], steps=10, guidance=1.0, seed=i)[0] for i, e in enumerate(examples)]
-    distance = np.array([[np.square(np.subtract(p, w, dtype=float)).mean() ** 0.5 for w in wanted] for p in painted])
+    generated = [model.txt2img(e.captions[0], steps=10, guidance=1.0, seed=i)[0] for i, e in enumerate(examples)]
+    distance = np.array([[np.square(np.subtract(p, w, dtype=float)).mean() ** 0.5 for w in wanted] for p in generated])
     assert distance.argmin(axis=1).tolist() == list(range(count)), distance.round()
     others = distance[~np.eye(count, dtype=bool)]
     assert distance.diagonal().mean() < 0.65 * others.mean(), distance.round()
 
 
 def test_what_was_trained_loads_everywhere(ckpt, photos, start, tmp_path, capsys):  # noqa: F811
-    """Fine-tuned from a checkpoint: painted from with no flags, rewritten in the original layout with equal weights."""
+    """Fine-tuned from a checkpoint: it loads without options, and converts to the original layout with equal weights."""
     status, out, _ = start(
         *(train, "--ckpt", ckpt, "--data", photos, "--size", 64, *QUICK, "--steps", 2, "--out", tmp_path / "out"),
         *("--samples", 2, "--sample-steps", 2, "--export-dtype", "float32", "--checkpointing"),
@@ -389,8 +389,8 @@ def test_what_was_trained_loads_everywhere(ckpt, photos, start, tmp_path, capsys
     assert same(kept.text_encoder.state_dict(), trained.text_encoder.state_dict())  # without --train-text
     assert same(kept.vae.state_dict(), trained.vae.state_dict())
 
-    paint = ["a red image", "--steps", "2", "--height", "64", "--width", "64", "--device", "cpu", "--out"]
-    assert txt2img.main([*paint, str(tmp_path / "painted"), "--ckpt", str(model)]) == 0
+    arguments = ["a red image", "--steps", "2", "--height", "64", "--width", "64", "--device", "cpu", "--out"]
+    assert txt2img.main([*arguments, str(tmp_path / "generated"), "--ckpt", str(model)]) == 0
     original = tmp_path / "original.safetensors"
     assert convert.main([str(model), str(original), "--layout", "original"]) == 0
     back = StableDiffusion.load(original, config=TINY, device="cpu", dtype="float32")
@@ -412,7 +412,7 @@ def test_an_inpainting_model_of_a_model_of_four_channels(ckpt, photos, start, tm
     mask = tmp_path / "mask.png"
     Image.new("L", (96, 64), 255).save(mask)
     image = photos / "red.png"
-    small = ["--ckpt", str(model), "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "painted")]
+    small = ["--ckpt", str(model), "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "generated")]
     assert inpaint.main(["a", str(image), str(mask), *small]) == 0
     # and going on with a model that has nine channels already
     assert start(*common[:2], model, *common[3:], "--steps", 1, "--samples", 0, "--out", tmp_path / "b")[0] == 0
@@ -446,7 +446,7 @@ def test_the_drawn_world_is_the_default(new, start, tmp_path):
     assert model.config.vae.scale != SMALL.vae.scale and model.config.name == "small"
 
 
-def test_broken_pictures_are_skipped_and_counted(new, photos, start, tmp_path):
+def test_broken_images_are_skipped_and_counted(new, photos, start, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     for path in photos.iterdir():
@@ -550,7 +550,7 @@ def test_a_loss_of_nan_is_one_line_and_keeps_the_state(new, photos, start, tmp_p
     assert (tmp_path / "state.pt").read_bytes() == before
 
 
-def test_a_text_encoder_learns_which_caption_belongs_to_which_picture(new, photos, start, tmp_path):
+def test_a_text_encoder_learns_which_caption_belongs_to_which_image(new, photos, start, tmp_path):
     """Of 8 images, each with a word of its own. Then it is what a new model begins with."""
     options = ["--data", photos, *new, "--batch", 8, "--lr", 1e-3, "--ema", 0, "--optimizer", "adamw"]
     status, out, _ = start(train_text, *options, "--steps", 250, "--out", tmp_path / "text")
@@ -734,7 +734,7 @@ def test_words_that_will_not_be_learned_are_said(start, tmp_path):
         assert any("does not know these words: triceratops (--train-text learns them)" in line for line in err) == said
 
 
-def test_every_epoch_sees_every_picture_once():
+def test_every_epoch_sees_every_image_once():
     order = training_data.Order(7, seed=3)
     stream = order(0, 21)
     for epoch in range(3):
