@@ -215,7 +215,7 @@ def test_no_steps_no_frames(edit):
         (img2img, ["a", "missing.png"], "missing.png: no such file"),
         (img2img, ["a", SAMPLE, "b"], "'b' is one word too many"),
         (img2img, ["a", SAMPLE, "--init-img", SAMPLE], "one word too many beside --init-img"),
-        (img2img, ["a", __file__], "a text, not a picture"),
+        (img2img, ["a", __file__], "a text, not an image"),
         (img2img, ["a", SAMPLE, "--strength", "1.5"], "strength must be in [0, 1], got 1.5"),
         (img2img, ["a", SAMPLE, "--strength", "nan"], "strength"),
         (img2img, ["a", SAMPLE, "--height", "65"], "height must be a multiple of 8, got 65"),

@@ -377,7 +377,7 @@ def test_images_are_memorised(optimizer, count, steps, start, tmp_path):
 
 
 def test_what_was_trained_loads_everywhere(ckpt, photos, start, tmp_path, capsys):  # noqa: F811
-    """Fine-tuned from a checkpoint: it loads without options, and converts to the original layout with equal weights."""
+    """Fine-tuned from a checkpoint: it loads without options and converts to the original layout with equal weights."""
     status, out, _ = start(
         *(train, "--ckpt", ckpt, "--data", photos, "--size", 64, *QUICK, "--steps", 2, "--out", tmp_path / "out"),
         *("--samples", 2, "--sample-steps", 2, "--export-dtype", "float32", "--checkpointing"),
