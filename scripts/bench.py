@@ -29,9 +29,9 @@ from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE
+    import bootstrap
 
-    __package__ = PACKAGE
+    __package__ = bootstrap.PACKAGE
 
 import torch
 from tqdm import tqdm

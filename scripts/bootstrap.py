@@ -1,14 +1,14 @@
 """Lets `python scripts/NAME.py` run from a bare checkout, installed or not, from any folder.
 
-A file that runs by its path belongs to no package, so its relative imports would fail. Each program therefore begins
+A file that is run by its path belongs to no package, so its relative imports would fail. Each program therefore begins
 
     if not __package__:
-        from bootstrap import PACKAGE
+        import bootstrap
 
-        __package__ = PACKAGE
+        __package__ = bootstrap.PACKAGE
 
-which finds this file in the same folder, adds the checkout to the path, and sets the package that relative imports
-start from (PEP 366). Installed programs run as modules and skip it.
+which finds this file beside it, puts the checkout on the path, and names the package that relative imports start from
+(PEP 366). Installed programs are run as modules and skip it.
 """
 
 import sys

@@ -18,9 +18,9 @@ import sys
 from pathlib import Path
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE
+    import bootstrap
 
-    __package__ = PACKAGE
+    __package__ = bootstrap.PACKAGE
 
 import sd
 from sd.checkpoints.checkpoint import naming

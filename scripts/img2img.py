@@ -14,9 +14,9 @@ import sys
 from functools import partial
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE
+    import bootstrap
 
-    __package__ = PACKAGE
+    __package__ = bootstrap.PACKAGE
 
 from sd.params import FITS, ImageToImage
 

@@ -16,9 +16,9 @@ from hashlib import sha256
 from pathlib import Path
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE
+    import bootstrap
 
-    __package__ = PACKAGE
+    __package__ = bootstrap.PACKAGE
 
 from PIL import ImageOps
 

@@ -21,9 +21,9 @@ from PIL import Image
 from tqdm import tqdm
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE
+    import bootstrap
 
-    __package__ = PACKAGE
+    __package__ = bootstrap.PACKAGE
 
 from sd.files import replaced_file
 from sd.imaging.files import save_animation

@@ -21,9 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE
+    import bootstrap
 
-    __package__ = PACKAGE
+    __package__ = bootstrap.PACKAGE
 
 import torch
 from torch import Tensor, nn

@@ -22,9 +22,9 @@ import sys
 from pathlib import Path
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE
+    import bootstrap
 
-    __package__ = PACKAGE
+    __package__ = bootstrap.PACKAGE
 
 import torch
 import torch.nn.functional as F

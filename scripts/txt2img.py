@@ -10,9 +10,9 @@ import argparse
 import sys
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE
+    import bootstrap
 
-    __package__ = PACKAGE
+    __package__ = bootstrap.PACKAGE
 
 from sd.params import TextToImage
 
