@@ -13,7 +13,7 @@ if not (ROOT / "weights" / "pocket.safetensors").is_file():
 
 REFERENCES = ["diffusers>=0.30", "transformers>=4.40", "accelerate", "openvino>=2024.6"]
 STUDY = ["matplotlib>=3.8"]
-TESTS = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.5", *STUDY, *REFERENCES]
+TESTS = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.5", "mypy>=1.11", *STUDY, *REFERENCES]
 
 PACKAGES = ["sd", *(f"sd.{name}" for name in find_packages("sd"))]
 SCRIPTS = ["sd.scripts", *(f"sd.scripts.{name}" for name in find_packages("scripts"))]

@@ -1,23 +1,23 @@
-"""How fast this is, and in how much memory, beside diffusers and OpenVINO with the same weights where they are there.
+"""Benchmark time and memory, and compare with diffusers and OpenVINO with the same weights if they are installed.
 
     python scripts/bench.py
     python scripts/bench.py --dtype bfloat16 float32 --parts unet vae --peers openvino
     python scripts/bench.py --ckpt v1-5-pruned-emaonly.safetensors --json bench.json
     python scripts/bench.py --compare bench.json
 
-    unet     one step: the network on a batch of two, which is one picture with guidance
-    vae      latents of one picture to pixels
+    unet     one step: the network on a batch of two, which is one image with guidance
+    vae      latents of one image to pixels
     text     two prompts
-    picture  prompt to picture, with --steps steps of DDIM and guidance
+    picture  prompt to image, with --steps steps of DDIM and guidance
     start    a new interpreter, imports, files with float16 weights, and the first step
 
-Each side has a process of its own. Ours and one peer run once unmeasured, and their results are compared; then they
-take turns, and the medians are compared: ratios are ours / theirs. Peers: diffusers; diffusers through torch.compile
-("compiled", in everything but the start and growing sizes, as compiling takes minutes for each shape); its networks in
-OpenVINO. Memory is the peak of a run, weights and work. GFLOP/s are held against what the machine reaches in the same
-precision with large products and convolutions.
+Each implementation runs in its own process. After a warm-up, whose results are compared, ours and one peer alternate.
+Ratios are ours / theirs, of the medians. Peers: diffusers; diffusers with torch.compile ("compiled", without the start
+and other sizes, because compiling takes minutes for each shape); diffusers' networks in OpenVINO. Memory is the peak of
+a run, weights included. GFLOP/s are compared with the rate of large matrix products and convolutions in the same
+precision.
 
-At full size: 18 GB of memory and 12 GB of disk in the folder for temporary files (TMPDIR).
+At full size this needs 18 GB of memory and 12 GB of disk in the folder for temporary files (TMPDIR).
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE as __package__  # noqa: F401
+    import bootstrap
+
+    __package__ = bootstrap.PACKAGE
 
 import torch
 from tqdm import tqdm
@@ -57,41 +59,41 @@ def parser() -> cli.Parser:
         "--peers",
         nargs="*",
         choices=PEERS,
-        help="whom to compare with (default: all that can run; none: --peers alone)",
+        help="implementations to compare with (default: all that can run; none: --peers alone)",
     )
     parser.add_argument(
         "--ckpt", type=Path, metavar="FILE", help="checkpoint (default: Stable Diffusion 1.x with random weights)"
     )
     parser.add_argument("--tiny", action="store_true", help="a small network with random weights, to try this program")
-    parser.add_argument("--device", help="cuda, cpu, mps (default: the best there is)")
+    parser.add_argument("--device", help="cuda, cpu, mps (default: the best available)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="precisions (default: the device's best)")
-    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: torch's)")
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="of the picture (default: %(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps of picture (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="measured runs (default: %(default)s)")
     parser.add_argument(
-        "--sizes", nargs="+", type=int, default=[], metavar="N", help="also pictures of N x N pixels: U-Net and VAE"
+        "--sizes", nargs="+", type=int, default=[], metavar="N", help="also images of N x N pixels: U-Net and VAE"
     )
     parser.add_argument(
-        "--batches", nargs="+", type=int, default=[], metavar="N", help="also N pictures at a time: the U-Net"
+        "--batches", nargs="+", type=int, default=[], metavar="N", help="also batches of N images: the U-Net"
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="keep machine, versions and all figures in a new file"
+        "--json", type=Path, metavar="FILE", help="write machine, versions and all figures to a new file"
     )
-    parser.add_argument("--compare", type=Path, metavar="FILE", help="say how much changed since such a file")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing, print the tables of such a file")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="print the change since such a file")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print the tables of such a file; measure nothing")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     return parser
 
 
 def bench(args: argparse.Namespace) -> None:
-    """Measure and print, or print what was measured."""
+    """Print the tables of new measurements, or of --show."""
     earlier = report.read(args.compare) if args.compare else None
     record = report.read(args.show) if args.show else measured(args)
     print(report.text(record, args.markdown, earlier))
 
 
 def measured(args: argparse.Namespace) -> report.Row:
-    """All figures; they are also written to the file that was asked for, after each part."""
+    """Measure all figures; they are written to --json after each part."""
     check(args)
     device = find_device(args.device)
     peers, lines = able_peers(args.peers, device)
@@ -110,7 +112,7 @@ def measured(args: argparse.Namespace) -> report.Row:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse at once what would fail later."""
+    """Raise ValueError for arguments that would fail later."""
     for name in ("steps", "runs", "threads", "sizes", "batches"):
         value = getattr(args, name)
         for number in value if isinstance(value, list) else [value]:
@@ -123,15 +125,15 @@ def check(args: argparse.Namespace) -> None:
 
 
 def find_config(args: argparse.Namespace) -> Config:
-    """Which model is measured."""
+    """The config of the model to measure."""
     if args.ckpt:
         with load_checkpoint(args.ckpt) as checkpoint, naming(args.ckpt):
             config = identify(checkpoint).config
     else:
         config = POCKET if args.tiny else SD1
     if "picture" in args.parts and config.unet.in_channels != config.vae.latent_channels:
-        raise ValueError(f"{config.name} cannot paint from text alone: leave picture out of --parts")
-    whole = config.vae.factor * 2 ** (len(config.unet.channels) - 1)  # halved evenly on all levels of both networks
+        raise ValueError(f"{config.name} cannot generate from text alone: leave picture out of --parts")
+    whole = config.vae.factor * 2 ** (len(config.unet.channels) - 1)  # divisible on all levels of both networks
     for size in args.sizes:
         if size % whole:
             raise ValueError(f"--sizes must be multiples of {whole}, got {size}")
@@ -139,12 +141,12 @@ def find_config(args: argparse.Namespace) -> Config:
 
 
 def cases(args: argparse.Namespace, config: Config, part: str) -> list[Case]:
-    """Those of a part that is timed within processes that last."""
+    """The cases of a part other than start."""
     return all_cases(part, config, args.steps, args.sizes, args.batches)
 
 
 def count(args: argparse.Namespace, setups: list[Setup], peers: list[str]) -> int:
-    """How many runs there will be."""
+    """The total number of runs."""
     sides = 0
     for setup in setups:
         for part in args.parts:
@@ -168,13 +170,13 @@ def measure_precision(args: argparse.Namespace, setup: Setup, peers: list[str], 
     done = list(record["figures"])
     for part in [part for part in PARTS if part in args.parts]:
         if part == "start":
-            turns = measure_start(setup, peers, args.runs, bar, note)
-            rows.append(report.row(usual_case("start", setup.config), setup, turns))
+            comparison = measure_start(setup, peers, args.runs, bar, note)
+            rows.append(report.row(usual_case("start", setup.config), setup, comparison))
         else:
             those = cases(args, setup.config, part)
             by_case, reached = measure(setup, part, those, peers, args.runs, bar, note)
-            rows += [report.row(case, setup, turns) for case, turns in by_case.items()]
-            peak = max(peak, reached)  # of several, as others may use the machine
+            rows += [report.row(case, setup, comparison) for case, comparison in by_case.items()]
+            peak = max(peak, reached)  # of several, as other programs may use the machine
         report.hold_against(rows, peak)
         record["figures"] = done + rows
         if args.json:

@@ -1,15 +1,15 @@
-"""Train a U-Net, and if wished the text encoder: a new model, or a checkpoint's further, on a folder or drawn scenes.
+"""Train a U-Net and optionally the text encoder: a new model, or fine-tune a checkpoint, on a folder or drawn scenes.
 
     python scripts/train.py --vae outputs/vae/vae.safetensors --text outputs/text/text_encoder.safetensors \
         --out outputs/pocket                                                                    the embedded model
     python scripts/train.py --ckpt v1-5.ckpt --data photos --out outputs/mine                   fine-tuning
     python scripts/train.py --ckpt v1-5.ckpt --data photos --inpaint --out outputs/inpainting   9 channels
-    python scripts/train.py --out outputs/mine --resume                                         after it was stopped
+    python scripts/train.py --out outputs/mine --resume                                         continue a stopped run
     torchrun --nproc-per-node 4 scripts/train.py ...                                            on four GPUs
 
-Pictures of a folder have captions in name.txt beside them or in metadata.jsonl. A new model is trained in three steps:
-train_vae.py, train_text.py, this. Writes OUT/model.safetensors, which every program loads (--ckpt), in our layout;
-convert.py rewrites it in the original one. Beside it: log.jsonl, loss.png, samples-STEP.png, state.pt.
+Captions of a folder's images are in name.txt beside name.png, or in metadata.jsonl. A new model needs three steps:
+train_vae.py, train_text.py, train.py. Writes OUT/model.safetensors, which every program loads (--ckpt), in our layout;
+convert.py converts it to the original one. Also writes log.jsonl, loss.png, samples-STEP.png, state.pt.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE as __package__  # noqa: F401
+    import bootstrap
+
+    __package__ = bootstrap.PACKAGE
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion
 from sd.runtime.device import DTYPES
 from sd.schedule import Schedule
-from sd.training import checkpoint_activations, diffusion_loss, min_snr_weight, velocity_weight
+from sd.training import channels_last, checkpoint_activations, diffusion_loss, min_snr_weight, velocity_weight
 
 from .common import cli
 from .training import loop, models
@@ -44,7 +46,7 @@ from .training.data import add_data_arguments, find_source, read_lines
 from .training.latents import Batches, latents
 from .training.processes import Processes
 
-# the embedded model's, and that of going on with a checkpoint
+# for the embedded model, and for fine-tuning a checkpoint
 RECIPE = loop.Recipe(
     steps=24000, batch=32, lr=1.5e-3, weight_decay=0.0, beta2=0.99, optimizer="muon", ema=0.998, log_every=50
 )
@@ -56,19 +58,19 @@ def parser() -> cli.Parser:
     """The arguments; the defaults are the recipe of the embedded model."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("outputs/training"), help="folder for all that is written (%(default)s)")
+    add("--out", type=Path, default=Path("outputs/training"), help="output folder (default: %(default)s)")
     add("--export-dtype", choices=DTYPES, default="float16", help="of model.safetensors (default: %(default)s)")
-    add("--vae", type=Path, metavar="FILE", help="what train_vae.py wrote, or a checkpoint; with --ckpt another VAE")
-    add("--text", type=Path, metavar="FILE", help="of a new model: what train_text.py wrote (default: a new encoder)")
-    add("--weights", choices=WEIGHTS, default="auto", help="of a checkpoint with both: the plain U-Net or its average")
-    add("--prediction", choices=("eps", "v"), help="of a new model: the noise or the velocity")
-    add("--train-text", action="store_true", help="train the text encoder too; a new model's always is")
-    add("--inpaint", action="store_true", help="train a U-Net of 9 channels to paint what random masks hide")
-    add("--weighting", choices=("none", *WEIGHTINGS), default="none", help="of the timesteps' errors (default: none)")
-    add("--drop", type=float, default=0.1, help="share of prompts left out, for guidance (default: %(default)s)")
-    add("--phrasings", type=int, default=8, help="captions of each drawn scene (default: %(default)s)")
-    add("--samples", type=int, default=12, help="pictures in a sheet of samples; 0 for none (default: %(default)s)")
-    add("--sample-prompts", type=Path, metavar="FILE", help="a picture for each line (default: captions of the data)")
+    add("--vae", type=Path, metavar="FILE", help="file of train_vae.py, or a checkpoint; replaces the VAE of --ckpt")
+    add("--text", type=Path, metavar="FILE", help="new model: file of train_text.py (default: a new encoder)")
+    add("--weights", choices=WEIGHTS, default="auto", help="of a checkpoint with both: plain or averaged (EMA) U-Net")
+    add("--prediction", choices=("eps", "v"), help="new model: predict the noise or the velocity")
+    add("--train-text", action="store_true", help="train the text encoder too; always on for a new model")
+    add("--inpaint", action="store_true", help="train a U-Net of 9 channels for inpainting, on random masks")
+    add("--weighting", choices=("none", *WEIGHTINGS), default="none", help="loss weight of timesteps (default: none)")
+    add("--drop", type=float, default=0.1, help="share of dropped prompts, for guidance (default: %(default)s)")
+    add("--phrasings", type=int, default=8, help="captions per drawn scene (default: %(default)s)")
+    add("--samples", type=int, default=12, help="images in a sample sheet; 0 for none (default: %(default)s)")
+    add("--sample-prompts", type=Path, metavar="FILE", help="one prompt per line (default: captions of the data)")
     add("--sample-steps", type=int, default=25, help="default: %(default)s")
     add("--sample-guidance", type=float, help="default: the model's own")
     models.add_model_arguments(parser)
@@ -78,7 +80,7 @@ def parser() -> cli.Parser:
 
 
 class Objective(nn.Module):
-    """Text encoder and U-Net with the diffusion loss: what is trained, and what DistributedDataParallel wraps."""
+    """Text encoder and U-Net with the diffusion loss, as one module for DistributedDataParallel."""
 
     def __init__(self, text_encoder: TextEncoder, unet: UNet, schedule: Schedule, weighting: str) -> None:
         super().__init__()
@@ -93,7 +95,7 @@ class Objective(nn.Module):
 
 
 def find_model(args: argparse.Namespace, seed: int, device: torch.device) -> StableDiffusion:
-    """The checkpoint's networks, or new ones beside a trained VAE and, where it is given, a trained text encoder."""
+    """The model of the checkpoint, or new networks with a trained VAE."""
     if args.ckpt:
         if args.text or args.prediction:
             raise ValueError("--text and --prediction are for new models: a checkpoint has its own")
@@ -106,12 +108,12 @@ def find_model(args: argparse.Namespace, seed: int, device: torch.device) -> Sta
     if args.inpaint:
         return models.for_inpainting(model)
     if model.sees_masks:
-        raise ValueError(f"{model.config.name} has a U-Net of 9 channels, which is trained with --inpaint")
+        raise ValueError(f"{model.config.name} has a U-Net of 9 channels: train it with --inpaint")
     return model
 
 
 def sample_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of the samples in a file, one a line; none without a file."""
+    """The prompts of --sample-prompts, one per line; none without the option."""
     if not args.sample_prompts or not args.samples:
         return []
     if not args.sample_prompts.is_file():
@@ -123,14 +125,14 @@ def sample_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def some_captions(n: int, model: StableDiffusion, data: dict[str, Tensor]) -> list[str]:
-    """n captions from all over the data, or as many as there are pictures."""
+    """n captions spread over the data, or as many as there are images."""
     n = min(n, len(data["first"]))
     chosen = [i * len(data["first"]) // n for i in range(n)]
     return [model.tokenizer.decode(data["ids"][data["first"][i]]) for i in chosen]
 
 
 def train(args: argparse.Namespace, processes: Processes) -> None:
-    """The whole run."""
+    """Run the training."""
     recipe = loop.Recipe.of(args)
     if not 0 <= args.drop <= 1 or args.phrasings < 1 or args.samples < 0:
         raise ValueError("--drop must be from 0 to 1, --phrasings at least 1, --samples at least 0")
@@ -146,7 +148,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         prompts = some_captions(args.samples, model, data)
 
     if args.ckpt and not args.train_text and (unknown := models.unknown_words(model, data["ids"])):
-        warnings.warn(f"the model does not know, and will not learn: {unknown} (--train-text teaches it)", stacklevel=1)
+        warnings.warn(f"the model does not know these words: {unknown} (--train-text learns them)", stacklevel=1)
     model.unet.requires_grad_(True)
     if args.train_text or not args.ckpt:
         model.text_encoder.requires_grad_(True)
@@ -155,7 +157,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
             model.text_encoder.load_state_dict(models.load_text_encoder(args.text, model).state_dict())
         models.forget_unused(model.text_encoder, torch.cat([data["ids"].long(), model.tokenizer([""])]))
     objective = Objective(model.text_encoder, model.unet, model.schedule, args.weighting)
-    objective.to(device, memory_format=torch.channels_last)
+    channels_last(objective, device)
     if args.checkpointing:
         checkpoint_activations(objective)
     if args.compile:
@@ -172,14 +174,14 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
 
     def show(step: int) -> None:
         present = models.averaged(model, trainer.weights())
-        painted = [  # one at a time: each has a seed of its own, and memory is training's
+        images = [  # one at a time, because training needs the memory
             present.txt2img(
                 prompt, height=size, width=size, steps=args.sample_steps, guidance=args.sample_guidance, seed=seed
             )[0]
             for seed, prompt in enumerate(prompts)
         ]
         with replaced_file(args.out / f"samples-{step:06d}.png") as partial:
-            grid(painted).save(partial, "PNG")
+            grid(images).save(partial, "PNG")
 
     trainer.describe(model.config.name, len(data["mean"]))
     trainer.run(batches, write, (size // model.config.vae.factor) ** 2, show if prompts else None)

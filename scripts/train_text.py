@@ -1,16 +1,16 @@
-"""Train a text encoder as CLIP's was: to tell which caption belongs to which picture. Step 2 of 3 of a new model.
+"""Train a text encoder like CLIP's, to match captions to images. Step 2 of 3 for a new model.
 
-    python scripts/train_text.py --vae outputs/vae/vae.safetensors --out outputs/text              the embedded model's
-    python scripts/train_text.py --out outputs/text --resume                                       after it was stopped
+    python scripts/train_text.py --vae outputs/vae/vae.safetensors --out outputs/text     that of the embedded model
+    python scripts/train_text.py --out outputs/text --resume                              continue a stopped run
 
-Beside it a small picture encoder is trained that looks at latents, and is thrown away at the end (Radford et al. 2021,
-figure 3). Then the U-Net, which is slow to train, meets words that mean something from its first step on. It is not
-needed for fine-tuning: a checkpoint has its text encoder.
+A small image encoder on latents is trained with it and discarded at the end (Radford et al. 2021, figure 3). The U-Net,
+which is slow to train, then has meaningful words from its first step. Fine-tuning does not need this step: a checkpoint
+has a text encoder.
 
-Among pictures by lot it is enough to know which things there are. So every other drawn scene is the counterpart of
-another one, with the same things in other places, colours or sizes: to tell these apart, order and grammar count.
+To match random images it would be enough to know which things they show. So every second drawn scene is the counterpart
+of another, with the same things in other places, colours or sizes: to distinguish these, word order and grammar count.
 
-Writes OUT/text_encoder.safetensors, which train.py takes (--text). Beside it: log.jsonl, loss.png, state.pt.
+Writes OUT/text_encoder.safetensors for train.py (--text), log.jsonl, loss.png, state.pt.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import sys
 from pathlib import Path
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE as __package__  # noqa: F401
+    import bootstrap
+
+    __package__ = bootstrap.PACKAGE
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +34,7 @@ from sd.checkpoints.detect import CONFIG_KEY
 from sd.config import END
 from sd.models.text_encoder import TextEncoder
 from sd.pipeline import StableDiffusion
-from sd.training import checkpoint_activations, contrastive_loss
+from sd.training import channels_last, checkpoint_activations, contrastive_loss
 
 from .common import cli
 from .training import loop, models
@@ -44,28 +46,28 @@ from .training.state import save_tensors
 RECIPE = loop.Recipe(
     steps=1000, batch=256, lr=2e-3, weight_decay=0.0, beta2=0.99, optimizer="muon", ema=0.99, save_every=250
 )
-FEATURES = 128  # of a picture and of a text, where they are compared
-WIDTHS, GROUPS = (64, 96, 128), 8  # of the picture encoder
-HOTTEST = math.log(100)  # similarities are never scaled up more, as in CLIP
-HELD_OUT = 500  # pictures that success is measured by, at most a tenth of all
+FEATURES = 128  # of images and texts, in the shared space
+WIDTHS, GROUPS = (64, 96, 128), 8  # of the image encoder
+HOTTEST = math.log(100)  # maximum log scale of the similarities, as in CLIP
+HELD_OUT = 500  # test images, at most a tenth of all
 
 
 def parser() -> cli.Parser:
     """The arguments; the defaults are the recipe of the embedded model."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("outputs/text"), help="folder for all that is written (default: %(default)s)")
-    add("--vae", type=Path, metavar="FILE", help="what train_vae.py wrote, or a checkpoint")
-    add("--model", metavar="NAME", help="a file with a config in JSON (default: pocket)")
-    add("--phrasings", type=int, default=8, help="captions of each drawn scene (default: %(default)s)")
+    add("--out", type=Path, default=Path("outputs/text"), help="output folder (default: %(default)s)")
+    add("--vae", type=Path, metavar="FILE", help="file of train_vae.py, or a checkpoint")
+    add("--model", metavar="NAME", help="JSON file with a config (default: pocket)")
+    add("--phrasings", type=int, default=8, help="captions per drawn scene (default: %(default)s)")
     add_data_arguments(parser, scenes=24000)
     loop.add_loop_arguments(parser, RECIPE)
     parser.set_defaults(ckpt=None)
     return parser
 
 
-class PictureEncoder(nn.Module):
-    """Latents (B, C, h, w) of one size -> features (B, FEATURES)."""
+class ImageEncoder(nn.Module):
+    """Latents (B, C, h, w) of a fixed size -> features (B, FEATURES)."""
 
     def __init__(self, channels: int, side: int) -> None:
         super().__init__()
@@ -82,19 +84,19 @@ class PictureEncoder(nn.Module):
 
 
 class Objective(nn.Module):
-    """Text encoder and picture encoder with the contrastive loss."""
+    """Text encoder and image encoder with the contrastive loss."""
 
     def __init__(self, text_encoder: TextEncoder, channels: int, side: int) -> None:
         super().__init__()
         self.text_encoder = text_encoder
-        self.picture_encoder = PictureEncoder(channels, side)
+        self.picture_encoder = ImageEncoder(channels, side)
         self.text_projection = nn.Linear(text_encoder.config.width, FEATURES, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def text_features(self, ids: Tensor) -> Tensor:
-        """ids (B, M) -> (B, FEATURES): what stands at the first end token, which has seen all of the text.
+        """ids (B, M) -> (B, FEATURES): the output at the first end token, which attends to the whole text.
 
-        What follows only repeats it, and nothing looks ahead: it is left out of the computation.
+        The later tokens are padding, and attention is causal, so they are left out of the computation.
         """
         end = (ids == END).int().argmax(1)
         hidden = self.text_encoder(ids[:, : int(end.max()) + 1]).hidden
@@ -108,21 +110,21 @@ class Objective(nn.Module):
 
 @torch.no_grad()
 def told_apart(objective: Objective, data: dict[str, Tensor], model: StableDiffusion) -> float:
-    """The share of pictures whose first caption is more like them than like any other of these pictures."""
-    pictures, texts = [], []
+    """The share of first captions whose most similar image is their own."""
+    images, texts = [], []
     for part in torch.arange(len(data["mean"])).split(250):
-        pictures.append(objective.picture_encoder(data["mean"][part].to(model.device).float()))
+        images.append(objective.picture_encoder(data["mean"][part].to(model.device).float()))
         texts.append(objective.text_features(data["ids"][data["first"][part]].to(model.device).long()))
-    similarity = F.normalize(torch.cat(texts), dim=1) @ F.normalize(torch.cat(pictures), dim=1).T
+    similarity = F.normalize(torch.cat(texts), dim=1) @ F.normalize(torch.cat(images), dim=1).T
     own = torch.arange(len(similarity), device=similarity.device)
     return (similarity.argmax(1) == own).float().mean().item()
 
 
 def train(args: argparse.Namespace, processes: Processes) -> None:
-    """The whole run."""
+    """Run the training."""
     recipe = loop.Recipe.of(args)
     if processes.count > 1:
-        raise ValueError("the loss compares all pictures of a batch, so one process trains: start it without torchrun")
+        raise ValueError("the loss compares all images of a batch, so only one process can train: do not use torchrun")
     model = models.find_new(args, recipe.seed, processes.device)
     size = args.size or model.config.size
     side, _ = model.latent_shape(size, size)[1:]
@@ -136,14 +138,14 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     seen = found | {name: found[name][: n - kept] for name in ("mean", "std", "first", "count")}
     unseen = found | {
         name: found[name][n - kept if kept else 0 :] for name in ("mean", "first")
-    }  # of few, none is spared
+    }  # of few images, none is held out
 
     model.text_encoder.requires_grad_(True)
     models.forget_unused(model.text_encoder, torch.cat([found["ids"].long(), model.tokenizer([""])]))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         objective = Objective(model.text_encoder, model.config.vae.latent_channels, side)
-    objective.to(processes.device, memory_format=torch.channels_last)
+    channels_last(objective, processes.device)
     if args.checkpointing:
         checkpoint_activations(objective)
     trainer = loop.Trainer(objective, recipe, processes, args)
@@ -156,9 +158,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         present.load_state_dict(weights)
         tensors = {name: value.cpu() for name, value in weights.items() if name.startswith("text_encoder.")}
         save_tensors(tensors, written, {CONFIG_KEY: model.config.to_json(), "format": "pt"})
-        return (
-            f", {100 * told_apart(present, unseen, model):.1f} % of {len(unseen['mean'])} captions find their picture"
-        )
+        return f", {100 * told_apart(present, unseen, model):.1f} % of {len(unseen['mean'])} captions find their image"
 
     trainer.describe(f"text encoder of {model.config.name}", len(seen["mean"]))
     trainer.run(batches, write, model.config.text[0].length)

@@ -1,12 +1,12 @@
-"""Train a VAE, from scratch or from a checkpoint's. Step 1 of 3 on the way to a new model; step 2 is train_text.py.
+"""Train a VAE from scratch, or fine-tune that of a checkpoint. Step 1 of 3 for a new model; step 2 is train_text.py.
 
-    python scripts/train_vae.py --out outputs/vae                                       the embedded model's
+    python scripts/train_vae.py --out outputs/vae                                       that of the embedded model
     python scripts/train_vae.py --data photos --ckpt v1-5.ckpt --decoder-only --lr 1e-5 --out outputs/vae
-    python scripts/train_vae.py --out outputs/vae --resume                              after it was stopped
+    python scripts/train_vae.py --out outputs/vae --resume                              continue a stopped run
 
-Writes OUT/vae.safetensors, which train.py takes (--vae), with the factor that brings its latents to deviation 1; of a
+Writes OUT/vae.safetensors for train.py (--vae), with the scale that gives latents standard deviation 1; for a
 checkpoint also OUT/model.safetensors, the whole model with this VAE, which every program loads.
-Beside it: log.jsonl, loss.png, vae.png (held-out pictures, each with what came back), state.pt.
+Also writes log.jsonl, loss.png, vae.png (held-out images, each beside its reconstruction), state.pt.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # run as a file: see bootstrap.py
-    from bootstrap import PACKAGE as __package__  # noqa: F401
+    import bootstrap
+
+    __package__ = bootstrap.PACKAGE
 
 import torch
 from torch import Tensor, nn
@@ -28,16 +30,16 @@ from sd.config import Config
 from sd.files import replaced_file
 from sd.imaging.tensors import grid, to_pil
 from sd.models.vae import VAE
-from sd.training import checkpoint_activations, initialise_vae, vae_loss
+from sd.training import channels_last, checkpoint_activations, initialise_vae, vae_loss
 
 from .common import cli
 from .training import data, loop, models
 from .training.processes import Processes
 from .training.state import save_tensors
 
-KL = 5e-5  # of squared errors around 0.005 it takes little; latents then have a deviation of about 0.3
-HELD_OUT = 10_000_000  # scenes from this number on are never trained on
-SHOWN = 16  # held-out pictures in vae.png
+KL = 5e-5  # small beside squared errors of about 0.005; latents then have a standard deviation of about 0.3
+HELD_OUT = 10_000_000  # scenes from this number on are never used for training
+SHOWN = 16  # held-out images in vae.png
 RECIPE = loop.Recipe(
     steps=10000, batch=2, lr=1.5e-3, weight_decay=0.0, beta2=0.99, optimizer="muon", ema=0.998, log_every=50
 )
@@ -48,11 +50,11 @@ def parser() -> cli.Parser:
     """The arguments; the defaults are the recipe of the embedded model."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("outputs/vae"), help="folder for all that is written (default: %(default)s)")
-    add("--crop", type=int, metavar="PIXELS", help="train on random crops of this side (default: whole pictures)")
+    add("--out", type=Path, default=Path("outputs/vae"), help="output folder (default: %(default)s)")
+    add("--crop", type=int, metavar="PIXELS", help="train on random crops of this side (default: whole images)")
     add("--kl", type=float, default=KL, help="weight of the KL term (default: %(default)s)")
-    add("--held-out", type=int, default=64, metavar="N", help="pictures to measure by (default: %(default)s)")
-    add("--decoder-only", action="store_true", help="keep the encoder, so that latents stay what a U-Net knows")
+    add("--held-out", type=int, default=64, metavar="N", help="number of test images (default: %(default)s)")
+    add("--decoder-only", action="store_true", help="keep the encoder, so that the latents stay the same")
     models.add_model_arguments(parser)
     data.add_data_arguments(parser, scenes=16000)
     loop.add_loop_arguments(parser, RECIPE, with_ckpt=FINE_TUNING)
@@ -78,7 +80,7 @@ class Objective(nn.Module):
 
 
 class Crops:
-    """The parts of each step: random crops of the pictures (n, 3, H, W), uint8, and noise for their latents."""
+    """The parts of each step: random crops of the images (n, 3, H, W), uint8, and noise for their latents."""
 
     def __init__(
         self,
@@ -93,7 +95,7 @@ class Crops:
         self.order = data.Order(len(images), recipe.seed)
 
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
-        """This process' parts of a step, as the objective takes them."""
+        """The parts of a step for this process, as arguments of the objective."""
         side, crop, batch = self.images.shape[-1], self.crop, self.recipe.batch
         device, count = self.processes.device, self.processes.count
         total = batch * self.recipe.accumulate * count
@@ -116,7 +118,7 @@ class Crops:
 
 @torch.no_grad()
 def evaluate(vae: VAE, images: Tensor) -> tuple[float, Tensor]:
-    """Mean PSNR in dB of decoded means of pictures (n, 3, H, W) in [-1, 1], and what was decoded."""
+    """Mean PSNR in dB of the reconstructions of images (n, 3, H, W) in [-1, 1], and the reconstructions."""
     decoded = torch.cat([vae.decode(vae.encode(part).mode()) for part in images.split(8)]).clamp(-1, 1)
     error = (decoded - images).square().mean((1, 2, 3)) / 4  # values span 2
     return (-10 * error.clamp(min=1e-10).log10()).mean().item(), decoded
@@ -124,7 +126,7 @@ def evaluate(vae: VAE, images: Tensor) -> tuple[float, Tensor]:
 
 @torch.no_grad()
 def measured_scale(vae: VAE, images: Tensor) -> float:
-    """What brings the standard deviation of sampled latents to 1 (Rombach et al. 2022, appendix G)."""
+    """The scale that gives sampled latents standard deviation 1 (Rombach et al. 2022, appendix G)."""
     rng = data.generator(images.device, 0, "scale")
     parts = [vae.encode(part) for part in images.split(8)]
     noise = [torch.randn(part.mean.shape, generator=rng, device=images.device) for part in parts]
@@ -133,13 +135,13 @@ def measured_scale(vae: VAE, images: Tensor) -> float:
 
 
 def read(source: data.Source, args: argparse.Namespace) -> Tensor:
-    """All pictures, (n, 3, size, size), uint8."""
+    """All images, (n, 3, size, size), uint8."""
     chunks = data.examples(source, args.workers, progress=True)
     return torch.cat([data.pixels(chunk) for _, chunk in chunks])
 
 
-def pictures(args: argparse.Namespace, size: int, processes: Processes) -> tuple[Tensor, Tensor]:
-    """The pictures to train on, and those held out to measure by, (n, 3, size, size), uint8."""
+def load_images(args: argparse.Namespace, size: int, processes: Processes) -> tuple[Tensor, Tensor]:
+    """The training images and the held-out test images, (n, 3, size, size), uint8."""
     source = data.find_source(args, size, caption="")
     held_out = data.World(args.held_out, size, first=HELD_OUT) if isinstance(source, data.World) else None
     found = data.cached(
@@ -150,13 +152,13 @@ def pictures(args: argparse.Namespace, size: int, processes: Processes) -> tuple
     )["pixels"]
     if held_out is not None:
         return found, read(held_out, args)
-    n = min(args.held_out, len(found) // 10)  # of a few pictures none can be spared: they are measured on themselves
+    n = min(args.held_out, len(found) // 10)  # of fewer than 10 images none is held out: training images are tested
     mixed = torch.randperm(len(found), generator=data.generator("cpu", 0, "held out"))
     return (found[mixed[n:]], found[mixed[:n]]) if n else (found, found[: args.held_out])
 
 
 def train(args: argparse.Namespace, processes: Processes) -> None:
-    """The whole run."""
+    """Run the training."""
     recipe = loop.Recipe.of(args)
     if args.held_out < 1:
         raise ValueError(f"--held-out must be at least 1, got {args.held_out}")
@@ -174,12 +176,12 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     crop = args.crop or size
     for name, side in (("size", size), ("crop", crop)):
         if side < 1 or side % config.vae.factor or side > size:
-            raise ValueError(f"--{name} must be a multiple of {config.vae.factor} up to the pictures' size, got {side}")
-    images, held_out = pictures(args, size, processes)
+            raise ValueError(f"--{name} must be a multiple of {config.vae.factor} up to the image size, got {side}")
+    images, held_out = load_images(args, size, processes)
     held_out = data.to_floats(held_out.to(device))
     if args.checkpointing:
         checkpoint_activations(vae)
-    objective = Objective(vae, args.kl, args.decoder_only).to(device, memory_format=torch.channels_last)
+    objective = channels_last(Objective(vae, args.kl, args.decoder_only), device)
     if args.compile:
         vae.encoder.compile()
         vae.decoder.compile()
@@ -199,7 +201,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         written = replace(config, vae=replace(config.vae, scale=scale))
         path = args.out / models.VAE_FILE
         save_tensors(tensors, path, {CONFIG_KEY: written.to_json(), "format": "pt"})
-        return f", PSNR {psnr:.2f} dB on {len(held_out)} pictures, scale {scale}"
+        return f", PSNR {psnr:.2f} dB on {len(held_out)} images, scale {scale}"
 
     trainer.describe(f"VAE of {config.name}", len(images))
     trainer.run(crops, write, (crop // config.vae.factor) ** 2)

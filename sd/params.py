@@ -232,7 +232,7 @@ class _FromImage(TextToImage):
         super().__post_init__()
         if not isinstance(self.image, Image.Image):
             what = type(self.image).__name__
-            raise ValueError(f"image must be a PIL image (imaging.files.read_picture reads files), got {what}")
+            raise ValueError(f"image must be a PIL image (imaging.files.read_image reads files), got {what}")
         one_of("posterior", self.posterior, POSTERIORS)
         if not 0 <= number("strength", self.strength) <= 1:
             raise ValueError(f"strength must be in [0, 1], got {self.strength}")

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bench_workers import Dying, Echo
 from tqdm import tqdm
 
 from scripts import bench
 from scripts.benchmark import references as peers
 from scripts.benchmark import report, sides, start
 from scripts.benchmark.cases import Case, all_cases, flop, inputs, label, usual_case, weight_bytes
-from scripts.benchmark.interleave import Turns, alternate, compared, measure
-from scripts.benchmark.memory import Memory
+from scripts.benchmark.interleave import Comparison, alternate, compared, measure
 from scripts.benchmark.peak import peak
 from scripts.benchmark.runner import Run, settle
 from scripts.benchmark.weights import WEIGHT_STD, RandomWeights, Setup
@@ -109,19 +110,37 @@ def test_alone(tmp_path, capsys):
     ]  # fmt: skip
 
 
-def test_a_peer(tmp_path, capsys):
-    """Beside one, in the smallest part; what each peer computes is compared in `test_every_peer`."""
+def test_a_peer(tmp_path, capsys, monkeypatch):
+    """With one peer, the smallest part, all in this process; `test_every_peer` runs each peer in its own process."""
     needs(*peers.REQUIRED)
+    monkeypatch.setattr("scripts.benchmark.interleave.Worker", InThisProcess)
+    monkeypatch.setattr("scripts.benchmark.runner.cli.keep_freed_memory", lambda: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     record = measured(tmp_path, "--peers", "diffusers", "--parts", "text", "--dtype", "float32", "--markdown")
     check_with("diffusers", record, ["text"], ["float32"])
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in table[2:3]] == [LABELS["text"]]
 
 
+class InThisProcess:
+    """Stands in for a worker, without the time that a process needs to import diffusers."""
+
+    def __init__(self, name: str, log: Path, make: Callable[..., object], *arguments: object) -> None:
+        self.name, self.made = name, make(*arguments)
+
+    def __enter__(self) -> InThisProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def ask(self, method: str, *arguments: object) -> object:
+        return getattr(self.made, method)(*arguments)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("peer", "parts"),
-    [("diffusers", ["picture", "start"]), ("openvino", ["unet", "picture", "start"]), ("compiled", ["text"])],
+    [("diffusers", ["text", "picture", "start"]), ("openvino", ["unet", "picture", "start"]), ("compiled", ["text"])],
 )
 def test_every_peer(tmp_path, peer, parts):
     needs(*peers.REQUIRED, *(["openvino"] if peer == "openvino" else []))
@@ -187,11 +206,12 @@ def test_turns():
 
         return run
 
-    turns = alternate({"ours": call("a", 1.0), "other": call("b", 1.1)}, 2, "x", BAR)
+    comparison = alternate({"ours": call("a", 1.0), "other": call("b", 1.1)}, 2, "x", BAR)
     assert order == ["a", "b"] * 3
-    assert [run.seconds for run in turns.ours] == [1.0] * 2 and [run.seconds for run in turns.peer] == [1.1] * 2
-    assert turns.difference == pytest.approx(0.1 / 1.1)
-    assert alternate({"ours": call("a", 1.0)}, 1, "x", BAR) == Turns([Run(1.0, None)], [], None)
+    assert [run.seconds for run in comparison.ours] == [1.0] * 2
+    assert [run.seconds for run in comparison.peer] == [1.1] * 2
+    assert comparison.difference == pytest.approx(0.1 / 1.1)
+    assert alternate({"ours": call("a", 1.0)}, 1, "x", BAR) == Comparison([Run(1.0, None)], [], None)
 
 
 def test_results_that_differ_are_not_compared():
@@ -203,45 +223,6 @@ def test_results_that_differ_are_not_compared():
     with pytest.raises(Failed, match="ours failed: x: not finite") as failed:
         compared("x", {"ours": one * np.inf, "other": one})
     assert failed.value.who == "ours"
-
-
-class Echo:
-    """What the tests put into a process of its own."""
-
-    def __init__(self, word: str) -> None:
-        if word == "refused":
-            raise ValueError("this word is refused")
-        print("printed by", word, flush=True)
-        self.memory = Memory(CPU)
-
-    def process(self) -> int:
-        return os.getpid()
-
-    def divide(self, a: int, b: int) -> float:
-        return a / b
-
-    def complain(self) -> None:
-        raise OSError("no such model\nSee our pages.")
-
-    def lookup(self) -> None:
-        raise KeyError("nothing\nof interest")
-
-    def die(self, how: str) -> None:
-        if how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        print("something", "last words", sep="\n", flush=True)
-        os._exit(3)
-
-    def take(self, size: int) -> tuple[int, int, int]:
-        """The peak before, while and after so many bytes are held."""
-        peaks = []
-        for amount in (1, size, 1):
-            self.memory.release()
-            self.memory.start()
-            held = bytearray(os.urandom(1)) * amount
-            peaks.append(self.memory.peak())
-            del held
-        return tuple(peaks)
 
 
 def test_a_worker(tmp_path, capfd):
@@ -283,7 +264,7 @@ def test_a_worker_that_is_killed_while_another_works(tmp_path):
                 worker.ask("process")
 
 
-def test_on_a_gpu_steps_are_recorded_as_in_painting():
+def test_on_a_gpu_steps_are_recorded_as_in_the_pipeline():
     side = object.__new__(sides.Side)
     side.setup, network = replace(SETUP, device=torch.device("cuda")), torch.nn.Identity()
     side.networks = {"unet": network}
@@ -315,12 +296,12 @@ def test_the_peak_is_of_something(monkeypatch):
 def example(ours: float = 2.0, theirs: float = 4.0) -> dict:
     """The record of a run that was not made."""
     case = usual_case("unet", POCKET)
-    turns = {
-        "openvino": Turns([Run(ours, 10), Run(ours, 30)], [Run(theirs, 20)], 1e-3),
-        "diffusers": Turns([Run(2 * ours, None)], [Run(ours, None)], None),
+    comparison = {
+        "openvino": Comparison([Run(ours, 10), Run(ours, 30)], [Run(theirs, 20)], 1e-3),
+        "diffusers": Comparison([Run(2 * ours, None)], [Run(ours, None)], None),
     }
-    grown = {"": Turns([Run(3 * ours, 50)], [], None)}
-    rows = [report.row(case, SETUP, turns), report.row(case._replace(batch=2), SETUP, grown)]
+    grown = {"": Comparison([Run(3 * ours, 50)], [], None)}
+    rows = [report.row(case, SETUP, comparison), report.row(case._replace(batch=2), SETUP, grown)]
     report.hold_against(rows, 2e9 * rows[0]["gflops"])
     return {"machine": report.machine(SETUP), "notes": [], "figures": rows}
 
@@ -439,6 +420,7 @@ def test_a_peer_that_fails_is_left_out(tmp_path, capsys, monkeypatch):
     """And said; ours is measured all the same."""
     monkeypatch.setattr(bench, "able_peers", lambda named, device: (["openvino"], []))
     monkeypatch.setattr("scripts.benchmark.interleave.start_peer", failing)
+    monkeypatch.setattr("scripts.benchmark.interleave.Worker", OursAtOnce)
     record = measured(tmp_path, "--parts", "text", "--dtype", "float32")
     assert record["notes"] == ["text, float32: openvino failed: no such luck"]
     assert record["notes"][0] in capsys.readouterr().out and record["figures"][0]["peers"] == {}
@@ -446,26 +428,6 @@ def test_a_peer_that_fails_is_left_out(tmp_path, capsys, monkeypatch):
 
 def failing(peer: str, *_: object) -> None:
     raise Failed(peer, "no such luck")
-
-
-class Dying:
-    """A peer whose process dies, as a library does that a processor's instructions do not suit."""
-
-    def __init__(self, when: str) -> None:
-        self.when = when
-        self.die("built")
-
-    def die(self, when: str) -> None:
-        if self.when == when:
-            print("a line that says nothing of it", flush=True)
-            os.kill(os.getpid(), signal.SIGFPE)
-
-    def prepare(self, case: Case) -> None:
-        self.die("prepared")
-
-    def run(self, keep: bool) -> Run:
-        self.die("run")
-        raise AssertionError("it should be dead")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no signals")
@@ -478,10 +440,10 @@ def test_a_peer_that_dies_is_left_out(tmp_path, monkeypatch, when):
     )
     monkeypatch.setattr("scripts.benchmark.interleave.Worker", OursAtOnce)
     case, notes = usual_case("text", POCKET), []
-    turns, _ = measure(SETUP, "text", [case], ["openvino"], 1, BAR, notes.append)
+    comparison, _ = measure(SETUP, "text", [case], ["openvino"], 1, BAR, notes.append)
     assert notes == ["text, float32: openvino failed: its process died (signal 8)"]
-    assert list(turns[case]) == [""] and turns[case][""].peer == []
-    record = {"machine": report.machine(SETUP), "notes": notes, "figures": [report.row(case, SETUP, turns[case])]}
+    assert list(comparison[case]) == [""] and comparison[case][""].peer == []
+    record = {"machine": report.machine(SETUP), "notes": notes, "figures": [report.row(case, SETUP, comparison[case])]}
     text = report.text(record, markdown=False)
     assert text.endswith(f"\n\n{notes[0]}")
     (titles,) = [line for line in text.splitlines() if "precision" in line]

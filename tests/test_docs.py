@@ -1,4 +1,4 @@
-"""The book in docs/: its code runs, its figures are made by commands, its links and names lead somewhere."""
+"""The book in docs/: its code runs, commands create its figures, its links and names exist."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from toy_world_words import strange_words
 
-from scripts import study
+from scripts.figures import commands
 from sd.pipeline import EMBEDDED
 from sd.resources import resource
 
@@ -70,10 +70,10 @@ def test_functions_that_are_named_exist(name):
 
 
 def test_every_figure_is_made_by_a_command_and_shown():
-    """The pictures in docs/figures are those that `study.py all` makes, and they are in the book; 2 MB at most."""
+    """The files in docs/figures are those of `study.py all`, and the book shows them; 2 MB at most."""
     made = {path.name for path in (DOCS / "figures").iterdir()}
     shown = {name for text in TEXTS.values() for name in re.findall(r"\]\(figures/(.*?)\)", text)}
-    source = Path(study.__file__).read_text(encoding="utf-8").replace("{desk.args.film}", "webp")
+    source = Path(commands.__file__).read_text(encoding="utf-8").replace("{job.args.film}", "webp")
     assert shown <= made
     assert all(f'"{name}"' in source for name in made)
     assert made - shown <= {"unet-parts.png"}
@@ -84,4 +84,4 @@ def test_commands_are_those_that_exist():
     """Figures that the book's commands name."""
     for text in TEXTS.values():
         for figure in re.findall(r"scripts/study\.py (\w[\w-]*)", text):
-            assert figure in {*study.FIGURES, "all"}
+            assert figure in {*commands.FIGURES, "all"}

@@ -193,7 +193,7 @@ def test_empty_masks_are_refused_before_anything_is_loaded(edit, tmp_path):
 def test_images_given_as_masks_are_noticed_once(edit):
     status, _, err, _ = edit(inpaint, "a", MASK, SAMPLE, "--n", "2")
     assert status == 0 and err == [
-        "warning: the mask has colours, of which only the brightness counts: is it the picture?"
+        "warning: the mask has colours, and only their brightness is used: is it the right file?"
     ]
 
 
@@ -215,7 +215,7 @@ def test_no_steps_no_frames(edit):
         (img2img, ["a", "missing.png"], "missing.png: no such file"),
         (img2img, ["a", SAMPLE, "b"], "'b' is one word too many"),
         (img2img, ["a", SAMPLE, "--init-img", SAMPLE], "one word too many beside --init-img"),
-        (img2img, ["a", __file__], "a text, not a picture"),
+        (img2img, ["a", __file__], "a text, not an image"),
         (img2img, ["a", SAMPLE, "--strength", "1.5"], "strength must be in [0, 1], got 1.5"),
         (img2img, ["a", SAMPLE, "--strength", "nan"], "strength"),
         (img2img, ["a", SAMPLE, "--height", "65"], "height must be a multiple of 8, got 65"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -127,50 +127,53 @@ def test_blur_is_gaussian() -> None:
         torch.testing.assert_close(profile @ place**2, torch.full((3,), 1.44), atol=0.02, rtol=0)
 
 
-def test_training_pictures_are_worn_but_mildly() -> None:
+def test_training_images_are_worn_but_mildly() -> None:
     x = judge.to_tensor([draw(SCENE, Random(0))] * 4)
     worn = judge.worn(x, torch.Generator().manual_seed(0))
     assert 0.01 < (worn - x).square().mean().sqrt() < 0.2
     assert all((worn[0] - other).abs().mean() > 0.01 for other in worn[1:])
 
 
-@pytest.fixture(scope="module")
-def small_judge(tmp_path_factory) -> tuple[judge.Judge, Path]:
-    """A judge of little training, and its file."""
-    file = tmp_path_factory.mktemp("judge") / "new" / "judge.safetensors"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judge.train, "__defaults__", (600, 70, 32))
-        return judge.find(file, CPU), file
+@pytest.fixture
+def new_judge(tmp_path, monkeypatch) -> tuple[judge.Judge, Path]:
+    """A judge without training, and its file."""
+    torch.manual_seed(0)
+    file = tmp_path / "new" / "judge.safetensors"
+    monkeypatch.setattr(judge, "train", lambda device: judge.Judge().eval())
+    return judge.find(file, CPU), file
 
 
-def test_judge_learns(small_judge) -> None:
-    """Style, time and ground are well above chance after 70 steps; things take longer."""
+def test_judge_learns(monkeypatch) -> None:
+    """After few steps, without degradations, style, time and ground are well above chance; things take longer."""
+    batches = []
+    monkeypatch.setattr(judge, "worn", lambda x, rng: batches.append(x.shape) or x)
+    trained = judge.train(CPU, 600, 50, 24)
+    assert batches == [(24, 3, 128, 128)] * 50
     pixels, scenes = judge.renderings(100, "test")
-    rates = tally([whole(scene) for scene in scenes], small_judge[0].look(judge.to_floats(pixels)))
+    rates = tally([whole(scene) for scene in scenes], trained.look(judge.to_floats(pixels)))
     for name, chance in (("style", 1 / 3), ("time", 1 / 4), ("ground", 1 / 5)):
         assert rates[name].right / rates[name].of > 1.5 * chance, name
 
 
-def test_judge_sees_pictures_of_every_size_alike(small_judge) -> None:
-    picture = draw(SCENE._replace(style="pixel"), Random(0))
-    larger = picture.resize((256, 256), Image.Resampling.NEAREST)
-    one, two = small_judge[0].look([picture, larger])
+def test_judge_sees_images_of_every_size_alike(new_judge) -> None:
+    image = draw(SCENE._replace(style="pixel"), Random(0))
+    larger = image.resize((256, 256), Image.Resampling.NEAREST)
+    one, two = new_judge[0].look([image, larger])
     assert one[:3] == two[:3]
 
 
-def test_judge_is_kept_unless_the_world_changes(small_judge, monkeypatch, capsys, tmp_path) -> None:
-    trained, file = small_judge[0], tmp_path / "judge.safetensors"
-    shutil.copy(small_judge[1], file)
+def test_judge_is_kept_unless_the_world_changes(new_judge, monkeypatch, capsys) -> None:
+    trained, file = new_judge
     calls = []
     monkeypatch.setattr(judge, "train", lambda device: calls.append(device) or trained)
     again = judge.find(file, CPU)
     assert not calls and not again.training
     for a, b in zip(trained.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    painted = judge.draw
-    monkeypatch.setattr(judge, "draw", lambda *args: painted(*args).rotate(90))
+    drawn = judge.draw
+    monkeypatch.setattr(judge, "draw", lambda *args: drawn(*args).rotate(90))
     judge.find(file, CPU)
-    assert len(calls) == 1 and "another world" in capsys.readouterr().out
+    assert len(calls) == 1 and "trained on another world" in capsys.readouterr().out
     judge.find(file, CPU)  # the new one is of the new world
     assert len(calls) == 1
 
@@ -192,17 +195,17 @@ def test_prompts_are_of_their_split() -> None:
 
 
 class Oracle:
-    """A judge of scenes instead of pictures, for painters that hand them on."""
+    """A judge of scenes instead of images, for generators that hand them on."""
 
-    def look(self, painted: list[Scene]) -> list[Scene]:
-        return painted
+    def look(self, images: list[Scene]) -> list[Scene]:
+        return images
 
 
 def test_negative_prompts_are_counted() -> None:
-    """A painter that obeys, one that ignores, and one that forgets everything."""
+    """A generator that obeys, one that ignores, and one that forgets everything."""
 
-    def painter(obey: bool, forget: bool = False):
-        def paint(texts, guidance, label, negatives=()):
+    def generator(obey: bool, forget: bool = False):
+        def generate(texts, guidance, label, negatives=()):
             scenes = []
             for i, text in enumerate(texts):
                 unwanted = negatives[i] if negatives else ""
@@ -212,25 +215,25 @@ def test_negative_prompts_are_counted() -> None:
                 scenes.append(Scene(style, "day", "sea", tuple(Thing(k, "red", "big", "left") for k in kinds)))
             return scenes
 
-        return paint
+        return generate
 
     some = evaluate.prompts("seen", 40)
     names = ("thing", "another thing", "style", "things stay")
-    for paint, expected in (
-        (painter(True), [1, 0, 1, 1]),
-        (painter(False), [0, 0, 0, 1]),
-        (painter(False, forget=True), [1, 1, 0, 0]),
+    for generate, expected in (
+        (generator(True), [1, 0, 1, 1]),
+        (generator(False), [0, 0, 0, 1]),
+        (generator(False, forget=True), [1, 1, 0, 0]),
     ):
-        text, figures = probes.negative(paint, Oracle(), 7.5, some)
+        text, figures = probes.negative(generate, Oracle(), 7.5, some)
         assert [figures[name].right / figures[name].of for name in names] == expected
         assert figures["thing"].of == 40 and 5 < figures["style"].of < 40
         assert all(str(figures[name]) in text for name in names)
 
 
 def test_distance_between_seeds() -> None:
-    """Pictures of one prompt that differ by a tenth of the range, prompts by more; then pictures that do not differ."""
+    """Images of one prompt that differ by a tenth of the range, prompts by more; then images that do not differ."""
 
-    def paint(texts, guidance, label, step=26):
+    def generate(texts, guidance, label, step=26):
         names = sorted(set(texts), key=texts.index)
         return [
             Image.new("RGB", (128, 128), (60 * (names.index(text) % 3) + step * (i % 2),) * 3)
@@ -238,22 +241,22 @@ def test_distance_between_seeds() -> None:
         ]
 
     some = evaluate.prompts("seen", 12)
-    _, figures = probes.seeds(paint, Oracle(), 7.5, some)
+    _, figures = probes.seeds(generate, Oracle(), 7.5, some)
     assert figures["mean"] == pytest.approx(4 / 6 * 26 / 255, abs=1e-4) and figures["least"] == 0
     assert figures["different prompts"] == pytest.approx(80 / 255, abs=1e-4)
-    _, figures = probes.seeds(lambda *args: paint(*args, step=0), Oracle(), 7.5, some)
+    _, figures = probes.seeds(lambda *args: generate(*args, step=0), Oracle(), 7.5, some)
     assert figures["mean"] == 0
 
 
 def test_nonsense_is_put_into_the_prompt() -> None:
     given = []
 
-    def paint(texts, guidance, label, negatives=()):
+    def generate(texts, guidance, label, negatives=()):
         given.append(texts)
         return [SCENE for _ in texts]
 
     some = evaluate.prompts("seen", 30)
-    _, figures = probes.nonsense(paint, Oracle(), 7.5, some)
+    _, figures = probes.nonsense(generate, Oracle(), 7.5, some)
     assert figures["with"] == figures["without"] == tally(some, [SCENE] * 30)["all"]
     plain, odd = given
     assert plain == [each.text for each in some]
@@ -262,18 +265,18 @@ def test_nonsense_is_put_into_the_prompt() -> None:
 
 
 class Changer:
-    """Stands for a painter: notes what it is to change, and gives the pictures back as they are or as `scenes`."""
+    """Stands for a generator: notes what it is to change, and gives the images back as they are or as `scenes`."""
 
     def __init__(self, scenes=None) -> None:
         self.scenes, self.given = scenes, None
 
-    def each(self, label, guidance, texts, pictures, masks=()):
-        self.given = texts, pictures, masks
-        return self.scenes or pictures
+    def each(self, label, guidance, texts, images, masks=()):
+        self.given = texts, images, masks
+        return self.scenes or images
 
 
 @pytest.mark.parametrize("name", ["swap", "restyle"])
-def test_changed_pictures_are_judged_by_the_new_caption(name, monkeypatch) -> None:
+def test_changed_images_are_judged_by_the_new_caption(name, monkeypatch) -> None:
     """Whoever changes nothing is wrong in what was to be changed and right in the rest; whoever obeys is all right."""
     some, old, new = evaluate.prompts("seen", 24), [], {}
 
@@ -287,8 +290,8 @@ def test_changed_pictures_are_judged_by_the_new_caption(name, monkeypatch) -> No
     probe, idle = probes.PROBES[name], Changer()
     monkeypatch.setattr(idle, "scenes", old)
     _, lazy = probe(idle, Oracle(), 7.5, some)
-    texts, pictures, masks = idle.given
-    assert len(texts) == len(pictures) == 24 and len(masks) == (24 if name == "swap" else 0)
+    texts, images, masks = idle.given
+    assert len(texts) == len(images) == 24 and len(masks) == (24 if name == "swap" else 0)
     if name == "swap":
         assert lazy["object"] == (0, 24) and lazy["ground"].right == lazy["ground"].of > 0
         assert all(0.02 < np.asarray(mask).mean() / 255 < 0.5 for mask in masks)
@@ -298,12 +301,13 @@ def test_changed_pictures_are_judged_by_the_new_caption(name, monkeypatch) -> No
     assert perfect["all"] == (24, 24) and str(perfect["all"]) in text
 
 
-def test_a_whole_run(small_judge, tmp_path, capsys, tiny_sd, monkeypatch) -> None:
+def test_a_whole_run(new_judge, tmp_path, capsys, tiny_sd, monkeypatch) -> None:
     monkeypatch.setattr(evaluate.generate, "load", lambda args: tiny_sd)
+    monkeypatch.setattr(tiny_sd, "config", replace(tiny_sd.config, size=64))
     monkeypatch.setattr(evaluate, "THROUGH_VAE", 2)
-    files = [tmp_path / name for name in ("new/card.md", "scores.json", "wrong")]
+    files = [tmp_path / name for name in ("card/card.md", "scores.json", "wrong")]
     options = ["--prompts", "2", "--guidance", "1", "3", "--steps", "1", "--probes", "2", "--renderings", "6"]
-    for name, file in zip(("--judge", "--markdown", "--json", "--wrong"), (small_judge[1], *files), strict=True):
+    for name, file in zip(("--judge", "--markdown", "--json", "--wrong"), (new_judge[1], *files), strict=True):
         options += [name, str(file)]
     status = evaluate.main(options)
     out = capsys.readouterr().out

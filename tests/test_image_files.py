@@ -1,4 +1,4 @@
-"""Every kind of picture file is read right, or refused with one line that says what it is; and what is written."""
+"""Every kind of image file is read right, or refused with one line that says what it is; and what is written."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from sd.imaging import files as image_files
 from sd.imaging.files import (
     MAX_BYTES,
     MAX_PIXELS,
-    PictureError,
+    ImageFileError,
     flatten,
     flatten_mask,
     parameters,
+    read_image,
     read_mask,
-    read_picture,
     save_animation,
     save_png,
 )
@@ -39,8 +39,8 @@ pytestmark = [  # unless a test expects it, nothing warns; colours are what most
 
 RED, GREEN, BLUE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (128, 128, 128)
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
-DAMAGED = "a {} file that is damaged, cut off or of a rare kind; download it again or save it as PNG or JPEG"
-TOO_MANY = "too many pixels, at most 67,108,864 are read; make the picture smaller"
+DAMAGED = "a {} file that is damaged, truncated or of a rare kind; download it again or save it as PNG or JPEG"
+TOO_MANY = "too many pixels, the limit is 67,108,864; reduce the image"
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -49,7 +49,7 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     return stream.getvalue()
 
 
-def written(folder: Path, data: bytes, name: str = "picture") -> Path:
+def written(folder: Path, data: bytes, name: str = "image") -> Path:
     path = folder / name
     path.write_bytes(data)
     return path
@@ -64,9 +64,9 @@ def row(*colours) -> Image.Image:
     return Image.fromarray(np.array([colours], dtype=np.uint8))
 
 
-def refusal(path: Path | str, read=read_picture) -> str:
+def refusal(path: Path | str, read=read_image) -> str:
     """The message behind the file's name; one line."""
-    with pytest.raises(PictureError) as error:
+    with pytest.raises(ImageFileError) as error:
         read(path)
     text = str(error.value)
     assert text.startswith(f"{path}: ") and text.isprintable()
@@ -234,22 +234,22 @@ def skip_if_newer(name: str) -> None:
 def test_opaque_files(tmp_path, name):
     skip_if_newer(name)
     data, expected = OPAQUE[name]
-    picture = read_picture(written(tmp_path, data), background=(1, 2, 3))
-    assert np.array_equal(np.asarray(picture.image), np.array(expected)), pixels(picture.image)
-    assert picture.image.mode == "RGB" and type(picture.image) is Image.Image
-    assert picture.alpha is None
-    assert picture.digest == hashlib.sha256(data).hexdigest()
+    image = read_image(written(tmp_path, data), background=(1, 2, 3))
+    assert np.array_equal(np.asarray(image.image), np.array(expected)), pixels(image.image)
+    assert image.image.mode == "RGB" and type(image.image) is Image.Image
+    assert image.alpha is None
+    assert image.digest == hashlib.sha256(data).hexdigest()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "YCbCr", "CMYK", "L"])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}])
 def test_jpeg_colours(tmp_path, mode, options):
     """CMYK too, whose numbers Adobe's programs write upside down."""
-    picture = Image.new("RGB", (64, 64), (200, 60, 30)).convert(mode)
-    data = encoded(picture, "JPEG", quality=95, **options)
+    image = Image.new("RGB", (64, 64), (200, 60, 30)).convert(mode)
+    data = encoded(image, "JPEG", quality=95, **options)
     assert (b"Adobe" in data) == (mode == "CMYK")
     expected = [98] * 3 if mode == "L" else [200, 60, 30]
-    assert np.abs(np.asarray(read_picture(written(tmp_path, data)).image).astype(int) - expected).max() <= 3
+    assert np.abs(np.asarray(read_image(written(tmp_path, data)).image).astype(int) - expected).max() <= 3
 
 
 def see_through() -> dict[str, tuple[bytes, list]]:
@@ -315,24 +315,24 @@ SEE_THROUGH = see_through()
 def test_transparent_files(tmp_path, name, background):
     skip_if_newer(name)
     data, expected = SEE_THROUGH[name]
-    picture = read_picture(written(tmp_path, data), background)
+    image = read_image(written(tmp_path, data), background)
     expected = np.array(expected)
     colours, alpha = expected[..., :3], expected[..., 3:]
     composite = np.rint((colours * alpha + np.array(background) * (255 - alpha)) / 255)
-    assert np.array_equal(np.asarray(picture.image), composite), pixels(picture.image)
-    assert picture.image.mode == "RGB"
+    assert np.array_equal(np.asarray(image.image), composite), pixels(image.image)
+    assert image.image.mode == "RGB"
     if alpha.min() == 255:
-        assert picture.alpha is None
+        assert image.alpha is None
     else:
-        assert picture.alpha.mode == "L" and np.array_equal(np.asarray(picture.alpha), alpha[..., 0])
+        assert image.alpha.mode == "L" and np.array_equal(np.asarray(image.alpha), alpha[..., 0])
 
 
 def test_opaque_pixels_stay_to_the_bit_beside_transparent_ones(tmp_path):
     colours = np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8)
     colours[::2, :, 3], colours[1::2, :, 3] = 255, 0
-    picture = read_picture(written(tmp_path, encoded(Image.fromarray(colours), "PNG")), background=(3, 2, 1))
-    assert np.array_equal(np.asarray(picture.image)[::2], colours[::2, :, :3])
-    assert (np.asarray(picture.image)[1::2] == (3, 2, 1)).all()
+    image = read_image(written(tmp_path, encoded(Image.fromarray(colours), "PNG")), background=(3, 2, 1))
+    assert np.array_equal(np.asarray(image.image)[::2], colours[::2, :, :3])
+    assert (np.asarray(image.image)[1::2] == (3, 2, 1)).all()
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_opaque_pixels_stay_to_the_bit_beside_transparent_ones(tmp_path):
     ],
 )
 def test_flatten_takes_every_mode(mode):  # fmt: skip
-    """Also those that no file has: white stays white, and the picture that was given is not changed."""
+    """Also those that no file has: white stays white, and the image that was given is not changed."""
     if mode == "LAB":
         image = Image.merge("LAB", [Image.new("L", (3, 2), v) for v in (255, 128, 128)])
     elif mode in ("La", "RGBa"):
@@ -389,7 +389,7 @@ def test_flatten_takes_every_mode(mode):  # fmt: skip
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_numbers_that_are_none(tmp_path, value):
     path = written(tmp_path, tiff(np.array([[0.5, value]], dtype="f4")))
-    text = "it has numbers that are infinite or not a number; save it as PNG or JPEG"
+    text = "it has values that are infinite or NaN; save it as PNG or JPEG"
     assert refusal(path) == refusal(path, read_mask) == text
 
 
@@ -399,7 +399,7 @@ def test_nothing_is_carried_along(tmp_path, kind):
     exif[0x010F] = "a camera"
     data = encoded(RAMP.convert("RGB"), kind, exif=exif, icc_profile=icc(b"RGB ", name="sRGB"), dpi=(72, 72))
     assert b"a camera" in data
-    image = read_picture(written(tmp_path, data)).image
+    image = read_image(written(tmp_path, data)).image
     assert image.info == {} and not image.getexif() and image.format is None
     assert b"a camera" not in encoded(image, "PNG")
 
@@ -436,7 +436,7 @@ def test_orientation(tmp_path, kind, orientation):
     path = written(tmp_path, encoded(stored, kind.partition(",")[0], exif=oriented(orientation), **options))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore" if "two" in kind else "error", message=".*the first one is used")
-        image, mask = read_picture(path).image, read_mask(path)
+        image, mask = read_image(path).image, read_mask(path)
     assert image.size == mask.size == (64, 32)
     assert np.abs(np.asarray(image).astype(int) - CORNERS).max() <= (8 if kind == "JPEG" else 0)
     assert abs(mask.getpixel((2, 2)) - 76) <= 2 and abs(mask.getpixel((61, 2)) - 29) <= 2
@@ -446,9 +446,9 @@ def test_orientation(tmp_path, kind, orientation):
 def test_orientation_of_alpha(tmp_path, orientation):
     upright = np.dstack([CORNERS, np.where(np.arange(64) < 20, 0, 255).repeat(32).reshape(64, 32).T.astype(np.uint8)])
     stored = Image.fromarray(np.ascontiguousarray(turned(upright, orientation)))
-    picture = read_picture(written(tmp_path, encoded(stored, "PNG", exif=oriented(orientation))))
-    assert np.array_equal(np.asarray(picture.alpha), upright[..., 3])
-    assert np.array_equal(np.asarray(picture.image)[:, 20:], CORNERS[:, 20:])
+    image = read_image(written(tmp_path, encoded(stored, "PNG", exif=oriented(orientation))))
+    assert np.array_equal(np.asarray(image.alpha), upright[..., 3])
+    assert np.array_equal(np.asarray(image.image)[:, 20:], CORNERS[:, 20:])
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
@@ -463,7 +463,7 @@ def test_flatten_turns_opened_files_once(tmp_path, kind):
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
 def test_orientations_that_do_not_exist(tmp_path, orientation):
     path = written(tmp_path, encoded(Image.fromarray(CORNERS), "PNG", exif=oriented(orientation)))
-    assert np.array_equal(np.asarray(read_picture(path).image), CORNERS)
+    assert np.array_equal(np.asarray(read_image(path).image), CORNERS)
 
 
 JPEG_OR_WEBP = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
@@ -487,7 +487,7 @@ def test_broken_exif_does_not_stop_the_reading(tmp_path, kind, exif):
         data = data[:33] + chunk(b"eXIf", exif) + data[33:]
     else:
         data = encoded(image, kind, exif=b"Exif\0\0" + exif, **JPEG_OR_WEBP[kind])
-    shown = np.asarray(read_picture(written(tmp_path, data)).image).astype(int)
+    shown = np.asarray(read_image(written(tmp_path, data)).image).astype(int)
     assert np.abs(shown - CORNERS).max() <= (8 if kind == "JPEG" else 0)
 
 
@@ -503,10 +503,10 @@ def test_colour_profiles_are_obeyed(tmp_path, mode, space):
     image = Image.new(mode.replace("P", "RGB"), (4, 4), fill)
     image = image.quantize(2) if mode == "P" else image
     path = written(tmp_path, encoded(image, "PNG", icc_profile=icc(space)))
-    picture = read_picture(path, background=BLACK)
+    image = read_image(path, background=BLACK)
     share = 90 / 255 if "A" in mode else 1
-    assert np.abs(np.asarray(picture.image) - 188 * share).max() <= 1
-    assert (picture.alpha is not None) == ("A" in mode)
+    assert np.abs(np.asarray(image.image) - 188 * share).max() <= 1
+    assert (image.alpha is not None) == ("A" in mode)
     assert set(np.asarray(read_mask(path)).flat) == {90 if "A" in mode else 128}
 
 
@@ -514,7 +514,7 @@ def test_inks_are_converted_by_their_profile(tmp_path):
     """A profile of CMYK needs tables; here it is enough that one of the wrong kind is not applied."""
     image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
     path = written(tmp_path, encoded(image, "TIFF", icc_profile=icc(b"RGB ")))
-    assert read_picture(path).image.getpixel((0, 0)) == RED
+    assert read_image(path).image.getpixel((0, 0)) == RED
 
 
 @pytest.mark.parametrize(
@@ -531,7 +531,7 @@ def test_these_profiles_change_nothing(tmp_path, profile, kind):
     colours = np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     options = {"lossless": True} if kind == "WEBP" else {}
     path = written(tmp_path, encoded(Image.fromarray(colours), kind, icc_profile=profile, **options))
-    assert np.array_equal(np.asarray(read_picture(path).image), colours)
+    assert np.array_equal(np.asarray(read_image(path).image), colours)
 
 
 def test_without_lcms(tmp_path, monkeypatch):
@@ -540,7 +540,7 @@ def test_without_lcms(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ImageCms, "ImageCmsProfile", missing)
     path = written(tmp_path, encoded(Image.new("RGB", (2, 2), GREY), "PNG", icc_profile=icc(b"RGB ")))
-    assert read_picture(path).image.getpixel((0, 0)) == GREY
+    assert read_image(path).image.getpixel((0, 0)) == GREY
 
 
 # ------------------------------------------------------------------------------------------------------------ masks
@@ -587,7 +587,7 @@ def test_a_stroke_in_a_gif_is_its_alpha(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
-@pytest.mark.parametrize("read", [read_picture, read_mask])
+@pytest.mark.parametrize("read", [read_image, read_mask])
 def test_of_several_frames_the_first_is_used(tmp_path, kind, read):
     frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, GREEN, BLUE)]
     options = {"lossless": True} if kind == "WEBP" else {}
@@ -595,7 +595,7 @@ def test_of_several_frames_the_first_is_used(tmp_path, kind, read):
     with pytest.warns(UserWarning) as told:
         found = read(path)
     about_frames = [w for w in told if "colours" not in str(w.message)]
-    assert [str(w.message) for w in about_frames] == [f"{path}: holds several frames or pages; the first one is used"]
+    assert [str(w.message) for w in about_frames] == [f"{path}: has several frames or pages; the first one is used"]
     assert about_frames[0].filename == __file__
     image = found if read is read_mask else found.image
     assert image.getpixel((9, 9)) == (76 if read is read_mask else RED)
@@ -607,21 +607,21 @@ def test_a_damaged_second_frame_does_no_harm(tmp_path):
     path = written(tmp_path, data[: data.rindex(b"\x2c") + 5])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert read_picture(path).image.getpixel((3, 3)) == RED
+        assert read_image(path).image.getpixel((3, 3)) == RED
 
 
-def test_photos_with_a_preview_behind_them_are_one_picture(tmp_path):
+def test_photos_with_a_preview_behind_them_are_one_image(tmp_path):
     """MPO: what many phones write under the name .jpg."""
     photo = Image.new("RGB", (32, 32), (200, 60, 30))
     data = encoded(photo, "MPO", save_all=True, append_images=[photo.resize((8, 8))])
-    assert read_picture(written(tmp_path, data)).image.size == (32, 32)
+    assert read_image(written(tmp_path, data)).image.size == (32, 32)
 
 
 def test_camera_raw_files_are_not_their_previews(tmp_path):
     preview = np.full((4, 4, 3), 9, dtype=np.uint8)
     text = "its first page is a small preview, as in camera raw files; open it and save it as PNG or JPEG"
     assert refusal(written(tmp_path, tiff(preview, t254=1, t330=8))) == text
-    assert read_picture(written(tmp_path, tiff(preview, t254=1))).image.size == (4, 4)  # there is nothing else in it
+    assert read_image(written(tmp_path, tiff(preview, t254=1))).image.size == (4, 4)  # there is nothing else in it
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
@@ -640,10 +640,10 @@ def test_files_that_are_cut_off(tmp_path, name, share):
     data = encoded(NOISE, **KINDS[name])
     path = written(tmp_path, data[: max(int(share * len(data)), 16)])
     kind = name.split()[-1]
-    for read in (read_picture, read_mask):
+    for read in (read_image, read_mask):
         text = refusal(path, read)
         if text != DAMAGED.format(kind):
-            assert text.startswith(f"a {kind} file that is damaged or cut off (") and text.endswith(
+            assert text.startswith(f"a {kind} file that is damaged or truncated (") and text.endswith(
                 "); download it again"
             )
 
@@ -652,75 +652,75 @@ def test_files_that_are_cut_off(tmp_path, name, share):
     "data, text",
     [
         (b"", "an empty file; download or save it again"),
-        (b"a picture of a cat\n", "a text, not a picture; give a PNG or JPEG file"),
-        ("ein Bild \u4e2d\u6587".encode() * 999, "a text, not a picture; give a PNG or JPEG file"),
-        ("a text".encode("utf-16"), "a text, not a picture; give a PNG or JPEG file"),
-        (b"BMW and other cars", "a text, not a picture; give a PNG or JPEG file"),
+        (b"an image of a cat\n", "a text, not an image; give a PNG or JPEG file"),
+        ("ein Bild \u4e2d\u6587".encode() * 999, "a text, not an image; give a PNG or JPEG file"),
+        ("a text".encode("utf-16"), "a text, not an image; give a PNG or JPEG file"),
+        (b"BMW and other cars", "a text, not an image; give a PNG or JPEG file"),
         (
             b"<!DOCTYPE html><html><body>404</body>",
-            "a web page, saved in place of the picture; save the picture itself",
+            "a web page, saved instead of the image; save the image itself",
         ),
-        (b"\xef\xbb\xbf\n <html>", "a web page, saved in place of the picture; save the picture itself"),
+        (b"\xef\xbb\xbf\n <html>", "a web page, saved instead of the image; save the image itself"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
             "a git-lfs pointer, not the file itself; fetch it with `git lfs pull`",
         ),
-        (b"\0\0\0\x1cftypavif\0\0\0\0", "AVIF, which is not read here; save it as PNG or JPEG"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC, which is not read here; save it as PNG or JPEG"),
-        (b"\0\0\0\x18ftypcrx \0\0\0\1", "a camera's raw data, which is not read here; save it as PNG or JPEG"),
-        (b"\0\0\0\x18ftypmp42\0\0\0\0", "a film, which is not read here; save it as PNG or JPEG"),
-        (b"\xff\x0a\xfa\x7f\1", "JPEG XL, which is not read here; save it as PNG or JPEG"),
-        (b"8BPS\0\1", "a Photoshop document, which is not read here; save it as PNG or JPEG"),
-        (b"%PDF-1.7\n%\xe2\xe3", "PDF, which is not read here; save it as PNG or JPEG"),
-        (b"<svg xmlns='x'/>", "an SVG drawing, which is not read here; save it as PNG or JPEG"),
-        (b"<?xml version='1.0'?>\n<svg/>", "an SVG drawing, which is not read here; save it as PNG or JPEG"),
-        (b"gimp xcf v011\0", "a GIMP document, which is not read here; save it as PNG or JPEG"),
-        (b"v/1\x01\2\0\0\0", "a picture of high dynamic range, which is not read here; save it as PNG or JPEG"),
-        (b"P6 1 1 255 abc", "a kind of picture, which is not read here; save it as PNG or JPEG"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0", "AVIF, which is not supported; save it as PNG or JPEG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC, which is not supported; save it as PNG or JPEG"),
+        (b"\0\0\0\x18ftypcrx \0\0\0\1", "a camera's raw data, which is not supported; save it as PNG or JPEG"),
+        (b"\0\0\0\x18ftypmp42\0\0\0\0", "a video, which is not supported; save it as PNG or JPEG"),
+        (b"\xff\x0a\xfa\x7f\1", "JPEG XL, which is not supported; save it as PNG or JPEG"),
+        (b"8BPS\0\1", "a Photoshop document, which is not supported; save it as PNG or JPEG"),
+        (b"%PDF-1.7\n%\xe2\xe3", "PDF, which is not supported; save it as PNG or JPEG"),
+        (b"<svg xmlns='x'/>", "an SVG drawing, which is not supported; save it as PNG or JPEG"),
+        (b"<?xml version='1.0'?>\n<svg/>", "an SVG drawing, which is not supported; save it as PNG or JPEG"),
+        (b"gimp xcf v011\0", "a GIMP document, which is not supported; save it as PNG or JPEG"),
+        (b"v/1\x01\2\0\0\0", "a high dynamic range image, which is not supported; save it as PNG or JPEG"),
+        (b"P6 1 1 255 abc", "a kind of image, which is not supported; save it as PNG or JPEG"),
         (b"PK\x03\x04\x14\0", "an archive; unpack it first"),
         (b"\x1f\x8b\x08\0", "an archive; unpack it first"),
         (
             b"\x00\x05\x16\x07\0\2\0\0Mac OS X",
             "the `._` companion that macOS writes beside a file; give the file without `._`",
         ),
-        (b"\x7fELF\2\1\1\0\0", "not a picture that is known here; save it as PNG or JPEG"),
-        (bytes(1000), "not a picture that is known here; save it as PNG or JPEG"),
+        (b"\x7fELF\2\1\1\0\0", "an unknown image format; save it as PNG or JPEG"),
+        (bytes(1000), "an unknown image format; save it as PNG or JPEG"),
         (b"\x89PNG\r\n\x1a\n", DAMAGED.format("PNG")),
         (b"\xff\xd8\xff", DAMAGED.format("JPEG")),
         (b"GIF89a", DAMAGED.format("GIF")),
         (b"II*\0\x08\0\0\0", DAMAGED.format("TIFF")),
     ],
 )
-def test_what_is_not_a_picture_is_named(tmp_path, data, text):
-    path = written(tmp_path, data, "picture.png")
+def test_what_is_not_a_image_is_named(tmp_path, data, text):
+    path = written(tmp_path, data, "image.png")
     assert refusal(path) == refusal(path, read_mask) == text
 
 
-@pytest.mark.parametrize("read", [read_picture, read_mask])
+@pytest.mark.parametrize("read", [read_image, read_mask])
 def test_what_is_not_a_file(tmp_path, read):
     missing = "no such file; check the path"
     file = written(tmp_path, b"x")
     (tmp_path / "dangling").symlink_to("nowhere")
-    assert refusal(tmp_path, read) == "a folder; give the picture file inside of it"
+    assert refusal(tmp_path, read) == "a folder; give the image file inside it"
     assert refusal(tmp_path / "missing.png", read) == missing
     assert refusal(file / "below.png", read) == missing
     assert refusal(tmp_path / "dangling", read) == missing
     assert refusal("", read) == missing
-    with pytest.raises(PictureError, match=r"a\\x00b: no such file"):
+    with pytest.raises(ImageFileError, match=r"a\\x00b: no such file"):
         read("a\0b")
     assert refusal(tmp_path / ("x" * 5000), read).startswith("cannot be read: ")
-    with pytest.raises(PictureError) as error:
+    with pytest.raises(ImageFileError) as error:
         read(tmp_path / "two\nlines \x1b[31m.png")
     assert str(error.value) == f"{tmp_path}/two\\nlines \\x1b[31m.png: {missing}"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
-@pytest.mark.parametrize("read", [read_picture, read_mask])
+@pytest.mark.parametrize("read", [read_image, read_mask])
 def test_pipes_and_devices_are_not_waited_for(tmp_path, read):
     os.mkfifo(tmp_path / "pipe.png")
-    assert refusal(tmp_path / "pipe.png", read) == "not an ordinary file; give a picture file"
+    assert refusal(tmp_path / "pipe.png", read) == "not an ordinary file; give an image file"
     if os.path.exists("/dev/zero"):
-        assert refusal("/dev/zero", read) == "not an ordinary file; give a picture file"
+        assert refusal("/dev/zero", read) == "not an ordinary file; give an image file"
 
 
 @pytest.mark.parametrize(
@@ -744,14 +744,14 @@ def test_symbolic_links_and_odd_names_are_fine(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to("日本 {0} %s.jpeg")
     monkeypatch.chdir(tmp_path)
     for path in ("link", Path("link"), "日本 {0} %s.jpeg"):
-        assert pixels(read_picture(path).image) == pixels(STRIPES)
+        assert pixels(read_image(path).image) == pixels(STRIPES)
 
 
 def test_too_many_bytes(tmp_path):
     path = written(tmp_path, encoded(STRIPES, "PNG"))
     os.truncate(path, MAX_BYTES + 1)  # takes no room on the disk
     start = time.process_time()
-    assert refusal(path) == refusal(path, read_mask) == "larger than 256 MB; make the picture smaller"
+    assert refusal(path) == refusal(path, read_mask) == "larger than 256 MB; reduce the image"
     assert time.process_time() - start < 0.1
 
 
@@ -795,8 +795,8 @@ def test_where_the_limit_of_pixels_is(tmp_path, monkeypatch):
     assert MAX_PIXELS == 8192 * 8192
     monkeypatch.setattr(image_files, "MAX_PIXELS", 100)
     for size in ((10, 10), (100, 1), (1, 100)):
-        assert read_picture(written(tmp_path, encoded(Image.new("L", size), "PNG"))).image.size == size
-    text = "101 x 1: too many pixels, at most 100 are read; make the picture smaller"
+        assert read_image(written(tmp_path, encoded(Image.new("L", size), "PNG"))).image.size == size
+    text = "101 x 1: too many pixels, the limit is 100; reduce the image"
     assert refusal(written(tmp_path, encoded(Image.new("L", (101, 1)), "PNG"))) == text
 
 
@@ -806,12 +806,12 @@ def test_bombs_of_other_kinds(tmp_path):
     line = bytes([*RED, *GREEN])
     for name in (b"zTXt", b"iCCP"):
         text = refusal(written(tmp_path, png(2, 1, 8, 2, [line], chunk(name, b"name\0\0" + zeros))))
-        assert text.lower().startswith("a png file that is damaged or cut off (decompressed data too large")
+        assert text.lower().startswith("a png file that is damaged or truncated (decompressed data too large")
     for data in (
         png(2, 1, 8, 2, [line], chunk(b"tEXt", b"Comment\0" + b"x" * (3 << 20))),  # large, but it does not grow
         png(2, 1, 8, 2, [line] + [bytes(1 << 20)] * 100),
     ):
-        assert pixels(read_picture(written(tmp_path, data)).image) == [[list(RED), list(GREEN)]]
+        assert pixels(read_image(written(tmp_path, data)).image) == [[list(RED), list(GREEN)]]
 
 
 ERRORS = [
@@ -831,13 +831,13 @@ def test_whatever_a_decoder_raises_is_one_line(tmp_path, monkeypatch, error, pla
 
     monkeypatch.setattr(*((Image, "open") if place == "open" else (ImageFile.ImageFile, "load")), fail)
     text = refusal(written(tmp_path, encoded(STRIPES, "PNG")))
-    assert text.startswith("a PNG file that is damaged or cut off (")
+    assert text.startswith("a PNG file that is damaged or truncated (")
 
 
 def test_what_is_no_fault_of_the_file(tmp_path, monkeypatch):
     path = written(tmp_path, encoded(STRIPES, "PNG"))
     for error, text in (
-        (MemoryError(), "too little memory to read it; make the picture smaller"),
+        (MemoryError(), "not enough memory to read it; reduce the image"),
         (Image.DecompressionBombError("x"), TOO_MANY),
     ):
         monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_, error=error: (_ for _ in ()).throw(error))
@@ -845,7 +845,7 @@ def test_what_is_no_fault_of_the_file(tmp_path, monkeypatch):
     for error in (KeyboardInterrupt, SystemExit):
         monkeypatch.setattr(Image, "open", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
         with pytest.raises(error):
-            read_picture(path)
+            read_image(path)
 
 
 def test_a_pillow_without_webp(tmp_path, monkeypatch):
@@ -860,7 +860,7 @@ def test_a_pillow_without_webp(tmp_path, monkeypatch):
 def test_threads_do_not_silence_each_other(tmp_path):
     path = written(tmp_path, encoded(NOISE.resize((300, 300)), "PNG"))
     before = list(warnings.filters)
-    threads = [threading.Thread(target=lambda: [read_picture(path) for _ in range(20)]) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: [read_image(path) for _ in range(20)]) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -938,8 +938,8 @@ def fuzz(folder: Path, seed: int, rounds: int) -> dict[str, int]:
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
                 if number // len(files) % 4:
-                    picture = read_picture(path)
-                    images = [image for image in (picture.image, picture.alpha) if image is not None]
+                    image = read_image(path)
+                    images = [image for image in (image.image, image.alpha) if image is not None]
                     assert [image.mode for image in images] == ["RGB", "L"][: len(images)]
                     assert (
                         len({image.size for image in images}) == 1
@@ -948,7 +948,7 @@ def fuzz(folder: Path, seed: int, rounds: int) -> dict[str, int]:
                 else:
                     assert read_mask(path).mode == "L"
             counts["read"] += 1
-        except PictureError as error:
+        except ImageFileError as error:
             assert (
                 str(error).startswith(f"{path}: ")
                 and str(error).isprintable()
@@ -957,7 +957,7 @@ def fuzz(folder: Path, seed: int, rounds: int) -> dict[str, int]:
             counts["refused"] += 1
         for warning in told:
             text = str(warning.message)
-            assert text == f"{path}: holds several frames or pages; the first one is used" or "has colours" in text
+            assert text == f"{path}: has several frames or pages; the first one is used" or "has colours" in text
     return counts
 
 
@@ -1021,7 +1021,7 @@ def played(path: Path) -> tuple[list[Image.Image], list[int]]:
 
 
 def steps(count: int, size: tuple[int, int] = (48, 40)) -> list[Image.Image]:
-    """A smooth picture that comes out of noise."""
+    """A smooth image that comes out of noise."""
     y, x = np.mgrid[: size[1], : size[0]]
     smooth = np.dstack([x * 255 / size[0], y * 255 / size[1], 255 - x * 255 / size[0]])
     noise = np.random.default_rng(3).uniform(0, 255, (size[1] // 8, size[0] // 8, 3)).repeat(8, 0).repeat(8, 1)
@@ -1064,7 +1064,7 @@ def test_frames_may_be_alike_and_of_any_mode(tmp_path, suffix):
 
 
 def test_frames_of_a_gif_have_palettes_of_their_own(tmp_path):
-    """And dithering halves the error of the mean of 8 x 8 pixels of a smooth picture (1.3 and 0.9 without)."""
+    """And dithering halves the error of the mean of 8 x 8 pixels of a smooth image (1.3 and 0.9 without)."""
     first = np.asarray(steps(1, (96, 64))[0]).astype(float)
     frames = [first, first[::-1] * 0.3, 255 - first[:, :, ::-1] * 0.4]
     save_animation([Image.fromarray(frame.astype(np.uint8)) for frame in frames], tmp_path / "film.gif")
@@ -1104,7 +1104,7 @@ def test_masks_with_colours_are_noticed(tmp_path):
             read_mask(tmp_path / "mask.png")
             flatten_mask(Image.new("RGB", (20, 20), colours))
         assert [str(w.message) for w in told] == 2 * warned * [
-            "the mask has colours, of which only the brightness counts: is it the picture?"
+            "the mask has colours, and only their brightness is used: is it the right file?"
         ]
         assert all(w.filename == __file__ for w in told)
     strokes = Image.new("RGBA", (20, 20))

@@ -1,4 +1,4 @@
-"""Tensors to pictures, and files that are whole or not there."""
+"""Tensors to images, and files that are whole or not there."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def test_every_byte_survives():
 
 
 def test_rows_are_rows():
-    picture = torch.full((1, 3, 4, 6), -1.0)
-    picture[0, 0, 1, 5] = 1
-    (image,) = to_pil(picture)
+    image = torch.full((1, 3, 4, 6), -1.0)
+    image[0, 0, 1, 5] = 1
+    (image,) = to_pil(image)
     assert image.size == (6, 4) and image.getpixel((5, 1)) == (255, 0, 0)
 
 
@@ -41,9 +41,9 @@ def test_grid(n, columns, size):
 
 
 def test_there_and_back():
-    picture = Image.fromarray(np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3))
-    assert to_tensor(picture).shape == (1, 3, 5, 7) and to_tensor(picture).min() == -1
-    assert to_pil(to_tensor(picture))[0].tobytes() == picture.tobytes()
+    image = Image.fromarray(np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3))
+    assert to_tensor(image).shape == (1, 3, 5, 7) and to_tensor(image).min() == -1
+    assert to_pil(to_tensor(image))[0].tobytes() == image.tobytes()
     assert to_tensor(Image.new("L", (7, 5), 255)).eq(1).all() and to_tensor(Image.new("L", (7, 5))).shape == (
         1,
         1,
@@ -58,12 +58,12 @@ GRID = st.integers(1, 60).map(lambda n: 8 * n)
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(SIDES, SIDES, GRID, GRID)
-@example(2894, 1927, 72, 88)  # where rounding led out of the picture
+@example(2894, 1927, 72, 88)  # where rounding led out of the image
 @example(4000, 3000, 576, 256)
-def test_any_picture_is_brought_to_any_size(w, h, width, height):
-    picture = Image.new("L", (w, h), 7)
-    assert fit(picture, width, height).size == (width, height)
-    framed, inside = frame(picture, width, height)
+def test_any_image_is_brought_to_any_size(w, h, width, height):
+    image = Image.new("L", (w, h), 7)
+    assert fit(image, width, height).size == (width, height)
+    framed, inside = frame(image, width, height)
     assert framed.size == (width, height) and framed.getextrema() == (7, 7)
     assert 0 <= inside.left < inside.right <= width and 0 <= inside.top < inside.bottom <= height
     aspect = max(w / h, h / w)
@@ -79,14 +79,14 @@ def ramp(width, height):
 def test_the_middle_is_kept():
     cut = np.asarray(fit(ramp(200, 50), 48, 48)).astype(int)
     assert abs(cut[:, 0].mean() - 255 * 75 / 199) < 4 and abs(cut[:, -1].mean() - 255 * 124 / 199) < 4
-    picture = ramp(70, 60)
-    assert fit(picture, 64, 56).tobytes() == picture.crop((3, 2, 67, 58)).tobytes()  # cut, not resampled
-    assert fit(picture, 70, 60).tobytes() == picture.tobytes()
+    image = ramp(70, 60)
+    assert fit(image, 64, 56).tobytes() == image.crop((3, 2, 67, 58)).tobytes()  # cut, not resampled
+    assert fit(image, 70, 60).tobytes() == image.tobytes()
 
 
 def test_frames_repeat_the_edges():
-    picture = ramp(60, 20)
-    framed, inside = frame(picture, 64, 64)
+    image = ramp(60, 20)
+    framed, inside = frame(image, 64, 64)
     assert inside.size == (60, 20) or inside.size == (64, 21)
     pixels = np.asarray(framed)
     assert (pixels[0] == pixels[inside.top]).all() and (pixels[:, 0] == 0).all() and (pixels[:, -1] == 255).all()

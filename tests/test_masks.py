@@ -74,21 +74,21 @@ def test_masked_sampling_of_the_original(tiny_sd, name, sampler):
     denoise = tiny_sd.denoiser(contexts["cond"], contexts["uncond"], golden.case["scale"])
     calls = golden.case["t_calls"]
     levels = [schedule.level(t) for t in sorted(set(calls), reverse=True)] + [schedule.level(0)]
-    mask = 1 - golden["mask"]  # theirs is 1 where the picture stays
+    mask = 1 - golden["mask"]  # theirs is 1 where the image stays
     run = renoised(sampler, schedule, golden["x0"], mask, golden.noise("blend"))
     check(golden, [step._replace(x=step.x.clone()) for step in run(denoise, golden["x_T"], levels)])
 
 
 @pytest.mark.parametrize("name", ["inpaint9_ddim_s15", "inpaint9_ddim_s10_eta1"])
 def test_inpainting_model_of_the_original(tiny_inpaint, name):
-    """From picture and mask on."""
+    """From image and mask on."""
     golden = Golden(name)
     contexts = Golden(golden.case["contexts"])
-    picture, mask = images(golden["image_u8"]), golden["mask"]
+    image, mask = images(golden["image_u8"]), golden["mask"]
     seen = latent_mask(mask, 8)
     assert torch.equal(seen, golden["mask_latent"])
-    assert error(torch.cat(tiny_inpaint.vae.moments(hide(picture, mask)), dim=1), golden["masked_moments"]) < 2e-5
-    hidden = tiny_inpaint.encode(hide(picture, mask)).sample(golden.normal("posterior", (2, 4, 16, 24)))
+    assert error(torch.cat(tiny_inpaint.vae.moments(hide(image, mask)), dim=1), golden["masked_moments"]) < 2e-5
+    hidden = tiny_inpaint.encode(hide(image, mask)).sample(golden.normal("posterior", (2, 4, 16, 24)))
     assert error(hidden, golden["masked_latent"]) < 2e-5
     extra = torch.cat([seen, hidden], dim=1)
     denoise = tiny_inpaint.denoiser(contexts["cond"], contexts["uncond"], golden.case["scale"], extra)
@@ -139,7 +139,7 @@ def mask_of(rows: slice, columns: slice, size=(64, 48)) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def test_masks_are_brought_to_the_picture():
+def test_masks_are_brought_to_the_image():
     mask = mask_of(slice(10, 20), slice(30, 40))
     assert prepare_mask(mask, (64, 48)).tobytes() == mask.tobytes()
     twice = np.asarray(prepare_mask(mask, (128, 96)))
@@ -192,14 +192,14 @@ def test_latent_masks():
 
 
 def test_holes_are_filled_with_the_colours_around_them():
-    picture = torch.zeros(1, 3, 33, 47)
-    picture[..., :24] = 0.5
+    image = torch.zeros(1, 3, 33, 47)
+    image[..., :24] = 0.5
     mask = torch.zeros(1, 1, 33, 47)
     mask[..., 8:20, 4:40] = 1
-    inside = mask.bool().expand_as(picture)
-    hidden = torch.where(inside, torch.full_like(picture, 9.0), picture)
+    inside = mask.bool().expand_as(image)
+    hidden = torch.where(inside, torch.full_like(image, 9.0), image)
     filled = fill(hidden, mask)
-    assert torch.equal(filled[~inside], picture[~inside])
+    assert torch.equal(filled[~inside], image[~inside])
     assert filled[inside].min() > -0.01 and filled[inside].max() < 0.51
     assert (filled[0, 0, 14, 5] - 0.5).abs() < 0.05 and filled[0, 0, 14, 38].abs() < 0.05
     assert torch.equal(fill(hidden, torch.zeros_like(mask)), hidden)
@@ -211,34 +211,34 @@ def test_holes_are_filled_with_the_colours_around_them():
 
 def test_pasting_changes_nothing_outside_of_the_mask():
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8))
+    image = Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8))
     mask = mask_of(slice(10, 20), slice(30, 40)).filter(ImageFilter.GaussianBlur(1))
     for region, size in ((Box(0, 0, 64, 48), (64, 48)), (Box(25, 5, 45, 25), (64, 64)), (Box(25, 5, 45, 25), (24, 24))):
-        canvas = Canvas.of(picture, mask, region, *size)
+        canvas = Canvas.of(image, mask, region, *size)
         assert canvas.pixels.shape == (1, 3, *size[::-1]) and canvas.hole.shape == (1, 1, *size[::-1])
         result = np.asarray(canvas.paste(Image.new("RGB", size, (1, 2, 3))))
         kept = np.asarray(mask) == 0
-        assert (result[kept] == np.asarray(picture)[kept]).all()
+        assert (result[kept] == np.asarray(image)[kept]).all()
         assert result[15, 35].tolist() == [1, 2, 3]
         assert result.shape == (48, 64, 3)
 
 
 def test_a_canvas_holds_the_part_in_its_place():
-    picture = Image.fromarray(np.arange(48 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(48, 64, 3))
-    canvas = Canvas.of(picture, mask_of(slice(10, 20), slice(30, 40)), Box(25, 5, 45, 25), 24, 24)
+    image = Image.fromarray(np.arange(48 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(48, 64, 3))
+    canvas = Canvas.of(image, mask_of(slice(10, 20), slice(30, 40)), Box(25, 5, 45, 25), 24, 24)
     assert canvas.inside == Box(2, 2, 22, 22)
-    assert np.array_equal(np.asarray(to_pil(canvas.pixels)[0].crop(canvas.inside)), np.asarray(picture)[5:25, 25:45])
+    assert np.array_equal(np.asarray(to_pil(canvas.pixels)[0].crop(canvas.inside)), np.asarray(image)[5:25, 25:45])
     assert canvas.hole[0, 0].nonzero().amin(0).tolist() == [7, 7] and canvas.hole.sum() == 100
     assert canvas.filled().shape == canvas.pixels.shape
 
 
 def test_no_hole_is_too_small_for_its_canvas():
-    picture = Image.new("RGB", (2048, 1024))
+    image = Image.new("RGB", (2048, 1024))
     mask = mask_of(slice(501, 502), slice(1003, 1004), (2048, 1024))
-    canvas = Canvas.of(picture, mask, Box(0, 0, 2048, 1024), 128, 64)
+    canvas = Canvas.of(image, mask, Box(0, 0, 2048, 1024), 128, 64)
     assert canvas.hole.sum() == 1 and canvas.hole[0, 0, 501 // 16, 1003 // 16] == 1
     enlarged = Canvas.of(
-        picture.crop((0, 0, 20, 20)), mask_of(slice(5, 6), slice(4, 5), (20, 20)), Box(0, 0, 20, 20), 80, 80
+        image.crop((0, 0, 20, 20)), mask_of(slice(5, 6), slice(4, 5), (20, 20)), Box(0, 0, 20, 20), 80, 80
     )
     assert 16 <= enlarged.hole.sum() <= 36
 
@@ -248,19 +248,19 @@ def test_no_hole_is_too_small_for_its_canvas():
     [
         (Box(40, 20, 50, 40), 1.0, (20, 20)),
         (Box(40, 20, 50, 40), 2.0, (40, 20)),
-        (Box(0, 0, 50, 10), 1.0, (50, 48)),  # as far as there is picture
+        (Box(0, 0, 50, 10), 1.0, (50, 48)),  # as far as there is image
         (Box(50, 40, 64, 48), 1.0, (14, 14)),
         (Box(0, 0, 64, 48), 3.0, (64, 48)),
     ],
 )
-def test_boxes_grow_within_the_picture(box, aspect, expected):
+def test_boxes_grow_within_the_image(box, aspect, expected):
     grown = widened(box, aspect, (64, 48))
     assert grown.size == expected
     assert grown.left <= box.left and grown.right >= box.right and grown.top <= box.top and grown.bottom >= box.bottom
     assert grown.left >= 0 and grown.top >= 0 and grown.right <= 64 and grown.bottom <= 48
 
 
-def test_conditioning_is_mask_then_picture():
+def test_conditioning_is_mask_then_image():
     hidden = reference.normal("h", (2, 4, 3, 5))
     extra = conditioning(torch.ones(1, 1, 3, 5), hidden)
     assert extra.shape == (2, 5, 3, 5) and extra[:, 0].eq(1).all() and torch.equal(extra[:, 1:], hidden)

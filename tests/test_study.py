@@ -54,6 +54,12 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 
 
 @pytest.fixture(scope="module")
+def tiny_sd(tiny) -> StableDiffusion:
+    """The tiny model with small images."""
+    return StableDiffusion(replace(TINY, size=64), **tiny)
+
+
+@pytest.fixture(scope="module")
 def embedded() -> StableDiffusion:
     """The model that comes with the project."""
     return StableDiffusion.load(device="cpu", dtype="float32")
@@ -166,16 +172,18 @@ def test_steps_that_are_recorded(tiny, inputs, monkeypatch):
     assert len(runs) == 1  # the network itself was called
     assert torch.equal(steps(*inputs), before)
     assert len(runs) == 2
-    with pytest.raises(ValueError, match="looked at in a U-Net, got Recorded"), attention.recording(steps):
+    with pytest.raises(ValueError, match=r"expected a U-Net .*, got Recorded"), attention.recording(steps):
         pass
 
 
-def test_networks_that_take_turns(embedded):
-    """With low memory the U-Net comes and goes within a study; its maps and its picture are the same to the bit."""
+def test_offloaded_networks(embedded, monkeypatch):
+    """With low memory the U-Net comes and goes within a study; its maps and its image are the same to the bit."""
     saving = StableDiffusion.load(device="cpu", dtype="float32", low_memory=True)
+    for model in (embedded, saving):
+        monkeypatch.setattr(model, "config", replace(model.config, size=64))
     others = hooks(saving.unet)
     seen, same = (attention.word_maps(model, PROMPT, FEW) for model in (embedded, saving))
-    assert seen.picture == same.picture
+    assert seen.image == same.image
     for one, other in zip(seen.maps.records, same.maps.records, strict=True):
         assert one[:3] == other[:3]
         assert torch.equal(one.maps, other.maps)
@@ -236,7 +244,7 @@ def test_a_compiled_network_is_refused():
     wrapped.mid = torch.compile(wrapped.mid)
     for network_ in (torch.compile(unet), inside, part, method, wrapped):
         with (
-            pytest.raises(ValueError, match=r"^the U-Net is compiled, .*before torch\.compile$"),
+            pytest.raises(ValueError, match=r"^the U-Net is compiled and .*before torch\.compile$"),
             attention.recording(network_),
         ):
             pass
@@ -255,7 +263,7 @@ def test_sites_are_all_attention_layers(tiny):
     assert order == [(site.name, site.kind) for site, _ in found]  # the order of the forward pass
 
 
-def test_recording_follows_the_picture_with_the_prompt(tiny_sd):
+def test_recording_follows_the_image_with_the_prompt(tiny_sd):
     """Under guidance the batch is [uncond, cond]: what is kept is what a run without guidance shows at its start."""
     context = tiny_sd.encode_prompt([PROMPT])
     kept = []
@@ -282,10 +290,10 @@ def test_mean_takes_apart_what_was_recorded(tiny, inputs):
     heads = maps.sites[0].heads
     each = sum(maps.mean(heads=[head]) for head in range(heads)) / heads
     assert error(each, whole) < 1e-5
-    with pytest.raises(ValueError, match="no attention was recorded that fits"):
+    with pytest.raises(ValueError, match="no recorded attention matches"):
         maps.mean(calls=[7])
     for heads_asked in ([], [99]):
-        with pytest.raises(ValueError, match=r"^heads are 0 to \d in all layers that fit, got "):
+        with pytest.raises(ValueError, match=r"^the matching layers have heads 0 to \d, got "):
             maps.mean(heads=heads_asked)
 
 
@@ -293,13 +301,13 @@ def test_runs_are_of_contexts(tiny_sd):
     """One prompt's context alone would be taken for as many prompts as it has tokens."""
     context = tiny_sd.encode_prompt("a")
     for wrong, got in ((context[0], r"\(77, "), ("a", "str")):
-        with pytest.raises(ValueError, match=rf"^expected contexts \(B, M, D\), .* got {got}"):
+        with pytest.raises(ValueError, match=rf"^expected contexts \(B, M, D\) .* got {got}"):
             runs.run(tiny_sd, wrong)
 
 
 def test_self_attention_of_a_place(tiny, inputs):
     """The row of the place: it adds up to 1, and another place has another."""
-    with attention.recording(tiny["unet"], "self", points=[(0.0, 0.0), (0.99, 0.99)], picture=0) as maps:
+    with attention.recording(tiny["unet"], "self", points=[(0.0, 0.0), (0.99, 0.99)], item=0) as maps:
         tiny["unet"](*inputs)
     for record in maps.records:
         heads, points, h, w = record.maps.shape
@@ -329,8 +337,9 @@ def test_a_colour_word_acts_where_its_thing_is(embedded):
     prompt = "a big red house in the middle on a meadow"
     inside = box(Thing("house", "red", "big", "middle"))
     area = attention.mass_inside(torch.ones(64, 64), inside)
-    seen = attention.word_maps(embedded, prompt)
-    acts = influence.influence(embedded, prompt)
+    settings = replace(runs.SETTINGS, steps=8)
+    seen = attention.word_maps(embedded, prompt, settings)
+    acts = influence.influence(embedded, prompt, settings)
     words = {word.text: i for i, word in enumerate(seen.words)}
     house = attention.mass_inside(seen.of(words["house"]), inside)
     red = attention.mass_inside(acts.maps[words["red"]], inside)
@@ -374,9 +383,9 @@ def test_similarities(tiny):
 
 
 def test_forward_process_is_the_closed_form(tiny_sd):
-    picture = Image.linear_gradient("L").resize((128, 128)).convert("RGB")
-    noised = noising.forward_process(tiny_sd, picture, (-1, 0, 400, 999), seed=5)
-    z = tiny_sd.encode(picture).mode()
+    image = Image.linear_gradient("L").resize((128, 128)).convert("RGB")
+    noised = noising.forward_process(tiny_sd, image, (-1, 0, 400, 999), seed=5)
+    z = tiny_sd.encode(image).mode()
     noise = draw(generators(5, 1), z.shape[1:], z.device)
     for level, x in zip(noised.levels, noised.latents, strict=True):
         alpha_bar = math.prod(1 - beta for beta in tiny_sd.schedule.betas[: int(level.t) + 1])
@@ -402,10 +411,10 @@ def test_many_small_steps_are_one_large_one():
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
-def test_runs_paint_what_the_pipeline_paints(tiny_sd, sampler):
-    """The same seed gives the same picture as txt2img, with a sampler that draws noise as well."""
+def test_runs_give_the_images_of_the_pipeline(tiny_sd, sampler):
+    """The same seed gives the same image as txt2img, with a sampler that draws noise as well."""
     settings = SamplingParams(steps=3, sampler=sampler, spacing="trailing", guidance=3.0, seed=4)
-    ours = runs.paint(tiny_sd, [PROMPT, PROMPT], settings)
+    ours = runs.generate(tiny_sd, [PROMPT, PROMPT], settings)
     theirs = tiny_sd.txt2img(PROMPT, steps=3, sampler=sampler, spacing="trailing", guidance=3.0, seed=4)[0]
     for image in ours:
         assert alike(image, theirs)
@@ -456,20 +465,20 @@ def test_convergence_counts_and_converges():
 
     steps = (20, 40)
     results = convergence.convergence(
-        Model(), "", samplers=("ddim", "heun"), steps=steps, reference="heun", reference_steps=1000
+        Model(), "", replace(convergence.REFERENCE, sampler="heun"), samplers=("ddim", "heun"), steps=steps
     )
     first, second = results
     assert (first.evaluations, second.evaluations) == ([20, 40], [39, 79])
     assert 1.6 < first.errors[0] / first.errors[1] < 2.6
     assert 3.0 < second.errors[0] / second.errors[1] < 5.5
-    with pytest.raises(ValueError, match="euler_a: a sampler that draws noise has no one solution"):
+    with pytest.raises(ValueError, match="euler_a: a stochastic sampler does not converge to one solution"):
         convergence.convergence(Model(), "", samplers=("ddim", "euler_a"))
 
 
-def test_grid_is_made_of_plain_pictures(tiny_sd):
+def test_grid_is_made_of_plain_images(tiny_sd):
     sheet = grids.grid(tiny_sd, PROMPT, grids.Axis("steps", (2, 3)), grids.Axis.of("sampler=ddim,heun"), FEW)
     plain = tiny_sd.txt2img(PROMPT, steps=3, sampler="heun", spacing="trailing", guidance=3.0, seed=FEW.seed)[0]
-    assert sheet.pictures[1][1] == plain
+    assert sheet.images[1][1] == plain
     named = grids.grid(
         tiny_sd, PROMPT, grids.Axis.of("sampler=DPM++ 2M,DPM++ 2M Karras"), grids.Axis("seed", (1,)), FEW
     )
@@ -477,29 +486,29 @@ def test_grid_is_made_of_plain_pictures(tiny_sd):
         tiny_sd.txt2img(PROMPT, steps=3, sampler="dpmpp_2m", spacing=spacing, guidance=3.0, seed=1)[0]
         for spacing in ("trailing", "karras")
     )
-    assert named.pictures == [[other, same]]
+    assert named.images == [[other, same]]
     assert other != same
     image = Image.new("RGB", (128, 128), "red")
     kept = grids.grid(tiny_sd, PROMPT, grids.Axis.of("strength=0,1"), grids.Axis.of("seed=1"), FEW, image)
     plain = tiny_sd.txt2img(PROMPT, steps=3, sampler="ddim", spacing="trailing", guidance=3.0, seed=1)[0]
-    assert kept.pictures[0][1] == plain
+    assert kept.images[0][1] == plain
 
 
 @pytest.mark.parametrize(
     ("x", "y", "message"),
     [
         ("steps=2", "steps=3", "two different axes"),
-        ("strength=0.5", "seed=1", "give the picture to start from"),
+        ("strength=0.5", "seed=1", "needs an image to start from"),
         ("steps=2,0", "seed=1", "steps must be at least 1, got 0"),
         ("seed=1", "sampler=ddim,eulr", "unknown sampler 'eulr'"),
     ],
 )
 def test_grids_that_cannot_be(tiny_sd, x, y, message, monkeypatch):
-    painted = []
-    monkeypatch.setattr(StableDiffusion, "txt2img", lambda *args, **values: painted.append(values))
+    generated = []
+    monkeypatch.setattr(StableDiffusion, "txt2img", lambda *args, **values: generated.append(values))
     with pytest.raises(ValueError, match=message):
         grids.grid(tiny_sd, PROMPT, grids.Axis.of(x), grids.Axis.of(y), FEW)
-    assert painted == []  # it is not said after minutes
+    assert generated == []  # it is not said after minutes
 
 
 @pytest.mark.parametrize(
@@ -547,11 +556,11 @@ def test_arc_between_noises_keeps_their_length():
     assert 0.65 < float(line[2].std()) < 0.77
 
 
-def test_mixed_pictures_end_at_the_plain_ones(tiny_sd):
+def test_mixed_images_end_at_the_plain_ones(tiny_sd):
     mixed = mixing.mixing(tiny_sd, "a red house", "a tree", 2, FEW, seed=9)
-    first, second = runs.paint(tiny_sd, ["a red house", "a tree"], FEW)
-    assert len(runs.paint(tiny_sd, "a tree", FEW)) == 1  # one text, not its letters
-    third = runs.paint(tiny_sd, ["a tree"], replace(FEW, seed=9))[0]
+    first, second = runs.generate(tiny_sd, ["a red house", "a tree"], FEW)
+    assert len(runs.generate(tiny_sd, "a tree", FEW)) == 1  # one text, not its letters
+    third = runs.generate(tiny_sd, ["a tree"], replace(FEW, seed=9))[0]
     for name, row in mixed.rows.items():
         ends = (first, second) if name.startswith("prompts") else (second, third)
         for mine, plain in zip((row[0], row[-1]), ends, strict=True):
@@ -597,13 +606,13 @@ def test_editing_keeps_what_the_prompt_alone_changes(embedded):
     """The figure's claim: a duck in the place of the boat, under the same sky."""
     settings = replace(runs.SETTINGS, seed=2)
     edit = editing.prompt_to_prompt(embedded, "a boat on the sea", "a duck on the sea", settings)
-    source, alone, edited = (np.asarray(picture, float) for picture in edit)
+    source, alone, edited = (np.asarray(image, float) for image in edit)
     assert 5 < np.abs(edited - source).mean() < 0.5 * np.abs(alone - source).mean()
 
 
 def test_new_words_keep_their_own_attention():
     weights = torch.rand(2, 3, 5, 4)
-    mine = editing.taken_over(weights, [0, None, 1, 2])
+    mine = editing.replace_weights(weights, [0, None, 1, 2])
     assert torch.equal(mine[..., 1], weights[1, ..., 1])
     assert torch.equal(mine[..., [0, 2, 3]], weights[0][..., [0, 1, 2]])
 
@@ -619,20 +628,21 @@ def test_steering_is_the_formula():
     assert error(denoise(x, level), expected) < 1e-6
     assert torch.allclose(losses[0], (c * x).square().sum((1, 2, 3)) / 2)
     assert not denoise(x, level).requires_grad
-    with pytest.raises(ValueError, match=r"one number a picture, \(2,\), got \(\)"):
+    with pytest.raises(ValueError, match=r"expected one loss per image, \(2,\), got \(\)"):
         steering.steered(lambda x, level: x, lambda x0: x0.mean(), 1.0)(x, level)
 
 
-def test_steering_lowers_its_loss(embedded):
+def test_steering_lowers_its_loss(embedded, monkeypatch):
     """ "Make it blue", through the decoder and the U-Net."""
+    monkeypatch.setattr(embedded, "config", replace(embedded.config, size=64))
     loss = steering.colour_loss(-1.0, -1.0, 1.0)
-    settings = replace(runs.SETTINGS, steps=8, guidance=3.0)
+    settings = replace(runs.SETTINGS, steps=6, guidance=3.0)
     result = steering.steering(embedded, PROMPT, loss, (0.0, 100.0), settings)
-    plain, steered = (float(loss(to_tensor(picture))) for picture in result.pictures)
+    plain, steered = (float(loss(to_tensor(image))) for image in result.images)
     assert steered < 0.9 * plain
     assert result.losses[1][-1] < 0.9 * result.losses[0][-1]
     # scale 0 changes nothing; with gradients other kernels are used, which round otherwise
-    assert alike(result.pictures[0], runs.paint(embedded, [PROMPT], settings)[0])
+    assert alike(result.images[0], runs.generate(embedded, [PROMPT], settings)[0])
     assert all(parameter.grad is None for parameter in embedded.unet.parameters())
 
 
@@ -652,7 +662,7 @@ def test_steering_where_weights_are_moved_between_turns(tiny):
             return super().__getitem__(name)
 
     networks = {name: copy.deepcopy(net) for name, net in tiny.items()}
-    model = StableDiffusion(TINY, **networks)
+    model = StableDiffusion(replace(TINY, size=64), **networks)
     loss = steering.colour_loss(-1.0, -1.0, 1.0)
     expected = steering.steering(model, PROMPT, loss, (10.0,), FEW)
     model._networks = Moving(networks)
@@ -676,15 +686,15 @@ def test_influence_of_a_word(tiny_sd):
 
 
 def test_round_trip(tiny_sd):
-    picture = Image.new("RGB", (128, 64), (200, 30, 90))
-    trip = latent.round_trip(tiny_sd, picture)
+    image = Image.new("RGB", (128, 64), (200, 30, 90))
+    trip = latent.round_trip(tiny_sd, image)
     assert trip.latent.shape == (4, 8, 16)
     assert trip.factor == 48
-    assert latent.psnr(picture, picture) == math.inf
+    assert latent.psnr(image, image) == math.inf
     assert latent.psnr(Image.new("L", (4, 4), 0), Image.new("L", (4, 4), 255)) == pytest.approx(0.0)
     assert latent.psnr(Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (5, 5, 5))) == pytest.approx(34.15, abs=0.01)
-    with pytest.raises(ValueError, match="pictures of one size"):
-        latent.psnr(picture, picture.resize((8, 8)))
+    with pytest.raises(ValueError, match="two images of the same size"):
+        latent.psnr(image, image.resize((8, 8)))
 
 
 @pytest.mark.parametrize(("config", "parameters"), [(TINY, None), (SD1, 859_520_964)])
@@ -723,7 +733,7 @@ def test_network_is_counted_as_ever_once_it_has_run(tiny, inputs, dtype):
 
 @pytest.mark.full
 def test_full_size():
-    """The same functions on Stable Diffusion 1.x, with weights by lot and small pictures."""
+    """The same functions on Stable Diffusion 1.x, with weights by lot and small images."""
     config = replace(SD1, size=64)
     torch.manual_seed(0)
     networks = {}
@@ -747,9 +757,9 @@ def test_full_size():
     attention.draw_breakdown(seen, 2)
     run = denoising.trajectory(model, PROMPT, settings)
     denoising.draw_trajectory(model, run)
-    picture = Image.new("RGB", (64, 64), "red")
-    latent.draw_round_trip(latent.round_trip(model, picture))
-    noising.draw_forward(noising.forward_process(model, picture))
+    image = Image.new("RGB", (64, 64), "red")
+    latent.draw_round_trip(latent.round_trip(model, image))
+    noising.draw_forward(noising.forward_process(model, image))
     guidance.draw_predictions(model, guidance.predictions(model, PROMPT, settings))
     mixing.draw_mixing(mixing.mixing(model, PROMPT, "a tree", 2, settings), PROMPT, "a tree")
     editing.draw_edits({"edit": editing.prompt_to_prompt(model, PROMPT, "a red tree on a meadow", settings)})
@@ -764,4 +774,5 @@ def test_full_size():
     text.draw_embeddings(similar, ["red", "blue"], text.position_similarity(model.text_encoder))
     guidance.draw_sweep(guidance.sweep(model, PROMPT, (1.0, 4.0), settings), (1.0, 4.0), PROMPT)
     grids.draw_grid(grids.grid(model, PROMPT, grids.Axis("steps", (1, 2)), grids.Axis("seed", (1,)), settings))
-    convergence.convergence(model, PROMPT, settings, samplers=("ddim",), steps=(1, 2), reference_steps=3, n=1)
+    reference = replace(convergence.REFERENCE, steps=3)
+    convergence.convergence(model, PROMPT, reference, samplers=("ddim",), steps=(1, 2), n=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from PIL import Image, ImageChops, ImageStat
 from toy_world_words import strange_words
 
 from scripts import study
-from sd.study import convergence, drawing
+from scripts.figures import commands
+from sd.study import attention, convergence, drawing, editing, latent, noising, text
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {  # what each subcommand makes
@@ -39,11 +41,13 @@ FILES = {  # what each subcommand makes
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """Runs study.py in two steps a picture; gives status, stderr and the files made."""
+    """Runs study.py on small images with two steps; returns status, stderr and the names of the files."""
 
     def call(*args: str):
         try:
-            status = study.main([*args, "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "out")])
+            status = study.main(
+                ["--size", "64", *args, "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "out")]
+            )
         except SystemExit as stop:  # argparse
             status = stop.code
         folder = tmp_path / "out"
@@ -58,9 +62,9 @@ def test_all_are_there():
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_figure(name, run, tmp_path, monkeypatch):
-    """Its files are pictures with something in them; a second run replaces them. The model knows its prompts' words."""
+    """Its files are images with content; a second run replaces them. The model knows all words of its prompts."""
     monkeypatch.setattr(convergence, "STEPS", (2, 3))
-    monkeypatch.setattr(convergence, "SOLUTION_STEPS", 6)
+    monkeypatch.setattr(convergence, "REFERENCE", replace(convergence.REFERENCE, steps=6))
     strange = strange_words(monkeypatch)
     arguments = ["--x", "steps=1,2", "--y", "strength=0.5"] if name == "grid" else []
     for _ in range(2 if name in ("schedule", "reverse") else 1):
@@ -81,22 +85,23 @@ def test_a_figure(name, run, tmp_path, monkeypatch):
         (["atention"], "invalid choice: 'atention'"),
         (["attention", "--word", "dog"], "the prompt has no word 'dog': its words are watercolour, of, a"),
         (["grid", "--x", "size=3"], "unknown axis 'size'"),
-        (["self-attention", "--point", "3"], "a place is X,Y"),
+        (["self-attention", "--point", "3"], "expected a point X,Y"),
+        (["self-attention", "--point", "3,0"], "expected a point from 0,0 to 1,1"),
         (["schedule", "--ckpt", "missing.ckpt"], "missing.ckpt"),
         (["schedule", "--size", "100"], "must be a multiple of 8, got 100"),
         (["tokens", "--seed", "-5"], "seed must be from 0"),
-        (["attention", "--prompt", " "], "--prompt has no words to look at"),
+        (["attention", "--prompt", " "], "--prompt has no words"),
         (["attention", "--word", ""], "the prompt has no word '': its words are"),
         (["editing", "--word", "dog"], "the prompt has no word 'dog': its words are a, pink, cat"),
         (["forward", "--t", "1000"], "timestep must be -1 (clean) or in [0, 999], got 1000"),
         (["forward", "--t", "nan"], "timestep must be"),
         (["forward", "--t", "half"], "argument --t: invalid float value: 'half'"),
-        (["grid", "--x", "seed=1", "--y", "seed=2"], "two different axes make a grid, got seed twice"),
+        (["grid", "--x", "seed=1", "--y", "seed=2"], "a grid needs two different axes, got seed twice"),
         (["grid", "--x", "steps=1,0"], "steps must be at least 1, got 0"),
-        (["attention", "--compile"], "--compile: nothing can be seen inside of a compiled U-Net; leave it out"),
+        (["attention", "--compile"], "--compile: a compiled U-Net skips the hooks of the studies; remove the option"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(arguments, message, run):
+def test_errors_are_one_line(arguments, message, run):
     status, errors, _ = run(*arguments)
     lines = [line for line in errors.splitlines() if not line.startswith("warning")]
     assert status in (1, 2)
@@ -104,8 +109,8 @@ def test_what_is_wrong_is_said_in_one_line(arguments, message, run):
     assert message in lines[0]
 
 
-def test_a_word_that_is_not_there_is_said_before_painting(run, monkeypatch):
-    monkeypatch.setattr(study.attention, "word_maps", lambda *_: pytest.fail("painted first"))
+def test_a_missing_word_fails_before_generating(run, monkeypatch):
+    monkeypatch.setattr(attention, "word_maps", lambda *_: pytest.fail("generated first"))
     assert run("attention", "--word", "dog")[0] == 1
 
 
@@ -113,7 +118,7 @@ def test_a_word_that_is_not_there_is_said_before_painting(run, monkeypatch):
 def test_out_is_a_folder(below, tmp_path, capsys):
     (tmp_path / "taken").touch()
     assert study.main(["schedule", "--out", f"{tmp_path}/taken{below}"]) == 1
-    assert "there is a file where a folder should be" in capsys.readouterr().err
+    assert "there is a file of this name" in capsys.readouterr().err
 
 
 def test_all_makes_them_one_after_the_other(run, monkeypatch):
@@ -121,11 +126,11 @@ def test_all_makes_them_one_after_the_other(run, monkeypatch):
     assert run("all") == (0, "", {"tokens.png", "schedule.png"})
 
 
-def test_axes_that_are_not_given():
-    """The usual one, but for what the other one varies."""
+def test_default_axes():
+    """The default of an axis, or that of the other axis where both would vary the same setting."""
 
     def names(*args: str) -> list[str]:
-        return [axis.name for axis in study.axes(study.parser().parse_args(["grid", *args]))]
+        return [axis.name for axis in commands.axes(study.parser().parse_args(["grid", *args]))]
 
     assert names() == ["steps", "sampler"]
     assert names("--x", "sampler=ddim") == ["sampler", "steps"]
@@ -133,25 +138,25 @@ def test_axes_that_are_not_given():
     assert names("--x", "seed=2") == ["seed", "sampler"]
 
 
-def test_timesteps_and_prompts_of_ones_own(run, monkeypatch):
+def test_custom_timesteps_and_prompts(run, monkeypatch):
     seen = {}
-    draw_forward, draw_order = study.noising.draw_forward, study.text.draw_word_order
-    monkeypatch.setattr(study.noising, "draw_forward", lambda noised: seen.update(at=noised) or draw_forward(noised))
-    monkeypatch.setattr(study.text, "draw_word_order", lambda order: seen.update(of=order) or draw_order(order))
+    draw_forward, draw_order = noising.draw_forward, text.draw_word_order
+    monkeypatch.setattr(noising, "draw_forward", lambda noised: seen.update(at=noised) or draw_forward(noised))
+    monkeypatch.setattr(text, "draw_word_order", lambda order: seen.update(of=order) or draw_order(order))
     assert run("forward", "--t", "0", "--t", "500.5")[0] == 0
     assert [level.t for level in seen["at"].levels] == [0, 500.5]
     assert run("words", "--prompt", "a cat and a duck", "--other", "a duck and a cat")[0] == 0
     assert seen["of"].prompts == ("a cat and a duck", "a duck and a cat")
-    assert run("mixing", "--seed", str(2**64 - 1))[0] == 0  # the seed behind it is 0
+    assert run("mixing", "--seed", str(2**64 - 1))[0] == 0  # the next seed wraps around to 0
 
 
-def test_memory_that_is_not_there(run, monkeypatch):
-    """What is advised are options that there are."""
+def test_out_of_memory(run, monkeypatch):
+    """The message suggests options that exist."""
 
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(study.latent, "round_trip", fail)
+    monkeypatch.setattr(latent, "round_trip", fail)
     status, errors, _ = run("latent")
     assert status == 1
     assert errors == f"error: {study.OUT_OF_MEMORY}\n"
@@ -160,18 +165,16 @@ def test_memory_that_is_not_there(run, monkeypatch):
 
 
 def distance(a, b):
-    """The mean difference of two pictures, in grey levels."""
+    """The mean difference of two images, in grey levels."""
     return sum(ImageStat.Stat(ImageChops.difference(a, b)).mean) / 3
 
 
-def test_the_prompt_can_be_ones_own(run, monkeypatch):
-    """No boxes, as nobody knows where things are; edits that go with any prompt."""
+def test_custom_prompts(run, monkeypatch):
+    """No boxes, because the positions of the things are unknown; edits that work for any prompt."""
     seen = {}
-    draw_maps, draw_edits = study.attention.draw_word_maps, study.editing.draw_edits
-    monkeypatch.setattr(
-        study.attention, "draw_word_maps", lambda *args: seen.update(notes=args[2:]) or draw_maps(*args)
-    )
-    monkeypatch.setattr(study.editing, "draw_edits", lambda edits: seen.update(edits=edits) or draw_edits(edits))
+    draw_maps, draw_edits = attention.draw_word_maps, editing.draw_edits
+    monkeypatch.setattr(attention, "draw_word_maps", lambda *args: seen.update(notes=args[2:]) or draw_maps(*args))
+    monkeypatch.setattr(editing, "draw_edits", lambda edits: seen.update(edits=edits) or draw_edits(edits))
     for name in ("attention", "editing"):
         assert run(name, "--prompt", "a cat in the snow", "--other", "a duck in the snow", "--word", "cat")[0] == 0
     assert seen["notes"] == ({}, {})
@@ -182,7 +185,7 @@ def test_the_prompt_can_be_ones_own(run, monkeypatch):
 
 
 def test_films(run, tmp_path, monkeypatch):
-    """A GIF; an MP4 where there is ffmpeg, which is given whole frames of even sides; one line where there is none."""
+    """A GIF; an MP4, for which ffmpeg gets whole frames of even sides; one line if ffmpeg is missing."""
     assert run("reverse", "--film", "gif")[2] == {"reverse.webp", "reverse-film.gif"}
     monkeypatch.setattr(study.shutil, "which", lambda name: None)
     status, errors, _ = run("reverse", "--film", "mp4")
@@ -198,7 +201,7 @@ def test_films(run, tmp_path, monkeypatch):
     arguments = (tmp_path / "out" / "reverse-film.mp4.arguments").read_text().split()
     width, height = map(int, arguments[arguments.index("-s") + 1].split("x"))
     assert width % 2 == height % 2 == 0
-    assert (tmp_path / "out" / "reverse-film.mp4").stat().st_size == width * height * 3 * (3 + study.LINGER)
+    assert (tmp_path / "out" / "reverse-film.mp4").stat().st_size == width * height * 3 * (3 + study.LAST_FRAME_REPEATS)
 
 
 def test_help_names_every_figure(capsys):
@@ -208,7 +211,7 @@ def test_help_names_every_figure(capsys):
     assert all(f"\n  {name} " in text for name in [*study.FIGURES, "all"])
 
 
-def test_nothing_that_paints_imports_it():
+def test_code_that_generates_does_not_import_it():
     code = (
         "import sys, sd, sd.training, scripts.txt2img, scripts.inpaint, scripts.train; "
         "print([name for name in sys.modules if 'study' in name])"

@@ -57,7 +57,7 @@ def pixels(scene: Scene, seed: int = 0, size: int = 128) -> np.ndarray:
     return np.asarray(draw(scene, Random(seed), size), np.float32)
 
 
-def test_equal_seeds_give_equal_scenes_pictures_and_captions() -> None:
+def test_equal_seeds_give_equal_scenes_images_and_captions() -> None:
     for seed in range(20):
         (one, picture), (two, again) = example(seed), example(seed)
         assert one == two and picture.tobytes() == again.tobytes()
@@ -174,7 +174,7 @@ def test_styles_are_told_apart_by_rule() -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_every_attribute_changes_the_picture(style: str) -> None:
+def test_every_attribute_changes_the_image(style: str) -> None:
     """The least change of an attribute is far above the change of a seed's details, where the thing is."""
     for kind in KINDS:
         for colour, size in product(COLOURS, SIZES):

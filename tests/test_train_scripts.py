@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource as limits
@@ -26,6 +27,7 @@ from scripts.training import data as training_data
 from scripts.training import loop
 from scripts.training.log import Log, read_log
 from scripts.training.loop import Trainer
+from scripts.training.processes import Processes
 from scripts.training.state import load_state, save_state, save_tensors
 from sd import StableDiffusion
 from sd.checkpoints.detect import CONFIG_KEY
@@ -79,7 +81,7 @@ def new(tmp_path_factory) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Eight plain pictures with captions beside them."""
+    """Eight plain images with captions beside them."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for i, name in enumerate(("red", "green", "blue", "yellow", "pink", "cyan", "white", "black")):
@@ -358,8 +360,8 @@ def test_a_full_disk_keeps_the_state_before(full_disk, new, photos, start, tmp_p
     ("optimizer", "count", "steps"),
     [("adamw", 3, 100), pytest.param("muon", 8, 150, marks=pytest.mark.exhaustive)],
 )
-def test_pictures_are_memorised(optimizer, count, steps, start, tmp_path):
-    """The program alone: a few scenes through the embedded model's VAE; then each caption paints its own picture."""
+def test_images_are_memorised(optimizer, count, steps, start, tmp_path):
+    """The program alone: a few scenes through the embedded model's VAE; then each caption generates its own image."""
     config = replace(SMALL, unet=replace(SMALL.unet, channels=(64, 96), heads=(2, 3)))
     (tmp_path / "small.json").write_text(config.to_json())
     data = tmp_path / "data"
@@ -382,15 +384,15 @@ def test_pictures_are_memorised(optimizer, count, steps, start, tmp_path):
 
     model = StableDiffusion.load(tmp_path / "out" / "model.safetensors", device="cpu", dtype="float32")
     wanted = [model.decode(model.encode(Image.fromarray(e.pixels)).mode())[0] for e in examples]
-    painted = [model.txt2img(e.captions[0], steps=10, guidance=1.0, seed=i)[0] for i, e in enumerate(examples)]
-    distance = np.array([[np.square(np.subtract(p, w, dtype=float)).mean() ** 0.5 for w in wanted] for p in painted])
+    generated = [model.txt2img(e.captions[0], steps=10, guidance=1.0, seed=i)[0] for i, e in enumerate(examples)]
+    distance = np.array([[np.square(np.subtract(p, w, dtype=float)).mean() ** 0.5 for w in wanted] for p in generated])
     assert distance.argmin(axis=1).tolist() == list(range(count)), distance.round()
     others = distance[~np.eye(count, dtype=bool)]
     assert distance.diagonal().mean() < 0.65 * others.mean(), distance.round()
 
 
 def test_what_was_trained_loads_everywhere(ckpt, photos, start, tmp_path, capsys):  # noqa: F811
-    """Fine-tuned from a checkpoint: painted from with no flags, rewritten in the original layout with equal weights."""
+    """Fine-tuned from a checkpoint: it loads without options and converts to the original layout with equal weights."""
     status, out, _ = start(
         *(train, "--ckpt", ckpt, "--data", photos, "--size", 64, *QUICK, "--steps", 2, "--out", tmp_path / "out"),
         *("--samples", 2, "--sample-steps", 2, "--export-dtype", "float32", "--checkpointing"),
@@ -402,8 +404,8 @@ def test_what_was_trained_loads_everywhere(ckpt, photos, start, tmp_path, capsys
     assert same(kept.text_encoder.state_dict(), trained.text_encoder.state_dict())  # without --train-text
     assert same(kept.vae.state_dict(), trained.vae.state_dict())
 
-    paint = ["a red picture", "--steps", "2", "--height", "64", "--width", "64", "--device", "cpu", "--out"]
-    assert txt2img.main([*paint, str(tmp_path / "painted"), "--ckpt", str(model)]) == 0
+    arguments = ["a red image", "--steps", "2", "--height", "64", "--width", "64", "--device", "cpu", "--out"]
+    assert txt2img.main([*arguments, str(tmp_path / "generated"), "--ckpt", str(model)]) == 0
     original = tmp_path / "original.safetensors"
     assert convert.main([str(model), str(original), "--layout", "original"]) == 0
     back = StableDiffusion.load(original, config=TINY, device="cpu", dtype="float32")
@@ -424,15 +426,13 @@ def test_an_inpainting_model_of_a_model_of_four_channels(ckpt, photos, start, tm
     assert not same(kept.text_encoder.state_dict(), trained.text_encoder.state_dict())
     mask = tmp_path / "mask.png"
     Image.new("L", (96, 64), 255).save(mask)
-    picture = photos / "red.png"
-    small = ["--ckpt", str(model), "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "painted")]
-    assert inpaint.main(["a", str(picture), str(mask), *small]) == 0
+    image = photos / "red.png"
+    small = ["--ckpt", str(model), "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "generated")]
+    assert inpaint.main(["a", str(image), str(mask), *small]) == 0
     # and going on with a model that has nine channels already
     assert start(*common[:2], model, *common[3:], "--steps", 1, "--samples", 0, "--out", tmp_path / "b")[0] == 0
     status, _, err = start(train, "--ckpt", model, "--data", photos, "--steps", 1, "--out", tmp_path / "c")
-    assert status == 1 and err == [
-        "error: tiny v1 inpainting has a U-Net of 9 channels, which is trained with --inpaint"
-    ]
+    assert status == 1 and err == ["error: tiny v1 inpainting has a U-Net of 9 channels: train it with --inpaint"]
 
 
 @pytest.mark.parametrize("precision", [pytest.param("bfloat16", marks=pytest.mark.exhaustive), "float16"])
@@ -461,7 +461,7 @@ def test_the_drawn_world_is_the_default(new, start, tmp_path):
     assert model.config.vae.scale != SMALL.vae.scale and model.config.name == "small"
 
 
-def test_broken_pictures_are_skipped_and_counted(new, photos, start, tmp_path):
+def test_broken_images_are_skipped_and_counted(new, photos, start, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     for path in photos.iterdir():
@@ -471,11 +471,11 @@ def test_broken_pictures_are_skipped_and_counted(new, photos, start, tmp_path):
     status, _, err = start(train, "--data", data, *new, "--samples", 0, "--steps", 1, "--out", tmp_path / "out")
     assert status == 0 and len(err) == 3
     assert err[0].startswith(f"warning: skipped: {data / 'blue.png'}: ")
-    assert err[2] == "warning: 2 of 8 pictures cannot be read and are skipped"
+    assert err[2] == "warning: 2 of 8 images cannot be read and are skipped"
     for path in data.glob("*.png"):
         path.write_bytes(b"")
     status, _, err = start(train, "--data", data, *new, "--steps", 1, "--out", tmp_path / "none")
-    assert status == 1 and err[-1] == "error: none of the 8 pictures can be read"
+    assert status == 1 and err[-1] == "error: none of the 8 images can be read"
 
 
 def test_problems_with_the_data_are_one_line(new, photos, start, tmp_path):
@@ -488,19 +488,19 @@ def test_problems_with_the_data_are_one_line(new, photos, start, tmp_path):
 
     assert problem() == f"error: --data {data}: no such folder"
     data.mkdir()
-    assert problem().startswith(f"error: --data {data}: no pictures in it")
+    assert problem().startswith(f"error: --data {data}: no images in it")
     (data / "a.png").write_bytes((photos / "red.png").read_bytes())
     (data / "b.png").write_bytes((photos / "red.png").read_bytes())
     (data / "b.txt").write_text("b")
-    assert problem().startswith(f"error: {data / 'a.png'}: no caption (1 of 2 pictures have none): write it into a.txt")
+    assert problem().startswith(f"error: {data / 'a.png'}: no caption (1 of 2 images have none): write it to a.txt")
     (data / "a.txt").write_bytes(b"\xff\xfe\x00")
-    assert problem() == f"error: {data / 'a.txt'}: not text in UTF-8; save it as that"
+    assert problem() == f"error: {data / 'a.txt'}: not UTF-8 text; save it as UTF-8"
     (data / "a.txt").unlink()
     listed = data / "metadata.jsonl"
     listed.write_text('{"file_name": "a.png"}\n')
     assert problem().startswith(f"error: {listed}, line 1: expected")
     listed.write_text('{"file_name": "c.png", "text": "c"}\n')
-    assert problem() == f"error: {data}: 1 pictures of metadata.jsonl are not there, first {data / 'c.png'}"
+    assert problem() == f"error: {data}: 1 images of metadata.jsonl are missing, first {data / 'c.png'}"
     listed.write_text('{"file_name": "a.png", "text": " "}\n')  # as good as none
     assert problem().startswith(f"error: {data / 'a.png'}: no caption (1 of 2")
     listed.write_text("not json\n")
@@ -559,17 +559,17 @@ def test_a_loss_of_nan_is_one_line_and_keeps_the_state(new, photos, start, tmp_p
     monkeypatch.setattr(train, "diffusion_loss", lambda *args: loss(*args) * float("nan"))
     status, _, err = start(train, "--out", tmp_path, "--resume", "--steps", 5)
     assert status == 1 and err == [
-        "error: the loss is not finite (nan) by step 3: try a lower --lr or --precision float32; "
+        "error: the loss is not finite (nan) at step 3: try a lower --lr or --precision float32; "
         "the state of step 2 is kept"
     ]
     assert (tmp_path / "state.pt").read_bytes() == before
 
 
-def test_a_text_encoder_learns_which_caption_belongs_to_which_picture(new, photos, start, tmp_path):
-    """Of 8 pictures, each with a word of its own. Then it is what a new model begins with."""
+def test_a_text_encoder_learns_which_caption_belongs_to_which_image(new, photos, start, tmp_path):
+    """Of 8 images, each with a word of its own. Then it is what a new model begins with."""
     options = ["--data", photos, *new, "--batch", 8, "--lr", 1e-3, "--ema", 0, "--optimizer", "adamw"]
     status, out, _ = start(train_text, *options, "--steps", 250, "--out", tmp_path / "text")
-    assert status == 0 and out[-2].endswith(", 100.0 % of 8 captions find their picture")
+    assert status == 0 and out[-2].endswith(", 100.0 % of 8 captions find their image")
     written = tmp_path / "text" / "text_encoder.safetensors"
     learned = load_file(written)
     token = learned["text_encoder.token.weight"]
@@ -600,12 +600,12 @@ def test_a_text_encoder_learns_which_caption_belongs_to_which_picture(new, photo
     assert status == 1 and err == [f"error: {new[3]}: no text encoder in it: expected what train_text.py writes"]
 
 
-def test_a_text_encoder_is_trained_by_one_process(new, photos, tmp_path):
-    command = [*TORCHRUN, ROOT / "scripts" / "train_text.py", "--data", photos, *new, "--out", tmp_path / "out"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=ONE_THREAD)
-    assert done.returncode != 0
-    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
-        "error: the loss compares all pictures of a batch, so one process trains: start it without torchrun"
+def test_a_text_encoder_is_trained_by_one_process(new, photos, start, tmp_path, monkeypatch):
+    two = Processes(torch.device("cpu"), rank=0, count=2)
+    monkeypatch.setattr(loop, "processes", lambda device: contextlib.nullcontext(two))
+    status, _, err = start(train_text, "--data", photos, *new, "--out", tmp_path / "out")
+    assert status == 1 and err == [
+        "error: the loss compares all images of a batch, so only one process can train: do not use torchrun"
     ]
 
 
@@ -623,7 +623,7 @@ def test_a_gradient_of_nan_is_never_saved(new, photos, start, tmp_path, monkeypa
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
     status, _, err = start(train, "--out", tmp_path, "--resume", "--steps", 3)
-    assert status == 1 and err[-1].startswith("error: the gradient is not finite (nan) by step 3")
+    assert status == 1 and err[-1].startswith("error: the gradient is not finite (nan) at step 3")
     assert kept == {name: (tmp_path / name).read_bytes() for name in kept}
 
 
@@ -692,7 +692,7 @@ def test_a_run_inside_of_its_data_does_not_train_on_its_samples(new, photos, sta
     assert start(train, *options)[0] == 0
     assert (data / "run" / "samples-000001.png").exists()
     _, out, _ = start(train, "--out", data / "run", "--resume", "--steps", 2)
-    assert ", 8 pictures," in out[0]
+    assert ", 8 images," in out[0]
 
 
 def test_wrong_options_are_one_line(new, photos, start, tmp_path):
@@ -703,20 +703,20 @@ def test_wrong_options_are_one_line(new, photos, start, tmp_path):
 
     assert problem("--steps", 0) == "--steps must be at least 1, got 0"
     assert problem("--ema", 1) == "--ema must be from 0 to below 1, got 1.0"
-    assert problem() == "a new model needs a VAE (--vae): train one with train_vae.py, or give a checkpoint's"
+    assert problem() == "a new model needs a VAE (--vae): train one with train_vae.py, or use that of a checkpoint"
     assert problem("--vae", photos / "red.png").startswith(f"{photos / 'red.png'}: ")
     assert problem(*new, "--model", "sd9").startswith("--model sd9: expected one of sd1, ")
     assert problem(*new, "--size", 60).startswith("height must be a multiple of 8, got 60")
-    assert problem("--resume").endswith("no run to go on with (state.pt); begin one without --resume")
+    assert problem("--resume").endswith("no run to resume (state.pt); start one without --resume")
     out = tmp_path / "out"
     assert start(train, "--data", photos, *new, "--samples", 0, "--steps", 1, "--out", out)[0] == 0
-    assert problem(*new) == f"{out} holds a run already: go on with it (--resume) or choose another --out"
-    assert problem("--resume", "--steps", 2, "--ema", 0).endswith("with --ema 0 or without, as it began")
+    assert problem(*new) == f"{out} already has a run: continue it (--resume) or choose another --out"
+    assert problem("--resume", "--steps", 2, "--ema", 0).endswith("--ema cannot change between 0 and another value")
     assert problem("--resume", "--steps", 2, "--optimizer", "muon").endswith(
-        "began with --optimizer adamw and goes on with it"
+        "started with --optimizer adamw, which cannot change"
     )
     assert start(train, "--out", out, "--resume", "--steps", 2)[0] == 0  # what was refused is not remembered
-    assert problem("--resume", "--steps", 1) == "the run is at step 2 already: give more --steps"
+    assert problem("--resume", "--steps", 1) == "the run is already at step 2: give more --steps"
     other = tmp_path / "other"
     for wrong, said in (
         (("--sample-steps", 0), "steps"), (("--sample-guidance", "nan"), "guidance"), (("--threads", -1), "--threads"),
@@ -726,7 +726,7 @@ def test_wrong_options_are_one_line(new, photos, start, tmp_path):
         assert problem(*new, "--out", other, *wrong).startswith(said)
     assert not list(other.glob("*.*"))
     status, _, err = start(train, "--ckpt", resource("weights/pocket.safetensors"), "--out", other)
-    assert status == 1 and err == ["error: --ckpt needs --data: a folder with pictures, or world for the drawn scenes"]
+    assert status == 1 and err == ["error: --ckpt needs --data: a folder with images, or world for drawn scenes"]
     save_tensors({"text_encoder.norm.weight": torch.ones(8)}, tmp_path / "text.safetensors", {})
     said = problem("--vae", tmp_path / "text.safetensors", "--out", other)
     assert "no VAE in it: expected what train_vae.py writes" in said
@@ -746,10 +746,10 @@ def test_words_that_will_not_be_learned_are_said(start, tmp_path):
         out = tmp_path / f"out{len(more)}"
         status, _, err = start(train, *common, "--steps", 1, "--samples", 0, "--out", out, *more)
         assert status == 0, err
-        assert any("will not learn: triceratops (--train-text teaches it)" in line for line in err) == said
+        assert any("does not know these words: triceratops (--train-text learns them)" in line for line in err) == said
 
 
-def test_every_epoch_sees_every_picture_once():
+def test_every_epoch_sees_every_image_once():
     order = training_data.Order(7, seed=3)
     stream = order(0, 21)
     for epoch in range(3):

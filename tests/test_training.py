@@ -108,7 +108,7 @@ def test_perceptual_and_adversarial_terms_are_injected():
     plain = vae_loss(image, decoded, mean, logvar, 0.0)
     assert vae_loss(image, decoded, mean, logvar, 0.0, perceptual=perceptual).item() == pytest.approx(plain.item() + 5)
     assert given[0][0] is image and given[0][1] is decoded
-    judged = vae_loss(image, decoded, mean, logvar, 0.0, perceptual, lambda picture: -3 * picture.mean())
+    judged = vae_loss(image, decoded, mean, logvar, 0.0, perceptual, lambda image: -3 * image.mean())
     assert judged.item() == pytest.approx(plain.item() + 5 - 1.5)
 
 
@@ -132,7 +132,7 @@ def test_min_snr_makes_the_error_of_x0_count_at_most_gamma(prediction):
 
 
 def test_contrastive_loss_is_its_closed_form():
-    """Written out for each picture and each text, with cosines and logarithms of softmax (symmetric InfoNCE)."""
+    """Written out for each image and each text, with cosines and logarithms of softmax (symmetric InfoNCE)."""
     images, texts = torch.randn(5, 7, generator=rng(1)), torch.randn(5, 7, generator=rng(2))
 
     def cosine(a, b):
@@ -146,7 +146,7 @@ def test_contrastive_loss_is_its_closed_form():
     assert contrastive_loss(images, texts, 3.0).item() == pytest.approx(expected, rel=1e-5)
     assert contrastive_loss(images, 5 * images, 100.0).item() < 0.01  # length does not count
     assert contrastive_loss(images, images.flip(0), 100.0).item() > 10
-    with pytest.raises(ValueError, match=r"one shape \(B, D\), got \(5, 7\) and \(5, 6\)"):
+    with pytest.raises(ValueError, match=r"the same shape \(B, D\), got \(5, 7\) and \(5, 6\)"):
         contrastive_loss(images, texts[:, :6], 1.0)
 
 
@@ -213,7 +213,7 @@ def test_random_masks_hide_anything_from_little_to_all():
     some = share[share < 1]
     assert some.quantile(0.1) < 0.12 and some.quantile(0.9) > 0.35
     often = masks[share < 1].mean((0, 1))
-    assert often.min() > 0.03 and often.max() < 0.6  # no part of the picture is spared, or always hidden
+    assert often.min() > 0.03 and often.max() < 0.6  # no part of the image is spared, or always hidden
     assert torch.equal(random_masks(400, 24, 40, rng()), masks)
     assert random_masks(50, 24, 40, rng(), whole=0.0).mean((1, 2, 3)).max() < 1
 
@@ -261,7 +261,7 @@ def test_a_widened_unet_predicts_as_before():
     t, context = torch.tensor([500]), context.view(1, 8, 8)
     masked = wider(x, t, Conditioning(context, concat=extra))
     torch.testing.assert_close(masked, unet(x, t, Conditioning(context)))
-    with pytest.raises(ValueError, match="9 input channels cannot be given 4"):
+    with pytest.raises(ValueError, match="9 input channels to 4"):
         widen_input(wider, config)
 
 

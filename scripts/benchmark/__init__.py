@@ -1,7 +1,7 @@
-"""What bench.py is made of: measuring ours and others in turns, each in a process of its own.
+"""The parts of bench.py: it measures ours and peers alternately, each in its own process.
 
-cases    what is measured: inputs, how much arithmetic          sides    whose: ours, diffusers, compiled, OpenVINO
-weights  the same weights for all sides                         workers  objects in processes of their own
-runner   one side in its process: time and memory of a run      peak     what the machine reaches
-start    from a new interpreter to the first step               report   rows, tables, the file that is kept
+cases    what is measured: inputs, number of operations         sides    ours, diffusers, compiled, OpenVINO
+weights  the same weights for all sides                         workers  objects in other processes
+runner   one side in its process: time and memory of a run      peak     peak rate of the machine
+start    from a new interpreter to the first step               report   rows, tables, the file of results
 """

@@ -1,12 +1,12 @@
-"""What is measured: the parts of painting a picture, their inputs, and how much arithmetic each takes.
+"""The cases: the parts of generating an image, their inputs and their number of operations.
 
-    unet     one step: the network on two items a picture, as guidance needs
-    vae      latents to pixels, one picture at a time as all programs do it: so only its size matters
+    unet     one step: the network on two items per image, for guidance
+    vae      latents to pixels, one image at a time as in all programs, so only its size matters
     text     two prompts
-    picture  prompt to picture, with some steps of DDIM and guidance
+    picture  prompt to image, with some steps of DDIM and guidance
     start    a new interpreter, imports, weights from files, and the first step (start.py)
 
-How cost grows is seen on the U-Net in sizes and in pictures at a time, and on the VAE in sizes.
+Growth of the cost is measured for the U-Net over image size and batch size, and for the VAE over image size.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ PARTS = ("unet", "vae", "text", "picture", "start")
 NEEDED = {"unet": ("unet",), "vae": ("vae",), "text": ("text_encoder",), "picture": NETWORKS, "start": NETWORKS}
 TITLES = {"unet": "U-Net step", "vae": "VAE decode", "text": "text encoder", "picture": "picture"}
 
-PROMPTS = ("a photograph of an astronaut riding a horse", "")  # what to paint, and what to steer away from
+PROMPTS = ("a photograph of an astronaut riding a horse", "")  # prompt and negative prompt
 GUIDANCE = 7.5
 TIMESTEP = 500.0
 
 
 class Case(NamedTuple):
-    """One thing to measure: a part, for so many pictures of size x size pixels; of a picture, in so many steps."""
+    """A part with image size (size x size pixels), batch size, and for "picture" the number of steps."""
 
     part: str
     size: int
@@ -44,7 +44,7 @@ class Case(NamedTuple):
 
 
 def all_cases(part: str, config: Config, steps: int, sizes: Sequence[int], batches: Sequence[int]) -> list[Case]:
-    """The usual case of a part, and those that show how its cost grows; the least work first."""
+    """The usual case of a part and those that show the growth of its cost, in order of work."""
     usual = usual_case(part, config, steps)
     cases = {usual}
     if part in ("unet", "vae"):
@@ -55,12 +55,12 @@ def all_cases(part: str, config: Config, steps: int, sizes: Sequence[int], batch
 
 
 def usual_case(part: str, config: Config, steps: int = 1) -> Case:
-    """One picture of the model's native size."""
+    """One image of the model's native size."""
     return Case(part, config.size, steps=steps if part == "picture" else 1)
 
 
 def label(case: Case, config: Config) -> str:
-    """What a row of the table is called."""
+    """The label of a row in the table."""
     side, size = case.size // config.vae.factor, f"{case.size}x{case.size}"
     details = {
         "unet": f"{2 * case.batch} x {side}x{side}",
@@ -72,7 +72,7 @@ def label(case: Case, config: Config) -> str:
 
 
 def inputs(case: Case, config: Config) -> tuple[Tensor, ...]:
-    """The tensors that a part's network is given: the same numbers every time, on the CPU, in float32 (tokens: int64).
+    """The input tensors of a part's network: the same values every time, on the CPU, in float32 (tokens: int64).
 
     unet (x (2B, C, h, w), t (2B,), context (2B, M, D)); vae (z (B, C, h, w),); text (ids (2, M),).
     """
@@ -90,7 +90,7 @@ def inputs(case: Case, config: Config) -> tuple[Tensor, ...]:
 
 
 def arguments(case: Case, given: Sequence[Tensor]) -> tuple[Any, ...]:
-    """What the part's network is called with, of the tensors of `inputs`: the U-Net's context is a Conditioning."""
+    """The arguments of the part's network from the tensors of `inputs`: the U-Net takes a Conditioning."""
     if case.part != "unet":
         return tuple(given)
     x, t, context = given
@@ -99,15 +99,15 @@ def arguments(case: Case, given: Sequence[Tensor]) -> tuple[Any, ...]:
 
 @cache
 def flop(case: Case, config: Config) -> float:
-    """Floating-point operations of the plain formulas, counted without computing anything.
+    """Floating-point operations of the plain formulas, counted on the meta device.
 
-    What a kernel saves (kernels.EnlargingConv2d) still counts, for us as for the others.
+    Operations that a faster kernel saves still count, for all implementations.
     """
     if case.part == "picture":
         once = {part: flop(usual_case(part, config), config) for part in ("unet", "vae", "text")}
         return case.steps * once["unet"] + once["vae"] + once["text"]
     (name,) = NEEDED[case.part]
-    network = build(config)[name]
+    network: Any = build(config)[name]
     call = network.decode if case.part == "vae" else network
     given = [tensor.to("meta") for tensor in inputs(case, config)]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -116,7 +116,7 @@ def flop(case: Case, config: Config) -> float:
 
 
 def weight_bytes(part: str, config: Config, dtype: torch.dtype) -> int:
-    """One copy of the weights of all networks that a part needs."""
+    """Bytes of one copy of the weights of all networks that a part needs."""
     built = build(config)
     numbers = sum(weight.numel() for name in NEEDED[part] for weight in built[name].state_dict().values())
     return numbers * dtype.itemsize

@@ -1,11 +1,11 @@
-"""Measuring ours and one other in turns: one after the other, again and again, so that both meet the same machine.
+"""Measure ours and one peer alternately, so that both see the same machine state.
 
-Ours takes turns with one peer at a time, so that two models are in memory and not four. Every ratio is of such a pair.
+Ours alternates with one peer at a time, so that only two models are in memory. Every ratio comes from such a pair.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -19,13 +19,13 @@ from .sides import takes_part
 from .weights import Setup
 from .workers import Failed, Worker
 
-MAX_DIFFERENCE = 0.2  # relative, between two bfloat16 runs of a deep network; more is another network
+MAX_DIFFERENCE = 0.2  # relative, between two bfloat16 runs of a deep network; more means another network
 
 
-class Turns(NamedTuple):
-    """What was measured of ours and of a peer, in the order it was, and how far their results are apart.
+class Comparison(NamedTuple):
+    """The alternating runs of ours and of a peer in their order, and the difference between their results.
 
-    `peer` is empty where ours ran alone; `difference` is |ours - theirs| / |theirs|, where both gave numbers.
+    `peer` is empty if ours ran alone; `difference` is |ours - theirs| / |theirs| if both returned arrays.
     """
 
     ours: list[Run]
@@ -41,20 +41,20 @@ def measure(
     runs: int,
     bar: tqdm,
     note: Callable[[str], object],
-) -> tuple[dict[Case, dict[str, Turns]], float]:
-    """All cases of one part in one precision: by case and peer ("" alone), and what the machine reaches in FLOP/s.
+) -> tuple[dict[Case, dict[str, Comparison]], float]:
+    """Measure all cases of one part in one precision: results by case and peer ("" for ours alone), and peak FLOP/s.
 
-    `bar` goes on by one for each run. A peer that fails is left out, and `note` is told why. Raises Failed if ours
-    does.
+    `bar` advances by one per run. A peer that fails is left out, and `note` is called with the reason. Raises Failed
+    if ours fails.
     """
-    measured: dict[Case, dict[str, Turns]] = {case: {} for case in cases}
+    measured: dict[Case, dict[str, Comparison]] = {case: {} for case in cases}
     with Worker("ours", setup.folder / "ours.log", Runner, "ours", setup, part) as ours:
         reached = ours.ask("peak")
         for peer in peers:
             its = [case for case in cases if takes_part(peer, case, setup)]
             if not its:
                 continue
-            ours.ask("rest")  # building takes the most memory
+            ours.ask("rest")  # building the peer takes most memory
             try:
                 with start_peer(peer, setup, part, bar) as theirs:
                     for case in its:
@@ -70,7 +70,7 @@ def measure(
 
 
 def start_peer(peer: str, setup: Setup, part: str, bar: tqdm) -> Worker:
-    """A peer in its process, ready to be given cases."""
+    """Start a peer in its own process."""
     bar.set_postfix_str(f"{peer}: building")
     log = setup.folder / f"{peer}.log"
     if peer == "openvino":
@@ -79,8 +79,8 @@ def start_peer(peer: str, setup: Setup, part: str, bar: tqdm) -> Worker:
     return Worker(peer, log, Runner, peer, setup, part)
 
 
-def pair(ours: Worker, theirs: Worker | None, case: Case, setup: Setup, runs: int, bar: tqdm) -> Turns:
-    """One case, by ours and by a peer or alone."""
+def pair(ours: Worker, theirs: Worker | None, case: Case, setup: Setup, runs: int, bar: tqdm) -> Comparison:
+    """Measure one case with ours and a peer, or with ours alone."""
     title = label(case, setup.config)
     workers = [ours, *([theirs] if theirs else [])]
     for worker in workers:
@@ -89,12 +89,13 @@ def pair(ours: Worker, theirs: Worker | None, case: Case, setup: Setup, runs: in
     return alternate(calls, runs, title, bar)
 
 
-def alternate(calls: dict[str, Callable[[bool], Run]], runs: int, title: str, bar: tqdm) -> Turns:
-    """Ours and a peer's, or ours alone, in turns: one unmeasured run of each, whose results are compared, then `runs`.
+def alternate(calls: Mapping[str, Callable[[bool], Run]], runs: int, title: str, bar: tqdm) -> Comparison:
+    """Alternate calls of ours and of a peer: a warm-up of each, whose results are compared, then `runs` measured runs.
 
-    A call is told whether its result is wanted.
+    The argument of a call says whether to return the result.
     """
-    first, series = {}, {name: [] for name in calls}
+    first: dict[str, np.ndarray | None] = {}
+    series: dict[str, list[Run]] = {name: [] for name in calls}
     for name, call in calls.items():
         bar.set_postfix_str(f"{title}: {name}")
         first[name] = call(True).result
@@ -106,11 +107,11 @@ def alternate(calls: dict[str, Callable[[bool], Run]], runs: int, title: str, ba
             series[name].append(call(False))
             bar.update()
     ours, *peer = series.values()
-    return Turns(ours, peer[0] if peer else [], difference)
+    return Comparison(ours, peer[0] if peer else [], difference)
 
 
 def compared(title: str, results: dict[str, np.ndarray | None]) -> float | None:
-    """How far ours and a peer's are apart. Times mean nothing unless both computed the same numbers."""
+    """Relative difference between the results of ours and of a peer: times are comparable only for equal results."""
     arrays = {name: result for name, result in results.items() if result is not None}
     for name, array in arrays.items():
         if not np.isfinite(array).all():

@@ -1,4 +1,4 @@
-"""How much memory a network takes at its peak: weights and work, without the program and its libraries."""
+"""The peak memory of a network: weights and activations, without the program and its libraries."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Memory:
-    """The peak of this process, above what it had when this object was made; or of the GPU's memory.
+    """Peak memory of this process beyond its memory when this object was created, or peak memory of the GPU.
 
-    On the CPU pages of mapped files are not counted, as the system takes them back when it needs them. On CUDA all that
-    the allocator has taken counts: what a recorded step works in is not allocated to anybody. Known on Linux and on
-    CUDA; elsewhere None.
+    On the CPU, pages of mapped files do not count, because the system can reclaim them. On CUDA, all memory that the
+    allocator reserved counts, because the buffers of a CUDA graph do not appear as allocated. Only on Linux and CUDA;
+    elsewhere None.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,23 +27,23 @@ class Memory:
         self._counting = False
 
     def start(self) -> None:
-        """Look for the peak from now on."""
+        """Reset the peak."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return
         with contextlib.suppress(OSError):
-            CLEAR.write_text("5")  # proc(5): the peak is forgotten
+            CLEAR.write_text("5")  # proc(5): resets the peak
             self._counting = True
 
     def peak(self) -> int | None:
-        """Bytes at the peak since `start`."""
+        """Peak in bytes since `start`; None if unknown."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_reserved(self.device)
         highest = _own("VmHWM") if self._counting else None
         return None if highest is None else max(highest - self._before, 0)
 
     def release(self) -> None:
-        """Give back what nothing refers to any more, which the allocators keep for later."""
+        """Return unused memory that the allocators cache to the system."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -51,7 +51,7 @@ class Memory:
 
 
 def _own(entry: str) -> int | None:
-    """Bytes by /proc/self/status, less those of mapped files."""
+    """An entry of /proc/self/status in bytes, minus mapped files."""
     try:
         lines = STATUS.read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-"""diffusers' networks in OpenVINO, the usual way: converted once into files, then compiled for one shape of inputs.
+"""diffusers' networks in OpenVINO, used as recommended: converted once to files, then compiled for fixed input shapes.
 
-Shapes that are known make it faster (5 % of a U-Net step), and so does a file in float16 where it computes in half
-precision. Weights stay in the file, which is mapped; compiling makes one copy in the layout it computes in.
+Fixed shapes make it faster (5 % of a U-Net step), and so does a float16 file if it computes in half precision. Weights
+stay in the mapped file; compiling makes one copy in the layout that it computes with.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +22,21 @@ from .cases import NEEDED, inputs, usual_case
 from .references import peers
 from .weights import Setup, load_networks
 
-PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}  # its names of those that it has on every CPU
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}  # its names of the precisions that every CPU supports
 
 
 def openvino() -> ModuleType:
-    """The package, without its part that reports over the network that it is used."""
-    sys.modules.setdefault("openvino_telemetry", None)
+    """The package, without its telemetry."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None makes its import fail
     import openvino
 
     return openvino
 
 
 class Decoder(nn.Module):
-    """A VAE as the function that a conversion follows: latents to picture."""
+    """A VAE as a module that converts latents to an image."""
 
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
 
@@ -45,7 +46,7 @@ class Decoder(nn.Module):
 
 
 class PlainUNet(nn.Module):
-    """A U-Net as the function that a conversion follows: of tensors."""
+    """A U-Net as a module that takes only tensors."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -57,15 +58,15 @@ class PlainUNet(nn.Module):
 
 
 def model_file(setup: Setup, network: str) -> Path:
-    """Where the converted network lies; `write_models` puts it there."""
+    """The path of the converted network, which `write_models` writes."""
     return setup.folder / f"{network}-{'float32' if setup.dtype == 'float32' else 'float16'}.xml"
 
 
 class Conversion:
-    """For a process of its own, as it takes the memory of several copies of the weights."""
+    """Converts networks; run in its own process, because it needs the memory of several copies of the weights."""
 
     def write_models(self, setup: Setup, part: str) -> None:
-        """Write those networks that a part needs, unless that has been done."""
+        """Write the networks that a part needs, unless their files exist."""
         files = {name: model_file(setup, name) for name in NEEDED[part]}
         missing = [name for name, file in files.items() if not file.exists()]
         setup = replace(setup, dtype="float32", device=torch.device("cpu"))
@@ -80,7 +81,7 @@ class Conversion:
 
 
 def options(setup: Setup) -> dict[str, object]:
-    """How to compile: one picture as soon as possible, in this precision, with so many threads."""
+    """Compile options: lowest latency, this precision and number of threads."""
     return {
         "INFERENCE_NUM_THREADS": setup.threads,
         "INFERENCE_PRECISION_HINT": PRECISIONS[setup.dtype],
@@ -89,7 +90,7 @@ def options(setup: Setup) -> dict[str, object]:
 
 
 class Network:
-    """A converted network, compiled for inputs of these shapes; called with tensors, as ours are."""
+    """A converted network, compiled for inputs of these shapes; called with tensors like ours."""
 
     def __init__(self, setup: Setup, name: str, shapes: Sequence[Sequence[int]]) -> None:
         core = openvino().Core()
@@ -98,7 +99,7 @@ class Network:
         self._request = core.compile_model(model, "CPU", options(setup)).create_infer_request()
 
     def __call__(self, *inputs: Tensor | Conditioning) -> Tensor:
-        """The same order and shapes as when it was made; of a conditioning, its context. float32 comes out."""
+        """Inputs in the order and shapes of the constructor, a Conditioning for its context -> float32."""
         tensors = [x.context if isinstance(x, Conditioning) else x for x in inputs]
         arrays = [(x.float() if x.is_floating_point() else x).numpy() for x in tensors]
         return torch.from_numpy(self._request.infer(arrays)[0])

@@ -1,8 +1,9 @@
-"""What the machine reaches, which every part is held against: the best of some large products and convolutions."""
+"""The peak rate of the machine, for comparison: the fastest of some large matrix products and convolutions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -10,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from sd.runtime.optimize import optimize
+from sd.training import channels_last
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices
-CONVOLUTIONS = ((512, 64), (1024, 32))  # channels and side of maps like the VAE's and the U-Net's
-TRIAL_SIDE, TRIAL_CONVOLUTIONS = 1024, ((128, 64),)  # where the program is only tried: a twentieth of the work
-SECONDS = 0.3  # for each of them
+CONVOLUTIONS = ((512, 64), (1024, 32))  # channels and side, like those of the VAE and the U-Net
+TRIAL_SIDE, TRIAL_CONVOLUTIONS = 1024, ((128, 64),)  # for a trial of the program: a twentieth of the work
+SECONDS = 0.3  # for each
 
 
 def peak(device: torch.device, dtype: torch.dtype, trial: bool = False) -> float:
-    """FLOP/s of the fastest, with weights packed once where that is faster (sd/runtime/optimize.py).
+    """FLOP/s of the fastest, with the fast layers of sd/runtime/optimize.py.
 
-    trial   take small ones, which tell less
+    trial   use small sizes, which give a lower peak
     """
     size = TRIAL_SIDE if trial else SIDE.get(device.type, 4096)
     matrix = torch.ones(size, size, device=device, dtype=dtype)
@@ -31,16 +33,14 @@ def peak(device: torch.device, dtype: torch.dtype, trial: bool = False) -> float
     ]
     for channels, side in TRIAL_CONVOLUTIONS if trial else CONVOLUTIONS:
         x = torch.ones(1, channels, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-        layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False, device=device, dtype=dtype).requires_grad_(
-            False
-        )
-        layer = optimize(layer.to(memory_format=torch.channels_last))
-        calls.append((2 * side**2 * channels**2 * 9, lambda layer=layer, x=x: layer(x)))
+        layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False, device=device, dtype=dtype)
+        fast = optimize(channels_last(layer.requires_grad_(False), device))
+        calls.append((2 * side**2 * channels**2 * 9, partial(fast, x)))
     return max(flop / fastest(call, device) for flop, call in calls)
 
 
 def fastest(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the fastest of some runs, of which the first prepares the others."""
+    """Seconds of the fastest of several runs; the first is a warm-up."""
     took = [timed(call, device)[0]]
     while len(took) < 3 or sum(took) < SECONDS:
         took.append(timed(call, device)[0])
@@ -48,7 +48,7 @@ def fastest(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Run something to its end: seconds, and what it gave."""
+    """Run a function to completion: seconds, and its result."""
     synchronize(device)
     start = perf_counter()
     out = call()
@@ -57,6 +57,6 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait until the device has finished all its work."""
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).synchronize()

@@ -1,14 +1,14 @@
-"""The same networks in diffusers and transformers, with the same weights, to compare with.
+"""Reference networks: those of diffusers and transformers with our weights, for comparison.
 
-Built from a config, with nothing downloaded. The weights are the very tensors of our networks wherever the layout
-allows it, so that a model and its peer together need little more memory than one of them. Each peer is called as ours
-is: `unet(x, t, conditioning)`, `vae.moments(image)`, `vae.decode(z)`, `text_encoder(ids).hidden`, of
-which the peer gives the tensor.
+They are built from a config; nothing is downloaded. They share the tensors of our networks where the memory layout
+permits it, so that both together need little more memory than one. Each is called like ours:
+`unet(x, t, conditioning)`, `vae.moments(image)`, `vae.decode(z)`, `text_encoder(ids).hidden`,
+of which the reference returns the tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,23 +24,23 @@ REQUIRED = ("diffusers", "transformers")
 LAYOUTS = {"channels_last": torch.channels_last, "default": torch.contiguous_format}
 
 
-class PeerUNet(nn.Module):
+class ReferenceUNet(nn.Module):
     """diffusers' UNet2DConditionModel with the signature of ours."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """x (B, C, H, W), t (B,), context (B, M, D) and maps behind x's channels -> (B, C_out, H, W)."""
+        """x (B, C, H, W), t (B,), context (B, M, D) and extra channels -> (B, C_out, H, W)."""
         x = x if conditioning.concat is None else torch.cat([x, conditioning.concat], dim=1)
         return self.model(x, t, conditioning.context, return_dict=False)[0]
 
 
-class PeerVAE(nn.Module):
-    """diffusers' AutoencoderKL with the signature of ours: the scale factor is inside."""
+class ReferenceVAE(nn.Module):
+    """diffusers' AutoencoderKL with the signature of ours, which includes the scale factor."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
@@ -50,14 +50,14 @@ class PeerVAE(nn.Module):
         return gaussian.mean, gaussian.logvar
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, 4, h, w) as the U-Net has them -> picture (B, 3, H, W)."""
+        """Scaled latents (B, 4, h, w) -> image (B, 3, H, W)."""
         return self.model.decode(z / self.model.config.scaling_factor, return_dict=False)[0]
 
 
-class PeerTextEncoder(nn.Module):
-    """transformers' CLIPTextModel, which gives the hidden state alone."""
+class ReferenceTextEncoder(nn.Module):
+    """transformers' CLIPTextModel, which returns the hidden state alone."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
@@ -67,18 +67,18 @@ class PeerTextEncoder(nn.Module):
 
 
 def missing() -> list[str]:
-    """Which of the packages that peers need are not installed."""
+    """The required packages that are not installed."""
     return [name for name in REQUIRED if find_spec(name) is None]
 
 
 def require() -> None:
-    """Raises ValueError, in one line, where peers cannot be built."""
+    """Raise ValueError, in one line, if diffusers or transformers is not installed."""
     if gone := missing():
         raise ValueError(f"comparing needs {' and '.join(REQUIRED)}: pip install {' '.join(gone)}")
 
 
 def libraries() -> None:
-    """Import all that peers are made of, and keep the advice of these packages from the terminal."""
+    """Import the packages, and silence their log messages and progress bars."""
     require()
     import diffusers
     import transformers
@@ -93,11 +93,11 @@ def libraries() -> None:
 def peers(
     networks: Mapping[str, nn.Module], config: Config, dtype: torch.dtype, layout: str = "channels_last"
 ) -> dict[str, nn.Module]:
-    """The peers of our networks (of "text_encoder", "vae", "unet"), with their weights, on their device, in this dtype.
+    """Reference networks for ours ("text_encoder", "vae", "unet"), with their weights, on their device, in `dtype`.
 
-    layout   of convolution kernels: "channels_last", in which ours are, or "default", as diffusers loads them
+    layout   of convolution kernels: "channels_last" like ours, or "default" as diffusers loads them
 
-    Raises ValueError where diffusers or transformers is not installed.
+    Raises ValueError if diffusers or transformers is not installed.
     """
     require()
     states = {name: network.state_dict() for name, network in networks.items()}
@@ -115,16 +115,18 @@ def peers(
             state[before + source.key] = tensor.contiguous(memory_format=kind)
         model.load_state_dict(state, strict=True, assign=True)
         model.requires_grad_(False).eval()
-    if "text_encoder" in built:  # its positions were made on the meta device, and are in no state dict
+    if "text_encoder" in built:  # its position ids are on the meta device and not in the state dict
         embeddings = next(module for module in built["text_encoder"].modules() if hasattr(module, "position_ids"))
         device = next(iter(states["text_encoder"].values())).device
         embeddings.position_ids = torch.arange(config.text[0].length, device=device).unsqueeze(0)
-    adapters = {"text_encoder": PeerTextEncoder, "vae": PeerVAE, "unet": PeerUNet}
+    adapters: dict[str, Callable[[Any], nn.Module]] = {
+        "text_encoder": ReferenceTextEncoder, "vae": ReferenceVAE, "unet": ReferenceUNet,
+    }  # fmt: skip
     return {name: adapters[name](model).eval() for name, model in built.items()}
 
 
 def scheduler(config: Config, kind: str = "DDIMScheduler", **options: Any) -> Any:
-    """A scheduler of diffusers, by its name, for this config's noise schedule; more `options` are handed to it."""
+    """A scheduler of diffusers, by class name, for the noise schedule of a config; `options` are passed to it."""
     require()
     import diffusers
 
@@ -141,11 +143,11 @@ def scheduler(config: Config, kind: str = "DDIMScheduler", **options: Any) -> An
 
 
 def pipeline(built: Mapping[str, nn.Module], config: Config) -> Any:
-    """diffusers' StableDiffusionPipeline over `peers`, with DDIM on the original's grid; it takes embedded prompts."""
+    """diffusers' StableDiffusionPipeline of `peers`, with DDIM on the original's step grid; takes encoded prompts."""
     require()
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline(
+    pipe: Any = StableDiffusionPipeline(
         **{name: built[name].model for name in ("text_encoder", "vae", "unet")},
         tokenizer=None,
         scheduler=scheduler(config, steps_offset=1, set_alpha_to_one=False, timestep_spacing="leading"),
@@ -157,19 +159,19 @@ def pipeline(built: Mapping[str, nn.Module], config: Config) -> Any:
     return pipe
 
 
-def _unet(config: Config) -> nn.Module:
+def _unet(config: Config) -> Any:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(**unet_to_diffusers(config))
 
 
-def _vae(config: Config) -> nn.Module:
+def _vae(config: Config) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(**vae_to_diffusers(config))
 
 
-def _text_encoder(config: Config) -> nn.Module:
+def _text_encoder(config: Config) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     cfg = config.text[0]

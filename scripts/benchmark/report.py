@@ -1,4 +1,4 @@
-"""What was measured as rows of figures, as tables for people, and as a file that the next run is compared with."""
+"""The results as rows of figures, as tables, and as a file for later comparison."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -18,7 +19,7 @@ import sd
 from sd.files import replaced_file
 
 from .cases import TITLES, Case, flop, label, usual_case, weight_bytes
-from .interleave import Turns
+from .interleave import Comparison
 from .runner import Run
 from .start import LABEL
 from .weights import Setup
@@ -29,13 +30,13 @@ SAME_MACHINE = ("name", "device", "cores", "threads", "model")
 Row = dict[str, Any]
 
 
-def row(case: Case, setup: Setup, measured: Mapping[str, Turns]) -> Row:
-    """The figures of one case: seconds, bytes and plain numbers; None where there is nothing.
+def row(case: Case, setup: Setup, measured: Mapping[str, Comparison]) -> Row:
+    """The figures of one case: seconds, bytes and plain numbers; None if unknown.
 
-    `ours` is the median of all its runs; `peers[name]["ratio"]` is of the runs in turns with that peer.
+    `ours` is the median of all runs of ours; `peers[name]["ratio"]` uses only the runs that alternated with that peer.
     """
     start = case.part == "start"
-    ours = [run for turns in measured.values() for run in turns.ours]
+    ours = [run for comparison in measured.values() for run in comparison.ours]
     seconds = median(run.seconds for run in ours)
     gflop = None if start else flop(case, setup.config) / 1e9
     return {
@@ -52,38 +53,38 @@ def row(case: Case, setup: Setup, measured: Mapping[str, Turns]) -> Row:
         "weights": weight_bytes(case.part, setup.config, setup.torch_dtype),
         "memory": highest(ours),
         "runs": [run.seconds for run in ours],
-        "peers": {name: compared(turns) for name, turns in measured.items() if turns.peer},
+        "peers": {name: compared(comparison) for name, comparison in measured.items() if comparison.peer},
     }
 
 
-def compared(turns: Turns) -> Row:
-    """A peer's figures."""
-    ours, theirs = (median(run.seconds for run in runs) for runs in (turns.ours, turns.peer))
+def compared(comparison: Comparison) -> Row:
+    """The figures of a peer."""
+    ours, theirs = (median(run.seconds for run in runs) for runs in (comparison.ours, comparison.peer))
     return {
         "seconds": theirs,
         "ours": ours,
         "ratio": ours / theirs,
-        "memory": highest(turns.peer),
-        "difference": turns.difference,
-        "runs": [run.seconds for run in turns.peer],
-        "ours_runs": [run.seconds for run in turns.ours],
+        "memory": highest(comparison.peer),
+        "difference": comparison.difference,
+        "runs": [run.seconds for run in comparison.peer],
+        "ours_runs": [run.seconds for run in comparison.ours],
     }
 
 
 def highest(runs: Sequence[Run]) -> int | None:
-    """The most memory of all runs, where it is known."""
+    """The highest memory of all runs; None if unknown."""
     return max((run.memory or 0 for run in runs), default=0) or None
 
 
 def hold_against(rows: Sequence[Row], peak: float) -> None:
-    """Say of each row which share of the machine's peak (FLOP/s) it reaches."""
+    """Set the share of the machine's peak (FLOP/s) that each row reaches."""
     for figures in rows:
         if figures["gflops"]:
             figures["of_peak"] = 1e9 * figures["gflops"] / peak
 
 
 def machine(setup: Setup) -> Row:
-    """What the figures are measured on, with what, and when."""
+    """Machine, versions, model and date."""
     cuda = setup.device.type == "cuda"
     versions = {"sd": sd.__version__, "Python": platform.python_version()}
     for package in PACKAGES:
@@ -104,7 +105,7 @@ def machine(setup: Setup) -> Row:
 
 
 def cpu_name() -> str:
-    """The processor's name, and the best instructions that torch uses on it."""
+    """The name of the processor, and the best instruction set that torch uses on it."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -115,13 +116,13 @@ def cpu_name() -> str:
 
 
 def write(path: Path, record: Row) -> None:
-    """Keep all figures for the next run."""
+    """Write all figures to a file for later comparison."""
     with replaced_file(path) as file:
         file.write_text(json.dumps({"format": FORMAT, **record}, indent=1) + "\n", encoding="utf-8")
 
 
 def read(path: Path) -> Row:
-    """What `write` wrote. Raises ValueError for any other file."""
+    """Read a file of `write`. Raises ValueError for any other file."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:  # not JSON, not text
@@ -132,7 +133,7 @@ def read(path: Path) -> Row:
 
 
 def text(record: Row, markdown: bool, earlier: Row | None = None) -> str:
-    """The tables with their captions; with `earlier`, how much longer than then ours takes."""
+    """The tables with their captions; with `earlier`, also the change of our times since then."""
     about, rows = record["machine"], record["figures"]
     peers = [name for name in ("diffusers", "compiled", "openvino") if any(name in row["peers"] for row in rows)]
     usual = [row for row in rows if row["usual"]]
@@ -141,7 +142,7 @@ def text(record: Row, markdown: bool, earlier: Row | None = None) -> str:
         f"{about['name']}, {about['cores']} cores, {about['threads']} threads, {about['date']}",
         ", ".join(f"{name} {number}" for name, number in about["versions"].items()),
         f"{about['model']}, {about['weights']} weights, medians"
-        + (", in brackets ours / theirs of runs in turns" if peers else ""),
+        + (", in brackets ours / theirs of alternating runs" if peers else ""),
     ]
     change = {}
     if earlier:
@@ -151,26 +152,26 @@ def text(record: Row, markdown: bool, earlier: Row | None = None) -> str:
     if usual:
         blocks.append(grid(usual, time_columns(peers) | change, markdown))
         if any(row["memory"] for row in usual):
-            blocks.append("Memory at the peak beside one copy of the weights; of the start: of the whole process")
+            blocks.append("Peak memory, beside one copy of the weights; for the start, of the whole process")
             blocks.append(grid(usual, memory_columns(peers), markdown))
     if grown:
-        blocks.append("How cost grows with size and with pictures at a time; growth: times the first")
+        blocks.append("Growth of the cost with image size and batch size, relative to the first row")
         blocks.append(grid(grown, growth_columns(peers) | change, markdown))
-    if notes := record.get("notes"):  # who is not in the tables, and why
+    if notes := record.get("notes"):  # peers that are not in the tables, and why
         blocks.append("\n".join(notes))
     return "\n\n".join(blocks)
 
 
-Columns = dict[str, Callable[[Row], str]]  # title -> cell of a row
+Columns = dict[str, Callable[[Row], str]]  # title -> function from a row to its cell
 
 
 def time_columns(peers: Sequence[str]) -> Columns:
-    """How long it takes."""
+    """Columns of the table of times."""
     return {
         "part": lambda row: row["label"],
         "precision": lambda row: row["dtype"],
         "ours": lambda row: time(row["ours"]),
-        **{peer: lambda row, peer=peer: versus(row, peer) for peer in peers},
+        **{peer: partial(versus, peer=peer) for peer in peers},
         "GFLOP": lambda row: "-" if row["gflop"] is None else f"{row['gflop']:,.0f}",
         "GFLOP/s": lambda row: "-" if row["gflops"] is None else f"{row['gflops']:,.0f}",
         "of peak": lambda row: "-" if row["of_peak"] is None else f"{row['of_peak']:.0%}",
@@ -178,18 +179,18 @@ def time_columns(peers: Sequence[str]) -> Columns:
 
 
 def memory_columns(peers: Sequence[str]) -> Columns:
-    """How much it takes."""
+    """Columns of the table of memory."""
     return {
         "part": lambda row: row["label"],
         "precision": lambda row: row["dtype"],
         "weights": lambda row: gigabytes(row["weights"]),
         "ours": lambda row: gigabytes(row["memory"]),
-        **{peer: lambda row, peer=peer: gigabytes(row["peers"].get(peer, {}).get("memory")) for peer in peers},
+        **{peer: partial(peer_memory, peer=peer) for peer in peers},
     }
 
 
 def growth_columns(peers: Sequence[str]) -> Columns:
-    """How much longer it takes with more to do."""
+    """Columns of the table of growth."""
     columns = time_columns(peers)
     del columns["GFLOP"]
     first = {"part": lambda row: row["title"], "precision": columns.pop("precision")}
@@ -197,7 +198,7 @@ def growth_columns(peers: Sequence[str]) -> Columns:
     return {
         **first,
         "size": lambda row: f"{row['size']}x{row['size']}",
-        "pictures": lambda row: str(row["batch"]),
+        "images": lambda row: str(row["batch"]),
         "ours": columns.pop("ours"),
         "growth": lambda row: f"{row['growth']:.2f}",
         **columns,
@@ -206,7 +207,7 @@ def growth_columns(peers: Sequence[str]) -> Columns:
 
 
 def growth_rows(rows: Sequence[Row]) -> list[Row]:
-    """Per part and precision the sizes of one picture, then the numbers of pictures of the native size."""
+    """For each part and precision, one image at increasing sizes, then increasing batches at the native size."""
     grown = []
     for part, dtype in dict.fromkeys((row["part"], row["dtype"]) for row in rows):
         those = [row for row in rows if (row["part"], row["dtype"]) == (part, dtype)]
@@ -219,7 +220,7 @@ def growth_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def changes(earlier: Sequence[Row]) -> Callable[[Row], str]:
-    """The cell that says how much longer a row takes than in an earlier run."""
+    """The column with the change of time since an earlier run."""
     then = {(row["label"], row["dtype"]): row["ours"] for row in earlier}
 
     def cell(row: Row) -> str:
@@ -230,7 +231,7 @@ def changes(earlier: Sequence[Row]) -> Callable[[Row], str]:
 
 
 def differences(now: Row, then: Row) -> list[str]:
-    """What makes two runs hard to compare, one line each."""
+    """Differences between two runs that make them hard to compare, one line each."""
     return [
         f"hard to compare with the earlier run: {what} was {then[what]} and is {now[what]}"
         for what in SAME_MACHINE
@@ -239,7 +240,7 @@ def differences(now: Row, then: Row) -> list[str]:
 
 
 def grid(rows: Sequence[Row], columns: Columns, markdown: bool) -> str:
-    """Rows as aligned text or Markdown; part and precision to the left, numbers to the right."""
+    """Rows as aligned text or Markdown; part and precision left-aligned, numbers right-aligned."""
     cells = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     if markdown:
@@ -255,16 +256,21 @@ def grid(rows: Sequence[Row], columns: Columns, markdown: bool) -> str:
 
 
 def versus(row: Row, peer: str) -> str:
-    """A peer's time, and ours through it."""
+    """The time of a peer, and the ratio ours / theirs."""
     its = row["peers"].get(peer)
     return f"{time(its['seconds'])} ({its['ratio']:.2f})" if its else "-"
 
 
+def peer_memory(row: Row, peer: str) -> str:
+    """Memory of a peer."""
+    return gigabytes(row["peers"].get(peer, {}).get("memory"))
+
+
 def time(seconds: float) -> str:
-    """Seconds, or milliseconds where they are few."""
+    """A time in seconds, or in milliseconds if it is short."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
 
 
 def gigabytes(size: int | None) -> str:
-    """Bytes for people."""
+    """A size in GB."""
     return "-" if size is None else f"{size / 1e9:.2f} GB"

@@ -1,4 +1,4 @@
-"""One side in its process: builds what a part needs, runs it when told to, and says how long it took."""
+"""One implementation in its own process: builds the networks of a part, runs them on request, returns the time."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .peak import peak, timed
 from .sides import SIDES
 from .weights import Setup
 
-PAUSE = 0.01  # seconds in which threads that are asleep take less than a tenth of them
+PAUSE = 0.01  # seconds; sleeping threads use less than a tenth of that time
 
 
 class Run(NamedTuple):
-    """One measurement: seconds, bytes at the peak where they are known, and the numbers that came out if asked for."""
+    """One measurement: seconds, peak bytes if known, and the result if requested."""
 
     seconds: float
     memory: int | None
@@ -29,7 +29,7 @@ class Run(NamedTuple):
 
 
 class Runner:
-    """A side with the networks of one part, in the process that this is made in."""
+    """An implementation with the networks of one part, in the process that creates this object."""
 
     def __init__(self, side: str, setup: Setup, part: str) -> None:
         self.setup = setup
@@ -39,21 +39,23 @@ class Runner:
         self.memory = Memory(setup.device)
         self.side = SIDES[side](setup, part)
         if setup.device.type == "cpu" and self.side.keeps_freed_memory:
-            cli.keep_freed_memory()  # after the weights were read, as the scripts do
+            cli.keep_freed_memory()  # after loading the weights, like the scripts
         self.call: Callable[[], Any] | None = None
 
     def prepare(self, case: Case) -> None:
-        """Get ready for another case."""
+        """Prepare another case."""
         self.call = None
         self.rest()
         self.call = self.side.call(case)
 
     def rest(self) -> None:
-        """Give back what was kept for the next run."""
+        """Release cached memory."""
         self.memory.release()
 
     def run(self, keep: bool) -> Run:
-        """Once; with the numbers that came out if `keep`, where they are a tensor."""
+        """Run once; returns the result if `keep` and it is a tensor."""
+        if self.call is None:
+            raise ValueError("nothing to run: call prepare first")
         self.memory.start()
         seconds, out = timed(self.call, self.setup.device)
         memory = self.memory.peak()
@@ -62,12 +64,12 @@ class Runner:
         return Run(seconds, memory, result)
 
     def peak(self) -> float:
-        """What the machine reaches in this precision, in FLOP/s."""
+        """Peak FLOP/s of the machine in this precision."""
         return peak(self.setup.device, self.setup.torch_dtype, self.setup.trial)
 
 
 def settle() -> None:
-    """Wait until this process's threads, which look out for more work for a while, are asleep: another's turn comes."""
+    """Wait until the threads of this process sleep: idle threads spin for a while, which would disturb the next one."""
     for _ in range(100):
         before = process_time()
         sleep(PAUSE)

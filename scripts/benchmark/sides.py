@@ -1,4 +1,4 @@
-"""Those that are compared: what each builds for a part, and how it is called. Each runs in a process of its own."""
+"""The implementations that are compared: how each builds a part and runs it. Each has its own process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PEERS = ("diffusers", "compiled", "openvino")
 
 
 class Side:
-    """Ours, and what the others do differently. Holds the networks that one part needs."""
+    """Our implementation, with the networks of one part; the base class of the others."""
 
     keeps_freed_memory = True  # whether it gains from cli.keep_freed_memory
 
@@ -41,25 +41,26 @@ class Side:
 
     @staticmethod
     def libraries() -> None:
-        """Import what is used, which is not counted as memory."""
+        """Import the libraries, whose memory does not count."""
 
     def build(self, part: str) -> dict[str, nn.Module]:
         """The networks that a part needs, by name."""
         return load_networks(self.setup, NEEDED[part])
 
     def call(self, case: Case) -> Callable[[], Any]:
-        """What is measured, ready to run: gives a tensor or pictures."""
+        """The function to measure; it returns a tensor or images."""
         if case.part == "picture":
-            return self.picture(case)
+            return self.generate(case)
         return partial(self.function(case), *arguments(case, self.inputs(case)))
 
     def inputs(self, case: Case) -> list[Tensor]:
-        """On the device, in the precision; timesteps stay in float32, tokens whole."""
+        """The inputs on the device, in the precision; timesteps stay float32, tokens int64."""
         given = [tensor.to(self.setup.device) for tensor in inputs(case, self.setup.config)]
         return [x.to(self.setup.torch_dtype) if x.is_floating_point() and x.dim() > 1 else x for x in given]
 
     def function(self, case: Case) -> Callable[..., Tensor]:
         """The network of a part, as a function of its inputs."""
+        network: Any
         (network,) = self.networks.values()
         if case.part == "vae":  # as Model.decode does it
             return partial(decode_in_strips, network) if case.size**2 > LARGE else network.decode
@@ -69,50 +70,53 @@ class Side:
             return lambda ids: network(ids).hidden
         return network
 
-    def picture(self, case: Case) -> Callable[[], Any]:
-        """From prompts to a picture."""
-        model = StableDiffusion(self.setup.config, **self.networks)
+    def generate(self, case: Case) -> Callable[[], Any]:
+        """From prompts to an image."""
+        networks: dict[str, Any] = dict(self.networks)
+        model = StableDiffusion(self.setup.config, **networks)
         return lambda: model.txt2img(PROMPTS[0], PROMPTS[1], steps=case.steps, guidance=GUIDANCE, sampler="ddim")
 
 
 class Diffusers(Side):
-    """diffusers as its guides for speed advise: convolutions in channels-last layout."""
+    """diffusers, with convolutions in channels-last layout as its guides recommend for speed."""
 
     @staticmethod
     def libraries() -> None:
-        """Import what is used."""
+        """Import the libraries."""
         references.libraries()
 
     def build(self, part: str) -> dict[str, nn.Module]:
-        """Peers with the weights of ours."""
+        """Reference networks with our weights."""
         return references.peers(super().build(part), self.setup.config, self.setup.torch_dtype)
 
     def function(self, case: Case) -> Callable[..., Tensor]:
         """The network of a part."""
+        network: Any
         (network,) = self.networks.values()
         return network.decode if case.part == "vae" else network
 
-    def picture(self, case: Case) -> Callable[[], Any]:
-        """By its pipeline."""
+    def generate(self, case: Case) -> Callable[[], Any]:
+        """With its pipeline."""
         pipe = references.pipeline(self.networks, self.setup.config)
         (ids,) = self.inputs(usual_case("text", self.setup.config))
 
-        def paint() -> Any:
+        def run() -> Any:
             cond, uncond = self.networks["text_encoder"](ids).chunk(2)
             return pipe(
                 prompt_embeds=cond, negative_prompt_embeds=uncond, num_inference_steps=case.steps,
                 guidance_scale=GUIDANCE, height=case.size, width=case.size, generator=torch.Generator().manual_seed(0),
             ).images  # fmt: skip
 
-        return paint
+        return run
 
 
 class Compiled(Diffusers):
     """The same through torch.compile, for one shape; compiling is not measured."""
 
     def build(self, part: str) -> dict[str, nn.Module]:
-        """Peers that are compiled when they are first called."""
+        """Networks that are compiled on their first call."""
         networks = super().build(part)
+        network: Any
         mode = "max-autotune" if self.setup.device.type == "cuda" else "default"
         for name, network in networks.items():
             (network.model.decoder if name == "vae" else network.model).compile(dynamic=False, mode=mode)
@@ -122,15 +126,15 @@ class Compiled(Diffusers):
 class OpenVINO(Side):
     """diffusers' networks in OpenVINO, compiled for the shapes of each case."""
 
-    keeps_freed_memory = False  # it plans its memory itself
+    keeps_freed_memory = False  # it manages its memory itself
 
     @staticmethod
     def libraries() -> None:
-        """Import what is used, with the part of it that is for the CPU."""
+        """Import the libraries, with the CPU plugin."""
         openvino().Core().get_property("CPU", "FULL_DEVICE_NAME")
 
     def build(self, part: str) -> dict[str, nn.Module]:
-        """Nothing before the shapes are known."""
+        """Nothing yet: the networks are compiled for the shapes of a case."""
         return {}
 
     def function(self, case: Case) -> Callable[..., Tensor]:
@@ -138,20 +142,20 @@ class OpenVINO(Side):
         (name,) = NEEDED[case.part]
         return Network(self.setup, name, [tensor.shape for tensor in self.inputs(case)])
 
-    def picture(self, case: Case) -> Callable[[], Any]:
-        """By our loop, as it has none of its own."""
+    def generate(self, case: Case) -> Callable[[], Any]:
+        """With our sampling loop, as OpenVINO has none."""
         cases = {part: usual_case(part, self.setup.config) for part in ("text", "unet", "vae")}
         networks = {part: self.function(case) for part, case in cases.items()}
         (ids,), (noise,) = self.inputs(cases["text"]), inputs(cases["vae"], self.setup.config)
         schedule = Schedule(self.setup.config.schedule)
 
-        def paint() -> Tensor:
+        def run() -> Tensor:
             cond, uncond = networks["text"](ids).chunk(2)
             denoise = Denoiser(networks["unet"], schedule, Conditioning(cond), Conditioning(uncond), GUIDANCE)
             *_, last = ddim(denoise, noise, schedule.levels(case.steps))
             return networks["vae"](last.x)
 
-        return paint
+        return run
 
 
 SIDES = {"ours": Side, "diffusers": Diffusers, "compiled": Compiled, "openvino": OpenVINO}
@@ -167,9 +171,9 @@ def takes_part(peer: str, case: Case, setup: Setup) -> bool:
 
 
 def able_peers(named: Sequence[str] | None, device: torch.device) -> tuple[list[str], list[str]]:
-    """The peers to compare with: those that were named, else all that can run; and one line for each that cannot.
+    """The peers to compare with (those named, by default all that can run), and one line for each that cannot run.
 
-    Raises ValueError for a peer that was named and cannot run.
+    Raises ValueError if a named peer cannot run.
     """
     reasons = {peer: _unable(peer, device) for peer in PEERS if named is None or peer in named}
     lines = [f"not compared with {peer}: {reason}" for peer, reason in reasons.items() if reason]
@@ -179,7 +183,7 @@ def able_peers(named: Sequence[str] | None, device: torch.device) -> tuple[list[
 
 
 def _unable(peer: str, device: torch.device) -> str | None:
-    """Why a peer cannot run here; None if it can."""
+    """The reason why a peer cannot run; None if it can."""
     gone = [*references.missing(), *(["openvino"] if peer == "openvino" and find_spec("openvino") is None else [])]
     if gone:
         return f"{' and '.join(gone)} not installed (pip install {' '.join(gone)})"
@@ -189,7 +193,7 @@ def _unable(peer: str, device: torch.device) -> str | None:
 
 
 def _no_compiler(device: torch.device) -> str | None:
-    """What torch.compile would need and does not find."""
+    """What torch.compile lacks; None if nothing."""
     if device.type == "cuda":
         return None if find_spec("triton") else "triton not installed, with which torch compiles for CUDA"
     if device.type != "cpu":

@@ -1,7 +1,7 @@
-"""From nothing to the first step: a new interpreter, imports, weights from a float16 file, one step of the U-Net.
+"""Start-up time: a new interpreter, imports, weights from a float16 file, one step of the U-Net.
 
-Each side reads the file that its users have: ours in our layout, diffusers a folder, OpenVINO converted networks. All
-three networks are loaded. Memory is the whole process's.
+Each implementation reads its usual files: ours in our layout, diffusers a folder, OpenVINO converted networks. All
+three networks are loaded. Memory is that of the whole process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sd.checkpoints.detect import CONFIG_KEY
 from sd.checkpoints.export import to_own
 
 from .cases import NEEDED, inputs, usual_case
-from .interleave import Turns, alternate
+from .interleave import Comparison, alternate
 from .openvino_networks import PRECISIONS, Conversion, model_file, options
 from .references import peers, pipeline
 from .runner import Run
@@ -35,10 +35,10 @@ from .weights import Setup, load_networks
 from .workers import Failed, Worker, last_words
 
 LABEL = "start to first step"
-TAKING_PART = ("diffusers", "openvino")  # torch.compile takes minutes until its first step
+TAKING_PART = ("diffusers", "openvino")  # torch.compile needs minutes for its first step
 
-# What a new interpreter runs. It says itself how much memory it took, as what the parent is told of a child includes
-# the parent's own memory.
+# The program of the new interpreter. It measures its own memory, because the parent's measurement of a child includes
+# memory of the parent.
 CHILD = """
 import json, sys
 args = json.loads(sys.argv[1])
@@ -94,10 +94,10 @@ STEPS = {"ours": TORCH.replace("{load}", OURS), "diffusers": TORCH.replace("{loa
 
 
 class Files:
-    """For a process of its own, as it takes the memory of a model."""
+    """Writes the files; run in its own process, because it needs the memory of a model."""
 
     def write(self, setup: Setup, others: Sequence[str]) -> None:
-        """The same weights in float16 as our file, and as diffusers' folder if it is among the others."""
+        """Write the same weights in float16 as our file, and as a diffusers folder if it is among the others."""
         setup = replace(setup, dtype="float16", device=torch.device("cpu"))
         networks = load_networks(setup, NEEDED["start"])
         tensors = to_own({name: network.state_dict() for name, network in networks.items()})
@@ -107,13 +107,13 @@ class Files:
             built = peers(networks, setup.config, torch.float16, "default")
             pipeline(built, setup.config).save_pretrained(setup.folder / "diffusers")
         if hasattr(os, "sync"):
-            os.sync()  # or the disk is still busy with them while they are read
+            os.sync()  # otherwise the disk is still writing them while they are read
 
 
 def measure_start(
     setup: Setup, peers: Sequence[str], runs: int, bar: tqdm, note: Callable[[str], object]
-) -> dict[str, Turns]:
-    """By peer ("" alone) as `turns.measure` does it; the files are written before they are first needed."""
+) -> dict[str, Comparison]:
+    """By peer ("" alone) as `interleave.measure`; the files are written first."""
     others = [peer for peer in TAKING_PART if peer in peers and (peer != "openvino" or setup.dtype in PRECISIONS)]
     bar.set_postfix_str("writing files")
     if not (setup.folder / "ours.safetensors").exists():
@@ -138,7 +138,7 @@ def measure_start(
 
 
 def arguments(setup: Setup) -> dict[str, Any]:
-    """What the new interpreter is told."""
+    """The arguments of the new interpreter."""
     files = replace(setup, dtype="float16")
     shapes = {}
     for part in ("text", "vae", "unet"):
@@ -157,13 +157,14 @@ def arguments(setup: Setup) -> dict[str, Any]:
     }
 
 
-def child(who: str, steps: str, told: dict[str, Any], keep: bool) -> Run:
-    """A new interpreter, timed from before it exists until it says that it is ready; no result is kept."""
-    command = [sys.executable, "-c", CHILD.replace("{steps}", steps), json.dumps(told)]
+def child(who: str, steps: str, options: dict[str, Any], keep: bool) -> Run:
+    """Run a new interpreter and time it until it prints that it is ready; the result is not kept."""
+    command = [sys.executable, "-c", CHILD.replace("{steps}", steps), json.dumps(options)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile("w+") as errors:
         start = perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process:
+            assert process.stdout is not None  # stdout=PIPE
             line = process.stdout.readline()
             seconds = perf_counter() - start
         errors.seek(0)

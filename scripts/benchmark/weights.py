@@ -1,4 +1,4 @@
-"""The same weights for all sides: a checkpoint's, or random ones that are a function of their names."""
+"""The same weights for all sides: those of a checkpoint, or random weights that depend only on their names."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from sd.config import POCKET, Config
 from sd.models.build import build
 from sd.runtime.device import DTYPES
 
-WEIGHT_STD = 0.7  # of random weights, times the root of the fan-in: below 1, so that half precision never overflows
+WEIGHT_STD = 0.7  # of random weights, times sqrt(fan-in): below 1, so that half precision never overflows
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What all sides share: model and weights, where to compute, in which precision, with how many threads.
+    """The settings that all sides share: model, weights, device, precision, threads.
 
     ckpt     None for random weights
-    dtype    by name
-    folder   for files in between; gone when the benchmark ends
+    dtype    its name
+    folder   for temporary files; deleted at the end
     """
 
     config: Config
@@ -40,17 +40,17 @@ class Setup:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The precision."""
+        """The precision as a torch dtype."""
         return DTYPES[self.dtype]
 
     @property
     def trial(self) -> bool:
-        """Whether the program is only tried (--tiny): a small network with random weights."""
+        """Whether this is a trial of the program (--tiny): a small network with random weights."""
         return self.ckpt is None and self.config == POCKET
 
 
 class RandomWeights(Mapping[str, Tensor]):
-    """Weights for a network whose state dict is `meta`: each a function of its name and shape, made when asked for."""
+    """Random weights for the state dict `meta`, each a function of its name and shape, generated on access."""
 
     def __init__(self, meta: Mapping[str, Tensor]) -> None:
         self._shapes = {key: tensor.shape for key, tensor in meta.items()}
@@ -71,9 +71,10 @@ class RandomWeights(Mapping[str, Tensor]):
 
 
 def load_networks(setup: Setup, names: Collection[str]) -> dict[str, nn.Module]:
-    """Our networks of these names with the weights that all sides have; no others are read or made."""
+    """Our networks of these names with the shared weights; no others are read or generated."""
     built = build(setup.config)
     with ExitStack() as files:
+        states: Mapping[str, Mapping[str, Tensor]]
         if setup.ckpt is None:
             states = {name: RandomWeights(built[name].state_dict()) for name in names}
         else:

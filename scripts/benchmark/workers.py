@@ -1,7 +1,7 @@
-"""Objects in processes of their own, called over a pipe.
+"""Objects in other processes, called over a pipe.
 
-So that no side's threads, allocator or memory are another's: while one works all others sleep, and what a process has
-at its peak is that side's. What a process says goes to a file, and only its last line is shown, if it dies.
+Each side has its own threads, allocator and peak memory: while one works, all others sleep. The output of a process
+goes to a file; its last line is shown if the process dies.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 
 from ..common import cli
 
-PATIENCE = 10.0  # seconds for a process to end by itself
+PATIENCE = 10.0  # seconds to wait for a process to exit
 
 
 class Failed(OSError):
-    """A side could not be built or run, or gave something else; the message says which and why, in one line."""
+    """A side could not be built or run, or gave a different result; the message names it and the reason in one line."""
 
     def __init__(self, who: str, why: str) -> None:
         super().__init__(f"{who} failed: {why}")
@@ -29,17 +29,17 @@ class Failed(OSError):
 
 
 class Worker:
-    """`make(*arguments)` in a new process, until the `with` block ends; `ask` calls its methods.
+    """The object `make(*arguments)` in a new process until the `with` block ends; `ask` calls its methods.
 
-    name   what messages call it
-    log    file for what it prints
-    Raises Failed where `make` or a method does, or the process dies.
+    name   its name in messages
+    log    file for its output
+    Raises Failed if `make` or a method raises, or the process dies.
     """
 
     def __init__(self, name: str, log: Path, make: Callable[..., Any], *arguments: Any) -> None:
         self.name, self.log = name, log
-        log.write_bytes(b"")  # whatever an earlier process said
-        new = multiprocessing.get_context("spawn")  # a forked process would share pools of threads that do not work
+        log.write_bytes(b"")  # clear the output of an earlier process
+        new = multiprocessing.get_context("spawn")  # thread pools do not survive a fork
         self._pipe, theirs = new.Pipe()
         self._process = new.Process(target=_serve, args=(theirs, log, make, arguments), daemon=True)
         self._process.start()
@@ -51,10 +51,10 @@ class Worker:
             raise
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """The result of a method, which must be picklable, as the arguments must."""
+        """Call a method and return its result; both arguments and result must be picklable."""
         try:
             self._pipe.send((method, arguments))
-        except OSError:  # it died since it was last asked: while another was being built, say
+        except OSError:  # it died since the last call, for example while another side was being built
             raise self._died() from None
         return self._answer()
 
@@ -76,7 +76,7 @@ class Worker:
         return last_words(self._process.exitcode, lines)
 
     def close(self, patience: float = PATIENCE) -> None:
-        """End the process and give back its memory."""
+        """End the process."""
         self._pipe.close()
         self._process.join(patience)
         if self._process.exitcode is None:
@@ -93,20 +93,20 @@ class Worker:
 
 
 def last_words(code: int | None, lines: Sequence[str]) -> str:
-    """Why a process ended, in one line: by which signal, or else the last of the lines that it printed.
+    """Why a process ended, in one line: its signal, or else the last line that it printed.
 
-    code   its exit code, negative for a signal, None if it is not known
+    code   its exit code, negative for a signal, None if unknown
     """
     if code == -9:
         return "the system stopped it, as it does when memory runs out"
-    if code is not None and code < 0:  # what it printed before a signal says nothing of it
+    if code is not None and code < 0:  # its output does not explain a signal
         return f"its process died (signal {-code})"
     return lines[-1] if lines else f"its process ended with status {code}"
 
 
-def _serve(pipe: Connection, log: Path, make: Callable[..., Any], arguments: tuple) -> None:
-    """What the process does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it decides
+def _serve(pipe: Connection, log: Path, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """The main loop of the process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
@@ -120,8 +120,8 @@ def _serve(pipe: Connection, log: Path, make: Callable[..., Any], arguments: tup
         pipe.send(_attempt(getattr(made, method), arguments))
 
 
-def _attempt(function: Callable[..., Any], arguments: tuple) -> tuple[Any, str | None]:
-    """(result, None), or (None, what went wrong)."""
+def _attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, str | None]:
+    """(result, None), or (None, error message)."""
     try:
         return function(*arguments), None
     except Exception as error:

@@ -11,7 +11,7 @@ from PIL import ImageColor
 
 import sd
 from sd.checkpoints.convert import WEIGHTS
-from sd.imaging.files import Picture, read_picture
+from sd.imaging.files import ImageFile, read_image
 from sd.params import FITS, OPTIONS, POSTERIORS, SamplingParams
 from sd.runtime.device import DTYPES
 from sd.samplers import SAMPLERS
@@ -257,10 +257,10 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
     return prompts
 
 
-def read_init(args: argparse.Namespace, background: tuple[int, int, int] | None) -> Picture:
+def read_init(args: argparse.Namespace, background: tuple[int, int, int] | None) -> ImageFile:
     """The image given by --init-img. Without a background, the colours of transparent pixels are kept."""
     if args.init_img is None:
         raise ValueError("give the image to start from, after the prompt or with --init-img")
     if "://" in args.init_img:
         raise ValueError(f"{args.init_img}: URLs are not fetched; download the image first")
-    return read_picture(args.init_img, background)
+    return read_image(args.init_img, background)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import sd
 from sd.checkpoints.folders import model_name
-from sd.imaging.files import Picture, parameters
+from sd.imaging.files import ImageFile, parameters
 from sd.imaging.previews import LinearDecoder
 from sd.imaging.tensors import grid
 from sd.params import MAX_SEED, POSTERIORS, SamplingParams, TextToImage
@@ -37,7 +37,7 @@ FRAMES = 100  # at most: of a longer run, some steps are skipped
 Make = Callable[..., TextToImage]
 
 
-def about_init(args: argparse.Namespace, init: Picture) -> dict[str, object]:
+def about_init(args: argparse.Namespace, init: ImageFile) -> dict[str, object]:
     """The entries about the initial image in the metadata."""
     return {
         "Denoising strength": f"{args.strength:g}",

@@ -1,15 +1,15 @@
-"""The judge: sees what is in a picture of the embedded model's world, whoever painted it.
+"""The judge: a classifier that recognises the scene in an image of the toy world.
 
-    judge = find(Path("outputs/judge.safetensors"), device)     trained on the spot if there is no such file
-    scenes = judge.look(pictures)
+    judge = find(Path("outputs/judge.safetensors"), device)     trained now if the file is missing
+    scenes = judge.look(images)
 
-A small convolutional network, trained on fresh renderings of all combinations (so none is unseen to the judge), half of
-them through JPEG, all blurred, noisy and off in colour to some degree: a decoded latent is no rendering, and what is
-right in it should not be called wrong for that. It shares no weights and no training with the models that it judges.
+It is a small convolutional network, trained on renderings of all combinations (none is unseen for the judge). Half of
+them are JPEG-compressed, and all are blurred, noisy and tinted to some degree, so that it tolerates the artefacts of
+decoded latents. It shares neither weights nor training with the models that it judges.
 
-A picture has six places for a thing: on the ground and in the sky, each at the left, in the middle and at the right.
-For each of them the network says which kind is there, if any, in which colour and which size; and for the whole
-picture style, time and ground. `labels` and `scene_of` translate between these answers and a `Scene`.
+An image has six slots for a thing: on the ground and in the sky, each at the left, in the middle and at the right. For
+each slot the network predicts kind (or none), colour and size; for the whole image style, time and ground. `labels` and
+`scene_of` convert between these answers and a `Scene`.
 """
 
 from __future__ import annotations
@@ -31,24 +31,25 @@ from tqdm import tqdm
 
 from sd.imaging.tensors import resize
 from sd.runtime.device import best_dtype
+from sd.training import channels_last
 
 from ..toy_world import SIZE, Scene, Thing, draw, random_scene
 from ..toy_world.scenes import COLOURS, COLUMNS, FLOATING, GROUNDS, SIZES, STANDING, STYLES, TIMES
 from ..training.state import save_tensors
 
-SLOTS = tuple((kinds, column) for kinds in (STANDING, FLOATING) for column in COLUMNS)  # where a thing can be
-QUESTIONS: tuple[tuple[str, ...], ...] = (STYLES, TIMES, GROUNDS)  # the possible answers to each, in words
+SLOTS = tuple((kinds, column) for kinds in (STANDING, FLOATING) for column in COLUMNS)  # positions of things
+QUESTIONS: tuple[tuple[str, ...], ...] = (STYLES, TIMES, GROUNDS)  # the classes of each prediction
 for kinds, _ in SLOTS:
-    QUESTIONS += (("", *kinds), COLOURS, SIZES)  # "" is: nothing there
-UNASKED = -100  # the label of the colour and size of nothing, which cross_entropy leaves out
+    QUESTIONS += (("", *kinds), COLOURS, SIZES)  # "" for an empty slot
+UNASKED = -100  # label of the colour and size of an empty slot; cross_entropy ignores it
 
-TRAINING_PICTURES, TRAINING_STEPS, BATCH = 30_000, 4_500, 64
-BLUR, RUN, TRACE, TINT, NOISE = 2.0, 0.6, 0.25, 0.08, 0.14  # the most of each in `worn`; BLUR is in pixels
+TRAINING_IMAGES, TRAINING_STEPS, BATCH = 30_000, 4_500, 64
+BLUR, RUN, TRACE, TINT, NOISE = 2.0, 0.6, 0.25, 0.08, 0.14  # maximum of each in `worn`; BLUR is in pixels
 JPEG_QUALITY = (30, 95)
 
 
 def labels(scene: Scene) -> list[int]:
-    """The right answer to each of QUESTIONS, as its place among the possible ones, or UNASKED."""
+    """The index of the right class for each of QUESTIONS, or UNASKED."""
     answers = [STYLES.index(scene.style), TIMES.index(scene.time), GROUNDS.index(scene.ground)]
     for kinds, column in SLOTS:
         here = [thing for thing in scene.things if thing.column == column and thing.kind in kinds]
@@ -60,16 +61,17 @@ def labels(scene: Scene) -> list[int]:
 
 
 def scene_of(answers: Sequence[int]) -> Scene:
-    """What `labels` was made of. A picture gone wrong may hold more than the two things of a proper scene."""
+    """The scene with these labels. An image of poor quality may have more than the two things of a valid scene."""
     words = [choices[answer] for choices, answer in zip(QUESTIONS, answers, strict=True)]
     style, time, ground, *rest = words
-    seen = [Thing(*rest[3 * i : 3 * i + 3], column) for i, (_, column) in enumerate(SLOTS) if rest[3 * i]]
+    triples = zip(rest[::3], rest[1::3], rest[2::3], SLOTS, strict=True)
+    seen = [Thing(kind, colour, size, column) for kind, colour, size, (_, column) in triples if kind]
     seen.sort(key=lambda thing: COLUMNS.index(thing.column))  # stable: what stands stays before what floats
     return Scene(style, time, ground, tuple(seen))
 
 
 class Judge(nn.Module):
-    """Strided convolutions that keep an 8 x 8 map, a layer that sees all of it, and one linear layer a question."""
+    """Strided convolutions down to an 8 x 8 map, a fully connected layer, and one linear head per question."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,23 +93,23 @@ class Judge(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(384, len(choices)) for choices in QUESTIONS)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Pictures (B, 3, SIZE, SIZE) in [-1, 1] -> for each question (B, number of possible answers) logits."""
+        """Images (B, 3, SIZE, SIZE) in [-1, 1] -> logits (B, classes) for each question."""
         features = self.body(x)
         return [head(features) for head in self.heads]
 
     @torch.no_grad()
-    def look(self, pictures: Sequence[Image.Image] | Tensor, batch: int = 250) -> list[Scene]:
-        """What is seen in pictures of any size, or in a tensor (N, 3, SIZE, SIZE) in [-1, 1]."""
-        x = pictures if isinstance(pictures, Tensor) else to_tensor([resize(each, SIZE, SIZE) for each in pictures])
+    def look(self, images: Sequence[Image.Image] | Tensor, batch: int = 250) -> list[Scene]:
+        """The scenes in images of any size, or in a tensor (N, 3, SIZE, SIZE) in [-1, 1]."""
+        x = images if isinstance(images, Tensor) else to_tensor([resize(each, SIZE, SIZE) for each in images])
         device = next(self.parameters()).device
         self.eval()
         answers = [torch.stack([head.argmax(1) for head in self(part.to(device))], 1) for part in x.split(batch)]
         return [scene_of(row) for part in answers for row in part.tolist()]
 
 
-def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
-    """RGB pictures of one size -> (N, 3, H, W) in [-1, 1]."""
-    return to_floats(torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])))
+def to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """RGB images of the same size -> (N, 3, H, W) in [-1, 1]."""
+    return to_floats(torch.from_numpy(np.stack([np.asarray(image) for image in images])))
 
 
 def to_floats(pixels: Tensor) -> Tensor:
@@ -115,15 +117,15 @@ def to_floats(pixels: Tensor) -> Tensor:
     return (pixels.float() / 127.5 - 1).permute(0, 3, 1, 2)
 
 
-def jpeg(picture: Image.Image, quality: int) -> Image.Image:
-    """The picture after JPEG of a quality from 1 to 95."""
+def jpeg(image: Image.Image, quality: int) -> Image.Image:
+    """The image after JPEG compression, quality 1 to 95."""
     file = BytesIO()
-    picture.save(file, "JPEG", quality=quality)
+    image.save(file, "JPEG", quality=quality)
     return Image.open(file)
 
 
 def blurred(x: Tensor, sigma: Tensor) -> Tensor:
-    """Pictures (B, C, H, W), each convolved with a Gaussian of its own standard deviation (B,), in pixels."""
+    """Images (B, C, H, W), each convolved with a Gaussian of standard deviation sigma (B,), in pixels."""
     B, C, H, W = x.shape
     reach = torch.arange(-4, 5, device=x.device)
     kernel = torch.exp(-(reach**2) / (2 * sigma[:, None].clamp(min=1e-3) ** 2))
@@ -134,9 +136,9 @@ def blurred(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def worn(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Training pictures (B, 3, H, W), each with some of what an autoencoder and a sampler may do to it, by lot.
+    """Training images (B, 3, H, W) with random degradations like those of an autoencoder and a sampler.
 
-    Blur, colours that run, a trace of another picture, a tint, and noise from coarse to fine.
+    Blur, colour bleeding, a trace of another image, a tint, and noise from coarse to fine.
     """
     B, _, H, W = x.shape
 
@@ -156,33 +158,33 @@ def worn(x: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def renderings(n: int, seed: str, compressed: bool = False) -> tuple[Tensor, list[Scene]]:
-    """n scenes of all combinations as pictures (n, SIZE, SIZE, 3) in uint8; half of them `compressed`."""
+    """n scenes of all combinations as uint8 images (n, SIZE, SIZE, 3); if `compressed`, half of them through JPEG."""
     rng = Random(seed)
     pixels, scenes = torch.empty(n, SIZE, SIZE, 3, dtype=torch.uint8), []
     for i in tqdm(range(n), "rendering", disable=None, leave=False):
         scenes.append(random_scene(rng, "all"))
-        picture = draw(scenes[-1], rng)
+        image = draw(scenes[-1], rng)
         if compressed and rng.random() < 0.5:
-            picture = jpeg(picture, rng.randint(*JPEG_QUALITY))
-        pixels[i] = torch.from_numpy(np.array(picture))
+            image = jpeg(image, rng.randint(*JPEG_QUALITY))
+        pixels[i] = torch.from_numpy(np.array(image))
     return pixels, scenes
 
 
 def train(
-    device: torch.device, pictures: int = TRAINING_PICTURES, steps: int = TRAINING_STEPS, batch: int = BATCH
+    device: torch.device, images: int = TRAINING_IMAGES, steps: int = TRAINING_STEPS, batch: int = BATCH
 ) -> Judge:
-    """A new judge. On two CPU cores this takes about 20 minutes, of which the renderings are one or two."""
+    """Train a judge. This takes about 20 minutes on two CPU cores, including one or two for the renderings."""
     torch.manual_seed(0)
     rng = torch.Generator().manual_seed(0)
-    pixels, scenes = renderings(pictures, "judge: training", compressed=True)
+    pixels, scenes = renderings(images, "judge: training", compressed=True)
     targets = torch.tensor([labels(each) for each in scenes])
-    judge = Judge().to(device, memory_format=torch.channels_last)
+    judge = channels_last(Judge(), device)
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.02)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=min(0.1, 100 / steps))
     bar = tqdm(range(steps), "training the judge", disable=None)
     with torch.enable_grad():
         for _ in bar:
-            chosen = torch.randint(pictures, (batch,), generator=rng)
+            chosen = torch.randint(images, (batch,), generator=rng)
             x = worn(to_floats(pixels[chosen]).to(device), rng).contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16, enabled=best_dtype(device) == torch.bfloat16):
                 outputs = judge(x)
@@ -201,7 +203,7 @@ def train(
 
 
 def fingerprint() -> str:
-    """Of all that a trained judge depends on: how the world looks, what is asked about it, and the network's shape."""
+    """A digest of everything that a trained judge depends on: sample renderings, questions, and network shapes."""
     digest = hashlib.sha256(repr(QUESTIONS).encode())
     digest.update(repr([(name, tuple(weight.shape)) for name, weight in Judge().state_dict().items()]).encode())
     digest.update(renderings(100, "judge: fingerprint")[0].numpy().tobytes())
@@ -209,21 +211,24 @@ def fingerprint() -> str:
 
 
 def find(path: Path, device: torch.device) -> Judge:
-    """The judge in a file; where there is none, or one of another world, a new one is trained and put there."""
+    """Load the judge from a file; if it is missing or of another world, train a judge and save it there.
+
+    Raises ValueError for a file that is not a judge.
+    """
     current = fingerprint()
     if path.exists():
         try:
             with safe_open(path, "pt") as file:
                 found = (file.metadata() or {}).get("fingerprint")
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a judge ({error}): remove it, and a new one is made") from None
+            raise ValueError(f"{path} is not a judge ({error}): remove it to train a new one") from None
         if found is None:
             raise ValueError(f"{path} is not a judge: give --judge another name")
         if found == current:
             judge = Judge()
             judge.load_state_dict(load_file(path))
             return judge.to(device).eval()
-        tqdm.write(f"{path} knows another world than this one: training a new judge")
+        tqdm.write(f"{path} was trained on another world: training a new judge")
     path.parent.mkdir(parents=True, exist_ok=True)
     judge = train(device)
     save_tensors({name: weight.cpu() for name, weight in judge.state_dict().items()}, path, {"fingerprint": current})

@@ -1,15 +1,15 @@
-"""How much of what a caption says is in a picture: captions as `world.tell` gives them, pictures as a judge sees them.
+"""Scoring: how much of a caption is in an image. `toy_world.tell` gives captions; a judge sees scenes in images.
 
-Only what is said is judged. Each thing of the caption is paired with one that is seen, so that as many kinds as are
-possible are right, and then as many other attributes; of what is not found, all that is said is wrong.
+Only attributes that the caption mentions count. Each thing of the caption is paired with a thing in the image, so that
+most kinds match, and then most other attributes; all attributes of a thing without partner are wrong.
 
-    object    the kind is there
-    colour, size, place (its column)    of the thing that it is paired with
+    object    the kind is present
+    colour, size, place (its column)    of the paired thing
     relation  left of: in a column further left; below: on the ground, and the other one above it, in the same column;
               beside: in another column
     ground, time, style
-    all       everything that is said
-    no more   nothing is there that the caption does not name; a caption names every thing. It is no part of `all`.
+    all       everything that the caption mentions
+    no more   the image has no other things than the caption names (a caption names every thing); not part of `all`
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Verdict = dict[str, list[bool]]  # for each attribute, whether each mention of i
 
 
 class Rate(NamedTuple):
-    """So many right of so many mentions."""
+    """The number of right mentions, of all mentions."""
 
     right: int
     of: int
@@ -38,7 +38,7 @@ class Rate(NamedTuple):
 
 
 def verdict(told: Told, seen: Scene) -> Verdict:
-    """What is right and wrong in one picture."""
+    """Right or wrong for each mention in one image."""
     found = _things(told, seen.things)
     for name in ("ground", "time", "style"):
         said = getattr(told.said, name)
@@ -49,7 +49,7 @@ def verdict(told: Told, seen: Scene) -> Verdict:
 
 
 def _things(told: Told, seen: tuple[Thing, ...]) -> Verdict:
-    """The verdict on things alone, by the pairing that is best for the picture."""
+    """The verdict on the things, by the best pairing."""
     said = told.said.things
     nothing: tuple[Thing | None, ...] = (None,) * len(said)
     verdicts = [_paired(told, pairing) for pairing in permutations((*seen, *nothing), len(said))]
@@ -57,7 +57,7 @@ def _things(told: Told, seen: tuple[Thing, ...]) -> Verdict:
 
 
 def _paired(told: Told, pairing: tuple[Thing | None, ...]) -> Verdict:
-    """The verdict if `pairing` has what is seen of each thing that is said."""
+    """The verdict on the things for one pairing: the thing in the image, or None, for each thing of the caption."""
     pairs = list(zip(told.said.things, pairing, strict=True))
     found = {"object": [thing is not None and thing.kind == said.kind for said, thing in pairs]}
     for name, field in OF_THINGS.items():
@@ -78,7 +78,7 @@ def _related(relation: str, one: Thing | None, two: Thing | None) -> bool:
 
 
 def tally(told: Iterable[Told], seen: Iterable[Scene]) -> dict[str, Rate]:
-    """Over many pictures, the rate of each of ATTRIBUTES."""
+    """The rate of each of ATTRIBUTES over many images."""
     mentions: Verdict = {name: [] for name in ATTRIBUTES}
     for each, scene in zip(told, seen, strict=True):
         for name, right in verdict(each, scene).items():
@@ -87,5 +87,5 @@ def tally(told: Iterable[Told], seen: Iterable[Scene]) -> dict[str, Rate]:
 
 
 def whole(scene: Scene) -> Told:
-    """All that can be said of a scene, to judge the judge by."""
+    """A caption that mentions everything in a scene, to test the judge."""
     return Told("", scene, "")

@@ -1,13 +1,13 @@
-"""The world of the embedded model: small painted scenes with captions, as many as one likes.
+"""The toy world of the embedded model: an unlimited number of small drawn scenes with captions.
 
-    scene = random_scene(rng)      what there is: scenes.py
-    caption(scene, rng)            one of many ways to say it: captions.py, with the words of words.py
-    draw(scene, rng)               one of many ways to paint it: painting.py
+    scene = random_scene(rng)      the content: scenes.py
+    caption(scene, rng)            one of many descriptions: captions.py, with the words of words.py
+    draw(scene, rng)               one of many drawings: painting.py
 
-A picture is painted on a canvas (canvas.py): sky and ground (landscape.py) with small things (scenery.py), then the
-scene's things, as shapes (objects.py) or as pixel art (sprites.py).
+A scene is drawn on a canvas (canvas.py): sky and ground (landscape.py) with small details (scenery.py), then its things
+as shapes (objects.py) or as pixel art (sprites.py).
 
-`rng` is a `random.Random`: equal seeds give equal scenes, captions and pictures.
+`rng` is a `random.Random`: equal seeds give equal scenes, captions and images.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def example(seed: int, size: int = SIZE, split: str = "train") -> tuple[Scene, Image.Image]:
-    """Scene number `seed` of a split and its picture of `size` pixels a side: the same on every call."""
+    """Scene number `seed` of a split and its image of size x size pixels: the same on every call."""
     rng = Random(seed)
     scene = random_scene(rng, split)
     return scene, draw(scene, rng, size)

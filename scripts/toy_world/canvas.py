@@ -30,7 +30,8 @@ RGB: dict[str, Colour] = {  # of the words for colours
 
 def mix(one: Colour, other: Colour, part: float) -> Colour:
     """The colour on the way from `one` (part 0) to `other` (part 1)."""
-    return tuple(round((1 - part) * a + part * b) for a, b in zip(one, other, strict=True))
+    red, green, blue = (round((1 - part) * a + part * b) for a, b in zip(one, other, strict=True))
+    return red, green, blue
 
 
 class Light(NamedTuple):

@@ -1,8 +1,8 @@
-"""How a scene is said: many ways in plain English.
+"""Captions of scenes: many phrasings in plain English.
 
-A caption names every thing there is. Everything else may be left unsaid: colours, sizes, places, relations, the
-ground, the time and the style; what is unsaid may be anything in the picture. `tell` gives a caption together with what
-it says, for whoever judges pictures by it.
+A caption names every thing of the scene. All other attributes are optional: colours, sizes, positions, relations,
+ground, time and style; an image may show anything for an attribute that is not mentioned. `tell` returns a caption
+together with the attributes that it mentions, for evaluation.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ RELATIONS = ("left", "below", "beside")  # of a scene's first thing to its secon
 
 
 class Told(NamedTuple):
-    """A caption, and what it says."""
+    """A caption and the attributes that it mentions."""
 
     text: str
-    said: Scene  # with "" for every word that is left unsaid; its things are in the scene's order
-    relation: str  # one of RELATIONS, or "" if none is said
+    said: Scene  # with "" for attributes that are not mentioned; its things are in the order of the scene
+    relation: str  # one of RELATIONS, or "" if none is mentioned
 
 
 def caption(scene: Scene, rng: Random) -> str:
-    """One of many ways to say the scene."""
+    """A random caption of the scene."""
     return tell(scene, rng).text
 
 
 def tell(scene: Scene, rng: Random) -> Told:
-    """The same with what it says."""
+    """A random caption of the scene, with the attributes that it mentions."""
     teller = _Teller(scene, rng)
     return Told(teller.text(), teller.said, teller.relation)
 
 
 class _Teller:
-    """Says a scene once. Whatever is put into words is noted in `said`, which begins with the kinds alone."""
+    """Builds one caption. `said` collects the attributes that it mentions; it starts with the kinds only."""
 
     def __init__(self, scene: Scene, rng: Random) -> None:
         self.scene, self.rng = scene, rng

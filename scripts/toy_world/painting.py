@@ -1,4 +1,4 @@
-"""How a scene is painted: where its things are, and the three styles.
+"""Drawing a scene: the positions of its things, and the three styles.
 
 flat         smooth shapes with dark outlines
 watercolour  the same shapes, wobbling, in washes of uneven pigment with soft edges, on paper with a bare margin
@@ -22,26 +22,26 @@ from .sprites import palette, sprite
 
 SIZE = 128  # pixels
 
-# Where things are, in units of the picture's side
+# Positions of things, in units of the image's side
 HALF = {"small": 0.14, "big": 0.22}  # half the larger side of a thing
 COLUMN_X = {"left": 0.27, "middle": 0.5, "right": 0.73}
 GROUND_Y = 0.85  # of the feet of what stands
 SKY_Y = {"small": 0.19, "big": 0.25}  # of the middle of what floats
 SHADOW: Colour = (30, 24, 60)
 
-OVERSAMPLE = 3  # shapes are painted larger and reduced, which smooths their edges
-CELLS = 32  # pixels of pixel art a side
+OVERSAMPLE = 3  # shapes are drawn larger and reduced, which smooths their edges
+CELLS = 32  # pixels of pixel art per side
 PAPER = np.array((252, 249, 241), np.float32)
 FIELDS = 8  # different noise fields of a kind; shifts and flips make more of them
 
 
 def draw(scene: Scene, rng: Random, size: int = SIZE) -> Image.Image:
-    """Paint a scene as a square RGB picture of `size` pixels; clouds, hills and small shifts are by lot."""
+    """Draw a scene as a square RGB image of `size` pixels; clouds, hills and small shifts are random."""
     return STYLE_PAINTERS[scene.style](scene, rng, size)
 
 
 def box(thing: Thing) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of a thing with its shadow and a little room, in picture sides."""
+    """Left, top, right and bottom of a thing with its shadow and a small margin, as fractions of the side."""
     r = HALF[thing.size]
     x, y = COLUMN_X[thing.column], SKY_Y[thing.size] if thing.floats else GROUND_Y - r
     room = 1.2 * r
@@ -78,7 +78,7 @@ def _flat(scene: Scene, rng: Random, size: int) -> Image.Image:
 
 @cache
 def _noise(size: int, scale: float) -> list[np.ndarray]:
-    """Smooth random fields (size, size) of standard deviation 1 that tile; `scale` is the blur in picture sides."""
+    """Smooth random fields (size, size) of standard deviation 1 that tile; `scale` is the relative blur."""
     frequency = np.fft.fftfreq(size, 1 / size)
     blur = np.exp(-2 * (np.pi * scale) ** 2 * (frequency[:, None] ** 2 + frequency[None] ** 2))
     blur[0, 0] = 0
@@ -88,7 +88,7 @@ def _noise(size: int, scale: float) -> list[np.ndarray]:
 
 
 def _field(size: int, scale: float, rng: Random) -> np.ndarray:
-    """One of the fields, shifted by lot."""
+    """One of the fields, shifted at random."""
     field = rng.choice(_noise(size, scale))
     y, x = rng.randrange(size), rng.randrange(size)
     return np.roll(field[:: rng.choice((1, -1))], (y, x), (0, 1))
@@ -96,7 +96,7 @@ def _field(size: int, scale: float, rng: Random) -> np.ndarray:
 
 @cache
 def _border(size: int) -> np.ndarray:
-    """The distance to the nearest edge of the picture: (size, size), in picture sides."""
+    """The distance to the nearest edge of the image (size, size), as a fraction of the side."""
     place = (np.arange(size, dtype=np.float32) + 0.5) / size
     edge = np.minimum(place, 1 - place)
     return np.minimum(edge[:, None], edge[None])

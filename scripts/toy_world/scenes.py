@@ -1,12 +1,12 @@
-"""What there is: scenes of the embedded model's world, how they are drawn by lot, and which are kept from training.
+"""Scenes of the toy world, their random distribution, and the combinations that are excluded from training.
 
-A scene is a landscape (ground), a time, a style it is painted in, and up to two things. A thing stands on the ground
-or floats in the sky, in the left, middle or right column. Two things are side by side (left and right) or stacked (one
-above the other in the same column). Everything a picture shows on purpose is in its scene, so a judge can check it.
+A scene has a landscape (ground), a time, a style and up to two things. A thing stands on the ground or floats in the
+sky, in the left, middle or right column. Two things are side by side (left and right) or stacked (one above the other
+in the same column). A scene describes everything that an image shows on purpose, so that a judge can check it.
 
-The split keeps one in eight combinations of (kind, colour, ground) from training: blue boats on the beach, say. For
-every kind and colour at most one of the grounds is missing, and for every kind and ground exactly one of the colours,
-so all pairs are seen in training and only their combination is new.
+Training excludes one in eight combinations of (kind, colour, ground), for example blue boats on the beach. For each
+kind and colour at most one ground is missing, and for each kind and ground exactly one colour. So training has all
+pairs, and only their combination is new.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ GROUNDS = ("meadow", "beach", "desert", "snow", "sea")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white")
 STANDING = ("house", "castle", "tree", "flower", "mushroom", "car", "boat", "cat", "duck", "mountain")
 FLOATING = ("balloon", "kite", "sun", "moon")
-SWIMMING = ("boat", "duck")  # they need no island at sea
+SWIMMING = ("boat", "duck")  # at sea these need no island
 KINDS = STANDING + FLOATING
 SIZES = ("small", "big")
 COLUMNS = ("left", "middle", "right")
 SPLITS = ("train", "unseen", "all")
 
-# Every colour of a kind has weight 1; these are the usual ones, which "a tree" without a colour should lean to.
+# The weight of a colour is 1; usual colours of a kind have more, so that "a tree" without a colour tends to be green.
 USUAL = {
     "house": {"red": 2, "white": 2},
     "tree": {"green": 6},
@@ -54,7 +54,7 @@ class Thing(NamedTuple):
         return self.kind in FLOATING
 
     def swims(self, ground: str) -> bool:
-        """Whether it is in the water, if the ground is this one."""
+        """Whether it is in the water on this ground."""
         return ground == "sea" and self.kind in SWIMMING
 
 
@@ -76,19 +76,19 @@ class Scene(NamedTuple):
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether training never sees this scene: any of its things has a combination that is kept back."""
+    """Whether training excludes this scene, because one of its things has an excluded combination."""
     return any(kept_back(thing.kind, thing.colour, scene.ground) for thing in scene.things)
 
 
 def kept_back(kind: str, colour: str, ground: str) -> bool:
-    """One in eight combinations, spread like a Latin square: with two of the words fixed, at most one in eight of the
-    third is kept back. Of all such rules this one keeps the fewest usual combinations back; green trees stay, say.
+    """Whether training excludes this combination: one in eight, spread like a Latin square, so that for any two words
+    at most one in eight of the third is excluded. Of all such rules, this one excludes the fewest usual combinations.
     """
     return (KINDS.index(kind) + COLOURS.index(colour) + GROUNDS.index(ground)) % 8 == 3
 
 
 def random_scene(rng: Random, split: str = "train") -> Scene:
-    """A scene by lot: "train" without held-out combinations, "unseen" with at least one, "all" takes what comes.
+    """A random scene: "train" without held-out combinations, "unseen" with at least one, "all" with or without.
 
     Raises ValueError for another split.
     """
@@ -101,10 +101,10 @@ def random_scene(rng: Random, split: str = "train") -> Scene:
 
 
 def counterpart(scene: Scene, rng: Random) -> Scene:
-    """The scene with a difference that is easily overlooked: what is in it is the same, how it belongs together is not.
+    """A similar scene with the same content in another arrangement.
 
-    Two things exchange their places, colours or sizes; a single one and a stack move; without things the time changes.
-    Of a scene that training may see, training may see this one as well.
+    Two things swap their positions, colours or sizes; a single thing or a stack moves; without things the time changes.
+    The counterpart of a scene that training may use is one that training may use.
     """
     if not scene.things:
         return scene._replace(time=rng.choice([time for time in TIMES if time != scene.time]))
@@ -135,6 +135,8 @@ def _any_scene(rng: Random) -> Scene:
         kinds = rng.choices((STANDING, FLOATING), (7, 3))[0]
         return Scene(style, time, ground, (_thing(kinds, time, ground, rng.choice(COLUMNS), rng),))
     stacked = rng.random() < 0.4
+    both: tuple[tuple[str, ...], ...]
+    columns: tuple[str, ...]
     if stacked:
         both, columns = (STANDING, FLOATING), (rng.choices(COLUMNS, (1, 2, 1))[0],) * 2
     else:
@@ -157,7 +159,7 @@ def _thing(kinds: tuple[str, ...], time: str, ground: str, column: str, rng: Ran
 
 
 def _weight(kind: str, time: str, ground: str) -> float:
-    """How likely a kind is there: no sun at night; boats and ducks are mostly at sea; the moon mostly at night."""
+    """The weight of a kind: no sun at night; boats and ducks mostly at sea; the moon mostly at night."""
     if kind in ("sun", "moon"):
         return {"night": (0, 3), "sunset": (1, 1)}.get(time, (1.5, 0.5))[kind == "moon"]
     if kind in SWIMMING:

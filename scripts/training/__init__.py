@@ -1,6 +1,6 @@
-"""What train.py and train_vae.py share: the data, the loop, its state and log. Nothing that paints imports it.
+"""Shared parts of the training programs: data, loop, state and log. The programs that generate never import it.
 
-data       pictures with captions, from a folder or drawn        latents    the U-Net's: encoded once
-models     which networks are trained, and writing them          loop       recipe, optimizer, steps; many processes
-processes  who this process is among torchrun's                  state      stopping and going on    log  and curve
+data       images with captions, from a folder or drawn          latents    encoded once, for the U-Net
+models     new or loaded networks, and saving them               loop       recipe, optimizer, steps; many processes
+processes  rank and communication under torchrun                 state      save and resume      log  and loss curve
 """

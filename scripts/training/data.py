@@ -1,11 +1,11 @@
-"""What is trained on: pictures with captions, from a folder or drawn; read once, in parallel, and kept for next time.
+"""Training data: images with captions, from a folder or drawn; read once, in parallel, and cached.
 
-    FOLDER/**/name.png + name.txt         one caption a line; each time the picture is seen, one of them is taken
-    FOLDER/**/metadata.jsonl              {"file_name": "a.png", "text": "a caption"}, as Hugging Face's datasets
+    FOLDER/**/name.png + name.txt         one caption per line; a random one is used each time
+    FOLDER/**/metadata.jsonl              {"file_name": "a.png", "text": "a caption"}, as in Hugging Face datasets
     world                                 scenes of scripts/toy_world, with several captions each
 
-A picture that cannot be read is left out, and counted; a picture without a caption is an error, as it is likely a
-misspelt name (or --caption says what to take).
+Unreadable images are skipped and counted. An image without a caption is an error, because the name of its caption file
+is probably misspelt (unless --caption gives a default).
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sd.imaging.files import PictureError, read_picture
+from sd.imaging.files import ImageFileError, read_image
 from sd.imaging.tensors import fit
 
 from .. import toy_world
@@ -39,13 +39,13 @@ from .state import save_tensors
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 CAPTIONS, METADATA = (".txt", ".caption"), "metadata.jsonl"
-CHUNK = 64  # pictures that a worker reads at a time
-FEW = 500  # pictures for which starting workers is not worth it
-NAMED = 5  # broken pictures that are named; the others are counted
+CHUNK = 64  # images per batch of a reading worker
+FEW = 500  # below this number of images, starting workers is not worth it
+NAMED = 5  # unreadable images that are named; the others are counted
 
 
 class Example(NamedTuple):
-    """One item: pixels (H, W, 3), uint8, and its captions; or the problem with its picture."""
+    """One item: pixels (H, W, 3), uint8, and captions; or the problem that prevents reading."""
 
     pixels: np.ndarray | None
     captions: Sequence[str]
@@ -53,21 +53,21 @@ class Example(NamedTuple):
 
 
 class Source(Protocol):
-    """What is trained on, item by item."""
+    """A data set of examples."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Example: ...
 
     def fingerprint(self) -> str:
-        """Changes whenever an item does."""
+        """A digest that changes whenever an item changes."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Drawn scenes `first` to `first + n - 1` of a split, with so many captions each.
+    """Drawn scenes `first` to `first + n - 1` of a split, with `phrasings` captions each.
 
-    In `pairs`, every second one is the counterpart of the one before it, in the same landscape.
+    With `pairs`, every second scene is the counterpart of the previous one, in the same landscape.
     """
 
     n: int
@@ -100,19 +100,19 @@ class World:
         return Example(np.asarray(image), [toy_world.caption(scene, rng) for _ in range(self.phrasings)])
 
     def fingerprint(self) -> str:
-        """Of the numbers and of the code that draws."""
+        """A digest of the settings and of the drawing code."""
         code = [path.read_text(encoding="utf-8") for path in sorted(Path(toy_world.__file__).parent.glob("*.py"))]
         return digest([repr(self), *code])
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The pictures of a folder, each cut to its middle square of `size` pixels."""
+    """The images of a folder, each cropped to its central square and resized to `size` pixels."""
 
     folder: Path
     size: int
-    caption: str | None = None  # of pictures without one; None: that is an error
-    outside: Path | None = None  # what lies here is no data: where a run writes its samples
+    caption: str | None = None  # for images without one; None: that is an error
+    outside: Path | None = None  # a folder to ignore: where a run writes its samples
     items: list[tuple[Path, list[str]]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -125,14 +125,14 @@ class Folder:
         path, captions = self.items[i]
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of animations the first frame is taken, and so on
-                image = fit(read_picture(path).image, self.size, self.size)
-        except (PictureError, OSError) as error:
+                warnings.simplefilter("ignore")  # such as those for animations, whose first frame is used
+                image = fit(read_image(path).image, self.size, self.size)
+        except (ImageFileError, OSError) as error:
             return Example(None, captions, str(error))
         return Example(np.asarray(image), captions)
 
     def fingerprint(self) -> str:
-        """Of names, sizes, dates and captions."""
+        """A digest of names, sizes, dates and captions."""
         parts = [repr(self.size)]
         for path, captions in self.items:
             status = path.stat()
@@ -141,38 +141,38 @@ class Folder:
 
 
 def digest(parts: Sequence[str]) -> str:
-    """One number for a list of texts."""
+    """A digest of a list of texts."""
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def captioned(folder: Path, caption: str | None = None, outside: Path | None = None) -> list[tuple[Path, list[str]]]:
-    """The pictures of a folder and their captions. ValueError, in one line, for what is missing or cannot be read."""
+    """The images of a folder and their captions. Raises ValueError for anything that is missing or unreadable."""
     if not folder.is_dir():
         raise ValueError(f"--data {folder}: no such folder")
     files = [path for path in sorted(folder.rglob("*")) if not _hidden(path.relative_to(folder)) and path.is_file()]
     if outside:
         files = [path for path in files if outside.resolve() not in path.resolve().parents]
-    pictures = [path for path in files if path.suffix.lower() in EXTENSIONS]
-    if not pictures:
-        raise ValueError(f"--data {folder}: no pictures in it ({', '.join(EXTENSIONS)})")
+    images = [path for path in files if path.suffix.lower() in EXTENSIONS]
+    if not images:
+        raise ValueError(f"--data {folder}: no images in it ({', '.join(EXTENSIONS)})")
     listed: dict[Path, list[str]] = {}
     for path in files:
         if path.name == METADATA:
             listed |= _metadata(path)
     items, bare = [], []
-    for path in pictures:
+    for path in images:
         captions = listed.pop(path.resolve(), None) or _beside(path)
         if not captions and caption is None:
             bare.append(path)
         items.append((path, captions or [caption or ""]))
     if listed:
         gone = next(iter(listed))
-        raise ValueError(f"{folder}: {len(listed)} pictures of {METADATA} are not there, first {gone}")
+        raise ValueError(f"{folder}: {len(listed)} images of {METADATA} are missing, first {gone}")
     if bare:
         name = bare[0].with_suffix(".txt").name
         raise ValueError(
-            f"{bare[0]}: no caption ({len(bare)} of {len(pictures)} pictures have none): write it into {name} beside "
-            f'it or into {METADATA}, or give one for all that have none (--caption "...")'
+            f"{bare[0]}: no caption ({len(bare)} of {len(images)} images have none): write it to {name} in the same "
+            f'folder or to {METADATA}, or give a default (--caption "...")'
         )
     return items
 
@@ -181,19 +181,19 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _beside(picture: Path) -> list[str]:
+def _beside(image: Path) -> list[str]:
     for suffix in CAPTIONS:
-        if found := [line.strip() for line in read_lines(picture.with_suffix(suffix)) if line.strip()]:
+        if found := [line.strip() for line in read_lines(image.with_suffix(suffix)) if line.strip()]:
             return found
     return []
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, also the empty ones; none if there is no file. ValueError if it is not UTF-8."""
+    """All lines of a text file; none if the file is missing. Raises ValueError if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else []
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: not text in UTF-8; save it as that") from None
+        raise ValueError(f"{path}: not UTF-8 text; save it as UTF-8") from None
 
 
 def _metadata(path: Path) -> dict[Path, list[str]]:
@@ -214,11 +214,14 @@ def _metadata(path: Path) -> dict[Path, list[str]]:
 
 
 def examples(source: Source, workers: int, progress: bool) -> Iterator[tuple[list[int], list[Example]]]:
-    """The readable items, in order, some at a time, with their numbers; the others are left out with a warning."""
+    """Chunks of the readable items in order, with their indices; unreadable items are skipped with a warning."""
     few = len(source) < FEW
-    loader = DataLoader(source, batch_size=CHUNK, num_workers=0 if few else workers, collate_fn=list)
+    items = cast("Dataset[Example]", source)  # it has the methods that a loader uses
+    loader: DataLoader[Example] = DataLoader(
+        items, batch_size=CHUNK, num_workers=0 if few else workers, collate_fn=list
+    )
     number, broken = 0, 0
-    with tqdm(total=len(source), desc="reading pictures", disable=None if progress else True, leave=False) as bar:
+    with tqdm(total=len(source), desc="reading images", disable=None if progress else True, leave=False) as bar:
         for chunk in loader:
             good = [(number + k, example) for k, example in enumerate(chunk) if example.pixels is not None]
             for example in chunk:
@@ -231,25 +234,26 @@ def examples(source: Source, workers: int, progress: bool) -> Iterator[tuple[lis
             if good:
                 yield [i for i, _ in good], [example for _, example in good]
     if broken == len(source):
-        raise ValueError(f"none of the {broken} pictures can be read")
+        raise ValueError(f"none of the {broken} images can be read")
     if broken and progress:
-        warnings.warn(f"{broken} of {len(source)} pictures cannot be read and are skipped", stacklevel=2)
+        warnings.warn(f"{broken} of {len(source)} images cannot be read and are skipped", stacklevel=2)
 
 
 def pixels(chunk: Sequence[Example]) -> Tensor:
-    """(B, 3, H, W), uint8."""
-    return torch.from_numpy(np.stack([example.pixels for example in chunk])).permute(0, 3, 1, 2)
+    """The images of a chunk, (B, 3, H, W), uint8."""
+    arrays = [example.pixels for example in chunk if example.pixels is not None]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
 def to_floats(images: Tensor) -> Tensor:
-    """uint8 -> [-1, 1]."""
+    """uint8 images -> floats in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def cached(
     path: Path, fingerprint: str, processes: Processes, make: Callable[[], Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """What `make` gives, kept in a file for the next start and for the other processes of this machine."""
+    """The result of `make`, cached in a file for later runs and for the other processes on this machine."""
     if processes.local == 0 and not _valid(path, fingerprint):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(make(), path, {"fingerprint": fingerprint})
@@ -266,34 +270,34 @@ def _valid(path: Path, fingerprint: str) -> bool:
 
 
 def find_source(args: argparse.Namespace, size: int, caption: str | None = None, pairs: bool = False) -> World | Folder:
-    """The data that the arguments name; `caption` is for pictures without one, unless --caption says another."""
+    """The data of --data; `caption` is the default for images without one, unless --caption overrides it."""
     if args.data is None and args.ckpt:
-        raise ValueError("--ckpt needs --data: a folder with pictures, or world for the drawn scenes")
+        raise ValueError("--ckpt needs --data: a folder with images, or world for drawn scenes")
     if args.data in (None, "world"):
         return World(args.scenes, size, getattr(args, "phrasings", 1), pairs=pairs)
     return Folder(Path(args.data), size, caption if args.caption is None else args.caption, args.out)
 
 
 def add_data_arguments(parser: Parser, scenes: int) -> None:
-    """--data and what belongs to it."""
+    """Add --data and its related options."""
     add = parser.add_argument_group("data").add_argument
-    add("--data", metavar="FOLDER", help="pictures with captions, or world: drawn scenes (default of new models)")
-    add("--caption", metavar="TEXT", help="of pictures that have none (default: that is an error)")
-    add("--scenes", type=int, default=scenes, metavar="N", help="of the world: so many (default: %(default)s)")
-    add("--size", type=int, metavar="PIXELS", help="side of the square cut from pictures' middle (default: native)")
+    add("--data", metavar="FOLDER", help="images with captions, or world: drawn scenes (default of new models)")
+    add("--caption", metavar="TEXT", help="caption of images without one (default: that is an error)")
+    add("--scenes", type=int, default=scenes, metavar="N", help="number of drawn scenes (default: %(default)s)")
+    add("--size", type=int, metavar="PIXELS", help="side of the central square crop (default: native)")
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
-    add("--workers", type=int, default=workers, metavar="N", help="processes that read pictures (default: %(default)s)")
+    add("--workers", type=int, default=workers, metavar="N", help="processes that read images (default: %(default)s)")
 
 
 class Order:
-    """An endless stream of item numbers below n: every epoch in a new order, a function of the seed."""
+    """An endless stream of item indices below n, each epoch shuffled; a function of the seed."""
 
     def __init__(self, n: int, seed: int) -> None:
         self.n, self.seed = n, seed
         self._epochs: dict[int, Tensor] = {}
 
     def __call__(self, start: int, count: int) -> Tensor:
-        """Numbers start .. start + count - 1 of the stream, (count,)."""
+        """Elements start to start + count - 1 of the stream, (count,)."""
         out = []
         while count:
             epoch, at = divmod(start, self.n)
@@ -309,6 +313,6 @@ class Order:
 
 
 def generator(device: torch.device | str, seed: int, *what: object) -> torch.Generator:
-    """Random numbers of their own for everything that is named; the same at every start."""
+    """A generator of random numbers for a named purpose, the same on every start."""
     number = int(digest([str(seed), *map(str, what)])[:15], 16)
     return torch.Generator(device).manual_seed(number)

@@ -1,4 +1,4 @@
-"""What the U-Net is trained on: latents and captions' ids of all pictures, computed once, and the batches of a step."""
+"""Training data of the U-Net: latents and caption ids of all images, computed once, and the batches of a step."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from .loop import Recipe
 from .models import fitting
 from .processes import Processes
 
-PART = 512 * 512 * 2  # pixels that are encoded at a time: a few full-size pictures, or many small ones
+PART = 512 * 512 * 2  # pixels per batch of the encoder: a few full-size images, or many small ones
 
 
 def latents(
     path: Path, source: Source, model: StableDiffusion, processes: Processes, workers: int, keep_pixels: bool = False
 ) -> dict[str, Tensor]:
-    """Encode everything, or take it from the file `path`, where it is kept.
+    """Encode all data, or load it from the cache file `path`.
 
-    mean, std (n, C, h, w)   in float16: each time a picture is seen, another sample of its Gaussian is taken
-    ids (N, M)               of all captions; picture i has `count[i]` of them from `first[i]` on
-    pixels (n, 3, H, W)      uint8, only where they are asked for: to hide parts of them
+    mean, std (n, C, h, w)   float16; every use of an image samples its Gaussian again
+    ids (N, M)               of all captions; image i has `count[i]` of them, from `first[i]`
+    pixels (n, 3, H, W)      uint8, only with `keep_pixels`, for inpainting
     """
     weights = hashlib.sha256()
     for value in model.vae.state_dict().values():
@@ -71,12 +71,12 @@ def _tokens(tokenizer: Tokenizer, captions: list[str], main: bool) -> Tensor:
         for start in bar:
             rows.append(tokenizer(captions[start : start + 1000]).int())
     if said and main:
-        warnings.warn(f"of {len(said)} captions the end is ignored, first: {said[0].message}", stacklevel=2)
+        warnings.warn(f"{len(said)} captions are truncated, first: {said[0].message}", stacklevel=2)
     return torch.cat(rows)
 
 
 class Batches:
-    """The parts of each step, as the objective of train.py takes them: a function of seed and step."""
+    """The batches of each step for the objective of train.py: a function of seed and step."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Batches:
         trained: int = 0,
         group: int = 1,
     ) -> None:
-        """`trained` is the number of parameters that memory has to be kept for; `group` items stay together."""
+        """`trained` is the number of trained parameters, which need memory; `group` consecutive items stay together."""
         self.data = fitting(data, processes.device, trained)
         self.vae: VAE = model.vae
         self.steps, self.factor = model.schedule.steps, model.config.vae.factor
@@ -98,18 +98,19 @@ class Batches:
         self.empty = model.tokenizer([""])[0].to(processes.device)
 
     def _take(self, name: str, index: Tensor) -> Tensor:
-        """Rows of the data, on this process' device."""
+        """Rows of the data, on the device of this process."""
         stored = self.data[name]
-        index = index.to(stored.device, non_blocking=stored.is_cuda)  # the way back must be waited for
+        index = index.to(stored.device, non_blocking=stored.is_cuda)  # copies to the CPU must block
         return stored[index].to(self.processes.device, non_blocking=True)
 
-    def _mask(self, step: int, item: int, size: tuple[int, ...]) -> Tensor:
-        """One item's mask. They take much memory, so none is drawn for other parts and processes."""
-        return random_masks(1, *size, generator(self.processes.device, self.recipe.seed, "mask", step, item))
+    def _mask(self, step: int, item: int, height: int, width: int) -> Tensor:
+        """The mask of one item. Masks take much memory, so they are made only for this part and process."""
+        rng = generator(self.processes.device, self.recipe.seed, "mask", step, item)
+        return random_masks(1, height, width, rng)
 
     @torch.no_grad()
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
-        """This process' parts of a step. Everything random is drawn for all parts of all processes."""
+        """The parts of a step for this process. Random numbers are drawn for all parts of all processes."""
         recipe, device = self.recipe, self.processes.device
         total = recipe.batch * recipe.accumulate * self.processes.count
         rng = generator(device, recipe.seed, "step", step)
@@ -128,7 +129,8 @@ class Batches:
             part = {"x0": x0, "ids": ids[mine], "t": t[mine], "noise": noise[mine]}
             if self.inpaint:
                 images = to_floats(self._take("pixels", chosen[mine]))
-                masks = torch.cat([self._mask(step, start + i, images.shape[2:]) for i in range(recipe.batch)])
+                height, width = images.shape[2:]
+                masks = torch.cat([self._mask(step, start + i, height, width) for i in range(recipe.batch)])
                 hidden = self.vae.encode(hide(images, masks)).mode()
                 part["extra"] = conditioning(latent_mask(masks, self.factor), hidden)
             yield part

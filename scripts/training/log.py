@@ -23,25 +23,25 @@ NO_CURVE = 'no loss.png: it needs matplotlib, pip install "sd-from-scratch[study
 
 
 class Log:
-    """Appends to log.jsonl; a run that goes on from step `start` first drops what was logged behind it."""
+    """Appends to log.jsonl; when a run resumes at step `start`, later lines are dropped first."""
 
     def __init__(self, folder: Path, start: int) -> None:
-        self.path, self.picture = folder / "log.jsonl", folder / "loss.png"
+        self.path, self.figure = folder / "log.jsonl", folder / "loss.png"
         self.plots = True  # until matplotlib turns out to be missing
         kept = [line for line in read_log(self.path) if line["step"] <= start] if start else []
-        self.points = [(line["step"], line["loss"]) for line in kept]
+        self.points: list[tuple[float, float]] = [(line["step"], line["loss"]) for line in kept]
         self.seconds = kept[-1]["seconds"] if kept else 0.0
         with replaced_file(self.path) as partial:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
-    def write(self, **values: float | None) -> None:
-        """Add a line."""
-        self.points.append((values["step"], values["loss"]))
+    def write(self, step: int, loss: float, **values: float | None) -> None:
+        """Append a line with the loss of a step and other values."""
+        self.points.append((step, loss))
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps({"step": step, "loss": loss, **values}) + "\n")
 
     def plot(self) -> None:
-        """Draw the curve again. Without matplotlib, say once how to get it and draw nothing."""
+        """Redraw the loss curve. Without matplotlib, print once how to install it."""
         if len(self.points) < 2 or not self.plots:
             return
         try:
@@ -52,12 +52,12 @@ class Log:
             self.plots = False
             print(NO_CURVE, flush=True)
             return
-        with replaced_file(self.picture) as partial:
+        with replaced_file(self.figure) as partial:
             figure.savefig(partial, format="png")
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The lines of a log; what follows one that was cut off is left out."""
+    """The lines of a log up to the first damaged one."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -70,9 +70,9 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def curve(points: Sequence[tuple[float, float]]) -> Figure:
-    """Loss over steps on a logarithmic scale: the measurements as a thin line, their moving average as a thick one.
+    """Loss over steps on a logarithmic scale: the values as a thin line, their moving average as a thick one.
 
-    ModuleNotFoundError where matplotlib is missing.
+    Raises ModuleNotFoundError without matplotlib.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

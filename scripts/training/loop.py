@@ -1,9 +1,9 @@
-"""The loop that both training programs run: one process or many, in mixed precision, that can stop and go on exactly.
+"""The training loop of all programs: one or many processes, mixed precision, exact resumption.
 
-A step sees `batch` items per process and part, `accumulate` parts, and as many processes as torchrun starts. All
-random numbers are a function of the seed and the step, and every process draws them for all items of the step and
-takes its own: so two processes do what one does with twice the batch, and a run that is resumed does what it would
-have done. Nothing in the loop waits for the device but the log, every few steps.
+A step has `batch` items per process and part, `accumulate` parts, and as many processes as torchrun starts. Random
+numbers are a function of seed and step: every process draws them for all items of the step and uses its share. So two
+processes compute the same as one with twice the batch, and a resumed run the same as an uninterrupted one. Only the
+log, every few steps, waits for the device.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from .log import Log
 from .processes import Processes, processes
 from .state import STATE, Stop, continued, finite, keep_settings, load_state, save_state, upgraded
 
-# what Muon leaves to AdamW: first and last layers, whose rows are colours, latents or words, not directions
+# layers that AdamW optimises even with Muon: first and last layers, whose rows are colours, latents or words
 ENDS = ("conv_in", "conv_out", "quant", "token.", "position.")
-FEW_POSITIONS = 1024  # of latents: a matrix of 4 MB a head
+FEW_POSITIONS = 1024  # positions of a latent: an attention matrix of 4 MB per head
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OUT_OF_MEMORY = "out of memory: try a smaller --batch with more --accumulate, --checkpointing, or --precision bfloat16"
 
@@ -46,22 +46,22 @@ def option(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: each field is an option of the programs."""
+    """The hyperparameters of training; each field is an option of the programs."""
 
     steps: int = option(1000, "optimisation steps")
-    batch: int = option(8, "pictures per process and part")
-    accumulate: int = option(1, "parts whose gradients are added up before a step")
-    lr: float = option(1e-4, "highest learning rate")
-    schedule: str = option("cosine", "after the warm-up the rate falls by half a cosine, or stays (constant)")
-    warmup: int = option(100, "steps of rising learning rate, at most a tenth of all")
-    clip: float = option(1.0, "the gradient's norm is cut to this")
-    weight_decay: float = option(0.01, "of matrices and kernels, in AdamW")
+    batch: int = option(8, "images per process and part")
+    accumulate: int = option(1, "parts whose gradients are summed before a step")
+    lr: float = option(1e-4, "peak learning rate")
+    schedule: str = option("cosine", "after the warm-up: cosine decay to 0, or constant")
+    warmup: int = option(100, "steps of linear warm-up, at most a tenth of all")
+    clip: float = option(1.0, "maximum norm of the gradient")
+    weight_decay: float = option(0.01, "weight decay of matrices and kernels, in AdamW")
     beta2: float = option(0.999, "AdamW's decay of squared gradients")
-    optimizer: str = option("adamw", "of matrices and kernels between the ends: adamw, or muon; of the rest AdamW")
-    ema: float = option(0.999, "decay of the averaged weights, which are what is written; 0 for none")
-    seed: int = option(0, "of everything random")
-    log_every: int = option(10, "steps between lines of the log")
-    save_every: int = option(500, "steps between saved states, with samples and the model so far")
+    optimizer: str = option("adamw", "of hidden matrices and kernels: adamw or muon; the rest uses AdamW")
+    ema: float = option(0.999, "decay of the averaged weights, which are saved; 0 for none")
+    seed: int = option(0, "seed of all random numbers")
+    log_every: int = option(10, "steps between log lines")
+    save_every: int = option(500, "steps between saved states, samples and models")
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "log_every", "save_every"):
@@ -88,14 +88,14 @@ class Recipe:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Recipe:
-        """The recipe that the arguments say; ValueError for what cannot be."""
+        """The recipe of the arguments. Raises ValueError for invalid values."""
         new, with_ckpt = args.recipes
         given = {each.name: getattr(args, each.name) for each in fields(cls)}
         return replace(with_ckpt if args.ckpt else new, **{name: v for name, v in given.items() if v is not None})
 
 
 def add_loop_arguments(parser: Parser, recipe: Recipe, with_ckpt: Recipe | None = None) -> None:
-    """The options of a run, with a recipe's values as defaults; those of another where a checkpoint is trained on."""
+    """Add the options of a run; defaults are those of `recipe`, or of `with_ckpt` when fine-tuning a checkpoint."""
     add = parser.add_argument_group("training").add_argument
     other = with_ckpt or recipe
     for each in fields(recipe):
@@ -108,16 +108,16 @@ def add_loop_arguments(parser: Parser, recipe: Recipe, with_ckpt: Recipe | None 
             help=text,
         )
     parser.set_defaults(recipes=(recipe, other))
-    add("--precision", choices=("auto", *PRECISIONS), default="auto", help="of the arithmetic; weights stay float32")
-    add("--checkpointing", action="store_true", help="compute activations twice, to need less memory")
-    add("--compile", action="store_true", help="let torch.compile fuse the networks' operations")
-    add("--device", help='"cuda", "cpu", ... (default: the best there is)')
-    add("--threads", type=int, default=0, metavar="N", help="CPU threads; 0 leaves the choice to PyTorch")
-    add("--resume", action="store_true", help="go on with the run in --out; its options need not be given again")
+    add("--precision", choices=("auto", *PRECISIONS), default="auto", help="of computation; weights stay float32")
+    add("--checkpointing", action="store_true", help="recompute activations to save memory")
+    add("--compile", action="store_true", help="compile the networks with torch.compile")
+    add("--device", help='"cuda", "cpu", ... (default: the best available)')
+    add("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: PyTorch's default")
+    add("--resume", action="store_true", help="resume the run in --out, with its options")
 
 
 def find_precision(name: str, device: torch.device) -> torch.dtype | None:
-    """What autocast computes in, None for float32. "auto" is bfloat16 where the device has it: it needs no scaling."""
+    """The dtype of autocast, None for float32. "auto" prefers bfloat16, which needs no loss scaling."""
     if name != "auto":
         return PRECISIONS[name]
     if device.type == "cuda":
@@ -127,7 +127,7 @@ def find_precision(name: str, device: torch.device) -> torch.dtype | None:
 
 
 class Trainer:
-    """An objective (a module whose forward gives the loss), its optimizer and average, and where they stand."""
+    """An objective (a module whose forward returns the loss) with optimizer, averaged weights and progress."""
 
     def __init__(
         self,
@@ -150,12 +150,10 @@ class Trainer:
         self.count = 0
         if args.resume:
             self._restore(upgraded(load_state(self.out / STATE)))
-        self.runs: nn.Module = objective
-        if processes.count > 1:
-            self.runs = DistributedDataParallel(objective)
+        self.parallel = DistributedDataParallel(objective) if processes.count > 1 else None
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        """AdamW alone, or Muon for the matrices between the ends and AdamW for the rest. Biases do not decay."""
+        """AdamW alone, or Muon for the hidden matrices and AdamW for the rest. Biases have no weight decay."""
         recipe = self.recipe
         groups: dict[str, list[Tensor]] = {"inner": [], "decayed": [], "others": []}
         for name, p in self.trained.items():
@@ -165,9 +163,13 @@ class Trainer:
                 groups["inner"].append(p)
             else:
                 groups["decayed"].append(p)
+        adamw: list[dict[str, Any]] = [
+            {"params": groups["decayed"]},
+            {"params": groups["others"], "weight_decay": 0.0},
+        ]
         found: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
-                [{"params": groups["decayed"]}, {"params": groups["others"], "weight_decay": 0.0}],
+                adamw,
                 recipe.lr,
                 betas=(0.9, recipe.beta2),
                 weight_decay=recipe.weight_decay,
@@ -178,14 +180,14 @@ class Trainer:
             found.append(Muon(groups["inner"], recipe.lr, weight_decay=recipe.weight_decay))
         return found
 
-    def _restore(self, state: Mapping[str, object]) -> None:
+    def _restore(self, state: Mapping[str, Any]) -> None:
         shapes = {name: p.shape for name, p in self.trained.items()}
         if shapes != {name: value.shape for name, value in state["networks"].items()}:
-            raise ValueError(f"{self.out / STATE}: the state of another model; resume with the options it began with")
+            raise ValueError(f"{self.out / STATE}: the state of another model; resume with the original options")
         if (self.ema is None) != (state["ema"] is None):
-            raise ValueError(f"{self.out / STATE}: with --ema 0 or without, as it began")
+            raise ValueError(f"{self.out / STATE}: --ema cannot change between 0 and another value")
         if self.recipe.optimizer != state["optimizer"]:
-            raise ValueError(f"{self.out / STATE}: began with --optimizer {state['optimizer']} and goes on with it")
+            raise ValueError(f"{self.out / STATE}: started with --optimizer {state['optimizer']}, which cannot change")
         with torch.no_grad():
             for name, value in state["networks"].items():
                 self.trained[name].copy_(value)
@@ -195,22 +197,22 @@ class Trainer:
             given = [{name: v for name, v in group.items() if name != "params"} for group in optimizer.param_groups]
             optimizer.load_state_dict(kept)
             for group, settings in zip(optimizer.param_groups, given, strict=True):
-                group.update(settings)  # what is given now counts
-        if self.scaler.is_enabled() and state["scaler"]:  # another precision has none
+                group.update(settings)  # the current settings override the saved ones
+        if self.scaler.is_enabled() and state["scaler"]:  # empty if saved with another precision
             self.scaler.load_state_dict(state["scaler"])
         self.step = self.saved = state["step"]
         self.sum.copy_(state["sum"])
         self.count = state["count"]
 
     def save(self) -> None:
-        """Agree on the mean loss and write the state, in the main process.
+        """Write the state, in the main process, with the mean loss over all processes.
 
-        Raises ArithmeticError in all of them for losses or weights that are no numbers: a broken state must not
-        replace a good one.
+        Raises ArithmeticError in all processes for a loss or gradient that is not finite, so that a broken state never
+        replaces a good one.
         """
         self.sum.copy_(self.processes.mean(self.sum.clone()))
         finite(self.sum.item(), self.step, self.saved)
-        if not self.scaler.is_enabled():  # which has kept them from the weights
+        if not self.scaler.is_enabled():  # the scaler skips steps with such gradients
             finite(self.norm.item(), self.step, self.saved, "gradient")
         self.saved = self.step
         if self.processes.main:
@@ -227,18 +229,18 @@ class Trainer:
             save_state(state, self.out / STATE)
 
     def weights(self) -> dict[str, Tensor]:
-        """The state of the objective with the averaged weights, where there is an average: what is worth keeping."""
+        """The state dict of the objective, with the averaged weights if there are any."""
         state = {name: value.detach() for name, value in self.objective.state_dict().items()}
         return state if self.ema is None else state | self.ema.average
 
-    def describe(self, name: str, pictures: int) -> None:
-        """Say what is about to be done, in one line."""
+    def describe(self, name: str, images: int) -> None:
+        """Print a line about the run."""
         if self.processes.main:
             batch = self.recipe.batch * self.recipe.accumulate * self.processes.count
             millions = sum(p.numel() for p in self.trained.values()) / 1e6
             print(
                 f"{name} on {self.processes.device.type}, {dtype_name(self.precision or torch.float32)}: "
-                f"{millions:.1f} M parameters, {pictures} pictures, {batch} a step"
+                f"{millions:.1f} M parameters, {images} images, {batch} a step"
             )
 
     def run(
@@ -248,19 +250,21 @@ class Trainer:
         positions: int,
         show: Callable[[int], None] | None = None,
     ) -> None:
-        """Train to the last step.
+        """Train until the last step.
 
-        `batches(step)` gives this process' parts of a step, each the arguments of the objective; `write()` is called
-        in the main process whenever a state was saved, to write the model, and may give a remark; `show(step)` then
-        makes samples. `positions` is how many attend to each other. Raises KeyboardInterrupt after saving when it is
-        asked to stop, ArithmeticError for a loss of NaN.
+        batches    step -> the parts of a step for this process, each the arguments of the objective
+        write      called in the main process after each saved state: writes the model, returns a remark for the log
+        positions  number of positions that attend to each other
+        show       called with the step after `write`, to generate samples
+
+        Raises KeyboardInterrupt, after saving, on a request to stop, and ArithmeticError if the loss is not finite.
         """
         recipe, main = self.recipe, self.processes.main
         if self.step > recipe.steps:
-            raise ValueError(f"the run is at step {self.step} already: give more --steps")
+            raise ValueError(f"the run is already at step {self.step}: give more --steps")
         log = None
         if main:
-            keep_settings(self.args, asdict(recipe))  # only now: options that cannot be were refused before
+            keep_settings(self.args, asdict(recipe))  # only now, after invalid options were rejected
             remove_partial(self.out)
             log = Log(self.out, self.step)
         began = time.monotonic() - (log.seconds if log else 0.0)
@@ -279,7 +283,7 @@ class Trainer:
                 show(self.step)
             self.processes.wait()
 
-        if self.step == recipe.steps:  # it was stopped before the model of the last step was written
+        if self.step == recipe.steps:  # the run stopped before writing its final model
             present()
             return
         bar = tqdm(desc="training", initial=self.step, total=recipe.steps, disable=None if main else True)
@@ -293,38 +297,40 @@ class Trainer:
                     loss = finite(self._mean_loss(), self.step, self.saved)
                     bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                     if log:
-                        norm = self.norm.item()
                         seconds = round(time.monotonic() - began, 2)
-                        norm = norm if math.isfinite(norm) else None  # a step that float16 left out
-                        log.write(step=self.step, loss=loss, lr=lr, norm=norm, seconds=seconds)
+                        norm = self.norm.item()  # not finite for a step that float16 skipped
+                        logged = norm if math.isfinite(norm) else None
+                        log.write(step=self.step, loss=loss, lr=lr, norm=logged, seconds=seconds)
                 asked = self.processes.any(stop.asked)
                 if asked or self.step % recipe.save_every == 0 or self.step == recipe.steps:
                     self.save()
                     if asked:
                         wrap_up()
                         if main:
-                            tqdm.write(f"saved at step {self.step}: go on with --resume")
+                            tqdm.write(f"saved at step {self.step}: continue with --resume")
                         raise KeyboardInterrupt
                     present()
 
     def _optimise(self, parts: Iterable[Mapping[str, Tensor]], lr: float) -> Tensor:
-        """One step; gives the gradient's norm."""
+        """One optimisation step; returns the norm of the gradient."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
         for k, part in enumerate(parts, start=1):
             last = k == self.recipe.accumulate
-            together = contextlib.nullcontext() if last or self.processes.count == 1 else self.runs.no_sync()
+            module = self.objective if self.parallel is None else self.parallel
+            # processes average their gradients after the last part only
+            together = contextlib.nullcontext() if last or self.parallel is None else self.parallel.no_sync()
             with together, torch.enable_grad():
                 with torch.autocast(self.processes.device.type, self.precision, enabled=self.precision is not None):
-                    loss = self.runs(**part) / self.recipe.accumulate
+                    loss = module(**part) / self.recipe.accumulate
                 self.scaler.scale(loss).backward()
             self.sum += loss.detach()
         self.count += 1
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), self.recipe.clip)
-        # The scaler looks at each optimizer's gradients alone, but the norm is of all: both take the step or neither
+        # The scaler checks each optimizer alone, but the norm includes all gradients: both take the step or neither
         if not self.scaler.is_enabled() or norm.isfinite():
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
@@ -342,14 +348,14 @@ class Trainer:
         return mean
 
 
-def _fast_attention(device: torch.device, positions: int) -> contextlib.AbstractContextManager:
-    """On CPUs the fused attention's way back is slow; the plain one is faster where its matrix is small."""
+def _fast_attention(device: torch.device, positions: int) -> contextlib.AbstractContextManager[None]:
+    """On a CPU the backward pass of fused attention is slow; plain attention is faster if its matrix is small."""
     plain = device.type == "cpu" and positions <= FEW_POSITIONS
     return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
 
 
 def main(train: Callable[[argparse.Namespace, Processes], None], parser: Parser, argv: list[str] | None) -> int:
-    """Entry point of both programs: options, those of a run that goes on, processes, threads, the folder; then `train`.
+    """Entry point of the programs: parses options, restores those of a resumed run, sets up processes, calls `train`.
 
     Returns the exit status.
     """

@@ -1,4 +1,4 @@
-"""Which networks are trained: new ones of a config, or a checkpoint's; and writing what became of them."""
+"""The networks to train: new ones from a config or those of a checkpoint; and saving the trained model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint, named, naming
 from sd.checkpoints.convert import convert
@@ -27,23 +28,26 @@ from sd.training import initialise_text_encoder, initialise_unet, widen_input
 from ..common.cli import Parser
 from .state import save_tensors
 
-# what train_vae.py and train_text.py write: a network's weights under their names in a whole model
+# output of train_vae.py and train_text.py: the weights of a network under their names in a whole model
 VAE_FILE, TEXT_FILE = "vae.safetensors", "text_encoder.safetensors"
 
 
+Network = TypeVar("Network", TextEncoder, VAE, UNet)
+
+
 def add_model_arguments(parser: Parser) -> None:
-    """--ckpt and --model."""
+    """Add --ckpt and --model."""
     add = parser.add_argument_group("model").add_argument
-    add("--ckpt", type=Path, metavar="FILE", help="begin with this checkpoint (default: with new networks)")
+    add("--ckpt", type=Path, metavar="FILE", help="start from this checkpoint (default: new networks)")
     add(
         "--model",
         metavar="NAME",
-        help=f"{', '.join(MODELS)}, or a file with a config in JSON (default: pocket; of a checkpoint: found out)",
+        help=f"{', '.join(MODELS)}, or a JSON file with a config (default: pocket; detected for a checkpoint)",
     )
 
 
 def find_config(name: str) -> Config:
-    """The config of this name or in this file; ValueError if there is none."""
+    """The config of this name or in this file. Raises ValueError if there is none."""
     if name in MODELS:
         return MODELS[name]
     path = Path(name)
@@ -58,27 +62,28 @@ def find_config(name: str) -> Config:
 def load_vae(
     path: Path, device: torch.device, model: str | None = None, goes_with: Config | None = None
 ) -> tuple[Config, VAE]:
-    """The VAE in what train_vae.py wrote, in a VAE's file or folder or in a whole checkpoint, in float32.
+    """Load the VAE from a file of train_vae.py, a VAE file or folder, or a whole checkpoint, in float32.
 
-    With the config of the model it is for: the one called `model`, else what the file says, else `goes_with`.
-    Raises CheckpointError in one line for anything else.
+    Also returns the config of its model: that named `model`, else that of the file, else `goes_with`. Raises
+    CheckpointError in one line for anything else.
     """
     with load_checkpoint(path) as checkpoint, naming(path):
         if "vae" not in find_layouts(checkpoint):
             raise CheckpointError("no VAE in it: expected what train_vae.py writes, a VAE or a whole checkpoint")
         alone = find_layouts(checkpoint).keys() == {"vae"} and CONFIG_KEY not in checkpoint.metadata
         if alone and not model and not goes_with:
-            raise ValueError(f"a VAE alone: say which model it is for (--model {', '.join(MODELS)})")
+            raise ValueError(f"a VAE alone: give the model that it belongs to (--model {', '.join(MODELS)})")
         config = find_config(model) if model else goes_with if alone and goes_with else detect(checkpoint)
         config = with_part(config, "vae", checkpoint)
         state = convert(checkpoint, config, parts=["vae"])["vae"]
-        return config, load_weights(build(config)["vae"], state, device, torch.float32)
+        vae = load_weights(build(config)["vae"], state, device, torch.float32)
+        return config, cast(VAE, vae)
 
 
 def find_new(args: argparse.Namespace, seed: int, device: torch.device) -> StableDiffusion:
-    """New networks of --model beside the trained VAE of --vae."""
+    """New networks of --model with the trained VAE of --vae."""
     if not args.vae:
-        raise ValueError("a new model needs a VAE (--vae): train one with train_vae.py, or give a checkpoint's")
+        raise ValueError("a new model needs a VAE (--vae): train one with train_vae.py, or use that of a checkpoint")
     trained, vae = load_vae(args.vae, device, goes_with=find_config(args.model) if args.model else None)
     config = replace(find_config(args.model or "pocket"), vae=trained.vae)
     if prediction := getattr(args, "prediction", None):
@@ -87,7 +92,7 @@ def find_new(args: argparse.Namespace, seed: int, device: torch.device) -> Stabl
 
 
 def new_model(config: Config, vae: VAE, seed: int, device: torch.device) -> StableDiffusion:
-    """Text encoder and U-Net as training starts them, a function of the seed, beside a trained VAE."""
+    """Text encoder and U-Net with initial weights, a function of the seed, and a trained VAE."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder, unet = TextEncoder(config.text[0]), UNet(config.unet)
@@ -97,23 +102,24 @@ def new_model(config: Config, vae: VAE, seed: int, device: torch.device) -> Stab
 
 
 def load_text_encoder(path: Path, model: StableDiffusion) -> TextEncoder:
-    """The text encoder in what train_text.py wrote, in float32. CheckpointError in one line for anything else."""
+    """Load the text encoder of train_text.py in float32. Raises CheckpointError in one line for anything else."""
     with load_checkpoint(path) as checkpoint:
         prefix = "text_encoder."
         state = {key.removeprefix(prefix): checkpoint[key] for key in checkpoint if key.startswith(prefix)}
         try:
             if not state:
                 raise CheckpointError("no text encoder in it: expected what train_text.py writes")
-            return load_weights(build(model.config)["text_encoder"], state, model.device, torch.float32)
+            network = load_weights(build(model.config)["text_encoder"], state, model.device, torch.float32)
+            return cast(TextEncoder, network)
         except ValueError as error:
             raise named(path, error) from None
 
 
 @torch.no_grad()
 def forget_unused(text_encoder: TextEncoder, ids: Tensor) -> None:
-    """Set the vectors of all tokens to zero that no caption has, so that unknown words mean nothing, not anything.
+    """Set the embeddings of tokens that no caption contains to zero, so that unknown words have no random meaning.
 
-    They get no gradient and stay so.
+    They get no gradient, so they stay zero.
     """
     used = ids.unique().to(text_encoder.token.weight.device).long()
     kept = text_encoder.token.weight[used].clone()
@@ -122,7 +128,7 @@ def forget_unused(text_encoder: TextEncoder, ids: Tensor) -> None:
 
 
 def unknown_words(model: StableDiffusion, ids: Tensor) -> str:
-    """The words of these captions that the text encoder has no vectors for, as `forget_unused` left it; "" if none."""
+    """The words in these captions whose embeddings are zero, because of `forget_unused`; "" if none."""
     known = model.text_encoder.token.weight.abs().sum(dim=-1).cpu() > 0
     captions = ids[~known[ids.long()].all(dim=-1)].long().unique(dim=0)
     decode = model.tokenizer.decode
@@ -130,7 +136,7 @@ def unknown_words(model: StableDiffusion, ids: Tensor) -> str:
 
 
 def whole_model(path: Path, model: str | None) -> StableDiffusion | None:
-    """The model in a checkpoint, in float32 on the CPU; None if it holds a VAE alone."""
+    """The model in a checkpoint, in float32 on the CPU; None if it has only a VAE."""
     with load_checkpoint(path) as checkpoint:
         if all(key.startswith("vae.") for key in checkpoint):
             return None
@@ -138,13 +144,13 @@ def whole_model(path: Path, model: str | None) -> StableDiffusion | None:
 
 
 def with_vae(model: StableDiffusion, path: Path) -> StableDiffusion:
-    """The model with the VAE in what train_vae.py wrote, or in another checkpoint."""
+    """The model with the VAE of train_vae.py or of another checkpoint."""
     trained, vae = load_vae(path, model.device, goes_with=model.config)
     return StableDiffusion(replace(model.config, vae=trained.vae), model.text_encoder, vae, model.unet)
 
 
 def for_inpainting(model: StableDiffusion) -> StableDiffusion:
-    """The model with a U-Net that is also given a mask and a masked latent; itself if it is already."""
+    """The model with a U-Net for inpainting, which also takes mask and masked latent; the same object if it has one."""
     if model.sees_masks:
         return model
     unet_config = replace(model.config.unet, in_channels=2 * model.config.vae.latent_channels + 1)
@@ -152,8 +158,8 @@ def for_inpainting(model: StableDiffusion) -> StableDiffusion:
     return StableDiffusion(config, model.text_encoder, model.vae, widen_input(model.unet, unet_config))
 
 
-def with_weights(network: nn.Module, weights: Mapping[str, Tensor], prefix: str) -> nn.Module:
-    """A network like this one, for generate, with the weights whose names begin with `prefix`, uncopied."""
+def with_weights(network: Network, weights: Mapping[str, Tensor], prefix: str) -> Network:
+    """A network of the same class for inference, with the weights whose names begin with `prefix`, not copied."""
     with torch.device("meta"):
         other = type(network)(network.config)
     own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
@@ -162,15 +168,16 @@ def with_weights(network: nn.Module, weights: Mapping[str, Tensor], prefix: str)
 
 
 def averaged(model: StableDiffusion, weights: Mapping[str, Tensor]) -> StableDiffusion:
-    """The model with the weights that training gives: "unet.conv_in.weight" and so on."""
+    """The model with trained weights, "unet.conv_in.weight" and so on."""
     text_encoder = with_weights(model.text_encoder, weights, "text_encoder.")
     return StableDiffusion(model.config, text_encoder, model.vae, with_weights(model.unet, weights, "unet."))
 
 
 def write_model(model: StableDiffusion, path: Path, dtype: torch.dtype) -> None:
-    """A checkpoint in our layout with its config, which every program loads with no flags.
+    """Write a checkpoint in our layout with its config, which every program loads without options.
 
-    float16 cannot hold numbers beyond 65504: a model with one is written in float32.
+    A model with weights beyond 65504, the maximum of float16, is written in float32. Raises ArithmeticError if weights
+    are not finite.
     """
     networks = {"text_encoder": model.text_encoder, "vae": model.vae, "unet": model.unet}
     tensors = to_own({name: network.state_dict() for name, network in networks.items()})
@@ -178,14 +185,14 @@ def write_model(model: StableDiffusion, path: Path, dtype: torch.dtype) -> None:
     if not all(bool(tensor.isfinite().all()) for tensor in written.values()):
         written = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
         if not all(bool(tensor.isfinite().all()) for tensor in written.values()):
-            raise ArithmeticError(f"{path}: not written, as weights are not finite: try a lower --lr")
+            raise ArithmeticError(f"{path}: not written, because weights are not finite: try a lower --lr")
     save_tensors(written, path, {CONFIG_KEY: model.config.to_json(), "format": "pt"})
 
 
 def fitting(data: Mapping[str, Tensor], device: torch.device, trained: int) -> dict[str, Tensor]:
-    """The data on the device, if it takes less than a third of the memory that training leaves free; else as it is.
+    """The data, moved to the device if it needs less than a third of the memory that training leaves free.
 
-    Gradients and optimizer will take 12 bytes for each of the `trained` parameters.
+    Gradients and optimizer need 12 bytes for each of the `trained` parameters.
     """
     if device.type != "cuda":
         return dict(data)

@@ -1,8 +1,8 @@
-"""One process, or the ones that torchrun started: who this is, where it computes, what all of them agree on.
+"""One process, or those that torchrun started: rank, device and communication.
 
 torchrun --nproc-per-node 2 scripts/train.py ...           two GPUs (NCCL), or two processes on the CPU (gloo)
 
-Several machines share the folder --out, where the first one's main process writes.
+Several machines must share the folder --out; the main process of the first one writes to it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from sd.runtime.device import find_device
 
-PATIENCE = timedelta(hours=12)  # others may wait so long for the one that prepares the data or paints samples
+PATIENCE = timedelta(hours=12)  # while the main process prepares data or generates samples, the others wait
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among `count`; `local` is its number on this machine, `messages` a group that needs no GPU."""
+    """This process, one of `count`; `local` is its rank on this machine, `messages` a process group on the CPU."""
 
     device: torch.device
     rank: int = 0
@@ -39,7 +39,7 @@ class Processes:
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Whether any of the processes says so."""
+        """Whether the flag is set in any of the processes."""
         if self.count == 1:
             return flag
         said = torch.tensor(int(flag))
@@ -54,14 +54,14 @@ class Processes:
         return value
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Wait for all processes."""
         if self.count > 1:
             dist.barrier(group=self.messages)
 
 
 @contextlib.contextmanager
 def processes(device: str | None = None) -> Iterator[Processes]:
-    """Join the processes that torchrun started; just this one if it did not."""
+    """Join the processes that torchrun started; without torchrun, only this one."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield Processes(find_device(device))
         return

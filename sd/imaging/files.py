@@ -1,16 +1,16 @@
-"""Picture files: every kind of PNG, JPEG, WebP, GIF, BMP and TIFF -> a plain RGB picture; and pictures -> files.
+"""Image files: read any PNG, JPEG, WebP, GIF, BMP or TIFF as a plain RGB image; write PNG files and animations.
 
-What is read goes through these steps, and ends at any of them in one line that says what is wrong:
+Reading takes these steps. Each may fail with a one-line error:
 
-    bytes     of an ordinary file of at most MAX_BYTES, read once; their SHA-256 tells which picture it was
-    header    at most MAX_PIXELS, known before any are decoded; one of six formats, so that no rare decoder runs
-    pixels    of the first frame or page; any number of bits, any kind of colours
-    alpha     apart from the colours: a channel, a palette with transparency, or one colour that stands for "nothing"
-    colours   8 bits of red, green, blue; in sRGB, where a colour profile says what else the numbers mean
-    upright   the camera's note of how it was held (EXIF orientation, 1 to 8) is obeyed and, with all else, dropped
+    bytes     a regular file of at most MAX_BYTES, read once; the SHA-256 digest identifies it
+    header    at most MAX_PIXELS, checked before decoding; one of six formats, so that no rare decoder runs
+    pixels    of the first frame or page; any bit depth and colour model
+    alpha     separated from the colours: a channel, a palette with transparency, or one transparent colour
+    colours   8-bit RGB, converted to sRGB if there is a colour profile
+    upright   rotated according to the EXIF orientation (1 to 8); all other metadata is dropped
 
-The "parameters" text chunk of a PNG file has the form of AUTOMATIC1111's web interface, which most tools of the field
-read: the prompt, a line "Negative prompt: ...", then a line of "Name: value" pairs.
+The "parameters" text chunk of a PNG file has the format of AUTOMATIC1111's web interface, which most tools can read:
+the prompt, a line "Negative prompt: ...", then a line of "Name: value" pairs.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageChops, ImageCms, PngImagePlugin, UnidentifiedImageError, features
+from PIL import Image, ImageChops, ImageCms, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, features
 
 from ..files import new_file
 
 MAX_BYTES = 256 << 20
 MAX_PIXELS = 64 << 20  # 8192 x 8192
-COLOURED = 60  # of 255: such a difference of red, green and blue is no grey that was compressed
+COLOURED = 60  # of 255: a larger difference between red, green and blue is not compression noise on grey
 Colour = tuple[int, int, int]
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
-# How files begin (regular expressions), to say what it is that cannot be read: these formats, other pictures, the rest.
+# The first bytes of files (regular expressions), for error messages: these formats, other images, the rest.
 OURS = {
     "PNG": rb"\x89PNG", "JPEG": rb"\xff\xd8\xff", "WebP": rb"RIFF....WEBP", "GIF": rb"GIF8[79]a",
     "BMP": rb"BM.{4}\x00{4}", "TIFF": rb"II[*+]\x00|MM\x00[*+]",
@@ -46,24 +46,24 @@ OURS = {
 OTHERS = {
     "an SVG drawing": rb"\s*(<\?xml.*|<!--.*|<!DOCTYPE svg.*)?<svg", "AVIF": rb"....ftypavi[fs]",
     "HEIC": rb"....ftyp(hei|hev|mif1|msf1)", "a camera's raw data": rb"....ftypcrx|FUJIFILM|IIRO|IIRS|IIU\x00",
-    "a film": rb"....ftyp|\x1a\x45\xdf\xa3|RIFF....AVI ", "JPEG XL": rb"\xff\x0a|\x00{3}\x0cJXL ",
+    "a video": rb"....ftyp|\x1a\x45\xdf\xa3|RIFF....AVI ", "JPEG XL": rb"\xff\x0a|\x00{3}\x0cJXL ",
     "JPEG 2000": rb"\xff\x4f\xff\x51|\x00{3}\x0cjP  ", "a Photoshop document": rb"8BPS",
     "a GIMP document": rb"gimp xcf", "PDF": rb"%PDF", "PostScript": rb"%!PS|\xc5\xd0\xd3\xc6",
-    "a picture of high dynamic range": rb"v/1\x01|#\?RADIANCE",
-    "a kind of picture": rb"\x00\x00[\x01\x02]\x00|qoif|DDS |P[1-7]\s",
+    "a high dynamic range image": rb"v/1\x01|#\?RADIANCE",
+    "a kind of image": rb"\x00\x00[\x01\x02]\x00|qoif|DDS |P[1-7]\s",
 }  # fmt: skip
 SAVE_AS = "save it as PNG or JPEG"
-NOT_A_PICTURE = {
+NOT_AN_IMAGE = {
     "an empty file; download or save it again": rb"\Z",
     "a git-lfs pointer, not the file itself; fetch it with `git lfs pull`": rb"version https://git-lfs",
-    "a web page, saved in place of the picture; save the picture itself": rb"(\xef\xbb\xbf)?\s*<",
+    "a web page, saved instead of the image; save the image itself": rb"(\xef\xbb\xbf)?\s*<",
     "an archive; unpack it first": rb"PK\x03\x04|PK\x05\x06|\x1f\x8b|7z\xbc\xaf|Rar!",
     "the `._` companion that macOS writes beside a file; give the file without `._`": rb"\x00\x05\x16\x07",
-    "a text, not a picture; give a PNG or JPEG file": rb"\xff\xfe|\xfe\xff|[^\x00-\x08\x0e-\x1f\x7f]+\Z",
-    f"not a picture that is known here; {SAVE_AS}": rb"",
+    "a text, not an image; give a PNG or JPEG file": rb"\xff\xfe|\xfe\xff|[^\x00-\x08\x0e-\x1f\x7f]+\Z",
+    f"an unknown image format; {SAVE_AS}": rb"",
 }
 
-# EXIF orientation -> what makes the picture upright. https://www.cipa.jp/std/documents/e/DC-008-2012_E.pdf, 4.6.4 A
+# EXIF orientation -> what makes the image upright. https://www.cipa.jp/std/documents/e/DC-008-2012_E.pdf, 4.6.4 A
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -72,42 +72,42 @@ UPRIGHT = {
 PAGE_KIND, BITS, PHOTOMETRIC, ORIENTATION, SUB_PAGES = 254, 258, 262, 274, 330  # numbers of TIFF and EXIF tags
 
 ANIMATIONS = {".webp": "WEBP", ".gif": "GIF", ".png": "PNG"}
-SEVERAL = "{}: holds several frames or pages; the first one is used"
-# Pillow's warnings are silenced while it reads. Python keeps what is silenced for all threads at once, and two that
-# silence at the same time could leave it so.
+SEVERAL = "{}: has several frames or pages; the first one is used"
+# Pillow's warnings are silenced while it reads. Warning filters are global to the process: two threads that change them
+# at the same time could leave them changed.
 _quiet = threading.Lock()
 
 
-class PictureError(ValueError):
-    """A file that cannot be used as a picture. The text is one line: the path, what is wrong, what to do."""
+class ImageFileError(ValueError):
+    """A file that cannot be used as an image. The message is one line: the path, the problem, a remedy."""
 
     def __init__(self, message: str) -> None:
-        # A stranger's file name may hold line ends, or codes that a terminal obeys.
+        # a file name may contain line breaks or terminal control codes
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
-class Picture(NamedTuple):
-    """What a file shows: `image`, RGB, upright, with nothing carried along; `alpha` of the same size in mode L, or None
-    if it is opaque everywhere; `digest`, the SHA-256 of the file in hexadecimal digits."""
+class ImageFile(NamedTuple):
+    """The contents of a file: `image`, RGB, upright, without metadata; `alpha` of the same size in mode L, or None if
+    all pixels are opaque; `digest`, the SHA-256 of the file in hexadecimal."""
 
     image: Image.Image
     alpha: Image.Image | None
     digest: str
 
 
-def read_picture(path: str | os.PathLike, background: Colour | None = WHITE) -> Picture:
-    """The picture in a file, as `flatten` makes it. If there are several frames or pages, the first, and a UserWarning.
+def read_image(path: str | os.PathLike[str], background: Colour | None = WHITE) -> ImageFile:
+    """Read an image file and `flatten` it. Of several frames or pages, the first, with a UserWarning.
 
-    Raises PictureError for whatever cannot be read: missing, no permission, too large, damaged, another kind of file.
+    Raises ImageFileError for any file that cannot be read: missing, no permission, too large, damaged, unknown format.
     """
     colours, alpha, several, digest = _read(path)
     if several:
         warnings.warn(SEVERAL.format(path), stacklevel=2)
-    return Picture(_over(colours, alpha, background), alpha, digest)
+    return ImageFile(_over(colours, alpha, background), alpha, digest)
 
 
-def read_mask(path: str | os.PathLike) -> Image.Image:
-    """The mask in a file, as `flatten_mask` makes it; warnings and errors as in `read_picture`."""
+def read_mask(path: str | os.PathLike[str]) -> Image.Image:
+    """Read a mask file and `flatten_mask` it; warnings and errors as in `read_image`."""
     colours, alpha, several, _ = _read(path, managed=False)
     if several:
         warnings.warn(SEVERAL.format(path), stacklevel=2)
@@ -115,26 +115,25 @@ def read_mask(path: str | os.PathLike) -> Image.Image:
 
 
 def flatten(image: Image.Image, background: Colour | None = WHITE) -> tuple[Image.Image, Image.Image | None]:
-    """A picture of any mode -> RGB, upright; and its alpha in mode L, None if it is opaque everywhere.
+    """An image of any mode -> RGB, upright; and its alpha in mode L, None if all pixels are opaque.
 
-    Where it is transparent `background` shows through; opaque pixels stay as they are. None shows the colours that the
-    file has under what is transparent. Embedded colour profiles are
-    obeyed, broken ones ignored. 16-bit numbers are scaled: 65535 -> 255. Where nothing says which number is white
-    (32-bit integers and floats), it is the smallest of 1, 255, 65535 and 2**31 - 1 that no number exceeds. Floats may
-    exceed it twofold, as sharpening makes them. What is above white or negative is cut off. Raises PictureError for
-    numbers that are not finite.
+    Transparent pixels are composited onto `background`; None keeps the colours stored beneath the transparency.
+    Embedded colour profiles are applied, broken ones ignored. 16-bit values are scaled: 65535 -> 255. If the white
+    value is unknown (32-bit integers and floats), it is the smallest of 1, 255, 65535 and 2**31 - 1 that no value
+    exceeds; floats may exceed it by a factor of two, as sharpening causes. Values outside of 0 to white are clipped.
+    Raises ImageFileError for values that are not finite.
     """
     colours, alpha = _layers(image)
     return _over(colours, alpha, background), alpha
 
 
 def flatten_mask(image: Image.Image) -> Image.Image:
-    """A mask of any mode -> L, upright. Colours count by their luminance (ITU-R 601); colour profiles do not.
+    """A mask of any mode -> L, upright. Colours become their luminance (ITU-R 601), without colour profiles.
 
-    A transparent one whose strokes have a single colour is its alpha channel, whatever the colour: so paint programs
-    export a layer with black, white or red on nothing. Strokes are the pixels that are at least half opaque; fainter
-    ones have lost their colour to rounding. With several colours it lies on black: what was not painted is not masked.
-    Warns (UserWarning) of masks that have colours, as they may be something else.
+    A transparent mask whose strokes have one colour becomes its alpha channel, whatever the colour: paint programs
+    export a layer this way. Strokes are the pixels with at least half opacity, because rounding distorts the colour of
+    fainter ones. With several colours it is composited onto black: transparent parts are not masked. Warns
+    (UserWarning) if the mask has colours, because it may be another image.
     """
     return _mask(*_layers(image, managed=False), stacklevel=3)
 
@@ -150,7 +149,7 @@ def _over(colours: Image.Image, alpha: Image.Image | None, background: Colour | 
 def _mask(colours: Image.Image, alpha: Image.Image | None, stacklevel: int) -> Image.Image:
     if alpha is not None:
         strokes = alpha.point([0] * 128 + [255] * 128)
-        counts = np.reshape(colours.histogram(strokes), (3, 256))  # of each shade of red, of green, of blue
+        counts = np.reshape(colours.histogram(strokes), (3, 256))  # histograms of red, green and blue
         if all(np.ptp(np.flatnonzero(count)) <= 3 for count in counts if count.any()):
             return alpha
     mask = _over(colours, alpha, BLACK)
@@ -159,45 +158,45 @@ def _mask(colours: Image.Image, alpha: Image.Image | None, stacklevel: int) -> I
     least = ImageChops.darker(ImageChops.darker(red, green), blue)
     if sum(ImageChops.subtract(most, least).histogram()[COLOURED:]) > mask.width * mask.height / 100:
         warnings.warn(
-            "the mask has colours, of which only the brightness counts: is it the picture?", stacklevel=stacklevel
+            "the mask has colours, and only their brightness is used: is it the right file?", stacklevel=stacklevel
         )
     return mask.convert("L")
 
 
-def _read(path: str | os.PathLike, managed: bool = True) -> tuple[Image.Image, Image.Image | None, bool, str]:
-    """Colours in RGB, alpha or None, are there several frames, the digest of the file."""
+def _read(path: str | os.PathLike[str], managed: bool = True) -> tuple[Image.Image, Image.Image | None, bool, str]:
+    """Colours in RGB, alpha or None, whether there are several frames, the digest of the file."""
     data = None
     try:
         data = _bytes(path)
         with _quiet, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return *_decode(data, managed), hashlib.sha256(data).hexdigest()
-    except Exception as error:  # a decoder that meets damaged data may raise anything
-        raise PictureError(f"{path}: {_problem(error, data)}") from None
+    except Exception as error:  # decoders may raise anything for damaged data
+        raise ImageFileError(f"{path}: {_problem(error, data)}") from None
 
 
-def _bytes(path: str | os.PathLike) -> bytes:
+def _bytes(path: str | os.PathLike[str]) -> bytes:
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a path with a zero byte
-        raise PictureError("no such file; check the path") from None
+        raise ImageFileError("no such file; check the path") from None
     if stat.S_ISDIR(found.st_mode):
-        raise PictureError("a folder; give the picture file inside of it")
-    if not stat.S_ISREG(found.st_mode):  # reading a pipe or a device may never end
-        raise PictureError("not an ordinary file; give a picture file")
+        raise ImageFileError("a folder; give the image file inside it")
+    if not stat.S_ISREG(found.st_mode):  # a pipe or a device may never end
+        raise ImageFileError("not an ordinary file; give an image file")
     if found.st_size > MAX_BYTES:
-        raise PictureError(f"larger than {MAX_BYTES >> 20} MB; make the picture smaller")
+        raise ImageFileError(f"larger than {MAX_BYTES >> 20} MB; reduce the image")
     with open(path, "rb") as file:
         return file.read(MAX_BYTES)
 
 
 def _problem(error: Exception, data: bytes | None) -> str:
-    """What to tell the user. `data`: the file, if it could be read."""
-    if isinstance(error, PictureError):
+    """The error message for the user. `data`: the contents of the file, if they could be read."""
+    if isinstance(error, ImageFileError):
         return str(error)
     if isinstance(error, MemoryError):
-        return "too little memory to read it; make the picture smaller"
-    if isinstance(error, Image.DecompressionBombError):  # Pillow's own limit, met first by the largest
+        return "not enough memory to read it; reduce the image"
+    if isinstance(error, Image.DecompressionBombError):  # Pillow's own limit, which is checked first
         return _too_many_pixels()
     if data is None:
         return f"cannot be read: {getattr(error, 'strerror', None) or error}; check the disk and its permissions"
@@ -209,45 +208,51 @@ def _problem(error: Exception, data: bytes | None) -> str:
         if ours == "WebP" and not features.check("webp"):
             return f"this Pillow was built without WebP; {SAVE_AS}"
         if isinstance(error, UnidentifiedImageError):  # in its header
-            return f"a {ours} file that is damaged, cut off or of a rare kind; download it again or {SAVE_AS}"
+            return f"a {ours} file that is damaged, truncated or of a rare kind; download it again or {SAVE_AS}"
         return (
-            f"a {ours} file that is damaged or cut off ({str(error)[:100] or type(error).__name__}); download it again"
+            f"a {ours} file that is damaged or truncated ({str(error)[:100] or type(error).__name__}); "
+            "download it again"
         )
     if other := begins(OTHERS):
-        return f"{other}, which is not read here; {SAVE_AS}"
-    return begins(NOT_A_PICTURE)
+        return f"{other}, which is not supported; {SAVE_AS}"
+    return begins(NOT_AN_IMAGE) or str(error)  # the last pattern matches everything
 
 
 def _too_many_pixels(size: str = "") -> str:
-    return f"{size}too many pixels, at most {MAX_PIXELS:,} are read; make the picture smaller"
+    return f"{size}too many pixels, the limit is {MAX_PIXELS:,}; reduce the image"
 
 
 def _decode(data: bytes, managed: bool) -> tuple[Image.Image, Image.Image | None, bool]:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise PictureError(_too_many_pixels(f"{width} x {height}: "))
-    tags = image.tag_v2 if image.format == "TIFF" else {}
-    if tags.get(PAGE_KIND, 0) & 1 and (SUB_PAGES in tags or image.is_animated):
-        raise PictureError(f"its first page is a small preview, as in camera raw files; open it and {SAVE_AS}")
+        raise ImageFileError(_too_many_pixels(f"{width} x {height}: "))
+    tags = _tags(image)
+    if tags.get(PAGE_KIND, 0) & 1 and (SUB_PAGES in tags or getattr(image, "is_animated", False)):
+        raise ImageFileError(f"its first page is a small preview, as in camera raw files; open it and {SAVE_AS}")
     layers = _layers(image, data[24] if image.format == "PNG" else 8, managed)
     try:
         several = image.format != "MPO" and getattr(image, "is_animated", False)  # MPO: a photo with its preview
-    except Exception:  # the first frame is whole, the next is not
+    except Exception:  # the first frame is intact, the next one is not
         several = True
     return *layers, several
 
 
-def _layers(image: Image.Image, bits: int = 8, managed: bool = True) -> tuple[Image.Image, Image.Image | None]:
-    """Colours in RGB and alpha in L, None if opaque; both upright, with nothing carried along.
+def _tags(image: Image.Image) -> Mapping[int, Any]:
+    """The tags of a TIFF file; empty for other formats."""
+    return image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
 
-    bits     of each number in a PNG file, before Pillow made 8 or 16 of them
-    managed  are colour profiles to be obeyed
+
+def _layers(image: Image.Image, bits: int = 8, managed: bool = True) -> tuple[Image.Image, Image.Image | None]:
+    """Colours in RGB and alpha in L, None if opaque; both upright and without metadata.
+
+    bits     bit depth of the PNG file, before Pillow converted it to 8 or 16
+    managed  whether to apply colour profiles
     """
     image.load()
     try:
-        turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
-    except Exception:  # a broken EXIF block does not make the pixels worse
+        turn = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # a broken EXIF block does not affect the pixels
         turn = None
     colours, alpha = _split(image, bits)
     colours = _srgb(colours, image.info.get("icc_profile") if managed else None)
@@ -260,7 +265,7 @@ def _layers(image: Image.Image, bits: int = 8, managed: bool = True) -> tuple[Im
 
 
 def _split(image: Image.Image, bits: int) -> tuple[Image.Image, Image.Image | None]:
-    """Colours in any mode of 8 bits that has no alpha, and alpha."""
+    """Colours in any 8-bit mode without alpha, and alpha."""
     key, alpha = image.info.get("transparency"), None
     if image.mode in ("La", "RGBa"):  # multiplied by alpha
         image = image.convert(image.mode.upper())
@@ -269,7 +274,7 @@ def _split(image: Image.Image, bits: int) -> tuple[Image.Image, Image.Image | No
     if image.mode in ("LA", "RGBA"):
         alpha = image.getchannel("A")
         image = image.convert(image.mode[:-1])
-    elif key is not None:  # this colour is transparent; a number of the file's own bits
+    elif key is not None:  # the transparent colour, in the bit depth of the file
         if image.mode == "L" and bits < 8 and key < 2**bits:
             key = key * 255 // (2**bits - 1)
         elif image.mode == "RGB" and bits == 16:
@@ -284,26 +289,28 @@ def _split(image: Image.Image, bits: int) -> tuple[Image.Image, Image.Image | No
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Modes I;16, I and F -> L."""
     numbers = np.asarray(image)
-    tags = image.tag_v2 if image.format == "TIFF" else {}
-    if image.mode.startswith("I;16") or image.format == "PNG":  # older Pillows read 16 bits of a PNG file as mode I
+    tags = _tags(image)
+    if image.mode.startswith("I;16") or image.format == "PNG":  # older Pillow versions read a 16-bit PNG as mode I
         white = 4095 if tags.get(BITS) == (12,) else 65535
     else:
         top, beyond = numbers.max(), 2 if image.mode == "F" else 1
         if not np.isfinite(numbers).all():
-            raise PictureError(f"it has numbers that are infinite or not a number; {SAVE_AS}")
+            raise ImageFileError(f"it has values that are infinite or NaN; {SAVE_AS}")
         white = next((white for white in (1, 255, 65535) if top <= beyond * white), 2**31 - 1)
     grey = (numbers.clip(0, white) * np.float32(255 / white) + np.float32(0.5)).astype(np.uint8)
-    # 0 may be white in a TIFF file, which Pillow sees to in other modes only
+    # 0 may be white in a TIFF file, which Pillow handles in other modes only
     return Image.fromarray(255 - grey if tags.get(PHOTOMETRIC) == 0 else grey)
 
 
 def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Mode RGB. A profile (ICC) that is broken or of other colours is ignored."""
+    """Mode RGB in sRGB. An ICC profile that is broken or of another colour model is ignored."""
     if profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if "sRGB" not in ImageCms.getProfileDescription(source):  # else the numbers stay, to the last bit
-                return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            if "sRGB" not in ImageCms.getProfileDescription(source):  # otherwise the values stay the same to the bit
+                converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+                if converted is not None:  # None only for a conversion in place
+                    return converted
         except Exception:
             pass
     return image.convert("RGB")
@@ -328,23 +335,23 @@ def parameters(prompt: str, negative: str, settings: Mapping[str, object]) -> st
 
 
 def save_png(image: Image.Image, path: Path, text: str | None = None) -> None:
-    """Write a new PNG file, whole or not at all; `text` goes into its "parameters" chunk.
+    """Write a new PNG file atomically, with `text` in its "parameters" chunk.
 
-    Raises FileExistsError if there is a file of that name already, OSError if it cannot be written.
+    Raises FileExistsError if the file exists, OSError if it cannot be written.
     """
     info = PngImagePlugin.PngInfo()
     if text:
-        info.add_text("parameters", text.encode("utf-8", "replace").decode("utf-8"))  # half a surrogate pair -> "?"
+        info.add_text("parameters", text.encode("utf-8", "replace").decode("utf-8"))  # lone surrogates become "?"
     with new_file(path) as partial:
         image.save(partial, "PNG", pnginfo=info)
 
 
 def save_animation(frames: Sequence[Image.Image], path: Path, seconds: float = 0.2, last: float = 1.5) -> None:
-    """Write a new animated .webp, .gif or .png, whole or not at all: each frame for `seconds`, the last one for `last`,
-    over and over. A GIF file has 256 colours for each frame, dithered, and counts time in hundredths.
+    """Write a new looping animation (.webp, .gif or .png) atomically: each frame for `seconds`, the last for `last`.
 
-    Raises ValueError for another suffix, no frames or frames of different sizes, and times outside of 0.01 to 60;
-    FileExistsError if there is a file of that name already, OSError if it cannot be written.
+    A GIF file has 256 dithered colours per frame, and durations in hundredths of a second. Raises ValueError for
+    another suffix, no frames, frames of different sizes, and times outside of 0.01 to 60 seconds; FileExistsError if
+    the file exists, OSError if it cannot be written.
     """
     kind = ANIMATIONS.get(path.suffix.lower())
     if kind is None:
@@ -356,10 +363,10 @@ def save_animation(frames: Sequence[Image.Image], path: Path, seconds: float = 0
         raise ValueError(f"{path}: got frames of the sizes {sizes}, expected at least one frame and a single size")
     if not (0.01 <= seconds <= 60 and 0.01 <= last <= 60):
         raise ValueError(f"{path}: got {seconds} and {last} seconds for a frame, expected 0.01 to 60")
-    pictures = [frame.convert("RGB") for frame in frames]
+    images = [frame.convert("RGB") for frame in frames]
     if kind == "GIF":
-        pictures = [p.quantize(palette=p.quantize(256), dither=Image.Dither.FLOYDSTEINBERG) for p in pictures]
-    times = [round(1000 * seconds)] * (len(pictures) - 1) + [round(1000 * last)]
-    options = {"quality": 90} if kind == "WEBP" else {}
+        images = [p.quantize(palette=p.quantize(256), dither=Image.Dither.FLOYDSTEINBERG) for p in images]
+    times = [round(1000 * seconds)] * (len(images) - 1) + [round(1000 * last)]
+    options: dict[str, Any] = {"quality": 90} if kind == "WEBP" else {}
     with new_file(path) as partial:
-        pictures[0].save(partial, kind, save_all=True, append_images=pictures[1:], duration=times, loop=0, **options)
+        images[0].save(partial, kind, save_all=True, append_images=images[1:], duration=times, loop=0, **options)

@@ -1,12 +1,12 @@
-"""Pictures in memory: PIL images <-> tensors in [-1, 1], bringing them to a size, grids.
+"""Images in memory: PIL images <-> tensors in [-1, 1], resizing, grids.
 
-Sizes are (width, height) in PIL's and height x width in tensors' order. Nothing is ever stretched: a picture keeps its
-proportions and is either cut (`fit`) or framed (`frame`).
+Sizes of PIL images are (width, height), those of tensors height x width. Images are never stretched: they keep their
+aspect ratio and are either cropped (`fit`) or padded (`frame`).
 
->>> picture = Image.new("RGB", (60, 40), "orange")
->>> to_tensor(picture).shape
+>>> image = Image.new("RGB", (60, 40), "orange")
+>>> to_tensor(image).shape
 torch.Size([1, 3, 40, 60])
->>> to_pil(to_tensor(picture))[0] == picture, fit(picture, 32, 32).size, grid([picture] * 4).size
+>>> to_pil(to_tensor(image))[0] == image, fit(image, 32, 32).size, grid([image] * 4).size
 (True, (32, 32), (120, 80))
 """
 
@@ -21,27 +21,27 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-SLACK = 8  # pixels: cut off rather than resampled away, as resampling by a few pixels only blurs
+SLACK = 8  # pixels: crop smaller excess, because resampling by a few pixels only blurs
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1], what lies outside being cut off -> RGB pictures.
+    """(B, 3, H, W) in [-1, 1], clipped -> RGB images.
 
-    Rounded to the nearest of 256 values; the original truncates, which darkens by half a step.
+    Values are rounded; the original code truncates, which darkens images by half a step of 256.
     """
     pixels = images.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
-    return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+    return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture -> (1, 3, H, W) float32 in [-1, 1]; grey (mode L) -> (1, 1, H, W)."""
+    """RGB image -> (1, 3, H, W) float32 in [-1, 1]; greyscale (mode L) -> (1, 1, H, W)."""
     pixels = np.array(image, dtype=np.float32)
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return torch.from_numpy(pixels / 127.5 - 1)[None]
 
 
 class Box(NamedTuple):
-    """Part of a picture, in pixels; right and bottom are the first ones outside."""
+    """A rectangle in pixels; right and bottom are exclusive."""
 
     left: int
     top: int
@@ -55,12 +55,12 @@ class Box(NamedTuple):
 
 
 def resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The picture at this size, smoothed as it needs to be; itself if it has the size already."""
+    """The image at this size, by Lanczos resampling; the same object if it has that size already."""
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The middle of the picture that has these proportions, at this size."""
+    """The image at this size, its sides cropped evenly to the new aspect ratio."""
     spare = image.width - width, image.height - height
     scale = max(width / image.width, height / image.height)
     if all(0 <= pixels < SLACK for pixels in spare):
@@ -68,17 +68,17 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
     if scale == 1.0:
         left, top = spare[0] // 2, spare[1] // 2
         return image.crop((left, top, left + width, top + height))
-    # rounding must not lead out of the picture
+    # rounding errors must not put the box outside of the image
     wide, high = min(width / scale, image.width), min(height / scale, image.height)
-    left, top = (image.width - wide) / 2, (image.height - high) / 2
-    box = (left, top, min(left + wide, image.width), min(top + high, image.height))
+    x, y = (image.width - wide) / 2, (image.height - high) / 2
+    box = (x, y, min(x + wide, image.width), min(y + high, image.height))
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
 def frame(image: Image.Image, width: int, height: int) -> tuple[Image.Image, Box]:
-    """The whole picture within this size, its edge pixels repeated around it, and where in the result it is.
+    """The whole image padded to this size by repeating its edge pixels, and its box in the result.
 
-    It is only resized where it is larger, or where it would fill less than the frame by `SLACK` pixels or more.
+    It is resized only if it is larger, or smaller by `SLACK` pixels or more in both directions.
     """
     spare = width - image.width, height - image.height
     if not all(pixels >= 0 for pixels in spare) or not any(pixels < SLACK for pixels in spare):
@@ -93,9 +93,9 @@ def frame(image: Image.Image, width: int, height: int) -> tuple[Image.Image, Box
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """One picture of all of them, row by row, as nearly square as can be unless `columns` is given."""
+    """All images in one, row by row; nearly square unless `columns` is given. ValueError if there are none."""
     if not images:
-        raise ValueError("a grid needs at least one picture")
+        raise ValueError("a grid needs at least one image")
     columns = columns or math.ceil(math.sqrt(len(images)))
     width, height = max(i.width for i in images), max(i.height for i in images)
     sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))

@@ -1,22 +1,22 @@
-"""The study toolkit: what happens inside, as data and as pictures. Nothing that paints imports it.
+"""The study toolkit: what happens inside the model, as data and as figures. The pipeline never imports it.
 
-Every figure is two functions: one that returns data (tensors, pictures, numbers) and one that draws it. Reading order,
-which is the order of docs/:
+Each figure has two functions: one returns data (tensors, images, numbers) and one draws it. Reading order, which is
+also the order of docs/:
 
-    text          words, tokens, embeddings; what word order changes
-    latent        the latent's channels, the VAE's round trip
-    noising       the forward process, the schedule's curves
-    network       the U-Net's parts: shapes, parameters, FLOPs
-    attention     where each word is listened to, where a place looks; the hook that `editing` uses as well
-    influence     what a word changes, and where
-    denoising     the reverse process: x_t and x0, as a strip and as a film
-    convergence   samplers against the exact solution
+    text          words, tokens, embeddings; the effect of word order
+    latent        the channels of the latent, the round trip through the VAE
+    noising       the forward process, the curves of the schedule
+    network       the parts of the U-Net: shapes, parameters, FLOPs
+    attention     maps of cross-attention and self-attention; the hook that `editing` uses too
+    influence     which parts of the image a word changes
+    denoising     the reverse process: x_t and x0, as a strip and as an animation
+    convergence   samplers compared with the exact solution
     guidance      sweeps; both predictions side by side
-    grids         pictures over any two settings
-    mixing        between two prompts, between two noises
-    editing       prompt-to-prompt: other words in the same places
-    steering      the gradient of a loss on the picture
-    runs, drawing how the studies paint, and how they draw
+    grids         images over any two settings
+    mixing        interpolation between two prompts and between two noises
+    editing       prompt-to-prompt: different words, same layout
+    steering      guidance by the gradient of a loss on the image
+    runs, drawing shared sampling and plotting code
 
 `python scripts/study.py all` makes every figure.
 """

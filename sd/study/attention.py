@@ -1,19 +1,18 @@
-"""Attention made visible: where each word is listened to, where a place looks, and a hook to change it.
+"""Attention maps of the U-Net, and a hook that can change attention.
 
-In the U-Net's cross-attention every place of the picture asks (q) and every token of the prompt answers (k, v):
+In cross-attention every position of the latent is a query (q) and every token of the prompt a key and a value (k, v):
 
-    weights = softmax(q kᵀ / sqrt(d))    (heads, N places, M tokens)      Vaswani et al. 2017, eq. 1
+    weights = softmax(q kᵀ / sqrt(d))    (heads, N positions, M tokens)   Vaswani et al. 2017, eq. 1
     out     = weights v
 
-A column of the weights is a map of the picture that says where its token is listened to: Tang et al. 2023, "What the
-DAAM: interpreting Stable Diffusion using cross attention". In self-attention, tokens are places as well, and a row
-says where one place looks.
+A column of the weights is a map of the image that shows where its token is attended to: Tang et al. 2023, "What the
+DAAM: interpreting Stable Diffusion using cross attention". In self-attention the keys are positions too, and a row
+shows where one position attends.
 
-The network's kernels (kernels.py) never hold these weights as a whole, and some not even their softmax. Here a forward
-hook, put on each attention layer for the length of a `with` block, computes them once more from the layer's input:
-whichever kernel the network uses, its output is what it was, to the bit, unless the hook is there to change it.
-Afterwards nothing is left. Steps that are played back as CUDA graphs (capture.py) are computed anew while there is a
-hook, and networks that take turns in memory (turns.py) keep their hooks.
+Fused kernels never hold these weights in memory. Here a forward hook on each attention layer, active inside a `with`
+block, computes them again from the input of the layer. The output of the network stays the same to the bit, unless
+the hook returns another one. Leaving the block removes the hooks. CUDA graphs (runtime/cuda_graphs.py) are not
+replayed while there is a hook, and offloaded networks (runtime/offload.py) keep their hooks.
 
     with recording(model.unet, tokens=find_word(model.tokenizer, prompt, "red")) as maps:
         for step in run(model, model.encode_prompt([prompt])): ...
@@ -24,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +35,11 @@ from ..models.unet import TransformerBlock, UNet
 from ..params import SamplingParams
 from ..pipeline import StableDiffusion
 from .drawing import above, beside, boxed, captioned, dotted, figure, overlay, scaled, strip
-from .runs import SETTINGS, run
+from .runs import SETTINGS, last, run
 from .text import Word, words
 
 KINDS = ("cross", "self")
-WORDS_A_LINE = 7  # of a figure
+COLUMNS = 7  # maps per row of a figure
 
 
 class Site(NamedTuple):
@@ -49,12 +48,12 @@ class Site(NamedTuple):
     name: str  # its transformer: "down.1.attn.0", "mid.attn", ...
     part: str  # "down", "mid" or "up"
     level: int  # 0 is the finest; the middle's is the coarsest
-    kind: str  # "cross" (to the text) or "self" (among places)
+    kind: str  # "cross" (to the text) or "self" (among positions)
     heads: int
 
 
 class Call(NamedTuple):
-    """One use of an attention layer: what it was given, with the means to compute it by the formula."""
+    """One call of an attention layer: its inputs, and methods that compute it by the formula."""
 
     site: Site
     layer: Attention
@@ -62,17 +61,17 @@ class Call(NamedTuple):
     context: Tensor  # (B, M, context width); x itself in self-attention
 
     def weights(self, rows: Sequence[int] | None = None) -> Tensor:
-        """softmax(q kᵀ / sqrt(d)) in float32: (B, heads, N, M), or only these rows of the N."""
+        """softmax(q kᵀ / sqrt(d)) in float32: (B, heads, N, M), or only the given rows of N."""
         x = self.x if rows is None else self.x[:, list(rows)]
         q, k = (self._heads(y).float() for y in (self.layer.q(x), self.layer.k(self.context)))
         kind = q.device.type
-        # autocast would make the product a rough one
+        # autocast would compute the product in half precision
         exact = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
         with exact:
             return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
     def output(self, weights: Tensor) -> Tensor:
-        """What the layer would give with these weights (B, heads, N, M): (B, N, D)."""
+        """The output of the layer (B, N, D) for other weights (B, heads, N, M)."""
         v = self._heads(self.layer.v(self.context))
         return self.layer.out((weights.to(v.dtype) @ v).transpose(1, 2).flatten(-2))
 
@@ -80,13 +79,13 @@ class Call(NamedTuple):
         return x.unflatten(-1, (self.layer.heads, -1)).transpose(1, 2)
 
 
-See = Callable[[Call], Tensor | None]
+Hook = Callable[[Call], Tensor | None]
 
 
 def check_plain(network: nn.Module) -> None:
-    """ValueError for a network whose layers are not called one by one, so that hooks on them are run past."""
+    """Raise ValueError for a compiled network: it does not call the forward hooks of its layers."""
     if not isinstance(network, nn.Module):
-        raise ValueError(f"attention is looked at in a U-Net, got {type(network).__name__}")
+        raise ValueError(f"expected a U-Net to record attention in, got {type(network).__name__}")
     if any(
         hasattr(module, "_orig_mod")
         or isinstance(module, torch.jit.ScriptModule)  # torch.compile(module)
@@ -94,14 +93,12 @@ def check_plain(network: nn.Module) -> None:
         or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")  # forward = torch.compile(forward)
         for module in network.modules()
     ):
-        raise ValueError(
-            "the U-Net is compiled, which runs past hooks: give the network as it was before torch.compile"
-        )
+        raise ValueError("the U-Net is compiled and skips hooks: pass the network from before torch.compile")
 
 
 def sites(unet: UNet) -> list[tuple[Site, Attention]]:
-    """Every attention layer of a U-Net, in the order of its forward pass."""
-    found = []
+    """All attention layers of a U-Net, in the order of its forward pass."""
+    found: list[tuple[Site, Attention]] = []
     for path, module in unet.named_modules():
         if isinstance(module, TransformerBlock):
             name = path.rpartition(".blocks.")[0]
@@ -109,17 +106,17 @@ def sites(unet: UNet) -> list[tuple[Site, Attention]]:
             level = len(unet.config.channels) - 1 if part == "mid" else int(name.split(".")[1])
             for kind, layer in (("self", module.attn1), ("cross", module.attn2)):
                 found.append((Site(name, part, level, kind, layer.heads), layer))
-    # the way up goes from the coarsest level to the finest, while its stages are numbered the other way
+    # the decoder runs from the coarsest level to the finest, but its stages are numbered from the finest
     order = {"down": 0, "mid": 1, "up": 2}
     return sorted(found, key=lambda pair: (order[pair[0].part], pair[0].level * (-1 if pair[0].part == "up" else 1)))
 
 
 @contextmanager
-def watching(unet: UNet, see: See, kinds: Collection[str] = KINDS) -> Iterator[None]:
-    """For the length of a `with` block, `see` is called with every use of the U-Net's attention layers.
+def watching(unet: UNet, see: Hook, kinds: Collection[str] = KINDS) -> Iterator[None]:
+    """Inside a `with` block, call `see` for every call of the U-Net's attention layers of these kinds.
 
-    What it returns takes the place of the layer's output; None leaves the output as it is. Raises ValueError, in one
-    line, for a network that is compiled.
+    A tensor that `see` returns replaces the output of the layer; None keeps it. Raises ValueError for a compiled
+    network.
     """
     check_plain(unet)
     with ExitStack() as stack:
@@ -130,7 +127,7 @@ def watching(unet: UNet, see: See, kinds: Collection[str] = KINDS) -> Iterator[N
 
 
 @contextmanager
-def _hooked(site: Site, layer: Attention, see: See) -> Iterator[None]:
+def _hooked(site: Site, layer: Attention, see: Hook) -> Iterator[None]:
     def hook(layer: Attention, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> Tensor | None:
         x = args[0] if args else kwargs["x"]
         context = args[1] if len(args) > 1 else kwargs.get("context")
@@ -144,29 +141,29 @@ def _hooked(site: Site, layer: Attention, see: See) -> Iterator[None]:
 
 
 class Record(NamedTuple):
-    """The maps of one layer in one evaluation of the network."""
+    """The maps of one layer in one forward pass of the network."""
 
     site: Site
-    call: int  # the network's evaluations, from 0
+    call: int  # which forward pass, from 0
     t: float
-    maps: Tensor  # (heads, K, h, w): for each token or point asked for, how much of its attention is where
+    maps: Tensor  # (heads, K, h, w): one map for each of the K tokens or points
 
 
 class AttentionMaps:
-    """What `recording` saw, layer by layer and evaluation by evaluation."""
+    """The maps that `recording` collected, by layer and by forward pass."""
 
     def __init__(self) -> None:
         self.records: list[Record] = []
-        self.size = (0, 0)  # of the latent
+        self.size = (0, 0)  # height and width of the latent
 
     @property
     def calls(self) -> int:
-        """Evaluations of the network that were seen."""
+        """Number of recorded forward passes."""
         return 1 + max((record.call for record in self.records), default=-1)
 
     @property
     def sites(self) -> list[Site]:
-        """The layers that were seen, in the order of the forward pass."""
+        """The recorded layers, in the order of the forward pass."""
         return list(dict.fromkeys(record.site for record in self.records))
 
     def mean(
@@ -178,8 +175,8 @@ class AttentionMaps:
         heads: Collection[int] | None = None,
         calls: Collection[int] | None = None,
     ) -> Tensor:
-        """The mean map (K, h, w) at the latent's size of all records that fit; all there are if nothing is asked."""
-        fitting = [
+        """Mean map (K, h, w), at the size of the latent, over all records that match; without filters, over all."""
+        matching = [
             record
             for record in self.records
             if (site is None or record.site.name == site)
@@ -187,16 +184,16 @@ class AttentionMaps:
             and (levels is None or record.site.level in levels)
             and (calls is None or record.call in calls)
         ]
-        if not fitting:
-            raise ValueError("no attention was recorded that fits: run the network inside of the with block")
-        shared = range(min(len(record.maps) for record in fitting))
+        if not matching:
+            raise ValueError("no recorded attention matches: run the network inside the with block")
+        shared = range(min(len(record.maps) for record in matching))
         if heads is not None and not (heads and set(heads) <= set(shared)):
-            raise ValueError(f"heads are 0 to {shared[-1]} in all layers that fit, got {list(heads)}")
-        total: Tensor | float = 0.0
-        for record in fitting:
+            raise ValueError(f"the matching layers have heads 0 to {shared[-1]}, got {list(heads)}")
+        total = torch.zeros(())
+        for record in matching:
             maps = record.maps if heads is None else record.maps[list(heads)]
             total = total + F.interpolate(maps.mean(0)[None], self.size, mode="bilinear", align_corners=False)[0]
-        return total / len(fitting)
+        return total / len(matching)
 
 
 @contextmanager
@@ -206,31 +203,32 @@ def recording(
     *,
     tokens: Sequence[int] | None = None,
     points: Sequence[tuple[float, float]] = ((0.5, 0.5),),
-    picture: int = -1,
+    item: int = -1,
 ) -> Iterator[AttentionMaps]:
-    """Keep the attention maps of all that the U-Net does in a `with` block.
+    """Record the attention maps of every forward pass of the U-Net inside a `with` block.
 
-    kind     "cross": a map for each of `tokens` (positions in the prompt; all if not given): where it is listened to.
-             "self": a map for each of `points` (x, y in parts of the picture's sides): where it looks
-    picture  which of the network's batch; the last, -1, is one with the prompt also where guidance doubles the batch
+    kind    "cross": one map for each of `tokens` (positions in the prompt; default: all), where it is attended to
+            "self": one map for each of `points` (x, y as fractions of width and height), where it attends
+    item    index into the batch; with guidance the batch is [uncond, cond], so the last item, -1, has the prompt
 
-    Memory: a number for each token or point, head and place in each layer and evaluation.
+    Memory: one float32 per token or point, head and position, for each layer and forward pass.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of attention {kind!r}, expected one of {', '.join(KINDS)}")
     check_plain(unet)
     maps = AttentionMaps()
-    now = {"call": -1, "t": 0.0}
+    call_number, timestep = -1, 0.0  # of the current forward pass
 
     def before(unet: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        nonlocal call_number, timestep
         x, t = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("x", "t")))
-        now.update(call=now["call"] + 1, t=float(t[picture]))
-        maps.size = tuple(x.shape[-2:])
+        call_number, timestep = call_number + 1, float(t[item])
+        maps.size = x.shape[-2], x.shape[-1]
 
     def see(call: Call) -> None:
         h, w = (-(-side // 2**call.site.level) for side in maps.size)  # halving rounds up
         with torch.no_grad():
-            one = call._replace(x=call.x[picture, None], context=call.context[picture, None])
+            one = call._replace(x=call.x[item, None], context=call.context[item, None])
             if kind == "cross":
                 weights = one.weights()[0]  # (heads, N, M)
                 chosen = weights if tokens is None else weights[..., list(tokens)]
@@ -238,7 +236,7 @@ def recording(
             else:
                 places = [min(int(y * h), h - 1) * w + min(int(x * w), w - 1) for x, y in points]
                 found = one.weights(places)[0]  # (heads, K, N)
-        maps.records.append(Record(call.site, now["call"], now["t"], found.unflatten(-1, (h, w)).cpu()))
+        maps.records.append(Record(call.site, call_number, timestep, found.unflatten(-1, (h, w)).cpu()))
 
     handle = unet.register_forward_pre_hook(before, with_kwargs=True)
     try:
@@ -249,9 +247,9 @@ def recording(
 
 
 def mass_inside(values: Tensor, box: tuple[float, float, float, float]) -> float:
-    """How much of a map (h, w), which is >= 0, lies in a box (left, top, right, bottom in parts of the sides): 0 to 1.
+    """Share, 0 to 1, of a map (h, w) >= 0 that lies in a box (left, top, right, bottom as fractions of the sides).
 
-    A place that the box cuts counts with the part that is inside. An even map has the box's share of the area.
+    A cell that the box cuts counts by the area inside. For a uniform map this is the area of the box.
 
     >>> mass_inside(torch.ones(8, 8), (0.0, 0.0, 0.5, 0.5))
     0.25
@@ -267,44 +265,37 @@ def mass_inside(values: Tensor, box: tuple[float, float, float, float]) -> float
     return float((values.double().cpu() * part).sum() / values.double().sum())
 
 
-# ------------------------------------------------------------------------------------- figures
-
-
 class WordMaps(NamedTuple):
-    """A picture of a prompt with the attention that each of its words got."""
+    """A generated image with the attention maps of the words of its prompt."""
 
-    picture: Image.Image
+    image: Image.Image
     words: list[Word]
     maps: AttentionMaps  # K is the position in the prompt
 
-    def of(self, word: int, **which: object) -> Tensor:
-        """The map (h, w) of a word, by its number: the sum over its tokens of what `AttentionMaps.mean` gives."""
+    def of(self, word: int, **which: Any) -> Tensor:
+        """Map (h, w) of the word with this index: the mean of `AttentionMaps.mean(**which)`, summed over its tokens."""
         return self.maps.mean(**which)[self.words[word].positions].sum(0)
 
 
 def word_maps(model: StableDiffusion, prompt: str, settings: SamplingParams = SETTINGS) -> WordMaps:
-    """Paint a prompt and keep all its cross-attention."""
+    """Generate an image and record its cross-attention."""
     found = words(model.tokenizer, prompt)
     with recording(model.unet, tokens=range(max((max(word.positions) for word in found), default=0) + 1)) as maps:
-        x = None
-        for step in run(model, model.encode_prompt([prompt]), settings):
-            x = step.x
+        x = last(run(model, model.encode_prompt([prompt]), settings))
     return WordMaps(model.decode(x)[0], found, maps)
 
 
 def self_maps(
     model: StableDiffusion, prompt: str, points: Sequence[tuple[float, float]], settings: SamplingParams = SETTINGS
 ) -> tuple[Image.Image, AttentionMaps]:
-    """Paint a prompt; where each of the points (x, y in parts of the sides) looked in self-attention."""
+    """Generate an image and record the self-attention of points (x, y as fractions of width and height)."""
     with recording(model.unet, "self", points=points) as maps:
-        x = None
-        for step in run(model, model.encode_prompt([prompt]), settings):
-            x = step.x
+        x = last(run(model, model.encode_prompt([prompt]), settings))
     return model.decode(x)[0], maps
 
 
 def places(maps: AttentionMaps) -> list[tuple[str, int]]:
-    """The parts and levels that attend, in the order of the forward pass: ("down", 1), ("mid", 1), ..."""
+    """Parts and levels with attention, in the order of the forward pass: ("down", 1), ("mid", 1), ..."""
     return list(dict.fromkeys((site.part, site.level) for site in maps.sites))
 
 
@@ -314,7 +305,7 @@ def _grid_size(maps: AttentionMaps, level: int) -> str:
 
 
 def draw_words(
-    picture: Image.Image,
+    image: Image.Image,
     names: Sequence[str],
     maps: Sequence[Tensor],
     title: str,
@@ -322,15 +313,15 @@ def draw_words(
     boxes: Mapping[int, tuple[float, float, float, float]] | None = None,
     width: int = 150,
 ) -> Image.Image:
-    """The picture, then one heat map (h, w) with its name for each word; `boxes` are drawn into those they name.
+    """The image, then one named heat map (h, w) per word; `boxes` maps the index of a word to a box drawn on its map.
 
-    Each map is as bright as it can be: brightness compares places, not words.
+    Each map has its own scale: brightness compares places, not words.
     """
-    cells = [captioned(scaled(picture, width), "the picture")]
+    cells = [captioned(scaled(image, width), "image")]
     for i, (name, values) in enumerate(zip(names, maps, strict=True)):
-        heat = overlay(picture, values, width)
+        heat = overlay(image, values, width)
         cells.append(captioned(boxed(heat, boxes[i]) if boxes and i in boxes else heat, name))
-    lines = -(-len(cells) // WORDS_A_LINE)
+    lines = -(-len(cells) // COLUMNS)
     columns = -(-len(cells) // lines)
     rows = [beside(cells[i : i + columns], gap=10) for i in range(0, len(cells), columns)]
     return figure(title, above(rows, gap=14), note)
@@ -342,40 +333,38 @@ def draw_word_maps(
     notes: Mapping[int, str] | None = None,
     boxes: Mapping[int, tuple[float, float, float, float]] | None = None,
 ) -> Image.Image:
-    """The picture and the attention that each word got; `notes` are added to the names of the words they number."""
+    """The image and the attention map of each word; `notes` maps the index of a word to a line below its name."""
     return draw_words(
-        seen.picture,
+        seen.image,
         noted(seen.words, notes),
         [seen.of(i) for i in range(len(seen.words))],
-        "Cross-attention: where each word is listened to",
-        f'"{prompt}": the mean over all steps, layers and heads, each map from none (dark) to its most (light).',
+        "Cross-attention: where each word is attended to",
+        f'"{prompt}": mean over all steps, layers and heads. Each map runs from zero (dark) to its maximum (light).',
         boxes,
     )
 
 
 def noted(words: Sequence[Word], notes: Mapping[int, str] | None) -> list[str]:
-    """The words, each with its note in the lines below."""
+    """The words, each followed by its note if there is one."""
     return [word.text + (f"\n{notes[i]}" if notes and i in notes else "") for i, word in enumerate(words)]
 
 
 def draw_breakdown(seen: WordMaps, word: int, moments: int = 5, width: int = 110) -> Image.Image:
-    """One word's maps apart: by step (columns) and place in the U-Net (rows), and by head at each place."""
+    """The maps of one word by step and by head (columns), for each part and level of the U-Net (rows)."""
     calls = seen.maps.calls
     moments = min(moments, calls)
     chunks = [range(i * calls // moments, (i + 1) * calls // moments) for i in range(moments)]
     rows = places(seen.maps)
-    names = [f"{part}, level {level}\n{_grid_size(seen.maps, level)} places" for part, level in rows]
+    names = [f"{part}, level {level}\n{_grid_size(seen.maps, level)}" for part, level in rows]
 
-    def cell(**which: object) -> Image.Image:
-        return overlay(seen.picture, seen.of(word, **which), width)
+    def cell(**which: Any) -> Image.Image:
+        return overlay(seen.image, seen.of(word, **which), width)
 
     by_step = [[cell(parts=(part,), levels=(level,), calls=chunk) for chunk in chunks] for part, level in rows]
     heads = min(max(site.heads for site in seen.maps.sites), 8)
+    own = {(site.part, site.level): site.heads for site in seen.maps.sites}
     by_head = [
-        [
-            cell(parts=(part,), levels=(level,), heads=(head,))
-            for head in range(min(heads, *(s.heads for s in seen.maps.sites if (s.part, s.level) == (part, level)), 8))
-        ]
+        [cell(parts=(part,), levels=(level,), heads=(head,)) for head in range(min(own[part, level], heads))]
         for part, level in rows
     ]
     body = above(
@@ -388,24 +377,24 @@ def draw_breakdown(seen: WordMaps, word: int, moments: int = 5, width: int = 110
     return figure(
         f'One word, "{seen.words[word].text}", by step, level and head',
         body,
-        "Above: the mean over the heads, early steps on the left. Below: the mean over the steps, head by head; the "
-        "heads of a layer look for different things.",
+        "Top: mean over the heads, early steps on the left. Bottom: mean over the steps for each head; the heads of a "
+        "layer attend to different things.",
     )
 
 
 def draw_self_maps(
-    picture: Image.Image, maps: AttentionMaps, points: Sequence[tuple[float, float]], width: int = 150
+    image: Image.Image, maps: AttentionMaps, points: Sequence[tuple[float, float]], width: int = 150
 ) -> Image.Image:
-    """For each point the picture with a ring around it, and where that place looks, by place in the U-Net."""
-    rows = [[dotted(scaled(picture, width), point) for point in points]]
-    names = ["the place"]
+    """For each point (columns), the image with a ring around it, then its map for each part and level of the U-Net."""
+    rows = [[dotted(scaled(image, width), point) for point in points]]
+    names = ["point"]
     for part, level in places(maps):
         mean = maps.mean(parts=(part,), levels=(level,))
-        rows.append([dotted(overlay(picture, mean[i], width), point) for i, point in enumerate(points)])
-        names.append(f"{part}, level {level}\n{_grid_size(maps, level)} places")
+        rows.append([dotted(overlay(image, mean[i], width), point) for i, point in enumerate(points)])
+        names.append(f"{part}, level {level}\n{_grid_size(maps, level)}")
     return figure(
-        "Self-attention: where a place looks",
-        strip(rows, [f"place {i + 1}" for i in range(len(points))], names, width),
-        "Every place of the picture looks at all of them. Light is where the ringed place looks most: the mean over "
-        "all steps and heads, at each level of the U-Net.",
+        "Self-attention: where a point attends",
+        strip(rows, [f"point {i + 1}" for i in range(len(points))], names, width),
+        "Every position attends to all positions. Light areas get most attention from the ringed point: mean over all "
+        "steps and heads, at each level of the U-Net.",
     )

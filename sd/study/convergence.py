@@ -1,13 +1,11 @@
-"""Samplers compared: how far each is from the exact solution after so many evaluations of the network.
+"""Samplers compared: distance to the exact solution over the number of network evaluations.
 
-All deterministic samplers solve one differential equation (Song et al. 2021, "Score-based generative modeling through
-stochastic differential equations", eq. 13), so from the same noise they end at the same picture if their steps are
-small enough. A method of order k makes an error of about C / n^k in n steps: a line of slope -k on logarithmic axes.
+All deterministic samplers solve the same differential equation (Song et al. 2021, "Score-based generative modeling
+through stochastic differential equations", eq. 13), so from the same noise they converge to the same image as the steps
+get smaller. A method of order k has an error of about C / n^k after n steps: a line of slope -k on logarithmic axes.
 
->>> settings = replace(PLAIN, seed=3)
->>> (ddim,) = convergence(
-...     StableDiffusion.load(), "a red house", settings, samplers=["ddim"], steps=[2, 8], reference_steps=16, n=1
-... )
+>>> reference = replace(REFERENCE, steps=16, seed=3)
+>>> (ddim,) = convergence(StableDiffusion.load(), "a red house", reference, samplers=["ddim"], steps=[2, 8], n=1)
 >>> ddim.evaluations, ddim.errors[0] > ddim.errors[1]
 ([2, 8], True)
 """
@@ -27,11 +25,13 @@ from ..run import draw, generators
 from ..samplers import SAMPLERS
 from ..schedule import Level
 from .drawing import Axes, Curve, figure, plot
-from .runs import PLAIN, denoiser, last, walk
+from .runs import PLAIN, denoiser, last, sample
 
 DETERMINISTIC = ("ddim", "heun", "dpm2", "lms", "dpmpp_2m", "unipc")
 STEPS = (4, 8, 12, 16, 24, 32, 48)
+# near enough to the exact solution; without guidance
 SOLUTION_STEPS = 1000
+REFERENCE = replace(PLAIN, sampler="dpmpp_2m", steps=SOLUTION_STEPS, spacing="karras")
 
 
 class Convergence(NamedTuple):
@@ -45,27 +45,24 @@ class Convergence(NamedTuple):
 def convergence(
     model: StableDiffusion,
     prompt: str,
-    settings: SamplingParams = PLAIN,
+    reference: SamplingParams = REFERENCE,
     *,
     samplers: Sequence[str] = DETERMINISTIC,
     steps: Sequence[int] = STEPS,
-    spacing: str = "karras",
-    reference: str = "dpmpp_2m",
-    reference_steps: int = SOLUTION_STEPS,
     n: int = 8,
 ) -> list[Convergence]:
-    """The distance of every sampler's result from a long run of `reference`, all on one kind of grid.
+    """Distance of each sampler's result, after each number of steps, to the result of `reference`, a long run.
 
-    The median of `n` pictures, of the settings' seed and those behind it, is what counts: now and then one of them is
-    about to be decided otherwise, and then small errors make a large difference. Guidance makes that worse.
-
-    Grids that begin or end at other levels solve the equation between other ends: not "leading" beside "karras".
+    All runs share the seed, guidance and step grid of the reference: grids of another spacing start and end at other
+    noise levels, so they solve the equation over another interval. The error is the median over `n` images, seeds
+    `reference.seed` and up, because for a few images a small error early on changes the content. Guidance makes that
+    more frequent. Raises ValueError for a stochastic sampler.
     """
     stochastic = [name for name in samplers if SAMPLERS[name].random]
     if stochastic:
-        raise ValueError(f"{', '.join(stochastic)}: a sampler that draws noise has no one solution to approach")
-    denoise = denoiser(model, model.encode_prompt([prompt]), settings)
-    x = draw(generators(settings.seed, n), model.latent_shape(), model.device)
+        raise ValueError(f"{', '.join(stochastic)}: a stochastic sampler does not converge to one solution")
+    denoise = denoiser(model, model.encode_prompt([prompt]), reference)
+    x = draw(generators(reference.seed, n), model.latent_shape(), model.device)
     calls = 0
 
     def counted(x: Tensor, level: Level) -> Tensor:
@@ -73,24 +70,24 @@ def convergence(
         calls += 1
         return denoise(x, level)
 
-    def end(name: str, count: int) -> Tensor:
-        return last(walk(model, counted, x, replace(settings, sampler=SAMPLERS[name], steps=count, spacing=spacing)))
+    def end(settings: SamplingParams) -> Tensor:
+        return last(sample(model, counted, x, settings))
 
-    solution = end(reference, reference_steps)
+    solution = end(reference)
     results = []
     for name in samplers:
         result = Convergence(SAMPLERS[name].label, [], [])
         for count in steps:
             calls = 0
-            apart = (end(name, count) - solution).flatten(1).norm(dim=1) / solution.flatten(1).norm(dim=1)
+            error = end(replace(reference, sampler=name, steps=count)) - solution
             result.evaluations.append(calls)
-            result.errors.append(float(apart.median()))
+            result.errors.append(float((error.flatten(1).norm(dim=1) / solution.flatten(1).norm(dim=1)).median()))
         results.append(result)
     return results
 
 
 def draw_convergence(results: Sequence[Convergence], reference_steps: int = SOLUTION_STEPS) -> Image.Image:
-    """Error over evaluations, both logarithmic; `reference_steps` is of the solution that they were compared with."""
+    """Error over evaluations on logarithmic axes; `reference_steps` is the number of steps of the reference run."""
     curves = [Curve(result.sampler, result.evaluations, result.errors, dots=True) for result in results]
     body = plot(
         curves,
@@ -103,8 +100,8 @@ def draw_convergence(results: Sequence[Convergence], reference_steps: int = SOLU
         ),
     )
     return figure(
-        "Samplers: how fast they converge",
+        "Samplers: rate of convergence",
         body,
-        f"Each ends at the same picture if its steps are small enough: x* is a run of {reference_steps} steps. Lower "
-        "is better; a method of higher order falls more steeply. Heun and DPM2 evaluate twice in a step.",
+        f"All converge to the same image; the solution x* is a run of {reference_steps} steps. Lower is better, and a "
+        "method of higher order falls more steeply. Heun and DPM2 evaluate the network twice per step.",
     )

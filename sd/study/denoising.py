@@ -1,8 +1,8 @@
-"""The reverse process: how noise becomes a picture, step by step.
+"""The reverse process: how noise becomes an image, step by step.
 
-At every step the denoiser says what the clean data x0 seems to be, and the sampler moves x a little towards it. So a
-run is two films: x_t, which loses its noise, and x0, which begins as a blurred guess at everything that the prompt
-could mean and gets sharper as it is decided (Ho et al. 2020, section 3.2; Song et al. 2021, eq. 12).
+At every step the denoiser predicts the clean data x0, and the sampler moves x a little towards it. So a run has two
+sequences: x_t, which loses its noise, and x0, which begins as a blurred average of everything that the prompt allows
+and becomes sharper (Ho et al. 2020, section 3.2; Song et al. 2021, eq. 12).
 
 >>> steps = trajectory(StableDiffusion.load(), "a red house", SamplingParams(steps=3, spacing="trailing"))
 >>> [round(level.sigma, 3) for level in steps.levels]
@@ -27,9 +27,9 @@ from .runs import SETTINGS, levels, noise, run
 
 
 class Trajectory(NamedTuple):
-    """A run of n steps. State i is x at level i; x0 i is what was predicted from it."""
+    """A run of n steps: x[i] is the state at levels[i], x0[i] the prediction from it."""
 
-    levels: list[Level]  # n + 1, the last one is the end
+    levels: list[Level]  # n + 1; the last is the clean end
     x: Tensor  # (n + 1, C, h, w)
     x0: Tensor  # (n, C, h, w)
 
@@ -41,7 +41,7 @@ def trajectory(
     x: Tensor | None = None,
     negative: str = "",
 ) -> Trajectory:
-    """All states of a run, from the settings' noise or from x (1, C, h, w), and what was predicted from each."""
+    """All states and predictions of a run that starts from x (1, C, h, w), by default the noise of the seed."""
     x = noise(model, settings) if x is None else x
     states, predicted = [x], []
     for step in run(model, model.encode_prompt([prompt]), settings, x, negative):
@@ -55,28 +55,28 @@ def _name(level: Level) -> str:
 
 
 def spread(n: int, most: int) -> list[int]:
-    """At most `most` of 0 .. n - 1, evenly, both ends among them."""
+    """At most `most` of the numbers 0 .. n - 1, evenly spaced, including both ends."""
     if n <= most:
         return list(range(n))
     return [round(i * (n - 1) / (most - 1)) for i in range(most)]
 
 
 def draw_trajectory(model: StableDiffusion, run: Trajectory, columns: int = 8, width: int = 132) -> Image.Image:
-    """x_t above x0, decoded, for at most so many of the steps."""
+    """x_t above x0, both decoded, for at most `columns` of the steps."""
     shown = spread(len(run.x0), columns)
     rows = [model.decode(run.x[shown]), model.decode(run.x0[shown])]
     names = [_name(run.levels[i]) for i in shown]
     return figure(
-        "The reverse process: from noise to a picture",
+        "The reverse process: from noise to an image",
         strip(rows, names, ("x_{t}", "x_{0} predicted"), width),
-        "Above what the sampler holds, below what the denoiser takes the clean picture to be at that moment: first a "
-        "blur of all that the prompt allows, then a decision, then details. Both are decoded latents.",
+        "Top: the state of the sampler. Bottom: the clean image that the denoiser predicts from it, at first a blur of "
+        "everything that the prompt allows, then the layout, then details. Both are decoded latents.",
     )
 
 
 def frames(model: StableDiffusion, run: Trajectory, width: int = 192) -> list[Image.Image]:
-    """The run as a film: x_t beside x0 with the timestep and a bar that shows how much noise is left."""
-    pictures = []
+    """The frames of an animation of the run: x_t beside x0, with the timestep and a bar for the remaining noise."""
+    images = []
     states, predicted = model.decode(run.x), model.decode(run.x0)
     predicted.append(states[-1])
     for level, state, x0 in zip(run.levels, states, predicted, strict=True):
@@ -84,5 +84,5 @@ def frames(model: StableDiffusion, run: Trajectory, width: int = 192) -> list[Im
         bar = Image.new("RGB", (pair.width, 6), (232, 235, 240))
         bar.paste((0, 114, 178), (0, 0, round(pair.width * level.sigma), 6))
         label = paragraph(f"{_name(level)}: sigma = {level.sigma:.3f}", pair.width, 14, MUTED, align="middle")
-        pictures.append(framed(above([pair, bar, label], gap=6), 10))
-    return pictures
+        images.append(framed(above([pair, bar, label], gap=6), 10))
+    return images

@@ -1,12 +1,12 @@
-"""Editing a picture by editing its prompt: attention of one run used in another.
+"""Prompt-to-prompt: edit an image by editing its prompt, with the attention of the original run.
 
-Hertz et al. 2022, "Prompt-to-prompt image editing with cross attention control". The layout of a picture is in its
-attention: which place listens to which token. Two prompts are painted side by side from the same noise, and the
-second one takes over the weights of the first where the prompts agree, so it paints other things in the same places:
+Hertz et al. 2022, "Prompt-to-prompt image editing with cross attention control". Attention determines the layout of an
+image. Source and target prompt run in one batch from the same noise, and the target uses the attention weights of the
+source where the prompts agree, so that it shows different things in the same layout:
 
-    replace    "a red house" -> "a blue house": token j of the second takes the weights of its partner in the first
-    refine     added words keep their own weights, the others take over
-    reweight   the weights of a word times a factor: more or less of it
+    replace    "a red house" -> "a blue house": each token of the target uses the weights of its partner in the source
+    refine     added words keep their own weights; all other tokens use those of the source
+    reweight   the weights of a word times a factor, for more or less of it
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from .drawing import above, figure, strip
 from .runs import SETTINGS, last, run
 from .text import find_word
 
-CROSS, OWN = 0.8, 0.3  # of the way, beginning with noise, on which attention is taken over
-FINEST = 32 * 32  # places up to which self-attention is: finer layers hold texture, not layout (their code: 16x16)
+CROSS, OWN = 0.8, 0.3  # share of the run, from its start, that uses the source's cross- and self-attention
+# positions of the finest layer whose self-attention is replaced: finer layers hold texture, not layout (their code:
+# 16x16)
+FINEST = 32 * 32
 
 
 class Edited(NamedTuple):
-    """The source, what the target's prompt gives by itself, and the target with the source's attention."""
+    """The source image, the target's image without editing, and the target's image with the source's attention."""
 
     source: Image.Image
     alone: Image.Image
@@ -39,9 +41,9 @@ class Edited(NamedTuple):
 
 
 def partners(source: list[int], target: list[int]) -> list[int | None]:
-    """For each token of the target the position of the one in the source it stands for, None where it is new.
+    """For each token of the target, the position of its partner in the source; None for an added token.
 
-    Equal stretches are paired, and so are stretches of equal length between them, which are words replaced.
+    Equal runs of tokens are paired. So are different runs of equal length between them: those are replaced words.
 
     >>> partners([1, 10, 20, 2], [1, 10, 30, 2])
     [0, 1, 2, 3]
@@ -55,12 +57,12 @@ def partners(source: list[int], target: list[int]) -> list[int | None]:
     return pairs
 
 
-def taken_over(weights: Tensor, pairs: list[int | None]) -> Tensor:
-    """Cross-attention (2, heads, N, M) of source and target -> the target's (heads, N, M), the source's at pairs."""
+def replace_weights(weights: Tensor, pairs: list[int | None]) -> Tensor:
+    """Cross-attention (2, heads, N, M) of source and target -> the target's (heads, N, M), from the source at pairs."""
     source, target = weights
-    columns = [j for j, partner in enumerate(pairs) if partner is not None]
+    known = [(j, partner) for j, partner in enumerate(pairs) if partner is not None]
     target = target.clone()
-    target[..., columns] = source[..., [pairs[j] for j in columns]]
+    target[..., [j for j, _ in known]] = source[..., [partner for _, partner in known]]
     return target
 
 
@@ -74,15 +76,15 @@ def prompt_to_prompt(
     own: float = OWN,
     factors: Mapping[str, float] | None = None,
 ) -> Edited:
-    """The target's picture in the layout of the source's.
+    """Generate the target's image in the layout of the source's image.
 
-    cross    on how much of the way the target's cross-attention is taken from the source: 0 not at all, 1 all the way
-    own      the same for self-attention: more of it keeps shapes and ground, less allows for other shapes
-    factors  words of the target with what their attention is multiplied by, all the way
+    cross    share of the run, 0 to 1, in which the target uses the source's cross-attention
+    own      the same for self-attention: more of it preserves shapes and background, less permits other shapes
+    factors  words of the target, each with a factor for its attention during the whole run
     """
     for name, share in (("cross", cross), ("own", own)):
         if not 0 <= share <= 1:
-            raise ValueError(f"{name} is a part of the way, from 0 to 1, got {share}")
+            raise ValueError(f"{name} is a share of the run, from 0 to 1, got {share}")
     ids = model.tokenizer([source, target]).tolist()
     pairs = partners(*ids)
     scale = torch.ones(len(ids[1]), device=model.device)
@@ -99,13 +101,13 @@ def prompt_to_prompt(
         takes = done < (cross if crossing else own) and (crossing or call.x.shape[1] <= FINEST)
         if not (takes or (crossing and factors)):
             return None
-        weights = call.weights()  # the batch ends with source and target, both with their prompts
-        mine = weights[-1]
+        weights = call.weights()  # the last two items of the batch are source and target with their prompts
+        edited = weights[-1]
         if takes:
-            mine = taken_over(weights[-2:], pairs) if crossing else weights[-2]
+            edited = replace_weights(weights[-2:], pairs) if crossing else weights[-2]
         if crossing:
-            mine = mine * scale
-        return call.output(torch.cat([weights[:-1], mine[None]]))
+            edited = edited * scale
+        return call.output(torch.cat([weights[:-1], edited[None]]))
 
     context = model.encode_prompt([source, target])
     plain = model.decode(last(run(model, context, settings)))
@@ -119,7 +121,7 @@ def prompt_to_prompt(
 
 
 def draw_edits(edits: Mapping[str, Edited], width: int = 170) -> Image.Image:
-    """A row for each edit, named by what it does: source, the new prompt alone, and edited."""
+    """One row per edit, labelled with its name: source, target without editing, target edited."""
     rows = [list(edit) for edit in edits.values()]
     body = above(
         [strip(rows, ("source", "new prompt, same noise", "new prompt, source's attention"), list(edits), width)]
@@ -127,6 +129,6 @@ def draw_edits(edits: Mapping[str, Edited], width: int = 170) -> Image.Image:
     return figure(
         "Prompt-to-prompt: editing attention",
         body,
-        "From the same noise, the new prompt alone may paint another picture. With the attention of the source's run "
-        "it keeps the layout and changes what the words say.",
+        "From the same noise, the new prompt alone may give a different layout. With the attention of the source's run "
+        "the layout stays, and only what the words describe changes.",
     )

@@ -1,4 +1,4 @@
-"""Grids of pictures over two settings: what web interfaces call the X/Y plot.
+"""Grids of images over two settings, known as X/Y plots.
 
 sheet = grid(model, "a red house", Axis("steps", (4, 8, 16)), Axis("sampler", ("ddim", "heun")))
 draw_grid(sheet).save("grid.png")
@@ -7,7 +7,7 @@ draw_grid(sheet).save("grid.png")
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -20,14 +20,14 @@ AXES = ("sampler", "steps", "guidance", "seed", "strength", "prompt")
 
 
 class Axis(NamedTuple):
-    """What varies, one of AXES, and its values."""
+    """A setting, one of AXES, and its values."""
 
     name: str
     values: Sequence[object]
 
     @classmethod
     def of(cls, text: str) -> Axis:
-        """ "steps=4,8,16" -> an axis; the values of prompts are separated by "|".
+        """Parse "steps=4,8,16"; the values of prompts are separated by "|". Raises ValueError for anything else.
 
         >>> Axis.of("guidance=1,7.5")
         Axis(name='guidance', values=(1.0, 7.5))
@@ -39,7 +39,8 @@ class Axis(NamedTuple):
         if not found or not all(words):
             form = "prompt=TEXT|TEXT|..." if name == "prompt" else "NAME=VALUE,VALUE,..."
             raise ValueError(f"an axis is {form}, got {text!r}")
-        kind = {"steps": int, "seed": int, "guidance": float, "strength": float}.get(name, str)
+        kinds: dict[str, type[int] | type[float]] = {"steps": int, "seed": int, "guidance": float, "strength": float}
+        kind = kinds.get(name, str)
         try:
             return cls(name, tuple(kind(word) for word in words))
         except ValueError:
@@ -48,11 +49,11 @@ class Axis(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Pictures [row][column]: y varies from row to row, x from column to column."""
+    """Images [row][column]: y varies by row, x by column."""
 
     x: Axis
     y: Axis
-    pictures: list[list[Image.Image]]
+    images: list[list[Image.Image]]
 
 
 def grid(
@@ -63,23 +64,25 @@ def grid(
     settings: SamplingParams = SETTINGS,
     image: Image.Image | None = None,
 ) -> Grid:
-    """A picture for each pair of values; what does not vary is from `settings`. Strength needs an image.
+    """Generate an image for each pair of values; `settings` has the other settings.
 
-    Raises ValueError, before any is painted, for values that cannot be.
+    `image` is the start of image to image, which the axis "strength" needs. Raises ValueError for invalid values
+    before the first image is generated.
     """
     for axis in (x, y):
         one_of("axis", axis.name, AXES)
     if x.name == y.name:
-        raise ValueError(f"two different axes make a grid, got {x.name} twice")
+        raise ValueError(f"a grid needs two different axes, got {x.name} twice")
     if image is None and "strength" in (x.name, y.name):
-        raise ValueError("strength says how much of a picture is kept: give the picture to start from")
+        raise ValueError("the axis strength needs an image to start from")
 
     for axis in (x, y):
         for value in axis.values if axis.name != "prompt" else ():
-            _ = ImageToImage.of("", image=Image.new("RGB", (8, 8)), **{axis.name: value})
+            given: dict[str, Any] = {axis.name: value}
+            _ = ImageToImage.of("", image=Image.new("RGB", (8, 8)), **given)
 
-    def picture(x_value: object, y_value: object) -> Image.Image:
-        values: dict[str, object] = {
+    def generate(x_value: object, y_value: object) -> Image.Image:
+        values: dict[str, Any] = {
             "prompt": prompt,
             "sampler": settings.sampler,
             "steps": settings.steps,
@@ -93,11 +96,11 @@ def grid(
             return model.txt2img(**values)[0]
         return model.img2img(image=image, **values)[0]
 
-    return Grid(x, y, [[picture(a, b) for a in x.values] for b in y.values])
+    return Grid(x, y, [[generate(a, b) for a in x.values] for b in y.values])
 
 
 def draw_grid(sheet: Grid, title: str = "", width: int = 128) -> Image.Image:
-    """The pictures under the values of x and beside those of y."""
+    """The images, with the values of x above and those of y on the left."""
     columns = [f"{sheet.x.name} {value}" if sheet.x.name != "prompt" else str(value) for value in sheet.x.values]
     rows = [f"{sheet.y.name} {value}" if sheet.y.name != "prompt" else str(value) for value in sheet.y.values]
-    return figure(title or f"{sheet.x.name} and {sheet.y.name}", strip(sheet.pictures, columns, rows, width))
+    return figure(title or f"{sheet.x.name} and {sheet.y.name}", strip(sheet.images, columns, rows, width))

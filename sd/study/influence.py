@@ -1,11 +1,11 @@
-"""What a word changes: the prediction with it and without it.
+"""The influence of a word: the difference between the predictions with and without it.
 
-A map of attention says where a word is listened to, not what comes of it: the causal text encoder may have put the
-colour of "a red house" into the vector of "house", where the picture finds it. The effect itself is a difference,
+An attention map shows where a word is attended to, not its effect: the causal text encoder may store the colour of
+"a red house" in the vector of "house", and the network reads it there. The effect itself is a difference,
 
-    influence(word) = |x0(x_t, prompt) - x0(x_t, prompt without the word)|         at each place of the latent
+    influence(word) = |x0(x_t, prompt) - x0(x_t, prompt without the word)|         at each position of the latent
 
-taken at the states of one run with the whole prompt, without guidance, and averaged over them.
+averaged over the states of one run with the whole prompt, without guidance.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from .text import Word, words
 
 
 class Influence(NamedTuple):
-    """A picture of a prompt with what each of its words changed."""
+    """A generated image with a map for each word of its prompt."""
 
-    picture: Image.Image
+    image: Image.Image
     words: list[Word]
     maps: list[Tensor]  # (h, w) for each word
 
 
 def without(found: list[Word], which: int) -> str:
-    """The prompt of all words but one.
+    """The words as a prompt, without the one at index `which`.
 
     >>> without([Word("a", [1]), Word("red", [2]), Word("house", [3])], 1)
     'a house'
@@ -44,7 +44,7 @@ def without(found: list[Word], which: int) -> str:
 
 
 def influence(model: StableDiffusion, prompt: str, settings: SamplingParams = SETTINGS) -> Influence:
-    """Paint a prompt, and at each state of the run compare its prediction with those of the prompt less a word."""
+    """Generate an image, and at each state of the run compare its prediction with those of the prompt minus a word."""
     found = words(model.tokenizer, prompt)
     if not found:
         raise ValueError("the prompt has no words to leave out")
@@ -66,13 +66,13 @@ def draw_influence(
     notes: Mapping[int, str] | None = None,
     boxes: Mapping[int, tuple[float, float, float, float]] | None = None,
 ) -> Image.Image:
-    """The picture and a map for each word; `notes` are added to the names of the words they number."""
+    """The image and the map of each word; `notes` and `boxes` as in `attention.draw_words`."""
     return draw_words(
-        result.picture,
+        result.image,
         noted(result.words, notes),
         result.maps,
-        "Influence: what changes where a word is left out",
-        f'"{prompt}": how far the predicted x_{{0}} is from that of the prompt without the word, the mean over all '
-        "steps; each map from nothing (dark) to its most (light).",
+        "Influence: where the image changes without a word",
+        f'"{prompt}": distance between the predicted x_{{0}} and the one for the prompt without the word, mean over '
+        "all steps. Each map runs from zero (dark) to its maximum (light).",
         boxes,
     )

@@ -1,12 +1,12 @@
-"""Between two prompts and between two noises.
+"""Interpolation between two prompts and between two noises.
 
-A prompt's context and the initial noise are points in spaces, so there are points between them. A straight line
+Linear interpolation
 
     lerp(a, b, p) = (1 - p) a + p b
 
-is fine for contexts. Noise in many dimensions lies close to a sphere of radius sqrt(number of dimensions), and the
-middle of a straight line is far inside of it (of 0.7 times its length): noise of a strength that the network never saw.
-The arc between them stays outside (Shoemake 1985, "Animating rotation with quaternion curves"):
+works for the contexts of prompts. Gaussian noise in many dimensions lies close to a sphere of radius sqrt(dimensions),
+and halfway on the line its length is only 0.7 times that: the network was never trained on such noise. Spherical
+interpolation stays on the sphere (Shoemake 1985, "Animating rotation with quaternion curves"):
 
     slerp(a, b, p) = (sin((1 - p) w) a + sin(p w) b) / sin(w),   w the angle between a and b
 """
@@ -23,14 +23,14 @@ from torch import Tensor
 from ..params import SamplingParams
 from ..pipeline import StableDiffusion
 from .drawing import figure, strip
-from .runs import SETTINGS, noise, paint
+from .runs import SETTINGS, generate, noise
 
-PARALLEL = 1e-4  # sin(w) below which the arc is a line for all purposes
+PARALLEL = 1e-4  # sin(w) below which slerp falls back to lerp
 Mix = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def lerp(a: Tensor, b: Tensor, part: float) -> Tensor:
-    """The point `part` of the way along the line from a to b.
+    """Linear interpolation: the point at `part`, 0 to 1, on the line from a to b.
 
     >>> lerp(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), 0.5)
     tensor([0.5000, 0.5000])
@@ -39,7 +39,7 @@ def lerp(a: Tensor, b: Tensor, part: float) -> Tensor:
 
 
 def slerp(a: Tensor, b: Tensor, part: float, dim: int | tuple[int, ...] = -1) -> Tensor:
-    """The point `part` of the way along the arc from a to b, vectors along `dim` (several make one).
+    """Spherical interpolation: the point at `part`, 0 to 1, on the arc from a to b; vectors run along `dim`.
 
     >>> slerp(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), 0.5)
     tensor([0.7071, 0.7071])
@@ -57,34 +57,34 @@ def slerp(a: Tensor, b: Tensor, part: float, dim: int | tuple[int, ...] = -1) ->
 
 
 class Mixed(NamedTuple):
-    """Rows of pictures between two ends, with what each row mixes and how."""
+    """Rows of interpolated images, keyed by what they interpolate and how."""
 
-    parts: list[float]  # 0 at the first end, 1 at the second
+    parts: list[float]  # from 0 to 1
     rows: dict[str, list[Image.Image]]
-    lengths: dict[str, list[float]]  # |noise| / sqrt(dimensions) along the rows that mix noise
+    lengths: dict[str, list[float]]  # |noise| / sqrt(dimensions), of the rows that interpolate noise
 
 
 def parts(n: int) -> list[float]:
-    """n numbers from 0 to 1.
+    """n evenly spaced numbers from 0 to 1.
 
     >>> parts(3)
     [0.0, 0.5, 1.0]
     """
     if n < 2:
-        raise ValueError(f"a way has at least its two ends, got {n} points")
+        raise ValueError(f"an interpolation needs at least 2 points, got {n}")
     return [i / (n - 1) for i in range(n)]
 
 
 def mix_prompts(
     model: StableDiffusion, one: str, other: str, n: int = 7, settings: SamplingParams = SETTINGS, how: Mix = lerp
 ) -> list[Image.Image]:
-    """Pictures of n contexts from one prompt to another, each token's vector mixed, from one noise."""
+    """n images from one prompt to another, from the same noise; the vector of each token is interpolated."""
     a, b = model.encode_prompt([one]), model.encode_prompt([other])
-    return paint(model, torch.cat([how(a, b, part) for part in parts(n)]), settings)
+    return generate(model, torch.cat([how(a, b, part) for part in parts(n)]), settings)
 
 
 def between_noises(a: Tensor, b: Tensor, n: int, how: Mix = slerp) -> Tensor:
-    """n noises from a to b, both (1, C, h, w), each taken as one vector -> (n, C, h, w)."""
+    """n noises (n, C, h, w) from a to b, both (1, C, h, w), each treated as one vector."""
     flat = [how(a.flatten(1), b.flatten(1), part) for part in parts(n)]
     return torch.cat(flat).view(n, *a.shape[1:])
 
@@ -92,8 +92,8 @@ def between_noises(a: Tensor, b: Tensor, n: int, how: Mix = slerp) -> Tensor:
 def mixing(
     model: StableDiffusion, one: str, other: str, n: int = 7, settings: SamplingParams = SETTINGS, seed: int = 2
 ) -> Mixed:
-    """Four rows: from one prompt to the other along a line and an arc, with the noise of the settings' seed; then, with
-    the other prompt, from that noise to the one of `seed`, likewise.
+    """Four rows: prompt `one` to prompt `other` with lerp and slerp, from the noise of the settings' seed; then, with
+    prompt `other`, from that noise to the noise of `seed` with lerp and slerp.
     """
     rows: dict[str, list[Image.Image]] = {}
     lengths: dict[str, list[float]] = {}
@@ -104,21 +104,21 @@ def mixing(
     context = model.encode_prompt([other])
     for name, how in (("line", lerp), ("arc", slerp)):
         x = between_noises(a, b, n, how)
-        rows[f"noise, {name}"] = paint(model, context.expand(n, -1, -1), settings, x)
+        rows[f"noise, {name}"] = generate(model, context.expand(n, -1, -1), settings, x)
         lengths[f"noise, {name}"] = (x.flatten(1).norm(dim=1) / x[0].numel() ** 0.5).tolist()
     return Mixed(parts(n), rows, lengths)
 
 
 def draw_mixing(mixed: Mixed, one: str, other: str, width: int = 132) -> Image.Image:
-    """The rows with their parts, and the length of the noise where it is mixed."""
+    """The rows, labelled with the interpolation parameter and the length of the noise."""
     names = []
     for name in mixed.rows:
         middle = mixed.lengths.get(name)
         names.append(name + (f"\nlength in the middle {middle[len(middle) // 2]:.2f}" if middle else ""))
     columns: Sequence[str] = [f"{part:.0%}" for part in mixed.parts]
     return figure(
-        f'Mixing: "{one}" to "{other}"',
+        f'Interpolation: "{one}" to "{other}"',
         strip(list(mixed.rows.values()), columns, names, width),
-        "Above: from one prompt to the other with one noise. Below: with the other prompt, from that noise to another. "
-        "Halfway on the line the noise is too weak, which costs details; the arc keeps its length.",
+        "Top: from the first prompt to the second, from the same noise. Bottom: the second prompt, from that noise to "
+        "another one. Halfway on the line the noise is too weak and details are lost; the arc keeps its length.",
     )

@@ -1,11 +1,11 @@
-"""The U-Net as it runs: shapes, parameters and operations of every part, taken from a forward pass.
+"""The parts of the U-Net: shapes, parameters and operations, traced in a forward pass.
 
-A multiplication and an addition are counted as two floating point operations (FLOPs); what is not a matrix product
-(normalisations, activations, the softmax) is left out, as is customary:
+A multiplication and an addition count as two floating point operations (FLOPs). Only matrix products count, as is
+customary; normalisations, activations and the softmax do not:
 
     convolution   2 k² C_in C_out H W          linear   2 D_in D_out N          attention   4 N M D
 
-These are the operations of the formulas; cpu_kernels.py does some convolutions with fewer.
+These are the operations of the formulas; runtime/cpu_kernels.py computes some convolutions with fewer.
 
 >>> from sd.config import UNetConfig
 >>> parts = trace(UNet(UNetConfig(channels=(32, 64), heads=(2, 2), depth=(0, 1), blocks=1)), 16, 16)
@@ -16,8 +16,8 @@ These are the operations of the formulas; cpu_kernels.py does some convolutions 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, ImageDraw
@@ -31,17 +31,17 @@ from .drawing import INK, MUTED, PAPER, SMALL, above, figure, table, write
 
 
 class Part(NamedTuple):
-    """One block of the U-Net in one forward pass."""
+    """One block of the U-Net, traced in a forward pass."""
 
     name: str  # as in the state dict: "down.0.res.1"
     kind: str  # its class
-    shape: tuple[int, ...]  # of what it gives, (B, C, H, W)
+    shape: tuple[int, ...]  # of its output, (B, C, H, W)
     parameters: int
     flops: int
 
 
 def _flops(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> int:
-    """Of one call of a layer by itself, its children not counted."""
+    """FLOPs of one call of a layer, without its children."""
     if isinstance(module, nn.Conv2d):
         return 2 * math.prod(module.kernel_size) * module.in_channels // module.groups * out.numel()
     if isinstance(module, nn.Linear):
@@ -53,7 +53,7 @@ def _flops(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> int:
 
 
 def blocks(unet: UNet) -> list[str]:
-    """The names of the parts that a table shows, in the order of the forward pass."""
+    """Names of the blocks, in the order of the forward pass."""
     names = ["time", "conv_in"]
     stages = [("down", i) for i in range(len(unet.down))] + [("mid", 0)]
     stages += [("up", i) for i in reversed(range(len(unet.up)))]
@@ -61,7 +61,7 @@ def blocks(unet: UNet) -> list[str]:
         if part == "mid":
             names += ["mid.res.0", "mid.attn", "mid.res.1"]
             continue
-        stage = unet.get_submodule(f"{part}.{i}")
+        stage: Any = unet.get_submodule(f"{part}.{i}")
         for k in range(len(stage.res)):
             names.append(f"{part}.{i}.res.{k}")
             if stage.attn:
@@ -71,9 +71,9 @@ def blocks(unet: UNet) -> list[str]:
 
 
 def trace(unet: UNet, height: int, width: int, tokens: int = 77) -> list[Part]:
-    """Run the network once on latents (1, C, height, width) and note what each of its parts does.
+    """Run the network once on latents (1, C, height, width) and record shape and FLOPs of each block.
 
-    The pass is real, so what is noted is what happens; on the "meta" device it costs neither time nor memory.
+    This is a real forward pass; for a network on the "meta" device it takes neither time nor memory.
     """
     check_plain(unet)
     names = blocks(unet)
@@ -81,13 +81,13 @@ def trace(unet: UNet, height: int, width: int, tokens: int = 77) -> list[Part]:
     flops = dict.fromkeys(names, 0)
     handles = []
 
-    def shape_of(name: str):
+    def shape_of(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             shapes[name] = tuple(out.shape)
 
         return hook
 
-    def flops_of(name: str):
+    def flops_of(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             flops[name] += _flops(module, args, out)
 
@@ -98,11 +98,11 @@ def trace(unet: UNet, height: int, width: int, tokens: int = 77) -> list[Part]:
         handles.append(part.register_forward_hook(shape_of(name)))
         handles += [module.register_forward_hook(flops_of(name)) for module in part.modules()]
     weight = unet.norm_out.weight
-    kind = {"device": weight.device, "dtype": weight.dtype}
+
     try:
         with torch.no_grad():
-            x = torch.zeros(1, unet.config.in_channels, height, width, **kind)
-            conditioning = Conditioning(torch.zeros(1, tokens, unet.config.context, **kind))
+            x = weight.new_zeros(1, unet.config.in_channels, height, width)
+            conditioning = Conditioning(weight.new_zeros(1, tokens, unet.config.context))
             unet(x, torch.zeros(1, device=weight.device), conditioning)
     finally:
         for handle in handles:
@@ -116,7 +116,7 @@ def trace(unet: UNet, height: int, width: int, tokens: int = 77) -> list[Part]:
 
 
 def level_of(name: str, levels: int) -> int:
-    """The level that a part computes at, 0 the finest; what leads to another level counts to where it comes from.
+    """The level of a block, 0 the finest. Down- and upsampling belong to the level of their input.
 
     >>> level_of("up.1.res.0", 4), level_of("mid.attn", 4), level_of("conv_in", 4)
     (1, 3, 0)
@@ -127,7 +127,7 @@ def level_of(name: str, levels: int) -> int:
 
 
 def count(number: float) -> str:
-    """A large number in words of thousands, millions, ...: 859520964 -> "860 M".
+    """A number with three digits and a unit: 859520964 -> "860 M".
 
     >>> count(859520964), count(9810)
     ('860 M', '9.81 k')
@@ -139,7 +139,7 @@ def count(number: float) -> str:
 
 
 def rows(parts: Sequence[Part], levels: int) -> list[list[str]]:
-    """The parts as rows of a table, with the sum at the end."""
+    """The parts as rows of a table, with the total in the last row."""
     body = [
         [part.name, part.kind, " x ".join(map(str, part.shape[1:])), count(part.parameters), count(part.flops)]
         for part in parts
@@ -150,7 +150,7 @@ def rows(parts: Sequence[Part], levels: int) -> list[list[str]]:
 
 # ------------------------------------------------------------------------------------- drawing
 
-KINDS = {  # fill of a box, and what it is
+KINDS = {  # colour of a box and its description
     "ResBlock": ((205, 225, 244), "residual block"),
     "SpatialTransformer": ((255, 226, 179), "transformer: self-, cross-attention, feed-forward"),
     "Conv2d": ((223, 227, 232), "convolution"),
@@ -159,7 +159,7 @@ KINDS = {  # fill of a box, and what it is
 
 
 def draw_u(parts: Sequence[Part], unet: UNet) -> Image.Image:
-    """The U: a line of boxes for each level, the way down on the left, the way up on the right, skips between them."""
+    """The U: a row of boxes for each level, encoder on the left, decoder on the right, skip connections in between."""
     levels = len(unet.config.channels)
     box, gap, row = (46, 46), 8, 118
     down = {i: [p for p in parts if p.name.startswith(f"down.{i}.")] for i in range(levels)}
@@ -190,7 +190,7 @@ def draw_u(parts: Sequence[Part], unet: UNet) -> Image.Image:
             write(sheet, (x + box[0] / 2, y + box[1] + 12), count(part.parameters), 11, MUTED, "middle")
             x += box[0] + gap
 
-    starts, ends = [], []  # where the boxes of each level begin, on both sides
+    starts, ends = [], []  # x where the boxes of each level begin, on the left and on the right
     for i in range(levels):
         y = i * row + 10
         left, right = label + i * indent, sheet.width - 10 - i * indent - wide(up[i])
@@ -209,7 +209,7 @@ def draw_u(parts: Sequence[Part], unet: UNet) -> Image.Image:
             write(
                 sheet,
                 ((end + right) / 2, y + box[1] / 2 - 12),
-                "skips: outputs kept for the way up",
+                "skip connections: outputs passed to the decoder",
                 SMALL,
                 MUTED,
                 "middle",
@@ -232,8 +232,8 @@ def draw_u(parts: Sequence[Part], unet: UNet) -> Image.Image:
     def centre_of(start: int, number: int) -> float:
         return start + number * (box[0] + gap) + box[0] / 2
 
-    below = box[1] + 22  # under the parameters
-    lower = [*starts[1:], x]  # where the boxes begin that a level leads down to
+    below = box[1] + 22  # below the parameter counts
+    lower = [*starts[1:], x]  # x where the boxes of the next lower level begin
     for i in range(levels):
         y, turn = i * row + 10, i * row + 10 + row - 22
         come, go = centre_of(starts[i], len(down[i]) - 1), centre_of(lower[i], 0)
@@ -246,7 +246,7 @@ def draw_u(parts: Sequence[Part], unet: UNet) -> Image.Image:
 
 
 def draw_network(parts: Sequence[Part], unet: UNet, name: str = "") -> Image.Image:
-    """The U and, level by level, what it costs."""
+    """The U, and a table of the cost of each level."""
     levels = len(unet.config.channels)
     total = sum(part.flops for part in parts)
     lines = []
@@ -265,26 +265,29 @@ def draw_network(parts: Sequence[Part], unet: UNet, name: str = "") -> Image.Ima
         )
     lines.append(["all", count(sum(part.parameters for part in parts)), count(total), "100%", ""])
     costs = table(
-        ["", "parameters", "FLOPs", "of all", "of it in transformers"],
+        ["", "parameters", "FLOPs", "share", "of it in transformers"],
         lines,
         ["left", *["right"] * 4],
         shaded=[levels],
     )
     return figure(
-        f"The U-Net of {name or 'this model'}, as it runs",
+        f"The U-Net of {name or 'this model'}",
         above([draw_u(parts, unet), costs], gap=26),
-        "One evaluation for one picture, traced. Below each box its parameters: res is a residual block, attn a "
-        "transformer (self-attention, cross-attention to the text, feed-forward).",
+        "One forward pass for one image. Parameter counts are below the boxes. res: residual block; attn: transformer "
+        "(self-attention, cross-attention to the text, feed-forward).",
     )
 
 
 def draw_table(parts: Sequence[Part], levels: int) -> Image.Image:
-    """Every part with shape, parameters and FLOPs."""
+    """A table of all parts with shape, parameters and FLOPs."""
     body = rows(parts, levels)
     shaded = [i for i, part in enumerate(parts) if level_of(part.name, levels) % 2] + [len(body) - 1]
     return figure(
         "The U-Net, part by part",
         table(
-            ["part", "what", "gives", "parameters", "FLOPs"], body, ["left", "left", "right", "right", "right"], shaded
+            ["part", "class", "output", "parameters", "FLOPs"],
+            body,
+            ["left", "left", "right", "right", "right"],
+            shaded,
         ),
     )

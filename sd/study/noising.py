@@ -1,16 +1,16 @@
-"""The forward process: how a picture becomes noise.
+"""The forward process: how an image becomes noise.
 
-Ho et al. 2020, "Denoising diffusion probabilistic models", eq. 2 and 4. A step adds a little noise and takes a little
-of the picture away, and many of them in one are again one step of that kind, so any level is reached at once:
+Ho et al. 2020, "Denoising diffusion probabilistic models", eq. 2 and 4. Each step scales the image down a little and
+adds a little noise. Many steps combine into one of the same form, so any level can be sampled directly:
 
-    q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t)         one step after the other
-    q(x_t | x_0)     = N(alpha x_0, sigma²)                        `Schedule.add_noise`
+    q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t)         one step
+    q(x_t | x_0)     = N(alpha x_0, sigma²)                        t steps at once, `Schedule.add_noise`
     alpha-bar_t = alpha² = prod_{s <= t} (1 - beta_s),   sigma² = 1 - alpha-bar_t,   SNR = alpha² / sigma²
 
 >>> of_t = curves(Schedule())
 >>> [float(of_t.alpha_bar[t].round(3)) for t in (0, 500, 999)]
 [0.999, 0.276, 0.005]
->>> int(np.argmax(of_t.snr < 1))  # from there on there is more noise than picture
+>>> int(np.argmax(of_t.snr < 1))  # the first timestep with more noise than image
 354
 """
 
@@ -30,19 +30,19 @@ from ..schedule import Level, Schedule
 from .drawing import Axes, Curve, beside, figure, plot, strip
 from .latent import as_colours
 
-TIMESTEPS = (-1, 50, 150, 300, 500, 750, 999)  # from clean to nearly nothing but noise
+TIMESTEPS = (-1, 50, 150, 300, 500, 750, 999)  # from clean to almost pure noise
 
 
 class Noised(NamedTuple):
-    """One picture at rising levels of noise."""
+    """One image at increasing noise levels."""
 
     levels: list[Level]
     latents: Tensor  # (n, C, h, w)
-    pictures: list[Image.Image]  # decoded
+    images: list[Image.Image]  # decoded
 
 
 class Curves(NamedTuple):
-    """A schedule as numbers, per timestep."""
+    """The values of a schedule at every timestep, each (T,)."""
 
     t: np.ndarray
     alpha_bar: np.ndarray
@@ -52,15 +52,15 @@ class Curves(NamedTuple):
 
 
 def forward_process(
-    model: StableDiffusion, picture: Image.Image, timesteps: Sequence[float] = TIMESTEPS, seed: int = 0
+    model: StableDiffusion, image: Image.Image, timesteps: Sequence[float] = TIMESTEPS, seed: int = 0
 ) -> Noised:
-    """The picture's latent with noise at each timestep (-1 is clean), the noise being the same at all of them."""
-    z = model.encode(picture).mode()
+    """The latent of an image with the same noise added at each timestep (-1 is clean)."""
+    z = model.encode(image).mode()
     noise = draw(generators(seed, 1), z.shape[1:], z.device)
     levels = [model.schedule.level(t) for t in timesteps]
     latents = [model.schedule.add_noise(z, noise, level) for level in levels]
-    pictures = [picture for x in latents for picture in model.decode(x)]
-    return Noised(levels, torch.cat(latents), pictures)
+    images = [image for x in latents for image in model.decode(x)]
+    return Noised(levels, torch.cat(latents), images)
 
 
 def curves(schedule: Schedule) -> Curves:
@@ -76,24 +76,24 @@ def curves(schedule: Schedule) -> Curves:
 
 
 def draw_forward(noised: Noised, width: int = 148) -> Image.Image:
-    """Two rows, the latent and the picture it decodes to; a column for each level."""
+    """Two rows, the latent and the decoded image; one column per level."""
     names = ["clean" if level.t < 0 else f"t = {level.t:g}" for level in noised.levels]
     columns = [
         f"{name}\nalpha {level.alpha:.2f}\nsigma {level.sigma:.2f}"
         for name, level in zip(names, noised.levels, strict=True)
     ]
-    rows = [as_colours(noised.latents), [picture.resize((width, width)) for picture in noised.pictures]]
+    rows = [as_colours(noised.latents), [image.resize((width, width)) for image in noised.images]]
     body = strip(rows, columns, ("latent x_{t}", "decoded"), width, pixels=True)
     return figure(
         "The forward process: x_{t} = alpha x_{0} + sigma noise",
         body,
-        "One noise, more and more of it. Diffusion adds it to the latent (above, three of its channels as red, green "
-        "and blue); below is what the VAE's decoder makes of that.",
+        "The same noise in increasing amounts. Diffusion adds it to the latent (top: three channels as red, green and "
+        "blue); the bottom row shows the decoded latent.",
     )
 
 
 def draw_curves(curves: Curves) -> Image.Image:
-    """What there is of picture and noise over t, and their ratio on a logarithmic scale."""
+    """Amounts of image and noise over t, and their ratio on a logarithmic scale."""
     t = curves.t.tolist()
     parts = plot(
         [
@@ -112,6 +112,6 @@ def draw_curves(curves: Curves) -> Image.Image:
     return figure(
         "The noise schedule",
         beside([parts, ratio], gap=40),
-        f"At t = 0 there is hardly any noise, at t = {t[-1]} hardly anything else. alpha^{{2}} + sigma^{{2}} = 1 "
-        "everywhere; alpha^{2} is called alpha-bar.",
+        f"From hardly any noise at t = 0 to almost pure noise at t = {t[-1]}. alpha^{{2}} + sigma^{{2}} = 1 for all t; "
+        "alpha^{2} is called alpha-bar.",
     )

@@ -1,4 +1,4 @@
-"""How the studies paint: one noise for all pictures, so that what differs between them is what is studied.
+"""Sampling for the studies: all images start from the same noise, so that they differ only in what is studied.
 
 >>> model = StableDiffusion.load()
 >>> settings = replace(SETTINGS, steps=2, seed=3)  # guidance: the model's own
@@ -6,10 +6,10 @@
 ...     print(step.i, tuple(step.x.shape))
 0 (2, 4, 16, 16)
 1 (2, 4, 16, 16)
->>> paint(model, ["a red house"], settings)[0].size
+>>> generate(model, ["a red house"], settings)[0].size
 (128, 128)
 
-`StableDiffusion.txt2img` gives each picture of a batch a seed of its own; here all of them have the same.
+`StableDiffusion.txt2img` gives each image of a batch its own seed; here they share one.
 """
 
 from __future__ import annotations
@@ -26,25 +26,27 @@ from ..params import SamplingParams, find_sampler
 from ..pipeline import StableDiffusion
 from ..run import draw, generators
 from ..samplers import Denoise, Sampler, Step
-from ..schedule import SPACINGS, Level
+from ..schedule import SPACINGS, Levels
 
-# quick, deterministic and from pure noise to clean data
+# fast, deterministic, and from pure noise to clean data
 SETTINGS = SamplingParams(sampler="ddim", steps=20, spacing="trailing", seed=1)
-PLAIN = replace(SETTINGS, guidance=1.0)  # what the network predicts, by itself
+PLAIN = replace(SETTINGS, guidance=1.0)  # the network's own prediction
 
 
 def noise(model: StableDiffusion, settings: SamplingParams = SETTINGS, n: int = 1) -> Tensor:
-    """The initial noise of the settings' seed, n times: (n, C, h, w) of the model's native size."""
+    """The initial noise of the settings' seed, repeated n times: (n, C, h, w) at the model's native size."""
     return draw(generators(settings.seed, 1), model.latent_shape(), model.device).repeat(n, 1, 1, 1)
 
 
-def levels(model: StableDiffusion, settings: SamplingParams = SETTINGS) -> list[Level]:
-    """The settings' grid."""
+def levels(model: StableDiffusion, settings: SamplingParams = SETTINGS) -> Levels:
+    """The step grid of the settings. Raises ValueError if they have no steps or no spacing."""
+    if settings.steps is None or settings.spacing is None:
+        raise ValueError("settings of a study need steps and spacing")
     return model.schedule.levels(settings.steps, settings.spacing)
 
 
-def spacing_of(sampler: str | Sampler, usual: str) -> str:
-    """The grid that a sampler's name asks for, or the usual one.
+def spacing_of(sampler: str | Sampler, usual: str | None) -> str | None:
+    """The step grid in a sampler's name ("DPM++ 2M Karras"), or `usual` if it has none.
 
     >>> spacing_of("DPM++ 2M Karras", "trailing"), spacing_of("dpmpp_2m", "trailing")
     ('karras', 'trailing')
@@ -54,24 +56,24 @@ def spacing_of(sampler: str | Sampler, usual: str) -> str:
 
 
 def guidance_of(model: StableDiffusion, settings: SamplingParams = SETTINGS) -> float:
-    """The settings' guidance, or the model's own."""
+    """The guidance scale of the settings, or else the default of the model."""
     return model.config.guidance if settings.guidance is None else settings.guidance
 
 
 def denoiser(
     model: StableDiffusion, context: Tensor, settings: SamplingParams = SETTINGS, negative: str = ""
 ) -> Denoiser:
-    """The guided denoiser of contexts (B, M, D)."""
+    """The guided denoiser for contexts (B, M, D)."""
     scale = guidance_of(model, settings)
     uncond = model.encode_prompt([negative]) if scale != 1.0 else None
     extra = model.all_hidden(model.latent_shape()) if model.sees_masks else None
     return model.denoiser(context.to(model.device, model.dtype), uncond, scale, extra)
 
 
-def walk(model: StableDiffusion, denoise: Denoise, x: Tensor, settings: SamplingParams = SETTINGS) -> Iterator[Step]:
-    """The steps from x (B, C, h, w) at the first level down to clean; stochastic samplers draw alike for all B."""
+def sample(model: StableDiffusion, denoise: Denoise, x: Tensor, settings: SamplingParams = SETTINGS) -> Iterator[Step]:
+    """The steps from x (B, C, h, w) at the first level to clean data; all B share the noise of stochastic samplers."""
     rngs = [generators(settings.seed, 1)[0] for _ in range(x.shape[0])]
-    draw(rngs, x.shape[1:], x.device)  # the one that x began with
+    draw(rngs, x.shape[1:], x.device)  # skip the initial noise
     return model.sample(
         denoise,
         x,
@@ -89,30 +91,30 @@ def run(
     x: Tensor | None = None,
     negative: str = "",
 ) -> Iterator[Step]:
-    """The steps of contexts (B, M, D), as encode_prompt gives them, from the same noise, or from x (B, C, h, w)."""
+    """The sampling steps for contexts (B, M, D) of `encode_prompt`, from the same noise or from x (B, C, h, w)."""
     if not isinstance(context, Tensor) or context.dim() != 3:
         got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
-        raise ValueError(f"expected contexts (B, M, D), as encode_prompt gives them, got {got}")
+        raise ValueError(f"expected contexts (B, M, D) of encode_prompt, got {got}")
     x = noise(model, settings, context.shape[0]) if x is None else x
-    return walk(model, denoiser(model, context, settings, negative), x, settings)
+    return sample(model, denoiser(model, context, settings, negative), x, settings)
 
 
 def last(steps: Iterator[Step]) -> Tensor:
-    """Where a run ends: x (B, C, h, w)."""
+    """Run all steps and return the final x (B, C, h, w). Raises ValueError if there are no steps."""
     x = None
     for step in steps:
         x = step.x
     if x is None:
-        raise ValueError("a run of no steps ends nowhere")
+        raise ValueError("the run has no steps")
     return x
 
 
-def paint(
+def generate(
     model: StableDiffusion,
     prompts: str | Sequence[str] | Tensor,
     settings: SamplingParams = SETTINGS,
     x: Tensor | None = None,
 ) -> list[Image.Image]:
-    """Pictures of texts or contexts (B, M, D), all from the same noise, or from x (B, C, h, w)."""
+    """Generate images of prompts or contexts (B, M, D), all from the same noise or from x (B, C, h, w)."""
     context = prompts if isinstance(prompts, Tensor) else model.encode_prompt(prompts)
     return model.decode(last(run(model, context, settings, x)))

@@ -1,11 +1,11 @@
-"""What becomes of a prompt: words, tokens, embeddings, context.
+"""From prompt to context: words, tokens, embeddings.
 
-    text -> ids          tokenizer.py: start, the tokens, end, padding up to 77; what does not fit is cut
-    ids -> x             token embedding + position embedding: the same word is another vector in another place
-    x -> context         text_encoder.py: causal attention, so a token knows what stands before it and nothing after
+    text -> ids          tokenizer.py: start, tokens, end, padding up to 77; a longer prompt is truncated
+    ids -> x             token embedding + position embedding: the vector of a word depends on its position
+    x -> context         text_encoder.py: causal attention, so a token sees only the tokens before it
 
-The last line explains much of what prompts do: in "a red house" the vector of "house" can know of the colour, while
-the one of "red" cannot know whose colour it is.
+Causal attention explains much of how prompts behave: in "a red house" the vector of "house" can contain the colour,
+but the vector of "red" cannot contain the house.
 """
 
 from __future__ import annotations
@@ -43,38 +43,38 @@ from .drawing import (
     text_width,
     write,
 )
-from .runs import SETTINGS, paint
+from .runs import SETTINGS, generate
 
 
 class Token(NamedTuple):
-    """One place of what the text encoder is given."""
+    """One position of the text encoder's input."""
 
     position: int
     id: int
-    symbols: str  # as in the tokenizer's table; "</w>" ends a word
+    symbols: str  # as in the vocabulary; "</w>" ends a word
     role: str  # "start", "text", "end" or "padding"
 
 
 class Word(NamedTuple):
-    """A word of a prompt and where its tokens are."""
+    """A word of a prompt and the positions of its tokens."""
 
     text: str
     positions: list[int]
 
 
 def tokens(tokenizer: Tokenizer, prompt: str) -> list[Token]:
-    """The prompt as the text encoder sees it, all `tokenizer.length` places; what does not fit is not among them."""
+    """The prompt as the text encoder receives it, truncated and padded: `tokenizer.length` tokens."""
     symbols = list(tokenizer.vocab)
     kept = tokenizer.encode(prompt)[: tokenizer.length - 2]
     spare = tokenizer.length - 2 - len(kept)
     ids = [tokenizer.start, *kept, tokenizer.end, *[tokenizer.pad] * spare]
     roles = ["start", *["text"] * len(kept), "end", *["padding"] * spare]
-    symbols += [tokenizer.decode([id]) + END_OF_WORD for id in range(len(symbols), max(ids) + 1)]  # words of one's own
+    symbols += [tokenizer.decode([id]) + END_OF_WORD for id in range(len(symbols), max(ids) + 1)]  # textual inversion
     return [Token(i, id, symbols[id], role) for i, (id, role) in enumerate(zip(ids, roles, strict=True))]
 
 
 def words(tokenizer: Tokenizer, prompt: str) -> list[Word]:
-    """The prompt's words with the positions of their tokens, those that were cut left out.
+    """The words of a prompt with the positions of their tokens, without truncated words.
 
     >>> words(Tokenizer(), "a red triceratops")
     [Word(text='a', positions=[1]), Word(text='red', positions=[2]), Word(text='triceratops', positions=[3, 4, 5, 6])]
@@ -92,7 +92,7 @@ def words(tokenizer: Tokenizer, prompt: str) -> list[Word]:
 
 
 def find_word(tokenizer: Tokenizer, prompt: str, word: str, which: int = 0) -> list[int]:
-    """The positions of a word's tokens; of the first such word, or the `which`-th. ValueError if it is not there."""
+    """Positions of the tokens of a word, its `which`-th occurrence, from 0. ValueError if the prompt lacks it."""
     known = words(tokenizer, prompt)
     matches = [each.positions for each in known if each.text == word.lower()]
     if which >= len(matches):
@@ -101,38 +101,38 @@ def find_word(tokenizer: Tokenizer, prompt: str, word: str, which: int = 0) -> l
 
 
 def token_similarity(text_encoder: TextEncoder, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
-    """Cosines between the token embeddings of some words (n, n); of several tokens the mean counts."""
+    """Cosine similarity (n, n) of the token embeddings of n words; a word of several tokens has their mean."""
     vectors = text_encoder.token.weight.detach().float().cpu()
     vectors = F.normalize(torch.stack([vectors[tokenizer.encode(text)].mean(0) for text in texts]), dim=-1)
     return vectors @ vectors.T
 
 
 def position_similarity(text_encoder: TextEncoder) -> Tensor:
-    """Cosines between the position embeddings (M, M), their mean taken away."""
+    """Cosine similarity (M, M) of the position embeddings minus their mean."""
     vectors = text_encoder.position.weight.detach().float().cpu()
     vectors = F.normalize(vectors - vectors.mean(0), dim=-1)
     return vectors @ vectors.T
 
 
 def context_distance(model: StableDiffusion, one: str, other: str) -> list[float]:
-    """How far the context vectors of two prompts are apart at each position, |a - b| / |a|."""
+    """Relative distance |a - b| / |a| between the context vectors of two prompts, at each position."""
     a, b = model.encode_prompt([one, other]).float()
     return ((a - b).norm(dim=-1) / a.norm(dim=-1)).tolist()
 
 
 class WordOrder(NamedTuple):
-    """Two prompts of the same words, and what their order changes."""
+    """Two prompts of the same words in different order, with contexts and images compared."""
 
     prompts: tuple[str, str]
     tokens: tuple[list[Token], list[Token]]
-    distances: list[float]  # of the contexts, per position
-    pictures: list[Image.Image]
+    distances: list[float]  # between the contexts, at each position
+    images: list[Image.Image]
 
 
 def word_order(model: StableDiffusion, one: str, other: str, settings: SamplingParams = SETTINGS) -> WordOrder:
-    """Contexts and pictures of two prompts that differ in the order of their words."""
+    """Compare contexts and images of two prompts that differ in the order of their words."""
     rows = tokens(model.tokenizer, one), tokens(model.tokenizer, other)
-    return WordOrder((one, other), rows, context_distance(model, one, other), paint(model, [one, other], settings))
+    return WordOrder((one, other), rows, context_distance(model, one, other), generate(model, [one, other], settings))
 
 
 # ------------------------------------------------------------------------------------- drawings
@@ -152,7 +152,7 @@ def _cell(lines: Sequence[str], fill: tuple[int, int, int], width: int, height: 
 
 
 def token_row(row: Sequence[Token], width: int = 960) -> Image.Image:
-    """The places of a prompt as boxes with token and id, in lines; the padding is shortened."""
+    """The tokens of a prompt as boxes with their ids, in lines; the padding is one box."""
     boxes = []
     padding = [token for token in row if token.role == "padding"]
     for token in row:
@@ -163,36 +163,37 @@ def token_row(row: Sequence[Token], width: int = 960) -> Image.Image:
         if token.role == "padding":
             lines = [f"{len(padding)} x padding", str(token.id)]
         boxes.append(_cell(lines, ROLES[token.role], max(text_width(line, SMALL) for line in lines) + 18))
-    lines, room = [[]], width
+    rows: list[list[Image.Image]] = [[]]
+    room = width
     for box in boxes:
-        if box.width > room and lines[-1]:
-            lines.append([])
+        if box.width > room and rows[-1]:
+            rows.append([])
             room = width
-        lines[-1].append(box)
+        rows[-1].append(box)
         room -= box.width + 4
-    return above([beside(line, gap=4) for line in lines], gap=4)
+    return above([beside(boxes, gap=4) for boxes in rows], gap=4)
 
 
 def draw_tokens(tokenizer: Tokenizer, prompts: Sequence[str], width: int = 960) -> Image.Image:
-    """For each prompt its places: start, tokens, end, padding, and what of it is cut."""
+    """The tokens of each prompt: start, text, end, padding, and the truncated rest."""
     blocks = []
     for prompt in prompts:
         lost, tail = tokenizer.cut(prompt)
         blocks.append(paragraph(f'"{prompt}"', width, SIZE, INK))
         blocks.append(token_row(tokens(tokenizer, prompt), width))
         if lost:
-            blocks.append(paragraph(f'cut off, {lost} tokens: "{tail}"', width, SMALL, (170, 40, 40)))
+            blocks.append(paragraph(f'truncated, {lost} tokens: "{tail}"', width, SMALL, (170, 40, 40)))
         blocks.append(Image.new("RGB", (1, 10), PAPER))
     return figure(
         f"Tokens: a prompt as {tokenizer.length} numbers",
         above(blocks[:-1], gap=8),
-        "A dot ends a word: frequent words are one token, rare ones a few. Below each token its id; every prompt is "
-        f"filled up to {tokenizer.length} places, and of a longer one the rest is cut.",
+        "A dot ends a word. A frequent word is one token, a rare word several. Ids are below the tokens. Every prompt "
+        f"is padded or truncated to {tokenizer.length} tokens.",
     )
 
 
 def _labelled(values: Tensor, names: Sequence[str], cell: int = 26) -> Image.Image:
-    """A square heat map with names along its left side and its top, slanted by being short."""
+    """A square heat map with names along its left and top side."""
     n = len(names)
     wide = max(text_width(name, SMALL) for name in names) + 8
     body = heat(values, n * cell, -1.0, 1.0, diverging=True)
@@ -207,7 +208,7 @@ def _labelled(values: Tensor, names: Sequence[str], cell: int = 26) -> Image.Ima
 
 
 def draw_embeddings(similar: Tensor, names: Sequence[str], positions: Tensor) -> Image.Image:
-    """Which words have like vectors, and which positions."""
+    """Similarity of token embeddings and of position embeddings."""
     left = captioned(_labelled(similar, names), "token embeddings: cosine between words")
     side = max(left.height - 30, 200)
     right = captioned(
@@ -215,15 +216,15 @@ def draw_embeddings(similar: Tensor, names: Sequence[str], positions: Tensor) ->
     )
     body = above([beside([left, right], gap=40, align="end"), scale_bar("-1", "1", diverging=True)], gap=16)
     return figure(
-        "Embeddings: what the text encoder starts from",
+        "Embeddings: the input of the text encoder",
         body,
-        "Each token and each position has a vector of its own, learned in training. Red: two vectors point the same "
-        "way; blue: opposite ways; white: they have nothing in common.",
+        "Each token and each position has a learned vector. Red: two vectors point in the same direction; blue: in "
+        "opposite directions; white: they are orthogonal.",
     )
 
 
 def draw_word_order(order: WordOrder, width: int = 300) -> Image.Image:
-    """The tokens of both prompts, the distance of their contexts, and the pictures."""
+    """The tokens of both prompts, the distances between their contexts, and the images."""
     end = max(sum(token.role in ("start", "text") for token in row) for row in order.tokens) + 1
     columns = []
     top = max(order.distances[:end]) or 1.0
@@ -231,20 +232,20 @@ def draw_word_order(order: WordOrder, width: int = 300) -> Image.Image:
         names = ["<start>" if t.role == "start" else "<end>" if t.role == "end" else t.symbols.removesuffix(END_OF_WORD)
                  for t in (a, b)]  # fmt: skip
         wide = max(text_width(name, SMALL) for name in [*names, "0.00"]) + 18
-        colour = tuple(int(c) for c in coloured(np.array(0.5 + 0.4 * distance / top), DIVERGING))
+        red, green, blue = (int(c) for c in coloured(np.array(0.5 + 0.4 * distance / top), DIVERGING))
         same = (250, 250, 250) if a.id == b.id else (255, 233, 196)
         boxes = [_cell([names[0]], same, wide, 38), _cell([names[1]], same, wide, 38)]
-        boxes.append(_cell([f"{distance:.2f}"], colour, wide, 38))
+        boxes.append(_cell([f"{distance:.2f}"], (red, green, blue), wide, 38))
         columns.append(above(boxes, gap=4))
     labels = above([_cell([name], PAPER, 150, 38) for name in ("first prompt", "second prompt", "distance")], gap=4)
-    pictures = [
+    images = [
         captioned(scaled(image, width), f'"{prompt}"')
-        for image, prompt in zip(order.pictures, order.prompts, strict=True)
+        for image, prompt in zip(order.images, order.prompts, strict=True)
     ]
-    body = above([beside([labels, *columns], gap=4), beside(pictures, gap=30)], gap=22)
+    body = above([beside([labels, *columns], gap=4), beside(images, gap=30)], gap=22)
     return figure(
         "Word order",
         body,
-        "Two prompts, place by place, and how far their context vectors are apart. Up to the first word that differs "
-        "they are equal, as a token sees only what stands before it; after it none is.",
+        "Two prompts, token by token, and the distance between their context vectors. The vectors are equal up to the "
+        "first different word, because a token sees only the tokens before it; after that word none are equal.",
     )

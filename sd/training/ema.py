@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 
 class EMA:
-    """Exponential moving average of the parameters that a module trains: decay average + (1 - decay) parameter.
+    """Exponential moving average of a module's trained parameters: decay average + (1 - decay) parameter.
 
-    In the first updates the decay is (1 + n) / (10 + n), so that the start is soon forgotten (as in the original's
-    LitEma).
+    Update n uses the decay (1 + n) / (10 + n) while that is lower, so that the initial weights soon lose their
+    influence (LitEma of the original code).
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
@@ -25,17 +26,17 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the module's present parameters."""
+        """Update the average with the current parameters."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(list(self.average.values()), list(self._parameters.values()), 1 - decay)
 
-    def state_dict(self) -> dict[str, object]:
-        """Everything that `load_state_dict` needs to go on."""
+    def state_dict(self) -> dict[str, Any]:
+        """The state, for `load_state_dict`."""
         return {"updates": self.updates, "average": self.average}
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Go on from a saved state."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a saved state."""
         self.updates = state["updates"]
         for name, value in state["average"].items():
             self.average[name].copy_(value)

@@ -1,4 +1,4 @@
-"""How the weights of the networks start."""
+"""Initial weights of the networks."""
 
 from __future__ import annotations
 
@@ -8,35 +8,37 @@ from torch import nn
 
 from ..config import UNetConfig
 from ..models.layers import ResBlock
-from ..models.text_encoder import TextEncoder
+from ..models.text_encoder import TextBlock, TextEncoder
 from ..models.unet import SpatialTransformer, UNet
 from ..models.vae import VAE
 
 
 def initialise_text_encoder(text_encoder: TextEncoder) -> None:
-    """CLIP's start (Radford et al. 2021, `initialize_parameters` of model.py): normal weights, biases zero.
+    """Initialise like CLIP (Radford et al. 2021, `initialize_parameters` of model.py): normal weights, zero biases.
 
-    What a layer puts out keeps about the size of what goes in; what is added to the residual stream is smaller, the
-    more layers there are. In a narrow encoder, one small deviation for all layers would hide the words.
+    A layer keeps about the scale of its input. Layers that add to the residual stream start smaller, the more layers
+    there are. (A single small deviation for all layers would drown out the words in a narrow encoder.)
     """
     config = text_encoder.config
     nn.init.normal_(text_encoder.token.weight, std=0.02)
     nn.init.normal_(text_encoder.position.weight, std=0.01)
     width = config.width**-0.5
     added = width * (2 * config.layers) ** -0.5
-    for block in text_encoder.blocks:
+    for block in text_encoder.modules():
+        if not isinstance(block, TextBlock):
+            continue
         layers = {block.attn.q: width, block.attn.k: width, block.attn.v: width, block.attn.out: added}
         for layer, std in (layers | {block.fc1: width * 2**-0.5, block.fc2: added}).items():
             nn.init.normal_(layer.weight, std=std)
-            nn.init.zeros_(layer.bias)
+            _zero_bias(layer)
 
 
 def initialise_unet(unet: UNet) -> None:
-    """Every residual branch starts at zero, and so does the output (Ho et al. 2020; Dhariwal and Nichol 2021).
+    """Zero the last layer of every residual branch and of the network (Ho et al. 2020; Dhariwal and Nichol 2021).
 
-    All other layers keep PyTorch's start.
+    All other layers keep PyTorch's default initialisation.
     """
-    last = [unet.conv_out]
+    last: list[nn.Conv2d | nn.Linear] = [unet.conv_out]
     for module in unet.modules():
         if isinstance(module, ResBlock):
             last.append(module.conv2)
@@ -44,29 +46,36 @@ def initialise_unet(unet: UNet) -> None:
             last.append(module.proj_out)
     for layer in last:
         nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+        _zero_bias(layer)
 
 
 def initialise_vae(vae: VAE, branch: float = 0.1) -> None:
-    """Residual branches start small, so that a deep network begins near a shallow one (Zhang et al. 2019, "Fixup").
+    """Scale down residual branches, so that a deep network starts like a shallow one (Zhang et al. 2019, "Fixup").
 
-    At zero, as in the U-Net, they would take longer to wake up. All other layers keep PyTorch's start.
+    With branches of zero, as in the U-Net, the VAE would learn more slowly at first. All other layers keep PyTorch's
+    default initialisation.
     """
     for module in vae.modules():
         if isinstance(module, ResBlock):
             with torch.no_grad():
                 module.conv2.weight.mul_(branch)
-            nn.init.zeros_(module.conv2.bias)
+            _zero_bias(module.conv2)
+
+
+def _zero_bias(layer: nn.Conv2d | nn.Linear) -> None:
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 def widen_input(unet: UNet, config: UNetConfig) -> UNet:
-    """The U-Net with more input channels, which it does not listen to yet: their kernels are zero.
+    """A U-Net with more input channels, whose kernels are zero, so that they have no effect yet.
 
-    So an inpainting model begins as the model that it is made of (Rombach et al.'s inpainting checkpoints began so).
+    An inpainting model starts this way from a text-to-image model (as the checkpoints of Rombach et al. did). Raises
+    ValueError if `config` has fewer input channels than the U-Net.
     """
     known = unet.conv_in.weight
     if config.in_channels < known.shape[1]:
-        raise ValueError(f"a U-Net of {known.shape[1]} input channels cannot be given {config.in_channels}")
+        raise ValueError(f"cannot reduce the U-Net's {known.shape[1]} input channels to {config.in_channels}")
     with torch.device("meta"):
         wider = UNet(config)
     state = unet.state_dict()

@@ -3,7 +3,7 @@
     diffusion    L = E w_t || network(alpha_t x0 + sigma_t eps, t, c) - target ||²  Ho et al. 2020, eq. 14
                  target: eps, or the velocity v = alpha_t eps - sigma_t x0 (Salimans and Ho 2022, appendix D)
                  w_t: 1, or min-SNR's (Hang et al. 2023), or that of the velocity
-    VAE          (x - decoded)² + weight KL(N(mean, exp(logvar)) || N(0, 1)) + what is injected
+    VAE          (x - decoded)² + weight KL(N(mean, exp(logvar)) || N(0, 1)) + optional perceptual, adversarial terms
                                                          Kingma and Welling 2013; Rombach et al. 2022, appendix G
     CLIP         cross-entropy of the similarities of n images and n texts, along the rows and along the columns
                                                          (symmetric InfoNCE) Radford et al. 2021, figure 3
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,18 +32,24 @@ from ..schedule import Level, Schedule
 
 @lru_cache(maxsize=16)
 def _level_table(schedule: Schedule, device: torch.device) -> Tensor:
-    """alpha and sigma of all timesteps, (2, steps): on the device once, so that no step of training waits for it."""
+    """alpha and sigma of all timesteps, (2, steps): cached on the device, so that training steps need no transfer."""
     alpha_bar = torch.from_numpy(schedule.alpha_bar)
     return torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()]).to(device, torch.float32)
 
 
-def level_batch(schedule: Schedule, t: Tensor) -> Level:
-    """The levels of whole timesteps t (B,) as one: its alpha and sigma are (B, 1, 1, 1), float32, on t's device.
+def _alpha_sigma(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and sigma (B,) of integer timesteps t (B,), float32."""
+    alpha, sigma = _level_table(schedule, t.device)[:, t]
+    return alpha, sigma
 
-    `Schedule.add_noise` and `Schedule.target` take it like any other level, and broadcast.
+
+def level_batch(schedule: Schedule, t: Tensor) -> Level:
+    """The levels of integer timesteps t (B,) as one level: alpha and sigma are (B, 1, 1, 1), float32, on t's device.
+
+    `Schedule.add_noise` and `Schedule.target` accept it like any other level, and broadcast.
     """
-    alpha, sigma = _level_table(schedule, t.device)[:, t, None, None, None]
-    return Level(t, alpha, sigma)
+    values = (t, *(x[:, None, None, None] for x in _alpha_sigma(schedule, t)))
+    return Level(*cast(Any, values))  # tensors in place of floats
 
 
 def diffusion_loss(
@@ -54,10 +61,10 @@ def diffusion_loss(
     noise: Tensor,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared error of the network's prediction, eps or v as the schedule says (Ho et al. 2020, eq. 14).
+    """Mean squared error of the network's prediction, eps or v depending on the schedule (Ho et al. 2020, eq. 14).
 
-    x0 (B, C, h, w) clean latents, t (B,) whole timesteps, noise like x0 -> a scalar, in float32.
-    `weight` (B,) says how much each sample counts; all the same if not given.
+    x0 (B, C, h, w) clean latents, t (B,) integer timesteps, noise like x0 -> a scalar, in float32.
+    `weight` (B,) weights the samples; default 1.
     """
     level = level_batch(schedule, t)
     out = network(schedule.add_noise(x0, noise, level), t, conditioning)
@@ -66,24 +73,24 @@ def diffusion_loss(
 
 
 def velocity_weight(schedule: Schedule, t: Tensor) -> Tensor:
-    """Weights (B,) with which the error of eps counts as that of v would: 1 / alpha² (Salimans and Ho 2022, table 1).
+    """Weights (B,) that turn the error of eps into that of v: 1 / alpha² (Salimans and Ho 2022, table 1).
 
-    At strong noise eps is nearly all there is to see, so its error says little there; but that is where the picture
-    is laid out and the prompt decides. With this weight a short training learns to listen to it.
+    At high noise x_t is almost equal to eps, so the plain error of eps is small there, although these levels determine
+    the layout and depend most on the prompt. With this weight a short training learns to follow the prompt.
     """
     if schedule.config.prediction == "v":
         return torch.ones(t.shape, device=t.device)
-    return level_batch(schedule, t).alpha.flatten() ** -2
+    return _alpha_sigma(schedule, t)[0] ** -2
 
 
 def min_snr_weight(schedule: Schedule, t: Tensor, gamma: float = 5.0) -> Tensor:
-    """Weights (B,) by which the error of x0 counts min(SNR, gamma), SNR = alpha² / sigma² (Hang et al. 2023, eq. 8).
+    """Weights (B,) that weight the error of x0 by min(SNR, gamma), SNR = alpha² / sigma² (Hang et al. 2023, eq. 8).
 
-    Nearly clean data asks for little but would count most: its error is held back, and all timesteps pull alike. Of
-    x0's error, that of eps is 1 / SNR and that of v 1 / (SNR + 1).
+    This limits the weight of low noise levels, so that all timesteps contribute alike. The error of eps is SNR times
+    the error of x0, and that of v is SNR + 1 times.
     """
-    _, alpha, sigma = level_batch(schedule, t)
-    snr = (alpha / sigma).square().flatten()
+    alpha, sigma = _alpha_sigma(schedule, t)
+    snr = (alpha / sigma).square()
     return snr.clamp(max=gamma) / (snr + 1 if schedule.config.prediction == "v" else snr)
 
 
@@ -96,15 +103,15 @@ def vae_loss(
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
     adversarial: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Squared error per pixel value, and the KL divergence per latent from a unit normal distribution.
+    """Squared error per pixel value plus weighted KL divergence per latent value from a standard normal distribution.
 
     image and decoded (B, 3, H, W), mean and logvar (B, C, h, w) -> a scalar, in float32. With a small weight the KL
-    term does not make the latents normal; it keeps their size within bounds and nearby latents alike.
+    term does not make the latents normal, but it bounds their size and keeps the latent space smooth.
 
-    perceptual   (image, decoded) -> how different they look, for example LPIPS (Zhang et al. 2018)
-    adversarial  decoded -> how little a discriminator takes it for a photograph (Esser et al. 2021)
+    perceptual   (image, decoded) -> a perceptual distance, for example LPIPS (Zhang et al. 2018)
+    adversarial  decoded -> the generator loss of a discriminator (Esser et al. 2021)
 
-    Each brings its own weight; the mean of what it gives is added.
+    Both include their own weight; their mean is added.
     """
     mean, logvar = mean.float(), logvar.float()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
@@ -117,14 +124,14 @@ def vae_loss(
 
 
 def contrastive_loss(image_features: Tensor, text_features: Tensor, scale: Tensor | float) -> Tensor:
-    """CLIP's: which text belongs to which picture, and which picture to which text (Radford et al. 2021, figure 3).
+    """The loss of CLIP: match each image to its text, and each text to its image (Radford et al. 2021, figure 3).
 
     image_features and text_features (B, D), of which row i belongs to row i -> a scalar, in float32. `scale` is
     1 / temperature, in CLIP exp of a learned number that starts at ln(1 / 0.07) and is kept below ln(100).
     """
     if image_features.shape != text_features.shape or image_features.dim() != 2:
         raise ValueError(
-            f"expected pictures' and texts' features of one shape (B, D), got {tuple(image_features.shape)} and "
+            f"expected image and text features of the same shape (B, D), got {tuple(image_features.shape)} and "
             f"{tuple(text_features.shape)}"
         )
     with torch.autocast(image_features.device.type, enabled=False):  # scaled by 100, half precision is too coarse

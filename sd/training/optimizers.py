@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -21,12 +22,12 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are replaced by orthogonal ones nearby, so that rare directions learn, too.
+    """SGD with momentum whose updates are orthogonalised matrices, so that rare directions are learned too.
 
-    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; steps have about the size of Adam's
-    (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2), so learning rates carry over. It is for weights
-    of two and more dimensions between a network's ends; a kernel (out, in, 3, 3) counts as a matrix (out, in · 9).
-    Small networks learn in half the steps or fewer that AdamW needs.
+    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". Updates have about the size of Adam's
+    (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2), so learning rates carry over. Use it for hidden
+    weights of two or more dimensions; a kernel (out, in, 3, 3) is treated as a matrix (out, in · 9). Small networks
+    need at most half as many steps as with AdamW.
     """
 
     def __init__(
@@ -34,31 +35,42 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
+    @overload
+    def step(self, closure: None = ...) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Change the weights by their gradients. Matrices of one shape go together, which a GPU needs to be busy."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update the weights. Matrices of the same shape form one batch, which uses a GPU better."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
+            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
+                    by_shape.setdefault(p.shape, []).append((p, p.grad))
             for shape, weights in by_shape.items():
                 updates = []
-                for p in weights:
+                for p, grad in weights:
                     average = self.state[p].setdefault("average", torch.zeros_like(p))
-                    average.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(average, group["momentum"]).flatten(1))  # Nesterov's look ahead
+                    average.lerp_(grad, 1 - group["momentum"])
+                    updates.append(grad.lerp(average, group["momentum"]).flatten(1))  # Nesterov momentum
                 matrices = orthogonal(torch.stack(updates))
-                size = 0.2 * max(matrices.shape[1:]) ** 0.5  # an orthogonal matrix' root mean square -> Adam's, 0.2
-                for p, matrix in zip(weights, matrices, strict=True):
+                size = 0.2 * max(matrices.shape[1:]) ** 0.5  # root mean square of an orthogonal matrix -> Adam's, 0.2
+                for (p, _), matrix in zip(weights, matrices, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(matrix.view(shape), alpha=-group["lr"] * size)
+        return loss
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices (B, m, n) with their singular values brought to about 1, from 0.7 to 1.2; the same dtype.
+    """Matrices (B, m, n) with singular values moved to 0.7 to 1.2; the dtype stays.
 
-    Five turns of a Newton-Schulz iteration, whose coefficients Jordan et al. chose for speed; bfloat16 does for it.
+    Five Newton-Schulz iterations in bfloat16, which is precise enough, with the coefficients of Jordan et al.
     """
     x = matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]

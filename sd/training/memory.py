@@ -1,0 +1,32 @@
+"""Memory in training: activation checkpointing, and the memory format of convolutions."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..models.layers import ResBlock
+from ..models.text_encoder import TextBlock
+from ..models.unet import SpatialTransformer
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def checkpoint_activations(network: nn.Module) -> None:
+    """Make residual blocks and transformers drop their activations and recompute them in the backward pass.
+
+    Chen et al. 2016, "Training deep nets with sublinear memory cost": about a third more computation for a fraction of
+    the memory, and the same gradients. Only the blocks of this network are wrapped; their classes do not change.
+    """
+    for module in network.modules():
+        if isinstance(module, (ResBlock, SpatialTransformer, TextBlock)):
+            vars(module)["forward"] = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def channels_last(network: Network, device: torch.device) -> Network:
+    """The network on a device, its kernels in channels-last layout, in which convolutions are fastest."""
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
