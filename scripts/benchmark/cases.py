@@ -100,7 +100,7 @@ def arguments(case: Case, given: Sequence[Tensor]) -> tuple[Any, ...]:
 def flop(case: Case, config: Config) -> float:
     """Floating-point operations of the plain formulas, counted without computing anything.
 
-    What a kernel saves (kernels.EnlargingConv2d) still counts, for us as for the others.
+    What a kernel saves (cpu_kernels.UpsampleConv2d) still counts, for us as for the others.
     """
     if case.part == "picture":
         once = {part: flop(usual_case(part, config), config) for part in ("unet", "vae", "text")}
