@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 from torch import nn
 
 from ..config import Config
+from ..models.text_encoder import TextEncoder
 from ..text.tokenizer import Tokenizer
 from .lora import Merged
 from .lora_formats import read_lora
@@ -27,7 +29,7 @@ class Adapters:
         """`networks` has the "text_encoder" and the "unet"."""
         self._config, self._keep = config, keep
         self.merged = Merged(networks)
-        self.words = Words(tokenizer, networks["text_encoder"])
+        self.words = Words(tokenizer, cast(TextEncoder, networks["text_encoder"]))
 
     def add_loras(self, files: Sequence[tuple[str | os.PathLike[str], float]], removable: bool = True) -> list[str]:
         """See `StableDiffusion.add_loras`."""

@@ -165,11 +165,11 @@ class Attention(layers.Attention):
 class GroupNorm(nn.GroupNorm):
     """Wu and He 2018, "Group normalization", on CPUs with exact sums in large float32 maps, faster in small bfloat16.
 
-    PyTorch's kernel for channels-last tensors there adds up all pixels one after the other in float32. In a picture of
-    512x512 with a flat half that is an error of 2e-3 in the output; parts added up in float64 leave 4e-7. (Far
-    from zero digits are lost all the same: 5e-3 where the mean is a thousand deviations, as in no network.)
+    For large channels-last maps, PyTorch's kernel adds up all pixels one after the other in float32. In an image of
+    512x512 with a flat half, that is an error of 2e-3 in the output; sums of parts, added up in float64, leave 4e-7.
+    (Far from zero, digits are lost all the same: 5e-3 where the mean is a thousand deviations, as in no network.)
 
-    In bfloat16 maps of fewer pixels than `LARGE` take it four to six times as long as in float32.
+    For maps of fewer than `LARGE` pixels, it takes four to six times as long in bfloat16 as in float32.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ class Recorded:
         self._weights: list[int] = []  # the addresses in the recordings
         self._failed = False
 
-    def __getstate__(self):  # for copying: a copy's weights lie elsewhere
+    def __getstate__(self) -> dict[str, Any]:  # for copying: a copy's weights lie elsewhere
         return self.__dict__ | {"_recordings": {}, "_weights": []}
 
     def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -173,7 +173,7 @@ class Compiled:
         self._network = restore(network)
         self._fast: Network | None = None  # when it is first called
 
-    def __getstate__(self):  # for copying: a copy has another network
+    def __getstate__(self) -> dict[str, Any]:  # for copying: a copy has another network
         return self.__dict__ | {"_fast": None}
 
     def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:

@@ -1,12 +1,12 @@
-"""The VAE in strips, for pictures whose feature maps would not fit: the same result in a fraction of the memory.
+"""The VAE in strips of rows, for images whose feature maps would not fit: the same result in a fraction of the memory.
 
-Large pictures are usually decoded in tiles that know nothing of each other and whose edges are blended. But little of
-what a tile needs lies outside of it: a convolution looks one row further, and GroupNorm wants the mean and variance of
-the whole map. So here every layer goes over its map twice in strips of rows, once to measure and once to normalise,
-activate and convolve. What comes out differs by rounding from what `VAE` gives, and there are no seams.
+Large images are usually decoded in independent tiles whose edges are blended. But a tile needs little from outside: a
+convolution looks one row further, and GroupNorm needs the mean and variance of the whole map. So every layer here goes
+over its map twice in strips: once to measure, and once to normalise, activate and convolve. The result differs from
+that of `VAE` by rounding, and there are no seams.
 
-A map is kept where it is read again later. The result of an enlargement, the largest of all, is instead computed as
-often as it is read. Attention is in the coarsest level alone and sees the whole of it.
+A map that is read again is kept. The result of an upsampling, the largest of all, is computed each time that it is
+read. Attention is in the coarsest level alone and sees all of it.
 
 B batch, C channels, H x W pixels of a map, rows a to b of it without b.
 
@@ -48,13 +48,13 @@ class Map(NamedTuple):
 
 
 def stored(x: Tensor) -> Map:
-    """A map that lies in memory."""
+    """A map that is in memory."""
     B, C, H, W = x.shape
     return Map((B, C, H, W), lambda a, b: x[:, :, a:b])
 
 
-def enlarged(up: Upsample, x: Tensor) -> Map:
-    """The result of an enlargement of x, computed where it is asked for."""
+def upsampled(up: Upsample, x: Tensor) -> Map:
+    """The result of upsampling x, computed where it is read."""
     B, _, H, W = x.shape
 
     def rows(a: int, b: int) -> Tensor:
@@ -148,19 +148,19 @@ def halved(down: Downsample, x: Tensor) -> Tensor:
 
 
 def decode_in_strips(vae: VAE, z: Tensor) -> Tensor:
-    """As `vae.decode`: latents (B, 4, h, w) -> picture (B, 3, H, W), about [-1, 1], not clamped."""
+    """As `vae.decode`: latents (B, 4, h, w) -> image (B, 3, H, W), about [-1, 1], not clamped."""
     decoder = vae.decoder
     x = decoder.mid(decoder.conv_in(vae.post_quant(z / vae.config.scale)))
     source, own = stored(x), x
     for level in cast("Iterable[Stage]", reversed(decoder.up)):
         x = stage(level, source, own)
         if level.up is not None:
-            source, own = enlarged(level.up, x), None
+            source, own = upsampled(level.up, x), None
     return last_layers(decoder.norm_out, decoder.conv_out, x)
 
 
 def encode_in_strips(vae: VAE, image: Tensor) -> Gaussian:
-    """As `vae.encode`: picture (B, 3, H, W) in [-1, 1] -> Gaussian over (B, 4, h, w)."""
+    """As `vae.encode`: image (B, 3, H, W) in [-1, 1] -> Gaussian over (B, 4, h, w)."""
     encoder = vae.encoder
     x = encoder.conv_in(image)
     for level in cast("Iterable[Stage]", encoder.down):
