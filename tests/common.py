@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import reference_weights as reference
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -26,6 +29,7 @@ from sd.config import Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from sd.schedule import Level
 
 HERE = Path(__file__).resolve().parent
+EMULATED = 40  # times slower than float32: a full-size network would take a quarter of an hour
 GOLDENS, MANIFESTS = HERE / "goldens", HERE / "manifests"
 
 # tiny-v1 of the reference configs: SD 1.x in small
@@ -76,6 +80,23 @@ class Golden:
         """The noise that the original drew in its i-th step, as samplers want it."""
         count = iter(range(10**6))
         return lambda x: self.normal(f"{kind}/{next(count)}", tuple(x.shape))
+
+
+def skip_if_emulated(dtype: str) -> None:
+    """Skip a full-size test in a half precision that this processor computes hundreds of times slower than float32."""
+
+    def seconds(kind: torch.dtype) -> float:
+        x, kernel = torch.ones(1, 128, 32, 32, dtype=kind), torch.ones(128, 128, 3, 3, dtype=kind)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            torch.nn.functional.conv2d(x, kernel, padding=1)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    ratio = seconds(getattr(torch, dtype)) / seconds(torch.float32)
+    if ratio > EMULATED:
+        pytest.skip(f"{dtype} is emulated on this processor: {ratio:.0f} times slower than float32")
 
 
 def error(a: Tensor, b: Tensor) -> float:

@@ -240,7 +240,7 @@ def test_training_takes_any_vae(tiny_files, file, monkeypatch):
         assert config == TINY
         assert torch.equal(vae.decoder.conv_in.weight, tiny_state()[f"{VAE}decoder.conv_in.weight"])
     if "whole" not in file:
-        with pytest.raises(CheckpointError, match="a VAE alone: say which model it is for"):
+        with pytest.raises(CheckpointError, match="a VAE alone: give the model that it belongs to"):
             load_vae(tiny_files / file, torch.device("cpu"))
 
 

@@ -28,6 +28,7 @@ from sd.pipeline import StableDiffusion
 from sd.run import draw, generators
 from sd.runtime import blockwise_attention, packing
 from sd.runtime.cuda_graphs import Recorded
+from sd.runtime.device import best_dtype
 from sd.runtime.kernel_choice import prefer
 from sd.runtime.optimize import optimize
 from sd.schedule import Schedule
@@ -736,11 +737,12 @@ def test_full_size():
     """The same functions on Stable Diffusion 1.x, with weights by lot and small images."""
     config = replace(SD1, size=64)
     torch.manual_seed(0)
+    dtype = best_dtype(torch.device("cpu"))
     networks = {}
     for name, kind in (("text_encoder", TextEncoder), ("vae", VAE), ("unet", UNet)):
         with torch.device("meta"):
             net = kind(getattr(config, name.removesuffix("_encoder")))
-        net = net.to_empty(device="cpu").to(torch.bfloat16).requires_grad_(False).eval()
+        net = net.to_empty(device="cpu").to(dtype).requires_grad_(False).eval()
         for parameter in net.parameters():
             parameter.normal_(std=0.02)
         for module in net.modules():
