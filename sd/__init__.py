@@ -1,10 +1,9 @@
 """Stable Diffusion from scratch in PyTorch.
 
-Reading order: config, schedule, samplers, models/layers, models/unet, denoiser, params, run, pipeline; then
-models/text_encoder, models/vae, text/tokenizer; then adapters; then checkpoints: what is in people's files.
+Reading order: see README.md.
 
-What looks at files alone works without torch, whose import takes longer than all of it; the rest is imported when it is
-first asked for.
+Code that only inspects files works without torch, whose import takes longer than the inspection; everything else is
+imported when it is first used.
 """
 
 from importlib import import_module

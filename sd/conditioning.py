@@ -1,7 +1,7 @@
-"""What the network receives beside x and t, as one value.
+"""The inputs of a network besides x and t, as one value.
 
     context    encoded prompt: the vectors that cross-attention attends to
-    vector     added to the embedding of the timestep: SDXL's pooled text and sizes
+    vector     added to the embedding of the timestep: SDXL's pooled text and sizes (no such file can be loaded yet)
     concat     channels concatenated to x: mask and masked latent of inpainting models
 
 Everything is batch first, so that a conditioning is moved, cast, repeated and concatenated as one.
@@ -14,7 +14,7 @@ torch.Size([4, 77, 16])
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,10 +34,8 @@ class Conditioning(NamedTuple):
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
         """Apply a function to every tensor that is not None."""
-        context, vector, concat = self
-        return Conditioning(
-            change(context), None if vector is None else change(vector), None if concat is None else change(concat)
-        )
+        changed: Any = (None if x is None else change(x) for x in self)
+        return Conditioning(*changed)
 
     def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Conditioning:
         """Move to a device, cast to a precision; None leaves it unchanged."""

@@ -44,7 +44,7 @@ def _check_sizes(owner: object, *names: str, limit: int = 1 << 17) -> None:
 class TextConfig:
     """A CLIP text transformer; the defaults are those of ViT-L/14 in Stable Diffusion 1.x.
 
-    SDXL's two encoders, of which only the second gives a pooled vector:
+    SDXL's two encoders, of which only the second gives a pooled vector (no file of SDXL can be loaded yet):
 
         TextConfig(layers=11, hidden_norm=False)
         TextConfig(1280, 32, 20, "gelu", pad=0, names="openclip", hidden_layer=-2, hidden_norm=False, pooled=True,
@@ -206,7 +206,8 @@ class ScheduleConfig:
 class Config:
     """A whole model: name, native image size in pixels, default guidance and sampler, and its parts.
 
-    text   one text encoder, or several side by side: their hidden states are joined to one context
+    text   one text encoder, or several side by side, whose hidden states together are as wide as the U-Net's context
+           (prepared for SDXL: the converter still refuses several)
     """
 
     name: str = "Stable Diffusion 1.x"
@@ -217,6 +218,16 @@ class Config:
     vae: VAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    @property
+    def text_names(self) -> tuple[str, ...]:
+        """The names of the text encoders among the networks: "text_encoder", "text_encoder_2", and so on."""
+        return ("text_encoder", *(f"text_encoder_{i}" for i in range(2, len(self.text) + 1)))
+
+    @property
+    def sees_masks(self) -> bool:
+        """Whether it is an inpainting model: its U-Net takes a mask and a masked image besides x."""
+        return self.unet.in_channels != self.vae.latent_channels
 
     def __post_init__(self) -> None:
         _check_sizes(self, "size")

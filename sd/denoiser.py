@@ -34,7 +34,7 @@ Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x (B, C, h, w), t
 class Denoiser:
     """Guided prediction of the clean data.
 
-    network    predicts, in the precision of the context
+    network    predicts; called in the dtype of `cond.context`
     schedule   defines what the prediction means: the noise or the velocity
     cond       the prompts, for B images, or for one if all images share it
     uncond     what to steer away from, likewise, with a context of the same length; not needed at guidance 1

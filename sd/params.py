@@ -112,7 +112,7 @@ class SamplingParams:
         if self.sampler is not None and name not in SAMPLERS[self.sampler].options:
             having = ", ".join(key for key, entry in SAMPLERS.items() if name in entry.options)
             raise ValueError(f"{name} is a setting of {having}, not of {SAMPLERS[self.sampler].label}")
-        option = OPTIONS[name]
+        option = OPTIONS[name] if self.sampler is None else SAMPLERS[self.sampler].options[name]
         found = whole(name, value) if isinstance(option.default, int) else number(name, value)
         if not option.low <= found <= option.high:
             raise ValueError(f"{name} must be in [{option.low:g}, {option.high:g}], got {value}")

@@ -1,24 +1,24 @@
 """The whole of Stable Diffusion: text -> context -> noise -> latents -> images.
 
-    sd = StableDiffusion.load("v1-5-pruned-emaonly.ckpt")
-    sd.txt2img("a photograph of an astronaut riding a horse", seed=7)[0].save("astronaut.png")
-    sd.img2img("an oil painting", photo, strength=0.6)
-    sd.inpaint("a cat", photo, mask)
+    model = StableDiffusion.load("v1-5-pruned-emaonly.ckpt")
+    model.txt2img("a photograph of an astronaut riding a horse", seed=7)[0].save("astronaut.png")
+    model.img2img("an oil painting", photo, strength=0.6)
+    model.inpaint("a cat", photo, mask)
 
 These methods build a request and return its images. `prepare` returns the run itself, whose steps are accessible:
 
-    run = sd.prepare(TextToImage("a horse", SamplingParams(steps=20, seed=7)))     run.py
+    run = model.prepare(TextToImage("a horse", SamplingParams(steps=20, seed=7)))  run.py
     for step in run: ...                                                           preview, stop, change step.x
     images, seeds, notes = run.result()
 
 A run only combines the other modules, which can also be used one by one:
 
-    context = sd.encode_prompt(["a horse"])                               models/text_encoder.py
-    denoise = sd.denoiser(context, sd.encode_prompt([""]), guidance=7.5)  denoiser.py
-    levels = sd.schedule.levels(20, "leading")                            schedule.py
-    x = draw(generators(seed, 1), shape, sd.device)                       run.py
-    for step in sd.sample(denoise, x, levels, "ddim"): ...                samplers/
-    images = sd.decode(step.x)                                            models/vae.py
+    context = model.encode_prompt(["a horse"])                                  models/text_encoder.py
+    denoise = model.denoiser(context, model.encode_prompt([""]), guidance=7.5)  denoiser.py
+    levels = model.schedule.levels(20, "leading")                               schedule.py
+    x = draw(generators(7, 1), model.latent_shape(), model.device)              run.py
+    for step in model.sample(denoise, x, levels, "ddim"): ...                   samplers/
+    images = model.decode(step.x)                                               models/vae.py
 
 >>> StableDiffusion.load().txt2img("a red house on a meadow", steps=2, seed=7)[0].size
 (128, 128)
@@ -43,7 +43,7 @@ from .checkpoints.placement import place
 from .conditioning import Conditioning
 from .config import Config
 from .denoiser import Denoiser, Network
-from .imaging.masks import conditioning
+from .imaging.masks import mask_channels
 from .imaging.tensors import to_tensor
 from .models.text_encoder import TextEncoder
 from .models.unet import UNet
@@ -78,8 +78,7 @@ class StableDiffusion:
         self.about = tuple(about)  # what was detected and chosen in loading, one line each
         self.tokenizer = Tokenizer(length=config.text[0].length, pad=config.text[0].pad)
         self.schedule = Schedule(config.schedule)
-        # an inpainting model: the U-Net takes a mask and a masked image beside x
-        self.sees_masks = config.unet.in_channels != config.vae.latent_channels
+        self.sees_masks = config.sees_masks
         self._networks: Mapping[str, nn.Module] = {"text_encoder": text_encoder, "vae": vae, "unet": unet}
         self._adapters = Adapters(config, self.tokenizer, self._networks, self._keep)
         weight = next(unet.parameters())
@@ -119,6 +118,7 @@ class StableDiffusion:
             raise ValueError("low memory and compiling do not go together: compiled networks stay where they are")
         source = Source(resource(EMBEDDED) if path is None else path, LoadOptions(**options))
         config, networks, used, about = place(source, device, dtype, low_memory, progress)
+        # adapters hold the plain networks; with low memory they are used through an `Offload` of the same ones
         model = cls(config, **cast(dict[str, Any], networks), about=about)
         model._networks, model.device, model.dtype = used, device, dtype
         if low_memory:  # a recording would hold memory that the other networks need
@@ -267,25 +267,29 @@ class StableDiffusion:
 
     def denoiser(
         self,
-        context: Tensor,
-        uncond: Tensor | None = None,
+        context: Tensor | Conditioning,
+        uncond: Tensor | Conditioning | None = None,
         guidance: float | None = None,
         extra: Tensor | None = None,
         network: Network | None = None,
     ) -> Denoiser:
-        """The U-Net with guidance, as samplers take it; context and uncond (B, M, D).
+        """The U-Net with guidance, as samplers take it.
 
+        context    encoded prompt (B, M, D), or a whole `Conditioning`
+        uncond     the same for what to steer away from
         guidance   the default of the model if None
-        extra      (B, 5, h, w), the input of a U-Net of 9 channels beside x: mask and masked latent; see `all_hidden`
+        extra      (B, 5, h, w), the input of a U-Net of 9 channels besides x: mask and masked latent; see `all_hidden`
         network    called in place of the U-Net, which is recorded or compiled if the model is
         """
-        if (extra is None) == self.sees_masks:
-            need = "needs `extra`, mask and masked latent (all_hidden)" if extra is None else "takes no `extra`"
+        cond, away = (Conditioning(given) if isinstance(given, Tensor) else given for given in (context, uncond))
+        assert cond is not None
+        if extra is not None:
+            cond, away = cond._replace(concat=extra), None if away is None else away._replace(concat=extra)
+        if (cond.concat is None) == self.sees_masks:
+            need = "needs `extra`, mask and masked latent (all_hidden)" if self.sees_masks else "takes no `extra`"
             raise ValueError(f"a U-Net of {self.config.unet.in_channels} input channels {need}")
         network = self._predict if network is None else network
         guidance = self.config.guidance if guidance is None else guidance
-        cond = Conditioning(context, concat=extra)
-        away = None if uncond is None else Conditioning(uncond, concat=extra)
         return Denoiser(network, self.schedule, cond, away, guidance)
 
     def sample(
@@ -341,7 +345,7 @@ class StableDiffusion:
         factor = self.config.vae.factor
         grey = torch.zeros(1, self.config.vae.image_channels, h * factor, w * factor, dtype=self.dtype, device="cpu")
         hidden = self.encode(grey).mode()
-        return conditioning(torch.ones_like(hidden[:, :1]), hidden)
+        return mask_channels(torch.ones_like(hidden[:, :1]), hidden)
 
     # ------------------------------------------------------------------------------------------------- adapters
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .denoiser import keep_known
 from .imaging.files import WHITE, flatten
-from .imaging.masks import Canvas, conditioning, hide, latent_mask, prepare_mask, surroundings, widened
+from .imaging.masks import Canvas, hide, latent_mask, mask_channels, prepare_mask, surroundings, widened
 from .imaging.tensors import Box, fit, frame, to_tensor
 from .latents import image_size, latent_shape
 from .params import MAX_SEED, ImageToImage, Inpaint, ResolvedParams, TextToImage
@@ -182,7 +182,7 @@ class Unchanged(Run):
 
 
 def text_to_image(model: StableDiffusion, request: TextToImage) -> Run:
-    """Start from pure noise: unit noise, as in the original code, because sigma is 0.997 at the first level."""
+    """Start from pure noise: unit noise, as in the original code, because sigma is close to 1 at the first level."""
     params = request.params.resolved(model.config)
     shape = latent_shape(model.config, params.height, params.width)
     run = Run(model, request, params, [])
@@ -245,7 +245,7 @@ def inpaint(model: StableDiffusion, request: Inpaint) -> Run:
         known = _latents(run, canvas.filled() if fill else canvas.pixels, request.posterior)
     if model.sees_masks:
         hidden = _latents(run, hide(canvas.pixels, canvas.hole), request.posterior)
-        extra = conditioning(latent_mask(canvas.hole, factor), hidden)
+        extra = mask_channels(latent_mask(canvas.hole, factor), hidden)
     x = draw(run.rngs, latent_shape(model.config, height, width), model.device)
     # a latent is generated if any of its pixels is masked
     hole = F.max_pool2d(canvas.hole, factor).to(model.device)

@@ -7,7 +7,8 @@ Ho et al. 2020, "Denoising diffusion probabilistic models". Everything here uses
 This is the only place for step grids, for the conversion of predictions (eps, v) to x0, and for the training target.
 Levels are Python floats, computed in float64, so that no sampling loop waits for a device.
 
-    alpha    signal, sigma noise; sigma / alpha is the "sigma" of Karras et al. 2022 and of k-diffusion
+    alpha    share of the signal. DDIM writes alpha_t for our alpha-bar_t
+    sigma    share of the noise; sigma / alpha is the "sigma" of Karras et al. 2022 and of k-diffusion
     t        timestep, 0 (nearly clean) to steps - 1 (nearly noise); fractional between them
     eps      the noise;  v = alpha eps - sigma x0, the velocity (Salimans and Ho 2022)
 
@@ -153,8 +154,8 @@ class Schedule:
         n in 1..steps. `strength` in [0, 1] keeps the last int(n * strength) steps, for image to image; 0 leaves only
         the final level. Spacings:
 
-        leading      1, 1 + steps/n, ..., ending at timestep 0: as in the original DDIM if n divides 1000. If not, the
-                     original takes too many steps or reads past the end; here they stay evenly spaced.
+        leading      ..., 1 + steps/n, 1, then timestep 0, which is not quite clean: as in the original DDIM if n divides
+                     1000. If not, the original takes too many steps or reads past the end; here the strides stay even.
         trailing     steps - 1 downwards in even strides, to clean (Lin et al. 2024, "Common diffusion noise schedules")
         linspace     steps - 1 to 0 inclusive, with fractional timesteps (k-diffusion's get_sigmas), to clean
         karras       evenly spaced in ratio^(1/7) over the range of the schedule, to clean (Karras et al. 2022)

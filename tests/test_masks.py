@@ -15,10 +15,10 @@ from torch import Tensor
 from sd.denoiser import keep_known
 from sd.imaging.masks import (
     Canvas,
-    conditioning,
     fill,
     hide,
     latent_mask,
+    mask_channels,
     prepare_mask,
     surroundings,
     widened,
@@ -262,7 +262,7 @@ def test_boxes_grow_within_the_image(box, aspect, expected):
 
 def test_conditioning_is_mask_then_image():
     hidden = reference.normal("h", (2, 4, 3, 5))
-    extra = conditioning(torch.ones(1, 1, 3, 5), hidden)
+    extra = mask_channels(torch.ones(1, 1, 3, 5), hidden)
     assert extra.shape == (2, 5, 3, 5) and extra[:, 0].eq(1).all() and torch.equal(extra[:, 1:], hidden)
 
 

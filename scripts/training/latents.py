@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sd.imaging.masks import conditioning, hide, latent_mask
+from sd.imaging.masks import hide, latent_mask, mask_channels
 from sd.models.vae import VAE
 from sd.pipeline import StableDiffusion
 from sd.text.tokenizer import Tokenizer
@@ -132,5 +132,5 @@ class Batches:
                 height, width = images.shape[2:]
                 masks = torch.cat([self._mask(step, start + i, height, width) for i in range(recipe.batch)])
                 hidden = self.vae.encode(hide(images, masks)).mode()
-                part["extra"] = conditioning(latent_mask(masks, self.factor), hidden)
+                part["extra"] = mask_channels(latent_mask(masks, self.factor), hidden)
             yield part

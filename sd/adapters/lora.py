@@ -75,7 +75,7 @@ class Merged:
         return {name: weight for name, (_, weight) in self._loras.items()}
 
     def add(self, loras: Sequence[tuple[Lora, float]], removable: bool = True) -> None:
-        """Merge LoRAs with their weights. Raises ValueError if a name is taken, or a sum is too large for float16.
+        """Merge LoRAs with their weights. Raises ValueError if a name is taken, or a weight or a sum is not finite.
 
         An error leaves everything unchanged, unless the LoRAs are not `removable`: the previous weights are then not
         kept, which takes less memory.

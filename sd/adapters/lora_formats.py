@@ -1,6 +1,8 @@
-"""LoRA files: which of our weights each tensor changes, for the names of every tool; strict and counted.
+"""LoRA files: which of our weights each tensor changes, for the names of every tool; a key without a place is an error.
 
-The same weight goes by many names. As for checkpoints, the names are generated from ours and looked up, never parsed:
+A weight has many names. As for checkpoints, the names are generated from ours and looked up; only the suffix of a key
+is parsed. To add a tool: its suffix in `PARTS`, its names in `_unet_names` and `_text_names`.
+
 
     kohya        lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight, .lora_up, .alpha
                  lora_te_text_model_encoder_layers_0_mlp_fc1...; also lora_te1_, and the original's U-Net names
@@ -30,7 +32,7 @@ from ..checkpoints.key_maps import UNET, diffusers_sources, original_sources
 from ..config import Config
 from .lora import Lora, Pair, Place
 
-LAYERS = 24  # of the largest text encoder: files may have layers after the last one that is run
+LAYERS = 32  # of the largest text encoder (bigG): files may have layers after the last one that is run
 SAME_NAMES = ("pytorch_lora_weights", "adapter_model")  # what diffusers and PEFT call every file
 MAX_SETTINGS = 1 << 20  # bytes of an adapter_config.json, or the same in metadata
 
@@ -187,7 +189,7 @@ def _beyond(config: Config, shapes: Mapping[Place, tuple[int, ...]]) -> dict[str
         for i in range(text.layers, LAYERS)
         for key in first
     ]
-    return names(replace(config, text=(replace(text, layers=max(LAYERS, text.layers)),)), more)
+    return names(replace(config, text=(replace(text, layers=max(LAYERS, text.layers)), *config.text[1:])), more)
 
 
 def _refuse(file: Checkpoint, unknown: list[str], some_known: bool) -> None:

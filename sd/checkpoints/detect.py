@@ -1,7 +1,7 @@
 """Which model a file holds, by its metadata or by the shapes of its weights.
 
-A file of ours and a diffusers folder carry their config; of other files, the shapes of the weights tell the model. What
-the U-Net predicts does not show in shapes: see prediction.py. Other models are refused by name.
+Our own files and diffusers folders carry their config; other files are identified by the shapes of their weights. Shapes
+do not tell what the U-Net predicts: see prediction.py. Other models are refused by name.
 
 >>> from sd.checkpoints.checkpoint import load_checkpoint
 >>> from sd.resources import resource

@@ -109,7 +109,7 @@ def hide(image: Tensor, mask: Tensor) -> Tensor:
     return image * (mask < 0.5)
 
 
-def conditioning(mask: Tensor, hidden: Tensor) -> Tensor:
+def mask_channels(mask: Tensor, hidden: Tensor) -> Tensor:
     """Extra input (B, 5, h, w) of 9-channel models: mask (B or 1, 1, h, w), then masked latent (B, 4, h, w)."""
     return torch.cat([mask.to(hidden).expand(hidden.shape[0], -1, -1, -1), hidden], dim=1)
 

@@ -43,8 +43,7 @@ def build(config: Config) -> dict[str, nn.Module]:
     They are "text_encoder" (a second one is "text_encoder_2", and so on), "vae" and "unet".
     """
     with torch.device("meta"), _SkipInit():
-        names = ["text_encoder", *(f"text_encoder_{i}" for i in range(2, len(config.text) + 1))]
-        texts = {name: TextEncoder(text) for name, text in zip(names, config.text, strict=True)}
+        texts = {name: TextEncoder(text) for name, text in zip(config.text_names, config.text, strict=True)}
         return {**texts, "vae": VAE(config.vae), "unet": UNet(config.unet)}
 
 

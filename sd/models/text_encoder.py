@@ -82,7 +82,7 @@ class TextEncoder(nn.Module):
         self.projection = nn.Linear(config.width, config.projection, bias=False) if config.projection else None
 
     def forward(self, ids: Tensor) -> TextOutput:
-        """ids (B, M), whole numbers below the vocabulary's size, M at most `config.length`.
+        """ids (B, M) below the vocabulary's size, M at most `config.length` -> hidden (B, M, D), pooled (B, P) or None.
 
         The pooled vector is taken at a text's first end token: the tokens after it are padding.
         """

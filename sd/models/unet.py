@@ -166,7 +166,7 @@ class UNet(nn.Module):
         down, middle   residuals of control networks: added to the skip connections, in the order of the way down, and
                        to the output of the middle block
 
-        Raises ValueError if a vector is missing or unexpected, and for a wrong number of residuals.
+        Raises ValueError if a vector is missing or unexpected, and for a wrong number of `down` residuals.
         """
         if isinstance(conditioning, Tensor):
             conditioning = Conditioning(conditioning)

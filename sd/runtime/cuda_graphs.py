@@ -1,13 +1,13 @@
-"""The U-Net's steps in fewer calls: recorded once and played back (CUDA graphs), or compiled.
+"""The U-Net with fewer kernel launches: recorded once and replayed (CUDA graphs), or compiled.
 
-A step of Stable Diffusion is some 2,000 small operations. A fast GPU is done with most of them sooner than Python can
-ask for the next. So on CUDA the first step at each shape is recorded: the driver notes every kernel with the memory it
-works on, and from then on one call plays them all back. That needs no compiler, and about a second (unmeasured so far,
-as everything here that concerns GPUs).
+A step of Stable Diffusion launches about 2,000 small kernels, and a fast GPU finishes most of them before Python can
+launch the next. So on CUDA the first step at each shape is recorded: the driver stores every kernel with the addresses
+of its memory, and from then on one call replays them all. That needs no compiler and takes about a second (not measured
+yet, like everything here that concerns GPUs).
 
-What is played back is what was recorded, at the same addresses. Hence inputs are copied into memory that stays, and the
-result is copied out of it; and hence, before each step, a look at whether the network is still the one that was
-recorded: a LoRA that was merged since has put its weights elsewhere, and a hook wants to be called.
+A replay works on the addresses that were recorded. So the inputs are copied into fixed buffers and the result is copied
+out of one; and before each step the network is checked for changes: merging a LoRA moves its weights to other
+addresses, and a hook would not be called.
 
 >>> def record(run, device):  # stands in for `cuda_graph`
 ...     out = run()
@@ -38,28 +38,28 @@ from . import packing
 from .optimize import restore
 
 SHAPES = 2  # recordings that are kept: each holds the memory of a step
-WARM_UP = 2  # runs before a recording, in which libraries choose their kernels and take their memory
+WARM_UP = 2  # runs before a recording, in which libraries choose their kernels and allocate their memory
 
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # as in denoiser.py
-Inputs = tuple[Tensor | None, ...]  # x, t, and what a conditioning has, or None
+Inputs = tuple[Tensor | None, ...]  # x, t, and the fields of a conditioning
 Replay = Callable[[], object]
 Record = Callable[[Callable[[], Tensor], torch.device], tuple[Replay, Tensor]]  # as `cuda_graph`
 
 
 def cuda_graph(run: Callable[[], Tensor], device: torch.device) -> tuple[Replay, Tensor]:
-    """Record a run on a CUDA device: what plays it back, and the tensor that then holds the result.
+    """Record a run on a CUDA device; returns the function that replays it, and the tensor that holds its result.
 
-    Everything that the run reads has to stay where it is. Raises RuntimeError where it cannot be recorded.
+    Everything that the run reads must stay at its address. Raises RuntimeError if the run cannot be recorded.
     """
     with torch.cuda.device(device):
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
-        with torch.cuda.stream(aside):  # a recording must not wait for what others do
+        with torch.cuda.stream(aside):  # a recording must not wait for other streams
             for _ in range(WARM_UP):
                 run()
         here.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # On a stream of this device, as torch's own may be another device's; and whatever other threads do meanwhile.
+        # On a stream of this device, as torch's default may belong to another; other threads may go on working.
         with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
             out = run()
 
@@ -71,7 +71,7 @@ def cuda_graph(run: Callable[[], Tensor], device: torch.device) -> tuple[Replay,
 
 
 class Recording(NamedTuple):
-    """A step at one shape: play it back, and `out` is what the network makes of `inputs`."""
+    """A step at one shape: after `replay`, `out` is the output of the network for `inputs`."""
 
     inputs: Inputs
     replay: Replay
@@ -79,7 +79,7 @@ class Recording(NamedTuple):
 
     @classmethod
     def of(cls, network: nn.Module, inputs: Inputs, record: Record) -> Recording:
-        """Record the network on memory of its own, which can be written to within `inference_mode` and without."""
+        """Record the network on buffers of its own, which can be written to inside and outside of `inference_mode`."""
         with torch.inference_mode(False), torch.no_grad():
             own = tuple(None if x is None else x.clone() for x in inputs)
             x, t, context, vector, concat = own
@@ -88,7 +88,7 @@ class Recording(NamedTuple):
             return cls(own, *record(lambda: network(x, t, conditioning), x.device))
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        """The network's result, which nobody will write over."""
+        """The output of the network, in a new tensor."""
         for own, x in zip(self.inputs, inputs, strict=True):
             if own is not None and x is not None:
                 own.copy_(x)
@@ -96,35 +96,35 @@ class Recording(NamedTuple):
         return self.out.clone()
 
 
-_one_at_a_time = threading.Lock()  # a recording's memory is written and read in turns
+_one_at_a_time = threading.Lock()  # the buffers of a recording serve one call at a time
 
 
 class Recorded:
-    """A network that is recorded the first time it meets a shape, and played back the next times.
+    """A network that is recorded at the first call with a shape, and replayed at the following ones.
 
-    It is called as it is where gradients are wanted, within autocast, where a module of it has a hook or a `forward` of
-    its own, and for good once a recording has failed. Recordings end where weights lie elsewhere than before.
+    It is called directly if gradients are enabled, within autocast, if one of its modules has a hook or a patched
+    `forward`, and always after a recording has failed. Recordings are dropped when the address of a weight changes.
     """
 
     def __init__(self, network: nn.Module, record: Record = cuda_graph) -> None:
         self._network, self._record = network, record
-        self._recordings: dict[tuple, Recording] = {}  # by shapes and types, the one used last at the end
+        self._recordings: dict[tuple, Recording] = {}  # by shapes and types, the most recent last
         self._weights: list[int] = []  # the addresses in the recordings
         self._failed = False
 
-    def __getstate__(self) -> dict[str, Any]:  # for copying: a copy's weights lie elsewhere
+    def __getstate__(self) -> dict[str, Any]:  # for copying: the weights of a copy have other addresses
         return self.__dict__ | {"_recordings": {}, "_weights": []}
 
     def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """What the network makes of them."""
+        """The output of the network."""
         if self._failed or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             return self._network(x, t, conditioning)
         with _one_at_a_time:
-            out = self._played((x, t, *conditioning))
+            out = self._replayed((x, t, *conditioning))
         return self._network(x, t, conditioning) if out is None else out
 
-    def _played(self, inputs: Inputs) -> Tensor | None:
-        """From a recording; None where there can be none."""
+    def _replayed(self, inputs: Inputs) -> Tensor | None:
+        """The output from a recording; None if the network cannot be recorded."""
         watched, weights = _look(self._network)
         if watched or weights != self._weights:
             self._recordings.clear()
@@ -142,14 +142,14 @@ class Recorded:
                 self._recordings.clear()
                 self._failed = True
                 reason = str(error).partition("\n")[0]
-                warnings.warn(f"the U-Net's steps cannot be recorded, and take longer: {reason}", stacklevel=3)
+                warnings.warn(f"the U-Net cannot be recorded, so its steps take longer: {reason}", stacklevel=3)
                 return None
         self._recordings[key] = recording
         return recording(inputs)
 
 
 def _look(network: nn.Module) -> tuple[bool, list[int]]:
-    """Whether anybody wants to know what happens inside of a network, and where its weights are."""
+    """Whether a network has hooks or patched modules, and the addresses of its weights."""
     watched = bool(all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks)
     weights = []
     for module in network.modules():
@@ -160,24 +160,24 @@ def _look(network: nn.Module) -> tuple[bool, list[int]]:
 
 
 class Compiled:
-    """The network through `torch.compile`, each shape for itself: minutes the first time, on CUDA for the last bit.
+    """The network through `torch.compile`, once per shape, which takes minutes; on CUDA with "max-autotune".
 
-    Needs a C++ compiler, on CUDA triton: without them, the first call raises ValueError. The network itself can still
-    be called as it is. Where its own kernels are faster, a UserWarning says so.
+    Needs a C++ compiler, and triton on CUDA: without them, the first call raises ValueError. The network itself can
+    still be called directly. On CPUs where its own kernels are faster, a UserWarning says so.
     """
 
     def __init__(self, network: nn.Module) -> None:
         weight = next(network.parameters())
         if weight.device.type == "cpu" and weight.dtype in packing.onednn_dtypes():
-            warnings.warn("compiled, the U-Net is slower on this processor than as it is", stacklevel=3)
+            warnings.warn("the compiled U-Net is slower on this processor than the plain one", stacklevel=3)
         self._network = restore(network)
-        self._fast: Network | None = None  # when it is first called
+        self._fast: Network | None = None  # compiled at the first call
 
-    def __getstate__(self) -> dict[str, Any]:  # for copying: a copy has another network
+    def __getstate__(self) -> dict[str, Any]:  # for copying: a copy compiles its own network
         return self.__dict__ | {"_fast": None}
 
     def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """What the network makes of them."""
+        """The output of the network."""
         if self._fast is None:
             mode = "max-autotune" if next(self._network.parameters()).is_cuda else None
             self._fast = torch.compile(self._network, dynamic=False, mode=mode)
@@ -185,4 +185,4 @@ class Compiled:
             return self._fast(x, t, conditioning)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(getattr(error, "inner_exception", error)).partition("\n")[0]
-            raise ValueError(f"the U-Net cannot be compiled here: {reason}; leave it as it is (no --compile)") from None
+            raise ValueError(f"the U-Net cannot be compiled here: {reason}; load it without compiling (no --compile)") from None

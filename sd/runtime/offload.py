@@ -1,11 +1,11 @@
-"""Networks that take turns in memory, for machines that have no room for all of them at once.
+"""Networks that take turns in memory, for machines whose memory cannot hold all of them at once.
 
 An image needs the text encoder, then (if it starts from an image) the VAE, then the U-Net for all steps, then the VAE.
-In Stable Diffusion 1.x they hold 12, 8 and 80 % of the weights. For a GPU, networks stay in CPU memory and are copied
-over at their turn; only what was changed there is copied back. Where there is no second place for them, as on a CPU,
-they are read from their file again at each turn, and dropped after it.
+In Stable Diffusion 1.x they hold 12, 8 and 80 % of the weights. With a GPU, the networks stay in CPU memory and are
+copied to the device when they are needed; only changed weights are copied back. A device without memory of its own,
+such as the CPU, reads them from their file each time, and drops them afterwards.
 
->>> with torch.device("meta"):  # without numbers
+>>> with torch.device("meta"):  # shapes without values
 ...     networks = {"unet": nn.Linear(4, 4), "vae": nn.Linear(4, 4)}
 >>> offload = Offload(networks, torch.device("cpu"), lambda name, network: network.to_empty(device="cpu"))
 >>> offload["unet"].weight.is_meta, offload["vae"].weight.is_meta, networks["unet"].weight.is_meta
@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 
 class Offload(Mapping[str, nn.Module]):
-    """Networks by name. The one that was asked for last has its weights on the device, and no other.
+    """Networks by name. Only the one that was requested last has its weights on the device.
 
-    So ask for a network whenever you use it, and do not keep it: `offload["unet"](...)`. With several threads, use
+    So request a network each time that you use it: `offload["unet"](...)`. With several threads, use
     `with offload.use("unet") as network:`, which keeps it on the device until the end of the block.
     """
 
@@ -37,21 +37,21 @@ class Offload(Mapping[str, nn.Module]):
         device: torch.device,
         read: Callable[[str, nn.Module], object] | None = None,
     ) -> None:
-        """The networks are in CPU memory, or on the meta device if `read` is given: it gives one its weights, there."""
+        """The networks are in CPU memory, or on the meta device if `read` is given, which loads the weights of one."""
         self._networks, self._device, self._read = networks, device, read
-        self._here: str | None = None  # whose turn it is
-        self._kept: set[str] = set()
-        # of the network on the device: each tensor, its fingerprint as it came, and the copy in CPU memory
+        self._here: str | None = None  # the network on the device
+        self._kept: set[str] = set()  # networks that stay, as their file no longer has their weights
+        # of the network on the device: each tensor, its fingerprint on arrival, and the copy in CPU memory
         self._copies: list[tuple[Tensor, Tensor, Tensor]] = []
         self._lock = threading.RLock()
 
     @contextmanager
     def use(self, name: str) -> Iterator[nn.Module]:
-        """The network, which no other thread can move away within the block."""
+        """The network, which no other thread can move within the block."""
         with self._lock:
             yield self[name]
 
-    def __getstate__(self) -> dict[str, Any]:  # for copying: a lock belongs to one
+    def __getstate__(self) -> dict[str, Any]:  # for copying: a copy has its own lock
         return self.__dict__ | {"_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -66,15 +66,15 @@ class Offload(Mapping[str, nn.Module]):
         if name != self._here and name not in self._kept:
             if self._here is not None and self._here not in self._kept:
                 self._put_away(self._here)
-            self._here = None  # if it fails, it is nobody's turn
+            self._here = None  # if loading fails, no network is on the device
             self._bring(name)
             self._here = name
         return network
 
     def keep(self, *names: str) -> None:
-        """Networks that are about to be changed, so that what the file holds will no longer do: they stay.
+        """Keep networks in memory from now on, because their weights are about to differ from the file.
 
-        Where weights are moved, not read again, changes move with them.
+        Does nothing if weights are moved rather than read again: changes move with them.
         """
         if self._read is None:
             return
@@ -92,7 +92,7 @@ class Offload(Mapping[str, nn.Module]):
         self._copies = []
         for tensor in _tensors(network):
             copy = tensor.data
-            if self._device.type == "cuda" and not copy.is_pinned():  # once: from then on it is copied at full speed
+            if self._device.type == "cuda" and not copy.is_pinned():  # once: later copies then run at full speed
                 copy = copy.pin_memory()
             tensor.data = self._to_device(copy)
             self._copies.append((tensor, fingerprint(tensor.data), copy))
@@ -118,7 +118,7 @@ class Offload(Mapping[str, nn.Module]):
                 tensor.data = self._from_device(tensor.data)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device, kernels channels-last."""
+        """The tensor on the device, convolution kernels in channels-last."""
         layout = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
         return tensor.to(self._device, memory_format=layout)
 
@@ -139,9 +139,9 @@ def _tensors(network: nn.Module) -> list[Tensor]:
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """(2,) whole numbers, on the tensor's device, that change with its bits: their sum, and that of rows by place.
+    """(2,) integers on the tensor's device that change with its bits: their sum, and a sum weighted by row number.
 
-    Versions of tensors do not tell: changes through `.data`, as LoRAs are merged, leave them as they are.
+    The version counter of a tensor is not enough: changes through `.data`, as when a LoRA is merged, do not count.
 
     >>> fingerprint(torch.tensor([1.0, 2.0])).equal(fingerprint(torch.tensor([2.0, 1.0])))
     False
@@ -153,6 +153,6 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 def give_back_memory() -> None:
-    """Have glibc give back what is free: by itself it keeps what has something in use behind it, here 1.5 GB."""
+    """Return free memory to the system: glibc keeps free blocks that lie below blocks in use, here 1.5 GB."""
     with suppress(OSError, AttributeError):  # another system
         ctypes.CDLL("libc.so.6").malloc_trim(0)

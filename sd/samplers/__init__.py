@@ -9,8 +9,9 @@
     karras.py        Euler, Heun, DPM2, and the ancestral Euler a, DPM2 a
     dpm_solver.py    DPM++ 2S a, SDE, 2M, 2M SDE, and UniPC
 
-To add a sampler, write such a generator and add an entry to `SAMPLERS`: the command line, the Python API and the
-metadata of images read its name, options and defaults from there.
+To add a sampler, write such a generator (it takes `noise`, even if it draws none), import it here and add an entry to
+`SAMPLERS`, and to `ALIASES` if other tools have another name for it: the command line, the Python API and the metadata
+of images read its name, options and defaults from there. An option that makes it draw noise is called `eta`.
 
 >>> import torch
 >>> from sd.schedule import Schedule

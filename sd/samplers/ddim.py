@@ -1,4 +1,4 @@
-"""The samplers of diffusion models themselves: DDPM and DDIM.
+"""The two original samplers: DDPM and DDIM.
 
 Ho et al. 2020, "Denoising diffusion probabilistic models"; Song et al. 2021, "Denoising diffusion implicit models".
 """

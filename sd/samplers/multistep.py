@@ -1,4 +1,8 @@
-"""Linear multistep methods: the noise eps of a step is extrapolated from those of previous steps (Adams-Bashforth)."""
+"""Linear multistep methods: the noise eps of a step is extrapolated from those of previous steps (Adams-Bashforth).
+
+PLMS: Liu et al. 2022, "Pseudo numerical methods for diffusion models on manifolds". LMS: k-diffusion, after Karras et
+al. 2022.
+"""
 
 from __future__ import annotations
 

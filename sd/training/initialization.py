@@ -31,6 +31,8 @@ def initialise_text_encoder(text_encoder: TextEncoder) -> None:
         for layer, std in (layers | {block.fc1: width * 2**-0.5, block.fc2: added}).items():
             nn.init.normal_(layer.weight, std=std)
             _zero_bias(layer)
+    if text_encoder.projection is not None:
+        nn.init.normal_(text_encoder.projection.weight, std=width)
 
 
 def initialise_unet(unet: UNet) -> None:
