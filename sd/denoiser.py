@@ -59,7 +59,7 @@ class Denoiser:
         else:
             raise ValueError(f"guidance {guidance} needs `uncond`, the conditioning to steer away from")
         # concatenated once, not in every step; again only for another batch size
-        self._batch = max(len(part.context) for part in self.parts)
+        self._batch = max(len(x) for part in self.parts for x in part if x is not None)
         self._conditioning = concatenate(self.parts, self._batch)
 
     def __call__(self, x: Tensor, level: Level) -> Tensor:

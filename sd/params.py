@@ -55,7 +55,10 @@ def number(name: str, value: object) -> float:
     """A real number of any type as float; raises ValueError, with the name, for anything else."""
     if not isinstance(value, Real):
         raise ValueError(f"{name} must be a number, got {value!r:.100}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number, got one of {len(str(value))} digits") from None
 
 
 def one_of(name: str, value: object, known: Sequence[str]) -> None:
@@ -81,10 +84,14 @@ class SamplingParams:
     n: int = setting(1, "images per prompt")
     height: int | None = setting(None, "in pixels, a multiple of 8")
     width: int | None = setting(None, "in pixels, a multiple of 8")
-    options: Mapping[str, float] = field(default_factory=dict, metadata={"help": "of the sampler, such as eta"})
+    options: Mapping[str, float] = field(
+        default_factory=dict, hash=False, metadata={"help": "of the sampler, such as eta"}
+    )
 
     def __post_init__(self) -> None:
         put = object.__setattr__
+        if not isinstance(self.sampler, str | Sampler | None):
+            raise ValueError(f"sampler must be a name, got {self.sampler!r:.100}")
         if self.sampler is not None and self.sampler not in tuple(SAMPLERS):
             put(self, "spacing", self.spacing or grid_in(self.sampler))  # "DPM++ 2M Karras" names a grid as well
             put(self, "sampler", sampler_key(find_sampler(self.sampler)))
@@ -121,18 +128,19 @@ class SamplingParams:
     def resolved(self, config: Config) -> ResolvedParams:
         """The same for a model, with its default sampler and guidance, and the sampler's default grid and steps."""
         name = self.sampler or config.sampler
+        spacing = None
         if name not in SAMPLERS:  # the config of a file may have another tool's name
-            name = sampler_key(sampler(name))
+            name, spacing = sampler_key(sampler(name)), grid_in(name)
         if self.sampler is None and not self.options.keys() <= SAMPLERS[name].options.keys():
             # an option without a sampler selects one that has it: the original's --ddim_eta, for example
             having = [key for key, entry in SAMPLERS.items() if self.options.keys() <= entry.options.keys()]
             if not having:
                 raise ValueError(f"no sampler has all of {', '.join(self.options)}")
-            name = having[0]
+            name, spacing = having[0], None
         return ResolvedParams(
             sampler=name,
             steps=SAMPLERS[name].steps if self.steps is None else self.steps,
-            spacing=self.spacing or SAMPLERS[name].spacing,
+            spacing=self.spacing or spacing or SAMPLERS[name].spacing,
             guidance=config.guidance if self.guidance is None else self.guidance,
             seed=self.seed,
             n=self.n,
@@ -191,9 +199,9 @@ class TextToImage:
             if name in OPTIONS:
                 if value is not None:
                     options[name] = value
-            elif name in SamplingParams.__dataclass_fields__:
+            elif name in SamplingParams.__dataclass_fields__ and name != "options":
                 shared[name] = value
-            elif name in cls.__dataclass_fields__:
+            elif name in cls.__dataclass_fields__ and name != "params":
                 own[name] = value
             else:
                 known = {f.name for f in (*fields(cls), *fields(SamplingParams))} - {"params", "options"}
@@ -211,7 +219,8 @@ class TextToImage:
                 value = {g.name: getattr(value, g.name) for g in fields(SamplingParams)}
             elif isinstance(value, Image.Image):
                 buffer = io.BytesIO()
-                value.save(buffer, "PNG")
+                in_png = value.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+                (value if in_png else value.convert("RGB")).save(buffer, "PNG")
                 value = base64.b64encode(buffer.getvalue()).decode("ascii")
             elif isinstance(value, tuple):
                 value = list(value)
@@ -234,7 +243,8 @@ class _FromImage(TextToImage):
             what = type(self.image).__name__
             raise ValueError(f"image must be a PIL image (imaging.files.read_image reads files), got {what}")
         one_of("posterior", self.posterior, POSTERIORS)
-        if not 0 <= number("strength", self.strength) <= 1:
+        object.__setattr__(self, "strength", number("strength", self.strength))
+        if not 0 <= self.strength <= 1:
             raise ValueError(f"strength must be in [0, 1], got {self.strength}")
 
 
@@ -268,9 +278,11 @@ class Inpaint(_FromImage):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("content", self.content, CONTENTS)
-        number("blur", self.blur)
-        if self.margin is not None and whole("margin", self.margin) < 0:
-            raise ValueError(f"margin must be at least 0 pixels, got {self.margin}")
+        object.__setattr__(self, "blur", number("blur", self.blur))
+        if self.margin is not None:
+            object.__setattr__(self, "margin", whole("margin", self.margin))
+            if self.margin < 0:
+                raise ValueError(f"margin must be at least 0 pixels, got {self.margin}")
         if self.mask is not None and not isinstance(self.mask, Image.Image):
             what = type(self.mask).__name__
             raise ValueError(f"mask must be a PIL image (imaging.files.read_mask reads files), got {what}")
@@ -291,5 +303,5 @@ def from_dict(values: Mapping[str, Any]) -> TextToImage:
                 png = io.BytesIO(base64.b64decode(given[name], validate=True))
                 given[name] = Image.open(png, formats=["PNG"]).copy()
         return kind(**given)
-    except (TypeError, KeyError, AttributeError, OSError, SyntaxError) as error:
+    except (TypeError, KeyError, AttributeError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"not a request: {error!s:.200}") from None

@@ -155,7 +155,8 @@ class StableDiffusion:
     @unet.setter
     def unet(self, network: nn.Module) -> None:
         self._replace("unet", network)
-        self._fast_unet = None  # what was recorded or compiled is the previous one
+        # what was recorded or compiled is the previous one
+        self._fast_unet = Recorded(network) if self.device.type == "cuda" and isinstance(network, UNet) else None
 
     def _replace(self, name: str, network: nn.Module) -> None:
         """Use another network, or the same one in a wrapper: `model.unet = torch.compile(model.unet)`."""
@@ -163,7 +164,7 @@ class StableDiffusion:
             raise ValueError("with low memory the networks take turns, and cannot be replaced: load without it")
         plain = {key: getattr(net, "_orig_mod", net) for key, net in self._networks.items()}  # of torch.compile
         wrapped = getattr(network, "_orig_mod", network)
-        if wrapped is not plain[name]:
+        if wrapped is not plain[name] and name != "vae":  # adapters change the other two
             if self.loras or self.words:
                 raise ValueError("remove LoRAs and embeddings before a network is replaced: it does not have them")
             self._adapters = Adapters(self.config, self.tokenizer, plain | {name: wrapped}, self._keep)

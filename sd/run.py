@@ -141,7 +141,7 @@ class Run(Iterator[Step]):
 
     def begin(self, start: Start) -> Run:
         """Set the initial state; returns the run itself."""
-        self.start, self.x = start, start.x
+        self.start, self.x, self._taken = start, start.x, 0
         sampler = SAMPLERS[self.params.sampler]
         self._steps = sampler.run(start.denoise, start.x, self.levels, noise=self.noise, **self.params.options)
         return self
@@ -156,7 +156,7 @@ class Run(Iterator[Step]):
     def __next__(self) -> Step:
         with torch.no_grad():
             step = next(self._steps)
-        self.x = step.x
+        self.x, self._taken = step.x, self._taken + 1
         return step
 
     def preview(self, x0: Tensor) -> list[Image.Image]:
@@ -164,10 +164,12 @@ class Run(Iterator[Step]):
         return [self.start.finish(image) for image in self.model.decode(x0, self.notes.append)]
 
     def result(self) -> Result:
-        """Take the remaining steps, decode and finish."""
+        """Take the remaining steps, decode and finish. Raises RuntimeError if a step failed or was interrupted."""
         for _ in self:
             pass
-        return Result(self.preview(self.start.blend(self.x)), self.seeds, self.notes)
+        if self._taken < len(self):
+            raise RuntimeError(f"step {self._taken + 1} of {len(self)} failed: prepare the request again")
+        return Result(self.preview(self.start.blend(self.x)), self.seeds, list(dict.fromkeys(self.notes)))
 
 
 class Unchanged(Run):

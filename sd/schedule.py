@@ -154,8 +154,8 @@ class Schedule:
         n in 1..steps. `strength` in [0, 1] keeps the last int(n * strength) steps, for image to image; 0 leaves only
         the final level. Spacings:
 
-        leading      ..., 1 + steps/n, 1, then timestep 0, which is not quite clean: as in the original DDIM if n divides
-                     1000. If not, the original takes too many steps or reads past the end; here the strides stay even.
+        leading      ..., 1 + steps/n, 1, then timestep 0, which is not quite clean: as in the original DDIM if n
+                     divides 1000. If not, it takes too many steps or reads past the end; here strides stay even.
         trailing     steps - 1 downwards in even strides, to clean (Lin et al. 2024, "Common diffusion noise schedules")
         linspace     steps - 1 to 0 inclusive, with fractional timesteps (k-diffusion's get_sigmas), to clean
         karras       evenly spaced in ratio^(1/7) over the range of the schedule, to clean (Karras et al. 2022)

@@ -123,7 +123,7 @@ def test_info_does_not_read_the_weights(files):
     """Of 9 and 3 GB; test_inspect.py measures the whole program."""
     for name in ("v2-1_768-ema-pruned.ckpt", "v2-fp16.safetensors"):
         code = (
-            "import sys, time; from scripts import convert; start = time.process_time();"
+            "import sys, time, torch; from scripts import convert; start = time.process_time();"
             "assert convert.main([sys.argv[1], '--info']) == 0; print(time.process_time() - start)"
         )
         done = subprocess.run(

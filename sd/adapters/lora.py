@@ -90,7 +90,7 @@ class Merged:
             self._loras |= {lora.name: (lora, weight) for lora, weight in loras}
             try:
                 self._refresh(places)
-            except ValueError:
+            except BaseException:  # Ctrl-C as well
                 self.remove(*(lora.name for lora, _ in loras))
                 raise
             return
@@ -105,9 +105,14 @@ class Merged:
     def remove(self, *names: str) -> None:
         """Remove LoRAs; without any, the weights are bit for bit the original ones. KeyError for unknown names."""
         places = {place: None for name in names for place in self._loras[name][0].pairs}
+        before = dict(self._loras)
         for name in names:
             del self._loras[name]
-        self._refresh(places)
+        try:
+            self._refresh(places)
+        except BaseException:  # some weights may still have them: removing can be repeated
+            self._loras = before
+            raise
 
     def _weight(self, place: Place) -> nn.Parameter:
         network, key = place

@@ -1,6 +1,6 @@
 """Which model a file holds, by its metadata or by the shapes of its weights.
 
-Our own files and diffusers folders carry their config; other files are identified by the shapes of their weights. Shapes
+Our own files and diffusers folders carry their config; other files are identified by the shapes of their weights, which
 do not tell what the U-Net predicts: see prediction.py. Other models are refused by name.
 
 >>> from sd.checkpoints.checkpoint import load_checkpoint

@@ -205,9 +205,8 @@ def schedule_from_diffusers(raw: Mapping[str, Any]) -> ScheduleConfig:
 
 def to_diffusers_configs(config: Config, version: str = "0.30.0") -> dict[str, dict[str, Any]]:
     """Path in the folder -> contents, for every JSON file except the tokenizer's vocabulary."""
-    text, vae, unet, schedule = config.text[0], config.vae, config.unet, config.schedule
-    inpaints = config.sees_masks
-    pipeline = "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"
+    text, schedule = config.text[0], config.schedule
+    pipeline = "StableDiffusionInpaintPipeline" if config.sees_masks else "StableDiffusionPipeline"
     end = "!" if text.pad == 0 else "<|endoftext|>"
     special = {
         "bos_token": "<|startoftext|>",

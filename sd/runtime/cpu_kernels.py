@@ -174,6 +174,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
+        if x.dim() != 4 or not self.affine:
+            return super().forward(x)
         B, C, H, W = x.shape
         plain = torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != self.weight.dtype
         if plain or not for_inference(x) or not x.is_contiguous(memory_format=torch.channels_last):

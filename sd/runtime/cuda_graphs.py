@@ -111,9 +111,10 @@ class Recorded:
         self._recordings: dict[tuple, Recording] = {}  # by shapes and types, the most recent last
         self._weights: list[int] = []  # the addresses in the recordings
         self._failed = False
+        self._done: torch.cuda.Event | None = None  # the last replay, whose buffers another stream must not touch
 
     def __getstate__(self) -> dict[str, Any]:  # for copying: the weights of a copy have other addresses
-        return self.__dict__ | {"_recordings": {}, "_weights": []}
+        return self.__dict__ | {"_recordings": {}, "_weights": [], "_done": None}
 
     def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The output of the network."""
@@ -145,7 +146,13 @@ class Recorded:
                 warnings.warn(f"the U-Net cannot be recorded, so its steps take longer: {reason}", stacklevel=3)
                 return None
         self._recordings[key] = recording
-        return recording(inputs)
+        device = recording.out.device
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        if stream is not None and self._done is not None:  # the lock orders calls, not what the device does
+            stream.wait_event(self._done)
+        out = recording(inputs)
+        self._done = None if stream is None else stream.record_event()
+        return out
 
 
 def _look(network: nn.Module) -> tuple[bool, list[int]]:
@@ -185,4 +192,5 @@ class Compiled:
             return self._fast(x, t, conditioning)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(getattr(error, "inner_exception", error)).partition("\n")[0]
-            raise ValueError(f"the U-Net cannot be compiled here: {reason}; load it without compiling (no --compile)") from None
+            hint = "load it without compiling (no --compile)"
+            raise ValueError(f"the U-Net cannot be compiled here: {reason}; {hint}") from None

@@ -40,9 +40,10 @@ class Offload(Mapping[str, nn.Module]):
         """The networks are in CPU memory, or on the meta device if `read` is given, which loads the weights of one."""
         self._networks, self._device, self._read = networks, device, read
         self._here: str | None = None  # the network on the device
+        self._complete = True  # whether all of it is there: an error or an interrupt may have stopped the move
         self._kept: set[str] = set()  # networks that stay, as their file no longer has their weights
-        # of the network on the device: each tensor, its fingerprint on arrival, and the copy in CPU memory
-        self._copies: list[tuple[Tensor, Tensor, Tensor]] = []
+        # of the network on the device, by id: each tensor, its fingerprint on arrival, and the copy in CPU memory
+        self._copies: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._lock = threading.RLock()
 
     @contextmanager
@@ -62,14 +63,14 @@ class Offload(Mapping[str, nn.Module]):
             return self._get(name)
 
     def _get(self, name: str) -> nn.Module:
-        network = self._networks[name]
-        if name != self._here and name not in self._kept:
+        if name not in self._kept and (name != self._here or not self._complete):
+            self._complete = False
             if self._here is not None and self._here not in self._kept:
                 self._put_away(self._here)
-            self._here = None  # if loading fails, no network is on the device
+            self._here = name  # before it comes: a move that fails is undone by the next one
             self._bring(name)
-            self._here = name
-        return network
+            self._complete = True
+        return self._networks[name]
 
     def keep(self, *names: str) -> None:
         """Keep networks in memory from now on, because their weights are about to differ from the file.
@@ -80,7 +81,7 @@ class Offload(Mapping[str, nn.Module]):
             return
         with self._lock:
             for name in set(names) - self._kept:
-                if name != self._here:
+                if name != self._here or not self._complete:
                     self._bring(name)
                 self._kept.add(name)
 
@@ -89,24 +90,22 @@ class Offload(Mapping[str, nn.Module]):
         if self._read is not None:
             self._read(name, network)
             return
-        self._copies = []
         for tensor in _tensors(network):
             copy = tensor.data
             if self._device.type == "cuda" and not copy.is_pinned():  # once: later copies then run at full speed
                 copy = copy.pin_memory()
             tensor.data = self._to_device(copy)
-            self._copies.append((tensor, fingerprint(tensor.data), copy))
+            self._copies[id(tensor)] = tensor, fingerprint(tensor.data), copy
 
     def _put_away(self, name: str) -> None:
+        """Free the device's memory of a network. Can be repeated if it was interrupted."""
         network = self._networks[name]
         if self._read is not None:
             network.to("meta")
             give_back_memory()
             return
-        copies = {id(tensor): (before, copy) for tensor, before, copy in self._copies}
-        self._copies = []
         for tensor in _tensors(network):
-            before, copy = copies.get(id(tensor), (None, None))
+            _, before, copy = self._copies.pop(id(tensor), (None, None, None))
             if (
                 before is not None
                 and copy is not None
@@ -116,6 +115,7 @@ class Offload(Mapping[str, nn.Module]):
                 tensor.data = copy
             else:
                 tensor.data = self._from_device(tensor.data)
+        self._copies.clear()
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         """The tensor on the device, convolution kernels in channels-last."""
@@ -139,17 +139,18 @@ def _tensors(network: nn.Module) -> list[Tensor]:
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """(2,) integers on the tensor's device that change with its bits: their sum, and a sum weighted by row number.
+    """(3,) integers on the tensor's device that change with its bits: their sum, and sums weighted by row and column.
 
     The version counter of a tensor is not enough: changes through `.data`, as when a LoRA is merged, do not count.
 
-    >>> fingerprint(torch.tensor([1.0, 2.0])).equal(fingerprint(torch.tensor([2.0, 1.0])))
+    >>> fingerprint(torch.tensor([[1.0, 2.0]])).equal(fingerprint(torch.tensor([[2.0, 1.0]])))
     False
     """
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    rows = tensor.detach().reshape(len(tensor) if tensor.dim() else 1, -1).view(kind).sum(dim=1, dtype=torch.int64)
-    places = torch.arange(1, len(rows) + 1, device=rows.device)
-    return torch.stack([rows.sum(), (rows * places).sum()])
+    bits = tensor.detach().reshape(len(tensor) if tensor.dim() else 1, -1).view(kind)
+    rows, columns = (bits.sum(dim=dim, dtype=torch.int64) for dim in (1, 0))
+    weighted = [(sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum() for sums in (rows, columns)]
+    return torch.stack([rows.sum(), *weighted])
 
 
 def give_back_memory() -> None:

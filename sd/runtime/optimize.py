@@ -97,7 +97,7 @@ def _optimize_for_cpu(module: nn.Module) -> None:
     elif type(module) is layers.Attention:
         module.__class__ = cpu_kernels.Attention
     elif type(module) is layers.Upsample:
-        if type(module.conv) is nn.Conv2d and _pays(layers.Upsample, CHANNELS, module.conv.weight.dtype):
+        if _is_upsampling(module.conv) and _pays(layers.Upsample, CHANNELS, module.conv.weight.dtype):
             _pack(module)
     elif type(module) is nn.Linear or _is_by_pixel(module):
         weight = module.weight
@@ -111,6 +111,16 @@ def _optimize_for_cpu(module: nn.Module) -> None:
 def _is_usual(module: nn.Conv2d) -> bool:
     """Whether oneDNN's operator for packed kernels can do what a convolution does."""
     return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def _is_upsampling(conv: nn.Module) -> bool:
+    """Whether a convolution is the usual one in `Upsample`: 3x3, from as many channels to as many."""
+    return (
+        type(conv) is nn.Conv2d
+        and _is_usual(conv)
+        and (conv.kernel_size, conv.padding, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
+        and conv.in_channels == conv.out_channels
+    )
 
 
 def _is_by_pixel(module: nn.Module) -> bool:

@@ -173,11 +173,16 @@ class PackedLayer(nn.Module):
 
     def _unpack(self) -> None:
         """Restore the plain weight, and drop the packed one."""
-        packed = self.__dict__.pop("_packed", None)
+        packed = self.__dict__.get("_packed")
         if packed is not None:
             # Whatever mode the caller is in, weights are ordinary tensors; functorch cannot look into oneDNN's.
             with torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
                 self.__dict__["_parameters"]["weight"] = nn.Parameter(packed.restored(), requires_grad=False)
+            del self.__dict__["_packed"]  # last: an error on the way loses nothing
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with _packing:  # else another thread might pack the weight meanwhile
+            super()._save_to_state_dict(*args, **kwargs)
 
     def packed(self, x: Tensor) -> Packed | None:
         """The weight packed for inputs like x; None where the plain layer has to be used for it."""
@@ -224,14 +229,18 @@ class PackedLayer(nn.Module):
                 or weight.__dict__
                 or weight._backward_hooks
                 or torch.is_inference(weight)
+                or weight.is_shared()  # other processes may change it
             ):
                 return None
             data, reference = weight.data, weakref.ref(weight)
-            parameters["weight"] = None
-            del weight
-            held = reference()
-            if held is not None or _shared(data):
-                parameters["weight"] = nn.Parameter(data, requires_grad=False) if held is None else held
-                return None
-            packed = self.__dict__["_packed"] = self.pack(data, size)
+            try:
+                parameters["weight"] = None
+                del weight
+                if reference() is None and not _shared(data):
+                    self.__dict__["_packed"] = self.pack(data, size)
+            finally:  # somebody holds the weight, or an error or an interrupt: all as before
+                packed = self.__dict__.get("_packed")
+                if packed is None:
+                    held = reference()
+                    parameters["weight"] = nn.Parameter(data, requires_grad=False) if held is None else held
             return packed

@@ -140,8 +140,11 @@ def sampler(name: str) -> Sampler:
 
 
 def sampler_key(entry: Sampler) -> str:
-    """The key of a sampler in `SAMPLERS`, whatever its grid."""
-    return next(key for key, known in SAMPLERS.items() if known.label == entry.label)
+    """The key of a sampler in `SAMPLERS`, whatever its grid. Raises ValueError if it is not there."""
+    for key, known in SAMPLERS.items():
+        if known.label == entry.label:
+            return key
+    raise ValueError(f"{entry.label} is not in SAMPLERS: add it there, or call `StableDiffusion.sample` with it")
 
 
 def grid_in(name: str | Sampler) -> str | None:

@@ -7,9 +7,9 @@ generator of steps: the caller drives it, shows progress, looks at a step or sto
 All of them use x_t = alpha x0 + sigma eps with alpha² + sigma² = 1 (schedule.py). In the equations, a is the level at
 the start of a step and b the next, less noisy one; eps = (x - alpha_a x0) / sigma_a.
 
-DDIM (equation 13) and later papers also use y = x / alpha = x0 + r eps, with r = sigma / alpha (`Level.ratio`; "sigma"
-in Karras et al. 2022 and in k-diffusion) and lambda = -ln r. Sampling is then the solution of dy/dr = eps, and `move` is the exact
-solution for a constant x0. So most samplers differ only in the x0 that they move with.
+DDIM (equation 13) and later papers also use y = x / alpha = x0 + r eps, with r = sigma / alpha (`Level.ratio`; it is
+"sigma" in Karras et al. 2022 and in k-diffusion) and lambda = -ln r. Sampling is then the solution of dy/dr = eps, and
+`move` is the exact solution for a constant x0. So most samplers differ only in the x0 that they move with.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ The table writes every byte as a visible character: a printable one as itself, t
     text -> clean -> words -> bytes -> merges -> ids -> start, ids, end, padding: (B, 77)
 
 start, end   the two special ids; CLIP's summary of a text (the pooled output) is its output at the first end
-pad          49407 in SD 1 (as in Hugging Face's CLIP) and 0 in SD 2 (as in OpenAI's own and OpenCLIP): the model was trained with it
+pad          49407 in SD 1 (as in Hugging Face's CLIP) and 0 in SD 2 (as in OpenAI's own and OpenCLIP), as in training
 word         a match of the pattern below: letters, one digit, a run of punctuation, 's 't 're 've 'm 'll 'd
 
 >>> tokenizer = Tokenizer()
@@ -82,7 +82,7 @@ Note = Callable[[str], object]  # receives one line for each thing that was cut,
 
 
 def warn(message: str) -> None:
-    """The default `Note`: a UserWarning at the line that called the pipeline or the tokenizer."""
+    """The default `Note`: a UserWarning."""
     warnings.warn(message, stacklevel=4)
 
 
