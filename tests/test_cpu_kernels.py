@@ -454,3 +454,58 @@ def test_kernels_of_one_pixel_are_good_for_every_size(dtype, layout):
     assert laid_out(layer) == (dtype in packing.onednn_dtypes())
     assert layer.state_dict()["weight"].equal(kernel)
     assert restore(layer).weight.equal(kernel) and layer.weight.shape == (40, 24, 1, 1)
+
+
+# ------------------------------------------------------------------------------------- errors on the way
+
+
+@pytest.mark.parametrize("raised", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("name", ["linear", "3x3", "upsampling"])
+def test_an_error_while_packing_loses_no_weight(name, raised, monkeypatch):
+    layer, _, x, _ = made(name)
+    before = copy.deepcopy(layer.state_dict())
+
+    def failing(*_):
+        raise raised
+
+    packed_layer = inner(layer)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(packed_layer), "pack", failing)
+        with pytest.raises(raised):
+            layer(x)
+    after = layer.state_dict()
+    assert list(after) == list(before) and all(after[key].equal(before[key]) for key in before)
+    del after  # which holds the weight
+    layer(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(packing.Packed, "restored", failing)
+        with pytest.raises(raised):
+            _ = packed_layer.weight
+    assert packed_layer.weight.equal(before["conv.weight" if layer is not packed_layer else "weight"])
+
+
+def test_weights_that_other_processes_share_stay_plain():
+    layer, _, x, _ = made("linear")
+    layer.share_memory()
+    layer(x)
+    assert "_packed" not in layer.__dict__
+    layer.weight.zero_()
+    assert layer(x).equal(layer.bias.expand(2, 7, -1))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(2, 32), (2, 32, 9), (2, 32, 3, 4, 5)])
+def test_group_norm_of_other_shapes(shape, affine):
+    layer, x = nn.GroupNorm(8, 32, affine=affine).requires_grad_(False), torch.randn(shape)
+    expected = layer(x)
+    with torch.no_grad():
+        assert optimize(layer)(x).equal(expected)
+
+
+def test_upsampling_by_another_kernel():
+    layer = Upsample(32).requires_grad_(False)
+    layer.conv = nn.Conv2d(32, 16, 5, padding=2).requires_grad_(False)
+    x = torch.randn(1, 32, 6, 6)
+    expected = layer(x)
+    with torch.no_grad():
+        assert error(optimize(layer)(x), expected) < 1e-5

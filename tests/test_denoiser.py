@@ -117,3 +117,16 @@ def test_the_conditioning_is_put_together_once():
     for t in (5, 10):
         denoise(X, Schedule().level(t))
     assert seen[0] is seen[1]
+
+
+def test_one_context_serves_images_with_channels_of_their_own():
+    """Inpainting: one prompt, and for each image its own masked latent."""
+    seen = []
+
+    def network(x, t, conditioning):
+        seen.append(conditioning)
+        return x
+
+    cond = Conditioning(torch.ones(1, 7, 4), concat=torch.randn(3, 5, 2, 2))
+    Denoiser(network, Schedule(), cond, cond, 2.0)(torch.randn(3, 4, 2, 2), Schedule().level(500))
+    assert seen[0].context.shape == (6, 7, 4) and seen[0].concat.equal(cond.concat.repeat(2, 1, 1, 1))

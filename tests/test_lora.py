@@ -606,3 +606,29 @@ def test_diffusers_merges_the_same(scheme, tiny, model, tmp_path):
 def test_sum_keeps_the_layout():
     weight = torch.randn(8, 4, 3, 3).contiguous(memory_format=torch.channels_last)
     assert _sum(weight, [], ("unet", "x")).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_interrupted_merge_changes_nothing(model, tmp_path, monkeypatch):
+    """At any weight, in adding and in removing; after it, both can be repeated."""
+    from sd.adapters import lora as merging
+
+    before = {place: weight.clone() for place, weight in weights(model).items()}
+    path = saved(tmp_path, lora_file(next(iter(SCHEMES)))[0])
+    calls = 0
+
+    def interrupted(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return _sum(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "_sum", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.add_lora(path)
+    assert not model.loras and all(torch.equal(weight, before[place]) for place, weight in weights(model).items())
+    model.add_lora(path)
+    assert list(model.loras) == ["style"]
+    model.remove_lora()
+    assert all(torch.equal(weight, before[place]) for place, weight in weights(model).items())

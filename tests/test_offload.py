@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from test_lora import SCHEMES, lora_file, saved
 
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.pipeline import StableDiffusion
-from sd.runtime.offload import Offload
+from sd.runtime.offload import Offload, fingerprint
 
 SETTINGS = {"height": 64, "width": 64, "steps": 2, "seed": 3}
 NAMES = ("text_encoder", "vae", "unet")
@@ -233,6 +234,64 @@ def test_on_a_gpu_only_what_was_changed_is_copied_back():
         _ = offload["vae"]
         assert offload.back == i * 6  # not the bias
         assert torch.equal(offload["unet"].weight, 2**i * weight)
+
+
+@pytest.mark.parametrize("read", [True, False], ids=["read again", "moved"])
+@pytest.mark.parametrize("when", range(4))
+def test_a_move_that_is_interrupted_is_undone(read, when):
+    """At each tensor, in both directions: the next request gives a whole network, with the same weights."""
+
+    class Device(Offload):
+        """Whose "device" is float64, so that it can be told from the CPU's memory."""
+
+        left = when
+
+        def _to_device(self, tensor):
+            self.count()
+            return tensor.double()
+
+        def _from_device(self, tensor):
+            self.count()
+            return tensor.float()
+
+        def count(self):
+            self.left -= 1
+            if self.left == -1:
+                raise KeyboardInterrupt
+
+    device = torch.device("cpu")
+    networks = {name: torch.nn.Linear(3, 3).requires_grad_(False) for name in ("unet", "vae")}
+    before = {name: copy.deepcopy(network.state_dict()) for name, network in networks.items()}
+    if read:
+
+        def fill(name, network):
+            for key in before[name]:
+                offload.count()
+                layer = torch.nn.Parameter(before[name][key].double(), requires_grad=False)
+                network.register_parameter(key, layer)
+
+        networks = {name: network.to("meta") for name, network in networks.items()}
+        offload = Device(networks, device, fill)
+    else:
+        offload = Device(networks, device)
+    for name in ("unet", "vae", "unet", "vae", "unet"):
+        with suppress(KeyboardInterrupt):
+            offload[name]
+        for _ in range(2):
+            state = offload[name].state_dict()
+            assert all(
+                state[key].dtype == torch.float64 and state[key].equal(x.double()) for key, x in before[name].items()
+            )
+        other = networks["vae" if name == "unet" else "unet"]
+        assert all(x.is_meta if read else x.dtype == torch.float32 for x in other.parameters())
+    assert offload.left < -1
+
+
+def test_changes_of_order_are_seen():
+    """A kernel that is mirrored in place keeps its sums by row."""
+    kernel = torch.randn(4, 4, 3, 3)
+    for dims in ((-1,), (-2,), (0,), (1,), (-1, -2)):
+        assert not fingerprint(kernel).equal(fingerprint(kernel.flip(dims)))
 
 
 def test_a_network_in_use_is_not_moved_away():

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_lora import saved
+from test_lora import SCHEMES, lora_file, saved
 
+from sd.config import SD1
 from sd.params import ImageToImage, Inpaint, SamplingParams, TextToImage, from_dict
 from sd.pipeline import StableDiffusion
+from sd.samplers import SAMPLERS
 
 PHOTO = Image.effect_noise((64, 64), 60).convert("RGB")
 MASK = Image.new("L", (64, 64))
@@ -145,3 +149,56 @@ def test_the_default_sampler_is_the_models():
 
     chosen = SamplingParams().resolved(SD1)
     assert (chosen.sampler, chosen.steps, chosen.spacing, chosen.guidance) == ("dpmpp_2m", 25, "karras", 7.5)
+
+
+def test_a_run_whose_step_failed_has_no_result(monkeypatch):
+    """Its latents are half noise: an image of them would look like a result."""
+    model = StableDiffusion.load()
+    run = model.prepare(TextToImage("a house", params(steps=4)))
+    next(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.unet), "forward", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            next(run)
+    with pytest.raises(RuntimeError, match=r"^step 2 of 4 failed: prepare the request again$"):
+        run.result()
+
+
+def test_requests_of_any_numbers_and_images_become_json():
+    image = Image.new("CMYK", (16, 16))
+    request = ImageToImage("a", image=image, strength=np.float32(0.5), params=SamplingParams(guidance=np.float64(2)))
+    again = from_dict(json.loads(json.dumps(request.to_dict())))
+    assert again.strength == 0.5 and again.image.mode == "RGB" and again.params == request.params
+    assert hash(request.params) == hash(again.params)
+    mask = Inpaint("a", image=image, blur=np.float32(1.5), margin=np.int64(3))
+    assert json.loads(json.dumps(mask.to_dict()))["blur"] == 1.5
+
+
+@pytest.mark.parametrize("settings", [{"guidance": 10**400}, {"sampler": 5}])
+def test_settings_of_no_use_are_one_line(settings):
+    with pytest.raises(ValueError, match=r"^(guidance|sampler) must be a "):
+        SamplingParams(**settings)
+
+
+@pytest.mark.parametrize("name, value", [("params", SamplingParams()), ("options", {"eta": 0.5})])
+def test_the_short_way_takes_settings_one_by_one(name, value):
+    with pytest.raises(TypeError, match=f"^txt2img has no setting '{name}'"):
+        TextToImage.of("a", **{name: value})
+
+
+def test_a_grid_in_the_samplers_name_of_a_config_counts():
+    config = replace(SD1, sampler="Euler Karras")
+    assert SamplingParams().resolved(config).spacing == "karras"
+    assert SamplingParams(spacing="trailing").resolved(config).spacing == "trailing"
+    assert SamplingParams(options={"eta": 1.0}).resolved(config).spacing == SAMPLERS["ddim"].spacing
+
+
+def test_another_vae_beside_a_lora(tmp_path, tiny_sd):
+    """The VAE has nothing of a LoRA; of the other networks, each names what is in the way."""
+    model = copy.deepcopy(tiny_sd)
+    model.add_lora(saved(tmp_path, lora_file(next(iter(SCHEMES)))[0]))
+    model.vae = copy.deepcopy(model.vae)
+    with pytest.raises(ValueError, match=r"^remove LoRAs and embeddings before"):
+        model.unet = copy.deepcopy(model.unet)
+    model.remove_lora()
+    model.unet = copy.deepcopy(model.unet)
