@@ -61,7 +61,7 @@ class TextConfig:
     names: str = "clip"  # of its weights in original checkpoints: "clip" (transformers' names) or "openclip"
     hidden_layer: int = -1  # layer whose output is `hidden`, counted from the last one: -1, -2, ...
     hidden_norm: bool = True  # whether `hidden` passes through the final normalisation
-    pooled: bool = False  # whether the normalised output at the end token is given, too
+    pooled: bool = False  # whether the normalised output at the end token is also returned
     projection: int | None = None  # width P of the linear layer that the pooled output passes through; None: no layer
 
     def __post_init__(self) -> None:
@@ -126,7 +126,7 @@ class UNetConfig:
     blocks: int = 2  # residual blocks per level on the way down; one more on the way up
     context: int = 768  # width D of the text context
     vector: int | None = None  # width V of a vector added to the timestep embedding; None: no such vector
-    linear_projections: bool = False  # around transformers, files have linear layers; else 1x1 convolutions
+    linear_projections: bool = False  # whether files have linear layers around transformers, not 1x1 convolutions
 
     def __post_init__(self) -> None:
         _check_sizes(self, "in_channels", "out_channels", "channels", "heads", "blocks", "context", "middle_depth")
@@ -283,8 +283,8 @@ def _part(kind: Callable[..., Any], raw: Mapping[str, Any]) -> Any:
 def _upgraded(raw: dict[str, Any]) -> dict[str, Any]:
     """A config as JSON, in the entries of this version.
 
-    Version 0.1 had one text encoder, no sampler, and a flag for each level that has attention. From the encoder's
-    activation followed how files name its weights and whether they have linear projections.
+    Version 0.1 had one text encoder, no sampler, and a flag for each level that has attention. The encoder's
+    activation determined how files name its weights and whether they have linear projections.
     """
     text, unet = raw.get("text"), raw.get("unet", {})
     if isinstance(text, dict):

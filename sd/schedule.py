@@ -71,7 +71,7 @@ class Levels(list[Level]):
         return self.schedule.level_of_ratio(math.sqrt(high * low))
 
 
-CLEAN = Level(t=-1.0, alpha=1.0, sigma=0.0)  # one step before timestep 0, as alphas_cumprod_prev of the original has it
+CLEAN = Level(t=-1.0, alpha=1.0, sigma=0.0)  # one step before timestep 0, as in the original's alphas_cumprod_prev
 
 SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential")
 # Samplers divide by alpha, so a schedule that ends in pure noise is clamped here, at sigma / alpha = 4519, as in other

@@ -375,7 +375,7 @@ def test_a_version_in_a_name_is_no_ending(tmp_path):
 
 
 def test_folders_without_a_model(tmp_path):
-    assert "a folder that is no diffusers model (no model_index.json" in refusal(tmp_path)
+    assert "a folder that is not a diffusers model (no model_index.json" in refusal(tmp_path)
     (tmp_path / "b.ckpt").touch()
     (tmp_path / "a.safetensors").touch()
     assert "give the checkpoint file inside of it (a.safetensors, b.ckpt)" in refusal(tmp_path)

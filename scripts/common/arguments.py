@@ -35,7 +35,7 @@ def add_prompt_arguments(parser: Parser, *files: str) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="what to generate; may be empty")
     parser.add_argument("--negative", "--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
     parser.add_argument(
-        "--from-file", type=Path, metavar="FILE", help='one prompt a line, UTF-8; "-" reads standard input'
+        "--from-file", type=Path, metavar="FILE", help='one prompt per line, UTF-8; "-" reads standard input'
     )
 
 
@@ -83,7 +83,7 @@ def add_fit_argument(group: argparse._ArgumentGroup) -> None:
     """--fit."""
     group.add_argument(
         "--fit", choices=FITS, default=FITS[0],
-        help="how to reach the size generated at: crop the image, or repeat its edge pixels (default: %(default)s)",
+        help="how to reach the generated size: crop the image, or repeat its edge pixels (default: %(default)s)",
     )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def add_model_arguments(parser: Parser) -> None:
         "--prediction", choices=("eps", "v"), help="what the U-Net predicts: noise or velocity (default: detected)"
     )
     group.add_argument("--vae", type=Path, metavar="FILE", help="load the VAE from this file or folder")
-    group.add_argument("--text-encoder", type=Path, metavar="FILE", help="load the text encoder from this one")
+    group.add_argument("--text-encoder", type=Path, metavar="FILE", help="text encoder from this file or folder")
     group.add_argument("--variant", metavar="NAME", help="variant of a diffusers folder: fp16, ...")
     group.add_argument("--device", help="cuda, cpu, mps (default: the best available)")
     group.add_argument(
@@ -130,7 +130,7 @@ def add_model_arguments(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--low-memory", action="store_true",
-        help="text encoder, U-Net and VAE take turns in the memory of the device: the same images, a little slower",
+        help="keep only one of text encoder, U-Net and VAE in device memory: the same images, a little slower",
     )  # fmt: skip
     group.add_argument(
         "--compile",
@@ -144,7 +144,7 @@ def add_sampling_arguments(parser: Parser, size: str = "the model's own") -> Non
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--sampler", metavar="NAME",
-        help=f"{', '.join(SAMPLERS)}; names in other tools work, too, with a grid at their end (default: by model: "
+        help=f"{', '.join(SAMPLERS)}; other tools' names work too, optionally ending in a grid (default: by model: "
         f"{sd.SD1.sampler} for Stable Diffusion, {sd.MODELS['pocket'].sampler} for the embedded model)",
     )  # fmt: skip
     for name in ("plms", "dpm_solver"):  # switches of the original's scripts
@@ -156,7 +156,7 @@ def add_sampling_arguments(parser: Parser, size: str = "the model's own") -> Non
         help="how strongly to follow the prompt; 1 is no guidance, and twice as fast (default: by model: 7.5 "
         f"for Stable Diffusion, {sd.MODELS['pocket'].guidance:g} for the embedded model)",
     )  # fmt: skip
-    group.add_argument("--spacing", choices=SPACINGS, help="grid of the noise levels (default: by sampler)")
+    group.add_argument("--spacing", choices=SPACINGS, help="timestep spacing (default: the sampler's own)")
     for name, option in OPTIONS.items():
         having = [key for key, entry in SAMPLERS.items() if name in entry.options]
         group.add_argument(

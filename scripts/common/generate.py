@@ -80,7 +80,7 @@ def load(args: argparse.Namespace) -> sd.StableDiffusion:
 
 
 class StepRecorder:
-    """Takes the steps of a run with a progress bar, and keeps the x0 predicted in each, for previews."""
+    """Runs the steps with a progress bar, and keeps the x0 predicted in each, for previews."""
 
     def __init__(self, label: str, run: Run, keep: bool) -> None:
         self._label, self._run, self._keep = label, run, keep
@@ -193,7 +193,7 @@ def generate(
 
 
 def warn_of_unknown_words(model: sd.StableDiffusion, args: argparse.Namespace, prompt: str) -> None:
-    """Warn if tokens of a prompt have no vector: those of words that training never met were set to zero."""
+    """Warn if tokens of a prompt have no vector: those of words that never occurred in training were set to zero."""
     found = chunks(model.tokenizer, prompt, args.weighted_prompts, args.long_prompts)
     ids = torch.tensor([i for chunk in found for i in chunk.ids], device=model.device, dtype=torch.long)
     missing = model.text_encoder.token(ids).abs().sum(dim=-1) == 0

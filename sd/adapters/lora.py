@@ -47,7 +47,7 @@ class Pair(NamedTuple):
         else:
             delta = up @ down  # (out, in) or (out, in h w)
         out, width, *kernel = weight.shape
-        if kernel and delta.numel() < weight.numel():  # made for a U-Net of 4 input channels, of which this one has 9
+        if kernel and delta.numel() < weight.numel():  # made for a U-Net with 4 input channels; this one has 9
             delta = delta.view(out, -1, *kernel)
             delta = F.pad(delta, (0, 0) * len(kernel) + (0, width - delta.shape[1]))
         return delta.view(weight.shape)
@@ -82,7 +82,7 @@ class Merged:
         """
         for i, (lora, weight) in enumerate(loras):
             if lora.name in self._loras or any(lora.name == other.name for other, _ in loras[:i]):
-                raise ValueError(f"a LoRA of the name {lora.name!r} is merged already: remove it, or rename the file")
+                raise ValueError(f"a LoRA named {lora.name!r} is merged already: remove it, or rename the file")
             if not math.isfinite(weight):
                 raise ValueError(f"the weight of {lora.name} must be a finite number, got {weight}")
         places = {place: None for lora, _ in loras for place in lora.pairs}
@@ -96,7 +96,7 @@ class Merged:
             return
         for place in places:
             if place in self._before:
-                self._before[place] = _sum(self._before[place], loras, place)  # under those that can be removed
+                self._before[place] = _sum(self._before[place], loras, place)  # beneath the removable LoRAs
                 self._refresh({place: None})
             else:
                 parameter = self._weight(place)
@@ -138,7 +138,7 @@ def _sum(before: Tensor, loras: Sequence[tuple[Lora, float]], place: Place) -> T
         if place in lora.pairs:
             total += lora.pairs[place].delta(before, weight)
     merged = total.to(before.dtype)
-    if not math.isfinite(merged.sum(dtype=torch.float32)):  # a single non-finite number makes the sum so
+    if not math.isfinite(merged.sum(dtype=torch.float32)):  # a single non-finite number makes the sum non-finite
         raise ValueError(
             f"merged, {'.'.join(place)} has numbers beyond {before.dtype}: use a smaller weight or bfloat16"
         )

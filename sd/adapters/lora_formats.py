@@ -86,7 +86,7 @@ def read_lora(path: str | os.PathLike[str], config: Config, networks: Mapping[st
 
 
 def lora_name(path: Path) -> str:
-    """The file's name without its ending, or its folder's name if the tool calls every file the same."""
+    """The file's name without its ending, or its folder's name if the tool gives every file the same name."""
     name = model_name(path)
     return path.resolve().parent.name if name in SAME_NAMES else name
 
@@ -196,7 +196,7 @@ def _refuse(file: Checkpoint, unknown: list[str], some_known: bool) -> None:
     """Raise CheckpointError that names the kind of file, if recognised, or its unknown keys."""
     for pattern, model in OTHER_MODELS:
         if any(re.match(pattern, key) for key in unknown):
-            raise CheckpointError(f"a LoRA for {model}, which is not supported: Stable Diffusion 1.x and 2.x are")
+            raise CheckpointError(f"a LoRA for {model}, which is not supported (only Stable Diffusion 1.x and 2.x)")
     for pattern, kind in OTHER_KINDS:
         found = [key for key in unknown if re.search(pattern, key)]
         if found:

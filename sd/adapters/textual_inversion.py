@@ -45,7 +45,7 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
     path = Path(path)
     with load_checkpoint(path) as file, naming(path):
         if {"clip_g", "clip_l"} <= set(file):
-            raise CheckpointError("an embedding for SDXL, which is not supported: Stable Diffusion 1.x and 2.x are")
+            raise CheckpointError("an embedding for SDXL, which is not supported (only Stable Diffusion 1.x and 2.x)")
         shapes = {key: file.shape(key) for key in file}
         bad = [key for key, shape in shapes.items() if len(shape) not in (1, 2) or 0 in shape]
         if bad or len(shapes) > MAX_WORDS or any("lora" in key for key in shapes):

@@ -1,15 +1,15 @@
-"""Files -> named tensors: the weight files that people have, read as data. What a tensor is for is decided elsewhere.
+"""Files -> named tensors: weight files in common formats, read as data. The purpose of a tensor is decided elsewhere.
 
-Three formats hold Stable Diffusion weights. Their first bytes tell them apart, not the file's name.
+Three formats hold Stable Diffusion weights. They are told apart by their first bytes, not by the file's name.
 
     zip pickle, legacy pickle   .ckpt, .pt, .bin, written by `torch.save`; read by torch_files.py, without running them
     safetensors                 8 bytes: length N of the header; N bytes of JSON {key: {dtype, shape, data_offsets}};
                                 the numbers. https://github.com/huggingface/safetensors#format
 
-A model may also be several of these: a diffusers folder, or a sharded file (folders.py).
+A model may also consist of several such files: a diffusers folder, or a sharded file (folders.py).
 
 Each format yields a table `{key: View}`, with which `Checkpoint` reads a single tensor from its place in the file, on
-demand and into memory of its own. Only on request is a file mapped into memory (mmap.py has the reasons).
+demand and into separate memory. A file is mapped into memory only on request (mmap.py has the reasons).
 
 >>> from sd.resources import resource
 >>> with load_checkpoint(resource("weights/pocket.safetensors")) as file:
@@ -155,17 +155,17 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     """The tensors of one file, or of the several files of a model, by name. Made by `load_checkpoint`.
 
     Opening reads names and shapes only. `checkpoint[key]` reads that tensor, each time anew, into contiguous CPU memory
-    that belongs to the caller, or lends it the file's own pages (`mapped` of `load_checkpoint`); any thread may. Close
+    that belongs to the caller, or lends it the file's own pages (`mapped` of `load_checkpoint`); thread-safe. Close
     it when done, or use it in a `with` statement.
 
     path      the file or folder
     kind      "zip pickle", "legacy pickle" or "safetensors"; of several files "diffusers folder" or "index"
     places    where each tensor lies: file and `View`
     files     the opened files
-    metadata  what the files say about themselves, text from a stranger: `__metadata__` of safetensors; of pickles the
-              plain values beside the tensors ("epoch", "global_step", ...)
-    configs   of a folder, its JSON files by what they are about ("unet", "scheduler", ...)
-    notes     what was chosen in reading
+    metadata  what the files say about themselves, untrusted text: `__metadata__` of safetensors; in pickles, the
+              plain values besides the tensors ("epoch", "global_step", ...)
+    configs   the JSON files of a folder, by topic ("unet", "scheduler", ...)
+    notes     choices made while reading
     """
 
     def __init__(self, path: Path, kind: str, places: dict[str, tuple[OpenFile, View]], files: list[OpenFile]) -> None:
@@ -235,8 +235,8 @@ def _state(stream: BinaryIO) -> tuple[int, int]:
 def load_checkpoint(path: str | os.PathLike, variant: str | None = None, *, mapped: bool = False) -> Checkpoint:
     """Open a .ckpt, .pt, .bin or .safetensors file, an index of several, or a diffusers folder; no tensor is read yet.
 
-    variant   of a folder: "fp16", "bf16", ..., the files of this name where there are any
-    mapped    large tensors get memory pages of their own; of safetensors those of the file, which must then not be
+    variant   for a folder: "fp16", "bf16", ...: the files of this variant where there are any
+    mapped    large tensors get separate memory pages; for safetensors, pages of the file, which must then not be
               overwritten in place while they are in use (see mmap.py)
 
     Raises CheckpointError, one line that names the file, for anything that is not a usable checkpoint: missing, broken,

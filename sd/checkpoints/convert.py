@@ -135,7 +135,7 @@ def choose_weights(tensors: Mapping[str, Tensor], weights: str = "auto") -> str:
     if weights == "ema" and AVERAGE not in layouts:
         raise CheckpointError("no moving average (EMA) of the U-Net in this file: use weights auto or raw (--weights)")
     if weights == "raw" and "unet" not in layouts and AVERAGE in layouts:
-        raise CheckpointError("of the U-Net only the moving average (EMA) is in this file: use weights auto or ema")
+        raise CheckpointError("only the moving average (EMA) of the U-Net is in this file: use weights auto or ema")
     if AVERAGE not in layouts or weights == "raw":
         return "unet"
     folder = getattr(tensors, "kind", None) == "diffusers folder"  # of which diffusers takes the average

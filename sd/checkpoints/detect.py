@@ -117,7 +117,7 @@ def _as_given(tensors: Mapping[str, Tensor], config: Config) -> Identity:
             config = replace(config, schedule=replace(config.schedule, **table))
             reason += f"; {why}" if why else ""
         except CheckpointError:
-            reason += "; the file's noise schedule is damaged and left out"
+            reason += "; the file's noise schedule is damaged and ignored"
         except ValueError as error:
             raise CheckpointError(str(error)) from None
     return Identity(config, reason=reason)

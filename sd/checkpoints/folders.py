@@ -144,8 +144,8 @@ def _no_model(folder: Path) -> str:
     files = sorted(file.name for pattern in ("*.safetensors", "*.ckpt") for file in folder.glob(pattern))
     if files:
         some = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
-        return f"a folder that is no diffusers model; give the checkpoint file inside of it ({some})"
-    return "a folder that is no diffusers model (no model_index.json, no unet/); give a checkpoint file"
+        return f"a folder that is not a diffusers model; give the checkpoint file inside it ({some})"
+    return "a folder that is not a diffusers model (no model_index.json, no unet/); give a checkpoint file"
 
 
 def _variants(folder: Path, stems: Sequence[str]) -> dict[str | None, Path]:

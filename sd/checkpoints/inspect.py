@@ -1,8 +1,8 @@
 """What a file holds, without reading its weights: model, prediction, precision, missing and unknown weights.
 
 Names, shapes and types are at the beginning of a file (in a zip, at its end), so 8 GB take no longer than 8 MB. The
-SHA-256 needs the whole file and is computed for small ones (`SMALL`) or on request. Whether an SD 2.x U-Net predicts
-eps or v, where nothing says so, only running it can tell.
+SHA-256 needs the whole file and is computed for small ones (`SMALL`) or on request. If nothing says whether an SD 2.x
+U-Net predicts eps or v, only running it can tell.
 
 >>> from sd.checkpoints.checkpoint import load_checkpoint
 >>> from sd.resources import resource
@@ -91,7 +91,7 @@ def inspect(tensors: Checkpoint, config: Config | None = None, *, sha256: bool |
         config, out.supported = identity.config, True
         out.model = f"{config.name}, {config.size}x{config.size}"
         said = f"{config.schedule.prediction}: {identity.reason or 'its own config says so'}"
-        open_question = "eps or v: nothing says; its U-Net is run once to see when it is loaded (--prediction says it)"
+        open_question = "eps or v: nothing says which; the U-Net is run once at loading to tell (--prediction sets it)"
         out.prediction = said if identity.decided else open_question
         inpaints = config.sees_masks
         out.channels = f"{config.unet.in_channels} ({'inpainting' if inpaints else 'text to image'})"
@@ -105,7 +105,7 @@ def inspect(tensors: Checkpoint, config: Config | None = None, *, sha256: bool |
     _count(out, tensors, config, layouts)
     if damaged := damaged_position_ids(tensors):
         out.notes.append(
-            f"{damaged} is damaged, as merging does: not used here, but other programs may misread prompts"
+            f"{damaged} is damaged, as happens in merging: not used here, but other programs may misread prompts"
         )
     return _hashed(out, files, sha256)
 

@@ -67,10 +67,10 @@ def probed(found: Identity, unet: nn.Module) -> Identity:
     """The identity with the prediction that the U-Net itself shows when it is run once."""
     answer = probe(unet, found.config, next(unet.parameters()))
     if answer is None:
-        return replace(found, reason=f"{found.reason}, and run once it gave NaN; --prediction says it")
+        return replace(found, reason=f"{found.reason}, and when run once, it gave NaN; set it with --prediction")
     config = predicting(found.config, answer)
     return Identity(
-        config, reason=f"{found.reason}; run once, its U-Net answers as such models do (--prediction overrides)"
+        config, reason=f"{found.reason}; run once, its U-Net behaves like such a model (--prediction overrides)"
     )
 
 
@@ -81,7 +81,7 @@ def describe(tensors: Checkpoint, found: Identity, weights: str, config: Config)
         lines.append(taken)
     if damaged := damaged_position_ids(tensors):
         lines.append(
-            f"{damaged} is damaged, as merging does; it is not used here, but other programs may misread prompts"
+            f"{damaged} is damaged, as happens in merging; it is not used here, but other programs may misread prompts"
         )
     scale, usual = config.vae.scale, found.config.vae.scale
     if scale != usual:

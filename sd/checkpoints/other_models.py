@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from .checkpoint import CheckpointError
 
 # Regular expressions that match a key -> what the file is; the first match counts.
-NOT_SUPPORTED = "which is not supported: Stable Diffusion 1.x and 2.x are"
+NOT_SUPPORTED = "which is not supported (only Stable Diffusion 1.x and 2.x)"
 ADDITION = "an addition to a checkpoint, not a checkpoint"
 EMBEDDING = f"this is a textual inversion embedding, {ADDITION}: give it with --embedding"
 SDXL = r"^conditioner\.embedders\.1\.|add_embedding\.linear_1"

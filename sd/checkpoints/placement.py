@@ -1,4 +1,4 @@
-"""The networks of a checkpoint on their device: read once, or again each time that it is their turn (low memory)."""
+"""The networks of a checkpoint on their device: read once, or again each time that they are needed (low memory)."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def place(
 ) -> Placed:
     """Build the networks of a source and read their weights.
 
-    low_memory   the networks take turns on the device. On CPU and MPS nothing is read yet, and the source stays open,
-                 since they are read at each turn; otherwise it is closed here
+    low_memory   only one network at a time is on the device. On CPU and MPS nothing is read yet, and the source stays
+                 open, since a network is read whenever it is needed; otherwise the source is closed here
     progress     called with (parameters in this weight, parameters in total) after each weight
 
     If the files do not say what the U-Net predicts, it is run once to find out. If an error is raised, the source is

@@ -170,10 +170,10 @@ def _inside(tensors: Mapping[str, Tensor]) -> tuple[str | None, str]:
     for name in (PREDICTION_KEY, "prediction_type", "ss_prediction_type", "parameterization"):
         word = str(metadata.get(name, "")).lower()
         if word in PREDICTIONS:
-            return PREDICTIONS[word], f"its metadata say so ({name})"
+            return PREDICTIONS[word], f"its metadata says so ({name})"
     flag = str(metadata.get("ss_v_parameterization", "")).lower()
     if flag in ("true", "false"):
-        return "v" if flag == "true" else "eps", "its metadata say so (ss_v_parameterization)"
+        return "v" if flag == "true" else "eps", "its metadata says so (ss_v_parameterization)"
     if "v_pred" in tensors:
         return "v", 'it has the key "v_pred"'
     return None, ""
@@ -188,7 +188,7 @@ def stored_schedule(tensors: Mapping[str, Tensor], schedule: ScheduleConfig) -> 
         return {}, ""
     theirs, kind = found
     if theirs.shape != (schedule.steps,) or not kind.eps:
-        raise CheckpointError(f"its noise schedule (alphas_cumprod) is no list of {schedule.steps} numbers")
+        raise CheckpointError(f"its noise schedule (alphas_cumprod) is not a list of {schedule.steps} numbers")
     # a table rounded to half precision is the same schedule
     rtol, atol = max(4 * kind.eps, 1e-4), 1e-6
 
@@ -206,7 +206,7 @@ def stored_schedule(tensors: Mapping[str, Tensor], schedule: ScheduleConfig) -> 
     except ValueError:
         raise CheckpointError(
             "its noise schedule (alphas_cumprod) is damaged: it does not fall from below 1 towards 0; give the model "
-            "(config=..., --model), and its own is left out"
+            "(config=..., --model), and the file's own schedule is ignored"
         ) from None
     return {"alpha_bar": table, "zero_snr": False}, "the file's own noise schedule is used"
 

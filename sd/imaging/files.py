@@ -96,7 +96,7 @@ class ImageFile(NamedTuple):
 
 
 def read_image(path: str | os.PathLike[str], background: Colour | None = WHITE) -> ImageFile:
-    """Read an image file and `flatten` it. Of several frames or pages, the first, with a UserWarning.
+    """Read an image file and `flatten` it. If there are several frames or pages, it is the first, with a UserWarning.
 
     Raises ImageFileError for any file that cannot be read: missing, no permission, too large, damaged, unknown format.
     """

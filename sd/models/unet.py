@@ -162,7 +162,7 @@ class UNet(nn.Module):
         """x (B, C, H, W), t (B,) in [0, steps), whole or fractional, and the conditioning -> (B, C_out, H, W).
 
         conditioning   context (B, M, D); vector (B, V) if the config has one; concat (B, E, H, W), which is appended to
-                       the channels of x: C + E is the config's `in_channels`. A tensor is a context alone
+                       the channels of x: C + E is the config's `in_channels`. A bare tensor is the context
         down, middle   residuals of control networks: added to the skip connections, in the order of the way down, and
                        to the output of the middle block
 

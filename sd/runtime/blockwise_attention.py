@@ -33,7 +33,7 @@ from .kernel_choice import faster
 from .packing import LANES, for_inference, linear, pack_linear
 
 SCORES = 2**20  # how many of its scores a thread computes at a time: 2 to 4 MB, which stay in the cache
-THREADS = 2, 4  # count at least and at most so many threads: with fewer, calls cost more than the cache saves
+THREADS = 2, 4  # the thread count is clamped to this range: with fewer, calls cost more than the cache saves
 ROWS = {torch.bfloat16: 512, torch.float32: 256}  # queries at least, as each product reorders the keys
 
 LARGEST_EXPONENT = 100.0  # numbers from 2^-100 to 2^100 are exact, as the smallest of float32 and bfloat16 is 2^-126

@@ -6,9 +6,9 @@ On an x86 CPU, where a step of Stable Diffusion 1.x is 1,600 GFLOP, three choice
     linear layers  the same; in float32 they go to MKL     -> packed once, and through oneDNN (`Linear`)
     attention      reaches a sixth of the processor's peak -> blocks of plain products (blockwise_attention.py)
 
-`Upsample` saves arithmetic, and `GroupNorm` digits and time.
+`Upsample` saves arithmetic; `GroupNorm` is more accurate and saves time.
 
-Within `torch.compile` a packed layer breaks the graph and is called as it is, as compilers cannot look into oneDNN's
+Within `torch.compile` a packed layer breaks the graph and runs eagerly, because compilers cannot look into oneDNN's
 tensors. For a graph without breaks, `optimize.restore` the network first.
 
 >>> layer = nn.Linear(8, 4).requires_grad_(False)
@@ -86,8 +86,8 @@ class Conv2d(PackedLayer, nn.Conv2d):
 class PixelConv2d(PackedLayer, nn.Conv2d):
     """A 1x1 convolution as a linear layer over the pixels; plain where gradients are wanted.
 
-    Packed as a linear layer it is fast for images of any size, which packed as a kernel it is not. (At 256x256 a step
-    took half as long again where the one before was of 512x512.)
+    Packed as a linear layer, it is fast for images of any size; packed as a kernel, it is not. (At 256x256, a step
+    took half as long again after one at 512x512.)
     """
 
     def pack(self, weight: Tensor, size: InputSize) -> Packed:
@@ -105,11 +105,11 @@ class PixelConv2d(PackedLayer, nn.Conv2d):
 
 
 class UpsampleConv2d(PackedLayer, nn.Conv2d):
-    """The 3x3 convolution in `Upsample`: packed as the four 2x2 kernels that it is there; plain when called itself.
+    """The 3x3 convolution in `Upsample`: packed as the four equivalent 2x2 kernels; plain when called directly.
 
     Of the nine pixels that a kernel sees in a doubled map only four differ. So each pixel of the result is a 2x2
     convolution of the small map by sums of the kernel's rows and columns. A doubled pixel has four places, hence four
-    kernels, which are one of four times the channels. By rows, for a kernel a, b, c:
+    kernels, stored as one with four times the channels. By rows, for a kernel a, b, c:
 
         row 2i     sees rows i - 1, i, i of the small map: a, b + c
         row 2i + 1 sees rows i, i, i + 1:                  a + b, c
@@ -167,9 +167,9 @@ class GroupNorm(nn.GroupNorm):
 
     For large channels-last maps, PyTorch's kernel adds up all pixels one after the other in float32. In an image of
     512x512 with a flat half, that is an error of 2e-3 in the output; sums of parts, added up in float64, leave 4e-7.
-    (Far from zero, digits are lost all the same: 5e-3 where the mean is a thousand deviations, as in no network.)
+    (Far from zero, digits are still lost: 5e-3 where the mean is a thousand deviations, which no network has.)
 
-    For maps of fewer than `LARGE` pixels, it takes four to six times as long in bfloat16 as in float32.
+    For maps of fewer than `LARGE` pixels, PyTorch's kernel takes four to six times as long in bfloat16 as in float32.
     """
 
     def forward(self, x: Tensor) -> Tensor:

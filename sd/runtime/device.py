@@ -20,7 +20,7 @@ def best_device() -> torch.device:
 
 
 def find_device(device: str | torch.device | None = None) -> torch.device:
-    """The device of this name, with its number; the best there is if None. ValueError for one that is not there."""
+    """The device of this name, with its number; the best available one if None. ValueError if it is unavailable."""
     if device is not None and str(device).partition(":")[0] not in DEVICES:
         raise ValueError(f"device {str(device)!r} is not available here: expected one of {', '.join(DEVICES)}")
     try:

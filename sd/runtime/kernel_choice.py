@@ -21,7 +21,7 @@ import torch
 
 Choice = Literal["fast", "plain"]
 
-CALLS = 3  # of each kernel, in turns; the fastest counts, as other processes only ever make calls slower
+CALLS = 3  # of each kernel, alternating; the fastest counts, as other processes only ever make calls slower
 # Fast kernels may be this much slower and are still taken: the examples are small, and they gain more in large layers.
 # A threshold that is far from usual results also keeps noise from deciding, and so how results are rounded.
 MARGIN = 1.1
@@ -33,7 +33,7 @@ _measuring = threading.Lock()
 
 @contextmanager
 def prefer(choice: Choice | None) -> Iterator[None]:
-    """Take the fast or the plain kernels within this context, whichever are faster; None measures.
+    """Use the fast or the plain kernels within this context, without measuring; None measures.
 
     For tests and comparisons. It holds for all threads of the process. Layers are chosen by `optimize`, so it has to
     be called in the context; attention is chosen at each call.
@@ -63,7 +63,7 @@ def faster(kind: Hashable, kernels: Callable[[], tuple[Callable[[], object], Cal
 
 
 def _seconds(*runs: Callable[[], object]) -> list[float]:
-    """The time of the fastest call of each, called in turns; the first call, which prepares, does not count."""
+    """The time of the fastest call of each, called alternately; the first call is a warm-up and does not count."""
     for run in runs:
         run()
     best = [float("inf")] * len(runs)

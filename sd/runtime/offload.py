@@ -1,8 +1,8 @@
-"""Networks that take turns in memory, for machines whose memory cannot hold all of them at once.
+"""Keeps only one network in memory at a time, for machines whose memory cannot hold all of them at once.
 
 An image needs the text encoder, then (if it starts from an image) the VAE, then the U-Net for all steps, then the VAE.
 In Stable Diffusion 1.x they hold 12, 8 and 80 % of the weights. With a GPU, the networks stay in CPU memory and are
-copied to the device when they are needed; only changed weights are copied back. A device without memory of its own,
+copied to the device when they are needed; only changed weights are copied back. A device without separate memory,
 such as the CPU, reads them from their file each time, and drops them afterwards.
 
 >>> with torch.device("meta"):  # shapes without values
@@ -67,7 +67,7 @@ class Offload(Mapping[str, nn.Module]):
             self._complete = False
             if self._here is not None and self._here not in self._kept:
                 self._put_away(self._here)
-            self._here = name  # before it comes: a move that fails is undone by the next one
+            self._here = name  # set before the move: if it fails, the next move undoes it
             self._bring(name)
             self._complete = True
         return self._networks[name]

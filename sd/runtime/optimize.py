@@ -1,6 +1,6 @@
-"""The pass that makes networks fast on a device: layers are replaced by faster ones that do the same, and back.
+"""The pass that makes networks fast on a device: it replaces layers with faster equivalents, and restores them.
 
-A layer is replaced by changing its class to a subclass of its own: the network keeps its modules, their names, hooks
+A layer is replaced by changing its class to a subclass of it: the network keeps its modules, their names, hooks
 and parameters. Layers with packed weights (cpu_kernels.py) replace plain ones where they are faster, which is measured
 by an example of each kind; where they are not, the plain layers stay.
 
@@ -36,9 +36,9 @@ CHANNELS, SIDE = 256, 8  # of a convolution and its map
 
 
 class MPSAttention(layers.Attention):
-    """`layers.Attention` around two faults of PyTorch's kernels on Apple's GPUs.
+    """`layers.Attention` that avoids two bugs in PyTorch's kernels on Apple's GPUs.
 
-    They have been wrong for transposed inputs (pytorch#163597) and for is_causal in half precision (pytorch#195910),
+    They gave wrong results for transposed inputs (pytorch#163597) and for is_causal in half precision (pytorch#195910),
     without an error.
     """
 
@@ -66,10 +66,10 @@ RESTORED: dict[type[nn.Module], type[nn.Module]] = {  # fast class -> the one th
 
 
 def optimize(network: nn.Module, device: torch.device | None = None) -> nn.Module:
-    """Replace the layers of a network by the faster ones for a device, in place; returns the network.
+    """Replace the layers of a network with the faster ones for a device, in place; returns the network.
 
-    `device` is the one that it will run on, that of its first parameter if not given. Its weights have to be there, in
-    the precision that it will run in. Layers of other classes, subclasses among them, stay as they are.
+    `device` is the one that it will run on; by default, that of its first parameter. Its weights must already be there
+    in the precision that it will run in. Layers of other classes, including subclasses, are left unchanged.
     """
     if device is None:
         device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
@@ -82,7 +82,7 @@ def optimize(network: nn.Module, device: torch.device | None = None) -> nn.Modul
 
 
 def restore(network: nn.Module) -> nn.Module:
-    """Undo `optimize`, in place; returns the network, its weights in their plain form, equal to the bit."""
+    """Undo `optimize`, in place; returns the network, with its weights in plain form, bit-identical."""
     for module in network.modules():
         if type(module) in RESTORED:
             _ = module._parameters  # restores a packed weight
@@ -114,7 +114,7 @@ def _is_usual(module: nn.Conv2d) -> bool:
 
 
 def _is_upsampling(conv: nn.Module) -> bool:
-    """Whether a convolution is the usual one in `Upsample`: 3x3, from as many channels to as many."""
+    """Whether a convolution is the usual one in `Upsample`: 3x3, with as many output as input channels."""
     return (
         type(conv) is nn.Conv2d
         and _is_usual(conv)
@@ -134,7 +134,7 @@ def _is_by_pixel(module: nn.Module) -> bool:
 
 
 def _pack(module: nn.Module) -> None:
-    """Replace a layer by the one that packs its weight."""
+    """Replace a layer with the one that packs its weight."""
     if type(module) is layers.Upsample:
         module.__class__, module.conv.__class__ = cpu_kernels.Upsample, cpu_kernels.UpsampleConv2d
     elif type(module) is nn.Linear:

@@ -1,4 +1,4 @@
-"""Layers whose weight stays in oneDNN's own layout ("packed") between calls, and that look plain to everybody else.
+"""Layers whose weight stays in oneDNN's own layout ("packed") between calls, and that look plain to all other code.
 
 On x86 CPUs, PyTorch reorders the weights of linear layers and convolutions for the processor at every call. oneDNN can
 do so once. Its operators for packed weights are those of PyTorch's compiler, and also run without it.
@@ -9,7 +9,7 @@ first restores the plain weight, equal to the bit; the next call packs it again.
 weight, or a view of its memory, it is not packed. So changes in place always take effect.
 
 The layout that is fastest can depend on the shape of the inputs, and another one may take twenty times as long, so
-small kernels are packed again when maps of another size come. Results are the same in any layout.
+small kernels are packed again when the size of the maps changes. Results are the same in any layout.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ ANY_SIZE: InputSize = (2, 64, 64)
 
 LANES = 16  # float32 numbers in a vector register of AVX-512
 ROWS = 256  # that linear layers are packed for: their layout is the same for any number
-# Kernels are packed for the size of the maps that come. Not for each, where it makes no difference:
+# Kernels are packed for the size of their input maps, except where the size makes no difference:
 LARGE_MAP = 64 * 64  # pixels from which all maps have the same layout
-# channels in, times out, from which all maps have the same: they are multiples of 64 there, and packing takes long
+# input times output channels from which all maps have the same: multiples of 64 there, and slow to pack
 LARGE_KERNEL = 2**17
 
 # ------------------------------------------------------------------------------------- oneDNN's operators
@@ -107,7 +107,7 @@ def for_inference(*tensors: Tensor | None) -> bool:
 
 @_disable_dynamo
 def eagerly(layer: nn.Module, *inputs: Any) -> Tensor:
-    """Call a layer within `torch.compile` as it is: the graph breaks here.
+    """Call a layer eagerly within `torch.compile`: the graph breaks here.
 
     Compilers cannot look into packed weights. `torch.compiler.disable` would do the same, but it imports the compiler:
     one second and 70 MB for everybody.
@@ -140,10 +140,10 @@ class Packed(NamedTuple):
 
 
 class PackedLayer(nn.Module):
-    """A layer that keeps its weight packed between calls, and plain for everybody else.
+    """A layer that keeps its weight packed between calls, and plain for all other code.
 
-    While it is packed, `_parameters` has None in the weight's place, which keeps the order of the names. All ways to a
-    parameter lead through `_parameters` or `__getattr__`.
+    While it is packed, `_parameters` has None in the weight's place, which keeps the order of the names. All access
+    to a parameter goes through `_parameters` or `__getattr__`.
     """
 
     for_maps = False  # whether its input is a map (B, C, H, W), and the layout of its weight depends on the map's size
@@ -211,7 +211,7 @@ class PackedLayer(nn.Module):
         raise NotImplementedError
 
     def _pack(self, size: InputSize) -> Packed | None:
-        """Pack the weight and drop the plain one; None, and all as before, if somebody else holds it."""
+        """Pack the weight and drop the plain one; None, with nothing changed, if other code holds it."""
         with _packing, torch.inference_mode(False), torch.no_grad():
             packed: Packed | None = self.__dict__.get("_packed")
             if packed is not None:

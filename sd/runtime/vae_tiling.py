@@ -6,7 +6,7 @@ over its map twice in strips: once to measure, and once to normalise, activate a
 that of `VAE` by rounding, and there are no seams.
 
 A map that is read again is kept. The result of an upsampling, the largest of all, is computed each time that it is
-read. Attention is in the coarsest level alone and sees all of it.
+read. Attention occurs only in the coarsest level, which it sees as a whole.
 
 B batch, C channels, H x W pixels of a map, rows a to b of it without b.
 
@@ -91,7 +91,7 @@ def activated(norm: nn.GroupNorm, x: Map) -> Callable[[Tensor], Tensor]:
 
 
 def around(x: Map, a: int, b: int) -> tuple[Tensor, slice]:
-    """What a 3x3 convolution sees for its rows a to b: they and one more on each side, if there is one; where they are.
+    """The input of a 3x3 convolution for rows a to b (one more row on each side, if any), and their place in it.
 
     Beyond the map's edge the convolution itself pads with zeros; where it does so elsewhere, rows are dropped.
     """
@@ -119,7 +119,7 @@ def res_block(res: ResBlock, x: Map, out: Tensor | None = None) -> Tensor:
 
 
 def stage(level: Stage, x: Map, own: Tensor | None) -> Tensor:
-    """The residual blocks of a level of x, which is `own` if that may be written over."""
+    """The residual blocks of a level, applied to x; `own` is x if it may be overwritten."""
     for res in cast("Iterable[ResBlock]", level.res):
         in_place = own is not None and isinstance(res.skip, nn.Identity)
         own = res_block(res, x, own if in_place else None)

@@ -10,8 +10,8 @@ then takes 0.2 s of one core instead of 1.5 s.
 
 The price: overwriting the file in place changes weights that have not been touched yet, and truncating it ends the
 program. The same holds for everyone who loads safetensors through the format's own library, including diffusers and
-transformers. Programs that download or save models replace the file, and then the old pages persist; what remains is
-`cp` and the like onto a model in use. So models are mapped, and files opened without asking for it (LoRAs, conversion)
+transformers. Programs that download or save models replace the file, and then the old pages persist; the remaining risk
+is `cp` or the like onto a model in use. So models are mapped, and files opened without a request (LoRAs, conversion)
 are read. On Windows everything is read: a mapped file cannot be replaced there, not even by the program that continues
 training it.
 """

@@ -299,7 +299,7 @@ def _update(items: list, target: object) -> None:
 def _inert(symbol: Symbol, seen: set[Symbol]) -> Symbol:
     """The symbol itself. Raises RefusedFile if it names something that runs code; those in `seen` were checked."""
     if not isinstance(symbol.module, str) or not isinstance(symbol.name, str):
-        raise ValueError("a name that is no text")
+        raise ValueError("a name that is not text")
     if len(symbol.module) + len(symbol.name) > 500:
         raise ValueError("a name of more than 500 characters")
     if symbol in seen:

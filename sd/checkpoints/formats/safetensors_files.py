@@ -67,8 +67,8 @@ def read_safetensors(stream: BinaryIO, path: Path) -> Contents:
 def _check_header(path: Path) -> None:
     """Let the library check types, sizes, overlaps and gaps; no tensor is read.
 
-    A large header is checked before Python parses it: the library needs less memory for nonsense, of which Python makes
-    72 bytes for each `[],`.
+    A large header is checked before Python parses it: the library needs less memory for nonsense, whereas Python
+    needs 72 bytes for each `[],`.
     """
     try:
         with safe_open(path, framework="numpy") as file:
@@ -83,5 +83,5 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """A JSON object. ValueError for a duplicate name, which could be read either way."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("a name occurs in it twice")
     return found

@@ -312,7 +312,7 @@ def _view(key: str, tensor: Tensor | Unreadable, place: Callable[[str], Place]) 
     return view
 
 
-# ------------------------------------------------------------------------------------- what stands in the pickle
+# ------------------------------------------------------------------------------------- what the pickle contains
 
 
 def _call(function: Symbol, arguments: tuple) -> object:
