@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from PIL import Image
@@ -88,7 +89,7 @@ def encode(vae: VAE, pixels: Tensor, note: Note) -> Gaussian:
     def run(vae: VAE, x: Tensor) -> Tensor:
         return torch.stack(encode_in_strips(vae, x) if large else vae.encode(x))
 
-    mean, std = _finite("latent", run, vae, pixels, note)
+    mean, std = _finite("latent", run, vae, _in_float32(vae), pixels, note)
     return Gaussian(mean, std)
 
 
@@ -100,19 +101,28 @@ def decode(vae: VAE, z: Tensor, note: Note) -> list[Image.Image]:
     receives a line if an image is computed again in float32. Raises ArithmeticError if it is not finite even then.
     """
     large = z.shape[-2] * z.shape[-1] * vae.config.factor**2 > LARGE
-    images = []
-    for one in z.split(1):
-        out = _finite("image", lambda vae, x: decode_in_strips(vae, x) if large else vae.decode(x), vae, one, note)
-        images += to_pil(out)
-    return images
+
+    def run(vae: VAE, x: Tensor) -> Tensor:
+        return decode_in_strips(vae, x) if large else vae.decode(x)
+
+    exact = _in_float32(vae)
+    return [to_pil(_finite("image", run, vae, exact, one, note))[0] for one in z.split(1)]
 
 
-def _finite(what: str, run: Callable[[VAE, Tensor], Tensor], vae: VAE, x: Tensor, note: Note) -> Tensor:
-    dtype = next(vae.parameters()).dtype
+def _in_float32(vae: VAE) -> Callable[[], VAE]:
+    """A function that returns a copy in float32, as other threads may be using the VAE: made once, if it is needed."""
+    return cache(lambda: copy.deepcopy(vae).float())
+
+
+def _finite(
+    what: str, run: Callable[[VAE, Tensor], Tensor], vae: VAE, exact: Callable[[], VAE], x: Tensor, note: Note
+) -> Tensor:
+    """The output of the VAE in float32; computed by the `exact` one if it is not finite in half precision."""
+    dtype = vae.decoder.norm_out.weight.dtype  # not of the first weight, which may be packed (runtime/packing.py)
     out = run(vae, x.to(dtype))
     if dtype != torch.float32 and not out.isfinite().all():
         note(f"the {what} is not finite in {dtype_name(dtype)}: computing it again in float32")
-        out = run(copy.deepcopy(vae).float(), x.float())  # a copy: other threads may be using the VAE
+        out = run(exact(), x.float())
     if not out.isfinite().all():
         raise ArithmeticError(
             f"the {what} is not finite (NaN) even in float32: the checkpoint may be damaged, or the U-Net "

@@ -7,6 +7,7 @@ import json
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -202,3 +203,12 @@ def test_another_vae_beside_a_lora(tmp_path, tiny_sd):
         model.unet = copy.deepcopy(model.unet)
     model.remove_lora()
     model.unet = copy.deepcopy(model.unet)
+
+
+def test_a_retry_in_float32_is_noted_once_and_copies_once(tmp_path, monkeypatch):
+    model, copies = made("float16, VAE retried", tmp_path), []
+    counting = SimpleNamespace(deepcopy=lambda vae: copies.append(vae) or copy.deepcopy(vae))
+    monkeypatch.setattr("sd.latents.copy", counting)
+    result = model.prepare(TextToImage("a house", params(n=3, steps=1))).result()
+    assert len(result.images) == 3 and len(copies) == 1
+    assert result.notes == ["the image is not finite in float16: computing it again in float32"]
