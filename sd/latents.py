@@ -89,7 +89,7 @@ def encode(vae: VAE, pixels: Tensor, note: Note) -> Gaussian:
     def run(vae: VAE, x: Tensor) -> Tensor:
         return torch.stack(encode_in_strips(vae, x) if large else vae.encode(x))
 
-    mean, std = _finite("latent", run, vae, _in_float32(vae), pixels, note)
+    mean, std = _finite("latent", run, vae, lambda: copy.deepcopy(vae).float(), pixels, note)
     return Gaussian(mean, std)
 
 
@@ -102,16 +102,15 @@ def decode(vae: VAE, z: Tensor, note: Note) -> list[Image.Image]:
     """
     large = z.shape[-2] * z.shape[-1] * vae.config.factor**2 > LARGE
 
-    def run(vae: VAE, x: Tensor) -> Tensor:
-        return decode_in_strips(vae, x) if large else vae.decode(x)
-
-    exact = _in_float32(vae)
-    return [to_pil(_finite("image", run, vae, exact, one, note))[0] for one in z.split(1)]
-
-
-def _in_float32(vae: VAE) -> Callable[[], VAE]:
-    """A function that returns a copy in float32, as other threads may be using the VAE: made once, if it is needed."""
-    return cache(lambda: copy.deepcopy(vae).float())
+    # in float32, if it is needed: one copy for all images, as other threads may be using the VAE
+    exact = cache(lambda: copy.deepcopy(vae).float())
+    images = []
+    for one in z.split(1):
+        pixels = _finite(
+            "image", lambda vae, x: decode_in_strips(vae, x) if large else vae.decode(x), vae, exact, one, note
+        )
+        images += to_pil(pixels)
+    return images
 
 
 def _finite(

@@ -167,7 +167,7 @@ class Run(Iterator[Step]):
         """Take the remaining steps, decode and finish. Raises RuntimeError if a step failed or was interrupted."""
         for _ in self:
             pass
-        if self._taken < len(self):
+        if self._taken < len(self.levels) - 1:
             raise RuntimeError(f"step {self._taken + 1} of {len(self)} failed: prepare the request again")
         return Result(self.preview(self.start.blend(self.x)), self.seeds, list(dict.fromkeys(self.notes)))
 

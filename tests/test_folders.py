@@ -378,7 +378,7 @@ def test_folders_without_a_model(tmp_path):
     assert "a folder that is not a diffusers model (no model_index.json" in refusal(tmp_path)
     (tmp_path / "b.ckpt").touch()
     (tmp_path / "a.safetensors").touch()
-    assert "give the checkpoint file inside of it (a.safetensors, b.ckpt)" in refusal(tmp_path)
+    assert "give the checkpoint file inside it (a.safetensors, b.ckpt)" in refusal(tmp_path)
 
 
 def test_a_part_that_is_missing_is_said(folder):

@@ -254,7 +254,7 @@ def test_the_readers_contain_no_way_to_run_anything(module):
         pytest.param(b"]NNs.", "keys for a list", id="set item of a list"),
         pytest.param(b"N)R.", "call of a NoneType", id="call of nothing"),
         pytest.param(b"cm\nn\nNR.", "call of a Symbol", id="arguments that are no tuple"),
-        pytest.param(b"NN\x93.", "no text", id="symbol of no text"),
+        pytest.param(b"NN\x93.", "not text", id="symbol of no text"),
         pytest.param(b"c" + b"m" * 600 + b"\nn\n.", "500 characters", id="endless name"),
         pytest.param(b"cm\nn", "within a name", id="cut name"),
         pytest.param(b"cm\n\xff\n.", "utf-8", id="name that is no text"),

@@ -350,11 +350,13 @@ def test_not_a_text(texts):
 @given(st.text(st.characters(), max_size=60))
 @example("cat</w>")
 @example("it'\u017fx")  # the long s: 's, then x
+@example("Í\x85")
 @example("it's 1024x768, (really:1.2) &amp;lt; 東京 😀")
 def test_decode_gives_the_words(text):
     words = PATTERN.findall(clean(text))
     assert PLAIN.decode(PLAIN.encode(text)) == " ".join(words)
-    assert "".join(words) == clean(text).replace(" ", "")
+    # U+0345 is no letter, but its upper case is one: under IGNORECASE, CLIP's pattern has no word for it
+    assert "".join(words) == clean(text).replace(" ", "").replace("\u0345", "")
 
 
 @settings(deadline=None, max_examples=300)
