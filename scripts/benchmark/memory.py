@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from sd.runtime.offload import give_back_memory
+from sd.runtime.device import give_back_memory
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

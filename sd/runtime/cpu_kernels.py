@@ -43,6 +43,7 @@ from .packing import (
 
 BLOCKWISE_FROM = 2**17  # scores of a head, N x M, from which blockwise attention is considered: below, calls cost more
 LARGE = 1024  # pixels from which PyTorch's GroupNorm takes another path, with sums that are too rough
+AT_ONCE = 64  # output channels whose kernels are added up together in `UpsampleConv2d`
 PART = 2**18  # how many numbers to add up at a time: 1 MB, which stays in the cache
 
 
@@ -121,9 +122,13 @@ class UpsampleConv2d(PackedLayer, nn.Conv2d):
     def pack(self, weight: Tensor, size: InputSize) -> Packed:
         C_out, C_in = weight.shape[:2]
         sums = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).float()  # (place, of 2, of 3)
-        kernels = torch.einsum("ral,scm,oilm->rsoiac", sums, sums, weight.float()).reshape(4 * C_out, C_in, 2, 2)
+        kernels = weight.new_empty(2, 2, C_out, C_in, 2, 2)
+        for start in range(0, C_out, AT_ONCE):  # all at once, the sums in float32 would take ten times the weight
+            part = weight[start : start + AT_ONCE].float()
+            kernels[:, :, start : start + AT_ONCE] = torch.einsum("ral,scm,oilm->rsoiac", sums, sums, part)
         # the plain weight cannot be computed from the sums, so it is kept
-        kernels = pack_kernel(kernels.to(weight.dtype), *self.OPTIONS, size)
+        kernels = kernels.view(4 * C_out, C_in, 2, 2).to_mkldnn()  # its own copy: from here on the first one is free
+        kernels = pack_kernel(kernels, *self.OPTIONS, size)
         return Packed(kernels, size, weight.shape, weight.stride(), weight)
 
 

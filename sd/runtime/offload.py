@@ -14,14 +14,15 @@ such as the CPU, reads them from their file each time, and drops them afterwards
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .device import give_back_memory
 
 
 class Offload(Mapping[str, nn.Module]):
@@ -151,9 +152,3 @@ def fingerprint(tensor: Tensor) -> Tensor:
     rows, columns = (bits.sum(dim=dim, dtype=torch.int64) for dim in (1, 0))
     weighted = [(sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum() for sums in (rows, columns)]
     return torch.stack([rows.sum(), *weighted])
-
-
-def give_back_memory() -> None:
-    """Return free memory to the system: glibc keeps free blocks that lie below blocks in use, here 1.5 GB."""
-    with suppress(OSError, AttributeError):  # another system
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
