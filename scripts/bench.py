@@ -131,7 +131,7 @@ def find_config(args: argparse.Namespace) -> Config:
             config = identify(checkpoint).config
     else:
         config = POCKET if args.tiny else SD1
-    if "picture" in args.parts and config.sees_masks:
+    if "picture" in args.parts and config.is_inpainting:
         raise ValueError(f"{config.name} cannot generate from text alone: leave picture out of --parts")
     whole = config.vae.factor * 2 ** (len(config.unet.channels) - 1)  # divisible on all levels of both networks
     for size in args.sizes:

@@ -87,10 +87,10 @@ class Objective(nn.Module):
         self.text_encoder, self.unet = text_encoder, unet
         self.schedule, self.weight = schedule, WEIGHTINGS.get(weighting)
 
-    def forward(self, x0: Tensor, ids: Tensor, t: Tensor, noise: Tensor, extra: Tensor | None = None) -> Tensor:
-        """x0 and noise (B, C, h, w), ids (B, M), t (B,), for 9 channels `extra` (B, 5, h, w) -> a scalar."""
+    def forward(self, x0: Tensor, ids: Tensor, t: Tensor, noise: Tensor, concat: Tensor | None = None) -> Tensor:
+        """x0 and noise (B, C, h, w), ids (B, M), t (B,), for 9 channels `concat` (B, 5, h, w) -> a scalar."""
         weight = self.weight(self.schedule, t) if self.weight else None
-        conditioning = Conditioning(self.text_encoder(ids).hidden, concat=extra)
+        conditioning = Conditioning(self.text_encoder(ids).hidden, concat=concat)
         return diffusion_loss(self.unet, self.schedule, x0, conditioning, t, noise, weight)
 
 
@@ -107,7 +107,7 @@ def find_model(args: argparse.Namespace, seed: int, device: torch.device) -> Sta
         model = models.find_new(args, seed, device)
     if args.inpaint:
         return models.for_inpainting(model)
-    if model.sees_masks:
+    if model.is_inpainting:
         raise ValueError(f"{model.config.name} has a U-Net of 9 channels: train it with --inpaint")
     return model
 

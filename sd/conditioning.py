@@ -46,12 +46,15 @@ class Conditioning(NamedTuple):
         return self.each(lambda x: x.repeat(times, *[1] * (x.dim() - 1)))
 
 
+Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x (B, C, h, w), t (B,), conditioning) -> (B, C, h, w)
+
+
 def concatenate(parts: Sequence[Conditioning], batch: int | None = None) -> Conditioning:
     """Concatenate conditionings along the batch, in their order.
 
     batch   expand each part to this many images first: a part with one image is shared by all, without a copy
 
-    Raises ValueError in one line if a part has another number of images, if contexts differ in length, or if only some
+    Raises ValueError if a part has another number of images, if contexts differ in length, or if only some
     parts have a vector or a concat.
     """
     fields: list[Tensor | None] = []

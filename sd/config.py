@@ -225,7 +225,7 @@ class Config:
         return ("text_encoder", *(f"text_encoder_{i}" for i in range(2, len(self.text) + 1)))
 
     @property
-    def sees_masks(self) -> bool:
+    def is_inpainting(self) -> bool:
         """Whether it is an inpainting model: its U-Net takes a mask and a masked image besides x."""
         return self.unet.in_channels != self.vae.latent_channels
 

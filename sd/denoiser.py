@@ -19,16 +19,12 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from .conditioning import Conditioning, concatenate
+from .conditioning import Conditioning, Network, concatenate
 from .samplers import Denoise
 from .schedule import Level, Schedule
-
-Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x (B, C, h, w), t (B,), conditioning) -> (B, C, h, w)
 
 
 class Denoiser:
@@ -37,10 +33,10 @@ class Denoiser:
     network    predicts; called in the dtype of `cond.context`
     schedule   defines what the prediction means: the noise or the velocity
     cond       the prompts, for B images, or for one if all images share it
-    uncond     what to steer away from, likewise, with a context of the same length; not needed at guidance 1
+    uncond     the empty or negative prompt, likewise; its context has the same length. Not needed at guidance 1
     guidance   0 ignores the prompt, 1 is the plain prediction (at half the cost), above 1 exaggerates the prompt
 
-    Raises ValueError, in one line, for guidance without `uncond`, and if `cond` and `uncond` do not match.
+    Raises ValueError for guidance without `uncond`, and if `cond` and `uncond` do not match.
     """
 
     def __init__(
@@ -59,17 +55,17 @@ class Denoiser:
         else:
             raise ValueError(f"guidance {guidance} needs `uncond`, the conditioning to steer away from")
         # concatenated once, not in every step; again only for another batch size
-        self._batch = max(len(x) for part in self.parts for x in part if x is not None)
-        self._conditioning = concatenate(self.parts, self._batch)
+        self._images = max(len(x) for part in self.parts for x in part if x is not None)
+        self._conditioning = concatenate(self.parts, self._images)
 
     def __call__(self, x: Tensor, level: Level) -> Tensor:
         """x (B, C, h, w) at a level -> x0 (B, C, h, w) in the precision of x."""
-        if x.shape[0] != self._batch:
+        if x.shape[0] != self._images:
             self._conditioning = concatenate(self.parts, x.shape[0])
-            self._batch = x.shape[0]
-        batch = x.to(self._conditioning.context.dtype).repeat(len(self.parts), 1, 1, 1)
-        t = torch.full((batch.shape[0],), level.t, device=x.device, dtype=torch.float32)
-        out = self.network(batch, t, self._conditioning).to(x.dtype)
+            self._images = x.shape[0]
+        inputs = x.to(self._conditioning.context.dtype).repeat(len(self.parts), 1, 1, 1)
+        t = torch.full((inputs.shape[0],), level.t, device=x.device, dtype=torch.float32)
+        out = self.network(inputs, t, self._conditioning).to(x.dtype)
         if self.guidance != 1.0:
             uncond, cond = out.chunk(2)
             out = uncond + self.guidance * (cond - uncond)

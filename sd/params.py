@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, cast
 from PIL import Image
 from torch import Tensor
 
-from .samplers import SAMPLERS, Sampler, grid_in, sampler, sampler_key
+from .samplers import SAMPLERS, Sampler, find_sampler, sampler_key, spacing_in
 from .schedule import SPACINGS
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ def one_of(name: str, value: object, known: Sequence[str]) -> None:
         raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(known)}")
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with its default and its help text."""
-    return field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, image: bool = False) -> Any:
+    """A dataclass field with its default and its help text; `image` if its values are images."""
+    return field(default=default, metadata={"help": help, "image": image})
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class SamplingParams:
         if not isinstance(self.sampler, str | Sampler | None):
             raise ValueError(f"sampler must be a name, got {self.sampler!r:.100}")
         if self.sampler is not None and self.sampler not in tuple(SAMPLERS):
-            put(self, "spacing", self.spacing or grid_in(self.sampler))  # "DPM++ 2M Karras" names a grid as well
+            put(self, "spacing", self.spacing or spacing_in(self.sampler))  # "DPM++ 2M Karras" names a spacing as well
             put(self, "sampler", sampler_key(find_sampler(self.sampler)))
         for name in ("seed", "n", "steps", "height", "width"):
             if getattr(self, name) is not None:
@@ -126,28 +126,25 @@ class SamplingParams:
         return found
 
     def resolved(self, config: Config) -> ResolvedParams:
-        """The same for a model, with its default sampler and guidance, and the sampler's default grid and steps."""
+        """The same for a model, with its default sampler and guidance, and the sampler's default spacing and steps."""
         name = self.sampler or config.sampler
         spacing = None
         if name not in SAMPLERS:  # the config of a file may have another tool's name
-            name, spacing = sampler_key(sampler(name)), grid_in(name)
+            name, spacing = sampler_key(find_sampler(name)), spacing_in(name)
         if self.sampler is None and not self.options.keys() <= SAMPLERS[name].options.keys():
             # an option without a sampler selects one that has it: the original's --ddim_eta, for example
             having = [key for key, entry in SAMPLERS.items() if self.options.keys() <= entry.options.keys()]
             if not having:
                 raise ValueError(f"no sampler has all of {', '.join(self.options)}")
             name, spacing = having[0], None
-        return ResolvedParams(
-            sampler=name,
-            steps=SAMPLERS[name].steps if self.steps is None else self.steps,
-            spacing=self.spacing or spacing or SAMPLERS[name].spacing,
-            guidance=config.guidance if self.guidance is None else self.guidance,
-            seed=self.seed,
-            n=self.n,
-            height=self.height,
-            width=self.width,
-            options=self.options,
-        )
+        own = {f.name: getattr(self, f.name) for f in fields(SamplingParams)}
+        own |= {
+            "sampler": name,
+            "steps": SAMPLERS[name].steps if self.steps is None else self.steps,
+            "spacing": self.spacing or spacing or SAMPLERS[name].spacing,
+            "guidance": config.guidance if self.guidance is None else self.guidance,
+        }
+        return ResolvedParams(**own)
 
 
 @dataclass(frozen=True)
@@ -158,11 +155,6 @@ class ResolvedParams(SamplingParams):
     steps: int = 50
     spacing: str = "leading"
     guidance: float = 1.0
-
-
-def find_sampler(name: str | Sampler) -> Sampler:
-    """The sampler of this name; a sampler is returned as it is."""
-    return name if isinstance(name, Sampler) else sampler(name)
 
 
 @dataclass(frozen=True)
@@ -233,7 +225,7 @@ class _FromImage(TextToImage):
     """The settings that image to image and inpainting share."""
 
     # required; it has a default only because the fields before it have one
-    image: Image.Image = setting(None, "of any size and mode; transparent pixels become white")
+    image: Image.Image = setting(None, "of any size and mode; transparent pixels become white", image=True)
     posterior: str = setting("sample", "latents of the image: a random sample, as in the original code, or the mean")
     strength: float = setting(1.0, "this share of the steps is taken; 0 keeps the image, 1 starts from pure noise")
 
@@ -269,7 +261,7 @@ class Inpaint(_FromImage):
     kind: ClassVar[str] = "inpaint"
 
     mask: Image.Image | None = setting(
-        None, "white is generated, black is kept; if None, the transparent part is the mask"
+        None, "white is generated, black is kept; if None, the transparent part is the mask", image=True
     )
     content: str = setting("original", "initial content of the masked part, where strength is below 1")
     blur: float = setting(0.0, "radius in pixels by which the edge of the mask is softened, outwards")
@@ -298,7 +290,7 @@ def from_dict(values: Mapping[str, Any]) -> TextToImage:
         kind = REQUESTS[values["kind"]]
         given = {name: value for name, value in values.items() if name != "kind"}
         given["params"] = SamplingParams(**given.get("params", {}))
-        for name in ("image", "mask"):
+        for name in (f.name for f in fields(kind) if f.metadata.get("image")):
             if given.get(name) is not None:
                 png = io.BytesIO(base64.b64decode(given[name], validate=True))
                 given[name] = Image.open(png, formats=["PNG"]).copy()

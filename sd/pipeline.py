@@ -38,23 +38,23 @@ from torch import Tensor, nn
 
 from . import latents
 from .adapters.added import Adapters
-from .checkpoints.loading import LoadOptions, Source
+from .checkpoints.loading import LoadOptions, ModelFiles
 from .checkpoints.placement import place
-from .conditioning import Conditioning
+from .conditioning import Conditioning, Network
 from .config import Config
-from .denoiser import Denoiser, Network
+from .denoiser import Denoiser
 from .imaging.masks import mask_channels
 from .imaging.tensors import to_tensor
 from .models.text_encoder import TextEncoder
 from .models.unet import UNet
 from .models.vae import VAE, Gaussian
-from .params import ImageToImage, Inpaint, TextToImage, find_sampler, number
+from .params import ImageToImage, Inpaint, TextToImage, number
 from .resources import resource
 from .run import Run, Sampling, image_to_image, inpaint, text_to_image
 from .runtime.cuda_graphs import Compiled, Recorded
 from .runtime.device import best_dtype, find_device, find_dtype
 from .runtime.offload import Offload
-from .samplers import Denoise, Noise, Sampler, Step
+from .samplers import Denoise, Noise, Sampler, Step, find_sampler
 from .schedule import Levels, Schedule
 from .text.prompt_syntax import emphasised, rows, same_length
 from .text.tokenizer import Note, Tokenizer, warn
@@ -78,7 +78,7 @@ class StableDiffusion:
         self.about = tuple(about)  # what was detected and chosen in loading, one line each
         self.tokenizer = Tokenizer(length=config.text[0].length, pad=config.text[0].pad)
         self.schedule = Schedule(config.schedule)
-        self.sees_masks = config.sees_masks
+        self.is_inpainting = config.is_inpainting
         self._networks: Mapping[str, nn.Module] = {"text_encoder": text_encoder, "vae": vae, "unet": unet}
         self._adapters = Adapters(config, self.tokenizer, self._networks, self._keep)
         weight = next(unet.parameters())
@@ -109,15 +109,15 @@ class StableDiffusion:
         progress     called with (parameters in this weight, parameters in total) after each weight is read
         options      the fields of `LoadOptions`: config, weights, prediction, vae, text_encoder, variant
 
-        `about` says what was detected and chosen. Raises CheckpointError, in one line, for files that are not a
+        `about` says what was detected and chosen. Raises CheckpointError for files that are not a
         checkpoint, damaged, dangerous, or of another model; ValueError for a device or precision that is not available.
         """
         device = find_device(device)
         dtype = find_dtype(dtype) if dtype is not None else best_dtype(device)
         if low_memory and compile:
             raise ValueError("low memory and compiling do not go together: compiled networks stay where they are")
-        source = Source(resource(EMBEDDED) if path is None else path, LoadOptions(**options))
-        config, networks, used, about = place(source, device, dtype, low_memory, progress)
+        files = ModelFiles(resource(EMBEDDED) if path is None else path, LoadOptions(**options))
+        config, networks, used, about = place(files, device, dtype, low_memory, progress)
         # adapters hold the plain networks; with low memory they are used through an `Offload` of the same ones
         model = cls(config, **cast(dict[str, Any], networks), about=about)
         model._networks, model.device, model.dtype = used, device, dtype
@@ -155,8 +155,9 @@ class StableDiffusion:
     @unet.setter
     def unet(self, network: nn.Module) -> None:
         self._replace("unet", network)
-        # what was recorded or compiled is the previous one
-        self._fast_unet = Recorded(network) if self.device.type == "cuda" and isinstance(network, UNet) else None
+        # the previous one was recorded or compiled; a network in a wrapper is called as it is
+        kind = Compiled if isinstance(self._fast_unet, Compiled) else Recorded if self.device.type == "cuda" else None
+        self._fast_unet = kind(network) if kind is not None and isinstance(network, UNet) else None
 
     def _replace(self, name: str, network: nn.Module) -> None:
         """Use another network, or the same one in a wrapper: `model.unet = torch.compile(model.unet)`."""
@@ -187,7 +188,7 @@ class StableDiffusion:
         """Generate images from text; settings are those of `TextToImage` and `SamplingParams`, and sampler options.
 
         `progress` wraps the iterator over the steps, for example `tqdm`. Notes are issued as warnings here; `prepare`
-        returns them. Raises ValueError in one line for values out of range, TypeError for unknown settings.
+        returns them. Raises ValueError for values out of range, TypeError for unknown settings.
         """
         return self._generate(TextToImage.of(prompt, negative, **settings), progress)
 
@@ -271,27 +272,27 @@ class StableDiffusion:
         context: Tensor | Conditioning,
         uncond: Tensor | Conditioning | None = None,
         guidance: float | None = None,
-        extra: Tensor | None = None,
+        concat: Tensor | None = None,
         network: Network | None = None,
     ) -> Denoiser:
         """The U-Net with guidance, as samplers take it.
 
         context    encoded prompt (B, M, D), or a whole `Conditioning`
-        uncond     the same for what to steer away from
+        uncond     the empty or negative prompt, in the same form
         guidance   the default of the model if None
-        extra      (B, 5, h, w), the input of a U-Net of 9 channels besides x: mask and masked latent; see `all_hidden`
-        network    called in place of the U-Net, which is recorded or compiled if the model is
+        concat     (B, 5, h, w), further channels of an inpainting model: mask and masked image (see `blank_concat`)
+        network    called instead of the model's U-Net (in its recorded or compiled form, if it has one)
         """
-        cond, away = (Conditioning(given) if isinstance(given, Tensor) else given for given in (context, uncond))
+        cond, other = (Conditioning(given) if isinstance(given, Tensor) else given for given in (context, uncond))
         assert cond is not None
-        if extra is not None:
-            cond, away = cond._replace(concat=extra), None if away is None else away._replace(concat=extra)
-        if (cond.concat is None) == self.sees_masks:
-            need = "needs `extra`, mask and masked latent (all_hidden)" if self.sees_masks else "takes no `extra`"
+        if concat is not None:
+            cond, other = cond._replace(concat=concat), None if other is None else other._replace(concat=concat)
+        if (cond.concat is None) == self.is_inpainting:
+            need = "needs `concat`, mask and masked image (blank_concat)" if self.is_inpainting else "takes no `concat`"
             raise ValueError(f"a U-Net of {self.config.unet.in_channels} input channels {need}")
         network = self._predict if network is None else network
         guidance = self.config.guidance if guidance is None else guidance
-        return Denoiser(network, self.schedule, cond, away, guidance)
+        return Denoiser(network, self.schedule, cond, other, guidance)
 
     def sample(
         self,
@@ -337,21 +338,21 @@ class StableDiffusion:
         """The (height, width) at which to generate an image of this (width, height): see `latents.image_size`."""
         return latents.image_size(self.config, size, height, width, up=up)
 
-    def all_hidden(self, shape: Sequence[int]) -> Tensor:
-        """(1, 5, h, w), the input of a U-Net of 9 channels that generates the whole image; `shape` of the latents.
+    def blank_concat(self, shape: Sequence[int]) -> Tensor:
+        """(1, 5, h, w), the `concat` with which an inpainting model generates the whole image; `shape` of the latents.
 
         A mask of ones and the latent of a grey image.
         """
         _, h, w = shape
         factor = self.config.vae.factor
         grey = torch.zeros(1, self.config.vae.image_channels, h * factor, w * factor, dtype=self.dtype, device="cpu")
-        hidden = self.encode(grey).mode()
-        return mask_channels(torch.ones_like(hidden[:, :1]), hidden)
+        masked = self.encode(grey).mode()
+        return mask_channels(torch.ones_like(masked[:, :1]), masked)
 
     # ------------------------------------------------------------------------------------------------- adapters
 
     def _keep(self, *names: str) -> None:
-        """Networks that are about to be changed: their files will not have the new weights."""
+        """With `low_memory`, keep these networks in memory from now on: they are about to differ from their files."""
         if isinstance(self._networks, Offload):
             self._networks.keep(*names)
 
@@ -363,7 +364,7 @@ class StableDiffusion:
     def add_lora(self, path: str | os.PathLike[str], weight: float = 1.0) -> str:
         """Merge a LoRA file into U-Net and text encoder; returns its name, that of the file or folder (diffusers).
 
-        Raises CheckpointError, in one line, for a file that is not a LoRA, or one for another model.
+        Raises CheckpointError for a file that is not a LoRA, or one for another model.
         """
         return self.add_loras([(path, weight)])[0]
 
@@ -388,7 +389,7 @@ class StableDiffusion:
 
         word   the name of the word; if None, the name in the file, or that of the file without its suffix
 
-        Raises CheckpointError, in one line, for a file that is not an embedding, or one for another model; ValueError
+        Raises CheckpointError for a file that is not an embedding, or one for another model; ValueError
         if the word is taken.
         """
         return self._adapters.add_embedding(path, word)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .denoiser import keep_known
 from .imaging.files import WHITE, flatten
-from .imaging.masks import Canvas, hide, latent_mask, mask_channels, prepare_mask, surroundings, widened
+from .imaging.masks import Canvas, latent_mask, mask_channels, masked_image, prepare_mask, surroundings, widened
 from .imaging.tensors import Box, fit, frame, to_tensor
 from .latents import image_size, latent_shape
 from .params import MAX_SEED, ImageToImage, Inpaint, ResolvedParams, TextToImage
@@ -129,7 +129,7 @@ class Run(Iterator[Step]):
         context = request.prompt if isinstance(request.prompt, Tensor) else encode(request.prompt)
         M, D = model.config.text[0].length, model.config.unet.context
         if context.dim() != 3 or 0 in context.shape or context.shape[1] % M or context.shape[2] != D:
-            raise ValueError(f"a context must be (B, {M}, {D}), got {tuple(context.shape)}")
+            raise ValueError(f"a context must be (B, k x {M}, {D}), got {tuple(context.shape)}")
         self.context = context.to(model.device, model.dtype).repeat_interleave(params.n, dim=0)
         self.uncond: Tensor | None = None
         if params.guidance != 1.0:
@@ -173,11 +173,20 @@ class Run(Iterator[Step]):
 
 
 class Unchanged(Run):
-    """A run of no steps for a request that keeps its image: its mask is empty."""
+    """The run of a request that changes nothing, as its mask is empty: no steps, and copies of the image."""
 
-    def result(self) -> Result:
-        """Copies of the image, one for each seed."""
-        return Result([self.start.finish(Image.new("RGB", (1, 1))) for _ in self.seeds], self.seeds, self.notes)
+    def __init__(
+        self, model: StableDiffusion, request: TextToImage, params: ResolvedParams, image: Image.Image, note: str
+    ) -> None:
+        self.model, self.request, self.params, self.notes, self.image = model, request, params, [note], image
+        self.levels = Levels([], model.schedule)
+        self.rngs = generators(params.seed, len(request.prompt) * params.n)
+        self.seeds = [rng.initial_seed() for rng in self.rngs]
+        self.begin(Start(torch.empty(0), lambda x, level: x))
+
+    def preview(self, x0: Tensor) -> list[Image.Image]:
+        """The image, once for each seed."""
+        return [self.image.copy() for _ in self.seeds]
 
 
 # --------------------------------------------------------------------------------------------- the three starts
@@ -189,8 +198,8 @@ def text_to_image(model: StableDiffusion, request: TextToImage) -> Run:
     shape = latent_shape(model.config, params.height, params.width)
     run = Run(model, request, params, [])
     x = draw(run.rngs, shape, model.device)
-    extra = model.all_hidden(shape) if model.sees_masks else None
-    return run.begin(Start(x, model.denoiser(run.context, run.uncond, params.guidance, extra)))
+    concat = model.blank_concat(shape) if model.is_inpainting else None
+    return run.begin(Start(x, model.denoiser(run.context, run.uncond, params.guidance, concat)))
 
 
 def image_to_image(model: StableDiffusion, request: ImageToImage) -> Run:
@@ -214,8 +223,8 @@ def image_to_image(model: StableDiffusion, request: ImageToImage) -> Run:
         z = _latents(run, to_tensor(image), request.posterior)
         noise = draw(run.rngs, shape, model.device)
         x = model.schedule.add_noise(z, noise, run.levels[0]) if len(run) else z
-    extra = model.all_hidden(shape) if model.sees_masks else None
-    denoise = model.denoiser(run.context, run.uncond, params.guidance, extra)
+    concat = model.blank_concat(shape) if model.is_inpainting else None
+    denoise = model.denoiser(run.context, run.uncond, params.guidance, concat)
     return run.begin(Start(x, denoise, finish=lambda generated: generated.crop(inside)))
 
 
@@ -234,20 +243,16 @@ def inpaint(model: StableDiffusion, request: Inpaint) -> Run:
     if region != whole_image:
         region = widened(region, width / height, image.size)
     if mask.getbbox() is None:
-        notes.append("the mask is empty (all black): nothing is generated")
-        unchanged = Unchanged(model, request, params, notes)
-        unchanged.levels = Levels([], model.schedule)
-        return unchanged.begin(Start(torch.empty(0), lambda x, level: x, finish=lambda _: image.copy()))
-
+        return Unchanged(model, request, params, image, "the mask is empty (all black): nothing is generated")
     run = Run(model, request, params, notes, request.strength)
     canvas = Canvas.of(image, mask, region, width, height)
-    known = extra = None
-    if not model.sees_masks or request.strength < 1:
+    known = concat = None
+    if not model.is_inpainting or request.strength < 1:
         fill = request.content == "fill" and request.strength < 1
         known = _latents(run, canvas.filled() if fill else canvas.pixels, request.posterior)
-    if model.sees_masks:
-        hidden = _latents(run, hide(canvas.pixels, canvas.hole), request.posterior)
-        extra = mask_channels(latent_mask(canvas.hole, factor), hidden)
+    if model.is_inpainting:
+        masked = _latents(run, masked_image(canvas.pixels, canvas.hole), request.posterior)
+        concat = mask_channels(latent_mask(canvas.hole, factor), masked)
     x = draw(run.rngs, latent_shape(model.config, height, width), model.device)
     # a latent is generated if any of its pixels is masked
     hole = F.max_pool2d(canvas.hole, factor).to(model.device)
@@ -255,8 +260,8 @@ def inpaint(model: StableDiffusion, request: Inpaint) -> Run:
         noised = model.schedule.add_noise(known, x, run.levels[0]) if len(run) else known
         from_noise = request.strength == 1 or (request.content == "noise" and len(run) > 0)
         x = torch.where(hole > 0, x, noised) if from_noise else noised
-    denoise: Denoise = model.denoiser(run.context, run.uncond, params.guidance, extra)
-    if model.sees_masks or known is None:
+    denoise: Denoise = model.denoiser(run.context, run.uncond, params.guidance, concat)
+    if model.is_inpainting or known is None:
         return run.begin(Start(x, denoise, finish=canvas.paste))
     z = known
     return run.begin(Start(x, keep_known(denoise, z, hole), lambda last: torch.lerp(z, last, hole), canvas.paste))

@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sd.checkpoints.key_maps import Place, unet_places
+from sd.checkpoints.key_maps import BlockPair, unet_blocks
 from sd.config import Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from sd.schedule import Level
 
@@ -123,7 +123,7 @@ def images(u8: Tensor) -> Tensor:
     return u8.float() / 127.5 - 1
 
 
-def block_norms(network: nn.Module, places: Iterator[Place]) -> dict[str, float]:
+def block_norms(network: nn.Module, places: Iterator[BlockPair]) -> dict[str, float]:
     """Hooks that fill a dict: L2 norm of each block's output, under the name of the original's block.
 
     The goldens carry the same, which shows where two implementations part.
@@ -148,7 +148,7 @@ def check_norms(norms: dict[str, float], recorded: dict[str, list[Any]], at_leas
 
 
 def unet_norms(unet: nn.Module, config: Config) -> dict[str, float]:
-    return block_norms(unet, unet_places(config))
+    return block_norms(unet, unet_blocks(config))
 
 
 def gaussian_denoiser(std: float):

@@ -309,8 +309,8 @@ def test_tasks_play_back_and_so_do_loops_of_your_own(config, name):
     assert tape.recorded == 1 and tape.played >= 1
     before = tape.recorded + tape.played
     context = sd.encode_prompt(["a"])
-    extra = sd.all_hidden((4, 8, 8)) if sd.sees_masks else None
-    sd.denoiser(context, context, 2.0, extra)(inputs(1, B=1)[0], sd.schedule.level(500))
+    concat = sd.blank_concat((4, 8, 8)) if sd.is_inpainting else None
+    sd.denoiser(context, context, 2.0, concat)(inputs(1, B=1)[0], sd.schedule.level(500))
     assert tape.recorded + tape.played > before
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sd.adapters.lora import _sum
-from sd.adapters.lora_formats import names, read_lora
+from sd.adapters.lora_formats import read_lora, targets_by_name
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.key_maps import diffusers_sources
 from sd.config import SD1, SD2
@@ -40,7 +40,7 @@ def places(networks) -> dict[tuple[str, str], tuple[int, ...]]:
 
 
 TINY_PLACES = places(build(TINY))
-FULL_NAMES = names(SD1, list(places(build(SD1))))
+FULL_NAMES = targets_by_name(SD1, list(places(build(SD1))))
 THEIRS = diffusers_sources(
     TINY, {n: [k for m, k in TINY_PLACES if m == n] for n in ("unet", "text_encoder")} | {"vae": []}
 )
@@ -405,7 +405,7 @@ GOOD = {f"{NAME}.lora_down.weight": torch.ones(4, 128), f"{NAME}.lora_up.weight"
         ({f"{NAME}.hada_w1_a": torch.ones(128, 4)}, "a LoHa"),
         ({f"{NAME}.lokr_w1": torch.ones(8, 8)}, "a LoKr"),
         ({f"{NAME}.diff": torch.ones(128, 128)}, "a LyCORIS file of full weights"),
-        ({"model.diffusion_model.out.2.weight": torch.ones(4)}, "no LoRA .* a checkpoint is given with --ckpt"),
+        ({"model.diffusion_model.out.2.weight": torch.ones(4)}, "not a LoRA .* a checkpoint is given with --ckpt"),
         ({"emb_params": torch.ones(1, 64)}, "an embedding with --embedding"),
         (
             {key.replace("0_self", "20_self"): x for key, x in text_width(64).items()},
@@ -460,7 +460,7 @@ def test_hostile_settings(text, model, tmp_path):
 def test_every_matrix_of_the_original_unet_has_its_name(config, file):
     """kohya's prefix before the names of the key manifests: each leads to a weight of that shape."""
     shapes = places(build(config))
-    known = names(config, list(shapes))
+    known = targets_by_name(config, list(shapes))
     prefix = "model.diffusion_model."
     theirs = {key.removeprefix(prefix): entry[0] for key, entry in manifest(file).items() if key.startswith(prefix)}
     matrices = {key: shape for key, shape in theirs.items() if len(shape) > 1 and key.endswith(".weight")}
@@ -479,7 +479,7 @@ def test_every_module_of_diffusers_has_its_names(config, text_layers):
 
     networks = build(config)
     shapes = places(networks)
-    known = names(config, list(shapes))
+    known = targets_by_name(config, list(shapes))
     theirs = peers(networks, config, torch.float32)
     counts = {"attentions": 0, "convolutions": 0, "text": 0}
     for network, prefixes in (("unet", ["lora_unet_"]), ("text_encoder", ["lora_te_text_model_", "lora_te1_"])):
@@ -561,8 +561,8 @@ def test_names_of_published_files(name, place):
 @pytest.mark.parametrize("config", [SD1, SD2, TINY])
 def test_no_name_is_ambiguous(config):
     shapes = places(build(config))
-    one_by_one = [names(config, [place]) for place in shapes]
-    assert len(names(config, list(shapes))) == sum(map(len, one_by_one))
+    one_by_one = [targets_by_name(config, [place]) for place in shapes]
+    assert len(targets_by_name(config, list(shapes))) == sum(map(len, one_by_one))
 
 
 def test_diffusers_reads_kohya_as_we_do(model, tmp_path):

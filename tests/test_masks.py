@@ -16,9 +16,9 @@ from sd.denoiser import keep_known
 from sd.imaging.masks import (
     Canvas,
     fill,
-    hide,
     latent_mask,
     mask_channels,
+    masked_image,
     prepare_mask,
     surroundings,
     widened,
@@ -87,11 +87,11 @@ def test_inpainting_model_of_the_original(tiny_inpaint, name):
     image, mask = images(golden["image_u8"]), golden["mask"]
     seen = latent_mask(mask, 8)
     assert torch.equal(seen, golden["mask_latent"])
-    assert error(torch.cat(tiny_inpaint.vae.moments(hide(image, mask)), dim=1), golden["masked_moments"]) < 2e-5
-    hidden = tiny_inpaint.encode(hide(image, mask)).sample(golden.normal("posterior", (2, 4, 16, 24)))
+    assert error(torch.cat(tiny_inpaint.vae.moments(masked_image(image, mask)), dim=1), golden["masked_moments"]) < 2e-5
+    hidden = tiny_inpaint.encode(masked_image(image, mask)).sample(golden.normal("posterior", (2, 4, 16, 24)))
     assert error(hidden, golden["masked_latent"]) < 2e-5
-    extra = torch.cat([seen, hidden], dim=1)
-    denoise = tiny_inpaint.denoiser(contexts["cond"], contexts["uncond"], golden.case["scale"], extra)
+    concat = torch.cat([seen, hidden], dim=1)
+    denoise = tiny_inpaint.denoiser(contexts["cond"], contexts["uncond"], golden.case["scale"], concat)
     levels = [schedule.level(t) for t in golden.case["t_calls"]] + [schedule.level(0)]
     steps = tiny_inpaint.sample(denoise, golden["x_T"], levels, "ddim", eta=golden.case["eta"], noise=golden.noise())
     check(golden, list(steps))
@@ -115,7 +115,7 @@ def test_known_part_is_reached_by_every_sampler(name):
     options = {}
 
     def final(denoise):
-        noise = {"noise": reference_noise()} if entry.random else {}
+        noise = {"noise": reference_noise()} if entry.stochastic else {}
         *_, last = entry.run(denoise, x, schedule.levels(30, "karras"), **options, **noise)
         return last.x
 
@@ -262,8 +262,8 @@ def test_boxes_grow_within_the_image(box, aspect, expected):
 
 def test_conditioning_is_mask_then_image():
     hidden = reference.normal("h", (2, 4, 3, 5))
-    extra = mask_channels(torch.ones(1, 1, 3, 5), hidden)
-    assert extra.shape == (2, 5, 3, 5) and extra[:, 0].eq(1).all() and torch.equal(extra[:, 1:], hidden)
+    concat = mask_channels(torch.ones(1, 1, 3, 5), hidden)
+    assert concat.shape == (2, 5, 3, 5) and concat[:, 0].eq(1).all() and torch.equal(concat[:, 1:], hidden)
 
 
 def test_masks_of_labels():

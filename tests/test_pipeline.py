@@ -489,8 +489,8 @@ def test_inpainting_with_9_channels_is_these_parts(tiny_inpaint):
     hole = torch.from_numpy(np.asarray(mask) / np.float32(255))[None, None]
     grey = (torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)[None] / 127.5 - 1) * (1 - hole)
     masked = sd.vae.encode(grey).sample(randn())
-    extra = torch.cat([hole[..., ::8, ::8], masked], dim=1)
-    denoise = sd.denoiser(sd.encode_prompt(["a cat"]), sd.encode_prompt([""]), 7.5, extra)
+    concat = torch.cat([hole[..., ::8, ::8], masked], dim=1)
+    denoise = sd.denoiser(sd.encode_prompt(["a cat"]), sd.encode_prompt([""]), 7.5, concat)
     *_, last = sd.sample(denoise, randn(), sd.schedule.levels(3, "leading"), "ddim", eta=1.0, noise=randn)
     expected, inside = pixels(sd.decode(last.x)[0]), np.asarray(mask) > 0
     assert np.abs(pixels(image)[inside] - expected[inside]).max() <= 1
@@ -620,10 +620,10 @@ def test_inpainting_models_work_without_a_mask(tiny_inpaint):
 
 def test_extra_channels_are_required_or_refused(tiny_sd, tiny_inpaint):
     context = tiny_sd.encode_prompt(["a"])
-    with pytest.raises(ValueError, match="9 input channels needs `extra`"):
+    with pytest.raises(ValueError, match="9 input channels needs `concat`"):
         tiny_inpaint.denoiser(context, guidance=1.0)
-    with pytest.raises(ValueError, match="4 input channels takes no `extra`"):
-        tiny_sd.denoiser(context, guidance=1.0, extra=torch.zeros(1, 5, 8, 8))
+    with pytest.raises(ValueError, match="4 input channels takes no `concat`"):
+        tiny_sd.denoiser(context, guidance=1.0, concat=torch.zeros(1, 5, 8, 8))
     with pytest.raises(ValueError, match=r"an RGB image or \(B, 3, H, W\), got \(1, 1, 64, 64\)"):
         tiny_sd.encode(Image.new("L", (64, 64)))
 

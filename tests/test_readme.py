@@ -35,7 +35,7 @@ def sampler_table() -> str:
         "| --- " * 8 + "|",
     ]
     for key, entry in SAMPLERS.items():
-        random = "yes" if entry.random else "with `--eta`" if "eta" in entry.options else "no"
+        random = "yes" if entry.stochastic else "with `--eta`" if "eta" in entry.options else "no"
         cells = [
             f"`{key}`",
             entry.label,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sd.conditioning import Conditioning
 from sd.config import ScheduleConfig
 from sd.denoiser import Denoiser
-from sd.samplers import ADAMS_BASHFORTH, SAMPLERS, ddim, ddpm, dpmpp_sde, euler, multistep_weights, sampler
+from sd.samplers import ADAMS_BASHFORTH, SAMPLERS, ddim, ddpm, dpmpp_sde, euler, find_sampler, multistep_weights
 from sd.schedule import CLEAN, SPACINGS, Level, Levels, Schedule
 
 schedule = Schedule()
@@ -74,7 +74,7 @@ def test_k_diffusion_samplers(tiny, tiny_v2, name):
     kind = next(word for word in golden.case["component"].split() if word.startswith("sample_"))
     entry = SAMPLERS[K_NAMES[kind.removeprefix("sample_")]]
     noise = golden.noise()
-    options = {"noise": increments(noise, levels) if entry.run is dpmpp_sde else noise} if entry.random else {}
+    options = {"noise": increments(noise, levels) if entry.run is dpmpp_sde else noise} if entry.stochastic else {}
     x = levels[0].sigma * golden["x_T"]  # k-diffusion begins at sigma times the noise, and does not scale by alpha
     steps = run(golden, networks, levels, K_NAMES[kind.removeprefix("sample_")], own, x, **options)
     assert error(steps[-1].x, golden["out"]) < 1e-4
@@ -216,7 +216,7 @@ def exact_spread(a, b, std):
     return factor, math.sqrt(var_b - factor**2 * var_a)
 
 
-STOCHASTIC = [(name, {}) for name, entry in SAMPLERS.items() if entry.random]
+STOCHASTIC = [(name, {}) for name, entry in SAMPLERS.items() if entry.stochastic]
 STOCHASTIC += [("ddim", {"eta": 1.0})]
 CONVERGENCE = {  # orders of the factor and of the deviation; None: exact at any number of steps
     "ddim": (None, 1),
@@ -293,7 +293,7 @@ def test_multistep_weights_are_adams_bashforth_on_even_grids():
     ],
 )
 def test_names_that_people_know(name, key, spacing):
-    assert sampler(name) == SAMPLERS[key]._replace(spacing=spacing)
+    assert find_sampler(name) == SAMPLERS[key]._replace(spacing=spacing)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -311,7 +311,7 @@ def test_every_sampler_on_every_grid(name, spacing):
             return gaussian_denoiser(0.5)(x, level)
 
         options = {}
-        if entry.random:
+        if entry.stochastic:
             options["noise"] = lambda x: torch.randn(x.shape, generator=rng)
         steps = list(entry.run(denoise, torch.randn(1, 4, 4, 4, generator=rng), levels, **options))
         taken = len(levels) - 1
@@ -356,7 +356,7 @@ def test_runs(name, spacing, n, strength):
     extra = {1: name == "plms" and full > 0, 2: full}[entry.evaluations]
     assert len(asked) == taken + extra
     assert set(levels[:-1]) <= set(asked)
-    assert len(drawn) == (full * (2 if name == "dpmpp_sde" else 1) if entry.random else 0)
+    assert len(drawn) == (full * (2 if name == "dpmpp_sde" else 1) if entry.stochastic else 0)
     if taken:
         last = steps[-1].x
         reached = b.alpha * x0 + b.sigma * eps
@@ -469,12 +469,20 @@ def test_ddpm_is_ddim_with_eta_one():
     assert all(error(a, b) < 1e-12 for a, b in zip(*runs, strict=True))
 
 
+def test_an_option_is_the_same_in_every_sampler_that_has_it():
+    """It is one setting of requests and of the command line, whatever the sampler."""
+    found = {}
+    for entry in SAMPLERS.values():
+        for name, option in entry.options.items():
+            assert found.setdefault(name, option) == option, name
+
+
 def test_inputs_are_left_alone_and_steps_are_numbered():
     levels = schedule.levels(7, "leading")
     for name, entry in SAMPLERS.items():
         x = reference.normal("x", (1, 4, 8, 8))
         kept = x.clone()
-        options = {"noise": lambda x: torch.ones_like(x)} if entry.random else {}
+        options = {"noise": lambda x: torch.ones_like(x)} if entry.stochastic else {}
         steps = list(entry.run(gaussian_denoiser(0.5), x, levels, **options))
         assert [step.i for step in steps] == list(range(7)) and torch.equal(x, kept), name
         assert [step.level for step in steps] == levels[1:], name
@@ -482,7 +490,7 @@ def test_inputs_are_left_alone_and_steps_are_numbered():
 
 def test_refusals():
     with pytest.raises(ValueError, match="unknown sampler 'eulr', expected one of ddim"):
-        sampler("eulr")
+        find_sampler("eulr")
     with pytest.raises(ValueError, match="noise"):
         list(ddim(gaussian_denoiser(1), torch.zeros(1), schedule.levels(2), eta=0.5))
-    assert sampler("DDIM").run is ddim
+    assert find_sampler("DDIM").run is ddim

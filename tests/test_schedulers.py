@@ -213,7 +213,7 @@ def errors(scheduler, case: Case, prediction: str, told: str | None = None) -> l
     theirs = their_states(other, their_network, x, levels)
 
     entry, options, draw = SAMPLERS[case.sampler], dict(case.own or {}), draws()
-    if entry.random:
+    if entry.stochastic:
         drawn = lambda like: draw()  # noqa: E731
         options["noise"] = increments(drawn, levels) if case.sampler == "dpmpp_sde" else drawn
     steps = entry.run(denoise, x, levels, **options)

@@ -452,7 +452,7 @@ def test_convergence_counts_and_converges():
     class Model:
         """As much of a model as a run needs."""
 
-        schedule, device, dtype, sees_masks = Schedule(), torch.device("cpu"), torch.float32, False
+        schedule, device, dtype, is_inpainting = Schedule(), torch.device("cpu"), torch.float32, False
         sample = StableDiffusion.sample
 
         def encode_prompt(self, texts: list[str]) -> Tensor:

@@ -420,7 +420,7 @@ def test_an_inpainting_model_of_a_model_of_four_channels(ckpt, photos, start, tm
     assert (status, err) == (0, [])
     model = tmp_path / "a" / "model.safetensors"
     kept, trained = (StableDiffusion.load(path, device="cpu", dtype="float32") for path in (ckpt, model))
-    assert trained.sees_masks and trained.config.name == "tiny v1 inpainting"
+    assert trained.is_inpainting and trained.config.name == "tiny v1 inpainting"
     new = trained.unet.conv_in.weight[:, 4:]
     assert 0 < new.abs().max() < 1e-3  # began at zero, and learns
     assert not same(kept.text_encoder.state_dict(), trained.text_encoder.state_dict())

@@ -257,9 +257,9 @@ def test_a_widened_unet_predicts_as_before():
     config = UNetConfig(channels=(32, 64), heads=(1, 2), depth=(0, 1), blocks=1, context=8)
     unet = UNet(config)
     wider = widen_input(unet, replace(config, in_channels=9))
-    x, extra, context = (torch.randn(1, n, 8, 8, generator=rng(n)) for n in (4, 5, 1))
+    x, concat, context = (torch.randn(1, n, 8, 8, generator=rng(n)) for n in (4, 5, 1))
     t, context = torch.tensor([500]), context.view(1, 8, 8)
-    masked = wider(x, t, Conditioning(context, concat=extra))
+    masked = wider(x, t, Conditioning(context, concat=concat))
     torch.testing.assert_close(masked, unet(x, t, Conditioning(context)))
     with pytest.raises(ValueError, match="9 input channels to 4"):
         widen_input(wider, config)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sd.imaging.masks import hide, latent_mask, mask_channels
+from sd.imaging.masks import latent_mask, mask_channels, masked_image
 from sd.models.vae import VAE
 from sd.pipeline import StableDiffusion
 from sd.text.tokenizer import Tokenizer
@@ -131,6 +131,6 @@ class Batches:
                 images = to_floats(self._take("pixels", chosen[mine]))
                 height, width = images.shape[2:]
                 masks = torch.cat([self._mask(step, start + i, height, width) for i in range(recipe.batch)])
-                hidden = self.vae.encode(hide(images, masks)).mode()
-                part["extra"] = mask_channels(latent_mask(masks, self.factor), hidden)
+                masked = self.vae.encode(masked_image(images, masks)).mode()
+                part["concat"] = mask_channels(latent_mask(masks, self.factor), masked)
             yield part

@@ -151,7 +151,7 @@ def with_vae(model: StableDiffusion, path: Path) -> StableDiffusion:
 
 def for_inpainting(model: StableDiffusion) -> StableDiffusion:
     """The model with a U-Net for inpainting, which also takes mask and masked latent; the same object if it has one."""
-    if model.sees_masks:
+    if model.is_inpainting:
         return model
     unet_config = replace(model.config.unet, in_channels=2 * model.config.vae.latent_channels + 1)
     config = replace(model.config, name=f"{model.config.name} inpainting"[:100], unet=unet_config)

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Place = tuple[str, str]  # network ("unet", "text_encoder") and our name of a weight in it
+Target = tuple[str, str]  # network ("unet", "text_encoder") and our name of a weight in it
 
 
 class Pair(NamedTuple):
@@ -58,7 +58,7 @@ class Lora:
     """The contents of a LoRA file that fits a model."""
 
     name: str
-    pairs: Mapping[Place, Pair]
+    pairs: Mapping[Target, Pair]
 
 
 class Merged:
@@ -67,7 +67,7 @@ class Merged:
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
         self.networks = networks
         self._loras: dict[str, tuple[Lora, float]] = {}  # by name, in order of addition
-        self._before: dict[Place, Tensor] = {}  # changed weight -> the tensor before
+        self._before: dict[Target, Tensor] = {}  # changed weight -> the tensor before
 
     @property
     def weights(self) -> dict[str, float]:
@@ -85,61 +85,61 @@ class Merged:
                 raise ValueError(f"a LoRA named {lora.name!r} is merged already: remove it, or rename the file")
             if not math.isfinite(weight):
                 raise ValueError(f"the weight of {lora.name} must be a finite number, got {weight}")
-        places = {place: None for lora, _ in loras for place in lora.pairs}
+        targets = {target: None for lora, _ in loras for target in lora.pairs}
         if removable:
             self._loras |= {lora.name: (lora, weight) for lora, weight in loras}
             try:
-                self._refresh(places)
+                self._refresh(targets)
             except BaseException:  # Ctrl-C as well
                 self.remove(*(lora.name for lora, _ in loras))
                 raise
             return
-        for place in places:
-            if place in self._before:
-                self._before[place] = _sum(self._before[place], loras, place)  # beneath the removable LoRAs
-                self._refresh({place: None})
+        for target in targets:
+            if target in self._before:
+                self._before[target] = _sum(self._before[target], loras, target)  # beneath the removable LoRAs
+                self._refresh({target: None})
             else:
-                parameter = self._weight(place)
-                parameter.data = _sum(parameter.data, loras, place)
+                parameter = self._weight(target)
+                parameter.data = _sum(parameter.data, loras, target)
 
     def remove(self, *names: str) -> None:
         """Remove LoRAs; without any, the weights are bit for bit the original ones. KeyError for unknown names."""
-        places = {place: None for name in names for place in self._loras[name][0].pairs}
+        targets = {target: None for name in names for target in self._loras[name][0].pairs}
         before = dict(self._loras)
         for name in names:
             del self._loras[name]
         try:
-            self._refresh(places)
+            self._refresh(targets)
         except BaseException:  # some weights may still have them: removing can be repeated
             self._loras = before
             raise
 
-    def _weight(self, place: Place) -> nn.Parameter:
-        network, key = place
+    def _weight(self, target: Target) -> nn.Parameter:
+        network, key = target
         layer, _, name = key.rpartition(".")
         return self.networks[network].get_submodule(layer).get_parameter(name)
 
-    def _refresh(self, places: Mapping[Place, None]) -> None:
+    def _refresh(self, targets: Mapping[Target, None]) -> None:
         """Recompute these weights from the original ones and all LoRAs that change them."""
         loras = list(self._loras.values())
-        for place in places:
-            parameter = self._weight(place)
-            if any(place in lora.pairs for lora, _ in loras):
-                before = self._before.setdefault(place, parameter.data.cpu())  # the device's memory is scarcer
-                parameter.data = _sum(before.to(parameter.device), loras, place)
-            elif place in self._before:
-                parameter.data = self._before.pop(place).to(parameter.device)
+        for target in targets:
+            parameter = self._weight(target)
+            if any(target in lora.pairs for lora, _ in loras):
+                before = self._before.setdefault(target, parameter.data.cpu())  # the device's memory is scarcer
+                parameter.data = _sum(before.to(parameter.device), loras, target)
+            elif target in self._before:
+                parameter.data = self._before.pop(target).to(parameter.device)
 
 
-def _sum(before: Tensor, loras: Sequence[tuple[Lora, float]], place: Place) -> Tensor:
+def _sum(before: Tensor, loras: Sequence[tuple[Lora, float]], target: Target) -> Tensor:
     """W + the changes of all LoRAs, computed in float32 and rounded once, with the memory layout of W."""
     total = before.to(torch.float32, copy=True)
     for lora, weight in loras:
-        if place in lora.pairs:
-            total += lora.pairs[place].delta(before, weight)
+        if target in lora.pairs:
+            total += lora.pairs[target].delta(before, weight)
     merged = total.to(before.dtype)
     if not math.isfinite(merged.sum(dtype=torch.float32)):  # a single non-finite number makes the sum non-finite
         raise ValueError(
-            f"merged, {'.'.join(place)} has numbers beyond {before.dtype}: use a smaller weight or bfloat16"
+            f"merged, {'.'.join(target)} has numbers beyond {before.dtype}: use a smaller weight or bfloat16"
         )
     return merged

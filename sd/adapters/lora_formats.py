@@ -1,8 +1,9 @@
-"""LoRA files: which of our weights each tensor changes, for the names of every tool; a key without a place is an error.
+"""LoRA files: which of our weights each tensor changes, for the names of every tool; an unknown key is an error.
 
 A weight has many names. As for checkpoints, the names are generated from ours and looked up; only the suffix of a key
-is parsed. To add a tool: its suffix in `PARTS`, its names in `_unet_names` and `_text_names`.
-
+is parsed. To add another tool's names, add its suffix to `PARTS` and `_pairs`, its names to `_unet_names` and
+`_text_names`. To add another kind of adapter, such as DoRA, remove it from `OTHER_KINDS`, read its parts in `_pairs`,
+and extend `Pair` (lora.py).
 
     kohya        lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight, .lora_up, .alpha
                  lora_te_text_model_encoder_layers_0_mlp_fc1...; also lora_te1_, and the original's U-Net names
@@ -27,13 +28,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming
+from ..checkpoints.convert import listed, shape_text, squeezed
 from ..checkpoints.folders import model_name
 from ..checkpoints.key_maps import UNET, diffusers_sources, original_sources
 from ..config import Config
-from .lora import Lora, Pair, Place
+from .lora import Lora, Pair, Target
 
 LAYERS = 32  # of the largest text encoder (bigG): files may have layers after the last one that is run
 SAME_NAMES = ("pytorch_lora_weights", "adapter_model")  # what diffusers and PEFT call every file
+LISTED = 5  # names in an error message at most: they are long
 MAX_SETTINGS = 1 << 20  # bytes of an adapter_config.json, or the same in metadata
 
 # The suffix of a key tells the part. PEFT may put the adapter's name before ".weight".
@@ -71,8 +74,8 @@ FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SD
 def read_lora(path: str | os.PathLike[str], config: Config, networks: Mapping[str, nn.Module]) -> Lora:
     """Read a LoRA file for a model of this config, with these networks ("unet", "text_encoder").
 
-    Raises CheckpointError, in one line, for a file that is not a LoRA, is for another model, of another kind, or has
-    keys without a place in the model.
+    Raises CheckpointError for a file that is not a LoRA, is for another model, of another kind, or has
+    keys that have no place in the model.
     """
     path = Path(path)
     shapes = {
@@ -91,14 +94,14 @@ def lora_name(path: Path) -> str:
     return path.resolve().parent.name if name in SAME_NAMES else name
 
 
-def names(config: Config, places: Sequence[Place]) -> dict[str, Place]:
+def targets_by_name(config: Config, targets: Sequence[Target]) -> dict[str, Target]:
     """Every name that LoRA files may use for these weights -> the weight."""
     keys: dict[str, list[str]] = {"unet": [], "vae": [], "text_encoder": []}
-    for network, key in places:
+    for network, key in targets:
         keys[network].append(key)
     theirs = diffusers_sources(config, keys)
     original = original_sources(config, {**keys, "text_encoder": []})
-    found: dict[str, Place] = {}
+    found: dict[str, Target] = {}
     for key in keys["unet"]:
         for name in _unet_names(theirs["unet"][key].key, original["unet"][key].key):
             found[name] = "unet", key
@@ -136,9 +139,9 @@ def _text_names(diffusers: str) -> Iterator[str]:
                     yield prefix + path.removesuffix(layer) + processor
 
 
-def _pairs(file: Checkpoint, config: Config, shapes: Mapping[Place, tuple[int, ...]]) -> Iterator[tuple[Place, Pair]]:
+def _pairs(file: Checkpoint, config: Config, shapes: Mapping[Target, tuple[int, ...]]) -> Iterator[tuple[Target, Pair]]:
     """The changes in a file, after checking that all of its names and shapes fit."""
-    known = names(config, list(shapes))
+    known = targets_by_name(config, list(shapes))
     parts: dict[str, dict[str, str]] = {}  # name of a weight -> part of it -> key in the file
     unknown: list[str] = []
     beyond = _beyond(config, shapes)
@@ -155,23 +158,23 @@ def _pairs(file: Checkpoint, config: Config, shapes: Mapping[Place, tuple[int, .
     _check_family(file, parts, known, shapes)
     if unknown:
         _refuse(file, unknown, bool(parts))
-    by_place: dict[Place, str] = {}
+    by_target: dict[Target, str] = {}
     for name in parts:
-        if (other := by_place.setdefault(known[name], name)) != name:
+        if (other := by_target.setdefault(known[name], name)) != name:
             raise CheckpointError(f"two names for one weight: {other} and {name}")
     if not parts:
         raise CheckpointError("changes only layers of the text encoder that this model does not run")
     halves = [f"{name} without {part}" for name in parts for part in ("down", "up") if part not in parts[name]]
     if halves:
-        raise CheckpointError(f"{len(halves)} halves of pairs missing: {_listed(halves)}")
+        raise CheckpointError(f"{len(halves)} halves of pairs missing: {listed(halves, most=LISTED)}")
     _check_shapes(file, parts, known, shapes)
-    settings = _settings(file)
+    settings = _peft_config(file)
     for name, keys in parts.items():
-        place = known[name]
+        target = known[name]
         down, up, *mid = (file[keys[part]] for part in ("down", "up", "mid") if part in keys)
         if not all(map(_sound, (down, up, *mid))):
             raise CheckpointError(f"{name} holds numbers that are not finite, or whole numbers: a damaged file")
-        yield place, Pair(down, up, mid[0] if mid else None, _scale(file, keys, name, place, down.shape[0], settings))
+        yield target, Pair(down, up, mid[0] if mid else None, _scale(file, keys, name, target, down.shape[0], settings))
 
 
 def _sound(numbers: Tensor) -> bool:
@@ -180,7 +183,7 @@ def _sound(numbers: Tensor) -> bool:
     return numbers.is_floating_point() and all(bool(piece.float().isfinite().all()) for piece in pieces)
 
 
-def _beyond(config: Config, shapes: Mapping[Place, tuple[int, ...]]) -> dict[str, Place]:
+def _beyond(config: Config, shapes: Mapping[Target, tuple[int, ...]]) -> dict[str, Target]:
     """The names of weights in the text encoder's layers after the last one that is run."""
     text = config.text[0]
     first = [key for network, key in shapes if network == "text_encoder" and key.startswith("blocks.0.")]
@@ -189,7 +192,8 @@ def _beyond(config: Config, shapes: Mapping[Place, tuple[int, ...]]) -> dict[str
         for i in range(text.layers, LAYERS)
         for key in first
     ]
-    return names(replace(config, text=(replace(text, layers=max(LAYERS, text.layers)), *config.text[1:])), more)
+    deeper = replace(text, layers=max(LAYERS, text.layers))
+    return targets_by_name(replace(config, text=(deeper, *config.text[1:])), more)
 
 
 def _refuse(file: Checkpoint, unknown: list[str], some_known: bool) -> None:
@@ -201,18 +205,17 @@ def _refuse(file: Checkpoint, unknown: list[str], some_known: bool) -> None:
         found = [key for key in unknown if re.search(pattern, key)]
         if found:
             raise CheckpointError(f"{kind} ({found[0]}), which is not supported: LoRA and LoCon are")
+    some = listed(unknown, most=LISTED)
     if not some_known and not any("lora" in key for key in unknown):
-        raise CheckpointError(
-            f"no LoRA ({_listed(unknown)}): a checkpoint is given with --ckpt, an embedding with --embedding"
-        )
-    raise CheckpointError(f"{len(unknown)} of {len(file)} keys have no place in this model: {_listed(unknown)}")
+        raise CheckpointError(f"not a LoRA ({some}): a checkpoint is given with --ckpt, an embedding with --embedding")
+    raise CheckpointError(f"{len(unknown)} of {len(file)} keys have no place in this model: {some}")
 
 
 def _check_family(
     file: Checkpoint,
     parts: Mapping[str, Mapping[str, str]],
-    known: Mapping[str, Place],
-    shapes: Mapping[Place, tuple[int, ...]],
+    known: Mapping[str, Target],
+    shapes: Mapping[Target, tuple[int, ...]],
 ) -> None:
     """Raise CheckpointError for a LoRA for another model family, whose text encoder has another width."""
     for name, keys in parts.items():
@@ -233,17 +236,17 @@ def _check_family(
 def _check_shapes(
     file: Checkpoint,
     parts: Mapping[str, Mapping[str, str]],
-    known: Mapping[str, Place],
-    shapes: Mapping[Place, tuple[int, ...]],
+    known: Mapping[str, Target],
+    shapes: Mapping[Target, tuple[int, ...]],
 ) -> None:
     wrong = []
     for name, keys in parts.items():
         network, key = known[name]
         shape = shapes[network, key]
-        down, up = (_squeezed(file.shape(keys[part])) for part in ("down", "up"))
+        down, up = (squeezed(file.shape(keys[part]), 2) for part in ("down", "up"))
         mid = file.shape(keys["mid"]) if "mid" in keys else None
         if len(file.shape(keys["down"])) < 2 or len(file.shape(keys["up"])) < 2:
-            wrong.append(f"{keys['down']} is {_text(down)}, {keys['up']} {_text(up)}")
+            wrong.append(f"{keys['down']} is {shape_text(down)}, {keys['up']} {shape_text(up)}")
             continue
         rank = file.shape(keys["down"])[0]
         out, width, *kernel = shape
@@ -255,32 +258,35 @@ def _check_shapes(
             fits = len(up) <= 2
         fits = fits and file.shape(keys["up"])[1] == rank and rank > 0
         widened = (network, key) == ("unet", "conv_in.weight") and made == (out, 4, *kernel) and width == 9
-        if not fits or not (_squeezed(made) == _squeezed(shape) or widened):
-            wrong.append(f"{name} is for {_text(made)}, the model's is {_text(shape)}")
+        if not fits or not (squeezed(made, 2) == squeezed(shape, 2) or widened):
+            wrong.append(f"{name} is for {shape_text(made)}, the model's is {shape_text(shape)}")
     if wrong:
         raise CheckpointError(
-            f"made for another model: {len(wrong)} of {len(parts)} of the wrong shape: {_listed(wrong, '; ')}"
+            f"made for another model: {len(wrong)} of {len(parts)} of the wrong shape: {listed(wrong, '; ', LISTED)}"
         )
 
 
 def _scale(
-    file: Checkpoint, keys: Mapping[str, str], name: str, place: Place, rank: int, settings: Mapping[str, Any]
+    file: Checkpoint, keys: Mapping[str, str], name: str, target: Target, rank: int, settings: Mapping[str, Any]
 ) -> float:
-    """alpha / r of one weight; alpha is its own, the file's, or r."""
+    """The factor of one pair: alpha / r, or alpha / sqrt(r) for rsLoRA.
+
+    alpha is the pair's own, the file's, that in PEFT's settings, or r.
+    """
     key = keys.get("alpha", "alpha")
     if key in file:
         if math.prod(file.shape(key)) != 1:
-            raise CheckpointError(f"{key} is {_text(file.shape(key))}, expected one number")
+            raise CheckpointError(f"{key} is {shape_text(file.shape(key))}, expected one number")
         alpha, root = float(file[key].flatten()[0]), False
     else:
-        alpha, root = _setting(settings, name, place, rank)
+        alpha, root = _peft_alpha(settings, name, target, rank)
     scale = alpha / (math.sqrt(rank) if root else rank)
     if not math.isfinite(scale):
         raise CheckpointError(f"the alpha of {name} is not finite: a damaged file")
     return scale
 
 
-def _settings(file: Checkpoint) -> dict[str, Any]:
+def _peft_config(file: Checkpoint) -> dict[str, Any]:
     """PEFT's settings, from the file's metadata or an adapter_config.json beside it."""
     text = file.metadata.get("lora_adapter_metadata")
     beside = file.path.with_name("adapter_config.json")
@@ -296,11 +302,11 @@ def _settings(file: Checkpoint) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _setting(settings: Mapping[str, Any], name: str, place: Place, rank: int) -> tuple[float, bool]:
+def _peft_alpha(settings: Mapping[str, Any], name: str, target: Target, rank: int) -> tuple[float, bool]:
     """alpha from PEFT's settings, and whether it is divided by the square root of the rank."""
 
     def get(what: str) -> Any:
-        return settings.get(f"{place[0]}.{what}", settings.get(what))
+        return settings.get(f"{target[0]}.{what}", settings.get(what))
 
     alpha = get("lora_alpha")
     patterns = get("alpha_pattern")
@@ -316,17 +322,3 @@ def _setting(settings: Mapping[str, Any], name: str, place: Place, rank: int) ->
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or abs(alpha) > 1e6:
         raise CheckpointError(f"the settings of its adapter say lora_alpha {alpha!r:.50}, expected a number")
     return float(alpha), get("use_rslora") is True
-
-
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    while len(shape) > 2 and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
-
-
-def _listed(names: Sequence[str], separator: str = ", ") -> str:
-    return separator.join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _text(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "a single number"

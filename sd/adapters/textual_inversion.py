@@ -40,7 +40,7 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
     room    number of tokens in a prompt, the maximum number of vectors of a word
     word    name of the word; by default the one in the file, or the file's name without its ending
 
-    Raises CheckpointError, in one line, for a file that is not an embedding, or one for another model.
+    Raises CheckpointError for a file that is not an embedding, or one for another model.
     """
     path = Path(path)
     with load_checkpoint(path) as file, naming(path):
@@ -54,7 +54,9 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
                 if bad
                 else f"{len(shapes)} tensors, {next(iter(shapes))}, ..."
             )
-            raise CheckpointError(f"no embedding ({few}): a checkpoint is given with --ckpt, a LoRA file with --lora")
+            raise CheckpointError(
+                f"not an embedding ({few}): a checkpoint is given with --ckpt, a LoRA file with --lora"
+            )
         if word is not None and len(shapes) > 1:
             raise CheckpointError(f"holds {len(shapes)} words ({', '.join(list(shapes)[:5])}): give none of your own")
         found = {}
@@ -68,7 +70,7 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
             if word is None and len(shapes) == 1 and (name in NAMELESS or key.startswith(PARAMETERS)):
                 name = model_name(path)
             if not name.isprintable() or len(name) > MAX_LETTERS:
-                raise CheckpointError(f"{name[:50]!r} is no word; give one (word=..., --embedding FILE:WORD)")
+                raise CheckpointError(f"{name[:50]!r} is not a word; give one (word=..., --embedding FILE:WORD)")
             if len(shape) == 2 and shape[0] > room:
                 raise CheckpointError(f"{name!r} has {shape[0]} vectors, but a prompt has room for {room}")
             vectors = file[key].reshape(-1, width)

@@ -239,7 +239,7 @@ def load_checkpoint(path: str | os.PathLike, variant: str | None = None, *, mapp
     mapped    large tensors get separate memory pages; for safetensors, pages of the file, which must then not be
               overwritten in place while they are in use (see mmap.py)
 
-    Raises CheckpointError, one line that names the file, for anything that is not a usable checkpoint: missing, broken,
+    Raises CheckpointError, which names the file, for anything that is not a usable checkpoint: missing, broken,
     truncated, another kind of file, or an untrustworthy pickle.
     """
     path = Path(path)

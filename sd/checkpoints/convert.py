@@ -15,7 +15,7 @@ text_encoder vae unet torch.Size([96, 4, 3, 3])
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..config import Config
@@ -120,7 +120,7 @@ def convert(
         and not (text is not None and text.unrun_layer(key, config.text[0].layers))
     ]
     if extra:
-        raise CheckpointError(f"{_count(extra)} in the file that {config.name} does not have: {_listed(extra)}")
+        raise CheckpointError(f"{_count(extra)} in the file that {config.name} does not have: {listed(extra)}")
     return {part: StateDict(tensors, tables[name], expected[name]) for part, name in wanted.items()}
 
 
@@ -173,7 +173,7 @@ def _check_complete(
                 want = (3 * want[0], *want[1:])
             if key == TOKENS and have is not None and len(have) == 2 and have[0] > want[0]:
                 have = (want[0], have[1])  # fine-tuning added words that no prompt can contain
-            if have is not None and _squeezed(have) != _squeezed(want):
+            if have is not None and squeezed(have) != squeezed(want):
                 misshapen.append(f"{source.key} is {shape_text(have)}, expected {shape_text(want)}")
     if absent:
         names = " and ".join(f"no {NAMES[network]}" for network in absent)
@@ -181,13 +181,14 @@ def _check_complete(
         raise CheckpointError(f"the file has {names}" + (f": give it with {flags}" if flags else ""))
     if missing:
         total = sum(map(len, sources.values()))
-        raise CheckpointError(f"{_count(missing)} of {total} missing from the file: {_listed(missing)}")
+        raise CheckpointError(f"{_count(missing)} of {total} missing from the file: {listed(missing)}")
     if misshapen:
-        raise CheckpointError(f"{_count(misshapen)} of the wrong shape: {_listed(misshapen, '; ')}")
+        raise CheckpointError(f"{_count(misshapen)} of the wrong shape: {listed(misshapen, '; ')}")
 
 
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    while len(shape) > 1 and shape[-1] == 1:
+def squeezed(shape: tuple[int, ...], least: int = 1) -> tuple[int, ...]:
+    """A shape without its last dimensions of size 1, but at least this many dimensions."""
+    while len(shape) > least and shape[-1] == 1:
         shape = shape[:-1]
     return shape
 
@@ -201,10 +202,11 @@ def _count(keys: list[str]) -> str:
     return f"{len(keys)} weight{'s' if len(keys) > 1 else ''}"
 
 
-def _listed(keys: list[str], separator: str = ", ") -> str:
-    return separator.join(keys[:10]) + (f" and {len(keys) - 10} more" if len(keys) > 10 else "")
+def listed(keys: Sequence[str], separator: str = ", ", most: int = 10) -> str:
+    """The first of some keys, and how many more there are."""
+    return separator.join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
-def shape_text(shape: tuple[int, ...]) -> str:
+def shape_text(shape: Sequence[int]) -> str:
     """A shape as text: "320x4x3x3"."""
     return "x".join(map(str, shape)) or "a scalar"

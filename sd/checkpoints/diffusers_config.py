@@ -206,7 +206,7 @@ def schedule_from_diffusers(raw: Mapping[str, Any]) -> ScheduleConfig:
 def to_diffusers_configs(config: Config, version: str = "0.30.0") -> dict[str, dict[str, Any]]:
     """Path in the folder -> contents, for every JSON file except the tokenizer's vocabulary."""
     text, schedule = config.text[0], config.schedule
-    pipeline = "StableDiffusionInpaintPipeline" if config.sees_masks else "StableDiffusionPipeline"
+    pipeline = "StableDiffusionInpaintPipeline" if config.is_inpainting else "StableDiffusionPipeline"
     end = "!" if text.pad == 0 else "<|endoftext|>"
     special = {
         "bos_token": "<|startoftext|>",

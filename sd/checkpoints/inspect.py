@@ -93,7 +93,7 @@ def inspect(tensors: Checkpoint, config: Config | None = None, *, sha256: bool |
         said = f"{config.schedule.prediction}: {identity.reason or 'its own config says so'}"
         open_question = "eps or v: nothing says which; the U-Net is run once at loading to tell (--prediction sets it)"
         out.prediction = said if identity.decided else open_question
-        inpaints = config.sees_masks
+        inpaints = config.is_inpainting
         out.channels = f"{config.unet.in_channels} ({'inpainting' if inpaints else 'text to image'})"
     except CheckpointError as error:
         out.model = str(error)

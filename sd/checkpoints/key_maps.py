@@ -1,6 +1,6 @@
 """Key maps: the name of each of our weights in other layouts.
 
-The key map is data. `*_places` walk the config and yield pairs of corresponding blocks; a few rules name the layers
+The key map is data. `*_blocks` walk the config and yield pairs of corresponding blocks; a few rules name the layers
 inside a block. Together they give one table {our key: source}, which is looked up in both directions: patterns are
 never applied to unknown keys.
 
@@ -47,7 +47,7 @@ class Source(NamedTuple):
 
 
 Rules = dict[str, str]  # our layer within a block -> their layer within their block
-Place = tuple[str, str, Rules]  # our block, their block, and the rules inside
+BlockPair = tuple[str, str, Rules]  # our block, their block, and the rules inside
 
 PROJECTIONS: Rules = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 RESBLOCK: Rules = {
@@ -93,7 +93,7 @@ def transformer(depth: int) -> Rules:
     }
 
 
-def unet_places(config: Config) -> Iterator[Place]:
+def unet_blocks(config: Config) -> Iterator[BlockPair]:
     """The U-Net's blocks: ours, the original ones (without prefix), and the rules inside."""
     cfg = config.unet
     last = len(cfg.channels) - 1
@@ -124,7 +124,7 @@ def unet_places(config: Config) -> Iterator[Place]:
             yield f"up.{level}.up.conv", f"output_blocks.{n - 1}.{index}.conv", THIS
 
 
-def vae_places(config: Config) -> Iterator[Place]:
+def vae_blocks(config: Config) -> Iterator[BlockPair]:
     """The VAE's blocks. The original counts the decoder's levels from the finest, as here."""
     cfg = config.vae
     last = len(cfg.channels) - 1
@@ -146,7 +146,7 @@ def vae_places(config: Config) -> Iterator[Place]:
                 )
 
 
-def clip_places(text: TextConfig) -> Iterator[Place]:
+def clip_blocks(text: TextConfig) -> Iterator[BlockPair]:
     """The text encoder's blocks in transformers' CLIPTextModel."""
     yield "token", "embeddings.token_embedding", THIS
     yield "position", "embeddings.position_embedding", THIS
@@ -155,7 +155,7 @@ def clip_places(text: TextConfig) -> Iterator[Place]:
         yield f"blocks.{i}", f"encoder.layers.{i}", CLIP_BLOCK
 
 
-def openclip_places(text: TextConfig) -> Iterator[Place]:
+def openclip_blocks(text: TextConfig) -> Iterator[BlockPair]:
     """The same in OpenCLIP. Its fused q, k, v and its bare position table are added in `text_sources`."""
     yield "token", "token_embedding", THIS
     yield "norm", "ln_final", THIS
@@ -163,7 +163,7 @@ def openclip_places(text: TextConfig) -> Iterator[Place]:
         yield f"blocks.{i}", f"transformer.resblocks.{i}", OPENCLIP_BLOCK
 
 
-def diffusers_unet_places(config: Config) -> Iterator[Place]:
+def diffusers_unet_blocks(config: Config) -> Iterator[BlockPair]:
     """The U-Net's blocks in diffusers' UNet2DConditionModel."""
     cfg = config.unet
     last = len(cfg.channels) - 1
@@ -185,7 +185,7 @@ def diffusers_unet_places(config: Config) -> Iterator[Place]:
             yield f"up.{level}.up.conv", f"{up}.upsamplers.0.conv", THIS
 
 
-def diffusers_vae_places(config: Config, attention: Rules = DIFFUSERS_VAE_ATTENTION) -> Iterator[Place]:
+def diffusers_vae_blocks(config: Config, attention: Rules = DIFFUSERS_VAE_ATTENTION) -> Iterator[BlockPair]:
     """The VAE's blocks in diffusers' AutoencoderKL; its attention has had two sets of names."""
     cfg = config.vae
     last = len(cfg.channels) - 1
@@ -205,19 +205,19 @@ def diffusers_vae_places(config: Config, attention: Rules = DIFFUSERS_VAE_ATTENT
                 yield f"{ours}.{direction}.conv", f"{theirs}.{direction}samplers.0.conv", THIS
 
 
-def _layers(places: Iterable[Place], prefix: str = "") -> dict[str, str]:
+def _layers(blocks: Iterable[BlockPair], prefix: str = "") -> dict[str, str]:
     """Our layer -> their layer, for every layer that a block of these kinds may have."""
     return {
         f"{ours}.{a}".rstrip("."): f"{prefix}{theirs}.{b}".rstrip(".")
-        for ours, theirs, rules in places
+        for ours, theirs, rules in blocks
         for a, b in rules.items()
     }
 
 
 def text_sources(layout: str, text: TextConfig, prefix: str) -> Callable[[str], Source]:
     """The sources of the text encoder's weights, by our key. `layout` "clip" (transformers' names) or "openclip"."""
-    places = openclip_places if layout == "openclip" else clip_places
-    plain = _sources(_layers(places(text), prefix))
+    blocks = openclip_blocks if layout == "openclip" else clip_blocks
+    plain = _sources(_layers(blocks(text), prefix))
     if layout == "clip":
         return plain
 
@@ -236,19 +236,19 @@ def text_sources(layout: str, text: TextConfig, prefix: str) -> Callable[[str], 
 def vae_sources(layout: str, config: Config, prefix: str) -> Callable[[str], Source]:
     """The same for the VAE. `layout` "original", "diffusers", or "diffusers-old" (before its version 0.18)."""
     if layout == "original":
-        return _sources(_layers(vae_places(config), prefix), VAE_POINTWISE)
+        return _sources(_layers(vae_blocks(config), prefix), VAE_POINTWISE)
     attention = OLD_VAE_ATTENTION if layout == "diffusers-old" else DIFFUSERS_VAE_ATTENTION
-    return _sources(_layers(diffusers_vae_places(config, attention), prefix))
+    return _sources(_layers(diffusers_vae_blocks(config, attention), prefix))
 
 
 def unet_sources(layout: str, config: Config, prefix: str) -> Callable[[str], Source]:
     """The same for the U-Net. `layout` "original", "diffusers", or "ema", the moving average in an original file."""
     pointwise = () if config.unet.linear_projections else UNET_POINTWISE
     if layout == "diffusers":
-        return _sources(_layers(diffusers_unet_places(config), prefix), pointwise)
+        return _sources(_layers(diffusers_unet_blocks(config), prefix), pointwise)
     if layout == "original":
-        return _sources(_layers(unet_places(config), prefix), pointwise)
-    raw = _sources(_layers(unet_places(config), UNET), pointwise)
+        return _sources(_layers(unet_blocks(config), prefix), pointwise)
+    raw = _sources(_layers(unet_blocks(config), UNET), pointwise)
 
     def source(key: str) -> Source:
         return raw(key)._replace(key=prefix + ema_key(raw(key).key).removeprefix(EMA))
@@ -283,12 +283,12 @@ def original_sources(config: Config, keys: Mapping[str, Iterable[str]]) -> dict[
 
     keys   per network ("text_encoder", "vae", "unet", "unet_ema"), our names of its weights
     """
-    names = config.text[0].names
-    text = (names, TEXT[names])
+    style = config.text[0].names
+    text = (style, TEXT[style])
     where = {"text_encoder": text, "vae": ("original", VAE), "unet": ("original", UNET), "unet_ema": ("ema", EMA)}
     return {
-        network: sources(network.removesuffix("_ema"), where[network][0], config, where[network][1], names)
-        for network, names in keys.items()
+        network: sources(network.removesuffix("_ema"), where[network][0], config, where[network][1], of_network)
+        for network, of_network in keys.items()
     }
 
 
@@ -300,8 +300,8 @@ def diffusers_sources(config: Config, keys: Mapping[str, Iterable[str]]) -> dict
     """
     layout = {"text_encoder": "clip"}
     return {
-        network: sources(network, layout.get(network, "diffusers"), config, "", names)
-        for network, names in keys.items()
+        network: sources(network, layout.get(network, "diffusers"), config, "", of_network)
+        for network, of_network in keys.items()
     }
 
 

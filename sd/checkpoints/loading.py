@@ -2,9 +2,9 @@
 
 >>> from sd.models.build import build
 >>> from sd.resources import resource
->>> with Source(resource("weights/pocket.safetensors"), LoadOptions()) as source:
-...     vae = build(source.config)["vae"]  # without memory
-...     source.read("vae", vae, torch.device("cpu"), torch.float32, lambda count: None, own=False)
+>>> with ModelFiles(resource("weights/pocket.safetensors"), LoadOptions()) as files:
+...     vae = build(files.config)["vae"]  # without memory
+...     files.read("vae", vae, torch.device("cpu"), torch.float32, lambda count: None, own=False)
 >>> vae.encoder.conv_in.weight.shape
 torch.Size([64, 3, 3, 3])
 """
@@ -171,11 +171,11 @@ class LoadOptions:
         return {name: path for name, path in given.items() if path is not None}
 
 
-class Source:
+class ModelFiles:
     """The open files of one model: its config, and the weights of each network. Close it, or use it in a `with`."""
 
     def __init__(self, path: str | os.PathLike[str], options: LoadOptions) -> None:
-        """Open the files and match every weight. Raises CheckpointError, in one line, if they are not a model."""
+        """Open the files and match every weight. Raises CheckpointError if they are not a model."""
         self._path, self._options, self._stack = path, options, ExitStack()
         with ExitStack() as files:
             self._main = files.enter_context(load_checkpoint(path, options.variant, mapped=True))
@@ -218,7 +218,7 @@ class Source:
         """What was found out and chosen, as lines of text."""
         return (*self._main.notes, *describe(self._main, self._found, self._options.weights, self.config))
 
-    def __enter__(self) -> Source:
+    def __enter__(self) -> ModelFiles:
         return self
 
     def __exit__(self, *_: object) -> None:

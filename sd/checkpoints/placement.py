@@ -12,7 +12,7 @@ from torch import nn
 from ..config import Config
 from ..models.build import build
 from ..runtime.offload import Offload
-from .loading import Source
+from .loading import ModelFiles
 
 SHARED_MEMORY = ("cpu", "mps")  # devices that share the memory of the CPU
 
@@ -27,25 +27,25 @@ class Placed(NamedTuple):
 
 
 def place(
-    source: Source,
+    files: ModelFiles,
     device: torch.device,
     dtype: torch.dtype,
     low_memory: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> Placed:
-    """Build the networks of a source and read their weights.
+    """Build the networks of a model and read their weights.
 
-    low_memory   only one network at a time is on the device. On CPU and MPS nothing is read yet, and the source stays
-                 open, since a network is read whenever it is needed; otherwise the source is closed here
+    low_memory   only one network at a time is on the device. On CPU and MPS nothing is read yet, and the files stay
+                 open, since a network is read whenever it is needed; otherwise the files are closed here
     progress     called with (parameters in this weight, parameters in total) after each weight
 
-    If the files do not say what the U-Net predicts, it is run once to find out. If an error is raised, the source is
+    If the files do not say what the U-Net predicts, it is run once to find out. If an error is raised, the files are
     closed.
     """
     reread = low_memory and device.type in SHARED_MEMORY
     home = torch.device("cpu") if low_memory and not reread else device
     try:
-        networks = build(source.config)
+        networks = build(files.config)
         total = sum(math.prod(w.shape) for net in networks.values() for w in net.state_dict().values())
 
         def report(count: int) -> None:
@@ -53,18 +53,18 @@ def place(
                 progress(count, total)
 
         def read(name: str, network: nn.Module) -> None:
-            source.read(name, network, home, dtype, report, own=reread)
+            files.read(name, network, home, dtype, report, own=reread)
 
         if not reread:
             for name, network in networks.items():
                 read(name, network)
         used = Offload(networks, device, read if reread else None) if low_memory else networks
-        if not source.decided:
-            source.probe(used["unet"])
-        about = source.about()
+        if not files.decided:
+            files.probe(used["unet"])
+        about = files.about()
     except BaseException:
-        source.close()
+        files.close()
         raise
     if not reread:
-        source.close()
-    return Placed(source.config, networks, used, about)
+        files.close()
+    return Placed(files.config, networks, used, about)

@@ -91,7 +91,7 @@ def decide(
     decided = said is not None or config.unet.context != SD2.unet.context or config.unet.in_channels != 4
     if said is None:
         said = "eps"
-        inpaints = config.sees_masks
+        inpaints = config.is_inpainting
         kind = "inpainting models do" if inpaints else "Stable Diffusion 1.x does"
         reason = f"as {kind}, and nothing about this one says otherwise" if decided else "nothing says what it predicts"
     try:

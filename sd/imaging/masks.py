@@ -104,14 +104,14 @@ def latent_mask(mask: Tensor, factor: int) -> Tensor:
     return torch.where(near > 0, nearest, F.max_pool2d(mask, factor))
 
 
-def hide(image: Tensor, mask: Tensor) -> Tensor:
+def masked_image(image: Tensor, mask: Tensor) -> Tensor:
     """The image (B, 3, H, W) in [-1, 1] with the masked part set to 0, middle grey."""
     return image * (mask < 0.5)
 
 
-def mask_channels(mask: Tensor, hidden: Tensor) -> Tensor:
-    """Extra input (B, 5, h, w) of 9-channel models: mask (B or 1, 1, h, w), then masked latent (B, 4, h, w)."""
-    return torch.cat([mask.to(hidden).expand(hidden.shape[0], -1, -1, -1), hidden], dim=1)
+def mask_channels(mask: Tensor, masked: Tensor) -> Tensor:
+    """Mask (B or 1, 1, h, w), latents (B, 4, h, w) of the masked image -> inpainting models' `concat` (B, 5, h, w)."""
+    return torch.cat([mask.to(masked).expand(masked.shape[0], -1, -1, -1), masked], dim=1)
 
 
 def fill(image: Tensor, mask: Tensor) -> Tensor:

@@ -127,12 +127,12 @@ class UNet(nn.Module):
         skips = [first]  # channels of what is kept on the way down
         for i, channels in enumerate(config.channels):
             widths = [skips[-1]] + [channels] * (config.blocks - 1)
-            level = Stage(config, i, widths, time_width)
+            stage = Stage(config, i, widths, time_width)
             skips += [channels] * config.blocks
             if i < len(config.channels) - 1:
-                level.down = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+                stage.down = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
                 skips.append(channels)
-            down.append(level)
+            down.append(stage)
         self.down = module_list(down)
 
         self.mid = Middle(config, time_width)
@@ -141,10 +141,10 @@ class UNet(nn.Module):
         width = last  # channels of the output of the coarser level
         for i, channels in reversed(list(enumerate(config.channels))):
             widths = [before + skips.pop() for before in [width] + [channels] * config.blocks]
-            level = Stage(config, i, widths, time_width)
+            stage = Stage(config, i, widths, time_width)
             if i > 0:
-                level.up = Upsample(channels)
-            up.append(level)
+                stage.up = Upsample(channels)
+            up.append(stage)
             width = channels
         self.up = module_list(reversed(up))
 
@@ -164,7 +164,7 @@ class UNet(nn.Module):
         conditioning   context (B, M, D); vector (B, V) if the config has one; concat (B, E, H, W), which is appended to
                        the channels of x: C + E is the config's `in_channels`. A bare tensor is the context
         down, middle   residuals of control networks: added to the skip connections, in the order of the way down, and
-                       to the output of the middle block
+                       to the output of the middle block. The pipeline passes none yet (docs/extending.md)
 
         Raises ValueError if a vector is missing or unexpected, and for a wrong number of `down` residuals.
         """
@@ -180,12 +180,12 @@ class UNet(nn.Module):
 
         x = self.conv_in(x if concat is None else torch.cat([x, concat.to(x.dtype)], dim=1))
         skips = [x]
-        for level in self.down:
-            for i in range(len(level.res)):
-                x = level.block(i, x, time, context)
+        for stage in self.down:
+            for i in range(len(stage.res)):
+                x = stage.block(i, x, time, context)
                 skips.append(x)
-            if level.down is not None:
-                x = level.down(x)
+            if stage.down is not None:
+                x = stage.down(x)
                 skips.append(x)
 
         x = self.mid(x, time, context)
@@ -197,10 +197,10 @@ class UNet(nn.Module):
                 raise ValueError(f"{len(down)} residuals of a control network, but the U-Net keeps {len(skips)}")
             skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
 
-        for level in reversed(self.up):
-            for i in range(len(level.res)):
-                x = level.block(i, torch.cat([x, skips.pop()], dim=1), time, context)
-            if level.up is not None:
-                x = level.up(x, skips[-1].shape[-2:])
+        for stage in reversed(self.up):
+            for i in range(len(stage.res)):
+                x = stage.block(i, torch.cat([x, skips.pop()], dim=1), time, context)
+            if stage.up is not None:
+                x = stage.up(x, skips[-1].shape[-2:])
 
         return self.conv_out(F.silu(self.norm_out(x), inplace=True))

@@ -113,8 +113,8 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(config.image_channels, config.channels[0], 3, padding=1)
         widths = (config.channels[0], *config.channels)
         self.down = module_list(Stage(a, b, config.blocks) for a, b in pairwise(widths))
-        for level, channels in zip(self.down[:-1], config.channels[:-1], strict=True):
-            level.down = Downsample(channels)
+        for stage, channels in zip(self.down[:-1], config.channels[:-1], strict=True):
+            stage.down = Downsample(channels)
         self.mid = Middle(widths[-1])
         self.norm_out = nn.GroupNorm(GROUPS, widths[-1], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
@@ -122,8 +122,8 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, 8, h, w)."""
         x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
+        for stage in self.down:
+            x = stage(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x)), inplace=True))
 
 
@@ -136,16 +136,16 @@ class Decoder(nn.Module):
         self.mid = Middle(config.channels[-1])
         widths = (*config.channels, config.channels[-1])  # each level takes those of the next coarser one
         self.up = module_list(Stage(b, a, config.blocks + 1) for a, b in pairwise(widths))
-        for level, channels in zip(self.up[1:], config.channels[1:], strict=True):
-            level.up = Upsample(channels)
+        for stage, channels in zip(self.up[1:], config.channels[1:], strict=True):
+            stage.up = Upsample(channels)
         self.norm_out = nn.GroupNorm(GROUPS, widths[0], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, 4, h, w) -> (B, 3, H, W), about [-1, 1]."""
         x = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            x = level(x)
+        for stage in reversed(self.up):
+            x = stage(x)
         return self.conv_out(F.silu(self.norm_out(x), inplace=True))
 
 

@@ -44,11 +44,10 @@ LARGEST_SUM = 126.0  # and the largest 2^127: for the values, each times such a 
 EXAMPLE = 4, 1024, 64
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """`layers.attention`, blockwise where that is faster: q (B, N, D), k and v (B, M, D) -> (B, N, D)."""
     if (
-        causal
-        or type(q) is not Tensor
+        type(q) is not Tensor
         or q.device.type != "cpu"
         or not for_inference(q, k, v)
         or q.dtype not in packing.onednn_dtypes()
@@ -57,7 +56,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
         or 0 in (q.numel(), k.shape[1])
         or not faster(("attention", q.dtype), partial(_example, q.dtype))
     ):
-        return layers.attention(q, k, v, heads, causal)
+        return layers.attention(q, k, v, heads)
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N, d)
     return blockwise(q, k, v).transpose(1, 2).flatten(-2)
 

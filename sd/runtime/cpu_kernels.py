@@ -1,4 +1,4 @@
-"""Faster layers for x86 CPUs, with the interface of those they replace; `optimize` puts them into a network.
+"""Faster layers for CPUs (packed weights: x86 only), with the interface of those they replace; see `optimize`.
 
 On an x86 CPU, where a step of Stable Diffusion 1.x is 1,600 GFLOP, three choices of PyTorch cost up to half of it:
 
@@ -31,8 +31,8 @@ from ..models import layers
 from .blockwise_attention import attention
 from .packing import (
     InputSize,
-    Packed,
     PackedLayer,
+    PackedWeight,
     convolution,
     eagerly,
     for_inference,
@@ -50,15 +50,15 @@ PART = 2**18  # how many numbers to add up at a time: 1 MB, which stays in the c
 class Linear(PackedLayer, nn.Linear):
     """nn.Linear with a packed weight; plain where gradients are wanted."""
 
-    def pack(self, weight: Tensor, size: InputSize) -> Packed:
-        return Packed(pack_linear(weight), size, weight.shape, weight.stride())
+    def pack(self, weight: Tensor, size: InputSize) -> PackedWeight:
+        return PackedWeight(pack_linear(weight), size, weight.shape, weight.stride())
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""
         if torch.compiler.is_compiling():
             return eagerly(self, x)
         # for inputs of a wrong shape, PyTorch's own operators have the best messages
-        packed = self.packed(x) if x.dim() > 0 and x.shape[-1] == self.in_features else None
+        packed = self.packed_for(x) if x.dim() > 0 and x.shape[-1] == self.in_features else None
         if packed is None:
             return F.linear(x, self.weight, self.bias)
         return linear(x, packed.weight, self.__dict__["_parameters"]["bias"])
@@ -69,15 +69,15 @@ class Conv2d(PackedLayer, nn.Conv2d):
 
     for_maps = True
 
-    def pack(self, weight: Tensor, size: InputSize) -> Packed:
+    def pack(self, weight: Tensor, size: InputSize) -> PackedWeight:
         kernel = pack_kernel(weight, self.padding, self.stride, self.dilation, self.groups, size)
-        return Packed(kernel, size, weight.shape, weight.stride())
+        return PackedWeight(kernel, size, weight.shape, weight.stride())
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H', W')."""
         if torch.compiler.is_compiling():
             return eagerly(self, x)
-        packed = self.packed(x) if x.dim() == 4 and x.shape[1] == self.in_channels else None
+        packed = self.packed_for(x) if x.dim() == 4 and x.shape[1] == self.in_channels else None
         if packed is None:
             return self._conv_forward(x, self.weight, self.bias)
         bias = self.__dict__["_parameters"]["bias"]
@@ -91,14 +91,14 @@ class PixelConv2d(PackedLayer, nn.Conv2d):
     took half as long again after one at 512x512.)
     """
 
-    def pack(self, weight: Tensor, size: InputSize) -> Packed:
-        return Packed(pack_linear(weight.flatten(1)), size, weight.shape, weight.stride())
+    def pack(self, weight: Tensor, size: InputSize) -> PackedWeight:
+        return PackedWeight(pack_linear(weight.flatten(1)), size, weight.shape, weight.stride())
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H, W)."""
         if torch.compiler.is_compiling():
             return eagerly(self, x)
-        packed = self.packed(x) if x.dim() == 4 and x.shape[1] == self.in_channels else None
+        packed = self.packed_for(x) if x.dim() == 4 and x.shape[1] == self.in_channels else None
         if packed is None:
             return self._conv_forward(x, self.weight, self.bias)
         bias = self.__dict__["_parameters"]["bias"]
@@ -119,7 +119,7 @@ class UpsampleConv2d(PackedLayer, nn.Conv2d):
     for_maps = True
     OPTIONS = (1, 1), (1, 1), (1, 1), 1  # padding, stride, dilation, groups
 
-    def pack(self, weight: Tensor, size: InputSize) -> Packed:
+    def pack(self, weight: Tensor, size: InputSize) -> PackedWeight:
         C_out, C_in = weight.shape[:2]
         sums = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).float()  # (place, of 2, of 3)
         kernels = weight.new_empty(2, 2, C_out, C_in, 2, 2)
@@ -129,7 +129,7 @@ class UpsampleConv2d(PackedLayer, nn.Conv2d):
         # the plain weight cannot be computed from the sums, so it is kept
         kernels = kernels.view(4 * C_out, C_in, 2, 2).to_mkldnn()  # its own copy: from here on the first one is free
         kernels = pack_kernel(kernels, *self.OPTIONS, size)
-        return Packed(kernels, size, weight.shape, weight.stride(), weight)
+        return PackedWeight(kernels, size, weight.shape, weight.stride(), weight)
 
 
 class Upsample(layers.Upsample):
@@ -144,7 +144,7 @@ class Upsample(layers.Upsample):
             return super().forward(x, size)
         B, C, H, W = x.shape
         hooked = conv._forward_hooks or conv._forward_pre_hooks or "forward" in conv.__dict__
-        packed = conv.packed(x) if not hooked and tuple(size or ()) in ((), (2 * H, 2 * W)) else None
+        packed = conv.packed_for(x) if not hooked and tuple(size or ()) in ((), (2 * H, 2 * W)) else None
         if packed is None:
             return super().forward(x, size)
         bias = conv.__dict__["_parameters"]["bias"]

@@ -12,10 +12,10 @@ addresses, and a hook would not be called.
 >>> def record(run, device):  # stands in for `cuda_graph`
 ...     out = run()
 ...     return lambda: out.copy_(run()), out
->>> class Network(nn.Module):
+>>> class Halved(nn.Module):
 ...     def forward(self, x, t, conditioning):
 ...         return x + conditioning.context.mean()
->>> network, given = Network(), (torch.randn(2, 4), torch.ones(2), Conditioning(torch.randn(2, 77, 16)))
+>>> network, given = Halved(), (torch.randn(2, 4), torch.ones(2), Conditioning(torch.randn(2, 77, 16)))
 >>> steps = Recorded(network, record)
 >>> with torch.no_grad():
 ...     steps(*given).equal(network(*given))
@@ -33,14 +33,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
-from ..conditioning import Conditioning
+from ..conditioning import Conditioning, Network
 from . import packing
 from .optimize import restore
 
 SHAPES = 2  # recordings that are kept: each holds the memory of a step
 WARM_UP = 2  # runs before a recording, in which libraries choose their kernels and allocate their memory
 
-Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # as in denoiser.py
 Inputs = tuple[Tensor | None, ...]  # x, t, and the fields of a conditioning
 Replay = Callable[[], object]
 Record = Callable[[Callable[[], Tensor], torch.device], tuple[Replay, Tensor]]  # as `cuda_graph`

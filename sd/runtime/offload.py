@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .device import give_back_memory
+from .packing import drop_weights
 
 
 class Offload(Mapping[str, nn.Module]):
@@ -102,7 +103,7 @@ class Offload(Mapping[str, nn.Module]):
         """Free the device's memory of a network. Can be repeated if it was interrupted."""
         network = self._networks[name]
         if self._read is not None:
-            network.to("meta")
+            drop_weights(network)
             give_back_memory()
             return
         for tensor in _tensors(network):

@@ -2,7 +2,8 @@
 
 A layer is replaced by changing its class to a subclass of it: the network keeps its modules, their names, hooks
 and parameters. Layers with packed weights (cpu_kernels.py) replace plain ones where they are faster, which is measured
-by an example of each kind; where they are not, the plain layers stay.
+by an example of each kind; where they are not, the plain layers stay. `GroupNorm` and `Attention` are always replaced
+on CPUs: they choose at each call.
 
 >>> network = nn.Sequential(nn.Linear(4, 4), nn.SiLU())
 >>> with kernel_choice.prefer("fast"):
@@ -31,7 +32,8 @@ EXAMPLES: dict[type[nn.Module], Callable[[int], nn.Module]] = {
     nn.Conv2d: lambda width: nn.Conv2d(width, width, 3, padding=1),
     layers.Upsample: layers.Upsample,
 }
-NARROW, WIDE, TOKENS = 128, 512, 128  # widths of linear layers: up to NARROW x NARROW weights, and more
+NARROW, WIDE = 128, 512  # widths of two linear examples: for up to NARROW x NARROW weights, and for more
+TOKENS = 128  # rows of their input
 CHANNELS, SIDE = 256, 8  # of a convolution and its map
 
 
@@ -53,7 +55,7 @@ class MPSAttention(layers.Attention):
         return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(-2))
 
 
-RESTORED: dict[type[nn.Module], type[nn.Module]] = {  # fast class -> the one that it replaces
+PLAIN_CLASS: dict[type[nn.Module], type[nn.Module]] = {  # fast class -> the one that it replaces
     cpu_kernels.Linear: nn.Linear,
     cpu_kernels.Conv2d: nn.Conv2d,
     cpu_kernels.PixelConv2d: nn.Conv2d,
@@ -84,9 +86,10 @@ def optimize(network: nn.Module, device: torch.device | None = None) -> nn.Modul
 def restore(network: nn.Module) -> nn.Module:
     """Undo `optimize`, in place; returns the network, with its weights in plain form, bit-identical."""
     for module in network.modules():
-        if type(module) in RESTORED:
-            _ = module._parameters  # restores a packed weight
-            module.__class__ = RESTORED[type(module)]
+        if type(module) in PLAIN_CLASS:
+            if isinstance(module, packing.PackedLayer):
+                module.unpack()
+            module.__class__ = PLAIN_CLASS[type(module)]
     return network
 
 
@@ -96,19 +99,19 @@ def _optimize_for_cpu(module: nn.Module) -> None:
         module.__class__ = cpu_kernels.GroupNorm
     elif type(module) is layers.Attention:
         module.__class__ = cpu_kernels.Attention
-    elif type(module) is layers.Upsample:
+    elif type(module) is layers.Upsample:  # comes before its convolution, which is then no longer a plain one
         if _is_upsampling(module.conv) and _pays(layers.Upsample, CHANNELS, module.conv.weight.dtype):
             _pack(module)
-    elif type(module) is nn.Linear or _is_by_pixel(module):
+    elif type(module) is nn.Linear or _is_pointwise(module):
         weight = module.weight
         assert isinstance(weight, Tensor)
         if _pays(nn.Linear, NARROW if weight.numel() <= NARROW**2 else WIDE, weight.dtype):
             _pack(module)
-    elif type(module) is nn.Conv2d and _is_usual(module) and _pays(nn.Conv2d, CHANNELS, module.weight.dtype):
+    elif type(module) is nn.Conv2d and _can_be_packed(module) and _pays(nn.Conv2d, CHANNELS, module.weight.dtype):
         _pack(module)
 
 
-def _is_usual(module: nn.Conv2d) -> bool:
+def _can_be_packed(module: nn.Conv2d) -> bool:
     """Whether oneDNN's operator for packed kernels can do what a convolution does."""
     return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
@@ -117,13 +120,13 @@ def _is_upsampling(conv: nn.Module) -> bool:
     """Whether a convolution is the usual one in `Upsample`: 3x3, with as many output as input channels."""
     return (
         type(conv) is nn.Conv2d
-        and _is_usual(conv)
+        and _can_be_packed(conv)
         and (conv.kernel_size, conv.padding, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
         and conv.in_channels == conv.out_channels
     )
 
 
-def _is_by_pixel(module: nn.Module) -> bool:
+def _is_pointwise(module: nn.Module) -> bool:
     """Whether a layer is a convolution that sees one pixel at a time."""
     return (
         type(module) is nn.Conv2d
@@ -140,7 +143,7 @@ def _pack(module: nn.Module) -> None:
     elif type(module) is nn.Linear:
         module.__class__ = cpu_kernels.Linear
     else:
-        module.__class__ = cpu_kernels.PixelConv2d if _is_by_pixel(module) else cpu_kernels.Conv2d
+        module.__class__ = cpu_kernels.PixelConv2d if _is_pointwise(module) else cpu_kernels.Conv2d
 
 
 def _pays(kind: type[nn.Module], width: int, dtype: torch.dtype) -> bool:

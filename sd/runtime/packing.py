@@ -28,15 +28,14 @@ from .device import give_back_memory
 
 Option = tuple[int, ...] | str  # as `nn.Conv2d` has its padding
 InputSize = tuple[int, int, int]  # B, H, W
-ANY_SIZE: InputSize = (2, 64, 64)
+ANY_SIZE: InputSize = (2, 64, 64)  # stands for all sizes, where the layout does not depend on it
 
 LANES = 16  # float32 numbers in a vector register of AVX-512
-ROWS = 256  # that linear layers are packed for: their layout is the same for any number
-# Kernels are packed for the size of their input maps, except where the size makes no difference:
-LARGE_MAP = 64 * 64  # pixels from which all maps have the same layout
-# input times output channels from which all maps have the same: multiples of 64 there, and slow to pack
-LARGE_KERNEL = 2**17
-GIVE_BACK_AFTER = 2**27  # bytes of weights that are packed between two times that free memory is given back
+ROWS = 256  # rows of input that linear layers are packed for; the layout does not depend on it
+# Kernels are packed for the size of their input maps, except where the layout does not depend on it:
+LARGE_MAP = 64 * 64  # pixels: for maps of at least this many
+LARGE_KERNEL = 2**17  # input x output channels: for kernels of at least this many, which are slow to pack again
+GIVE_BACK_AFTER = 2**27  # bytes: after packing this many, free memory is returned to the system
 
 # ------------------------------------------------------------------------------------- oneDNN's operators
 
@@ -61,7 +60,8 @@ def _try_operators() -> None:
         weight, usual = torch.ones(LANES, LANES, device="cpu", dtype=torch.float32), ((0, 0), (1, 1), (1, 1), 1)
         linear(x[..., 0, 0], pack_linear(weight), None)
         convolution(x, pack_kernel(weight[..., None, None], *usual, (1, 2, 2)), None, *usual)
-        _shared(weight)
+        if _shared(weight) or not _shared(weight[:1]):
+            raise RuntimeError("torch counts the uses of memory in another way")
 
 
 def pack_linear(weight: Tensor) -> Tensor:
@@ -120,11 +120,11 @@ def eagerly(layer: nn.Module, *inputs: Any) -> Tensor:
 
 # ------------------------------------------------------------------------------------- layers
 
-_packing = threading.RLock()  # one thread at a time packs or restores a weight
+_lock = threading.RLock()  # one thread at a time packs or restores a weight
 _packed_bytes = 0  # since memory was last given back
 
 
-class Packed(NamedTuple):
+class PackedWeight(NamedTuple):
     """A weight in oneDNN's layout, and what it takes to restore the plain one."""
 
     weight: Tensor
@@ -154,28 +154,28 @@ class PackedLayer(nn.Module):
 
     @property
     def _parameters(self) -> dict[str, nn.Parameter | None]:
-        with _packing:
-            self._unpack()
+        with _lock:
+            self.unpack()
             return self.__dict__["_parameters"]
 
     @_parameters.setter
     def _parameters(self, parameters: dict[str, nn.Parameter | None]) -> None:
-        with _packing:
+        with _lock:
             self.__dict__.pop("_packed", None)
             self.__dict__["_parameters"] = parameters
 
     def __getattr__(self, name: str) -> Any:
         if name != "weight":
             return super().__getattr__(name)
-        with _packing:
-            self._unpack()
+        with _lock:
+            self.unpack()
             return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:  # for copying and pickling
-        with _packing:
+        with _lock:
             return self.__dict__ | {"_parameters": dict(self._parameters)}
 
-    def _unpack(self) -> None:
+    def unpack(self) -> None:
         """Restore the plain weight, and drop the packed one."""
         packed = self.__dict__.get("_packed")
         if packed is not None:
@@ -184,15 +184,24 @@ class PackedLayer(nn.Module):
                 self.__dict__["_parameters"]["weight"] = nn.Parameter(packed.restored(), requires_grad=False)
             del self.__dict__["_packed"]  # last: an error on the way loses nothing
 
+    def drop(self) -> None:
+        """Replace the packed weight with one on the meta device, without restoring the plain one."""
+        with _lock:
+            packed = self.__dict__.get("_packed")
+            if packed is not None:
+                plain = torch.empty_strided(packed.shape, packed.stride, dtype=packed.weight.dtype, device="meta")
+                self.__dict__["_parameters"]["weight"] = nn.Parameter(plain, requires_grad=False)
+                del self.__dict__["_packed"]
+
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with _packing:  # else another thread might pack the weight meanwhile
+        with _lock:  # else another thread might pack the weight meanwhile
             super()._save_to_state_dict(*args, **kwargs)
 
-    def packed(self, x: Tensor) -> Packed | None:
+    def packed_for(self, x: Tensor) -> PackedWeight | None:
         """The weight packed for inputs like x; None where the plain layer has to be used for it."""
         state = self.__dict__
         if (
-            type(x) is not Tensor  # but computed from others, or a tensor without numbers
+            type(x) is not Tensor  # a subclass, such as a fake tensor, or functorch's
             or not x.is_cpu
             or x.numel() == 0
             or not for_inference(x, state["_parameters"].get("bias"))
@@ -205,19 +214,19 @@ class PackedLayer(nn.Module):
             B, C, H, W = x.shape
             if C * self.out_channels < LARGE_KERNEL and H * W < LARGE_MAP:
                 size = min(B, 2), H, W
-        packed: Packed | None = state.get("_packed")
+        packed: PackedWeight | None = state.get("_packed")
         if packed is None or packed.size != size:
-            packed = self._pack(size)
+            packed = self._pack_and_drop(size)
         return packed if packed is not None and packed.weight.dtype == x.dtype else None
 
-    def pack(self, weight: Tensor, size: InputSize) -> Packed:
+    def pack(self, weight: Tensor, size: InputSize) -> PackedWeight:
         """Pack the weight, for inputs of this size."""
         raise NotImplementedError
 
-    def _pack(self, size: InputSize) -> Packed | None:
+    def _pack_and_drop(self, size: InputSize) -> PackedWeight | None:
         """Pack the weight and drop the plain one; None, with nothing changed, if other code holds it."""
-        with _packing, torch.inference_mode(False), torch.no_grad():
-            packed: Packed | None = self.__dict__.get("_packed")
+        with _lock, torch.inference_mode(False), torch.no_grad():
+            packed: PackedWeight | None = self.__dict__.get("_packed")
             if packed is not None:
                 if packed.size != size:  # else another thread has just packed it
                     packed = self.__dict__["_packed"] = self.pack(packed.restored(), size)
@@ -225,7 +234,7 @@ class PackedLayer(nn.Module):
             parameters = self.__dict__["_parameters"]
             weight = parameters.get("weight")
             if (
-                type(weight) is not nn.Parameter  # but None, or computed from others
+                type(weight) is not nn.Parameter  # absent, or computed by a parametrization
                 or weight.device.type != "cpu"
                 or weight.dtype not in onednn_dtypes()
                 or weight.requires_grad
@@ -247,14 +256,23 @@ class PackedLayer(nn.Module):
                 if packed is None:
                     held = reference()
                     parameters["weight"] = nn.Parameter(data, requires_grad=False) if held is None else held
-            _tidy(data.nbytes)
+            if packed is not None:
+                _tidy(data.nbytes)
             return packed
 
 
 def _tidy(size: int) -> None:
-    """Give free memory back now and then: copies made in packing leave holes, 0.1 GB in Stable Diffusion 1.x."""
+    """Return free memory to the system now and then: the copies that packing makes leave holes of 0.1 GB in all."""
     global _packed_bytes
     _packed_bytes += size
     if _packed_bytes > GIVE_BACK_AFTER:
         _packed_bytes = 0
         give_back_memory()
+
+
+def drop_weights(network: nn.Module) -> None:
+    """Move a network to the meta device; packed weights are not restored first, which would take time."""
+    for module in network.modules():
+        if isinstance(module, PackedLayer):
+            module.drop()
+    network.to("meta")

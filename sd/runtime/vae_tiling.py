@@ -118,9 +118,9 @@ def res_block(res: ResBlock, x: Map, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def stage(level: Stage, x: Map, own: Tensor | None) -> Tensor:
-    """The residual blocks of a level, applied to x; `own` is x if it may be overwritten."""
-    for res in cast("Iterable[ResBlock]", level.res):
+def res_blocks(stage: Stage, x: Map, own: Tensor | None) -> Tensor:
+    """The residual blocks of a stage, applied to x; `own` is x if it may be overwritten."""
+    for res in cast("Iterable[ResBlock]", stage.res):
         in_place = own is not None and isinstance(res.skip, nn.Identity)
         own = res_block(res, x, own if in_place else None)
         x = stored(own)
@@ -152,10 +152,10 @@ def decode_in_strips(vae: VAE, z: Tensor) -> Tensor:
     decoder = vae.decoder
     x = decoder.mid(decoder.conv_in(vae.post_quant(z / vae.config.scale)))
     source, own = stored(x), x
-    for level in cast("Iterable[Stage]", reversed(decoder.up)):
-        x = stage(level, source, own)
-        if level.up is not None:
-            source, own = upsampled(level.up, x), None
+    for stage in cast("Iterable[Stage]", reversed(decoder.up)):
+        x = res_blocks(stage, source, own)
+        if stage.up is not None:
+            source, own = upsampled(stage.up, x), None
     return last_layers(decoder.norm_out, decoder.conv_out, x)
 
 
@@ -163,8 +163,8 @@ def encode_in_strips(vae: VAE, image: Tensor) -> Gaussian:
     """As `vae.encode`: image (B, 3, H, W) in [-1, 1] -> Gaussian over (B, 4, h, w)."""
     encoder = vae.encoder
     x = encoder.conv_in(image)
-    for level in cast("Iterable[Stage]", encoder.down):
-        x = stage(level, stored(x), x)
-        if level.down is not None:
-            x = halved(level.down, x)
+    for stage in cast("Iterable[Stage]", encoder.down):
+        x = res_blocks(stage, stored(x), x)
+        if stage.down is not None:
+            x = halved(stage.down, x)
     return vae.gaussian(last_layers(encoder.norm_out, encoder.conv_out, encoder.mid(x)))

@@ -11,7 +11,8 @@
 
 To add a sampler, write such a generator (it takes `noise`, even if it draws none), import it here and add an entry to
 `SAMPLERS`, and to `ALIASES` if other tools have another name for it: the command line, the Python API and the metadata
-of images read its name, options and defaults from there. An option that makes it draw noise is called `eta`.
+of images read its name, options and defaults from there. An option whose default is an int takes whole numbers. If a
+sampler draws noise only for some values of an option, that option has to be called `eta`: see `Sampler.draws`.
 
 >>> import torch
 >>> from sd.schedule import Schedule
@@ -39,14 +40,15 @@ from .step import Denoise, Noise, Step, eps_of, move
 __all__ = [
     "ADAMS_BASHFORTH", "ALIASES", "SAMPLERS", "Denoise", "Noise", "Option", "Sampler", "Step", "ancestral", "ddim",
     "ddpm", "dpm2", "dpm2_a", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s_a", "dpmpp_sde", "eps_of", "euler", "euler_a",
-    "grid_in", "heun", "lms", "move", "multistep_weights", "plms", "posterior", "sampler", "sampler_key", "unipc",
+    "find_sampler", "heun", "lms", "move", "multistep_weights", "plms", "posterior", "sampler_key", "spacing_in",
+    "unipc",
 ]  # fmt: skip
 
 
 class Option(NamedTuple):
     """A setting of some samplers only: its default, range and help text."""
 
-    default: float
+    default: float  # if it is an int, the option takes whole numbers
     low: float
     high: float
     help: str
@@ -60,14 +62,14 @@ class Sampler(NamedTuple):
     paper: str
     order: int
     evaluations: int  # of the network per step
-    random: bool  # whether it draws noise; a sampler with the option eta also does if eta is above 0
-    spacing: str  # default grid, one of SPACINGS
+    stochastic: bool  # whether it draws noise; a sampler with the option eta also does if eta is above 0
+    spacing: str  # default, one of SPACINGS
     steps: int  # default number of steps
     options: Mapping[str, Option] = MappingProxyType({})  # keyword arguments of `run`
 
     def draws(self, options: Mapping[str, float] = MappingProxyType({})) -> bool:
         """Whether a run with these options draws noise."""
-        return self.random or options.get("eta", 0.0) > 0
+        return self.stochastic or options.get("eta", 0.0) > 0
 
 
 ETA = Option(0.0, 0.0, 1.0, "amount of fresh noise in each step, from 0 (none) to 1 (as much as DDPM)")
@@ -121,33 +123,37 @@ NAMES = {
 }
 
 
-def sampler(name: str) -> Sampler:
+def find_sampler(name: str | Sampler) -> Sampler:
     """Look up a sampler by our name, A1111's ("DPM++ 2M Karras"), the original scripts' ("k_lms") or diffusers'
-    ("EulerDiscreteScheduler").
+    ("EulerDiscreteScheduler"); a sampler is returned as it is.
 
-    A grid at the end of the name ("Karras", "exponential", ...) replaces the default grid. Raises ValueError, with all
-    names, for an unknown one.
+    A spacing at the end of the name ("Karras", "exponential", ...) replaces the default one. Raises ValueError, with
+    all names, for an unknown one.
     """
+    if isinstance(name, Sampler):
+        return name
     plain = _plain(name).removesuffix("scheduler")
     for spacing in SPACINGS:
         found = NAMES.get(plain.removesuffix(spacing))
         if found is not None and plain.endswith(spacing):
             return found._replace(spacing=spacing)
     if plain not in NAMES:
-        grids = ", ".join(SPACINGS)
-        raise ValueError(f"unknown sampler {name!r}, expected one of {', '.join(SAMPLERS)}; behind it, one of {grids}")
+        raise ValueError(
+            f"unknown sampler {name!r}, expected one of {', '.join(SAMPLERS)}, "
+            f"and after it, if you like, a spacing: {', '.join(SPACINGS)}"
+        )
     return NAMES[plain]
 
 
 def sampler_key(entry: Sampler) -> str:
-    """The key of a sampler in `SAMPLERS`, whatever its grid. Raises ValueError if it is not there."""
+    """The key of a sampler in `SAMPLERS`, whatever its spacing. Raises ValueError if it is not there."""
     for key, known in SAMPLERS.items():
         if known.label == entry.label:
             return key
     raise ValueError(f"{entry.label} is not in SAMPLERS: add it there, or call `StableDiffusion.sample` with it")
 
 
-def grid_in(name: str | Sampler) -> str | None:
-    """The grid at the end of a sampler's name, if there is one: "karras" in "DPM++ 2M Karras"."""
+def spacing_in(name: str | Sampler) -> str | None:
+    """The spacing at the end of a sampler's name, if there is one: "karras" in "DPM++ 2M Karras"."""
     plain = _plain(name).removesuffix("scheduler") if isinstance(name, str) else ""
     return next((spacing for spacing in SPACINGS if plain.endswith(spacing)), None)

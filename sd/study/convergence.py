@@ -58,7 +58,7 @@ def convergence(
     `reference.seed` and up, because for a few images a small error early on changes the content. Guidance makes that
     more frequent. Raises ValueError for a stochastic sampler.
     """
-    stochastic = [name for name in samplers if SAMPLERS[name].random]
+    stochastic = [name for name in samplers if SAMPLERS[name].stochastic]
     if stochastic:
         raise ValueError(f"{', '.join(stochastic)}: a stochastic sampler does not converge to one solution")
     denoise = denoiser(model, model.encode_prompt([prompt]), reference)

@@ -22,10 +22,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..denoiser import Denoiser
-from ..params import SamplingParams, find_sampler
+from ..params import SamplingParams
 from ..pipeline import StableDiffusion
 from ..run import draw, generators
-from ..samplers import Denoise, Sampler, Step
+from ..samplers import Denoise, Sampler, Step, find_sampler
 from ..schedule import SPACINGS, Levels
 
 # fast, deterministic, and from pure noise to clean data
@@ -66,8 +66,8 @@ def denoiser(
     """The guided denoiser for contexts (B, M, D)."""
     scale = guidance_of(model, settings)
     uncond = model.encode_prompt([negative]) if scale != 1.0 else None
-    extra = model.all_hidden(model.latent_shape()) if model.sees_masks else None
-    return model.denoiser(context.to(model.device, model.dtype), uncond, scale, extra)
+    concat = model.blank_concat(model.latent_shape()) if model.is_inpainting else None
+    return model.denoiser(context.to(model.device, model.dtype), uncond, scale, concat)
 
 
 def sample(model: StableDiffusion, denoise: Denoise, x: Tensor, settings: SamplingParams = SETTINGS) -> Iterator[Step]:

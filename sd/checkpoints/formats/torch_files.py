@@ -67,7 +67,7 @@ class View(NamedTuple):
         return 0 if 0 in self.shape else 1 + sum((size - 1) * stride for size, stride in steps)
 
 
-class Place(NamedTuple):
+class ByteRange(NamedTuple):
     """Where a storage lies in the file, in bytes."""
 
     start: int
@@ -115,12 +115,12 @@ def read_zip(stream: BinaryIO) -> Contents:
     content = read_pickle(pickled, _call, functools.partial(_stored, {}))
 
     @functools.cache  # tensors may share a storage
-    def place(key: str) -> Place:
+    def range_of(key: str) -> ByteRange:
         if f"{prefix}data/{key}" not in members:
             raise RefusedFile(f"damaged: the numbers of storage {key[:100]!r} are missing; download it again")
-        return _place(stream, *members[f"{prefix}data/{key}"])
+        return _range_of(stream, *members[f"{prefix}data/{key}"])
 
-    return _contents(content, place)
+    return _contents(content, range_of)
 
 
 def _directory(stream: BinaryIO) -> tuple[dict[str, tuple[zipfile.ZipInfo, int]], str]:
@@ -184,24 +184,24 @@ class _Bounded:
         return data
 
 
-def _place(stream: BinaryIO, info: zipfile.ZipInfo, before: int) -> Place:
+def _range_of(stream: BinaryIO, info: zipfile.ZipInfo, before: int) -> ByteRange:
     """Where the data of a zip member are, by its local header, which must agree with the directory."""
     name = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
     local = _read(stream, info.header_offset, LOCAL_HEADER.size + len(name))
     signature, _, flags, method, *_, name_length, extra_length = LOCAL_HEADER.unpack_from(local)
-    place = Place(info.header_offset + LOCAL_HEADER.size + name_length + extra_length, info.file_size)
+    found = ByteRange(info.header_offset + LOCAL_HEADER.size + name_length + extra_length, info.file_size)
     if (
         (signature, method, flags & ENCRYPTED) != (b"PK\3\4", zipfile.ZIP_STORED, 0)
         or (name_length, local[LOCAL_HEADER.size :]) != (len(name), name)
-        or sum(place) > before
+        or sum(found) > before
     ):
         what = f"member {info.orig_filename[:100]!r} is not what the zip directory says"
         raise RefusedFile(f"damaged or tampered with: {what}; download it again")
-    return place
+    return found
 
 
 def _data(stream: BinaryIO, info: zipfile.ZipInfo, before: int) -> bytes:
-    return _read(stream, *_place(stream, info, before))
+    return _read(stream, *_range_of(stream, info, before))
 
 
 def read_legacy(stream: BinaryIO) -> Contents:
@@ -218,7 +218,7 @@ def read_legacy(stream: BinaryIO) -> Contents:
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or set(keys) != set(storages):
         raise RefusedFile("damaged: the storages at its end are not those of its tensors; download it again")
 
-    places: dict[str, Place] = {}
+    ranges: dict[str, ByteRange] = {}
     position = stream.tell()
     size = stream.seek(0, io.SEEK_END)
     for key in keys:
@@ -226,14 +226,14 @@ def read_legacy(stream: BinaryIO) -> Contents:
             raise RefusedFile(f"truncated: it says that it has over {position} bytes, it has {size}; download it again")
         (numel,) = struct.unpack("<q", _read(stream, position, 8))
         storage = storages[key]
-        if storage.dtype is None or numel != storage.numel or key in places:
+        if storage.dtype is None or numel != storage.numel or key in ranges:
             what = f"storage {key[:100]!r} of {numel} numbers, expected {storage.numel} in a {storage.kind}"
             raise RefusedFile(f"damaged: {what}; download it again")
-        places[key] = Place(position + 8, numel * storage.dtype.itemsize)
-        position = sum(places[key])
+        ranges[key] = ByteRange(position + 8, numel * storage.dtype.itemsize)
+        position = sum(ranges[key])
     if position > size:
         raise RefusedFile(f"truncated: it says that it has {position} bytes, it has {size}; download it again")
-    return _contents(content, places.__getitem__)
+    return _contents(content, ranges.__getitem__)
 
 
 def _read(stream: BinaryIO, start: int, count: int) -> bytes:
@@ -244,8 +244,8 @@ def _read(stream: BinaryIO, start: int, count: int) -> bytes:
     return data
 
 
-def _contents(content: object, place: Callable[[str], Place]) -> Contents:
-    """The tensors and plain values in the pickled object; `place` finds a storage by its key."""
+def _contents(content: object, range_of: Callable[[str], ByteRange]) -> Contents:
+    """The tensors and plain values in the pickled object; `range_of` finds a storage by its key."""
     plain = {}
     if isinstance(content, dict):
         plain = {
@@ -273,9 +273,9 @@ def _contents(content: object, place: Callable[[str], Place]) -> Contents:
         raise RefusedFile(f"{what}; give a file of model weights")
     if all(key.startswith("module.") for key in tensors):  # saved from within DistributedDataParallel
         tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
-    views = {key: _view(key, tensor, place) for key, tensor in tensors.items()}
+    views = {key: _view(key, tensor, range_of) for key, tensor in tensors.items()}
     storages = {tensor.storage.key for tensor in tensors.values() if isinstance(tensor, Tensor)}
-    numbers = sum(place(key).size for key in storages)
+    numbers = sum(range_of(key).size for key in storages)
     sizes = sum(math.prod(view.shape) * view.dtype.itemsize for view in views.values())
     if sizes > MAX_SHARING * numbers + (1 << 20):
         what = f"its tensors have {sizes} bytes, the numbers that they are views of only {numbers}"
@@ -297,12 +297,12 @@ def _parameters(content: dict, name: str) -> dict[str, Tensor | Unreadable]:
     return {f"{name}.{key}": tensor for key, tensor in _tensors(inner).items()}
 
 
-def _view(key: str, tensor: Tensor | Unreadable, place: Callable[[str], Place]) -> View:
+def _view(key: str, tensor: Tensor | Unreadable, range_of: Callable[[str], ByteRange]) -> View:
     """A tensor's place in the file. Raises RefusedFile for an unsupported kind, or one that exceeds its storage."""
     if isinstance(tensor, Unreadable):
         what = f"tensor {key[:100]!r} is stored {tensor.how}, which is not supported"
         raise RefusedFile(f"{what}; save it as an ordinary dense tensor")
-    start, size = place(tensor.storage.key)
+    start, size = range_of(tensor.storage.key)
     item = tensor.dtype.itemsize
     view = View(tensor.dtype, tensor.shape, tensor.stride, start + tensor.offset * item)
     # A view with overlaps (stride 0) may repeat numbers, but not have more elements than its storage.
