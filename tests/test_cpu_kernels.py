@@ -478,7 +478,7 @@ def test_an_error_while_packing_loses_no_weight(name, raised, monkeypatch):
     del after  # which holds the weight
     layer(x)
     with monkeypatch.context() as patch:
-        patch.setattr(packing.Packed, "restored", failing)
+        patch.setattr(packing.PackedWeight, "restored", failing)
         with pytest.raises(raised):
             _ = packed_layer.weight
     assert packed_layer.weight.equal(before["conv.weight" if layer is not packed_layer else "weight"])

@@ -205,7 +205,7 @@ def test_native_size(tiny_sd):
         ({"n": 0}, "number of images"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": []}, "prompt"),
-        ({"prompt": torch.zeros(77, 64)}, r"a context must be \(B, 77, 64\), got \(77, 64\)"),
+        ({"prompt": torch.zeros(77, 64)}, r"a context must be \(B, k x 77, 64\), got \(77, 64\)"),
         ({"prompt": torch.zeros(0, 77, 64)}, "a context must be"),
         ({"prompt": torch.zeros(1, 76, 64)}, "a context must be"),
         ({"negative": None}, "prompt must be"),
