@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import reference_weights as reference
 import torch
-from common import MANIFESTS, Golden, check_norms, error, images, manifest, skip_if_emulated, unet_norms
+from common import MANIFESTS, Golden, check_norms, error, images, manifest, skip_if_slow, unet_norms
 from PIL import Image
 
 from sd import StableDiffusion
@@ -157,7 +157,7 @@ def test_four_steps_through_the_public_api(files):
     "name, dtype, tolerance", [("fp16-ema.ckpt", "float32", 1e-2), ("fp16.safetensors", "bfloat16", 5e-2)]
 )
 def test_half_precision_files(files, name, dtype, tolerance):
-    skip_if_emulated(dtype)
+    skip_if_slow(dtype)
     golden = Golden("unet_v1_48x80")
     sd = StableDiffusion.load(files[name], device="cpu", dtype=dtype)
     context = golden.normal("context", (1, 77, 768)).to(sd.dtype)
@@ -168,7 +168,7 @@ def test_half_precision_files(files, name, dtype, tolerance):
 
 def test_float16_networks(files):
     """As they run on GPUs; some CPUs can do it too, slowly, so on small inputs."""
-    skip_if_emulated("float16")
+    skip_if_slow("float16")
     sd = StableDiffusion.load(files["fp16.safetensors"], device="cpu", dtype="float16")
     golden = Golden("vae_64x64_b2")
     assert error(sd.vae.decode(golden["latent"].half()).float(), golden["decoded"]) < 1e-2
@@ -227,7 +227,7 @@ def test_peak_memory(files, name, dtype, tmp_path, record_property):
 
     With --low-memory those of the U-Net alone. Nothing is held twice, and the moving average is not read.
     """
-    skip_if_emulated(dtype)
+    skip_if_slow(dtype, passes=6)  # of the program, twice
     networks = build(SD1)
     size = {name: sum(p.numel() for p in net.parameters()) for name, net in networks.items()}
     bytes_each = 2 if dtype == "bfloat16" else 4

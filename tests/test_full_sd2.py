@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import reference_weights as reference
 import torch
-from common import MANIFESTS, Golden, check_norms, error, manifest, skip_if_emulated, unet_norms
+from common import MANIFESTS, Golden, check_norms, error, manifest, skip_if_slow, unet_norms
 
 from sd import StableDiffusion
 from sd.checkpoints.checkpoint import load_checkpoint
@@ -88,7 +88,7 @@ def test_unet(full, name):
 
 def test_half_precision(files):
     """768-v in float16, in which q k of the original overflows on trained weights; and of a float16 file."""
-    skip_if_emulated("float16")
+    skip_if_slow("float16")
     sd = StableDiffusion.load(files["v2-fp16.safetensors"], device="cpu", dtype="float16", prediction="v")
     assert sd.config == SD2_V
     golden = Golden("unet_v2_32x48_b2")
