@@ -109,8 +109,8 @@ class StableDiffusion:
         progress     called with (parameters in this weight, parameters in total) after each weight is read
         options      the fields of `LoadOptions`: config, weights, prediction, vae, text_encoder, variant
 
-        `about` says what was detected and chosen. Raises CheckpointError for files that are not a
-        checkpoint, damaged, dangerous, or of another model; ValueError for a device or precision that is not available.
+        `about` says what was detected and chosen. Raises CheckpointError for files that are not a checkpoint, damaged,
+        dangerous, or of another model; ValueError for a device or precision that is not available.
         """
         device = find_device(device)
         dtype = find_dtype(dtype) if dtype is not None else best_dtype(device)
@@ -389,8 +389,8 @@ class StableDiffusion:
 
         word   the name of the word; if None, the name in the file, or that of the file without its suffix
 
-        Raises CheckpointError for a file that is not an embedding, or one for another model; ValueError
-        if the word is taken.
+        Raises CheckpointError for a file that is not an embedding, or one for another model; ValueError if the word is
+        taken.
         """
         return self._adapters.add_embedding(path, word)
 

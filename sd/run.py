@@ -176,9 +176,14 @@ class Unchanged(Run):
     """The run of a request that changes nothing, as its mask is empty: no steps, and copies of the image."""
 
     def __init__(
-        self, model: StableDiffusion, request: TextToImage, params: ResolvedParams, image: Image.Image, note: str
+        self,
+        model: StableDiffusion,
+        request: TextToImage,
+        params: ResolvedParams,
+        notes: list[str],
+        image: Image.Image,
     ) -> None:
-        self.model, self.request, self.params, self.notes, self.image = model, request, params, [note], image
+        self.model, self.request, self.params, self.notes, self.image = model, request, params, notes, image
         self.levels = Levels([], model.schedule)
         self.rngs = generators(params.seed, len(request.prompt) * params.n)
         self.seeds = [rng.initial_seed() for rng in self.rngs]
@@ -243,7 +248,9 @@ def inpaint(model: StableDiffusion, request: Inpaint) -> Run:
     if region != whole_image:
         region = widened(region, width / height, image.size)
     if mask.getbbox() is None:
-        return Unchanged(model, request, params, image, "the mask is empty (all black): nothing is generated")
+        notes.append("the mask is empty (all black): nothing is generated")
+        return Unchanged(model, request, params, notes, image)
+
     run = Run(model, request, params, notes, request.strength)
     canvas = Canvas.of(image, mask, region, width, height)
     known = concat = None

@@ -117,6 +117,14 @@ def test_notes_come_with_the_result_and_no_warning_does():
     assert "are ignored" in text and "50 % of the image is cut off" in text and len(result.notes) == 2
 
 
+def test_notes_on_an_empty_mask_are_not_the_only_ones():
+    model = StableDiffusion.load(device="cpu", dtype="float32")
+    request = Inpaint("a", params(seed=9, n=2), image=PHOTO, mask=Image.new("L", (9, 18)))
+    images, seeds, notes = model.prepare(request).result()
+    assert seeds == [9, 10] and [image.tobytes() for image in images] == [PHOTO.convert("RGB").tobytes()] * 2
+    assert len(notes) == 2 and "it is stretched" in notes[0] and "the mask is empty" in notes[1]
+
+
 @pytest.mark.parametrize("request_", requests(4), ids=lambda request: request.kind)
 def test_requests_are_values_that_can_be_written(request_):
     """Through JSON and back: an equal request, and the same image."""

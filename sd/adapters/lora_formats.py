@@ -74,8 +74,8 @@ FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SD
 def read_lora(path: str | os.PathLike[str], config: Config, networks: Mapping[str, nn.Module]) -> Lora:
     """Read a LoRA file for a model of this config, with these networks ("unet", "text_encoder").
 
-    Raises CheckpointError for a file that is not a LoRA, is for another model, of another kind, or has
-    keys that have no place in the model.
+    Raises CheckpointError for a file that is not a LoRA, is for another model, of another kind, or has keys
+    that have no place in the model.
     """
     path = Path(path)
     shapes = {

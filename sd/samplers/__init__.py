@@ -140,7 +140,7 @@ def find_sampler(name: str | Sampler) -> Sampler:
     if plain not in NAMES:
         raise ValueError(
             f"unknown sampler {name!r}, expected one of {', '.join(SAMPLERS)}, "
-            f"and after it, if you like, a spacing: {', '.join(SPACINGS)}"
+            f"with or without a spacing after it: {', '.join(SPACINGS)}"
         )
     return NAMES[plain]
 
