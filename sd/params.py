@@ -40,6 +40,7 @@ MAX_SEED = 2**64 - 1
 FITS = ("crop", "pad")
 POSTERIORS = ("sample", "mode")
 CONTENTS = ("original", "fill", "noise")  # of the masked part, before noise is added
+RNGS = ("torch-cpu", "nv", "comfy")
 OPTIONS = {name: option for entry in SAMPLERS.values() for name, option in entry.options.items()}
 
 
@@ -80,10 +81,18 @@ class SamplingParams:
     steps: int | None = setting(None, "steps of the whole grid, 1 to 1000; strength below 1 takes only the last ones")
     spacing: str | None = setting(None, f"grid of the noise levels: {', '.join(SPACINGS)}")
     guidance: float | None = setting(None, "how strongly to follow the prompt; 0 ignores it, 1 is no guidance")
+    guidance_rescale: float = setting(0.0, "share of the contrast that guidance adds to take back, 0 to 1")
     seed: int = setting(0, "0 to 2^64 - 1; image k of a request has seed + k")
     n: int = setting(1, "images per prompt")
     height: int | None = setting(None, "in pixels, a multiple of 8")
     width: int | None = setting(None, "in pixels, a multiple of 8")
+    rng: str = setting("torch-cpu", f"whose random numbers: {', '.join(RNGS)}")
+    noise_seed_delta: int = setting(0, "added to the seed of the noise of stochastic samplers (the web UI's ENSD)")
+    variation_seed: int | None = setting(
+        None, "seed of the noise to mix into the initial noise, see variation_strength"
+    )
+    variation_strength: float = setting(0.0, "0 is the noise of the seed, 1 that of variation_seed; between, a mixture")
+    tileable: bool = setting(False, "the image repeats without seams: convolutions wrap around its edges")
     options: Mapping[str, float] = field(
         default_factory=dict, hash=False, metadata={"help": "of the sampler, such as eta"}
     )
@@ -95,7 +104,7 @@ class SamplingParams:
         if self.sampler is not None and self.sampler not in tuple(SAMPLERS):
             put(self, "spacing", self.spacing or spacing_in(self.sampler))  # "DPM++ 2M Karras" names a spacing as well
             put(self, "sampler", sampler_key(find_sampler(self.sampler)))
-        for name in ("seed", "n", "steps", "height", "width"):
+        for name in ("seed", "n", "steps", "height", "width", "noise_seed_delta", "variation_seed"):
             if getattr(self, name) is not None:
                 put(self, name, whole(name, getattr(self, name)))
         if self.steps is not None and self.steps < 1:
@@ -106,8 +115,17 @@ class SamplingParams:
             put(self, "guidance", number("guidance", self.guidance))
             if not math.isfinite(self.guidance):
                 raise ValueError(f"guidance must be a finite number, got {self.guidance}")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise ValueError(f"seed must be from 0 to 2^64 - 1, got {self.seed}")
+        for name in ("guidance_rescale", "variation_strength"):
+            put(self, name, number(name, getattr(self, name)))
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        for name in ("seed", "variation_seed"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MAX_SEED:
+                raise ValueError(f"{name} must be from 0 to 2^64 - 1, got {value}")
+        if self.variation_strength > 0 and self.variation_seed is None:
+            raise ValueError("variation_strength needs variation_seed, the seed of the noise to mix in")
+        one_of("rng", self.rng, RNGS)
         if self.n < 1:
             raise ValueError(f"the number of images must be at least 1, got {self.n}")
         if self.options:
@@ -167,6 +185,9 @@ class TextToImage:
     params: SamplingParams = field(default_factory=SamplingParams)
     negative: str = setting("", "what to steer away from; has no effect at guidance 1")
     weighted_prompts: bool = setting(False, "(word:1.2), (word) and [word] in prompts change the weight of the word")
+    clip_skip: int | None = setting(
+        None, "layer of the text encoder to use, counted from its end: 1 is the last; None is the model's own"
+    )
     long_prompts: bool = setting(False, "split prompts of more than 75 tokens into chunks instead of truncating them")
 
     def __post_init__(self) -> None:
@@ -175,6 +196,10 @@ class TextToImage:
             if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"prompt must be a text or a list of texts, got {self.prompt!r:.100}")
             object.__setattr__(self, "prompt", tuple(texts))
+        if self.clip_skip is not None:
+            object.__setattr__(self, "clip_skip", whole("clip_skip", self.clip_skip))
+            if self.clip_skip < 1:
+                raise ValueError(f"clip_skip must be at least 1 (the last layer), got {self.clip_skip}")
         if not isinstance(self.negative, str):
             raise ValueError(f"the negative prompt must be a text, got {self.negative!r:.100}")
 
