@@ -92,6 +92,7 @@ def check_with(peer: str, record: dict, parts: list[str], dtypes: list[str]) -> 
     check_figures(record, parts, dtypes, [peer])
 
 
+@pytest.mark.exhaustive
 def test_alone(tmp_path, capsys):
     """Without peers."""
     options = ["--peers", "--parts", "vae", "unet", "--dtype", "float32", "--sizes", "64", "128", "--batches", "1", "2"]

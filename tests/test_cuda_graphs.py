@@ -352,6 +352,7 @@ def test_no_step_waits_for_the_device(sampler):
         sd.inpaint("a cat", photo, mask, strength=0.9, **settings)
 
 
+@pytest.mark.exhaustive
 def test_compiled_is_one_graph(monkeypatch):
     """Whatever Python decides is decided in compiling. (Backend "eager": what is tested needs no compiler.)"""
     options = []

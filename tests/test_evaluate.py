@@ -143,6 +143,7 @@ def new_judge(tmp_path, monkeypatch) -> tuple[judge.Judge, Path]:
     return judge.find(file, CPU), file
 
 
+@pytest.mark.exhaustive
 def test_judge_learns(monkeypatch) -> None:
     """After few steps, without degradations, style, time and ground are well above chance; things take longer."""
     batches = []

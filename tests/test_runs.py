@@ -63,7 +63,7 @@ def made(mode: str, tmp_path) -> StableDiffusion:
     return model
 
 
-@pytest.mark.parametrize("threads", [2, 8])
+@pytest.mark.parametrize("threads", [2, pytest.param(8, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("mode", MODES)
 def test_threads_on_one_model_give_the_images_they_give_alone(mode, threads, tmp_path):
     model, given = made(mode, tmp_path), requests(threads)

@@ -210,6 +210,7 @@ def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(name, new,
     assert (a - c).norm() / a.norm() > 0.05
 
 
+@pytest.mark.exhaustive
 def test_ctrl_c_saves_where_many_processes_run(new, photos, start, tmp_path):
     """The terminal tells torchrun and its processes, and torchrun tells them again: they agree on a step and save."""
     command = [
@@ -358,7 +359,10 @@ def test_a_full_disk_keeps_the_state_before(full_disk, new, photos, start, tmp_p
 
 @pytest.mark.parametrize(
     ("optimizer", "count", "steps"),
-    [("adamw", 3, 100), pytest.param("muon", 8, 150, marks=pytest.mark.exhaustive)],
+    [
+        pytest.param("adamw", 3, 100, marks=pytest.mark.exhaustive),
+        pytest.param("muon", 8, 150, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_images_are_memorised(optimizer, count, steps, start, tmp_path):
     """The program alone: a few scenes through the embedded model's VAE; then each caption generates its own image."""
