@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 
@@ -16,6 +17,8 @@ from sd.conditioning import Composition, Conditioning
 from sd.denoiser import Denoiser, by_step
 from sd.params import ImageToImage, Inpaint, SamplingParams, TextToImage, from_dict
 from sd.pipeline import StableDiffusion
+from sd.runtime.cuda_graphs import Recorded
+from sd.runtime.optimize import restore
 from sd.samplers import SAMPLERS
 from sd.schedule import Schedule
 from sd.text.prompt_editing import all_texts, changes, parse_editing, schedule, text_at
@@ -326,6 +329,24 @@ def test_each_step_has_the_context_of_its_text(tiny_sd, sampler, monkeypatch):
     for t, context in seen:
         step = max(i for i in range(5) if run.levels[i].t >= t - 1e-3)  # which is float32
         assert torch.equal(context, expected[step])
+
+
+def test_one_recording_serves_all_steps(tiny_sd, monkeypatch):
+    """Contexts of all steps have one length, so that a recorded step is replayed with each of them."""
+    recorded: list[object] = []
+
+    def record(run, device):
+        recorded.append(run)
+        out = run()
+        return lambda: out.copy_(run()), out
+
+    prompt = "[a cat|" + "dog " * 80 + "|] AND a tree :0.5"
+    unet = restore(copy.deepcopy(tiny_sd.unet))  # its weights stay where they are
+    made = []
+    for network in (unet, Recorded(unet, record)):
+        monkeypatch.setattr(tiny_sd, "_fast_unet", network)
+        made.append(images(tiny_sd, prompt, "[blue:red:1]", steps=5))
+    assert made[0] == made[1] and len(recorded) == 1
 
 
 def test_runs_of_equal_contexts_are_equal(tiny_sd):
