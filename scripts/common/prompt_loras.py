@@ -52,18 +52,22 @@ class LoraFolder:
         """The file of a name. Raises ValueError if there is none, or several."""
         files = self._found.get(name.casefold(), [])
         if not files:
-            shown = "".join(c if c.isprintable() else " " for c in name)
             near = difflib.get_close_matches(name.casefold()[:200], self._found, n=LISTED)
-            names = [self._found[key][0].stem for key in near]
+            names = [printable(self._found[key][0].stem) for key in near]
             hint = f": did you mean {' or '.join(names)}?" if names else f" ({len(self._found)} names are)"
-            raise ValueError(f"no LoRA file named {shown!r:.100} is in {self._folder}{hint}")
+            raise ValueError(f"no LoRA file named {printable(name)!r:.100} is in {self._folder}{hint}")
         if len(files) > 1:
-            listed = ", ".join(str(file.relative_to(self._folder)) for file in files[:LISTED])
+            listed = ", ".join(printable(str(file.relative_to(self._folder))) for file in files[:LISTED])
             more = f" and {len(files) - LISTED} more" if len(files) > LISTED else ""
             raise ValueError(
-                f"{len(files)} files in {self._folder} are named {name}: {listed}{more}; rename all but one"
+                f"{len(files)} files in {self._folder} are named {printable(name)}: {listed}{more}; rename all but one"
             )
         return files[0]
+
+
+def printable(text: str) -> str:
+    """A name from a prompt or a folder, as it can be shown on a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 class NamedLora(NamedTuple):
@@ -154,4 +158,4 @@ class PromptLoras:
         self._merged = model.add_loras([(lora.path, lora.weight) for lora in wanted])
         self._current = wanted
         for lora in wanted:
-            print(f"LoRA {lora.name}, weight {lora.weight:g}", flush=True)
+            print(f"LoRA {printable(lora.name)}, weight {lora.weight:g}", flush=True)
