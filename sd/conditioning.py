@@ -41,9 +41,29 @@ class Conditioning(NamedTuple):
         """Move to a device, cast to a precision; None leaves it unchanged."""
         return self.each(lambda x: x.to(device=device, dtype=dtype))
 
+    def with_concat(self, concat: Tensor) -> Conditioning:
+        """The same with these channels."""
+        return self._replace(concat=concat)
+
     def repeat(self, times: int) -> Conditioning:
         """Repeat the whole batch."""
         return self.each(lambda x: x.repeat(times, *[1] * (x.dim() - 1)))
+
+
+class Composition(NamedTuple):
+    """Several conditionings at once, each with a weight for every image."""
+
+    parts: tuple[Conditioning, ...]  # K, each for B images
+    weights: Tensor  # (K, B)
+
+    @property
+    def concat(self) -> Tensor | None:
+        """The channels that all parts have."""
+        return self.parts[0].concat
+
+    def with_concat(self, concat: Tensor) -> Composition:
+        """The same with these channels for every part."""
+        return self._replace(parts=tuple(part.with_concat(concat) for part in self.parts))
 
 
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x (B, C, h, w), t (B,), conditioning) -> (B, C, h, w)

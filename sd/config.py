@@ -24,6 +24,7 @@ from typing import Any
 
 GROUPS = 32  # groups of every GroupNorm: every channel count is a multiple of it
 END = 49407  # id of CLIP's end token
+PUBLISHED_LAYERS = {768: 12, 1024: 24, 1280: 32}  # of ViT-L/14, ViT-H/14 and ViT-bigG/14, by width
 
 
 def _check(ok: bool, message: str) -> None:
@@ -85,6 +86,11 @@ class TextConfig:
         if self.projection is not None:
             _check_sizes(self, "projection")
             _check(self.pooled, "TextConfig.projection: projects the pooled output, which is not asked for (pooled)")
+
+    @property
+    def published_layers(self) -> int:
+        """The layers of the encoder as it was published: SD 2 leaves out the last of them, which it does not use."""
+        return self.layers + (PUBLISHED_LAYERS.get(self.width) == self.layers + 1)
 
 
 @dataclass(frozen=True)

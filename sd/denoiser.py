@@ -5,9 +5,15 @@ with the negative prompt)
 
     guided = u + guidance (c - u)
 
-The batch order [uncond, cond] is known only here. Since x0 is linear in the prediction, it makes no difference whether
-guidance is applied to the noise, the velocity or x0. Any callable with the signature of the U-Net can replace the
-network, and any callable with the signature of the denoiser can replace the denoiser: `keep_known` is such a wrapper.
+Composable diffusion (Liu et al. 2022, "Compositional visual generation with composable diffusion models", eq. 11) has
+several predictions c_k with weights w_k in place of c:
+
+    c = u + sum_k w_k (c_k - u)
+
+The batch order [uncond, cond], or [uncond, c_1, c_2, ...], is known only here. Since x0 is linear in the prediction, it
+makes no difference whether guidance is applied to the noise, the velocity or x0. Any callable with the signature of the
+U-Net can replace the network, and any callable with the signature of the denoiser can replace the denoiser:
+`keep_known` and `by_step` are such wrappers.
 
 >>> level = Schedule().level(500)
 >>> x0, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
@@ -19,10 +25,13 @@ True
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .conditioning import Conditioning, Network, concatenate
+from .conditioning import Composition, Conditioning, Network, concatenate
 from .samplers import Denoise
 from .schedule import Level, Schedule
 
@@ -32,8 +41,9 @@ class Denoiser:
 
     network    predicts; called in the dtype of `cond.context`
     schedule   defines what the prediction means: the noise or the velocity
-    cond       the prompts, for B images, or for one if all images share it
-    uncond     the empty or negative prompt, likewise; its context has the same length. Not needed at guidance 1
+    cond       the prompts, for B images, or for one if all images share it; or a `Composition` of several for each
+    uncond     the empty or negative prompt, likewise; its context has the same length. Not needed at guidance 1,
+               except with a `Composition`
     guidance   0 ignores the prompt, 1 is the plain prediction (at half the cost), above 1 exaggerates the prompt
 
     Raises ValueError for guidance without `uncond`, and if `cond` and `uncond` do not match.
@@ -43,15 +53,19 @@ class Denoiser:
         self,
         network: Network,
         schedule: Schedule,
-        cond: Conditioning,
+        cond: Conditioning | Composition,
         uncond: Conditioning | None = None,
         guidance: float = 1.0,
     ) -> None:
         self.network, self.schedule, self.guidance = network, schedule, guidance
-        if guidance == 1.0:
-            self.parts = [cond]
+        self.weights: Tensor | None = None  # (K, B, 1, 1, 1)
+        conds = [cond] if isinstance(cond, Conditioning) else list(cond.parts)
+        if isinstance(cond, Composition):
+            self.weights = cond.weights[:, :, None, None, None]
+        if guidance == 1.0 and self.weights is None:
+            self.parts = conds
         elif uncond is not None:
-            self.parts = [uncond, cond]
+            self.parts = [uncond, *conds]
         else:
             raise ValueError(f"guidance {guidance} needs `uncond`, the conditioning to steer away from")
         # concatenated once, not in every step; again only for another batch size
@@ -66,8 +80,10 @@ class Denoiser:
         inputs = x.to(self._conditioning.context.dtype).repeat(len(self.parts), 1, 1, 1)
         t = torch.full((inputs.shape[0],), level.t, device=x.device, dtype=torch.float32)
         out = self.network(inputs, t, self._conditioning).to(x.dtype)
-        if self.guidance != 1.0:
-            uncond, cond = out.chunk(2)
+        if len(self.parts) > 1:
+            uncond, cond, *others = out.chunk(len(self.parts))
+            if self.weights is not None:
+                cond = uncond + (self.weights * (torch.stack([cond, *others]) - uncond)).sum(dim=0)
             out = uncond + self.guidance * (cond - uncond)
         return self.schedule.to_x0(out, x, level)
 
@@ -79,3 +95,15 @@ def keep_known(denoise: Denoise, known: Tensor, mask: Tensor) -> Denoise:
     the network sees both parts and makes what it generates, where mask is 1, fit the rest.
     """
     return lambda x, level: torch.lerp(known, denoise(x, level), mask)
+
+
+def by_step(denoisers: Sequence[Denoise], levels: Sequence[Level]) -> Denoise:
+    """A denoiser that is another one in each step: `denoisers[i]` from `levels[i]` on, until `levels[i + 1]`.
+
+    levels   from noisy to clean, at least as many as there are denoisers
+
+    Samplers do not tell which step they are in, and some evaluate twice in a step. So the noise level decides: one
+    between two levels of the grid belongs to the step that goes from the first to the second.
+    """
+    starts = [-level.ratio for level in levels[: len(denoisers)]]  # ascending
+    return lambda x, level: denoisers[max(bisect_right(starts, -level.ratio) - 1, 0)](x, level)

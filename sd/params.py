@@ -20,10 +20,11 @@ import base64
 import io
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import wraps
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, cast
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, SupportsIndex, TypeVar, cast
 
 from PIL import Image
 from torch import Tensor
@@ -36,10 +37,14 @@ if TYPE_CHECKING:
 
     from .config import Config
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 MAX_SEED = 2**64 - 1
 FITS = ("crop", "pad")
 POSTERIORS = ("sample", "mode")
 CONTENTS = ("original", "fill", "noise")  # of the masked part, before noise is added
+RENAMED = {"weighted_prompts": "web_ui_prompts", "long_prompts": "web_ui_prompts"}  # earlier names of settings
 RNGS = ("torch-cpu", "nv", "comfy")
 OPTIONS = {name: option for entry in SAMPLERS.values() for name, option in entry.options.items()}
 
@@ -66,6 +71,18 @@ def one_of(name: str, value: object, known: Sequence[str]) -> None:
     """Raise a ValueError that lists the known values if `value` is none of them."""
     if value not in known:
         raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(known)}")
+
+
+def refuse_renamed(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that raises a TypeError with the new name for keywords of earlier versions."""
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        for name in kwargs.keys() & RENAMED.keys():
+            raise TypeError(f"{name} is now {RENAMED[name]}, one option for weights and long prompts")
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def setting(default: Any, help: str, image: bool = False) -> Any:
@@ -184,11 +201,17 @@ class TextToImage:
     prompt: str | Sequence[str] | Tensor = setting("", "one text, several texts, or contexts (B, M, D)")
     params: SamplingParams = field(default_factory=SamplingParams)
     negative: str = setting("", "what to steer away from; has no effect at guidance 1")
-    weighted_prompts: bool = setting(False, "(word:1.2), (word) and [word] in prompts change the weight of the word")
+    web_ui_prompts: bool = setting(
+        False, "prompts have the web UI's syntax: weights (word:1.2), chunks of 75 tokens, [a:b:0.4], [a|b], AND"
+    )
     clip_skip: int | None = setting(
         None, "layer of the text encoder to use, counted from its end: 1 is the last; None is the model's own"
     )
-    long_prompts: bool = setting(False, "split prompts of more than 75 tokens into chunks instead of truncating them")
+
+    @refuse_renamed
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        """Refuses the names that settings once had."""
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, Tensor):
@@ -218,7 +241,7 @@ class TextToImage:
                     options[name] = value
             elif name in SamplingParams.__dataclass_fields__ and name != "options":
                 shared[name] = value
-            elif name in cls.__dataclass_fields__ and name != "params":
+            elif (name in cls.__dataclass_fields__ and name != "params") or name in RENAMED:
                 own[name] = value
             else:
                 known = {f.name for f in (*fields(cls), *fields(SamplingParams))} - {"params", "options"}

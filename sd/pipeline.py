@@ -40,15 +40,15 @@ from . import latents
 from .adapters.added import Adapters
 from .checkpoints.loading import LoadOptions, ModelFiles
 from .checkpoints.placement import place
-from .conditioning import Conditioning, Network
+from .conditioning import Composition, Conditioning, Network
 from .config import Config
 from .denoiser import Denoiser
 from .imaging.masks import mask_channels
 from .imaging.tensors import to_tensor
-from .models.text_encoder import TextEncoder
+from .models.text_encoder import TextEncoder, layer_of_clip_skip
 from .models.unet import UNet
 from .models.vae import VAE, Gaussian
-from .params import ImageToImage, Inpaint, TextToImage, number
+from .params import ImageToImage, Inpaint, TextToImage, number, refuse_renamed
 from .resources import resource
 from .run import Run, Sampling, image_to_image, inpaint, text_to_image
 from .runtime.cuda_graphs import Compiled, Recorded
@@ -56,7 +56,7 @@ from .runtime.device import best_dtype, find_device, find_dtype
 from .runtime.offload import Offload
 from .samplers import Denoise, Noise, Sampler, Step, find_sampler
 from .schedule import Levels, Schedule
-from .text.prompt_syntax import emphasised, rows, same_length
+from .text.prompt_syntax import emphasised, rows, same_length, single_text
 from .text.tokenizer import Note, Tokenizer, warn
 
 if TYPE_CHECKING:
@@ -237,39 +237,50 @@ class StableDiffusion:
 
     # ------------------------------------------------------------------------------------------------- the parts
 
+    @refuse_renamed
     def encode_prompt(
         self,
         prompts: str | Sequence[str],
         *,
-        weighted_prompts: bool = False,
-        long_prompts: bool = False,
+        web_ui_prompts: bool = False,
+        clip_skip: int | None = None,
         note: Note = warn,
     ) -> Tensor:
         """Encode one text, or B texts -> context (B, M, D). Tokens beyond M are dropped, with a `note`.
 
-        weighted_prompts   `(word:1.2)`, `(word)` and `[word]` change weights (text/prompt_syntax.py)
-        long_prompts       nothing is dropped: contexts are (B, k M, D), with as many chunks k as the longest text
-                           needs; shorter ones are padded with chunks of the empty text
+        web_ui_prompts   the web UI's syntax (text/prompt_syntax.py): nothing is dropped, contexts are (B, k M, D).
+                         Raises ValueError for AND and prompt editing, with which a prompt has several contexts
+        clip_skip        layer of the text encoder, counted from its end; None is the model's own
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        weights = None
-        if weighted_prompts or long_prompts:
-            ids, weights = rows(self.tokenizer, prompts, weighted_prompts, long_prompts, note)
-        else:
-            ids = self.tokenizer(prompts, note)
-        with torch.no_grad(), self._use("text_encoder") as encoder:
-            context = encoder(ids.to(self.device)).hidden
-        if weights is not None and (weights != 1).any():
-            context = emphasised(context, weights.to(self.device))
-        return context.reshape(len(prompts), -1, context.shape[-1]) if prompts else context
+        if web_ui_prompts:
+            return self.encode_weighted([single_text(p, note) for p in prompts], clip_skip=clip_skip, note=note)
+        return self._encode(self.tokenizer(prompts, note), clip_skip, note)
 
-    def same_length(self, *contexts: Tensor) -> list[Tensor]:
+    def encode_weighted(self, texts: Sequence[str], *, clip_skip: int | None = None, note: Note = warn) -> Tensor:
+        """Encode B texts with weights, `(word:1.2)`, `(word)`, `[word]`, and BREAKs -> context (B, k M, D).
+
+        There are as many chunks k as the longest text needs; shorter ones are padded with those of the empty text.
+        """
+        ids, weights = rows(self.tokenizer, texts)
+        context = self._encode(ids, clip_skip, note)
+        if (weights != 1).any():
+            context = emphasised(context, weights.to(self.device))
+        return context.reshape(len(texts), -1, context.shape[-1]) if texts else context
+
+    def _encode(self, ids: Tensor, clip_skip: int | None, note: Note) -> Tensor:
+        """Token ids (B, M) -> context (B, M, D)."""
+        layer = () if clip_skip is None else (layer_of_clip_skip(self.config.text[0], clip_skip, note),)
+        with torch.no_grad(), self._use("text_encoder") as encoder:  # one of your own need not know about layers
+            return cast(TextEncoder, encoder)(ids.to(self.device), *layer).hidden
+
+    def same_length(self, *contexts: Tensor, clip_skip: int | None = None) -> list[Tensor]:
         """Pad contexts (B, k M, D) of different k to the length of the longest, with that of the empty text."""
-        return same_length(contexts, lambda: self.encode_prompt([""]))
+        return same_length(contexts, lambda: self.encode_prompt([""], clip_skip=clip_skip, note=lambda message: None))
 
     def denoiser(
         self,
-        context: Tensor | Conditioning,
+        context: Tensor | Conditioning | Composition,
         uncond: Tensor | Conditioning | None = None,
         guidance: float | None = None,
         concat: Tensor | None = None,
@@ -277,16 +288,16 @@ class StableDiffusion:
     ) -> Denoiser:
         """The U-Net with guidance, as samplers take it.
 
-        context    encoded prompt (B, M, D), or a whole `Conditioning`
+        context    encoded prompt (B, M, D), a whole `Conditioning`, or a `Composition` of several
         uncond     the empty or negative prompt, in the same form
         guidance   the default of the model if None
         concat     (B, 5, h, w), further channels of an inpainting model: mask and masked image (see `blank_concat`)
         network    called instead of the model's U-Net (in its recorded or compiled form, if it has one)
         """
-        cond, other = (Conditioning(given) if isinstance(given, Tensor) else given for given in (context, uncond))
-        assert cond is not None
+        cond = Conditioning(context) if isinstance(context, Tensor) else context
+        other = Conditioning(uncond) if isinstance(uncond, Tensor) else uncond
         if concat is not None:
-            cond, other = cond._replace(concat=concat), None if other is None else other._replace(concat=concat)
+            cond, other = cond.with_concat(concat), None if other is None else other.with_concat(concat)
         if (cond.concat is None) == self.is_inpainting:
             need = "needs `concat`, mask and masked image (blank_concat)" if self.is_inpainting else "takes no `concat`"
             raise ValueError(f"a U-Net of {self.config.unet.in_channels} input channels {need}")

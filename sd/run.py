@@ -11,7 +11,6 @@ sampler, the noise of each step. So an image depends neither on its batch nor on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,12 +18,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .denoiser import keep_known
+from .denoiser import by_step, keep_known
 from .imaging.files import WHITE, flatten
 from .imaging.masks import Canvas, latent_mask, mask_channels, masked_image, prepare_mask, surroundings, widened
 from .imaging.tensors import Box, fit, frame, to_tensor
 from .latents import image_size, latent_shape
 from .params import MAX_SEED, ImageToImage, Inpaint, ResolvedParams, TextToImage
+from .prompts import Pass, guides
 from .samplers import SAMPLERS, Denoise, Noise, Sampler, Step
 from .schedule import Levels
 
@@ -114,29 +114,19 @@ class Run(Iterator[Step]):
         params: ResolvedParams,
         notes: list[str],
         strength: float = 1.0,
+        first_pass: int = 0,
     ) -> None:
-        """Encode the prompts and plan the steps. The run starts from what `begin` is given."""
+        """Encode the prompts and plan the steps. The run starts from what `begin` is given.
+
+        first_pass   steps of the pass whose image this run refines, from which its prompts go on counting; 0: none
+        """
         self.model, self.request, self.params, self.notes = model, request, params, notes
         self.levels = model.schedule.levels(params.steps, params.spacing, strength)
         if strength > 0 and len(self.levels) == 1:
             notes.append(f"strength {strength:g} of {params.steps} steps is less than one step: nothing is generated")
-        encode = partial(
-            model.encode_prompt,
-            weighted_prompts=request.weighted_prompts,
-            long_prompts=request.long_prompts,
-            note=notes.append,
-        )
-        context = request.prompt if isinstance(request.prompt, Tensor) else encode(request.prompt)
-        M, D = model.config.text[0].length, model.config.unet.context
-        if context.dim() != 3 or 0 in context.shape or context.shape[1] % M or context.shape[2] != D:
-            raise ValueError(f"a context must be (B, k x {M}, {D}), got {tuple(context.shape)}")
-        self.context = context.to(model.device, model.dtype).repeat_interleave(params.n, dim=0)
-        self.uncond: Tensor | None = None
-        if params.guidance != 1.0:
-            self.uncond = encode([request.negative])
-            if self.uncond.shape[1] != self.context.shape[1]:
-                self.context, self.uncond = model.same_length(self.context, self.uncond)
-        self.rngs = generators(params.seed, len(self.context))
+        taken = Pass(params.steps, len(self), first_pass)
+        self.guides = guides(model, request, params, taken, notes.append)
+        self.rngs = generators(params.seed, len(request.prompt) * params.n)
         self.seeds = [rng.initial_seed() for rng in self.rngs]
 
     def begin(self, start: Start) -> Run:
@@ -145,6 +135,15 @@ class Run(Iterator[Step]):
         sampler = SAMPLERS[self.params.sampler]
         self._steps = sampler.run(start.denoise, start.x, self.levels, noise=self.noise, **self.params.options)
         return self
+
+    def denoiser(self, concat: Tensor | None = None) -> Denoise:
+        """The model's denoiser, guided by the prompts of each step; `concat` as for `StableDiffusion.denoiser`."""
+        made = {
+            id(guide): self.model.denoiser(guide.cond, guide.uncond, self.params.guidance, concat)
+            for guide in self.guides
+        }
+        first, *others = made.values()
+        return by_step([made[id(guide)] for guide in self.guides], self.levels) if others else first
 
     def noise(self, like: Tensor) -> Tensor:
         """Fresh unit normal noise in the shape of a tensor (B, ...), each image's from its own generator."""
@@ -204,7 +203,7 @@ def text_to_image(model: StableDiffusion, request: TextToImage) -> Run:
     run = Run(model, request, params, [])
     x = draw(run.rngs, shape, model.device)
     concat = model.blank_concat(shape) if model.is_inpainting else None
-    return run.begin(Start(x, model.denoiser(run.context, run.uncond, params.guidance, concat)))
+    return run.begin(Start(x, run.denoiser(concat)))
 
 
 def image_to_image(model: StableDiffusion, request: ImageToImage) -> Run:
@@ -229,8 +228,7 @@ def image_to_image(model: StableDiffusion, request: ImageToImage) -> Run:
         noise = draw(run.rngs, shape, model.device)
         x = model.schedule.add_noise(z, noise, run.levels[0]) if len(run) else z
     concat = model.blank_concat(shape) if model.is_inpainting else None
-    denoise = model.denoiser(run.context, run.uncond, params.guidance, concat)
-    return run.begin(Start(x, denoise, finish=lambda generated: generated.crop(inside)))
+    return run.begin(Start(x, run.denoiser(concat), finish=lambda generated: generated.crop(inside)))
 
 
 def inpaint(model: StableDiffusion, request: Inpaint) -> Run:
@@ -267,7 +265,7 @@ def inpaint(model: StableDiffusion, request: Inpaint) -> Run:
         noised = model.schedule.add_noise(known, x, run.levels[0]) if len(run) else known
         from_noise = request.strength == 1 or (request.content == "noise" and len(run) > 0)
         x = torch.where(hole > 0, x, noised) if from_noise else noised
-    denoise: Denoise = model.denoiser(run.context, run.uncond, params.guidance, concat)
+    denoise = run.denoiser(concat)
     if model.is_inpainting or known is None:
         return run.begin(Start(x, denoise, finish=canvas.paste))
     z = known

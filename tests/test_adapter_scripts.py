@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from scripts import img2img, inpaint, txt2img
 from scripts.common.adapter_args import split_embedding, split_lora
+from scripts.common.prompt_loras import PromptLoras
 from sd.checkpoints.detect import CONFIG_KEY
 from sd.checkpoints.export import to_own
 from sd.resources import resource
@@ -82,17 +83,67 @@ def test_embedding(generate, files, tmp_path):
 
 
 def test_weighted_and_long_prompts(generate, tmp_path):
-    for i, args in enumerate(([], ["--weighted-prompts"]), start=1):
+    for i, args in enumerate(([], ["--web-ui-prompts"]), start=1):
         status, _, err, text = generate("a (cat:1.5)", *args)
         assert (status, err) == (0, []) and f", Emphasis: {'Original' if args else 'None'}, " in text
-        assert "Long prompts" not in text and text.startswith("a (cat:1.5)\n")
+        assert (", Pad conds: True, " in text) == bool(args) and text.startswith("a (cat:1.5)\n")
         assert pixels(tmp_path, 1) != pixels(tmp_path, i) or i == 1
     prompt = "cat " * 80
     _, _, err, _ = generate(prompt)
     assert len(err) == 1 and "the last 5 are ignored" in err[0]
-    status, _, err, text = generate(prompt, "--long-prompts")
-    assert (status, err) == (0, []) and ", Long prompts: on, Pad conds: True, " in text
+    status, _, err, text = generate(prompt, "--web-ui-prompts")
+    assert (status, err) == (0, []) and ", Web UI prompts: on, Pad conds: True, " in text
     assert pixels(tmp_path, 3) != pixels(tmp_path, 4)
+
+
+def test_loras_that_prompts_name(generate, files, tmp_path):
+    """Each prompt has its own, in any case of letters; the next prompt's image is that of the plain weights."""
+    prompts = tmp_path / "prompts.txt"
+    for first in ("a cat", "a <lora:STYLE:0.2><lyco:Style:0.3>cat"):
+        prompts.write_text(f"{first}\na cat")
+        status, out, err, text = generate("--from-file", str(prompts), "--web-ui-prompts", "--lora-dir", ".")
+        assert (status, err) == (0, []) and text.startswith("a cat\nSteps: 2")
+    assert [line for line in out if line.startswith("LoRA")] == ["LoRA STYLE, weight 0.5"]
+    generate("a cat", "--lora", "style.safetensors:0.5")
+    assert pixels(tmp_path, 2) == pixels(tmp_path, 4)
+    assert pixels(tmp_path, 1) != pixels(tmp_path, 3) == pixels(tmp_path, 5)
+    named = ["a cat <lora:mine>", "--negative", "x<lora:style:1>", "--web-ui-prompts", "--lora-dir", "."]
+    _, _, err, text = generate(*named)
+    assert text.startswith("a cat <lora:mine:1>\n") and 'Lora hashes: "mine: ' in text
+    assert len(err) == 1 and "<lora:style:1> in the negative prompt is left out" in err[0]
+
+
+def test_names_of_loras_are_looked_up_in_the_folder(tmp_path):
+    def named(prompt: str, negative: str = "") -> list[tuple[str, float]]:
+        loras = PromptLoras([prompt], negative, True, tmp_path / "loras")
+        return [(lora.path.relative_to(tmp_path).as_posix(), lora.weight) for lora in loras.of(prompt)]
+
+    for name in ("Ink.safetensors", "a/ink v2.pt", "a/b/Twice.ckpt", "twice.safetensors", "notes.txt", "../outside.pt"):
+        (tmp_path / "loras" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "loras" / name).touch()
+    (tmp_path / "loras" / "a" / "circle").symlink_to(tmp_path / "loras", target_is_directory=True)
+    assert named("<lora:ink:2> <lora:INK V2>") == [("loras/Ink.safetensors", 2), ("loras/a/ink v2.pt", 1)]
+    for name, message in (
+        ("twice", r"2 files in .*loras are named twice: twice.safetensors, a/b/Twice.ckpt; rename all but one"),
+        ("inc", r"no LoRA file named 'inc' is in .*loras: did you mean Ink\?"),
+        ("../outside", "no LoRA file named '../outside'"),
+        ("/etc/passwd", "no LoRA file named '/etc/passwd'"),
+        ("notes", "no LoRA file named 'notes'"),
+        ("a\x1b[2J", "no LoRA file named"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            named(f"<lora:{name}>")
+        assert str(caught.value).isprintable()
+    with pytest.raises(ValueError, match="no such folder"):
+        PromptLoras(["<lora:x>"], "", True, tmp_path / "gone")
+
+
+def test_earlier_names_of_the_option(generate, capsys):
+    for name in ("--weighted-prompts", "--long-prompts"):
+        with pytest.raises(SystemExit) as stopped:
+            generate("a cat", name)
+        assert stopped.value.code == 2
+        assert f"error: {name} is now --web-ui-prompts" in capsys.readouterr().err
 
 
 def test_nothing_is_recorded_if_nothing_was_added(generate):
@@ -104,19 +155,22 @@ def test_nothing_is_recorded_if_nothing_was_added(generate):
 def test_other_programs(generate, program):
     pictures = ["--init-img", str(resource("data/sample.png"))]
     pictures += ["--mask", str(resource("data/sample-mask.png"))] if program is inpaint else []
-    addons = ["--lora", "style.safetensors:0.5", "--embedding", "toy.pt", "--weighted-prompts", "--long-prompts"]
+    addons = ["--lora", "style.safetensors:0.5", "--embedding", "toy.pt", "--web-ui-prompts", "--clip-skip", "2"]
     status, _, err, text = generate("a (toy:1.5) BREAK cat", *pictures, *addons, program=program)
     assert (status, err) == (0, [])
     assert text.startswith("a (toy:1.5) BREAK cat <lora:style:0.5>\n")
-    assert all(name in text for name in ("Lora hashes", "TI hashes", "Emphasis: Original", "Long prompts: on"))
+    assert all(name in text for name in ("Lora hashes", "TI hashes", "Emphasis: Original", "Clip skip: 2"))
 
 
 def test_words_that_the_embedded_model_does_not_know(generate):
     """Weights are no words."""
     embedded = ["--ckpt", str(resource("weights/pocket.safetensors"))]
-    assert generate("a (red:1.2) house", "--weighted-prompts", *embedded)[2] == []
-    status = txt2img.main(["a (red:1.2) [house] BREAK snow", "--weighted-prompts", "--long-prompts", "--steps", "1"])
-    assert status == 0
+    prompt = "a (red:1.2) [house:tree:0.5] BREAK snow AND a [meadow|tree] :0.5 <x:y>"
+    status, _, err, _ = generate(prompt, "--web-ui-prompts", *embedded)
+    assert status == 0 and err == ["warning: <x:y> is left out: tags of the kind 'x' are not known"]
+    status, _, err, _ = generate("a house [tree:volcano:0.5]", "--web-ui-prompts", *embedded)
+    assert status == 0 and "volcano" in err[0] and "does not know" in err[0]
+    assert generate("a house volcano", *embedded)[2][0].startswith("warning: this model does not know: volcano")
 
 
 @pytest.mark.parametrize(
@@ -134,12 +188,17 @@ def test_words_that_the_embedded_model_does_not_know(generate):
         (["--embedding", "toy.pt", "--embedding", "toy.pt"], "'toy' is taken"),
         (["--embedding", "style.safetensors"], "a LoRA file with --lora"),
         (["--embedding", "tiny.safetensors"], "a checkpoint is given with --ckpt"),
-        (["--negative", "<lora:style:0.8>"], "--lora style.safetensors:0.8"),
-        (["--weighted-prompts", "--negative", "(a:1.2.3)"], "is not a number"),
+        (["--negative", "# <lora:style:0.8>"], "--lora style.safetensors:0.8"),
+        (["--web-ui-prompts", "--negative", "(a:1.2.3)"], "is not a number"),
+        (["--web-ui-prompts", "--prompt", "a <lora:style>"], "give the folder of the file with --lora-dir"),
+        (["--web-ui-prompts", "--prompt", " AND ".join("a" * 40)], "40 prompts are joined by AND"),
+        (["--lora-dir", "mine"], "--lora-dir needs --web-ui-prompts"),
+        (["--clip-skip", "0"], "clip_skip must be at least 1"),
+        (["--clip-skip", "4"], "clip_skip must be from 1 (the last layer) to 3"),
     ],
 )
 def test_errors_are_one_line(generate, args, message):
-    status, _, err, _ = generate("a cat", *args)
+    status, _, err, _ = generate(*([] if "--prompt" in args else ["a cat"]), *args)
     assert status == 1 and len(err) == 1 and err[0].startswith("error: ") and message in err[0]
 
 

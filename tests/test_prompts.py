@@ -1,4 +1,4 @@
-"""Prompts with weights and long ones: hand-computed parts, chunks and weighted contexts."""
+"""Weights and chunks of the web UI's prompts: hand-computed parts, chunks and weighted contexts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from common import error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd.text.prompt_syntax import chunks, emphasised, parse, plain
+from sd.text.prompt_syntax import check_prompt, chunks, emphasised, parse, plain
 from sd.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer()
@@ -43,6 +43,45 @@ def approx(parts: list[tuple[str, float]]) -> list[tuple[str, object]]:
         ("(:)", [(":", 1.1)]),
         ("", []),
         ("()", []),
+        ("(a:1)", [("a", 1)]),
+        ("(a:0)", [("a", 0)]),
+        ("(a:-0.5)", [("a", -0.5)]),
+        ("(a:+2)", [("a", 2)]),
+        ("(a:5.)", [("a", 5)]),
+        ("(a:100)", [("a", 100)]),
+        ("(a: 1.5)(b:1.5 )", [("ab", 1.5)]),
+        ("(a\n:1.5)", [("a\n", 1.5)]),
+        ("(a:1.5\n)", [("a", 1.5)]),
+        ("(a:b:1.5)", [("a:b", 1.5)]),
+        ("(a:1.5:2)", [("a:1.5", 2)]),
+        ("(a:x)", [("a:x", 1.1)]),
+        ("(a:)", [("a:", 1.1)]),
+        ("(:1.5)", []),
+        ("(a:1e3)", [("a:1e3", 1.1)]),  # no exponents
+        ("(a:1,5)", [("a:1,5", 1.1)]),
+        ("a:1.2", [("a:1.2", 1)]),
+        ("(a:1.2", [("a:1.2", 1.1)]),  # never closed: no number either
+        ("(a) b:1.2)", [("a", 1.1), (" b:1.2)", 1)]),
+        ("((a:1.2)", [("a", 1.32)]),
+        ("(a))", [("a", 1.1), (")", 1)]),
+        ("[a]]", [("a", 1 / 1.1), ("]", 1)]),
+        ("([a)]", [("a", 1)]),  # of different kinds: each ends where its own closes
+        ("(a [b) c]", [("a ", 1.1), ("b", 1), (" c", 1 / 1.1)]),
+        ("[(a:1.5)]", [("a", 1.5 / 1.1)]),
+        ("[[[a]]]", [("a", 1.1**-3)]),
+        (r"\(a:1.5\)", [("(a:1.5)", 1)]),
+        (r"(a\):1.5)", [("a)", 1.5)]),
+        (r"\\(a)", [("\\", 1), ("a", 1.1)]),
+        ("a\\", [("a", 1)]),
+        ("{a} <b> a|b", [("{a} <b> a|b", 1)]),
+        ("(日本:1.2) é", [("日本", 1.2), (" é", 1)]),
+        ("(🗼)\u2028x", [("🗼", 1.1), ("\u2028x", 1)]),
+        ("a BREAK b", [("a ", 1), (None, 1), (" b", 1)]),
+        ("a BREAKFAST break b", [("a BREAKFAST break b", 1)]),
+        ("BREAK", [("", 1), (None, 1), ("", 1)]),
+        ("(a BREAK b:1.5)", [("a ", 1.5), (None, 1), (" b", 1.5)]),
+        ("a:BREAK:b", [("a:", 1), (None, 1), (":b", 1)]),
+        (r"BREAK\(", [("", 1), (None, 1), ("(", 1)]),
         # nested and unbalanced, each weight worked out by hand: 1.1 from the bracket that is never closed
         (
             "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).",
@@ -65,8 +104,9 @@ def test_weights(prompt, parts):
     ],
 )
 def test_weights_that_are_refused(prompt, message):
-    with pytest.raises(ValueError, match=message):
-        parse(prompt)
+    for read in (parse, check_prompt):
+        with pytest.raises(ValueError, match=message):
+            read(prompt)
 
 
 @settings(max_examples=200, deadline=None)
@@ -77,38 +117,21 @@ def test_any_text_keeps_its_letters(prompt):
     except ValueError as refused:
         assert "is not a number" in str(refused)
         return
-    kept = "".join(text for text, _ in parts)
+    kept = "".join(text or "" for text, _ in parts)
     assert [c for c in kept if c in "ab"] == [c for c in prompt if c in "ab"]
     assert all(a.weight != b.weight for a, b in pairwise(parts))
     assert plain(prompt) == kept
 
 
 def test_tokens_have_the_weight_of_their_part():
-    (chunk,) = chunks(TOKENIZER, "a (red cat:1.5), [cat]", weighted=True, long=False)
+    (chunk,) = chunks(TOKENIZER, "a (red cat:1.5), [cat]")
     a, red = TOKENIZER.encode("a red")
     assert chunk.ids == [a, red, CAT, COMMA, CAT]
     assert chunk.weights == pytest.approx([1, 1.5, 1.5, 1, 1 / 1.1])
 
 
-def test_brackets_are_text_without_weights():
-    (chunk,) = chunks(TOKENIZER, "(cat:1.5) BREAK", weighted=False, long=True)[:1]
-    assert chunk.ids == TOKENIZER.encode("(cat:1.5)") and set(chunk.weights) == {1.0}
-
-
-def test_a_note_says_what_does_not_fit():
-    with pytest.warns(UserWarning, match='76 tokens long, 75 fit: the last 1 is ignored, from "dog" on'):
-        (chunk,) = chunks(TOKENIZER, "(cat:2) " + "cat " * 74 + "dog", weighted=True, long=False)
-    assert len(chunk.ids) == len(chunk.weights) == 75 and chunk.weights[:2] == [2, 1]
-
-
-def test_prompt_editing_is_not_silent():
-    for prompt in ("a [cat:dog:0.5]", "[cat|dog]", "[cat:10]"):
-        with pytest.warns(UserWarning, match="prompt editing"):
-            chunks(TOKENIZER, prompt, weighted=True, long=False)
-
-
-def lengths(prompt: str, weighted: bool = False, tokenizer: Tokenizer = TOKENIZER) -> list[int]:
-    return [len(chunk.ids) for chunk in chunks(tokenizer, prompt, weighted, long=True)]
+def lengths(prompt: str, tokenizer: Tokenizer = TOKENIZER) -> list[int]:
+    return [len(chunk.ids) for chunk in chunks(tokenizer, prompt)]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +162,7 @@ def test_chunks(prompt, expected):
 def test_hostile_lengths_take_no_time():
     started = time.monotonic()
     for prompt in (r"\(" * 10**5, "cat" + " " * 10**5 + "dog", "(a)" * 10**4, "[:]" * 10**4, ":1" * 10**5):
-        parse(prompt, breaks=True)
+        parse(prompt)
     assert lengths("BREAK" + " " * 10**5 + "BREAK") == [0, 0]
     with pytest.raises(ValueError, match="more than 100 chunks of 75 tokens"):
         lengths("cat " * 7501)
@@ -147,12 +170,12 @@ def test_hostile_lengths_take_no_time():
 
 
 def test_chunks_keep_order_and_weights():
-    made = chunks(TOKENIZER, "cat " * 70 + ", (" + "dog " * 10 + ":1.5) BREAK [cat]", weighted=True, long=True)
+    made = chunks(TOKENIZER, "cat " * 70 + ", (" + "dog " * 10 + ":1.5) BREAK [cat]")
     (dog,) = TOKENIZER.encode("dog")
     assert [chunk.ids for chunk in made] == [[CAT] * 70 + [COMMA], [dog] * 10, [CAT]]
     assert [chunk.weights for chunk in made] == [[1] * 71, [1.5] * 10, pytest.approx([1 / 1.1])]
-    assert lengths(r"cat BREAK\(dog", weighted=True) == [1, 2]
-    inside = chunks(TOKENIZER, "(cat BREAK cat)", weighted=True, long=True)
+    assert lengths(r"cat BREAK\(dog") == [1, 2]
+    inside = chunks(TOKENIZER, "(cat BREAK cat)")
     assert [(chunk.ids, chunk.weights) for chunk in inside] == [([CAT], [1.1])] * 2
 
 
@@ -186,13 +209,12 @@ def test_weighted_prompt_in_the_model(tiny_sd):
     weights[2] = 1.5
     z = plain_context * weights[:, None]
     expected = z * plain_context.mean() / z.mean()
-    assert error(tiny_sd.encode_prompt(["a (cat:1.5)"], weighted_prompts=True), expected) < 1e-5
-    assert torch.equal(tiny_sd.encode_prompt(["a cat"], weighted_prompts=True), plain_context)
-    assert torch.equal(tiny_sd.encode_prompt(["a cat"], long_prompts=True), plain_context)
+    assert error(tiny_sd.encode_prompt(["a (cat:1.5)"], web_ui_prompts=True), expected) < 1e-5
+    assert torch.equal(tiny_sd.encode_prompt(["a cat"], web_ui_prompts=True), plain_context)
 
 
 def test_long_prompt_in_the_model(tiny_sd):
-    long = tiny_sd.encode_prompt(["cat " * 80, "a dog"], long_prompts=True)
+    long = tiny_sd.encode_prompt(["cat " * 80, "a dog"], web_ui_prompts=True)
     assert long.shape == (2, 154, 64)
     expected = [tiny_sd.encode_prompt([text]) for text in ("cat " * 75, "cat " * 5, "a dog", "")]
     assert error(long, torch.cat([torch.cat(expected[:2], 1), torch.cat(expected[2:], 1)])) < 1e-5
@@ -200,16 +222,16 @@ def test_long_prompt_in_the_model(tiny_sd):
 
 def test_padding_of_stable_diffusion_2():
     tokenizer = Tokenizer(pad=0)
-    rows = tokenizer.rows([chunk.ids for chunk in chunks(tokenizer, "cat BREAK", False, True)] + [[]])
+    rows = tokenizer.rows([chunk.ids for chunk in chunks(tokenizer, "cat BREAK")] + [[]])
     assert rows[:, :4].tolist() == [[START, CAT, END, 0], [START, END, 0, 0]]
 
 
 def test_images_of_long_and_weighted_prompts(tiny_sd):
     settings = {"height": 64, "width": 64, "steps": 2, "seed": 3}
     for prompt, negative in (("cat " * 80, "blue"), ("a cat", "blue " * 160), (["cat", "dog " * 90], "")):
-        images = tiny_sd.txt2img(prompt, negative, long_prompts=True, **settings)
+        images = tiny_sd.txt2img(prompt, negative, web_ui_prompts=True, **settings)
         assert len(images) == (2 if isinstance(prompt, list) else 1)
-    options = {"weighted_prompts": True, "long_prompts": True}
+    options = {"web_ui_prompts": True}
     (usual,) = tiny_sd.txt2img("a cat", "blue", **settings)
     (same,) = tiny_sd.txt2img("a cat", "blue", **options, **settings)
     (other,) = tiny_sd.txt2img("a (cat:1.8)", "blue", **options, **settings)
@@ -226,4 +248,4 @@ def test_negative_is_filled_up_with_the_empty_text(tiny_sd):
 
 
 def test_no_prompts(tiny_sd):
-    assert tiny_sd.encode_prompt([], long_prompts=True).shape == (0, 77, 64)
+    assert tiny_sd.encode_prompt([], web_ui_prompts=True).shape == (0, 77, 64)

@@ -1,4 +1,4 @@
-"""The text encoder against transformers' CLIP: which layer is its output, normalised or not, pooled and projected."""
+"""The text encoder against transformers' CLIP: which layer is its output, normalised or not, pooled; clip skip."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import TINY, error
+from common import TINY, error, tiny_state
+from safetensors.torch import save_file
 
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.convert import convert
 from sd.checkpoints.key_maps import diffusers_sources
 from sd.config import END, SD1, SD2, TextConfig
 from sd.models.build import build
-from sd.models.text_encoder import TextEncoder, TextOutput
+from sd.models.text_encoder import TextEncoder, TextOutput, layer_of_clip_skip
+from sd.params import TextToImage, from_dict
+from sd.pipeline import StableDiffusion
 
 SMALL = TextConfig(width=32, layers=4, heads=4)
 OPENCLIP = replace(SMALL, activation="gelu", pad=0, names="openclip")
@@ -36,8 +39,8 @@ def texts(pad: int) -> torch.Tensor:
     return ids
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_outputs_are_those_of_transformers(config):
+def with_weights_of_transformers(config: TextConfig):
+    """Our encoder and theirs with the same random weights."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     kind = transformers.CLIPTextModelWithProjection if config.projection else transformers.CLIPTextModel
@@ -59,7 +62,12 @@ def test_outputs_are_those_of_transformers(config):
     state = {name.removeprefix("text_model."): weight for name, weight in theirs.state_dict().items()}
     own = {key: state[source.key] for key, source in table["text_encoder"].items()}
     encoder.load_state_dict(own | ({"projection.weight": state["text_projection.weight"]} if config.projection else {}))
+    return encoder, theirs
 
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_outputs_are_those_of_transformers(config):
+    encoder, theirs = with_weights_of_transformers(config)
     ids = texts(config.pad)
     with torch.no_grad():
         out, expected = encoder(ids), theirs(ids, output_hidden_states=True)
@@ -73,6 +81,67 @@ def test_outputs_are_those_of_transformers(config):
     else:
         pooled = expected.text_embeds if config.projection else expected.pooler_output
         assert out.pooled is not None and error(out.pooled, pooled) < 1e-5
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_clip_skip_is_a_layer_of_transformers(config):
+    """Normalised where the model's own is; the pooled vector stays that of the last layer, and none runs in vain."""
+    encoder, theirs = with_weights_of_transformers(config)
+    ids = texts(config.pad)
+    runs: list[int] = []
+    for i, block in enumerate(encoder.blocks):
+        block.register_forward_hook(lambda *_, i=i: runs.append(i))
+    with torch.no_grad():
+        expected, usual = theirs(ids, output_hidden_states=True), encoder(ids)
+        for clip_skip in range(1, config.layers + 1):
+            runs.clear()
+            out = encoder(ids, layer_of_clip_skip(config, clip_skip, note=pytest.fail))
+            hidden = expected.hidden_states[-clip_skip]
+            assert error(out.hidden, encoder.norm(hidden) if config.hidden_norm else hidden) < 1e-5
+            assert len(runs) == (config.layers if config.pooled else config.layers - clip_skip + 1)
+            assert out.pooled is usual.pooled is None or torch.equal(out.pooled, usual.pooled)
+    assert config == encoder.config
+
+
+def test_clip_skip_counts_the_published_layers():
+    """SD 2 has 23 of 24: 2 is its own layer, in a file with all of them as in a folder; 1 is said to have no effect."""
+    notes: list[str] = []
+    (own,) = SD2.text
+    assert [layer_of_clip_skip(own, n, notes.append) for n in (2, 3, 24)] == [-1, -2, -23] and not notes
+    assert layer_of_clip_skip(own, 1, notes.append) == -1
+    assert notes == ["clip skip 1 has no effect: this model does not have the layer, and is made for 2"]
+    whole = replace(own, layers=24, hidden_layer=-2)
+    assert [layer_of_clip_skip(whole, n, pytest.fail) for n in (1, 2, 24)] == [-1, -2, -24]
+    assert [layer_of_clip_skip(SD1.text[0], n, pytest.fail) for n in (1, 2, 12)] == [-1, -2, -12]
+    for text, n, most in ((own, 25, 24), (SD1.text[0], 13, 12), (SMALL, 5, 4), (SMALL, 0, 4)):
+        with pytest.raises(ValueError, match=rf"from 1 \(the last layer\) to {most}, .*; got {n}"):
+            layer_of_clip_skip(text, n, notes.append)
+
+
+def test_clip_skip_in_a_run(tiny_sd, tmp_path):
+    """The prompt, the negative one and what fills them up; per request, with low memory as well."""
+    settings = {"steps": 2, "seed": 1, "height": 64, "width": 64}
+    ids = tiny_sd.tokenizer(["a cat", ""])
+    cat, empty = tiny_sd.text_encoder(ids, hidden_layer=-2).hidden.split(1)
+    assert torch.equal(tiny_sd.encode_prompt(["a cat", ""], clip_skip=2), torch.cat([cat, empty]))
+    assert torch.equal(tiny_sd.encode_prompt("a cat", clip_skip=1), tiny_sd.encode_prompt("a cat"))
+    request = TextToImage.of("a cat", "blue " * 80, web_ui_prompts=True, clip_skip=2, **settings)
+    (guide, _) = tiny_sd.prepare(request).guides
+    assert error(guide.cond, torch.cat([cat, empty], dim=1)) < 1e-5
+    images = [tiny_sd.txt2img("a cat", clip_skip=n, **settings)[0].tobytes() for n in (None, 1, 2, None)]
+    assert images[0] == images[1] == images[3] != images[2]
+    (changing,) = tiny_sd.txt2img("[a cat|a cat]", clip_skip=2, web_ui_prompts=True, **settings)
+    assert changing.tobytes() == images[2]
+    assert from_dict(request.to_dict()) == request
+    save_file(tiny_state(), tmp_path / "tiny.safetensors")
+    low = StableDiffusion.load(
+        tmp_path / "tiny.safetensors", config=TINY, device="cpu", dtype="float32", low_memory=True
+    )
+    assert error(low.encode_prompt("a cat", clip_skip=2), cat) < 1e-5
+    (usual,), (skipped,) = (low.txt2img("a cat", clip_skip=n, **settings) for n in (None, 2))
+    assert usual.tobytes() != skipped.tobytes()
+    with pytest.raises(ValueError, match="clip_skip must be from 1"):
+        tiny_sd.prepare(TextToImage.of("a cat", clip_skip=4, **settings))
 
 
 def test_pooled_is_that_of_the_first_end_token():

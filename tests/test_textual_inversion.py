@@ -154,11 +154,11 @@ def test_negative_weighted_and_long_prompts(model, tmp_path):
     model.add_embedding(file)
     settings = {"height": 64, "width": 64, "steps": 2, "seed": 1}
     pictures = {
-        model.txt2img("a cat", negative, weighted_prompts=weighted, **settings)[0].tobytes()
+        model.txt2img("a cat", negative, web_ui_prompts=weighted, **settings)[0].tobytes()
         for negative, weighted in (("blue", False), ("<cat-toy>", False), ("(<cat-toy>:1.5)", True))
     }
     assert len(pictures) == 3
-    long = model.encode_prompt(["cat " * 73 + "<cat-toy>"], long_prompts=True)
+    long = model.encode_prompt(["cat " * 73 + "<cat-toy>"], web_ui_prompts=True)
     assert torch.allclose(long[:, 77:], expected(model, [vectors(3)]), atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Arguments for LoRA files, embeddings, and weighted and long prompts."""
+"""Arguments for LoRA files, embeddings, and the prompt syntax of the web UI."""
 
 from __future__ import annotations
 
@@ -11,31 +11,44 @@ import sd
 
 from .cli import Parser
 from .output import ModelHash
+from .prompt_loras import PromptLoras
 
-LORA_TAG = re.compile(
-    r"<lora:([^:>]{1,200})(?::([^>]{0,20}))?>"
-)  # a LoRA file in a prompt, in the syntax of other tools
+RENAMED = ("--weighted-prompts", "--long-prompts")  # of earlier versions, each a part of --web-ui-prompts
 
 
 def add_addon_arguments(parser: Parser) -> None:
-    """--lora, --embedding, --weighted-prompts, --long-prompts."""
+    """--lora, --lora-dir, --embedding, --web-ui-prompts, --clip-skip."""
     group = parser.add_argument_group("add-ons")
     group.add_argument(
         "--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
         help="merge a LoRA file into the model; can be given several times (default weight: 1)",
     )  # fmt: skip
     group.add_argument(
+        "--lora-dir", type=Path, metavar="DIR",
+        help="folder of the LoRA files that prompts name, <lora:name:0.8>; needs --web-ui-prompts",
+    )  # fmt: skip
+    group.add_argument(
         "--embedding", "--textual-inversion", action="append", default=[], metavar="FILE[:WORD]",
         help="a textual inversion file, and its word in prompts (default: the word in the file, or the file name)",
     )  # fmt: skip
     group.add_argument(
-        "--weighted-prompts", action="store_true",
-        help="(word:1.2), (word) and [word] in prompts change the weight of the word; otherwise brackets are text",
+        "--web-ui-prompts", action="store_true",
+        help="prompts have the syntax of AUTOMATIC1111's web UI: (word:1.2), [word], BREAK and any length, "
+        "[a:b:0.4], [a|b], AND, <lora:name:0.8>; otherwise they are plain text, cut at 75 tokens",
     )  # fmt: skip
     group.add_argument(
-        "--long-prompts", action="store_true",
-        help="split prompts of more than 75 tokens into chunks, also at BREAK; otherwise they are truncated",
+        "--clip-skip", type=int, metavar="N",
+        help="use layer N of the text encoder, counted from its end: 1 is the last (default: the model's own)",
     )  # fmt: skip
+    for name in RENAMED:
+        group.add_argument(name, action=Renamed, nargs=0, help=argparse.SUPPRESS)
+
+
+class Renamed(argparse.Action):
+    """An option that is now called otherwise: an error that says so."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        parser.error(f"{self.option_strings[0]} is now --web-ui-prompts, one option for weights and long prompts")
 
 
 def split_lora(text: str) -> tuple[Path, float]:
@@ -63,18 +76,15 @@ def split_embedding(text: str) -> tuple[Path, str | None]:
 
 
 class AddOns:
-    """The adapters given as arguments: checked before the model is loaded, then added to it."""
+    """The adapters given as arguments or named in prompts: checked before the model is loaded, then added to it."""
 
     def __init__(self, args: argparse.Namespace, prompts: list[str]) -> None:
-        self._weighted, self._long = args.weighted_prompts, args.long_prompts
+        self._web_ui, self._clip_skip = args.web_ui_prompts, args.clip_skip
         self._loras = [split_lora(text) for text in args.lora]
         self._embeddings = [split_embedding(text) for text in args.embedding]
-        for path, _ in (*self._loras, *self._embeddings):
+        self.of_prompts = PromptLoras(prompts, args.negative, args.web_ui_prompts, args.lora_dir)
+        for path in (*(path for path, _ in (*self._loras, *self._embeddings)), *self.of_prompts.paths):
             sd.load_checkpoint(path).close()  # raises for a wrong name before a large model is loaded
-        for prompt in (*prompts, args.negative):
-            if tag := LORA_TAG.search(prompt):
-                file = f"{tag[1]}.safetensors" + (f":{tag[2]}" if tag[2] else "")
-                raise ValueError(f"{tag[0]} in the prompt: give the file instead, for example --lora {file}")
         self._names: list[str] = []  # of the LoRAs
         self._words: dict[str, Path] = {}  # word in prompts -> file
         self._hashes: dict[Path, ModelHash] = {}
@@ -89,27 +99,32 @@ class AddOns:
                 self._words[added] = file
                 print(f"embedding {added}, vectors: {model.words[added]}", flush=True)
         if hashes:
-            files = [(file, file.suffix == ".safetensors") for file, _ in self._loras]
+            loras = [*(file for file, _ in self._loras), *self.of_prompts.paths]
+            files = [(file, file.suffix == ".safetensors") for file in loras]
             files += [(file, False) for file, _ in self._embeddings]
             self._hashes = {file: ModelHash(file, digits=12, tensors_only=only) for file, only in files}
 
     def prompt(self, prompt: str) -> str:
         """The prompt for the metadata, with its LoRAs in the syntax of other tools."""
         tags = [f"<lora:{name}:{weight:g}>" for name, (_, weight) in zip(self._names, self._loras, strict=True)]
-        return " ".join([prompt, *tags])
+        tags += [f"<lora:{lora.name}:{lora.weight:g}>" for lora in self.of_prompts.current]
+        return " ".join([prompt.rstrip() if tags else prompt, *tags])
 
     def about(self, model: sd.StableDiffusion, prompt: str, negative: str) -> dict[str, str]:
         """The entries about adapters in the metadata of an image, with the keys of other tools."""
         used = {i for text in (prompt, negative) for i in model.tokenizer.encode(text)} if self._words else set()
         words = [(word, file) for word, file in self._words.items() if used & set(model.tokenizer.added[word])]
         loras = [(name, file) for name, (file, _) in zip(self._names, self._loras, strict=True)]
+        loras += [(lora.name, lora.path) for lora in self.of_prompts.current]
         values = {
             name: ", ".join(f"{re.sub('[:,]', '', word)}: {self._hashes[file].digits()}" for word, file in found)
             for name, found in (("Lora hashes", loras), ("TI hashes", words))
             if found and self._hashes
         }
-        if self._weighted or re.search(r"[(\[]", prompt + negative):
-            values["Emphasis"] = "Original" if self._weighted else "None"
-        if self._long:
-            values |= {"Long prompts": "on", "Pad conds": "True"}
+        if self._web_ui or re.search(r"[(\[]", prompt + negative):
+            values["Emphasis"] = "Original" if self._web_ui else "None"
+        if self._web_ui:
+            values |= {"Web UI prompts": "on", "Pad conds": "True"}
+        if self._clip_skip is not None:
+            values["Clip skip"] = str(self._clip_skip)
         return values

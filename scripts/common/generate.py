@@ -24,7 +24,7 @@ from sd.resources import resource
 from sd.run import Run
 from sd.runtime.device import dtype_name
 from sd.samplers import SAMPLERS
-from sd.text.prompt_syntax import chunks
+from sd.text.prompt_syntax import check_prompt, chunks, texts_of
 
 from .adapter_args import AddOns
 from .arguments import NICKNAMES, read_prompts
@@ -33,7 +33,7 @@ from .output import ModelHash, Output
 
 FRAMES = 100  # at most: of a longer run, some steps are skipped
 
-# builds the request of one prompt: make(prompt, params, negative=..., weighted_prompts=..., long_prompts=...)
+# builds the request of one prompt: make(prompt, params, negative=..., web_ui_prompts=..., clip_skip=...)
 Make = Callable[..., TextToImage]
 
 
@@ -147,10 +147,14 @@ def generate(
 ) -> None:
     """Generate the images of all prompts, and save each batch when it is ready; `more` is added to their metadata."""
     prompts = read_prompts(args.prompt, args.from_file)
-    make = partial(make, negative=args.negative, weighted_prompts=args.weighted_prompts, long_prompts=args.long_prompts)
-    for prompt in prompts:
-        make(prompt, params)  # raises for invalid settings before a large model is loaded
     addons = AddOns(args, prompts)
+    text = addons.of_prompts.text  # of a prompt without what names a LoRA file
+    make = partial(make, negative=text(args.negative), web_ui_prompts=args.web_ui_prompts, clip_skip=args.clip_skip)
+    for prompt in prompts:
+        make(text(prompt), params)  # raises for invalid settings before a large model is loaded
+    if args.web_ui_prompts:
+        for prompt in (*prompts, args.negative):
+            check_prompt(text(prompt))
     output = Output(args.out)
     model = load(args)
     digest = None if args.no_metadata else ModelHash(args.ckpt or resource(EMBEDDED))
@@ -171,11 +175,12 @@ def generate(
     done, kept = 0, list[Image.Image]()
     for prompt in prompts:
         said.clear()  # a warning about a prompt is shown once, not for each of its images
-        warn_of_unknown_words(model, args, prompt)
+        addons.of_prompts.merge(model, prompt)
+        warn_of_unknown_words(model, args, text(prompt))
         for first in range(0, count, args.batch_size):
             seed = (args.seed + done) % (MAX_SEED + 1)
             batch = replace(params, seed=seed, n=min(args.batch_size, count - first))
-            run = model.prepare(make(prompt, batch))
+            run = model.prepare(make(text(prompt), batch))
             recorder = StepRecorder(f"image {done + 1} of {total}", run, args.save_steps)
             recorder.take_steps()
             result = run.result()
@@ -194,8 +199,11 @@ def generate(
 
 def warn_of_unknown_words(model: sd.StableDiffusion, args: argparse.Namespace, prompt: str) -> None:
     """Warn if tokens of a prompt have no vector: those of words that never occurred in training were set to zero."""
-    found = chunks(model.tokenizer, prompt, args.weighted_prompts, args.long_prompts)
-    ids = torch.tensor([i for chunk in found for i in chunk.ids], device=model.device, dtype=torch.long)
+    if args.web_ui_prompts:
+        read = [i for text in texts_of(prompt) for chunk in chunks(model.tokenizer, text) for i in chunk.ids]
+    else:
+        read = model.tokenizer.encode(prompt)[: model.tokenizer.length - 2]
+    ids = torch.tensor(read, device=model.device, dtype=torch.long)
     missing = model.text_encoder.token(ids).abs().sum(dim=-1) == 0
     if unknown := model.tokenizer.decode(ids[missing].tolist()):
         who = "this model" if args.ckpt else "the embedded model"

@@ -62,6 +62,26 @@ class TextBlock(nn.Module):
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 
 
+def layer_of_clip_skip(config: TextConfig, clip_skip: int, note: Callable[[str], object]) -> int:
+    """The `hidden_layer` of `TextEncoder.forward` that a "clip skip" of the web UIs means.
+
+    It counts the layers of the encoder as it was published, from its end: 1 is the last. SD 2 was trained with the last
+    but one, number 2, and has no last one. There the web UI ignores the setting, whose default is 1; here, too, 1 means
+    the model's own layer, and `note` says so. Raises ValueError for a number below 1 or above that of the layers.
+    """
+    if not 1 <= clip_skip <= config.published_layers:
+        raise ValueError(
+            f"clip_skip must be from 1 (the last layer) to {config.published_layers}, the number of layers of this "
+            f"model's text encoder; got {clip_skip}"
+        )
+    layer = config.published_layers - config.layers - clip_skip
+    if layer >= 0:
+        own = config.published_layers - config.layers - config.hidden_layer
+        note(f"clip skip {clip_skip} has no effect: this model does not have the layer, and is made for {own}")
+        return config.hidden_layer
+    return layer
+
+
 class TextOutput(NamedTuple):
     """What the text encoder says about a batch of texts."""
 
@@ -81,16 +101,22 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.width, NORM_EPS)
         self.projection = nn.Linear(config.width, config.projection, bias=False) if config.projection else None
 
-    def forward(self, ids: Tensor) -> TextOutput:
+    def forward(self, ids: Tensor, hidden_layer: int | None = None) -> TextOutput:
         """ids (B, M) below the vocabulary's size, M at most `config.length` -> hidden (B, M, D), pooled (B, P) or None.
 
-        The pooled vector is taken at a text's first end token: the tokens after it are padding.
+        hidden_layer   in place of `config.hidden_layer`: -1 is the last layer, -2 the one before it, and so on
+
+        The pooled vector is taken at a text's first end token, after the last layer: the tokens after it are padding.
+        Layers whose output nothing needs are not run.
         """
+        chosen = self.config.hidden_layer if hidden_layer is None else hidden_layer
         hidden = x = self.token(ids) + self.position.weight[: ids.shape[1]]
         for layer, block in enumerate(self.blocks, -len(self.blocks)):
             x = block(x)
-            if layer == self.config.hidden_layer:
+            if layer == chosen:
                 hidden = x
+                if not self.config.pooled:
+                    break
         hidden = self.norm(hidden) if self.config.hidden_norm else hidden
         if not self.config.pooled:
             return TextOutput(hidden)

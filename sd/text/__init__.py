@@ -1,1 +1,1 @@
-"""From text to token ids: the tokenizer, and the syntax of weighted and long prompts."""
+"""From text to token ids: the tokenizer, and the prompt syntax of the web UI."""

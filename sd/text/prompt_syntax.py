@@ -1,12 +1,19 @@
-r"""Weighted prompts, and prompts of any length, in the syntax of AUTOMATIC1111's web UI, where most prompts come from.
+r"""The prompt syntax of AUTOMATIC1111's web UI, where most prompts come from: the option `web_ui_prompts`.
 
+    # ...           from there to the end of the line: a comment
+    <lora:name:1>   a tag, which loads a file (prompt_tags.py)
+    a AND b :0.5    several prompts at once, each with a weight (below)
+    [a:b:0.4]       prompt editing and alternation, [a|b]: the prompt changes during the steps (prompt_editing.py)
     (word)          multiplies the weight by 1.1; nested brackets multiply
     [word]          divides it by 1.1
     (word:1.3)      multiplies it by 1.3; square brackets take no number
     \( \) \[ \] \\  the character itself; a bracket that is never closed extends to the end of the prompt
-    BREAK           in a long prompt: starts a new chunk
+    BREAK           starts a new chunk
 
-    prompt -> parts, each a text and its weight -> tokens -> chunks of 75 -> contexts, weighted -> one long context
+They are read in this order:
+
+    prompt -> without comments and tags -> prompts between ANDs -> the text of each step -> parts, each a text and its
+    weight -> tokens -> chunks of 75 -> contexts, weighted -> one long context
 
 A weight w multiplies the output vectors of the text encoder for the tokens of its part. The whole chunk is then
 rescaled to its previous mean, as the U-Net has never seen another one: z' = w z, z'' = z' mean(z) / mean(z').
@@ -15,8 +22,15 @@ The text encoder takes 77 tokens. A longer prompt is split into chunks of 75 tok
 encoded independently; the U-Net attends to all of them, 77 k tokens. A chunk that would end in the middle of a phrase
 ends at the last comma instead, if that is at most 20 tokens back.
 
+AND is composable guidance (Liu et al. 2022, "Compositional visual generation with composable diffusion models"): the
+network predicts for each prompt on its own, and the denoiser adds up the differences from the negative prompt. A
+number behind a colon at the end of a prompt is its weight, also without any AND, and also if it was meant otherwise:
+"..., aspect 16:9" has the weight 9, and a `note` says so. In a negative prompt AND is a word.
+
 Differences from the web UI: BREAK also works inside brackets (there it becomes the word "break"); the mean is that of
-each text, not of all texts of a batch. Not supported: prompt editing `[from:to:when]`, alternation `[a|b]` and `AND`.
+each text, not of all texts of a batch; shorter contexts are filled up with that of the empty text, also between ANDs
+(there the last vector is repeated, and a negative prompt of another length stays as it is); prompt_editing.py has one
+more. Where its parser fails on brackets that do not match, it may read an edit beside them as text.
 
 >>> for part in parse("a (red:1.3) house, [small]"):
 ...     print(repr(part.text), round(part.weight, 3))
@@ -24,6 +38,8 @@ each text, not of all texts of a batch. Not supported: prompt editing `[from:to:
 'red' 1.3
 ' house, ' 1.0
 'small' 0.909
+>>> read_prompt("a cat :1.2 AND a [red:blue:4] dog", steps=10)[1]
+Subprompt(stages=[Stage(last=4, text=' a red dog'), Stage(last=10, text=' a blue dog')], weight=1.0)
 """
 
 from __future__ import annotations
@@ -36,6 +52,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .prompt_editing import Stage, all_texts, changes, parse_editing, schedule
+from .prompt_tags import take_tags, without_tags
 from .tokenizer import Note, Tokenizer, warn
 
 ROUND, SQUARE = 1.1, 1 / 1.1  # factor of the weight for a pair of brackets
@@ -43,10 +61,101 @@ COMMA = 267  # the token of a comma at the end of a word, in CLIP's table
 BACK = 20  # tokens: how far back the comma may be at which a chunk ends
 MAX_CHUNKS = 100  # per prompt: 7,500 tokens
 MAX_OPEN = 100  # open brackets: 1.1 ** 100 is 13,780
+MAX_AND = 32  # prompts joined by AND: the network is called for each of them
 
 TOKENS = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:\s*([+-]?[.\d]+)\s*\)|\)|\]|[^\\()\[\]:]+|:")
 BREAK = re.compile(r"\bBREAK\b")
-EDITING = re.compile(r"\[[^][]*(?:\||:\s*[.\d]+\s*\])")  # alternation, or editing with a time at its end
+AND = re.compile(r"\bAND\b")
+COMMENT = re.compile(r"#[^\n]*")
+EDITING = re.compile(r"\[[^][]*(?:\||:\s*[-+.\d]+\s*\])")  # alternation, or editing with a time at its end
+WEIGHT = re.compile(r"[-+]?(?:\d+\.?|\d*\.\d+)")
+
+
+class Subprompt(NamedTuple):
+    """One of the prompts between ANDs: its texts, one after another, and its weight."""
+
+    stages: list[Stage]
+    weight: float
+
+
+def read_prompt(prompt: str, steps: int, first_pass: int = 0, note: Note = warn) -> list[Subprompt]:
+    """The prompts between ANDs, at least one, with their texts in a run of so many steps (`schedule`).
+
+    Raises ValueError for more than 32 of them, for the tag of a LoRA, and for brackets nested too deeply.
+    """
+    found = []
+    texts = AND.split(without_tags(without_comments(prompt, note), note))
+    if len(texts) > MAX_AND:
+        raise ValueError(f"{len(texts)} prompts are joined by AND, at most {MAX_AND} can be")
+    for text in texts:
+        text, weight = _trailing_weight(text)
+        if weight != 1 and len(texts) == 1:
+            note(f"the prompt ends in a number after a colon: its weight is {weight:g}, as in the web UI")
+        _note_unedited(text, note)
+        found.append(Subprompt(schedule(text, steps, first_pass), weight))
+    return found
+
+
+def read_negative(prompt: str, steps: int, first_pass: int = 0, note: Note = warn) -> list[Stage]:
+    """The texts of a negative prompt in a run of so many steps. Raises ValueError as `read_prompt`."""
+    text = without_tags(without_comments(prompt, note), note)
+    if AND.search(text):
+        note("AND in the negative prompt is read as a word, as in the web UI")
+    _note_unedited(text, note)
+    return schedule(text.rstrip(), steps, first_pass)
+
+
+def single_text(prompt: str, note: Note = warn) -> str:
+    """The text of a prompt that is one text: without its comments and tags.
+
+    Raises ValueError for a prompt that has several, because of AND, prompt editing or alternation.
+    """
+    text = without_tags(without_comments(prompt, note), note)
+    (first, weight), *more = map(_trailing_weight, AND.split(text))
+    if more or weight != 1 or changes(first):
+        raise ValueError(
+            "a prompt with AND, [a:b:0.5], [a|b] or a weight at its end has no single context: give the text to "
+            "txt2img or prepare"
+        )
+    return first
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise the ValueError that a prompt, or a negative one, leads to in a run, if any."""
+    read_prompt(prompt, steps=1, note=lambda message: None)
+    for text in texts_of(prompt):
+        parse(text)
+
+
+def texts_of(prompt: str) -> list[str]:
+    """What the prompts between ANDs say, each in all of its steps: for looking up words."""
+    text, _ = take_tags(COMMENT.sub("", prompt))
+    return [all_texts(_trailing_weight(part)[0]) for part in AND.split(text)]
+
+
+def without_comments(prompt: str, note: Note) -> str:
+    """A prompt without its comments; `note` receives what they are."""
+    for match in COMMENT.finditer(prompt):
+        line = "".join(c if c.isprintable() else " " for c in match.group())
+        note(f'from # on is a comment and left out: "{line if len(line) <= 60 else line[:57] + "..."}"')
+    return COMMENT.sub("", prompt)
+
+
+def _note_unedited(text: str, note: Note) -> None:
+    """Say that what looks like prompt editing is text, because a part of the prompt makes no sense for its parser."""
+    if parse_editing(text) is None and EDITING.search(text):
+        note("prompt editing is read as text, as in the web UI: there is a | outside of [a|b], or a lone backslash")
+
+
+def _trailing_weight(text: str) -> tuple[str, float]:
+    """A prompt without the weight at its end, and the weight, 1 if there is none."""
+    text = text.rstrip()
+    head, colon, tail = text.rpartition(":")
+    if colon and WEIGHT.fullmatch(tail.strip()):
+        if not math.isfinite(weight := float(tail)):
+            raise ValueError(f"the weight at the end of the prompt has {len(tail.strip())} digits: use one near 1")
+        return head.rstrip(), weight
+    return text, 1.0
 
 
 class Part(NamedTuple):
@@ -63,11 +172,10 @@ class Chunk(NamedTuple):
     weights: list[float]
 
 
-def parse(prompt: str, breaks: bool = False) -> list[Part]:
-    """Parse a weighted prompt into parts, in order; adjacent text of the same weight is one part.
+def parse(prompt: str) -> list[Part]:
+    """The parts of a text, in order; adjacent text of the same weight is one part, and BREAK is one without text.
 
-    With `breaks`, the word BREAK is a part without text; otherwise it is text. Raises ValueError for weights that are
-    not numbers, and for more than 100 open brackets.
+    Raises ValueError for weights that are not numbers, and for more than 100 open brackets.
     """
     texts: list[str | None] = []
     weights: list[float] = []
@@ -91,7 +199,7 @@ def parse(prompt: str, breaks: bool = False) -> list[Part]:
             close("[", SQUARE)
         else:
             escaped = token[0] == "\\"
-            for i, text in enumerate(BREAK.split(token) if breaks and not escaped else [token[escaped:]]):
+            for i, text in enumerate([token[1:]] if escaped else BREAK.split(token)):
                 texts += [None, text] if i else [text]
                 weights += [1.0, 1.0] if i else [1.0]
     for bracket, factor in (("(", ROUND), ("[", SQUARE)):
@@ -111,12 +219,6 @@ def parse(prompt: str, breaks: bool = False) -> list[Part]:
     return parts
 
 
-def _between_breaks(prompt: str) -> list[Part]:
-    """The parts of a long prompt that has no weights: the texts between BREAKs."""
-    first, *rest = BREAK.split(prompt)
-    return [Part(first, 1.0), *(Part(part, 1.0) for text in rest for part in (None, text))]
-
-
 def _number(text: str) -> float:
     try:
         return float(text)
@@ -124,24 +226,13 @@ def _number(text: str) -> float:
         raise ValueError(f"the weight {text!r} in the prompt is not a number") from None
 
 
-def chunks(tokenizer: Tokenizer, prompt: str, weighted: bool, long: bool, note: Note = warn) -> list[Chunk]:
-    """The tokens of a prompt with their weights: one chunk or, if `long`, as many as needed, at least one.
+def chunks(tokenizer: Tokenizer, text: str) -> list[Chunk]:
+    """The tokens of a text with their weights, in as many chunks as needed, at least one.
 
-    weighted   brackets are weights; otherwise they are text, and all weights are 1
-    long       BREAK and the length limit start new chunks; otherwise tokens that do not fit are dropped, with a `note`
+    Raises ValueError for more than 100 chunks, and as `parse`.
     """
-    if weighted and EDITING.search(prompt):
-        note("prompt editing ([from:to:when] or [a|b]) is not supported: it is read as text")
     ids: list[int] = []
     weights: list[float] = []
-    if not long:
-        for text, weight in parse(prompt) if weighted else [Part(prompt, 1.0)]:
-            new = tokenizer.encode(text or "")
-            ids += new
-            weights += [weight] * len(new)
-        fitting = tokenizer.fitting(ids, note)
-        return [Chunk(fitting, weights[: len(fitting)])]
-
     room = tokenizer.length - 2
     own = {first: 1 + len(rest) for first, *rest in tokenizer.added.values()}  # the vectors of one word stay together
     done: list[Chunk] = []
@@ -156,11 +247,11 @@ def chunks(tokenizer: Tokenizer, prompt: str, weighted: bool, long: bool, note: 
             raise ValueError(f"the prompt has more than {MAX_CHUNKS} chunks of {room} tokens: shorten it")
         ids, weights, comma = ids[carried:], weights[carried:], -1
 
-    for text, weight in parse(prompt, breaks=True) if weighted else _between_breaks(prompt):
-        if text is None:
+    for part, weight in parse(text):
+        if part is None:
             begin()
             continue
-        new = tokenizer.encode(text)
+        new = tokenizer.encode(part)
         at = 0
         while at < len(new):
             count = own.get(new[at], 1)
@@ -179,15 +270,15 @@ def chunks(tokenizer: Tokenizer, prompt: str, weighted: bool, long: bool, note: 
 
 
 class Rows(NamedTuple):
-    """The chunks of several prompts as the input of the text encoder."""
+    """The chunks of several texts as the input of the text encoder."""
 
-    ids: Tensor  # (B k, M), the k chunks of each prompt in order
+    ids: Tensor  # (B k, M), the k chunks of each text in order
     weights: Tensor  # (B k, M)
 
 
-def rows(tokenizer: Tokenizer, prompts: Sequence[str], weighted: bool, long: bool, note: Note = warn) -> Rows:
-    """The tokens and weights of B prompts, k chunks each: shorter prompts are padded with chunks of the empty text."""
-    split = [chunks(tokenizer, prompt, weighted, long, note) for prompt in prompts]
+def rows(tokenizer: Tokenizer, texts: Sequence[str]) -> Rows:
+    """The tokens and weights of B texts, k chunks each: shorter ones are padded with chunks of the empty text."""
+    split = [chunks(tokenizer, text) for text in texts]
     count = max(map(len, split), default=1)
     padded = [chunk for found in split for chunk in (*found, *[Chunk([], [])] * (count - len(found)))]
     weights = torch.ones(len(padded), tokenizer.length, device="cpu")
@@ -228,5 +319,5 @@ def same_length(contexts: Sequence[Tensor], empty: Callable[[], Tensor]) -> list
 
 
 def plain(prompt: str) -> str:
-    """A weighted prompt without its brackets and numbers."""
+    """A text without its brackets, weights and BREAKs."""
     return "".join(text or "" for text, _ in parse(prompt))

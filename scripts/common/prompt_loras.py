@@ -1,0 +1,161 @@
+"""LoRA files that prompts name, `<lora:style:0.8>`: looked up in a folder, and merged for that prompt."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import sd
+from sd.text.prompt_tags import Tag, lora_weight, take_loras
+
+ENDINGS = (".safetensors", ".pt", ".ckpt", ".bin")
+SAME_NAMES = ("pytorch_lora_weights", "adapter_model")  # what diffusers and PEFT call every file
+MAX_FILES = 100_000  # looked at: more is not a folder of LoRA files
+LISTED = 5  # files or names in an error message at most
+
+
+class LoraFolder:
+    """The LoRA files of a folder and the folders in it.
+
+    A file is found by its name without the ending, in upper or lower case; one that diffusers or PEFT named, which is
+    the same for all, by that of its folder. A name from a prompt is never used as a path. Raises ValueError for what is
+    not a folder, or has more than 100,000 files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise ValueError(f"--lora-dir {folder}: no such folder")
+        self._folder = folder
+        self._found: dict[str, list[Path]] = {}  # by name in lower case
+        seen: set[str] = set()  # folders, as links may lead in a circle
+        count = 0
+        for path, folders, files in os.walk(folder, followlinks=True):
+            real = os.path.realpath(path)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders.sort()
+            count += len(files)
+            if count > MAX_FILES:
+                raise ValueError(f"--lora-dir {folder}: more than {MAX_FILES:,} files in it")
+            for file in map(Path(path).joinpath, sorted(files)):
+                if file.suffix.lower() in ENDINGS:
+                    name = file.parent.name if file.stem in SAME_NAMES else file.stem
+                    self._found.setdefault(name.casefold(), []).append(file)
+
+    def find(self, name: str) -> Path:
+        """The file of a name. Raises ValueError if there is none, or several."""
+        files = self._found.get(name.casefold(), [])
+        if not files:
+            near = difflib.get_close_matches(name.casefold()[:200], self._found, n=LISTED)
+            names = [printable(self._found[key][0].stem) for key in near]
+            hint = f": did you mean {' or '.join(names)}?" if names else f" ({len(self._found)} names are)"
+            raise ValueError(f"no LoRA file named {printable(name)!r:.100} is in {self._folder}{hint}")
+        if len(files) > 1:
+            listed = ", ".join(printable(str(file.relative_to(self._folder))) for file in files[:LISTED])
+            more = f" and {len(files) - LISTED} more" if len(files) > LISTED else ""
+            raise ValueError(
+                f"{len(files)} files in {self._folder} are named {printable(name)}: {listed}{more}; rename all but one"
+            )
+        return files[0]
+
+
+def printable(text: str) -> str:
+    """A name from a prompt or a folder, as it can be shown on a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+class NamedLora(NamedTuple):
+    """A LoRA file that a prompt names, and its weight."""
+
+    name: str  # as the prompt writes it
+    path: Path
+    weight: float
+
+    def plus(self, weight: float) -> NamedLora:
+        """The same with more weight."""
+        return self._replace(weight=self.weight + weight)
+
+
+class PromptLoras:
+    """The LoRA files that prompts name, all looked up before the model is loaded.
+
+    prompts   those whose tags are looked up
+    web_ui    whether the prompts have tags at all; otherwise, one is refused
+    folder    where the files are
+
+    Raises ValueError for a tag without a folder, a name that is not in it or is that of several files, and a wrong
+    weight.
+    """
+
+    def __init__(self, prompts: Sequence[str], negative: str, web_ui: bool, folder: Path | None) -> None:
+        if folder is not None and not web_ui:
+            raise ValueError("--lora-dir needs --web-ui-prompts, with which prompts name LoRA files")
+        self._texts: dict[str, str] = {}  # of each prompt, without its tags
+        tags: dict[str, list[Tag]] = {}
+        for prompt in (*prompts, negative):
+            text, tags[prompt] = take_loras(prompt if web_ui else prompt.replace("#", " "))  # "#" begins a comment
+            self._texts[prompt] = text if web_ui else prompt
+        for tag in (tag for found in tags.values() for tag in found):
+            if not web_ui:
+                file = f"{tag.name}.safetensors" + "".join(f":{value}" for value in tag.values[1:2])
+                raise ValueError(
+                    f"{tag.short} in the prompt: give the file instead, for example --lora {file:.100}, or its folder "
+                    "with --web-ui-prompts --lora-dir DIR"
+                )
+            if folder is None:
+                raise ValueError(f"{tag.short} in the prompt: give the folder of the file with --lora-dir")
+        for tag in tags[negative]:
+            warnings.warn(
+                f"{tag.short} in the negative prompt is left out, as in the web UI: a LoRA changes the whole model; "
+                "to steer away from it, name it in the prompt with a negative weight",
+                stacklevel=1,
+            )
+        files = LoraFolder(folder) if folder is not None and any(map(tags.get, prompts)) else None
+        self._loras: dict[str, list[NamedLora]] = {}
+        for prompt in prompts:
+            found: dict[Path, NamedLora] = {}
+            for tag in tags[prompt]:
+                assert files is not None
+                path, weight = files.find(tag.name), lora_weight(tag)
+                before = found.get(path)  # one that is named twice
+                found[path] = NamedLora(tag.name, path, weight) if before is None else before.plus(weight)
+            self._loras[prompt] = [*found.values()]
+        self._current: list[NamedLora] = []
+        self._merged: list[str] = []  # the names under which the model has them
+
+    @property
+    def paths(self) -> list[Path]:
+        """All files that are named."""
+        return list(dict.fromkeys(lora.path for loras in self._loras.values() for lora in loras))
+
+    @property
+    def current(self) -> list[NamedLora]:
+        """Those that are merged now."""
+        return self._current
+
+    def of(self, prompt: str) -> list[NamedLora]:
+        """Those that a prompt names."""
+        return self._loras[prompt]
+
+    def text(self, prompt: str) -> str:
+        """A prompt without the tags of LoRAs."""
+        return self._texts[prompt]
+
+    def merge(self, model: sd.StableDiffusion, prompt: str) -> None:
+        """Merge the LoRAs of a prompt, print them, and remove those of the one before."""
+        wanted = self.of(prompt)
+        if wanted == self._current:
+            return
+        if self._merged:
+            model.remove_lora(*self._merged)
+        self._current, self._merged = [], []
+        self._merged = model.add_loras([(lora.path, lora.weight) for lora in wanted])
+        self._current = wanted
+        for lora in wanted:
+            print(f"LoRA {printable(lora.name)}, weight {lora.weight:g}", flush=True)

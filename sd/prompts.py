@@ -1,0 +1,157 @@
+"""From the prompts of a request to what guides each step of a run: contexts, encoded once, before the first step.
+
+    prompts -> texts of every step (text/prompt_syntax.py) -> contexts, one for each text -> `Guide` of every step
+
+Without the web UI's syntax, and with it as long as no prompt changes or has an AND, all steps have the same guide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .conditioning import Composition, Conditioning
+from .params import ResolvedParams, TextToImage
+from .text.prompt_editing import text_at
+from .text.prompt_syntax import Subprompt, read_negative, read_prompt
+
+if TYPE_CHECKING:
+    from .pipeline import StableDiffusion
+
+Encode = Callable[[Sequence[str]], Tensor]  # B texts -> (B, M, D)
+Texts = tuple[tuple[str, ...], ...]  # of a step: for each prompt, those between its ANDs
+
+
+class Guide(NamedTuple):
+    """What a denoiser is guided by: contexts (B, M, D), or a composition of several, and the negative ones."""
+
+    cond: Tensor | Composition
+    uncond: Tensor | None  # (1, M, D) for all images, or (B, M, D); None if the guidance needs none
+
+
+class Pass(NamedTuple):
+    """What prompts that change during the steps need to know of a run."""
+
+    steps: int  # of the whole grid
+    taken: int  # of these: the last ones
+    first_pass: int = 0  # steps of the pass whose image this one refines, 0 if there is none
+
+
+def guides(
+    model: StableDiffusion, request: TextToImage, params: ResolvedParams, run: Pass, note: Callable[[str], object]
+) -> list[Guide]:
+    """The guide of each step that is taken, at least one; steps of equal guides share the same object.
+
+    `note` receives what was left out of the prompts. Raises ValueError for prompts that cannot be read, and contexts
+    that do not fit the model.
+    """
+
+    def encode(texts: Sequence[str]) -> Tensor:
+        kind = model.encode_weighted if request.web_ui_prompts else model.encode_prompt
+        return kind(texts, clip_skip=request.clip_skip, note=note)
+
+    prompts: Sequence[str] | Tensor = request.prompt
+    negatives: Sequence[str] = [request.negative]
+    if request.web_ui_prompts:
+        steps, first = run.steps, run.first_pass
+        read = [] if isinstance(prompts, Tensor) else [read_prompt(text, steps, first, note) for text in prompts]
+        against = [[Subprompt(read_negative(text, steps, first, note), 1.0)] for text in negatives]
+        if not all(map(_is_plain, [*read, *against])):
+            for part in (part for parts in (*read, *against) for part in parts):
+                if 0 < run.taken < steps and part.stages[-1].text != text_at(part.stages, run.taken - 1):
+                    note(f"{run.taken} of {steps} steps are taken, and an edit of the prompt comes after them")
+            return _Plan(model, request, params, read, against).guides(run.taken, encode)
+        prompts = prompts if isinstance(prompts, Tensor) else [parts[0].stages[0].text for parts in read]
+        negatives = [parts[0].stages[0].text for parts in against]
+
+    context = prompts if isinstance(prompts, Tensor) else encode(prompts)
+    cond = _for_images(_checked(model, context), params.n)
+    if params.guidance == 1.0:
+        return [Guide(cond, None)] * max(run.taken, 1)
+    uncond = encode(negatives)
+    if uncond.shape[1] != cond.shape[1]:
+        cond, uncond = model.same_length(cond, uncond, clip_skip=request.clip_skip)
+    return [Guide(cond, _for_images(uncond, params.n) if len(uncond) > 1 else uncond)] * max(run.taken, 1)
+
+
+class _Plan:
+    """Prompts of which some change during the steps or consist of several, and their contexts."""
+
+    def __init__(
+        self,
+        model: StableDiffusion,
+        request: TextToImage,
+        params: ResolvedParams,
+        prompts: Sequence[Sequence[Subprompt]],
+        negatives: Sequence[Sequence[Subprompt]],
+    ) -> None:
+        """`prompts` is empty if the request has a context instead of texts."""
+        self._model, self._request, self._params = model, request, params
+        self._prompts, self._negatives = prompts, negatives
+        self._composed = any(len(parts) > 1 or parts[0].weight != 1 for parts in prompts)
+        self._contexts: dict[str, Tensor] = {}  # of each text, (1, M, D)
+
+    def guides(self, taken: int, encode: Encode) -> list[Guide]:
+        """The guide of each step."""
+        guided = self._params.guidance != 1.0 or self._composed
+        prompt = self._request.prompt
+        keys = [
+            (_texts_at(self._prompts, step), _texts_at(self._negatives, step) if guided else None)
+            for step in range(max(taken, 1))
+        ]
+        texts = dict.fromkeys(text for key in keys for side in key for parts in side or () for text in parts)
+        given = [_checked(self._model, prompt)] if isinstance(prompt, Tensor) else []
+        # one by one, so that a text has the same context whatever stands beside it
+        each = [encode([text]) for text in texts]
+        padded = self._model.same_length(*given, *each, clip_skip=self._request.clip_skip)
+        self._contexts = dict(zip(texts, padded[len(given) :], strict=True))
+        fixed = padded[0] if given else None
+        made = {key: Guide(self._cond(key[0], fixed), self._uncond(key[1])) for key in dict.fromkeys(keys)}
+        return [made[key] for key in keys]
+
+    def _cond(self, texts: Texts, fixed: Tensor | None) -> Tensor | Composition:
+        if fixed is not None:
+            return _for_images(fixed, self._params.n)
+        if not self._composed:
+            return self._stacked(texts)
+        # a prompt with fewer parts than another one repeats its first, with the weight 0
+        count = max(map(len, texts))
+        conds = [self._stacked([parts[k : k + 1] or parts for parts in texts]) for k in range(count)]
+        weights = [[parts[k].weight if k < len(parts) else 0.0 for parts in self._prompts] for k in range(count)]
+        table = torch.tensor(weights, device="cpu").repeat_interleave(self._params.n, dim=1).to(self._model.device)
+        return Composition(tuple(map(Conditioning, conds)), table)
+
+    def _uncond(self, texts: Texts | None) -> Tensor | None:
+        if texts is None:
+            return None
+        return self._stacked(texts) if len(texts) > 1 else self._contexts[texts[0][0]]
+
+    def _stacked(self, texts: Sequence[Sequence[str]]) -> Tensor:
+        """The contexts of the first text of each prompt, for all of its images."""
+        return _for_images(torch.cat([self._contexts[parts[0]] for parts in texts]), self._params.n)
+
+
+def _checked(model: StableDiffusion, context: Tensor) -> Tensor:
+    """A context on the model's device, in its precision. Raises ValueError for one that does not fit the model."""
+    M, D = model.config.text[0].length, model.config.unet.context
+    if context.dim() != 3 or 0 in context.shape or context.shape[1] % M or context.shape[2] != D:
+        raise ValueError(f"a context must be (B, k x {M}, {D}), got {tuple(context.shape)}")
+    return context.to(model.device, model.dtype)
+
+
+def _for_images(context: Tensor, n: int) -> Tensor:
+    """The contexts of B prompts -> those of their B n images."""
+    return context.repeat_interleave(n, dim=0)
+
+
+def _is_plain(parts: Sequence[Subprompt]) -> bool:
+    """Whether a prompt is one text in all steps."""
+    return len(parts) == 1 and parts[0].weight == 1 and len(parts[0].stages) == 1
+
+
+def _texts_at(prompts: Sequence[Sequence[Subprompt]], step: int) -> Texts:
+    """The texts of a step, counted from 0."""
+    return tuple(tuple(text_at(part.stages, step) for part in parts) for parts in prompts)
