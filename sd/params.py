@@ -260,7 +260,7 @@ class HighRes(TextToImage):
     kind: ClassVar[str] = "hires"
 
     hires: float = setting(2.0, "enlarge by this, above 1 to 4; sides are rounded down to multiples of 8")
-    hires_strength: float = setting(0.55, "strength of the second pass: 0 only enlarges, 1 starts from pure noise")
+    hires_strength: float = setting(0.55, "of the second pass: 0 only enlarges, 1 keeps next to nothing of the first")
     hires_steps: int | None = setting(None, "steps that the second pass takes; None is hires_strength times steps")
     hires_upscaler: str = setting("lanczos", f"{UPSCALERS[0]} enlarges the pixels, {UPSCALERS[1]} the latents")
 
