@@ -7,9 +7,10 @@
 
 `torch-cpu` is the default; the web UI (AUTOMATIC1111) gives the same initial noise with its setting "RNG: CPU". `nv` is
 the web UI's "RNG: NV", and its default "RNG: GPU" on NVIDIA cards. `comfy` is ComfyUI on an NVIDIA card: its initial
-noise comes from the CPU generator (comfy/sample.py), its step noise from that of the device (comfy/k_diffusion/
-sampling.py). DPM++ SDE and DPM++ 2M SDE draw from a Brownian tree in both programs, so there only the initial noise is
-the same.
+noise comes from the CPU generator (comfy/sample.py), its step noise from that of the device, with the same seed (comfy/
+k_diffusion/sampling.py). Without a GPU, ComfyUI draws the step noise from the CPU generator of seed + 1: that is not
+reproduced here. DPM++ SDE and DPM++ 2M SDE draw theirs from a Brownian tree in both programs, so only the initial noise
+is the same.
 
 CUDA's generator (`Philox`) is Philox4x32-10 of Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", with
 the Box-Muller transform of cuRAND. It needs no GPU. torch.randn on a GPU gives the same numbers, to rounding, up to the

@@ -1,4 +1,4 @@
-"""Runs: how each of the three requests starts, the steps it takes, and its result.
+"""Runs: how each request starts, the steps it takes, and its result.
 
     request -> contexts, noise levels, generators -> initial latents and denoiser (`Start`) -> steps -> images
 

@@ -187,7 +187,8 @@ def add_sampling_arguments(parser: Parser, size: str = "the model's own") -> Non
     )  # fmt: skip
     group.add_argument(
         "--variation", type=variation, metavar="SEED:STRENGTH",
-        help="mix the noise of another seed into the initial one, 0 to 1: similar images; image k has SEED + k",
+        help="mix the noise of another seed into the initial one, 0 to 1: similar images; image k has SEED + k; "
+        "without SEED it is random, and printed",
     )  # fmt: skip
     group.add_argument("--tileable", action="store_true", help="the image repeats without seams")
     group.add_argument("--height", "--H", type=int, metavar="PIXELS", help=f"a multiple of 8 (default: {size})")
@@ -195,10 +196,10 @@ def add_sampling_arguments(parser: Parser, size: str = "the model's own") -> Non
 
 
 def variation(text: str) -> tuple[int, float]:
-    """SEED:STRENGTH -> both."""
+    """SEED:STRENGTH -> both; a seed that is -1 or left out is random."""
     seed, _, strength = text.partition(":")
     try:
-        return int(seed), float(strength)
+        return secrets.randbelow(2**32) if seed in ("", "-1") else int(seed), float(strength)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not SEED:STRENGTH, such as 7:0.2") from None
 
