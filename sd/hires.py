@@ -42,9 +42,8 @@ class HighResRun(Run):
 
     def __init__(self, first: Run, second: Run, upscaler: str, shape: tuple[int, int, int]) -> None:
         """`second` has not begun; `shape` (C, h, w) is that of its latents."""
-        self.model, self.request, self.params, self.notes = first.model, first.request, first.params, first.notes
-        self.context, self.uncond, self.source, self.seeds = first.context, first.uncond, first.source, first.seeds
-        self.edges, second.notes = first.edges, first.notes
+        vars(self).update(vars(first))  # request, parameters, seeds, notes and so on are those of the first pass
+        second.notes = first.notes
         self.first, self.second, self.upscaler, self.shape = first, second, upscaler, shape
         self.levels = Levels([*first.levels, *second.levels[1:]], first.levels.schedule)
         self.start, self.x, self._taken = first.start._replace(finish=self._to_size), first.x, 0

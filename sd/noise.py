@@ -13,9 +13,9 @@ reproduced here. DPM++ SDE and DPM++ 2M SDE draw theirs from a Brownian tree in 
 is the same.
 
 CUDA's generator (`Philox`) is Philox4x32-10 of Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", with
-the Box-Muller transform of cuRAND. It needs no GPU. torch.randn on a GPU gives the same numbers, to rounding, up to the
-number of threads that the card runs at once: 43,008 on the smallest in use, so at least up to 832x832 pixels. Above,
-what a card gives depends on its size; `nv` gives the web UI's "NV" for any size.
+the Box-Muller transform of cuRAND. It needs no GPU. torch.randn on a GPU gives the same numbers, to rounding, up to as
+many as the card runs threads at once: 43,008 on an RTX 3060, enough for 820x820 pixels. Above, what a card gives
+depends on the card (pytorch#196613); `nv` gives the web UI's "NV" for any size.
 
 Seeds: image k of a request has seed + k (modulo 2^64), and does not depend on its batch or on the device. Two settings
 change that. With a variation, all images have the seed itself and image k has variation_seed + k, as in the web UI.
@@ -106,8 +106,8 @@ class Philox:
     """CUDA's generator, computed on the CPU: the numbers of torch.randn(..., device="cuda") after a seed.
 
     Number i of call k comes from the counter (k, 0, i, 0) and the seed as key. cuRAND makes four normal numbers of the
-    four words; for tensors of this size torch uses the first. Computed in float64 and rounded, so that the result does
-    not depend on the processor; CUDA computes in float32, which differs by about 1e-6.
+    four words, of which torch uses the first for tensors of this size. Computed in float64 and rounded, so that the
+    result does not depend on the processor; CUDA computes in float32, which differs by about 1e-6.
     """
 
     def __init__(self, seed: int) -> None:
