@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 if not __package__:  # run as a file: see bootstrap.py
     import bootstrap
 
     __package__ = bootstrap.PACKAGE
 
-from sd.params import TextToImage
+from sd.params import HighRes, TextToImage
 
 from .common import adapter_args, arguments, cli
 from .common.generate import generate
@@ -25,6 +26,7 @@ def parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_prompt_arguments(parser)
     arguments.add_sampling_arguments(parser)
+    arguments.add_hires_arguments(parser)
     arguments.add_output_arguments(parser)
     arguments.add_model_arguments(parser)
     adapter_args.add_addon_arguments(parser)
@@ -34,7 +36,8 @@ def parser() -> cli.Parser:
 def generate_images(args: argparse.Namespace) -> None:
     """Check, load, generate, save."""
     args = arguments.place_words(args)
-    generate(args, arguments.sampling_params(args), TextToImage)
+    hires = arguments.hires_settings(args)
+    generate(args, arguments.sampling_params(args), partial(HighRes, **hires) if hires else TextToImage)
 
 
 def main(argv: list[str] | None = None) -> int:

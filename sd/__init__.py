@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .models.text_encoder import TextEncoder
     from .models.unet import UNet
     from .models.vae import VAE
-    from .params import ImageToImage, Inpaint, SamplingParams, TextToImage
+    from .params import HighRes, ImageToImage, Inpaint, SamplingParams, TextToImage
     from .pipeline import StableDiffusion
     from .run import Result, Run
     from .samplers import SAMPLERS, Step
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _LATER = {
-    "Conditioning": "conditioning", "Denoiser": "denoiser", "ImageToImage": "params", "Inpaint": "params",
-    "Result": "run", "Run": "run", "SamplingParams": "params", "StableDiffusion": "pipeline",
+    "Conditioning": "conditioning", "Denoiser": "denoiser", "HighRes": "params", "ImageToImage": "params",
+    "Inpaint": "params", "Result": "run", "Run": "run", "SamplingParams": "params", "StableDiffusion": "pipeline",
     "TextToImage": "params", "SAMPLERS": "samplers", "Step": "samplers", "TextEncoder": "models.text_encoder",
     "Tokenizer": "text.tokenizer", "UNet": "models.unet", "VAE": "models.vae",
 }  # fmt: skip
@@ -50,6 +50,7 @@ __all__ = [
     "Conditioning",
     "Config",
     "Denoiser",
+    "HighRes",
     "ImageToImage",
     "Inpaint",
     "Level",

@@ -10,10 +10,18 @@ several predictions c_k with weights w_k in place of c:
 
     c = u + sum_k w_k (c_k - u)
 
+Guidance raises the contrast of predictions. Lin et al. 2024, "Common diffusion noise schedules and sample steps are
+flawed", section 3.4 (eq. 15 and 16) take a share phi of that back: with the standard deviations of each image,
+
+    rescaled = guided std(c) / std(guided),   phi rescaled + (1 - phi) guided
+
+This is applied to the output of the network (noise or velocity), as in the paper and in diffusers. Models with zero
+terminal SNR need it: the paper recommends phi 0.7 at guidance 7.5.
+
 The batch order [uncond, cond], or [uncond, c_1, c_2, ...], is known only here. Since x0 is linear in the prediction, it
-makes no difference whether guidance is applied to the noise, the velocity or x0. Any callable with the signature of the
-U-Net can replace the network, and any callable with the signature of the denoiser can replace the denoiser:
-`keep_known` and `by_step` are such wrappers.
+makes no difference whether guidance, without this rescaling, is applied to the noise, the velocity or x0. Any callable
+with the signature of the U-Net can replace the network, and any callable with the signature of the denoiser can replace
+the denoiser: `keep_known` and `by_step` are such wrappers.
 
 >>> level = Schedule().level(500)
 >>> x0, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
@@ -45,6 +53,7 @@ class Denoiser:
     uncond     the empty or negative prompt, likewise; its context has the same length. Not needed at guidance 1,
                except with a `Composition`
     guidance   0 ignores the prompt, 1 is the plain prediction (at half the cost), above 1 exaggerates the prompt
+    rescale    phi, 0 to 1: the share of the contrast that guidance adds to take back
 
     Raises ValueError for guidance without `uncond`, and if `cond` and `uncond` do not match.
     """
@@ -56,8 +65,9 @@ class Denoiser:
         cond: Conditioning | Composition,
         uncond: Conditioning | None = None,
         guidance: float = 1.0,
+        rescale: float = 0.0,
     ) -> None:
-        self.network, self.schedule, self.guidance = network, schedule, guidance
+        self.network, self.schedule, self.guidance, self.rescale = network, schedule, guidance, rescale
         self.weights: Tensor | None = None  # (K, B, 1, 1, 1)
         conds = [cond] if isinstance(cond, Conditioning) else list(cond.parts)
         if isinstance(cond, Composition):
@@ -85,7 +95,19 @@ class Denoiser:
             if self.weights is not None:
                 cond = uncond + (self.weights * (torch.stack([cond, *others]) - uncond)).sum(dim=0)
             out = uncond + self.guidance * (cond - uncond)
+            if self.rescale > 0:
+                out = rescaled(out, cond, self.rescale)
         return self.schedule.to_x0(out, x, level)
+
+
+def rescaled(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
+    """Lin et al. 2024, eq. 15 and 16: guided (B, C, h, w), its standard deviation moved to that of cond by a share phi.
+
+    A prediction that is constant stays as it is.
+    """
+    of_cond, of_guided = (out.std(dim=(1, 2, 3), keepdim=True) for out in (cond, guided))
+    factor = torch.where(of_guided > 0, of_cond / of_guided, 1.0)
+    return torch.lerp(guided, guided * factor, phi)
 
 
 def keep_known(denoise: Denoise, known: Tensor, mask: Tensor) -> Denoise:

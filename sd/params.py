@@ -1,8 +1,9 @@
-"""Every setting is defined here once, with its default, range and meaning; and the three requests made of them.
+"""Every setting is defined here once, with its default, range and meaning; and the requests made of them.
 
     SamplingParams                       how to sample, for all tasks; None means the model's or sampler's default
     ResolvedParams                       the same for one model, with these defaults filled in
     TextToImage, ImageToImage, Inpaint   a prompt, the settings of the task, and SamplingParams
+    HighRes                              TextToImage in two passes, the second at a larger size
 
 All of them are values: validated on construction, compared by content, and serialised as JSON (`to_dict`, `from_dict`).
 The command line, the Python API and the metadata of images read names, defaults and help from here.
@@ -21,7 +22,7 @@ import io
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, SupportsIndex, TypeVar, cast
@@ -45,6 +46,8 @@ FITS = ("crop", "pad")
 POSTERIORS = ("sample", "mode")
 CONTENTS = ("original", "fill", "noise")  # of the masked part, before noise is added
 RENAMED = {"weighted_prompts": "web_ui_prompts", "long_prompts": "web_ui_prompts"}  # earlier names of settings
+UPSCALERS = ("lanczos", "latent")
+LARGEST_HIRES = 4.0
 RNGS = ("torch-cpu", "nv", "comfy")
 OPTIONS = {name: option for entry in SAMPLERS.values() for name, option in entry.options.items()}
 
@@ -99,7 +102,7 @@ class SamplingParams:
     spacing: str | None = setting(None, f"grid of the noise levels: {', '.join(SPACINGS)}")
     guidance: float | None = setting(None, "how strongly to follow the prompt; 0 ignores it, 1 is no guidance")
     guidance_rescale: float = setting(0.0, "share of the contrast that guidance adds to take back, 0 to 1")
-    seed: int = setting(0, "0 to 2^64 - 1; image k of a request has seed + k")
+    seed: int = setting(0, "0 to 2^64 - 1; image k of a request has seed + k (exceptions: noise.py)")
     n: int = setting(1, "images per prompt")
     height: int | None = setting(None, "in pixels, a multiple of 8")
     width: int | None = setting(None, "in pixels, a multiple of 8")
@@ -180,6 +183,11 @@ class SamplingParams:
             "guidance": config.guidance if self.guidance is None else self.guidance,
         }
         return ResolvedParams(**own)
+
+    def batch(self, first: int, n: int) -> Self:
+        """The parameters that generate n images of a request from number `first` on, whose seeds follow (noise.py)."""
+        name = "variation_seed" if self.variation_strength > 0 else "seed"
+        return replace(self, n=n, **{name: (getattr(self, name) + first) % (MAX_SEED + 1)})
 
 
 @dataclass(frozen=True)
@@ -269,6 +277,33 @@ class TextToImage:
 
 
 @dataclass(frozen=True)
+class HighRes(TextToImage):
+    """Generate images from text at the size of `params`, enlarge them, and refine them by image to image (hires.py)."""
+
+    kind: ClassVar[str] = "hires"
+
+    hires: float = setting(2.0, "enlarge by this, above 1 to 4; sides are rounded down to multiples of 8")
+    hires_strength: float = setting(0.55, "of the second pass: 0 only enlarges, 1 keeps next to nothing of the first")
+    hires_steps: int | None = setting(None, "steps that the second pass takes; None is hires_strength times steps")
+    hires_upscaler: str = setting("lanczos", f"{UPSCALERS[0]} enlarges the pixels, {UPSCALERS[1]} the latents")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        put = object.__setattr__
+        for name in ("hires", "hires_strength"):
+            put(self, name, number(name, getattr(self, name)))
+        if not 1 < self.hires <= LARGEST_HIRES:
+            raise ValueError(f"hires must be above 1 and at most {LARGEST_HIRES:g}, got {self.hires:g}")
+        if not 0 <= self.hires_strength <= 1:
+            raise ValueError(f"hires_strength must be in [0, 1], got {self.hires_strength:g}")
+        if self.hires_steps is not None:
+            put(self, "hires_steps", whole("hires_steps", self.hires_steps))
+            if self.hires_steps < 1:
+                raise ValueError(f"hires_steps must be at least 1, got {self.hires_steps}")
+        one_of("hires_upscaler", self.hires_upscaler, UPSCALERS)
+
+
+@dataclass(frozen=True)
 class _FromImage(TextToImage):
     """The settings that image to image and inpainting share."""
 
@@ -328,8 +363,8 @@ class Inpaint(_FromImage):
             raise ValueError(f"mask must be a PIL image (imaging.files.read_mask reads files), got {what}")
 
 
-Request = TextToImage | ImageToImage | Inpaint
-REQUESTS: dict[str, type[TextToImage]] = {cls.kind: cls for cls in (TextToImage, ImageToImage, Inpaint)}
+Request = TextToImage | HighRes | ImageToImage | Inpaint
+REQUESTS: dict[str, type[TextToImage]] = {cls.kind: cls for cls in (TextToImage, HighRes, ImageToImage, Inpaint)}
 
 
 def from_dict(values: Mapping[str, Any]) -> TextToImage:

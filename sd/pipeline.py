@@ -16,7 +16,7 @@ A run only combines the other modules, which can also be used one by one:
     context = model.encode_prompt(["a horse"])                                  models/text_encoder.py
     denoise = model.denoiser(context, model.encode_prompt([""]), guidance=7.5)  denoiser.py
     levels = model.schedule.levels(20, "leading")                               schedule.py
-    x = draw(generators(7, 1), model.latent_shape(), model.device)              run.py
+    x = draw(generators(7, 1), model.latent_shape(), model.device)              noise.py
     for step in model.sample(denoise, x, levels, "ddim"): ...                   samplers/
     images = model.decode(step.x)                                               models/vae.py
 
@@ -43,12 +43,13 @@ from .checkpoints.placement import place
 from .conditioning import Composition, Conditioning, Network
 from .config import Config
 from .denoiser import Denoiser
+from .hires import high_res
 from .imaging.masks import mask_channels
 from .imaging.tensors import to_tensor
 from .models.text_encoder import TextEncoder, layer_of_clip_skip
 from .models.unet import UNet
 from .models.vae import VAE, Gaussian
-from .params import ImageToImage, Inpaint, TextToImage, number, refuse_renamed
+from .params import HighRes, ImageToImage, Inpaint, TextToImage, number, refuse_renamed
 from .resources import resource
 from .run import Run, Sampling, image_to_image, inpaint, text_to_image
 from .runtime.cuda_graphs import Compiled, Recorded
@@ -175,8 +176,11 @@ class StableDiffusion:
         """A network, which stays on the device within the block."""
         return self._networks.use(name) if isinstance(self._networks, Offload) else nullcontext(self._networks[name])
 
-    def _predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The U-Net, fetched at each step: in between, another network may take its turn on the device."""
+    def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The output (B, C, h, w) of the U-Net, recorded or compiled if it is, for x (B, C, h, w) and t (B,).
+
+        With `low_memory` it is fetched at each step: in between, another network may take its turn on the device.
+        """
         with self._use("unet") as unet:
             return (self._fast_unet or unet)(x, t, conditioning)
 
@@ -187,10 +191,13 @@ class StableDiffusion:
     ) -> list[Image.Image]:
         """Generate images from text; settings are those of `TextToImage` and `SamplingParams`, and sampler options.
 
+        With `hires`, for example 2, images are enlarged and refined; further settings are then those of `HighRes`.
         `progress` wraps the iterator over the steps, for example `tqdm`. Notes are issued as warnings here; `prepare`
         returns them. Raises ValueError for values out of range, TypeError for unknown settings.
         """
-        return self._generate(TextToImage.of(prompt, negative, **settings), progress)
+        kind = TextToImage if settings.get("hires") is None else HighRes
+        given = {name: value for name, value in settings.items() if value is not None or name != "hires"}
+        return self._generate(kind.of(prompt, negative, **given), progress)
 
     def img2img(
         self,
@@ -229,6 +236,8 @@ class StableDiffusion:
 
     def prepare(self, request: TextToImage) -> Run:
         """Encode, draw noise and plan: a run that can be iterated. Nothing in the model is changed."""
+        if isinstance(request, HighRes):
+            return high_res(self, request)
         if isinstance(request, ImageToImage):
             return image_to_image(self, request)
         if isinstance(request, Inpaint):
@@ -285,6 +294,7 @@ class StableDiffusion:
         guidance: float | None = None,
         concat: Tensor | None = None,
         network: Network | None = None,
+        rescale: float = 0.0,
     ) -> Denoiser:
         """The U-Net with guidance, as samplers take it.
 
@@ -293,6 +303,7 @@ class StableDiffusion:
         guidance   the default of the model if None
         concat     (B, 5, h, w), further channels of an inpainting model: mask and masked image (see `blank_concat`)
         network    called instead of the model's U-Net (in its recorded or compiled form, if it has one)
+        rescale    share of the contrast that guidance adds to take back, 0 to 1 (denoiser.py)
         """
         cond = Conditioning(context) if isinstance(context, Tensor) else context
         other = Conditioning(uncond) if isinstance(uncond, Tensor) else uncond
@@ -301,9 +312,9 @@ class StableDiffusion:
         if (cond.concat is None) == self.is_inpainting:
             need = "needs `concat`, mask and masked image (blank_concat)" if self.is_inpainting else "takes no `concat`"
             raise ValueError(f"a U-Net of {self.config.unet.in_channels} input channels {need}")
-        network = self._predict if network is None else network
+        network = self.predict if network is None else network
         guidance = self.config.guidance if guidance is None else guidance
-        return Denoiser(network, self.schedule, cond, other, guidance)
+        return Denoiser(network, self.schedule, cond, other, guidance, rescale)
 
     def sample(
         self,

@@ -1,16 +1,14 @@
-"""Runs: how each of the three requests starts, the steps it takes, and its result.
+"""Runs: how each request starts, the steps it takes, and its result.
 
     request -> contexts, noise levels, generators -> initial latents and denoiser (`Start`) -> steps -> images
 
-Random numbers: image i of a request has its own CPU generator, seeded with seed + i. It draws float32 tensors of the
-shape of the latents (C, h, w), in this order: for the posterior sample of the encoded image, if there is one; for that
-of the image with its masked part hidden, if the model has 9 channels; the initial noise; then, with a stochastic
-sampler, the noise of each step. So an image depends neither on its batch nor on the device.
+All random numbers come from noise.py. The second pass of `HighRes` is in hires.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -23,8 +21,13 @@ from .imaging.files import WHITE, flatten
 from .imaging.masks import Canvas, latent_mask, mask_channels, masked_image, prepare_mask, surroundings, widened
 from .imaging.tensors import Box, fit, frame, to_tensor
 from .latents import image_size, latent_shape
-from .params import MAX_SEED, ImageToImage, Inpaint, ResolvedParams, TextToImage
+from .models.vae import Gaussian
+from .noise import NoiseSource
+from .noise import draw as draw
+from .noise import generators as generators
+from .params import ImageToImage, Inpaint, ResolvedParams, TextToImage
 from .prompts import Pass, guides
+from .runtime.circular import CircularPadding, circular
 from .samplers import SAMPLERS, Denoise, Noise, Sampler, Step
 from .schedule import Levels
 
@@ -32,24 +35,7 @@ if TYPE_CHECKING:
     from .pipeline import StableDiffusion
 
 CROP_NOTE = 0.9  # cropping to less than this share of the image adds a note
-
-
-def generators(seed: int, n: int) -> list[torch.Generator]:
-    """One CPU generator per image, seeded with seed, seed + 1, ... (modulo 2^64)."""
-    return [torch.Generator("cpu").manual_seed((seed + i) % (MAX_SEED + 1)) for i in range(n)]
-
-
-def draw(rngs: Sequence[torch.Generator], shape: Sequence[int], device: torch.device) -> Tensor:
-    """Unit normal noise (B, *shape) in float32, with one generator per image. All random numbers come from here.
-
-    Drawn one by one and on the CPU: a slice of a batch's noise is not the noise of that image alone, and CUDA's
-    generator gives other numbers.
-    """
-    each = [torch.randn(tuple(shape), generator=rng, device="cpu", dtype=torch.float32) for rng in rngs]
-    noise = torch.stack(each)
-    if device.type == "cuda":  # a copy from pinned memory does not wait for the steps that are still running
-        return noise.pin_memory().to(device, non_blocking=True)
-    return noise.to(device)
+BROWNIAN = ("DPM++ SDE", "DPM++ 2M SDE")  # k-diffusion draws their noise from a Brownian tree
 
 
 class Sampling(Iterator[Step]):
@@ -126,8 +112,25 @@ class Run(Iterator[Step]):
             notes.append(f"strength {strength:g} of {params.steps} steps is less than one step: nothing is generated")
         taken = Pass(params.steps, len(self), first_pass)
         self.guides = guides(model, request, params, taken, notes.append)
-        self.rngs = generators(params.seed, len(request.prompt) * params.n)
-        self.seeds = [rng.initial_seed() for rng in self.rngs]
+        self.source = NoiseSource(params, len(request.prompt) * params.n, model.device)
+        self.edges: Callable[[], AbstractContextManager[object]] = CircularPadding if params.tileable else nullcontext
+        self.seeds = self.source.seeds
+        self._note_settings()
+
+    def _note_settings(self) -> None:
+        """Note settings that have no effect here, or not the expected one."""
+        params, sampler, note = self.params, SAMPLERS[self.params.sampler], self.notes.append
+        if params.guidance_rescale > 0 and params.guidance == 1:
+            note("guidance_rescale has no effect at guidance 1")
+        if params.noise_seed_delta and not sampler.draws(params.options):
+            note(f"noise_seed_delta has no effect: {sampler.label} draws no noise in its steps")
+        if params.rng == "comfy" and self.source.images > 1:
+            note(
+                f"with rng comfy, the {self.source.images} images of this batch share the generator of seed "
+                f"{params.seed}: each of them comes again only with the whole batch"
+            )
+        if params.rng != "torch-cpu" and sampler.label in BROWNIAN:
+            note(f"{sampler.label}: other programs draw its step noise in another way, so only the start is the same")
 
     def begin(self, start: Start) -> Run:
         """Set the initial state; returns the run itself."""
@@ -136,18 +139,41 @@ class Run(Iterator[Step]):
         self._steps = sampler.run(start.denoise, start.x, self.levels, noise=self.noise, **self.params.options)
         return self
 
-    def denoiser(self, concat: Tensor | None = None) -> Denoise:
-        """The model's denoiser, guided by the prompts of each step; `concat` as for `StableDiffusion.denoiser`."""
+    def noise(self, like: Tensor) -> Tensor:
+        """Fresh unit normal noise in the shape of a tensor (B, ...) for the next step: see noise.py."""
+        return self.source.step(like.shape[1:])
+
+    def denoiser(self, shape: tuple[int, int, int], concat: Tensor | None = None) -> Denoise:
+        """The model's denoiser, guided by the prompts of each step, for latents of shape (C, h, w).
+
+        concat   mask and masked image for a model that takes them; if None, the whole image is generated
+        """
+        model, params = self.model, self.params
+        if concat is None and model.is_inpainting:
+            with self.edges():
+                concat = model.blank_concat(shape)
+        network, config = circular(model.predict) if params.tileable else None, model.config
+        even = config.vae.factor * 2 ** (len(config.unet.channels) - 1)
+        if params.tileable and any(side * config.vae.factor % even for side in shape[1:]):
+            self.notes.append(f"tileable: the image repeats most evenly if its sides are multiples of {even}")
         made = {
-            id(guide): self.model.denoiser(guide.cond, guide.uncond, self.params.guidance, concat)
+            id(guide): model.denoiser(
+                guide.cond, guide.uncond, params.guidance, concat, network=network, rescale=params.guidance_rescale
+            )
             for guide in self.guides
         }
         first, *others = made.values()
         return by_step([made[id(guide)] for guide in self.guides], self.levels) if others else first
 
-    def noise(self, like: Tensor) -> Tensor:
-        """Fresh unit normal noise in the shape of a tensor (B, ...), each image's from its own generator."""
-        return draw(self.rngs, like.shape[1:], self.model.device)
+    def encode(self, pixels: Tensor) -> Gaussian:
+        """`StableDiffusion.encode`, with the edges of this run."""
+        with self.edges():
+            return self.model.encode(pixels, self.notes.append)
+
+    def decode(self, x0: Tensor) -> list[Image.Image]:
+        """`StableDiffusion.decode`, with the edges of this run."""
+        with self.edges():
+            return self.model.decode(x0, self.notes.append)
 
     def __len__(self) -> int:
         return max(len(self.levels) - 1, 0)
@@ -160,7 +186,7 @@ class Run(Iterator[Step]):
 
     def preview(self, x0: Tensor) -> list[Image.Image]:
         """Decode latents of a step (B, C, h, w), for example `step.x0`, and finish them like the result."""
-        return [self.start.finish(image) for image in self.model.decode(x0, self.notes.append)]
+        return [self.start.finish(image) for image in self.decode(x0)]
 
     def result(self) -> Result:
         """Take the remaining steps, decode and finish. Raises RuntimeError if a step failed or was interrupted."""
@@ -184,8 +210,8 @@ class Unchanged(Run):
     ) -> None:
         self.model, self.request, self.params, self.notes, self.image = model, request, params, notes, image
         self.levels = Levels([], model.schedule)
-        self.rngs = generators(params.seed, len(request.prompt) * params.n)
-        self.seeds = [rng.initial_seed() for rng in self.rngs]
+        self.source = NoiseSource(params, len(request.prompt) * params.n)
+        self.seeds = self.source.seeds
         self.begin(Start(torch.empty(0), lambda x, level: x))
 
     def preview(self, x0: Tensor) -> list[Image.Image]:
@@ -201,9 +227,7 @@ def text_to_image(model: StableDiffusion, request: TextToImage) -> Run:
     params = request.params.resolved(model.config)
     shape = latent_shape(model.config, params.height, params.width)
     run = Run(model, request, params, [])
-    x = draw(run.rngs, shape, model.device)
-    concat = model.blank_concat(shape) if model.is_inpainting else None
-    return run.begin(Start(x, run.denoiser(concat)))
+    return run.begin(Start(run.source.initial(shape), run.denoiser(shape)))
 
 
 def image_to_image(model: StableDiffusion, request: ImageToImage) -> Run:
@@ -216,19 +240,19 @@ def image_to_image(model: StableDiffusion, request: ImageToImage) -> Run:
     inside = Box(0, 0, width, height)
     if request.fit == "pad":
         image, inside = frame(image, width, height)
+        check_tileable(run, inside, width, height)
     else:
         wider = (image.width / image.height) / (width / height)
         if (kept := min(wider, 1 / wider)) < CROP_NOTE:
             run.notes.append(f"{100 - 100 * kept:.0f} % of the image is cut off")
         image = fit(image, width, height)
     if request.strength == 1:  # nothing of the image is left
-        x = draw(run.rngs, shape, model.device)
+        x = run.source.initial(shape)
     else:
         z = _latents(run, to_tensor(image), request.posterior)
-        noise = draw(run.rngs, shape, model.device)
+        noise = run.source.initial(shape)
         x = model.schedule.add_noise(z, noise, run.levels[0]) if len(run) else z
-    concat = model.blank_concat(shape) if model.is_inpainting else None
-    return run.begin(Start(x, run.denoiser(concat), finish=lambda generated: generated.crop(inside)))
+    return run.begin(Start(x, run.denoiser(shape), finish=lambda generated: generated.crop(inside)))
 
 
 def inpaint(model: StableDiffusion, request: Inpaint) -> Run:
@@ -250,7 +274,8 @@ def inpaint(model: StableDiffusion, request: Inpaint) -> Run:
         return Unchanged(model, request, params, notes, image)
 
     run = Run(model, request, params, notes, request.strength)
-    canvas = Canvas.of(image, mask, region, width, height)
+    canvas, shape = Canvas.of(image, mask, region, width, height), latent_shape(model.config, height, width)
+    check_tileable(run, canvas.inside if region == whole_image else None, width, height)
     known = concat = None
     if not model.is_inpainting or request.strength < 1:
         fill = request.content == "fill" and request.strength < 1
@@ -258,14 +283,14 @@ def inpaint(model: StableDiffusion, request: Inpaint) -> Run:
     if model.is_inpainting:
         masked = _latents(run, masked_image(canvas.pixels, canvas.hole), request.posterior)
         concat = mask_channels(latent_mask(canvas.hole, factor), masked)
-    x = draw(run.rngs, latent_shape(model.config, height, width), model.device)
+    x = run.source.initial(shape)
     # a latent is generated if any of its pixels is masked
     hole = F.max_pool2d(canvas.hole, factor).to(model.device)
     if known is not None:
         noised = model.schedule.add_noise(known, x, run.levels[0]) if len(run) else known
         from_noise = request.strength == 1 or (request.content == "noise" and len(run) > 0)
         x = torch.where(hole > 0, x, noised) if from_noise else noised
-    denoise = run.denoiser(concat)
+    denoise = run.denoiser(shape, concat)
     if model.is_inpainting or known is None:
         return run.begin(Start(x, denoise, finish=canvas.paste))
     z = known
@@ -274,10 +299,24 @@ def inpaint(model: StableDiffusion, request: Inpaint) -> Run:
 
 def _latents(run: Run, pixels: Tensor, posterior: str) -> Tensor:
     """(1, 3, H, W) -> the latents of each image (B, C, h, w): its own posterior sample, or the mean."""
-    gaussian = run.model.encode(pixels, run.notes.append)
+    gaussian = run.encode(pixels)
     if posterior == "mode":
-        return gaussian.mode().expand(len(run.rngs), -1, -1, -1)
-    return gaussian.sample(draw(run.rngs, gaussian.mean.shape[1:], run.model.device))
+        return gaussian.mode().expand(len(run.seeds), -1, -1, -1)
+    return gaussian.sample(run.source.posterior(gaussian.mean.shape[1:]))
+
+
+def check_tileable(run: Run, inside: Box | None, width: int, height: int) -> None:
+    """Raise ValueError if a tileable image is wanted, and only a part of the generated one is kept.
+
+    inside   this part of the width x height generated; None for the region around a mask
+    """
+    if run.params.tileable and inside is None:
+        raise ValueError("tileable needs the whole image, not only the region around the mask: leave the margin out")
+    if run.params.tileable and inside != Box(0, 0, width, height):
+        raise ValueError(
+            f"tileable: the image would be padded to {width}x{height}, so the edges of the result would not meet: use "
+            f"one whose sides are multiples of {run.model.config.vae.factor}"
+        )
 
 
 def _image_and_mask(request: Inpaint, note: Callable[[str], object]) -> tuple[Image.Image, Image.Image]:

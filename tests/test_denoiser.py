@@ -9,7 +9,7 @@ from common import error
 
 from sd.conditioning import Conditioning, concatenate
 from sd.config import ScheduleConfig
-from sd.denoiser import Denoiser
+from sd.denoiser import Denoiser, rescaled
 from sd.schedule import Schedule
 
 
@@ -130,3 +130,30 @@ def test_one_context_serves_images_with_channels_of_their_own():
     cond = Conditioning(torch.ones(1, 7, 4), concat=torch.randn(3, 5, 2, 2))
     Denoiser(network, Schedule(), cond, cond, 2.0)(torch.randn(3, 4, 2, 2), Schedule().level(500))
     assert seen[0].context.shape == (6, 7, 4) and seen[0].concat.equal(cond.concat.repeat(2, 1, 1, 1))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("phi", [0.0, 0.7, 1.0])
+def test_rescaled_guidance_by_hand(prediction, phi):
+    """Lin et al. 2024, eq. 15 and 16, on the output of the network; the images of a batch each on their own."""
+    schedule = Schedule(ScheduleConfig(prediction=prediction))
+    level, outs = schedule.level(400), reference.normal("outs", (4, 4, 8, 8))
+    outs[1] *= 3
+    x0 = Denoiser(lambda *_: outs, schedule, COND, UNCOND, 7.5, phi)(X, level)
+    for i in (0, 1):
+        u, c = outs[i].double(), outs[2 + i].double()
+        guided = u + 7.5 * (c - u)
+        final = phi * guided * (c.std() / guided.std()) + (1 - phi) * guided
+        assert error(x0[i : i + 1], schedule.to_x0(final.float()[None], X[i : i + 1], level)) < 1e-5
+
+
+def test_rescaled_guidance_of_diffusers():
+    pipelines = pytest.importorskip("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
+    guided, cond = 5 * X + 0.3, reference.normal("cond", (2, 4, 8, 8))
+    theirs = pipelines.rescale_noise_cfg(guided, cond, guidance_rescale=0.7)
+    assert error(rescaled(guided, cond, 0.7), theirs) < 1e-6
+
+
+def test_rescaling_what_is_constant_changes_nothing():
+    flat = torch.full((1, 4, 8, 8), 2.0)
+    assert torch.equal(rescaled(flat, X[:1], 0.7), flat)

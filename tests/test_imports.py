@@ -31,14 +31,20 @@ ALLOWED = {
     "training": {"conditioning", "config", "denoiser", "models", "schedule"},
     "latents": {"config", "imaging", "models", "params", "runtime", "text"},
     "prompts": {"conditioning", "params", "text"},
-    "run": {"config", "denoiser", "imaging", "latents", "params", "prompts", "samplers", "schedule"},
+    "noise": {"params"},
+    "run": {
+        "config", "denoiser", "imaging", "latents", "models", "noise", "params", "prompts", "runtime", "samplers",
+        "schedule",
+    },
+    "hires": {"imaging", "latents", "params", "run", "samplers", "schedule"},
     "pipeline": {
-        "adapters", "checkpoints", "conditioning", "config", "denoiser", "imaging", "latents", "models", "params",
-        "resources", "run", "runtime", "samplers", "schedule", "text",
+        "adapters", "checkpoints", "conditioning", "config", "denoiser", "hires", "imaging", "latents", "models",
+        "params", "resources", "run", "runtime", "samplers", "schedule", "text",
     },
     "study": None,  # stands on top of everything: nothing may import it
 }  # fmt: skip
-ANNOTATED = {"prompts": {"pipeline"}, "run": {"pipeline"}}  # imported under TYPE_CHECKING only: a run is one of a model
+# imported under TYPE_CHECKING only: a run is one of a model
+ANNOTATED = {"prompts": {"pipeline"}, "run": {"pipeline"}, "hires": {"pipeline"}}
 FILES = sorted(path for path in (ROOT / "sd").rglob("*.py") if path != ROOT / "sd" / "__init__.py")
 
 

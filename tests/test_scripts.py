@@ -124,6 +124,50 @@ def test_batches_give_the_same_images_and_numbers_go_on(generate, tmp_path):
     assert pixels("out/00007-grid.png").shape == (128, 128, 3)
 
 
+def test_settings_of_the_noise_reach_the_images(generate, tmp_path):
+    """Each changes the image; in parts and in one batch, the seeds go on in the same way."""
+    given = ("a", "--seed", "5", "--dtype", "float32", "--sampler", "euler_a")
+    for settings in (
+        [], ["--rng", "nv"], ["--rng", "comfy"], ["--ensd", "31337"], ["--variation", "9:0.3"], ["--tileable"],
+        ["--guidance-rescale", "0.7"],
+    ):  # fmt: skip
+        assert generate(*given, *settings)[::2] == (0, [])
+    images = [Image.open(tmp_path / "out" / f"0000{k}.png").tobytes() for k in range(1, 8)]
+    assert len(set(images)) == 7
+    _, out, _, _ = generate(*given, "--variation", "8:0.3", "--n", "2")
+    assert [line.split("  ")[1] for line in out[1:]] == ["seed 5, variation seed 8", "seed 5, variation seed 9"]
+    assert Image.open(tmp_path / "out" / "00009.png").tobytes() == images[4]
+    _, out, _, _ = generate(*given, "--variation", ":0.3")
+    assert re.search(r"seed 5, variation seed \d+$", out[1])
+    status, out, err, _ = generate(*given, "--rng", "comfy", "--n", "2", "--batch-size", "2")
+    assert status == 0 and [line.split("  ")[1] for line in out[1:]] == ["seed 5", "seed 5"]
+    assert len(err) == 1 and "share the generator of seed 5" in err[0]
+
+
+def test_high_resolution(generate, tmp_path):
+    _, _, err, _ = generate("a", "--hires", "1.5", "--hires-steps", "1", "--save-steps", "--preview", "linear")
+    assert err == []
+    assert Image.open(tmp_path / "out" / "00001.png").size == (96, 96)
+    frames = sorted((tmp_path / "out" / "00001-steps").glob("*.png"))
+    assert [Image.open(frame).size for frame in frames] == [(96, 96)] * 3
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("--variation", "7"), "'7' is not SEED:STRENGTH, such as 7:0.2"),
+        (("--variation", "7:2"), "variation_strength must be in [0, 1], got 2"),
+        (("--guidance-rescale", "1.5"), "guidance_rescale must be in [0, 1], got 1.5"),
+        (("--hires", "1"), "hires must be above 1 and at most 4, got 1"),
+        (("--hires-strength", "0.4"), "--hires-strength needs --hires, such as --hires 2"),
+        (("--rng", "cuda"), "invalid choice: 'cuda'"),
+    ],
+)
+def test_settings_that_cannot_be(generate, given, words):
+    status, _, err, files = generate("a", *given)
+    assert status != 0 and len(err) == 1 and words in err[0] and files == []
+
+
 def test_prompt_files(generate, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffa naïve cat\r\n\r\n  東京  \n".encode())

@@ -6,13 +6,14 @@ import argparse
 import secrets
 import sys
 from pathlib import Path
+from typing import Any
 
 from PIL import ImageColor
 
 import sd
 from sd.checkpoints.convert import WEIGHTS
 from sd.imaging.files import ImageFile, read_image
-from sd.params import FITS, OPTIONS, POSTERIORS, SamplingParams
+from sd.params import FITS, OPTIONS, POSTERIORS, RNGS, UPSCALERS, HighRes, SamplingParams
 from sd.runtime.device import DTYPES
 from sd.samplers import SAMPLERS
 from sd.schedule import SPACINGS
@@ -140,7 +141,7 @@ def add_model_arguments(parser: Parser) -> None:
 
 
 def add_sampling_arguments(parser: Parser, size: str = "the model's own") -> None:
-    """--steps, --guidance, --sampler and its options, --spacing, --seed, --height, --width."""
+    """--steps, --guidance, --sampler and its options, --spacing, --seed and other random numbers, --height, --width."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--sampler", metavar="NAME",
@@ -156,6 +157,11 @@ def add_sampling_arguments(parser: Parser, size: str = "the model's own") -> Non
         help="how strongly to follow the prompt; 1 is no guidance, and twice as fast (default: by model: 7.5 "
         f"for Stable Diffusion, {sd.MODELS['pocket'].guidance:g} for the embedded model)",
     )  # fmt: skip
+    group.add_argument(
+        "--guidance-rescale", type=float, default=SamplingParams.guidance_rescale, metavar="PHI",
+        help="share of the contrast that guidance adds to take back, 0 to 1; 0.7 for models with zero terminal SNR "
+        "(default: %(default)g)",
+    )  # fmt: skip
     group.add_argument("--spacing", choices=SPACINGS, help="timestep spacing (default: the sampler's own)")
     for name, option in OPTIONS.items():
         having = [key for key, entry in SAMPLERS.items() if name in entry.options]
@@ -170,8 +176,62 @@ def add_sampling_arguments(parser: Parser, size: str = "the model's own") -> Non
         metavar="S",
         help="image k has seed S + k (default: -1, a random seed, which is printed)",
     )
+    group.add_argument(
+        "--rng", choices=RNGS, default=SamplingParams.rng,
+        help="whose random numbers: nv are those of the web UI on NVIDIA GPUs, comfy those of ComfyUI "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--noise-seed-delta", "--ensd", type=int, default=SamplingParams.noise_seed_delta, metavar="N",
+        help="added to the seed for the step noise of stochastic samplers: the web UI's ENSD (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--variation", type=variation, metavar="SEED:STRENGTH",
+        help="mix the noise of another seed into the initial one, 0 to 1: similar images; image k has SEED + k; "
+        "without SEED it is random, and printed",
+    )  # fmt: skip
+    group.add_argument("--tileable", action="store_true", help="the image repeats without seams")
     group.add_argument("--height", "--H", type=int, metavar="PIXELS", help=f"a multiple of 8 (default: {size})")
     group.add_argument("--width", "--W", type=int, metavar="PIXELS", help=f"a multiple of 8 (default: {size})")
+
+
+def variation(text: str) -> tuple[int, float]:
+    """SEED:STRENGTH -> both; a seed that is -1 or left out is random."""
+    seed, _, strength = text.partition(":")
+    try:
+        return secrets.randbelow(2**32) if seed in ("", "-1") else int(seed), float(strength)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not SEED:STRENGTH, such as 7:0.2") from None
+
+
+def add_hires_arguments(parser: Parser) -> None:
+    """--hires, --hires-strength, --hires-steps, --hires-upscaler."""
+    group = parser.add_argument_group("high resolution")
+    group.add_argument(
+        "--hires", type=float, metavar="S",
+        help="enlarge the image S times, above 1 to 4, and refine it; --height and --width are of the image before",
+    )  # fmt: skip
+    group.add_argument(
+        "--hires-strength", type=float, metavar="S",
+        help="strength of the refinement: 0 only enlarges, 1 keeps next to nothing of the image (default: "
+        f"{HighRes.hires_strength:g})",
+    )  # fmt: skip
+    group.add_argument(
+        "--hires-steps", type=int, metavar="N", help="steps of the refinement (default: its strength times --steps)"
+    )
+    group.add_argument(
+        "--hires-upscaler", choices=UPSCALERS,
+        help=f"enlarge pixels or latents: faster, but blurred below a strength of 0.5 (default: {UPSCALERS[0]})",
+    )  # fmt: skip
+
+
+def hires_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `HighRes` that were given; none without --hires."""
+    names = ("hires", "hires_strength", "hires_steps", "hires_upscaler")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if given and "hires" not in given:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} needs --hires, such as --hires 2")
+    return given
 
 
 def add_output_arguments(parser: Parser) -> None:
@@ -224,10 +284,16 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
         steps=args.steps,
         spacing=args.spacing,
         guidance=args.guidance,
+        guidance_rescale=args.guidance_rescale,
         seed=args.seed,
         n=args.n,
         height=args.height,
         width=args.width,
+        rng=args.rng,
+        noise_seed_delta=args.noise_seed_delta,
+        variation_seed=args.variation[0] if args.variation else None,
+        variation_strength=args.variation[1] if args.variation else 0.0,
+        tileable=args.tileable,
         options={name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None},
     )
 

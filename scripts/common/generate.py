@@ -6,7 +6,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from sd.checkpoints.folders import model_name
 from sd.imaging.files import ImageFile, parameters
 from sd.imaging.previews import LinearDecoder
 from sd.imaging.tensors import grid
-from sd.params import MAX_SEED, POSTERIORS, SamplingParams, TextToImage
+from sd.params import POSTERIORS, SamplingParams, TextToImage
 from sd.pipeline import EMBEDDED
 from sd.resources import resource
 from sd.run import Run
@@ -96,13 +96,13 @@ class StepRecorder:
 
     def frames(self, i: int, mode: str) -> list[Image.Image]:
         """The steps of the i-th image of the batch, decoded, or mapped to colours linearly (fast and coarse)."""
-        model, finish = self._run.model, self._run.start.finish
+        model, finish, decode = self._run.model, self._run.start.finish, self._run.decode
         x0 = [step[i : i + 1].to(model.device) for step in self._x0]
         if not x0:
             return []
-        linear = LinearDecoder.fit(x0[-1], model.decode(x0[-1])) if mode == "linear" else None
+        linear = LinearDecoder.fit(x0[-1], decode(x0[-1])) if mode == "linear" else None
         bar = tqdm(x0, desc="steps", unit="image", disable=None, leave=False, file=sys.stderr)
-        return [finish((model.decode(z) if linear is None else linear(z))[0]) for z in bar]
+        return [finish((decode(z) if linear is None else linear(z))[0]) for z in bar]
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def generate(
     if model.config.schedule.to_noise and params.resolved(model.config).spacing not in ("trailing", "linspace"):
         warnings.warn(
             "this model is trained to start from pure noise (zero terminal SNR), and this grid does not: "
-            "--spacing trailing does",
+            "--spacing trailing does; --guidance-rescale 0.7 takes back the contrast that guidance adds",
             stacklevel=1,
         )
     addons.give(model, hashes=digest is not None)
@@ -178,8 +178,7 @@ def generate(
         addons.of_prompts.merge(model, prompt)
         warn_of_unknown_words(model, args, text(prompt))
         for first in range(0, count, args.batch_size):
-            seed = (args.seed + done) % (MAX_SEED + 1)
-            batch = replace(params, seed=seed, n=min(args.batch_size, count - first))
+            batch = params.batch(done, min(args.batch_size, count - first))
             run = model.prepare(make(text(prompt), batch))
             recorder = StepRecorder(f"image {done + 1} of {total}", run, args.save_steps)
             recorder.take_steps()
@@ -188,7 +187,8 @@ def generate(
                 warnings.warn(note, stacklevel=1)
             for i, (image, own_seed) in enumerate(zip(result.images, result.seeds, strict=True)):
                 path = output.save(image, metadata.describe(run, image, own_seed) if metadata else None)
-                print(f"{path}  seed {own_seed}", flush=True)
+                varied = f", variation seed {run.source.variation_seeds[i]}" if run.source.variation_seeds else ""
+                print(f"{path}  seed {own_seed}{varied}", flush=True)
                 if frames := recorder.frames(i, args.preview):
                     print(output.save_steps(frames, path, args.animation), flush=True)
             done += len(result.images)

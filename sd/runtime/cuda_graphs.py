@@ -35,6 +35,7 @@ from torch.nn.modules import module as all_modules
 
 from ..conditioning import Conditioning, Network
 from . import packing
+from .circular import is_circular
 from .optimize import restore
 
 SHAPES = 2  # recordings that are kept: each holds the memory of a step
@@ -101,8 +102,9 @@ _one_at_a_time = threading.Lock()  # the buffers of a recording serve one call a
 class Recorded:
     """A network that is recorded at the first call with a shape, and replayed at the following ones.
 
-    It is called directly if gradients are enabled, within autocast, if one of its modules has a hook or a patched
-    `forward`, and always after a recording has failed. Recordings are dropped when the address of a weight changes.
+    It is called directly if gradients are enabled, within autocast and circular padding, if one of its modules has a
+    hook or a patched `forward`, and always after a recording has failed. Recordings are dropped when the address of a
+    weight changes.
     """
 
     def __init__(self, network: nn.Module, record: Record = cuda_graph) -> None:
@@ -117,7 +119,7 @@ class Recorded:
 
     def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The output of the network."""
-        if self._failed or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        if self._failed or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or is_circular():
             return self._network(x, t, conditioning)
         with _one_at_a_time:
             out = self._replayed((x, t, *conditioning))
@@ -169,7 +171,8 @@ class Compiled:
     """The network through `torch.compile`, once per shape, which takes minutes; on CUDA with "max-autotune".
 
     Needs a C++ compiler, and triton on CUDA: without them, the first call raises ValueError. The network itself can
-    still be called directly. On CPUs where its own kernels are faster, a UserWarning says so.
+    still be called directly, as happens here within circular padding. On CPUs where its own kernels are faster, a
+    UserWarning says so.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -184,6 +187,8 @@ class Compiled:
 
     def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The output of the network."""
+        if is_circular():
+            return self._network(x, t, conditioning)
         if self._fast is None:
             mode = "max-autotune" if next(self._network.parameters()).is_cuda else None
             self._fast = torch.compile(self._network, dynamic=False, mode=mode)

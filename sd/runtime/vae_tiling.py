@@ -6,7 +6,8 @@ over its map twice in strips: once to measure, and once to normalise, activate a
 that of `VAE` by rounding, and there are no seams.
 
 A map that is read again is kept. The result of an upsampling, the largest of all, is computed each time that it is
-read. Attention occurs only in the coarsest level, which it sees as a whole.
+read. Attention occurs only in the coarsest level, which it sees as a whole. Within `CircularPadding` (circular.py) the
+rows beyond an edge are those at the opposite one.
 
 B batch, C channels, H x W pixels of a map, rows a to b of it without b.
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from ..models.layers import ResBlock, Upsample
 from ..models.vae import VAE, Downsample, Gaussian, Stage
+from .circular import is_circular
 from .cpu_kernels import moments
 
 NUMBERS = 2**24  # of a strip: 32 to 64 MB
@@ -50,7 +52,21 @@ class Map(NamedTuple):
 def stored(x: Tensor) -> Map:
     """A map that is in memory."""
     B, C, H, W = x.shape
-    return Map((B, C, H, W), lambda a, b: x[:, :, a:b])
+    return Map((B, C, H, W), lambda a, b: rows_of(x, a, b))
+
+
+def rows_of(x: Tensor, a: int, b: int) -> Tensor:
+    """Rows a to b of x (B, C, H, W), which is periodic where they lie outside."""
+    H = x.shape[2]
+    if a >= 0 and b <= H:
+        return x[:, :, a:b]
+    periods = range(a // H, -(-b // H))
+    return torch.cat([x[:, :, max(a - i * H, 0) : min(b - i * H, H)] for i in periods], dim=2)
+
+
+def within(a: int, b: int, height: int) -> tuple[int, int]:
+    """Rows a to b without those beyond the edges of a map of this height; all of them if it wraps around."""
+    return (a, b) if is_circular() else (max(a, 0), min(b, height))
 
 
 def upsampled(up: Upsample, x: Tensor) -> Map:
@@ -58,8 +74,8 @@ def upsampled(up: Upsample, x: Tensor) -> Map:
     B, _, H, W = x.shape
 
     def rows(a: int, b: int) -> Tensor:
-        first, last = max(a // 2 - 1, 0), min(-(-b // 2) + 1, H)
-        return up(x[:, :, first:last])[:, :, a - 2 * first : b - 2 * first]
+        first, last = within(a // 2 - 1, -(-b // 2) + 1, H)
+        return up(rows_of(x, first, last))[:, :, a - 2 * first : b - 2 * first]
 
     return Map((B, up.conv.out_channels, 2 * H, 2 * W), rows)
 
@@ -93,9 +109,10 @@ def activated(norm: nn.GroupNorm, x: Map) -> Callable[[Tensor], Tensor]:
 def around(x: Map, a: int, b: int) -> tuple[Tensor, slice]:
     """The input of a 3x3 convolution for rows a to b (one more row on each side, if any), and their place in it.
 
-    Beyond the map's edge the convolution itself pads with zeros; where it does so elsewhere, rows are dropped.
+    Beyond the edge of a map that does not wrap around, the convolution itself pads with zeros; where it does so
+    elsewhere, rows are dropped.
     """
-    first, last = max(a - 1, 0), min(b + 1, x.shape[2])
+    first, last = within(a - 1, b + 1, x.shape[2])
     return x.rows(first, last), slice(a - first, b - first)
 
 
@@ -143,7 +160,8 @@ def halved(down: Downsample, x: Tensor) -> Tensor:
     H, W = x.shape[-2:]
     out = empty(stored(x[:, :, : H // 2, : W // 2]), down.conv)
     for a, b in stored(out).strips():
-        out[:, :, a:b] = down(x[:, :, 2 * a : 2 * b + 1])  # past the edge, and nowhere else, its padding is seen
+        # past the edge of a map that does not wrap around, and nowhere else, its padding is seen
+        out[:, :, a:b] = down(rows_of(x, *within(2 * a, 2 * b + 1, H)))
     return out
 
 
