@@ -143,6 +143,12 @@ def weights(model) -> dict[tuple[str, str], Tensor]:
     return {place: getattr(model, place[0]).get_parameter(place[1]).data for place in TINY_PLACES}
 
 
+def unchanged(model, before: dict[tuple[str, str], Tensor]) -> bool:
+    """Whether all weights are what they were, bit for bit."""
+    after = weights(model)
+    return all(torch.equal(after[place], before[place]) for place in before)
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr()
 
@@ -164,7 +170,7 @@ def test_every_naming_scheme_merges_and_comes_out_again(scheme, model, tmp_path)
     assert model.loras == {"style": 0.5}
     check(model, before, deltas, 0.5)
     model.remove_lora("style")
-    assert all(torch.equal(weights(model)[place], before[place]) for place in before) and model.loras == {}
+    assert unchanged(model, before) and model.loras == {}
     assert all(torch.equal(p.data, everything[id(p)]) for p in model.unet.parameters())
 
 
@@ -305,7 +311,7 @@ def test_several_at_once_and_out_in_any_order(model, tmp_path):
     assert model.loras == {"two": -1.0}
     model.add_lora(files[0][0], 2.0)
     model.remove_lora()
-    assert all(torch.equal(weights(model)[place], before[place]) for place in before)
+    assert unchanged(model, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -322,7 +328,7 @@ def test_half_precision_is_rounded_once(dtype, tiny, tmp_path):
         half = 0.5 * torch.finfo(dtype).eps * exact.abs().clamp(min=torch.finfo(dtype).tiny)
         assert ((merged.double() - exact).abs() <= half * 1.01 + 1e-6).all(), place
     model.remove_lora()
-    assert all(torch.equal(weights(model)[place], before[place]) for place in before)
+    assert unchanged(model, before)
 
 
 def test_merged_for_good(model, tmp_path):

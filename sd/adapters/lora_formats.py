@@ -6,8 +6,8 @@
     changes.py        the formula of each kind of change
 
 What is understood is applied. The rest is counted and named in the notes of the `Lora`: layers that the model does not
-have, halves of pairs, rank 0, tensors of unknown kinds. Refused is a file of which nothing is understood, one for another
-model, and one with two different adapters for a weight, or with numbers that are not finite.
+have, halves of pairs, rank 0, tensors of unknown kinds. Refused is a file of which nothing is understood, one for
+another model, and one with two different adapters for a weight, or with numbers that are not finite.
 
 alpha is given for each layer, once for the whole file, or in PEFT's settings; by default it is the rank.
 """
@@ -34,17 +34,19 @@ from .lora_parts import LayerParts, Misfit, read_number, sound, split_key
 from .lora_settings import alpha_of, read_settings
 
 LAYERS = 32  # of the largest text encoder (bigG): files may have layers after the last one that is run
-# What tools call every file: it is named after its folder.
+# What tools call every file: it is named after its folder; and what people call the only file of a repository.
 SAME_NAMES = frozenset({
-    "pytorch_lora_weights", "adapter_model", "pytorch_custom_diffusion_weights", "pytorch_model", "model", "adapter",
-    "diffusion_pytorch_model", "lora", "lora_weight", "lora_weights", "pytorch_lora_weights_unet",
+    "pytorch_lora_weights", "adapter_model", "pytorch_custom_diffusion_weights", "diffusion_pytorch_model",
+    "pytorch_model", "lora_weight",
 })  # fmt: skip
+ONLY_NAMES = frozenset({"lora", "lora_weights", "model", "adapter", "last"})
 LISTED = 3  # names in a message at most: they are long
 MAX_NOTE = 1000  # characters
 NARROW = {("unet", "conv_in"): 4}  # input channels that a file may have where the model, for inpainting, has more
 
 UNRUN = "of text encoder layers after the last one that is run"
 NO_LAYER = "of layers that this model does not have"
+NO_PART = "of no known kind of adapter"
 OTHER_WORDS = "of words for another text encoder"
 
 # The embeddings of a file: kohya's "bundle_emb.word.string_to_param.*", cloneofsimo's "<s1>".
@@ -94,12 +96,17 @@ def lora_name(path: Path) -> str:
     'pixel-art'
     """
     path = Path(os.path.abspath(path))  # of the link, not of the file behind it
-    name, folder = model_name(path), path.parent
-    if name not in SAME_NAMES and folder.name != "blobs":
-        return name
-    while folder.parent.name in ("snapshots", "blobs") or folder.name in ("snapshots", "blobs"):
-        folder = folder.parent
-    return re.sub(r"^models--(?:.*?--)?", "", folder.name) or name
+    name, repository = model_name(path), _repository(path)
+    if repository and (name in SAME_NAMES | ONLY_NAMES or path.parent.name == "blobs"):
+        in_folder = path.parent.name != "blobs" and path.parent.parent.name != "snapshots"
+        return path.parent.name if in_folder else repository
+    return path.parent.name or name if name in SAME_NAMES else name
+
+
+def _repository(path: Path) -> str | None:
+    """The name of the repository, without its owner, of a file in a cache of the hub."""
+    found = [part for part in path.parts if part.startswith("models--")]
+    return found[-1].removeprefix("models--").rpartition("--")[2] or None if found else None
 
 
 def layers_of(targets: Sequence[Target]) -> list[Layer]:
@@ -131,12 +138,14 @@ class _Contents:
         if word := _word(key):
             self.words.setdefault(word, []).append(key)
             return
-        name, part = split_key(key) or ("", "")
+        found = split_key(key)
+        name, part = found or ("", "")
         layer = self._names.find(name)
         if layer is not None and (part != "weight" or f"{key.removesuffix('weight')}on_input" in self._file):
             self._add_part(key, layer, part)
         elif key != "alpha":
-            self.rest.setdefault(UNRUN if self._unrun.find(name) else NO_LAYER, []).append(key)
+            reason = NO_PART if found is None else UNRUN if self._unrun.find(name) else NO_LAYER
+            self.rest.setdefault(reason, []).append(key)
 
     def _add_part(self, key: str, layer: Layer, part: str) -> None:
         network, name = layer
@@ -184,7 +193,7 @@ class _Contents:
         used = {layer: parts for layer, parts in self.parts.items() if parts.used()}
         for layer, parts in used.items():
             _check_family(layer, parts)
-        unknown = self.rest.get(NO_LAYER, [])
+        unknown = [key for reason in (NO_LAYER, NO_PART) for key in self.rest.get(reason, [])]
         for pattern, model in OTHER_MODELS:
             if any(re.match(pattern, key) for key in unknown):
                 raise CheckpointError(f"a LoRA for {model}, which is not supported (only Stable Diffusion 1.x and 2.x)")
@@ -242,7 +251,7 @@ class _Contents:
         for pattern, kind in OTHER_KINDS:
             if found := [key for key in self._file if re.search(pattern, key)]:
                 raise CheckpointError(f"{kind} ({found[0]}), which is not supported")
-        others = {why: keys for why, keys in self.rest.items() if why != NO_LAYER}
+        others = {why: keys for why, keys in self.rest.items() if why not in (NO_LAYER, NO_PART)}
         if others:
             why, keys = max(others.items(), key=lambda item: len(item[1]))
             more = f", and {len(unknown)} {NO_LAYER}" if unknown else ""

@@ -1,7 +1,7 @@
 """The names that LoRA files use for the layers of a model: generated from the key maps and looked up, not parsed.
 
-A layer has a path in diffusers' modules, one in the original's, and a place in cloneofsimo's count. Each tool writes one
-of these paths in its own way, behind words of its own:
+A layer has a path in diffusers' modules, one in the original's, and a place in cloneofsimo's count. Each tool writes
+one of them in its own way, behind words of its own:
 
     kohya          lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q, lora_te_text_model_encoder_...;
                    lora_te1_, and the original's paths, lora_unet_input_blocks_1_1_...

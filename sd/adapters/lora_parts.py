@@ -1,7 +1,7 @@
 """The tensors that a LoRA file has for one layer -> the changes of its weight and its bias.
 
-The end of a key says which part of an adapter a tensor is: `ENDINGS`. The parts that are there say which kind of adapter
-it is (changes.py). To add a kind, add the endings of its keys here, and its class to `KINDS` there.
+The end of a key says which part of an adapter a tensor is: `ENDINGS`. The parts that are there say which kind of
+adapter it is (changes.py). To add a kind, add the endings of its keys here, and its class to `KINDS` there.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class LayerParts(NamedTuple):
 
 
 def fits(made: Shape, weight: Shape) -> bool:
-    """Whether a change is for a weight of this shape. 1x1 kernels may be left out, and kernels be part of the columns."""
+    """Whether a change is for a weight of this shape: without 1x1 kernels, or with kernels as a part of the columns."""
     same = made[:1] == weight[:1] and math.prod(made) == math.prod(weight)
     return same and (len(made) <= 2 or squeezed(made, 2) == squeezed(weight, 2))
 

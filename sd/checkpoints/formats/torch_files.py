@@ -267,6 +267,8 @@ def _contents(content: object, range_of: Callable[[str], ByteRange]) -> Contents
             tensors = inner
     if not tensors and isinstance(content, dict):
         tensors = _parameters(content, "string_to_param")
+    if isinstance(content, list) and all(isinstance(tensor, Tensor) for tensor in content):  # the first LoRA files
+        tensors = {str(i): tensor for i, tensor in enumerate(content)}
     if not tensors:
         names = [key[:30] for key in content if isinstance(key, str)] if isinstance(content, dict) else []
         what = f"holds no named tensors (but {', '.join(names[:5])})" if names else "holds no named tensors"
