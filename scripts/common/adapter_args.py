@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def split_name(text: str) -> tuple[str | None, str]:
         return None, text
     if not name.strip() or not rest:
         raise ValueError(f"--lora {text}: expected NAME=FILE, or NAME=FILE:WEIGHT")
-    return name.strip(), rest
+    return name.strip(), os.path.expanduser(rest)  # a shell does so at the beginning of a word only
 
 
 def split_embedding(text: str) -> tuple[Path, str | None]:
@@ -95,11 +96,11 @@ class AddOns:
     def give(self, model: sd.StableDiffusion, hashes: bool) -> None:
         """Merge the LoRAs, add the words and print them. `hashes` computes the hashes for the metadata."""
         files = [LoraFile(*file, name) for file, name in zip(self._loras, self._aliases, strict=True)]
-        known = set(model.words)
+        known = model.words
         self._names = model.add_loras(files, removable=False)
         for name, (_, weight) in zip(self._names, self._loras, strict=True):
             print(f"LoRA {name}, weight {weight:g}", flush=True)
-        for added in model.words.keys() - known:  # those in LoRA files
+        for added in [word for word in model.words if word not in known]:  # those in LoRA files
             print(f"embedding {added}, vectors: {model.words[added]}", flush=True)
         for file, word in self._embeddings:
             for added in model.add_embedding(file, word):
