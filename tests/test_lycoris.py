@@ -322,6 +322,10 @@ def test_the_first_layer_of_an_inpainting_model(tiny_inpaint, tmp_path):
         ({"lokr_w1": (4, 4), "lokr_w2_a": (16, 2), "lokr_w2_b": (3, 16)}, "does not fit together"),
         ({"hada_w1_a": (64, 2), "hada_w1_b": (2, 64), "hada_w2_a": (64, 2), "hada_w2_b": (2, 9)}, "does not fit"),
         ({"a1.weight": (64, 2), "a2.weight": (2, 64), "b1.weight": (64, 2), "b2.weight": (2, 9)}, "does not fit"),
+        (
+            {"lokr_w1": (4, 4), "lokr_w2_a": (2, 16), "lokr_w2_b": (2, 16), "lokr_t2": (2, 2, 1, 1, 1)},
+            "does not fit together",
+        ),
         ({"oft_blocks": (3, 8, 8)}, "does not fit"),
         ({"oft_blocks": (8, 8)}, "does not fit"),
         ({"weight": (9,), "on_input": ()}, "does not fit"),

@@ -337,7 +337,7 @@ def _factored(a: Shape | None, b: Shape | None, core: Shape | None) -> Shape | N
         return None
     if core is None:
         return (a[0], *b[1:]) if a[1] == b[0] else None
-    fits = len(core) > 2 and core[:2] == (a[0], b[0]) and len(b) == 2
+    fits = len(core) == 4 and core[:2] == (a[0], b[0]) and len(b) == 2
     return (a[1], b[1], *core[2:]) if fits else None
 
 
