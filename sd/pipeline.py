@@ -37,7 +37,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import latents
-from .adapters.added import Adapters
+from .adapters.added import Adapters, LoraFile
 from .checkpoints.loading import LoadOptions, ModelFiles
 from .checkpoints.placement import place
 from .conditioning import Composition, Conditioning, Network
@@ -383,23 +383,47 @@ class StableDiffusion:
         """The LoRAs that are merged and can be removed: name -> weight."""
         return self._adapters.merged.weights
 
-    def add_lora(self, path: str | os.PathLike[str], weight: float = 1.0) -> str:
-        """Merge a LoRA file into U-Net and text encoder; returns its name, that of the file or folder (diffusers).
+    def add_lora(
+        self, path: str | os.PathLike[str], weight: float = 1.0, name: str | None = None, *, note: Note = warn
+    ) -> str:
+        """Merge a LoRA or LyCORIS file into U-Net and text encoder, and add the embeddings in it; returns its name.
 
-        Raises CheckpointError for a file that is not a LoRA, or one for another model.
+        name   that of the LoRA from then on. By default the file's; its folder's or repository's, if tools call every
+               file so; with a number if another file has that name
+        note   receives one line about what of the file has no effect; by default a UserWarning
+
+        Raises CheckpointError for a file that is not a LoRA, or one for another model; ValueError if the name is
+        taken, if the file is merged already, or if weights were changed after others were merged into them.
         """
-        return self.add_loras([(path, weight)])[0]
+        return self._adapters.add_loras([LoraFile(path, number("weight", weight), name)], note=note)[0]
 
-    def add_loras(self, files: Sequence[tuple[str | os.PathLike[str], float]], *, removable: bool = True) -> list[str]:
-        """Merge several LoRA files, each with its weight; all are read before the first is merged.
+    def add_loras(
+        self,
+        files: Sequence[LoraFile | tuple[str | os.PathLike[str], float]],
+        *,
+        removable: bool = True,
+        note: Note = warn,
+    ) -> list[str]:
+        """Merge several LoRA files, each with its weight, and a name if it has one; see `add_lora`.
 
-        If not `removable`, the previous weights are not kept, which needs less memory.
+        All are read before the first is merged. Each change is computed from the original weights: their order does not
+        matter. If not `removable`, the previous weights are not kept, which needs less memory.
         """
-        return self._adapters.add_loras([(path, number("weight", weight)) for path, weight in files], removable)
+        loras = [LoraFile(*file) for file in files]
+        loras = [lora._replace(weight=number("weight", lora.weight)) for lora in loras]
+        return self._adapters.add_loras(loras, removable, note)
 
     def remove_lora(self, *names: str) -> None:
-        """Remove LoRAs, all if no name is given. The weights are then bit for bit what they were before."""
+        """Remove LoRAs, all if no name is given. The weights are then bit for bit what they were before.
+
+        Raises ValueError, and changes nothing, if weights were changed after LoRAs were merged into them: by loading
+        others, in place, or in another precision.
+        """
         self._adapters.remove_loras(names)
+
+    def forget_loras(self) -> None:
+        """Keep the weights as they are now: LoRAs that are merged stay for good, and can no longer be removed."""
+        self._adapters.forget_loras()
 
     @property
     def words(self) -> dict[str, int]:

@@ -601,7 +601,10 @@ def from_folder(rng: random.Random) -> Input:
     return Input("folder", changed, path, what, base)
 
 
-ENDS = (".lora_A.weight", ".alpha", ".lora_mid.weight", ".hada_w1_a", ".dora_scale", ".weight", "x", "." * 90)
+ENDS = (
+    ".lora_A.weight", ".alpha", ".lora_mid.weight", ".hada_w1_a", ".dora_scale", ".weight", "x", "." * 90, ".diff",
+    ".lokr_w1", ".oft_blocks", ".on_input", ".a1.weight", ".w_norm", ".lora_B.bias", ".scalar",
+)  # fmt: skip
 
 
 def from_addon(rng: random.Random) -> Input:

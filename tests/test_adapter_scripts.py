@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from scripts import img2img, inpaint, txt2img
-from scripts.common.adapter_args import split_embedding, split_lora
+from scripts.common.adapter_args import split_embedding, split_lora, split_name
 from scripts.common.prompt_loras import PromptLoras
 from sd.checkpoints.detect import CONFIG_KEY
 from sd.checkpoints.export import to_own
@@ -210,3 +210,34 @@ def test_names_with_colons(tmp_path, monkeypatch):
     assert split_lora("b:-.5") == (Path("b"), -0.5) and split_lora("b") == (Path("b"), 1.0)
     assert split_embedding("b:word") == (Path("b"), "word") and split_embedding("c:word") == (Path("c:word"), None)
     assert split_embedding("a:0.5") == (Path("a:0.5"), None)
+
+
+def test_names_of_loras(generate, files, tmp_path):
+    """NAME=FILE:WEIGHT; two files of one name; what has no effect is said, and the words that come along."""
+    (files / "b").mkdir()
+    lora = {f"{NAME}.lora_down.weight": torch.ones(2, 64), f"{NAME}.lora_up.weight": torch.ones(256, 2)}
+    word = {"bundle_emb.toy2.string_to_param.*": torch.ones(2, 64)}
+    save_file(lora | word | {"x.alpha": torch.ones(1)}, files / "b" / "style.safetensors")
+    args = ["style.safetensors:0.5", "b/style.safetensors", "again=style.safetensors:-0.5"]
+    status, out, err, text = generate("a toy2", *(x for arg in args for x in ("--lora", arg)))
+    assert status == 0 and out[1:5] == [
+        "LoRA style, weight 0.5", "LoRA style-2, weight 1", "LoRA again, weight -0.5", "embedding toy2, vectors: 2",
+    ]  # fmt: skip
+    assert len(err) == 1 and "style.safetensors: 1 of 4 tensors have no effect" in err[0]
+    assert text.startswith("a toy2 <lora:style:0.5> <lora:style-2:1> <lora:again:-0.5>\n")
+
+
+def test_names_before_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b").touch()
+    (tmp_path / "a=c:1").touch()
+    assert split_name("a=b") == (None, "a=b") and split_name("a=b:0.5") == (None, "a=b:0.5")
+    assert split_name("a=c:1") == (None, "a=c:1") and split_lora("a=c:1") == (Path("a=c:1"), 1.0)
+    assert split_name("a=d:0.5") == ("a", "d:0.5") and split_name("x=a=b:2") == ("x", "a=b:2")
+    assert split_name(r"style=C:\loras\x.safetensors:0.8") == ("style", r"C:\loras\x.safetensors:0.8")
+    assert split_lora(r"C:\loras\x.safetensors:0.8") == (Path(r"C:\loras\x.safetensors"), 0.8)
+    assert split_lora(r"C:\loras\x.safetensors") == (Path(r"C:\loras\x.safetensors"), 1.0)
+    assert split_name(r"C:\a=b\x.safetensors") == (None, r"C:\a=b\x.safetensors")
+    for text in ("=d", "a=", " =d"):
+        with pytest.raises(ValueError, match="expected NAME=FILE"):
+            split_name(text)

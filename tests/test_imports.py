@@ -27,7 +27,7 @@ ALLOWED = {
     "text": {"resources"},
     "imaging": {"files"},
     "checkpoints": {"conditioning", "config", "models", "runtime", "schedule", "text"},
-    "adapters": {"checkpoints", "config", "models", "text"},
+    "adapters": {"checkpoints", "config", "models", "runtime", "text"},
     "training": {"conditioning", "config", "denoiser", "models", "schedule"},
     "latents": {"config", "imaging", "models", "params", "runtime", "text"},
     "prompts": {"conditioning", "params", "text"},

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sd.adapters.lora import _sum
-from sd.adapters.lora_formats import read_lora, targets_by_name
+from sd.adapters.lora_formats import layers_of, read_lora
+from sd.adapters.lora_names import LayerNames
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.key_maps import diffusers_sources
 from sd.config import SD1, SD2
@@ -39,8 +40,13 @@ def places(networks) -> dict[tuple[str, str], tuple[int, ...]]:
     }
 
 
+def weight_of(layer: tuple[str, str] | None) -> tuple[str, str]:
+    assert layer is not None
+    return layer[0], f"{layer[1]}.weight"
+
+
 TINY_PLACES = places(build(TINY))
-FULL_NAMES = targets_by_name(SD1, list(places(build(SD1))))
+FULL_NAMES = LayerNames(SD1, layers_of(list(places(build(SD1)))))
 THEIRS = diffusers_sources(
     TINY, {n: [k for m, k in TINY_PLACES if m == n] for n in ("unet", "text_encoder")} | {"vae": []}
 )
@@ -137,6 +143,12 @@ def weights(model) -> dict[tuple[str, str], Tensor]:
     return {place: getattr(model, place[0]).get_parameter(place[1]).data for place in TINY_PLACES}
 
 
+def unchanged(model, before: dict[tuple[str, str], Tensor]) -> bool:
+    """Whether all weights are what they were, bit for bit."""
+    after = weights(model)
+    return all(torch.equal(after[place], before[place]) for place in before)
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr()
 
@@ -158,7 +170,7 @@ def test_every_naming_scheme_merges_and_comes_out_again(scheme, model, tmp_path)
     assert model.loras == {"style": 0.5}
     check(model, before, deltas, 0.5)
     model.remove_lora("style")
-    assert all(torch.equal(weights(model)[place], before[place]) for place in before) and model.loras == {}
+    assert unchanged(model, before) and model.loras == {}
     assert all(torch.equal(p.data, everything[id(p)]) for p in model.unet.parameters())
 
 
@@ -278,7 +290,7 @@ def test_first_layer_of_an_inpainting_model(tiny_inpaint, tmp_path):
     tensors = dict(zip(SCHEMES["kohya"](place), (down, up, alpha), strict=True))
     lora = read_lora(saved(tmp_path, tensors), TINY_INPAINT, networks)
     before = networks["unet"].conv_in.weight.data
-    added = lora.pairs[place].delta(before).double()
+    added = lora.changes[place].delta_of(before).double()
     assert torch.allclose(added[:, :4], delta, atol=1e-6) and not added[:, 4:].any()
 
 
@@ -299,7 +311,7 @@ def test_several_at_once_and_out_in_any_order(model, tmp_path):
     assert model.loras == {"two": -1.0}
     model.add_lora(files[0][0], 2.0)
     model.remove_lora()
-    assert all(torch.equal(weights(model)[place], before[place]) for place in before)
+    assert unchanged(model, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -316,7 +328,7 @@ def test_half_precision_is_rounded_once(dtype, tiny, tmp_path):
         half = 0.5 * torch.finfo(dtype).eps * exact.abs().clamp(min=torch.finfo(dtype).tiny)
         assert ((merged.double() - exact).abs() <= half * 1.01 + 1e-6).all(), place
     model.remove_lora()
-    assert all(torch.equal(weights(model)[place], before[place]) for place in before)
+    assert unchanged(model, before)
 
 
 def test_merged_for_good(model, tmp_path):
@@ -371,6 +383,7 @@ def text_width(width: int) -> dict[str, Tensor]:
 
 
 NAME = kohya(("unet", "mid.attn.blocks.0.attn1.q.weight"))
+PATH = path(("unet", "mid.attn.blocks.0.attn1.q.weight"))
 GOOD = {f"{NAME}.lora_down.weight": torch.ones(4, 128), f"{NAME}.lora_up.weight": torch.ones(128, 4)}
 
 
@@ -385,31 +398,30 @@ GOOD = {f"{NAME}.lora_down.weight": torch.ones(4, 128), f"{NAME}.lora_up.weight"
         (GOOD | {"lora_te2_text_model_x.alpha": torch.zeros(1)}, "a LoRA for SDXL, which is not supported"),
         ({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.zeros(4, 4)}, "a LoRA for Flux"),
         ({"transformer.single_transformer_blocks.0.x.lora_A.weight": torch.zeros(4, 4)}, "a LoRA for SD 3 or Flux"),
-        (GOOD | {f"{NAME}.lora_up.weight": torch.ones(99, 4)}, "1 of 1 of the wrong shape: .* is for 99x128"),
+        (GOOD | {f"{NAME}.lora_up.weight": torch.ones(99, 4)}, "1 of 1 layers of the wrong shape: .* is for 99x128"),
         (GOOD | {f"{NAME}.lora_up.weight": torch.ones(128, 5)}, "of the wrong shape"),
         (GOOD | {f"{NAME}.lora_up.weight": torch.ones(128)}, "of the wrong shape"),
         (GOOD | {f"{NAME}.lora_mid.weight": torch.ones(4, 4)}, "of the wrong shape"),
         (GOOD | {f"{NAME}.lora_down.weight": torch.ones(4, 128, 3, 3)}, "is for 128x128x3x3, the model's is 128x128"),
-        (GOOD | {"lora_unet_nowhere.lora_up.weight": torch.zeros(1)}, "1 of 3 keys have no place .* lora_unet_nowhere"),
-        (without(GOOD, "up"), f"1 halves of pairs missing: {NAME} without up"),
+        ({"lora_unet_nowhere.lora_up.weight": torch.zeros(1)}, "1 of 1 keys have no place .* lora_unet_nowhere"),
+        (without(GOOD, "up"), f"nothing to apply: 1 tensors without the other parts of its adapter .{NAME}.lora_down"),
         (GOOD | {f"{NAME}.alpha": torch.ones(2)}, "alpha is 2, expected one number"),
         (GOOD | {f"{NAME}.alpha": torch.tensor(float("nan"))}, "alpha of .* is not finite"),
         (GOOD | {f"{NAME}.lora_up.weight": torch.full((128, 4), float("inf"))}, "not finite"),
         (GOOD | {f"{NAME}.lora_up.weight": torch.ones(128, 4, dtype=torch.int8)}, "whole numbers"),
-        (GOOD | {f"{NAME}.lora_A.weight": torch.ones(4, 128)}, "two adapters in one file"),
-        (
-            GOOD | {f"unet.{path(('unet', 'mid.attn.blocks.0.attn1.q.weight'))}.lora.down.weight": torch.ones(4, 128)},
-            "two names for one weight",
-        ),
-        (GOOD | {f"{NAME}.dora_scale": torch.ones(128)}, "a DoRA .*which is not supported: LoRA and LoCon are"),
-        ({f"{NAME}.hada_w1_a": torch.ones(128, 4)}, "a LoHa"),
-        ({f"{NAME}.lokr_w1": torch.ones(8, 8)}, "a LoKr"),
-        ({f"{NAME}.diff": torch.ones(128, 128)}, "a LyCORIS file of full weights"),
+        (GOOD | {f"{NAME}.lora_A.weight": torch.zeros(4, 128)}, "two adapters for one weight: .* different numbers"),
+        (GOOD | {f"unet.{PATH}.lora.down.weight": torch.zeros(4, 128)}, "two adapters for one weight: .* different"),
+        (GOOD | {f"{NAME}.diff": torch.zeros(128, 128)}, "two adapters for one weight, .* and .* of"),
+        ({f"{NAME}.diff": torch.full((128, 128), float("nan"))}, "not finite"),
+        ({f"{NAME}.diff": torch.ones(64, 128)}, "1 of 1 layers of the wrong shape: .* is for 64x128"),
+        (GOOD | {f"{NAME}.dora_scale": torch.ones(64)}, "of the wrong shape: .*dora_scale is 64"),
+        ({f"{NAME}.oft_diag": torch.ones(8, 16, 16)}, "an OFT in LyCORIS's first format .* not supported"),
+        ({f"base_model.model.{PATH}.oft_R.default.weight": torch.ones(8, 8)}, "an OFT of PEFT"),
         ({"model.diffusion_model.out.2.weight": torch.ones(4)}, "not a LoRA .* a checkpoint is given with --ckpt"),
         ({"emb_params": torch.ones(1, 64)}, "an embedding with --embedding"),
         (
             {key.replace("0_self", "20_self"): x for key, x in text_width(64).items()},
-            "only layers of the text encoder that this model does not run",
+            "nothing to apply: 2 tensors of text encoder layers after the last one that is run",
         ),
     ],
 )
@@ -422,12 +434,6 @@ def test_one_line_for_what_does_not_fit(tensors, message, model, tmp_path):
     assert all(same(weights(model)[place], before[place]) for place in before)
 
 
-def test_layers_that_are_not_run_are_left_out(model, tmp_path):
-    more = {key.replace("0_self", "20_self"): x for key, x in text_width(64).items()}
-    model.add_lora(saved(tmp_path, GOOD | more))
-    assert list(model.loras) == ["style"]
-
-
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), "a"])
 def test_weights_that_are_no_numbers(weight, model, tmp_path):
     with pytest.raises(ValueError, match=r"must be a (finite )?number"):
@@ -437,7 +443,7 @@ def test_weights_that_are_no_numbers(weight, model, tmp_path):
 
 def test_names_are_taken_once(model, tmp_path):
     file = saved(tmp_path, GOOD)
-    with pytest.raises(ValueError, match="'style' is merged already"):
+    with pytest.raises(ValueError, match=f"{file}: 'style' is merged already"):
         model.add_loras([(file, 1), (file, 1)])
     assert model.loras == {}
     model.add_lora(file)
@@ -460,11 +466,14 @@ def test_hostile_settings(text, model, tmp_path):
 def test_every_matrix_of_the_original_unet_has_its_name(config, file):
     """kohya's prefix before the names of the key manifests: each leads to a weight of that shape."""
     shapes = places(build(config))
-    known = targets_by_name(config, list(shapes))
+    known = LayerNames(config, layers_of(list(shapes)))
     prefix = "model.diffusion_model."
     theirs = {key.removeprefix(prefix): entry[0] for key, entry in manifest(file).items() if key.startswith(prefix)}
     matrices = {key: shape for key, shape in theirs.items() if len(shape) > 1 and key.endswith(".weight")}
-    found = {known["lora_unet_" + key.removesuffix(".weight").replace(".", "_")]: s for key, s in matrices.items()}
+    found = {
+        weight_of(known.find("lora_unet_" + key.removesuffix(".weight").replace(".", "_"))): shape
+        for key, shape in matrices.items()
+    }
     assert len(found) == len(matrices) == sum(network == "unet" for network, _ in shapes)
     for place, shape in found.items():
         ours = shapes[place]
@@ -479,7 +488,7 @@ def test_every_module_of_diffusers_has_its_names(config, text_layers):
 
     networks = build(config)
     shapes = places(networks)
-    known = targets_by_name(config, list(shapes))
+    known = LayerNames(config, layers_of(list(shapes)))
     theirs = peers(networks, config, torch.float32)
     counts = {"attentions": 0, "convolutions": 0, "text": 0}
     for network, prefixes in (("unet", ["lora_unet_"]), ("text_encoder", ["lora_te_text_model_", "lora_te1_"])):
@@ -487,8 +496,8 @@ def test_every_module_of_diffusers_has_its_names(config, text_layers):
             if not isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
                 continue
             name = name.removeprefix("text_model.")
-            places_of = {known[prefix + name.replace(".", "_")] for prefix in prefixes} | {known[f"{network}.{name}"]}
-            (place,) = places_of
+            names = [f"{network}.{name}", *(prefix + name.replace(".", "_") for prefix in prefixes)]
+            (place,) = {weight_of(known.find(name)) for name in names}
             assert shapes[place] == tuple(module.weight.shape)[: len(shapes[place])] and place[0] == network
             kind = "text" if network == "text_encoder" else "attentions" if ".attentions." in name else "convolutions"
             counts[kind] += 1
@@ -516,7 +525,8 @@ def test_families_by_shape(config, width, message, tmp_path):
     name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_v"
     file = saved(tmp_path, cross_attention_at_full_size(name, width))
     if message is None:
-        assert list(read_lora(file, config, build(config)).pairs) == [("unet", "down.1.attn.0.blocks.0.attn2.v.weight")]
+        (target,) = read_lora(file, config, build(config)).changes
+        assert target == ("unet", "down.1.attn.0.blocks.0.attn2.v.weight")
         return
     with pytest.raises(CheckpointError, match=message):
         read_lora(file, config, build(config))
@@ -555,14 +565,14 @@ def test_families_by_shape(config, width, message, tmp_path):
     ],
 )  # fmt: skip
 def test_names_of_published_files(name, place):
-    assert FULL_NAMES[name] == (place[0], f"{place[1]}.weight")
+    assert FULL_NAMES.find(name) == place
 
 
 @pytest.mark.parametrize("config", [SD1, SD2, TINY])
 def test_no_name_is_ambiguous(config):
-    shapes = places(build(config))
-    one_by_one = [targets_by_name(config, [place]) for place in shapes]
-    assert len(targets_by_name(config, list(shapes))) == sum(map(len, one_by_one))
+    layers = layers_of(list(places(build(config))))
+    one_by_one = [LayerNames(config, [layer]).paths for layer in layers]
+    assert len(LayerNames(config, layers).paths) == sum(map(len, one_by_one))
 
 
 def test_diffusers_reads_kohya_as_we_do(model, tmp_path):

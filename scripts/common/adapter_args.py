@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from pathlib import Path
 
 import sd
+from sd.adapters.added import LoraFile
 
 from .cli import Parser
 from .output import ModelHash
@@ -20,8 +22,8 @@ def add_addon_arguments(parser: Parser) -> None:
     """--lora, --lora-dir, --embedding, --web-ui-prompts, --clip-skip."""
     group = parser.add_argument_group("add-ons")
     group.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
-        help="merge a LoRA file into the model; can be given several times (default weight: 1)",
+        "--lora", action="append", default=[], metavar="[NAME=]FILE[:WEIGHT]",
+        help="merge a LoRA or LyCORIS file into the model; can be given several times (default weight: 1)",
     )  # fmt: skip
     group.add_argument(
         "--lora-dir", type=Path, metavar="DIR",
@@ -65,6 +67,16 @@ def split_lora(text: str) -> tuple[Path, float]:
     return (Path(head), weight) if math.isfinite(weight) else (Path(text), 1.0)
 
 
+def split_name(text: str) -> tuple[str | None, str]:
+    """[NAME=]FILE[:WEIGHT] -> (name, FILE[:WEIGHT]). An existing file whose name contains "=" takes precedence."""
+    name, equals, rest = text.partition("=")
+    if not equals or split_lora(text)[0].exists() or set(name) & set("/\\"):
+        return None, text
+    if not name.strip() or not rest:
+        raise ValueError(f"--lora {text}: expected NAME=FILE, or NAME=FILE:WEIGHT")
+    return name.strip(), os.path.expanduser(rest)  # a shell does so at the beginning of a word only
+
+
 def split_embedding(text: str) -> tuple[Path, str | None]:
     """FILE[:WORD] -> (path, word)."""
     head, colon, tail = text.rpartition(":")
@@ -80,7 +92,9 @@ class AddOns:
 
     def __init__(self, args: argparse.Namespace, prompts: list[str]) -> None:
         self._web_ui, self._clip_skip = args.web_ui_prompts, args.clip_skip
-        self._loras = [split_lora(text) for text in args.lora]
+        named = [split_name(text) for text in args.lora]
+        self._loras = [split_lora(file) for _, file in named]
+        self._aliases = [name for name, _ in named]
         self._embeddings = [split_embedding(text) for text in args.embedding]
         self.of_prompts = PromptLoras(prompts, args.negative, args.web_ui_prompts, args.lora_dir)
         for path in (*(path for path, _ in (*self._loras, *self._embeddings)), *self.of_prompts.paths):
@@ -91,18 +105,22 @@ class AddOns:
 
     def give(self, model: sd.StableDiffusion, hashes: bool) -> None:
         """Merge the LoRAs, add the words and print them. `hashes` computes the hashes for the metadata."""
-        self._names = model.add_loras(self._loras, removable=False)
+        files = [LoraFile(*file, name) for file, name in zip(self._loras, self._aliases, strict=True)]
+        known = model.words
+        self._names = model.add_loras(files, removable=False)
         for name, (_, weight) in zip(self._names, self._loras, strict=True):
             print(f"LoRA {name}, weight {weight:g}", flush=True)
+        for added in [word for word in model.words if word not in known]:  # those in LoRA files
+            print(f"embedding {added}, vectors: {model.words[added]}", flush=True)
         for file, word in self._embeddings:
             for added in model.add_embedding(file, word):
                 self._words[added] = file
                 print(f"embedding {added}, vectors: {model.words[added]}", flush=True)
         if hashes:
             loras = [*(file for file, _ in self._loras), *self.of_prompts.paths]
-            files = [(file, file.suffix == ".safetensors") for file in loras]
-            files += [(file, False) for file, _ in self._embeddings]
-            self._hashes = {file: ModelHash(file, digits=12, tensors_only=only) for file, only in files}
+            hashed = [(file, file.suffix == ".safetensors") for file in loras]
+            hashed += [(file, False) for file, _ in self._embeddings]
+            self._hashes = {file: ModelHash(file, digits=12, tensors_only=only) for file, only in hashed}
 
     def prompt(self, prompt: str) -> str:
         """The prompt for the metadata, with its LoRAs in the syntax of other tools."""

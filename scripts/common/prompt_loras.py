@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import sd
+from sd.adapters.lora_formats import lora_name
 from sd.text.prompt_tags import Tag, lora_weight, take_loras
 
 ENDINGS = (".safetensors", ".pt", ".ckpt", ".bin")
-SAME_NAMES = ("pytorch_lora_weights", "adapter_model")  # what diffusers and PEFT call every file
 MAX_FILES = 100_000  # looked at: more is not a folder of LoRA files
 LISTED = 5  # files or names in an error message at most
 
@@ -21,8 +21,7 @@ LISTED = 5  # files or names in an error message at most
 class LoraFolder:
     """The LoRA files of a folder and the folders in it.
 
-    A file is found by its name without the ending, in upper or lower case; one that diffusers or PEFT named, which is
-    the same for all, by that of its folder. A name from a prompt is never used as a path. Raises ValueError for what is
+    A file is found by its name (`lora_name`), in upper or lower case. A name from a prompt is never used as a path. Raises ValueError for what is
     not a folder, or has more than 100,000 files.
     """
 
@@ -45,8 +44,7 @@ class LoraFolder:
                 raise ValueError(f"--lora-dir {folder}: more than {MAX_FILES:,} files in it")
             for file in map(Path(path).joinpath, sorted(files)):
                 if file.suffix.lower() in ENDINGS:
-                    name = file.parent.name if file.stem in SAME_NAMES else file.stem
-                    self._found.setdefault(name.casefold(), []).append(file)
+                    self._found.setdefault(lora_name(file).casefold(), []).append(file)
 
     def find(self, name: str) -> Path:
         """The file of a name. Raises ValueError if there is none, or several."""

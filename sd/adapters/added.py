@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 from torch import nn
 
 from ..config import Config
 from ..models.text_encoder import TextEncoder
-from ..text.tokenizer import Tokenizer
-from .lora import Merged
+from ..text.tokenizer import Note, Tokenizer, warn
+from .lora import Lora, Merged
 from .lora_formats import read_lora
 from .textual_inversion import Words, read_embedding
+
+
+class LoraFile(NamedTuple):
+    """A LoRA file to merge, its weight, and its name in the model; by default that of the file."""
+
+    path: str | os.PathLike[str]
+    weight: float = 1.0
+    name: str | None = None
 
 
 class Adapters:
@@ -30,20 +38,59 @@ class Adapters:
         self._config, self._keep = config, keep
         self.merged = Merged(networks)
         self.words = Words(tokenizer, cast(TextEncoder, networks["text_encoder"]))
+        self._words_of: dict[str, list[str]] = {}  # name of a LoRA -> words that were in its file
 
-    def add_loras(self, files: Sequence[tuple[str | os.PathLike[str], float]], removable: bool = True) -> list[str]:
+    def add_loras(self, files: Sequence[LoraFile], removable: bool = True, note: Note = warn) -> list[str]:
         """See `StableDiffusion.add_loras`."""
         if not files:
             return []
         networks = self.merged.networks
-        loras = [(read_lora(path, self._config, networks), weight) for path, weight in files]
+        read = [read_lora(file.path, self._config, networks) for file in files]
+        loras = self.merged.named(read, [file.name for file in files])
         self._keep(*networks)
-        self.merged.add(loras, removable)
-        return [lora.name for lora, _ in loras]
+        words: dict[str, list[str]] = {}
+        notes = [text for lora in loras for text in lora.notes]
+        try:
+            for lora in loras:
+                words[lora.name] = self._add_words(lora, notes)
+            idle = self.merged.add(
+                [(lora, file.weight) for lora, file in zip(loras, files, strict=True)], removable=removable
+            )
+        except BaseException:
+            self._remove_words([word for added in words.values() for word in added])
+            raise
+        if removable:
+            self._words_of |= words
+        notes += [f"the LoRA {name} changes nothing: its weight is 0, or its numbers are" for name in idle]
+        for text in notes:
+            note(text)
+        return [lora.name for lora in loras]
+
+    def _add_words(self, lora: Lora, notes: list[str]) -> list[str]:
+        """Add the words in a LoRA file, each unless it is taken; returns them."""
+        added = []
+        for word, vectors in lora.words.items():
+            try:
+                added += self.words.add({word: vectors})
+            except ValueError as error:
+                notes.append(f"the LoRA {lora.name} has an embedding that is not added: {error}")
+        return added
 
     def remove_loras(self, names: Sequence[str]) -> None:
         """Remove these, or all if there are no names."""
-        self.merged.remove(*_known(names, self.merged.weights, "LoRA"))
+        names = _known(names, self.merged.weights, "LoRA")
+        self.merged.remove(*names)
+        self._remove_words([word for name in names for word in self._words_of.pop(name, [])])
+
+    def _remove_words(self, words: Sequence[str]) -> None:
+        there = [word for word in words if word in self.words.counts]
+        if there:
+            self.words.remove(*there)
+
+    def forget_loras(self) -> None:
+        """See `StableDiffusion.forget_loras`."""
+        self.merged.forget()
+        self._words_of.clear()
 
     def add_embedding(self, path: str | os.PathLike[str], word: str | None = None) -> list[str]:
         """See `StableDiffusion.add_embedding`."""

@@ -1,72 +1,73 @@
-"""LoRA files: which of our weights each tensor changes, for the names of every tool; an unknown key is an error.
+"""LoRA and LyCORIS files: which of our weights each tensor changes, whatever tool wrote it.
 
-A weight has many names. As for checkpoints, the names are generated from ours and looked up; only the suffix of a key
-is parsed. To add another tool's names, add its suffix to `PARTS` and `_pairs`, its names to `_unet_names` and
-`_text_names`. To add another kind of adapter, such as DoRA, remove it from `OTHER_KINDS`, read its parts in `_pairs`,
-and extend `Pair` (lora.py).
+    lora_names.py     the layer that a key names
+    lora_parts.py     the part of an adapter that a key is, and the change that the parts make together
+    lora_settings.py  alpha in PEFT's settings
+    changes.py        the formula of each kind of change
 
-    kohya        lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight, .lora_up, .alpha
-                 lora_te_text_model_encoder_layers_0_mlp_fc1...; also lora_te1_, and the original's U-Net names
-    diffusers    unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight, .lora_B
-                 unet....attn1.processor.to_q_lora.down.weight; text_encoder....q_proj.lora_linear_layer.down.weight
-    PEFT         base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight
+What is understood is applied. The rest is counted and named in the notes of the `Lora`: layers that the model does not
+have, halves of pairs, rank 0, tensors of unknown kinds. Refused is a file of which nothing is understood, one for
+another model, and one with two different adapters for a weight, or with numbers that are not finite.
 
-alpha is given for each pair, once for the whole file, or in PEFT's settings; by default it is the rank.
+alpha is given for each layer, once for the whole file, or in PEFT's settings; by default it is the rank.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming
-from ..checkpoints.convert import listed, shape_text, squeezed
+from ..checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming, printable
+from ..checkpoints.convert import listed
 from ..checkpoints.folders import model_name
-from ..checkpoints.key_maps import UNET, diffusers_sources, original_sources
 from ..config import Config
-from .lora import Lora, Pair, Target
+from .changes import Change, Shape
+from .lora import Lora, Target
+from .lora_names import NUMBERED, Layer, LayerNames, numbered_layers
+from .lora_parts import LayerParts, Misfit, read_number, sound, split_key
+from .lora_settings import alpha_of, read_settings
 
 LAYERS = 32  # of the largest text encoder (bigG): files may have layers after the last one that is run
-SAME_NAMES = ("pytorch_lora_weights", "adapter_model")  # what diffusers and PEFT call every file
-LISTED = 5  # names in an error message at most: they are long
-MAX_SETTINGS = 1 << 20  # bytes of an adapter_config.json, or the same in metadata
+# What tools call every file: it is named after its folder; and what people call the only file of a repository.
+SAME_NAMES = frozenset({
+    "pytorch_lora_weights", "adapter_model", "pytorch_custom_diffusion_weights", "diffusion_pytorch_model",
+    "pytorch_model", "lora_weight",
+})  # fmt: skip
+ONLY_NAMES = frozenset({"lora", "lora_weights", "model", "adapter", "last"})
+LISTED = 3  # names in a message at most: they are long
+MAX_NOTE = 1000  # characters
+NARROW = {("unet", "conv_in"): 4}  # input channels that a file may have where the model, for inpainting, has more
 
-# The suffix of a key tells the part. PEFT may put the adapter's name before ".weight".
-PARTS = re.compile(
-    r"(?P<name>.+?)\.(?:lora_(?P<kohya>down|up|mid)\.weight|lora_(?P<peft>[AB])(?:\.[^.]+)?\.weight"
-    r"|(?:(?:lora|lora_linear_layer)\.)?(?P<diffusers>down|up)\.weight|(?P<alpha>alpha))"
-)
-PEFT = {"A": "down", "B": "up"}
-# Attention processors of diffusers before PEFT: layer of an attention -> its name there.
-PROCESSORS = {"to_q": "to_q_lora", "to_k": "to_k_lora", "to_v": "to_v_lora", "to_out.0": "to_out_lora"}
-TEXT_PROCESSORS = {"q_proj": "to_q_lora", "k_proj": "to_k_lora", "v_proj": "to_v_lora", "out_proj": "to_out_lora"}
+UNRUN = "of text encoder layers after the last one that is run"
+NO_LAYER = "of layers that this model does not have"
+NO_PART = "of no known kind of adapter"
+OTHER_WORDS = "of words for another text encoder"
 
+# The embeddings of a file: kohya's "bundle_emb.word.string_to_param.*", cloneofsimo's "<s1>".
+BUNDLED, BUNDLED_ENDS = "bundle_emb.", (".string_to_param.*", ".emb_params", ".clip_l")
 # Unsupported kinds of adapters, and unsupported models, by patterns of keys.
 OTHER_KINDS = (
-    (r"\.(dora_scale|lora_magnitude_vector)", "a DoRA"),
-    (r"\.hada_", "a LoHa"),
-    (r"\.lokr_", "a LoKr"),
-    (r"\.b?oft_|\.oft_diag", "an OFT"),
-    (r"\.on_input$", "an IA3"),
-    (r"\.[ab][12]\.weight$", "a GLoRA"),
-    (r"\.diff(_b)?$|\.[wb]_norm$", "a LyCORIS file of full weights, biases or norms"),
+    (r"\.oft_diag", "an OFT in LyCORIS's first format"),
+    (r"\.b?oft_[RS]", "an OFT of PEFT"),
+    (r"\.ia3_l", "an (IA)3 of PEFT"),
     (r"\.lora_embedding_", "a LoRA of word tables"),
-    (r"^bundle_emb\.", "a LoRA with embeddings in it"),
+    (r"\.vera_lambda|\.hra_|\.lora_ga|\.dyn_(up|down)|\.fourierft", "an adapter of another kind"),
+    (r"^bundle_emb\.|^<[^<>]+>$", "embeddings for another text encoder"),
 )
 OTHER_MODELS = (
-    (r"lora_te3_|text_encoder_3\.|lora_transformer_|transformer\.|lora_unet_joint_blocks_", "SD 3 or Flux"),
-    (r"(lora_unet_|diffusion_model\.|lycoris_)(double|single)_blocks", "Flux"),
+    (r"lora_te3_|text_encoder_3\.|lora_transformer_|transformer\.|lora_unet_joint_blocks_|.*\bt5xxl\b",
+     "SD 3 or Flux"),
+    (r"(.*[._])?(double|single)_blocks[._]", "Flux"),
     (r"lora_prior_unet_|prior\.", "Stable Cascade"),
-    (r"lora_te2_|text_encoder_2\.|.*transformer_blocks[._]1[._]|.*label_emb|.*add_embedding", "SDXL"),
-)
+    (r"lora_te2_|te2[._]|text_encoder_2\.|(text_encoders\.)?clip_g\.|lora_te2\.|.*transformer_blocks[._]1[._]"
+     r"|.*label_emb|.*add_embedding|conditioner\.embedders\.1\.", "SDXL"),
+)  # fmt: skip
 # by width of the text encoder
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 1280: "SDXL"}
 
@@ -74,251 +75,233 @@ FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SD
 def read_lora(path: str | os.PathLike[str], config: Config, networks: Mapping[str, nn.Module]) -> Lora:
     """Read a LoRA file for a model of this config, with these networks ("unet", "text_encoder").
 
-    Raises CheckpointError for a file that is not a LoRA, is for another model, of another kind, or has keys
-    that have no place in the model.
+    Raises CheckpointError for a file that is not a LoRA, is for another model, or is damaged.
     """
     path = Path(path)
     shapes = {
         (network, key): tuple(weight.shape)
         for network in ("unet", "text_encoder")
         for key, weight in networks[network].named_parameters()
-        if key.endswith(".weight") and weight.dim() > 1 and key not in ("token.weight", "position.weight")
     }
     with load_checkpoint(path) as file, naming(path):
-        return Lora(lora_name(path), dict(_pairs(file, config, shapes)))
+        return _Contents(file, config, shapes).lora(path)
 
 
 def lora_name(path: Path) -> str:
-    """The file's name without its ending, or its folder's name if the tool gives every file the same name."""
-    name = model_name(path)
-    return path.resolve().parent.name if name in SAME_NAMES else name
+    """The name of a LoRA file: the file's, or its folder's if the tool gives every file the same name.
+
+    In a cache of the Hugging Face hub, where files are links in folders named by hashes, it is the repository's name.
+
+    >>> lora_name(Path("/hub/models--someone--pixel-art/snapshots/0123abcd/pytorch_lora_weights.safetensors"))
+    'pixel-art'
+    """
+    path = Path(os.path.abspath(path))  # of the link, not of the file behind it
+    name, repository = model_name(path), _repository(path)
+    if repository and (name in SAME_NAMES | ONLY_NAMES or path.parent.name == "blobs"):
+        in_folder = path.parent.name != "blobs" and path.parent.parent.name != "snapshots"
+        return path.parent.name if in_folder else repository
+    return path.parent.name or name if name in SAME_NAMES else name
 
 
-def targets_by_name(config: Config, targets: Sequence[Target]) -> dict[str, Target]:
-    """Every name that LoRA files may use for these weights -> the weight."""
-    keys: dict[str, list[str]] = {"unet": [], "vae": [], "text_encoder": []}
-    for network, key in targets:
-        keys[network].append(key)
-    theirs = diffusers_sources(config, keys)
-    original = original_sources(config, {**keys, "text_encoder": []})
-    found: dict[str, Target] = {}
-    for key in keys["unet"]:
-        for name in _unet_names(theirs["unet"][key].key, original["unet"][key].key):
-            found[name] = "unet", key
-    for key in keys["text_encoder"]:
-        for name in _text_names(theirs["text_encoder"][key].key):
-            found[name] = "text_encoder", key
-    return found
+def _repository(path: Path) -> str | None:
+    """The name of the repository, without its owner, of a file in a cache of the hub."""
+    found = [part for part in path.parts if part.startswith("models--")]
+    return found[-1].removeprefix("models--").rpartition("--")[2] or None if found else None
 
 
-def _unet_names(diffusers: str, original: str) -> Iterator[str]:
-    path, old = diffusers.removesuffix(".weight"), original.removesuffix(".weight").removeprefix(UNET)
-    for name in (path, old):
-        yield "lora_unet_" + name.replace(".", "_")
-    yield from (f"diffusion_model.{old}", f"{UNET}{old}")
-    for prefix in ("", "unet.", "base_model.model.", "unet.base_model.model."):
-        yield prefix + path
-        for layer, processor in PROCESSORS.items():
-            if path.endswith(f".{layer}"):
-                attention = path.removesuffix(layer)
-                yield from (f"{prefix}{attention}processor.{processor}", f"{prefix}{attention}{processor}")
+def layers_of(targets: Sequence[Target]) -> list[Layer]:
+    """The layers of some weights."""
+    return list(dict.fromkeys((network, key.rpartition(".")[0]) for network, key in targets))
 
 
-def _text_names(diffusers: str) -> Iterator[str]:
-    short = diffusers.removesuffix(".weight").removeprefix("text_model.")
-    for path in (short, f"text_model.{short}"):  # transformers from version 5 on, and before
-        for prefix in ("lora_te_", "lora_te1_"):
-            yield prefix + path.replace(".", "_")
-        for prefix in (
-            "", "text_encoder.", "base_model.model.", "text_encoder.base_model.model.",
-            "text_encoders.clip_l.transformer.", "text_encoders.clip_h.transformer.",
-        ):  # fmt: skip
-            yield prefix + path
-            for layer, processor in TEXT_PROCESSORS.items():
-                if path.endswith(f".{layer}"):
-                    yield prefix + path.removesuffix(layer) + processor
+class _Contents:
+    """What the keys of a file are: parts of adapters of layers, words, and the rest."""
+
+    def __init__(self, file: Checkpoint, config: Config, shapes: Mapping[Target, Shape]) -> None:
+        self._file, self._config, self._shapes = file, config, shapes
+        layers = layers_of(list(shapes))
+        self._names, self._unrun = LayerNames(config, layers), _unrun_layers(config, layers)
+        self.parts: dict[Layer, LayerParts] = {}
+        self.words: dict[str, list[str]] = {}  # word -> its keys
+        self.rest: dict[str, list[str]] = {}  # reason -> the keys that have no effect for it
+        counted = self._counted(layers)
+        for key in file:
+            if key in counted:
+                self._add_part(key, *counted[key])
+            else:
+                self._add(key)
+        for parts in list(self.parts.values()):
+            for key, reason in parts.left_over():
+                self.rest.setdefault(reason, []).append(key)
+
+    def _add(self, key: str) -> None:
+        if word := _word(key):
+            self.words.setdefault(word, []).append(key)
+            return
+        found = split_key(key)
+        name, part = found or ("", "")
+        layer = self._names.find(name)
+        if layer is not None and (part != "weight" or f"{key.removesuffix('weight')}on_input" in self._file):
+            self._add_part(key, layer, part)
+        elif key != "alpha":
+            reason = NO_PART if found is None else UNRUN if self._unrun.find(name) else NO_LAYER
+            self.rest.setdefault(reason, []).append(key)
+
+    def _add_part(self, key: str, layer: Layer, part: str) -> None:
+        network, name = layer
+        weight, bias = self._shapes.get((network, f"{name}.weight"), ()), self._shapes.get((network, f"{name}.bias"))
+        keys = self.parts.setdefault(layer, LayerParts(self._file, {}, weight, bias)).keys
+        if (other := keys.setdefault(part, key)) == key:
+            return
+        if not _equal(self._file, key, other):
+            raise CheckpointError(f"two adapters for one weight: {other} and {key} have different numbers")
+        self.rest.setdefault("the same as others under another name", []).append(key)
+
+    def _counted(self, layers: list[Layer]) -> dict[str, tuple[Layer, str]]:
+        """The keys that count layers, "unet:0:up" -> layer and part, in the order of layers that the shapes show.
+
+        A pickle may hold the matrices of one network as a list, up and down in turn.
+        """
+        keys = {key: match for key in self._file if (match := NUMBERED.fullmatch(key))}
+        names = [{key: (f"{match[1]}:{int(match[2])}", match[3]) for key, match in keys.items()}]
+        if all(key.isdigit() and len(key) < 6 for key in self._file):
+            names = [
+                {key: (f"{network}:{int(key) // 2}", ("up", "down")[int(key) % 2]) for key in self._file}
+                for network in ("unet", "text_encoder")
+            ]
+        if not names[0]:
+            return {}
+        tables = numbered_layers(self._config, frozenset(layers), self._file.metadata)
+        tries = [
+            {key: (table[name], part) for key, (name, part) in named.items() if name in table}
+            for named in names
+            for table in tables
+        ]
+        return next((found for found in tries if found and self._all_fit(found)), tries[0])
+
+    def _all_fit(self, found: Mapping[str, tuple[Layer, str]]) -> bool:
+        for key, ((network, name), part) in found.items():
+            shape, weight = self._file.shape(key), self._shapes[network, f"{name}.weight"]
+            if len(shape) < 2 or not (shape[0] == weight[0] if part == "up" else shape[1] == weight[1]):
+                return False
+        return True
+
+    # --------------------------------------------------------------------------------------------------- the LoRA
+
+    def lora(self, path: Path) -> Lora:
+        """All of it, after checking that it fits the model."""
+        used = {layer: parts for layer, parts in self.parts.items() if parts.used()}
+        for layer, parts in used.items():
+            _check_family(layer, parts)
+        unknown = [key for reason in (NO_LAYER, NO_PART) for key in self.rest.get(reason, [])]
+        for pattern, model in OTHER_MODELS:
+            if any(re.match(pattern, key) for key in unknown):
+                raise CheckpointError(f"a LoRA for {model}, which is not supported (only Stable Diffusion 1.x and 2.x)")
+        words = dict(self._read_words())
+        if not used and not words:
+            self._refuse(unknown)
+        changes = dict(self._changes(used))
+        return Lora(lora_name(path), changes, words, self._notes(path), Path(os.path.realpath(path)))
+
+    def _changes(self, used: Mapping[Layer, LayerParts]) -> Iterator[tuple[Target, Change]]:
+        settings, wrong = read_settings(self._file), list[str]()
+        whole = read_number(self._file, "alpha") if "alpha" in self._file else None
+        for (network, name), parts in used.items():
+            key = next(iter(parts.keys.values()))
+
+            def alpha(rank: int, key: str = key, network: str = network) -> tuple[float | None, bool]:
+                return (whole, False) if whole is not None else alpha_of(settings, key, network)
+
+            inputs = NARROW.get((network, name))
+            try:
+                narrow = inputs if inputs is not None and parts.weight[1] > inputs else None
+                for leaf, change in parts.changes(alpha, narrow):
+                    yield (network, f"{name}.{leaf}"), change
+            except Misfit as misfit:
+                wrong.append(str(misfit))
+        if wrong:
+            what = f"{len(wrong)} of {len(used)} layers of the wrong shape"
+            raise CheckpointError(f"made for another model: {what}: {listed(wrong, '; ', LISTED)}")
+
+    def _read_words(self) -> Iterator[tuple[str, Tensor]]:
+        """The words in the file that fit the text encoder, and their vectors (n, D) in float32."""
+        text = self._config.text[0]
+        for word, keys in self.words.items():
+            shape = self._file.shape(keys[0])
+            count = shape[0] if len(shape) == 2 else 1
+            if len(keys) > 1 or len(shape) not in (1, 2) or shape[-1] != text.width or not 0 < count <= text.length - 2:
+                self.rest.setdefault(OTHER_WORDS, []).extend(keys)
+                continue
+            vectors = self._file[keys[0]]
+            if not sound(vectors):
+                raise CheckpointError(f"{keys[0]} holds numbers that are not finite, or whole numbers: a damaged file")
+            yield word, vectors.reshape(-1, text.width).float()
+
+    def _notes(self, path: Path) -> tuple[str, ...]:
+        """What of the file has no effect, in one line."""
+        if not self.rest:
+            return ()
+        count = sum(map(len, self.rest.values()))
+        reasons = "; ".join(f"{len(keys)} {why} ({listed(keys, most=LISTED)})" for why, keys in self.rest.items())
+        note = printable(f"{path.name}: {count} of {len(self._file)} tensors have no effect: {reasons}")
+        return (note if len(note) <= MAX_NOTE else note[: MAX_NOTE - 3] + "...",)
+
+    def _refuse(self, unknown: list[str]) -> None:
+        """Raise CheckpointError for a file of which nothing can be applied."""
+        for pattern, kind in OTHER_KINDS:
+            if found := [key for key in self._file if re.search(pattern, key)]:
+                raise CheckpointError(f"{kind} ({found[0]}), which is not supported")
+        others = {why: keys for why, keys in self.rest.items() if why not in (NO_LAYER, NO_PART)}
+        if others:
+            why, keys = max(others.items(), key=lambda item: len(item[1]))
+            more = f", and {len(unknown)} {NO_LAYER}" if unknown else ""
+            raise CheckpointError(f"nothing to apply: {len(keys)} tensors {why} ({listed(keys, most=LISTED)}){more}")
+        some = listed(unknown or list(self._file), most=LISTED)
+        if not any(re.search("lora|hada_|lokr_|oft_", key) for key in unknown):
+            raise CheckpointError(
+                f"not a LoRA ({some}): a checkpoint is given with --ckpt, an embedding with --embedding"
+            )
+        raise CheckpointError(f"{len(unknown)} of {len(self._file)} keys have no place in this model: {some}")
 
 
-def _pairs(file: Checkpoint, config: Config, shapes: Mapping[Target, tuple[int, ...]]) -> Iterator[tuple[Target, Pair]]:
-    """The changes in a file, after checking that all of its names and shapes fit."""
-    known = targets_by_name(config, list(shapes))
-    parts: dict[str, dict[str, str]] = {}  # name of a weight -> part of it -> key in the file
-    unknown: list[str] = []
-    beyond = _beyond(config, shapes)
-    for key in file:
-        match = PARTS.fullmatch(key)
-        name = match["name"] if match else ""
-        if match and name in known:
-            part = match["kohya"] or match["diffusers"] or PEFT.get(match["peft"]) or "alpha"
-            if part in parts.setdefault(name, {}):
-                raise CheckpointError(f"two adapters in one file: {parts[name][part]} and {key}")
-            parts[name][part] = key
-        elif not (match and name in beyond) and key != "alpha":
-            unknown.append(key)
-    _check_family(file, parts, known, shapes)
-    if unknown:
-        _refuse(file, unknown, bool(parts))
-    by_target: dict[Target, str] = {}
-    for name in parts:
-        if (other := by_target.setdefault(known[name], name)) != name:
-            raise CheckpointError(f"two names for one weight: {other} and {name}")
-    if not parts:
-        raise CheckpointError("changes only layers of the text encoder that this model does not run")
-    halves = [f"{name} without {part}" for name in parts for part in ("down", "up") if part not in parts[name]]
-    if halves:
-        raise CheckpointError(f"{len(halves)} halves of pairs missing: {listed(halves, most=LISTED)}")
-    _check_shapes(file, parts, known, shapes)
-    settings = _peft_config(file)
-    for name, keys in parts.items():
-        target = known[name]
-        down, up, *mid = (file[keys[part]] for part in ("down", "up", "mid") if part in keys)
-        if not all(map(_sound, (down, up, *mid))):
-            raise CheckpointError(f"{name} holds numbers that are not finite, or whole numbers: a damaged file")
-        yield target, Pair(down, up, mid[0] if mid else None, _scale(file, keys, name, target, down.shape[0], settings))
-
-
-def _sound(numbers: Tensor) -> bool:
-    """Whether all numbers are floats and finite. In pieces, because 8-bit floats have to be converted."""
-    pieces = numbers.flatten().split(1 << 20)
-    return numbers.is_floating_point() and all(bool(piece.float().isfinite().all()) for piece in pieces)
-
-
-def _beyond(config: Config, shapes: Mapping[Target, tuple[int, ...]]) -> dict[str, Target]:
-    """The names of weights in the text encoder's layers after the last one that is run."""
+def _unrun_layers(config: Config, layers: Sequence[Layer]) -> LayerNames:
+    """The names of layers of the text encoder after the last one that is run."""
     text = config.text[0]
-    first = [key for network, key in shapes if network == "text_encoder" and key.startswith("blocks.0.")]
+    first = [name for network, name in layers if network == "text_encoder" and name.startswith("blocks.0.")]
     more = [
-        ("text_encoder", key.replace("blocks.0.", f"blocks.{i}.", 1))
+        ("text_encoder", name.replace("blocks.0.", f"blocks.{i}.", 1))
         for i in range(text.layers, LAYERS)
-        for key in first
+        for name in first
     ]
     deeper = replace(text, layers=max(LAYERS, text.layers))
-    return targets_by_name(replace(config, text=(deeper, *config.text[1:])), more)
+    return LayerNames(replace(config, text=(deeper, *config.text[1:])), more)
 
 
-def _refuse(file: Checkpoint, unknown: list[str], some_known: bool) -> None:
-    """Raise CheckpointError that names the kind of file, if recognised, or its unknown keys."""
-    for pattern, model in OTHER_MODELS:
-        if any(re.match(pattern, key) for key in unknown):
-            raise CheckpointError(f"a LoRA for {model}, which is not supported (only Stable Diffusion 1.x and 2.x)")
-    for pattern, kind in OTHER_KINDS:
-        found = [key for key in unknown if re.search(pattern, key)]
-        if found:
-            raise CheckpointError(f"{kind} ({found[0]}), which is not supported: LoRA and LoCon are")
-    some = listed(unknown, most=LISTED)
-    if not some_known and not any("lora" in key for key in unknown):
-        raise CheckpointError(f"not a LoRA ({some}): a checkpoint is given with --ckpt, an embedding with --embedding")
-    raise CheckpointError(f"{len(unknown)} of {len(file)} keys have no place in this model: {some}")
+def _word(key: str) -> str | None:
+    """The word whose vectors a tensor has."""
+    if key.startswith(BUNDLED):
+        end = next((end for end in BUNDLED_ENDS if key.endswith(end)), None)
+        return key.removeprefix(BUNDLED).removesuffix(end) if end else None
+    return key if re.fullmatch("<[^<>]+>", key) else None
 
 
-def _check_family(
-    file: Checkpoint,
-    parts: Mapping[str, Mapping[str, str]],
-    known: Mapping[str, Target],
-    shapes: Mapping[Target, tuple[int, ...]],
-) -> None:
+def _equal(file: Checkpoint, key: str, other: str) -> bool:
+    """Whether two tensors of a file are the same, to the bit."""
+    if file.shape(key) != file.shape(other) or file.dtype(key) != file.dtype(other):
+        return False
+    one, two = (file[name].flatten().view(torch.uint8) if file.shape(name) else file[name] for name in (key, other))
+    return torch.equal(one, two)
+
+
+def _check_family(layer: Layer, parts: LayerParts) -> None:
     """Raise CheckpointError for a LoRA for another model family, whose text encoder has another width."""
-    for name, keys in parts.items():
-        network, key = known[name]
-        if network == "unet" and not key.endswith(("attn2.k.weight", "attn2.v.weight")):
-            continue
-        if network == "text_encoder" and key.endswith(".fc2.weight"):
-            continue
-        theirs, ours = file.shape(keys["down"])[1:2] if "down" in keys else (), shapes[network, key][1]
-        if theirs and theirs != (ours,):
-            what = "U-Net expects texts" if network == "unet" else "text encoder is"
-            raise CheckpointError(
-                f"made for {FAMILIES.get(theirs[0], 'another model')}, whose {what} {theirs[0]} wide, not {ours} as in "
-                f"this model ({name})"
-            )
-
-
-def _check_shapes(
-    file: Checkpoint,
-    parts: Mapping[str, Mapping[str, str]],
-    known: Mapping[str, Target],
-    shapes: Mapping[Target, tuple[int, ...]],
-) -> None:
-    wrong = []
-    for name, keys in parts.items():
-        network, key = known[name]
-        shape = shapes[network, key]
-        down, up = (squeezed(file.shape(keys[part]), 2) for part in ("down", "up"))
-        mid = file.shape(keys["mid"]) if "mid" in keys else None
-        if len(file.shape(keys["down"])) < 2 or len(file.shape(keys["up"])) < 2:
-            wrong.append(f"{keys['down']} is {shape_text(down)}, {keys['up']} {shape_text(up)}")
-            continue
-        rank = file.shape(keys["down"])[0]
-        out, width, *kernel = shape
-        if mid is not None:
-            made = (file.shape(keys["up"])[0], file.shape(keys["down"])[1], *mid[2:])
-            fits = len(mid) == 4 and mid[:2] == (rank, rank) and len(down) <= 2 and len(up) <= 2
-        else:
-            made = (file.shape(keys["up"])[0], *file.shape(keys["down"])[1:])
-            fits = len(up) <= 2
-        fits = fits and file.shape(keys["up"])[1] == rank and rank > 0
-        widened = (network, key) == ("unet", "conv_in.weight") and made == (out, 4, *kernel) and width == 9
-        if not fits or not (squeezed(made, 2) == squeezed(shape, 2) or widened):
-            wrong.append(f"{name} is for {shape_text(made)}, the model's is {shape_text(shape)}")
-    if wrong:
+    network, name = layer
+    if not (name.endswith(("attn2.k", "attn2.v")) if network == "unet" else name.endswith((".fc1", ".q", ".k", ".v"))):
+        return
+    made, ours = parts.shape_made(), parts.weight[1]
+    if made is not None and len(made) > 1 and made[1] != ours:
+        what = "U-Net expects texts" if network == "unet" else "text encoder is"
         raise CheckpointError(
-            f"made for another model: {len(wrong)} of {len(parts)} of the wrong shape: {listed(wrong, '; ', LISTED)}"
+            f"made for {FAMILIES.get(made[1], 'another model')}, whose {what} {made[1]} wide, not {ours} as in "
+            f"this model ({parts.keys[min(parts.keys)]})"
         )
-
-
-def _scale(
-    file: Checkpoint, keys: Mapping[str, str], name: str, target: Target, rank: int, settings: Mapping[str, Any]
-) -> float:
-    """The factor of one pair: alpha / r, or alpha / sqrt(r) for rsLoRA.
-
-    alpha is the pair's own, the file's, that in PEFT's settings, or r.
-    """
-    key = keys.get("alpha", "alpha")
-    if key in file:
-        if math.prod(file.shape(key)) != 1:
-            raise CheckpointError(f"{key} is {shape_text(file.shape(key))}, expected one number")
-        alpha, root = float(file[key].flatten()[0]), False
-    else:
-        alpha, root = _peft_alpha(settings, name, target, rank)
-    scale = alpha / (math.sqrt(rank) if root else rank)
-    if not math.isfinite(scale):
-        raise CheckpointError(f"the alpha of {name} is not finite: a damaged file")
-    return scale
-
-
-def _peft_config(file: Checkpoint) -> dict[str, Any]:
-    """PEFT's settings, from the file's metadata or an adapter_config.json beside it."""
-    text = file.metadata.get("lora_adapter_metadata")
-    beside = file.path.with_name("adapter_config.json")
-    try:
-        if text is None and model_name(file.path) == "adapter_model" and beside.is_file():
-            with open(beside, "rb") as stream:
-                text = stream.read(MAX_SETTINGS + 1).decode()
-        if text is not None and len(text) > MAX_SETTINGS:
-            raise ValueError(f"{len(text)} characters")
-        found = json.loads(text) if text is not None else {}
-    except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(f"the settings of its adapter cannot be read: {error!s:.100}") from None
-    return found if isinstance(found, dict) else {}
-
-
-def _peft_alpha(settings: Mapping[str, Any], name: str, target: Target, rank: int) -> tuple[float, bool]:
-    """alpha from PEFT's settings, and whether it is divided by the square root of the rank."""
-
-    def get(what: str) -> Any:
-        return settings.get(f"{target[0]}.{what}", settings.get(what))
-
-    alpha = get("lora_alpha")
-    patterns = get("alpha_pattern")
-    for layer, own in patterns.items() if isinstance(patterns, dict) else ():
-        if not re.fullmatch(r"[\w.-]+", layer):  # PEFT takes any regular expression
-            what = f"the settings of its adapter have the pattern {layer!r:.50}"
-            raise CheckpointError(f"{what}, which is not supported: expected the name of a layer")
-        if name == layer or name.endswith(f".{layer}"):
-            alpha = own
-            break  # the first match counts, as in PEFT
-    if alpha is None:
-        return float(rank), False
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or abs(alpha) > 1e6:
-        raise CheckpointError(f"the settings of its adapter say lora_alpha {alpha!r:.50}, expected a number")
-    return float(alpha), get("use_rslora") is True

@@ -14,6 +14,7 @@ EMBEDDING = f"this is a textual inversion embedding, {ADDITION}: give it with --
 SDXL = r"^conditioner\.embedders\.1\.|add_embedding\.linear_1"
 OTHERS: tuple[tuple[str, str], ...] = (
     (r"bitsandbytes__|\.quant_state|\.absmax$|\.qweight$|\.scales$", "this file is quantised, which is not supported"),
+    (r"^0$", f"this is a list of tensors without names, as LoRA files may be: {ADDITION}; give it with --lora"),
     (r"lora_|\.lora\.|_lora\.|\.hada_w|\.lokr_w|\.oft_", f"this is a LoRA, {ADDITION}: give it with --lora"),
     (r"^clip_g$", f"this is a textual inversion embedding for SDXL, {NOT_SUPPORTED}"),
     (r"^emb_params$|^string_to_param\.|^clip_l$", EMBEDDING),

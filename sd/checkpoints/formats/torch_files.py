@@ -267,6 +267,9 @@ def _contents(content: object, range_of: Callable[[str], ByteRange]) -> Contents
             tensors = inner
     if not tensors and isinstance(content, dict):
         tensors = _parameters(content, "string_to_param")
+    if isinstance(content, list) and len(content) % 2 == 0:  # pairs of matrices: the first LoRA files
+        pairs = [tensor for tensor in content if isinstance(tensor, Tensor) and len(tensor.shape) > 1]
+        tensors = {str(i): tensor for i, tensor in enumerate(pairs)} if len(pairs) == len(content) else {}
     if not tensors:
         names = [key[:30] for key in content if isinstance(key, str)] if isinstance(content, dict) else []
         what = f"holds no named tensors (but {', '.join(names[:5])})" if names else "holds no named tensors"

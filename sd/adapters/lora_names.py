@@ -1,0 +1,163 @@
+"""The names that LoRA files use for the layers of a model: generated from the key maps and looked up, not parsed.
+
+A layer has a path in diffusers' modules, one in the original's, and a place in cloneofsimo's count. Each tool writes
+one of them in its own way, behind words of its own:
+
+    kohya          lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q, lora_te_text_model_encoder_...;
+                   lora_te1_, and the original's paths, lora_unet_input_blocks_1_1_...
+    LyCORIS        lycoris_ in place of lora_unet_
+    OneTrainer     lora_unet.down_blocks.0..., lora_te.text_model...
+    diffusers      unet.down_blocks.0..., text_encoder.text_model...; also ...attn1.processor.to_q_lora
+    PEFT           base_model.model.down_blocks.0...
+    ComfyUI        diffusion_model.input_blocks.1.1..., text_encoders.clip_l.transformer.text_model..., clip_l....
+    torch.compile  _orig_mod. at any place
+    cloneofsimo    unet:0, text_encoder:7: the linear layers of attentions, counted
+
+So names are compared with "_" in place of all points and colons, after the words of the tools were taken off.
+
+>>> from sd.config import SD1
+>>> names = LayerNames(SD1, [("unet", "mid.attn.blocks.0.attn1.out"), ("text_encoder", "blocks.5.fc2")])
+>>> names.find("lora_unet_middle_block_1_transformer_blocks_0_attn1_to_out_0")
+('unet', 'mid.attn.blocks.0.attn1.out')
+>>> names.find("clip_l.text_model.encoder.layers.5.mlp.fc2")
+('text_encoder', 'blocks.5.fc2')
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import chain
+
+from ..checkpoints.key_maps import UNET, diffusers_sources, original_sources
+from ..config import Config
+
+Layer = tuple[str, str]  # network ("unet", "text_encoder") and our name of a layer in it
+
+# Words that tools put before a path -> the network that a word is about.
+WORDS = {
+    "lora_": None, "lycoris_": None, "base_model_": None, "model_": None, "module_": None,
+    "unet_": "unet", "diffusion_model_": "unet",
+    "te_": "text_encoder", "te1_": "text_encoder", "text_encoder_": "text_encoder", "text_encoders_": "text_encoder",
+    "clip_l_": "text_encoder", "clip_h_": "text_encoder", "clip_": "text_encoder", "transformer_": "text_encoder",
+    "cond_stage_model_": "text_encoder", "text_model_": "text_encoder",
+}  # fmt: skip
+LONGEST_FIRST = sorted(WORDS, key=len, reverse=True)
+COMPILED = "_orig_mod_"
+# In attention processors of diffusers before PEFT, the layers of an attention have other names.
+PROCESSORS = {
+    "to_q": ("processor_to_q",),
+    "to_k": ("processor_to_k",),
+    "to_v": ("processor_to_v",),
+    "to_out_0": ("to_out", "processor_to_out", "processor_to_out_0"),
+    "q_proj": ("to_q",),
+    "k_proj": ("to_k",),
+    "v_proj": ("to_v",),
+    "out_proj": ("to_out",),
+}
+AFTER_PATH = ("_lora_linear_layer", "_lora")  # what diffusers puts behind it
+
+NUMBERED = re.compile(r"(unet|text_encoder):(\d{1,5}):(up|down)")
+# The linear layers of a transformer block in the order of diffusers' modules in 2022, and from 2023 on.
+ATTENTION = ("q", "k", "v", "out")
+ORDERS = (("attn1", "ff", "attn2"), ("attn1", "attn2", "ff"))
+RESBLOCK = ("conv1", "time", "conv2", "skip")  # not every block has a skip layer
+CLASSES = {"unet": frozenset({"CrossAttention", "Attention", "GEGLU"}), "text_encoder": frozenset({"CLIPAttention"})}
+MAX_CLASSES = 1000  # characters of their list in a file's metadata
+
+
+def flat(name: str) -> str:
+    """A name with "_" in place of points and colons, and without torch.compile's word."""
+    return re.sub("[.:]", "_", name).replace(COMPILED, "")
+
+
+class LayerNames:
+    """Finds layers by the names that LoRA files use for them."""
+
+    def __init__(self, config: Config, layers: Iterable[Layer]) -> None:
+        keys: dict[str, list[str]] = {"unet": [], "vae": [], "text_encoder": []}
+        for network, layer in layers:
+            keys[network].append(f"{layer}.weight")
+        diffusers = diffusers_sources(config, keys)
+        original = original_sources(config, {**keys, "text_encoder": []})
+        self.paths: dict[str, Layer] = {}  # flat path -> layer
+        for network, theirs in chain(diffusers.items(), original.items()):
+            for key, source in theirs.items():
+                path = source.key.removesuffix(".weight").removeprefix(UNET)
+                for name in _ways(flat(path).removeprefix("text_model_")):
+                    self.paths[name] = network, key.removesuffix(".weight")
+
+    def find(self, name: str) -> Layer | None:
+        """The layer of this name, without the ending that says which part of an adapter a tensor is."""
+        name = flat(name)
+        for end in AFTER_PATH:
+            name = name.removesuffix(end)
+        network = None
+        while name not in self.paths:
+            word = next((word for word in LONGEST_FIRST if name.startswith(word)), None)
+            if word is None or (network and WORDS[word] not in (None, network)):
+                return None
+            network, name = WORDS[word] or network, name.removeprefix(word)
+        layer = self.paths[name]
+        return layer if network in (None, layer[0]) else None
+
+
+def _ways(path: str) -> Iterator[str]:
+    """The ways in which diffusers has written a path."""
+    yield path
+    for layer, others in PROCESSORS.items():
+        if path.endswith(f"_{layer}"):
+            yield from (path.removesuffix(layer) + other for other in others)
+
+
+def numbered_layers(config: Config, layers: Collection[Layer], metadata: Mapping[str, str]) -> list[dict[str, Layer]]:
+    """The layers as cloneofsimo's files count them, "unet:0", in each of the orders that there have been.
+
+    layers     all of the model
+    metadata   of the file: names the classes of modules whose layers were counted
+    """
+    classes = {network: _classes(metadata.get(network), usual) for network, usual in CLASSES.items()}
+    text = [f"blocks.{i}.attn.{name}" for i in range(config.text[0].layers) for name in ("k", "v", "q", "out")]
+    found = []
+    for order in ORDERS:
+        counted = {
+            "unet": _counted_unet(config, order, classes["unet"]),
+            "text_encoder": text if "CLIPAttention" in classes["text_encoder"] else [],
+        }
+        table: dict[str, Layer] = {}
+        for network, names in counted.items():
+            there = [(network, name) for name in names if (network, name) in layers]
+            table |= {f"{network}:{i}": layer for i, layer in enumerate(there)}
+        found.append(table)
+    return found
+
+
+def _counted_unet(config: Config, order: tuple[str, ...], classes: frozenset[str]) -> Iterator[str]:
+    """Our names of the counted layers, some of which may not exist: down, up, and then the middle, as in diffusers."""
+    cfg = config.unet
+    leaves = []
+    for part in order:
+        if part == "ff":
+            leaves += ["ff.proj"] if "GEGLU" in classes else []
+        elif classes & {"CrossAttention", "Attention"}:
+            leaves += [f"{part}.{name}" for name in ATTENTION]
+    levels = range(len(cfg.channels))
+    blocks = [(f"down.{i}", cfg.depth[i], cfg.blocks) for i in levels]
+    blocks += [(f"up.{i}", cfg.depth[i], cfg.blocks + 1) for i in reversed(levels)]
+    for name, depth, count in (*blocks, ("mid", cfg.middle_depth, 1)):
+        for i in range(count):
+            place = "mid.attn" if name == "mid" else f"{name}.attn.{i}"
+            yield from (f"{place}.blocks.{block}.{leaf}" for block in range(depth) for leaf in leaves)
+        if "ResnetBlock2D" in classes:
+            for i in range(2 if name == "mid" else count):
+                yield from (f"{name}.res.{i}.{leaf}" for leaf in RESBLOCK)
+
+
+def _classes(text: str | None, usual: frozenset[str]) -> frozenset[str]:
+    """The classes that a file names, as JSON; those that were usual if it names none."""
+    try:
+        found = json.loads(text) if text is not None and len(text) <= MAX_CLASSES else None
+    except (ValueError, RecursionError):
+        found = None
+    return frozenset(map(str, found)) if isinstance(found, list) else usual
