@@ -37,7 +37,9 @@ def parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_prompt_arguments(parser, "IMAGE", "MASK")
     group = arguments.add_image_arguments(parser, strength=1.0)
-    group.add_argument("--mask", metavar="FILE", help="white is generated (default: the transparent part of the image)")
+    group.add_argument(
+        "--mask", type=cli.home, metavar="FILE", help="white is generated (default: the transparent part of the image)"
+    )
     group.add_argument("--invert-mask", action="store_true", help="generate what the mask keeps, and keep the rest")
     group.add_argument(
         "--mask-blur", type=float, default=0.0, metavar="PIXELS", help="soften the mask's edge (default: %(default)s)"

@@ -43,6 +43,7 @@ from .checkpoints.placement import place
 from .conditioning import Conditioning, Network
 from .config import Config
 from .denoiser import Denoiser
+from .files import user_path
 from .imaging.masks import mask_channels
 from .imaging.tensors import to_tensor
 from .models.text_encoder import TextEncoder
@@ -100,6 +101,7 @@ class StableDiffusion:
     ) -> Self:
         """Load a checkpoint: a file in the original or our layout, or a diffusers folder; None is the embedded model.
 
+        path         "~" is the home folder, here and wherever the class takes a path
         device       "cuda", "cpu", "mps", ...; the best available if None
         dtype        "float32", "float16", "bfloat16" or a torch dtype; the best for the device if None
         low_memory   the networks take turns in the memory of the device (runtime/offload.py). On CPU and MPS they are
@@ -116,7 +118,8 @@ class StableDiffusion:
         dtype = find_dtype(dtype) if dtype is not None else best_dtype(device)
         if low_memory and compile:
             raise ValueError("low memory and compiling do not go together: compiled networks stay where they are")
-        files = ModelFiles(resource(EMBEDDED) if path is None else path, LoadOptions(**options))
+        options |= {name: user_path(options[name]) for name in ("vae", "text_encoder") if options.get(name) is not None}
+        files = ModelFiles(resource(EMBEDDED) if path is None else user_path(path), LoadOptions(**options))
         config, networks, used, about = place(files, device, dtype, low_memory, progress)
         # adapters hold the plain networks; with low memory they are used through an `Offload` of the same ones
         model = cls(config, **cast(dict[str, Any], networks), about=about)
@@ -373,7 +376,8 @@ class StableDiffusion:
 
         If not `removable`, the previous weights are not kept, which needs less memory.
         """
-        return self._adapters.add_loras([(path, number("weight", weight)) for path, weight in files], removable)
+        given = [(user_path(path), number("weight", weight)) for path, weight in files]
+        return self._adapters.add_loras(given, removable)
 
     def remove_lora(self, *names: str) -> None:
         """Remove LoRAs, all if no name is given. The weights are then bit for bit what they were before."""
@@ -392,7 +396,7 @@ class StableDiffusion:
         Raises CheckpointError for a file that is not an embedding, or one for another model; ValueError if the word is
         taken.
         """
-        return self._adapters.add_embedding(path, word)
+        return self._adapters.add_embedding(user_path(path), word)
 
     def remove_embedding(self, *words: str) -> None:
         """Remove words that were added, all if none is given."""

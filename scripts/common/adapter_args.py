@@ -9,7 +9,7 @@ from pathlib import Path
 
 import sd
 
-from .cli import Parser
+from .cli import Parser, home
 from .output import ModelHash
 
 LORA_TAG = re.compile(
@@ -21,11 +21,11 @@ def add_addon_arguments(parser: Parser) -> None:
     """--lora, --embedding, --weighted-prompts, --long-prompts."""
     group = parser.add_argument_group("add-ons")
     group.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
+        "--lora", type=home, action="append", default=[], metavar="FILE[:WEIGHT]",
         help="merge a LoRA file into the model; can be given several times (default weight: 1)",
     )  # fmt: skip
     group.add_argument(
-        "--embedding", "--textual-inversion", action="append", default=[], metavar="FILE[:WORD]",
+        "--embedding", "--textual-inversion", type=home, action="append", default=[], metavar="FILE[:WORD]",
         help="a textual inversion file, and its word in prompts (default: the word in the file, or the file name)",
     )  # fmt: skip
     group.add_argument(

@@ -17,7 +17,7 @@ from sd.runtime.device import DTYPES
 from sd.samplers import SAMPLERS
 from sd.schedule import SPACINGS
 
-from .cli import Parser
+from .cli import TEXT, Parser, file_path, home
 
 # other names of precisions; "autocast" in the original's scripts is the best for the device
 NICKNAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "full": "float32", "autocast": None}
@@ -32,10 +32,10 @@ def add_prompt_arguments(parser: Parser, *files: str) -> None:
     """The positional arguments PROMPT and `files`; --prompt, --negative, --from-file."""
     parser.usage = " ".join(["%(prog)s [PROMPT]", *(f"[{name}]" for name in files), "[options]"])
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("--prompt", metavar="TEXT", help="what to generate; may be empty")
-    parser.add_argument("--negative", "--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
+    parser.add_argument("--prompt", metavar=TEXT, help="what to generate; may be empty")
+    parser.add_argument("--negative", "--negative-prompt", default="", metavar=TEXT, help="what to steer away from")
     parser.add_argument(
-        "--from-file", type=Path, metavar="FILE", help='one prompt per line, UTF-8; "-" reads standard input'
+        "--from-file", type=file_path, metavar="FILE", help='one prompt per line, UTF-8; "-" reads standard input'
     )
 
 
@@ -63,7 +63,7 @@ def place_words(args: argparse.Namespace, *names: str) -> argparse.Namespace:
 def add_image_arguments(parser: Parser, strength: float) -> argparse._ArgumentGroup:
     """--init-img, --strength, --posterior, --background; returns their group, to which more can be added."""
     group = parser.add_argument_group("image")
-    group.add_argument("--init-img", "--init_img", "--image", metavar="FILE", help="the image to start from")
+    group.add_argument("--init-img", "--init_img", "--image", type=home, metavar="FILE", help="the image to start from")
     group.add_argument(
         "--strength", "--denoising-strength", type=float, default=strength, metavar="S",
         help="0 keeps the image, 1 starts from pure noise; this share of the steps is taken (default: %(default)s)",
@@ -101,7 +101,7 @@ def add_model_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--ckpt",
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help="checkpoint: .ckpt, .safetensors or a diffusers folder (default: the embedded model)",
     )
@@ -120,8 +120,8 @@ def add_model_arguments(parser: Parser) -> None:
     group.add_argument(
         "--prediction", choices=("eps", "v"), help="what the U-Net predicts: noise or velocity (default: detected)"
     )
-    group.add_argument("--vae", type=Path, metavar="FILE", help="load the VAE from this file or folder")
-    group.add_argument("--text-encoder", type=Path, metavar="FILE", help="text encoder from this file or folder")
+    group.add_argument("--vae", type=file_path, metavar="FILE", help="load the VAE from this file or folder")
+    group.add_argument("--text-encoder", type=file_path, metavar="FILE", help="text encoder from this file or folder")
     group.add_argument("--variant", metavar="NAME", help="variant of a diffusers folder: fp16, ...")
     group.add_argument("--device", help="cuda, cpu, mps (default: the best available)")
     group.add_argument(
@@ -187,7 +187,7 @@ def add_output_arguments(parser: Parser) -> None:
         help="images generated at once: more memory, faster on GPUs (default: 1)",
     )
     group.add_argument(
-        "--out", "--outdir", type=Path, default=Path("outputs"), metavar="PATH",
+        "--out", "--outdir", type=file_path, default=Path("outputs"), metavar="PATH",
         help="folder for numbered files, or a file name ending in .png (default: %(default)s)",
     )  # fmt: skip
     group.add_argument("--grid", action="store_true", help="also save all images as one grid")
@@ -241,6 +241,8 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
             raise ValueError("give either a prompt or --from-file")
         return [prompt]
     if str(file) == "-":
+        if sys.stdin is None:
+            raise ValueError("--from-file -: the standard input is closed: give the name of a file")
         raw = sys.stdin.buffer.read(PROMPT_FILE_LIMIT + 1)
     else:
         with open(file, "rb") as stream:

@@ -33,7 +33,7 @@ from sd.imaging.files import ImageFileError, read_image
 from sd.imaging.tensors import fit
 
 from .. import toy_world
-from ..common.cli import Parser
+from ..common.cli import Parser, home
 from .processes import Processes
 from .state import save_tensors
 
@@ -281,7 +281,12 @@ def find_source(args: argparse.Namespace, size: int, caption: str | None = None,
 def add_data_arguments(parser: Parser, scenes: int) -> None:
     """Add --data and its related options."""
     add = parser.add_argument_group("data").add_argument
-    add("--data", metavar="FOLDER", help="images with captions, or world: drawn scenes (default of new models)")
+    add(
+        "--data",
+        type=home,
+        metavar="FOLDER",
+        help="images with captions, or world: drawn scenes (default of new models)",
+    )
     add("--caption", metavar="TEXT", help="caption of images without one (default: that is an error)")
     add("--scenes", type=int, default=scenes, metavar="N", help="number of drawn scenes (default: %(default)s)")
     add("--size", type=int, metavar="PIXELS", help="side of the central square crop (default: native)")

@@ -334,16 +334,23 @@ def parameters(prompt: str, negative: str, settings: Mapping[str, object]) -> st
     return "\n".join(lines)
 
 
+def png_bytes(image: Image.Image, text: str | None = None) -> bytes:
+    """The contents of a PNG file, with `text` in its "parameters" chunk."""
+    info = PngImagePlugin.PngInfo()
+    if text:
+        info.add_text("parameters", text.encode("utf-8", "replace").decode("utf-8"))  # lone surrogates become "?"
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
 def save_png(image: Image.Image, path: Path, text: str | None = None) -> None:
     """Write a new PNG file atomically, with `text` in its "parameters" chunk.
 
     Raises FileExistsError if the file exists, OSError if it cannot be written.
     """
-    info = PngImagePlugin.PngInfo()
-    if text:
-        info.add_text("parameters", text.encode("utf-8", "replace").decode("utf-8"))  # lone surrogates become "?"
     with new_file(path) as partial:
-        image.save(partial, "PNG", pnginfo=info)
+        partial.write_bytes(png_bytes(image, text))
 
 
 def save_animation(frames: Sequence[Image.Image], path: Path, seconds: float = 0.2, last: float = 1.5) -> None:
