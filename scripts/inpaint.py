@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -23,11 +24,11 @@ if not __package__:  # run as a file: see bootstrap.py
 
 from PIL import ImageOps
 
-from sd.imaging.files import read_mask
-from sd.params import CONTENTS, Inpaint
+from sd.imaging.files import ImageFile, read_mask
+from sd.params import CONTENTS, Inpaint, TextToImage
 
 from .common import adapter_args, arguments, cli
-from .common.generate import about_init, generate
+from .common.generate import Source, about_init, generate
 
 MARGIN = 32  # pixels around the mask with --only-masked, as in other tools
 
@@ -89,17 +90,26 @@ def generate_images(args: argparse.Namespace) -> None:
         margin=args.margin if args.only_masked else None,
         posterior=args.posterior,
     )
+    digest = {} if args.mask is None else {"Mask hash": sha256(Path(args.mask).read_bytes()).hexdigest()[:10]}
+    generate(args, params, [lambda: Source(make, partial(about, args, init, digest))])
 
-    about = {
-        **about_init(args, init),
+
+def about(
+    args: argparse.Namespace, init: ImageFile, digest: Mapping[str, object], request: TextToImage
+) -> dict[str, object]:
+    """The entries about image and mask in the metadata."""
+    assert isinstance(request, Inpaint)
+    return {
+        **about_init(args, init, request),
         "Mask": "alpha" if args.mask is None else Path(args.mask).name,
-        **({"Mask hash": sha256(Path(args.mask).read_bytes()).hexdigest()[:10]} if args.mask is not None else {}),
+        **digest,
         **({"Mask mode": "Inpaint not masked"} if args.invert_mask else {}),
-        **({"Mask blur": f"{args.mask_blur:g}"} if args.mask_blur else {}),
-        **({"Masked content": args.content} if args.strength < 1 else {}),
-        **({"Inpaint area": "Only masked", "Masked area padding": args.margin} if args.only_masked else {}),
+        **({"Mask blur": f"{request.blur:g}"} if request.blur else {}),
+        **({"Masked content": request.content} if request.strength < 1 else {}),
+        **(
+            {"Inpaint area": "Only masked", "Masked area padding": request.margin} if request.margin is not None else {}
+        ),
     }
-    generate(args, params, make, about)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ if not __package__:  # run as a file: see bootstrap.py
 from sd.params import TextToImage
 
 from .common import adapter_args, arguments, cli
-from .common.generate import generate
+from .common.generate import Source, generate
 
 
 def parser() -> cli.Parser:
@@ -34,7 +34,7 @@ def parser() -> cli.Parser:
 def generate_images(args: argparse.Namespace) -> None:
     """Check, load, generate, save."""
     args = arguments.place_words(args)
-    generate(args, arguments.sampling_params(args), TextToImage)
+    generate(args, arguments.sampling_params(args), [lambda: Source(TextToImage)])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -273,6 +273,7 @@ class ImageToImage(_FromImage):
 
     strength: float = setting(0.75, "this share of the steps is taken; 0 keeps the image, 1 starts from pure noise")
     fit: str = setting("crop", "how to reach the size generated at: crop the image, or pad it with its edge pixels")
+    match_colours: bool = setting(False, "give the result the mean and covariance of the colours of the image")
 
     def __post_init__(self) -> None:
         super().__post_init__()

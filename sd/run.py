@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .denoiser import keep_known
+from .imaging.colours import match_colours
 from .imaging.files import WHITE, flatten
 from .imaging.masks import Canvas, latent_mask, mask_channels, masked_image, prepare_mask, surroundings, widened
 from .imaging.tensors import Box, fit, frame, to_tensor
@@ -230,7 +231,13 @@ def image_to_image(model: StableDiffusion, request: ImageToImage) -> Run:
         x = model.schedule.add_noise(z, noise, run.levels[0]) if len(run) else z
     concat = model.blank_concat(shape) if model.is_inpainting else None
     denoise = model.denoiser(run.context, run.uncond, params.guidance, concat)
-    return run.begin(Start(x, denoise, finish=lambda generated: generated.crop(inside)))
+    original = image.crop(inside)
+
+    def finish(generated: Image.Image) -> Image.Image:
+        generated = generated.crop(inside)
+        return match_colours(generated, original) if request.match_colours else generated
+
+    return run.begin(Start(x, denoise, finish=finish))
 
 
 def inpaint(model: StableDiffusion, request: Inpaint) -> Run:

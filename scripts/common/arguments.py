@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import secrets
-import sys
 from pathlib import Path
 
 from PIL import ImageColor
@@ -22,7 +21,6 @@ from .cli import TEXT, Parser, file_path, home
 # other names of precisions; "autocast" in the original's scripts is the best for the device
 NICKNAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "full": "float32", "autocast": None}
 OLD_OPTIONS = {"eta": ("--ddim_eta",)}  # names in the original's scripts
-PROMPT_FILE_LIMIT = 16 << 20  # bytes
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 ANIMATIONS = ("webp", "gif")
 STEP_MODES = ("decoded", "linear")
@@ -35,7 +33,10 @@ def add_prompt_arguments(parser: Parser, *files: str) -> None:
     parser.add_argument("--prompt", metavar=TEXT, help="what to generate; may be empty")
     parser.add_argument("--negative", "--negative-prompt", default="", metavar=TEXT, help="what to steer away from")
     parser.add_argument(
-        "--from-file", type=file_path, metavar="FILE", help='one prompt per line, UTF-8; "-" reads standard input'
+        "--from-file",
+        type=file_path,
+        metavar="FILE",
+        help='one prompt per line, UTF-8; "-" reads standard input; .jsonl: {"prompt": "a cat", "seed": 7} per line',
     )
 
 
@@ -53,7 +54,7 @@ def place_words(args: argparse.Namespace, *names: str) -> argparse.Namespace:
         hint = "" if given or names else ": a prompt of several words needs quotes"
         raise ValueError(f"{args.words[len(free)]!r} is one word too many{why}{hint}")
     for name, word in zip(free, args.words, strict=False):
-        setattr(args, name, word)
+        setattr(args, name, word if name == "prompt" else home(word))
     prompt = Path(args.prompt or "")
     if "prompt" in free and prompt.suffix.lower() in IMAGES and prompt.is_file():
         raise ValueError(f"{prompt} is an image: the prompt comes first, then the files")
@@ -232,37 +233,15 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     )
 
 
-def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
-    """The prompt, or the lines of a UTF-8 file ("-" is standard input) that are not blank."""
-    if prompt is not None and file is not None:
-        raise ValueError("give a prompt or --from-file, not both")
-    if file is None:
-        if prompt is None:
-            raise ValueError("give either a prompt or --from-file")
-        return [prompt]
-    if str(file) == "-":
-        if sys.stdin is None:
-            raise ValueError("--from-file -: the standard input is closed: give the name of a file")
-        raw = sys.stdin.buffer.read(PROMPT_FILE_LIMIT + 1)
-    else:
-        with open(file, "rb") as stream:
-            raw = stream.read(PROMPT_FILE_LIMIT + 1)
-    if len(raw) > PROMPT_FILE_LIMIT:
-        raise ValueError(f"{file}: larger than {PROMPT_FILE_LIMIT >> 20} MB, too large for a list of prompts")
-    try:
-        lines = raw.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"{file}: not UTF-8 text; save it as UTF-8") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{file}: no prompts in it")
-    return prompts
-
-
 def read_init(args: argparse.Namespace, background: tuple[int, int, int] | None) -> ImageFile:
     """The image given by --init-img. Without a background, the colours of transparent pixels are kept."""
+    return read_image(init_path(args), background)
+
+
+def init_path(args: argparse.Namespace) -> Path:
+    """The path given by --init-img."""
     if args.init_img is None:
         raise ValueError("give the image to start from, after the prompt or with --init-img")
     if "://" in args.init_img:
         raise ValueError(f"{args.init_img}: URLs are not fetched; download the image first")
-    return read_image(args.init_img, background)
+    return Path(args.init_img)
