@@ -25,6 +25,7 @@ if not __package__:  # run as a file: see bootstrap.py
 from PIL import ImageOps
 
 from sd.imaging.files import ImageFile, read_mask
+from sd.imaging.mask_forms import NEARLY
 from sd.params import CONTENTS, Inpaint, TextToImage
 
 from .common import adapter_args, arguments, cli
@@ -77,7 +78,7 @@ def generate_images(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.init_img}: no part of it is transparent: give a mask with --mask")
     if args.invert_mask:
         mask = ImageOps.invert(mask)
-    if mask.getbbox() is None:
+    if not any(mask.histogram()[NEARLY + 1 :]):
         raise ValueError("the mask is empty (all black): nothing would be generated; --invert-mask?")
 
     make = partial(
