@@ -84,6 +84,9 @@ class SamplingParams:
     guidance_rescale: float = setting(0.0, "share of the contrast that guidance adds to take back, 0 to 1")
     seed: int = setting(0, "0 to 2^64 - 1; image k of a request has seed + k")
     n: int = setting(1, "images per prompt")
+    exact: bool = setting(
+        False, "each image is to the bit what it is alone, whatever the batch, which is no faster then"
+    )
     height: int | None = setting(None, "in pixels, a multiple of 8")
     width: int | None = setting(None, "in pixels, a multiple of 8")
     rng: str = setting("torch-cpu", f"whose random numbers: {', '.join(RNGS)}")

@@ -5,7 +5,8 @@
 Random numbers: image i of a request has its own CPU generator, seeded with seed + i. It draws float32 tensors of the
 shape of the latents (C, h, w), in this order: for the posterior sample of the encoded image, if there is one; for that
 of the image with its masked part hidden, if the model has 9 channels; the initial noise; then, with a stochastic
-sampler, the noise of each step. So an image depends neither on its batch nor on the device.
+sampler, the noise of each step. So the noise of an image depends neither on its batch nor on the device; how its steps
+are rounded does, unless the request is `exact`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .denoiser import keep_known
+from .denoiser import keep_known, one_by_one
 from .imaging.colours import match_colours
 from .imaging.files import WHITE, flatten
 from .imaging.masks import Canvas, latent_mask, mask_channels, masked_image, prepare_mask, surroundings, widened
@@ -127,7 +128,10 @@ class Run(Iterator[Step]):
             long_prompts=request.long_prompts,
             note=notes.append,
         )
-        context = request.prompt if isinstance(request.prompt, Tensor) else encode(request.prompt)
+        context = request.prompt
+        if not isinstance(context, Tensor):
+            texts = [[text] for text in context] if params.exact else [context]
+            context = torch.cat(model.same_length(*map(encode, texts)))
         M, D = model.config.text[0].length, model.config.unet.context
         if context.dim() != 3 or 0 in context.shape or context.shape[1] % M or context.shape[2] != D:
             raise ValueError(f"a context must be (B, k x {M}, {D}), got {tuple(context.shape)}")
@@ -146,6 +150,22 @@ class Run(Iterator[Step]):
         sampler = SAMPLERS[self.params.sampler]
         self._steps = sampler.run(start.denoise, start.x, self.levels, noise=self.noise, **self.params.options)
         return self
+
+    def denoiser(self, concat: Tensor | None = None) -> Denoise:
+        """The denoiser of this run; `concat` (B or 1, E, h, w) is for inpainting models."""
+        guidance, uncond = self.params.guidance, self.uncond
+        if not self.params.exact:
+            return self.model.denoiser(self.context, uncond, guidance, concat)
+
+        def own(inputs: Tensor | None, i: int) -> Tensor | None:
+            return inputs if inputs is None or inputs.shape[0] == 1 else inputs[i : i + 1]
+
+        return one_by_one(
+            [
+                self.model.denoiser(self.context[i : i + 1], own(uncond, i), guidance, own(concat, i))
+                for i in range(len(self.context))
+            ]
+        )
 
     def noise(self, like: Tensor) -> Tensor:
         """Fresh unit normal noise in the shape of a tensor (B, ...), each image's from its own generator."""
@@ -205,7 +225,7 @@ def text_to_image(model: StableDiffusion, request: TextToImage) -> Run:
     run = Run(model, request, params, [])
     x = draw(run.rngs, shape, model.device)
     concat = model.blank_concat(shape) if model.is_inpainting else None
-    return run.begin(Start(x, model.denoiser(run.context, run.uncond, params.guidance, concat)))
+    return run.begin(Start(x, run.denoiser(concat)))
 
 
 def image_to_image(model: StableDiffusion, request: ImageToImage) -> Run:
@@ -230,7 +250,7 @@ def image_to_image(model: StableDiffusion, request: ImageToImage) -> Run:
         noise = draw(run.rngs, shape, model.device)
         x = model.schedule.add_noise(z, noise, run.levels[0]) if len(run) else z
     concat = model.blank_concat(shape) if model.is_inpainting else None
-    denoise = model.denoiser(run.context, run.uncond, params.guidance, concat)
+    denoise = run.denoiser(concat)
     original = image.crop(inside)
 
     def finish(generated: Image.Image) -> Image.Image:
@@ -274,7 +294,7 @@ def inpaint(model: StableDiffusion, request: Inpaint) -> Run:
         noised = model.schedule.add_noise(known, x, run.levels[0]) if len(run) else known
         from_noise = request.strength == 1 or (request.content == "noise" and len(run) > 0)
         x = torch.where(hole > 0, x, noised) if from_noise else noised
-    denoise: Denoise = model.denoiser(run.context, run.uncond, params.guidance, concat)
+    denoise = run.denoiser(concat)
     if model.is_inpainting or known is None:
         return run.begin(Start(x, denoise, finish=canvas.paste))
     z = known

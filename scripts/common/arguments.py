@@ -188,6 +188,10 @@ def add_output_arguments(parser: Parser) -> None:
         help="images generated at once: more memory, faster on GPUs (default: 1)",
     )
     group.add_argument(
+        "--exact", action="store_true",
+        help="images are the same to the bit whatever --batch-size, which is then no faster",
+    )  # fmt: skip
+    group.add_argument(
         "--out", "--outdir", type=file_path, default=Path("outputs"), metavar="PATH",
         help="folder for numbered files, or a file name ending in .png (default: %(default)s)",
     )  # fmt: skip
@@ -227,6 +231,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
         guidance=args.guidance,
         seed=args.seed,
         n=args.n,
+        exact=args.exact,
         height=args.height,
         width=args.width,
         options={name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None},
