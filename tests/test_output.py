@@ -125,6 +125,16 @@ def test_images_that_cannot_be_saved_in_their_folder_go_to_another(tmp_path, mon
         place.save(IMAGE)
 
 
+def test_a_full_disk_is_said_before_the_work(tmp_path, monkeypatch):
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, os.strerror(28), str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        Output(tmp_path)
+    assert names(tmp_path) == []
+
+
 def test_a_full_disk_loses_no_image(tmp_path, monkeypatch):
     def full(path: Path):
         if "sd-images-" not in str(path):

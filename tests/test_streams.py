@@ -96,7 +96,7 @@ def test_streams_of_a_caller_stay(monkeypatch, capsys):
         assert cli.run(lambda args: 1 / 0, cli.Parser(), []) == 1
     assert None not in seen and capsys.readouterr().err == "error: division by zero\n"
     monkeypatch.undo()
-    assert not isinstance(sys.stdout, streams.Output)
+    assert not isinstance(sys.stdout, streams.SafeStream)
 
 
 @POSIX

@@ -48,6 +48,7 @@ class ModelHash:
 
 
 NUMBERS = 10**9  # numbers in names are below this
+PROBE = 1 << 16  # bytes, as a small image has
 LONG_SUFFIX = len("-grid-999999999.png")
 
 
@@ -67,9 +68,9 @@ class Output:
         self.folder = path.parent if named else path
         self._next: dict[str, int] = {}  # name -> the number to append next
         self.folder.mkdir(parents=True, exist_ok=True)
-        probe = self.folder / f".{secrets.token_hex(8)}"  # raises for an unwritable folder before the work
+        probe = self.folder / f".{secrets.token_hex(8)}"  # raises for an unwritable folder or a full disk
         try:
-            probe.touch(exist_ok=False)
+            probe.write_bytes(bytes(PROBE))
         finally:
             probe.unlink(missing_ok=True)
         if named:

@@ -62,7 +62,7 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, stop)
 
 
-class Output:
+class SafeStream:
     """A text stream that never fails: characters that it lacks are escaped, and without a reader text is dropped."""
 
     def __init__(self, stream: TextIO, name: str) -> None:
@@ -110,7 +110,7 @@ def standard_streams() -> Iterator[None]:
         def usable(stream: TextIO | None, name: str) -> TextIO:
             if stream is None:
                 stream = opened.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            return stream if isinstance(stream, Output) else cast(TextIO, Output(stream, name))
+            return stream if isinstance(stream, SafeStream) else cast(TextIO, SafeStream(stream, name))
 
         sys.stdout, sys.stderr = usable(sys.stdout, "output"), usable(sys.stderr, "errors")
         ours = sys.stdout, sys.stderr
