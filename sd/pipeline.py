@@ -376,8 +376,7 @@ class StableDiffusion:
 
         If not `removable`, the previous weights are not kept, which needs less memory.
         """
-        given = [(user_path(path), number("weight", weight)) for path, weight in files]
-        return self._adapters.add_loras(given, removable)
+        return self._adapters.add_loras([(user_path(p), number("weight", w)) for p, w in files], removable)
 
     def remove_lora(self, *names: str) -> None:
         """Remove LoRAs, all if no name is given. The weights are then bit for bit what they were before."""

@@ -24,6 +24,7 @@ from scripts.common import output
 from sd.checkpoints.detect import CONFIG_KEY
 from sd.checkpoints.export import to_own
 from sd.config import ScheduleConfig
+from sd.runtime import kernel_choice
 from sd.schedule import Schedule, to_zero_snr
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,6 +123,20 @@ def test_batches_give_the_same_images_and_numbers_go_on(generate, tmp_path):
     for single, batched in (("out/00001.png", 4), ("kept.png", 5), ("out/00003.png", 6)):
         assert np.abs(pixels(single) - pixels(f"out/0000{batched}.png")).max() <= 1
     assert pixels("out/00007-grid.png").shape == (128, 128, 3)
+
+
+def test_exact_images_do_not_depend_on_measured_kernels(generate, tmp_path, monkeypatch):
+    """Whichever kernels would be the faster ones in this run."""
+    made = []
+    for fast in (False, True):
+        monkeypatch.setattr(kernel_choice, "_seconds", lambda *runs, fast=fast: [0, 1] if fast else [1, 0])
+        monkeypatch.setattr(kernel_choice, "_measured", {})
+        size = ("--batch-size", "2") if fast else ()
+        assert generate("a", "--n", "2", "--seed", "1", "--dtype", "bfloat16", "--exact", *size)[0] == 0
+        assert not kernel_choice._measured
+    for name in range(1, 5):
+        made.append(np.asarray(Image.open(tmp_path / "out" / f"0000{name}.png")))
+    assert np.array_equal(made[0], made[2]) and np.array_equal(made[1], made[3])
 
 
 def test_prompt_files(generate, tmp_path):

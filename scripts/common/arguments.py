@@ -189,7 +189,7 @@ def add_output_arguments(parser: Parser) -> None:
     )
     group.add_argument(
         "--exact", action="store_true",
-        help="images are the same to the bit whatever --batch-size, which is then no faster",
+        help="images are the same to the bit in each run and whatever --batch-size; slower, in batches and on CPUs",
     )  # fmt: skip
     group.add_argument(
         "--out", "--outdir", type=file_path, default=Path("outputs"), metavar="PATH",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from sd.params import MAX_SEED, POSTERIORS, ImageToImage, Inpaint, SamplingParam
 from sd.pipeline import EMBEDDED
 from sd.resources import resource
 from sd.run import Run
+from sd.runtime import kernel_choice
 from sd.runtime.device import dtype_name
 from sd.samplers import SAMPLERS
 from sd.text.prompt_syntax import chunks
@@ -159,7 +161,13 @@ def generate(args: argparse.Namespace, params: SamplingParams, openers: Sequence
     """Generate the images of all sources and prompts, and save each batch when it is ready.
 
     Of several sources, those that cannot be used are skipped with a warning, and a ValueError at the end counts them.
+    With --exact, kernels are not chosen by measuring: the choice could be another one in the next run of the program.
     """
+    with kernel_choice.prefer("plain") if args.exact else contextlib.nullcontext():
+        _generate(args, params, openers)
+
+
+def _generate(args: argparse.Namespace, params: SamplingParams, openers: Sequence[Opener]) -> None:
     lines = read_prompts(args.prompt, args.from_file)
     skipped: list[str] = []
     sources = opened(openers, skipped)
