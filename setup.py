@@ -42,16 +42,16 @@ setup(
     extras_require={"study": STUDY, "references": REFERENCES, "test": TESTS},
     entry_points={
         "console_scripts": [
-            "sd-txt2img = sd.scripts.txt2img:main",
-            "sd-img2img = sd.scripts.img2img:main",
-            "sd-inpaint = sd.scripts.inpaint:main",
-            "sd-convert = sd.scripts.convert:main",
-            "sd-train = sd.scripts.train:main",
-            "sd-train-text = sd.scripts.train_text:main",
-            "sd-train-vae = sd.scripts.train_vae:main",
-            "sd-evaluate = sd.scripts.evaluate:main",
-            "sd-bench = sd.scripts.bench:main",
-            "sd-study = sd.scripts.study:main",
+            "sd-txt2img = sd.scripts.installed:txt2img",
+            "sd-img2img = sd.scripts.installed:img2img",
+            "sd-inpaint = sd.scripts.installed:inpaint",
+            "sd-convert = sd.scripts.installed:convert",
+            "sd-train = sd.scripts.installed:train",
+            "sd-train-text = sd.scripts.installed:train_text",
+            "sd-train-vae = sd.scripts.installed:train_vae",
+            "sd-evaluate = sd.scripts.installed:evaluate",
+            "sd-bench = sd.scripts.installed:bench",
+            "sd-study = sd.scripts.installed:study",
         ]
     },
 )

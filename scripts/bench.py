@@ -62,7 +62,10 @@ def parser() -> cli.Parser:
         help="implementations to compare with (default: all that can run; none: --peers alone)",
     )
     parser.add_argument(
-        "--ckpt", type=Path, metavar="FILE", help="checkpoint (default: Stable Diffusion 1.x with random weights)"
+        "--ckpt",
+        type=cli.file_path,
+        metavar="FILE",
+        help="checkpoint (default: Stable Diffusion 1.x with random weights)",
     )
     parser.add_argument("--tiny", action="store_true", help="a small network with random weights, to try this program")
     parser.add_argument("--device", help="cuda, cpu, mps (default: the best available)")
@@ -77,10 +80,12 @@ def parser() -> cli.Parser:
         "--batches", nargs="+", type=int, default=[], metavar="N", help="also batches of N images: the U-Net"
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write machine, versions and all figures to a new file"
+        "--json", type=cli.file_path, metavar="FILE", help="write machine, versions and all figures to a new file"
     )
-    parser.add_argument("--compare", type=Path, metavar="FILE", help="print the change since such a file")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="print the tables of such a file; measure nothing")
+    parser.add_argument("--compare", type=cli.file_path, metavar="FILE", help="print the change since such a file")
+    parser.add_argument(
+        "--show", type=cli.file_path, metavar="FILE", help="print the tables of such a file; measure nothing"
+    )
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     return parser
 

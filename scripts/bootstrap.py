@@ -7,8 +7,9 @@ A file that is run by its path belongs to no package, so its relative imports wo
 
         __package__ = bootstrap.PACKAGE
 
-which finds this file beside it, puts the checkout on the path, and names the package that relative imports start from
-(PEP 366). Installed programs are run as modules and skip it.
+which finds this file beside it, puts the checkout on the path, names the package that relative imports start from
+(PEP 366), and prepares the process (common/streams.py) before the slow imports. Installed programs start in
+installed.py instead.
 """
 
 import sys
@@ -18,4 +19,4 @@ from pathlib import Path
 PACKAGE = "scripts"
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import_module(PACKAGE)
+import_module(f"{PACKAGE}.common.streams").start()

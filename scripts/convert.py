@@ -50,9 +50,9 @@ PRECISIONS = ("float32", "float16", "bfloat16")
 def parser() -> cli.Parser:
     """The arguments."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", type=Path, help="checkpoint: .ckpt, .safetensors or a diffusers folder")
+    parser.add_argument("input", type=cli.file_path, help="checkpoint: .ckpt, .safetensors or a diffusers folder")
     parser.add_argument(
-        "output", type=Path, nargs="?", help="a new .safetensors file; with --layout diffusers a folder"
+        "output", type=cli.file_path, nargs="?", help="a new .safetensors file; with --layout diffusers a folder"
     )
     parser.add_argument("--info", action="store_true", help="show what is in the input, without reading its weights")
     parser.add_argument("--sha256", action="store_true", help="with --info: compute the SHA-256 of large files, too")
@@ -69,8 +69,8 @@ def parser() -> cli.Parser:
     )
     parser.add_argument("--model", choices=("auto", *sd.MODELS), default="auto", help="the model (default: detected)")
     parser.add_argument("--prediction", choices=("eps", "v"), help="what the U-Net predicts (default: detected)")
-    parser.add_argument("--vae", type=Path, metavar="FILE", help="take the VAE from this file or folder")
-    parser.add_argument("--text-encoder", type=Path, metavar="FILE", help="the same for the text encoder")
+    parser.add_argument("--vae", type=cli.file_path, metavar="FILE", help="take the VAE from this file or folder")
+    parser.add_argument("--text-encoder", type=cli.file_path, metavar="FILE", help="the same for the text encoder")
     parser.add_argument("--variant", metavar="NAME", help="of a diffusers folder: which files to read, fp16, ...")
     return parser
 

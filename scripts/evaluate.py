@@ -67,13 +67,13 @@ def parser() -> cli.Parser:
     add("--batch-size", type=int, default=16, metavar="N", help="images per batch (default: %(default)s)")
     add("--probes", type=int, default=100, metavar="N", help="prompts per probe; 0: none (default: %(default)s)")
     add(
-        "--judge", type=Path, default=Path("outputs/judge.safetensors"), metavar="FILE",
+        "--judge", type=cli.file_path, default=Path("outputs/judge.safetensors"), metavar="FILE",
         help="weights of the judge, which is trained if the file is missing (default: %(default)s)",
     )  # fmt: skip
     add("--renderings", type=int, default=2000, metavar="N", help="test images of the judge (default: %(default)s)")
-    add("--markdown", type=Path, metavar="FILE", help="write the tables to a file, for a model card")
-    add("--json", type=Path, metavar="FILE", help="write all figures to a file")
-    add("--wrong", type=Path, metavar="FOLDER", help="write the images with errors, and a list of the errors")
+    add("--markdown", type=cli.file_path, metavar="FILE", help="write the tables to a file, for a model card")
+    add("--json", type=cli.file_path, metavar="FILE", help="write all figures to a file")
+    add("--wrong", type=cli.file_path, metavar="FOLDER", help="write the images with errors, and a list of the errors")
     arguments.add_model_arguments(parser)
     return parser
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -23,11 +24,12 @@ if not __package__:  # run as a file: see bootstrap.py
 
 from PIL import ImageOps
 
-from sd.imaging.files import read_mask
-from sd.params import CONTENTS, Inpaint
+from sd.imaging.files import ImageFile, read_mask
+from sd.imaging.mask_forms import NEARLY
+from sd.params import CONTENTS, Inpaint, TextToImage
 
 from .common import adapter_args, arguments, cli
-from .common.generate import about_init, generate
+from .common.generate import Source, about_init, generate
 
 MARGIN = 32  # pixels around the mask with --only-masked, as in other tools
 
@@ -37,7 +39,9 @@ def parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_prompt_arguments(parser, "IMAGE", "MASK")
     group = arguments.add_image_arguments(parser, strength=1.0)
-    group.add_argument("--mask", metavar="FILE", help="white is generated (default: the transparent part of the image)")
+    group.add_argument(
+        "--mask", type=cli.home, metavar="FILE", help="white is generated (default: the transparent part of the image)"
+    )
     group.add_argument("--invert-mask", action="store_true", help="generate what the mask keeps, and keep the rest")
     group.add_argument(
         "--mask-blur", type=float, default=0.0, metavar="PIXELS", help="soften the mask's edge (default: %(default)s)"
@@ -74,7 +78,7 @@ def generate_images(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.init_img}: no part of it is transparent: give a mask with --mask")
     if args.invert_mask:
         mask = ImageOps.invert(mask)
-    if mask.getbbox() is None:
+    if not any(mask.histogram()[NEARLY + 1 :]):
         raise ValueError("the mask is empty (all black): nothing would be generated; --invert-mask?")
 
     make = partial(
@@ -87,17 +91,26 @@ def generate_images(args: argparse.Namespace) -> None:
         margin=args.margin if args.only_masked else None,
         posterior=args.posterior,
     )
+    digest = {} if args.mask is None else {"Mask hash": sha256(Path(args.mask).read_bytes()).hexdigest()[:10]}
+    generate(args, params, [lambda: Source(make, partial(about, args, init, digest))])
 
-    about = {
-        **about_init(args, init),
+
+def about(
+    args: argparse.Namespace, init: ImageFile, digest: Mapping[str, object], request: TextToImage
+) -> dict[str, object]:
+    """The entries about image and mask in the metadata."""
+    assert isinstance(request, Inpaint)
+    return {
+        **about_init(args, init, request),
         "Mask": "alpha" if args.mask is None else Path(args.mask).name,
-        **({"Mask hash": sha256(Path(args.mask).read_bytes()).hexdigest()[:10]} if args.mask is not None else {}),
+        **digest,
         **({"Mask mode": "Inpaint not masked"} if args.invert_mask else {}),
-        **({"Mask blur": f"{args.mask_blur:g}"} if args.mask_blur else {}),
-        **({"Masked content": args.content} if args.strength < 1 else {}),
-        **({"Inpaint area": "Only masked", "Masked area padding": args.margin} if args.only_masked else {}),
+        **({"Mask blur": f"{request.blur:g}"} if request.blur else {}),
+        **({"Masked content": request.content} if request.strength < 1 else {}),
+        **(
+            {"Inpaint area": "Only masked", "Masked area padding": request.margin} if request.margin is not None else {}
+        ),
     }
-    generate(args, params, make, about)
 
 
 def main(argv: list[str] | None = None) -> int:

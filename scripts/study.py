@@ -52,13 +52,15 @@ def parser() -> cli.Parser:
         usage="%(prog)s FIGURE [options]",
     )
     parser.add_argument("figure", choices=[*FIGURES, "all"], metavar="FIGURE", help="one of the above")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help="output folder (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=cli.file_path, default=OUT, metavar="FOLDER", help="output folder (default: %(default)s)"
+    )
     parser.add_argument("--prompt", metavar="TEXT", help="the prompt (default: depends on the figure)")
     parser.add_argument(
         "--other", default=OTHER, metavar="TEXT", help='words, mixing, editing: another prompt (default: "%(default)s")'
     )
     parser.add_argument("--word", metavar="WORD", help="attention, editing: a word of the prompt")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="latent, forward, grid: the input image")
+    parser.add_argument("--image", type=cli.file_path, metavar="FILE", help="latent, forward, grid: the input image")
     parser.add_argument(
         "--point", type=point, action="append", metavar="X,Y",
         help="self-attention: a point, 0,0 (top left) to 1,1 (bottom right); repeatable",

@@ -58,10 +58,15 @@ def parser() -> cli.Parser:
     """The arguments; the defaults are the recipe of the embedded model."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("outputs/training"), help="output folder (default: %(default)s)")
+    add("--out", type=cli.file_path, default=Path("outputs/training"), help="output folder (default: %(default)s)")
     add("--export-dtype", choices=DTYPES, default="float16", help="of model.safetensors (default: %(default)s)")
-    add("--vae", type=Path, metavar="FILE", help="file of train_vae.py, or a checkpoint; replaces the VAE of --ckpt")
-    add("--text", type=Path, metavar="FILE", help="new model: file of train_text.py (default: a new encoder)")
+    add(
+        "--vae",
+        type=cli.file_path,
+        metavar="FILE",
+        help="file of train_vae.py, or a checkpoint; replaces the VAE of --ckpt",
+    )
+    add("--text", type=cli.file_path, metavar="FILE", help="new model: file of train_text.py (default: a new encoder)")
     add("--weights", choices=WEIGHTS, default="auto", help="of a checkpoint with both: plain or averaged (EMA) U-Net")
     add("--prediction", choices=("eps", "v"), help="new model: predict the noise or the velocity")
     add("--train-text", action="store_true", help="train the text encoder too; always on for a new model")
@@ -70,7 +75,12 @@ def parser() -> cli.Parser:
     add("--drop", type=float, default=0.1, help="share of dropped prompts, for guidance (default: %(default)s)")
     add("--phrasings", type=int, default=8, help="captions per drawn scene (default: %(default)s)")
     add("--samples", type=int, default=12, help="images in a sample sheet; 0 for none (default: %(default)s)")
-    add("--sample-prompts", type=Path, metavar="FILE", help="one prompt per line (default: captions of the data)")
+    add(
+        "--sample-prompts",
+        type=cli.file_path,
+        metavar="FILE",
+        help="one prompt per line (default: captions of the data)",
+    )
     add("--sample-steps", type=int, default=25, help="default: %(default)s")
     add("--sample-guidance", type=float, help="default: the model's own")
     models.add_model_arguments(parser)

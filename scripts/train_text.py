@@ -56,8 +56,8 @@ def parser() -> cli.Parser:
     """The arguments; the defaults are the recipe of the embedded model."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("outputs/text"), help="output folder (default: %(default)s)")
-    add("--vae", type=Path, metavar="FILE", help="file of train_vae.py, or a checkpoint")
+    add("--out", type=cli.file_path, default=Path("outputs/text"), help="output folder (default: %(default)s)")
+    add("--vae", type=cli.file_path, metavar="FILE", help="file of train_vae.py, or a checkpoint")
     add("--model", metavar="NAME", help="JSON file with a config (default: pocket)")
     add("--phrasings", type=int, default=8, help="captions per drawn scene (default: %(default)s)")
     add_data_arguments(parser, scenes=24000)

@@ -50,7 +50,7 @@ def parser() -> cli.Parser:
     """The arguments; the defaults are the recipe of the embedded model."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("outputs/vae"), help="output folder (default: %(default)s)")
+    add("--out", type=cli.file_path, default=Path("outputs/vae"), help="output folder (default: %(default)s)")
     add("--crop", type=int, metavar="PIXELS", help="train on random crops of this side (default: whole images)")
     add("--kl", type=float, default=KL, help="weight of the KL term (default: %(default)s)")
     add("--held-out", type=int, default=64, metavar="N", help="number of test images (default: %(default)s)")

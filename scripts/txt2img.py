@@ -18,7 +18,7 @@ if not __package__:  # run as a file: see bootstrap.py
 from sd.params import HighRes, TextToImage
 
 from .common import adapter_args, arguments, cli
-from .common.generate import generate
+from .common.generate import Source, generate
 
 
 def parser() -> cli.Parser:
@@ -37,7 +37,8 @@ def generate_images(args: argparse.Namespace) -> None:
     """Check, load, generate, save."""
     args = arguments.place_words(args)
     hires = arguments.hires_settings(args)
-    generate(args, arguments.sampling_params(args), partial(HighRes, **hires) if hires else TextToImage)
+    make = partial(HighRes, **hires) if hires else TextToImage
+    generate(args, arguments.sampling_params(args), [lambda: Source(make)])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -41,6 +41,10 @@ class Conditioning(NamedTuple):
         """Move to a device, cast to a precision; None leaves it unchanged."""
         return self.each(lambda x: x.to(device=device, dtype=dtype))
 
+    def of_images(self, chosen: slice) -> Conditioning:
+        """That of some images of the batch."""
+        return self.each(lambda x: x[chosen])
+
     def with_concat(self, concat: Tensor) -> Conditioning:
         """The same with these channels."""
         return self._replace(concat=concat)

@@ -1,5 +1,7 @@
 """Writing a file whole or not at all: a new one, never over another (`new_file`), or in the place of an old one.
 
+`user_path` is how the Python API takes paths.
+
 >>> from tempfile import TemporaryDirectory
 >>> with TemporaryDirectory() as folder:
 ...     with new_file(Path(folder) / "a.txt") as partial:
@@ -17,6 +19,13 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+NAMED = 30  # characters of a file's name in that of its temporary file: 120 bytes at most
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path with a leading "~" or "~user" expanded to that home folder, as shells do; unchanged if there is none."""
+    return Path(os.path.expanduser(path))
 
 
 @contextmanager
@@ -46,7 +55,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise exists(path)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    partial = _partial_name(path)
     partial.mkdir()
     try:
         yield partial
@@ -91,9 +100,14 @@ def remove_partial(folder: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
+def _partial_name(path: Path) -> Path:
+    """A hidden name beside a path. It is never too long for the file system where the path itself is not."""
+    return path.with_name(f".{path.name[:NAMED]}.{secrets.token_hex(4)}.part")
+
+
 @contextmanager
 def _beside(path: Path) -> Iterator[tuple[Path, int]]:
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    partial = _partial_name(path)
     try:
         with open(partial, "xb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)

@@ -104,6 +104,9 @@ class SamplingParams:
     guidance_rescale: float = setting(0.0, "share of the contrast that guidance adds to take back, 0 to 1")
     seed: int = setting(0, "0 to 2^64 - 1; image k of a request has seed + k (exceptions: noise.py)")
     n: int = setting(1, "images per prompt")
+    exact: bool = setting(
+        False, "each image is to the bit what it is alone, whatever the batch, which is no faster then"
+    )
     height: int | None = setting(None, "in pixels, a multiple of 8")
     width: int | None = setting(None, "in pixels, a multiple of 8")
     rng: str = setting("torch-cpu", f"whose random numbers: {', '.join(RNGS)}")
@@ -331,6 +334,7 @@ class ImageToImage(_FromImage):
 
     strength: float = setting(0.75, "this share of the steps is taken; 0 keeps the image, 1 starts from pure noise")
     fit: str = setting("crop", "how to reach the size generated at: crop the image, or pad it with its edge pixels")
+    match_colours: bool = setting(False, "give the result the mean and covariance of the colours of the image")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -43,6 +43,7 @@ from .checkpoints.placement import place
 from .conditioning import Composition, Conditioning, Network
 from .config import Config
 from .denoiser import Denoiser
+from .files import user_path
 from .hires import high_res
 from .imaging.masks import mask_channels
 from .imaging.tensors import to_tensor
@@ -101,6 +102,7 @@ class StableDiffusion:
     ) -> Self:
         """Load a checkpoint: a file in the original or our layout, or a diffusers folder; None is the embedded model.
 
+        path         "~" is the home folder, here and wherever the class takes a path
         device       "cuda", "cpu", "mps", ...; the best available if None
         dtype        "float32", "float16", "bfloat16" or a torch dtype; the best for the device if None
         low_memory   the networks take turns in the memory of the device (runtime/offload.py). On CPU and MPS they are
@@ -117,7 +119,8 @@ class StableDiffusion:
         dtype = find_dtype(dtype) if dtype is not None else best_dtype(device)
         if low_memory and compile:
             raise ValueError("low memory and compiling do not go together: compiled networks stay where they are")
-        files = ModelFiles(resource(EMBEDDED) if path is None else path, LoadOptions(**options))
+        options |= {name: user_path(options[name]) for name in ("vae", "text_encoder") if options.get(name) is not None}
+        files = ModelFiles(resource(EMBEDDED) if path is None else user_path(path), LoadOptions(**options))
         config, networks, used, about = place(files, device, dtype, low_memory, progress)
         # adapters hold the plain networks; with low memory they are used through an `Offload` of the same ones
         model = cls(config, **cast(dict[str, Any], networks), about=about)
@@ -395,7 +398,7 @@ class StableDiffusion:
         Raises CheckpointError for a file that is not a LoRA, or one for another model; ValueError if the name is
         taken, if the file is merged already, or if weights were changed after others were merged into them.
         """
-        return self._adapters.add_loras([LoraFile(path, number("weight", weight), name)], note=note)[0]
+        return self._adapters.add_loras([LoraFile(user_path(path), number("weight", weight), name)], note=note)[0]
 
     def add_loras(
         self,
@@ -410,7 +413,7 @@ class StableDiffusion:
         matter. If not `removable`, the previous weights are not kept, which needs less memory.
         """
         loras = [LoraFile(*file) for file in files]
-        loras = [lora._replace(weight=number("weight", lora.weight)) for lora in loras]
+        loras = [lora._replace(path=user_path(lora.path), weight=number("weight", lora.weight)) for lora in loras]
         return self._adapters.add_loras(loras, removable, note)
 
     def remove_lora(self, *names: str) -> None:
@@ -438,7 +441,7 @@ class StableDiffusion:
         Raises CheckpointError for a file that is not an embedding, or one for another model; ValueError if the word is
         taken.
         """
-        return self._adapters.add_embedding(path, word)
+        return self._adapters.add_embedding(user_path(path), word)
 
     def remove_embedding(self, *words: str) -> None:
         """Remove words that were added, all if none is given."""

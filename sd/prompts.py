@@ -67,7 +67,12 @@ def guides(
         prompts = prompts if isinstance(prompts, Tensor) else [parts[0].stages[0].text for parts in read]
         negatives = [parts[0].stages[0].text for parts in against]
 
-    context = prompts if isinstance(prompts, Tensor) else encode(prompts)
+    if isinstance(prompts, Tensor):
+        context = prompts
+    elif params.exact:  # each text alone
+        context = torch.cat(model.same_length(*(encode([text]) for text in prompts), clip_skip=request.clip_skip))
+    else:
+        context = encode(prompts)
     cond = _for_images(_checked(model, context), params.n)
     if params.guidance == 1.0:
         return [Guide(cond, None)] * max(run.taken, 1)

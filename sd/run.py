@@ -2,7 +2,8 @@
 
     request -> contexts, noise levels, generators -> initial latents and denoiser (`Start`) -> steps -> images
 
-All random numbers come from noise.py. The second pass of `HighRes` is in hires.py.
+All random numbers come from noise.py. The second pass of `HighRes` is in hires.py. The noise of an image depends
+neither on its batch nor on the device; how its steps are rounded does, unless the request is `exact`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .denoiser import by_step, keep_known
+from .denoiser import by_step, keep_known, one_by_one
+from .imaging.colours import match_colours
 from .imaging.files import WHITE, flatten
 from .imaging.masks import Canvas, latent_mask, mask_channels, masked_image, prepare_mask, surroundings, widened
 from .imaging.tensors import Box, fit, frame, to_tensor
@@ -152,7 +154,10 @@ class Run(Iterator[Step]):
         if concat is None and model.is_inpainting:
             with self.edges():
                 concat = model.blank_concat(shape)
-        network, config = circular(model.predict) if params.tileable else None, model.config
+        config = model.config
+        network = circular(model.predict) if params.tileable else model.predict
+        if params.exact:
+            network = one_by_one(network, self.source.images)
         even = config.vae.factor * 2 ** (len(config.unet.channels) - 1)
         if params.tileable and any(side * config.vae.factor % even for side in shape[1:]):
             self.notes.append(f"tileable: the image repeats most evenly if its sides are multiples of {even}")
@@ -252,7 +257,13 @@ def image_to_image(model: StableDiffusion, request: ImageToImage) -> Run:
         z = _latents(run, to_tensor(image), request.posterior)
         noise = run.source.initial(shape)
         x = model.schedule.add_noise(z, noise, run.levels[0]) if len(run) else z
-    return run.begin(Start(x, run.denoiser(shape), finish=lambda generated: generated.crop(inside)))
+    original = image.crop(inside)
+
+    def finish(generated: Image.Image) -> Image.Image:
+        generated = generated.crop(inside)
+        return match_colours(generated, original) if request.match_colours else generated
+
+    return run.begin(Start(x, run.denoiser(shape), finish=finish))
 
 
 def inpaint(model: StableDiffusion, request: Inpaint) -> Run:

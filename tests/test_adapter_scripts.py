@@ -16,6 +16,7 @@ from scripts.common.adapter_args import split_embedding, split_lora, split_name
 from scripts.common.prompt_loras import PromptLoras
 from sd.checkpoints.detect import CONFIG_KEY
 from sd.checkpoints.export import to_own
+from sd.params import TextToImage
 from sd.resources import resource
 
 NAME = "lora_te_text_model_encoder_layers_0_mlp_fc1"
@@ -115,8 +116,9 @@ def test_loras_that_prompts_name(generate, files, tmp_path):
 
 def test_names_of_loras_are_looked_up_in_the_folder(tmp_path):
     def named(prompt: str, negative: str = "") -> list[tuple[str, float]]:
-        loras = PromptLoras([prompt], negative, True, tmp_path / "loras")
-        return [(lora.path.relative_to(tmp_path).as_posix(), lora.weight) for lora in loras.of(prompt)]
+        request = TextToImage(prompt, negative=negative, web_ui_prompts=True)
+        loras = PromptLoras([request], tmp_path / "loras").of(request)
+        return [(lora.path.relative_to(tmp_path).as_posix(), lora.weight) for lora in loras]
 
     for name in ("Ink.safetensors", "a/ink v2.pt", "a/b/Twice.ckpt", "twice.safetensors", "notes.txt", "../outside.pt"):
         (tmp_path / "loras" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +137,7 @@ def test_names_of_loras_are_looked_up_in_the_folder(tmp_path):
             named(f"<lora:{name}>")
         assert str(caught.value).isprintable()
     with pytest.raises(ValueError, match="no such folder"):
-        PromptLoras(["<lora:x>"], "", True, tmp_path / "gone")
+        PromptLoras([TextToImage("<lora:x>", web_ui_prompts=True)], tmp_path / "gone")
 
 
 def test_earlier_names_of_the_option(generate, capsys):

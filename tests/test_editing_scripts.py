@@ -14,6 +14,7 @@ from test_scripts import ckpt, write  # noqa: F401
 
 from scripts import img2img, inpaint
 from sd import StableDiffusion
+from sd.imaging.tensors import fit
 from sd.resources import resource
 
 SAMPLE, MASK = resource("data/sample.png"), resource("data/sample-mask.png")
@@ -254,3 +255,55 @@ def test_background_of_transparent_images(edit, tmp_path):
         assert made(tmp_path, name)
     black, white = (np.asarray(made(tmp_path, name)).astype(int) for name in ("00001.png", "00002.png"))
     assert np.abs(black - white).mean() > 5
+
+
+# --- folders and loops ---
+
+
+def test_a_folder_of_images(edit, tmp_path):
+    """Sorted, each under its name, with seeds that go on; what cannot be read is named, and the rest is made."""
+    photos = tmp_path / "photos"
+    (photos / "below").mkdir(parents=True)
+    for name in ("b.png", "a.jpg", "c.webp", "below/d.png"):
+        Image.open(SAMPLE).convert("RGB").save(photos / name)
+    (photos / "broken.png").write_bytes(b"no image")
+    (photos / "notes.txt").write_text("text")
+    status, out, err, files = edit(img2img, "a", photos, "--strength", "0.5", "--n", "2", "--grid")
+    assert status == 1 and files == ["00001-grid.png", "a-2.png", "a.png", "b-2.png", "b.png", "c-2.png", "c.png"]
+    assert [line.split()[-1] for line in out[1:-1]] == ["7", "8", "9", "10", "11", "12"]
+    assert [line.split(":")[0] for line in err] == ["warning", "error"] and "broken.png" in err[0]
+    assert err[1].startswith("error: 1 of 4 images were skipped, first ") and "broken.png" in err[1]
+    (photos / "broken.png").unlink()
+    assert edit(img2img, "a", photos, "--strength", "0.5")[0] == 0
+    assert made(tmp_path, "a-3.png").size == (64, 64)  # no file is replaced
+
+
+@pytest.mark.parametrize("content, words", [(None, "no images in this folder"), (b"no image", "b.png: a text, not an")])
+def test_folders_without_images(edit, tmp_path, content, words):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.png", "b.png") if content else ():
+        (photos / name).write_bytes(content)
+    status, out, err, files = edit(img2img, "a", photos)
+    assert (status, out, files) == (1, [], []) and any(words in line for line in err)
+
+
+def test_each_round_of_a_loop_starts_from_the_result_of_the_one_before(edit, ckpt, tmp_path):  # noqa: F811
+    status, out, _, files = edit(img2img, "a", SAMPLE, "--strength", "0.5", "--loopback", "2", "--n", "2")
+    assert status == 0 and files == [f"0000{i}.png" for i in (1, 2, 3, 4)]
+    assert [line.split()[-1] for line in out[1:]] == ["7", "8", "9", "10"]
+    model = StableDiffusion.load(ckpt, device="cpu", dtype="float32")
+    first, third = made(tmp_path), made(tmp_path, "00003.png")
+    for start, seed, name in ((first, 8, "00002.png"), (third, 10, "00004.png")):
+        expected = model.img2img("a", start, strength=0.5, seed=seed, steps=2, height=64, width=64)[0]
+        assert np.array_equal(np.asarray(expected), np.asarray(made(tmp_path, name)))
+    assert "Loopback round: 2" in made(tmp_path, "00002.png").text["parameters"]
+    assert edit(img2img, "a", SAMPLE, "--loopback", "0")[2] == ["error: --loopback must be at least 1, got 0"]
+
+
+def test_matched_colours_do_not_drift(edit, tmp_path):
+    args = ("--strength", "0.5", "--loopback", "4", "--match-colours")
+    assert edit(img2img, "a", SAMPLE, *args, small=SMALL)[0] == 0
+    sample = fit(Image.open(SAMPLE).convert("RGB"), 64, 64)
+    drift = np.abs(np.asarray(made(tmp_path, "00004.png")).mean((0, 1)) - np.asarray(sample).mean((0, 1)))
+    assert drift.max() < 1

@@ -436,7 +436,12 @@ def test_orientation(tmp_path, kind, orientation):
     path = written(tmp_path, encoded(stored, kind.partition(",")[0], exif=oriented(orientation), **options))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore" if "two" in kind else "error", message=".*the first one is used")
-        image, mask = read_image(path).image, read_mask(path)
+        image = read_image(path).image
+        stored = stored.convert("L")
+        options |= {"append_images": [stored]} if "two" in kind else {}
+        mask = read_mask(
+            written(tmp_path, encoded(stored, kind.partition(",")[0], exif=oriented(orientation), **options))
+        )
     assert image.size == mask.size == (64, 32)
     assert np.abs(np.asarray(image).astype(int) - CORNERS).max() <= (8 if kind == "JPEG" else 0)
     assert abs(mask.getpixel((2, 2)) - 76) <= 2 and abs(mask.getpixel((61, 2)) - 29) <= 2

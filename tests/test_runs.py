@@ -220,3 +220,23 @@ def test_a_retry_in_float32_is_noted_once_and_copies_once(tmp_path, monkeypatch)
     result = model.prepare(TextToImage("a house", params(n=3, steps=1))).result()
     assert len(result.images) == 3 and len(copies) == 1
     assert result.notes == ["the image is not finite in float16: computing it again in float32"]
+
+
+@pytest.mark.parametrize("kind", ["txt2img", "inpaint"])
+def test_exact_batches_are_images_alone(tiny_sd, tiny_inpaint, monkeypatch, kind):
+    """To the bit, and because the network sees one image at a time, with and without its prompt."""
+    model = tiny_inpaint if kind == "inpaint" else tiny_sd
+    given = [PHOTO, MASK] if kind == "inpaint" else []
+    settings = {"steps": 2, "height": 64, "width": 64, "sampler": "euler_a"}
+    seen = set()
+    unet = model.unet.forward
+    monkeypatch.setattr(model.unet, "forward", lambda x, *args, **more: seen.add(len(x)) or unet(x, *args, **more))
+    batch = getattr(model, kind)(["a", "a red cube"], *given, seed=5, n=2, exact=True, **settings)
+    assert seen == {2}
+    for prompt, start in (("a", 5), ("a red cube", 7)):
+        for i in range(2):
+            alone = getattr(model, kind)(prompt, *given, seed=start + i, **settings)[0]
+            assert alone.tobytes() == batch[start - 5 + i].tobytes()
+    seen.clear()
+    getattr(model, kind)("a", *given, n=2, guidance=1, exact=True, **settings)
+    assert seen == {1}

@@ -24,6 +24,7 @@ from scripts.common import output
 from sd.checkpoints.detect import CONFIG_KEY
 from sd.checkpoints.export import to_own
 from sd.config import ScheduleConfig
+from sd.runtime import kernel_choice
 from sd.schedule import Schedule, to_zero_snr
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,6 +167,20 @@ def test_high_resolution(generate, tmp_path):
 def test_settings_that_cannot_be(generate, given, words):
     status, _, err, files = generate("a", *given)
     assert status != 0 and len(err) == 1 and words in err[0] and files == []
+
+
+def test_exact_images_do_not_depend_on_measured_kernels(generate, tmp_path, monkeypatch):
+    """Whichever kernels would be the faster ones in this run."""
+    made = []
+    for fast in (False, True):
+        monkeypatch.setattr(kernel_choice, "_seconds", lambda *runs, fast=fast: [0, 1] if fast else [1, 0])
+        monkeypatch.setattr(kernel_choice, "_measured", {})
+        size = ("--batch-size", "2") if fast else ()
+        assert generate("a", "--n", "2", "--seed", "1", "--dtype", "bfloat16", "--exact", *size)[0] == 0
+        assert not kernel_choice._measured
+    for name in range(1, 5):
+        made.append(np.asarray(Image.open(tmp_path / "out" / f"0000{name}.png")))
+    assert np.array_equal(made[0], made[2]) and np.array_equal(made[1], made[3])
 
 
 def test_prompt_files(generate, tmp_path):

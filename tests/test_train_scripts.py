@@ -529,6 +529,39 @@ def test_captions_of_both_kinds(photos, tmp_path):
         training_data.captioned(tmp_path)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="symbolic links")
+def test_linked_folders_are_followed(photos, tmp_path):
+    """Each once, under its own name where it has one; circles end; links to nothing are named."""
+    data, store = tmp_path / "data", tmp_path / "store"
+    for place in ("data/a", "data/real/d", "store/b", "store/deep/c"):
+        image = tmp_path / f"{place}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        image.write_bytes((photos / "red.png").read_bytes())
+        image.with_suffix(".txt").write_text(place)
+    for link, target in (
+        ("data/more", store), ("data/again", store), ("data/above_real", data / "real"), ("store/deep/circle", data),
+        ("store/self", store), ("data/.hidden", photos),
+    ):  # fmt: skip
+        (tmp_path / link).symlink_to(target, target_is_directory=True)
+    items = training_data.captioned(data)
+    assert [(str(path.relative_to(data)), captions) for path, captions in items] == [
+        ("a.png", ["data/a"]), ("again/b.png", ["store/b"]), ("again/deep/c.png", ["store/deep/c"]),
+        ("real/d.png", ["data/real/d"]),
+    ]  # fmt: skip
+    (data / "gone.png").symlink_to(tmp_path / "nothing.png")
+    with pytest.warns(UserWarning, match=r"skipped: .*gone\.png: a link to nothing"):
+        assert len(training_data.captioned(data)) == 4
+
+
+def test_captions_keep_the_separators_of_unicode(photos, tmp_path):
+    (tmp_path / "a.png").write_bytes((photos / "red.png").read_bytes())
+    (tmp_path / "a.txt").write_text("one\u2028line\r\ntwo\x0b2", encoding="utf-8")
+    assert training_data.captioned(tmp_path)[0][1] == ["one\u2028line", "two\x0b2"]
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a\u2028b"}', encoding="utf-8")
+    assert training_data.captioned(tmp_path)[0][1] == ["a\u2028b"]
+
+
 def test_workers_read_the_same(photos, monkeypatch):
     world = training_data.World(5, 64, phrasings=2)
     alone = [example for _, chunk in training_data.examples(world, 0, False) for example in chunk]

@@ -6,12 +6,14 @@ import argparse
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import sd
 from sd.adapters.added import LoraFile
+from sd.params import TextToImage
 
-from .cli import Parser
+from .cli import Parser, file_path, home
 from .output import ModelHash
 from .prompt_loras import PromptLoras
 
@@ -22,15 +24,15 @@ def add_addon_arguments(parser: Parser) -> None:
     """--lora, --lora-dir, --embedding, --web-ui-prompts, --clip-skip."""
     group = parser.add_argument_group("add-ons")
     group.add_argument(
-        "--lora", action="append", default=[], metavar="[NAME=]FILE[:WEIGHT]",
+        "--lora", type=home, action="append", default=[], metavar="[NAME=]FILE[:WEIGHT]",
         help="merge a LoRA or LyCORIS file into the model; can be given several times (default weight: 1)",
     )  # fmt: skip
     group.add_argument(
-        "--lora-dir", type=Path, metavar="DIR",
+        "--lora-dir", type=file_path, metavar="DIR",
         help="folder of the LoRA files that prompts name, <lora:name:0.8>; needs --web-ui-prompts",
     )  # fmt: skip
     group.add_argument(
-        "--embedding", "--textual-inversion", action="append", default=[], metavar="FILE[:WORD]",
+        "--embedding", "--textual-inversion", type=home, action="append", default=[], metavar="FILE[:WORD]",
         help="a textual inversion file, and its word in prompts (default: the word in the file, or the file name)",
     )  # fmt: skip
     group.add_argument(
@@ -90,13 +92,13 @@ def split_embedding(text: str) -> tuple[Path, str | None]:
 class AddOns:
     """The adapters given as arguments or named in prompts: checked before the model is loaded, then added to it."""
 
-    def __init__(self, args: argparse.Namespace, prompts: list[str]) -> None:
+    def __init__(self, args: argparse.Namespace, requests: Sequence[TextToImage]) -> None:
         self._web_ui, self._clip_skip = args.web_ui_prompts, args.clip_skip
         named = [split_name(text) for text in args.lora]
         self._loras = [split_lora(file) for _, file in named]
         self._aliases = [name for name, _ in named]
         self._embeddings = [split_embedding(text) for text in args.embedding]
-        self.of_prompts = PromptLoras(prompts, args.negative, args.web_ui_prompts, args.lora_dir)
+        self.of_prompts = PromptLoras(requests, args.lora_dir)
         for path in (*(path for path, _ in (*self._loras, *self._embeddings)), *self.of_prompts.paths):
             sd.load_checkpoint(path).close()  # raises for a wrong name before a large model is loaded
         self._names: list[str] = []  # of the LoRAs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import secrets
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,11 @@ from sd.runtime.device import DTYPES
 from sd.samplers import SAMPLERS
 from sd.schedule import SPACINGS
 
-from .cli import Parser
+from .cli import TEXT, Parser, file_path, home
 
 # other names of precisions; "autocast" in the original's scripts is the best for the device
 NICKNAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "full": "float32", "autocast": None}
 OLD_OPTIONS = {"eta": ("--ddim_eta",)}  # names in the original's scripts
-PROMPT_FILE_LIMIT = 16 << 20  # bytes
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 ANIMATIONS = ("webp", "gif")
 STEP_MODES = ("decoded", "linear")
@@ -33,10 +31,13 @@ def add_prompt_arguments(parser: Parser, *files: str) -> None:
     """The positional arguments PROMPT and `files`; --prompt, --negative, --from-file."""
     parser.usage = " ".join(["%(prog)s [PROMPT]", *(f"[{name}]" for name in files), "[options]"])
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("--prompt", metavar="TEXT", help="what to generate; may be empty")
-    parser.add_argument("--negative", "--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
+    parser.add_argument("--prompt", metavar=TEXT, help="what to generate; may be empty")
+    parser.add_argument("--negative", "--negative-prompt", default="", metavar=TEXT, help="what to steer away from")
     parser.add_argument(
-        "--from-file", type=Path, metavar="FILE", help='one prompt per line, UTF-8; "-" reads standard input'
+        "--from-file",
+        type=file_path,
+        metavar="FILE",
+        help='one prompt per line, UTF-8; "-" reads standard input; .jsonl: {"prompt": "a cat", "seed": 7} per line',
     )
 
 
@@ -54,7 +55,7 @@ def place_words(args: argparse.Namespace, *names: str) -> argparse.Namespace:
         hint = "" if given or names else ": a prompt of several words needs quotes"
         raise ValueError(f"{args.words[len(free)]!r} is one word too many{why}{hint}")
     for name, word in zip(free, args.words, strict=False):
-        setattr(args, name, word)
+        setattr(args, name, word if name == "prompt" else home(word))
     prompt = Path(args.prompt or "")
     if "prompt" in free and prompt.suffix.lower() in IMAGES and prompt.is_file():
         raise ValueError(f"{prompt} is an image: the prompt comes first, then the files")
@@ -64,7 +65,7 @@ def place_words(args: argparse.Namespace, *names: str) -> argparse.Namespace:
 def add_image_arguments(parser: Parser, strength: float) -> argparse._ArgumentGroup:
     """--init-img, --strength, --posterior, --background; returns their group, to which more can be added."""
     group = parser.add_argument_group("image")
-    group.add_argument("--init-img", "--init_img", "--image", metavar="FILE", help="the image to start from")
+    group.add_argument("--init-img", "--init_img", "--image", type=home, metavar="FILE", help="the image to start from")
     group.add_argument(
         "--strength", "--denoising-strength", type=float, default=strength, metavar="S",
         help="0 keeps the image, 1 starts from pure noise; this share of the steps is taken (default: %(default)s)",
@@ -102,7 +103,7 @@ def add_model_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--ckpt",
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help="checkpoint: .ckpt, .safetensors or a diffusers folder (default: the embedded model)",
     )
@@ -121,8 +122,8 @@ def add_model_arguments(parser: Parser) -> None:
     group.add_argument(
         "--prediction", choices=("eps", "v"), help="what the U-Net predicts: noise or velocity (default: detected)"
     )
-    group.add_argument("--vae", type=Path, metavar="FILE", help="load the VAE from this file or folder")
-    group.add_argument("--text-encoder", type=Path, metavar="FILE", help="text encoder from this file or folder")
+    group.add_argument("--vae", type=file_path, metavar="FILE", help="load the VAE from this file or folder")
+    group.add_argument("--text-encoder", type=file_path, metavar="FILE", help="text encoder from this file or folder")
     group.add_argument("--variant", metavar="NAME", help="variant of a diffusers folder: fp16, ...")
     group.add_argument("--device", help="cuda, cpu, mps (default: the best available)")
     group.add_argument(
@@ -247,7 +248,11 @@ def add_output_arguments(parser: Parser) -> None:
         help="images generated at once: more memory, faster on GPUs (default: 1)",
     )
     group.add_argument(
-        "--out", "--outdir", type=Path, default=Path("outputs"), metavar="PATH",
+        "--exact", action="store_true",
+        help="images are the same to the bit in each run and whatever --batch-size; slower, in batches and on CPUs",
+    )  # fmt: skip
+    group.add_argument(
+        "--out", "--outdir", type=file_path, default=Path("outputs"), metavar="PATH",
         help="folder for numbered files, or a file name ending in .png (default: %(default)s)",
     )  # fmt: skip
     group.add_argument("--grid", action="store_true", help="also save all images as one grid")
@@ -287,6 +292,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
         guidance_rescale=args.guidance_rescale,
         seed=args.seed,
         n=args.n,
+        exact=args.exact,
         height=args.height,
         width=args.width,
         rng=args.rng,
@@ -298,35 +304,15 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     )
 
 
-def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
-    """The prompt, or the lines of a UTF-8 file ("-" is standard input) that are not blank."""
-    if prompt is not None and file is not None:
-        raise ValueError("give a prompt or --from-file, not both")
-    if file is None:
-        if prompt is None:
-            raise ValueError("give either a prompt or --from-file")
-        return [prompt]
-    if str(file) == "-":
-        raw = sys.stdin.buffer.read(PROMPT_FILE_LIMIT + 1)
-    else:
-        with open(file, "rb") as stream:
-            raw = stream.read(PROMPT_FILE_LIMIT + 1)
-    if len(raw) > PROMPT_FILE_LIMIT:
-        raise ValueError(f"{file}: larger than {PROMPT_FILE_LIMIT >> 20} MB, too large for a list of prompts")
-    try:
-        lines = raw.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"{file}: not UTF-8 text; save it as UTF-8") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{file}: no prompts in it")
-    return prompts
-
-
 def read_init(args: argparse.Namespace, background: tuple[int, int, int] | None) -> ImageFile:
     """The image given by --init-img. Without a background, the colours of transparent pixels are kept."""
+    return read_image(init_path(args), background)
+
+
+def init_path(args: argparse.Namespace) -> Path:
+    """The path given by --init-img."""
     if args.init_img is None:
         raise ValueError("give the image to start from, after the prompt or with --init-img")
     if "://" in args.init_img:
         raise ValueError(f"{args.init_img}: URLs are not fetched; download the image first")
-    return read_image(args.init_img, background)
+    return Path(args.init_img)

@@ -1,4 +1,4 @@
-"""What all programs share: errors in one line, exit statuses, and the memory allocator."""
+"""What all programs share: paths, errors in one line, exit statuses, and the memory allocator."""
 
 from __future__ import annotations
 
@@ -7,26 +7,98 @@ import contextlib
 import ctypes
 import difflib
 import gc
+import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from tqdm import tqdm
 
+from .streams import INTERRUPTED, interruptible, standard_streams
+
+TEXT = "TEXT"  # metavar of options whose value is any text
+PLAIN = "\0"  # before a word that is no option; no argument of a process can contain it
+
+
+def home(text: str) -> str:
+    """A path, or FILE:WEIGHT or NAME=FILE, with a leading "~" expanded: not all shells do it, and none in --a=~/b."""
+    name, equals, file = text.partition("=")
+    if equals and file.startswith("~") and not re.search(r"[/\\]", name):
+        return f"{name}={os.path.expanduser(file)}"
+    return os.path.expanduser(text)
+
+
+def file_path(text: str) -> Path:
+    """The type of every argument that is a path: see `home`."""
+    return Path(os.path.expanduser(text))
+
 
 class Parser(argparse.ArgumentParser):
-    """Reports wrong arguments in one line instead of with the whole usage."""
+    """Reports wrong arguments in one line instead of with the whole usage.
+
+    The value of an option for text (metavar TEXT) may begin with "-", as in --negative -blurry.
+    """
+
+    given: Sequence[str] = ()  # the arguments of the last call
+
+    def parse_words(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parse arguments; options may stand between positional ones, and none after "--"."""
+        self.given = self._joined(list(sys.argv[1:] if argv is None else argv))
+        if "--" not in self.given:
+            return self.parse_intermixed_args(self.given)
+        at = list(self.given).index("--")  # argparse forgets it between its two passes: the words are marked instead
+        args = self.parse_intermixed_args([*self.given[:at], *(PLAIN + word for word in self.given[at + 1 :])])
+        for name, value in vars(args).items():
+            if isinstance(value, list):
+                setattr(args, name, [v.removeprefix(PLAIN) if isinstance(v, str) else v for v in value])
+            elif isinstance(value, Path):
+                setattr(args, name, Path(str(value).removeprefix(PLAIN)))
+        return args
+
+    def _joined(self, argv: list[str]) -> list[str]:
+        """The arguments with `--negative -blurry` as `--negative=-blurry`: argparse would take the text for an option.
+
+        A text with two dashes may be a misspelt option, so it is left.
+        """
+        names = {name: action for action in self._actions for name in action.option_strings}
+        out: list[str] = []
+        for i, word in enumerate(argv):
+            if word == "--":
+                return out + argv[i:]
+            before = names.get(out[-1]) if out else None
+            is_text = before is not None and before.metavar == TEXT and before.nargs is None
+            if is_text and re.match("-[^-]", word) and word.partition("=")[0] not in names:
+                out[-1] += f"={word}"
+            else:
+                out.append(word)
+        return out
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2. For a misspelt option, suggest the closest one."""
-        words = message.split()
+        known = [name for action in self._actions for name in action.option_strings]
         if message.startswith("unrecognized arguments: -"):
-            known = [name for action in self._actions for name in action.option_strings]
-            near = difflib.get_close_matches(words[2].partition("=")[0].replace("_", "-"), known, n=1)
-            message += f": did you mean {near[0]}?" if near else ""
+            word = message.split()[2]
+            near = difflib.get_close_matches(word.partition("=")[0].replace("_", "-"), known, n=1)
+            message += f": did you mean {near[0]}?" if near else self._for_text(word)
+        elif "ignored explicit argument" in message:  # -hands: argparse reads -h and "ands"
+            message += self._for_text(next((word for word in self.given if re.match("-h[^-=]", word)), "-text"))
+        elif found := re.search(r"argument (\S+?)(?:/\S+)*: expected one argument", message):
+            names = next((a.option_strings for a in self._actions if found[1] in a.option_strings), [found[1]])
+            at = next((i for i, word in enumerate(self.given[:-1]) if word in names), None)
+            if at is not None and (value := self.given[at + 1]).startswith("-") and value not in known:
+                message += f'; for a value that begins with "-": {self.given[at]}="{value}"'
         self.exit(2, f"error: {message} (see --help)\n")
+
+    def _for_text(self, word: str) -> str:
+        """How to give a prompt that begins with "-", for programs with prompts."""
+        return (
+            f'; for a prompt that begins with "-": --prompt="{word}"'
+            if "--prompt" in self._option_string_actions
+            else ""
+        )
 
 
 OUT_OF_MEMORY = (
@@ -41,9 +113,17 @@ def run(
     out_of_memory: str = OUT_OF_MEMORY,
 ) -> int:
     """Parse, work, and report errors that are not the fault of the program in one line. Returns the exit status."""
-    if hasattr(sys.stdout, "reconfigure"):  # a file name that the terminal cannot show must not stop the program
-        sys.stdout.reconfigure(errors="backslashreplace")
-    args = parser.parse_intermixed_args(argv)  # allows options between positional arguments
+    with standard_streams():
+        try:
+            with interruptible():
+                return _run(work, parser, argv, out_of_memory)
+        except KeyboardInterrupt:
+            tqdm.write("stopped", file=sys.stderr)
+            return INTERRUPTED
+
+
+def _run(work: Callable[[argparse.Namespace], None], parser: Parser, argv: list[str] | None, out_of_memory: str) -> int:
+    args = parser.parse_words(argv)
     if not gc.get_freeze_count():  # a million objects of imports stay: not scanning them saves 0.3 s
         gc.freeze()
     with warnings.catch_warnings():
@@ -52,9 +132,6 @@ def run(
         said.clear()
         try:
             work(args)
-        except KeyboardInterrupt:
-            tqdm.write("stopped", file=sys.stderr)
-            return 130
         except (ValueError, OSError, ArithmeticError) as error:
             return fail(describe(error))
         except (MemoryError, RuntimeError) as error:

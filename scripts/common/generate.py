@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -18,31 +21,44 @@ from sd.checkpoints.folders import model_name
 from sd.imaging.files import ImageFile, parameters
 from sd.imaging.previews import LinearDecoder
 from sd.imaging.tensors import grid
-from sd.params import POSTERIORS, SamplingParams, TextToImage
+from sd.params import POSTERIORS, ImageToImage, Inpaint, SamplingParams, TextToImage
 from sd.pipeline import EMBEDDED
 from sd.resources import resource
 from sd.run import Run
+from sd.runtime import kernel_choice
 from sd.runtime.device import dtype_name
 from sd.samplers import SAMPLERS
 from sd.text.prompt_syntax import check_prompt, chunks, texts_of
 
 from .adapter_args import AddOns
-from .arguments import NICKNAMES, read_prompts
-from .cli import keep_freed_memory, said
+from .arguments import NICKNAMES
+from .cli import describe, keep_freed_memory, said
 from .output import ModelHash, Output
+from .prompt_loras import without_lora_tags
+from .prompts import Line, Make, read_prompts
 
 FRAMES = 100  # at most: of a longer run, some steps are skipped
 
-# builds the request of one prompt: make(prompt, params, negative=..., web_ui_prompts=..., clip_skip=...)
-Make = Callable[..., TextToImage]
+
+class Source(NamedTuple):
+    """What all requests of a call have in common, but for the prompt and its settings."""
+
+    make: Make
+    about: Callable[[TextToImage], Mapping[str, object]] = lambda request: {}  # entries in the metadata
+    name: str | None = None  # of the output files, in place of a number
 
 
-def about_init(args: argparse.Namespace, init: ImageFile) -> dict[str, object]:
+Opener = Callable[[], Source]  # reads the initial image; raises ValueError if that is not possible
+
+
+def about_init(args: argparse.Namespace, init: ImageFile, request: TextToImage) -> dict[str, object]:
     """The entries about the initial image in the metadata."""
+    assert isinstance(request, ImageToImage | Inpaint)
+    width, height = request.params.width, request.params.height
     return {
-        "Denoising strength": f"{args.strength:g}",
-        **({"Posterior": args.posterior} if args.posterior != POSTERIORS[0] else {}),
-        **({"Generated size": f"{args.width or 'auto'}x{args.height or 'auto'}"} if args.width or args.height else {}),
+        "Denoising strength": f"{request.strength:g}",
+        **({"Posterior": request.posterior} if request.posterior != POSTERIORS[0] else {}),
+        **({"Generated size": f"{width or 'auto'}x{height or 'auto'}"} if width or height else {}),
         **({"Background": "#{:02x}{:02x}{:02x}".format(*args.background)} if init.alpha is not None else {}),
         "Init image hash": init.digest[:10],
     }
@@ -121,7 +137,7 @@ class Metadata:
         assert not isinstance(run.request.prompt, torch.Tensor)
         (prompt,) = run.request.prompt
         digits = self.digest.digits()
-        negative = args.negative if params.guidance != 1 else ""  # has no effect at 1
+        negative = run.request.negative if params.guidance != 1 else ""  # has no effect at 1
         values = {
             "Steps": params.steps,
             "Sampler": SAMPLERS[params.sampler].label,
@@ -142,64 +158,157 @@ class Metadata:
         return parameters(self.addons.prompt(prompt), negative, values)
 
 
-def generate(
-    args: argparse.Namespace, params: SamplingParams, make: Make, more: Mapping[str, object] | None = None
-) -> None:
-    """Generate the images of all prompts, and save each batch when it is ready; `more` is added to their metadata."""
-    prompts = read_prompts(args.prompt, args.from_file)
-    addons = AddOns(args, prompts)
-    text = addons.of_prompts.text  # of a prompt without what names a LoRA file
-    make = partial(make, negative=text(args.negative), web_ui_prompts=args.web_ui_prompts, clip_skip=args.clip_skip)
-    for prompt in prompts:
-        make(text(prompt), params)  # raises for invalid settings before a large model is loaded
-    if args.web_ui_prompts:
-        for prompt in (*prompts, args.negative):
-            check_prompt(text(prompt))
+def generate(args: argparse.Namespace, params: SamplingParams, openers: Sequence[Opener]) -> None:
+    """Generate the images of all sources and prompts, and save each batch when it is ready.
+
+    Of several sources, those that cannot be used are skipped with a warning, and a ValueError at the end counts them.
+    With --exact, kernels are not chosen by measuring: the choice could be another one in the next run of the program.
+    """
+    with kernel_choice.prefer("plain") if args.exact else contextlib.nullcontext():
+        _generate(args, params, openers)
+
+
+def _generate(args: argparse.Namespace, params: SamplingParams, openers: Sequence[Opener]) -> None:
+    lines = read_prompts(args.prompt, args.from_file)
+    skipped: list[str] = []
+    sources = opened(openers, skipped)
+    first = next(sources)
+    # raises for invalid settings before a large model is loaded
+    requests = [line.request(_complete(first.make, args), params, args.spacing) for line in lines]
+    for line, request in zip(lines, requests, strict=True):
+        try:
+            check_prompts(without_lora_tags(request))
+        except ValueError as error:
+            raise line.at(error) from None
+    addons = AddOns(args, requests)
     output = Output(args.out)
     model = load(args)
     digest = None if args.no_metadata else ModelHash(args.ckpt or resource(EMBEDDED))
     print(f"{model.config.name} on {model.device}, {dtype_name(model.dtype)}, first seed {args.seed}", flush=True)
-    for line in model.about:
-        print(line, flush=True)
-    if model.config.schedule.to_noise and params.resolved(model.config).spacing not in ("trailing", "linspace"):
+    for text in model.about:
+        print(text, flush=True)
+    spacings = {request.params.resolved(model.config).spacing for request in requests}
+    if model.config.schedule.to_noise and spacings - {"trailing", "linspace"}:
         warnings.warn(
             "this model is trained to start from pure noise (zero terminal SNR), and this grid does not: "
             "--spacing trailing does; --guidance-rescale 0.7 takes back the contrast that guidance adds",
             stacklevel=1,
         )
     addons.give(model, hashes=digest is not None)
-    metadata = None if digest is None else Metadata(args, model, addons, digest, more or {})
+    metadata = None if digest is None else Metadata(args, model, addons, digest, {})
 
-    count = args.n * args.n_iter
-    total = count * len(prompts)
-    done, kept = 0, list[Image.Image]()
-    for prompt in prompts:
-        said.clear()  # a warning about a prompt is shown once, not for each of its images
-        addons.of_prompts.merge(model, prompt)
-        warn_of_unknown_words(model, args, text(prompt))
-        for first in range(0, count, args.batch_size):
-            batch = params.batch(done, min(args.batch_size, count - first))
-            run = model.prepare(make(text(prompt), batch))
-            recorder = StepRecorder(f"image {done + 1} of {total}", run, args.save_steps)
-            recorder.take_steps()
-            result = run.result()
-            for note in result.notes:
-                warnings.warn(note, stacklevel=1)
-            for i, (image, own_seed) in enumerate(zip(result.images, result.seeds, strict=True)):
-                path = output.save(image, metadata.describe(run, image, own_seed) if metadata else None)
-                varied = f", variation seed {run.source.variation_seeds[i]}" if run.source.variation_seeds else ""
-                print(f"{path}  seed {own_seed}{varied}", flush=True)
-                if frames := recorder.frames(i, args.preview):
-                    print(output.save_steps(frames, path, args.animation), flush=True)
-            done += len(result.images)
-            kept += result.images if args.grid else []
+    total = args.n_iter * getattr(args, "loopback", 1) * len(openers) * sum(request.params.n for request in requests)
+    work = Work(args, model, addons, output, metadata, total)
+    for source in chain([first], sources):
+        try:
+            for line in lines:
+                work.take(line, line.request(_complete(source.make, args), params, args.spacing), source)
+        except ValueError as error:
+            if source is first:
+                raise
+            skipped.append(f"{source.name}: {error}")
+            warnings.warn(f"skipped: {skipped[-1]}", stacklevel=1)
     if args.grid:
-        print(output.save(grid(kept, args.columns), kind="-grid"), flush=True)
+        print(output.save(grid(work.kept, args.columns), kind="-grid"), flush=True)
+    if skipped:
+        raise ValueError(f"{len(skipped)} of {len(openers)} images were skipped, first {skipped[0]}")
 
 
-def warn_of_unknown_words(model: sd.StableDiffusion, args: argparse.Namespace, prompt: str) -> None:
+def opened(openers: Sequence[Opener], skipped: list[str]) -> Iterator[Source]:
+    """The sources, one after the other. If there are several, the errors of some are warnings, added to `skipped`."""
+    for opener in openers:
+        try:
+            source = opener()
+        except ValueError as error:
+            if len(openers) == 1:
+                raise
+            skipped.append(str(error))
+            warnings.warn(f"skipped: {error}", stacklevel=2)
+            continue
+        yield source
+    if len(skipped) == len(openers):
+        raise ValueError(f"none of the {len(openers)} images can be used, first {skipped[0]}")
+
+
+def _complete(make: Make, args: argparse.Namespace) -> Make:
+    """With the settings of the command line that all requests have."""
+    return partial(make, negative=args.negative, web_ui_prompts=args.web_ui_prompts, clip_skip=args.clip_skip)
+
+
+@dataclass
+class Work:
+    """Generating and saving; counts the images."""
+
+    args: argparse.Namespace
+    model: sd.StableDiffusion
+    addons: AddOns
+    output: Output
+    metadata: Metadata | None
+    total: int
+    done: int = 0
+    kept: list[Image.Image] = field(default_factory=list)  # for the grid
+
+    def take(self, line: Line, request: TextToImage, source: Source) -> None:
+        """All images of one prompt of a source."""
+        said.clear()  # a warning about a prompt is shown once, not for each of its images
+        self.addons.of_prompts.merge(self.model, request)
+        request = without_lora_tags(request)
+        warn_of_unknown_words(self.model, self.args, request)
+        rounds, count = getattr(self.args, "loopback", 1), request.params.n * self.args.n_iter
+        size = self.args.batch_size if rounds == 1 else 1  # each image of a loop starts from one of its own
+        before = 0 if {"seed", "variation_seed"} & line.settings.keys() else self.done  # a seed of its own starts there
+        made = 0
+        for first in range(0, count, size):
+            current = request
+            for number in range(1, rounds + 1):
+                batch = request.params.batch(before + made, min(size, count - first))
+                about = {**source.about(request), **({"Loopback round": number} if number > 1 else {})}
+                try:
+                    images = self.batch(replace(current, params=batch), about, source.name)
+                except ValueError as error:
+                    raise line.at(error) from None
+                made += len(images)
+                if rounds > 1:
+                    current = replace(current, image=images[0])  # type: ignore[call-arg]
+
+    def batch(self, request: TextToImage, about: Mapping[str, object], name: str | None) -> list[Image.Image]:
+        """The images of one request, saved."""
+        args = self.args
+        run = self.model.prepare(request)
+        recorder = StepRecorder(f"image {self.done + 1} of {self.total}", run, args.save_steps)
+        recorder.take_steps()
+        result = run.result()
+        for note in result.notes:
+            warnings.warn(note, stacklevel=1)
+        metadata = replace(self.metadata, more=about) if self.metadata else None
+        for i, (image, seed) in enumerate(zip(result.images, result.seeds, strict=True)):
+            text = metadata.describe(run, image, seed) if metadata else None
+            path = self.output.save(image, text, name=name)
+            varied = f", variation seed {run.source.variation_seeds[i]}" if run.source.variation_seeds else ""
+            print(f"{path}  seed {seed}{varied}", flush=True)
+            if frames := recorder.frames(i, args.preview):
+                try:
+                    print(self.output.save_steps(frames, path, args.animation), flush=True)
+                except OSError as error:  # the other images of the batch are not lost for it
+                    warnings.warn(f"the steps are not saved: {describe(error)}", stacklevel=1)
+        self.done += len(result.images)
+        self.kept += result.images if args.grid else []
+        return result.images
+
+
+def check_prompts(request: TextToImage) -> None:
+    """Raise the ValueError that the prompts of a request lead to, before a large model is loaded."""
+    if request.web_ui_prompts:
+        for given in (request.prompt, request.negative):
+            for text in [given] if isinstance(given, str) else given or ():
+                check_prompt(text)
+
+
+def warn_of_unknown_words(model: sd.StableDiffusion, args: argparse.Namespace, request: TextToImage) -> None:
     """Warn if tokens of a prompt have no vector: those of words that never occurred in training were set to zero."""
-    if args.web_ui_prompts:
+    assert not isinstance(request.prompt, torch.Tensor)
+    (prompt,) = request.prompt
+    if request.web_ui_prompts:
         read = [i for text in texts_of(prompt) for chunk in chunks(model.tokenizer, text) for i in chunk.ids]
     else:
         read = model.tokenizer.encode(prompt)[: model.tokenizer.length - 2]

@@ -6,11 +6,13 @@ import difflib
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import sd
 from sd.adapters.lora_formats import lora_name
+from sd.params import TextToImage
 from sd.text.prompt_tags import Tag, lora_weight, take_loras
 
 ENDINGS = (".safetensors", ".pt", ".ckpt", ".bin")
@@ -21,8 +23,8 @@ LISTED = 5  # files or names in an error message at most
 class LoraFolder:
     """The LoRA files of a folder and the folders in it.
 
-    A file is found by its name (`lora_name`), in upper or lower case. A name from a prompt is never used as a path. Raises ValueError for what is
-    not a folder, or has more than 100,000 files.
+    A file is found by its name (`lora_name`), in upper or lower case. A name from a prompt is never used as a path.
+    Raises ValueError for what is not a folder, or has more than 100,000 files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -83,42 +85,22 @@ class NamedLora(NamedTuple):
 class PromptLoras:
     """The LoRA files that prompts name, all looked up before the model is loaded.
 
-    prompts   those whose tags are looked up
-    web_ui    whether the prompts have tags at all; otherwise, one is refused
-    folder    where the files are
+    requests   those whose prompts, one each, have tags if they are `web_ui_prompts`; otherwise, a tag is refused
+    folder     where the files are
 
     Raises ValueError for a tag without a folder, a name that is not in it or is that of several files, and a wrong
     weight.
     """
 
-    def __init__(self, prompts: Sequence[str], negative: str, web_ui: bool, folder: Path | None) -> None:
-        if folder is not None and not web_ui:
+    def __init__(self, requests: Sequence[TextToImage], folder: Path | None) -> None:
+        if folder is not None and not any(request.web_ui_prompts for request in requests):
             raise ValueError("--lora-dir needs --web-ui-prompts, with which prompts name LoRA files")
-        self._texts: dict[str, str] = {}  # of each prompt, without its tags
-        tags: dict[str, list[Tag]] = {}
-        for prompt in (*prompts, negative):
-            text, tags[prompt] = take_loras(prompt if web_ui else prompt.replace("#", " "))  # "#" begins a comment
-            self._texts[prompt] = text if web_ui else prompt
-        for tag in (tag for found in tags.values() for tag in found):
-            if not web_ui:
-                file = f"{tag.name}.safetensors" + "".join(f":{value}" for value in tag.values[1:2])
-                raise ValueError(
-                    f"{tag.short} in the prompt: give the file instead, for example --lora {file:.100}, or its folder "
-                    "with --web-ui-prompts --lora-dir DIR"
-                )
-            if folder is None:
-                raise ValueError(f"{tag.short} in the prompt: give the folder of the file with --lora-dir")
-        for tag in tags[negative]:
-            warnings.warn(
-                f"{tag.short} in the negative prompt is left out, as in the web UI: a LoRA changes the whole model; "
-                "to steer away from it, name it in the prompt with a negative weight",
-                stacklevel=1,
-            )
-        files = LoraFolder(folder) if folder is not None and any(map(tags.get, prompts)) else None
-        self._loras: dict[str, list[NamedLora]] = {}
-        for prompt in prompts:
+        tags = {request.prompt: self._tags(request, folder) for request in requests}
+        files = LoraFolder(folder) if folder is not None and any(tags.values()) else None
+        self._loras: dict[object, list[NamedLora]] = {}  # by prompt
+        for prompt, named in tags.items():
             found: dict[Path, NamedLora] = {}
-            for tag in tags[prompt]:
+            for tag in named:
                 assert files is not None
                 path, weight = files.find(tag.name), lora_weight(tag)
                 before = found.get(path)  # one that is named twice
@@ -126,6 +108,28 @@ class PromptLoras:
             self._loras[prompt] = [*found.values()]
         self._current: list[NamedLora] = []
         self._merged: list[str] = []  # the names under which the model has them
+
+    def _tags(self, request: TextToImage, folder: Path | None) -> list[Tag]:
+        """The tags in the prompt of a request, after checking that they can be used, and those in the negative one."""
+        prompts, negatives = _texts(request.prompt), _texts(request.negative)
+        for text in (*prompts, *negatives):
+            web_ui = request.web_ui_prompts
+            for tag in take_loras(text if web_ui else text.replace("#", " "))[1]:  # "#" begins a comment
+                if not web_ui:
+                    file = f"{tag.name}.safetensors" + "".join(f":{value}" for value in tag.values[1:2])
+                    raise ValueError(
+                        f"{tag.short} in the prompt: give the file instead, for example --lora {file:.100}, or its "
+                        "folder with --web-ui-prompts --lora-dir DIR"
+                    )
+                if folder is None:
+                    raise ValueError(f"{tag.short} in the prompt: give the folder of the file with --lora-dir")
+        for tag in [tag for text in negatives for tag in take_loras(text)[1]]:
+            warnings.warn(
+                f"{tag.short} in the negative prompt is left out, as in the web UI: a LoRA changes the whole model; "
+                "to steer away from it, name it in the prompt with a negative weight",
+                stacklevel=1,
+            )
+        return [tag for text in prompts for tag in take_loras(text)[1]] if request.web_ui_prompts else []
 
     @property
     def paths(self) -> list[Path]:
@@ -137,17 +141,13 @@ class PromptLoras:
         """Those that are merged now."""
         return self._current
 
-    def of(self, prompt: str) -> list[NamedLora]:
-        """Those that a prompt names."""
-        return self._loras[prompt]
+    def of(self, request: TextToImage) -> list[NamedLora]:
+        """Those that the prompt of a request names."""
+        return self._loras[request.prompt]
 
-    def text(self, prompt: str) -> str:
-        """A prompt without the tags of LoRAs."""
-        return self._texts[prompt]
-
-    def merge(self, model: sd.StableDiffusion, prompt: str) -> None:
-        """Merge the LoRAs of a prompt, print them, and remove those of the one before."""
-        wanted = self.of(prompt)
+    def merge(self, model: sd.StableDiffusion, request: TextToImage) -> None:
+        """Merge the LoRAs of a request, print them, and remove those of the one before."""
+        wanted = self.of(request)
         if wanted == self._current:
             return
         if self._merged:
@@ -157,3 +157,19 @@ class PromptLoras:
         self._current = wanted
         for lora in wanted:
             print(f"LoRA {printable(lora.name)}, weight {lora.weight:g}", flush=True)
+
+
+def without_lora_tags(request: TextToImage) -> TextToImage:
+    """The same request without the tags of LoRAs in its prompts, if it is one with `web_ui_prompts`."""
+    if not request.web_ui_prompts:
+        return request
+    prompt, negative = (
+        tuple(take_loras(text)[0] for text in _texts(given)) for given in (request.prompt, request.negative)
+    )
+    return replace(request, prompt=prompt, negative=negative[0] if len(negative) == 1 else negative)
+
+
+def _texts(prompts: object) -> tuple[str, ...]:
+    """The texts of a prompt or a negative prompt."""
+    assert isinstance(prompts, str | tuple)
+    return (prompts,) if isinstance(prompts, str) else prompts

@@ -4,8 +4,8 @@
     FOLDER/**/metadata.jsonl              {"file_name": "a.png", "text": "a caption"}, as in Hugging Face datasets
     world                                 scenes of scripts/toy_world, with several captions each
 
-Unreadable images are skipped and counted. An image without a caption is an error, because the name of its caption file
-is probably misspelt (unless --caption gives a default).
+Links to folders are followed. Unreadable images are skipped and counted. An image without a caption is an error,
+because the name of its caption file is probably misspelt (unless --caption gives a default).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sd.imaging.files import ImageFileError, read_image
 from sd.imaging.tensors import fit
 
 from .. import toy_world
-from ..common.cli import Parser
+from ..common.cli import Parser, home
 from .processes import Processes
 from .state import save_tensors
 
@@ -149,7 +149,7 @@ def captioned(folder: Path, caption: str | None = None, outside: Path | None = N
     """The images of a folder and their captions. Raises ValueError for anything that is missing or unreadable."""
     if not folder.is_dir():
         raise ValueError(f"--data {folder}: no such folder")
-    files = [path for path in sorted(folder.rglob("*")) if not _hidden(path.relative_to(folder)) and path.is_file()]
+    files = files_below(folder)
     if outside:
         files = [path for path in files if outside.resolve() not in path.resolve().parents]
     images = [path for path in files if path.suffix.lower() in EXTENSIONS]
@@ -177,8 +177,37 @@ def captioned(folder: Path, caption: str | None = None, outside: Path | None = N
     return items
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def files_below(folder: Path) -> list[Path]:
+    """The files of a folder and of its subfolders, sorted; links to folders are followed, hidden names are left out.
+
+    Each folder is visited once, under its own name where it has one, so links in a circle end. Warns of links to
+    nothing and of folders that cannot be read.
+    """
+    found: list[Path] = []
+    lost: list[Path] = []
+    seen: set[Path] = set()
+    folders, links = [folder], list[Path]()
+    while folders or links:
+        current = folders.pop() if folders else links.pop(0)
+        if (place := current.resolve()) in seen:
+            continue
+        seen.add(place)
+        try:
+            entries = sorted(path for path in current.iterdir() if not path.name.startswith("."))
+        except OSError:
+            lost.append(current)
+            continue
+        for path in entries:
+            if path.is_dir():
+                (links if path.is_symlink() else folders).append(path)
+            elif path.is_file():
+                found.append(path)
+            elif path.is_symlink():
+                lost.append(path)
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        warnings.warn(f"skipped: {lost[0]}{more}: a link to nothing, or a folder that cannot be read", stacklevel=3)
+    return sorted(found)
 
 
 def _beside(image: Path) -> list[str]:
@@ -191,7 +220,8 @@ def _beside(image: Path) -> list[str]:
 def read_lines(path: Path) -> list[str]:
     """All lines of a text file; none if the file is missing. Raises ValueError if it is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else []
+        # not splitlines: captions may contain the other separators of Unicode
+        return path.read_text(encoding="utf-8-sig").split("\n") if path.is_file() else []
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8 text; save it as UTF-8") from None
 
@@ -281,7 +311,12 @@ def find_source(args: argparse.Namespace, size: int, caption: str | None = None,
 def add_data_arguments(parser: Parser, scenes: int) -> None:
     """Add --data and its related options."""
     add = parser.add_argument_group("data").add_argument
-    add("--data", metavar="FOLDER", help="images with captions, or world: drawn scenes (default of new models)")
+    add(
+        "--data",
+        type=home,
+        metavar="FOLDER",
+        help="images with captions, or world: drawn scenes (default of new models)",
+    )
     add("--caption", metavar="TEXT", help="caption of images without one (default: that is an error)")
     add("--scenes", type=int, default=scenes, metavar="N", help="number of drawn scenes (default: %(default)s)")
     add("--size", type=int, metavar="PIXELS", help="side of the central square crop (default: native)")

@@ -25,7 +25,7 @@ from sd.models.vae import VAE
 from sd.pipeline import StableDiffusion
 from sd.training import initialise_text_encoder, initialise_unet, widen_input
 
-from ..common.cli import Parser
+from ..common.cli import Parser, file_path, home
 from .state import save_tensors
 
 # output of train_vae.py and train_text.py: the weights of a network under their names in a whole model
@@ -38,9 +38,10 @@ Network = TypeVar("Network", TextEncoder, VAE, UNet)
 def add_model_arguments(parser: Parser) -> None:
     """Add --ckpt and --model."""
     add = parser.add_argument_group("model").add_argument
-    add("--ckpt", type=Path, metavar="FILE", help="start from this checkpoint (default: new networks)")
+    add("--ckpt", type=file_path, metavar="FILE", help="start from this checkpoint (default: new networks)")
     add(
         "--model",
+        type=home,
         metavar="NAME",
         help=f"{', '.join(MODELS)}, or a JSON file with a config (default: pocket; detected for a checkpoint)",
     )

@@ -22,20 +22,20 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageChops, ImageCms, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, features
+from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, features
 
 from ..files import new_file
+from .mask_forms import grey_mask, palette_labels
 
 MAX_BYTES = 256 << 20
 MAX_PIXELS = 64 << 20  # 8192 x 8192
-COLOURED = 60  # of 255: a larger difference between red, green and blue is not compression noise on grey
 Colour = tuple[int, int, int]
-WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+WHITE = (255, 255, 255)
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
 # The first bytes of files (regular expressions), for error messages: these formats, other images, the rest.
@@ -111,7 +111,13 @@ def read_mask(path: str | os.PathLike[str]) -> Image.Image:
     colours, alpha, several, _ = _read(path, managed=False)
     if several:
         warnings.warn(SEVERAL.format(path), stacklevel=2)
-    return _mask(colours, alpha, stacklevel=3)
+    try:
+        mask, notes = grey_mask(colours, alpha)
+    except ValueError as error:
+        raise ImageFileError(f"{path}: {error}") from None
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return mask
 
 
 def flatten(image: Image.Image, background: Colour | None = WHITE) -> tuple[Image.Image, Image.Image | None]:
@@ -127,15 +133,19 @@ def flatten(image: Image.Image, background: Colour | None = WHITE) -> tuple[Imag
     return _over(colours, alpha, background), alpha
 
 
-def flatten_mask(image: Image.Image) -> Image.Image:
-    """A mask of any mode -> L, upright. Colours become their luminance (ITU-R 601), without colour profiles.
+def flatten_mask(image: Image.Image, note: Callable[[str], object] | None = None) -> Image.Image:
+    """A mask of any mode -> L, upright: labels, two colours, strokes on a transparent layer, and grey (mask_forms.py).
 
-    A transparent mask whose strokes have one colour becomes its alpha channel, whatever the colour: paint programs
-    export a layer this way. Strokes are the pixels with at least half opacity, because rounding distorts the colour of
-    fainter ones. With several colours it is composited onto black: transparent parts are not masked. Warns
-    (UserWarning) if the mask has colours, because it may be another image.
+    `note` is called with what has to be said, for example that values are taken as labels; if None, they are warnings
+    (UserWarning). Raises ValueError for an ambiguous mask.
     """
-    return _mask(*_layers(image, managed=False), stacklevel=3)
+    mask, notes = grey_mask(*_layers(image, managed=False))
+    for text in notes:
+        if note is None:
+            warnings.warn(text, stacklevel=2)
+        else:
+            note(text)
+    return mask
 
 
 def _over(colours: Image.Image, alpha: Image.Image | None, background: Colour | None) -> Image.Image:
@@ -144,23 +154,6 @@ def _over(colours: Image.Image, alpha: Image.Image | None, background: Colour | 
     sheet = Image.new("RGB", colours.size, background)
     sheet.paste(colours, mask=alpha)
     return sheet
-
-
-def _mask(colours: Image.Image, alpha: Image.Image | None, stacklevel: int) -> Image.Image:
-    if alpha is not None:
-        strokes = alpha.point([0] * 128 + [255] * 128)
-        counts = np.reshape(colours.histogram(strokes), (3, 256))  # histograms of red, green and blue
-        if all(np.ptp(np.flatnonzero(count)) <= 3 for count in counts if count.any()):
-            return alpha
-    mask = _over(colours, alpha, BLACK)
-    red, green, blue = mask.split()
-    most = ImageChops.lighter(ImageChops.lighter(red, green), blue)
-    least = ImageChops.darker(ImageChops.darker(red, green), blue)
-    if sum(ImageChops.subtract(most, least).histogram()[COLOURED:]) > mask.width * mask.height / 100:
-        warnings.warn(
-            "the mask has colours, and only their brightness is used: is it the right file?", stacklevel=stacklevel
-        )
-    return mask.convert("L")
 
 
 def _read(path: str | os.PathLike[str], managed: bool = True) -> tuple[Image.Image, Image.Image | None, bool, str]:
@@ -247,14 +240,14 @@ def _layers(image: Image.Image, bits: int = 8, managed: bool = True) -> tuple[Im
     """Colours in RGB and alpha in L, None if opaque; both upright and without metadata.
 
     bits     bit depth of the PNG file, before Pillow converted it to 8 or 16
-    managed  whether to apply colour profiles
+    managed  whether to apply colour profiles; masks have none, and small values are labels
     """
     image.load()
     try:
         turn = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # a broken EXIF block does not affect the pixels
         turn = None
-    colours, alpha = _split(image, bits)
+    colours, alpha = _split(image, bits, managed)
     colours = _srgb(colours, image.info.get("icc_profile") if managed else None)
     if turn is not None:
         colours, alpha = colours.transpose(turn), alpha and alpha.transpose(turn)
@@ -264,11 +257,13 @@ def _layers(image: Image.Image, bits: int = 8, managed: bool = True) -> tuple[Im
     return colours, alpha
 
 
-def _split(image: Image.Image, bits: int) -> tuple[Image.Image, Image.Image | None]:
+def _split(image: Image.Image, bits: int, managed: bool) -> tuple[Image.Image, Image.Image | None]:
     """Colours in any 8-bit mode without alpha, and alpha."""
     key, alpha = image.info.get("transparency"), None
     if image.mode in ("La", "RGBa"):  # multiplied by alpha
         image = image.convert(image.mode.upper())
+    elif image.mode == "P" and not managed and (labels := palette_labels(image)) is not None:
+        image = labels
     elif image.mode in ("P", "PA"):
         image = image.convert("RGBA")
     if image.mode in ("LA", "RGBA"):
@@ -283,14 +278,16 @@ def _split(image: Image.Image, bits: int) -> tuple[Image.Image, Image.Image | No
         alpha = Image.fromarray(np.where(same.all(-1) if same.ndim == 3 else same, 0, 255).astype(np.uint8))
     if alpha is not None and alpha.getextrema()[0] == 255:
         alpha = None
-    return (_eight_bits(image) if image.mode[0] in "IF" else image), alpha
+    return (_eight_bits(image, managed) if image.mode[0] in "IF" else image), alpha
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _eight_bits(image: Image.Image, managed: bool) -> Image.Image:
     """Modes I;16, I and F -> L."""
     numbers = np.asarray(image)
     tags = _tags(image)
-    if image.mode.startswith("I;16") or image.format == "PNG":  # older Pillow versions read a 16-bit PNG as mode I
+    if not managed and image.mode[0] == "I" and numbers.max() <= 255:  # labels, or 8 bits in a larger type
+        white = 255
+    elif image.mode.startswith("I;16") or image.format == "PNG":  # older Pillow versions read a 16-bit PNG as mode I
         white = 4095 if tags.get(BITS) == (12,) else 65535
     else:
         top, beyond = numbers.max(), 2 if image.mode == "F" else 1
@@ -334,16 +331,23 @@ def parameters(prompt: str, negative: str, settings: Mapping[str, object]) -> st
     return "\n".join(lines)
 
 
+def png_bytes(image: Image.Image, text: str | None = None) -> bytes:
+    """The contents of a PNG file, with `text` in its "parameters" chunk."""
+    info = PngImagePlugin.PngInfo()
+    if text:
+        info.add_text("parameters", text.encode("utf-8", "replace").decode("utf-8"))  # lone surrogates become "?"
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
 def save_png(image: Image.Image, path: Path, text: str | None = None) -> None:
     """Write a new PNG file atomically, with `text` in its "parameters" chunk.
 
     Raises FileExistsError if the file exists, OSError if it cannot be written.
     """
-    info = PngImagePlugin.PngInfo()
-    if text:
-        info.add_text("parameters", text.encode("utf-8", "replace").decode("utf-8"))  # lone surrogates become "?"
     with new_file(path) as partial:
-        image.save(partial, "PNG", pnginfo=info)
+        partial.write_bytes(png_bytes(image, text))
 
 
 def save_animation(frames: Sequence[Image.Image], path: Path, seconds: float = 0.2, last: float = 1.5) -> None:

@@ -30,11 +30,10 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from .files import flatten_mask
+from .mask_forms import NEARLY
 from .tensors import Box, frame, resize, to_tensor
 
 MAX_ASPECT = 2.0  # of the region around a mask, if the image is large enough
-A_FEW = 16  # more pixels of value 1, in a mask without higher values, are labels 0 and 1
-NEARLY = 20  # of 255: masks saved as JPEG are not exactly black and white
 
 
 def prepare_mask(
@@ -43,19 +42,22 @@ def prepare_mask(
     """The mask (any mode, white is generated) at the size of the image, blurred by `blur` pixels; mode L.
 
     Nearly black and nearly white values become black and white. The blur extends outwards only. `note` is called with
-    warnings. Raises ValueError for a mask that is not an image and for a blur outside of 0 to the size of the image.
+    warnings. Raises ValueError for a mask that is not an image or ambiguous (mask_forms.py), and for a blur that is not
+    from 0 to the size of the image.
     """
     if not 0 <= blur <= max(size):
         raise ValueError(f"mask blur must be from 0 to the image's size in pixels, got {blur}")
     if not isinstance(mask, Image.Image):
         raise ValueError(f"mask must be a PIL image (imaging.files.read_mask reads files), got {type(mask).__name__}")
-    grey = flatten_mask(mask)
+    grey = flatten_mask(mask, note)
     if abs(grey.width * size[1] / (grey.height * size[0]) - 1) > 0.03:
         note(f"the mask is {grey.width}x{grey.height} and the image {size[0]}x{size[1]}: it is stretched")
-    if grey.getextrema()[1] == 1 and np.count_nonzero(np.asarray(grey)) > A_FEW:  # labels of an annotation tool
-        grey = grey.point(lambda value: 255 * value)
     values = np.asarray(resize(grey, *size))
     values = np.where(values <= NEARLY, 0, np.where(values >= 255 - NEARLY, 255, values)).astype(np.uint8)
+    if values.min() == 255:
+        note("the mask is white everywhere: the whole image is generated")
+    elif 0 < (highest := values.max()) < 255:
+        note(f"the mask is nowhere white (at most {highest} of 255): the result is blended with the image")
     if blur:
         blurred = np.asarray(Image.fromarray(values).filter(ImageFilter.GaussianBlur(blur))).astype(np.uint16)
         # at a straight edge the blurred mask is 0.5, so twice its value falls from 1 to 0 on the outer side
