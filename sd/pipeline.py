@@ -183,10 +183,12 @@ class StableDiffusion:
     # ------------------------------------------------------------------------------------------- the three tasks
 
     def txt2img(
-        self, prompt: Prompt, negative: str = "", *, progress: Progress | None = None, **settings: Any
+        self, prompt: Prompt, negative: Prompt | None = "", *, progress: Progress | None = None, **settings: Any
     ) -> list[Image.Image]:
         """Generate images from text; settings are those of `TextToImage` and `SamplingParams`, and sampler options.
 
+        `prompt` and `negative` are texts, or contexts that `encode_prompt` returned. One negative is for all prompts,
+        several are one for each.
         `progress` wraps the iterator over the steps, for example `tqdm`. Notes are issued as warnings here; `prepare`
         returns them. Raises ValueError for values out of range, TypeError for unknown settings.
         """
@@ -196,7 +198,7 @@ class StableDiffusion:
         self,
         prompt: Prompt,
         image: Image.Image,
-        negative: str = "",
+        negative: Prompt | None = "",
         *,
         progress: Progress | None = None,
         **settings: Any,
@@ -209,7 +211,7 @@ class StableDiffusion:
         prompt: Prompt,
         image: Image.Image,
         mask: Image.Image | None = None,
-        negative: str = "",
+        negative: Prompt | None = "",
         *,
         progress: Progress | None = None,
         **settings: Any,

@@ -126,14 +126,17 @@ class Run(Iterator[Step]):
             long_prompts=request.long_prompts,
             note=notes.append,
         )
+        negative = [request.negative] if isinstance(request.negative, str) else request.negative
+        assert negative is not None  # a request makes "" of None
+        for name, given in (("prompt", request.prompt), ("negative", negative)):
+            if isinstance(given, Tensor):
+                _check_context(name, given, model)
         context = request.prompt if isinstance(request.prompt, Tensor) else encode(request.prompt)
-        M, D = model.config.text[0].length, model.config.unet.context
-        if context.dim() != 3 or 0 in context.shape or context.shape[1] % M or context.shape[2] != D:
-            raise ValueError(f"a context must be (B, k x {M}, {D}), got {tuple(context.shape)}")
         self.context = context.to(model.device, model.dtype).repeat_interleave(params.n, dim=0)
         self.uncond: Tensor | None = None
         if params.guidance != 1.0:
-            self.uncond = encode([request.negative])
+            uncond = (negative if isinstance(negative, Tensor) else encode(negative)).to(model.device, model.dtype)
+            self.uncond = uncond if len(uncond) == 1 else uncond.repeat_interleave(params.n, dim=0)
             if self.uncond.shape[1] != self.context.shape[1]:
                 self.context, self.uncond = model.same_length(self.context, self.uncond)
         self.rngs = generators(params.seed, len(self.context))
@@ -170,6 +173,14 @@ class Run(Iterator[Step]):
         if self._taken < len(self.levels) - 1:
             raise RuntimeError(f"step {self._taken + 1} of {len(self)} failed: prepare the request again")
         return Result(self.preview(self.start.blend(self.x)), self.seeds, list(dict.fromkeys(self.notes)))
+
+
+def _check_context(name: str, context: Tensor, model: StableDiffusion) -> None:
+    """Raise ValueError if a tensor that was given as a prompt is not a context of this model."""
+    M, D = model.config.text[0].length, model.config.unet.context
+    shape, dtype = tuple(context.shape), str(context.dtype).removeprefix("torch.")
+    if len(shape) != 3 or 0 in shape or shape[1] % M or shape[2] != D or not context.is_floating_point():
+        raise ValueError(f"{name} must be a context (B, k x {M}, {D}) of this model, got {shape} in {dtype}")
 
 
 class Unchanged(Run):
