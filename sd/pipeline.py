@@ -28,8 +28,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -43,6 +43,7 @@ from .checkpoints.placement import place
 from .conditioning import Conditioning, Network
 from .config import Config
 from .denoiser import Denoiser
+from .hints import Hints
 from .imaging.masks import mask_channels
 from .imaging.tensors import to_tensor
 from .models.text_encoder import TextEncoder
@@ -52,7 +53,7 @@ from .params import ImageToImage, Inpaint, TextToImage, number
 from .resources import resource
 from .run import Run, Sampling, image_to_image, inpaint, text_to_image
 from .runtime.cuda_graphs import Compiled, Recorded
-from .runtime.device import best_dtype, find_device, find_dtype
+from .runtime.device import best_dtype, explained, find_device, find_dtype
 from .runtime.offload import Offload
 from .samplers import Denoise, Noise, Sampler, Step, find_sampler
 from .schedule import Levels, Schedule
@@ -68,7 +69,7 @@ Prompt = str | Sequence[str] | Tensor
 Progress = Callable[[Run], Iterable[Step]]
 
 
-class StableDiffusion:
+class StableDiffusion(Hints):
     """A checkpoint on one device in one precision: networks, tokenizer, schedule and adapters."""
 
     def __init__(
@@ -171,14 +172,23 @@ class StableDiffusion:
             self._adapters = Adapters(self.config, self.tokenizer, plain | {name: wrapped}, self._keep)
         self._networks = {**self._networks, name: network}
 
-    def _use(self, name: str) -> AbstractContextManager[nn.Module]:
-        """A network, which stays on the device within the block."""
-        return self._networks.use(name) if isinstance(self._networks, Offload) else nullcontext(self._networks[name])
+    @contextmanager
+    def _use(self, name: str) -> Iterator[nn.Module]:
+        """A network, which stays on the device within the block; see `explained` for its errors."""
+        networks = self._networks
+        turn = networks.use(name) if isinstance(networks, Offload) else nullcontext(networks[name])
+        with turn as network, explained(f"model.{name}", network, self.device):
+            yield network
 
     def _predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The U-Net, fetched at each step: in between, another network may take its turn on the device."""
+        """The U-Net, fetched at each step: in between, another network may take its turn on the device.
+
+        It runs in the precision of its weights, which may have been cast (`model.unet.half()`).
+        """
         with self._use("unet") as unet:
-            return (self._fast_unet or unet)(x, t, conditioning)
+            norm = getattr(unet, "norm_out", None)  # a layer whose weight is never packed
+            dtype = norm.weight.dtype if isinstance(norm, nn.GroupNorm) else self.dtype
+            return (self._fast_unet or unet)(x.to(dtype), t, conditioning.to(dtype=dtype))
 
     # ------------------------------------------------------------------------------------------- the three tasks
 
@@ -187,8 +197,7 @@ class StableDiffusion:
     ) -> list[Image.Image]:
         """Generate images from text; settings are those of `TextToImage` and `SamplingParams`, and sampler options.
 
-        `prompt` and `negative` are texts, or contexts that `encode_prompt` returned. One negative is for all prompts,
-        several are one for each.
+        One `negative` is for all prompts, several are one for each; contexts of `encode_prompt` are taken as well.
         `progress` wraps the iterator over the steps, for example `tqdm`. Notes are issued as warnings here; `prepare`
         returns them. Raises ValueError for values out of range, TypeError for unknown settings.
         """

@@ -17,6 +17,7 @@ ALLOWED = {
     "conditioning": set(),
     "config": set(),
     "files": set(),
+    "hints": set(),
     "resources": set(),
     "schedule": {"config"},
     "samplers": {"schedule"},
@@ -32,8 +33,8 @@ ALLOWED = {
     "latents": {"config", "imaging", "models", "params", "runtime", "text"},
     "run": {"config", "denoiser", "imaging", "latents", "params", "samplers", "schedule"},
     "pipeline": {
-        "adapters", "checkpoints", "conditioning", "config", "denoiser", "imaging", "latents", "models", "params",
-        "resources", "run", "runtime", "samplers", "schedule", "text",
+        "adapters", "checkpoints", "conditioning", "config", "denoiser", "hints", "imaging", "latents", "models",
+        "params", "resources", "run", "runtime", "samplers", "schedule", "text",
     },
     "study": None,  # stands on top of everything: nothing may import it
 }  # fmt: skip
