@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from . import latents
 from .adapters.added import Adapters
+from .adapters.textual_inversion import tokenizer_for
 from .checkpoints.loading import LoadOptions, ModelFiles
 from .checkpoints.placement import place
 from .conditioning import Conditioning, Network
@@ -58,7 +59,7 @@ from .runtime.offload import Offload
 from .samplers import Denoise, Noise, Sampler, Step, find_sampler
 from .schedule import Levels, Schedule
 from .text.prompt_syntax import emphasised, rows, same_length
-from .text.tokenizer import Note, Tokenizer, warn
+from .text.tokenizer import Note, warn
 
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11
@@ -77,7 +78,7 @@ class StableDiffusion(Hints):
     ) -> None:
         self.config = config
         self.about = tuple(about)  # what was detected and chosen in loading, one line each
-        self.tokenizer = Tokenizer(length=config.text[0].length, pad=config.text[0].pad)
+        self.tokenizer = tokenizer_for(config.text[0])
         self.schedule = Schedule(config.schedule)
         self.is_inpainting = config.is_inpainting
         self._networks: Mapping[str, nn.Module] = {"text_encoder": text_encoder, "vae": vae, "unet": unet}

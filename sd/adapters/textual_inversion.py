@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,8 +24,10 @@ from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import CheckpointError, load_checkpoint, naming
 from ..checkpoints.folders import model_name
+from ..checkpoints.tokenizer_files import usable_words
+from ..config import TextConfig
 from ..models.text_encoder import TextEncoder
-from ..text.tokenizer import Tokenizer
+from ..text.tokenizer import Rule, Tokenizer
 
 PARAMETERS = "string_to_param."  # prefix that the pickle reader gives to the names inside
 NAMELESS = ("emb_params", "clip_l", "embedding", "weight", "*", "<*>")  # keys that are not words
@@ -80,6 +83,20 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
                 raise CheckpointError(f"{key} holds numbers that are not finite, or whole numbers: a damaged file")
             found[name] = vectors
         return found
+
+
+def tokenizer_for(text: TextConfig) -> Tokenizer:
+    """The tokenizer of a text encoder, with the words that the model's own has and its table of vectors has rows for.
+
+    They are found as transformers finds them: within longer words, too.
+    """
+    tokenizer = Tokenizer(length=text.length, pad=min(text.pad, Tokenizer.end))
+    for word in usable_words(text):
+        rule = Rule.ALONE if word.alone else Rule.ANYWHERE
+        with suppress(ValueError):  # nothing is left of it, or it differs from another one in case only
+            tokenizer.add(word.text, [word.id], rule | Rule.EXACT if word.exact else rule)
+    tokenizer.pad = text.pad
+    return tokenizer
 
 
 class WordTable(nn.Embedding):
