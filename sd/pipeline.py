@@ -399,7 +399,7 @@ class StableDiffusion(Hints):
     def add_embedding(self, path: str | os.PathLike[str], word: str | None = None) -> list[str]:
         """Add the words of a textual inversion file to prompts; returns them in lower case, as prompts are read.
 
-        word   the name of the word; if None, the name in the file, or that of the file without its suffix
+        word   the name of the word; if None, the word in the file, and the file's name without its suffix
 
         Raises CheckpointError for a file that is not an embedding, or one for another model; ValueError if the word is
         taken.

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import warnings
 from pathlib import Path
 
 import sd
+from sd.adapters.textual_inversion import refuse_image
+from sd.checkpoints.folders import model_name
+from sd.text.prompt_syntax import plain
 
 from .cli import Parser
 from .output import ModelHash
@@ -67,8 +71,11 @@ class AddOns:
 
     def __init__(self, args: argparse.Namespace, prompts: list[str]) -> None:
         self._weighted, self._long = args.weighted_prompts, args.long_prompts
+        self._prompts = [*prompts, args.negative]
         self._loras = [split_lora(text) for text in args.lora]
         self._embeddings = [split_embedding(text) for text in args.embedding]
+        for path, _ in self._embeddings:
+            refuse_image(path)
         for path, _ in (*self._loras, *self._embeddings):
             sd.load_checkpoint(path).close()  # raises for a wrong name before a large model is loaded
         for prompt in (*prompts, args.negative):
@@ -85,13 +92,28 @@ class AddOns:
         for name, (_, weight) in zip(self._names, self._loras, strict=True):
             print(f"LoRA {name}, weight {weight:g}", flush=True)
         for file, word in self._embeddings:
-            for added in model.add_embedding(file, word):
-                self._words[added] = file
-                print(f"embedding {added}, vectors: {model.words[added]}", flush=True)
+            added = model.add_embedding(file, word)
+            self._words |= dict.fromkeys(added, file)
+            alike = len({model.tokenizer.added[name] for name in added}) == 1
+            for names in [added] if alike else [[name] for name in added]:
+                print(f"embedding {' or '.join(names)}, vectors: {model.words[names[0]]}", flush=True)
+        self._warn_of_unused(model)
         if hashes:
             files = [(file, file.suffix == ".safetensors") for file, _ in self._loras]
             files += [(file, False) for file, _ in self._embeddings]
             self._hashes = {file: ModelHash(file, digits=12, tensors_only=only) for file, only in files}
+
+    def _warn_of_unused(self, model: sd.StableDiffusion) -> None:
+        """Warn of embeddings that were added, but that no prompt uses."""
+        texts = [plain(prompt) for prompt in self._prompts] if self._weighted else self._prompts
+        used = {i for text in texts for i in model.tokenizer.encode(text)} if self._embeddings else set()
+        for file, _ in self._embeddings:
+            words = [word for word, own in self._words.items() if own == file]
+            if not any(used & set(model.tokenizer.added[word]) for word in words):
+                warnings.warn(
+                    f"embedding {model_name(file)} added, but no prompt uses it: write {' or '.join(words)}",
+                    stacklevel=1,
+                )
 
     def prompt(self, prompt: str) -> str:
         """The prompt for the metadata, with its LoRAs in the syntax of other tools."""
