@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import random
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +19,7 @@ import torch
 from PIL import Image
 from test_lora import SCHEMES, lora_file, saved
 
+import sd
 from sd.config import SD1
 from sd.params import ImageToImage, Inpaint, SamplingParams, TextToImage, from_dict
 from sd.pipeline import StableDiffusion
@@ -92,6 +97,41 @@ def test_a_run_that_is_interrupted_leaves_the_model_as_it_was(error, low_memory)
     broken.start = broken.start._replace(finish=lambda image: (_ for _ in ()).throw(error))
     with pytest.raises(error):
         broken.result()
+    assert all(map(np.array_equal, pixels(model, request), fresh))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_interrupt_anywhere_with_low_memory(error):
+    """At any line of the project, as Ctrl-C comes: within a move of weights, too."""
+    model = StableDiffusion.load(device="cpu", dtype="float32", low_memory=True)
+    request = TextToImage("a red house", params(steps=1))
+    fresh = pixels(model, request)
+    folder, lines, stop = str(Path(sd.__file__).parent), 0, -1
+
+    def trace(frame, event, _):
+        nonlocal lines
+        if not frame.f_code.co_filename.startswith(folder):
+            return None
+        lines += event == "line"
+        if lines == stop:
+            raise error
+        return trace
+
+    def traced():
+        nonlocal lines
+        lines = 0
+        sys.settrace(trace)
+        try:
+            model.prepare(request).result()
+        finally:
+            sys.settrace(None)
+
+    traced()
+    total, rng = lines, random.Random(5)
+    for _ in range(6):
+        stop = rng.randrange(1, total)
+        with suppress(error, RuntimeError):  # torch makes a RuntimeError of a MemoryError in load_state_dict
+            traced()
     assert all(map(np.array_equal, pixels(model, request), fresh))
 
 

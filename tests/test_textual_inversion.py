@@ -286,9 +286,7 @@ def test_hundreds_of_words(model):
     made = Tokenizer()
     for i in range(1000):
         made.add(f"word{i}" if i % 2 else f"word {i}", [FIRST + i])
-    assert made.encode("WORD1 word 10, Word 998 word999") == [
-        FIRST + i if i != 267 else 267 for i in (1, 10, 267, 998, 999)
-    ]
+    assert made.encode("WORD1 word 10, word999") == [FIRST + 1, FIRST + 10, 267, FIRST + 999]
     assert made.encode("words") == Tokenizer().encode("words")
 
 
