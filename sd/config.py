@@ -20,11 +20,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 GROUPS = 32  # groups of every GroupNorm: every channel count is a multiple of it
 END = 49407  # id of CLIP's end token
 PUBLISHED_LAYERS = {768: 12, 1024: 24, 1280: 32}  # of ViT-L/14, ViT-H/14 and ViT-bigG/14, by width
+MAX_WORDS, MAX_WORD = 10_000, 200  # added to a tokenizer; letters of each
 
 
 def _check(ok: bool, message: str) -> None:
@@ -39,6 +40,15 @@ def _check_sizes(owner: object, *names: str, limit: int = 1 << 17) -> None:
         values = value if isinstance(value, tuple) else (value,)
         good = bool(values) and all(type(size) is int and 0 < size <= limit for size in values)
         _check(good, f"{type(owner).__name__}.{name}: got {value!r:.100}, expected whole numbers from 1 to {limit}")
+
+
+class Word(NamedTuple):
+    """A word that a tokenizer knows besides CLIP's tokens, for one row of the token table."""
+
+    text: str
+    id: int
+    exact: bool = False  # matches only as it is written; else in upper or lower case
+    alone: bool = False  # matches only where no letter or digit is beside it
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ class TextConfig:
     hidden_norm: bool = True  # whether `hidden` passes through the final normalisation
     pooled: bool = False  # whether the normalised output at the end token is also returned
     projection: int | None = None  # width P of the linear layer that the pooled output passes through; None: no layer
+    words: tuple[Word, ...] = ()  # besides CLIP's tokens; those whose id is below `vocab` can be used
 
     def __post_init__(self) -> None:
         _check_sizes(self, "width", "layers", "heads", "vocab", "length")
@@ -75,6 +86,7 @@ class TextConfig:
             value = getattr(self, name)
             _check(value in known, f"TextConfig.{name}: got {value!r:.100}, expected one of {known}")
         _check(type(self.pad) is int and 0 <= self.pad < self.vocab, f"TextConfig.pad: got {self.pad!r}, not an id")
+        self._check_words()
         which = self.hidden_layer
         _check(
             type(which) is int and -self.layers <= which <= -1,
@@ -91,6 +103,20 @@ class TextConfig:
     def published_layers(self) -> int:
         """The layers of the encoder as it was published: SD 2 leaves out the last of them, which it does not use."""
         return self.layers + (PUBLISHED_LAYERS.get(self.width) == self.layers + 1)
+
+    def _check_words(self) -> None:
+        _check(isinstance(self.words, tuple) and len(self.words) <= MAX_WORDS, "TextConfig.words: expected a list")
+        words = []
+        for entry in self.words:
+            _check(isinstance(entry, list | tuple) and len(entry) == 4, f"TextConfig.words: got {entry!r:.100}")
+            word = Word(*entry)  # JSON has lists
+            text = isinstance(word.text, str) and word.text.isprintable() and 0 < len(word.text.strip()) <= MAX_WORD
+            kinds = type(word.id) is int and type(word.exact) is bool and type(word.alone) is bool
+            _check(text and kinds and word.id > END, f"TextConfig.words: got {entry!r:.100}")
+            words.append(word)
+        different = len({word.text for word in words}) == len({word.id for word in words}) == len(words)
+        _check(different, "TextConfig.words: a word or an id occurs twice")
+        object.__setattr__(self, "words", tuple(words))
 
 
 @dataclass(frozen=True)
@@ -262,7 +288,11 @@ class Config:
 
     def to_json(self) -> str:
         """One line of JSON from which `from_json` makes an equal config."""
-        return json.dumps(asdict(self))
+        values = asdict(self)
+        for text in values["text"]:
+            if not text["words"]:  # versions that know no words can read it
+                del text["words"]
+        return json.dumps(values)
 
     @classmethod
     def from_json(cls, text: str) -> Config:

@@ -203,6 +203,26 @@ class ResolvedParams(SamplingParams):
     guidance: float = 1.0
 
 
+def _texts(name: str, value: object) -> tuple[str, ...]:
+    """A list of texts, which is not empty; raises ValueError, with the name, for anything else."""
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence) or not value:
+        raise ValueError(f"{name} must be a text, a list of texts or a context, got {value!r:.100}")
+    for text in value:
+        if not isinstance(text, str):
+            found = f"a tensor {tuple(text.shape)}" if isinstance(text, Tensor) else f"{text!r:.100}"
+            raise ValueError(f"{name} must be a text, a list of texts or a context, got a list with {found}")
+    return tuple(value)
+
+
+def _count(prompts: Sequence[str] | Tensor) -> int:
+    """The number of texts or contexts."""
+    return len(prompts) if not isinstance(prompts, Tensor) or prompts.dim() else 0
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" + "s" * (count != 1)
+
+
 @dataclass(frozen=True)
 class TextToImage:
     """Generate images from text: `params.n` for each prompt, in the order of the prompts."""
@@ -211,7 +231,11 @@ class TextToImage:
 
     prompt: str | Sequence[str] | Tensor = setting("", "one text, several texts, or contexts (B, M, D)")
     params: SamplingParams = field(default_factory=SamplingParams)
-    negative: str = setting("", "what to steer away from; has no effect at guidance 1")
+    negative: str | Sequence[str] | Tensor | None = setting(
+        "",
+        "what to steer away from: one text for all prompts, one for each, or contexts (1 or B, M, D); None is the "
+        "empty text. No effect at guidance 1",
+    )
     web_ui_prompts: bool = setting(
         False, "prompts have the web UI's syntax: weights (word:1.2), chunks of 75 tokens, [a:b:0.4], [a|b], AND"
     )
@@ -226,19 +250,37 @@ class TextToImage:
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, Tensor):
-            texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
-            if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"prompt must be a text or a list of texts, got {self.prompt!r:.100}")
-            object.__setattr__(self, "prompt", tuple(texts))
+            texts = (self.prompt,) if isinstance(self.prompt, str) else _texts("prompt", self.prompt)
+            object.__setattr__(self, "prompt", texts)
         if self.clip_skip is not None:
             object.__setattr__(self, "clip_skip", whole("clip_skip", self.clip_skip))
             if self.clip_skip < 1:
                 raise ValueError(f"clip_skip must be at least 1 (the last layer), got {self.clip_skip}")
-        if not isinstance(self.negative, str):
-            raise ValueError(f"the negative prompt must be a text, got {self.negative!r:.100}")
+        if self.negative is None:
+            object.__setattr__(self, "negative", "")
+        elif not isinstance(self.negative, str):
+            self._check_negatives(self.negative)
+
+    def _check_negatives(self, negative: Sequence[str] | Tensor) -> None:
+        """Several negatives: one for each prompt, or one context for all."""
+        if not isinstance(negative, Tensor):
+            negative = _texts("negative", negative)
+            object.__setattr__(self, "negative", negative)
+        prompts = _count(cast(Sequence[str] | Tensor, self.prompt))
+        if _count(negative) != prompts and not (isinstance(negative, Tensor) and _count(negative) == 1):
+            kind = "context" if isinstance(negative, Tensor) else "text"
+            raise ValueError(
+                "negative must be one text for all prompts, or as many as there are prompts: "
+                f"got {_counted(_count(negative), kind)} for {_counted(prompts, 'prompt')}"
+            )
 
     @classmethod
-    def of(cls, prompt: str | Sequence[str] | Tensor, negative: str = "", **settings: Any) -> Self:
+    def of(
+        cls,
+        prompt: str | Sequence[str] | Tensor,
+        negative: str | Sequence[str] | Tensor | None = "",
+        **settings: Any,
+    ) -> Self:
         """The request with these settings: fields of the request, of SamplingParams, or options of the sampler.
 
         Raises TypeError for an unknown name, ValueError for a value out of range.
@@ -260,9 +302,10 @@ class TextToImage:
         return cls(prompt=prompt, negative=negative, params=SamplingParams(**shared, options=options), **own)
 
     def to_dict(self) -> dict[str, Any]:
-        """The request as JSON values, images as PNG in base64. Raises ValueError if the prompt is not text."""
-        if isinstance(self.prompt, Tensor):
-            raise ValueError("a request cannot be serialised if its prompt is a context and not a text")
+        """The request as JSON values, images as PNG in base64. Raises ValueError if a prompt is not text."""
+        for name in ("prompt", "negative"):
+            if isinstance(getattr(self, name), Tensor):
+                raise ValueError(f"a request cannot be serialised if its {name} is a context and not a text")
         found: dict[str, Any] = {"kind": self.kind}
         for f in fields(self):
             value = getattr(self, f.name)

@@ -28,8 +28,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -38,12 +38,14 @@ from torch import Tensor, nn
 
 from . import latents
 from .adapters.added import Adapters, LoraFile
+from .adapters.textual_inversion import tokenizer_for
 from .checkpoints.loading import LoadOptions, ModelFiles
 from .checkpoints.placement import place
 from .conditioning import Composition, Conditioning, Network
 from .config import Config
 from .denoiser import Denoiser
 from .files import user_path
+from .hints import Hints
 from .hires import high_res
 from .imaging.masks import mask_channels
 from .imaging.tensors import to_tensor
@@ -54,12 +56,12 @@ from .params import HighRes, ImageToImage, Inpaint, TextToImage, number, refuse_
 from .resources import resource
 from .run import Run, Sampling, image_to_image, inpaint, text_to_image
 from .runtime.cuda_graphs import Compiled, Recorded
-from .runtime.device import best_dtype, find_device, find_dtype
+from .runtime.device import best_dtype, explained, find_device, find_dtype
 from .runtime.offload import Offload
 from .samplers import Denoise, Noise, Sampler, Step, find_sampler
 from .schedule import Levels, Schedule
 from .text.prompt_syntax import emphasised, rows, same_length, single_text
-from .text.tokenizer import Note, Tokenizer, warn
+from .text.tokenizer import Note, warn
 
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11
@@ -70,7 +72,7 @@ Prompt = str | Sequence[str] | Tensor
 Progress = Callable[[Run], Iterable[Step]]
 
 
-class StableDiffusion:
+class StableDiffusion(Hints):
     """A checkpoint on one device in one precision: networks, tokenizer, schedule and adapters."""
 
     def __init__(
@@ -78,7 +80,7 @@ class StableDiffusion:
     ) -> None:
         self.config = config
         self.about = tuple(about)  # what was detected and chosen in loading, one line each
-        self.tokenizer = Tokenizer(length=config.text[0].length, pad=config.text[0].pad)
+        self.tokenizer = tokenizer_for(config.text[0])
         self.schedule = Schedule(config.schedule)
         self.is_inpainting = config.is_inpainting
         self._networks: Mapping[str, nn.Module] = {"text_encoder": text_encoder, "vae": vae, "unet": unet}
@@ -175,25 +177,33 @@ class StableDiffusion:
             self._adapters = Adapters(self.config, self.tokenizer, plain | {name: wrapped}, self._keep)
         self._networks = {**self._networks, name: network}
 
-    def _use(self, name: str) -> AbstractContextManager[nn.Module]:
-        """A network, which stays on the device within the block."""
-        return self._networks.use(name) if isinstance(self._networks, Offload) else nullcontext(self._networks[name])
+    @contextmanager
+    def _use(self, name: str) -> Iterator[nn.Module]:
+        """A network, which stays on the device within the block; see `explained` for its errors."""
+        networks = self._networks
+        turn = networks.use(name) if isinstance(networks, Offload) else nullcontext(networks[name])
+        with turn as network, explained(f"model.{name}", network, self.device):
+            yield network
 
     def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The output (B, C, h, w) of the U-Net, recorded or compiled if it is, for x (B, C, h, w) and t (B,).
 
-        With `low_memory` it is fetched at each step: in between, another network may take its turn on the device.
+        It runs in the precision of its weights, which may have been cast (`model.unet.half()`). With `low_memory` it is
+        fetched at each step: in between, another network may take its turn on the device.
         """
         with self._use("unet") as unet:
-            return (self._fast_unet or unet)(x, t, conditioning)
+            norm = getattr(unet, "norm_out", None)  # a layer whose weight is never packed
+            dtype = norm.weight.dtype if isinstance(norm, nn.GroupNorm) else self.dtype
+            return (self._fast_unet or unet)(x.to(dtype), t, conditioning.to(dtype=dtype))
 
     # ------------------------------------------------------------------------------------------- the three tasks
 
     def txt2img(
-        self, prompt: Prompt, negative: str = "", *, progress: Progress | None = None, **settings: Any
+        self, prompt: Prompt, negative: Prompt | None = "", *, progress: Progress | None = None, **settings: Any
     ) -> list[Image.Image]:
         """Generate images from text; settings are those of `TextToImage` and `SamplingParams`, and sampler options.
 
+        One `negative` is for all prompts, several are one for each; contexts of `encode_prompt` are taken as well.
         With `hires`, for example 2, images are enlarged and refined; further settings are then those of `HighRes`.
         `progress` wraps the iterator over the steps, for example `tqdm`. Notes are issued as warnings here; `prepare`
         returns them. Raises ValueError for values out of range, TypeError for unknown settings.
@@ -206,7 +216,7 @@ class StableDiffusion:
         self,
         prompt: Prompt,
         image: Image.Image,
-        negative: str = "",
+        negative: Prompt | None = "",
         *,
         progress: Progress | None = None,
         **settings: Any,
@@ -219,7 +229,7 @@ class StableDiffusion:
         prompt: Prompt,
         image: Image.Image,
         mask: Image.Image | None = None,
-        negative: str = "",
+        negative: Prompt | None = "",
         *,
         progress: Progress | None = None,
         **settings: Any,
@@ -436,7 +446,7 @@ class StableDiffusion:
     def add_embedding(self, path: str | os.PathLike[str], word: str | None = None) -> list[str]:
         """Add the words of a textual inversion file to prompts; returns them in lower case, as prompts are read.
 
-        word   the name of the word; if None, the name in the file, or that of the file without its suffix
+        word   the name of the word; if None, the word in the file, and the file's name without its suffix
 
         Raises CheckpointError for a file that is not an embedding, or one for another model; ValueError if the word is
         taken.

@@ -51,32 +51,31 @@ def guides(
 
     def encode(texts: Sequence[str]) -> Tensor:
         kind = model.encode_weighted if request.web_ui_prompts else model.encode_prompt
-        return kind(texts, clip_skip=request.clip_skip, note=note)
+        parts = [[text] for text in texts] if params.exact else [texts]  # each alone, or together
+        contexts = [kind(part, clip_skip=request.clip_skip, note=note) for part in parts]
+        return torch.cat(model.same_length(*contexts, clip_skip=request.clip_skip))
 
-    prompts: Sequence[str] | Tensor = request.prompt
-    negatives: Sequence[str] = [request.negative]
+    prompts, negatives = _context_or_texts(model, "prompt", request.prompt), request.negative
+    negatives = _context_or_texts(model, "negative", [negatives] if isinstance(negatives, str) else negatives)
     if request.web_ui_prompts:
         steps, first = run.steps, run.first_pass
-        read = [] if isinstance(prompts, Tensor) else [read_prompt(text, steps, first, note) for text in prompts]
-        against = [[Subprompt(read_negative(text, steps, first, note), 1.0)] for text in negatives]
-        if not all(map(_is_plain, [*read, *against])):
-            for part in (part for parts in (*read, *against) for part in parts):
-                if 0 < run.taken < steps and part.stages[-1].text != text_at(part.stages, run.taken - 1):
-                    note(f"{run.taken} of {steps} steps are taken, and an edit of the prompt comes after them")
-            return _Plan(model, request, params, read, against).guides(run.taken, encode)
-        prompts = prompts if isinstance(prompts, Tensor) else [parts[0].stages[0].text for parts in read]
-        negatives = [parts[0].stages[0].text for parts in against]
-
-    if isinstance(prompts, Tensor):
-        context = prompts
-    elif params.exact:  # each text alone
-        context = torch.cat(model.same_length(*(encode([text]) for text in prompts), clip_skip=request.clip_skip))
-    else:
-        context = encode(prompts)
-    cond = _for_images(_checked(model, context), params.n)
+        plan = _Plan(
+            model,
+            request,
+            params,
+            prompts if isinstance(prompts, Tensor) else [read_prompt(text, steps, first, note) for text in prompts],
+            negatives
+            if isinstance(negatives, Tensor)
+            else [[Subprompt(read_negative(text, steps, first, note), 1.0)] for text in negatives],
+        )
+        if not plan.is_plain:
+            plan.note_late_edits(run, note)
+            return plan.guides(run.taken, encode)
+        prompts, negatives = plan.first_texts(prompts, negatives)
+    cond = _for_images(prompts if isinstance(prompts, Tensor) else encode(prompts), params.n)
     if params.guidance == 1.0:
         return [Guide(cond, None)] * max(run.taken, 1)
-    uncond = encode(negatives)
+    uncond = negatives if isinstance(negatives, Tensor) else encode(negatives)
     if uncond.shape[1] != cond.shape[1]:
         cond, uncond = model.same_length(cond, uncond, clip_skip=request.clip_skip)
     return [Guide(cond, _for_images(uncond, params.n) if len(uncond) > 1 else uncond)] * max(run.taken, 1)
@@ -90,36 +89,56 @@ class _Plan:
         model: StableDiffusion,
         request: TextToImage,
         params: ResolvedParams,
-        prompts: Sequence[Sequence[Subprompt]],
-        negatives: Sequence[Sequence[Subprompt]],
+        prompts: Sequence[Sequence[Subprompt]] | Tensor,
+        negatives: Sequence[Sequence[Subprompt]] | Tensor,
     ) -> None:
-        """`prompts` is empty if the request has a context instead of texts."""
+        """Both may be contexts (B, M, D) in place of texts."""
         self._model, self._request, self._params = model, request, params
-        self._prompts, self._negatives = prompts, negatives
-        self._composed = any(len(parts) > 1 or parts[0].weight != 1 for parts in prompts)
+        self._given = [x if isinstance(x, Tensor) else None for x in (prompts, negatives)]
+        self._prompts, self._negatives = ([] if isinstance(x, Tensor) else x for x in (prompts, negatives))
+        self._composed = any(len(parts) > 1 or parts[0].weight != 1 for parts in self._prompts)
         self._contexts: dict[str, Tensor] = {}  # of each text, (1, M, D)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether each prompt is one text in all steps."""
+        return all(map(_is_plain, [*self._prompts, *self._negatives]))
+
+    def first_texts(self, *given: Sequence[str] | Tensor) -> list[Sequence[str] | Tensor]:
+        """The texts of the first step in place of the prompts; contexts stay."""
+        read = (self._prompts, self._negatives)
+        return [
+            x if isinstance(x, Tensor) else [parts[0].stages[0].text for parts in texts]
+            for x, texts in zip(given, read, strict=True)
+        ]
+
+    def note_late_edits(self, run: Pass, note: Callable[[str], object]) -> None:
+        """Note edits that come after the steps that are taken."""
+        for part in (part for parts in (*self._prompts, *self._negatives) for part in parts):
+            if 0 < run.taken < run.steps and part.stages[-1].text != text_at(part.stages, run.taken - 1):
+                note(f"{run.taken} of {run.steps} steps are taken, and an edit of the prompt comes after them")
 
     def guides(self, taken: int, encode: Encode) -> list[Guide]:
         """The guide of each step."""
         guided = self._params.guidance != 1.0 or self._composed
-        prompt = self._request.prompt
         keys = [
             (_texts_at(self._prompts, step), _texts_at(self._negatives, step) if guided else None)
             for step in range(max(taken, 1))
         ]
         texts = dict.fromkeys(text for key in keys for side in key for parts in side or () for text in parts)
-        given = [_checked(self._model, prompt)] if isinstance(prompt, Tensor) else []
+        given = [context for context in self._given if context is not None]
         # one by one, so that a text has the same context whatever stands beside it
         each = [encode([text]) for text in texts]
         padded = self._model.same_length(*given, *each, clip_skip=self._request.clip_skip)
         self._contexts = dict(zip(texts, padded[len(given) :], strict=True))
-        fixed = padded[0] if given else None
-        made = {key: Guide(self._cond(key[0], fixed), self._uncond(key[1])) for key in dict.fromkeys(keys)}
+        lengthened = iter(padded)
+        self._given = [None if context is None else next(lengthened) for context in self._given]
+        made = {key: Guide(self._cond(key[0]), self._uncond(key[1])) for key in dict.fromkeys(keys)}
         return [made[key] for key in keys]
 
-    def _cond(self, texts: Texts, fixed: Tensor | None) -> Tensor | Composition:
-        if fixed is not None:
-            return _for_images(fixed, self._params.n)
+    def _cond(self, texts: Texts) -> Tensor | Composition:
+        if self._given[0] is not None:
+            return _for_images(self._given[0], self._params.n)
         if not self._composed:
             return self._stacked(texts)
         # a prompt with fewer parts than another one repeats its first, with the weight 0
@@ -132,6 +151,8 @@ class _Plan:
     def _uncond(self, texts: Texts | None) -> Tensor | None:
         if texts is None:
             return None
+        if (context := self._given[1]) is not None:
+            return _for_images(context, self._params.n) if len(context) > 1 else context
         return self._stacked(texts) if len(texts) > 1 else self._contexts[texts[0][0]]
 
     def _stacked(self, texts: Sequence[Sequence[str]]) -> Tensor:
@@ -139,12 +160,21 @@ class _Plan:
         return _for_images(torch.cat([self._contexts[parts[0]] for parts in texts]), self._params.n)
 
 
-def _checked(model: StableDiffusion, context: Tensor) -> Tensor:
-    """A context on the model's device, in its precision. Raises ValueError for one that does not fit the model."""
+def _context_or_texts(
+    model: StableDiffusion, name: str, given: Sequence[str] | Tensor | None
+) -> Sequence[str] | Tensor:
+    """What was given as a prompt; a context is moved to the model's device, in its precision.
+
+    Raises ValueError for a tensor that is not a context of this model.
+    """
+    assert given is not None  # a request makes "" of None
+    if not isinstance(given, Tensor):
+        return given
     M, D = model.config.text[0].length, model.config.unet.context
-    if context.dim() != 3 or 0 in context.shape or context.shape[1] % M or context.shape[2] != D:
-        raise ValueError(f"a context must be (B, k x {M}, {D}), got {tuple(context.shape)}")
-    return context.to(model.device, model.dtype)
+    shape, dtype = tuple(given.shape), str(given.dtype).removeprefix("torch.")
+    if len(shape) != 3 or 0 in shape or shape[1] % M or shape[2] != D or not given.is_floating_point():
+        raise ValueError(f"{name} must be a context (B, k x {M}, {D}) of this model, got {shape} in {dtype}")
+    return given.to(model.device, model.dtype)
 
 
 def _for_images(context: Tensor, n: int) -> Tensor:

@@ -71,6 +71,14 @@ def test_lora(generate, files, tmp_path):
     assert pixels(tmp_path, 1) != pixels(tmp_path, 2)
 
 
+def test_an_embedding_that_no_prompt_uses_is_said(generate):
+    _, _, err, _ = generate("a cat", "--embedding", "toy.pt:<mine>")
+    assert any("embedding toy added, but no prompt uses it: write <mine>" in line for line in err)
+    for used in (["a (<mine>:1.2)", "--weighted-prompts"], ["a cat", "--negative", "<MINE>"]):
+        _, _, err, _ = generate(*used, "--embedding", "toy.pt:<mine>")
+        assert not any("no prompt uses it" in line for line in err)
+
+
 def test_embedding(generate, files, tmp_path):
     status, out, err, text = generate("a toy", "--embedding", "toy.pt", "--negative", "blue")
     assert (status, err) == (0, []) and out[1] == "embedding toy, vectors: 3"

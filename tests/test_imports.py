@@ -17,6 +17,7 @@ ALLOWED = {
     "conditioning": set(),
     "config": set(),
     "files": set(),
+    "hints": set(),
     "resources": set(),
     "schedule": {"config"},
     "samplers": {"schedule"},
@@ -38,8 +39,8 @@ ALLOWED = {
     },
     "hires": {"imaging", "latents", "params", "run", "samplers", "schedule"},
     "pipeline": {
-        "adapters", "checkpoints", "conditioning", "config", "denoiser", "files", "hires", "imaging", "latents",
-        "models", "params", "resources", "run", "runtime", "samplers", "schedule", "text",
+        "adapters", "checkpoints", "conditioning", "config", "denoiser", "files", "hints", "hires", "imaging",
+        "latents", "models", "params", "resources", "run", "runtime", "samplers", "schedule", "text",
     },
     "study": None,  # stands on top of everything: nothing may import it
 }  # fmt: skip

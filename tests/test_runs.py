@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import random
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +19,7 @@ import torch
 from PIL import Image
 from test_lora import SCHEMES, lora_file, saved
 
+import sd
 from sd.config import SD1
 from sd.params import ImageToImage, Inpaint, SamplingParams, TextToImage, from_dict
 from sd.pipeline import StableDiffusion
@@ -92,6 +97,41 @@ def test_a_run_that_is_interrupted_leaves_the_model_as_it_was(error, low_memory)
     broken.start = broken.start._replace(finish=lambda image: (_ for _ in ()).throw(error))
     with pytest.raises(error):
         broken.result()
+    assert all(map(np.array_equal, pixels(model, request), fresh))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_interrupt_anywhere_with_low_memory(error):
+    """At any line of the project, as Ctrl-C comes: within a move of weights, too."""
+    model = StableDiffusion.load(device="cpu", dtype="float32", low_memory=True)
+    request = TextToImage("a red house", params(steps=1))
+    fresh = pixels(model, request)
+    folder, lines, stop = str(Path(sd.__file__).parent), 0, -1
+
+    def trace(frame, event, _):
+        nonlocal lines
+        if not frame.f_code.co_filename.startswith(folder):
+            return None
+        lines += event == "line"
+        if lines == stop:
+            raise error
+        return trace
+
+    def traced():
+        nonlocal lines
+        lines = 0
+        sys.settrace(trace)
+        try:
+            model.prepare(request).result()
+        finally:
+            sys.settrace(None)
+
+    traced()
+    total, rng = lines, random.Random(5)
+    for _ in range(6):
+        stop = rng.randrange(1, total)
+        with suppress(error, RuntimeError):  # torch makes a RuntimeError of a MemoryError in load_state_dict
+            traced()
     assert all(map(np.array_equal, pixels(model, request), fresh))
 
 
@@ -187,6 +227,77 @@ def test_requests_of_any_numbers_and_images_become_json():
 def test_settings_of_no_use_are_one_line(settings):
     with pytest.raises(ValueError, match=r"^(guidance|sampler) must be a "):
         SamplingParams(**settings)
+
+
+def test_no_negative_is_the_empty_one():
+    assert TextToImage("a", negative=None) == TextToImage("a") == TextToImage.of("a", None)
+
+
+@pytest.mark.parametrize("kind", ["txt2img", "img2img", "inpaint"])
+def test_each_prompt_has_its_negative(kind, tiny_sd):
+    """As lists or as contexts, with n images of each prompt; the image of a prompt alone with its negative."""
+    given = {"txt2img": (), "img2img": (PHOTO,), "inpaint": (PHOTO, MASK)}[kind]
+    settings = {"steps": 1, "height": 64, "width": 64, "sampler": "euler", "guidance": 3.0}
+    settings |= {"strength": 1.0} if kind == "img2img" else {}
+    prompts, negatives = ["a red house", "a boat"], ["a tree", "snow"]
+    cond, uncond = tiny_sd.encode_prompt(prompts), tiny_sd.encode_prompt(negatives)
+
+    def images(prompt, negative, **more):
+        made = getattr(tiny_sd, kind)(prompt, *given, negative, **settings, **more)
+        return [np.asarray(image).astype(int) for image in made]
+
+    both = images(prompts, negatives, n=2, seed=3)
+    alone = {k: images(prompts[k // 2], negatives[k // 2], seed=3 + k)[0] for k in (1, 2)}
+    swapped = images(prompts, negatives[::-1], n=2, seed=3)
+    assert len(both) == 4 and all(abs(both[k] - image).max() <= 1 for k, image in alone.items())
+    assert all((a != b).any() for a, b in zip(both, swapped, strict=True))
+    for prompt, negative in ((prompts, uncond), (cond, tuple(negatives))):
+        assert all(map(np.array_equal, images(prompt, negative, n=2, seed=3), both))
+    shared = images(prompts, "snow", n=2, seed=3)
+    assert all(map(np.array_equal, images(prompts, uncond[1:], n=2, seed=3), shared))
+
+
+def test_a_negative_of_another_length_is_padded(tiny_sd):
+    settings = {"steps": 1, "height": 64, "width": 64, "guidance": 3.0}
+    long = tiny_sd.encode_prompt(["word " * 80], long_prompts=True)
+    image = tiny_sd.txt2img("a", long, **settings)[0]
+    assert image.tobytes() == tiny_sd.txt2img("a", "word " * 80, long_prompts=True, **settings)[0].tobytes()
+    assert tiny_sd.txt2img(["a"], ["b"], **settings | {"guidance": 1.0})
+
+
+@pytest.mark.parametrize(
+    "prompt, negative, message",
+    [
+        ("a", 3, "negative must be a text, a list of texts or a context, got 3"),
+        ("a", [], r"negative must be a text, a list of texts or a context, got \[\]"),
+        ("a", [None], "negative must be .*, got a list with None"),
+        (["a", torch.zeros(1, 77, 64)], "", r"prompt must be .*, got a list with a tensor \(1, 77, 64\)"),
+        ("a", b"b", "negative must be a text"),
+        (None, "", "prompt must be a text, a list of texts or a context, got None"),
+        (["a", "b"], ["c"], r"negative must be one text for all prompts, or .*: got 1 text for 2 prompts"),
+        ("a", ("c", "d"), r"negative must be one text for all prompts, or .*: got 2 texts for 1 prompt"),
+        (["a", "b"], torch.zeros(3, 77, 64), "negative must be .*: got 3 contexts for 2 prompts"),
+        (torch.zeros(2, 77, 64), ["c"] * 3, "negative must be .*: got 3 texts for 2 prompts"),
+        ("a", torch.zeros(()), "negative must be .*: got 0 contexts for 1 prompt"),
+        ("a", torch.zeros(1, 77, 63), r"negative must be a context \(B, k x 77, 64\) .*, got \(1, 77, 63\) in float32"),
+        ("a", torch.zeros(1, 77, 64).long(), r"negative must be a context .*, got \(1, 77, 64\) in int64"),
+    ],
+)  # fmt: skip
+def test_a_wrong_prompt_or_negative_is_named(prompt, negative, message, tiny_sd):
+    """At guidance 1, too, where the negative has no effect; no tensor is printed."""
+    for guidance in (1.0, 3.0):
+        with pytest.raises(ValueError, match=f"^{message}") as refused:
+            tiny_sd.txt2img(prompt, negative, guidance=guidance)
+        assert "\n" not in str(refused.value) and "tensor([" not in str(refused.value)
+
+
+def test_negatives_are_written_with_the_request():
+    for negative in (None, "b", ["b", "c"]):
+        request = TextToImage(["a", "d"], negative=negative)
+        again = from_dict(json.loads(json.dumps(request.to_dict())))
+        assert again == request and hash(again) == hash(request)
+    with pytest.raises(ValueError, match=r"^a request cannot be serialised if its negative is a context"):
+        TextToImage("a", negative=torch.zeros(1, 77, 64)).to_dict()
 
 
 @pytest.mark.parametrize("name, value", [("params", SamplingParams()), ("options", {"eta": 0.5})])

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from common import TINY, error
+from PIL import Image
 from safetensors.torch import save_file
 from test_tokenizer import write_folder
 from torch import nn
@@ -231,6 +232,64 @@ def test_words_of_a_tokenizer():
         made.remove("style")
 
 
+@pytest.mark.parametrize(
+    "key", ["emb_params", "emp_params", "clip_l", "text_encoders_0", "*", "<*>", "<my-dog>", "other", "My Dog"]
+)
+def test_the_files_name_is_always_a_word(key, model, tmp_path):
+    """And the word in the file, if it has one, stands for the same vectors."""
+    save_file({key: vectors(2)}, tmp_path / "My Dog.safetensors")
+    words = model.add_embedding(tmp_path / "My Dog.safetensors")
+    assert words == {"<my-dog>": ["<my-dog>", "my dog"], "other": ["other", "my dog"]}.get(key, ["my dog"])
+    assert model.words == dict.fromkeys(words, 2)
+    assert [model.tokenizer.encode(word) for word in words] == [[FIRST, FIRST + 1]] * len(words)
+    save_file({"emb_params": vectors(1)}, tmp_path / "zz.safetensors")
+    model.add_embedding(tmp_path / "zz.safetensors")
+    model.remove_embedding(words[-1])
+    assert model.words == {"zz": 1} and model.tokenizer.encode("a zz my dog") == [320, FIRST, 607, 1929]
+    assert torch.allclose(model.encode_prompt("zz"), expected(model, [vectors(1)]), atol=1e-5)
+
+
+def test_a_second_word_stays_when_another_embedding_goes(model, tmp_path):
+    for name, key in (("zz", "emb_params"), ("dog", "<dog>")):
+        save_file({key: vectors(2)}, tmp_path / f"{name}.safetensors")
+        model.add_embedding(tmp_path / f"{name}.safetensors")
+    model.remove_embedding("zz")
+    assert model.words == {"<dog>": 2, "dog": 2}
+    assert model.tokenizer.encode("dog") == model.tokenizer.encode("<dog>") == [FIRST, FIRST + 1]
+    model.remove_embedding()
+    assert model.words == {} and model.tokenizer.added == {}
+
+
+def test_a_name_that_many_files_have_is_no_word(model, tmp_path):
+    save_file({"<dog>": vectors()}, tmp_path / "learned_embeds.safetensors")
+    assert model.add_embedding(tmp_path / "learned_embeds.safetensors") == ["<dog>"]
+    assert model.add_embedding(tmp_path / "learned_embeds.safetensors", "dog") == ["dog"]
+
+
+@pytest.mark.parametrize("key", ["emb_params", "emp_params"])
+def test_output_vectors_are_left_out_and_said(key, model, tmp_path):
+    save_file({key: vectors(2), f"{key}_out": vectors(2)}, tmp_path / "dog.safetensors")
+    with pytest.warns(UserWarning, match=r"^dog.safetensors: its output vectors are not used"):
+        assert model.add_embedding(tmp_path / "dog.safetensors") == ["dog"]
+    assert model.words == {"dog": 2}
+
+
+@pytest.mark.parametrize("name", ["dog.png", "dog.webp"])
+def test_an_embedding_in_an_image_is_named(name, model, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"an image; embeddings in images are not read"):
+        model.add_embedding(tmp_path / name)
+
+
+def test_hundreds_of_words(model):
+    """In any case, the longest match first; each is found in time that does not grow with their number."""
+    made = Tokenizer()
+    for i in range(1000):
+        made.add(f"word{i}" if i % 2 else f"word {i}", [FIRST + i])
+    assert made.encode("WORD1 word 10, word999") == [FIRST + 1, FIRST + 10, 267, FIRST + 999]
+    assert made.encode("words") == Tokenizer().encode("words")
+
+
 # What is refused
 
 
@@ -241,6 +300,8 @@ def test_words_of_a_tokenizer():
         ({"<a>": torch.zeros(1024)}, "an embedding for Stable Diffusion 2.x: its vectors are 1024 wide"),
         ({"emb_params": torch.zeros(1, 9)}, "an embedding for another model"),
         ({"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(1, 1280)}, "an embedding for SDXL"),
+        ({"clip_l": torch.zeros(1, 64), "t5": torch.zeros(1, 4096)}, "an embedding for Flux or Stable Diffusion 3"),
+        ({"emb_params_out": torch.zeros(1, 64)}, "holds output vectors only"),
         ({"two\nlines": torch.zeros(64)}, "'two.*lines' is not a word; give one"),
         ({"a" * 201: torch.zeros(64)}, "'a+' is not a word; give one"),
         ({"emb_params": torch.zeros(76, 64)}, "'style' has 76 vectors, but a prompt has room for 75"),

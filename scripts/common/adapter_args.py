@@ -6,16 +6,20 @@ import argparse
 import math
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import sd
 from sd.adapters.added import LoraFile
+from sd.adapters.textual_inversion import refuse_image
+from sd.checkpoints.folders import model_name
 from sd.params import TextToImage
+from sd.text.prompt_syntax import plain, texts_of
 
 from .cli import Parser, file_path, home
 from .output import ModelHash
-from .prompt_loras import PromptLoras
+from .prompt_loras import PromptLoras, prompt_texts
 
 RENAMED = ("--weighted-prompts", "--long-prompts")  # of earlier versions, each a part of --web-ui-prompts
 
@@ -94,11 +98,14 @@ class AddOns:
 
     def __init__(self, args: argparse.Namespace, requests: Sequence[TextToImage]) -> None:
         self._web_ui, self._clip_skip = args.web_ui_prompts, args.clip_skip
+        self._texts = [text for request in requests for text in _texts(request)]
         named = [split_name(text) for text in args.lora]
         self._loras = [split_lora(file) for _, file in named]
         self._aliases = [name for name, _ in named]
         self._embeddings = [split_embedding(text) for text in args.embedding]
         self.of_prompts = PromptLoras(requests, args.lora_dir)
+        for path, _ in self._embeddings:
+            refuse_image(path)
         for path in (*(path for path, _ in (*self._loras, *self._embeddings)), *self.of_prompts.paths):
             sd.load_checkpoint(path).close()  # raises for a wrong name before a large model is loaded
         self._names: list[str] = []  # of the LoRAs
@@ -112,17 +119,31 @@ class AddOns:
         self._names = model.add_loras(files, removable=False)
         for name, (_, weight) in zip(self._names, self._loras, strict=True):
             print(f"LoRA {name}, weight {weight:g}", flush=True)
-        for added in [word for word in model.words if word not in known]:  # those in LoRA files
-            print(f"embedding {added}, vectors: {model.words[added]}", flush=True)
+        for bundled in [word for word in model.words if word not in known]:  # in LoRA files
+            print(f"embedding {bundled}, vectors: {model.words[bundled]}", flush=True)
         for file, word in self._embeddings:
-            for added in model.add_embedding(file, word):
-                self._words[added] = file
-                print(f"embedding {added}, vectors: {model.words[added]}", flush=True)
+            added = model.add_embedding(file, word)
+            self._words |= dict.fromkeys(added, file)
+            alike = len({model.tokenizer.added[name] for name in added}) == 1
+            for names in [added] if alike else [[name] for name in added]:
+                print(f"embedding {' or '.join(names)}, vectors: {model.words[names[0]]}", flush=True)
+        self._warn_of_unused(model)
         if hashes:
             loras = [*(file for file, _ in self._loras), *self.of_prompts.paths]
             hashed = [(file, file.suffix == ".safetensors") for file in loras]
             hashed += [(file, False) for file, _ in self._embeddings]
             self._hashes = {file: ModelHash(file, digits=12, tensors_only=only) for file, only in hashed}
+
+    def _warn_of_unused(self, model: sd.StableDiffusion) -> None:
+        """Warn of embeddings that were added, but that no prompt uses."""
+        used = {i for text in self._texts for i in model.tokenizer.encode(text)} if self._embeddings else set()
+        for file, _ in self._embeddings:
+            words = [word for word, own in self._words.items() if own == file]
+            if not any(used & set(model.tokenizer.added[word]) for word in words):
+                warnings.warn(
+                    f"embedding {model_name(file)} added, but no prompt uses it: write {' or '.join(words)}",
+                    stacklevel=1,
+                )
 
     def prompt(self, prompt: str) -> str:
         """The prompt for the metadata, with its LoRAs in the syntax of other tools."""
@@ -148,3 +169,9 @@ class AddOns:
         if self._clip_skip is not None:
             values["Clip skip"] = str(self._clip_skip)
         return values
+
+
+def _texts(request: TextToImage) -> list[str]:
+    """What the prompts of a request say, the negative ones included, without the web UI's syntax."""
+    prompts = [text for given in (request.prompt, request.negative) for text in prompt_texts(given)]
+    return [plain(text) for prompt in prompts for text in texts_of(prompt)] if request.web_ui_prompts else prompts

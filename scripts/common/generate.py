@@ -34,7 +34,7 @@ from .adapter_args import AddOns
 from .arguments import NICKNAMES
 from .cli import describe, keep_freed_memory, said
 from .output import ModelHash, Output
-from .prompt_loras import without_lora_tags
+from .prompt_loras import prompt_texts, without_lora_tags
 from .prompts import Line, Make, read_prompts
 
 FRAMES = 100  # at most: of a longer run, some steps are skipped
@@ -299,9 +299,8 @@ class Work:
 def check_prompts(request: TextToImage) -> None:
     """Raise the ValueError that the prompts of a request lead to, before a large model is loaded."""
     if request.web_ui_prompts:
-        for given in (request.prompt, request.negative):
-            for text in [given] if isinstance(given, str) else given or ():
-                check_prompt(text)
+        for text in (*prompt_texts(request.prompt), *prompt_texts(request.negative)):
+            check_prompt(text)
 
 
 def warn_of_unknown_words(model: sd.StableDiffusion, args: argparse.Namespace, request: TextToImage) -> None:

@@ -111,7 +111,7 @@ class PromptLoras:
 
     def _tags(self, request: TextToImage, folder: Path | None) -> list[Tag]:
         """The tags in the prompt of a request, after checking that they can be used, and those in the negative one."""
-        prompts, negatives = _texts(request.prompt), _texts(request.negative)
+        prompts, negatives = prompt_texts(request.prompt), prompt_texts(request.negative)
         for text in (*prompts, *negatives):
             web_ui = request.web_ui_prompts
             for tag in take_loras(text if web_ui else text.replace("#", " "))[1]:  # "#" begins a comment
@@ -164,12 +164,12 @@ def without_lora_tags(request: TextToImage) -> TextToImage:
     if not request.web_ui_prompts:
         return request
     prompt, negative = (
-        tuple(take_loras(text)[0] for text in _texts(given)) for given in (request.prompt, request.negative)
+        tuple(take_loras(text)[0] for text in prompt_texts(given)) for given in (request.prompt, request.negative)
     )
     return replace(request, prompt=prompt, negative=negative[0] if len(negative) == 1 else negative)
 
 
-def _texts(prompts: object) -> tuple[str, ...]:
+def prompt_texts(prompts: object) -> tuple[str, ...]:
     """The texts of a prompt or a negative prompt."""
     assert isinstance(prompts, str | tuple)
     return (prompts,) if isinstance(prompts, str) else prompts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple, cast
 
 from torch import nn
@@ -13,7 +14,7 @@ from ..models.text_encoder import TextEncoder
 from ..text.tokenizer import Note, Tokenizer, warn
 from .lora import Lora, Merged
 from .lora_formats import read_lora
-from .textual_inversion import Words, read_embedding
+from .textual_inversion import Words, other_word, read_embedding
 
 
 class LoraFile(NamedTuple):
@@ -97,7 +98,10 @@ class Adapters:
         text = self._config.text[0]
         words = read_embedding(path, text.width, text.length - 2, word)
         self._keep("text_encoder")
-        return self.words.add(words)
+        added = self.words.add(words)
+        name = other_word(Path(path), words) if word is None else None
+        second = None if name is None else self.words.alias(added[0], name)
+        return added if second is None else [*added, second]
 
     def remove_embeddings(self, words: Sequence[str]) -> None:
         """Remove these, or all if there are no words."""

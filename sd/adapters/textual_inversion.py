@@ -7,7 +7,10 @@ may have several vectors, and takes as many of the 75 tokens of a prompt.
     file                        contents
     the paper's .pt             string_to_param: {"*": (n, D)}; the web UI's as well, with a name in addition
     diffusers' .bin             {"<the-word>": (D,) or (n, D)}; in .safetensors as well
-    .safetensors of others      emb_params: (n, D)
+    .safetensors of others      emb_params: (n, D); further names: `NAMELESS`
+    OneTrainer's                emp_params, and emp_params_out: output vectors, which are not used here
+
+The file's name is always a word for its vectors, as in the web UIs; a word in the file is one, too.
 
 D is the width of the text encoder, so a file fits one family of models: 768 Stable Diffusion 1.x, 1024 2.x.
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,11 +27,21 @@ from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import CheckpointError, load_checkpoint, naming
 from ..checkpoints.folders import model_name
+from ..checkpoints.tokenizer_files import usable_words
+from ..config import TextConfig
 from ..models.text_encoder import TextEncoder
-from ..text.tokenizer import Tokenizer
+from ..text.tokenizer import Rule, Tokenizer, warn
 
 PARAMETERS = "string_to_param."  # prefix that the pickle reader gives to the names inside
-NAMELESS = ("emb_params", "clip_l", "embedding", "weight", "*", "<*>")  # keys that are not words
+# keys that are not words
+NAMELESS = (
+    "emb_params", "emp_params", "emb", "embedding", "embeddings", "weight", "*", "<*>", "clip_l", "text_encoders_0",
+    "text_encoder", "token_embedding", "vector", "vectors", "learned_embeds",
+)  # fmt: skip
+OUTPUTS = ("_out", ".out")  # endings of keys of output vectors
+GENERIC = ("learned_embeds", "pytorch_model", "model", "embedding", "embeddings")  # names of files that are not words
+SD3 = "Flux or Stable Diffusion 3"
+OTHERS = {"clip_g": "SDXL", "text_encoders_1": "SDXL", "t5": SD3, "t5xxl": SD3, "text_encoders_2": SD3}
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL"}
 MAX_WORDS = 100  # in one file
 MAX_LETTERS = 200  # of a word
@@ -43,10 +57,17 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
     Raises CheckpointError for a file that is not an embedding, or one for another model.
     """
     path = Path(path)
+    refuse_image(path)
     with load_checkpoint(path) as file, naming(path):
-        if {"clip_g", "clip_l"} <= set(file):
-            raise CheckpointError("an embedding for SDXL, which is not supported (only Stable Diffusion 1.x and 2.x)")
-        shapes = {key: file.shape(key) for key in file}
+        if other := next((model for key, model in OTHERS.items() if key in file), None):
+            raise CheckpointError(
+                f"an embedding for {other}, which is not supported (only Stable Diffusion 1.x and 2.x)"
+            )
+        shapes = {key: file.shape(key) for key in file if not is_output(key)}
+        if len(shapes) < len(file):
+            if not shapes:
+                raise CheckpointError("holds output vectors only, which are not used here")
+            warn(f"{path.name}: its output vectors are not used, only those of the word")
         bad = [key for key, shape in shapes.items() if len(shape) not in (1, 2) or 0 in shape]
         if bad or len(shapes) > MAX_WORDS or any("lora" in key for key in shapes):
             few = (
@@ -82,6 +103,42 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
         return found
 
 
+def tokenizer_for(text: TextConfig) -> Tokenizer:
+    """The tokenizer of a text encoder, with the words that the model's own has and its table of vectors has rows for.
+
+    They are found as transformers finds them: within longer words, too.
+    """
+    tokenizer = Tokenizer(length=text.length, pad=min(text.pad, Tokenizer.end))
+    for word in usable_words(text):
+        rule = Rule.ALONE if word.alone else Rule.ANYWHERE
+        with suppress(ValueError):  # nothing is left of it, or it differs from another one in case only
+            tokenizer.add(word.text, [word.id], rule | Rule.EXACT if word.exact else rule)
+    tokenizer.pad = text.pad
+    return tokenizer
+
+
+def refuse_image(path: Path) -> None:
+    """Raise CheckpointError for an image, in which the web UIs can hide an embedding."""
+    with suppress(OSError), open(path, "rb") as file:
+        head = file.read(12)
+        if head.startswith(b"\x89PNG") or (head[:4] == b"RIFF" and head[8:] == b"WEBP"):
+            raise CheckpointError(
+                f"{path}: an image; embeddings in images are not read: take the .pt or .safetensors file of the word"
+            )
+
+
+def is_output(key: str) -> bool:
+    """Whether a key is that of output vectors, which OneTrainer trains beside those of a nameless word."""
+    return any(key.endswith(end) and key.removesuffix(end) in NAMELESS for end in OUTPUTS)
+
+
+def other_word(path: Path, words: Mapping[str, Tensor]) -> str | None:
+    """The file's name, if it can be a second word for the vectors of a file with one word of another name."""
+    (word, *more), name = words, model_name(path)
+    usable = name.isprintable() and 0 < len(name.strip()) <= MAX_LETTERS and name.lower() not in GENERIC
+    return name if not more and usable and name.lower() != word.lower() else None
+
+
 class WordTable(nn.Embedding):
     """The text encoder's token embedding with more rows at its end; the original table is shared, not copied."""
 
@@ -106,11 +163,22 @@ class Words:
         self._tokenizer, self._text_encoder = tokenizer, text_encoder
         self._table = text_encoder.token
         self._vectors: dict[str, Tensor] = {}  # by word, as the tokenizer knows it
+        self._aliases: dict[str, str] = {}  # a second word -> the one whose vectors it has
 
     @property
     def counts(self) -> dict[str, int]:
         """Word -> number of its vectors."""
-        return {word: len(vectors) for word, vectors in self._vectors.items()}
+        counts = {word: len(vectors) for word, vectors in self._vectors.items()}
+        return counts | {alias: counts[word] for alias, word in self._aliases.items()}
+
+    def alias(self, word: str, name: str) -> str | None:
+        """A second word for the vectors of one that was added; None where it is taken."""
+        try:
+            added = self._tokenizer.add(name, self._tokenizer.added[word])
+        except ValueError:
+            return None
+        self._aliases[added] = word
+        return added
 
     def add(self, words: Mapping[str, Tensor]) -> list[str]:
         """Add words with their vectors (n, D); returns them as the tokenizer knows them. ValueError if one is taken."""
@@ -126,8 +194,11 @@ class Words:
         return added
 
     def remove(self, *words: str) -> None:
-        """Remove words that were added. KeyError for others."""
-        for word in words:
+        """Remove words that were added, each with the other word for its vectors. KeyError for others."""
+        aliases, self._aliases = self._aliases, {}
+        for alias in aliases:
+            self._tokenizer.remove(alias)
+        for word in {aliases.get(word, word) for word in words}:
             del self._vectors[word]
             self._tokenizer.remove(word)
         kept, self._vectors = self._vectors, {}
@@ -135,6 +206,9 @@ class Words:
             self._tokenizer.remove(word)
             self._tokenizer.add(word, range(self._next, self._next + len(vectors)))
             self._vectors[word] = vectors
+        for alias, word in aliases.items():
+            if word in self._vectors:
+                self.alias(word, alias)
         self._rebuild()
 
     @property

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from ..config import GROUPS, MODELS, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from ..config import END, GROUPS, MODELS, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, Word
 from .checkpoint import CheckpointError
 from .other_models import OTHER_INPUTS
+from .tokenizer_files import pad_token, words_to_diffusers
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}  # theirs -> ours
 MAX_TIMESTEPS = 100_000
@@ -55,7 +56,10 @@ def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
         size = (max(size) if isinstance(size, list) else int(size)) * vae.factor
         schedule = schedule_from_diffusers(configs.get("scheduler", {}))
         config = Config("diffusers model", size, text=(text,), vae=vae, unet=unet, schedule=schedule)
-    sizes = ((replace(text, vocab=TextConfig().vocab),), vae, unet)  # fine-tuning may have added words
+    usual = replace(
+        text, vocab=TextConfig().vocab, words=(), pad=min(text.pad, END)
+    )  # fine-tuning may have added words
+    sizes = ((usual,), vae, unet)
     same = [known for known in MODELS.values() if (known.text, known.vae, known.unet) == sizes]
     same.sort(key=lambda known: known.schedule.prediction != schedule.prediction)  # there are SD 1.x that predict v
     return replace(config, name=same[0].name, guidance=same[0].guidance, sampler=same[0].sampler) if same else config
@@ -145,17 +149,19 @@ def _text(configs: Mapping[str, Mapping[str, Any]], unet: UNetConfig) -> TextCon
     width = raw.get("hidden_size", 512)
     _check_supported("text_encoder", raw, {"intermediate_size": 4 * width, "layer_norm_eps": 1e-5})
     activation = raw.get("hidden_act", "quick_gelu")
-    pad = configs.get("tokenizer", {}).get("pad_token")
-    pad = pad.get("content") if isinstance(pad, Mapping) else pad
+    vocab = raw.get("vocab_size", 49408)
+    words: tuple[Word, ...] = tuple(configs.get("words", {}).get("words", ()))
+    ids = {"!": 0, "<|endoftext|>": 49407} | {word.text: word.id for word in words if word.id < vocab}
     # the token "!" has the id 0; OpenCLIP, which has the exact GELU, pads with it
-    padding = {"!": 0, "<|endoftext|>": 49407}.get(str(pad), 0 if activation == "gelu" else 49407)
+    padding = ids.get(str(pad_token(configs.get("tokenizer", {}))), 0 if activation == "gelu" else 49407)
     return TextConfig(
         width=width,
         layers=raw.get("num_hidden_layers", 12),
         heads=raw.get("num_attention_heads", 8),
         activation=activation,
         pad=padding,
-        vocab=raw.get("vocab_size", 49408),
+        vocab=vocab,
+        words=words,
         length=raw.get("max_position_embeddings", 77),
         names="openclip" if activation == "gelu" else "clip",
     )
@@ -208,6 +214,9 @@ def to_diffusers_configs(config: Config, version: str = "0.30.0") -> dict[str, d
     text, schedule = config.text[0], config.schedule
     pipeline = "StableDiffusionInpaintPipeline" if config.is_inpainting else "StableDiffusionPipeline"
     end = "!" if text.pad == 0 else "<|endoftext|>"
+    if text.pad > END:
+        end = next((word.text for word in text.words if word.id == text.pad), end)
+    added = words_to_diffusers(text.words)
     special = {
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
@@ -246,8 +255,9 @@ def to_diffusers_configs(config: Config, version: str = "0.30.0") -> dict[str, d
         },
         "tokenizer/tokenizer_config.json": {
             **special, "tokenizer_class": "CLIPTokenizer", "model_max_length": text.length, "do_lower_case": True,
-            "add_prefix_space": False, "errors": "replace",
+            "add_prefix_space": False, "errors": "replace", **({"added_tokens_decoder": added} if added else {}),
         },
+        **({"tokenizer/added_tokens.json": {word.text: word.id for word in text.words}} if added else {}),
         "tokenizer/special_tokens_map.json": special,
     }  # fmt: skip
 

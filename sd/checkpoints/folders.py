@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .formats.pickles import RefusedFile
+from .tokenizer_files import read_tokenizer
 
 MAX_JSON = 1 << 20  # bytes; an index has less than 200 KB
 STEMS = {
@@ -90,6 +91,9 @@ def find_parts(folder: Path, variant: str | None = None) -> Parts:
         raise RefusedFile(f"no files of the variant {variant!r} in it; its variants: {known}")
     if not parts and "index" not in configs:
         raise RefusedFile(_no_model(folder))
+    if (folder / "tokenizer").is_dir():
+        configs["words"], unused = read_tokenizer(folder / "tokenizer", configs.get("tokenizer", {}), _read_json)
+        notes += unused
     if (folder / EXTRA_FILE).is_file():
         parts.append(Part("", (folder / EXTRA_FILE,)))
     return Parts("diffusers folder", tuple(parts), configs, tuple(dict.fromkeys(notes)))
@@ -190,12 +194,12 @@ def _part(prefix: str, path: Path) -> Part:
     return Part(prefix, tuple(path.parent / name for name in weights), weights)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
     with open(path, "rb") as file:
-        raw = file.read(MAX_JSON + 1)
+        raw = file.read(limit + 1)
     try:
-        if len(raw) > MAX_JSON:
-            raise ValueError(f"more than {MAX_JSON >> 20} MB")
+        if len(raw) > limit:
+            raise ValueError(f"more than {limit >> 20} MB")
         content = json.loads(raw.removeprefix(b"\xef\xbb\xbf").decode())
         if not isinstance(content, dict):
             raise ValueError("not an object")

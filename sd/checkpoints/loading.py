@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..config import Config, TextConfig
+from ..config import END, Config, TextConfig
 from ..runtime.optimize import optimize
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming, printable, shapes
 from .convert import FLAGS, NAMES, convert, describe_weights, shape_text
@@ -30,6 +30,7 @@ from .formats.mmap import fresh
 from .layouts import NETWORKS, find_layouts
 from .other_models import is_sdxl, refuse_others
 from .prediction import predicting, probe
+from .tokenizer_files import describe_words
 
 Report = Callable[[int], object]  # called with the number of elements of each weight that was read
 
@@ -47,7 +48,8 @@ def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
     if network == "text_encoder":
         if folder is not None:
             check_text_encoder(folder, config.text[0])
-        plain = replace(config.text[0], vocab=TextConfig().vocab)
+        words = tuple(tensors.configs.get("words", {}).get("words", ()))
+        plain = replace(config.text[0], vocab=TextConfig().vocab, words=words, pad=min(config.text[0].pad, END))
         return with_form(
             with_vocabulary(replace(config, text=(plain, *config.text[1:])), found, layouts), found, layouts
         )
@@ -86,6 +88,7 @@ def describe(tensors: Checkpoint, found: Identity, weights: str, config: Config)
     scale, usual = config.vae.scale, found.config.vae.scale
     if scale != usual:
         lines.append(f"the VAE that is given has the scale {scale:g}, the model's own {usual:g}: it may not fit")
+    lines += describe_words(config.text[0])
     return list(map(printable, lines))
 
 

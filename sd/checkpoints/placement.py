@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -60,7 +61,8 @@ def place(
                 read(name, network)
         used = Offload(networks, device, read if reread else None) if low_memory else networks
         if not files.decided:
-            files.probe(used["unet"])
+            with used.use("unet") if isinstance(used, Offload) else nullcontext(used["unet"]) as unet:
+                files.probe(unet)
         about = files.about()
     except BaseException:
         files.close()

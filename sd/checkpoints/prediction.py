@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config import SD2, SD2_V, Config, ScheduleConfig
+from ..config import END, SD2, SD2_V, Config, ScheduleConfig
 from ..schedule import Schedule
 from .checkpoint import Checkpoint, CheckpointError
 from .diffusers_config import schedule_from_diffusers
@@ -52,7 +52,9 @@ def predicting(config: Config, prediction: str | None) -> Config:
     if prediction is None or prediction == config.schedule.prediction:
         return config
     usual = SD2.text[0]
-    plain = tuple(replace(text, vocab=usual.vocab, names=usual.names) for text in config.text)
+    plain = tuple(
+        replace(text, vocab=usual.vocab, names=usual.names, words=(), pad=min(text.pad, END)) for text in config.text
+    )
     unet = replace(config.unet, linear_projections=SD2.unet.linear_projections)
     named = {SD2: SD2_V, SD2_V: SD2}.get(replace(config, text=plain, unet=unet))
     size, name = (named.size, named.name) if named else (config.size, config.name)

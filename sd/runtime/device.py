@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import ctypes
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
+from torch import nn
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEVICES = ("cuda", "cpu", "mps", "xpu")
@@ -63,6 +65,29 @@ def find_dtype(dtype: str | torch.dtype) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """ "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")
+
+
+def unusable(network: nn.Module, device: torch.device) -> str | None:
+    """Why a network cannot run on a device: its weights are elsewhere, or differ in precision. None if it can."""
+    tensors = [*network.parameters(), *network.buffers()]
+    if elsewhere := sorted({tensor.device.type for tensor in tensors} - {device.type}):
+        remedy = "load the model again" if "meta" in elsewhere else f'move them with .to("{device.type}")'
+        return f"some of its weights are on {' and '.join(elsewhere)}, the model is on {device.type}: {remedy}"
+    dtypes = sorted({dtype_name(tensor.dtype) for tensor in tensors if tensor.is_floating_point()})
+    if len(dtypes) > 1:
+        return f"its weights are {' and '.join(dtypes)}: give all of them one precision, as .to(torch.{dtypes[-1]})"
+    return None
+
+
+@contextmanager
+def explained(name: str, network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run a network within the block; if it fails as its weights were moved or cast in part, RuntimeError says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if why := unusable(network, device):
+            raise RuntimeError(f"{name} cannot be used: {why}") from error
+        raise
 
 
 def give_back_memory() -> None:

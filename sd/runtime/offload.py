@@ -3,7 +3,8 @@
 An image needs the text encoder, then (if it starts from an image) the VAE, then the U-Net for all steps, then the VAE.
 In Stable Diffusion 1.x they hold 12, 8 and 80 % of the weights. With a GPU, the networks stay in CPU memory and are
 copied to the device when they are needed; only changed weights are copied back. A device without separate memory,
-such as the CPU, reads them from their file each time, and drops them afterwards.
+such as the CPU, reads them from their file each time, and drops them afterwards. A network that was handed out
+(`offload["unet"]`) is looked at first: if it has changed since, it stays in memory.
 
 >>> with torch.device("meta"):  # shapes without values
 ...     networks = {"unet": nn.Linear(4, 4), "vae": nn.Linear(4, 4)}
@@ -44,6 +45,8 @@ class Offload(Mapping[str, nn.Module]):
         self._here: str | None = None  # the network on the device
         self._complete = True  # whether all of it is there: an error or an interrupt may have stopped the move
         self._kept: set[str] = set()  # networks that stay, as their file no longer has their weights
+        # what the network in memory was when it was handed out; None if it was not
+        self._handed_out: dict[str, Any] | None = None
         # of the network on the device, by id: each tensor, its fingerprint on arrival, and the copy in CPU memory
         self._copies: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._lock = threading.RLock()
@@ -52,7 +55,7 @@ class Offload(Mapping[str, nn.Module]):
     def use(self, name: str) -> Iterator[nn.Module]:
         """The network, which no other thread can move within the block."""
         with self._lock:
-            yield self[name]
+            yield self._get(name)
 
     def __getstate__(self) -> dict[str, Any]:  # for copying: a copy has its own lock
         return self.__dict__ | {"_lock": None}
@@ -62,15 +65,19 @@ class Offload(Mapping[str, nn.Module]):
 
     def __getitem__(self, name: str) -> nn.Module:
         with self._lock:
-            return self._get(name)
+            network = self._get(name)
+            if self._read is not None and name not in self._kept and self._handed_out is None:
+                self._handed_out = fingerprints(network)  # whoever asked for it may change it
+            return network
 
     def _get(self, name: str) -> nn.Module:
         if name not in self._kept and (name != self._here or not self._complete):
             self._complete = False
             if self._here is not None and self._here not in self._kept:
                 self._put_away(self._here)
-            self._here = name  # set before the move: if it fails, the next move undoes it
-            self._bring(name)
+            if name not in self._kept:  # else it has just turned out to be changed
+                self._here = name  # set before the move: if it fails, the next move undoes it
+                self._bring(name)
             self._complete = True
         return self._networks[name]
 
@@ -103,6 +110,11 @@ class Offload(Mapping[str, nn.Module]):
         """Free the device's memory of a network. Can be repeated if it was interrupted."""
         network = self._networks[name]
         if self._read is not None:
+            if self._handed_out is not None and self._handed_out != fingerprints(network):
+                self._kept.add(name)
+            self._handed_out = None
+            if name in self._kept:
+                return
             drop_weights(network)
             give_back_memory()
             return
@@ -138,6 +150,14 @@ class Offload(Mapping[str, nn.Module]):
 def _tensors(network: nn.Module) -> list[Tensor]:
     """Parameters and buffers."""
     return [*network.parameters(), *network.buffers()]
+
+
+def fingerprints(network: nn.Module) -> dict[str, Any]:
+    """What tells whether a network has changed: precision, shape and fingerprint of its parameters and buffers."""
+    return {
+        name: (tensor.dtype, tensor.shape, tensor.device, None if tensor.is_meta else fingerprint(tensor.data).tolist())
+        for name, tensor in (*network.named_parameters(), *network.named_buffers())
+    }
 
 
 def fingerprint(tensor: Tensor) -> Tensor:

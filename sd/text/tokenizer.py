@@ -46,11 +46,13 @@ import warnings
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Flag, auto
 from functools import lru_cache, partial
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -77,6 +79,18 @@ BYTE_OF_SYMBOL = dict(zip(SYMBOLS, BYTES, strict=True))
 PIECE = 2000
 MAX_FILE = 1 << 21  # bytes read of a file: vocab.json has 1 MB, and CLIP's merges end after 0.5 MB of OpenAI's 3.2
 MAX_CACHED = 64  # characters; longer words are rare and not cached, which bounds the memory of the cache
+
+Split = Callable[[str], list[str]]  # a text -> the pieces between words, and the words at odd places
+
+
+class Rule(Flag):
+    """Where a word that was added is found in a text."""
+
+    USUAL = 0  # in upper or lower case; not where a letter or digit beside it makes it part of a longer word
+    EXACT = auto()  # only as it is written
+    ANYWHERE = auto()  # within longer words as well
+    ALONE = auto()  # with no letter or digit beside it, even if it begins or ends with neither
+
 
 Note = Callable[[str], object]  # receives one line for each thing that was cut, chosen or retried
 
@@ -156,7 +170,7 @@ class Tokenizer:
                      so a prompt can end early; if False they are read as punctuation and letters
     html_unescape    see `clean`
 
-    `add` and `remove` register words for ids beyond the table (textual inversion).
+    `add` and `remove` register words for ids beyond the table (textual inversion). `added` has their ids.
 
     Raises FileNotFoundError if there is no table, ValueError for another table or arguments out of range.
     """
@@ -198,8 +212,9 @@ class Tokenizer:
         # A pair is one integer: this many tuples would trigger a full garbage collection, which takes longest of all.
         self._merges = {vocab[a] << 16 | vocab[b]: 512 + i for i, (a, b) in enumerate(zip(left, right, strict=True))}
         self._cached = lru_cache(maxsize=1 << 14)(self._encode_word)
-        self.added: dict[str, tuple[int, ...]] = {}  # registered words, cleaned -> ids
-        self._split: Callable[[str], list[str]] | None = None  # splits a text at these words
+        self.added: dict[str, tuple[int, ...]] = {}  # registered words, cleaned unless they are exact -> ids
+        self._rules: dict[str, Rule] = {}  # by word, where they are not the usual ones
+        self._splits: tuple[Split, Split] | None = None  # split a text as it is, and a cleaned one; made when needed
 
     def __call__(self, texts: str | Sequence[str], note: Note = warn) -> torch.Tensor:
         """Token ids (B, length), int64: start, the text's tokens, end, padding. One text gives B = 1.
@@ -234,9 +249,17 @@ class Tokenizer:
         """The ids of a text of any length, without start and end. Raises TypeError if it is not a str."""
         if not isinstance(text, str):
             raise TypeError(f"a text must be a str, got {type(text).__name__}: {text!r:.80}")
-        text = clean(text, html_unescape=self.html_unescape)
+        exactly, _ = self._splits = self._splits or self._find_added()
         ids: list[int] = []
-        for i, piece in enumerate(self._split(text) if self._split else [text]):
+        for i, piece in enumerate(exactly(text)):
+            ids.extend(self.added[piece] if i % 2 else self._encode(clean(piece, html_unescape=self.html_unescape)))
+        return ids
+
+    def _encode(self, text: str) -> list[int]:
+        """The ids of a cleaned text, which has no exact word."""
+        _, split = self._splits = self._splits or self._find_added()
+        ids: list[int] = []
+        for i, piece in enumerate(split(text)):
             if i % 2:
                 ids.extend(self.added[piece])
                 continue
@@ -247,39 +270,48 @@ class Tokenizer:
                     ids.extend(self._cached(word) if len(word) <= MAX_CACHED else self._encode_word(word))
         return ids
 
-    def add(self, word: str, ids: Iterable[int]) -> str:
+    def add(self, word: str, ids: Iterable[int], rule: Rule = Rule.USUAL) -> str:
         """Register a word for ids beyond the table, `end` + 1 and above; returns it as `clean` leaves it.
 
-        It is recognised anywhere in a text, in upper or lower case, unless it is part of a longer word. If several
-        registered words match, the longest wins. Raises ValueError for a word that is empty or taken.
+        It is recognised anywhere in a text, in upper or lower case, unless it is part of a longer word; `rule` changes
+        that. If several registered words match, the longest wins, and exact ones come before all others. Raises
+        ValueError for a word that is empty or taken.
         """
-        cleaned, ids = clean(word, html_unescape=self.html_unescape), tuple(ids)
+        exact = Rule.EXACT in rule
+        cleaned, ids = word if exact else clean(word, html_unescape=self.html_unescape), tuple(ids)
         if not cleaned or cleaned in SPECIAL:
             raise ValueError(f"{word!r} cannot be a word of its own: choose another one")
         if cleaned in self.added:
             raise ValueError(f"the word {cleaned!r} is taken: choose another one")
         if not ids or min(ids) <= self.end:
             raise ValueError(f"the ids of {word!r} must be beyond {self.end}, got {ids}")
-        self.added = {**self.added, cleaned: ids}
-        self._find_added()
+        self._rules = {**self._rules, cleaned: rule}
+        self.added, self._splits = {**self.added, cleaned: ids}, None
         return cleaned
 
     def remove(self, word: str) -> None:
         """Remove a registered word; it is plain text again. Raises KeyError if it was not registered."""
         added = dict(self.added)
         del added[word]
-        self.added = added
-        self._find_added()
+        self.added, self._splits = added, None
 
-    def _find_added(self) -> None:
+    def _find_added(self) -> tuple[Split, Split]:
+        """The functions that split a text at exact words, and a cleaned text at all others."""
         import regex
 
-        def alone(word: str) -> str:
-            before, after = r"(?<!\w)" * bool(regex.match(r"\w", word)), r"(?!\w)" * bool(regex.match(r"\w", word[-1]))
-            return before + regex.escape(word) + after
+        def pattern(word: str) -> str:
+            rule = self._rules.get(word, Rule.USUAL)
+            whole = [
+                Rule.ALONE in rule or (Rule.ANYWHERE not in rule and regex.match(r"\w", x)) for x in (word[0], word[-1])
+            ]
+            return r"(?<!\w)" * bool(whole[0]) + regex.escape(word) + r"(?!\w)" * bool(whole[1])
 
-        words = sorted(self.added, key=len, reverse=True)
-        self._split = regex.compile(f"({'|'.join(map(alone, words))})").split if words else None
+        def split(exact: bool) -> Split:
+            words = [word for word in self.added if (Rule.EXACT in self._rules.get(word, Rule.USUAL)) == exact]
+            words.sort(key=len, reverse=True)
+            return regex.compile(f"({'|'.join(map(pattern, words))})").split if words else lambda text: [text]
+
+        return split(exact=True), split(exact=False)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids: the output of `encode`, or a row of the model's input; a list, or a tensor (N,).
@@ -324,13 +356,12 @@ class Tokenizer:
         symbols[-1] += 256  # the same byte, at the end of a word
         return tuple(merge(symbols, self._merges))
 
-    def __reduce__(self) -> tuple[Callable[[], Tokenizer], tuple[()], dict[str, tuple[int, ...]]]:
+    def __reduce__(self) -> tuple[Callable[[], Tokenizer], tuple[()], dict[str, Any]]:
         # the cache cannot be pickled, so a copy (in the worker process of a data loader) is built from the arguments
-        return self._again, (), self.added
+        return self._again, (), {"added": self.added, "_rules": self._rules, "pad": self.pad}
 
-    def __setstate__(self, added: dict[str, tuple[int, ...]]) -> None:
-        self.added = added
-        self._find_added()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
 
 def _read_merges(path: Path) -> tuple[list[str], list[str]]:

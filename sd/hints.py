@@ -1,0 +1,34 @@
+"""What to use here for methods that models of torch and pipelines of diffusers have.
+
+>>> Hints().to("cuda")
+Traceback (most recent call last):
+AttributeError: 'Hints' has no 'to': device and precision are arguments of StableDiffusion.load(path, device=, dtype=)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+LOAD = "device and precision are arguments of StableDiffusion.load(path, device=, dtype=)"
+NETWORKS = "the networks have it: model.unet, model.vae, model.text_encoder"
+LOW_MEMORY = "StableDiffusion.load(path, low_memory=True) keeps one network at a time on the device"
+HINTS = {
+    **dict.fromkeys(("to", "cpu", "cuda", "half", "float", "double", "bfloat16"), LOAD),
+    **dict.fromkeys(("parameters", "named_parameters", "modules", "state_dict", "load_state_dict"), NETWORKS),
+    **dict.fromkeys(("train", "eval", "requires_grad_", "components"), NETWORKS),
+    **dict.fromkeys(("enable_model_cpu_offload", "enable_sequential_cpu_offload"), LOW_MEMORY),
+    "compile": "model.unet = torch.compile(model.unet), or StableDiffusion.load(path, compile=True)",
+    "scheduler": 'the sampler is a setting of each image: model.txt2img(..., sampler="euler")',
+    "load_lora_weights": "model.add_lora(path, weight)",
+    "load_textual_inversion": "model.add_embedding(path)",
+    "save_pretrained": "scripts/convert.py writes checkpoints",
+}
+
+
+class Hints:
+    """An object whose AttributeErrors say what to use for the usual names."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Called for attributes that are not there."""
+        hint = f": {HINTS[name]}" if name in HINTS else ""
+        raise AttributeError(f"{type(self).__name__!r} has no {name!r}{hint}", name=name, obj=self)
