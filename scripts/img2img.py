@@ -18,9 +18,9 @@ if not __package__:  # run as a file: see bootstrap.py
 
     __package__ = bootstrap.PACKAGE
 
-from sd.params import FITS, ImageToImage
+from sd.params import ImageToImage
 
-from .common import adapter_args, arguments, cli
+from .common import adapter_args, arguments, cli, like
 from .common.generate import about_init, generate
 
 
@@ -28,6 +28,7 @@ def parser() -> cli.Parser:
     """The arguments; names in the original's scripts work, too."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_prompt_arguments(parser, "IMAGE")
+    like.add_like_argument(parser)
     arguments.add_fit_argument(arguments.add_image_arguments(parser, ImageToImage.strength))
     arguments.add_sampling_arguments(parser, size="from the image")
     arguments.add_output_arguments(parser)
@@ -38,14 +39,13 @@ def parser() -> cli.Parser:
 
 def generate_images(args: argparse.Namespace) -> None:
     """Check, read the image, load, generate, save."""
+    like.take(args, ImageToImage)
     args = arguments.place_words(args, "init_img")
     params = arguments.sampling_params(args)
     init = arguments.read_init(args, args.background)
 
     make = partial(ImageToImage, image=init.image, strength=args.strength, fit=args.fit, posterior=args.posterior)
-
-    fitted = {"Fit": args.fit} if args.fit != FITS[0] else {}
-    generate(args, params, make, {**about_init(args, init), **fitted})
+    generate(args, params, make, about_init(args, init))
 
 
 def main(argv: list[str] | None = None) -> int:

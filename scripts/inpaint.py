@@ -26,7 +26,7 @@ from PIL import ImageOps
 from sd.imaging.files import read_mask
 from sd.params import CONTENTS, Inpaint
 
-from .common import adapter_args, arguments, cli
+from .common import adapter_args, arguments, cli, like
 from .common.generate import about_init, generate
 
 MARGIN = 32  # pixels around the mask with --only-masked, as in other tools
@@ -36,6 +36,7 @@ def parser() -> cli.Parser:
     """The arguments."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_prompt_arguments(parser, "IMAGE", "MASK")
+    like.add_like_argument(parser)
     group = arguments.add_image_arguments(parser, strength=1.0)
     group.add_argument("--mask", metavar="FILE", help="white is generated (default: the transparent part of the image)")
     group.add_argument("--invert-mask", action="store_true", help="generate what the mask keeps, and keep the rest")
@@ -63,6 +64,7 @@ def parser() -> cli.Parser:
 
 def generate_images(args: argparse.Namespace) -> None:
     """Check, read image and mask, load, generate, save."""
+    like.take(args, Inpaint)
     args = arguments.place_words(args, "init_img", "mask")
     params = arguments.sampling_params(args)
     init = arguments.read_init(args, args.background if args.mask is not None else None)
@@ -93,9 +95,6 @@ def generate_images(args: argparse.Namespace) -> None:
         "Mask": "alpha" if args.mask is None else Path(args.mask).name,
         **({"Mask hash": sha256(Path(args.mask).read_bytes()).hexdigest()[:10]} if args.mask is not None else {}),
         **({"Mask mode": "Inpaint not masked"} if args.invert_mask else {}),
-        **({"Mask blur": f"{args.mask_blur:g}"} if args.mask_blur else {}),
-        **({"Masked content": args.content} if args.strength < 1 else {}),
-        **({"Inpaint area": "Only masked", "Masked area padding": args.margin} if args.only_masked else {}),
     }
     generate(args, params, make, about)
 

@@ -30,6 +30,7 @@ ALLOWED = {
     "adapters": {"checkpoints", "config", "models", "text"},
     "training": {"conditioning", "config", "denoiser", "models", "schedule"},
     "latents": {"config", "imaging", "models", "params", "runtime", "text"},
+    "recipes": {"imaging", "params", "samplers"},
     "run": {"config", "denoiser", "imaging", "latents", "params", "samplers", "schedule"},
     "pipeline": {
         "adapters", "checkpoints", "conditioning", "config", "denoiser", "imaging", "latents", "models", "params",

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import sd
+from sd.recipes.fields import text_of
 
 from .cli import Parser
 from .output import ModelHash
@@ -62,6 +63,11 @@ def split_embedding(text: str) -> tuple[Path, str | None]:
     return Path(head), tail
 
 
+def tag_name(name: str) -> str:
+    """The name of a LoRA as it is written in metadata, without the characters that end it there."""
+    return re.sub("[:,<>]", "", name)
+
+
 class AddOns:
     """The adapters given as arguments: checked before the model is loaded, then added to it."""
 
@@ -95,14 +101,14 @@ class AddOns:
 
     def prompt(self, prompt: str) -> str:
         """The prompt for the metadata, with its LoRAs in the syntax of other tools."""
-        tags = [f"<lora:{name}:{weight:g}>" for name, (_, weight) in zip(self._names, self._loras, strict=True)]
-        return " ".join([prompt, *tags])
+        loras = zip(self._names, self._loras, strict=True)
+        return " ".join([prompt, *(f"<lora:{tag_name(name)}:{text_of(weight)}>" for name, (_, weight) in loras)])
 
     def about(self, model: sd.StableDiffusion, prompt: str, negative: str) -> dict[str, str]:
         """The entries about adapters in the metadata of an image, with the keys of other tools."""
         used = {i for text in (prompt, negative) for i in model.tokenizer.encode(text)} if self._words else set()
         words = [(word, file) for word, file in self._words.items() if used & set(model.tokenizer.added[word])]
-        loras = [(name, file) for name, (file, _) in zip(self._names, self._loras, strict=True)]
+        loras = [(tag_name(name), file) for name, (file, _) in zip(self._names, self._loras, strict=True)]
         values = {
             name: ", ".join(f"{re.sub('[:,]', '', word)}: {self._hashes[file].digits()}" for word, file in found)
             for name, found in (("Lora hashes", loras), ("TI hashes", words))

@@ -19,6 +19,17 @@ from tqdm import tqdm
 class Parser(argparse.ArgumentParser):
     """Reports wrong arguments in one line instead of with the whole usage."""
 
+    def named(self, argv: list[str] | None) -> set[str]:
+        """The names of the arguments that are given, with whatever value: also if it is the default."""
+        absent = object()
+        appended = {
+            action.dest: None if isinstance(action, argparse._AppendAction) else absent for action in self._actions
+        }
+        found = self.parse_intermixed_args(argv, argparse.Namespace(**appended))
+        return {
+            name for name, value in vars(found).items() if value is not absent and value is not None and value != []
+        }
+
     def error(self, message: str) -> NoReturn:
         """Exit with status 2. For a misspelt option, suggest the closest one."""
         words = message.split()
@@ -44,6 +55,7 @@ def run(
     if hasattr(sys.stdout, "reconfigure"):  # a file name that the terminal cannot show must not stop the program
         sys.stdout.reconfigure(errors="backslashreplace")
     args = parser.parse_intermixed_args(argv)  # allows options between positional arguments
+    args.named = parser.named(argv)
     if not gc.get_freeze_count():  # a million objects of imports stay: not scanning them saves 0.3 s
         gc.freeze()
     with warnings.catch_warnings():

@@ -15,17 +15,18 @@ from tqdm import tqdm
 
 import sd
 from sd.checkpoints.folders import model_name
-from sd.imaging.files import ImageFile, parameters
+from sd.imaging.files import ImageFile
 from sd.imaging.previews import LinearDecoder
 from sd.imaging.tensors import grid
-from sd.params import MAX_SEED, POSTERIORS, SamplingParams, TextToImage
+from sd.params import MAX_SEED, ImageToImage, Inpaint, SamplingParams, TextToImage
 from sd.pipeline import EMBEDDED
+from sd.recipes import describe, written
 from sd.resources import resource
-from sd.run import Run
+from sd.run import Result, Run
 from sd.runtime.device import dtype_name
-from sd.samplers import SAMPLERS
 from sd.text.prompt_syntax import chunks
 
+from . import like
 from .adapter_args import AddOns
 from .arguments import NICKNAMES, read_prompts
 from .cli import keep_freed_memory, said
@@ -40,8 +41,6 @@ Make = Callable[..., TextToImage]
 def about_init(args: argparse.Namespace, init: ImageFile) -> dict[str, object]:
     """The entries about the initial image in the metadata."""
     return {
-        "Denoising strength": f"{args.strength:g}",
-        **({"Posterior": args.posterior} if args.posterior != POSTERIORS[0] else {}),
         **({"Generated size": f"{args.width or 'auto'}x{args.height or 'auto'}"} if args.width or args.height else {}),
         **({"Background": "#{:02x}{:02x}{:02x}".format(*args.background)} if init.alpha is not None else {}),
         "Init image hash": init.digest[:10],
@@ -115,31 +114,35 @@ class Metadata:
     digest: ModelHash  # of the checkpoint
     more: Mapping[str, object]  # about the initial image and the mask
 
-    def describe(self, run: Run, image: Image.Image, seed: int) -> str:
-        """The text of one image of a run."""
-        args, params = self.args, run.params
+    def describe(self, run: Run, result: Result, i: int) -> str:
+        """The text of image i of a run. Everything that the pixels depend on is in it: `sd.read_request` reads it."""
+        args, image, seed = self.args, result.images[i], result.seeds[i]
         assert not isinstance(run.request.prompt, torch.Tensor)
         (prompt,) = run.request.prompt
         digits = self.digest.digits()
-        negative = args.negative if params.guidance != 1 else ""  # has no effect at 1
+        negative = run.request.negative if run.params.guidance != 1 else ""  # has no effect at 1
+        batch, params = len(result.images), replace(run.params, seed=seed)
+        if params.variation_strength > 0 and params.rng != "comfy":  # image k has variation_seed + k
+            params = replace(params, variation_seed=((params.variation_seed or 0) + i) % (MAX_SEED + 1))
+        size = image.size
+        if not isinstance(run.request, ImageToImage | Inpaint):  # what comes after sampling may enlarge the image
+            _, h, w = self.model.latent_shape(run.params.height, run.params.width)
+            size = (w * self.model.config.vae.factor, h * self.model.config.vae.factor)
         values = {
-            "Steps": params.steps,
-            "Sampler": SAMPLERS[params.sampler].label,
-            "Schedule type": params.spacing.capitalize(),
-            "CFG scale": f"{params.guidance:g}",
-            "Seed": seed,
-            "Size": f"{image.width}x{image.height}",
+            **describe(run.request, params, size),
+            **({"Batch size": batch, "Batch pos": i} if batch > 1 else {}),
             **self.more,
-            **{name.capitalize(): f"{value:g}" for name, value in params.options.items()},
             **({"Model hash": digits} if digits else {}),
             "Model": model_name(args.ckpt) if args.ckpt else "pocket",
             **({"Weights": args.weights} if args.weights != "auto" else {}),
+            **({"Prediction": args.prediction} if args.prediction else {}),
             **({"VAE": model_name(args.vae)} if args.vae else {}),
+            **({"Text encoder": model_name(args.text_encoder)} if args.text_encoder else {}),
             **self.addons.about(self.model, prompt, negative),
             "Precision": dtype_name(self.model.dtype),
             "Version": f"sd {sd.__version__}",
         }
-        return parameters(self.addons.prompt(prompt), negative, values)
+        return written(self.addons.prompt(prompt), negative, values)
 
 
 def generate(
@@ -147,16 +150,21 @@ def generate(
 ) -> None:
     """Generate the images of all prompts, and save each batch when it is ready; `more` is added to their metadata."""
     prompts = read_prompts(args.prompt, args.from_file)
+    params = replace(params, **like.carried(args, SamplingParams))
+    make = partial(make, **like.carried(args, TextToImage))
     make = partial(make, negative=args.negative, weighted_prompts=args.weighted_prompts, long_prompts=args.long_prompts)
     for prompt in prompts:
         make(prompt, params)  # raises for invalid settings before a large model is loaded
     addons = AddOns(args, prompts)
     output = Output(args.out)
     model = load(args)
-    digest = None if args.no_metadata else ModelHash(args.ckpt or resource(EMBEDDED))
+    file = args.ckpt or resource(EMBEDDED)
+    digest = None if args.no_metadata else ModelHash(file)
     print(f"{model.config.name} on {model.device}, {dtype_name(model.dtype)}, first seed {args.seed}", flush=True)
     for line in model.about:
         print(line, flush=True)
+    like.compare(args, more or {})
+    like.compare_model(args, file, digest)
     if model.config.schedule.to_noise and params.resolved(model.config).spacing not in ("trailing", "linspace"):
         warnings.warn(
             "this model is trained to start from pure noise (zero terminal SNR), and this grid does not: "
@@ -182,7 +190,7 @@ def generate(
             for note in result.notes:
                 warnings.warn(note, stacklevel=1)
             for i, (image, own_seed) in enumerate(zip(result.images, result.seeds, strict=True)):
-                path = output.save(image, metadata.describe(run, image, own_seed) if metadata else None)
+                path = output.save(image, metadata.describe(run, result, i) if metadata else None)
                 print(f"{path}  seed {own_seed}", flush=True)
                 if frames := recorder.frames(i, args.preview):
                     print(output.save_steps(frames, path, args.animation), flush=True)
