@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from scripts import img2img, inpaint, txt2img
+from scripts.common import generate
 from scripts.common.like import find_lora
 from sd import StableDiffusion, read_request
 from sd.checkpoints.export import CONFIG_KEY, to_own
@@ -45,10 +46,29 @@ def files(tiny, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def load():
+    """Loading that keeps the small model for the next call, unless something is merged into it."""
+    kept = {}
+
+    def loaded(args, real):
+        key = (args.ckpt, args.dtype)
+        if args.lora or args.embedding or args.vae or key not in kept:
+            model = real(args)
+            if args.lora or args.embedding or args.vae:
+                return model
+            kept[key] = model
+        return kept[key]
+
+    return loaded
+
+
 @pytest.fixture
-def run(files, tmp_path, capsys, monkeypatch):
+def run(files, load, tmp_path, capsys, monkeypatch):
     """Runs a program beside those files; gives status, stdout, stderr, and the paths of the images made."""
     monkeypatch.chdir(files)
+    real = generate.load
+    monkeypatch.setattr(generate, "load", lambda args: load(args, real))
 
     def call(program, *args, model="tiny.safetensors"):
         out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
@@ -67,20 +87,23 @@ def same(first, second) -> bool:
 
 
 TEXT = (
-    (),
     ("--sampler", "euler_a", "--spacing", "exponential", "--guidance", "3.3000000000000003"),
-    ("--sampler", "ddim", "--eta", "0.1", "--negative", "Steps: 1, Sampler: x, Seed: 2"),
+    (
+        "--sampler",
+        "ddim",
+        "--eta",
+        "0.1",
+        "--weighted-prompts",
+        "--long-prompts",
+        "--negative",
+        "Steps: 1, Sampler: x, Seed: 2",
+    ),
     ("--sampler", "lms", "--order", "2", "--guidance", "1"),
-    ("--sampler", "dpmpp_2m_sde", "--weighted-prompts", "--long-prompts", "--negative", "(b:1.2)"),
 )
-IMAGE = (
-    ("--strength", "0.7", "--fit", "pad", "--posterior", "mode", "--background", "#102030"),
-    ("--strength", "0.55", "--sampler", "heun"),
-)
+IMAGE = (("--strength", "0.7", "--fit", "pad", "--posterior", "mode", "--background", "#102030"), ("--sampler", "heun"))
 MASK = (
-    ("--mask", "mask.png", "--mask-blur", "1.7", "--content", "noise", "--strength", "0.9"),
-    ("--mask", "mask.png", "--only-masked", "--margin", "9", "--content", "fill", "--strength", "0.6", "--invert-mask"),
-    ("--background", "red"),  # the transparent part
+    ("--mask", "mask.png", "--mask-blur", "1.7", "--content", "noise", "--strength", "0.9", "--invert-mask"),
+    ("--only-masked", "--margin", "9", "--content", "fill", "--strength", "0.6", "--background", "red"),
 )
 CASES = [(txt2img, options, ()) for options in TEXT]
 CASES += [(img2img, options, ("photo.png",)) for options in IMAGE]
@@ -145,8 +168,8 @@ def test_a_recipe_of_another_program(run, tmp_path):
     save_png(
         Image.new("RGB", (8, 8)),
         image,
-        f"a cat <lora:ink:0.5>\nNegative prompt: b\n{WEB}, Model hash: 0123456789, Model: other, "
-        "ADetailer model: x, Version: v1.9.0",
+        f"a cat <lora:ink:0.5>\nNegative prompt: b\n{WEB}, Denoising strength: 0.5, Model: other, "
+        "Model hash: 0123456789, ADetailer model: x, Version: v1.9.0",
     )
     status, out, err, (made,) = run(txt2img, "--like", image)
     assert status == 0 and Image.open(made).size == (64, 72)
@@ -155,6 +178,7 @@ def test_a_recipe_of_another_program(run, tmp_path):
         "not reproduced: ADetailer",
         "another model, other (0123456789), than tiny.safetensors",
         "LoRA ink, weight 0.5",
+        "made by img2img, so txt2img makes another image",
     ):
         assert words in err
     text = Image.open(made).text["parameters"]
@@ -165,8 +189,7 @@ def test_another_initial_image_is_said(run, files, tmp_path):
     _, _, _, (made,) = run(img2img, "a cat", "photo.png", *BASE)
     _, _, err, _ = run(img2img, "mask.png", "--like", made)
     assert "the initial image is another file than that of 00001.png" in err
-    _, _, err, _ = run(txt2img, "--like", made)
-    assert "made by img2img, so txt2img makes another image" in err
+    assert "made by img2img" not in err
     status, _, err, made = run(img2img, "--like", tmp_path / "none.png", "photo.png")
     assert status == 1 and made == [] and "none.png: no such file" in err
     _, _, _, (bare,) = run(txt2img, "a", *BASE, "--no-metadata")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from PIL import Image, PngImagePlugin
 
 from sd import read_request
 from sd.imaging.files import ImageFileError, save_png
-from sd.params import Inpaint, SamplingParams, TextToImage
+from sd.params import REQUESTS, Inpaint, SamplingParams, TextToImage, setting
 from sd.recipes import describe, read_parameters, written
 from sd.recipes import fields as table
 from sd.recipes.comfyui import read_graph
@@ -205,6 +206,41 @@ def test_kinds_of_the_web_ui():
     assert isinstance(request, Inpaint) and (request.strength, request.margin, request.content) == (0.6, 16, "noise")
     plain = read(", Denoising strength: 0.6")
     assert plain.kind == "img2img" and plain.with_image(image).strength == 0.6
+
+
+@dataclass(frozen=True)
+class HighRes(TextToImage):
+    """A request with a second pass."""
+
+    kind: ClassVar[str] = "hires"
+    hires: float = setting(2.0, "")
+    hires_strength: float = setting(0.55, "")
+    hires_steps: int | None = setting(None, "")
+    hires_upscaler: str = setting("lanczos", "")
+
+
+def test_a_second_pass(monkeypatch):
+    web = ", Denoising strength: 0.4, Hires upscale: 1.5, Hires steps: 9, Hires upscaler: Latent, Hires sampler: DDIM"
+    monkeypatch.delitem(REQUESTS, "hires", raising=False)
+    assert read(web).kind == "txt2img" and "second pass is not reproduced" in read(web).notes[0]
+    monkeypatch.setitem(REQUESTS, "hires", HighRes)
+    recipe, request = read(web), read(web).request
+    assert (
+        isinstance(request, HighRes) and recipe.kind == "hires" and (request.params.width, request.hires) == (512, 1.5)
+    )
+    assert (request.hires_strength, request.hires_steps, request.hires_upscaler) == (0.4, 9, "latent")
+    assert recipe.notes == ("not reproduced: hires sampler",)
+    recipe = read(", Denoising strength: 0.4, Hires resize: 1024x1536, Hires upscaler: R-ESRGAN 4x+, Hires steps: 0")
+    assert (recipe.request.hires, recipe.request.hires_steps, recipe.request.hires_upscaler) == (2.0, None, "lanczos")
+    assert "R-ESRGAN 4x+ is not available" in recipe.notes[0]
+    old = read_parameters(
+        "a\nSteps: 20, Sampler: Euler, Seed: 1, Size: 1024x1024, Denoising strength: 0.7, First pass size: 512x512"
+    )
+    assert (old.request.params.width, old.request.hires) == (512, 2.0)
+    pairs = describe(request, replace(request.params, spacing="karras"), (512, 768)) | {"Version": "sd 1"}
+    assert read_parameters(written("a cat", "", pairs)).request == replace(
+        request, params=replace(request.params, spacing="karras"), weighted_prompts=False, long_prompts=False
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- the files
@@ -572,7 +608,7 @@ prompts = st.lists(st.one_of(words, odd), max_size=4).map("\n".join)
 PAIRS = {"Steps": 20, "Sampler": "DDIM", "Seed": 5, "Version": "sd 1"}
 
 
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=150, deadline=None, database=None)
 @given(prompts, prompts, words)
 def test_any_prompt_is_read_back(prompt, negative, model):
     found = parse(written(prompt, negative, PAIRS | {"Model": model, "Version": "sd 1"}))

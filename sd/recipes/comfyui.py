@@ -259,8 +259,9 @@ class Graph:
         given = self.value(node, "strength_model", "strength")
         weight = draft.number(1.0 if given is None else given, f"the weight of LoRA {name}")
         other = self.value(node, "strength_clip")
-        if weight is not None:
-            draft.loras.append(Addon(name, weight))
+        if weight is None:
+            return
+        draft.loras.append(Addon(name, weight))
         if other is not None and other != given:
             draft.note(f"LoRA {name} has weight {shown(other)} for the text encoder: {weight:g} is used for both")
 

@@ -15,7 +15,6 @@ shown to people is one line of printable ones.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -32,6 +31,7 @@ MAX_STEPS = 1000
 MAX_BATCH = 100
 MAX_SHOWN = 12  # names in one note
 NAME = 200  # characters of a name that are kept
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line breaks
 # grids of the web UI and ComfyUI -> ours. "simple" has the same timesteps as ours where steps divide 1000.
 GRIDS = {
     "uniform": "linspace", "normal": "linspace", "karras": "karras", "exponential": "exponential",
@@ -53,7 +53,7 @@ class Addon(NamedTuple):
 class Recipe(NamedTuple):
     """How an image was made, as far as its file says.
 
-    request      prompt and settings; for image to image and inpainting without the image, see `with_image`
+    request      prompt and settings; of an image that came from another one as `TextToImage`: see `with_image`
     kind         "txt2img", "img2img", "inpaint", or another key of `params.REQUESTS`
     task         the settings of that kind beyond those of TextToImage, such as strength
     given        the names of the settings that the file has; all others have their defaults
@@ -99,7 +99,7 @@ def clean(text: str) -> str:
     'a[31m cat\nin a\thouse'
     """
     text = re.sub("\r\n?|\x85", "\n", text).replace("\f", " ").encode("utf-8", "replace").decode()
-    return text if text.isprintable() else "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+    return CONTROL.sub("", text)
 
 
 def shown(text: object, limit: int = 80) -> str:
@@ -216,11 +216,13 @@ class Draft:
                     f"{key(name)} {options.pop(name):g} is left out: {SAMPLERS[sampler].label} has no such setting"
                 )
                 del self.settings[name]
-        main = {
-            name: value for name, value in self.settings.items() if name in PARAMS or name in OPTIONS or name in OWN
-        }
+        cls = REQUESTS.get(self.kind, TextToImage)
+        if any(f.metadata.get("image") for f in fields(cls)):  # what comes from an image needs it: see `with_image`
+            cls = TextToImage
+        names = {f.name for f in fields(cls)} | PARAMS | OPTIONS
+        main = {name: value for name, value in self.settings.items() if name in names}
         return Recipe(
-            request=TextToImage.of(clean(prompt), clean(negative), **main),
+            request=cls.of(clean(prompt), clean(negative), **main),
             kind=self.kind,
             task=MappingProxyType({name: value for name, value in self.settings.items() if name not in main}),
             given=frozenset(self.settings),

@@ -161,7 +161,7 @@ def _sampling(draft: Draft, pairs: Mapping[str, str], ours: bool) -> None:
         draft.settings["rng"] = "nv"
         if next_:
             draft.note("SD.Next writes no RNG if it is its default, the GPU's: that is assumed")
-    if "batch size" in pairs and (ours or draft.settings["rng"] == "comfy"):
+    if "batch size" in pairs and (ours or draft.settings.get("rng") == "comfy"):
         _batch(draft, pairs)
 
 
@@ -172,7 +172,7 @@ def _batch(draft: Draft, pairs: Mapping[str, str]) -> None:
         draft.put("n", size, "Batch size")
         # image k has seed + k, or variation_seed + k; ComfyUI's share one generator
         counted = "variation_seed" if draft.settings.get("variation_strength", 0.0) > 0 else "seed"
-        if draft.settings["rng"] != "comfy" and counted in draft.settings:
+        if draft.settings.get("rng") != "comfy" and counted in draft.settings:
             draft.settings[counted] = (draft.settings[counted] - at) % (MAX_SEED + 1)
         draft.position = at
         draft.note(f"the image is number {at + 1} in a batch of {size}")
