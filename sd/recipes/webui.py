@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from ..params import MAX_SEED, REQUESTS, SamplingParams
-from .fields import RNGS, keys_read, settings_of
+from .fields import keys_read, settings_of
 from .infotext import digests, parse, take_loras
 from .recipe import MAX_BATCH, OPTIONS, OWN, PARAMS, WEIGHTED, Addon, Draft, Recipe, file_name, listed, shown
 
@@ -292,6 +292,3 @@ def _families(names: list[str]) -> list[str]:
     """Names without the many settings of one extension: "ADetailer model", "ADetailer prompt" -> "ADetailer"."""
     first = [name.split()[0] for name in names]
     return [word if first.count(word) > 1 else name for word, name in zip(first, names, strict=True)]
-
-
-assert RNGS.keys() == set(RANDOM.values())
