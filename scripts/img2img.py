@@ -21,10 +21,10 @@ if not __package__:  # run as a file: see bootstrap.py
 
     __package__ = bootstrap.PACKAGE
 
-from sd.imaging.files import ImageFile, read_image
-from sd.params import FITS, ImageToImage, TextToImage
+from sd.imaging.files import read_image
+from sd.params import ImageToImage
 
-from .common import adapter_args, arguments, cli
+from .common import adapter_args, arguments, cli, like
 from .common.generate import Source, about_init, generate
 
 
@@ -32,6 +32,7 @@ def parser() -> cli.Parser:
     """The arguments; names in the original's scripts work, too."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_prompt_arguments(parser, "IMAGE")
+    like.add_like_argument(parser)
     group = arguments.add_image_arguments(parser, ImageToImage.strength)
     arguments.add_fit_argument(group)
     group.add_argument(
@@ -51,6 +52,7 @@ def parser() -> cli.Parser:
 
 def generate_images(args: argparse.Namespace) -> None:
     """Check, read the images, load, generate, save."""
+    like.take(args, ImageToImage)
     args = arguments.place_words(args, "init_img")
     params = arguments.sampling_params(args)
     if args.loopback < 1:
@@ -81,15 +83,7 @@ def read(args: argparse.Namespace, path: Path, name: str | None) -> Source:
         posterior=args.posterior,
         match_colours=args.match_colours,
     )
-    return Source(make, partial(about, args, init), name)
-
-
-def about(args: argparse.Namespace, init: ImageFile, request: TextToImage) -> dict[str, object]:
-    """The entries about the initial image in the metadata."""
-    assert isinstance(request, ImageToImage)
-    fitted = {"Fit": request.fit} if request.fit != FITS[0] else {}
-    matched = {"Match colours": True} if request.match_colours else {}
-    return {**about_init(args, init, request), **fitted, **matched}
+    return Source(make, partial(about_init, args, init), name)
 
 
 def main(argv: list[str] | None = None) -> int:

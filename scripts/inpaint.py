@@ -28,7 +28,7 @@ from sd.imaging.files import ImageFile, read_mask
 from sd.imaging.mask_forms import NEARLY
 from sd.params import CONTENTS, Inpaint, TextToImage
 
-from .common import adapter_args, arguments, cli
+from .common import adapter_args, arguments, cli, like
 from .common.generate import Source, about_init, generate
 
 MARGIN = 32  # pixels around the mask with --only-masked, as in other tools
@@ -38,6 +38,7 @@ def parser() -> cli.Parser:
     """The arguments."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_prompt_arguments(parser, "IMAGE", "MASK")
+    like.add_like_argument(parser)
     group = arguments.add_image_arguments(parser, strength=1.0)
     group.add_argument(
         "--mask", type=cli.home, metavar="FILE", help="white is generated (default: the transparent part of the image)"
@@ -67,6 +68,7 @@ def parser() -> cli.Parser:
 
 def generate_images(args: argparse.Namespace) -> None:
     """Check, read image and mask, load, generate, save."""
+    like.take(args, Inpaint)
     args = arguments.place_words(args, "init_img", "mask")
     params = arguments.sampling_params(args)
     init = arguments.read_init(args, args.background if args.mask is not None else None)
@@ -105,11 +107,6 @@ def about(
         "Mask": "alpha" if args.mask is None else Path(args.mask).name,
         **digest,
         **({"Mask mode": "Inpaint not masked"} if args.invert_mask else {}),
-        **({"Mask blur": f"{request.blur:g}"} if request.blur else {}),
-        **({"Masked content": request.content} if request.strength < 1 else {}),
-        **(
-            {"Inpaint area": "Only masked", "Masked area padding": request.margin} if request.margin is not None else {}
-        ),
     }
 
 

@@ -17,7 +17,7 @@ if not __package__:  # run as a file: see bootstrap.py
 
 from sd.params import HighRes, TextToImage
 
-from .common import adapter_args, arguments, cli
+from .common import adapter_args, arguments, cli, like
 from .common.generate import Source, generate
 
 
@@ -25,6 +25,7 @@ def parser() -> cli.Parser:
     """The arguments; names in the original's scripts work, too."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_prompt_arguments(parser)
+    like.add_like_argument(parser)
     arguments.add_sampling_arguments(parser)
     arguments.add_hires_arguments(parser)
     arguments.add_output_arguments(parser)
@@ -35,6 +36,7 @@ def parser() -> cli.Parser:
 
 def generate_images(args: argparse.Namespace) -> None:
     """Check, load, generate, save."""
+    like.take(args, TextToImage)
     args = arguments.place_words(args)
     hires = arguments.hires_settings(args)
     make = partial(HighRes, **hires) if hires else TextToImage

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .models.vae import VAE
     from .params import HighRes, ImageToImage, Inpaint, SamplingParams, TextToImage
     from .pipeline import StableDiffusion
+    from .recipes import Recipe, read_request
     from .run import Result, Run
     from .samplers import SAMPLERS, Step
     from .text.tokenizer import Tokenizer
@@ -31,9 +32,10 @@ __version__ = "0.2.0"
 
 _LATER = {
     "Conditioning": "conditioning", "Denoiser": "denoiser", "HighRes": "params", "ImageToImage": "params",
-    "Inpaint": "params", "Result": "run", "Run": "run", "SamplingParams": "params", "StableDiffusion": "pipeline",
+    "Inpaint": "params", "Recipe": "recipes", "Result": "run", "Run": "run", "SamplingParams": "params",
+    "StableDiffusion": "pipeline",
     "TextToImage": "params", "SAMPLERS": "samplers", "Step": "samplers", "TextEncoder": "models.text_encoder",
-    "Tokenizer": "text.tokenizer", "UNet": "models.unet", "VAE": "models.vae",
+    "Tokenizer": "text.tokenizer", "UNet": "models.unet", "VAE": "models.vae", "read_request": "recipes",
 }  # fmt: skip
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "ImageToImage",
     "Inpaint",
     "Level",
+    "Recipe",
     "Result",
     "Run",
     "SamplingParams",
@@ -68,6 +71,7 @@ __all__ = [
     "detect",
     "identify",
     "load_checkpoint",
+    "read_request",
 ]
 
 

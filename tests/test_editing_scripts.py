@@ -52,7 +52,7 @@ def test_a_changed_image(edit, tmp_path):
     assert image.size == (64, 64) and np.asarray(image).std() > 1
     assert re.fullmatch(
         r"a red cube\nSteps: 2, Sampler: DPM\+\+ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 7, Size: 64x64, "
-        r"Denoising strength: 0.5, Generated size: 64x64, Init image hash: [0-9a-f]{10}, "
+        r"RNG: CPU, Denoising strength: 0.5, Generated size: 64x64, Init image hash: [0-9a-f]{10}, "
         r"Model hash: [0-9a-f]{10}, Model: tiny, "
         r"Precision: float32, Version: sd [\d.]+",
         image.text["parameters"],
@@ -92,7 +92,8 @@ def test_sample_image_and_mask(edit, tmp_path, size, options):
     if "--mask-blur" in options:  # it reaches some pixels outwards
         hole = np.asarray(Image.fromarray(hole).filter(ImageFilter.MaxFilter(41)))
     assert image.size == size and not changed[~hole].any() and changed[hole].mean() > 0.5
-    assert "Denoising strength: 1, Generated size: 64x64, Init image hash: " in image.text["parameters"]
+    assert "RNG: CPU, Denoising strength: 1, " in image.text["parameters"]
+    assert "Generated size: 64x64, Init image hash: " in image.text["parameters"]
     assert "Mask: mask.png" in image.text["parameters"]
 
 

@@ -33,6 +33,7 @@ ALLOWED = {
     "latents": {"config", "imaging", "models", "params", "runtime", "text"},
     "prompts": {"conditioning", "params", "text"},
     "noise": {"params"},
+    "recipes": {"imaging", "params", "samplers"},
     "run": {
         "config", "denoiser", "imaging", "latents", "models", "noise", "params", "prompts", "runtime", "samplers",
         "schedule",

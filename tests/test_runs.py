@@ -259,9 +259,9 @@ def test_each_prompt_has_its_negative(kind, tiny_sd):
 
 def test_a_negative_of_another_length_is_padded(tiny_sd):
     settings = {"steps": 1, "height": 64, "width": 64, "guidance": 3.0}
-    long = tiny_sd.encode_prompt(["word " * 80], long_prompts=True)
+    long = tiny_sd.encode_prompt(["word " * 80], web_ui_prompts=True)
     image = tiny_sd.txt2img("a", long, **settings)[0]
-    assert image.tobytes() == tiny_sd.txt2img("a", "word " * 80, long_prompts=True, **settings)[0].tobytes()
+    assert image.tobytes() == tiny_sd.txt2img("a", "word " * 80, web_ui_prompts=True, **settings)[0].tobytes()
     assert tiny_sd.txt2img(["a"], ["b"], **settings | {"guidance": 1.0})
 
 

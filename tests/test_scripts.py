@@ -67,7 +67,7 @@ def test_a_image(generate, tmp_path):
         assert image.size == (64, 64) and image.mode == "RGB" and np.asarray(image).std() > 1
         assert re.fullmatch(
             r"a red cube\nSteps: 2, Sampler: DPM\+\+ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 7, Size: 64x64, "
-            r"Model hash: [0-9a-f]{10}, Model: tiny, Precision: float32, Version: sd [\d.]+",
+            r"RNG: CPU, Model hash: [0-9a-f]{10}, Model: tiny, Precision: float32, Version: sd [\d.]+",
             image.text["parameters"],
         )
 
@@ -106,7 +106,7 @@ def test_option_names_of_the_original_scripts(generate, tmp_path):
     assert status == 0 and len(files) == 4
     assert [line.split()[-1] for line in out[1:]] == ["5", "6", "7", "8"]
     with Image.open(tmp_path / "out" / "00004.png") as image:
-        text = "Steps: 3, Sampler: DDIM, Schedule type: Leading, CFG scale: 4, Seed: 8, Size: 64x72, Eta: 0.5"
+        text = "Steps: 3, Sampler: DDIM, Schedule type: Leading, CFG scale: 4, Seed: 8, Size: 64x72, RNG: CPU, Eta: 0.5"
         assert f"Negative prompt: b\n{text}" in image.text["parameters"]
 
 

@@ -15,6 +15,7 @@ from sd.adapters.added import LoraFile
 from sd.adapters.textual_inversion import refuse_image
 from sd.checkpoints.folders import model_name
 from sd.params import TextToImage
+from sd.recipes.fields import text_of
 from sd.text.prompt_syntax import plain, texts_of
 
 from .cli import Parser, file_path, home
@@ -93,11 +94,15 @@ def split_embedding(text: str) -> tuple[Path, str | None]:
     return Path(head), tail
 
 
+def tag_name(name: str) -> str:
+    """The name of a LoRA as it is written in metadata, without the characters that end it there."""
+    return re.sub("[:,<>]", "", name)
+
+
 class AddOns:
     """The adapters given as arguments or named in prompts: checked before the model is loaded, then added to it."""
 
     def __init__(self, args: argparse.Namespace, requests: Sequence[TextToImage]) -> None:
-        self._web_ui, self._clip_skip = args.web_ui_prompts, args.clip_skip
         self._texts = [text for request in requests for text in _texts(request)]
         named = [split_name(text) for text in args.lora]
         self._loras = [split_lora(file) for _, file in named]
@@ -147,27 +152,27 @@ class AddOns:
 
     def prompt(self, prompt: str) -> str:
         """The prompt for the metadata, with its LoRAs in the syntax of other tools."""
-        tags = [f"<lora:{name}:{weight:g}>" for name, (_, weight) in zip(self._names, self._loras, strict=True)]
-        tags += [f"<lora:{lora.name}:{lora.weight:g}>" for lora in self.of_prompts.current]
+        named = [(name, weight) for name, (_, weight) in zip(self._names, self._loras, strict=True)]
+        named += [(lora.name, lora.weight) for lora in self.of_prompts.current]
+        tags = [f"<lora:{tag_name(name)}:{text_of(weight)}>" for name, weight in named]
         return " ".join([prompt.rstrip() if tags else prompt, *tags])
 
-    def about(self, model: sd.StableDiffusion, prompt: str, negative: str) -> dict[str, str]:
-        """The entries about adapters in the metadata of an image, with the keys of other tools."""
-        used = {i for text in (prompt, negative) for i in model.tokenizer.encode(text)} if self._words else set()
+    def about(self, model: sd.StableDiffusion, request: TextToImage) -> dict[str, str]:
+        """The entries about adapters and prompts in the metadata of an image, with the keys of other tools."""
+        texts = _texts(request)
+        used = {i for text in texts for i in model.tokenizer.encode(text)} if self._words else set()
         words = [(word, file) for word, file in self._words.items() if used & set(model.tokenizer.added[word])]
-        loras = [(name, file) for name, (file, _) in zip(self._names, self._loras, strict=True)]
-        loras += [(lora.name, lora.path) for lora in self.of_prompts.current]
+        loras = [(tag_name(name), file) for name, (file, _) in zip(self._names, self._loras, strict=True)]
+        loras += [(tag_name(lora.name), lora.path) for lora in self.of_prompts.current]
         values = {
             name: ", ".join(f"{re.sub('[:,]', '', word)}: {self._hashes[file].digits()}" for word, file in found)
             for name, found in (("Lora hashes", loras), ("TI hashes", words))
             if found and self._hashes
         }
-        if self._web_ui or re.search(r"[(\[]", prompt + negative):
-            values["Emphasis"] = "Original" if self._web_ui else "None"
-        if self._web_ui:
-            values |= {"Web UI prompts": "on", "Pad conds": "True"}
-        if self._clip_skip is not None:
-            values["Clip skip"] = str(self._clip_skip)
+        if request.web_ui_prompts:
+            values |= {"Emphasis": "Original", "Pad conds": "True"}
+        elif re.search(r"[(\[]", "".join(texts)):
+            values["Emphasis"] = "None"
         return values
 
 

@@ -76,6 +76,19 @@ class Parser(argparse.ArgumentParser):
                 out.append(word)
         return out
 
+    def named(self) -> set[str]:
+        """The names of the options in the last call, with whatever value: also if it is the default."""
+        words = list(self.given)
+        words = words[: words.index("--")] if "--" in words else words
+        absent = object()
+        appended = {
+            action.dest: None if isinstance(action, argparse._AppendAction) else absent for action in self._actions
+        }
+        found = self.parse_intermixed_args(words, argparse.Namespace(**appended))
+        return {
+            name for name, value in vars(found).items() if value is not absent and value is not None and value != []
+        }
+
     def error(self, message: str) -> NoReturn:
         """Exit with status 2. For a misspelt option, suggest the closest one."""
         known = [name for action in self._actions for name in action.option_strings]
@@ -124,6 +137,8 @@ def run(
 
 def _run(work: Callable[[argparse.Namespace], None], parser: Parser, argv: list[str] | None, out_of_memory: str) -> int:
     args = parser.parse_words(argv)
+    if getattr(args, "like", None) is not None:
+        args.named = parser.named()
     if not gc.get_freeze_count():  # a million objects of imports stay: not scanning them saves 0.3 s
         gc.freeze()
     with warnings.catch_warnings():

@@ -17,19 +17,20 @@ from PIL import Image
 from tqdm import tqdm
 
 import sd
+from sd import recipes
 from sd.checkpoints.folders import model_name
-from sd.imaging.files import ImageFile, parameters
+from sd.imaging.files import ImageFile
 from sd.imaging.previews import LinearDecoder
 from sd.imaging.tensors import grid
-from sd.params import POSTERIORS, ImageToImage, Inpaint, SamplingParams, TextToImage
+from sd.params import ImageToImage, Inpaint, SamplingParams, TextToImage
 from sd.pipeline import EMBEDDED
 from sd.resources import resource
-from sd.run import Run
+from sd.run import Result, Run
 from sd.runtime import kernel_choice
 from sd.runtime.device import dtype_name
-from sd.samplers import SAMPLERS
 from sd.text.prompt_syntax import check_prompt, chunks, texts_of
 
+from . import like
 from .adapter_args import AddOns
 from .arguments import NICKNAMES
 from .cli import describe, keep_freed_memory, said
@@ -56,8 +57,6 @@ def about_init(args: argparse.Namespace, init: ImageFile, request: TextToImage) 
     assert isinstance(request, ImageToImage | Inpaint)
     width, height = request.params.width, request.params.height
     return {
-        "Denoising strength": f"{request.strength:g}",
-        **({"Posterior": request.posterior} if request.posterior != POSTERIORS[0] else {}),
         **({"Generated size": f"{width or 'auto'}x{height or 'auto'}"} if width or height else {}),
         **({"Background": "#{:02x}{:02x}{:02x}".format(*args.background)} if init.alpha is not None else {}),
         "Init image hash": init.digest[:10],
@@ -131,31 +130,35 @@ class Metadata:
     digest: ModelHash  # of the checkpoint
     more: Mapping[str, object]  # about the initial image and the mask
 
-    def describe(self, run: Run, image: Image.Image, seed: int) -> str:
-        """The text of one image of a run."""
-        args, params = self.args, run.params
+    def describe(self, run: Run, result: Result, i: int) -> str:
+        """The text of image i of a run. Everything that the pixels depend on is in it: `sd.read_request` reads it."""
+        args, image, seed = self.args, result.images[i], result.seeds[i]
         assert not isinstance(run.request.prompt, torch.Tensor)
         (prompt,) = run.request.prompt
         digits = self.digest.digits()
-        negative = run.request.negative if params.guidance != 1 else ""  # has no effect at 1
+        (negative,) = prompt_texts(run.request.negative if run.params.guidance != 1 else "")  # has no effect at 1
+        batch, params = len(result.images), replace(run.params, seed=seed)
+        if run.source.variation_seeds:
+            params = replace(params, variation_seed=run.source.variation_seeds[i])
+        size = image.size
+        if not isinstance(run.request, ImageToImage | Inpaint):  # what comes after sampling may enlarge the image
+            _, h, w = self.model.latent_shape(run.params.height, run.params.width)
+            size = (w * self.model.config.vae.factor, h * self.model.config.vae.factor)
         values = {
-            "Steps": params.steps,
-            "Sampler": SAMPLERS[params.sampler].label,
-            "Schedule type": params.spacing.capitalize(),
-            "CFG scale": f"{params.guidance:g}",
-            "Seed": seed,
-            "Size": f"{image.width}x{image.height}",
+            **recipes.describe(run.request, params, size),
+            **({"Batch size": batch, "Batch pos": i} if batch > 1 else {}),
             **self.more,
-            **{name.capitalize(): f"{value:g}" for name, value in params.options.items()},
             **({"Model hash": digits} if digits else {}),
             "Model": model_name(args.ckpt) if args.ckpt else "pocket",
             **({"Weights": args.weights} if args.weights != "auto" else {}),
+            **({"Prediction": args.prediction} if args.prediction else {}),
             **({"VAE": model_name(args.vae)} if args.vae else {}),
-            **self.addons.about(self.model, prompt, negative),
+            **({"Text encoder": model_name(args.text_encoder)} if args.text_encoder else {}),
+            **self.addons.about(self.model, run.request),
             "Precision": dtype_name(self.model.dtype),
             "Version": f"sd {sd.__version__}",
         }
-        return parameters(self.addons.prompt(prompt), negative, values)
+        return recipes.written(self.addons.prompt(prompt), negative, values)
 
 
 def generate(args: argparse.Namespace, params: SamplingParams, openers: Sequence[Opener]) -> None:
@@ -170,6 +173,7 @@ def generate(args: argparse.Namespace, params: SamplingParams, openers: Sequence
 
 def _generate(args: argparse.Namespace, params: SamplingParams, openers: Sequence[Opener]) -> None:
     lines = read_prompts(args.prompt, args.from_file)
+    params = replace(params, **like.carried(args, SamplingParams))
     skipped: list[str] = []
     sources = opened(openers, skipped)
     first = next(sources)
@@ -183,10 +187,13 @@ def _generate(args: argparse.Namespace, params: SamplingParams, openers: Sequenc
     addons = AddOns(args, requests)
     output = Output(args.out)
     model = load(args)
-    digest = None if args.no_metadata else ModelHash(args.ckpt or resource(EMBEDDED))
+    file = args.ckpt or resource(EMBEDDED)
+    digest = None if args.no_metadata else ModelHash(file)
     print(f"{model.config.name} on {model.device}, {dtype_name(model.dtype)}, first seed {args.seed}", flush=True)
     for text in model.about:
         print(text, flush=True)
+    like.compare(args, first.about(requests[0]))
+    like.compare_model(args, file, digest)
     spacings = {request.params.resolved(model.config).spacing for request in requests}
     if model.config.schedule.to_noise and spacings - {"trailing", "linspace"}:
         warnings.warn(
@@ -232,7 +239,8 @@ def opened(openers: Sequence[Opener], skipped: list[str]) -> Iterator[Source]:
 
 def _complete(make: Make, args: argparse.Namespace) -> Make:
     """With the settings of the command line that all requests have."""
-    return partial(make, negative=args.negative, web_ui_prompts=args.web_ui_prompts, clip_skip=args.clip_skip)
+    more = like.carried(args, TextToImage)
+    return partial(make, negative=args.negative, web_ui_prompts=args.web_ui_prompts, clip_skip=args.clip_skip, **more)
 
 
 @dataclass
@@ -282,7 +290,7 @@ class Work:
             warnings.warn(note, stacklevel=1)
         metadata = replace(self.metadata, more=about) if self.metadata else None
         for i, (image, seed) in enumerate(zip(result.images, result.seeds, strict=True)):
-            text = metadata.describe(run, image, seed) if metadata else None
+            text = metadata.describe(run, result, i) if metadata else None
             path = self.output.save(image, text, name=name)
             varied = f", variation seed {run.source.variation_seeds[i]}" if run.source.variation_seeds else ""
             print(f"{path}  seed {seed}{varied}", flush=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import re
 import stat
@@ -160,7 +161,7 @@ def _read(path: str | os.PathLike[str], managed: bool = True) -> tuple[Image.Ima
     """Colours in RGB, alpha or None, whether there are several frames, the digest of the file."""
     data = None
     try:
-        data = _bytes(path)
+        data = read_bytes(path)
         with _quiet, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return *_decode(data, managed), hashlib.sha256(data).hexdigest()
@@ -168,7 +169,7 @@ def _read(path: str | os.PathLike[str], managed: bool = True) -> tuple[Image.Ima
         raise ImageFileError(f"{path}: {_problem(error, data)}") from None
 
 
-def _bytes(path: str | os.PathLike[str]) -> bytes:
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a path with a zero byte
@@ -314,7 +315,8 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def parameters(prompt: str, negative: str, settings: Mapping[str, object]) -> str:
-    """The text of the "parameters" chunk; values with a comma, colon or line break are quoted, as readers expect.
+    """The text of the "parameters" chunk; values with a comma, colon or line break are quoted as
+    JSON, as readers expect.
 
     >>> print(parameters("a red house", "clouds", {"Steps": 20, "Sampler": "DDIM"}))
     a red house
@@ -324,8 +326,8 @@ def parameters(prompt: str, negative: str, settings: Mapping[str, object]) -> st
     pairs = []
     for name, value in settings.items():
         text = str(value)
-        if any(c in text for c in ",:\n"):
-            text = '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+        if text != text.strip() or not text.isprintable() or any(c in text for c in ',:"'):
+            text = json.dumps(text, ensure_ascii=False)
         pairs.append(f"{name}: {text}")
     lines = [prompt, *([f"Negative prompt: {negative}"] if negative else []), ", ".join(pairs)]
     return "\n".join(lines)
@@ -335,7 +337,9 @@ def png_bytes(image: Image.Image, text: str | None = None) -> bytes:
     """The contents of a PNG file, with `text` in its "parameters" chunk."""
     info = PngImagePlugin.PngInfo()
     if text:
-        info.add_text("parameters", text.encode("utf-8", "replace").decode("utf-8"))  # lone surrogates become "?"
+        text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates become "?"
+        # UTF-8 where Latin-1 would do as well: some programs write UTF-8 into tEXt, so readers have to guess there
+        (info.add_text if text.isascii() else info.add_itxt)("parameters", text)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()

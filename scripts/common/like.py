@@ -1,0 +1,279 @@
+"""--like IMAGE: what the file of an image says about how it was made is the default of every argument not given.
+
+take(args, kind)      fills in the arguments; called before their values are checked
+carried(args, ...)    the settings of the recipe that have no argument of their own
+compare(args, ...)    says whether checkpoint, initial image and mask are those of the recipe
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from sd.adapters.lora_formats import lora_name
+from sd.checkpoints.folders import ENDINGS
+from sd.params import MAX_SEED, SamplingParams, TextToImage
+from sd.recipes import Addon, Recipe, read_request
+from sd.recipes.fields import text_of
+from sd.recipes.recipe import file_name, shown
+from sd.runtime.device import DTYPES
+from sd.samplers import SAMPLERS
+
+from .adapter_args import split_embedding, split_lora, split_name, tag_name
+from .arguments import IMAGES, colour
+from .cli import Parser, file_path
+from .output import ModelHash
+
+ARGUMENTS = {"blur": "mask_blur"}  # setting -> the argument, where the names differ
+# setting -> other arguments that say the same: if one of them is given, the recipe's value is not taken
+RIVALS = {
+    "spacing": ("sampler",),  # another sampler has its own grid
+    "variation_seed": ("variation",),
+    "variation_strength": ("variation",),
+}
+# our key -> the argument and how its value is read, for settings of the program and not of the request
+PROGRAM = {"Weights": "weights", "Prediction": "prediction", "Precision": "dtype", "Background": "background"}
+OLD_HASH = 8  # digits of the web UI's hash before 2023, which covers only a part of the file
+MAX_FILES = 100_000  # in the folder of LoRAs
+
+
+def add_like_argument(parser: Parser) -> None:
+    """--like."""
+    parser.add_argument(
+        "--like", type=file_path, metavar="IMAGE",
+        help="take prompt and settings from this image (ours, or of AUTOMATIC1111, Forge, SD.Next, ComfyUI, ...); "
+        "whatever else is given overrides them",
+    )  # fmt: skip
+
+
+def take(args: argparse.Namespace, kind: type[TextToImage]) -> None:
+    """Set the arguments that were not given to the values of the recipe; print what was taken, warn of the rest."""
+    args.recipe = args.carried = None
+    if args.like is None:
+        return
+    recipe = read_request(args.like)
+    if recipe.request.params.n > 1 and recipe.request.params.rng != "comfy":  # each image has its own random numbers
+        recipe = recipe._replace(request=replace(recipe.request, params=_alone(recipe)))
+    settings = _settings(args, recipe, kind)
+    given = args.named
+    taken = {
+        name: value for name, value in settings.items()
+        if ARGUMENTS.get(name, name) not in given and not given.intersection(RIVALS.get(name, ()))
+    }  # fmt: skip
+    if "sampler" in given:  # its options are those of the recipe's sampler
+        taken = {name: value for name, value in taken.items() if not _is_option(name)}
+    args.recipe, args.carried = recipe, {}
+    for name, value in taken.items():
+        if hasattr(args, ARGUMENTS.get(name, name)):
+            setattr(args, ARGUMENTS.get(name, name), value)
+        else:
+            args.carried[name] = value
+    if hasattr(args, "variation") and args.carried.keys() >= {"variation_seed", "variation_strength"}:
+        args.variation = args.carried.pop("variation_seed"), args.carried.pop("variation_strength")
+    if "margin" in taken and "only_masked" not in given:
+        args.only_masked = True
+    if "n" in taken and "batch_size" not in given:
+        args.batch_size = args.n
+    _prompt(args, recipe)
+    _program(args, recipe)
+    _loras(args, recipe)
+    _print(args, recipe, taken)
+    for note in _notes(args, recipe, kind):
+        warnings.warn(note, stacklevel=1)
+
+
+def _alone(recipe: Recipe) -> SamplingParams:
+    """The settings of one image of a batch by itself."""
+    params = recipe.request.params
+    if params.variation_strength > 0:  # image k has variation_seed + k
+        return replace(params, n=1, variation_seed=((params.variation_seed or 0) + recipe.position) % (MAX_SEED + 1))
+    return replace(params, n=1, seed=(params.seed + recipe.position) % (MAX_SEED + 1))
+
+
+def _is_option(name: str) -> bool:
+    return any(name in sampler.options for sampler in SAMPLERS.values())
+
+
+def _settings(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage]) -> dict[str, Any]:
+    """The settings that the file has: those of the request, of its sampling, and of this kind of task."""
+    request, params = recipe.request, recipe.request.params
+    found: dict[str, Any] = {}
+    for name in sorted(recipe.given):
+        if name in params.options:
+            found[name] = params.options[name]
+        elif hasattr(params, name):
+            found[name] = getattr(params, name)
+        elif hasattr(request, name):
+            found[name] = getattr(request, name)
+        elif name in recipe.task and (name in kind.__dataclass_fields__ or hasattr(args, name)):
+            found[name] = recipe.task[name]
+    return found | {"negative": request.negative}
+
+
+def _prompt(args: argparse.Namespace, recipe: Recipe) -> None:
+    """The prompt, unless there is one: an option, a file of prompts, or a word that is not the name of an image."""
+    words = [Path(word) for word in args.words]
+    named = [word.suffix.lower() in IMAGES and word.is_file() for word in words]
+    if "prompt" not in args.named and args.from_file is None and all(named):
+        (args.prompt,) = recipe.request.prompt
+
+
+def _program(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Settings of our programs that are no part of a request: precision, weights, background."""
+    if not recipe.program.startswith("sd "):
+        return
+    for key, name in PROGRAM.items():
+        value = recipe.info.get(key)
+        if value is None or name in args.named or not hasattr(args, name):
+            continue
+        allowed = {"weights": ("raw", "ema"), "prediction": ("eps", "v"), "dtype": tuple(DTYPES)}.get(name)
+        if allowed is not None and value not in allowed:
+            continue
+        try:
+            setattr(args, name, colour(value) if name == "background" else value)
+        except argparse.ArgumentTypeError:
+            warnings.warn(f"--like: {key} {shown(value)} is left out", stacklevel=1)
+    if hasattr(args, "invert_mask") and "invert_mask" not in args.named:
+        args.invert_mask = recipe.info.get("Mask mode") == "Inpaint not masked"
+
+
+def _given(text: str) -> tuple[str, Path, bool]:
+    """The value of --lora: its name as it is written in metadata, its file, and whether it has a weight."""
+    name, rest = split_name(text)
+    path, _ = split_lora(rest)
+    return tag_name(name or lora_name(path)), path, str(path) != rest
+
+
+def _loras(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Files for the LoRAs of the recipe: those given, with the weights of the recipe, or from the folder of LoRAs."""
+    weights = {lora.name: text_of(lora.weight) for lora in recipe.loras}
+    if "lora" in args.named:
+        for i, text in enumerate(args.lora):
+            name, _, weighted = _given(text)
+            if not weighted and name in weights:
+                args.lora[i] = f"{text}:{weights[name]}"
+        return
+    folder: Path | None = args.lora_dir
+    if folder is None:
+        return
+    for lora in recipe.loras:
+        if (file := find_lora(folder, lora)) is not None:
+            args.lora.append(f"{file}:{weights[lora.name]}")
+
+
+def find_lora(folder: Path, lora: Addon) -> Path | None:
+    """The file of a LoRA in a folder or its subfolders, by its name without the ending; None if there is none.
+
+    Of several, the one with the digest of the recipe, or the first.
+    """
+    files: list[Path] = []
+    for count, (parent, _, names) in enumerate(os.walk(folder)):
+        files += [Path(parent, name) for name in names if Path(name).suffix.lower() in ENDINGS]
+        if len(files) > MAX_FILES or count > MAX_FILES:
+            raise ValueError(f"{folder}: more than {MAX_FILES:,} files in the folder of LoRAs")
+    found = sorted(path for path in files if tag_name(lora_name(path)) == lora.name)
+    if len(found) > 1 and lora.digest:
+        found.sort(key=lambda path: not _same(lora_digest(path), lora.digest))
+    return found[0] if found else None
+
+
+def lora_digest(path: Path) -> str | None:
+    """The digits by which metadata name a LoRA file."""
+    return ModelHash(path, digits=64, tensors_only=path.suffix == ".safetensors").digits()
+
+
+def _same(digest: str | None, other: str) -> bool:
+    """Whether two hashes agree in the digits that both have."""
+    return bool(digest) and bool(other) and str(digest)[: len(other)] == other[: len(str(digest))]
+
+
+def _notes(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage]) -> list[str]:
+    """What the recipe says that the arguments do not."""
+    notes = [f"{args.like.name}: {note}" for note in recipe.notes]
+    if recipe.kind in ("img2img", "inpaint") and recipe.kind != kind.kind:
+        notes.append(f"{args.like.name}: made by {recipe.kind}, so {kind.kind} makes another image")
+    files = {name: path for name, path, _ in map(_given, args.lora)}
+    for lora in recipe.loras:
+        if lora.name not in files:
+            notes.append(f"LoRA {lora.name}, weight {text_of(lora.weight)}: give its file with --lora")
+        elif "lora" in args.named or lora.digest:
+            path = files[lora.name]
+            if lora.digest and path.is_file() and not _same(lora_digest(path), lora.digest):
+                notes.append(f"LoRA {lora.name}: {path.name} is another file than the recipe's ({lora.digest})")
+    words = {(word or file_name(path.name)).lower() for path, word in map(split_embedding, args.embedding)}
+    for embedding in recipe.embeddings:
+        if embedding.name.lower() not in words:
+            notes.append(f"embedding {embedding.name}: give its file with --embedding")
+    for key, name in (("VAE", "vae"), ("Text encoder", "text_encoder")):
+        if (
+            (value := recipe.info.get(key))
+            and getattr(args, name) is None
+            and value.lower() not in ("none", "automatic")
+        ):
+            notes.append(f"{key} {file_name(value)}: give its file with --{name.replace('_', '-')}")
+    return notes
+
+
+def _print(args: argparse.Namespace, recipe: Recipe, taken: Mapping[str, Any]) -> None:
+    """One line on what was taken."""
+    prompt = [f'prompt "{shown(args.prompt)}"'] if args.prompt == recipe.request.prompt[0] else []
+    parts = [f"{name} {text_of(value)}" for name, value in taken.items() if value and value is not True]
+    flags = [name for name, value in taken.items() if value is True]
+    print(
+        f"like {shown(args.like.name)} by {recipe.program}: {shown(', '.join([*prompt, *parts, *flags]), 400)}",
+        flush=True,
+    )
+
+
+def carried(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """The settings of the recipe that have no argument, and belong to this dataclass."""
+    names = {f.name for f in fields(kind)}
+    return {name: value for name, value in (args.carried or {}).items() if name in names}
+
+
+def compare(args: argparse.Namespace, more: Mapping[str, object]) -> None:
+    """Warn if the initial image or the mask is another one than the recipe's; `more` has the hashes of those given."""
+    if args.recipe is None or not args.recipe.program.startswith("sd "):
+        return
+    for key, what in (("Init image hash", "initial image"), ("Mask hash", "mask")):
+        theirs = args.recipe.info.get(key)
+        if theirs is not None and key in more and more[key] != theirs:
+            warnings.warn(f"the {what} is another file than that of {args.like.name}", stacklevel=1)
+
+
+def compare_model(args: argparse.Namespace, path: Path, digest: ModelHash | None) -> None:
+    """Warn if the checkpoint is another one than the recipe's, or if that cannot be known."""
+    if args.recipe is None:
+        return
+    model, name = args.recipe.model, args.like.name
+    described = " ".join(filter(None, [model.name, model.digest and f"({model.digest})"]))
+    if not model.digest:
+        if model.name and (args.ckpt is None or file_name(path.name) != model.name):
+            warnings.warn(f"{name} was made with the model {model.name}: give it with --ckpt", stacklevel=1)
+        elif not model.name:
+            warnings.warn(f"{name} does not say which model made it: the image may differ", stacklevel=1)
+        return
+    ours = _old_hash(path) if len(model.digest) == OLD_HASH else (digest or ModelHash(path)).digits()
+    if ours is None:
+        warnings.warn(f"{name} was made with {described}: whether {path.name} is the same is not known", stacklevel=1)
+    elif not _same(ours, model.digest):
+        which = "the embedded model" if args.ckpt is None else path.name
+        warnings.warn(
+            f"{name} was made with another model, {described}, than {which}: give it with --ckpt", stacklevel=1
+        )
+
+
+def _old_hash(path: Path) -> str | None:
+    """The web UI's hash of 8 digits: of 64 KB at 1 MB."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(1 << 20)
+            return hashlib.sha256(file.read(1 << 16)).hexdigest()[:OLD_HASH]
+    except OSError:
+        return None

@@ -1,0 +1,291 @@
+"""Settings in the text of the web UI (infotext.py): what its keys mean here, and in Forge, SD.Next and others.
+
+What a key does not say is the default of the program that wrote it: which random numbers, which grid, whether brackets
+are weights. Sources: AUTOMATIC1111/stable-diffusion-webui modules/processing.py (create_infotext), infotext_utils.py,
+sd_samplers_kdiffusion.py, sd_schedulers.py; vladmandic/sdnext modules/processing_info.py; and the texts of
+stable-diffusion.cpp, which have the same form.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from ..params import MAX_SEED, REQUESTS, SamplingParams
+from .fields import keys_read, settings_of
+from .infotext import digests, parse, take_loras
+from .recipe import MAX_BATCH, OPTIONS, PARAMS, WEIGHTED, Addon, Draft, Recipe, file_name, listed, shown
+
+# the grids of samplers if "Schedule type" is "Automatic" (from 1.9 on), and if there is none, as in earlier versions
+LINEAR = dict.fromkeys(("lms", "euler", "euler_a", "heun", "unipc", "ddpm"), "linspace") | dict.fromkeys(
+    ("ddim", "plms"), "leading"
+)
+KARRAS = ("dpm2", "dpm2_a", "dpmpp_2s_a", "dpmpp_2m", "dpmpp_sde")
+AUTOMATIC = MappingProxyType({**LINEAR, **dict.fromkeys(KARRAS, "karras"), "dpmpp_2m_sde": "exponential"})
+UNIFORM = MappingProxyType({**LINEAR, **dict.fromkeys((*KARRAS, "dpmpp_2m_sde"), "linspace")})
+RANDOM = {"cpu": "torch-cpu", "gpu": "nv", "nv": "nv", "cuda": "nv", "comfy": "comfy"}
+CONTENTS = {"latent noise": "noise"}  # the web UI's names -> ours
+# settings that need more than their key (`fields.KEYS`): the functions below
+APART = {
+    "sampler",
+    "spacing",
+    "rng",
+    "blur",
+    "content",
+    "margin",
+    "web_ui_prompts",
+    "hires",
+    "hires_steps",
+    "hires_upscaler",
+}
+UPSCALERS = {"latent": "latent", "lanczos": "lanczos"}
+# keys that say nothing about the pixels, or are treated below
+HARMLESS = {
+    "app", "backend", "background", "batch", "batch pos", "batch size", "civitai metadata", "civitai resources",
+    "comment", "created date", "embeddings", "emphasis", "first pass size", "generated size", "hashes", "index",
+    "init image hash", "init image size", "inpaint area", "long prompts", "lora hashes", "lora networks", "loras",
+    "mask", "mask hash", "mask mode", "model", "model hash", "negative", "operations", "pad conds", "parser",
+    "pipeline", "precision", "prediction", "prompt", "refine", "rng", "sampler", "sampler sigma", "schedule type",
+    "sd_model", "size", "source identifier", "styles", "te", "text encoder", "ti", "ti hashes", "unet", "user", "vae",
+    "vae decoder", "vae encoder", "vae hash", "version", "web ui prompts", "weights",
+}  # fmt: skip
+HIRES = (
+    "hires size",
+    "hires upscale",
+    "hires upscaler",
+    "hires resize",
+    "hires scale",
+    "hires steps",
+    "first pass size",
+    "second pass",
+)
+MASKS = ("mask", "mask blur", "mask mode", "masked content", "inpaint area", "masked area padding")
+
+
+def program_of(pairs: Mapping[str, str], fallback: str = "the web UI") -> str:
+    """The program that wrote these settings (keys in lower case)."""
+    version, app = pairs.get("version", ""), pairs.get("app", "")
+    if version.startswith("sd "):
+        return version
+    if app:
+        return app
+    if "operations" in pairs and "pipeline" in pairs:
+        return "SD.Next"
+    if re.match(r"f\d|neo|forge", version):
+        return f"Forge {version}"
+    if re.match(r"v?\d", version):
+        return f"the web UI {version}"
+    return version or fallback
+
+
+def read_parameters(text: str, fallback: str = "the web UI") -> Recipe:
+    """The recipe in such a text; `fallback` names the program if the text does not.
+
+    Raises ValueError if it has no settings at all, only a prompt or nothing.
+    """
+    parsed = parse(text)
+    pairs = {name.lower(): value for name, value in parsed.pairs.items()}
+    if not pairs:
+        raise ValueError("its text has no settings: a line that begins with 'Steps: ' is missing")
+    draft = Draft(program_of(pairs, fallback), info=dict(parsed.pairs))
+    ours = draft.program.startswith("sd ")
+    draft.kind = _kind(pairs)
+    used = set[str]()
+
+    def value(setting: str) -> str | None:
+        found = next((name for name in keys_read(setting) if name in pairs), None)
+        if found is None or not pairs[found]:
+            return None
+        used.add(found)
+        return pairs[found]
+
+    strength = {"img2img": "strength", "inpaint": "strength", "hires": "hires_strength"}.get(draft.kind)
+    names = set(settings_of(SamplingParams)).union(*map(settings_of, REQUESTS.values()), OPTIONS) - APART
+    for name in sorted(names):
+        if (name == strength or not name.endswith("strength") or name in PARAMS) and (given := value(name)) is not None:
+            draft.put(name, given)
+    _sampling(draft, pairs, ours)
+    _prompt_syntax(draft, pairs, parsed.prompt + parsed.negative, ours)
+    _size(draft, pairs, ours)
+    if draft.kind == "inpaint":
+        used |= _mask(draft, pairs, ours)
+    if draft.kind == "hires":
+        used |= _hires(draft, pairs)
+    _files(draft, pairs)
+    left = [name for name in parsed.pairs if name.lower() not in used | HARMLESS]
+    if left:
+        draft.note(f"not reproduced: {listed(_families(left))}")
+    prompt, draft.loras, notes = take_loras(parsed.prompt, ours)
+    negative, _, more = take_loras(parsed.negative, ours)
+    for note in (*notes, *more):
+        draft.note(note)
+    hashes = digests(pairs.get("lora hashes", ""))
+    draft.loras = [lora._replace(digest=_hash(hashes.get(lora.name, ""))) for lora in draft.loras]
+    return draft.recipe(prompt, negative)
+
+
+def _kind(pairs: Mapping[str, str]) -> str:
+    if any(name in pairs for name in MASKS):
+        return "inpaint"
+    if any(name in pairs for name in HIRES):
+        return "hires"
+    operations = pairs.get("operations", "").lower()
+    if pairs.keys() & {"init image hash", "denoising strength"} or (
+        "img2img" in operations and "txt2img" not in operations
+    ):
+        return "img2img"
+    return "txt2img"
+
+
+def _sampling(draft: Draft, pairs: Mapping[str, str], ours: bool) -> None:
+    """Sampler, grid and random numbers."""
+    schedule = pairs.get("schedule type") or pairs.get("scheduler") or pairs.get("sampler sigma") or ""
+    next_ = draft.program == "SD.Next"
+    if "sampler" in pairs:
+        automatic = schedule.lower() == "automatic"
+        draft.sampler(pairs["sampler"], {} if ours or next_ else AUTOMATIC if automatic else UNIFORM)
+    if schedule and schedule.lower() not in ("automatic", "default", "use same scheduler"):
+        draft.grid(schedule, draft.settings.get("steps"))
+    rng = pairs.get("rng", "").lower()
+    if rng in RANDOM:
+        draft.settings["rng"] = RANDOM[rng]
+    elif rng:
+        draft.note(f"random numbers {shown(pairs['rng'])} are not available: the image will differ")
+    elif ours:  # of a version without this key
+        draft.settings["rng"] = "torch-cpu"
+    elif draft.program.lower().startswith(("comfyui", "fooocus")):
+        draft.settings["rng"] = "comfy"
+    else:
+        draft.settings["rng"] = "nv"
+        if next_:
+            draft.note("SD.Next writes no RNG if it is its default, the GPU's: that is assumed")
+    if "batch size" in pairs and (ours or draft.settings.get("rng") == "comfy"):
+        _batch(draft, pairs)
+
+
+def _batch(draft: Draft, pairs: Mapping[str, str]) -> None:
+    """The whole batch: ComfyUI's random numbers depend on it, and with others the last bit may."""
+    size, at = (draft.number(pairs.get(name, "0"), name.capitalize(), True) for name in ("batch size", "batch pos"))
+    if size and size <= MAX_BATCH and at is not None and 0 <= at < size and "seed" in draft.settings:
+        draft.put("n", size, "Batch size")
+        # image k has seed + k, or variation_seed + k; ComfyUI's share one generator
+        counted = "variation_seed" if draft.settings.get("variation_strength", 0.0) > 0 else "seed"
+        if draft.settings.get("rng") != "comfy" and counted in draft.settings:
+            draft.settings[counted] = (draft.settings[counted] - at) % (MAX_SEED + 1)
+        draft.position = at
+        draft.note(f"the image is number {at + 1} in a batch of {size}")
+
+
+def _prompt_syntax(draft: Draft, pairs: Mapping[str, str], prompts: str, ours: bool) -> None:
+    """Whether brackets are weights, and long prompts are split."""
+    emphasis = pairs.get("emphasis", "").lower()
+    if ours:
+        # images of earlier versions have one of the other two
+        syntax = pairs.get("web ui prompts", "").lower() == "true" or emphasis == "original" or "long prompts" in pairs
+        draft.settings |= WEIGHTED if syntax else {}
+        return
+    draft.settings |= {} if emphasis == "none" else WEIGHTED
+    if emphasis not in ("", "original", "none"):
+        draft.note(f"emphasis {shown(pairs['emphasis'])} is not available: weights rescale the mean as by default")
+    if draft.program.lower().startswith("comfyui") and re.search(r"[(\[]", prompts):
+        draft.note("ComfyUI weighs words of a prompt in another way: the image will differ")
+
+
+def _size(draft: Draft, pairs: Mapping[str, str], ours: bool) -> None:
+    size = pairs.get("size", "")
+    if ours and draft.kind in ("img2img", "inpaint"):  # there it is the size of the result; this is what was asked for
+        size = pairs.get("generated size", "autoxauto")
+        for name, side in zip(("width", "height"), (size + "x").split("x"), strict=False):
+            if side != "auto":
+                draft.put(name, side, "Generated size")
+        return
+    if pairs.get("first pass size", "0x0") != "0x0":  # of the web UI before hires upscale
+        size = pairs["first pass size"]
+    if found := re.fullmatch(r"(\d{1,6})x(\d{1,6})", size, re.ASCII):
+        draft.size(found[1], found[2])
+    elif size:
+        draft.note(f"Size is left out: {shown(size)} is not like 512x512")
+
+
+def _mask(draft: Draft, pairs: Mapping[str, str], ours: bool) -> set[str]:
+    """The settings of inpainting; returns the keys used."""
+    if "mask blur" in pairs:
+        draft.put("blur", pairs["mask blur"])
+        if not ours and draft.settings.get("blur"):
+            draft.note("the web UI blurs a mask in both directions, here only its outside is softened")
+    if content := pairs.get("masked content"):
+        draft.put("content", CONTENTS.get(content.lower(), content.lower()))
+    if pairs.get("inpaint area", "").lower() == "only masked":
+        draft.put("margin", pairs.get("masked area padding", "32"))
+    return {"mask blur", "masked content", "masked area padding"}
+
+
+def _hires(draft: Draft, pairs: Mapping[str, str]) -> set[str]:
+    """The second pass: enlarged, then image to image; returns the keys used."""
+    used = {name for name in pairs if name.startswith("hires ")} | {"denoising strength", "second pass"}
+    parts = [f"{name}: {shown(pairs[name], 40)}" for name in pairs if name in used]
+    if "hires" not in REQUESTS:
+        draft.kind = "txt2img"
+        draft.note(f"the second pass is not reproduced ({listed(parts)})")
+        return used
+    whole, first = pairs.get("hires resize", ""), (draft.settings.get("width"), draft.settings.get("height"))
+    if pairs.get("first pass size", "0x0") != "0x0":
+        whole = pairs.get("size", "")
+    by = pairs.get("hires upscale") or pairs.get("hires scale")
+    if by is None and (found := re.fullmatch(r"(\d{1,6})x(\d{1,6})", whole, re.ASCII)) and None not in first:
+        scales = [int(side) / before for side, before in zip(found.groups(), first, strict=True) if before]
+        by = repr(max(scales, default=0.0))
+        if len(set(scales)) > 1:
+            draft.note(f"the second pass has another shape, {whole}: it is enlarged {float(by):g} times here")
+    if by is not None:
+        draft.put("hires", by)
+    if (steps := pairs.get("hires steps", "0")) != "0":
+        draft.put("hires_steps", steps)
+    if upscaler := pairs.get("hires upscaler"):
+        name = next((ours for theirs, ours in UPSCALERS.items() if upscaler.lower().startswith(theirs)), None)
+        draft.settings["hires_upscaler"] = name or "lanczos"
+        if name is None or upscaler.lower() not in UPSCALERS:
+            draft.note(f"upscaler {shown(upscaler)} is not available: {name or 'lanczos'} is used")
+    others = [name for name in used if pairs.get(name) and name not in HIRES and name != "denoising strength"]
+    if others := [name for name in others if not pairs[name].lower().startswith("use same")]:
+        draft.note(f"not reproduced: {listed(sorted(others))}")
+    return used
+
+
+def _files(draft: Draft, pairs: Mapping[str, str]) -> None:
+    """Checkpoint, VAE and embeddings, with their hashes."""
+    hashes = _json_hashes(pairs.get("hashes", ""))
+    digest = _hash(pairs.get("model hash", "")) or hashes.get("model", "")
+    draft.model = Addon(file_name(pairs.get("model", "")), digest=digest)
+    known = digests(pairs.get("ti hashes", ""))
+    for name in (*known, *(name[6:] for name in hashes if name.startswith("embed:"))):
+        if name not in [found.name for found in draft.embeddings]:
+            draft.embeddings.append(
+                Addon(file_name(name), digest=_hash(known.get(name, hashes.get(f"embed:{name}", ""))))
+            )
+    plain = pairs.get("ti") or pairs.get("embeddings") or ""
+    for name in (part.strip() for part in plain[:20_000].split(",")):
+        if name and name not in [found.name for found in draft.embeddings]:
+            draft.embeddings.append(Addon(file_name(name)))
+
+
+def _json_hashes(text: str) -> dict[str, str]:
+    try:
+        found = json.loads(text) if text.startswith("{") else {}
+    except (ValueError, RecursionError):
+        return {}
+    return {str(name): _hash(value) for name, value in found.items() if isinstance(value, str)}
+
+
+def _hash(text: str) -> str:
+    """The digits of a hash in lower case, "" for anything else."""
+    digits = text.strip().lower().removeprefix("0x")
+    return digits if re.fullmatch(r"[0-9a-f]{6,64}", digits) else ""
+
+
+def _families(names: list[str]) -> list[str]:
+    """Names without the many settings of one extension: "ADetailer model", "ADetailer prompt" -> "ADetailer"."""
+    first = [name.split()[0] for name in names]
+    return [word if first.count(word) > 1 else name for word, name in zip(first, names, strict=True)]

@@ -1,0 +1,212 @@
+"""--like: our images come back to the bit, whatever they were made with; other programs' as far as it goes."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from common import TINY
+from PIL import Image
+from safetensors.torch import save_file
+
+from scripts import img2img, inpaint, txt2img
+from scripts.common import generate
+from scripts.common.like import find_lora
+from sd import StableDiffusion, read_request
+from sd.checkpoints.export import CONFIG_KEY, to_own
+from sd.imaging.files import save_png
+from sd.recipes import Addon
+
+NAME = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+BASE = ("--steps", "2", "--seed", "7", "--height", "64", "--width", "64", "--dtype", "float32")
+WEB = "Steps: 3, Sampler: DDIM, CFG scale: 4, Seed: 5, Size: 64x72"
+
+
+@pytest.fixture(scope="module")
+def files(tiny, tmp_path_factory):
+    """A model, a LoRA, an embedding, a photo with transparency and a mask."""
+    folder = tmp_path_factory.mktemp("files")
+    own = to_own({name: network.state_dict() for name, network in tiny.items()})
+    save_file(
+        {key: tensor.contiguous() for key, tensor in own.items()},
+        folder / "tiny.safetensors",
+        {CONFIG_KEY: TINY.to_json()},
+    )
+    for i, name in enumerate(("ink", "oil"), start=1):
+        lora = {f"{NAME}.lora_down.weight": torch.ones(2, 64) * i, f"{NAME}.lora_up.weight": torch.ones(256, 2) * 0.1}
+        save_file(lora, folder / f"{name}.safetensors")
+    torch.save({"string_to_param": {"*": torch.ones(3, 64)}, "name": "x"}, folder / "toy.pt")
+    photo = Image.radial_gradient("L").resize((88, 72)).convert("RGBA")
+    photo.putalpha(Image.linear_gradient("L").resize((88, 72)))
+    photo.save(folder / "photo.png")
+    mask = Image.new("L", (88, 72))
+    mask.paste(255, (20, 20, 50, 50))
+    mask.save(folder / "mask.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def load():
+    """Loading that keeps the small model for the next call, unless something is merged into it."""
+    kept = {}
+
+    def loaded(args, real):
+        key = (args.ckpt, args.dtype)
+        if args.lora or args.embedding or args.vae or key not in kept:
+            model = real(args)
+            if args.lora or args.embedding or args.vae:
+                return model
+            kept[key] = model
+        return kept[key]
+
+    return loaded
+
+
+@pytest.fixture
+def run(files, load, tmp_path, capsys, monkeypatch):
+    """Runs a program beside those files; gives status, stdout, stderr, and the paths of the images made."""
+    monkeypatch.chdir(files)
+    real = generate.load
+    monkeypatch.setattr(generate, "load", lambda args: load(args, real))
+
+    def call(program, *args, model="tiny.safetensors"):
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        given = ["--ckpt", model] if model else []
+        with warnings.catch_warnings():
+            status = program.main([*map(str, args), *given, "--device", "cpu", "--out", str(out)])
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err, sorted(out.glob("*.png")) if out.is_dir() else []
+
+    return call
+
+
+def same(first, second) -> bool:
+    a, b = Image.open(first), Image.open(second)
+    return a.size == b.size and a.tobytes() == b.tobytes() and a.text == b.text
+
+
+TEXT = (
+    ("--sampler", "euler_a", "--spacing", "exponential", "--guidance", "3.3000000000000003"),
+    (
+        "--sampler",
+        "ddim",
+        "--eta",
+        "0.1",
+        "--weighted-prompts",
+        "--long-prompts",
+        "--negative",
+        "Steps: 1, Sampler: x, Seed: 2",
+    ),
+    ("--sampler", "lms", "--order", "2", "--guidance", "1"),
+)
+IMAGE = (("--strength", "0.7", "--fit", "pad", "--posterior", "mode", "--background", "#102030"), ("--sampler", "heun"))
+MASK = (
+    ("--mask", "mask.png", "--mask-blur", "1.7", "--content", "noise", "--strength", "0.9", "--invert-mask"),
+    ("--only-masked", "--margin", "9", "--content", "fill", "--strength", "0.6", "--background", "red"),
+)
+CASES = [(txt2img, options, ()) for options in TEXT]
+CASES += [(img2img, options, ("photo.png",)) for options in IMAGE]
+CASES += [(inpaint, options, ("photo.png", *(("mask.png",) if "--mask" in options else ()))) for options in MASK]
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "images"), CASES, ids=lambda value: " ".join(value)[:30] if isinstance(value, tuple) else ""
+)
+def test_our_images_come_back_to_the_bit(run, program, options, images):
+    words = ["a (cat:1.5),\nred ", *images[:1]]
+    status, _, _, (made,) = run(program, *words, *BASE, *options)
+    assert status == 0
+    status, out, err, (again,) = run(program, *images, "--like", made)
+    assert status == 0 and same(made, again)
+    assert out.startswith(f"like {made.name} by sd ") and "00001.png" not in err
+
+
+def test_adapters_come_back_to_the_bit(run):
+    options = ("--lora", "oil.safetensors:-0.30000000000000004", "--lora", "ink.safetensors", "--embedding", "toy.pt")
+    _, _, _, (made,) = run(txt2img, "a toy", *BASE, *options)
+    _, _, err, (other,) = run(txt2img, "--like", made)
+    assert "LoRA oil, weight -0.30000000000000004: give its file with --lora" in err and not same(made, other)
+    assert "embedding toy: give its file with --embedding" in err
+    given = ("--lora", "oil.safetensors", "--lora", "ink.safetensors", "--embedding", "toy.pt")
+    status, _, err, (again,) = run(txt2img, "--like", made, *given)
+    assert (status, err) == (0, "") and same(made, again)
+
+
+def test_a_batch_comes_back_from_python_to_the_bit(run):
+    _, _, _, made = run(txt2img, "a cat", *BASE, "--n", "3", "--batch-size", "3")
+    recipe = read_request(made[2])
+    assert (recipe.request.params.n, recipe.request.params.seed, recipe.position) == (3, 7, 2)
+    model = StableDiffusion.load("tiny.safetensors", device="cpu", dtype=torch.float32)
+    images = model.prepare(recipe.request).result().images
+    assert images[recipe.position].tobytes() == Image.open(made[2]).tobytes()
+    _, out, err, again = run(txt2img, "--like", made[2])
+    assert len(again) == 1 and "seed 9" in out and "number 3 in a batch of 3" in err
+
+
+def test_the_embedded_model_and_odd_prompts(run):
+    prompt = 'Negative prompt: "x"\nSteps: 3, Sampler: y, Seed: 2\n'
+    _, _, _, (made,) = run(txt2img, prompt, "--steps", "1", "--seed", "3", model=None)
+    status, _, _, (again,) = run(txt2img, "--like", made, model=None)
+    assert status == 0 and same(made, again) and read_request(made).request.prompt == (prompt,)
+
+
+def test_what_is_given_overrides_also_with_the_default(run):
+    _, _, _, (made,) = run(
+        txt2img, "a cat", *BASE, "--sampler", "ddim", "--eta", "0.5", "--negative", "x", "--guidance", "3"
+    )
+    _, _, _, (again,) = run(
+        txt2img, "a dog", "--like", made, "--sampler", "euler", "--negative", "", "--width", "72", "--guidance", "7.5"
+    )
+    text = Image.open(again).text["parameters"]
+    head = "a dog\nSteps: 2, Sampler: Euler, Schedule type: Linspace, CFG scale: 7.5, Seed: 7, Size: 72x64, "
+    assert text.startswith(head)
+
+
+def test_a_recipe_of_another_program(run, tmp_path):
+    image = tmp_path / "web.png"
+    save_png(
+        Image.new("RGB", (8, 8)),
+        image,
+        f"a cat <lora:ink:0.5>\nNegative prompt: b\n{WEB}, Denoising strength: 0.5, Model: other, "
+        "Model hash: 0123456789, ADetailer model: x, Version: v1.9.0",
+    )
+    status, out, err, (made,) = run(txt2img, "--like", image)
+    assert status == 0 and Image.open(made).size == (64, 72)
+    assert "by the web UI v1.9.0" in out and 'prompt "a cat"' in out and "seed 5" in out
+    for words in (
+        "not reproduced: ADetailer",
+        "another model, other (0123456789), than tiny.safetensors",
+        "LoRA ink, weight 0.5",
+        "made by img2img, so txt2img makes another image",
+    ):
+        assert words in err
+    text = Image.open(made).text["parameters"]
+    assert "Sampler: DDIM, Schedule type: Leading, CFG scale: 4, Seed: 5" in text and "\nNegative prompt: b\n" in text
+
+
+def test_another_initial_image_is_said(run, files, tmp_path):
+    _, _, _, (made,) = run(img2img, "a cat", "photo.png", *BASE)
+    _, _, err, _ = run(img2img, "mask.png", "--like", made)
+    assert "the initial image is another file than that of 00001.png" in err
+    assert "made by img2img" not in err
+    status, _, err, made = run(img2img, "--like", tmp_path / "none.png", "photo.png")
+    assert status == 1 and made == [] and "none.png: no such file" in err
+    _, _, _, (bare,) = run(txt2img, "a", *BASE, "--no-metadata")
+    status, _, err, made = run(txt2img, "--like", bare)
+    assert status == 1 and made == [] and "--no-metadata" in err and err.count("\n") == 1
+
+
+def test_paths_do_not_leak_into_metadata(run, files):
+    full = ("--lora", files / "ink.safetensors", "--embedding", files / "toy.pt", "--vae", files / "tiny.safetensors")
+    _, _, _, (made,) = run(
+        inpaint, "toy", files / "photo.png", files / "mask.png", *BASE, *full, model=str(files / "tiny.safetensors")
+    )
+    assert str(files) not in Image.open(made).text["parameters"] and "/" not in Image.open(made).text["parameters"]
+
+
+def test_a_lora_in_a_folder(files, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "ink.safetensors").write_bytes((files / "ink.safetensors").read_bytes())
+    assert find_lora(tmp_path, Addon("ink")) == tmp_path / "sub" / "ink.safetensors"
+    assert find_lora(tmp_path, Addon("../sub/ink")) is None
