@@ -394,7 +394,7 @@ def test_broken_json(folder):
         (folder / "unet/config.json").write_text(text)
         assert "config.json in it is not valid JSON" in refusal(folder)
     (folder / "unet/config.json").write_text("{" + " " * (1 << 20) + "}")
-    assert "more than 1 MB" in refusal(folder)
+    assert "more than 1 MB, the limit" in refusal(folder)
 
 
 @pytest.mark.parametrize(
