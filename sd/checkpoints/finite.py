@@ -13,6 +13,8 @@ A single NaN makes every image black, after all steps; in conversion it would be
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ class FiniteCheck:
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         """`dtype` is the precision that the weights will have; by default, their own."""
         self._dtype = dtype
+        self._max = math.inf if dtype is None else torch.finfo(dtype).max
         self._broken: dict[str, str] = {}
         self._large: dict[str, str] = {}
 
@@ -40,12 +43,14 @@ class FiniteCheck:
         if not weight.numel() or not weight.is_floating_point():
             return
         values = weight.float() if weight.dtype in FLOAT8 else weight
-        ends = torch.stack(torch.aminmax(values))
-        if not ends.isfinite().all():
+        low, high = map(float, torch.aminmax(values))
+        if not (math.isfinite(low) and math.isfinite(high)):
             count = int((~values.isfinite()).sum())
             self._broken[name] = f"{name} ({count} of {weight.numel()})"
-        elif self._dtype is not None and not ends.to(self._dtype).isfinite().all():
-            self._large[name] = f"{name} (up to {float(ends.abs().max()):.4g})"
+        elif (largest := max(high, -low)) > self._max:
+            rounded = torch.tensor(largest, dtype=torch.float64).to(self._dtype)  # down, maybe
+            if not rounded.isfinite():
+                self._large[name] = f"{name} (up to {largest:.4g})"
 
     def finish(self) -> None:
         """Raise CheckpointError for what was found."""

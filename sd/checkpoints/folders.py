@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,10 +145,14 @@ def _single_part(folder: Path, variant: str | None) -> Parts:
 def config_beside(path: Path) -> dict[str, dict[str, Any]]:
     """The config.json beside a file that is named like the weights of a part of a diffusers folder, by its topic.
 
-    Empty if there is none, or if it is that of another part or program. Raises RefusedFile.
+    Empty if there is none, or if it is that of another part or program, which may be anything.
     """
     stem = path.name.partition(".")[0]
-    return {topic: config for topic, config in _config_of_part(path.parent).items() if stem in STEMS[topic]}
+    if not any(stem in stems for stems in STEMS.values()):
+        return {}
+    with suppress(RefusedFile, OSError):
+        return {topic: config for topic, config in _config_of_part(path.parent).items() if stem in STEMS[topic]}
+    return {}
 
 
 def _config_of_part(folder: Path) -> dict[str, dict[str, Any]]:
