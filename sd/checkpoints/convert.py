@@ -115,7 +115,12 @@ def convert(
     if unknown := [key for key in extra if key not in known]:
         raise CheckpointError(f"{_count(unknown)} in the file that {config.name} does not have: {listed(unknown)}")
     return {
-        part: StateDict(tensors, tables[name], expected[name], describe_copies(layouts[name], config, copied))
+        part: StateDict(
+            tensors,
+            tables[name],
+            expected[name],
+            [line for each in dict.fromkeys((part, name)) for line in describe_copies(layouts, each, config, copied)],
+        )
         for part, name in wanted.items()
     }
 

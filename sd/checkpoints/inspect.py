@@ -147,7 +147,7 @@ def _count(out: Report, tensors: Checkpoint, config: Config) -> None:
             out.notes.append(f"{added} words added to the vocabulary: kept, but no prompt can ask for them")
     left = [key for key in found if key not in used and not ignored(key) and not unrun(key, config.text[0].layers)]
     copied = copies(left, config) if left else {}
-    out.notes += [line for layout in layouts.values() for line in describe_copies(layout, config, copied)]
+    out.notes += [line for name in layouts for line in describe_copies(layouts, name, config, copied)]
     known = {key for keys in copied.values() for key in keys}
     out.unknown = [key for key in left if key not in known]
 

@@ -83,9 +83,13 @@ def copies(others: Collection[str], config: Config) -> dict[Layout, list[str]]:
     return copied
 
 
-def describe_copies(taken: Layout, config: Config, copied: Mapping[Layout, Sequence[str]]) -> list[str]:
+def describe_copies(
+    layouts: Mapping[str, Layout], network: str, config: Config, copied: Mapping[Layout, Sequence[str]]
+) -> list[str]:
     """What is said of the copies of a network that are not taken, one line each."""
-    total = len(expected_shapes(config)[taken.network])
+    if not copied or network not in layouts:
+        return []
+    taken, total = layouts[network], len(expected_shapes(config)[network])
     lines = []
     for layout, keys in copied.items():
         if layout.network != taken.network:
