@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import sd
-from sd.checkpoints.checkpoint import Checkpoint, naming
+from sd.checkpoints.checkpoint import Checkpoint, naming, printable
 from sd.checkpoints.convert import WEIGHTS, StateDict
 from sd.checkpoints.detect import identify
 from sd.checkpoints.inspect import inspect
@@ -115,6 +115,7 @@ def rewrite(args: argparse.Namespace) -> None:
 
 def write(args: argparse.Namespace, path: Path) -> tuple[int, sd.Config]:
     """Convert all weights and write them to `path`; returns their number and the model."""
+    from sd.checkpoints.finite import FiniteCheck
     from sd.runtime.device import DTYPES
 
     dtype = DTYPES[args.dtype] if args.dtype else None
@@ -126,9 +127,13 @@ def write(args: argparse.Namespace, path: Path) -> tuple[int, sd.Config]:
             read: dict[str, dict[str, Tensor]] = {}
             for network, state in states.items():
                 read[network] = {}
+                check = FiniteCheck(dtype)
                 for key, tensor in state.items():
+                    check.look(state.origin(key), tensor)
                     read[network][key] = cast(key, tensor, dtype)
                     bar.update()
+                with naming(opened[network.removesuffix("_ema")].path):
+                    check.finish()
             more = {key: cast(key, tensor, dtype) for key, tensor in read_extras(opened, config).items()}
     try:
         save(args.layout, path, read, config, more)
@@ -179,8 +184,11 @@ def find_all(args: argparse.Namespace, opened: Mapping[str, Checkpoint]) -> tupl
             cpu = torch.device("cpu")
             found = probed(found, load_weights(build(config)["unet"], states["unet"], cpu, best_dtype(cpu)))
         config = like(found.config, config)
-    for line in (*main.notes, *describe(main, found, weights, config)):
-        print(line)
+    lines = [*main.notes, *describe(main, found, weights, config)]
+    for file in {id(file): file for file in opened.values() if file is not main}.values():
+        lines += [printable(f"{file.path}: {note}") for note in file.notes]
+    lines += [printable(note) for state in states.values() for note in state.notes]
+    print("\n".join(lines), end="\n" if lines else "")
     return config, {name: states[name] for name in (*NETWORKS, AVERAGE) if name in states}
 
 
@@ -228,13 +236,10 @@ def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def cast(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A weight in another precision; tables and counters are unchanged. ValueError if its numbers are too large."""
+    """A weight in another precision; tables and counters are unchanged."""
     if dtype is None or not tensor.is_floating_point() or key == "alphas_cumprod" or key.startswith("model_ema."):
         return tensor
-    out = tensor.to(dtype)
-    if not out.isfinite().all() and tensor.isfinite().all():
-        raise ValueError(f"{key} has numbers beyond {str(dtype).removeprefix('torch.')}: use bfloat16 or float32")
-    return out
+    return tensor.to(dtype)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,6 +9,7 @@
     header     the JSON of a safetensors header, and the config in its metadata
     folder     the JSON files, indexes, weights and sidecars of a diffusers folder
     addon      LoRA and embedding files: names, shapes, types of numbers
+    names      checkpoints whose networks are named in several ways, wrapped, doubled, incomplete; odd optional tensors
     bomb       small files that ask for much: time, memory, depth
 """
 
@@ -631,6 +632,52 @@ def from_addon(rng: random.Random) -> Input:
     return Input("addon", {"a.pt": torch_bytes(tensors, rng.random() < 0.5)}, "a.pt", what)
 
 
+STEMS = (
+    "model.diffusion_model.", "unet.", "first_stage_model.", "vae.", "cond_stage_model.model.", "model.", "text_model.",
+    "cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.", "text_encoder.", "", "te.",
+)  # fmt: skip
+LAYER_NAMES = (".q.", ".to_q.", ".query.", ".norm.", ".group_norm.", ".norm1.", ".in_layers.0.", ".attn_1.", ".mid.")
+OPTIONAL = ("alphas_cumprod", "betas", "cond_stage_model.model.logit_scale", "text_model.embeddings.position_ids")
+
+
+def from_names(rng: random.Random) -> Input:
+    tensors = dict(to_original(states(), MICRO)) if rng.random() < 0.7 else dict(to_own(states()))
+    for _ in range(rng.choice((1, 1, 2, 3, 4))):
+        keys = list(tensors)
+        stem = rng.choice([stem for stem in STEMS if any(key.startswith(stem) for key in keys)])
+        these = [key for key in keys if key.startswith(stem)]
+        match rng.randrange(6):
+            case 0:  # twice
+                other = rng.choice(STEMS)
+                tensors |= {other + key.removeprefix(stem): tensors[key].clone() for key in these}
+            case 1:  # another prefix, or wrapped
+                other = rng.choice((*STEMS, "_orig_mod." + stem, stem + "module.", stem + "_orig_mod."))
+                for key in these:
+                    tensors[other + key.removeprefix(stem)] = tensors.pop(key)
+            case 2:
+                for key in rng.sample(these, min(len(these), rng.choice((1, 1, 5, 100)))):
+                    del tensors[key]
+            case 3:
+                old, new = rng.sample(LAYER_NAMES, 2)
+                tensors = {key.replace(old, new) if key in these else key: tensors[key] for key in keys}
+            case 4:
+                kinds = (torch.float16, torch.float64, torch.int64, torch.bool, torch.uint64, torch.float8_e5m2)
+                size = rng.choice(((1000,), (999,), (1, 1000), (77,), ()))
+                tensors[rng.choice(OPTIONAL)] = torch.rand(size, generator=_generator(rng)).to(rng.choice(kinds))
+            case _:
+                key = rng.choice(these)
+                tensors[key] = tensors[key].float() * rng.choice((float("nan"), float("inf"), 1e30))
+    tensors = {key: tensor.clone() for key, tensor in tensors.items()} or {"a": torch.ones(1)}
+    if rng.random() < 0.5:
+        return Input("names", {"a.safetensors": safetensors_bytes(tensors)}, "a.safetensors")
+    content = {"state_dict": tensors} if rng.random() < 0.5 else {"unet": tensors, "vae": dict(tensors)}
+    return Input("names", {"a.pt": torch_bytes(content, rng.random() < 0.5)}, "a.pt")
+
+
+def _generator(rng: random.Random) -> torch.Generator:
+    return torch.Generator().manual_seed(rng.randrange(1000))
+
+
 def pickle_bombs(n: int) -> list[bytes]:
     """Pickles, after their first two bytes, of `n` times the same."""
     few, many = min(n, 100_000), min(n, 300_000)
@@ -717,7 +764,7 @@ def from_bomb(rng: random.Random) -> Input:
 
 KINDS = (
     (from_bytes, 14), (from_pickle, 30), (from_objects, 12), (from_zip, 12), (from_header, 12), (from_folder, 10),
-    (from_addon, 10),
+    (from_addon, 10), (from_names, 8),
 )  # fmt: skip
 BOMBS = 500  # one input in so many is a bomb: each takes as long as hundreds of others
 

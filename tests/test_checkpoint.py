@@ -223,10 +223,63 @@ def test_where_the_state_dict_is(tmp_path, wrap, kind):
         assert_same(found, state)
 
 
-def test_ddp_prefix_stays_where_not_all_have_it(tmp_path):
-    state = {"module.weight": torch.ones(1), "other": torch.ones(2)}
-    with load_checkpoint(write(tmp_path / "a", state)) as found:
-        assert set(found) == set(state)
+@pytest.mark.parametrize("kind", ["zip pickle", "legacy pickle"])
+def test_names_are_without_wrappers(tmp_path, kind):
+    """Of DDP, torch.compile and others, around the whole or a part; not where that would make two names one."""
+    names = {
+        "module._orig_mod.a.weight": "a.weight",
+        "b._orig_mod.conv.module.weight": "b.conv.weight",
+        "_forward_module.b.bias": "b.bias",
+        "model_ema.diffusion_model_orig_modout2bias": "model_ema.diffusion_modelout2bias",
+        "submodule.weight": "submodule.weight",
+        "module": "module",
+        "c.weight": "c.weight",
+        "module.c.weight": "module.c.weight",
+    }
+    state = {key: torch.full((3,), float(i)) for i, key in enumerate(names)}
+    with load_checkpoint(write(tmp_path / "a", state, kind)) as found:
+        assert_same(found, {names[key]: tensor for key, tensor in state.items()})
+
+
+def test_state_dicts_of_several_networks_are_one(tmp_path):
+    content = {"unet": {"a": torch.ones(1), "b": torch.ones(2)}, "vae": {"state_dict": {"a": torch.ones(3)}}, "step": 5}
+    with load_checkpoint(write(tmp_path / "a", content)) as found:
+        assert_same(found, {"unet.a": torch.ones(1), "unet.b": torch.ones(2), "vae.a": torch.ones(3)})
+
+
+def test_what_lies_behind_the_end_is_said(tmp_path):
+    """torch reads such files, too; the safetensors library does not (test_checkpoint_refused.py)."""
+    state = {"a": torch.ones(3)}
+    for kind in ("zip pickle", "legacy pickle"):
+        path = write(tmp_path / "a", state, kind)
+        with load_checkpoint(path) as found:
+            assert found.notes == ()
+        path.write_bytes(path.read_bytes() + bytes(1000))
+        with load_checkpoint(path) as found:
+            assert_same(found, state)
+            assert found.notes == ("the last 1000 bytes of the file belong to nothing and are ignored",)
+        assert torch.load(path, weights_only=True)["a"].tolist() == [1, 1, 1]
+
+
+def test_a_tensor_that_nobody_needs_may_be_of_any_kind(tmp_path):
+    odd = {"position_ids": torch.ones(2, dtype=torch.complex64), "betas": torch.eye(2).to_sparse()}
+    with load_checkpoint(write(tmp_path / "a", {"a": torch.ones(1), **odd})) as found:
+        assert list(found) == ["a"] and len(found.notes) == 2
+        assert found.notes[0].startswith("left out, as it is not needed: tensor 'position_ids' is stored with")
+    save_file({"a": torch.ones(1), "x.position_ids": torch.ones(2, dtype=torch.uint64)}, tmp_path / "b")
+    with load_checkpoint(tmp_path / "b") as found:
+        assert list(found) == ["a"] and "'x.position_ids' has type U64" in found.notes[0]
+    save_file({"a": torch.ones(1), "b": torch.ones(2, dtype=torch.uint64)}, tmp_path / "c")
+    with pytest.raises(CheckpointError, match="'b' has type U64"):
+        load_checkpoint(tmp_path / "c")
+
+
+def test_a_header_of_many_megabytes(tmp_path):
+    """LoRA trainers write the tags of their data set into it."""
+    tags = json.dumps({"set": {f"a tag of some words {i:06d}": 1 for i in range(300_000)}})
+    save_file({"a": torch.ones(2)}, tmp_path / "a", {"ss_tag_frequency": tags})
+    with load_checkpoint(tmp_path / "a") as found:
+        assert found["a"].tolist() == [1, 1] and found.metadata == {"ss_tag_frequency": tags} and len(tags) > 9e6
 
 
 @pytest.mark.parametrize(("kind", "protocol"), WRITERS)

@@ -180,12 +180,17 @@ REFUSED = {
     "empty zip": (plain_zip(), "empty zip"),
     # safetensors
     "cut safetensors": (safetensors_bytes({"a": torch.ones(100)})[:-10], "bytes, the file has 4"),
-    "cut safetensors header": (safe({"a": f32(0, 8)})[:20], "at least"),
-    "longer safetensors": (safe({"a": f32(0, 8)}) + b"x", "truncated or damaged"),
+    "cut safetensors header": (safe({"a": f32(0, 8)})[:20], "announce a header of"),
+    "longer safetensors": (safe({"a": f32(0, 8)}) + b"x", "longer than its header says: 78 bytes, not 77. The format"),
+    "padded safetensors": (safe({"a": f32(0, 8)}) + bytes(99), "not 77, of zeros. The format allows nothing behind"),
     "safetensors header of a petabyte": (safe({"a": f32(0, 8)}, length=1 << 50), "1125899906842624 bytes"),
     "safetensors header of 2^64 bytes": (b"\xff" * 8 + b"{" + bytes(40), "18446744073709551615 bytes"),
     "safetensors header of 200 MB": (safe(b"{}", length=200_000_000), "200000000 bytes"),
-    "safetensors header of 9 MB": (safe(b"{" + b" " * 9_000_000 + b"}"), "9000002 bytes, expected at most 8388608"),
+    "safetensors header of 9 MB of nothing": (safe(b"{" + b" " * 9_000_000 + b"}"), "file not fully covered"),
+    "safetensors header of half a million texts": (
+        safe({"__metadata__": {f"{i:x}": "" for i in range(250_000)}, "a": f32(0, 8)}),
+        "has 500006 texts, more than the limit of 400000",
+    ),
     "safetensors header of 5 MB of lists": (safe(b"{" + b'"a":[],' * 800_000 + b'"b":1}'), "not valid as safetensors"),
     "safetensors of 20,001 tensors": (safe({str(i): f32(0, 0) for i in range(20_001)}, b""), "20001 tensors"),
     "safetensors header no JSON": (safe(b"{not json}"), "JSON"),
@@ -290,7 +295,8 @@ REFUSED = {
     "two pickles but for case": (archive(GOOD, ("x/DATA.pkl", b"N.")), "2 files"),
     "one pickle of another case": (archive(GOOD).replace(b"x/data.pkl", b"x/Data.pkl"), "could be its data.pkl"),
     "a name twice but for case": (archive(GOOD, ("x/DATA/0", DATA)), "two members of one name"),
-    "a zip directory of 3 MB": (archive(GOOD, *((f"{i:060000}", b"") for i in range(50))), "of more than 2 MB"),
+    "a zip directory of 3 MB": (archive(GOOD, *((f"{i:060000}", b"") for i in range(50))), "than the limit of 2 MB"),
+    "zip with 70 KB of zeros behind": (archive(GOOD) + bytes(70_000), "ends with nothing but zeros"),
     "a path upwards": (archive(GOOD, ("x/../../etc/passwd", b"")), "out of the archive"),
     "an absolute path": (archive(GOOD, ("/etc/passwd", b"")), "out of the archive"),
     "a path of Windows": (archive(GOOD, ("x\\data\\1", b"")), "out of the archive"),
@@ -330,7 +336,7 @@ REFUSED = {
     # names that a terminal or a log would obey
     "escape codes in a key": (archive({"a\x1b[31m\r\nfake line": tensor((9,))}), "'a\\x1b[31m\\r\\nfake line'"),
     "an endless key": (archive({"a" * 100_000: tensor((9,))}), "'aaa"),
-    "a key of 501 characters": (archive({"a" * 501: tensor()}), "name of 501 characters"),
+    "a key of 501 characters": (archive({"a" * 501: tensor()}), "longer than the limit of 500"),
     "escape codes in a member": (archive(GOOD, ("../\x1b[31m\n", b"")), "out of the archive"),
 }  # fmt: skip
 
@@ -414,6 +420,15 @@ def test_a_file_that_must_not_be_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr("builtins.open", denied)
     assert "cannot be read: Permission denied" in refusal(path)
+
+
+def test_the_limit_of_a_header_is_said_as_a_limit(tmp_path):
+    with open(tmp_path / "a", "wb") as file:  # a file with a hole
+        file.write(struct.pack("<Q", 100_000_001) + b"{")
+        file.truncate(100_000_100)
+    text = refusal(tmp_path / "a")
+    assert "a header" not in text and "has 100000001 bytes, more than the limit of 100000000" in text
+    assert "damaged" not in text and "download" not in text
 
 
 def test_other_tensors_may_be_of_any_kind_outside_of_the_state_dict(tmp_path):

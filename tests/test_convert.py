@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 
@@ -12,15 +13,17 @@ from common import TINY, TINY_V2, Golden, error, manifest, tiny_state
 from conftest import loaded
 from safetensors.torch import save_file
 
+from scripts import convert as program
 from sd import StableDiffusion
 from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint
 from sd.checkpoints.convert import convert
 from sd.checkpoints.detect import CONFIG_KEY, detect
 from sd.checkpoints.export import to_original, to_own
+from sd.checkpoints.finite import FiniteCheck
 from sd.checkpoints.key_maps import UNET, original_sources
 from sd.checkpoints.loading import load_weights
 from sd.conditioning import Conditioning
-from sd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT
+from sd.config import MODELS, SD1, SD1_INPAINT, SD2, SD2_INPAINT
 from sd.models.build import build
 from sd.models.layers import Attention
 
@@ -264,6 +267,56 @@ def test_numbers_beyond_float16_are_refused():
     with pytest.raises(CheckpointError, match="beyond float16"):
         load_weights(build(TINY)["unet"], states["unet"], torch.device("cpu"), torch.float16)
     load_weights(build(TINY)["unet"], states["unet"], torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_numbers_that_are_none_are_found_while_loading(tmp_path, dtype):
+    """In every precision, and named as what they are, with the file's names."""
+    state = {key: tensor.clone() for key, tensor in tiny_state().items()}
+    state[BAD_KEY].view(-1)[:3] = torch.tensor([math.nan, math.inf, -math.inf])
+    state["model.diffusion_model.out.2.bias"][1] = math.nan
+    state["first_stage_model.quant_conv.bias"][0] = math.nan
+    save_file(state, tmp_path / "a.safetensors")
+    options = {"config": TINY, "device": "cpu", "dtype": dtype}
+    with pytest.raises(CheckpointError, match=r"1 weight with NaN or infinite numbers: first_stage_model\.quant_conv"):
+        StableDiffusion.load(tmp_path / "a.safetensors", **options)
+    # with low memory, networks are read when they are needed: the VAE after all steps
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: 1 weight with NaN .*quant_conv\.bias \(1 of 8\)"):
+        StableDiffusion.load(tmp_path / "a.safetensors", low_memory=True, **options)
+    state["first_stage_model.quant_conv.bias"][0] = 0
+    save_file(state, tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointError, match="2 weights with NaN or infinite numbers: ") as caught:
+        StableDiffusion.load(tmp_path / "b.safetensors", **options)
+    assert f"{BAD_KEY} (3 of 36864)" in str(caught.value) and "out.2.bias (1 of 4)" in str(caught.value)
+    assert "--dtype" not in str(caught.value), "which is not to blame"
+
+
+@pytest.mark.parametrize("layout", ["sd", "original", "diffusers"])
+def test_numbers_that_are_none_are_not_converted(tmp_path, monkeypatch, capsys, layout):
+    monkeypatch.setitem(MODELS, "tiny", TINY)
+    state = {**tiny_state(), BAD_KEY: tiny_state()[BAD_KEY].clone()}
+    state[BAD_KEY][0, 0, 0, 0] = math.inf
+    save_file(state, tmp_path / "a.safetensors")
+    out = tmp_path / ("out" if layout == "diffusers" else "out.safetensors")
+    assert program.main([str(tmp_path / "a.safetensors"), str(out), "--model", "tiny", "--layout", layout]) == 1
+    assert f"a.safetensors: 1 weight with NaN or infinite numbers: {BAD_KEY} (1 of 36864)" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors"]
+
+
+def test_the_largest_numbers_of_a_precision():
+    """65519 is rounded to 65504, the largest of float16; 65520 becomes infinite. A sum of them all would, too."""
+    check = FiniteCheck(torch.float16)
+    check.look("a", torch.full((1000,), 65519.0))
+    check.look("b", torch.full((1000,), -65504.0).half())
+    check.look("c", torch.ones(4).to(torch.float8_e4m3fn))
+    check.look("d", torch.empty(0))
+    check.finish()
+    check.look("e", torch.tensor([1.0, -65520.0]))
+    with pytest.raises(CheckpointError, match=r"1 weight with numbers beyond float16: e \(up to 6.552e\+04\); use bf"):
+        check.finish()
+    check.look("f", torch.tensor([math.nan]).to(torch.float8_e4m3fn))
+    with pytest.raises(CheckpointError, match=r"1 weight with NaN or infinite numbers: f \(1 of 1\)"):
+        check.finish()
 
 
 def test_nothing_is_initialised_and_kernels_are_channels_last():

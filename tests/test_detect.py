@@ -207,8 +207,9 @@ def test_a_model_that_says_nothing_is_run_to_see(tmp_path, monkeypatch, predicti
     monkeypatch.setattr(identity, "_by_shapes", lambda found, layouts: replace(TINY_V2, schedule=ScheduleConfig()))
     monkeypatch.setattr(predictions, "SD2", replace(SD2, unet=replace(SD2.unet, context=96), text=TINY_V2.text))
     state = dict(tiny_state("tiny-v2-v"))
-    state[f"{UNET}out.2.weight"] = torch.zeros_like(state[f"{UNET}out.2.weight"])
-    state[f"{UNET}out.2.bias"] = torch.full((4,), answer)
+    weight = state[f"{UNET}out.2.weight"]
+    state[f"{UNET}out.2.weight"] = torch.full_like(weight, 3e38) if np.isnan(answer) else torch.zeros_like(weight)
+    state[f"{UNET}out.2.bias"] = torch.full((4,), 0.0 if np.isnan(answer) else answer)
     save_file(state, tmp_path / "a.safetensors")
     model = StableDiffusion.load(tmp_path / "a.safetensors", device="cpu", dtype="float32")
     assert model.config.schedule.prediction == prediction == model.schedule.config.prediction
@@ -257,13 +258,35 @@ def test_a_schedule_that_is_given_is_taken_as_it_is():
 
 
 @pytest.mark.parametrize(
-    "table", [torch.linspace(0, 1, 1000), torch.full((1000,), 0.5), torch.full((1000,), float("nan")), ALPHA_BAR[:500]]
+    "table, words",
+    [
+        (torch.linspace(0, 1, 1000), "damaged: it does not fall"),
+        (torch.full((1000,), 0.5), "damaged"),
+        (torch.full((1000,), float("nan")), "damaged"),
+        (torch.where(torch.arange(1000) == 5, float("nan"), ALPHA_BAR), "damaged"),
+        (ALPHA_BAR[:500], "not a list of 1000 numbers"),
+        (ALPHA_BAR.long(), "not a list of 1000 numbers"),
+        (ALPHA_BAR > 0.5, "not a list of 1000 numbers"),
+        (ALPHA_BAR.to(torch.float8_e4m3fn), "not a list of 1000 numbers"),
+        (ALPHA_BAR.to(torch.complex64), "not a list of 1000 numbers"),
+        (torch.tensor(0.5), "not a list of 1000 numbers"),
+        (torch.zeros(200_000), "not a list of 1000 numbers"),
+    ],
 )
-def test_a_damaged_schedule_is_refused_unless_the_model_is_given(table):
-    with pytest.raises(CheckpointError, match="alphas_cumprod"):
-        identify(Said("sd-v1", alphas_cumprod=table))
-    found = identify(Said("sd-v1", alphas_cumprod=table), config=SD1)
-    assert found.config == SD1 and "damaged" in found.reason
+def test_what_is_no_schedule_is_ignored_and_said(table, words):
+    for config in (None, SD1):
+        found = identify(Said("sd-v1", alphas_cumprod=table), config=config)
+        assert found.config == SD1 and words in found.reason and "ignored" in found.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("zero", [False, True])
+def test_a_schedule_that_was_once_rounded_is_the_same(dtype, zero):
+    """A program that converted all of a file to half precision and back; the shape does not matter either."""
+    table = (ZERO_SNR if zero else ALPHA_BAR).to(dtype)
+    for again in (table.float(), table.double()[None], table.float()[:, None]):
+        found = identify(Said("sd-v1", alphas_cumprod=again))
+        assert found.config.schedule == ScheduleConfig(prediction="v" if zero else "eps", zero_snr=zero)
 
 
 def test_a_model_with_zero_terminal_snr_paints(tmp_path):

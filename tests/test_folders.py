@@ -271,6 +271,59 @@ def test_a_text_encoder_that_computes_something_else_is_refused(folder, tmp_path
         StableDiffusion.load(tmp_path / "a.safetensors", **options)
 
 
+def test_a_whole_clip_is_a_text_encoder_wherever_it_stands(folder, tmp_path):
+    """As its authors publish it: with the part for images, and with the sizes in an inner entry of config.json."""
+    expected = weights(folder)
+    tensors = load_file(folder / TEXT_FILE) | {
+        "vision_model.embeddings.class_embedding": torch.zeros(8), "visual_projection.weight": torch.zeros(8, 8),
+        "text_projection.weight": torch.zeros(64, 64), "logit_scale": torch.tensor(4.6),
+    }  # fmt: skip
+    save_file(tensors, folder / TEXT_FILE)
+    assert_same(weights(folder), expected)
+    path = folder / "text_encoder/config.json"
+    inner = json.loads(path.read_text())
+    path.write_text(json.dumps({"architectures": ["CLIPModel"], "text_config": inner, "vision_config": {"width": 1}}))
+    assert_same(weights(folder), expected)
+    save_file(tiny_state(), tmp_path / "a.safetensors")
+    options = {"config": TINY, "device": "cpu", "dtype": "float32"}
+    for given in (folder / "text_encoder", folder / TEXT_FILE, folder):
+        model = StableDiffusion.load(tmp_path / "a.safetensors", text_encoder=given, **options)
+        assert torch.equal(model.text_encoder.norm.bias, expected["text_encoder.norm.bias"])
+    # its settings are looked at in each of the places
+    path.write_text(json.dumps({"architectures": ["CLIPModel"], "text_config": {**inner, "hidden_act": "gelu"}}))
+    for given in (folder / "text_encoder", folder / TEXT_FILE, folder):
+        with pytest.raises(CheckpointError, match="hidden_act"):
+            StableDiffusion.load(tmp_path / "a.safetensors", text_encoder=given, **options)
+
+
+def test_a_file_of_a_part_has_the_settings_beside_it(folder, tmp_path):
+    """Like the folder of the part: a VAE's scale. Under another name, it is not known whose settings these are."""
+    save_file(tiny_state(), tmp_path / "a.safetensors")
+    edit(folder / "vae/config.json", scaling_factor=0.13025)
+    shutil.copy(folder / VAE_FILE, folder / "vae/mine.safetensors")
+    for name, scale in ((VAE_FILE, 0.13025), ("vae", 0.13025), ("vae/mine.safetensors", 0.18215)):
+        options = {"config": TINY, "device": "cpu", "dtype": "float32", "vae": folder / name}
+        model = StableDiffusion.load(tmp_path / "a.safetensors", **options)
+        assert model.vae.config.scale == scale
+    for text in ("{", "[]", '{"_class_name": "Other"}'):  # that of another program
+        (folder / "vae/config.json").write_text(text)
+        with load_checkpoint(folder / VAE_FILE) as file:
+            assert file.configs == {}
+
+
+def test_notes_about_the_files_of_a_folder_are_said(folder, tmp_path):
+    """What lies behind the end, and a table that nobody needs: in the model's files and in those given beside."""
+    tensors = {**load_file(folder / UNET_FILE), "betas": torch.ones(3, dtype=torch.complex64)}
+    torch.save(tensors, folder / "unet/diffusion_pytorch_model.bin")
+    (folder / UNET_FILE).unlink()
+    torch.save(load_file(folder / VAE_FILE), tmp_path / "vae.pt")
+    with open(tmp_path / "vae.pt", "ab") as file:
+        file.write(bytes(77))
+    model = StableDiffusion.load(folder, device="cpu", dtype="float32", vae=tmp_path / "vae.pt")
+    assert any(line.startswith("diffusion_pytorch_model.bin: left out, as it is not needed") for line in model.about)
+    assert f"{tmp_path / 'vae.pt'}: the last 77 bytes of the file belong to nothing and are ignored" in model.about
+
+
 def test_what_a_json_leaves_out_is_customary(folder):
     edit(folder / "text_encoder/config.json", hidden_act=..., max_position_embeddings=..., vocab_size=...)
     edit(folder / "unet/config.json", in_channels=..., use_linear_projection=...)
@@ -394,7 +447,7 @@ def test_broken_json(folder):
         (folder / "unet/config.json").write_text(text)
         assert "config.json in it is not valid JSON" in refusal(folder)
     (folder / "unet/config.json").write_text("{" + " " * (1 << 20) + "}")
-    assert "more than 1 MB" in refusal(folder)
+    assert "more than 1 MB, the limit" in refusal(folder)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from common import TINY, TINY_INPAINT, TINY_V2, manifest, tiny_state
-from reference_weights import make_state_dict, save, with_ema
+from reference_weights import SCHEDULE, make_state_dict, save, with_ema
 from safetensors.torch import save_file
 
 from scripts import convert as program
@@ -18,6 +18,7 @@ from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint
 from sd.checkpoints.convert import convert, describe_weights
 from sd.checkpoints.detect import damaged_position_ids, identify
 from sd.checkpoints.export import metadata, to_diffusers, to_original, to_own
+from sd.checkpoints.inspect import inspect
 from sd.checkpoints.key_maps import CLIP, OPENCLIP, UNET, VAE
 from sd.checkpoints.layouts import AVERAGE, find_layouts
 from sd.config import MODELS, POCKET, SD1, SD2
@@ -44,6 +45,11 @@ def diffusers(state: State, config, network: str, prefix: str) -> State:
     return {prefix + key: tensor for key, tensor in found.items()}
 
 
+def diffusers_text(state: State) -> State:
+    """The text encoder of SD 2 in small as transformers names it, behind the prefix of OpenCLIP."""
+    return only(diffusers(state, TINY_V2, "text_encoder", ""), "text_model.", OPENCLIP)
+
+
 def without(state: State, prefix: str) -> State:
     return {key: tensor for key, tensor in state.items() if not key.startswith(prefix)}
 
@@ -52,6 +58,42 @@ def old_attention(state: State) -> State:
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     pattern = re.compile(r"(mid_block\.attentions\.0\.)(to_q|to_k|to_v|to_out\.0)\.")
     return {pattern.sub(lambda m: f"{m[1]}{names[m[2]]}.", key): tensor for key, tensor in state.items()}
+
+
+def attention_names(state: State, names: dict[str, str], *, linear: bool = False, half: str = "") -> State:
+    """The layers of the VAE's attention by other names, in one half of it or both; its 1x1 convolutions as linear."""
+    out = {}
+    for key, tensor in state.items():
+        head, mark, tail = key.partition(".mid.attn_1.")
+        layer, _, leaf = tail.rpartition(".")
+        if mark and layer in names and half in head:
+            key = f"{head}{mark}{names[layer]}.{leaf}"
+            tensor = tensor.flatten(1) if linear and tensor.dim() == 4 else tensor
+        out[key] = tensor
+    return out
+
+
+NEW = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+OLD = {"norm": "group_norm", "q": "query", "k": "key", "v": "value", "proj_out": "proj_attn"}
+
+
+def resblock_names(state: State, pattern: str) -> State:
+    """The layers of the U-Net's residual blocks whose keys match as diffusers names them."""
+    names = {
+        "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
+        "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
+    }  # fmt: skip
+    layer = re.compile("|".join(map(re.escape, names)))
+    return {
+        layer.sub(lambda m: names[m[0]], key) if re.search(pattern, key) else key: tensor
+        for key, tensor in state.items()
+    }
+
+
+def wrapped(state: State) -> State:
+    """As torch.compile and DDP name weights: around the U-Net, half of the VAE, a layer of the text encoder."""
+    names = ((UNET, "model._orig_mod.diffusion_model.module."), (f"{VAE}decoder.", f"{VAE}decoder._orig_mod."))
+    return renamed(state, *names, (f"{CLIP}encoder.layers.1.", f"{CLIP}encoder.layers.1._orig_mod."))
 
 
 def reshaped(state: State, pattern: str, shape: tuple[int, ...]) -> State:
@@ -79,6 +121,30 @@ V1 = {
         "edm_mean": torch.ones(4), "embedding_manager.x": torch.ones(2), "first_stage_model.loss.x": torch.ones(3),
         "global_step": torch.tensor(470000), "lvlb_weights": torch.ones(9),
     },
+    "VAE with new names of attention": lambda s: attention_names(s, NEW),
+    "VAE with new names, linear": lambda s: attention_names(s, NEW, linear=True),
+    "VAE with old names, without prefix": lambda s: renamed(attention_names(s, OLD, linear=True), (VAE, "")),
+    "VAE with two sets of names": lambda s: attention_names(attention_names(s, NEW, half="enc"), OLD, half="dec"),
+    "VAE's middle of diffusers": lambda s: {
+        **{key: tensor for key, tensor in s.items() if not re.match(rf"{VAE}\w+\.mid\.", key)},
+        **{key: t for key, t in diffusers(s, TINY, "vae", VAE).items() if ".mid_block." in key},
+    },
+    "VAE of both diffusers": lambda s: {
+        **without(s, VAE), **only(diffusers(s, TINY, "vae", ""), "encoder.", "vae.encoder."),
+        **{k: t for k, t in old_attention(diffusers(s, TINY, "vae", "vae.")).items() if not k.startswith("vae.enc")},
+    },
+    "U-Net with blocks of diffusers": lambda s: resblock_names(s, r"input_blocks\.1\.0|middle_block\.2"),
+    "U-Net's way up of diffusers": lambda s: {
+        **{key: tensor for key, tensor in s.items() if "output_blocks." not in key},
+        **{key: t for key, t in diffusers(s, TINY, "unet", UNET).items() if ".up_blocks." in key},
+    },
+    "wrapped": wrapped,
+    "wrapped as a whole": lambda s: {f"module._orig_mod.{key}": tensor for key, tensor in s.items()},
+    "whole CLIP": lambda s: {
+        **s, f"{CLIP.removesuffix('text_model.')}vision_model.embeddings.class_embedding": torch.ones(4),
+        f"{CLIP.removesuffix('text_model.')}visual_projection.weight": torch.ones(4, 4),
+        f"{CLIP.removesuffix('text_model.')}logit_scale": torch.tensor(4.6, dtype=torch.float64),
+    },
     "float position ids": lambda s: {**s, f"{CLIP}embeddings.position_ids": torch.linspace(0, 44, 77)[None]},
     "no position ids": lambda s: {key: tensor for key, tensor in s.items() if "position_ids" not in key},
 }  # fmt: skip
@@ -90,6 +156,13 @@ V2 = {
         **without(s, "cond_stage_model."), **diffusers(s, TINY_V2, "text_encoder", "cond_stage_model.transformer."),
     },
     "projections as convolutions": lambda s: reshaped(s, r"\.\d\.proj_(in|out)\.weight", (1, 1)),
+    "text encoder of diffusers behind OpenCLIP's prefix": lambda s: {
+        **without(s, "cond_stage_model."), **diffusers(s, TINY_V2, "text_encoder", OPENCLIP),
+    },
+    "a layer of the text encoder of diffusers": lambda s: {
+        **without(s, f"{OPENCLIP}transformer.resblocks.1."),
+        **{k: t for k, t in diffusers_text(s).items() if ".encoder.layers.1." in k},
+    },
     "no unused layer": lambda s: {key: tensor for key, tensor in s.items() if "resblocks.3." not in key},
 }  # fmt: skip
 
@@ -102,6 +175,101 @@ def test_every_form_gives_the_same_weights(name, form):
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert torch.equal(found[key], tensor), key
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "VAE with two sets of names",
+        "VAE's middle of diffusers",
+        "U-Net with blocks of diffusers",
+        "wrapped",
+        "whole CLIP",
+    ],
+)
+def test_mixed_names_go_back_to_the_original_ones(form):
+    state = tiny_state()
+    back = to_original(convert(V1[form](dict(state)), TINY), TINY)
+    assert back.keys() == {key for key in state if not key.endswith(SCHEDULE)}
+    assert all(torch.equal(tensor, state[key]) and tensor.shape == state[key].shape for key, tensor in back.items())
+
+
+CLIP_TWICE = "cond_stage_model.transformer."
+
+
+def twice(state: State, prefix: str, copy: str, scale: float = 2) -> State:
+    """A network a second time, with other numbers."""
+    return {**state, **{key: scale * tensor for key, tensor in only(state, prefix, copy).items()}}
+
+
+@pytest.mark.parametrize(
+    "prefix, copy, name, count",
+    [
+        (CLIP, CLIP_TWICE, "text encoder", 52),
+        (CLIP, "conditioner.embedders.0.transformer.text_model.", "text encoder", 52),
+        (VAE, "", "vae", 180),
+        (UNET, "unet.", "U-Net", 324),
+    ],
+)
+def test_of_two_copies_the_complete_one_is_taken(tmp_path, prefix, copy, name, count):
+    """As merging scripts leave them: if both are complete, the one that the original code reads."""
+    state = without(tiny_state(), f"{CLIP}embeddings.position_ids")
+    expected = to_own(convert(state, TINY))
+    both = twice(state, prefix, copy)
+    states = convert(both, TINY)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in to_own(states).items())
+    network = {"text encoder": "text_encoder", "U-Net": "unet"}.get(name, name)
+    place = f"behind {copy!r}" if copy else "without a prefix"
+    said = f"{name}: in the file twice; the one behind {prefix!r} is used, {count} weights (of {count}) {place} are not"
+    assert states[network].notes == (said,)
+    # of an incomplete original, the copy is taken
+    dropped = [key for key in state if key.startswith(prefix)][3::7]
+    partial = {key: tensor for key, tensor in both.items() if key not in dropped}
+    states = convert(partial, TINY)
+    assert all(torch.equal(t, 2 * expected[f"{network}.{key}"]) for key, t in states[network].items())
+    assert f"is used, {count - len(dropped)} weights (of {count}) behind {prefix!r} are not" in states[network].notes[0]
+    # of two incomplete ones, none
+    neither = {key: tensor for key, tensor in partial.items() if key != copy + dropped[0].removeprefix(prefix)}
+    del neither[[key for key in neither if key.startswith(copy) and (copy or "decoder." in key[:8])][5]]
+    with pytest.raises(CheckpointError, match=rf"missing from the file: .* of a second {name} .*, not complete either"):
+        convert(neither, TINY)
+
+
+def test_copies_are_said_of_by_everyone(tmp_path, capsys):
+    save_file(twice(tiny_state(), CLIP, CLIP_TWICE), tmp_path / "a.safetensors")
+    model = StableDiffusion.load(tmp_path / "a.safetensors", config=TINY, device="cpu", dtype="float32")
+    assert torch.equal(parameters(model)["text_encoder.norm.bias"], tiny_state()[f"{CLIP}final_layer_norm.bias"])
+    (said,) = [line for line in model.about if "twice" in line]
+    with load_checkpoint(tmp_path / "a.safetensors") as file:
+        report = inspect(file, TINY)
+    assert said in report.notes and not report.unknown and not report.missing
+
+
+def test_second_names_inside_a_block_are_said():
+    both = {**attention_names(tiny_state(), NEW), **tiny_state()}
+    (note,) = convert(both, TINY)["vae"].notes
+    assert note.startswith("vae: 16 weights in the file under two names: first_stage_model.")
+    with pytest.raises(CheckpointError, match=r"1 weight in the file that .* does not have: .*attn_1\.to_w"):
+        convert({**tiny_state(), f"{VAE}decoder.mid.attn_1.to_w.weight": torch.ones(1)}, TINY)
+
+
+@pytest.mark.parametrize(
+    "part, form",
+    [
+        ("vae", lambda s: attention_names(only(s, VAE), NEW, linear=True)),
+        ("vae", lambda s: {f"_orig_mod.{key}": tensor for key, tensor in only(s, VAE).items()}),
+        ("text_encoder", lambda s: {f"module.text_model.{key}": tensor for key, tensor in only(s, CLIP).items()}),
+        ("text_encoder", lambda s: {**only(s, CLIP, "text_model."), "vision_model.post_layernorm.bias": torch.ones(2)}),
+        ("text_encoder", lambda s: twice(only(s, CLIP, "text_model."), "text_model.", "", 0.5)),
+    ],
+)
+def test_forms_of_a_file_of_one_network(tmp_path, part, form):
+    save_file({k: t.contiguous() for k, t in form(dict(tiny_state())).items()}, tmp_path / "part.safetensors")
+    save_file(tiny_state(), tmp_path / "a.safetensors")
+    options = {"config": TINY, "device": "cpu", "dtype": "float32", part: tmp_path / "part.safetensors"}
+    model = StableDiffusion.load(tmp_path / "a.safetensors", **options)
+    expected = to_own(convert(tiny_state(), TINY))
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in parameters(model).items())
 
 
 @pytest.mark.parametrize(

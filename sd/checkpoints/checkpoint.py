@@ -31,12 +31,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from .folders import Part, Parts, check_not_a_shard, find_parts, is_index, parts_of_index
+from .folders import Part, Parts, check_not_a_shard, config_beside, find_parts, is_index, parts_of_index
 from .formats.dtypes import NumberType
 from .formats.mmap import FilePages, fresh
 from .formats.pickles import RefusedFile
-from .formats.safetensors_files import AGAIN, read_safetensors
-from .formats.torch_files import LEGACY_MAGIC, MAX_TENSORS, View, read_legacy, read_zip
+from .formats.safetensors_files import read_safetensors
+from .formats.torch_files import AGAIN, LEGACY_MAGIC, MAX_TENSORS, View, read_legacy, read_zip
+from .names import plain_names
 
 if TYPE_CHECKING:
     import torch
@@ -158,14 +159,16 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     that belongs to the caller, or lends it the file's own pages (`mapped` of `load_checkpoint`); thread-safe. Close
     it when done, or use it in a `with` statement.
 
+    Names are without what wrappers such as torch.compile put into them (names.py).
+
     path      the file or folder
     kind      "zip pickle", "legacy pickle" or "safetensors"; of several files "diffusers folder" or "index"
     places    where each tensor lies: file and `View`
     files     the opened files
     metadata  what the files say about themselves, untrusted text: `__metadata__` of safetensors; in pickles, the
               plain values besides the tensors ("epoch", "global_step", ...)
-    configs   the JSON files of a folder, by topic ("unet", "scheduler", ...)
-    notes     choices made while reading
+    configs   the JSON files of a folder, or beside a file of one, by topic ("unet", "scheduler", ...)
+    notes     choices made while reading, one line each
     """
 
     def __init__(self, path: Path, kind: str, places: dict[str, tuple[OpenFile, View]], files: list[OpenFile]) -> None:
@@ -245,15 +248,24 @@ def load_checkpoint(path: str | os.PathLike, variant: str | None = None, *, mapp
     path = Path(path)
     try:
         if "\0" not in str(path) and path.is_dir():
-            return _load_parts(path, find_parts(path, variant), mapped)
+            return _plainly_named(_load_parts(path, find_parts(path, variant), mapped))
         if is_index(path):
-            return _load_parts(path, parts_of_index(path), mapped)
+            return _plainly_named(_load_parts(path, parts_of_index(path), mapped))
         check_not_a_shard(path)
+        configs = {} if "\0" in str(path) else config_beside(path)
     except RefusedFile as error:
         raise CheckpointError(f"{path}: {error}") from None
     except OSError as error:
         raise _unreadable(path, error) from None
-    return _load_file(path, mapped)
+    checkpoint = _plainly_named(_load_file(path, mapped))
+    checkpoint.configs = configs
+    return checkpoint
+
+
+def _plainly_named(checkpoint: Checkpoint) -> Checkpoint:
+    names = plain_names(checkpoint.places)
+    checkpoint.places = {names[key]: place for key, place in checkpoint.places.items()}
+    return checkpoint
 
 
 def _load_file(path: Path, mapped: bool) -> Checkpoint:
@@ -261,7 +273,7 @@ def _load_file(path: Path, mapped: bool) -> Checkpoint:
         stream = _open(path)
         try:
             kind = _kind(stream)
-            views, metadata = {
+            views, metadata, notes = {
                 "safetensors": lambda: read_safetensors(stream, path),
                 "zip pickle": lambda: read_zip(stream),
                 "legacy pickle": lambda: read_legacy(stream),
@@ -276,7 +288,9 @@ def _load_file(path: Path, mapped: bool) -> Checkpoint:
         raise _unreadable(path, error) from None
     file = OpenFile(path, stream, kind, metadata, mapped)
     in_order = sorted(views.items(), key=lambda item: item[1].start)
-    return Checkpoint(path, kind, {key: (file, view) for key, view in in_order}, [file])
+    checkpoint = Checkpoint(path, kind, {key: (file, view) for key, view in in_order}, [file])
+    checkpoint.notes = tuple(map(printable, notes))
+    return checkpoint
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
@@ -287,11 +301,13 @@ def _load_parts(path: Path, found: Parts, mapped: bool) -> Checkpoint:
     """All files of a model. Raises RefusedFile, or CheckpointError that names one of them."""
     files: list[OpenFile] = []
     places: dict[str, tuple[OpenFile, View]] = {}
+    notes = [*found.notes]
     try:
         for part in found.parts:
             for name in part.files:
                 opened = _load_file(name, mapped)
                 files += opened.files
+                notes += [f"{name.name}: {note}" for note in opened.notes]
                 _check_index(part, opened)
                 places |= {part.prefix + key: place for key, place in opened.places.items()}
         if len(places) > MAX_TENSORS:
@@ -301,7 +317,7 @@ def _load_parts(path: Path, found: Parts, mapped: bool) -> Checkpoint:
             file.close()
         raise
     checkpoint = Checkpoint(path, found.kind, places, files)
-    checkpoint.configs, checkpoint.notes = found.configs, found.notes
+    checkpoint.configs, checkpoint.notes = found.configs, tuple(map(printable, notes))
     return checkpoint
 
 
@@ -329,7 +345,8 @@ def _check(views: dict[str, View]) -> None:
         raise RefusedFile(f"holds {len(views)} tensors, expected 1 to {MAX_TENSORS}; give a file of model weights")
     for key, (_, shape, _, _) in views.items():
         if len(key) > MAX_NAME:
-            raise RefusedFile(f"damaged: a tensor's name of {len(key)} characters, {key[:100]!r}...; {AGAIN}")
+            what = f"a tensor's name of {len(key)} characters, {key[:100]!r}..., longer than the limit of {MAX_NAME}"
+            raise RefusedFile(f"{what}; give a file of model weights")
         if math.prod(size or 1 for size in shape) >> 63:  # torch rejects these sizes even for an empty tensor
             raise RefusedFile(f"damaged: tensor {key[:100]!r} has an impossible shape; {AGAIN}")
 

@@ -1,9 +1,10 @@
 """A file's weights under our names: everything that a model needs, in the right shapes, or an error.
 
-`layouts.py` finds out which names a file uses, `key_maps.py` has the key of each weight; here both are applied. Every
-weight that a network needs must be present in the right shape, and every tensor of the file must be used or be on the
-short list of known leftovers: anything else is an error that names it. A 1x1 convolution and a linear layer hold the
-same numbers, so shapes are compared without trailing ones. The way back is in export.py.
+`layouts.py` finds out which names a file uses, `key_maps.py` has the key of each weight, `matching.py` chooses between
+copies of a network; here all are applied. Every weight that a network needs must be present in the right shape, and
+every tensor of the file must be used, be a copy of what is used, or be on the list of known leftovers (names.py):
+anything else is an error that names it. A 1x1 convolution and a linear layer hold the same numbers, so shapes are
+compared without trailing ones. The way back is in export.py.
 
 >>> from sd.checkpoints.checkpoint import load_checkpoint
 >>> from sd.resources import resource
@@ -21,41 +22,39 @@ from typing import TYPE_CHECKING
 from ..config import Config
 from .checkpoint import CheckpointError, shapes
 from .detect import identify, no_unet
-from .key_maps import EMA, Source
-from .layouts import AVERAGE, EXTRA, NETWORKS, TOKENS, find_layouts, usual_layout
+from .key_maps import Source
+from .layouts import AVERAGE, NETWORKS, TOKENS, Layout, find_layouts, usual_layout
+from .matching import NAMES, copies, describe_copies, expected_shapes, match_layouts, table_faults, unrun, where
+from .matching import shape_text as shape_text
+from .matching import squeezed as squeezed
+from .names import ignored, plainly_named
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS = ("auto", "raw", "ema")  # which of the two U-Nets of a training checkpoint to take
-NAMES = {"text_encoder": "text encoder", "vae": "vae", "unet": "U-Net", AVERAGE: "moving average (EMA) of the U-Net"}
 FLAGS = {"text_encoder": "--text-encoder", "vae": "--vae"}  # options that supply a network missing from a file
-
-# What a checkpoint may hold besides the weights of its networks. Anything else is an error.
-IGNORED_PREFIXES = (
-    EMA, EXTRA, f"{AVERAGE}.", "loss.", "first_stage_model.loss.", "first_stage_model.model_ema.", "vae.loss.",
-    "embedding_manager.", "cond_stage_model.model.visual.", "visual.", "vision_model.", "safety_checker.", "edm_",
-    "denoiser.", "optimizer_states", "lr_schedulers",
-)  # fmt: skip
-IGNORED_SUFFIXES = ("position_ids", "logit_scale", "text_projection", "text_projection.weight", "attn_mask")
-IGNORED_KEYS = frozenset(
-    {
-        *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
-        *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"),
-        *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
-        *("logvar", "lvlb_weights", "scale_factor", "v_pred", "ztsnr", "global_step", "epoch", "lr", "num_updates"),
-        "visual_projection.weight",
-    }
-)
 
 
 class StateDict(Mapping[str, "Tensor"]):
-    """One network's weights under our names, read from `tensors` one at a time, on demand."""
+    """One network's weights under our names, read from `tensors` one at a time, on demand.
+
+    notes   what was chosen for this network, one line each
+    """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], sources: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]]
+        self,
+        tensors: Mapping[str, Tensor],
+        sources: Mapping[str, Source],
+        shapes: Mapping[str, tuple[int, ...]],
+        notes: Sequence[str] = (),
     ) -> None:
         self._tensors, self._sources, self._shapes = tensors, sources, shapes
+        self.notes = tuple(notes)
+
+    def origin(self, key: str) -> str:
+        """The name of a weight in the file."""
+        return self._sources[key].key
 
     def __getitem__(self, key: str) -> Tensor:
         source = self._sources[key]
@@ -90,38 +89,40 @@ def convert(
 
     Raises CheckpointError that counts and names what is missing, unknown or of the wrong shape.
     """
-    from ..models.build import weight_shapes  # not at the top: torch is slow to import, and not everything needs it
-
+    tensors = plainly_named(tensors)
     config = config or identify(tensors).config
     if len(config.text) > 1:
         raise CheckpointError(f"{config.name} has {len(config.text)} text encoders, which is not supported yet")
-    found, layouts = shapes(tensors), find_layouts(tensors)
+    found, expected = shapes(tensors), expected_shapes(config)
+    layouts = match_layouts(found, config)
     of_unet = choose_weights(tensors, weights) if "unet" in parts else "unet"
-    expected = dict(weight_shapes(config))
-    expected[AVERAGE] = expected["unet"]
-    tables = {name: layout.sources(config, expected[name]) for name, layout in layouts.items()}
+    tables = {name: layout.sources(config, expected[name], found) for name, layout in layouts.items()}
     used = {source.key for table in tables.values() for source in table.values()}
     wanted = {part: of_unet if part == "unet" else part for part in parts}
     for name in wanted.values():
         if name not in tables:
-            tables[name] = usual_layout(name, config).sources(config, expected[name])
+            layouts[name] = usual_layout(name, config)
+            tables[name] = layouts[name].sources(config, expected[name], found)
     if of_unet in wanted.values() and not any(source.key in found for source in tables[of_unet].values()):
-        raise CheckpointError(no_unet(layouts))
-    _check_complete(found, {name: tables[name] for name in wanted.values()}, expected)
+        raise CheckpointError(no_unet(find_layouts(tensors)))
+    left = [key for key in found if key not in used and not ignored(key)]
+    _check_complete(found, {name: tables[name] for name in wanted.values()}, config, layouts, left)
     others = [layout.prefix for name, layout in layouts.items() if name not in wanted.values() and layout.prefix]
     others += [usual_layout(name, config).prefix for name in NETWORKS if name not in parts]
-    text = layouts.get("text_encoder")
-    extra = [
-        key
-        for key in found
-        if key not in used
-        and not key.startswith(tuple(others))
-        and not ignored(key)
-        and not (text is not None and text.unrun_layer(key, config.text[0].layers))
-    ]
-    if extra:
-        raise CheckpointError(f"{_count(extra)} in the file that {config.name} does not have: {listed(extra)}")
-    return {part: StateDict(tensors, tables[name], expected[name]) for part, name in wanted.items()}
+    extra = [key for key in left if not key.startswith(tuple(others)) and not unrun(key, config.text[0].layers)]
+    copied = copies(extra, config) if extra else {}
+    known = {key for keys in copied.values() for key in keys}
+    if unknown := [key for key in extra if key not in known]:
+        raise CheckpointError(f"{_count(unknown)} in the file that {config.name} does not have: {listed(unknown)}")
+    return {
+        part: StateDict(
+            tensors,
+            tables[name],
+            expected[name],
+            [line for each in dict.fromkeys((part, name)) for line in describe_copies(layouts, each, config, copied)],
+        )
+        for part, name in wanted.items()
+    }
 
 
 def choose_weights(tensors: Mapping[str, Tensor], weights: str = "auto") -> str:
@@ -158,55 +159,41 @@ def describe_weights(tensors: Mapping[str, Tensor], weights: str = "auto") -> st
 def _check_complete(
     found: Mapping[str, tuple[int, ...]],
     sources: Mapping[str, Mapping[str, Source]],
-    expected: Mapping[str, Mapping[str, tuple[int, ...]]],
+    config: Config,
+    layouts: Mapping[str, Layout],
+    left: Sequence[str],
 ) -> None:
-    missing, misshapen, absent = [], [], []
+    expected = expected_shapes(config)
+    missing, misshapen, absent, faulty = [], [], [], []
     for network, table in sources.items():
-        gone = [source.key for source in table.values() if source.key not in found]
+        gone, odd = table_faults(found, table, expected[network])
         if len(gone) == len(table):
             absent.append(network)
             continue
         missing += gone
-        for key, source in table.items():
-            want, have = expected[network][key], found.get(source.key)
-            if source.third is not None:
-                want = (3 * want[0], *want[1:])
-            if key == TOKENS and have is not None and len(have) == 2 and have[0] > want[0]:
-                have = (want[0], have[1])  # fine-tuning added words that no prompt can contain
-            if have is not None and squeezed(have) != squeezed(want):
-                misshapen.append(f"{source.key} is {shape_text(have)}, expected {shape_text(want)}")
+        misshapen += odd
+        faulty += [network] if gone or odd else []
     if absent:
         names = " and ".join(f"no {NAMES[network]}" for network in absent)
         flags = " and ".join(FLAGS[network] for network in absent if network in FLAGS)
         raise CheckpointError(f"the file has {names}" + (f": give it with {flags}" if flags else ""))
+    if not faulty:
+        return
+    twice = "".join(
+        f"; it has {_count(keys)} of a second {NAMES[layout.network]} {where(layout)}, not complete either"
+        for layout, keys in copies(left, config).items()
+        if layout.network in faulty and layout.prefix != layouts[layout.network].prefix
+    )
     if missing:
         total = sum(map(len, sources.values()))
-        raise CheckpointError(f"{_count(missing)} of {total} missing from the file: {listed(missing)}")
-    if misshapen:
-        raise CheckpointError(f"{_count(misshapen)} of the wrong shape: {listed(misshapen, '; ')}")
+        raise CheckpointError(f"{_count(missing)} of {total} missing from the file: {listed(missing)}{twice}")
+    raise CheckpointError(f"{_count(misshapen)} of the wrong shape: {listed(misshapen, '; ')}{twice}")
 
 
-def squeezed(shape: tuple[int, ...], least: int = 1) -> tuple[int, ...]:
-    """A shape without its last dimensions of size 1, but at least this many dimensions."""
-    while len(shape) > least and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
-
-
-def ignored(key: str) -> bool:
-    """Whether a key is a known leftover: checkpoints may hold it, and no network needs it."""
-    return key in IGNORED_KEYS or key.startswith(IGNORED_PREFIXES) or key.endswith(IGNORED_SUFFIXES)
-
-
-def _count(keys: list[str]) -> str:
+def _count(keys: Sequence[str]) -> str:
     return f"{len(keys)} weight{'s' if len(keys) > 1 else ''}"
 
 
 def listed(keys: Sequence[str], separator: str = ", ", most: int = 10) -> str:
     """The first of some keys, and how many more there are."""
     return separator.join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
-
-
-def shape_text(shape: Sequence[int]) -> str:
-    """A shape as text: "320x4x3x3"."""
-    return "x".join(map(str, shape)) or "a scalar"

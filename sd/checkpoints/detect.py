@@ -21,7 +21,9 @@ import numpy as np
 from ..config import MODELS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, Config, ScheduleConfig
 from .checkpoint import CheckpointError, shapes
 from .diffusers_config import from_diffusers, refuse_other_pipelines
-from .layouts import AVERAGE, TOKENS, Layout, find_layouts, first_convolution
+from .layouts import AVERAGE, TOKENS, Layout, all_layouts, find_layouts, first_convolution
+from .matching import match_layouts
+from .names import plainly_named
 from .other_models import NOT_SUPPORTED, OTHER_CONTEXTS, OTHER_INPUTS, refuse_others
 from .prediction import decide, predicting, read_beside, read_table, stored_schedule
 
@@ -78,6 +80,7 @@ def identify(tensors: Mapping[str, Tensor], config: Config | None = None, predic
     """
     if prediction not in (None, "eps", "v"):
         raise ValueError(f"unknown prediction {prediction!r}, expected eps or v")
+    tensors = plainly_named(tensors)
     configs = getattr(tensors, "configs", {})
     refuse_other_pipelines(configs)
     if config is not None:
@@ -96,11 +99,12 @@ def identify(tensors: Mapping[str, Tensor], config: Config | None = None, predic
         return Identity(predicting(config, said), reason=why if said else "")
     found = shapes(tensors)
     refuse_others(found)
-    layouts = find_layouts(found)
     if "unet" in configs:
         config = from_diffusers(configs)
-    _check_unet(found, layouts)
-    config = with_form(with_vocabulary(config or _by_shapes(found, layouts), found, layouts), found, layouts)
+    _check_unet(found, find_layouts(found))
+    config = config or _by_any_shapes(found)
+    layouts = match_layouts(found, config)
+    config = with_form(with_vocabulary(config, found, layouts), found, layouts)
     return Identity(*decide(tensors, config, prediction, by_folder="unet" in configs))
 
 
@@ -108,16 +112,14 @@ def _as_given(tensors: Mapping[str, Tensor], config: Config) -> Identity:
     """The config given by the caller; a noise schedule in the file replaces the usual one."""
     found = shapes(tensors)
     refuse_others(found)
-    config = with_form(config, found, find_layouts(found))
+    config = with_form(config, found, match_layouts(found, config))
     reason = "as given"
     usual = ScheduleConfig(steps=config.schedule.steps, prediction=config.schedule.prediction)
     if config.schedule == usual:
+        table, why = stored_schedule(tensors, config.schedule)
+        reason += f"; {why}" if why else ""
         try:
-            table, why = stored_schedule(tensors, config.schedule)
             config = replace(config, schedule=replace(config.schedule, **table))
-            reason += f"; {why}" if why else ""
-        except CheckpointError:
-            reason += "; the file's noise schedule is damaged and ignored"
         except ValueError as error:
             raise CheckpointError(str(error)) from None
     return Identity(config, reason=reason)
@@ -145,6 +147,18 @@ def _check_unet(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layo
 def no_unet(layouts: Mapping[str, Layout]) -> str:
     """What a file without a U-Net is, by the networks that it does hold, and what to do with it."""
     return f"this is {ALONE.get(frozenset(layouts), 'no whole model: it has no U-Net')}"
+
+
+def _by_any_shapes(found: Mapping[str, tuple[int, ...]]) -> Config:
+    """The same as `_by_shapes`, for a file that may have several U-Nets, some of them incomplete."""
+    layouts = all_layouts(found)
+    network = "unet" if "unet" in layouts else AVERAGE
+    for unet in layouts[network][:-1]:
+        try:
+            return _by_shapes(found, {network: unet})
+        except CheckpointError:
+            continue
+    return _by_shapes(found, {network: layouts[network][-1]})
 
 
 def _by_shapes(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> Config:
@@ -178,7 +192,7 @@ def with_vocabulary(config: Config, found: Mapping[str, tuple[int, ...]], layout
     """The config with the vocabulary size of the file: fine-tuning may add words after CLIP's own."""
     if (layout := layouts.get("text_encoder")) is None:
         return config
-    (source,) = layout.sources(config, [TOKENS]).values()
+    (source,) = layout.sources(config, [TOKENS], found).values()
     text, *others = config.text
     text = replace(text, vocab=max(text.vocab, found.get(source.key, (0,))[0]))
     return replace(config, text=(text, *others))
@@ -194,7 +208,7 @@ def with_form(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Map
     if text is not None and text.prefix.startswith(ORIGINAL_TEXT):
         config = replace(config, text=(replace(config.text[0], names=text.name), *config.text[1:]))
     if unet is not None and unet.name == "original":
-        (source,) = unet.sources(config, ["mid.attn.proj_in.weight"]).values()
+        (source,) = unet.sources(config, ["mid.attn.proj_in.weight"], found).values()
         linear = len(found.get(source.key, ())) == 2
         config = replace(config, unet=replace(config.unet, linear_projections=linear))
     return config

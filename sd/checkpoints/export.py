@@ -22,11 +22,14 @@ from torch import Tensor
 from ..config import Config
 from ..schedule import Schedule
 from ..text.tokenizer import Tokenizer
+from .checkpoint import shapes
 from .detect import CONFIG_KEY, FORMAT, FORMAT_KEY
 from .diffusers_config import to_diffusers_configs
 from .folders import EXTRA_FILE, RAW_VARIANT
 from .key_maps import CLIP, EMA, OPENCLIP, TEXT, diffusers_sources, original_sources
-from .layouts import AVERAGE, EXTRA, find_layouts
+from .layouts import AVERAGE
+from .matching import match_layouts
+from .names import EXTRA
 from .prediction import PREDICTION_KEY
 
 States = Mapping[str, Mapping[str, Tensor]]  # network -> weights under our names; the networks, and maybe "unet_ema"
@@ -41,7 +44,7 @@ DIFFUSERS_FILES = {
 def extras(tensors: Mapping[str, Tensor], config: Config) -> list[tuple[str, str]]:
     """The tensors of a file beside its networks that are kept: (key in the file, key in an original file)."""
     kept = [(key, key.removeprefix(EXTRA)) for key in tensors if key.startswith(EXTRA)]
-    text = find_layouts(tensors).get("text_encoder")
+    text = match_layouts(shapes(tensors), config).get("text_encoder")
     if text is not None and text.name == config.text[0].names:
         usual = TEXT[text.name]
         names = (f"{text.prefix}logit_scale", f"{text.prefix}text_projection")

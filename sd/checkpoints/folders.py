@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,10 @@ CONFIGS = {
     "scheduler": "scheduler/scheduler_config.json",
     "tokenizer": "tokenizer/tokenizer_config.json",
 }
-CLASSES = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "CLIPTextModel": "text_encoder"}
+CLASSES = {
+    "UNet2DConditionModel": "unet", "AutoencoderKL": "vae",
+    **dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"), "text_encoder"),
+}  # fmt: skip
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of files of weights
 SHARD = re.compile(r"-\d{5}-of-(\d{5})(?=\.)")
 
@@ -68,7 +72,11 @@ def find_parts(folder: Path, variant: str | None = None) -> Parts:
     inside = {name: folder / name for name in STEMS if (folder / name).is_dir()}
     if not inside and not (folder / CONFIGS["index"]).is_file():
         return _single_part(folder, variant)
-    configs = {name: _read_json(folder / file) for name, file in CONFIGS.items() if (folder / file).is_file()}
+    configs = {
+        name: _text_part(_read_json(folder / file)) if name == "text_encoder" else _read_json(folder / file)
+        for name, file in CONFIGS.items()
+        if (folder / file).is_file()
+    }
     parts: list[Part] = []
     notes: list[str] = []
     available: set[str | None] = set()
@@ -135,13 +143,36 @@ def _single_part(folder: Path, variant: str | None) -> Parts:
     if variant is not None and chosen != variant:
         known = ", ".join(sorted(filter(None, variants))) or "none"
         raise RefusedFile(f"no files of the variant {variant!r} in it; its variants: {known}")
-    configs = {}
-    if (folder / "config.json").is_file():
-        config = _read_json(folder / "config.json")
-        classes = config.get("architectures")
-        names = [config.get("_class_name"), *(classes if isinstance(classes, list) else [])]
-        configs = {CLASSES[name]: config for name in names if isinstance(name, str) and name in CLASSES}
-    return Parts("diffusers folder", (_part("", variants[chosen]),), configs, ())
+    return Parts("diffusers folder", (_part("", variants[chosen]),), _config_of_part(folder), ())
+
+
+def config_beside(path: Path) -> dict[str, dict[str, Any]]:
+    """The config.json beside a file that is named like the weights of a part of a diffusers folder, by its topic.
+
+    Empty if there is none, or if it is that of another part or program, which may be anything.
+    """
+    stem = path.name.partition(".")[0]
+    if not any(stem in stems for stems in STEMS.values()):
+        return {}
+    with suppress(RefusedFile, OSError):
+        return {topic: config for topic, config in _config_of_part(path.parent).items() if stem in STEMS[topic]}
+    return {}
+
+
+def _config_of_part(folder: Path) -> dict[str, dict[str, Any]]:
+    if not (folder / "config.json").is_file():
+        return {}
+    config = _read_json(folder / "config.json")
+    classes = config.get("architectures")
+    names = [config.get("_class_name"), *(classes if isinstance(classes, list) else [])]
+    topics = {CLASSES[name] for name in names if isinstance(name, str) and name in CLASSES}
+    return {topic: _text_part(config) if topic == "text_encoder" else config for topic in topics}
+
+
+def _text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the text encoder in its config.json or in that of a whole CLIP, which has them as an entry."""
+    inner = config.get("text_config") or config.get("text_config_dict")  # the latter in old files only
+    return inner if isinstance(inner, dict) else config
 
 
 def _no_model(folder: Path) -> str:
@@ -197,9 +228,9 @@ def _part(prefix: str, path: Path) -> Part:
 def _read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
     with open(path, "rb") as file:
         raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise RefusedFile(f"{path.name} in it has more than {limit >> 20} MB, the limit for such a file")
     try:
-        if len(raw) > limit:
-            raise ValueError(f"more than {limit >> 20} MB")
         content = json.loads(raw.removeprefix(b"\xef\xbb\xbf").decode())
         if not isinstance(content, dict):
             raise ValueError("not an object")

@@ -16,15 +16,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config import SD1, SD2, Config
 from .checkpoint import Checkpoint, CheckpointError, printable, shapes
-from .convert import FLAGS, NAMES, ignored
+from .convert import FLAGS
 from .detect import damaged_position_ids, identify
-from .layouts import AVERAGE, NETWORKS, TOKENS, Layout, find_layouts, usual_layout
+from .layouts import AVERAGE, NETWORKS, TOKENS, find_layouts, usual_layout
+from .matching import NAMES, copies, describe_copies, expected_shapes, match_layouts, unrun
+from .names import ignored
 
 SMALL = 256 << 20  # bytes: their SHA-256 takes less than half a second
 SHORT_HASH = (0x100000, 0x10000)  # "model hash" of older tools: 64 KB after the first megabyte
@@ -102,7 +103,7 @@ def inspect(tensors: Checkpoint, config: Config | None = None, *, sha256: bool |
         # a network alone: compared with the model that it most likely belongs to
         wide = any(shape[-1:] == (SD2.text[0].width,) and "token_embedding" in key for key, shape in found.items())
         config = config or (SD2 if wide else SD1)
-    _count(out, tensors, config, layouts)
+    _count(out, tensors, config)
     if damaged := damaged_position_ids(tensors):
         out.notes.append(
             f"{damaged} is damaged, as happens in merging: not used here, but other programs may misread prompts"
@@ -110,12 +111,9 @@ def inspect(tensors: Checkpoint, config: Config | None = None, *, sha256: bool |
     return _hashed(out, files, sha256)
 
 
-def _count(out: Report, tensors: Checkpoint, config: Config, layouts: Mapping[str, Layout]) -> None:
-    from ..models.build import weight_shapes  # not above: torch is slow to import, and not all that is here needs it
-
-    found = shapes(tensors)
-    expected = dict(weight_shapes(config))
-    expected[AVERAGE] = expected["unet"]
+def _count(out: Report, tensors: Checkpoint, config: Config) -> None:
+    found, expected = shapes(tensors), expected_shapes(config)
+    layouts = match_layouts(found, config)
     used: set[str] = set()
     for name in (*NETWORKS, AVERAGE):
         layout = layouts.get(name)
@@ -123,7 +121,7 @@ def _count(out: Report, tensors: Checkpoint, config: Config, layouts: Mapping[st
             if name != AVERAGE:
                 out.missing.append(f"the {NAMES[name]}" + (f" ({FLAGS[name]} gives it)" if name in FLAGS else ""))
             continue
-        keys = {source.key for source in layout.sources(config, expected[name]).values()}
+        keys = {source.key for source in layout.sources(config, expected[name], found).values()}
         here = [key for key in keys if key in found]
         gone = sorted(keys - set(here))
         used |= keys
@@ -143,17 +141,15 @@ def _count(out: Report, tensors: Checkpoint, config: Config, layouts: Mapping[st
         out.ema = "no, only its counters"
     encoder = layouts.get("text_encoder")
     if encoder is not None:
-        (source,) = encoder.sources(config, [TOKENS]).values()
+        (source,) = encoder.sources(config, [TOKENS], found).values()
         added = found.get(source.key, (0,))[0] - SD1.text[0].vocab
         if added > 0:
             out.notes.append(f"{added} words added to the vocabulary: kept, but no prompt can ask for them")
-    out.unknown = [
-        key
-        for key in found
-        if key not in used
-        and not ignored(key)
-        and not (encoder is not None and encoder.unrun_layer(key, config.text[0].layers))
-    ]
+    left = [key for key in found if key not in used and not ignored(key) and not unrun(key, config.text[0].layers)]
+    copied = copies(left, config) if left else {}
+    out.notes += [line for name in layouts for line in describe_copies(layouts, name, config, copied)]
+    known = {key for keys in copied.values() for key in keys}
+    out.unknown = [key for key in left if key not in known]
 
 
 def _precision(tensors: Checkpoint, keys: list[str]) -> str:

@@ -76,6 +76,13 @@ OLD_VAE_ATTENTION: Rules = {  # diffusers before 0.18 (2023)
 }  # fmt: skip
 THIS: Rules = {"": ""}  # a block that is a single layer
 
+# Rules for the same block. Programs that rename only a part of a network mix them: see `every_name`.
+SAME_BLOCK = (
+    (RESBLOCK, VAE_RESBLOCK, DIFFUSERS_RESBLOCK),
+    (VAE_ATTENTION, DIFFUSERS_VAE_ATTENTION, OLD_VAE_ATTENTION),
+    (CLIP_BLOCK, OPENCLIP_BLOCK),
+)
+
 # A transformer's only block was "block" in version 0.1; several are "blocks.0", "blocks.1", ...
 OWN, OWN_0_1 = (re.compile(rf"(?<=attn)((?:\.\d+)?)\.{name}\.") for name in (r"blocks\.0", "block"))
 
@@ -185,8 +192,8 @@ def diffusers_unet_blocks(config: Config) -> Iterator[BlockPair]:
             yield f"up.{level}.up.conv", f"{up}.upsamplers.0.conv", THIS
 
 
-def diffusers_vae_blocks(config: Config, attention: Rules = DIFFUSERS_VAE_ATTENTION) -> Iterator[BlockPair]:
-    """The VAE's blocks in diffusers' AutoencoderKL; its attention has had two sets of names."""
+def diffusers_vae_blocks(config: Config) -> Iterator[BlockPair]:
+    """The VAE's blocks in diffusers' AutoencoderKL. Its attention has had two sets of names (`SAME_BLOCK`)."""
     cfg = config.vae
     last = len(cfg.channels) - 1
     yield from (("quant", "quant_conv", THIS), ("post_quant", "post_quant_conv", THIS))
@@ -195,7 +202,7 @@ def diffusers_vae_blocks(config: Config, attention: Rules = DIFFUSERS_VAE_ATTENT
             yield f"{half}.{ours}", f"{half}.{theirs}", THIS
         for i in range(2):
             yield f"{half}.mid.res.{i}", f"{half}.mid_block.resnets.{i}", DIFFUSERS_RESBLOCK
-        yield f"{half}.mid.attn", f"{half}.mid_block.attentions.0", attention
+        yield f"{half}.mid.attn", f"{half}.mid_block.attentions.0", DIFFUSERS_VAE_ATTENTION
         for level in range(last + 1):
             ours = f"{half}.{direction}.{level}"
             theirs = f"{half}.{direction}_blocks.{level if direction == 'down' else last - level}"
@@ -234,11 +241,10 @@ def text_sources(layout: str, text: TextConfig, prefix: str) -> Callable[[str], 
 
 
 def vae_sources(layout: str, config: Config, prefix: str) -> Callable[[str], Source]:
-    """The same for the VAE. `layout` "original", "diffusers", or "diffusers-old" (before its version 0.18)."""
+    """The same for the VAE. `layout` "original" or "diffusers"."""
     if layout == "original":
         return _sources(_layers(vae_blocks(config), prefix), VAE_POINTWISE)
-    attention = OLD_VAE_ATTENTION if layout == "diffusers-old" else DIFFUSERS_VAE_ATTENTION
-    return _sources(_layers(diffusers_vae_blocks(config, attention), prefix))
+    return _sources(_layers(diffusers_vae_blocks(config), prefix))
 
 
 def unet_sources(layout: str, config: Config, prefix: str) -> Callable[[str], Source]:
@@ -271,6 +277,38 @@ def sources(network: str, layout: str, config: Config, prefix: str, keys: Iterab
     else:
         source = {"vae": vae_sources, "unet": unet_sources}[network](layout, config, prefix)
     return {key: source(key) for key in keys}
+
+
+def every_name(network: str, config: Config, prefix: str) -> Iterator[Callable[[str], Source | None]]:
+    """All names that the weights of a network may have behind a prefix, one layout after the other.
+
+    That includes blocks whose layers are named as in another layout, such as `mid.attn_1.to_q`. The result of a
+    callable is None for a weight that has no name of this kind.
+    """
+    walks: dict[str, tuple[Iterable[BlockPair], ...]] = {
+        "text_encoder": (clip_blocks(config.text[0]), openclip_blocks(config.text[0])),
+        "vae": (vae_blocks(config), diffusers_vae_blocks(config)),
+        "unet": (unet_blocks(config), diffusers_unet_blocks(config)),
+    }
+    if network == "text_encoder":
+        yield text_sources("openclip", config.text[0], prefix)  # has names that are not in a table
+    for pairs in map(list, walks[network]):
+        for number in range(max(map(len, SAME_BLOCK))):
+            yield _known(_layers([(ours, theirs, _rules(rules, number)) for ours, theirs, rules in pairs], prefix))
+
+
+def _rules(rules: Rules, number: int) -> Rules:
+    """The rules for the same block with this number, if there are several."""
+    same = next((same for same in SAME_BLOCK if any(rules is other for other in same)), (rules,))
+    return same[number % len(same)]
+
+
+def _known(layers: Mapping[str, str]) -> Callable[[str], Source | None]:
+    def source(key: str) -> Source | None:
+        layer, _, leaf = key.rpartition(".")
+        return Source(f"{layers[layer]}.{leaf}") if layer in layers else None
+
+    return source
 
 
 def from_own_0_1(key: str) -> str:

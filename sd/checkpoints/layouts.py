@@ -2,13 +2,15 @@
 
 The same weights go by many names. `key_maps.py` has a table for each set; a file may put a prefix of its own before
 them. Networks are detected one by one, because a file may hold only one of them, or each in another layout: an original
-checkpoint with diffusers' VAE, a folder whose parts were written by different versions of a library.
+checkpoint with diffusers' VAE, a folder whose parts were written by different versions of a library. Within a network,
+single weights may have the names of another layout (`Layout.sources`), and a file may hold a network more than once:
+`matching.py` chooses one.
 
     network        layout         characteristic key                            written by
     text_encoder   clip           embeddings.token_embedding.weight             transformers' CLIPTextModel; SD 1.x
                    openclip       positional_embedding, without ".weight"       OpenCLIP; SD 2.x
     vae            original       decoder.mid.block_1.norm1.weight              CompVis
-                   diffusers      ...attentions.0.to_q.weight                   diffusers; "-old", before 0.18: query
+                   diffusers      decoder.mid_block.resnets.0.norm1.weight      diffusers
     unet           original       middle_block.0.in_layers.0.weight             CompVis
                    ema            middle_block0in_layers0weight                 its moving average: no dots
                    diffusers      mid_block.resnets.0.norm1.weight              diffusers
@@ -18,33 +20,33 @@ checkpoint with diffusers' VAE, a folder whose parts were written by different v
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from ..config import Config
-from .key_maps import CLIP, CLIP_OLD, EMA, OPENCLIP, TEXT, UNET, VAE, Source, sources
+from .key_maps import CLIP, CLIP_OLD, EMA, OPENCLIP, TEXT, UNET, VAE, Source, every_name, sources
 
 NETWORKS = ("text_encoder", "vae", "unet")
 AVERAGE = "unet_ema"  # moving average of the U-Net, which a training checkpoint has in addition
-EXTRA = "extra."  # in files of ours: tensors that only other programs need, under their original names
 TOKENS = "token.weight"  # our name of the text encoder's table of tokens
 
 # Possible prefixes. The first is that of the original files; then those of other programs: generative-models
 # (conditioner.*), ComfyUI (text_encoders.*), stable-diffusion.cpp (te.*). A network alone has none.
+TEXT_PREFIXES = (
+    "text_encoder.", "", "conditioner.embedders.0.transformer.", "conditioner.embedders.0.model.",
+    "conditioner.embedders.0.", "text_encoders.clip_l.transformer.", "text_encoders.clip_l.",
+    "text_encoders.clip_h.transformer.", "text_encoders.clip_h.", "clip_l.transformer.", "clip_l.",
+    "clip_h.transformer.", "clip_h.", "te.", "te1.", "transformer.", "model.", "clip.",
+)  # fmt: skip
 CLIP_PREFIXES = (
-    CLIP, CLIP_OLD, "text_encoder.text_model.", "text_encoder.", "text_model.", "",
-    "conditioner.embedders.0.transformer.text_model.", "text_encoders.clip_l.transformer.text_model.",
-    "clip_l.transformer.text_model.", "clip_l.text_model.", "te.text_model.", "te1.text_model.",
-    "transformer.text_model.",
+    CLIP, CLIP_OLD, f"{OPENCLIP}text_model.", OPENCLIP, "cond_stage_model.text_model.", "cond_stage_model.",
+    *(prefix + inner for prefix in TEXT_PREFIXES for inner in ("text_model.", "")),
 )  # fmt: skip
-OPENCLIP_PREFIXES = (
-    OPENCLIP, "conditioner.embedders.0.model.", "text_encoder.", "text_encoders.clip_h.transformer.", "model.", "",
-)  # fmt: skip
+OPENCLIP_PREFIXES = (OPENCLIP, CLIP_OLD, "cond_stage_model.", *TEXT_PREFIXES, "text.", "model.text.")
 VAE_PREFIXES = (VAE, "vae.", "")
 UNET_PREFIXES = (UNET, "unet.", "diffusion_model.", "model.", "")
 
 OWN_TRANSFORMER, OLD_TRANSFORMER = (f"mid.attn.{name}.norm1.weight" for name in ("blocks.0", "block"))
-OLD_ATTENTION, NEW_ATTENTION = (f"decoder.mid_block.attentions.0.{name}.weight" for name in ("query", "to_q"))
 
 # network -> its layouts: name, characteristic key, prefixes
 LAYOUTS: Mapping[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
@@ -56,8 +58,7 @@ LAYOUTS: Mapping[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
     "vae": (
         ("own", "decoder.mid.res.0.norm1.weight", ("vae.",)),
         ("original", "decoder.mid.block_1.norm1.weight", VAE_PREFIXES),
-        ("diffusers", NEW_ATTENTION, VAE_PREFIXES),
-        ("diffusers-old", OLD_ATTENTION, VAE_PREFIXES),
+        ("diffusers", "decoder.mid_block.resnets.0.norm1.weight", VAE_PREFIXES),
     ),
     "unet": (
         ("own", OWN_TRANSFORMER, ("unet.",)),
@@ -85,9 +86,27 @@ class Layout(NamedTuple):
     name: str
     prefix: str
 
-    def sources(self, config: Config, keys: Iterable[str]) -> dict[str, Source]:
-        """Where each of our weights `keys` of the network lies in the file."""
-        return sources(self.network.removesuffix("_ema"), self.name, config, self.prefix, keys)
+    def sources(self, config: Config, keys: Iterable[str], found: Container[str] | None = None) -> dict[str, Source]:
+        """Where each of our weights `keys` of the network lies in the file.
+
+        found   the keys in the file: a weight that is not among them gets the name that it has in another layout, if
+                that is there
+        """
+        table = sources(self.network.removesuffix("_ema"), self.name, config, self.prefix, keys)
+        if found is None:
+            return table
+        missing = [key for key, source in table.items() if source.key not in found]
+        if missing:
+            for name in self.other_names(config):
+                others = {key: other for key in missing if (other := name(key)) is not None and other.key in found}
+                table |= others
+                missing = [key for key in missing if key not in others]
+        return table
+
+    def other_names(self, config: Config) -> Iterator[Callable[[str], Source | None]]:
+        """The names that weights may have instead, behind the same prefix. Files of ours have none."""
+        if self.name not in ("own", "own-0.1", "ema"):
+            yield from every_name(self.network.removesuffix("_ema"), config, self.prefix)
 
     def unrun_layer(self, key: str, layers: int) -> bool:
         """Whether a key belongs to a layer of the text encoder after the first `layers`, which are never run."""
@@ -98,16 +117,26 @@ class Layout(NamedTuple):
         return number.isdecimal() and int(number) >= layers
 
 
+def all_layouts(found: Container[str]) -> dict[str, list[Layout]]:
+    """The networks in a file with these keys, and their layouts: several if a network is there more than once.
+
+    Those that the original code reads come first.
+    """
+    layouts = {
+        network: [
+            Layout(network, name, prefix)
+            for name, mark, prefixes in candidates
+            for prefix in prefixes
+            if prefix + mark in found
+        ]
+        for network, candidates in LAYOUTS.items()
+    }
+    return {network: several for network, several in layouts.items() if several}
+
+
 def find_layouts(found: Container[str]) -> dict[str, Layout]:
-    """The networks in a file with these keys, and the layout of each."""
-    layouts = {}
-    for network, candidates in LAYOUTS.items():
-        for name, mark, prefixes in candidates:
-            prefix = next((prefix for prefix in prefixes if prefix + mark in found), None)
-            if prefix is not None:
-                layouts[network] = Layout(network, name, prefix)
-                break
-    return layouts
+    """The networks in a file with these keys, and the first layout of each (see `matching.match_layouts`)."""
+    return {network: several[0] for network, several in all_layouts(found).items()}
 
 
 def usual_layout(network: str, config: Config) -> Layout:

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from ..config import END, Config, TextConfig
 from ..runtime.optimize import optimize
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming, printable, shapes
-from .convert import FLAGS, NAMES, convert, describe_weights, shape_text
+from .convert import FLAGS, StateDict, convert, describe_weights
 from .detect import CONFIG_KEY, Identity, damaged_position_ids, identify, with_form, with_vocabulary
 from .diffusers_config import check_text_encoder, vae_from_diffusers
+from .finite import FiniteCheck
 from .formats.mmap import fresh
 from .layouts import NETWORKS, find_layouts
+from .matching import NAMES, match_layouts, shape_text
 from .other_models import is_sdxl, refuse_others
 from .prediction import predicting, probe
 from .tokenizer_files import describe_words
@@ -40,8 +42,8 @@ def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
 
     Raises CheckpointError for a file without that network, or with one that does not fit the model.
     """
-    found, layouts = shapes(tensors), find_layouts(tensors)
-    if network not in layouts:
+    found = shapes(tensors)
+    if network not in find_layouts(tensors):
         refuse_others(found)
         raise CheckpointError(f"the file has no {NAMES[network]}: give another one with {FLAGS[network]}")
     written, folder = tensors.metadata.get(CONFIG_KEY), tensors.configs.get(network)
@@ -49,10 +51,10 @@ def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
         if folder is not None:
             check_text_encoder(folder, config.text[0])
         words = tuple(tensors.configs.get("words", {}).get("words", ()))
-        plain = replace(config.text[0], vocab=TextConfig().vocab, words=words, pad=min(config.text[0].pad, END))
-        return with_form(
-            with_vocabulary(replace(config, text=(plain, *config.text[1:])), found, layouts), found, layouts
-        )
+        text = replace(config.text[0], vocab=TextConfig().vocab, words=words, pad=min(config.text[0].pad, END))
+        plain = replace(config, text=(text, *config.text[1:]))
+        layouts = match_layouts(found, plain)
+        return with_form(with_vocabulary(plain, found, layouts), found, layouts)
     if is_sdxl(found):
         raise CheckpointError("the VAE of an SDXL model, which makes other latents: give another one with --vae")
     if written is not None:
@@ -105,8 +107,12 @@ def load_weights(
     Convolution kernels get the channels-last layout, in which convolutions run fastest on CPU and GPU and a
     transformer's tokens are a view of the feature map. `progress` is called with the number of elements of each weight.
     A weight that needs no conversion is not copied, unless memory of the network's `own` is asked for.
+
+    Raises CheckpointError, before the network is changed, for weights of other shapes or that are not finite.
     """
     shapes = {key: meta.shape for key, meta in module.state_dict().items()}
+    origin = state.origin if isinstance(state, StateDict) else str
+    check = FiniteCheck(dtype)
 
     def ready(key: str) -> Tensor:
         tensor = state[key]
@@ -118,14 +124,11 @@ def load_weights(
             raise CheckpointError(
                 f"{key} holds whole numbers ({tensor.dtype}): a quantised file, which is not supported"
             )
+        check.look(origin(key), tensor)
         layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
         if device.type == "cpu":
-            weight = _in_pages(tensor, dtype, layout, own)
-        else:
-            weight = tensor.to(dtype).contiguous(memory_format=layout)
-        if dtype == torch.float16 and tensor.dtype != torch.float16 and not weight.isfinite().all():
-            raise CheckpointError(f"{key} has numbers beyond float16: use bfloat16 or float32 (--dtype)")
-        return weight
+            return _in_pages(tensor, dtype, layout, own)
+        return tensor.to(dtype).contiguous(memory_format=layout)
 
     # Two threads, because reading and touching fresh memory leave a core idle (more gain nothing). The largest weights
     # first, so that the memory they were read into is reused. Only this thread talks to the device.
@@ -135,6 +138,7 @@ def load_weights(
         for key, weight in zip(order, pool.map(ready, order), strict=True):
             weights[key] = weight.to(device)
             progress(weight.numel())
+    check.finish()
     module.load_state_dict(weights, strict=True, assign=True)
     return optimize(module.requires_grad_(False).eval(), device)
 
@@ -207,6 +211,14 @@ class ModelFiles:
         with naming(self._options.others.get(name, self._path)):
             load_weights(network, self._states[name], device, dtype, report, own=own)
 
+    def check_finite(self, name: str, dtype: torch.dtype) -> None:
+        """Read a network's weights once, to see that they are finite in this precision. Raises CheckpointError."""
+        check, state = FiniteCheck(dtype), self._states[name]
+        for key in state:
+            check.look(state.origin(key), state[key])
+        with naming(self._options.others.get(name, self._path)):
+            check.finish()
+
     @property
     def decided(self) -> bool:
         """Whether it is known what the U-Net predicts."""
@@ -219,7 +231,13 @@ class ModelFiles:
 
     def about(self) -> tuple[str, ...]:
         """What was found out and chosen, as lines of text."""
-        return (*self._main.notes, *describe(self._main, self._found, self._options.weights, self.config))
+        notes = {path: file.notes for path, file in zip(self._options.others.values(), self._files[1:], strict=True)}
+        return (
+            *self._main.notes,
+            *(printable(f"{path}: {note}") for path, given in notes.items() for note in given),
+            *describe(self._main, self._found, self._options.weights, self.config),
+            *(printable(note) for state in self._states.values() for note in state.notes),
+        )
 
     def __enter__(self) -> ModelFiles:
         return self

@@ -36,7 +36,7 @@ def place(
 ) -> Placed:
     """Build the networks of a model and read their weights.
 
-    low_memory   only one network at a time is on the device. On CPU and MPS nothing is read yet, and the files stay
+    low_memory   only one network at a time is on the device. On CPU and MPS nothing is kept yet, and the files stay
                  open, since a network is read whenever it is needed; otherwise the files are closed here
     progress     called with (parameters in this weight, parameters in total) after each weight
 
@@ -59,6 +59,8 @@ def place(
         if not reread:
             for name, network in networks.items():
                 read(name, network)
+        else:  # its weights would be looked at after the last step only, those of the others before the first one
+            files.check_finite("vae", dtype)
         used = Offload(networks, device, read if reread else None) if low_memory else networks
         if not files.decided:
             with used.use("unet") if isinstance(used, Offload) else nullcontext(used["unet"]) as unet:

@@ -41,6 +41,7 @@ PREDICTIONS = {
     "eps": "eps", "epsilon": "eps", "noise": "eps",
 }  # fmt: skip
 MAX_SIDECAR = 1 << 20  # bytes
+MAX_TABLE = 100_000  # numbers
 SAY_PREDICTION = ("parameterization", "prediction_type", PREDICTION_KEY, "v_parameterization")  # entries of sidecars
 SAY_ZERO_SNR = ("rescale_betas_zero_snr", "zero_terminal_snr", "zsnr", "ztsnr")
 # an entry at the beginning of a line or inside {...}: its name, and the first word of its value
@@ -182,17 +183,21 @@ def _inside(tensors: Mapping[str, Tensor]) -> tuple[str | None, str]:
 
 
 def stored_schedule(tensors: Mapping[str, Tensor], schedule: ScheduleConfig) -> tuple[dict[str, Any], str]:
-    """The fields of a `ScheduleConfig` to be replaced by the noise schedule in the file, and a note about it."""
+    """The fields of a `ScheduleConfig` to be replaced by the noise schedule in the file, and a note about it.
+
+    A table that is no schedule is ignored: a model can do without it.
+    """
     if "alphas_cumprod" not in tensors:
         return {}, ""
-    found = read_table(tensors, "alphas_cumprod", (schedule.steps,))
+    found = read_table(tensors, "alphas_cumprod")
     if found is None:
         return {}, ""
-    theirs, kind = found
-    if theirs.shape != (schedule.steps,) or not kind.eps:
-        raise CheckpointError(f"its noise schedule (alphas_cumprod) is not a list of {schedule.steps} numbers")
+    theirs, kind = found[0].ravel(), found[1]
+    if theirs.size != schedule.steps or not kind.eps:
+        what = f"is not a list of {schedule.steps} numbers with a fraction"
+        return {}, f"the file's noise schedule (alphas_cumprod) {what} and is ignored"
     # a table rounded to half precision is the same schedule
-    rtol, atol = max(4 * kind.eps, 1e-4), 1e-6
+    rtol, atol = max(4 * _precision(theirs, kind), 1e-4), 1e-6
 
     def same(other: ScheduleConfig) -> bool:
         return np.allclose(theirs, Schedule(other).alpha_bar, rtol=rtol, atol=atol)
@@ -206,29 +211,34 @@ def stored_schedule(tensors: Mapping[str, Tensor], schedule: ScheduleConfig) -> 
     try:
         replace(schedule, alpha_bar=table, zero_snr=False, prediction="v")
     except ValueError:
-        raise CheckpointError(
-            "its noise schedule (alphas_cumprod) is damaged: it does not fall from below 1 towards 0; give the model "
-            "(config=..., --model), and the file's own schedule is ignored"
-        ) from None
+        what = "is damaged: it does not fall from below 1 towards 0"
+        return {}, f"the file's noise schedule (alphas_cumprod) {what}; it is ignored"
     return {"alpha_bar": table, "zero_snr": False}, "the file's own noise schedule is used"
 
 
-def read_table(
-    tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...] | None = None
-) -> tuple[np.ndarray, NumberType] | None:
-    """A small tensor as float64, and its type; None on the meta device.
+def _precision(table: np.ndarray, kind: NumberType) -> float:
+    """The relative precision of numbers, which may have been rounded to fewer digits than their type has."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        single, half = table.astype(np.float32), table.astype(np.float16)
+    if np.array_equal(single, table) and not (single.view(np.uint32) & 0xFFFF).any():
+        return max(kind.eps, TYPES["bfloat16"].eps)
+    return max(kind.eps, TYPES["float16"].eps if np.array_equal(half, table) else 0.0)
 
-    shape   the expected one: a tensor of another shape is not read, and the result is empty
-    """
+
+def read_table(tensors: Mapping[str, Tensor], key: str) -> tuple[np.ndarray, NumberType] | None:
+    """A small tensor as float64, and its type; None on the meta device. Empty for one that is large or unreadable."""
     kind: NumberType | None
     if isinstance(tensors, Checkpoint):
         has, kind = tensors.shape(key), tensors.number_type(key)
     else:
         has, kind = tuple(tensors[key].shape), TYPES.get(str(tensors[key].dtype).removeprefix("torch."))
-    if kind is None or (shape is not None and has != shape) or math.prod(has) > 100_000 or kind.name[:6] == "float8":
+    if kind is None or math.prod(has) > MAX_TABLE or kind.name[:6] == "float8":
         return np.empty((0,)), kind or TYPES["bool"]
     if isinstance(tensors, Checkpoint):
-        return tensors.table(key), kind
+        try:
+            return tensors.table(key), kind
+        except CheckpointError:
+            return np.empty((0,)), kind
     return None if tensors[key].is_meta else (tensors[key].double().cpu().numpy(), kind)
 
 

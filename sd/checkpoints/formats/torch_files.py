@@ -28,17 +28,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple, TypeGuard
 
+from ..names import ignored, plain_name
 from .dtypes import TYPES, NumberType
 from .pickles import MAX_BYTES, Placeholder, RefusedFile, Stateful, Symbol, read_pickle
+from .state_dicts import find_state_dict, inside_state_dict
 
 MAX_TENSORS = 20_000  # in a file; a full Stable Diffusion 1 training checkpoint has 1,831
 MAX_DIMS = 16  # of a tensor; convolutions have 4
 MAX_DIRECTORY = 2 << 20  # bytes of a zip directory, at most 45,000 members; real ones have less than 500 KB
-MAX_NESTING = 8  # of "state_dict" in "state_dict"
 MAX_METADATA = 1000  # characters of a plain value
 MAX_SHARING = 2  # average number of uses of the numbers in a file: tied weights, or an average equal to the weights
 
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+END_OF_ZIP, ZIP_END_SIZE = b"PK\5\6", 22  # the last record of a zip archive; a comment of at most 64 KB follows
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # header of a zip member, before name, extra field and data
 ENCRYPTED = 0x2041  # three bits of a zip member's flags
 
@@ -49,6 +51,7 @@ STORAGE_DTYPES = {
     "BoolStorage": TYPES["bool"],
     "UntypedStorage": TYPES["uint8"],  # counts bytes; the type is given with the tensor
 }  # fmt: skip
+AGAIN = "download it again"
 DTYPES = {f"torch.{name}": kind for name, kind in TYPES.items()}
 
 
@@ -102,12 +105,17 @@ class Unreadable:
     how: str
 
 
-Contents = tuple[dict[str, View], dict[str, str]]  # the tensors by name, and the plain values beside them
+class Contents(NamedTuple):
+    """What is in a file: the tensors by name, the plain values beside them, and what was left out, one line each."""
+
+    views: dict[str, View]
+    plain: dict[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def read_zip(stream: BinaryIO) -> Contents:
     """The contents of a zip archive that `torch.save` wrote. Raises RefusedFile."""
-    members, prefix = _directory(stream)
+    members, prefix, behind = _directory(stream)
     order = members.get(f"{prefix}byteorder")
     if order is not None and (order[0].file_size > 16 or _data(stream, *order) != b"little"):
         raise RefusedFile("holds numbers in big-endian order; save it again on a little-endian machine")
@@ -120,21 +128,25 @@ def read_zip(stream: BinaryIO) -> Contents:
             raise RefusedFile(f"damaged: the numbers of storage {key[:100]!r} are missing; download it again")
         return _range_of(stream, *members[f"{prefix}data/{key}"])
 
-    return _contents(content, range_of)
+    return _contents(content, range_of, behind)
 
 
-def _directory(stream: BinaryIO) -> tuple[dict[str, tuple[zipfile.ZipInfo, int]], str]:
-    """The members of the archive and the prefix of their names.
+def _directory(stream: BinaryIO) -> tuple[dict[str, tuple[zipfile.ZipInfo, int]], str, int]:
+    """The members of the archive, the prefix of their names, and the number of bytes behind the archive.
 
     A member is its directory entry and the byte of the file before which it must end. Whatever torch never writes is
-    refused, because two zip readers might see different contents.
+    refused, because two zip readers might see different contents. torch, too, finds an archive with at most 64 KB
+    behind it.
     """
     size = stream.seek(0, io.SEEK_END)
     try:
         with zipfile.ZipFile(_Bounded(stream)) as archive:
             infos, end = sorted(archive.infolist(), key=lambda info: info.header_offset), archive.start_dir
+            comment = len(archive.comment)
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, OSError, struct.error) as error:
         what = f"no zip directory at the end of its {size} bytes ({error!s:.100})"
+        if not any(_tail(stream, size)):
+            raise RefusedFile(f"ends with nothing but zeros, as an unfinished download does; {AGAIN}") from None
         raise RefusedFile(f"truncated or damaged: {what}; download it again") from None
     if infos and infos[0].header_offset != 0:  # which some readers would take for the archive
         raise RefusedFile("tampered with: something lies in front of its zip archive; do not use this file")
@@ -162,12 +174,20 @@ def _directory(stream: BinaryIO) -> tuple[dict[str, tuple[zipfile.ZipInfo, int]]
         elif info.header_offset < 0 or info.header_offset + LOCAL_HEADER.size + info.file_size > before:
             what = "overlaps another one or the end of the file"
         elif name == pickles[0] and info.file_size > MAX_BYTES:
-            what = f"has {info.file_size} bytes, far more than that of any checkpoint"
+            what = f"its data.pkl has {info.file_size} bytes, more than the limit of {MAX_BYTES >> 20} MB"
+            raise RefusedFile(f"{what}; save only its weights with torch.save")
         else:
             members[name] = info, before
             continue
         raise RefusedFile(f"damaged or tampered with: member {name[:100]!r} {what}; do not use this file")
-    return members, prefix
+    tail = _tail(stream, size)
+    return members, prefix, max(0, len(tail) - tail.rfind(END_OF_ZIP) - ZIP_END_SIZE - comment)
+
+
+def _tail(stream: BinaryIO, size: int) -> bytes:
+    """The end of a file, as far as the end of a zip archive may lie before it."""
+    length = min(size, ZIP_END_SIZE + 0xFFFF)
+    return _read(stream, size - length, length)
 
 
 class _Bounded:
@@ -180,7 +200,8 @@ class _Bounded:
         """`size` bytes, or all that is left. Raises RefusedFile if that is too much."""
         data = self._read(MAX_DIRECTORY + 1 if size is None or size < 0 else min(size, MAX_DIRECTORY + 1))
         if len(data) > MAX_DIRECTORY:
-            raise RefusedFile(f"damaged: a zip directory of more than {MAX_DIRECTORY >> 20} MB; download it again")
+            limit = f"the limit of {MAX_DIRECTORY >> 20} MB, which is enough for 20,000 tensors"
+            raise RefusedFile(f"its zip directory is larger than {limit}; save only its weights with torch.save")
         return data
 
 
@@ -233,7 +254,7 @@ def read_legacy(stream: BinaryIO) -> Contents:
         position = sum(ranges[key])
     if position > size:
         raise RefusedFile(f"truncated: it says that it has {position} bytes, it has {size}; download it again")
-    return _contents(content, ranges.__getitem__)
+    return _contents(content, ranges.__getitem__, size - position)
 
 
 def _read(stream: BinaryIO, start: int, count: int) -> bytes:
@@ -244,8 +265,11 @@ def _read(stream: BinaryIO, start: int, count: int) -> bytes:
     return data
 
 
-def _contents(content: object, range_of: Callable[[str], ByteRange]) -> Contents:
-    """The tensors and plain values in the pickled object; `range_of` finds a storage by its key."""
+def _contents(content: object, range_of: Callable[[str], ByteRange], behind: int) -> Contents:
+    """The tensors and plain values in the pickled object; `range_of` finds a storage by its key.
+
+    behind   the number of bytes in the file that belong to nothing
+    """
     plain = {}
     if isinstance(content, dict):
         plain = {
@@ -254,19 +278,11 @@ def _contents(content: object, range_of: Callable[[str], ByteRange]) -> Contents
             if isinstance(key, str)
             and (isinstance(value, (str, float)) or (isinstance(value, int) and value.bit_length() <= 64))
         }
-    for _ in range(MAX_NESTING):
-        if isinstance(content, dict) and "state_dict" in content:
-            content = content["state_dict"]
+    content = inside_state_dict(content)
     if isinstance(content, Placeholder):
         raise RefusedFile(f"a whole {content.symbol} object, not its weights; save its state_dict() with torch.save")
 
-    tensors = _tensors(content)
-    for name in ("model", "ema"):
-        inner = _tensors(content.get(name)) if isinstance(content, dict) else {}
-        if len(inner) > len(tensors):  # trainers add a few tensors: a step, the state of a generator
-            tensors = inner
-    if not tensors and isinstance(content, dict):
-        tensors = _parameters(content, "string_to_param")
+    tensors: dict[str, Tensor | Unreadable] = find_state_dict(content, (Tensor, Unreadable))
     if isinstance(content, list) and len(content) % 2 == 0:  # pairs of matrices: the first LoRA files
         pairs = [tensor for tensor in content if isinstance(tensor, Tensor) and len(tensor.shape) > 1]
         tensors = {str(i): tensor for i, tensor in enumerate(pairs)} if len(pairs) == len(content) else {}
@@ -274,30 +290,22 @@ def _contents(content: object, range_of: Callable[[str], ByteRange]) -> Contents
         names = [key[:30] for key in content if isinstance(key, str)] if isinstance(content, dict) else []
         what = f"holds no named tensors (but {', '.join(names[:5])})" if names else "holds no named tensors"
         raise RefusedFile(f"{what}; give a file of model weights")
-    if all(key.startswith("module.") for key in tensors):  # saved from within DistributedDataParallel
-        tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
-    views = {key: _view(key, tensor, range_of) for key, tensor in tensors.items()}
+    views, notes = {}, [f"the last {behind} bytes of the file belong to nothing and are ignored"] if behind else []
+    for key, tensor in tensors.items():
+        try:
+            views[key] = _view(key, tensor, range_of)
+        except RefusedFile as error:
+            if not ignored(plain_name(key)):
+                raise
+            notes.append(f"left out, as it is not needed: {error}")
+    tensors = {key: tensors[key] for key in views}
     storages = {tensor.storage.key for tensor in tensors.values() if isinstance(tensor, Tensor)}
     numbers = sum(range_of(key).size for key in storages)
     sizes = sum(math.prod(view.shape) * view.dtype.itemsize for view in views.values())
     if sizes > MAX_SHARING * numbers + (1 << 20):
         what = f"its tensors have {sizes} bytes, the numbers that they are views of only {numbers}"
         raise RefusedFile(f"damaged or tampered with: {what}; do not use this file")
-    return views, plain
-
-
-def _tensors(content: object) -> dict[str, Tensor | Unreadable]:
-    """The named tensors in a dict."""
-    items = content.items() if isinstance(content, dict) else ()
-    return {k: value for k, value in items if isinstance(k, str) and isinstance(value, (Tensor, Unreadable))}
-
-
-def _parameters(content: dict, name: str) -> dict[str, Tensor | Unreadable]:
-    """The tensors in a dict or a ParameterDict inside a dict, as in textual inversion: "name.key"."""
-    inner = content.get(name)
-    if isinstance(inner, Stateful) and isinstance(inner.state, dict):
-        inner = inner.state.get("_parameters")
-    return {f"{name}.{key}": tensor for key, tensor in _tensors(inner).items()}
+    return Contents(views, plain, tuple(notes))
 
 
 def _view(key: str, tensor: Tensor | Unreadable, range_of: Callable[[str], ByteRange]) -> View:
