@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..config import MODELS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, Config, ScheduleConfig
+from ..config import MODELS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SMALL, Config, ScheduleConfig, UNetConfig
 from .checkpoint import CheckpointError, shapes
 from .diffusers_config import from_diffusers, refuse_other_pipelines
 from .layouts import AVERAGE, TOKENS, Layout, find_layouts, first_convolution
@@ -108,7 +108,9 @@ def _as_given(tensors: Mapping[str, Tensor], config: Config) -> Identity:
     """The config given by the caller; a noise schedule in the file replaces the usual one."""
     found = shapes(tensors)
     refuse_others(found)
-    config = with_form(config, found, find_layouts(found))
+    layouts = find_layouts(found)
+    config = smaller(config, found, layouts["unet"]) if "unet" in layouts else config
+    config = with_form(config, found, layouts)
     reason = "as given"
     usual = ScheduleConfig(steps=config.schedule.steps, prediction=config.schedule.prediction)
     if config.schedule == usual:
@@ -171,7 +173,30 @@ def _by_shapes(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layou
             f"a U-Net of an unknown kind ({first[0]} wide, {channels} input channels, context {context}): "
             f"if it is one of {', '.join(MODELS)}, say so (--model)"
         )
-    return known[channels, context]
+    return smaller(known[channels, context], found, unet)
+
+
+def smaller(config: Config, found: Mapping[str, tuple[int, ...]], layout: Layout) -> Config:
+    """The config of a distilled U-Net, which has one block a level and lacks levels or the middle of that in `config`.
+
+    The same config for a U-Net with as many blocks: what it lacks is missing.
+    """
+
+    def has(unet: UNetConfig, key: str) -> bool:
+        (source,) = layout.sources(replace(config, unet=unet), [key]).values()
+        return source.key in found
+
+    if config.unet.blocks == 1 or has(config.unet, "down.0.res.1.norm1.weight"):
+        return config
+    unet = replace(config.unet, blocks=1)
+    levels = [level for level in range(len(unet.channels)) if has(unet, f"down.{level}.res.0.norm1.weight")]
+    count = max(levels, default=0) + 1
+    depth = tuple(n if n and has(unet, f"down.{i}.attn.0.norm.weight") else 0 for i, n in enumerate(unet.depth))
+    middle = unet.middle_depth if has(unet, "mid.res.0.norm1.weight") else None
+    unet = replace(
+        unet, channels=unet.channels[:count], heads=unet.heads[:count], depth=depth[:count], middle_depth=middle
+    )
+    return replace(config, name=config.name + SMALL, unet=unet)
 
 
 def with_vocabulary(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> Config:
@@ -193,9 +218,10 @@ def with_form(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Map
     text, unet = layouts.get("text_encoder"), layouts.get("unet")
     if text is not None and text.prefix.startswith(ORIGINAL_TEXT):
         config = replace(config, text=(replace(config.text[0], names=text.name), *config.text[1:]))
-    if unet is not None and unet.name == "original":
-        (source,) = unet.sources(config, ["mid.attn.proj_in.weight"]).values()
-        linear = len(found.get(source.key, ())) == 2
+    if unet is not None and unet.name.startswith("original"):
+        keys = [f"down.{level}.attn.0.proj_in.weight" for level, depth in enumerate(config.unet.depth) if depth]
+        projections = unet.sources(config, keys or ["mid.attn.proj_in.weight"]).values()
+        linear = any(len(found.get(source.key, ())) == 2 for source in projections)
         config = replace(config, unet=replace(config.unet, linear_projections=linear))
     return config
 

@@ -9,10 +9,12 @@ checkpoint with diffusers' VAE, a folder whose parts were written by different v
                    openclip       positional_embedding, without ".weight"       OpenCLIP; SD 2.x
     vae            original       decoder.mid.block_1.norm1.weight              CompVis
                    diffusers      ...attentions.0.to_q.weight                   diffusers; "-old", before 0.18: query
-    unet           original       middle_block.0.in_layers.0.weight             CompVis
-                   ema            middle_block0in_layers0weight                 its moving average: no dots
-                   diffusers      mid_block.resnets.0.norm1.weight              diffusers
-    each           own            token.weight, mid.attn.blocks.0..., ...       this project
+    unet           original       input_blocks.2.0...: a block or a step        CompVis
+                   ema            input_blocks10in_layers0weight                its moving average: no dots
+                   diffusers      down_blocks.0.resnets.0.norm1.weight          diffusers
+                   original-      input_blocks.3.0.op.weight, but nothing       diffusers' script for the full-size
+                   spaced         at input_blocks.2                             network, of a smaller one
+    each           own            token.weight, down.0.res.0.norm1.weight, ...  this project
     unet           own-0.1        mid.attn.block.norm1.weight                   version 0.1 of this project
 """
 
@@ -22,7 +24,7 @@ from collections.abc import Container, Iterable, Mapping
 from typing import NamedTuple
 
 from ..config import Config
-from .key_maps import CLIP, CLIP_OLD, EMA, OPENCLIP, TEXT, UNET, VAE, Source, sources
+from .key_maps import CLIP, CLIP_OLD, EMA, OPENCLIP, TEXT, UNET, VAE, Source, original_unet, sources
 
 NETWORKS = ("text_encoder", "vae", "unet")
 AVERAGE = "unet_ema"  # moving average of the U-Net, which a training checkpoint has in addition
@@ -43,7 +45,8 @@ OPENCLIP_PREFIXES = (
 VAE_PREFIXES = (VAE, "vae.", "")
 UNET_PREFIXES = (UNET, "unet.", "diffusion_model.", "model.", "")
 
-OWN_TRANSFORMER, OLD_TRANSFORMER = (f"mid.attn.{name}.norm1.weight" for name in ("blocks.0", "block"))
+OWN_BLOCK, DIFFUSERS_BLOCK = "down.0.res.0.norm1.weight", "down_blocks.0.resnets.0.norm1.weight"
+OLD_TRANSFORMER = "mid.attn.block.norm1.weight"
 OLD_ATTENTION, NEW_ATTENTION = (f"decoder.mid_block.attentions.0.{name}.weight" for name in ("query", "to_q"))
 
 # network -> its layouts: name, characteristic key, prefixes
@@ -60,21 +63,24 @@ LAYOUTS: Mapping[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
         ("diffusers-old", OLD_ATTENTION, VAE_PREFIXES),
     ),
     "unet": (
-        ("own", OWN_TRANSFORMER, ("unet.",)),
         ("own-0.1", OLD_TRANSFORMER, ("unet.",)),
-        ("original", "middle_block.0.in_layers.0.weight", UNET_PREFIXES),
-        ("diffusers", "mid_block.resnets.0.norm1.weight", UNET_PREFIXES),
+        ("own", OWN_BLOCK, ("unet.",)),
+        ("original", "input_blocks.2.0.in_layers.0.weight", UNET_PREFIXES),  # two blocks a level
+        ("original", "input_blocks.2.0.op.weight", UNET_PREFIXES),  # one
+        ("original-spaced", "input_blocks.3.0.op.weight", UNET_PREFIXES),  # one, numbered as if there were two
+        ("diffusers", DIFFUSERS_BLOCK, UNET_PREFIXES),
     ),
     AVERAGE: (
-        ("own", OWN_TRANSFORMER, (f"{AVERAGE}.",)),
         ("own-0.1", OLD_TRANSFORMER, (f"{AVERAGE}.",)),
-        ("ema", "diffusion_modelmiddle_block0in_layers0weight", (EMA,)),
-        ("diffusers", "mid_block.resnets.0.norm1.weight", (f"{AVERAGE}.",)),
+        ("own", OWN_BLOCK, (f"{AVERAGE}.",)),
+        ("ema", "diffusion_modelinput_blocks10in_layers0weight", (EMA,)),
+        ("diffusers", DIFFUSERS_BLOCK, (f"{AVERAGE}.",)),
     ),
 }
 
 # The first convolution, by layout: its shape tells the number of input channels.
-FIRST = dict.fromkeys(("own", "own-0.1", "diffusers"), "conv_in.weight") | {"original": "input_blocks.0.0.weight"}
+FIRST = dict.fromkeys(("own", "own-0.1", "diffusers"), "conv_in.weight")
+FIRST |= dict.fromkeys(("original", "original-spaced"), "input_blocks.0.0.weight")
 FIRST_AVERAGED = "diffusion_modelinput_blocks00weight"
 
 
@@ -116,7 +122,7 @@ def usual_layout(network: str, config: Config) -> Layout:
     return {
         "text_encoder": Layout(network, names, TEXT[names]),
         "vae": Layout(network, "original", VAE),
-        "unet": Layout(network, "original", UNET),
+        "unet": Layout(network, original_unet(config), UNET),
         AVERAGE: Layout(network, "ema", EMA),
     }[network]
 

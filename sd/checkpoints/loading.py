@@ -30,6 +30,7 @@ from .formats.mmap import fresh
 from .layouts import NETWORKS, find_layouts
 from .other_models import is_sdxl, refuse_others
 from .prediction import predicting, probe
+from .supported_settings import ignored_settings
 
 Report = Callable[[int], object]  # called with the number of elements of each weight that was read
 
@@ -83,6 +84,7 @@ def describe(tensors: Checkpoint, found: Identity, weights: str, config: Config)
         lines.append(
             f"{damaged} is damaged, as happens in merging; it is not used here, but other programs may misread prompts"
         )
+    lines += ignored_settings(tensors.configs)
     scale, usual = config.vae.scale, found.config.vae.scale
     if scale != usual:
         lines.append(f"the VAE that is given has the scale {scale:g}, the model's own {usual:g}: it may not fit")
