@@ -22,7 +22,7 @@ from ..config import MODELS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SMALL, Config, 
 from .checkpoint import CheckpointError, shapes
 from .diffusers_config import from_diffusers, refuse_other_pipelines
 from .layouts import AVERAGE, TOKENS, Layout, find_layouts, first_convolution
-from .other_models import NOT_SUPPORTED, OTHER_CONTEXTS, OTHER_INPUTS, refuse_others
+from .other_models import NOT_SUPPORTED, OTHER_CONTEXTS, OTHER_INPUTS, refuse_alone, refuse_others
 from .prediction import decide, predicting, read_beside, read_table, stored_schedule
 
 if TYPE_CHECKING:
@@ -133,6 +133,7 @@ def _check_unet(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layo
         return
     if layouts:
         raise CheckpointError(no_unet(layouts))
+    refuse_alone(found)
     half = next(
         (half for half in ("decoder", "encoder") if any(key.startswith(f"{half}.conv_in.") for key in found)), None
     )

@@ -28,7 +28,7 @@ from .detect import CONFIG_KEY, Identity, damaged_position_ids, identify, with_f
 from .diffusers_config import check_text_encoder, vae_from_diffusers
 from .formats.mmap import fresh
 from .layouts import NETWORKS, find_layouts
-from .other_models import is_sdxl, refuse_others
+from .other_models import refuse_alone, refuse_others, refuse_vae
 from .prediction import predicting, probe
 from .supported_settings import ignored_settings
 
@@ -43,6 +43,8 @@ def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
     found, layouts = shapes(tensors), find_layouts(tensors)
     if network not in layouts:
         refuse_others(found)
+        if not layouts:
+            refuse_alone(found)
         raise CheckpointError(f"the file has no {NAMES[network]}: give another one with {FLAGS[network]}")
     written, folder = tensors.metadata.get(CONFIG_KEY), tensors.configs.get(network)
     if network == "text_encoder":
@@ -52,8 +54,7 @@ def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
         return with_form(
             with_vocabulary(replace(config, text=(plain, *config.text[1:])), found, layouts), found, layouts
         )
-    if is_sdxl(found):
-        raise CheckpointError("the VAE of an SDXL model, which makes other latents: give another one with --vae")
+    refuse_vae(found)
     if written is not None:
         return replace(config, vae=Config.from_json(written).vae)
     return config if folder is None else replace(config, vae=vae_from_diffusers(folder))

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple, TypeGuard
 
 from .dtypes import TYPES, NumberType
+from .other_pickles import other_pickle
 from .pickles import MAX_BYTES, Placeholder, RefusedFile, Stateful, Symbol, read_pickle
 
 MAX_TENSORS = 20_000  # in a file; a full Stable Diffusion 1 training checkpoint has 1,831
@@ -270,7 +271,9 @@ def _contents(content: object, range_of: Callable[[str], ByteRange]) -> Contents
     if not tensors:
         names = [key[:30] for key in content if isinstance(key, str)] if isinstance(content, dict) else []
         what = f"holds no named tensors (but {', '.join(names[:5])})" if names else "holds no named tensors"
-        raise RefusedFile(f"{what}; give a file of model weights")
+        if isinstance(content, Tensor):
+            what += ", but a single one, as an aesthetic embedding of the web UI does"
+        raise RefusedFile(other_pickle(content) or f"{what}; give a file of model weights")
     if all(key.startswith("module.") for key in tensors):  # saved from within DistributedDataParallel
         tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
     views = {key: _view(key, tensor, range_of) for key, tensor in tensors.items()}
