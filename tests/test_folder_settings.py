@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 from common import TINY, tiny_state
+from safetensors.torch import save_file
 from test_folders import edit, write_folder
 
 from sd import StableDiffusion
@@ -134,3 +135,42 @@ def test_a_linear_schedule_with_zero_terminal_snr():
     schedule = schedule_from_diffusers({**raw, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
     assert schedule.alpha_bar == pytest.approx(tuple(to_zero_snr(np.array([0.9, 0.72, 0.504]))))
     assert schedule.alpha_bar[-1] == 0 and schedule.to_noise
+
+
+OPTIONS = {"device": "cpu", "dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    "part, changes, words",
+    [
+        ("unet", {"norm_eps": 1e-6}, "norm_eps"),
+        ("vae", {"act_fn": "relu"}, "act_fn"),
+        ("text_encoder", {"layer_norm_eps": 1e-6}, "layer_norm_eps"),
+    ],
+)
+def test_settings_count_whatever_model_is_given(tmp_path, part, changes, words):
+    """Also where the config is the caller's, and for a folder without the U-Net's settings."""
+    folder = write_folder(tmp_path / "model", tiny_state(), TINY)
+    edit(folder / part / "config.json", **changes)
+    with pytest.raises(CheckpointError, match=f"model: {part}/config.json has {words}"):
+        StableDiffusion.load(folder, config=TINY, **OPTIONS)
+    if part != "unet":
+        (folder / "unet/config.json").unlink()
+        with pytest.raises(CheckpointError, match=f"model: {part}/config.json has {words}"):
+            StableDiffusion.load(folder, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "part, changes",
+    [("vae", {"_class_name": "AutoencoderTiny"}), ("text_encoder", {"max_position_embeddings": 248})],
+)
+def test_another_file_in_place_of_what_is_not_supported(tmp_path, part, changes):
+    """What the message says to do works."""
+    folder = write_folder(tmp_path / "model", tiny_state(), TINY)
+    edit(folder / part / "config.json", **changes)
+    save_file(tiny_state(), tmp_path / "whole.safetensors")
+    option = part.replace("_", "-")
+    with pytest.raises(CheckpointError, match=f"give .* --{option}"):
+        StableDiffusion.load(folder, config=TINY, **OPTIONS)
+    model = StableDiffusion.load(folder, config=TINY, **OPTIONS, **{part: tmp_path / "whole.safetensors"})
+    assert model.config == TINY

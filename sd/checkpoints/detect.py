@@ -12,7 +12,7 @@ do not tell what the U-Net predicts: see prediction.py. Other models are refused
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from ..config import MODELS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SMALL, Config, ScheduleConfig, UNetConfig
 from .checkpoint import CheckpointError, shapes
-from .diffusers_config import from_diffusers, refuse_other_pipelines
+from .diffusers_config import from_diffusers, refuse_other_pipelines, supported_parts
 from .layouts import AVERAGE, TOKENS, Layout, find_layouts, first_convolution
 from .other_models import NOT_SUPPORTED, OTHER_CONTEXTS, OTHER_INPUTS, refuse_alone, refuse_others
 from .prediction import decide, predicting, read_beside, read_table, stored_schedule
@@ -67,21 +67,27 @@ def detect(tensors: Mapping[str, Tensor]) -> Config:
     return found.config
 
 
-def identify(tensors: Mapping[str, Tensor], config: Config | None = None, prediction: str | None = None) -> Identity:
+def identify(
+    tensors: Mapping[str, Tensor],
+    config: Config | None = None,
+    prediction: str | None = None,
+    replaced: Collection[str] = (),
+) -> Identity:
     """Which model a checkpoint holds, what its U-Net predicts, and how that is known.
 
     tensors      a `Checkpoint`, of which only shapes and a small table are read, or any mapping
     config       the model, if known; an unusual noise schedule in it takes precedence over the file's
     prediction   "eps" or "v", if known
+    replaced     networks that are taken from other files ("text_encoder", "vae"): this one's may be of any kind
 
     Raises CheckpointError for unsupported models, by name.
     """
     if prediction not in (None, "eps", "v"):
         raise ValueError(f"unknown prediction {prediction!r}, expected eps or v")
-    configs = getattr(tensors, "configs", {})
+    configs = supported_parts(getattr(tensors, "configs", {}), replaced)
     refuse_other_pipelines(configs)
     if config is not None:
-        return _as_given(tensors, predicting(config, prediction))
+        return _as_given(tensors, predicting(config, prediction), replaced)
     metadata = getattr(tensors, "metadata", {})
     written = metadata.get(CONFIG_KEY)
     if written is not None:
@@ -95,7 +101,7 @@ def identify(tensors: Mapping[str, Tensor], config: Config | None = None, predic
         said, why = (prediction, "as given") if prediction else read_beside(tensors)[:2]
         return Identity(predicting(config, said), reason=why if said else "")
     found = shapes(tensors)
-    refuse_others(found)
+    refuse_others(found, replaced)
     layouts = find_layouts(found)
     if "unet" in configs:
         config = from_diffusers(configs)
@@ -104,10 +110,10 @@ def identify(tensors: Mapping[str, Tensor], config: Config | None = None, predic
     return Identity(*decide(tensors, config, prediction, by_folder="unet" in configs))
 
 
-def _as_given(tensors: Mapping[str, Tensor], config: Config) -> Identity:
+def _as_given(tensors: Mapping[str, Tensor], config: Config, replaced: Collection[str]) -> Identity:
     """The config given by the caller; a noise schedule in the file replaces the usual one."""
     found = shapes(tensors)
-    refuse_others(found)
+    refuse_others(found, replaced)
     layouts = find_layouts(found)
     config = smaller(config, found, layouts["unet"]) if "unet" in layouts else config
     config = with_form(config, found, layouts)

@@ -8,7 +8,7 @@ the number of layers that are run, 23 of 24 in SD 2. Unsupported settings are re
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -46,6 +46,28 @@ def refuse_other_pipelines(configs: Mapping[str, Mapping[str, Any]]) -> None:
             raise CheckpointError(f"this is {_an(name)} model ({pipeline:.100}), which is not supported")
     if pipeline and "StableDiffusion" not in pipeline and "unet" not in configs:
         raise CheckpointError(f"this is another model ({pipeline:.100}), which is not supported")
+
+
+def supported_parts(
+    configs: Mapping[str, Mapping[str, Any]], replaced: Collection[str] = ()
+) -> dict[str, Mapping[str, Any]]:
+    """A folder's JSON files, of which those of the networks are checked, each by itself.
+
+    replaced   networks that are taken from other files: left out where they are not supported
+
+    Raises CheckpointError for another network that is not supported.
+    """
+    kept = dict(configs)
+    checks = {"unet": _unet, "vae": vae_from_diffusers, "text_encoder": _check_text}
+    for name in configs.keys() & checks.keys():
+        try:
+            with _described():
+                checks[name](configs[name])
+        except CheckpointError:
+            if name not in replaced:
+                raise
+            del kept[name]
+    return kept
 
 
 def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
@@ -183,8 +205,8 @@ def _text(configs: Mapping[str, Mapping[str, Any]], unet: UNetConfig) -> TextCon
         return known
     raw = configs["text_encoder"]
     width = raw.get("hidden_size", 512)
-    check_kind("text_encoder", raw)
-    check_supported("text_encoder", raw, settings.TEXT | {"intermediate_size": (4 * width,)})
+    _check_text(raw)
+    check_supported("text_encoder", raw, {"intermediate_size": (4 * width,)})
     activation = raw.get("hidden_act", "quick_gelu")
     pad = configs.get("tokenizer", {}).get("pad_token")
     pad = pad.get("content") if isinstance(pad, Mapping) else pad
@@ -204,9 +226,13 @@ def _text(configs: Mapping[str, Mapping[str, Any]], unet: UNetConfig) -> TextCon
 
 def check_text_encoder(raw: Mapping[str, Any], text: TextConfig) -> None:
     """Raise CheckpointError for a text encoder of the right shapes whose config.json describes another computation."""
+    _check_text(raw)
+    check_supported("text_encoder", raw, {"hidden_act": (text.activation,), "num_attention_heads": (text.heads,)})
+
+
+def _check_text(raw: Mapping[str, Any]) -> None:
     check_kind("text_encoder", raw)
-    of_model: Supported = {"hidden_act": (text.activation,), "num_attention_heads": (text.heads,)}
-    check_supported("text_encoder", raw, settings.TEXT | of_model)
+    check_supported("text_encoder", raw, settings.TEXT)
 
 
 @_described()

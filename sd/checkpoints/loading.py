@@ -28,7 +28,7 @@ from .detect import CONFIG_KEY, Identity, damaged_position_ids, identify, with_f
 from .diffusers_config import check_text_encoder, vae_from_diffusers
 from .formats.mmap import fresh
 from .layouts import NETWORKS, find_layouts
-from .other_models import refuse_alone, refuse_others, refuse_vae
+from .other_models import refuse_alone, refuse_others, refuse_part
 from .prediction import predicting, probe
 from .supported_settings import ignored_settings
 
@@ -46,6 +46,7 @@ def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
         if not layouts:
             refuse_alone(found)
         raise CheckpointError(f"the file has no {NAMES[network]}: give another one with {FLAGS[network]}")
+    refuse_part(network, found)
     written, folder = tensors.metadata.get(CONFIG_KEY), tensors.configs.get(network)
     if network == "text_encoder":
         if folder is not None:
@@ -54,7 +55,6 @@ def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
         return with_form(
             with_vocabulary(replace(config, text=(plain, *config.text[1:])), found, layouts), found, layouts
         )
-    refuse_vae(found)
     if written is not None:
         return replace(config, vae=Config.from_json(written).vae)
     return config if folder is None else replace(config, vae=vae_from_diffusers(folder))
@@ -187,7 +187,7 @@ class ModelFiles:
                 for name, other in options.others.items()
             }
             with naming(path):
-                self._found = identify(self._main, options.config, options.prediction)
+                self._found = identify(self._main, options.config, options.prediction, parts)
                 missing = [name for name in NETWORKS if name not in parts]
                 self._states = convert(self._main, self._found.config, options.weights, missing)
             self.config = self._found.config

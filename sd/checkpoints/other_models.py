@@ -7,7 +7,7 @@ network is. A row may also ask for the shape of the weight that its key matches.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from .checkpoint import CheckpointError
@@ -39,7 +39,11 @@ GUIDANCE = (
 )
 DIFFUSION_TRANSFORMER = f"this is a diffusion transformer (PixArt, Sana, Lumina, Wan, LTX, ...), {NOT_SUPPORTED}"
 
-# Autoencoders that have the names of Stable Diffusion's VAE, but other latents.
+# Text encoders and autoencoders with the names of Stable Diffusion's, of which another file may be taken instead.
+OTHER_TEXTS: tuple[Other, ...] = (
+    Other(r"positional_embedding_res$|position_embedding_res\b", LONG_CLIP),
+    Other(r"(position_embedding\.weight|positional_embedding)$", LONG_CLIP, "248x.*"),
+)
 OTHER_VAES: tuple[Other, ...] = (
     Other(r"\bdecoder\.conv_in\.weight$", "this is the VAE of another family (SD3, FLUX.1: 16 latent channels), not of "
           "Stable Diffusion 1.x or 2.x", "512x16x3x3"),
@@ -78,10 +82,7 @@ OTHERS: tuple[Other, ...] = (
     Other(r"^cond_stage_model\.roberta\.|\.roberta\.encoder", f"this is AltDiffusion, {NOT_SUPPORTED}"),
     Other(r"^effnet\.|^prior\.|^generator\.down_blocks|\bclip_txt_mapper\.", f"this is a cascade, {NOT_SUPPORTED}"),
     Other(r"\btime_embedding\.cond_proj\.|\btime_embed\.cond_proj\.", GUIDANCE),
-    Other(r"positional_embedding_res$|position_embedding_res\b", LONG_CLIP),
-    Other(r"(position_embedding\.weight|positional_embedding)$", LONG_CLIP, "248x.*"),
     Other(r"\bstylegan_decoder\.|\bft_layers\.\d+\.", "this restores faces (GFPGAN, CodeFormer), not a checkpoint"),
-    *OTHER_VAES,
     Other(r"^conv_first\.|^params_ema\.|^model\.0\.weight$", "this is an image upscaler (ESRGAN), not a checkpoint"),
 )  # fmt: skip
 
@@ -116,9 +117,14 @@ def is_sdxl(found: Shapes) -> bool:
     return any(re.search(SDXL, key) for key in found)
 
 
-def refuse_others(found: Shapes) -> None:
-    """Raise CheckpointError, which names the kind of file, for what is not Stable Diffusion 1.x or 2.x."""
+def refuse_others(found: Shapes, replaced: Collection[str] = ()) -> None:
+    """Raise CheckpointError, which names the kind of file, for what is not Stable Diffusion 1.x or 2.x.
+
+    replaced   networks that are taken from other files: "text_encoder", "vae"
+    """
     _refuse(found, OTHERS)
+    _refuse(found, () if "text_encoder" in replaced else OTHER_TEXTS)
+    _refuse(found, () if "vae" in replaced else OTHER_VAES)
     if 1 <= len(found) <= 4 and all(shape[-1:] in ((768,), (1024,)) and len(shape) < 3 for shape in found.values()):
         raise CheckpointError(EMBEDDING)
 
@@ -128,10 +134,10 @@ def refuse_alone(found: Shapes) -> None:
     _refuse(found, ALONE)
 
 
-def refuse_vae(found: Shapes) -> None:
-    """The same for a file to take a VAE from: one whose latents are others."""
-    _refuse(found, OTHER_VAES)
-    if is_sdxl(found):
+def refuse_part(network: str, found: Shapes) -> None:
+    """The same for a file to take a text encoder or a VAE from: one with other positions or other latents."""
+    _refuse(found, {"text_encoder": OTHER_TEXTS, "vae": OTHER_VAES}[network])
+    if network == "vae" and is_sdxl(found):
         raise CheckpointError("the VAE of an SDXL model, which makes other latents: give another one with --vae")
 
 
