@@ -154,21 +154,22 @@ class UNetConfig:
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     heads: tuple[int, ...] = (8, 8, 8, 8)  # the last entry is also the middle block's
     depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks after each residual block; 0: no attention at this level
-    middle_depth: int = 1  # the same for the middle block
+    middle_depth: int | None = 1  # the same for the middle block; None: no middle block (small distilled U-Nets)
     blocks: int = 2  # residual blocks per level on the way down; one more on the way up
     context: int = 768  # width D of the text context
     vector: int | None = None  # width V of a vector added to the timestep embedding; None: no such vector
     linear_projections: bool = False  # whether files have linear layers around transformers, not 1x1 convolutions
 
     def __post_init__(self) -> None:
-        _check_sizes(self, "in_channels", "out_channels", "channels", "heads", "blocks", "context", "middle_depth")
+        _check_sizes(self, "in_channels", "out_channels", "channels", "heads", "blocks", "context")
+        if self.middle_depth is not None:
+            _check_sizes(self, "middle_depth", limit=32)
         if self.vector is not None:
             _check_sizes(self, "vector")
         flag = self.linear_projections
         _check(type(flag) is bool, f"UNetConfig.linear_projections: got {flag!r:.100}, expected true or false")
         whole = isinstance(self.depth, tuple) and all(type(n) is int and 0 <= n <= 32 for n in self.depth)
         _check(whole, f"UNetConfig.depth: got {self.depth!r:.100}, expected a whole number from 0 to 32 per level")
-        _check(self.middle_depth <= 32, f"UNetConfig.middle_depth: got {self.middle_depth}, expected at most 32")
         _check(
             isinstance(self.channels, tuple) and isinstance(self.heads, tuple), "UNetConfig: expected lists per level"
         )
@@ -178,18 +179,34 @@ class UNetConfig:
             f"UNetConfig: {levels} channels, {len(self.heads)} heads and {len(self.depth)} depths: "
             "expected one of each per level, at most 8 levels and 16 blocks a level",
         )
-        transformers = sum(self.depth) * (2 * self.blocks + 1) + self.middle_depth  # SDXL has 70
+        transformers = sum(self.depth) * (2 * self.blocks + 1) + (self.middle_depth or 0)  # SDXL has 70
         _check(transformers <= 500, f"UNetConfig: {transformers} transformer blocks, expected at most 500")
         _check(
             all(width % GROUPS == 0 for width in self.channels),
             f"UNetConfig.channels: got {self.channels}, expected multiples of {GROUPS}",
         )
-        upper = [*zip(self.channels, self.heads, self.depth, strict=True)][:-1]
-        attending = [*upper, (self.channels[-1], self.heads[-1], self.middle_depth)]
+        middle = (self.channels[-1], self.heads[-1], self.middle_depth)
+        attending = [*zip(self.channels, self.heads, self.depth, strict=True), middle]
         _check(
             all(width % heads == 0 for width, heads, depth in attending if depth),
             f"UNetConfig.heads: {self.heads} do not divide the channels {self.channels}",
         )
+
+    def is_part_of(self, full: UNetConfig) -> bool:
+        """Whether this is `full` with fewer levels, blocks or transformers, or without its middle: a distilled one."""
+        if len(self.channels) > len(full.channels):
+            return False
+        levels = slice(len(self.channels))
+        same = self == replace(
+            full,
+            channels=full.channels[levels],
+            heads=full.heads[levels],
+            depth=self.depth,
+            middle_depth=self.middle_depth,
+            blocks=self.blocks,
+        )
+        fewer = self.blocks <= full.blocks and all(a <= b for a, b in zip(self.depth, full.depth, strict=False))
+        return same and fewer and self.middle_depth in (None, full.middle_depth)
 
 
 @dataclass(frozen=True)
@@ -357,6 +374,8 @@ POCKET = Config(
     unet=UNetConfig(channels=(96, 160), heads=(3, 5), depth=(0, 1), blocks=1, context=64),
     schedule=ScheduleConfig(prediction="v"),
 )
+
+SMALL = ", small U-Net"  # after the name of a known model: its U-Net in part, distilled from it
 
 LEGACY_SAMPLERS = {POCKET.name: POCKET.sampler}
 

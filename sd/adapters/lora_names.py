@@ -145,7 +145,8 @@ def _counted_unet(config: Config, order: tuple[str, ...], classes: frozenset[str
     levels = range(len(cfg.channels))
     blocks = [(f"down.{i}", cfg.depth[i], cfg.blocks) for i in levels]
     blocks += [(f"up.{i}", cfg.depth[i], cfg.blocks + 1) for i in reversed(levels)]
-    for name, depth, count in (*blocks, ("mid", cfg.middle_depth, 1)):
+    blocks += [] if cfg.middle_depth is None else [("mid", cfg.middle_depth, 1)]
+    for name, depth, count in blocks:
         for i in range(count):
             place = "mid.attn" if name == "mid" else f"{name}.attn.{i}"
             yield from (f"{place}.blocks.{block}.{leaf}" for block in range(depth) for leaf in leaves)

@@ -38,6 +38,7 @@ from .formats.pickles import RefusedFile
 from .formats.safetensors_files import read_safetensors
 from .formats.torch_files import AGAIN, LEGACY_MAGIC, MAX_TENSORS, View, read_legacy, read_zip
 from .names import plain_names
+from .other_files import other_file
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,7 @@ NOT_A_CHECKPOINT = (
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
     (b"Rar!", "a rar archive; unpack it first"),
     (b"\x89PNG", "a PNG image; give a .safetensors or .ckpt file"),
+    (b"\x89HDF", "a TensorFlow or Keras file; give a .safetensors or .ckpt file"),
     (b"\xff\xd8\xff", "a JPEG image; give a .safetensors or .ckpt file"),
 )
 
@@ -283,7 +285,8 @@ def _load_file(path: Path, mapped: bool) -> Checkpoint:
             stream.close()
             raise
     except RefusedFile as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        known = other_file(path) if path.is_file() else None
+        raise CheckpointError(f"{path}: {known or error}") from None
     except OSError as error:
         raise _unreadable(path, error) from None
     file = OpenFile(path, stream, kind, metadata, mapped)

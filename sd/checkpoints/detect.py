@@ -12,19 +12,19 @@ do not tell what the U-Net predicts: see prediction.py. Other models are refused
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..config import MODELS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, Config, ScheduleConfig
+from ..config import MODELS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SMALL, Config, ScheduleConfig, UNetConfig
 from .checkpoint import CheckpointError, shapes
-from .diffusers_config import from_diffusers, refuse_other_pipelines
+from .diffusers_config import from_diffusers, refuse_other_pipelines, supported_parts
 from .layouts import AVERAGE, TOKENS, Layout, all_layouts, find_layouts, first_convolution
 from .matching import match_layouts
 from .names import plainly_named
-from .other_models import NOT_SUPPORTED, OTHER_CONTEXTS, OTHER_INPUTS, refuse_others
+from .other_models import NOT_SUPPORTED, OTHER_CONTEXTS, OTHER_INPUTS, refuse_alone, refuse_others
 from .prediction import decide, predicting, read_beside, read_table, stored_schedule
 
 if TYPE_CHECKING:
@@ -69,22 +69,28 @@ def detect(tensors: Mapping[str, Tensor]) -> Config:
     return found.config
 
 
-def identify(tensors: Mapping[str, Tensor], config: Config | None = None, prediction: str | None = None) -> Identity:
+def identify(
+    tensors: Mapping[str, Tensor],
+    config: Config | None = None,
+    prediction: str | None = None,
+    replaced: Collection[str] = (),
+) -> Identity:
     """Which model a checkpoint holds, what its U-Net predicts, and how that is known.
 
     tensors      a `Checkpoint`, of which only shapes and a small table are read, or any mapping
     config       the model, if known; an unusual noise schedule in it takes precedence over the file's
     prediction   "eps" or "v", if known
+    replaced     networks that are taken from other files ("text_encoder", "vae"): this one's may be of any kind
 
     Raises CheckpointError for unsupported models, by name.
     """
     if prediction not in (None, "eps", "v"):
         raise ValueError(f"unknown prediction {prediction!r}, expected eps or v")
     tensors = plainly_named(tensors)
-    configs = getattr(tensors, "configs", {})
+    configs = supported_parts(getattr(tensors, "configs", {}), replaced)
     refuse_other_pipelines(configs)
     if config is not None:
-        return _as_given(tensors, predicting(config, prediction))
+        return _as_given(tensors, predicting(config, prediction), replaced)
     metadata = getattr(tensors, "metadata", {})
     written = metadata.get(CONFIG_KEY)
     if written is not None:
@@ -98,7 +104,7 @@ def identify(tensors: Mapping[str, Tensor], config: Config | None = None, predic
         said, why = (prediction, "as given") if prediction else read_beside(tensors)[:2]
         return Identity(predicting(config, said), reason=why if said else "")
     found = shapes(tensors)
-    refuse_others(found)
+    refuse_others(found, replaced)
     if "unet" in configs:
         config = from_diffusers(configs)
     _check_unet(found, find_layouts(found))
@@ -108,10 +114,12 @@ def identify(tensors: Mapping[str, Tensor], config: Config | None = None, predic
     return Identity(*decide(tensors, config, prediction, by_folder="unet" in configs))
 
 
-def _as_given(tensors: Mapping[str, Tensor], config: Config) -> Identity:
+def _as_given(tensors: Mapping[str, Tensor], config: Config, replaced: Collection[str]) -> Identity:
     """The config given by the caller; a noise schedule in the file replaces the usual one."""
     found = shapes(tensors)
-    refuse_others(found)
+    refuse_others(found, replaced)
+    layouts = find_layouts(found)
+    config = smaller(config, found, layouts["unet"]) if "unet" in layouts else config
     config = with_form(config, found, match_layouts(found, config))
     reason = "as given"
     usual = ScheduleConfig(steps=config.schedule.steps, prediction=config.schedule.prediction)
@@ -133,6 +141,7 @@ def _check_unet(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layo
         return
     if layouts:
         raise CheckpointError(no_unet(layouts))
+    refuse_alone(found)
     half = next(
         (half for half in ("decoder", "encoder") if any(key.startswith(f"{half}.conv_in.") for key in found)), None
     )
@@ -185,7 +194,30 @@ def _by_shapes(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layou
             f"a U-Net of an unknown kind ({first[0]} wide, {channels} input channels, context {context}): "
             f"if it is one of {', '.join(MODELS)}, say so (--model)"
         )
-    return known[channels, context]
+    return smaller(known[channels, context], found, unet)
+
+
+def smaller(config: Config, found: Mapping[str, tuple[int, ...]], layout: Layout) -> Config:
+    """The config of a distilled U-Net, which has one block a level and lacks levels or the middle of that in `config`.
+
+    The same config for a U-Net with as many blocks: what it lacks is missing.
+    """
+
+    def has(unet: UNetConfig, key: str) -> bool:
+        (source,) = layout.sources(replace(config, unet=unet), [key]).values()
+        return source.key in found
+
+    if config.unet.blocks == 1 or has(config.unet, "down.0.res.1.norm1.weight"):
+        return config
+    unet = replace(config.unet, blocks=1)
+    levels = [level for level in range(len(unet.channels)) if has(unet, f"down.{level}.res.0.norm1.weight")]
+    count = max(levels, default=0) + 1
+    depth = tuple(n if n and has(unet, f"down.{i}.attn.0.norm.weight") else 0 for i, n in enumerate(unet.depth))
+    middle = unet.middle_depth if has(unet, "mid.res.0.norm1.weight") else None
+    unet = replace(
+        unet, channels=unet.channels[:count], heads=unet.heads[:count], depth=depth[:count], middle_depth=middle
+    )
+    return replace(config, name=config.name + SMALL, unet=unet)
 
 
 def with_vocabulary(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> Config:
@@ -207,9 +239,10 @@ def with_form(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Map
     text, unet = layouts.get("text_encoder"), layouts.get("unet")
     if text is not None and text.prefix.startswith(ORIGINAL_TEXT):
         config = replace(config, text=(replace(config.text[0], names=text.name), *config.text[1:]))
-    if unet is not None and unet.name == "original":
-        (source,) = unet.sources(config, ["mid.attn.proj_in.weight"], found).values()
-        linear = len(found.get(source.key, ())) == 2
+    if unet is not None and unet.name.startswith("original"):
+        keys = [f"down.{level}.attn.0.proj_in.weight" for level, depth in enumerate(config.unet.depth) if depth]
+        projections = unet.sources(config, keys or ["mid.attn.proj_in.weight"], found).values()
+        linear = any(len(found.get(source.key, ())) == 2 for source in projections)
         config = replace(config, unet=replace(config.unet, linear_projections=linear))
     return config
 

@@ -8,18 +8,24 @@ the number of layers that are run, 23 of 24 in SD 2. Unsupported settings are re
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from ..config import END, GROUPS, MODELS, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, Word
+import numpy as np
+
+from ..config import END, GROUPS, MODELS, SMALL, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, Word
+from ..schedule import to_zero_snr
+from . import supported_settings as settings
 from .checkpoint import CheckpointError
 from .other_models import OTHER_INPUTS
+from .supported_settings import Supported, check_kind, check_supported
 from .tokenizer_files import pad_token, words_to_diffusers
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}  # theirs -> ours
 MAX_TIMESTEPS = 100_000
+MIDDLE = "UNetMidBlock2DCrossAttn"  # `mid_block_type`; null: no middle block
 
 # unsupported pipelines, by a part of their class name
 OTHER_PIPELINES = {
@@ -43,6 +49,28 @@ def refuse_other_pipelines(configs: Mapping[str, Mapping[str, Any]]) -> None:
         raise CheckpointError(f"this is another model ({pipeline:.100}), which is not supported")
 
 
+def supported_parts(
+    configs: Mapping[str, Mapping[str, Any]], replaced: Collection[str] = ()
+) -> dict[str, Mapping[str, Any]]:
+    """A folder's JSON files, of which those of the networks are checked, each by itself.
+
+    replaced   networks that are taken from other files: left out where they are not supported
+
+    Raises CheckpointError for another network that is not supported.
+    """
+    kept = dict(configs)
+    checks = {"unet": _unet, "vae": vae_from_diffusers, "text_encoder": _check_text}
+    for name in configs.keys() & checks.keys():
+        try:
+            with _described():
+                checks[name](configs[name])
+        except CheckpointError:
+            if name not in replaced:
+                raise
+            del kept[name]
+    return kept
+
+
 def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
     """The config described by a folder's JSON files, of which there is at least "unet".
 
@@ -56,13 +84,15 @@ def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
         size = (max(size) if isinstance(size, list) else int(size)) * vae.factor
         schedule = schedule_from_diffusers(configs.get("scheduler", {}))
         config = Config("diffusers model", size, text=(text,), vae=vae, unet=unet, schedule=schedule)
-    usual = replace(
-        text, vocab=TextConfig().vocab, words=(), pad=min(text.pad, END)
-    )  # fine-tuning may have added words
-    sizes = ((usual,), vae, unet)
-    same = [known for known in MODELS.values() if (known.text, known.vae, known.unet) == sizes]
-    same.sort(key=lambda known: known.schedule.prediction != schedule.prediction)  # there are SD 1.x that predict v
-    return replace(config, name=same[0].name, guidance=same[0].guidance, sampler=same[0].sampler) if same else config
+    text = replace(text, vocab=TextConfig().vocab, words=(), pad=min(text.pad, END))  # fine-tuning may have added words
+    same = [known for known in MODELS.values() if (known.text, known.vae) == ((text,), vae)]
+    same = [known for known in same if unet.is_part_of(known.unet)]
+    # a U-Net in full before one in part; and there are SD 1.x that predict v
+    same.sort(key=lambda known: (known.unet != unet, known.schedule.prediction != schedule.prediction))
+    if not same:
+        return config
+    name = same[0].name + (SMALL if same[0].unet != unet else "")
+    return replace(config, name=name, guidance=same[0].guidance, sampler=same[0].sampler)
 
 
 @contextmanager
@@ -81,51 +111,80 @@ def _an(name: str) -> str:
 
 
 def _unet(raw: Mapping[str, Any]) -> UNetConfig:
-    if raw.get("addition_embed_type") or raw.get("class_embed_type") or raw.get("num_class_embeds"):
-        kind = (
-            "an SDXL"
-            if raw.get("addition_embed_type") == "text_time"
-            else "an upscaling, unCLIP or other class-conditional"
-        )
-        raise CheckpointError(f"this is {kind} model, which is not supported")
     if raw.get("in_channels") in OTHER_INPUTS:
         what = OTHER_INPUTS[raw["in_channels"]]
         raise CheckpointError(f"this is {what} model ({raw['in_channels']} input channels), which is not supported")
+    check_kind("unet", raw)
     channels = tuple(raw.get("block_out_channels", (320, 640, 1280, 1280)))
-    heads = raw.get("num_attention_heads") or raw.get("attention_head_dim", 8)
-    kinds = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
     down = raw.get("down_block_types", ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",))
-    expected = {
-        "up_block_types": [f"{'CrossAttn' if kinds[name] else ''}UpBlock2D" for name in reversed(down)],
-        "act_fn": "silu", "norm_num_groups": GROUPS, "transformer_layers_per_block": 1, "only_cross_attention": False,
-        "dual_cross_attention": False, "conv_in_kernel": 3, "conv_out_kernel": 3,
-        "mid_block_type": "UNetMidBlock2DCrossAttn", "resnet_time_scale_shift": "default",
-        "time_embedding_type": "positional", "flip_sin_to_cos": True, "freq_shift": 0,
-        "center_input_sample": False, "downsample_padding": 1, "encoder_hid_dim": None, "time_cond_proj_dim": None,
-    }  # fmt: skip
-    _check_supported("unet", raw, expected)
+    _check_blocks(raw, down)
+    check_supported("unet", raw, settings.UNET | {"time_embedding_dim": (4 * channels[0],)})
+    depths = _per_level(raw, "transformer_layers_per_block", 1, len(channels))
+    heads = _per_level(
+        raw, "num_attention_heads" if raw.get("num_attention_heads") else "attention_head_dim", 8, len(down)
+    )
     return UNetConfig(
         in_channels=raw.get("in_channels", 4),
         out_channels=raw.get("out_channels", 4),
         channels=channels,
-        heads=tuple(heads) if isinstance(heads, list) else (heads,) * len(channels),
-        depth=tuple(int(kinds[name]) for name in down),
-        blocks=raw.get("layers_per_block", 2),
-        context=raw.get("cross_attention_dim", 1280),
+        heads=heads,
+        depth=tuple(depth if name.startswith("Cross") else 0 for depth, name in zip(depths, down, strict=True)),
+        middle_depth=depths[-1] if raw.get("mid_block_type", MIDDLE) is not None else None,
+        blocks=_uniform(raw, "layers_per_block", 2),
+        context=_uniform(raw, "cross_attention_dim", 1280),
         linear_projections=raw.get("use_linear_projection") or False,
     )
+
+
+def _check_blocks(raw: Mapping[str, Any], down: Sequence[str]) -> None:
+    """Raise CheckpointError unless the levels of a U-Net are of the two kinds known here, the same down and up."""
+    up = {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}
+    if others := [name for name in down if name not in up]:
+        raise CheckpointError(
+            f"unet/config.json has {others[0]!r:.100} in down_block_types, which is not supported: "
+            f"expected {' or '.join(up)}"
+        )
+    mirrored = [up[name] for name in reversed(down)]
+    if raw.get("up_block_types", mirrored) != mirrored:
+        raise CheckpointError(
+            f"unet/config.json has up_block_types {raw['up_block_types']!r:.200}, which is not supported: "
+            f"expected {mirrored!r}, as on the way down"
+        )
+
+
+def _per_level(raw: Mapping[str, Any], key: str, default: int, levels: int) -> tuple[Any, ...]:
+    """A setting with one value, or with one for each level. ValueError for another number of them."""
+    value = raw.get(key, default)
+    values = tuple(value) if isinstance(value, list) else (value,) * levels
+    if len(values) != levels or not all(type(item) is int for item in values):
+        raise ValueError(f"{key} is {value!r:.100}, expected a whole number for each of {levels} levels")
+    return values
+
+
+def _uniform(raw: Mapping[str, Any], key: str, default: int) -> Any:
+    """A setting with one value for all levels, as a number or as a list of equal ones."""
+    value = raw.get(key, default)
+    if not isinstance(value, list):
+        return value
+    if len({*map(str, value)}) != 1:
+        raise CheckpointError(
+            f"unet/config.json has {key} {value!r:.100}, which is not supported: expected one value for all levels"
+        )
+    return value[0]
 
 
 @_described()
 def vae_from_diffusers(raw: Mapping[str, Any]) -> VAEConfig:
     """The VAE described by a `vae/config.json`. Raises CheckpointError if it is not supported."""
     down, up = raw.get("down_block_types", ["DownEncoderBlock2D"]), raw.get("up_block_types", ["UpDecoderBlock2D"])
-    expected = {
-        "down_block_types": ["DownEncoderBlock2D"] * len(down), "up_block_types": ["UpDecoderBlock2D"] * len(up),
-        "act_fn": "silu", "norm_num_groups": GROUPS, "shift_factor": None, "use_quant_conv": True,
-        "use_post_quant_conv": True, "mid_block_add_attention": True, "latents_mean": None, "latents_std": None,
+    check_kind("vae", raw)
+    blocks: Supported = {
+        "down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",),
+        "out_channels": (raw.get("in_channels", 3),),
     }  # fmt: skip
-    _check_supported("vae", raw, expected)
+    check_supported("vae", raw, settings.VAE | blocks)
+    if len(down) != len(up):
+        raise ValueError(f"{len(down)} down_block_types and {len(up)} up_block_types")
     return VAEConfig(
         channels=tuple(raw.get("block_out_channels", (64,))),
         blocks=raw.get("layers_per_block", 1),
@@ -147,7 +206,8 @@ def _text(configs: Mapping[str, Mapping[str, Any]], unet: UNetConfig) -> TextCon
         return known
     raw = configs["text_encoder"]
     width = raw.get("hidden_size", 512)
-    _check_supported("text_encoder", raw, {"intermediate_size": 4 * width, "layer_norm_eps": 1e-5})
+    _check_text(raw)
+    check_supported("text_encoder", raw, {"intermediate_size": (4 * width,)})
     activation = raw.get("hidden_act", "quick_gelu")
     vocab = raw.get("vocab_size", 49408)
     words: tuple[Word, ...] = tuple(configs.get("words", {}).get("words", ()))
@@ -169,21 +229,20 @@ def _text(configs: Mapping[str, Mapping[str, Any]], unet: UNetConfig) -> TextCon
 
 def check_text_encoder(raw: Mapping[str, Any], text: TextConfig) -> None:
     """Raise CheckpointError for a text encoder of the right shapes whose config.json describes another computation."""
-    expected = {"hidden_act": text.activation, "num_attention_heads": text.heads, "layer_norm_eps": 1e-5}
-    _check_supported("text_encoder", raw, expected)
+    _check_text(raw)
+    check_supported("text_encoder", raw, {"hidden_act": (text.activation,), "num_attention_heads": (text.heads,)})
 
 
-def _check_supported(part: str, raw: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    for key, value in expected.items():
-        if key in raw and raw[key] is not None and raw[key] != value:
-            raise CheckpointError(
-                f"{part}/config.json has {key} {raw[key]!r:.100}, which is not supported: expected {value!r}"
-            )
+def _check_text(raw: Mapping[str, Any]) -> None:
+    check_kind("text_encoder", raw)
+    check_supported("text_encoder", raw, settings.TEXT)
 
 
 @_described()
 def schedule_from_diffusers(raw: Mapping[str, Any]) -> ScheduleConfig:
     """The noise schedule described by a `scheduler_config.json`; by default Stable Diffusion's own."""
+    check_kind("scheduler", raw)
+    check_supported("scheduler", raw, settings.SCHEDULER)
     prediction = raw.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         known = ", ".join(PREDICTIONS)
@@ -201,12 +260,13 @@ def schedule_from_diffusers(raw: Mapping[str, Any]) -> ScheduleConfig:
         return replace(own, beta_start=start, beta_end=end, zero_snr=zero)
     if betas is None and kind == "linear":
         betas = [start + (end - start) * i / max(steps - 1, 1) for i in range(steps)]
-    if not isinstance(betas, list) or zero:
-        raise CheckpointError(f"its noise schedule (beta_schedule {kind!r:.50}) is not supported")
-    products, left = [], 1.0
-    for beta in betas:
-        products.append(left := left * (1.0 - float(beta)))
-    return replace(own, alpha_bar=tuple(products))
+    if not isinstance(betas, list):
+        raise CheckpointError(
+            f"its noise schedule (scheduler_config.json has beta_schedule {kind!r:.50}) is not supported: "
+            "scaled_linear, linear and trained_betas are"
+        )
+    alpha_bar = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))
+    return replace(own, alpha_bar=tuple((to_zero_snr(alpha_bar) if zero else alpha_bar).tolist()))
 
 
 def to_diffusers_configs(config: Config, version: str = "0.30.0") -> dict[str, dict[str, Any]]:
@@ -265,6 +325,8 @@ def to_diffusers_configs(config: Config, version: str = "0.30.0") -> dict[str, d
 def unet_to_diffusers(config: Config) -> dict[str, Any]:
     """The arguments of diffusers' UNet2DConditionModel."""
     cfg = config.unet
+    middle = cfg.depth[-1] if cfg.middle_depth is None else cfg.middle_depth
+    layers = [max(depth, 1) for depth in (*cfg.depth[:-1], middle)]  # the last entry is also the middle's
     return {
         "sample_size": math.ceil(config.size / config.vae.factor),
         "in_channels": cfg.in_channels,
@@ -273,6 +335,8 @@ def unet_to_diffusers(config: Config) -> dict[str, Any]:
         "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(cfg.depth)],
         "block_out_channels": list(cfg.channels),
         "layers_per_block": cfg.blocks,
+        "transformer_layers_per_block": layers if max(layers) > 1 else 1,
+        "mid_block_type": MIDDLE if cfg.middle_depth is not None else None,
         "cross_attention_dim": cfg.context,
         # the number of heads: an old misnomer of diffusers
         "attention_head_dim": cfg.heads[0] if len(set(cfg.heads)) == 1 else list(cfg.heads),

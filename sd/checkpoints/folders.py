@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .formats.pickles import RefusedFile
+from .hub_cache import cached_models, dangling, snapshot
+from .other_files import other_folder
 from .tokenizer_files import read_tokenizer
 
 MAX_JSON = 1 << 20  # bytes; an index has less than 200 KB
@@ -69,6 +71,9 @@ def find_parts(folder: Path, variant: str | None = None) -> Parts:
 
     variant   "fp16", ...: files of this variant where there are any; else those without a variant, or the only variant
     """
+    if (cached := snapshot(folder)) is not None:
+        found = find_parts(cached, variant)
+        return found._replace(notes=(f"the snapshot {cached.name} of the cache is read", *found.notes))
     inside = {name: folder / name for name in STEMS if (folder / name).is_dir()}
     if not inside and not (folder / CONFIGS["index"]).is_file():
         return _single_part(folder, variant)
@@ -86,6 +91,8 @@ def find_parts(folder: Path, variant: str | None = None) -> Parts:
         available |= variants.keys()
         chosen = _choose(variants, variant)
         if not variants:
+            if name == "unet" and (what := _unreadable(place)):
+                raise RefusedFile(f"unet/: {what}")
             continue  # convert.py says what is missing, and which option gives it
         matched |= chosen == variant
         if variant is None and chosen is not None:
@@ -97,6 +104,8 @@ def find_parts(folder: Path, variant: str | None = None) -> Parts:
     if not matched:
         known = ", ".join(sorted(filter(None, available))) or "none"
         raise RefusedFile(f"no files of the variant {variant!r} in it; its variants: {known}")
+    if not parts and (what := _unreadable(folder, whole="index" in configs)):
+        raise RefusedFile(what)
     if not parts and "index" not in configs:
         raise RefusedFile(_no_model(folder))
     if (folder / "tokenizer").is_dir():
@@ -175,7 +184,19 @@ def _text_part(config: dict[str, Any]) -> dict[str, Any]:
     return inner if isinstance(inner, dict) else config
 
 
+def _unreadable(folder: Path, whole: bool = False) -> str | None:
+    """What a folder has instead of weights that can be read, and what to do; None if unknown (see `other_folder`)."""
+    if missing := dangling(folder):
+        return f"links to files that are not there ({missing[0]}), as an unfinished download does; download it again"
+    if models := cached_models(folder):
+        some = ", ".join(models[:3]) + (", ..." if len(models) > 3 else "")
+        return f"the cache of {len(models)} models; give one of the folders in it ({some})"
+    return other_folder(folder, whole)
+
+
 def _no_model(folder: Path) -> str:
+    if what := _unreadable(folder):
+        return what
     files = sorted(file.name for pattern in ("*.safetensors", "*.ckpt") for file in folder.glob(pattern))
     if files:
         some = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")

@@ -26,6 +26,7 @@ from .detect import damaged_position_ids, identify
 from .layouts import AVERAGE, NETWORKS, TOKENS, find_layouts, usual_layout
 from .matching import NAMES, copies, describe_copies, expected_shapes, match_layouts, unrun
 from .names import ignored
+from .supported_settings import ignored_settings
 
 SMALL = 256 << 20  # bytes: their SHA-256 takes less than half a second
 SHORT_HASH = (0x100000, 0x10000)  # "model hash" of older tools: 64 KB after the first megabyte
@@ -85,7 +86,7 @@ def inspect(tensors: Checkpoint, config: Config | None = None, *, sha256: bool |
     files = [file.path for file in tensors.files]
     size = sum(path.stat().st_size for path in files)
     out = Report(tensors.path, tensors.kind, size, len(tensors), "", supported=False)
-    out.notes += tensors.notes
+    out.notes += [*tensors.notes, *ignored_settings(tensors.configs)]
     out.metadata = {key: _short(value) for key, value in tensors.metadata.items() if not key.startswith("sd.")}
     try:
         identity = identify(tensors, config)

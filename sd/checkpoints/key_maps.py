@@ -75,6 +75,7 @@ OLD_VAE_ATTENTION: Rules = {  # diffusers before 0.18 (2023)
     "norm": "group_norm", "attn.q": "query", "attn.k": "key", "attn.v": "value", "attn.out": "proj_attn",
 }  # fmt: skip
 THIS: Rules = {"": ""}  # a block that is a single layer
+FULL_BLOCKS = 2  # residual blocks a level of the full-size U-Net, by which some files of smaller ones are numbered
 
 # Rules for the same block. Programs that rename only a part of a network mix them: see `every_name`.
 SAME_BLOCK = (
@@ -100,35 +101,54 @@ def transformer(depth: int) -> Rules:
     }
 
 
-def unet_blocks(config: Config) -> Iterator[BlockPair]:
-    """The U-Net's blocks: ours, the original ones (without prefix), and the rules inside."""
+def unet_blocks(config: Config, places: int | None = None) -> Iterator[BlockPair]:
+    """The U-Net's blocks: ours, the original ones (without prefix), and the rules inside.
+
+    places   numbers that each level takes, where it is more than the level has blocks (and a step): 3 in files made by
+             diffusers' script for the full-size network, which leaves gaps. By default, numbers are consecutive
+    """
     cfg = config.unet
     last = len(cfg.channels) - 1
+    places = places or cfg.blocks + 1
     yield from (("time.0", "time_embed.0", THIS), ("time.2", "time_embed.2", THIS))
     yield from (("conv_in", "input_blocks.0.0", THIS), ("norm_out", "out.0", THIS), ("conv_out", "out.2", THIS))
-    n = 1  # the original numbers the blocks of a direction consecutively, on the way down with the steps between levels
+    # the original numbers the blocks of a direction consecutively, on the way down with the steps between levels
     for level in range(last + 1):
+        first = 1 + level * places
         for i in range(cfg.blocks):
-            yield f"down.{level}.res.{i}", f"input_blocks.{n}.0", RESBLOCK
+            yield f"down.{level}.res.{i}", f"input_blocks.{first + i}.0", RESBLOCK
             if depth := cfg.depth[level]:
-                yield f"down.{level}.attn.{i}", f"input_blocks.{n}.1", transformer(depth)
-            n += 1
+                yield f"down.{level}.attn.{i}", f"input_blocks.{first + i}.1", transformer(depth)
         if level < last:
-            yield f"down.{level}.down", f"input_blocks.{n}.0.op", THIS
-            n += 1
-    yield "mid.res.0", "middle_block.0", RESBLOCK
-    yield "mid.attn", "middle_block.1", transformer(cfg.middle_depth)
-    yield "mid.res.1", "middle_block.2", RESBLOCK
-    n = 0
+            yield f"down.{level}.down", f"input_blocks.{first + places - 1}.0.op", THIS
+    if cfg.middle_depth is not None:
+        yield "mid.res.0", "middle_block.0", RESBLOCK
+        yield "mid.attn", "middle_block.1", transformer(cfg.middle_depth)
+        yield "mid.res.1", "middle_block.2", RESBLOCK
     for level in reversed(range(last + 1)):
+        first = (last - level) * places
         for i in range(cfg.blocks + 1):
-            yield f"up.{level}.res.{i}", f"output_blocks.{n}.0", RESBLOCK
+            yield f"up.{level}.res.{i}", f"output_blocks.{first + i}.0", RESBLOCK
             if depth := cfg.depth[level]:
-                yield f"up.{level}.attn.{i}", f"output_blocks.{n}.1", transformer(depth)
-            n += 1
+                yield f"up.{level}.attn.{i}", f"output_blocks.{first + i}.1", transformer(depth)
         if level > 0:  # the last layer of the level's last block
             index = 2 if cfg.depth[level] else 1
-            yield f"up.{level}.up.conv", f"output_blocks.{n - 1}.{index}.conv", THIS
+            yield f"up.{level}.up.conv", f"output_blocks.{first + places - 1}.{index}.conv", THIS
+
+
+def spaced_unet_blocks(config: Config) -> Iterator[BlockPair]:
+    """The same in a small U-Net's file, made of a diffusers folder by the script for the full-size network.
+
+    The script knows no attention at the coarsest level of the way up: these transformers keep diffusers' names, and the
+    step after them has the number that it has without them.
+    """
+    coarsest = f"up.{len(config.unet.channels) - 1}."
+    for ours, theirs, rules in unet_blocks(config, places=FULL_BLOCKS + 1):
+        if ours.startswith(f"{coarsest}attn."):
+            theirs = f"up_blocks.0.attentions.{ours.rpartition('.')[2]}"
+        elif ours == f"{coarsest}up.conv":
+            theirs = f"output_blocks.{FULL_BLOCKS}.1.conv"
+        yield ours, theirs, rules
 
 
 def vae_blocks(config: Config) -> Iterator[BlockPair]:
@@ -176,9 +196,10 @@ def diffusers_unet_blocks(config: Config) -> Iterator[BlockPair]:
     last = len(cfg.channels) - 1
     yield from (("time.0", "time_embedding.linear_1", THIS), ("time.2", "time_embedding.linear_2", THIS))
     yield from (("conv_in", "conv_in", THIS), ("norm_out", "conv_norm_out", THIS), ("conv_out", "conv_out", THIS))
-    for i in range(2):
-        yield f"mid.res.{i}", f"mid_block.resnets.{i}", DIFFUSERS_RESBLOCK
-    yield "mid.attn", "mid_block.attentions.0", transformer(cfg.middle_depth)
+    if cfg.middle_depth is not None:
+        for i in range(2):
+            yield f"mid.res.{i}", f"mid_block.resnets.{i}", DIFFUSERS_RESBLOCK
+        yield "mid.attn", "mid_block.attentions.0", transformer(cfg.middle_depth)
     for level in range(last + 1):
         down, up = f"down_blocks.{level}", f"up_blocks.{last - level}"
         for ours, theirs, blocks in ((f"down.{level}", down, cfg.blocks), (f"up.{level}", up, cfg.blocks + 1)):
@@ -248,18 +269,29 @@ def vae_sources(layout: str, config: Config, prefix: str) -> Callable[[str], Sou
 
 
 def unet_sources(layout: str, config: Config, prefix: str) -> Callable[[str], Source]:
-    """The same for the U-Net. `layout` "original", "diffusers", or "ema", the moving average in an original file."""
+    """The same for the U-Net.
+
+    layout   "original", "original-spaced" (see `spaced_unet_blocks`), "diffusers", or "ema", the moving average in an
+             original file
+    """
     pointwise = () if config.unet.linear_projections else UNET_POINTWISE
     if layout == "diffusers":
         return _sources(_layers(diffusers_unet_blocks(config), prefix), pointwise)
     if layout == "original":
         return _sources(_layers(unet_blocks(config), prefix), pointwise)
+    if layout == "original-spaced":
+        return _sources(_layers(spaced_unet_blocks(config), prefix), pointwise)
     raw = _sources(_layers(unet_blocks(config), UNET), pointwise)
 
     def source(key: str) -> Source:
         return raw(key)._replace(key=prefix + ema_key(raw(key).key).removeprefix(EMA))
 
     return source
+
+
+def original_unet(config: Config) -> str:
+    """The layout of a U-Net in an original checkpoint; one without a middle has the only numbers that exist for it."""
+    return "original" if config.unet.middle_depth is not None else "original-spaced"
 
 
 def sources(network: str, layout: str, config: Config, prefix: str, keys: Iterable[str]) -> dict[str, Source]:
@@ -323,7 +355,8 @@ def original_sources(config: Config, keys: Mapping[str, Iterable[str]]) -> dict[
     """
     style = config.text[0].names
     text = (style, TEXT[style])
-    where = {"text_encoder": text, "vae": ("original", VAE), "unet": ("original", UNET), "unet_ema": ("ema", EMA)}
+    unet = (original_unet(config), UNET)
+    where = {"text_encoder": text, "vae": ("original", VAE), "unet": unet, "unet_ema": ("ema", EMA)}
     return {
         network: sources(network.removesuffix("_ema"), where[network][0], config, where[network][1], of_network)
         for network, of_network in keys.items()

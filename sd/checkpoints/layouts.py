@@ -11,10 +11,12 @@ single weights may have the names of another layout (`Layout.sources`), and a fi
                    openclip       positional_embedding, without ".weight"       OpenCLIP; SD 2.x
     vae            original       decoder.mid.block_1.norm1.weight              CompVis
                    diffusers      decoder.mid_block.resnets.0.norm1.weight      diffusers
-    unet           original       middle_block.0.in_layers.0.weight             CompVis
-                   ema            middle_block0in_layers0weight                 its moving average: no dots
-                   diffusers      mid_block.resnets.0.norm1.weight              diffusers
-    each           own            token.weight, mid.attn.blocks.0..., ...       this project
+    unet           original       input_blocks.2.0...: a block or a step        CompVis
+                   ema            input_blocks10in_layers0weight                its moving average: no dots
+                   diffusers      down_blocks.0.resnets.0.norm1.weight          diffusers
+                   original-      input_blocks.3.0.op.weight, but nothing       diffusers' script for the full-size
+                   spaced         at input_blocks.2                             network, of a smaller one
+    each           own            token.weight, down.0.res.0.norm1.weight, ...  this project
     unet           own-0.1        mid.attn.block.norm1.weight                   version 0.1 of this project
 """
 
@@ -24,7 +26,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from ..config import Config
-from .key_maps import CLIP, CLIP_OLD, EMA, OPENCLIP, TEXT, UNET, VAE, Source, every_name, sources
+from .key_maps import CLIP, CLIP_OLD, EMA, OPENCLIP, TEXT, UNET, VAE, Source, every_name, original_unet, sources
 
 NETWORKS = ("text_encoder", "vae", "unet")
 AVERAGE = "unet_ema"  # moving average of the U-Net, which a training checkpoint has in addition
@@ -46,7 +48,8 @@ OPENCLIP_PREFIXES = (OPENCLIP, CLIP_OLD, "cond_stage_model.", *TEXT_PREFIXES, "t
 VAE_PREFIXES = (VAE, "vae.", "")
 UNET_PREFIXES = (UNET, "unet.", "diffusion_model.", "model.", "")
 
-OWN_TRANSFORMER, OLD_TRANSFORMER = (f"mid.attn.{name}.norm1.weight" for name in ("blocks.0", "block"))
+OWN_BLOCK, DIFFUSERS_BLOCK = "down.0.res.0.norm1.weight", "down_blocks.0.resnets.0.norm1.weight"
+OLD_TRANSFORMER = "mid.attn.block.norm1.weight"
 
 # network -> its layouts: name, characteristic key, prefixes
 LAYOUTS: Mapping[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
@@ -61,21 +64,24 @@ LAYOUTS: Mapping[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
         ("diffusers", "decoder.mid_block.resnets.0.norm1.weight", VAE_PREFIXES),
     ),
     "unet": (
-        ("own", OWN_TRANSFORMER, ("unet.",)),
         ("own-0.1", OLD_TRANSFORMER, ("unet.",)),
-        ("original", "middle_block.0.in_layers.0.weight", UNET_PREFIXES),
-        ("diffusers", "mid_block.resnets.0.norm1.weight", UNET_PREFIXES),
+        ("own", OWN_BLOCK, ("unet.",)),
+        ("original", "input_blocks.2.0.in_layers.0.weight", UNET_PREFIXES),  # two blocks a level
+        ("original", "input_blocks.2.0.op.weight", UNET_PREFIXES),  # one
+        ("original-spaced", "input_blocks.3.0.op.weight", UNET_PREFIXES),  # one, numbered as if there were two
+        ("diffusers", DIFFUSERS_BLOCK, UNET_PREFIXES),
     ),
     AVERAGE: (
-        ("own", OWN_TRANSFORMER, (f"{AVERAGE}.",)),
         ("own-0.1", OLD_TRANSFORMER, (f"{AVERAGE}.",)),
-        ("ema", "diffusion_modelmiddle_block0in_layers0weight", (EMA,)),
-        ("diffusers", "mid_block.resnets.0.norm1.weight", (f"{AVERAGE}.",)),
+        ("own", OWN_BLOCK, (f"{AVERAGE}.",)),
+        ("ema", "diffusion_modelinput_blocks10in_layers0weight", (EMA,)),
+        ("diffusers", DIFFUSERS_BLOCK, (f"{AVERAGE}.",)),
     ),
 }
 
 # The first convolution, by layout: its shape tells the number of input channels.
-FIRST = dict.fromkeys(("own", "own-0.1", "diffusers"), "conv_in.weight") | {"original": "input_blocks.0.0.weight"}
+FIRST = dict.fromkeys(("own", "own-0.1", "diffusers"), "conv_in.weight")
+FIRST |= dict.fromkeys(("original", "original-spaced"), "input_blocks.0.0.weight")
 FIRST_AVERAGED = "diffusion_modelinput_blocks00weight"
 
 
@@ -131,6 +137,9 @@ def all_layouts(found: Container[str]) -> dict[str, list[Layout]]:
         ]
         for network, candidates in LAYOUTS.items()
     }
+    # the numbers of a full-size network, which has blocks where a smaller one has none
+    plain = [layout._replace(name="original-spaced") for layout in layouts["unet"] if layout.name == "original"]
+    layouts["unet"] = [layout for layout in layouts["unet"] if layout not in plain]
     return {network: several for network, several in layouts.items() if several}
 
 
@@ -145,7 +154,7 @@ def usual_layout(network: str, config: Config) -> Layout:
     return {
         "text_encoder": Layout(network, names, TEXT[names]),
         "vae": Layout(network, "original", VAE),
-        "unet": Layout(network, "original", UNET),
+        "unet": Layout(network, original_unet(config), UNET),
         AVERAGE: Layout(network, "ema", EMA),
     }[network]
 

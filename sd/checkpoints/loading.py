@@ -30,8 +30,9 @@ from .finite import FiniteCheck
 from .formats.mmap import fresh
 from .layouts import NETWORKS, find_layouts
 from .matching import NAMES, match_layouts, shape_text
-from .other_models import is_sdxl, refuse_others
+from .other_models import refuse_alone, refuse_others, refuse_part
 from .prediction import predicting, probe
+from .supported_settings import ignored_settings
 from .tokenizer_files import describe_words
 
 Report = Callable[[int], object]  # called with the number of elements of each weight that was read
@@ -43,9 +44,13 @@ def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
     Raises CheckpointError for a file without that network, or with one that does not fit the model.
     """
     found = shapes(tensors)
-    if network not in find_layouts(tensors):
+    layouts = find_layouts(tensors)
+    if network not in layouts:
         refuse_others(found)
+        if not layouts:
+            refuse_alone(found)
         raise CheckpointError(f"the file has no {NAMES[network]}: give another one with {FLAGS[network]}")
+    refuse_part(network, found)
     written, folder = tensors.metadata.get(CONFIG_KEY), tensors.configs.get(network)
     if network == "text_encoder":
         if folder is not None:
@@ -55,8 +60,6 @@ def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
         plain = replace(config, text=(text, *config.text[1:]))
         layouts = match_layouts(found, plain)
         return with_form(with_vocabulary(plain, found, layouts), found, layouts)
-    if is_sdxl(found):
-        raise CheckpointError("the VAE of an SDXL model, which makes other latents: give another one with --vae")
     if written is not None:
         return replace(config, vae=Config.from_json(written).vae)
     return config if folder is None else replace(config, vae=vae_from_diffusers(folder))
@@ -87,6 +90,7 @@ def describe(tensors: Checkpoint, found: Identity, weights: str, config: Config)
         lines.append(
             f"{damaged} is damaged, as happens in merging; it is not used here, but other programs may misread prompts"
         )
+    lines += ignored_settings(tensors.configs)
     scale, usual = config.vae.scale, found.config.vae.scale
     if scale != usual:
         lines.append(f"the VAE that is given has the scale {scale:g}, the model's own {usual:g}: it may not fit")
@@ -191,7 +195,7 @@ class ModelFiles:
                 for name, other in options.others.items()
             }
             with naming(path):
-                self._found = identify(self._main, options.config, options.prediction)
+                self._found = identify(self._main, options.config, options.prediction, parts)
                 missing = [name for name in NETWORKS if name not in parts]
                 self._states = convert(self._main, self._found.config, options.weights, missing)
             self.config = self._found.config

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config import END, SD2, SD2_V, Config, ScheduleConfig
+from ..config import END, SD2, SD2_V, SMALL, Config, ScheduleConfig
 from ..schedule import Schedule
 from .checkpoint import Checkpoint, CheckpointError
 from .diffusers_config import schedule_from_diffusers
@@ -57,8 +57,10 @@ def predicting(config: Config, prediction: str | None) -> Config:
         replace(text, vocab=usual.vocab, names=usual.names, words=(), pad=min(text.pad, END)) for text in config.text
     )
     unet = replace(config.unet, linear_projections=SD2.unet.linear_projections)
-    named = {SD2: SD2_V, SD2_V: SD2}.get(replace(config, text=plain, unet=unet))
-    size, name = (named.size, named.name) if named else (config.size, config.name)
+    small = SMALL if config.name.endswith(SMALL) and unet.is_part_of(SD2.unet) else ""
+    full = replace(config, name=config.name.removesuffix(small), unet=SD2.unet if small else unet, text=plain)
+    named = {SD2: SD2_V, SD2_V: SD2}.get(full)
+    size, name = (named.size, named.name + small) if named else (config.size, config.name)
     try:
         schedule = replace(config.schedule, prediction=prediction)
     except ValueError as error:

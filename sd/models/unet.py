@@ -10,6 +10,9 @@ way down, every output is kept; on the way up, each block takes the latest of th
                       └ down.2: (res, attn) x2, halve   up.2: (res, attn) x3, double
                           └ down.3: res x2   ── mid ──   up.3: res x3, double
 
+Distilled U-Nets leave some of it out: blocks of each level, the coarsest level, the middle (Kim et al. 2023, "BK-SDM: a
+lightweight, fast, and cheap version of Stable Diffusion"). `UNetConfig` says which.
+
 B batch, C channels, H x W latents (any size), N = H W tokens, M tokens of the context, D its width.
 
 >>> unet = UNet(UNetConfig(channels=(32, 64), heads=(2, 2), depth=(0, 1), blocks=1, context=16))
@@ -76,11 +79,11 @@ class SpatialTransformer(nn.Module):
 class Middle(nn.Module):
     """Residual block, transformer, residual block at the coarsest level."""
 
-    def __init__(self, config: UNetConfig, time_width: int) -> None:
+    def __init__(self, config: UNetConfig, depth: int, time_width: int) -> None:
         super().__init__()
         channels, heads = config.channels[-1], config.heads[-1]
         self.res = module_list(ResBlock(channels, channels, NORM_EPS, time_width) for _ in range(2))
-        self.attn = SpatialTransformer(channels, heads, config.context, config.middle_depth)
+        self.attn = SpatialTransformer(channels, heads, config.context, depth)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         """x (B, C, H, W), time (B, T), context (B, M, D) -> (B, C, H, W)."""
@@ -135,7 +138,7 @@ class UNet(nn.Module):
             down.append(stage)
         self.down = module_list(down)
 
-        self.mid = Middle(config, time_width)
+        self.mid = None if config.middle_depth is None else Middle(config, config.middle_depth, time_width)
 
         up = []
         width = last  # channels of the output of the coarser level
@@ -164,7 +167,8 @@ class UNet(nn.Module):
         conditioning   context (B, M, D); vector (B, V) if the config has one; concat (B, E, H, W), which is appended to
                        the channels of x: C + E is the config's `in_channels`. A bare tensor is the context
         down, middle   residuals of control networks: added to the skip connections, in the order of the way down, and
-                       to the output of the middle block. The pipeline passes none yet (docs/extending.md)
+                       to the output of the middle block, or where it would be. The pipeline passes none yet
+                       (docs/extending.md)
 
         Raises ValueError if a vector is missing or unexpected, and for a wrong number of `down` residuals.
         """
@@ -188,7 +192,8 @@ class UNet(nn.Module):
                 x = stage.down(x)
                 skips.append(x)
 
-        x = self.mid(x, time, context)
+        if self.mid is not None:
+            x = self.mid(x, time, context)
 
         if middle is not None:
             x = x + middle

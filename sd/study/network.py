@@ -55,7 +55,7 @@ def _flops(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> int:
 def blocks(unet: UNet) -> list[str]:
     """Names of the blocks, in the order of the forward pass."""
     names = ["time", "conv_in"]
-    stages = [("down", i) for i in range(len(unet.down))] + [("mid", 0)]
+    stages = [("down", i) for i in range(len(unet.down))] + [("mid", 0)] * (unet.mid is not None)
     stages += [("up", i) for i in reversed(range(len(unet.up)))]
     for part, i in stages:
         if part == "mid":
@@ -176,7 +176,7 @@ def draw_u(parts: Sequence[Part], unet: UNet) -> Image.Image:
     half = max(wide(down[i]) + i * indent for i in range(levels))
     other = max(wide(up[i]) + i * indent for i in range(levels))
     centre = wide(middle) + 30
-    sheet = Image.new("RGB", (label + half + centre + other + 10, (levels + 1) * row - 20), PAPER)
+    sheet = Image.new("RGB", (label + half + centre + other + 10, levels * row + (row - 20 if middle else 10)), PAPER)
     pen = ImageDraw.Draw(sheet)
 
     def place(boxes: Sequence[Part], x: int, y: int) -> None:
@@ -217,9 +217,10 @@ def draw_u(parts: Sequence[Part], unet: UNet) -> Image.Image:
         place(down[i], left, y)
         place(up[i], right, y)
     y = levels * row + 10
-    c, h, w = middle[0].shape[1:]
-    write(sheet, (0, y + box[1] / 2 - 10), "middle", SMALL, INK, bold=True)
-    write(sheet, (0, y + box[1] / 2 + 9), f"{h} x {w}, {c} channels", SMALL, MUTED)
+    if middle:
+        c, h, w = middle[0].shape[1:]
+        write(sheet, (0, y + box[1] / 2 - 10), "middle", SMALL, INK, bold=True)
+        write(sheet, (0, y + box[1] / 2 + 9), f"{h} x {w}, {c} channels", SMALL, MUTED)
     x = (starts[-1] + wide(down[levels - 1]) + ends[-1]) // 2 - wide(middle) // 2
     place(middle, x, y)
 
@@ -237,6 +238,10 @@ def draw_u(parts: Sequence[Part], unet: UNet) -> Image.Image:
     for i in range(levels):
         y, turn = i * row + 10, i * row + 10 + row - 22
         come, go = centre_of(starts[i], len(down[i]) - 1), centre_of(lower[i], 0)
+        if i == levels - 1 and not middle:
+            go = centre_of(ends[i], 0)
+            arrow((come, y + below), (come, turn), (go, turn), (go, y + below))
+            break
         arrow((come, y + below), (come, turn), (go, turn), (go, y + row - 3))
         boxes = up[i + 1] if i < levels - 1 else middle
         come = centre_of(ends[i + 1] if i < levels - 1 else x, len(boxes) - 1)
@@ -256,7 +261,7 @@ def draw_network(parts: Sequence[Part], unet: UNet, name: str = "") -> Image.Ima
         flops = sum(part.flops for part in own)
         lines.append(
             [
-                f"level {level}" + (" and middle" if level == levels - 1 else ""),
+                f"level {level}" + (" and middle" if level == levels - 1 and unet.mid is not None else ""),
                 count(sum(part.parameters for part in own)),
                 count(flops),
                 f"{flops / total:.0%}",

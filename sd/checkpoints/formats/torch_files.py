@@ -30,6 +30,7 @@ from typing import BinaryIO, NamedTuple, TypeGuard
 
 from ..names import ignored, plain_name
 from .dtypes import TYPES, NumberType
+from .other_pickles import other_pickle
 from .pickles import MAX_BYTES, Placeholder, RefusedFile, Stateful, Symbol, read_pickle
 from .state_dicts import find_state_dict, inside_state_dict
 
@@ -289,7 +290,9 @@ def _contents(content: object, range_of: Callable[[str], ByteRange], behind: int
     if not tensors:
         names = [key[:30] for key in content if isinstance(key, str)] if isinstance(content, dict) else []
         what = f"holds no named tensors (but {', '.join(names[:5])})" if names else "holds no named tensors"
-        raise RefusedFile(f"{what}; give a file of model weights")
+        if isinstance(content, Tensor):
+            what += ", but a single one, as an aesthetic embedding of the web UI does"
+        raise RefusedFile(other_pickle(content) or f"{what}; give a file of model weights")
     views, notes = {}, [f"the last {behind} bytes of the file belong to nothing and are ignored"] if behind else []
     for key, tensor in tensors.items():
         try:
