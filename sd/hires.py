@@ -81,8 +81,11 @@ def high_res(model: StableDiffusion, request: HighRes) -> HighResRun:
     shape = latent_shape(model.config, *sides)
     params, strength = second_pass(request, first.params, model.schedule.steps)
     params = replace(params, height=sides[0], width=sides[1])
-    second = Run(model, request, params, [], strength, first_pass=first.params.steps)
-    if not len(second):
+    notes: list[str] = []
+    second = Run(model, request, params, notes, strength, first_pass=first.params.steps)
+    if len(second):
+        first.notes += notes
+    else:
         first.notes.append(
             f"hires_strength {strength:g} of {params.steps} steps is less than one step: the image is only enlarged"
         )

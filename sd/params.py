@@ -55,6 +55,8 @@ OPTIONS = {name: option for entry in SAMPLERS.values() for name, option in entry
 def whole(name: str, value: object) -> int:
     """An integer of any type (numpy's too) as int; raises ValueError, with the name, for anything else."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return operator.index(cast(SupportsIndex, value))
     except TypeError:
         raise ValueError(f"{name} must be a whole number, got {value!r:.100}") from None
@@ -68,6 +70,12 @@ def number(name: str, value: object) -> float:
         return float(value)
     except OverflowError:
         raise ValueError(f"{name} must be a number, got one of {len(str(value))} digits") from None
+
+
+def flag(name: str, value: object) -> None:
+    """Raise a ValueError, with the name, if `value` is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r:.100}")
 
 
 def one_of(name: str, value: object, known: Sequence[str]) -> None:
@@ -105,7 +113,9 @@ class SamplingParams:
     seed: int = setting(0, "0 to 2^64 - 1; image k of a request has seed + k (exceptions: noise.py)")
     n: int = setting(1, "images per prompt")
     exact: bool = setting(
-        False, "each image is to the bit what it is alone, whatever the batch, which is no faster then"
+        False,
+        "each image is to the bit what it is alone, whatever the batch, which is no faster then; several "
+        "prompts have to be of one form: equally many chunks of tokens, and parts joined by AND",
     )
     height: int | None = setting(None, "in pixels, a multiple of 8")
     width: int | None = setting(None, "in pixels, a multiple of 8")
@@ -149,6 +159,8 @@ class SamplingParams:
         if self.variation_strength > 0 and self.variation_seed is None:
             raise ValueError("variation_strength needs variation_seed, the seed of the noise to mix in")
         one_of("rng", self.rng, RNGS)
+        flag("exact", self.exact)
+        flag("tileable", self.tileable)
         if self.n < 1:
             raise ValueError(f"the number of images must be at least 1, got {self.n}")
         if self.options:
@@ -234,7 +246,7 @@ class TextToImage:
     negative: str | Sequence[str] | Tensor | None = setting(
         "",
         "what to steer away from: one text for all prompts, one for each, or contexts (1 or B, M, D); None is the "
-        "empty text. No effect at guidance 1",
+        "empty text. No effect at guidance 1, except with AND",
     )
     web_ui_prompts: bool = setting(
         False, "prompts have the web UI's syntax: weights (word:1.2), chunks of 75 tokens, [a:b:0.4], [a|b], AND"
@@ -252,6 +264,7 @@ class TextToImage:
         if not isinstance(self.prompt, Tensor):
             texts = (self.prompt,) if isinstance(self.prompt, str) else _texts("prompt", self.prompt)
             object.__setattr__(self, "prompt", texts)
+        flag("web_ui_prompts", self.web_ui_prompts)
         if self.clip_skip is not None:
             object.__setattr__(self, "clip_skip", whole("clip_skip", self.clip_skip))
             if self.clip_skip < 1:
@@ -382,6 +395,7 @@ class ImageToImage(_FromImage):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("way to fit", self.fit, FITS)
+        flag("match_colours", self.match_colours)
 
 
 @dataclass(frozen=True)

@@ -25,19 +25,16 @@ from .imaging.tensors import Box, fit, frame, to_tensor
 from .latents import image_size, latent_shape
 from .models.vae import Gaussian
 from .noise import NoiseSource
-from .noise import draw as draw
-from .noise import generators as generators
 from .params import ImageToImage, Inpaint, ResolvedParams, TextToImage
 from .prompts import Pass, guides
 from .runtime.circular import CircularPadding, circular
-from .samplers import SAMPLERS, Denoise, Noise, Sampler, Step
+from .samplers import BROWNIAN, SAMPLERS, Denoise, Noise, Sampler, Step
 from .schedule import Levels
 
 if TYPE_CHECKING:
     from .pipeline import StableDiffusion
 
 CROP_NOTE = 0.9  # cropping to less than this share of the image adds a note
-BROWNIAN = ("DPM++ SDE", "DPM++ 2M SDE")  # k-diffusion draws their noise from a Brownian tree
 
 
 class Sampling(Iterator[Step]):
@@ -131,7 +128,7 @@ class Run(Iterator[Step]):
                 f"with rng comfy, the {self.source.images} images of this batch share the generator of seed "
                 f"{params.seed}: each of them comes again only with the whole batch"
             )
-        if params.rng != "torch-cpu" and sampler.label in BROWNIAN:
+        if params.rng != "torch-cpu" and params.sampler in BROWNIAN:
             note(f"{sampler.label}: other programs draw its step noise in another way, so only the start is the same")
 
     def begin(self, start: Start) -> Run:
@@ -215,7 +212,7 @@ class Unchanged(Run):
     ) -> None:
         self.model, self.request, self.params, self.notes, self.image = model, request, params, notes, image
         self.levels = Levels([], model.schedule)
-        self.source = NoiseSource(params, len(request.prompt) * params.n)
+        self.source, self.guides = NoiseSource(params, len(request.prompt) * params.n), []
         self.seeds = self.source.seeds
         self.begin(Start(torch.empty(0), lambda x, level: x))
 

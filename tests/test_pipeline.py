@@ -18,9 +18,9 @@ from PIL import Image
 import sd
 from sd.conditioning import Conditioning
 from sd.config import Config
+from sd.noise import draw, generators
 from sd.params import CONTENTS, MAX_SEED
 from sd.pipeline import StableDiffusion
-from sd.run import draw, generators
 from sd.runtime.device import best_dtype
 from sd.samplers import SAMPLERS
 

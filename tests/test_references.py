@@ -24,7 +24,7 @@ from sd.config import MODELS, SD1, SD2, SD2_V
 from sd.denoiser import Denoiser
 from sd.models.build import build
 from sd.models.text_encoder import TextEncoder
-from sd.run import draw, generators
+from sd.noise import draw, generators
 from sd.samplers import ddim, ddpm, posterior
 from sd.schedule import CLEAN, Schedule
 

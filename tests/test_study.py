@@ -23,9 +23,9 @@ from sd.models.layers import Attention
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.models.vae import VAE
+from sd.noise import draw, generators
 from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion
-from sd.run import draw, generators
 from sd.runtime import blockwise_attention, packing
 from sd.runtime.cuda_graphs import Recorded
 from sd.runtime.device import best_dtype

@@ -20,7 +20,7 @@ from sd.text.prompt_syntax import plain, texts_of
 
 from .cli import Parser, file_path, home
 from .output import ModelHash
-from .prompt_loras import PromptLoras, prompt_texts
+from .prompt_loras import PromptLoras, prompt_texts, tag_name
 
 RENAMED = ("--weighted-prompts", "--long-prompts")  # of earlier versions, each a part of --web-ui-prompts
 
@@ -94,21 +94,22 @@ def split_embedding(text: str) -> tuple[Path, str | None]:
     return Path(head), tail
 
 
-def tag_name(name: str) -> str:
-    """The name of a LoRA as it is written in metadata, without the characters that end it there."""
-    return re.sub("[:,<>]", "", name)
-
-
 class AddOns:
     """The adapters given as arguments or named in prompts: checked before the model is loaded, then added to it."""
 
-    def __init__(self, args: argparse.Namespace, requests: Sequence[TextToImage]) -> None:
+    def __init__(self, args: argparse.Namespace, requests: Sequence[TextToImage], of_prompts: PromptLoras) -> None:
+        if args.lora_dir is not None and args.like is None and not any(r.web_ui_prompts for r in requests):
+            raise ValueError("--lora-dir needs --web-ui-prompts, with which prompts name LoRA files, or --like")
         self._texts = [text for request in requests for text in _texts(request)]
         named = [split_name(text) for text in args.lora]
         self._loras = [split_lora(file) for _, file in named]
         self._aliases = [name for name, _ in named]
         self._embeddings = [split_embedding(text) for text in args.embedding]
-        self.of_prompts = PromptLoras(requests, args.lora_dir)
+        self.of_prompts = of_prompts
+        named_in_prompts = {os.path.realpath(path) for path in of_prompts.paths}
+        for path, _ in self._loras:
+            if os.path.realpath(path) in named_in_prompts:
+                raise ValueError(f"{path} is given with --lora and named in a prompt: take one of them out")
         for path, _ in self._embeddings:
             refuse_image(path)
         for path in (*(path for path, _ in (*self._loras, *self._embeddings)), *self.of_prompts.paths):

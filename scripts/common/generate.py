@@ -35,7 +35,7 @@ from .adapter_args import AddOns
 from .arguments import NICKNAMES
 from .cli import describe, keep_freed_memory, said
 from .output import ModelHash, Output
-from .prompt_loras import prompt_texts, without_lora_tags
+from .prompt_loras import PromptLoras, prompt_texts, without_lora_tags
 from .prompts import Line, Make, read_prompts
 
 FRAMES = 100  # at most: of a longer run, some steps are skipped
@@ -136,7 +136,8 @@ class Metadata:
         assert not isinstance(run.request.prompt, torch.Tensor)
         (prompt,) = run.request.prompt
         digits = self.digest.digits()
-        (negative,) = prompt_texts(run.request.negative if run.params.guidance != 1 else "")  # has no effect at 1
+        guided = run.params.guidance != 1 or any(guide.uncond is not None for guide in run.guides)
+        (negative,) = prompt_texts(run.request.negative if guided else "")  # else it has no effect
         batch, params = len(result.images), replace(run.params, seed=seed)
         if run.source.variation_seeds:
             params = replace(params, variation_seed=run.source.variation_seeds[i])
@@ -144,6 +145,7 @@ class Metadata:
         if not isinstance(run.request, ImageToImage | Inpaint):  # what comes after sampling may enlarge the image
             _, h, w = self.model.latent_shape(run.params.height, run.params.width)
             size = (w * self.model.config.vae.factor, h * self.model.config.vae.factor)
+        chosen = args.prediction or args.model != "auto"
         values = {
             **recipes.describe(run.request, params, size),
             **({"Batch size": batch, "Batch pos": i} if batch > 1 else {}),
@@ -151,7 +153,8 @@ class Metadata:
             **({"Model hash": digits} if digits else {}),
             "Model": model_name(args.ckpt) if args.ckpt else "pocket",
             **({"Weights": args.weights} if args.weights != "auto" else {}),
-            **({"Prediction": args.prediction} if args.prediction else {}),
+            **({"Variant": args.variant} if args.variant else {}),
+            **({"Prediction": self.model.config.schedule.prediction} if chosen else {}),
             **({"VAE": model_name(args.vae)} if args.vae else {}),
             **({"Text encoder": model_name(args.text_encoder)} if args.text_encoder else {}),
             **self.addons.about(self.model, run.request),
@@ -161,17 +164,24 @@ class Metadata:
         return recipes.written(self.addons.prompt(prompt), negative, values)
 
 
+class Plan(NamedTuple):
+    """What is to be done, read and checked before a large model is loaded."""
+
+    params: SamplingParams
+    lines: list[Line]
+    requests: list[TextToImage]  # of the lines, for the first source
+    sources: Iterator[Source]
+    total: int  # number of sources
+    skipped: list[str]  # sources that cannot be used
+
+
 def generate(args: argparse.Namespace, params: SamplingParams, openers: Sequence[Opener]) -> None:
     """Generate the images of all sources and prompts, and save each batch when it is ready.
 
     Of several sources, those that cannot be used are skipped with a warning, and a ValueError at the end counts them.
-    With --exact, kernels are not chosen by measuring: the choice could be another one in the next run of the program.
+    For exact images, kernels are not chosen by measuring: the choice could be another one in the next run of the
+    program.
     """
-    with kernel_choice.prefer("plain") if args.exact else contextlib.nullcontext():
-        _generate(args, params, openers)
-
-
-def _generate(args: argparse.Namespace, params: SamplingParams, openers: Sequence[Opener]) -> None:
     lines = read_prompts(args.prompt, args.from_file)
     params = replace(params, **like.carried(args, SamplingParams))
     skipped: list[str] = []
@@ -179,22 +189,30 @@ def _generate(args: argparse.Namespace, params: SamplingParams, openers: Sequenc
     first = next(sources)
     # raises for invalid settings before a large model is loaded
     requests = [line.request(_complete(first.make, args), params, args.spacing) for line in lines]
+    loras = PromptLoras(args.lora_dir)
     for line, request in zip(lines, requests, strict=True):
         try:
+            loras.look_up(request)
             check_prompts(without_lora_tags(request))
         except ValueError as error:
             raise line.at(error) from None
-    addons = AddOns(args, requests)
+    addons = AddOns(args, requests, loras)
     output = Output(args.out)
+    plan = Plan(params, lines, requests, chain([first], sources), len(openers), skipped)
+    exact = any(request.params.exact for request in requests)
+    with kernel_choice.prefer("plain") if exact else contextlib.nullcontext():
+        _generate(args, plan, addons, output)
+
+
+def _generate(args: argparse.Namespace, plan: Plan, addons: AddOns, output: Output) -> None:
     model = load(args)
     file = args.ckpt or resource(EMBEDDED)
     digest = None if args.no_metadata else ModelHash(file)
     print(f"{model.config.name} on {model.device}, {dtype_name(model.dtype)}, first seed {args.seed}", flush=True)
     for text in model.about:
         print(text, flush=True)
-    like.compare(args, first.about(requests[0]))
     like.compare_model(args, file, digest)
-    spacings = {request.params.resolved(model.config).spacing for request in requests}
+    spacings = {request.params.resolved(model.config).spacing for request in plan.requests}
     if model.config.schedule.to_noise and spacings - {"trailing", "linspace"}:
         warnings.warn(
             "this model is trained to start from pure noise (zero terminal SNR), and this grid does not: "
@@ -204,21 +222,24 @@ def _generate(args: argparse.Namespace, params: SamplingParams, openers: Sequenc
     addons.give(model, hashes=digest is not None)
     metadata = None if digest is None else Metadata(args, model, addons, digest, {})
 
-    total = args.n_iter * getattr(args, "loopback", 1) * len(openers) * sum(request.params.n for request in requests)
-    work = Work(args, model, addons, output, metadata, total)
-    for source in chain([first], sources):
+    rounds = args.n_iter * getattr(args, "loopback", 1) * plan.total
+    work = Work(args, model, addons, output, metadata, rounds * sum(request.params.n for request in plan.requests))
+    for number, source in enumerate(plan.sources):
         try:
-            for line in lines:
-                work.take(line, line.request(_complete(source.make, args), params, args.spacing), source)
+            for line in plan.lines:
+                request = line.request(_complete(source.make, args), plan.params, args.spacing)
+                if plan.total == 1:
+                    like.compare(args, source.about(request))
+                work.take(line, request, source)
         except ValueError as error:
-            if source is first:
+            if number == 0:
                 raise
-            skipped.append(f"{source.name}: {error}")
-            warnings.warn(f"skipped: {skipped[-1]}", stacklevel=1)
+            plan.skipped.append(f"{source.name}: {error}")
+            warnings.warn(f"skipped: {plan.skipped[-1]}", stacklevel=1)
     if args.grid:
         print(output.save(grid(work.kept, args.columns), kind="-grid"), flush=True)
-    if skipped:
-        raise ValueError(f"{len(skipped)} of {len(openers)} images were skipped, first {skipped[0]}")
+    if plan.skipped:
+        raise ValueError(f"{len(plan.skipped)} of {plan.total} images were skipped, first {plan.skipped[0]}")
 
 
 def opened(openers: Sequence[Opener], skipped: list[str]) -> Iterator[Source]:
@@ -264,7 +285,8 @@ class Work:
         warn_of_unknown_words(self.model, self.args, request)
         rounds, count = getattr(self.args, "loopback", 1), request.params.n * self.args.n_iter
         size = self.args.batch_size if rounds == 1 else 1  # each image of a loop starts from one of its own
-        before = 0 if {"seed", "variation_seed"} & line.settings.keys() else self.done  # a seed of its own starts there
+        counted = "variation_seed" if request.params.variation_strength > 0 else "seed"
+        before = 0 if counted in line.settings else self.done  # a seed of its own starts there
         made = 0
         for first in range(0, count, size):
             current = request
@@ -307,8 +329,10 @@ class Work:
 def check_prompts(request: TextToImage) -> None:
     """Raise the ValueError that the prompts of a request lead to, before a large model is loaded."""
     if request.web_ui_prompts:
-        for text in (*prompt_texts(request.prompt), *prompt_texts(request.negative)):
+        for text in prompt_texts(request.prompt):
             check_prompt(text)
+        for text in prompt_texts(request.negative):
+            check_prompt(text, negative=True)
 
 
 def warn_of_unknown_words(model: sd.StableDiffusion, args: argparse.Namespace, request: TextToImage) -> None:

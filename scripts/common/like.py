@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from sd.adapters.lora_formats import lora_name
-from sd.checkpoints.folders import ENDINGS
 from sd.params import MAX_SEED, SamplingParams, TextToImage
 from sd.recipes import Addon, Recipe, read_request
 from sd.recipes.fields import text_of
@@ -25,10 +23,11 @@ from sd.recipes.recipe import file_name, shown
 from sd.runtime.device import DTYPES
 from sd.samplers import SAMPLERS
 
-from .adapter_args import split_embedding, split_lora, split_name, tag_name
+from .adapter_args import split_embedding, split_lora, split_name
 from .arguments import IMAGES, colour
 from .cli import Parser, file_path
 from .output import ModelHash
+from .prompt_loras import LoraFolder, tag_name
 
 ARGUMENTS = {"blur": "mask_blur"}  # setting -> the argument, where the names differ
 # setting -> other arguments that say the same: if one of them is given, the recipe's value is not taken
@@ -38,9 +37,11 @@ RIVALS = {
     "variation_strength": ("variation",),
 }
 # our key -> the argument and how its value is read, for settings of the program and not of the request
-PROGRAM = {"Weights": "weights", "Prediction": "prediction", "Precision": "dtype", "Background": "background"}
+PROGRAM = {
+    "Weights": "weights", "Variant": "variant", "Prediction": "prediction", "Precision": "dtype",
+    "Background": "background",
+}  # fmt: skip
 OLD_HASH = 8  # digits of the web UI's hash before 2023, which covers only a part of the file
-MAX_FILES = 100_000  # in the folder of LoRAs
 
 
 def add_like_argument(parser: Parser) -> None:
@@ -109,7 +110,7 @@ def _settings(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage])
             found[name] = params.options[name]
         elif hasattr(params, name):
             found[name] = getattr(params, name)
-        elif hasattr(request, name):
+        elif hasattr(request, name) and (name in kind.__dataclass_fields__ or hasattr(args, name)):
             found[name] = getattr(request, name)
         elif name in recipe.task and (name in kind.__dataclass_fields__ or hasattr(args, name)):
             found[name] = recipe.task[name]
@@ -119,7 +120,8 @@ def _settings(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage])
 def _prompt(args: argparse.Namespace, recipe: Recipe) -> None:
     """The prompt, unless there is one: an option, a file of prompts, or a word that is not the name of an image."""
     words = [Path(word) for word in args.words]
-    named = [word.suffix.lower() in IMAGES and word.is_file() for word in words]
+    folders = hasattr(args, "init_img")  # of images
+    named = [(word.suffix.lower() in IMAGES and word.is_file()) or (folders and word.is_dir()) for word in words]
     if "prompt" not in args.named and args.from_file is None and all(named):
         (args.prompt,) = recipe.request.prompt
 
@@ -159,25 +161,17 @@ def _loras(args: argparse.Namespace, recipe: Recipe) -> None:
             if not weighted and name in weights:
                 args.lora[i] = f"{text}:{weights[name]}"
         return
-    folder: Path | None = args.lora_dir
-    if folder is None:
+    if args.lora_dir is None:
         return
+    folder = LoraFolder(args.lora_dir)
     for lora in recipe.loras:
         if (file := find_lora(folder, lora)) is not None:
             args.lora.append(f"{file}:{weights[lora.name]}")
 
 
-def find_lora(folder: Path, lora: Addon) -> Path | None:
-    """The file of a LoRA in a folder or its subfolders, by its name without the ending; None if there is none.
-
-    Of several, the one with the digest of the recipe, or the first.
-    """
-    files: list[Path] = []
-    for count, (parent, _, names) in enumerate(os.walk(folder)):
-        files += [Path(parent, name) for name in names if Path(name).suffix.lower() in ENDINGS]
-        if len(files) > MAX_FILES or count > MAX_FILES:
-            raise ValueError(f"{folder}: more than {MAX_FILES:,} files in the folder of LoRAs")
-    found = sorted(path for path in files if tag_name(lora_name(path)) == lora.name)
+def find_lora(folder: LoraFolder, lora: Addon) -> Path | None:
+    """The file of a LoRA in a folder, or None: of several, that with the digest of the recipe, or the first."""
+    found = sorted(folder.files(lora.name))
     if len(found) > 1 and lora.digest:
         found.sort(key=lambda path: not _same(lora_digest(path), lora.digest))
     return found[0] if found else None
@@ -196,6 +190,8 @@ def _same(digest: str | None, other: str) -> bool:
 def _notes(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage]) -> list[str]:
     """What the recipe says that the arguments do not."""
     notes = [f"{args.like.name}: {note}" for note in recipe.notes]
+    if recipe.kind == "hires" and not hasattr(args, "hires"):
+        notes.append(f"{args.like.name}: made in two passes, the second of which is not repeated")
     if recipe.kind in ("img2img", "inpaint") and recipe.kind != kind.kind:
         notes.append(f"{args.like.name}: made by {recipe.kind}, so {kind.kind} makes another image")
     files = {name: path for name, path, _ in map(_given, args.lora)}

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import sd
 from sd.adapters.lora_formats import lora_name
+from sd.checkpoints.folders import ENDINGS
 from sd.params import TextToImage
 from sd.text.prompt_tags import Tag, lora_weight, take_loras
 
-ENDINGS = (".safetensors", ".pt", ".ckpt", ".bin")
 MAX_FILES = 100_000  # looked at: more is not a folder of LoRA files
 LISTED = 5  # files or names in an error message at most
 
@@ -23,7 +23,7 @@ LISTED = 5  # files or names in an error message at most
 class LoraFolder:
     """The LoRA files of a folder and the folders in it.
 
-    A file is found by its name (`lora_name`), in upper or lower case. A name from a prompt is never used as a path.
+    A file is found by its name (`tag_name`), in upper or lower case. A name from a prompt is never used as a path.
     Raises ValueError for what is not a folder, or has more than 100,000 files.
     """
 
@@ -46,15 +46,19 @@ class LoraFolder:
                 raise ValueError(f"--lora-dir {folder}: more than {MAX_FILES:,} files in it")
             for file in map(Path(path).joinpath, sorted(files)):
                 if file.suffix.lower() in ENDINGS:
-                    self._found.setdefault(lora_name(file).casefold(), []).append(file)
+                    self._found.setdefault(tag_name(lora_name(file)).casefold(), []).append(file)
+
+    def files(self, name: str) -> list[Path]:
+        """All files of a name."""
+        return self._found.get(name.casefold(), [])
 
     def find(self, name: str) -> Path:
         """The file of a name. Raises ValueError if there is none, or several."""
-        files = self._found.get(name.casefold(), [])
+        files = self.files(name)
         if not files:
             near = difflib.get_close_matches(name.casefold()[:200], self._found, n=LISTED)
             names = [printable(self._found[key][0].stem) for key in near]
-            hint = f": did you mean {' or '.join(names)}?" if names else f" ({len(self._found)} names are)"
+            hint = f": did you mean {' or '.join(names)}?" if names else f", which has {len(self._found)}"
             raise ValueError(f"no LoRA file named {printable(name)!r:.100} is in {self._folder}{hint}")
         if len(files) > 1:
             listed = ", ".join(printable(str(file.relative_to(self._folder))) for file in files[:LISTED])
@@ -63,6 +67,11 @@ class LoraFolder:
                 f"{len(files)} files in {self._folder} are named {printable(name)}: {listed}{more}; rename all but one"
             )
         return files[0]
+
+
+def tag_name(name: str) -> str:
+    """The name of a LoRA as a tag has it, without the characters that end it there."""
+    return re.sub("[:,<>]", "", name)
 
 
 def printable(text: str) -> str:
@@ -83,31 +92,30 @@ class NamedLora(NamedTuple):
 
 
 class PromptLoras:
-    """The LoRA files that prompts name, all looked up before the model is loaded.
+    """The LoRA files that prompts name, all looked up before the model is loaded."""
 
-    requests   those whose prompts, one each, have tags if they are `web_ui_prompts`; otherwise, a tag is refused
-    folder     where the files are
-
-    Raises ValueError for a tag without a folder, a name that is not in it or is that of several files, and a wrong
-    weight.
-    """
-
-    def __init__(self, requests: Sequence[TextToImage], folder: Path | None) -> None:
-        if folder is not None and not any(request.web_ui_prompts for request in requests):
-            raise ValueError("--lora-dir needs --web-ui-prompts, with which prompts name LoRA files")
-        tags = {request.prompt: self._tags(request, folder) for request in requests}
-        files = LoraFolder(folder) if folder is not None and any(tags.values()) else None
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._files: LoraFolder | None = None  # read when the first one is looked up
         self._loras: dict[object, list[NamedLora]] = {}  # by prompt
-        for prompt, named in tags.items():
-            found: dict[Path, NamedLora] = {}
-            for tag in named:
-                assert files is not None
-                path, weight = files.find(tag.name), lora_weight(tag)
-                before = found.get(path)  # one that is named twice
-                found[path] = NamedLora(tag.name, path, weight) if before is None else before.plus(weight)
-            self._loras[prompt] = [*found.values()]
         self._current: list[NamedLora] = []
         self._merged: list[str] = []  # the names under which the model has them
+
+    def look_up(self, request: TextToImage) -> None:
+        """Find the files that the prompt of a request names.
+
+        A prompt has tags if it is one of `web_ui_prompts`; otherwise, a tag is refused. Raises ValueError for a tag
+        without a folder, a name that is not in it or is that of several files, and a wrong weight.
+        """
+        found: dict[Path, NamedLora] = {}
+        for tag in self._tags(request, self._folder):
+            if self._files is None:
+                assert self._folder is not None
+                self._files = LoraFolder(self._folder)
+            path, weight = self._files.find(tag.name), lora_weight(tag)
+            before = found.get(path)  # one that is named twice
+            found[path] = NamedLora(tag.name, path, weight) if before is None else before.plus(weight)
+        self._loras[request.prompt] = [*found.values()]
 
     def _tags(self, request: TextToImage, folder: Path | None) -> list[Tag]:
         """The tags in the prompt of a request, after checking that they can be used, and those in the negative one."""

@@ -19,10 +19,11 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sd.params import OPTIONS, SamplingParams, TextToImage
+from sd.params import OPTIONS, HighRes, SamplingParams, TextToImage
 
 PROMPT_FILE_LIMIT = 16 << 20  # bytes
 JSON_LINES = (".jsonl", ".ndjson")
@@ -51,6 +52,8 @@ class Line:
         kind: Any = make
         while hasattr(kind, "func"):  # functools.partial
             kind = kind.func
+        if kind is TextToImage and "hires" in self.settings:
+            kind, make = HighRes, partial(HighRes, **getattr(make, "keywords", {}))
         own = {f.name for f in fields(kind) if not f.metadata.get("image")} - {"prompt", "params"}
         shared = {f.name for f in fields(SamplingParams)} - {"options"}
         try:

@@ -55,8 +55,12 @@ def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
     if network == "text_encoder":
         if folder is not None:
             check_text_encoder(folder, config.text[0])
-        words = tuple(tensors.configs.get("words", {}).get("words", ()))
-        text = replace(config.text[0], vocab=TextConfig().vocab, words=words, pad=min(config.text[0].pad, END))
+        words, pad = tuple(tensors.configs.get("words", {}).get("words", ())), min(config.text[0].pad, END)
+        if written is not None:
+            own = Config.from_json(written).text[0]
+            words, pad = own.words, own.pad if own.pad > END else pad
+        vocab = max([TextConfig().vocab, pad + 1])
+        text = replace(config.text[0], vocab=vocab, words=words, pad=pad)
         plain = replace(config, text=(text, *config.text[1:]))
         layouts = match_layouts(found, plain)
         return with_form(with_vocabulary(plain, found, layouts), found, layouts)

@@ -27,7 +27,6 @@ MAX_TEXTS = 64 << 10  # chunks of a PNG file that are looked at
 PNG = b"\x89PNG\r\n\x1a\n"
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
 DESCRIPTION, MAKE, MODEL, SOFTWARE, XP_COMMENT = 0x010E, 0x010F, 0x0110, 0x0131, 0x9C9C
-USEFUL = ("parameters", "prompt", "invokeai_metadata", "sd-metadata", "Dream")  # the texts that the readers take
 
 
 def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ..params import REQUESTS, ImageToImage, Inpaint, SamplingParams, TextToImage
-from ..samplers import SAMPLERS, find_sampler, sampler_key, spacing_in
+from ..params import OPTIONS, REQUESTS, ImageToImage, Inpaint, SamplingParams, TextToImage
+from ..samplers import BROWNIAN, SAMPLERS, find_sampler, sampler_key, spacing_in
 from .fields import key, number, value_of
 
 MAX_SIDE = 16384  # pixels
@@ -39,7 +39,6 @@ GRIDS = {
     "leading": "leading", "trailing": "trailing", "linspace": "linspace",
 }  # fmt: skip
 NEAR = {"sgmuniform": "trailing"}  # not the same, but close
-BROWNIAN = ("dpmpp_sde", "dpmpp_2m_sde")  # other programs draw their noise from a Brownian tree
 
 
 class Addon(NamedTuple):
@@ -216,10 +215,14 @@ class Draft:
                     f"{key(name)} {options.pop(name):g} is left out: {SAMPLERS[sampler].label} has no such setting"
                 )
                 del self.settings[name]
+        if self.kind == "hires" and "hires" not in self.settings:
+            self.kind = "txt2img"
+            self.settings = {name: value for name, value in self.settings.items() if not name.startswith("hires_")}
+            self.note("the second pass is left out: by how much it enlarges is missing")
         cls = REQUESTS.get(self.kind, TextToImage)
         if any(f.metadata.get("image") for f in fields(cls)):  # what comes from an image needs it: see `with_image`
             cls = TextToImage
-        names = {f.name for f in fields(cls)} | PARAMS | OPTIONS
+        names = {f.name for f in fields(cls)} | PARAMS | set(OPTIONS)
         main = {name: value for name, value in self.settings.items() if name in names}
         return Recipe(
             request=cls.of(clean(prompt), clean(negative), **main),
@@ -238,7 +241,6 @@ class Draft:
 
 PARAMS = frozenset(f.name for f in fields(SamplingParams)) - {"options"}
 OWN = frozenset(f.name for f in fields(TextToImage)) - {"params", "prompt", "negative"}
-OPTIONS = frozenset(name for sampler in SAMPLERS.values() for name in sampler.options)
 WEIGHTED = {"web_ui_prompts": True}  # how the web UI and ComfyUI read prompts: brackets are weights
 
 

@@ -13,10 +13,10 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from ..params import MAX_SEED, REQUESTS, SamplingParams
+from ..params import MAX_SEED, OPTIONS, REQUESTS, SamplingParams
 from .fields import keys_read, settings_of
 from .infotext import digests, parse, take_loras
-from .recipe import MAX_BATCH, OPTIONS, PARAMS, WEIGHTED, Addon, Draft, Recipe, file_name, listed, shown
+from .recipe import MAX_BATCH, PARAMS, WEIGHTED, Addon, Draft, Recipe, file_name, listed, shown
 
 # the grids of samplers if "Schedule type" is "Automatic" (from 1.9 on), and if there is none, as in earlier versions
 LINEAR = dict.fromkeys(("lms", "euler", "euler_a", "heun", "unipc", "ddpm"), "linspace") | dict.fromkeys(
@@ -175,7 +175,8 @@ def _batch(draft: Draft, pairs: Mapping[str, str]) -> None:
         if draft.settings.get("rng") != "comfy" and counted in draft.settings:
             draft.settings[counted] = (draft.settings[counted] - at) % (MAX_SEED + 1)
         draft.position = at
-        draft.note(f"the image is number {at + 1} in a batch of {size}")
+        if draft.settings.get("rng") == "comfy":
+            draft.note(f"the image is number {at + 1} in a batch of {size}, which is generated as a whole")
 
 
 def _prompt_syntax(draft: Draft, pairs: Mapping[str, str], prompts: str, ours: bool) -> None:

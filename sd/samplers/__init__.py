@@ -109,6 +109,9 @@ ALIASES = {
     "unipc": ("uni_pc", "uni_pc_bh2", "UniPCMultistep"),
 }
 
+# k-diffusion, and so the web UI and ComfyUI, draw the noise of their steps from a Brownian tree
+BROWNIAN = ("dpmpp_sde", "dpmpp_2m_sde")
+
 
 def _plain(name: str) -> str:
     """A name without case, spaces and punctuation; "++" becomes "pp"."""

@@ -19,9 +19,9 @@ from typing import NamedTuple
 from PIL import Image
 from torch import Tensor
 
+from ..noise import draw, generators
 from ..params import SamplingParams
 from ..pipeline import StableDiffusion
-from ..run import draw, generators
 from ..samplers import SAMPLERS
 from ..schedule import Level
 from .drawing import Axes, Curve, figure, plot

@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..noise import draw, generators
 from ..pipeline import StableDiffusion
-from ..run import draw, generators
 from ..schedule import Level, Schedule
 from .drawing import Axes, Curve, beside, figure, plot, strip
 from .latent import as_colours

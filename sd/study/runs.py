@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..denoiser import Denoiser
+from ..noise import draw, generators
 from ..params import SamplingParams
 from ..pipeline import StableDiffusion
-from ..run import draw, generators
 from ..samplers import Denoise, Sampler, Step, find_sampler
 from ..schedule import SPACINGS, Levels
 

@@ -120,10 +120,15 @@ def single_text(prompt: str, note: Note = warn) -> str:
     return first
 
 
-def check_prompt(prompt: str) -> None:
-    """Raise the ValueError that a prompt, or a negative one, leads to in a run, if any."""
-    read_prompt(prompt, steps=1, note=lambda message: None)
-    for text in texts_of(prompt):
+def check_prompt(prompt: str, negative: bool = False) -> None:
+    """Raise the ValueError that a prompt leads to in a run, if any."""
+    if negative:
+        stages = read_negative(prompt, steps=1, note=lambda message: None)
+        texts = [all_texts(stages[0].text)]
+    else:
+        read_prompt(prompt, steps=1, note=lambda message: None)
+        texts = texts_of(prompt)
+    for text in texts:
         parse(text)
 
 
