@@ -21,11 +21,10 @@ import base64
 import io
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import wraps
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, SupportsIndex, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, cast
 
 from PIL import Image
 from torch import Tensor
@@ -37,9 +36,6 @@ if TYPE_CHECKING:
     from typing import Self  # Python 3.11
 
     from .config import Config
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 MAX_SEED = 2**64 - 1
 FITS = ("crop", "pad")
@@ -82,18 +78,6 @@ def one_of(name: str, value: object, known: Sequence[str]) -> None:
     """Raise a ValueError that lists the known values if `value` is none of them."""
     if value not in known:
         raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(known)}")
-
-
-def refuse_renamed(function: Callable[P, T]) -> Callable[P, T]:
-    """A function that raises a TypeError with the new name for keywords of earlier versions."""
-
-    @wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-        for name in kwargs.keys() & RENAMED.keys():
-            raise TypeError(f"{name} is now {RENAMED[name]}, one option for weights and long prompts")
-        return function(*args, **kwargs)
-
-    return checked
 
 
 def setting(default: Any, help: str, image: bool = False) -> Any:
@@ -255,11 +239,6 @@ class TextToImage:
         None, "layer of the text encoder to use, counted from its end: 1 is the last; None is the model's own"
     )
 
-    @refuse_renamed
-    def __new__(cls, *args: object, **kwargs: object) -> Self:
-        """Refuses the names that settings once had."""
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, Tensor):
             texts = (self.prompt,) if isinstance(self.prompt, str) else _texts("prompt", self.prompt)
@@ -307,8 +286,10 @@ class TextToImage:
                     options[name] = value
             elif name in SamplingParams.__dataclass_fields__ and name != "options":
                 shared[name] = value
-            elif (name in cls.__dataclass_fields__ and name != "params") or name in RENAMED:
+            elif name in cls.__dataclass_fields__ and name != "params":
                 own[name] = value
+            elif name in RENAMED:
+                raise TypeError(f"{name} is now {RENAMED[name]}, one option for weights and long prompts")
             else:
                 known = {f.name for f in (*fields(cls), *fields(SamplingParams))} - {"params", "options"}
                 raise TypeError(f"{cls.kind} has no setting {name!r}; it has {', '.join(sorted({*known, *OPTIONS}))}")

@@ -52,7 +52,7 @@ from .imaging.tensors import to_tensor
 from .models.text_encoder import TextEncoder, layer_of_clip_skip
 from .models.unet import UNet
 from .models.vae import VAE, Gaussian
-from .params import HighRes, ImageToImage, Inpaint, TextToImage, number, refuse_renamed
+from .params import HighRes, ImageToImage, Inpaint, TextToImage, number
 from .resources import resource
 from .run import Run, Sampling, image_to_image, inpaint, text_to_image
 from .runtime.cuda_graphs import Compiled, Recorded
@@ -259,7 +259,6 @@ class StableDiffusion(Hints):
 
     # ------------------------------------------------------------------------------------------------- the parts
 
-    @refuse_renamed
     def encode_prompt(
         self,
         prompts: str | Sequence[str],

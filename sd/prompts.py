@@ -51,9 +51,10 @@ def guides(
 
     def encode(texts: Sequence[str]) -> Tensor:
         kind = model.encode_weighted if request.web_ui_prompts else model.encode_prompt
-        parts = [[text] for text in texts] if params.exact else [texts]  # each alone, or together
-        contexts = [kind(part, clip_skip=request.clip_skip, note=note) for part in parts]
-        return torch.cat(model.same_length(*contexts, clip_skip=request.clip_skip))
+        if not params.exact:
+            return kind(texts, clip_skip=request.clip_skip, note=note)
+        each = [kind([text], clip_skip=request.clip_skip, note=note) for text in texts]
+        return torch.cat(model.same_length(*each, clip_skip=request.clip_skip))
 
     prompts, negatives = _context_or_texts(model, "prompt", request.prompt), request.negative
     negatives = _context_or_texts(model, "negative", [negatives] if isinstance(negatives, str) else negatives)

@@ -74,7 +74,7 @@ def test_lora(generate, files, tmp_path):
 def test_an_embedding_that_no_prompt_uses_is_said(generate):
     _, _, err, _ = generate("a cat", "--embedding", "toy.pt:<mine>")
     assert any("embedding toy added, but no prompt uses it: write <mine>" in line for line in err)
-    for used in (["a (<mine>:1.2)", "--weighted-prompts"], ["a cat", "--negative", "<MINE>"]):
+    for used in (["a (<mine>:1.2)", "--web-ui-prompts"], ["a cat", "--negative", "<MINE>"]):
         _, _, err, _ = generate(*used, "--embedding", "toy.pt:<mine>")
         assert not any("no prompt uses it" in line for line in err)
 
@@ -101,7 +101,7 @@ def test_weighted_and_long_prompts(generate, tmp_path):
     _, _, err, _ = generate(prompt)
     assert len(err) == 1 and "the last 5 are ignored" in err[0]
     status, _, err, text = generate(prompt, "--web-ui-prompts")
-    assert (status, err) == (0, []) and ", Web UI prompts: on, Pad conds: True, " in text
+    assert (status, err) == (0, []) and ", Emphasis: Original, Pad conds: True, " in text
     assert pixels(tmp_path, 3) != pixels(tmp_path, 4)
 
 
@@ -125,8 +125,9 @@ def test_loras_that_prompts_name(generate, files, tmp_path):
 def test_names_of_loras_are_looked_up_in_the_folder(tmp_path):
     def named(prompt: str, negative: str = "") -> list[tuple[str, float]]:
         request = TextToImage(prompt, negative=negative, web_ui_prompts=True)
-        loras = PromptLoras([request], tmp_path / "loras").of(request)
-        return [(lora.path.relative_to(tmp_path).as_posix(), lora.weight) for lora in loras]
+        loras = PromptLoras(tmp_path / "loras")
+        loras.look_up(request)
+        return [(lora.path.relative_to(tmp_path).as_posix(), lora.weight) for lora in loras.of(request)]
 
     for name in ("Ink.safetensors", "a/ink v2.pt", "a/b/Twice.ckpt", "twice.safetensors", "notes.txt", "../outside.pt"):
         (tmp_path / "loras" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +146,7 @@ def test_names_of_loras_are_looked_up_in_the_folder(tmp_path):
             named(f"<lora:{name}>")
         assert str(caught.value).isprintable()
     with pytest.raises(ValueError, match="no such folder"):
-        PromptLoras([TextToImage("<lora:x>", web_ui_prompts=True)], tmp_path / "gone")
+        PromptLoras(tmp_path / "gone").look_up(TextToImage("<lora:x>", web_ui_prompts=True))
 
 
 def test_earlier_names_of_the_option(generate, capsys):

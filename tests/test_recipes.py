@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from sd import read_request
 from sd.imaging.files import ImageFileError, save_png
-from sd.params import REQUESTS, Inpaint, SamplingParams, TextToImage, setting
+from sd.params import HighRes, Inpaint, SamplingParams, TextToImage
 from sd.recipes import describe, read_parameters, written
 from sd.recipes import fields as table
 from sd.recipes.comfyui import read_graph
@@ -159,7 +158,11 @@ VALUES = [
     ),
     ((', ControlNet 0: "Module: x, Model: y"', "Euler"), {}, "not reproduced: ControlNet 0"),
     ((", Face restoration: CodeFormer, Refiner: xl", "Euler"), {}, "not reproduced: Face restoration, Refiner"),
-    ((", Denoising strength: 0.4, Hires upscale: 2, Hires upscaler: Latent", "Euler"), {"width": 512}, "second pass"),
+    (
+        (", Denoising strength: 0.4, Hires upscale: 1, Hires steps: 3", "Euler"),
+        {"width": 512},
+        "second pass is left out",
+    ),
     ((", Steps: 9999", "Euler"), {"steps": None}, "9999 is not from 1 to 1000"),
     ((", CFG scale: 1e999", "Euler"), {"guidance": None}, "CFG scale is left out"),
     ((", CFG scale: nan", "Euler"), {"guidance": None}, "CFG scale is left out"),
@@ -208,22 +211,8 @@ def test_kinds_of_the_web_ui():
     assert plain.kind == "img2img" and plain.with_image(image).strength == 0.6
 
 
-@dataclass(frozen=True)
-class HighRes(TextToImage):
-    """A request with a second pass."""
-
-    kind: ClassVar[str] = "hires"
-    hires: float = setting(2.0, "")
-    hires_strength: float = setting(0.55, "")
-    hires_steps: int | None = setting(None, "")
-    hires_upscaler: str = setting("lanczos", "")
-
-
-def test_a_second_pass(monkeypatch):
+def test_a_second_pass():
     web = ", Denoising strength: 0.4, Hires upscale: 1.5, Hires steps: 9, Hires upscaler: Latent, Hires sampler: DDIM"
-    monkeypatch.delitem(REQUESTS, "hires", raising=False)
-    assert read(web).kind == "txt2img" and "second pass is not reproduced" in read(web).notes[0]
-    monkeypatch.setitem(REQUESTS, "hires", HighRes)
     recipe, request = read(web), read(web).request
     assert (
         isinstance(request, HighRes) and recipe.kind == "hires" and (request.params.width, request.hires) == (512, 1.5)
@@ -239,7 +228,7 @@ def test_a_second_pass(monkeypatch):
     assert (old.request.params.width, old.request.hires) == (512, 2.0)
     pairs = describe(request, replace(request.params, spacing="karras"), (512, 768)) | {"Version": "sd 1"}
     assert read_parameters(written("a cat", "", pairs)).request == replace(
-        request, params=replace(request.params, spacing="karras"), web_ui_prompts=False
+        request, params=replace(request.params, spacing="karras")
     )
 
 

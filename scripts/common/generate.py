@@ -157,7 +157,7 @@ class Metadata:
             **({"Prediction": self.model.config.schedule.prediction} if chosen else {}),
             **({"VAE": model_name(args.vae)} if args.vae else {}),
             **({"Text encoder": model_name(args.text_encoder)} if args.text_encoder else {}),
-            **self.addons.about(self.model, run.request),
+            **self.addons.about(self.model, run.request if guided else replace(run.request, negative="")),
             "Precision": dtype_name(self.model.dtype),
             "Version": f"sd {sd.__version__}",
         }

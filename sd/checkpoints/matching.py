@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 
 from ..config import Config
 from .key_maps import Source
@@ -67,20 +68,27 @@ def table_faults(found: Shapes, table: Mapping[str, Source], expected: Shapes) -
 def copies(others: Collection[str], config: Config) -> dict[Layout, list[str]]:
     """The keys among `others`, which are not used, that name weights of the config's networks in any layout."""
     left, copied = set(others), {}
-    expected = expected_shapes(config)
     for network in (*NETWORKS, AVERAGE):
         for name, _, prefixes in LAYOUTS[network]:
             for prefix in sorted(prefixes, key=len, reverse=True):
                 if not any(key.startswith(prefix) for key in left):
                     continue
                 layout = Layout(network, name, prefix)
-                keys = {source.key for source in layout.sources(config, expected[network]).values()}
-                for other in layout.other_names(config):
-                    keys |= {source.key for key in expected[network] if (source := other(key)) is not None}
+                keys = _all_keys(layout, config)
                 if here := [key for key in others if key in left & keys]:
                     copied[layout] = here
                     left -= keys
     return copied
+
+
+@lru_cache(maxsize=256)
+def _all_keys(layout: Layout, config: Config) -> frozenset[str]:
+    """The keys that weights of a network may have in a layout."""
+    expected = expected_shapes(config)[layout.network]
+    keys = {source.key for source in layout.sources(config, expected).values()}
+    for other in layout.other_names(config):
+        keys |= {source.key for key in expected if (source := other(key)) is not None}
+    return frozenset(keys)
 
 
 def describe_copies(

@@ -143,7 +143,10 @@ def refuse_part(network: str, found: Shapes) -> None:
 
 
 def _refuse(found: Shapes, table: Sequence[Other]) -> None:
+    keys = "\n".join(found)
     for other in table:
+        if not re.search(other.key, keys, re.MULTILINE):  # all at once, which is fast
+            continue
         search, fits = re.compile(other.key).search, re.compile(other.shape or ".*").fullmatch
         if any(search(key) and fits("x".join(map(str, shape))) for key, shape in found.items()):
             raise CheckpointError(other.what)

@@ -176,7 +176,7 @@ def _other_tables(folder: Path, whole: Mapping[str, Any]) -> Iterator[str]:
 def _is_vocab(table: object) -> bool:
     if not isinstance(table, Mapping):
         return False
-    tokens = sorted(table, key=lambda token: table[token])[:FIRST]
+    tokens = sorted(table, key=table.__getitem__)[:FIRST]
     ids = [table[token] for token in tokens]
     return ids == list(range(FIRST)) and zlib.crc32("\n".join(tokens).encode()) == VOCAB_CRC32
 

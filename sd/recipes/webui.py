@@ -226,11 +226,6 @@ def _mask(draft: Draft, pairs: Mapping[str, str], ours: bool) -> set[str]:
 def _hires(draft: Draft, pairs: Mapping[str, str]) -> set[str]:
     """The second pass: enlarged, then image to image; returns the keys used."""
     used = {name for name in pairs if name.startswith("hires ")} | {"denoising strength", "second pass"}
-    parts = [f"{name}: {shown(pairs[name], 40)}" for name in pairs if name in used]
-    if "hires" not in REQUESTS:
-        draft.kind = "txt2img"
-        draft.note(f"the second pass is not reproduced ({listed(parts)})")
-        return used
     whole, first = pairs.get("hires resize", ""), (draft.settings.get("width"), draft.settings.get("height"))
     if pairs.get("first pass size", "0x0") != "0x0":
         whole = pairs.get("size", "")
