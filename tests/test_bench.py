@@ -152,6 +152,7 @@ def test_every_peer(tmp_path, peer, parts):
     assert len(record["figures"]) == len(parts) + ("unet" in parts)
 
 
+@pytest.mark.exhaustive
 def test_arithmetic_of_stable_diffusion():
     """Counted without memory; the U-Net's published 0.80 TFLOP a picture, twice for guidance."""
     unet, vae = (flop(usual_case(part, SD1), SD1) for part in ("unet", "vae"))

@@ -374,6 +374,7 @@ def test_compiled_is_one_graph(monkeypatch):
     assert options == [{"dynamic": False, "mode": None}]
 
 
+@pytest.mark.exhaustive
 def test_a_copy_compiles_its_own_network(unet, monkeypatch):
     plain = torch.compile
     monkeypatch.setattr(torch, "compile", lambda network, **_: plain(network, backend="eager"))

@@ -30,7 +30,13 @@ def code(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+LONG = ("4-unet", "5-samplers", "8-editing")  # their code takes seconds
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=pytest.mark.exhaustive if path.stem in LONG else ()) for path in CHAPTERS],
+)
 def test_code_of_a_chapter_runs(path, tmp_path, monkeypatch, capsys):
     """From top to bottom, in one go, as a reader pastes it; the asserts in it hold, and the model knows its words."""
     (tmp_path / "weights").mkdir()

@@ -60,6 +60,7 @@ def run_program(*arguments: object) -> tuple[str, float]:
     return done.stdout, end.children_user + end.children_system - start.children_user - start.children_system
 
 
+@pytest.mark.exhaustive
 def test_a_large_file_within_a_second(tmp_path):
     """4.3 GB; the whole program, as a user calls it, beyond the time to import torch."""
     path = sparse_file(tmp_path / "v1-5.safetensors", "sd-v1")

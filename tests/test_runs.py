@@ -230,7 +230,9 @@ def test_no_negative_is_the_empty_one():
     assert TextToImage("a", negative=None) == TextToImage("a") == TextToImage.of("a", None)
 
 
-@pytest.mark.parametrize("kind", ["txt2img", "img2img", "inpaint"])
+@pytest.mark.parametrize(
+    "kind", ["txt2img", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("img2img", "inpaint"))]
+)
 def test_each_prompt_has_its_negative(kind, tiny_sd):
     """As lists or as contexts, with n images of each prompt; the image of a prompt alone with its negative."""
     given = {"txt2img": (), "img2img": (PHOTO,), "inpaint": (PHOTO, MASK)}[kind]

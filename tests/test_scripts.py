@@ -125,6 +125,7 @@ def test_batches_give_the_same_images_and_numbers_go_on(generate, tmp_path):
     assert pixels("out/00007-grid.png").shape == (128, 128, 3)
 
 
+@pytest.mark.exhaustive
 def test_settings_of_the_noise_reach_the_images(generate, tmp_path):
     """Each changes the image; in parts and in one batch, the seeds go on in the same way."""
     given = ("a", "--seed", "5", "--dtype", "float32", "--sampler", "euler_a")

@@ -185,7 +185,8 @@ def test_a_state_between_two_lines_of_the_log_keeps_their_mean(new, photos, star
     assert [line["loss"] for line in whole] == [line["loss"] for line in parts]
 
 
-@pytest.mark.parametrize("name", ["train", pytest.param("train_vae", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["train", "train_vae"])
 def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(name, new, photos, start, tmp_path):
     """After one step AdamW's first moment is (1 - beta1) times the gradient."""
     options = ["--data", photos, "--steps", 1, "--optimizer", "adamw"]
@@ -664,7 +665,8 @@ def test_a_gradient_of_nan_is_never_saved(new, photos, start, tmp_path, monkeypa
     assert kept == {name: (tmp_path / name).read_bytes() for name in kept}
 
 
-@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.exhaustive), "muon"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_float16_leaves_out_a_step_that_overflows(optimizer, new, photos, start, tmp_path, monkeypatch):
     """Only the first layer's gradient overflows, which AdamW trains: Muon's weights must not move either."""
     options = ["--data", photos, *new, "--samples", 0, "--precision", "float16", "--optimizer", optimizer]

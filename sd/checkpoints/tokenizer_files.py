@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -161,16 +162,21 @@ def _other_tables(folder: Path, whole: Mapping[str, Any]) -> Iterator[str]:
         if table is None and not path.is_file():
             continue
         try:
-            raw = path.read_bytes() if path.is_file() and path.stat().st_size <= MAX_TOKENIZER else b""
-            if name == "vocab.json":
-                same = _is_vocab(json.loads(raw) if path.is_file() else table)
+            if path.is_file():
+                same = path.stat().st_size <= MAX_TOKENIZER and _is_table(name, path.read_bytes())
             else:
-                same = _are_merges(raw.splitlines() if path.is_file() else table)
+                same = _is_vocab(table) if name == "vocab.json" else _are_merges(table)
         except (OSError, ValueError, RecursionError, TypeError):
             same = False
         if not same:
             where = name if path.is_file() else "tokenizer.json"
             yield f"its {where} is not CLIP's, and is not used: prompts are read with CLIP's {MERGES:,} merges"
+
+
+@lru_cache(maxsize=4)  # the same in all models
+def _is_table(name: str, raw: bytes) -> bool:
+    """Whether this is CLIP's vocab.json or merges.txt."""
+    return _is_vocab(json.loads(raw)) if name == "vocab.json" else _are_merges(raw.splitlines())
 
 
 def _is_vocab(table: object) -> bool:
