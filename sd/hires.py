@@ -100,8 +100,8 @@ def second_pass(request: HighRes, params: ResolvedParams, most: int) -> tuple[Re
     grid = int(request.hires_steps / strength)  # rounded down, as in the web UI
     if grid > most:
         raise ValueError(
-            f"{request.hires_steps} steps at hires_strength {strength:g} are the last ones of {grid}, but there are at "
-            f"most {most}: use fewer, or more strength"
+            f"hires_steps {request.hires_steps} at hires_strength {strength:g} need a grid of {grid} steps, and there "
+            f"are at most {most}: use fewer steps, or more strength"
         )
     return replace(params, steps=grid), request.hires_steps / grid
 

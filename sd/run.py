@@ -126,10 +126,10 @@ class Run(Iterator[Step]):
         if params.rng == "comfy" and self.source.images > 1:
             note(
                 f"with rng comfy, the {self.source.images} images of this batch share the generator of seed "
-                f"{params.seed}: each of them comes again only with the whole batch"
+                f"{params.seed}: to reproduce one, generate the whole batch again"
             )
         if params.rng != "torch-cpu" and params.sampler in BROWNIAN:
-            note(f"{sampler.label}: other programs draw its step noise in another way, so only the start is the same")
+            note(f"{sampler.label}: other programs draw its step noise differently, so only the initial noise matches")
 
     def begin(self, start: Start) -> Run:
         """Set the initial state; returns the run itself."""
@@ -319,10 +319,10 @@ def check_tileable(run: Run, inside: Box | None, width: int, height: int) -> Non
     inside   this part of the width x height generated; None for the region around a mask
     """
     if run.params.tileable and inside is None:
-        raise ValueError("tileable needs the whole image, not only the region around the mask: leave the margin out")
+        raise ValueError("tileable cannot be combined with margin (--only-masked): leave the margin out")
     if run.params.tileable and inside != Box(0, 0, width, height):
         raise ValueError(
-            f"tileable: the image would be padded to {width}x{height}, so the edges of the result would not meet: use "
+            f"tileable: the image would be padded to {width}x{height}, and its edges would not match: use "
             f"one whose sides are multiples of {run.model.config.vae.factor}"
         )
 

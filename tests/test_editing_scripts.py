@@ -273,7 +273,7 @@ def test_a_folder_of_images(edit, tmp_path):
     assert status == 1 and files == ["00001-grid.png", "a-2.png", "a.png", "b-2.png", "b.png", "c-2.png", "c.png"]
     assert [line.split()[-1] for line in out[1:-1]] == ["7", "8", "9", "10", "11", "12"]
     assert [line.split(":")[0] for line in err] == ["warning", "error"] and "broken.png" in err[0]
-    assert err[1].startswith("error: 1 of 4 images were skipped, first ") and "broken.png" in err[1]
+    assert err[1].startswith("error: 1 of 4 images were skipped; the first: ") and "broken.png" in err[1]
     (photos / "broken.png").unlink()
     assert edit(img2img, "a", photos, "--strength", "0.5")[0] == 0
     assert made(tmp_path, "a-3.png").size == (64, 64)  # no file is replaced

@@ -123,7 +123,7 @@ def test_unknown_settings_are_said(tmp_path):
     edit(folder / "unet/config.json", new_attention="linear", off=False, nothing=None)
     edit(folder / "scheduler/scheduler_config.json", thresholding=True)
     model = StableDiffusion.load(folder, device="cpu", dtype="float32")
-    said = ("unet/config.json has new_attention 'linear', which is not known here and ignored",
+    said = ("unet/config.json has new_attention 'linear', which is unknown and ignored",
             "scheduler/scheduler_config.json asks for thresholding, which no sampler here has: ignored")  # fmt: skip
     assert model.about[-2:] == said
     with load_checkpoint(folder) as checkpoint:

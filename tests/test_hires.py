@@ -156,7 +156,7 @@ def test_what_is_refused(settings, words):
 
 
 def test_what_no_schedule_has_is_refused_before_the_first_step(tiny_sd):
-    with pytest.raises(ValueError, match=r"are the last ones of 1800, but there are at most 1000"):
+    with pytest.raises(ValueError, match=r"need a grid of 1800 steps, and there are at most 1000"):
         tiny_sd.prepare(HighRes("a", params(), hires_steps=90, hires_strength=0.05))
     with pytest.raises(ValueError, match="must be at most 16384"):
         tiny_sd.prepare(HighRes("a", params(width=8200)))

@@ -220,8 +220,8 @@ def test_of_two_copies_the_complete_one_is_taken(tmp_path, prefix, copy, name, c
     assert all(torch.equal(tensor, expected[key]) for key, tensor in to_own(states).items())
     network = {"text encoder": "text_encoder", "U-Net": "unet"}.get(name, name)
     place = f"behind {copy!r}" if copy else "without a prefix"
-    said = f"{name}: in the file twice; the one behind {prefix!r} is used, {count} weights (of {count}) {place} are not"
-    assert states[network].notes == (said,)
+    said = f"{name}: found twice in the file; the one behind {prefix!r} is used, "
+    assert states[network].notes == (f"{said}{count} weights (of {count}) {place} are not",)
     # of an incomplete original, the copy is taken
     dropped = [key for key in state if key.startswith(prefix)][3::7]
     partial = {key: tensor for key, tensor in both.items() if key not in dropped}
@@ -231,7 +231,7 @@ def test_of_two_copies_the_complete_one_is_taken(tmp_path, prefix, copy, name, c
     # of two incomplete ones, none
     neither = {key: tensor for key, tensor in partial.items() if key != copy + dropped[0].removeprefix(prefix)}
     del neither[[key for key in neither if key.startswith(copy) and (copy or "decoder." in key[:8])][5]]
-    with pytest.raises(CheckpointError, match=rf"missing from the file: .* of a second {name} .*, not complete either"):
+    with pytest.raises(CheckpointError, match=rf"missing from the file: .* of a second {name} .*, also incomplete"):
         convert(neither, TINY)
 
 

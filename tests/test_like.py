@@ -183,7 +183,7 @@ def test_a_recipe_of_another_program(run, tmp_path):
         "not reproduced: ADetailer",
         "another model, other (0123456789), than tiny.safetensors",
         "LoRA ink, weight 0.5",
-        "made by img2img, so txt2img makes another image",
+        "made by img2img, and txt2img will give a different image",
     ):
         assert words in err
     text = Image.open(made).text["parameters"]
@@ -193,7 +193,7 @@ def test_a_recipe_of_another_program(run, tmp_path):
 def test_another_initial_image_is_said(run, files, tmp_path):
     _, _, _, (made,) = run(img2img, "a cat", "photo.png", *BASE)
     _, _, err, _ = run(img2img, "mask.png", "--like", made)
-    assert "the initial image is another file than that of 00001.png" in err
+    assert "the initial image is not the same file as that of 00001.png" in err
     assert "made by img2img" not in err
     status, _, err, made = run(img2img, "--like", tmp_path / "none.png", "photo.png")
     assert status == 1 and made == [] and "none.png: no such file" in err

@@ -109,7 +109,7 @@ def test_clip_skip_counts_the_published_layers():
     (own,) = SD2.text
     assert [layer_of_clip_skip(own, n, notes.append) for n in (2, 3, 24)] == [-1, -2, -23] and not notes
     assert layer_of_clip_skip(own, 1, notes.append) == -1
-    assert notes == ["clip skip 1 has no effect: this model does not have the layer, and is made for 2"]
+    assert notes == ["clip skip 1 has no effect: this model lacks that layer and uses clip skip 2"]
     whole = replace(own, layers=24, hidden_layer=-2)
     assert [layer_of_clip_skip(whole, n, pytest.fail) for n in (1, 2, 24)] == [-1, -2, -24]
     assert [layer_of_clip_skip(SD1.text[0], n, pytest.fail) for n in (1, 2, 12)] == [-1, -2, -12]

@@ -146,7 +146,7 @@ def test_a_word_has_its_row_of_the_table(folder):
     add_words(folder, "added_tokens_decoder", [token(CAT), token(CAT_1)])
     table = enlarge(folder, 2)
     model = StableDiffusion.load(folder, device="cpu", dtype="float32")
-    assert "words of its own in prompts: <cat-toy> <cat-toy>_1" in model.about
+    assert "extra words for prompts: <cat-toy> <cat-toy>_1" in model.about
     text, ids = "a <cat-toy>_1, <CAT-TOY>", [49406, 320, 49409, 267, 49408, *[49407] * 72]
     assert model.tokenizer(text)[0].tolist() == ids
     plain = copy.deepcopy(model.text_encoder)
@@ -177,7 +177,7 @@ def test_words_without_rows_and_rows_without_words(folder):
     enlarge(folder, 1)
     model = StableDiffusion.load(folder, device="cpu")
     assert model.about[-2:] == (
-        "words of its own in prompts: <cat-toy>",
+        "extra words for prompts: <cat-toy>",
         "words of its tokenizer that have no vector, and are read as plain text: <two> <three>",
     )
     assert model.tokenizer.encode("<two>") == Tokenizer().encode("<two>")
@@ -237,7 +237,7 @@ def test_words_survive_conversion(layout, folder, tmp_path, capsys):
     enlarge(folder, 3)
     out = tmp_path / ("out" if layout == "diffusers" else "out.safetensors")
     assert main([str(folder), str(out), "--layout", layout]) == 0
-    assert "words of its own in prompts: <cat-toy> My Word zzstyle" in capsys.readouterr().out
+    assert "extra words for prompts: <cat-toy> My Word zzstyle" in capsys.readouterr().out
     before, after = (StableDiffusion.load(path, device="cpu", dtype="float32") for path in (folder, out))
     assert before.config.text == after.config.text and len(after.tokenizer.added) == 3
     assert before.encode_prompt(TEXTS).equal(after.encode_prompt(TEXTS))

@@ -34,7 +34,7 @@ def add_addon_arguments(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--lora-dir", type=file_path, metavar="DIR",
-        help="folder of the LoRA files that prompts name, <lora:name:0.8>; needs --web-ui-prompts",
+        help="folder of the LoRA files that prompts name (<lora:name:0.8>, with --web-ui-prompts) or --like needs",
     )  # fmt: skip
     group.add_argument(
         "--embedding", "--textual-inversion", type=home, action="append", default=[], metavar="FILE[:WORD]",
@@ -99,7 +99,9 @@ class AddOns:
 
     def __init__(self, args: argparse.Namespace, requests: Sequence[TextToImage], of_prompts: PromptLoras) -> None:
         if args.lora_dir is not None and args.like is None and not any(r.web_ui_prompts for r in requests):
-            raise ValueError("--lora-dir needs --web-ui-prompts, with which prompts name LoRA files, or --like")
+            raise ValueError(
+                "--lora-dir has no effect here: add --web-ui-prompts, with which prompts name LoRA files, or --like"
+            )
         self._texts = [text for request in requests for text in _texts(request)]
         named = [split_name(text) for text in args.lora]
         self._loras = [split_lora(file) for _, file in named]

@@ -215,7 +215,7 @@ def _generate(args: argparse.Namespace, plan: Plan, addons: AddOns, output: Outp
     spacings = {request.params.resolved(model.config).spacing for request in plan.requests}
     if model.config.schedule.to_noise and spacings - {"trailing", "linspace"}:
         warnings.warn(
-            "this model is trained to start from pure noise (zero terminal SNR), and this grid does not: "
+            "this model starts from pure noise (zero terminal SNR), which this spacing does not give: "
             "--spacing trailing does; --guidance-rescale 0.7 takes back the contrast that guidance adds",
             stacklevel=1,
         )
@@ -239,7 +239,7 @@ def _generate(args: argparse.Namespace, plan: Plan, addons: AddOns, output: Outp
     if args.grid:
         print(output.save(grid(work.kept, args.columns), kind="-grid"), flush=True)
     if plan.skipped:
-        raise ValueError(f"{len(plan.skipped)} of {plan.total} images were skipped, first {plan.skipped[0]}")
+        raise ValueError(f"{len(plan.skipped)} of {plan.total} images were skipped; the first: {plan.skipped[0]}")
 
 
 def opened(openers: Sequence[Opener], skipped: list[str]) -> Iterator[Source]:
@@ -255,7 +255,7 @@ def opened(openers: Sequence[Opener], skipped: list[str]) -> Iterator[Source]:
             continue
         yield source
     if len(skipped) == len(openers):
-        raise ValueError(f"none of the {len(openers)} images can be used, first {skipped[0]}")
+        raise ValueError(f"none of the {len(openers)} images can be used; the first: {skipped[0]}")
 
 
 def _complete(make: Make, args: argparse.Namespace) -> Make:
@@ -320,7 +320,7 @@ class Work:
                 try:
                     print(self.output.save_steps(frames, path, args.animation), flush=True)
                 except OSError as error:  # the other images of the batch are not lost for it
-                    warnings.warn(f"the steps are not saved: {describe(error)}", stacklevel=1)
+                    warnings.warn(f"the images of the steps are not saved: {describe(error)}", stacklevel=1)
         self.done += len(result.images)
         self.kept += result.images if args.grid else []
         return result.images

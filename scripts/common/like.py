@@ -191,9 +191,9 @@ def _notes(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage]) ->
     """What the recipe says that the arguments do not."""
     notes = [f"{args.like.name}: {note}" for note in recipe.notes]
     if recipe.kind == "hires" and not hasattr(args, "hires"):
-        notes.append(f"{args.like.name}: made in two passes, the second of which is not repeated")
+        notes.append(f"{args.like.name}: made in two passes, of which only the first is repeated")
     if recipe.kind in ("img2img", "inpaint") and recipe.kind != kind.kind:
-        notes.append(f"{args.like.name}: made by {recipe.kind}, so {kind.kind} makes another image")
+        notes.append(f"{args.like.name}: made by {recipe.kind}, and {kind.kind} will give a different image")
     files = {name: path for name, path, _ in map(_given, args.lora)}
     for lora in recipe.loras:
         if lora.name not in files:
@@ -201,7 +201,7 @@ def _notes(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage]) ->
         elif "lora" in args.named or lora.digest:
             path = files[lora.name]
             if lora.digest and path.is_file() and not _same(lora_digest(path), lora.digest):
-                notes.append(f"LoRA {lora.name}: {path.name} is another file than the recipe's ({lora.digest})")
+                notes.append(f"LoRA {lora.name}: {path.name} is not the same file as the recipe's ({lora.digest})")
     words = {(word or file_name(path.name)).lower() for path, word in map(split_embedding, args.embedding)}
     for embedding in recipe.embeddings:
         if embedding.name.lower() not in words:
@@ -240,7 +240,7 @@ def compare(args: argparse.Namespace, more: Mapping[str, object]) -> None:
     for key, what in (("Init image hash", "initial image"), ("Mask hash", "mask")):
         theirs = args.recipe.info.get(key)
         if theirs is not None and key in more and more[key] != theirs:
-            warnings.warn(f"the {what} is another file than that of {args.like.name}", stacklevel=1)
+            warnings.warn(f"the {what} is not the same file as that of {args.like.name}", stacklevel=1)
 
 
 def compare_model(args: argparse.Namespace, path: Path, digest: ModelHash | None) -> None:
@@ -257,7 +257,9 @@ def compare_model(args: argparse.Namespace, path: Path, digest: ModelHash | None
         return
     ours = _old_hash(path) if len(model.digest) == OLD_HASH else (digest or ModelHash(path)).digits()
     if ours is None:
-        warnings.warn(f"{name} was made with {described}: whether {path.name} is the same is not known", stacklevel=1)
+        warnings.warn(
+            f"{name} was made with {described}: cannot tell whether {path.name} is the same model", stacklevel=1
+        )
     elif not _same(ours, model.digest):
         which = "the embedded model" if args.ckpt is None else path.name
         warnings.warn(

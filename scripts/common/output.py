@@ -77,7 +77,7 @@ class Output:
             limit = longest_name(self.folder)
             if (size := len(os.fsencode(path.name))) > limit:
                 raise ValueError(
-                    f"--out: a name of {size} bytes, and this file system allows {limit}: choose a shorter"
+                    f"--out: the file name has {size} bytes, but this file system allows {limit}: choose a shorter"
                 )
             if os.path.lexists(path):
                 raise exists(path)

@@ -85,7 +85,7 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[Line]:
         raise ValueError("give a prompt or --from-file, not both")
     if file is None:
         if prompt is None:
-            raise ValueError("give either a prompt or --from-file")
+            raise ValueError("give a prompt, --from-file or --like")
         return [Line(prompt)]
     if str(file) == "-":
         if sys.stdin is None:

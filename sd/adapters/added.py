@@ -62,7 +62,7 @@ class Adapters:
             raise
         if removable:
             self._words_of |= words
-        notes += [f"the LoRA {name} changes nothing: its weight is 0, or its numbers are" for name in idle]
+        notes += [f"the LoRA {name} changes nothing: its weight is 0, or all its values are 0" for name in idle]
         for text in notes:
             note(text)
         return [lora.name for lora in loras]

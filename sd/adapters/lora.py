@@ -183,8 +183,9 @@ class Merged:
 
 def _changed(target: Target, how: str) -> str:
     return (
-        f"{'.'.join(target)} was changed after a LoRA was merged into it ({how}), so the previous weight is of no use: "
-        "load the model again, or keep the weights as they are with forget_loras(); remove LoRAs before such a change"
+        f"{'.'.join(target)} was changed after a LoRA was merged into it ({how}), so the previous weight no longer "
+        "fits: load the model again, or keep the weights as they are with forget_loras(); remove LoRAs before such "
+        "a change"
     )
 
 

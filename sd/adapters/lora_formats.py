@@ -220,7 +220,7 @@ class _Contents:
             except Misfit as misfit:
                 wrong.append(str(misfit))
         if wrong:
-            what = f"{len(wrong)} of {len(used)} layers of the wrong shape"
+            what = f"{len(wrong)} of {len(used)} layers have the wrong shape"
             raise CheckpointError(f"made for another model: {what}: {listed(wrong, '; ', LISTED)}")
 
     def _read_words(self) -> Iterator[tuple[str, Tensor]]:
@@ -261,7 +261,7 @@ class _Contents:
             raise CheckpointError(
                 f"not a LoRA ({some}): a checkpoint is given with --ckpt, an embedding with --embedding"
             )
-        raise CheckpointError(f"{len(unknown)} of {len(self._file)} keys have no place in this model: {some}")
+        raise CheckpointError(f"{len(unknown)} of {len(self._file)} keys match no layer of this model: {some}")
 
 
 def _unrun_layers(config: Config, layers: Sequence[Layer]) -> LayerNames:

@@ -132,7 +132,11 @@ class LayerParts(NamedTuple):
                 inputs = narrow
                 made = kind.shape(shapes, self._narrowed(narrow))
             if made is None or not fits(made, self.weight if inputs is None else self._narrowed(inputs)):
-                what = f"is for {shape_text(made)}" if made else "does not fit together or to the weight"
+                what = (
+                    f"is for {shape_text(made)}"
+                    if made
+                    else "has parts whose shapes match neither each other nor the weight"
+                )
                 raise Misfit(f"{self._name()} {what}, the model's is {shape_text(self.weight)}")
             scale = self._scale(kind, shapes, alpha)
             tensors = {part: self._tensor(part) for part in self._of(kind)}

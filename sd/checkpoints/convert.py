@@ -180,7 +180,7 @@ def _check_complete(
     if not faulty:
         return
     twice = "".join(
-        f"; it has {_count(keys)} of a second {NAMES[layout.network]} {where(layout)}, not complete either"
+        f"; it has {_count(keys)} of a second {NAMES[layout.network]} {where(layout)}, also incomplete"
         for layout, keys in copies(left, config).items()
         if layout.network in faulty and layout.prefix != layouts[layout.network].prefix
     )

@@ -8,7 +8,7 @@ A single NaN makes every image black, after all steps; in conversion it would be
 ...     check.finish()
 ... except CheckpointError as error:
 ...     print(error)
-1 weight with NaN or infinite numbers: a.weight (2 of 3); the file is broken, by its training, merging or download
+1 weight with NaN or infinite numbers: a.weight (2 of 3); the file is damaged: download it again, or use another one
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class FiniteCheck:
         """Raise CheckpointError for what was found."""
         if self._broken:
             what = f"{_count(self._broken)} with NaN or infinite numbers: {listed(list(self._broken.values()))}"
-            raise CheckpointError(f"{what}; the file is broken, by its training, merging or download")
+            raise CheckpointError(f"{what}; the file is damaged: download it again, or use another one")
         if self._large:
             kind = str(self._dtype).removeprefix("torch.")
-            what = f"{_count(self._large)} with numbers beyond {kind}: {listed(list(self._large.values()))}"
+            what = f"{_count(self._large)} with values too large for {kind}: {listed(list(self._large.values()))}"
             raise CheckpointError(f"{what}; use {'float32' if kind == 'bfloat16' else 'bfloat16 or float32'} (--dtype)")
 
 

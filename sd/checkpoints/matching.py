@@ -109,8 +109,8 @@ def describe_copies(
             )
         else:
             lines.append(
-                f"{NAMES[taken.network]}: in the file twice; the one {where(taken)} is used, {count} (of {total}) "
-                f"{where(layout)} {'are' if len(keys) > 1 else 'is'} not"
+                f"{NAMES[taken.network]}: found twice in the file; the one {where(taken)} is used, {count} "
+                f"(of {total}) {where(layout)} {'are' if len(keys) > 1 else 'is'} not"
             )
     return lines
 

@@ -45,7 +45,7 @@ PURPOSES: Names = (
      "a LoRA, not a checkpoint; give the file of its weights with --lora"),
     (("learned_embeds*",), "a textual inversion embedding, not a checkpoint; give its file with --embedding"),
     (("*.distcp", "*_optim_states.pt", "*_model_states.pt"),
-     "a checkpoint in pieces, of training on many devices; join it with the trainer's own program first"),
+     "a sharded training checkpoint; merge it with the tool of its trainer first"),
     (("optimizer.*", "*.optim", "random_states_*.pkl", "rng_state*", "scaler.pt", "training_args.bin"),
      "the state of a training run, not a model; give the model that it wrote"),
     (("merges.txt", "vocab.json", "tokenizer.json"), f"a tokenizer, not a model; {WHOLE}"),

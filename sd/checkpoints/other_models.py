@@ -81,9 +81,11 @@ OTHERS: tuple[Other, ...] = (
     Other(r"\bfuser\.(alpha_attn|linear)|\bposition_net\.", f"this is a GLIGEN model, {NOT_SUPPORTED}"),
     Other(r"^cond_stage_model\.transformer\.token_emb", f"this is LDM text2img-large, {NOT_SUPPORTED}"),
     Other(r"^cond_stage_model\.roberta\.|\.roberta\.encoder", f"this is AltDiffusion, {NOT_SUPPORTED}"),
-    Other(r"^effnet\.|^prior\.|^generator\.down_blocks|\bclip_txt_mapper\.", f"this is a cascade, {NOT_SUPPORTED}"),
+    Other(r"^effnet\.|^prior\.|^generator\.down_blocks|\bclip_txt_mapper\.",
+          f"this is Stable Cascade, {NOT_SUPPORTED}"),
     Other(r"\btime_embedding\.cond_proj\.|\btime_embed\.cond_proj\.", GUIDANCE),
-    Other(r"\bstylegan_decoder\.|\bft_layers\.\d+\.", "this restores faces (GFPGAN, CodeFormer), not a checkpoint"),
+    Other(r"\bstylegan_decoder\.|\bft_layers\.\d+\.",
+          "this is a network that restores faces (GFPGAN, CodeFormer), not a checkpoint"),
     Other(r"^conv_first\.|^params_ema\.|^model\.0\.weight$", "this is an image upscaler (ESRGAN), not a checkpoint"),
 )  # fmt: skip
 

@@ -148,7 +148,7 @@ def ignored_settings(configs: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         raw, free = configs.get(part, {}), FREE[part].split()
         for key, value in raw.items():
             if value and key not in known and key not in free and not key.startswith("_"):
-                yield f"{file_of(part)} has {key} {value!r:.100}, which is not known here and ignored"
+                yield f"{file_of(part)} has {key} {value!r:.100}, which is unknown and ignored"
     for key in SAMPLING:
         if configs.get("scheduler", {}).get(key):
             yield f"{FILES['scheduler']} asks for {key}, which no sampler here has: ignored"

@@ -79,7 +79,7 @@ def describe_words(text: TextConfig) -> list[str]:
     usable, lines = usable_words(text), []
     if usable:
         named = " ".join(word.text for word in usable[:NAMED]) + (" ..." if len(usable) > NAMED else "")
-        lines.append(f"words of its own in prompts: {named}" + (f" ({len(usable)})" if len(usable) > NAMED else ""))
+        lines.append(f"extra words for prompts: {named}" + (f" ({len(usable)})" if len(usable) > NAMED else ""))
     if without := [word.text for word in text.words if word.id >= text.vocab]:
         lines.append(
             f"words of its tokenizer that have no vector, and are read as plain text: {' '.join(without[:NAMED])}"

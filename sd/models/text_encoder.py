@@ -77,7 +77,7 @@ def layer_of_clip_skip(config: TextConfig, clip_skip: int, note: Callable[[str],
     layer = config.published_layers - config.layers - clip_skip
     if layer >= 0:
         own = config.published_layers - config.layers - config.hidden_layer
-        note(f"clip skip {clip_skip} has no effect: this model does not have the layer, and is made for {own}")
+        note(f"clip skip {clip_skip} has no effect: this model lacks that layer and uses clip skip {own}")
         return config.hidden_layer
     return layer
 

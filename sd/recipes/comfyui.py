@@ -156,7 +156,7 @@ class Graph:
         if left:
             draft.note(f"not reproduced: the nodes {listed(left)}")
         if any(re.search(r"[(\[]", text) for text in texts):
-            draft.note("ComfyUI weighs words of a prompt in another way, and [ ] are text there: the image will differ")
+            draft.note("ComfyUI weights words differently, and [ ] are text there: the image will differ")
         return draft.recipe(*texts)
 
     def _sampling(self, draft: Draft, node: Node) -> None:

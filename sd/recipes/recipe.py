@@ -218,7 +218,7 @@ class Draft:
         if self.kind == "hires" and "hires" not in self.settings:
             self.kind = "txt2img"
             self.settings = {name: value for name, value in self.settings.items() if not name.startswith("hires_")}
-            self.note("the second pass is left out: by how much it enlarges is missing")
+            self.note("the second pass is left out: its scale factor is missing")
         cls = REQUESTS.get(self.kind, TextToImage)
         if any(f.metadata.get("image") for f in fields(cls)):  # what comes from an image needs it: see `with_image`
             cls = TextToImage

@@ -191,7 +191,7 @@ def _prompt_syntax(draft: Draft, pairs: Mapping[str, str], prompts: str, ours: b
     if emphasis not in ("", "original", "none"):
         draft.note(f"emphasis {shown(pairs['emphasis'])} is not available: weights rescale the mean as by default")
     if draft.program.lower().startswith("comfyui") and re.search(r"[(\[]", prompts):
-        draft.note("ComfyUI weighs words of a prompt in another way: the image will differ")
+        draft.note("ComfyUI weights words differently: the image will differ")
 
 
 def _size(draft: Draft, pairs: Mapping[str, str], ours: bool) -> None:

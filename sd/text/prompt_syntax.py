@@ -114,8 +114,8 @@ def single_text(prompt: str, note: Note = warn) -> str:
     (first, weight), *more = map(_trailing_weight, AND.split(text))
     if more or weight != 1 or changes(first):
         raise ValueError(
-            "a prompt with AND, [a:b:0.5], [a|b] or a weight at its end has no single context: give the text to "
-            "txt2img or prepare"
+            "a prompt with AND, [a:b:0.5], [a|b] or a weight at its end has several contexts and cannot be "
+            "encoded here: give it to txt2img or prepare"
         )
     return first
 
@@ -158,7 +158,9 @@ def _trailing_weight(text: str) -> tuple[str, float]:
     head, colon, tail = text.rpartition(":")
     if colon and WEIGHT.fullmatch(tail.strip()):
         if not math.isfinite(weight := float(tail)):
-            raise ValueError(f"the weight at the end of the prompt has {len(tail.strip())} digits: use one near 1")
+            raise ValueError(
+                f"the weight at the end of the prompt has {len(tail.strip())} digits: use a number near 1, such as 1.2"
+            )
         return head.rstrip(), weight
     return text, 1.0
 

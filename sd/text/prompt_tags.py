@@ -81,7 +81,7 @@ def lora_weight(tag: Tag) -> float:
     named = {name.strip(): value.strip() for name, _, value in (v.partition("=") for v in tag.values[1:] if "=" in v)}
     if len(positional) > 2 or named.keys() - {"te", "unet"}:
         other = next((name for name in named if name not in ("te", "unet")), "a rank")
-        raise ValueError(f"{tag.short}: of a LoRA's tag only its weights are supported, not {other!s:.40}")
+        raise ValueError(f"{tag.short}: only weights are supported in a LoRA's tag, not {other!s:.40}: remove it")
     te = named.get("te", positional[0] if positional else "1")
     unet = named.get("unet", positional[1] if len(positional) == 2 else te)
     weights = []
