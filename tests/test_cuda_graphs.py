@@ -386,6 +386,7 @@ def test_a_copy_compiles_its_own_network(unet, monkeypatch):
     assert error(other(*inputs(1)), expected + 1) < 1e-5 and error(steps(*inputs(1)), expected) < 1e-5
 
 
+@pytest.mark.exhaustive
 def test_what_cannot_be_compiled_is_said_in_a_line(unet, monkeypatch):
     def no_compiler(*_):
         raise RuntimeError("no compiler\nfound")

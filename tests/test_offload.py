@@ -95,6 +95,7 @@ def test_the_same_pictures_by_turns(files, task, dtype):
     assert pictures(low, task) == pictures(plain, task)  # and from then on
 
 
+@pytest.mark.exhaustive
 def test_models_that_see_masks(files):
     plain, low = both(files / "tiny-v1-inpainting.safetensors", TINY_INPAINT)
     turns = watched(low)

@@ -301,6 +301,7 @@ def test_hot_path_is_short(tiny_sd):
     assert len(own) <= 62 and len({file for file, *_ in own}) <= 13
 
 
+@pytest.mark.exhaustive
 def test_networks_can_be_replaced():
     """By a compiled one, as people do it, which is used from then on; LoRAs still find the weights inside."""
     model = StableDiffusion(TINY, **loaded(tiny_state(), TINY))

@@ -31,6 +31,11 @@ PROGRAMS = (
 POSIX = pytest.mark.skipif(os.name != "posix", reason="shells and signals of POSIX")
 
 
+def listening() -> None:
+    """Undo the ignoring of Ctrl-C, which programs in the background of a shell inherit."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def python(code: str, shell: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a program made of a `work` function, with redirections of the shell."""
     program = f"import sys, scripts.common.cli as cli\n{code}\nsys.exit(cli.run(work, cli.Parser(), []))"
@@ -39,6 +44,7 @@ def python(code: str, shell: str = "", **environment: str) -> subprocess.Complet
     return subprocess.run(
         ["sh", "-c", command],
         env={**env, "PROGRAM": program},
+        preexec_fn=listening if os.name == "posix" else None,
         capture_output=True,
         text=True,
         errors="replace",
@@ -107,7 +113,8 @@ def test_control_c_during_imports(tmp_path, program):
     (tmp_path / ("torch.py" if program == "txt2img" else "tqdm.py")).write_text(wait)
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, str(ROOT / "scripts" / f"{program}.py"), "a"]
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=env, preexec_fn=listening, **pipes) as running:
         assert running.stdout is not None and running.stdout.readline() == "importing\n"
         running.send_signal(signal.SIGINT)
         assert running.communicate(timeout=30) == ("", "stopped\n")

@@ -138,6 +138,7 @@ def test_default_axes():
     assert names("--x", "seed=2") == ["seed", "sampler"]
 
 
+@pytest.mark.exhaustive
 def test_custom_timesteps_and_prompts(run, monkeypatch):
     seen = {}
     draw_forward, draw_order = noising.draw_forward, text.draw_word_order
@@ -184,6 +185,7 @@ def test_custom_prompts(run, monkeypatch):
     assert distance(less.edited, less.source) > 1 < distance(more.edited, less.source)
 
 
+@pytest.mark.exhaustive
 def test_films(run, tmp_path, monkeypatch):
     """A GIF; an MP4, for which ffmpeg gets whole frames of even sides; one line if ffmpeg is missing."""
     assert run("reverse", "--film", "gif")[2] == {"reverse.webp", "reverse-film.gif"}

@@ -417,6 +417,7 @@ def test_what_was_trained_loads_everywhere(ckpt, photos, start, tmp_path, capsys
     assert same(back.unet.state_dict(), trained.unet.state_dict())
 
 
+@pytest.mark.exhaustive
 def test_an_inpainting_model_of_a_model_of_four_channels(ckpt, photos, start, tmp_path):  # noqa: F811
     common = (train, "--ckpt", ckpt, "--data", photos, "--size", 64, *QUICK, "--inpaint", "--train-text", "--ema", 0)
     status, _, err = start(
@@ -603,6 +604,7 @@ def test_a_loss_of_nan_is_one_line_and_keeps_the_state(new, photos, start, tmp_p
     assert (tmp_path / "state.pt").read_bytes() == before
 
 
+@pytest.mark.exhaustive
 def test_a_text_encoder_learns_which_caption_belongs_to_which_image(new, photos, start, tmp_path):
     """Of 8 images, each with a word of its own. Then it is what a new model begins with."""
     options = ["--data", photos, *new, "--batch", 8, "--lr", 1e-3, "--ema", 0, "--optimizer", "adamw"]
