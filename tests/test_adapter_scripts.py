@@ -203,7 +203,7 @@ def test_words_that_the_embedded_model_does_not_know(generate):
         (["--web-ui-prompts", "--negative", "(a:1.2.3)"], "is not a number"),
         (["--web-ui-prompts", "--prompt", "a <lora:style>"], "give the folder of the file with --lora-dir"),
         (["--web-ui-prompts", "--prompt", " AND ".join("a" * 40)], "40 prompts are joined by AND"),
-        (["--lora-dir", "mine"], "--lora-dir needs --web-ui-prompts"),
+        (["--lora-dir", "mine"], "--lora-dir has no effect here"),
         (["--clip-skip", "0"], "clip_skip must be at least 1"),
         (["--clip-skip", "4"], "clip_skip must be from 1 (the last layer) to 3"),
     ],

@@ -235,7 +235,7 @@ def test_what_may_surprise_is_noted(model):
     assert "the 2 images of this batch share the generator of seed 7" in note
     assert notes(rng="comfy") == []
     (note,) = notes(rng="nv", sampler="dpmpp_sde")
-    assert note.startswith("DPM++ SDE: other programs draw its step noise in another way")
+    assert note.startswith("DPM++ SDE: other programs draw its step noise differently")
     (note,) = notes(guidance=1.0, guidance_rescale=0.5)
     assert note == "guidance_rescale has no effect at guidance 1"
 

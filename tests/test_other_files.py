@@ -40,7 +40,7 @@ OTHER_FOLDERS = {
     "LoRA": ("pytorch_lora_weights.safetensors",),
     "textual inversion": ("learned_embeds.bin", "tokenizer/vocab.json"),
     "training run": ("optimizer.bin", "scheduler.bin", "random_states_0.pkl"),
-    "in pieces": ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+    "sharded training checkpoint": ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"),
     "tokenizer": ("merges.txt", "vocab.json", "tokenizer_config.json"),
     "noise schedule": ("scheduler_config.json",),
     "image processor": ("preprocessor_config.json",),
@@ -56,7 +56,7 @@ def test_folders_of_something_else_are_named(tmp_path, name):
     assert (
         "this folder holds " in message
         and name.partition(",")[0] in message
-        and ("give" in message or "join" in message)
+        and ("give" in message or "merge" in message)
     )
 
 

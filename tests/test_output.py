@@ -71,7 +71,9 @@ def test_long_names(tmp_path, stem):
 
 
 def test_names_that_are_too_long_are_refused_before_the_work(tmp_path):
-    with pytest.raises(ValueError, match="a name of 256 bytes, and this file system allows 255: choose a shorter"):
+    with pytest.raises(
+        ValueError, match="the file name has 256 bytes, but this file system allows 255: choose a shorter"
+    ):
         Output(tmp_path / f"{'a' * 252}.png")
     assert names(tmp_path) == []
 

@@ -410,7 +410,7 @@ def test_loras_clip_skip_and_values_from_other_nodes():
     assert recipe.request.clip_skip == 2 and recipe.request.params.seed == 99 and recipe.request.params.n == 3
     assert recipe.embeddings[0].name == "bad-hands" and recipe.request.prompt == ("a (dog:1.2) embedding:bad-hands",)
     assert [
-        word for word in ("oil has weight 0.2", "batch of 3", "weighs words") if word in " ".join(recipe.notes)
+        word for word in ("oil has weight 0.2", "batch of 3", "weights words") if word in " ".join(recipe.notes)
     ].__len__() == 3
 
 
