@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -33,11 +33,12 @@ def _check(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_sizes(owner: object, *names: str, limit: int = 1 << 17) -> None:
+def _check_sizes(owner: Any, *names: str, limit: int = 1 << 17) -> None:
     """Raise ValueError for a size that is not a sensible whole number: sizes may come from a file's metadata."""
+    per_level = {f.name for f in fields(owner) if str(f.type).startswith("tuple")}
     for name in names:
         value = getattr(owner, name)
-        values = value if isinstance(value, tuple) else (value,)
+        values = value if isinstance(value, tuple) and name in per_level else (value,)
         good = bool(values) and all(type(size) is int and 0 < size <= limit for size in values)
         _check(good, f"{type(owner).__name__}.{name}: got {value!r:.100}, expected whole numbers from 1 to {limit}")
 

@@ -422,6 +422,14 @@ def test_a_file_that_must_not_be_read(tmp_path, monkeypatch):
     assert "cannot be read: Permission denied" in refusal(path)
 
 
+@pytest.mark.parametrize("end", [4.0, 4.5, "4", None, [4]])
+def test_an_offset_that_is_no_whole_number(tmp_path, end):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, end]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(CheckpointError, match="no valid JSON in its safetensors header"):
+        load_checkpoint(tmp_path / "model.safetensors")
+
+
 def test_the_limit_of_a_header_is_said_as_a_limit(tmp_path):
     with open(tmp_path / "a", "wb") as file:  # a file with a hole
         file.write(struct.pack("<Q", 100_000_001) + b"{")

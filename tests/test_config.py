@@ -109,6 +109,8 @@ def altered(path: str, value: object) -> str:
         (altered("unet.depth", [32] * 4), "641 transformer blocks"),
         (altered("unet.middle_depth", 0), "middle_depth"),
         (altered("unet.vector", 0), "vector"),
+        (altered("unet.vector", [127, 255]), "vector"),
+        (altered("unet.context", [2, 3]), "context"),
         (altered("unet.linear_projections", 1), "linear_projections"),
         (altered("text.0.vocab", 100), "vocab"),
         (altered("text.0.length", 2), "length"),

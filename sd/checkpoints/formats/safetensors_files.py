@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 from pathlib import Path
 from typing import BinaryIO
@@ -55,7 +56,8 @@ def read_safetensors(stream: BinaryIO, path: Path) -> Contents:
         header = json.loads(raw.decode(), object_pairs_hook=_unique)
         metadata = header.pop("__metadata__", None) or {}
         tensors = {key: (info["dtype"], tuple(info["shape"]), *info["data_offsets"]) for key, info in header.items()}
-        says = data + max((end for _dtype, _shape, _begin, end in tensors.values()), default=0)
+        # TypeError for an end that is not a whole number
+        says = data + max((operator.index(end) for _dtype, _shape, _begin, end in tensors.values()), default=0)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise RefusedFile(f"damaged: no valid JSON in its safetensors header ({error!s:.100}); {AGAIN}") from None
     if says > size:
