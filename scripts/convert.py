@@ -30,12 +30,13 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import sd
-from sd.checkpoints.checkpoint import Checkpoint, naming, printable
+from sd.checkpoints.checkpoint import Checkpoint, naming
 from sd.checkpoints.convert import WEIGHTS, StateDict
 from sd.checkpoints.detect import identify
 from sd.checkpoints.inspect import inspect
 from sd.checkpoints.layouts import AVERAGE, NETWORKS, find_layouts
 from sd.files import exists, new_file, new_folder
+from sd.messages import printable
 
 from .common import cli
 

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, cast
 from PIL import Image
 from torch import Tensor
 
+from .messages import counted
 from .samplers import SAMPLERS, Sampler, find_sampler, sampler_key, spacing_in
 from .schedule import SPACINGS
 
@@ -215,10 +216,6 @@ def _count(prompts: Sequence[str] | Tensor) -> int:
     return len(prompts) if not isinstance(prompts, Tensor) or prompts.dim() else 0
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" + "s" * (count != 1)
-
-
 @dataclass(frozen=True)
 class TextToImage:
     """Generate images from text: `params.n` for each prompt, in the order of the prompts."""
@@ -263,7 +260,7 @@ class TextToImage:
             kind = "context" if isinstance(negative, Tensor) else "text"
             raise ValueError(
                 "negative must be one text for all prompts, or as many as there are prompts: "
-                f"got {_counted(_count(negative), kind)} for {_counted(prompts, 'prompt')}"
+                f"got {counted(_count(negative), kind)} for {counted(prompts, 'prompt')}"
             )
 
     @classmethod

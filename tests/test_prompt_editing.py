@@ -195,7 +195,7 @@ def test_prompts_between_ands(prompt, expected):
 def test_what_is_left_out_or_surprising_is_said():
     for prompt, said in (
         ("ratio 16:9", ["the prompt ends in a number after a colon: its weight is 9, as in the web UI"]),
-        ("a # b\x07c\nd", ['from # on is a comment and left out: "# b c"']),
+        ("a # b\x07c\nd", ['from # on is a comment and left out: "# b\\x07c"']),
         ("a <hypernet:b:1>", ["<hypernet:b:1> is left out: hypernetworks are not supported"]),
         ("a <lyke:b>", ["<lyke:b> is left out: tags of the kind 'lyke' are not known"]),
         ("[a:b:2] | c", ["prompt editing is read as text, as in the web UI: there is a | outside of [a|b]"]),

@@ -119,6 +119,7 @@ def test_a_word_stands_for_its_vectors(model, tmp_path, n):
     assert torch.allclose(after, expected(model, [320, vectors(n), 267, CAT]), atol=1e-5)
     table = model.text_encoder.state_dict()
     assert table["token.weight"].shape == (49408, 64) and not any("more" in key for key in table)
+    del table  # a weight that is held here is not packed, and plain kernels may round differently
     model.remove_embedding("<cat-toy>")
     assert torch.equal(model.encode_prompt(["a <cat-toy>, cat"]), before) and model.words == {}
     assert type(model.text_encoder.token) is nn.Embedding

@@ -81,7 +81,7 @@ def split_name(text: str) -> tuple[str | None, str]:
         return None, text
     if not name.strip() or not rest:
         raise ValueError(f"--lora {text}: expected NAME=FILE, or NAME=FILE:WEIGHT")
-    return name.strip(), os.path.expanduser(rest)  # a shell does so at the beginning of a word only
+    return name.strip(), rest
 
 
 def split_embedding(text: str) -> tuple[Path, str | None]:

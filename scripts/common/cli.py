@@ -17,6 +17,8 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from sd.files import user_path
+
 from .streams import INTERRUPTED, interruptible, standard_streams
 
 TEXT = "TEXT"  # metavar of options whose value is any text
@@ -31,9 +33,7 @@ def home(text: str) -> str:
     return os.path.expanduser(text)
 
 
-def file_path(text: str) -> Path:
-    """The type of every argument that is a path: see `home`."""
-    return Path(os.path.expanduser(text))
+file_path = user_path  # the type of every argument that is a path
 
 
 class Parser(argparse.ArgumentParser):

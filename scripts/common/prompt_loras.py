@@ -13,6 +13,7 @@ from typing import NamedTuple
 import sd
 from sd.adapters.lora_formats import lora_name
 from sd.checkpoints.folders import ENDINGS
+from sd.messages import listed, one_line, printable
 from sd.params import TextToImage
 from sd.text.prompt_tags import Tag, lora_weight, take_loras
 
@@ -59,12 +60,11 @@ class LoraFolder:
             near = difflib.get_close_matches(name.casefold()[:200], self._found, n=LISTED)
             names = [printable(self._found[key][0].stem) for key in near]
             hint = f": did you mean {' or '.join(names)}?" if names else f", which has {len(self._found)}"
-            raise ValueError(f"no LoRA file named {printable(name)!r:.100} is in {self._folder}{hint}")
+            raise ValueError(f"no LoRA file named '{one_line(name)}' is in {self._folder}{hint}")
         if len(files) > 1:
-            listed = ", ".join(printable(str(file.relative_to(self._folder))) for file in files[:LISTED])
-            more = f" and {len(files) - LISTED} more" if len(files) > LISTED else ""
+            several = printable(listed((file.relative_to(self._folder) for file in files), most=LISTED))
             raise ValueError(
-                f"{len(files)} files in {self._folder} are named {printable(name)}: {listed}{more}; rename all but one"
+                f"{len(files)} files in {self._folder} are named {one_line(name)}: {several}; rename all but one"
             )
         return files[0]
 
@@ -72,11 +72,6 @@ class LoraFolder:
 def tag_name(name: str) -> str:
     """The name of a LoRA as a tag has it, without the characters that end it there."""
     return re.sub("[:,<>]", "", name)
-
-
-def printable(text: str) -> str:
-    """A name from a prompt or a folder, as it can be shown on a terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 class NamedLora(NamedTuple):

@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming, printable
-from ..checkpoints.convert import listed
+from ..checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming
 from ..checkpoints.folders import model_name
 from ..config import Config
+from ..messages import listed, one_line
 from .changes import Change, Shape
 from .lora import Lora, Target
 from .lora_names import NUMBERED, Layer, LayerNames, numbered_layers
@@ -243,8 +243,8 @@ class _Contents:
             return ()
         count = sum(map(len, self.rest.values()))
         reasons = "; ".join(f"{len(keys)} {why} ({listed(keys, most=LISTED)})" for why, keys in self.rest.items())
-        note = printable(f"{path.name}: {count} of {len(self._file)} tensors have no effect: {reasons}")
-        return (note if len(note) <= MAX_NOTE else note[: MAX_NOTE - 3] + "...",)
+        note = f"{path.name}: {count} of {len(self._file)} tensors have no effect: {reasons}"
+        return (one_line(note, MAX_NOTE),)
 
     def _refuse(self, unknown: list[str]) -> None:
         """Raise CheckpointError for a file of which nothing can be applied."""

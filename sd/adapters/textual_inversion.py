@@ -29,6 +29,7 @@ from ..checkpoints.checkpoint import CheckpointError, load_checkpoint, naming
 from ..checkpoints.folders import model_name
 from ..checkpoints.tokenizer_files import usable_words
 from ..config import TextConfig
+from ..messages import listed
 from ..models.text_encoder import TextEncoder
 from ..text.tokenizer import Rule, Tokenizer, warn
 
@@ -79,7 +80,7 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
                 f"not an embedding ({few}): a checkpoint is given with --ckpt, a LoRA file with --lora"
             )
         if word is not None and len(shapes) > 1:
-            raise CheckpointError(f"holds {len(shapes)} words ({', '.join(list(shapes)[:5])}): give none of your own")
+            raise CheckpointError(f"holds {len(shapes)} words ({listed(shapes, most=5)}): give none of your own")
         found = {}
         for key, shape in shapes.items():
             if shape[-1] != width:

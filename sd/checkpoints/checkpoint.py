@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from ..messages import printable
 from .folders import Part, Parts, check_not_a_shard, config_beside, find_parts, is_index, parts_of_index
 from .formats.dtypes import NumberType
 from .formats.mmap import FilePages, fresh
@@ -59,11 +60,6 @@ NOT_A_CHECKPOINT = (
     (b"\x89HDF", "a TensorFlow or Keras file; give a .safetensors or .ckpt file"),
     (b"\xff\xd8\xff", "a JPEG image; give a .safetensors or .ckpt file"),
 )
-
-
-def printable(text: str) -> str:
-    """A text from an untrusted file as one line: line ends and terminal control codes are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class CheckpointError(ValueError):

@@ -20,6 +20,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..config import Config
+from ..messages import counted, listed
 from .checkpoint import CheckpointError, shapes
 from .detect import identify, no_unet
 from .key_maps import Source
@@ -113,7 +114,9 @@ def convert(
     copied = copies(extra, config) if extra else {}
     known = {key for keys in copied.values() for key in keys}
     if unknown := [key for key in extra if key not in known]:
-        raise CheckpointError(f"{_count(unknown)} in the file that {config.name} does not have: {listed(unknown)}")
+        raise CheckpointError(
+            f"{counted(len(unknown), 'weight')} in the file that {config.name} does not have: {listed(unknown)}"
+        )
     return {
         part: StateDict(
             tensors,
@@ -180,20 +183,13 @@ def _check_complete(
     if not faulty:
         return
     twice = "".join(
-        f"; it has {_count(keys)} of a second {NAMES[layout.network]} {where(layout)}, also incomplete"
+        f"; it has {counted(len(keys), 'weight')} of a second {NAMES[layout.network]} {where(layout)}, also incomplete"
         for layout, keys in copies(left, config).items()
         if layout.network in faulty and layout.prefix != layouts[layout.network].prefix
     )
     if missing:
         total = sum(map(len, sources.values()))
-        raise CheckpointError(f"{_count(missing)} of {total} missing from the file: {listed(missing)}{twice}")
-    raise CheckpointError(f"{_count(misshapen)} of the wrong shape: {listed(misshapen, '; ')}{twice}")
-
-
-def _count(keys: Sequence[str]) -> str:
-    return f"{len(keys)} weight{'s' if len(keys) > 1 else ''}"
-
-
-def listed(keys: Sequence[str], separator: str = ", ", most: int = 10) -> str:
-    """The first of some keys, and how many more there are."""
-    return separator.join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+        raise CheckpointError(
+            f"{counted(len(missing), 'weight')} of {total} missing from the file: {listed(missing)}{twice}"
+        )
+    raise CheckpointError(f"{counted(len(misshapen), 'weight')} of the wrong shape: {listed(misshapen, '; ')}{twice}")

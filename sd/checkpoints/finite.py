@@ -18,8 +18,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..messages import counted, listed
 from .checkpoint import CheckpointError
-from .convert import listed
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # of which torch compares no numbers
 
@@ -55,13 +55,14 @@ class FiniteCheck:
     def finish(self) -> None:
         """Raise CheckpointError for what was found."""
         if self._broken:
-            what = f"{_count(self._broken)} with NaN or infinite numbers: {listed(list(self._broken.values()))}"
+            what = (
+                f"{counted(len(self._broken), 'weight')} with NaN or infinite numbers: {listed(self._broken.values())}"
+            )
             raise CheckpointError(f"{what}; the file is damaged: download it again, or use another one")
         if self._large:
             kind = str(self._dtype).removeprefix("torch.")
-            what = f"{_count(self._large)} with values too large for {kind}: {listed(list(self._large.values()))}"
-            raise CheckpointError(f"{what}; use {'float32' if kind == 'bfloat16' else 'bfloat16 or float32'} (--dtype)")
-
-
-def _count(found: dict[str, str]) -> str:
-    return f"{len(found)} weight{'s' if len(found) > 1 else ''}"
+            what = f"{counted(len(self._large), 'weight')} with values too large for {kind}"
+            raise CheckpointError(
+                f"{what}: {listed(self._large.values())}; "
+                f"use {'float32' if kind == 'bfloat16' else 'bfloat16 or float32'} (--dtype)"
+            )

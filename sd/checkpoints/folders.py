@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..messages import listed
 from .formats.pickles import RefusedFile
 from .hub_cache import cached_models, dangling, snapshot
 from .other_files import other_folder
@@ -121,7 +122,7 @@ def model_name(path: Path) -> str:
 
     A folder keeps its whole name, as does a file without a known ending: the ".0" of "style-2.0" is part of a version.
     """
-    path = path.expanduser().resolve() if path.name in ("", ".", "..") else path
+    path = path.resolve() if path.name in ("", ".", "..") else path
     known = path.suffix.lower() in ENDINGS and not path.is_dir()
     return path.stem if known else path.name
 
@@ -189,8 +190,7 @@ def _unreadable(folder: Path, whole: bool = False) -> str | None:
     if missing := dangling(folder):
         return f"links to files that are not there ({missing[0]}), as an unfinished download does; download it again"
     if models := cached_models(folder):
-        some = ", ".join(models[:3]) + (", ..." if len(models) > 3 else "")
-        return f"the cache of {len(models)} models; give one of the folders in it ({some})"
+        return f"the cache of {len(models)} models; give one of the folders in it ({listed(models, most=3)})"
     return other_folder(folder, whole)
 
 
@@ -199,7 +199,7 @@ def _no_model(folder: Path) -> str:
         return what
     files = sorted(file.name for pattern in ("*.safetensors", "*.ckpt") for file in folder.glob(pattern))
     if files:
-        some = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+        some = listed(files, most=3)
         return f"a folder that is not a diffusers model; give the checkpoint file inside it ({some})"
     return "a folder that is not a diffusers model (no model_index.json, no unet/); give a checkpoint file"
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ..messages import listed
 from .formats.pickles import RefusedFile
 
 REPOSITORY = re.compile(r"(models|datasets|spaces)--.+")
@@ -34,7 +35,7 @@ def snapshot(folder: Path) -> Path | None:
     if not found:
         raise RefusedFile("a model's cache without a snapshot, as an unfinished download leaves it; download it again")
     if len(named or found) > 1:
-        names = ", ".join(entry.name for entry in found[:3]) + (", ..." if len(found) > 3 else "")
+        names = listed((entry.name for entry in found), most=3)
         raise RefusedFile(f"a cache of {len(found)} versions of a model, and refs/main names none: give one of the "
                           f"folders in snapshots/ ({names})")  # fmt: skip
     return (named or found)[0]

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config import SD1, SD2, Config
-from .checkpoint import Checkpoint, CheckpointError, printable, shapes
+from ..messages import listed, one_line, printable
+from .checkpoint import Checkpoint, CheckpointError, shapes
 from .convert import FLAGS
 from .detect import damaged_position_ids, identify
 from .layouts import AVERAGE, NETWORKS, TOKENS, find_layouts, usual_layout
@@ -184,10 +185,8 @@ def short_hash(path: Path) -> str:
 
 
 def _listed(keys: list[str]) -> str:
-    more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
-    return f"{len(keys)}: {', '.join(key[:100] for key in keys[:LISTED])}{more}" if keys else ""
+    return f"{len(keys)}: {listed(one_line(key, 100) for key in keys)}" if keys else ""
 
 
 def _short(value: str) -> str:
-    value = " ".join(value.split())
-    return value if len(value) <= 60 else value[:57] + "..."
+    return one_line(value, 60)

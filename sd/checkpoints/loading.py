@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import END, Config, TextConfig
+from ..messages import printable
 from ..runtime.optimize import optimize
-from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming, printable, shapes
+from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming, shapes
 from .convert import FLAGS, StateDict, convert, describe_weights
 from .detect import CONFIG_KEY, Identity, damaged_position_ids, identify, with_form, with_vocabulary
 from .diffusers_config import check_text_encoder, vae_from_diffusers

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 
 from ..config import Config
+from ..messages import counted
 from .key_maps import Source
 from .layouts import AVERAGE, CLIP_PREFIXES, LAYOUTS, NETWORKS, OPENCLIP_PREFIXES, TOKENS, Layout, all_layouts
 
@@ -102,7 +103,7 @@ def describe_copies(
     for layout, keys in copied.items():
         if layout.network != taken.network:
             continue
-        count = f"{len(keys)} weight{'s' if len(keys) > 1 else ''}"
+        count = counted(len(keys), "weight")
         if layout.prefix == taken.prefix:
             lines.append(
                 f"{NAMES[taken.network]}: {count} in the file under two names: {keys[0]} and the like are not used"

@@ -31,6 +31,7 @@ import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, features
 
 from ..files import new_file
+from ..messages import printable
 from .mask_forms import grey_mask, palette_labels
 
 MAX_BYTES = 256 << 20
@@ -83,8 +84,7 @@ class ImageFileError(ValueError):
     """A file that cannot be used as an image. The message is one line: the path, the problem, a remedy."""
 
     def __init__(self, message: str) -> None:
-        # a file name may contain line breaks or terminal control codes
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+        super().__init__(printable(message))  # a file name may contain line breaks or terminal control codes
 
 
 class ImageFile(NamedTuple):

@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops
 
+from ..messages import listed
+
 A_FEW = 16  # pixels; a value or colour of so few is noise and no label
 NEARLY = 20  # of 255: masks saved as JPEG are not exactly black and white
 HALF = 128  # two values are labels if the higher one is below this, and a soft mask otherwise
@@ -105,7 +107,7 @@ def _grey_labels(grey: Image.Image) -> Grey:
         white = grey.point([0] * high + [255] * (256 - high))
         return Grey(white, [f"the mask has {name}, and {high} is generated"])
     if high <= NEARLY and len(values) > 1:
-        found = ", ".join(map(str, values[:4])) + (", ..." if len(values) > 4 else "")
+        found = listed(values, most=4)
         raise ValueError(f"the mask is nearly black, with the values {found}, as labels of several classes: {MAKE}")
     return Grey(grey, [])
 

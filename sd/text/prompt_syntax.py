@@ -52,6 +52,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..messages import one_line
 from .prompt_editing import Stage, all_texts, changes, parse_editing, schedule
 from .prompt_tags import take_tags, without_tags
 from .tokenizer import Note, Tokenizer, warn
@@ -141,8 +142,7 @@ def texts_of(prompt: str) -> list[str]:
 def without_comments(prompt: str, note: Note) -> str:
     """A prompt without its comments; `note` receives what they are."""
     for match in COMMENT.finditer(prompt):
-        line = "".join(c if c.isprintable() else " " for c in match.group())
-        note(f'from # on is a comment and left out: "{line if len(line) <= 60 else line[:57] + "..."}"')
+        note(f'from # on is a comment and left out: "{one_line(match.group(), 60)}"')
     return COMMENT.sub("", prompt)
 
 

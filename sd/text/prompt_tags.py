@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ..messages import one_line
 from .tokenizer import Note
 
 TAG = re.compile(r"#[^\n]*|<(\w+):([^>]+)>")  # or a comment
@@ -45,8 +46,7 @@ class Tag(NamedTuple):
     @property
     def short(self) -> str:
         """The tag as it can be shown in a message."""
-        line = "".join(c if c.isprintable() else " " for c in self.written)
-        return line if len(line) <= 100 else line[:97] + "..."
+        return one_line(self.written, 100)
 
 
 def take_tags(prompt: str) -> tuple[str, list[Tag]]:

@@ -28,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple, TypeGuard
 
+from ...messages import listed
 from ..names import ignored, plain_name
 from .dtypes import TYPES, NumberType
 from .other_pickles import other_pickle
@@ -289,7 +290,7 @@ def _contents(content: object, range_of: Callable[[str], ByteRange], behind: int
         tensors = {str(i): tensor for i, tensor in enumerate(pairs)} if len(pairs) == len(content) else {}
     if not tensors:
         names = [key[:30] for key in content if isinstance(key, str)] if isinstance(content, dict) else []
-        what = f"holds no named tensors (but {', '.join(names[:5])})" if names else "holds no named tensors"
+        what = f"holds no named tensors (but {listed(names, most=5)})" if names else "holds no named tensors"
         if isinstance(content, Tensor):
             what += ", but a single one, as an aesthetic embedding of the web UI does"
         raise RefusedFile(other_pickle(content) or f"{what}; give a file of model weights")
