@@ -35,6 +35,7 @@ from sd.checkpoints.convert import WEIGHTS, StateDict
 from sd.checkpoints.detect import identify
 from sd.checkpoints.inspect import inspect
 from sd.checkpoints.layouts import AVERAGE, NETWORKS, find_layouts
+from sd.config import PREDICTIONS
 from sd.files import exists, new_file, new_folder
 from sd.messages import printable
 
@@ -69,7 +70,7 @@ def parser() -> cli.Parser:
         "--keep-ema", action="store_true", help="write both: the U-Net as trained and its moving average"
     )
     parser.add_argument("--model", choices=("auto", *sd.MODELS), default="auto", help="the model (default: detected)")
-    parser.add_argument("--prediction", choices=("eps", "v"), help="what the U-Net predicts (default: detected)")
+    parser.add_argument("--prediction", choices=PREDICTIONS, help="what the U-Net predicts (default: detected)")
     parser.add_argument("--vae", type=cli.file_path, metavar="FILE", help="take the VAE from this file or folder")
     parser.add_argument("--text-encoder", type=cli.file_path, metavar="FILE", help="the same for the text encoder")
     parser.add_argument("--variant", metavar="NAME", help="of a diffusers folder: which files to read, fp16, ...")

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from sd.checkpoints.convert import WEIGHTS
 from sd.conditioning import Conditioning
+from sd.config import PREDICTIONS
 from sd.files import replaced_file
 from sd.imaging.tensors import grid
 from sd.models.text_encoder import TextEncoder
@@ -68,7 +69,7 @@ def parser() -> cli.Parser:
     )
     add("--text", type=cli.file_path, metavar="FILE", help="new model: file of train_text.py (default: a new encoder)")
     add("--weights", choices=WEIGHTS, default="auto", help="of a checkpoint with both: plain or averaged (EMA) U-Net")
-    add("--prediction", choices=("eps", "v"), help="new model: predict the noise or the velocity")
+    add("--prediction", choices=PREDICTIONS, help="new model: predict the noise or the velocity")
     add("--train-text", action="store_true", help="train the text encoder too; always on for a new model")
     add("--inpaint", action="store_true", help="train a U-Net of 9 channels for inpainting, on random masks")
     add("--weighting", choices=("none", *WEIGHTINGS), default="none", help="loss weight of timesteps (default: none)")

@@ -210,6 +210,9 @@ class UNetConfig:
         return same and fewer and self.middle_depth in (None, full.middle_depth)
 
 
+PREDICTIONS = ("eps", "v")  # what a U-Net predicts: the noise (SD 1.x, SD 2 base), or the velocity (SD 2 768)
+
+
 @dataclass(frozen=True)
 class ScheduleConfig:
     """The noise schedule (betas with evenly spaced square roots) and what the network predicts."""
@@ -217,7 +220,7 @@ class ScheduleConfig:
     steps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.0120
-    prediction: str = "eps"  # "eps": the noise (SD 1.x, SD 2 base); "v": the velocity (SD 2 768)
+    prediction: str = "eps"  # one of PREDICTIONS
     zero_snr: bool = False  # rescaled so that the last timestep is pure noise (Lin et al. 2024)
     alpha_bar: tuple[float, ...] | None = None  # the schedule as a table, one entry per timestep, in place of betas
 
@@ -226,8 +229,8 @@ class ScheduleConfig:
         numbers = all(type(beta) is float for beta in (self.beta_start, self.beta_end))
         ordered = numbers and 1e-6 <= self.beta_start <= self.beta_end <= 0.5
         _check(ordered, f"ScheduleConfig: got betas {self.beta_start!r} to {self.beta_end!r}, expected 1e-6 to 0.5")
-        known = ("eps", "v")
-        _check(self.prediction in known, f"ScheduleConfig.prediction: got {self.prediction!r}, expected one of {known}")
+        expected = f"got {self.prediction!r}, expected one of {PREDICTIONS}"
+        _check(self.prediction in PREDICTIONS, f"ScheduleConfig.prediction: {expected}")
         _check(
             type(self.zero_snr) is bool, f"ScheduleConfig.zero_snr: got {self.zero_snr!r:.100}, expected true or false"
         )

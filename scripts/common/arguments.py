@@ -11,6 +11,7 @@ from PIL import ImageColor
 
 import sd
 from sd.checkpoints.convert import WEIGHTS
+from sd.config import PREDICTIONS
 from sd.imaging.files import ImageFile, read_image
 from sd.params import FITS, OPTIONS, POSTERIORS, RNGS, UPSCALERS, HighRes, SamplingParams
 from sd.runtime.device import DTYPES
@@ -120,7 +121,7 @@ def add_model_arguments(parser: Parser) -> None:
         help="the U-Net as trained (raw) or its moving average (ema) (default: raw if present; main for a folder)",
     )
     group.add_argument(
-        "--prediction", choices=("eps", "v"), help="what the U-Net predicts: noise or velocity (default: detected)"
+        "--prediction", choices=PREDICTIONS, help="what the U-Net predicts: noise or velocity (default: detected)"
     )
     group.add_argument("--vae", type=file_path, metavar="FILE", help="load the VAE from this file or folder")
     group.add_argument("--text-encoder", type=file_path, metavar="FILE", help="text encoder from this file or folder")

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sd.adapters.lora_formats import lora_name
+from sd.checkpoints.convert import WEIGHTS
+from sd.config import PREDICTIONS
 from sd.params import MAX_SEED, SamplingParams, TextToImage
 from sd.recipes import Addon, Recipe, read_request
 from sd.recipes.fields import text_of
@@ -134,7 +136,7 @@ def _program(args: argparse.Namespace, recipe: Recipe) -> None:
         value = recipe.info.get(key)
         if value is None or name in args.named or not hasattr(args, name):
             continue
-        allowed = {"weights": ("raw", "ema"), "prediction": ("eps", "v"), "dtype": tuple(DTYPES)}.get(name)
+        allowed = {"weights": WEIGHTS, "prediction": PREDICTIONS, "dtype": tuple(DTYPES)}.get(name)
         if allowed is not None and value not in allowed:
             continue
         try:
