@@ -21,7 +21,7 @@ if not __package__:  # run as a file: see bootstrap.py
 
     __package__ = bootstrap.PACKAGE
 
-from sd.imaging.files import read_image
+from sd.imaging.files import OTHER_SUFFIXES, SUFFIXES, read_image
 from sd.params import ImageToImage
 
 from .common import adapter_args, arguments, cli, like
@@ -62,13 +62,16 @@ def generate_images(args: argparse.Namespace) -> None:
 
 
 def images(place: Path) -> list[Path]:
-    """The image itself, or the images of a folder but not of its subfolders. Raises ValueError if it has none."""
+    """The image itself, or the images of a folder but not of its subfolders. Raises ValueError if it has none.
+
+    Photos in formats that are not read are among them: they are skipped with a word, not silently.
+    """
     if not place.is_dir():
         return [place]
     files = (path for path in place.iterdir() if not path.name.startswith(".") and not path.is_dir())
-    found = sorted(path for path in files if path.suffix.lower() in arguments.IMAGES)
+    found = sorted(path for path in files if path.suffix.lower() in (*SUFFIXES, *OTHER_SUFFIXES))
     if not found:
-        raise ValueError(f"{place}: no images in this folder ({', '.join(arguments.IMAGES)})")
+        raise ValueError(f"{place}: no images in this folder ({', '.join(SUFFIXES)})")
     return found
 
 

@@ -24,8 +24,14 @@ NAMED = 30  # characters of a file's name in that of its temporary file: 120 byt
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """A path with a leading "~" or "~user" expanded to that home folder, as shells do; unchanged if there is none."""
-    return Path(os.path.expanduser(path))
+    """A path with a leading "~" or "~user" expanded to that home folder, as shells do; unchanged if there is none.
+
+    Raises ValueError for an empty text, which would be the current folder.
+    """
+    text = os.fsdecode(path)
+    if not text:
+        raise ValueError("the path is empty: give the name of a file or folder")
+    return Path(os.path.expanduser(text))
 
 
 @contextmanager

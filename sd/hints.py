@@ -25,10 +25,20 @@ HINTS = {
 }
 
 
+SETTLED = dict.fromkeys(("device", "dtype"), LOAD)  # set once, as the networks are what they say
+
+
 class Hints:
-    """An object whose AttributeErrors say what to use for the usual names."""
+    """An object whose AttributeErrors say what to use for the usual names, also where they are assigned to."""
 
     def __getattr__(self, name: str) -> Any:
         """Called for attributes that are not there."""
         hint = f": {HINTS[name]}" if name in HINTS else ""
         raise AttributeError(f"{type(self).__name__!r} has no {name!r}{hint}", name=name, obj=self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what would have no effect: `model.scheduler = ...`, `model.dtype = ...`."""
+        hint = SETTLED.get(name) if name in self.__dict__ else HINTS.get(name)
+        if hint is not None:
+            raise AttributeError(f"{name!r} of {type(self).__name__!r} cannot be set: {hint}", name=name, obj=self)
+        super().__setattr__(name, value)

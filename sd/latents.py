@@ -124,7 +124,7 @@ def _finite(
         out = run(exact(), x.float())
     if not out.isfinite().all():
         raise ArithmeticError(
-            f"the {what} is not finite (NaN) even in float32: the checkpoint may be damaged, or the U-Net "
-            "overflows in half precision: try float32 (--dtype)"
+            f"the {what} is not finite (NaN) even in float32: the checkpoint may be damaged, the guidance too "
+            "large, or the U-Net overflows in half precision: try float32 (--dtype)"
         )
     return out.float()

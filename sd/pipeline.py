@@ -58,6 +58,7 @@ from .run import Run, Sampling, image_to_image, inpaint, text_to_image
 from .runtime.cuda_graphs import Compiled, Recorded
 from .runtime.device import best_dtype, explained, find_device, find_dtype
 from .runtime.offload import Offload
+from .runtime.optimize import unwrapped
 from .samplers import Denoise, Noise, Sampler, Step, find_sampler
 from .schedule import Levels, Schedule
 from .text.prompt_syntax import emphasised, rows, same_length, single_text
@@ -126,7 +127,7 @@ class StableDiffusion(Hints):
         config, networks, used, about = place(files, device, dtype, low_memory, progress)
         # adapters hold the plain networks; with low memory they are used through an `Offload` of the same ones
         model = cls(config, **cast(dict[str, Any], networks), about=about)
-        model._networks, model.device, model.dtype = used, device, dtype
+        model.__dict__.update(_networks=used, device=device, dtype=dtype)
         if low_memory:  # a recording would hold memory that the other networks need
             model._fast_unet = None
         elif compile:
@@ -169,8 +170,13 @@ class StableDiffusion(Hints):
         """Use another network, or the same one in a wrapper: `model.unet = torch.compile(model.unet)`."""
         if isinstance(self._networks, Offload):
             raise ValueError("with low memory the networks take turns, and cannot be replaced: load without it")
-        plain = {key: getattr(net, "_orig_mod", net) for key, net in self._networks.items()}  # of torch.compile
-        wrapped = getattr(network, "_orig_mod", network)
+        if not callable(network):  # None, a path, a state dict
+            raise TypeError(
+                f"model.{name} must be a network (torch.nn.Module), got {type(network).__name__}: to load weights, "
+                f"model.{name}.load_state_dict(...) or StableDiffusion.load; to save memory, load with low_memory=True"
+            )
+        plain = {key: unwrapped(net) for key, net in self._networks.items()}
+        wrapped = unwrapped(network)
         if wrapped is not plain[name] and name != "vae":  # adapters change the other two
             if self.loras or self.words:
                 raise ValueError("remove LoRAs and embeddings before a network is replaced: it does not have them")

@@ -65,6 +65,8 @@ def split_lora(text: str) -> tuple[Path, float]:
     head, colon, tail = text.rpartition(":")
     if not colon or Path(text).exists():
         return Path(text), 1.0
+    if not head:
+        raise ValueError(f"--lora {text}: no file before the colon")
     try:
         weight = float(tail)
     except ValueError:
@@ -87,6 +89,8 @@ def split_name(text: str) -> tuple[str | None, str]:
 def split_embedding(text: str) -> tuple[Path, str | None]:
     """FILE[:WORD] -> (path, word)."""
     head, colon, tail = text.rpartition(":")
+    if colon and not head:
+        raise ValueError(f"--embedding {text}: no file before the colon")
     if not colon or Path(text).exists() or not Path(head).exists():
         return Path(text), None
     if not tail.strip():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import secrets
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from PIL import ImageColor
 import sd
 from sd.checkpoints.convert import WEIGHTS
 from sd.config import PREDICTIONS
-from sd.imaging.files import ImageFile, read_image
+from sd.imaging.files import SUFFIXES, ImageFile, read_image
 from sd.params import FITS, OPTIONS, POSTERIORS, RNGS, UPSCALERS, HighRes, SamplingParams
 from sd.runtime.device import DTYPES
 from sd.samplers import SAMPLERS
@@ -23,7 +24,6 @@ from .cli import TEXT, Parser, file_path, home
 # other names of precisions; "autocast" in the original's scripts is the best for the device
 NICKNAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "full": "float32", "autocast": None}
 OLD_OPTIONS = {"eta": ("--ddim_eta",)}  # names in the original's scripts
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 ANIMATIONS = ("webp", "gif")
 STEP_MODES = ("decoded", "linear")
 
@@ -58,7 +58,7 @@ def place_words(args: argparse.Namespace, *names: str) -> argparse.Namespace:
     for name, word in zip(free, args.words, strict=False):
         setattr(args, name, word if name == "prompt" else home(word))
     prompt = Path(args.prompt or "")
-    if "prompt" in free and prompt.suffix.lower() in IMAGES and prompt.is_file():
+    if "prompt" in free and prompt.suffix.lower() in SUFFIXES and os.path.isfile(prompt):  # it may be long
         raise ValueError(f"{prompt} is an image: the prompt comes first, then the files")
     return args
 
@@ -314,6 +314,4 @@ def init_path(args: argparse.Namespace) -> Path:
     """The path given by --init-img."""
     if args.init_img is None:
         raise ValueError("give the image to start from, after the prompt or with --init-img")
-    if "://" in args.init_img:
-        raise ValueError(f"{args.init_img}: URLs are not fetched; download the image first")
     return Path(args.init_img)

@@ -17,23 +17,43 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from sd.files import user_path
-
 from .streams import INTERRUPTED, interruptible, standard_streams
 
 TEXT = "TEXT"  # metavar of options whose value is any text
 PLAIN = "\0"  # before a word that is no option; no argument of a process can contain it
 
 
+class PathError(argparse.ArgumentTypeError, ValueError):
+    """A text that is not a path on this machine."""
+
+
 def home(text: str) -> str:
-    """A path, or FILE:WEIGHT or NAME=FILE, with a leading "~" expanded: not all shells do it, and none in --a=~/b."""
+    """A path, or FILE:WEIGHT or NAME=FILE, with a leading "~" expanded: not all shells do it, and none in --a=~/b.
+
+    Raises PathError for an empty path (`--out "$FOLDER"` without a value), which would be the current folder; for URLs;
+    and for the home folder of somebody who is not known, which would be a folder called "~name".
+    """
     name, equals, file = text.partition("=")
-    if equals and file.startswith("~") and not re.search(r"[/\\]", name):
-        return f"{name}={os.path.expanduser(file)}"
-    return os.path.expanduser(text)
+    if equals and not re.search(r"[/\\]", name):
+        return f"{name}={_expanded(file)}" if file.startswith("~") else text
+    return _expanded(text)
 
 
-file_path = user_path  # the type of every argument that is a path
+def file_path(text: str) -> Path:
+    """The type of every argument that is a path: see `home`."""
+    return Path(_expanded(text))
+
+
+def _expanded(text: str) -> str:
+    if not text:
+        raise PathError("the path is empty: give the name of a file or folder")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
+        raise PathError(f"{text}: URLs are not fetched; give a path on this machine")
+    path = os.path.expanduser(text)
+    first, *below = Path(path).parts or (path,)
+    if first.startswith("~") and below and not os.path.lexists(first):
+        raise PathError(f"{text}: there is no home folder {first}: give the whole path")
+    return path
 
 
 class Parser(argparse.ArgumentParser):

@@ -22,6 +22,7 @@ from sd.checkpoints.folders import model_name
 from sd.imaging.files import ImageFile
 from sd.imaging.previews import LinearDecoder
 from sd.imaging.tensors import grid
+from sd.models.text_encoder import layer_of_clip_skip
 from sd.params import ImageToImage, Inpaint, SamplingParams, TextToImage
 from sd.pipeline import EMBEDDED
 from sd.resources import resource
@@ -38,6 +39,7 @@ from .output import ModelHash, Output
 from .prompt_loras import PromptLoras, prompt_texts, without_lora_tags
 from .prompts import Line, Make, read_prompts
 
+UNKNOWN = 200  # characters of unknown words that are shown
 FRAMES = 100  # at most: of a longer run, some steps are skipped
 
 
@@ -212,6 +214,11 @@ def _generate(args: argparse.Namespace, plan: Plan, addons: AddOns, output: Outp
     for text in model.about:
         print(text, flush=True)
     like.compare_model(args, file, digest)
+    for line, request in zip(plan.lines, plan.requests, strict=True):
+        try:
+            check_settings(model, request)
+        except ValueError as error:
+            raise line.at(error) from None
     spacings = {request.params.resolved(model.config).spacing for request in plan.requests}
     if model.config.schedule.to_noise and spacings - {"trailing", "linspace"}:
         warnings.warn(
@@ -335,6 +342,15 @@ def check_prompts(request: TextToImage) -> None:
             check_prompt(text, negative=True)
 
 
+def check_settings(model: sd.StableDiffusion, request: TextToImage) -> None:
+    """Raise the ValueError that settings of a request lead to with this model, before the first image."""
+    params = request.params.resolved(model.config)
+    model.schedule.levels(params.steps, params.spacing)
+    model.latent_shape(params.height, params.width)
+    if request.clip_skip is not None:
+        layer_of_clip_skip(model.config.text[0], request.clip_skip, note=lambda text: None)
+
+
 def warn_of_unknown_words(model: sd.StableDiffusion, args: argparse.Namespace, request: TextToImage) -> None:
     """Warn if tokens of a prompt have no vector: those of words that never occurred in training were set to zero."""
     assert not isinstance(request.prompt, torch.Tensor)
@@ -348,4 +364,5 @@ def warn_of_unknown_words(model: sd.StableDiffusion, args: argparse.Namespace, r
     if unknown := model.tokenizer.decode(ids[missing].tolist()):
         who = "this model" if args.ckpt else "the embedded model"
         hint = "" if args.ckpt else " (its words: weights/README.md; another model: --ckpt)"
+        unknown = unknown if len(unknown) <= UNKNOWN else f"{unknown[:UNKNOWN]}..."
         warnings.warn(f"{who} does not know: {unknown}{hint}", stacklevel=1)

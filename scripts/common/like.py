@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -18,6 +19,7 @@ from typing import Any
 from sd.adapters.lora_formats import lora_name
 from sd.checkpoints.convert import WEIGHTS
 from sd.config import PREDICTIONS
+from sd.imaging.files import SUFFIXES
 from sd.params import MAX_SEED, SamplingParams, TextToImage
 from sd.recipes import Addon, Recipe, read_request
 from sd.recipes.fields import text_of
@@ -26,7 +28,7 @@ from sd.runtime.device import DTYPES
 from sd.samplers import SAMPLERS
 
 from .adapter_args import split_embedding, split_lora, split_name
-from .arguments import IMAGES, colour
+from .arguments import colour
 from .cli import Parser, file_path
 from .output import ModelHash
 from .prompt_loras import LoraFolder, tag_name
@@ -121,9 +123,12 @@ def _settings(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage])
 
 def _prompt(args: argparse.Namespace, recipe: Recipe) -> None:
     """The prompt, unless there is one: an option, a file of prompts, or a word that is not the name of an image."""
-    words = [Path(word) for word in args.words]
     folders = hasattr(args, "init_img")  # of images
-    named = [(word.suffix.lower() in IMAGES and word.is_file()) or (folders and word.is_dir()) for word in words]
+    named = [
+        # not `Path.is_file`, which raises for texts that are too long for a name
+        (Path(word).suffix.lower() in SUFFIXES and os.path.isfile(word)) or (folders and os.path.isdir(word))
+        for word in args.words
+    ]
     if "prompt" not in args.named and args.from_file is None and all(named):
         (args.prompt,) = recipe.request.prompt
 

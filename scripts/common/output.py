@@ -48,6 +48,7 @@ class ModelHash:
 
 
 NUMBERS = 10**9  # numbers in names are below this
+OTHER_FORMATS = (".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jxl", ".psd")
 PROBE = 1 << 16  # bytes, as a small image has
 LONG_SUFFIX = len("-grid-999999999.png")
 
@@ -61,16 +62,24 @@ class Output:
 
     def __init__(self, path: Path) -> None:
         """Make the folder and check what can be known before the work. Raises OSError or ValueError."""
-        if path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif"):
+        suffix = path.suffix.lower()
+        if suffix in OTHER_FORMATS and not os.path.isdir(path):
             raise ValueError(f"--out {path}: images are saved as .png, which is lossless")
-        named = path.suffix.lower() == ".png"
+        if path.name == "-" or path.name.lower() == ".png":
+            raise ValueError(f"--out {path}: give a folder, or a file name such as cat.png")
+        named = suffix == ".png" and not os.path.isdir(path)  # `path.is_dir` raises for names that are too long
         self.name = path.stem if named else None
         self.folder = path.parent if named else path
         self._next: dict[str, int] = {}  # name -> the number to append next
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(f"--out {path}: {self.folder} cannot be a folder: there is a file on its path") from None
         probe = self.folder / f".{secrets.token_hex(8)}"  # raises for an unwritable folder or a full disk
         try:
             probe.write_bytes(bytes(PROBE))
+        except OSError as error:  # writing does not tell the name
+            raise OSError(error.errno, error.strerror, str(self.folder)) from None
         finally:
             probe.unlink(missing_ok=True)
         if named:

@@ -23,10 +23,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sd.params import OPTIONS, HighRes, SamplingParams, TextToImage
+from sd.params import OPTIONS, REQUESTS, HighRes, SamplingParams, TextToImage
 
 PROMPT_FILE_LIMIT = 16 << 20  # bytes
 JSON_LINES = (".jsonl", ".ndjson")
+SYNONYMS = {
+    **dict.fromkeys(("cfg", "cfg_scale", "scale", "guidance_scale"), "guidance"), "scheduler": "sampler",
+    **dict.fromkeys(("num_inference_steps", "ddim_steps"), "steps"), "sampler_name": "sampler",
+    **dict.fromkeys(("num_images_per_prompt", "n_samples", "batch_size"), "n"), "text": "prompt",
+}  # fmt: skip
 # "--steps 20", and the short options with numbers of other tools: "-s 50"
 OPTION = re.compile(r"(?:^|\s)(--[a-zA-Z][\w-]*|-[a-zA-Z](?=\s*-?\d))")
 
@@ -59,9 +64,7 @@ class Line:
         try:
             for name in self.settings:
                 if name not in own | shared | OPTIONS.keys():
-                    near = difflib.get_close_matches(name, sorted({"prompt", *own, *shared, *OPTIONS}), n=1)
-                    hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted({*own, *shared}))}"
-                    raise ValueError(f"{kind.kind} has no setting {name!r}: {hint}")
+                    raise ValueError(f"{kind.kind} has no setting {name!r:.60}: {_hint(name, {*own, *shared})}")
             changed = {name: value for name, value in self.settings.items() if name in shared}
             if "sampler" in changed:  # the grid that came with the name of another sampler does not stay
                 changed = {"spacing": spacing, **changed}
@@ -74,6 +77,24 @@ class Line:
     def at(self, error: ValueError) -> ValueError:
         """The error with the place of this line in its message."""
         return ValueError(f"{self.where}: {error}") if self.where else error
+
+
+def _hint(name: str, known: set[str]) -> str:
+    """What to write in the place of an unknown setting."""
+    usual = re.sub(r"(?<=[a-z])(?=[A-Z])|[ -]", "_", name).lower()
+    if usual.startswith("hires_"):
+        return 'it goes with "hires", such as "hires": 2'
+    others = [
+        kind
+        for kind, cls in REQUESTS.items()
+        if any(f.name == usual and not f.metadata.get("image") for f in fields(cls))
+    ]
+    if others and usual not in {"params", *known}:
+        return f"it is one of {' and '.join(others)}"
+    near = difflib.get_close_matches(usual, sorted({"prompt", *known, *OPTIONS}), n=1)
+    if usual in SYNONYMS or near:
+        return f"did you mean {(SYNONYMS.get(usual) or near[0])!r}?"
+    return f"it has {', '.join(sorted(known))}"
 
 
 def read_prompts(prompt: str | None, file: Path | None) -> list[Line]:
@@ -96,16 +117,26 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[Line]:
             raw = stream.read(PROMPT_FILE_LIMIT + 1)
     if len(raw) > PROMPT_FILE_LIMIT:
         raise ValueError(f"{file}: larger than {PROMPT_FILE_LIMIT >> 20} MB, too large for a list of prompts")
-    try:
-        found = lines(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise ValueError(f"{file}: not UTF-8 text; save it as UTF-8") from None
+    found = lines(utf8_text(raw, file))
     if not found:
         raise ValueError(f"{file}: no prompts in it")
     if file.suffix.lower() in JSON_LINES:
         return [_json_line(text, f"{file}:{number}") for number, text in found]
     _warn_of_options(file, found)
     return [Line(text, where=f"{file}:{number}") for number, text in found]
+
+
+def utf8_text(raw: bytes, name: Path) -> str:
+    """The text of a file. Raises ValueError, with its name, if it is not UTF-8.
+
+    Zero bytes are valid in UTF-8, but occur in UTF-16 and in files that are no text.
+    """
+    try:
+        if b"\0" in raw:
+            raise ValueError
+        return raw.decode("utf-8-sig")
+    except ValueError:  # UnicodeDecodeError is one
+        raise ValueError(f"{name}: not UTF-8 text; save it as UTF-8") from None
 
 
 def lines(text: str) -> list[tuple[int, str]]:
@@ -119,17 +150,22 @@ def lines(text: str) -> list[tuple[int, str]]:
 
 def _json_line(text: str, where: str) -> Line:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("a key occurs twice")
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise ValueError(f"the key {name!r:.60} occurs twice")
+            found[name] = value
         return found
 
     try:
         values = json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error.msg} at character {error.pos + 1}): {text:.60}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply: {text:.60}") from None
+    except ValueError as error:
+        long = "integer string conversion" in str(error)  # Python's limit
+        raise ValueError(f"{where}: {'a number has too many digits' if long else error}") from None
     if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
         raise ValueError(
             f'{where}: expected an object with a prompt, {{"prompt": "a house", "seed": 7}}, got {text:.60}'
@@ -141,7 +177,7 @@ def _json_line(text: str, where: str) -> Line:
 def _warn_of_options(file: Path, found: list[tuple[int, str]]) -> None:
     """Say that options in lines of text are text."""
     options = [(number, match[1]) for number, text in found if (match := OPTION.search(text))]
-    objects = [number for number, text in found if re.match(r'\{\s*"', text)]
+    objects = [number for number, text in found if re.match(r'(\[\s*)?\{\s*"|"[\w ]+"\s*:', text)]
     if options:
         number, option = options[0]
         more = f", and {len(options) - 1} more lines with options" if len(options) > 1 else ""

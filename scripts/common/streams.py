@@ -22,8 +22,17 @@ INTERRUPTED = 130  # exit status, as shells report it: 128 + SIGINT
 
 
 def start() -> None:
-    """Prepare this process, before the slow imports: see `fill_closed_files` and `stop`."""
+    """Prepare this process, before the slow imports: see `fill_closed_files` and `stop`.
+
+    Ends it with a line if the current folder was removed: torch could not be imported.
+    """
     fill_closed_files()
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        with contextlib.suppress(OSError):
+            os.write(2, b"error: the current folder does not exist any more: change to another one\n")
+        raise SystemExit(1) from None
     with contextlib.suppress(ValueError):  # not the main thread: the signal is not ours
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # ignored signals (nohup) stay ignored
             signal.signal(signal.SIGINT, stop)

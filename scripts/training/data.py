@@ -29,15 +29,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sd.imaging.files import ImageFileError, read_image
+from sd.imaging.files import OTHER_SUFFIXES, SUFFIXES, ImageFileError, read_image
 from sd.imaging.tensors import fit
 
 from .. import toy_world
 from ..common.cli import Parser, home
+from ..common.prompts import utf8_text
 from .processes import Processes
 from .state import save_tensors
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 CAPTIONS, METADATA = (".txt", ".caption"), "metadata.jsonl"
 CHUNK = 64  # images per batch of a reading worker
 FEW = 500  # below this number of images, starting workers is not worth it
@@ -152,9 +152,14 @@ def captioned(folder: Path, caption: str | None = None, outside: Path | None = N
     files = files_below(folder)
     if outside:
         files = [path for path in files if outside.resolve() not in path.resolve().parents]
-    images = [path for path in files if path.suffix.lower() in EXTENSIONS]
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not images:
-        raise ValueError(f"--data {folder}: no images in it ({', '.join(EXTENSIONS)})")
+        raise ValueError(f"--data {folder}: no images in it ({', '.join(SUFFIXES)})")
+    if others := [path for path in files if path.suffix.lower() in OTHER_SUFFIXES]:
+        warnings.warn(
+            f"skipped: {others[0]}: such files ({len(others)} here) are not read: save them as PNG or JPEG",
+            stacklevel=2,
+        )
     listed: dict[Path, list[str]] = {}
     for path in files:
         if path.name == METADATA:
@@ -219,11 +224,9 @@ def _beside(image: Path) -> list[str]:
 
 def read_lines(path: Path) -> list[str]:
     """All lines of a text file; none if the file is missing. Raises ValueError if it is not UTF-8."""
-    try:
-        # not splitlines: captions may contain the other separators of Unicode
-        return path.read_text(encoding="utf-8-sig").split("\n") if path.is_file() else []
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text; save it as UTF-8") from None
+    # not splitlines: captions may contain the other separators of Unicode
+    text = utf8_text(path.read_bytes(), path) if path.is_file() else ""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n") if text else []
 
 
 def _metadata(path: Path) -> dict[Path, list[str]]:

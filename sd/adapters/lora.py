@@ -79,7 +79,7 @@ class Merged:
                 name = lora.name if lora.name not in others else next(n for n in numbers if n not in others)
             elif name in others:
                 raise ValueError(f"a LoRA named {name!r} is merged already: remove it, or give another name")
-            elif not name.strip() or not name.isprintable():
+            elif not isinstance(name, str) or not name.strip() or not name.isprintable():
                 raise ValueError(f"{name!r} is not a name for a LoRA: expected printable letters")
             found.append(replace(lora, name=name))
         return found

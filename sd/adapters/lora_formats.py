@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,8 +83,21 @@ def read_lora(path: str | os.PathLike[str], config: Config, networks: Mapping[st
         for network in ("unet", "text_encoder")
         for key, weight in networks[network].named_parameters()
     }
+    _check_plain(shapes)
     with load_checkpoint(path) as file, naming(path):
         return _Contents(file, config, shapes).lora(path)
+
+
+def _check_plain(shapes: Iterable[Target]) -> None:
+    """Raise ValueError if the weight of a layer is not its own parameter, as LoRAs are merged into parameters."""
+    for network, key in shapes:
+        layer, _, name = key.rpartition(".")
+        if name not in ("weight", "bias"):
+            raise ValueError(
+                f"{network}.{layer.partition('.parametrizations')[0]} computes its weight (weight_norm, pruning, a "
+                "parametrization), so no LoRA can be merged: make the weight plain first "
+                "(parametrize.remove_parametrizations, prune.remove)"
+            )
 
 
 def lora_name(path: Path) -> str:

@@ -79,8 +79,14 @@ class LayerNames:
         keys: dict[str, list[str]] = {"unet": [], "vae": [], "text_encoder": []}
         for network, layer in layers:
             keys[network].append(f"{layer}.weight")
-        diffusers = diffusers_sources(config, keys)
-        original = original_sources(config, {**keys, "text_encoder": []})
+        try:
+            diffusers = diffusers_sources(config, keys)
+            original = original_sources(config, {**keys, "text_encoder": []})
+        except KeyError as error:
+            raise ValueError(
+                f"the network has a layer {error.args[0]!r}, which this model does not have, so no LoRA can be merged: "
+                "use the plain network, without wrappers and further layers"
+            ) from None
         self.paths: dict[str, Layer] = {}  # flat path -> layer
         for network, theirs in chain(diffusers.items(), original.items()):
             for key, source in theirs.items():

@@ -147,6 +147,7 @@ class WordTable(nn.Embedding):
         """`more` (n, D): the vectors of the ids from `len(table)` on."""
         super().__init__(table.num_embeddings, table.embedding_dim, device="meta", dtype=table.weight.dtype)
         self.weight = table.weight
+        self._original = (table,)  # in a tuple, which is no submodule
         self.more: Tensor
         self.register_buffer("more", more.to(table.weight), persistent=False)
 
@@ -156,13 +157,19 @@ class WordTable(nn.Embedding):
         known = super().forward(ids.clamp(max=self.num_embeddings - 1))
         return torch.where((ids >= self.num_embeddings)[..., None], nn.functional.embedding(new, self.more), known)
 
+    def without_words(self) -> nn.Embedding:
+        """The original table, with the weight that this one has now: `load_state_dict` may have assigned another."""
+        (table,) = self._original
+        if table.weight is not self.weight:
+            table.weight = self.weight
+        return table
+
 
 class Words:
     """The words added to a tokenizer and a text encoder; without words both are unchanged."""
 
     def __init__(self, tokenizer: Tokenizer, text_encoder: TextEncoder) -> None:
         self._tokenizer, self._text_encoder = tokenizer, text_encoder
-        self._table = text_encoder.token
         self._vectors: dict[str, Tensor] = {}  # by word, as the tokenizer knows it
         self._aliases: dict[str, str] = {}  # a second word -> the one whose vectors it has
 
@@ -184,6 +191,7 @@ class Words:
     def add(self, words: Mapping[str, Tensor]) -> list[str]:
         """Add words with their vectors (n, D); returns them as the tokenizer knows them. ValueError if one is taken."""
         added = []
+        self._look()
         try:
             for word, vectors in words.items():
                 added.append(self._tokenizer.add(word, range(self._next, self._next + len(vectors))))
@@ -196,6 +204,7 @@ class Words:
 
     def remove(self, *words: str) -> None:
         """Remove words that were added, each with the other word for its vectors. KeyError for others."""
+        self._look()
         aliases, self._aliases = self._aliases, {}
         for alias in aliases:
             self._tokenizer.remove(alias)
@@ -213,9 +222,27 @@ class Words:
         self._rebuild()
 
     @property
+    def _table(self) -> nn.Embedding:
+        """The encoder's table without words: looked at each time, as others may have replaced it."""
+        token = getattr(self._text_encoder, "token", None)
+        if not isinstance(token, nn.Embedding):
+            raise ValueError("words need a text encoder whose table of tokens is an nn.Embedding called `token`")
+        return token.without_words() if isinstance(token, WordTable) else token
+
+    @property
     def _next(self) -> int:
         return self._table.num_embeddings + sum(map(len, self._vectors.values()))
 
+    def _look(self) -> None:
+        """Take over vectors that were changed in the table."""
+        token = getattr(self._text_encoder, "token", None)
+        counts = [len(vectors) for vectors in self._vectors.values()]
+        if isinstance(token, WordTable) and len(token.more) == sum(counts):
+            for word, now in zip(self._vectors, token.more.split(counts), strict=True):
+                if not torch.equal(now, self._vectors[word].to(now)):
+                    self._vectors[word] = now.detach().clone()
+
     def _rebuild(self) -> None:
-        vectors = list(self._vectors.values())
-        self._text_encoder.token = WordTable(self._table, torch.cat(vectors)) if vectors else self._table
+        vectors = [vector.to("cpu", torch.float32) for vector in self._vectors.values()]
+        table = self._table
+        self._text_encoder.token = WordTable(table, torch.cat(vectors)) if vectors else table

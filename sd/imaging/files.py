@@ -40,6 +40,8 @@ Colour = tuple[int, int, int]
 WHITE = (255, 255, 255)
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of files in folders
+OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".nef", ".arw")  # of photos, not read
 # The first bytes of files (regular expressions), for error messages: these formats, other images, the rest.
 OURS = {
     "PNG": rb"\x89PNG", "JPEG": rb"\xff\xd8\xff", "WebP": rb"RIFF....WEBP", "GIF": rb"GIF8[79]a",

@@ -55,7 +55,7 @@ class Linear(PackedLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return eagerly(self, x)
         # for inputs of a wrong shape, PyTorch's own operators have the best messages
         packed = self.packed_for(x) if x.dim() > 0 and x.shape[-1] == self.in_features else None
@@ -75,7 +75,7 @@ class Conv2d(PackedLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H', W')."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return eagerly(self, x)
         packed = self.packed_for(x) if x.dim() == 4 and x.shape[1] == self.in_channels else None
         if packed is None:
@@ -96,7 +96,7 @@ class PixelConv2d(PackedLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H, W)."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return eagerly(self, x)
         packed = self.packed_for(x) if x.dim() == 4 and x.shape[1] == self.in_channels else None
         if packed is None:
@@ -137,7 +137,7 @@ class Upsample(layers.Upsample):
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, *size); twice the size where none is given."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return eagerly(self, x, size)
         conv = self.conv
         if type(conv) is not UpsampleConv2d or x.dim() != 4 or x.shape[1] != conv.in_channels:

@@ -93,6 +93,14 @@ def restore(network: nn.Module) -> nn.Module:
     return network
 
 
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The network within the wrappers of torch: of `torch.compile`, DataParallel, AveragedModel."""
+    for name in ("_orig_mod", "module"):
+        if isinstance(inner := getattr(network, name, None), nn.Module):
+            return unwrapped(inner)
+    return network
+
+
 def _optimize_for_cpu(module: nn.Module) -> None:
     """Replace one layer, where its fast version pays."""
     if type(module) is nn.GroupNorm:

@@ -105,6 +105,8 @@ def for_inference(*tensors: Tensor | None) -> bool:
         return False
     if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
         return False
+    if torch._C._len_torch_dispatch_stack():  # a mode that looks at each operation, such as FlopCounterMode
+        return False
     return forward_ad._current_level < 0  # else some may have tangents
 
 
@@ -170,6 +172,14 @@ class PackedLayer(nn.Module):
         with _lock:
             self.unpack()
             return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "qconfig":  # set in all layers by torch.ao.quantization, which then would leave out this one
+            raise TypeError(
+                "this layer is not quantised: torch.ao.quantization takes layers of torch's own classes only; call "
+                "sd.runtime.optimize.restore(network) first"
+            )
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:  # for copying and pickling
         with _lock:
