@@ -8,12 +8,15 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from scripts import txt2img
-from scripts.common import cli, streams
+from scripts.common import cli, spellings, streams
+from sd.params import OPTIONS, REQUESTS, SamplingParams
+from sd.spellings import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = (
@@ -209,6 +212,13 @@ def test_texts_that_begin_with_a_dash(given, name, value):
         (["a", "--out", "-x"], 'for a value that begins with "-": --out="-x"'),
         (["a", "--negative", "--steps", "3"], "argument --negative/--negative-prompt: expected one argument (see"),
         (["a", "--sede", "3"], "did you mean --seed?"),
+        (["a", "--sampling-steps", "20"], "--sampling-steps 20: use --steps ("),
+        (["a", "--hr_scale", "2"], ": use --hires ("),
+        (["a", "--subseed=3"], ": use --variation SEED:STRENGTH ("),
+        (["a", "--medvram"], ": use --low-memory ("),
+        (["a", "--strength", "0.5"], ": it is an option of img2img and inpaint ("),
+        (["a", "--denoise", "0.5"], ": it is an option of img2img and inpaint, there --strength ("),
+        (["a", "--xformers"], ": leave it out"),
     ],
 )
 def test_other_dashes_are_explained(given, words, capsys):
@@ -216,6 +226,18 @@ def test_other_dashes_are_explained(given, words, capsys):
         parser("txt2img").parse_words(given)
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
+
+
+def test_underscores_are_dashes():
+    args = parser("txt2img").parse_words(["a", "--cfg_scale=3", "--clip_skip", "2", "--negative_prompt", "-b_c"])
+    assert (args.guidance, args.clip_skip, args.negative, args.words) == (3, 2, "-b_c", ["a"])
+
+
+def test_options_that_messages_name_are_there():
+    names = {name for program in ("txt2img", "img2img", "inpaint") for name in parser(program)._option_string_actions}
+    assert {here.split()[0] for here in spellings.HERE.values() if here} <= names
+    kinds = (SamplingParams, *REQUESTS.values())
+    assert SETTINGS.keys() <= {f.name for kind in kinds for f in fields(kind)} | OPTIONS.keys()
 
 
 def test_installed_commands_are_the_programs():

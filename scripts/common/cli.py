@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import difflib
 import gc
 import os
 import re
@@ -17,6 +16,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from .spellings import instead_of
 from .streams import INTERRUPTED, interruptible, standard_streams
 
 TEXT = "TEXT"  # metavar of options whose value is any text
@@ -81,13 +81,16 @@ class Parser(argparse.ArgumentParser):
     def _joined(self, argv: list[str]) -> list[str]:
         """The arguments with `--negative -blurry` as `--negative=-blurry`: argparse would take the text for an option.
 
-        A text with two dashes may be a misspelt option, so it is left.
+        A text with two dashes may be a misspelt option, so it is left. `--cfg_scale` is `--cfg-scale`, as in Python.
         """
         names = {name: action for action in self._actions for name in action.option_strings}
         out: list[str] = []
         for i, word in enumerate(argv):
             if word == "--":
                 return out + argv[i:]
+            name, equals, value = word.partition("=")
+            if name.startswith("--") and name not in names and (dashed := name.replace("_", "-")) in names:
+                word = dashed + equals + value
             before = names.get(out[-1]) if out else None
             is_text = before is not None and before.metavar == TEXT and before.nargs is None
             if is_text and re.match("-[^-]", word) and word.partition("=")[0] not in names:
@@ -114,8 +117,8 @@ class Parser(argparse.ArgumentParser):
         known = [name for action in self._actions for name in action.option_strings]
         if message.startswith("unrecognized arguments: -"):
             word = message.split()[2]
-            near = difflib.get_close_matches(word.partition("=")[0].replace("_", "-"), known, n=1)
-            message += f": did you mean {near[0]}?" if near else self._for_text(word)
+            instead = instead_of(word, known) if word.startswith("--") else None
+            message += f": {instead}" if instead else self._for_text(word)
         elif "ignored explicit argument" in message:  # -hands: argparse reads -h and "ands"
             message += self._for_text(next((word for word in self.given if re.match("-h[^-=]", word)), "-text"))
         elif found := re.search(r"argument (\S+?)(?:/\S+)*: expected one argument", message):
@@ -127,11 +130,9 @@ class Parser(argparse.ArgumentParser):
 
     def _for_text(self, word: str) -> str:
         """How to give a prompt that begins with "-", for programs with prompts."""
-        return (
-            f'; for a prompt that begins with "-": --prompt="{word}"'
-            if "--prompt" in self._option_string_actions
-            else ""
-        )
+        if "--prompt" not in self._option_string_actions or word.startswith("--"):
+            return ""
+        return f'; for a prompt that begins with "-": --prompt="{word}"'
 
 
 OUT_OF_MEMORY = (

@@ -12,7 +12,6 @@ missing, or null, has the value of the command line.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import sys
@@ -24,14 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from sd.params import OPTIONS, REQUESTS, HighRes, SamplingParams, TextToImage
+from sd.spellings import nearest, plain
 
 PROMPT_FILE_LIMIT = 16 << 20  # bytes
 JSON_LINES = (".jsonl", ".ndjson")
-SYNONYMS = {
-    **dict.fromkeys(("cfg", "cfg_scale", "scale", "guidance_scale"), "guidance"), "scheduler": "sampler",
-    **dict.fromkeys(("num_inference_steps", "ddim_steps"), "steps"), "sampler_name": "sampler",
-    **dict.fromkeys(("num_images_per_prompt", "n_samples", "batch_size"), "n"), "text": "prompt",
-}  # fmt: skip
 # "--steps 20", and the short options with numbers of other tools: "-s 50"
 OPTION = re.compile(r"(?:^|\s)(--[a-zA-Z][\w-]*|-[a-zA-Z](?=\s*-?\d))")
 
@@ -81,7 +76,7 @@ class Line:
 
 def _hint(name: str, known: set[str]) -> str:
     """What to write in the place of an unknown setting."""
-    usual = re.sub(r"(?<=[a-z])(?=[A-Z])|[ -]", "_", name).lower()
+    usual = plain(name)
     if usual.startswith("hires_"):
         return 'it goes with "hires", such as "hires": 2'
     others = [
@@ -91,9 +86,8 @@ def _hint(name: str, known: set[str]) -> str:
     ]
     if others and usual not in {"params", *known}:
         return f"it is one of {' and '.join(others)}"
-    near = difflib.get_close_matches(usual, sorted({"prompt", *known, *OPTIONS}), n=1)
-    if usual in SYNONYMS or near:
-        return f"did you mean {(SYNONYMS.get(usual) or near[0])!r}?"
+    if near := nearest(name, {"prompt", *known, *OPTIONS}):
+        return f"did you mean {near!r}?"
     return f"it has {', '.join(sorted(known))}"
 
 
