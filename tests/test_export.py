@@ -21,6 +21,7 @@ from sd.checkpoints.key_maps import EMA, OPENCLIP, UNET
 from sd.conditioning import Conditioning
 from sd.config import MODELS, SD1, SD2, Config
 from sd.models.build import build
+from sd.resources import resource
 from sd.schedule import Schedule, to_zero_snr
 from sd.text.tokenizer import Tokenizer
 
@@ -140,6 +141,18 @@ def test_a_schedule_and_a_prediction_are_kept(tmp_path, layout):
     assert model.config.schedule.zero_snr and model.config.schedule.prediction == "v"
     run(out, tmp_path / "back.safetensors", "--layout", "original")
     assert_same(tmp_path / "back.safetensors", expected)
+
+
+def test_the_embedded_model_stays_itself_in_every_layout(tmp_path):
+    """With its name, default sampler and guidance: the scale of its latents is its own, and tells no kind of model."""
+    embedded = resource("weights/pocket.safetensors")
+    with load_checkpoint(embedded) as checkpoint:
+        config = identify(checkpoint).config
+    for layout in ("original", "diffusers"):
+        out = tmp_path / (layout if layout == "diffusers" else f"{layout}.safetensors")
+        run(embedded, out, "--layout", layout)
+        with load_checkpoint(out) as checkpoint:
+            assert identify(checkpoint).config == config
 
 
 def test_what_other_programs_look_for(tmp_path):

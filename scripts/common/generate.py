@@ -22,6 +22,7 @@ from sd.checkpoints.folders import model_name
 from sd.imaging.files import ImageFile
 from sd.imaging.previews import LinearDecoder
 from sd.imaging.tensors import grid
+from sd.messages import one_line
 from sd.models.text_encoder import layer_of_clip_skip
 from sd.params import ImageToImage, Inpaint, SamplingParams, TextToImage
 from sd.pipeline import EMBEDDED
@@ -352,17 +353,17 @@ def check_settings(model: sd.StableDiffusion, request: TextToImage) -> None:
 
 
 def warn_of_unknown_words(model: sd.StableDiffusion, args: argparse.Namespace, request: TextToImage) -> None:
-    """Warn if tokens of a prompt have no vector: those of words that never occurred in training were set to zero."""
-    assert not isinstance(request.prompt, torch.Tensor)
-    (prompt,) = request.prompt
-    if request.web_ui_prompts:
-        read = [i for text in texts_of(prompt) for chunk in chunks(model.tokenizer, text) for i in chunk.ids]
-    else:
-        read = model.tokenizer.encode(prompt)[: model.tokenizer.length - 2]
-    ids = torch.tensor(read, device=model.device, dtype=torch.long)
-    missing = model.text_encoder.token(ids).abs().sum(dim=-1) == 0
-    if unknown := model.tokenizer.decode(ids[missing].tolist()):
-        who = "this model" if args.ckpt else "the embedded model"
-        hint = "" if args.ckpt else " (its words: weights/README.md; another model: --ckpt)"
-        unknown = unknown if len(unknown) <= UNKNOWN else f"{unknown[:UNKNOWN]}..."
-        warnings.warn(f"{who} does not know: {unknown}{hint}", stacklevel=1)
+    """Warn of words in the prompts without a vector: those of words that did not occur in training were set to 0."""
+    who = "this model" if args.ckpt else "the embedded model"
+    hint = "" if args.ckpt else " (its words: weights/README.md; another model: --ckpt)"
+    for given, where in ((request.prompt, ""), (request.negative, " in the negative prompt")):
+        read: list[int] = []
+        for prompt in prompt_texts(given):
+            if request.web_ui_prompts:
+                read += [i for text in texts_of(prompt) for chunk in chunks(model.tokenizer, text) for i in chunk.ids]
+            else:
+                read += model.tokenizer.encode(prompt)[: model.tokenizer.length - 2]
+        ids = torch.tensor(read, device=model.device, dtype=torch.long)
+        missing = model.text_encoder.token(ids).abs().sum(dim=-1) == 0
+        if words := dict.fromkeys(model.tokenizer.decode(ids[missing].tolist()).split()):
+            warnings.warn(f"{who} does not know{where}: {one_line(' '.join(words), UNKNOWN)}{hint}", stacklevel=1)

@@ -85,7 +85,8 @@ def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
         schedule = schedule_from_diffusers(configs.get("scheduler", {}))
         config = Config("diffusers model", size, text=(text,), vae=vae, unet=unet, schedule=schedule)
     text = replace(text, vocab=TextConfig().vocab, words=(), pad=min(text.pad, END))  # fine-tuning may have added words
-    same = [known for known in MODELS.values() if (known.text, known.vae) == ((text,), vae)]
+    # the scale is measured when a VAE is trained, so it says nothing about the kind of model
+    same = [known for known in MODELS.values() if (known.text, replace(known.vae, scale=vae.scale)) == ((text,), vae)]
     same = [known for known in same if unet.is_part_of(known.unet)]
     # a U-Net in full before one in part; and there are SD 1.x that predict v
     same.sort(key=lambda known: (known.unet != unet, known.schedule.prediction != schedule.prediction))
