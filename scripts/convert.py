@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # torch is slow to import: functions that need it do so, and 
     from torch import Tensor
 
 LAYOUTS = ("sd", "original", "diffusers")
-PRECISIONS = ("float32", "float16", "bfloat16")
+PRECISIONS, SHORT = ("float32", "float16", "bfloat16"), ("fp32", "fp16", "bf16")  # as in device.py, without torch
 
 
 def parser() -> cli.Parser:
@@ -61,7 +61,10 @@ def parser() -> cli.Parser:
     parser.add_argument(
         "--layout", choices=LAYOUTS, default="sd", help="names to write (default: %(default)s, ours, in one file)"
     )
-    parser.add_argument("--dtype", choices=PRECISIONS, help="precision to write (default: unchanged)")
+    parser.add_argument(
+        "--dtype", choices=(*PRECISIONS, *SHORT), metavar="{" + ",".join(PRECISIONS) + "}",
+        help="precision to write (default: unchanged)",
+    )  # fmt: skip
     parser.add_argument(
         "--weights", choices=WEIGHTS, default="auto",
         help="which U-Net of a training checkpoint (default: raw if present; of a folder, its main one)",
@@ -118,9 +121,9 @@ def rewrite(args: argparse.Namespace) -> None:
 def write(args: argparse.Namespace, path: Path) -> tuple[int, sd.Config]:
     """Convert all weights and write them to `path`; returns their number and the model."""
     from sd.checkpoints.finite import FiniteCheck
-    from sd.runtime.device import DTYPES
+    from sd.runtime.device import find_dtype
 
-    dtype = DTYPES[args.dtype] if args.dtype else None
+    dtype = find_dtype(args.dtype) if args.dtype else None
     with ExitStack() as files:
         opened = open_all(args, files)
         config, states = find_all(args, opened)

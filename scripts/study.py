@@ -31,6 +31,7 @@ from sd.params import SamplingParams
 from sd.runtime.device import dtype_name
 from sd.samplers import SAMPLERS
 from sd.study import runs, text
+from sd.study.drawing import matplotlib_module
 
 from .common import arguments, cli, generate
 from .figures.commands import AXES, FIGURES, Job, axes
@@ -135,6 +136,7 @@ def study(args: argparse.Namespace) -> None:
     """Check the arguments, load the model, generate and save the figures."""
     if args.film == "mp4" and shutil.which("ffmpeg") is None:
         raise ValueError("--film mp4 needs ffmpeg, which is not installed: try webp or gif")
+    matplotlib_module("figure")  # before the time of computing, not after it
     settings = SamplingParams(
         steps=args.steps,
         guidance=args.guidance,

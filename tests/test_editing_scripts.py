@@ -227,6 +227,8 @@ def test_no_steps_no_frames(edit):
         (inpaint, ["a", SAMPLE, MASK, "--only-masked", "--margin", "-1"], "at least 0"),
         (inpaint, [SAMPLE, MASK], "sample.png is an image: the prompt comes first"),
         (img2img, [SAMPLE, "a"], "sample.png is an image: the prompt comes first"),
+        (img2img, [str(Path(SAMPLE).parent), "a cat"], "data is a folder: the prompt comes first"),
+        (img2img, ["a", SAMPLE, SAMPLE], "one word too many: for several images, give their folder"),
         (img2img, ["a", "https://example.org/a.png"], "URLs are not fetched"),
     ],
     ids=str,

@@ -15,14 +15,14 @@ from sd.checkpoints.convert import WEIGHTS
 from sd.config import PREDICTIONS
 from sd.imaging.files import SUFFIXES, ImageFile, read_image
 from sd.params import FITS, OPTIONS, POSTERIORS, RNGS, UPSCALERS, HighRes, SamplingParams
-from sd.runtime.device import DTYPES
+from sd.runtime.device import DTYPES, SHORT_DTYPES
 from sd.samplers import SAMPLERS
 from sd.schedule import SPACINGS
 
 from .cli import TEXT, Parser, file_path, home
 
 # other names of precisions; "autocast" in the original's scripts is the best for the device
-NICKNAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "full": "float32", "autocast": None}
+NICKNAMES = {**SHORT_DTYPES, "full": "float32", "autocast": None}
 OLD_OPTIONS = {"eta": ("--ddim_eta",)}  # names in the original's scripts
 ANIMATIONS = ("webp", "gif")
 STEP_MODES = ("decoded", "linear")
@@ -54,12 +54,16 @@ def place_words(args: argparse.Namespace, *names: str) -> argparse.Namespace:
     if len(args.words) > len(free):
         why = f" beside {', '.join(given.values())}" if given else ""
         hint = "" if given or names else ": a prompt of several words needs quotes"
+        if names == ("init_img",) and os.path.isfile(home(args.words[len(free)])):
+            hint = ": for several images, give their folder"
         raise ValueError(f"{args.words[len(free)]!r} is one word too many{why}{hint}")
     for name, word in zip(free, args.words, strict=False):
         setattr(args, name, word if name == "prompt" else home(word))
     prompt = Path(args.prompt or "")
     if "prompt" in free and prompt.suffix.lower() in SUFFIXES and os.path.isfile(prompt):  # it may be long
         raise ValueError(f"{prompt} is an image: the prompt comes first, then the files")
+    if "prompt" in free and len(args.words) > 1 and os.path.isdir(prompt) and not os.path.lexists(home(args.words[1])):
+        raise ValueError(f"{prompt} is a folder: the prompt comes first, then the files")
     return args
 
 
