@@ -52,7 +52,7 @@ from .imaging.tensors import to_tensor
 from .models.text_encoder import TextEncoder, layer_of_clip_skip
 from .models.unet import UNet
 from .models.vae import VAE, Gaussian
-from .params import HighRes, ImageToImage, Inpaint, TextToImage, number
+from .params import HighRes, ImageToImage, Inpaint, TextToImage
 from .resources import resource
 from .run import Run, Sampling, image_to_image, inpaint, text_to_image
 from .runtime.cuda_graphs import Compiled, Recorded
@@ -60,6 +60,7 @@ from .runtime.device import best_dtype, explained, find_device, find_dtype
 from .runtime.offload import Offload
 from .samplers import Denoise, Noise, Sampler, Step, find_sampler
 from .schedule import Levels, Schedule
+from .settings import number
 from .text.prompt_syntax import emphasised, rows, same_length, single_text
 from .text.tokenizer import Note, warn
 

@@ -20,9 +20,10 @@ ALLOWED = {
     "hints": set(),
     "resources": set(),
     "schedule": {"config"},
+    "settings": set(),
     "samplers": {"schedule"},
     "denoiser": {"conditioning", "samplers", "schedule"},
-    "params": {"config", "samplers", "schedule"},
+    "params": {"config", "samplers", "schedule", "settings"},
     "runtime": {"conditioning", "config", "models"},
     "models": {"conditioning", "config"},
     "text": {"resources"},
@@ -30,7 +31,7 @@ ALLOWED = {
     "checkpoints": {"conditioning", "config", "models", "runtime", "schedule", "text"},
     "adapters": {"checkpoints", "config", "models", "runtime", "text"},
     "training": {"conditioning", "config", "denoiser", "models", "schedule"},
-    "latents": {"config", "imaging", "models", "params", "runtime", "text"},
+    "latents": {"config", "imaging", "models", "runtime", "settings", "text"},
     "prompts": {"conditioning", "params", "text"},
     "noise": {"params"},
     "recipes": {"imaging", "params", "samplers"},
@@ -41,7 +42,7 @@ ALLOWED = {
     "hires": {"imaging", "latents", "params", "run", "samplers", "schedule"},
     "pipeline": {
         "adapters", "checkpoints", "conditioning", "config", "denoiser", "files", "hints", "hires", "imaging",
-        "latents", "models", "params", "resources", "run", "runtime", "samplers", "schedule", "text",
+        "latents", "models", "params", "resources", "run", "runtime", "samplers", "schedule", "settings", "text",
     },
     "study": None,  # stands on top of everything: nothing may import it
 }  # fmt: skip

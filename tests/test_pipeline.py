@@ -202,7 +202,7 @@ def test_native_size(tiny_sd):
         ({"spacing": "even"}, "unknown spacing"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**64}, "seed"),
-        ({"n": 0}, "number of images"),
+        ({"n": 0}, "n must be at least 1, got 0"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": []}, "prompt"),
         (
