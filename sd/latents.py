@@ -22,9 +22,9 @@ from torch import Tensor
 from .config import Config
 from .imaging.tensors import to_pil
 from .models.vae import VAE, Gaussian
-from .params import whole
 from .runtime.device import dtype_name
 from .runtime.vae_tiling import decode_in_strips, encode_in_strips
+from .settings import whole
 from .text.tokenizer import Note
 
 LARGE = 1024 * 1024  # pixels above which the VAE works in strips

@@ -19,12 +19,9 @@ from __future__ import annotations
 
 import base64
 import io
-import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from PIL import Image
 from torch import Tensor
@@ -32,6 +29,7 @@ from torch import Tensor
 from .messages import counted
 from .samplers import SAMPLERS, Sampler, find_sampler, sampler_key, spacing_in
 from .schedule import SPACINGS
+from .settings import OneOf, Range, check_settings, flag, number, setting, whole
 
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11
@@ -46,44 +44,8 @@ RENAMED = {"weighted_prompts": "web_ui_prompts", "long_prompts": "web_ui_prompts
 UPSCALERS = ("lanczos", "latent")
 LARGEST_HIRES = 4.0
 RNGS = ("torch-cpu", "nv", "comfy")
+SEED = Range(whole, 0, MAX_SEED, "from 0 to 2^64 - 1")
 OPTIONS = {name: option for entry in SAMPLERS.values() for name, option in entry.options.items()}
-
-
-def whole(name: str, value: object) -> int:
-    """An integer of any type (numpy's too) as int; raises ValueError, with the name, for anything else."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(cast(SupportsIndex, value))
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number, got {value!r:.100}") from None
-
-
-def number(name: str, value: object) -> float:
-    """A real number of any type as float; raises ValueError, with the name, for anything else."""
-    if not isinstance(value, Real):
-        raise ValueError(f"{name} must be a number, got {value!r:.100}")
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name} must be a number, got one of {len(str(value))} digits") from None
-
-
-def flag(name: str, value: object) -> None:
-    """Raise a ValueError, with the name, if `value` is neither True nor False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r:.100}")
-
-
-def one_of(name: str, value: object, known: Sequence[str]) -> None:
-    """Raise a ValueError that lists the known values if `value` is none of them."""
-    if value not in known:
-        raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(known)}")
-
-
-def setting(default: Any, help: str, image: bool = False) -> Any:
-    """A dataclass field with its default and its help text; `image` if its values are images."""
-    return field(default=default, metadata={"help": help, "image": image})
 
 
 @dataclass(frozen=True)
@@ -91,63 +53,49 @@ class SamplingParams:
     """How to sample. None means the default of the sampler (steps, spacing) or of the model (all others)."""
 
     sampler: str | None = setting(None, "a key of `samplers.SAMPLERS`, or the name of a sampler in another tool")
-    steps: int | None = setting(None, "steps of the whole grid, 1 to 1000; strength below 1 takes only the last ones")
-    spacing: str | None = setting(None, f"grid of the noise levels: {', '.join(SPACINGS)}")
-    guidance: float | None = setting(None, "how strongly to follow the prompt; 0 ignores it, 1 is no guidance")
-    guidance_rescale: float = setting(0.0, "share of the contrast that guidance adds to take back, 0 to 1")
-    seed: int = setting(0, "0 to 2^64 - 1; image k of a request has seed + k (exceptions: noise.py)")
-    n: int = setting(1, "images per prompt")
+    steps: int | None = setting(
+        None, "steps of the whole grid, 1 to 1000; strength below 1 takes only the last ones", Range(whole, 1)
+    )
+    spacing: str | None = setting(None, f"grid of the noise levels: {', '.join(SPACINGS)}", OneOf(SPACINGS))
+    guidance: float | None = setting(None, "how strongly to follow the prompt; 0 ignores it, 1 is no guidance", number)
+    guidance_rescale: float = setting(
+        0.0, "how far to rescale the guided prediction to its contrast without guidance, 0 to 1", Range(number, 0, 1)
+    )
+    seed: int = setting(0, "0 to 2^64 - 1; image k of a request has seed + k (exceptions: noise.py)", SEED)
+    n: int = setting(1, "images per prompt", Range(whole, 1))
     exact: bool = setting(
         False,
-        "each image is to the bit what it is alone, whatever the batch, which is no faster then; several "
-        "prompts have to be of one form: equally many chunks of tokens, and parts joined by AND",
+        "each image is bit-identical to the same image generated alone; batches then save no time. Several prompts "
+        "must have equally many chunks of tokens and parts joined by AND",
+        flag,
     )
-    height: int | None = setting(None, "in pixels, a multiple of 8")
-    width: int | None = setting(None, "in pixels, a multiple of 8")
-    rng: str = setting("torch-cpu", f"whose random numbers: {', '.join(RNGS)}")
-    noise_seed_delta: int = setting(0, "added to the seed of the noise of stochastic samplers (the web UI's ENSD)")
+    height: int | None = setting(None, "in pixels, a multiple of 8", whole)
+    width: int | None = setting(None, "in pixels, a multiple of 8", whole)
+    rng: str = setting("torch-cpu", f"random number generator: {', '.join(RNGS)}", OneOf(RNGS))
+    noise_seed_delta: int = setting(
+        0, "added to the seed of the noise of stochastic samplers (the web UI's ENSD)", whole
+    )
     variation_seed: int | None = setting(
-        None, "seed of the noise to mix into the initial noise, see variation_strength"
+        None, "seed of the noise to mix into the initial noise, see variation_strength", SEED
     )
-    variation_strength: float = setting(0.0, "0 is the noise of the seed, 1 that of variation_seed; between, a mixture")
-    tileable: bool = setting(False, "the image repeats without seams: convolutions wrap around its edges")
+    variation_strength: float = setting(
+        0.0, "0 is the noise of the seed, 1 that of variation_seed; between, a mixture", Range(number, 0, 1)
+    )
+    tileable: bool = setting(False, "the image repeats without seams: convolutions wrap around its edges", flag)
     options: Mapping[str, float] = field(
         default_factory=dict, hash=False, metadata={"help": "of the sampler, such as eta"}
     )
 
     def __post_init__(self) -> None:
+        check_settings(self)
         put = object.__setattr__
         if not isinstance(self.sampler, str | Sampler | None):
             raise ValueError(f"sampler must be a name, got {self.sampler!r:.100}")
         if self.sampler is not None and self.sampler not in tuple(SAMPLERS):
             put(self, "spacing", self.spacing or spacing_in(self.sampler))  # "DPM++ 2M Karras" names a spacing as well
             put(self, "sampler", sampler_key(find_sampler(self.sampler)))
-        for name in ("seed", "n", "steps", "height", "width", "noise_seed_delta", "variation_seed"):
-            if getattr(self, name) is not None:
-                put(self, name, whole(name, getattr(self, name)))
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if self.spacing is not None:
-            one_of("spacing", self.spacing, SPACINGS)
-        if self.guidance is not None:
-            put(self, "guidance", number("guidance", self.guidance))
-            if not math.isfinite(self.guidance):
-                raise ValueError(f"guidance must be a finite number, got {self.guidance}")
-        for name in ("guidance_rescale", "variation_strength"):
-            put(self, name, number(name, getattr(self, name)))
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("seed", "variation_seed"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= MAX_SEED:
-                raise ValueError(f"{name} must be from 0 to 2^64 - 1, got {value}")
         if self.variation_strength > 0 and self.variation_seed is None:
             raise ValueError("variation_strength needs variation_seed, the seed of the noise to mix in")
-        one_of("rng", self.rng, RNGS)
-        flag("exact", self.exact)
-        flag("tileable", self.tileable)
-        if self.n < 1:
-            raise ValueError(f"the number of images must be at least 1, got {self.n}")
         if self.options:
             put(self, "options", {name: self._option(name, value) for name, value in self.options.items()})
 
@@ -158,10 +106,7 @@ class SamplingParams:
             having = ", ".join(key for key, entry in SAMPLERS.items() if name in entry.options)
             raise ValueError(f"{name} is a setting of {having}, not of {SAMPLERS[self.sampler].label}")
         option = OPTIONS[name] if self.sampler is None else SAMPLERS[self.sampler].options[name]
-        found = whole(name, value) if isinstance(option.default, int) else number(name, value)
-        if not option.low <= found <= option.high:
-            raise ValueError(f"{name} must be in [{option.low:g}, {option.high:g}], got {value}")
-        return found
+        return Range(whole if isinstance(option.default, int) else number, option.low, option.high)(name, value)
 
     def resolved(self, config: Config) -> ResolvedParams:
         """The same for a model, with its default sampler and guidance, and the sampler's default spacing and steps."""
@@ -175,8 +120,7 @@ class SamplingParams:
             if not having:
                 raise ValueError(f"no sampler has all of {', '.join(self.options)}")
             name, spacing = having[0], None
-        own = {f.name: getattr(self, f.name) for f in fields(SamplingParams)}
-        own |= {
+        own = vars(self) | {
             "sampler": name,
             "steps": SAMPLERS[name].steps if self.steps is None else self.steps,
             "spacing": self.spacing or spacing or SAMPLERS[name].spacing,
@@ -230,21 +174,19 @@ class TextToImage:
         "empty text. No effect at guidance 1, except with AND",
     )
     web_ui_prompts: bool = setting(
-        False, "prompts have the web UI's syntax: weights (word:1.2), chunks of 75 tokens, [a:b:0.4], [a|b], AND"
+        False, "prompts have the web UI's syntax: weights (word:1.2), chunks of 75 tokens, [a:b:0.4], [a|b], AND", flag
     )
     clip_skip: int | None = setting(
-        None, "layer of the text encoder to use, counted from its end: 1 is the last; None is the model's own"
+        None,
+        "layer of the text encoder to use, counted from its end: 1 is the last; None is the model's own",
+        Range(whole, 1),
     )
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if not isinstance(self.prompt, Tensor):
             texts = (self.prompt,) if isinstance(self.prompt, str) else _texts("prompt", self.prompt)
             object.__setattr__(self, "prompt", texts)
-        flag("web_ui_prompts", self.web_ui_prompts)
-        if self.clip_skip is not None:
-            object.__setattr__(self, "clip_skip", whole("clip_skip", self.clip_skip))
-            if self.clip_skip < 1:
-                raise ValueError(f"clip_skip must be at least 1 (the last layer), got {self.clip_skip}")
         if self.negative is None:
             object.__setattr__(self, "negative", "")
         elif not isinstance(self.negative, str):
@@ -319,25 +261,21 @@ class HighRes(TextToImage):
 
     kind: ClassVar[str] = "hires"
 
-    hires: float = setting(2.0, "enlarge by this, above 1 to 4; sides are rounded down to multiples of 8")
-    hires_strength: float = setting(0.55, "of the second pass: 0 only enlarges, 1 keeps next to nothing of the first")
-    hires_steps: int | None = setting(None, "steps that the second pass takes; None is hires_strength times steps")
-    hires_upscaler: str = setting("lanczos", f"{UPSCALERS[0]} enlarges the pixels, {UPSCALERS[1]} the latents")
+    hires: float = setting(2.0, "enlarge by this, above 1 to 4; sides are rounded down to multiples of 8", number)
+    hires_strength: float = setting(
+        0.55, "of the second pass: 0 only enlarges, 1 keeps next to nothing of the first", Range(number, 0, 1)
+    )
+    hires_steps: int | None = setting(
+        None, "steps that the second pass takes; None is hires_strength times steps", Range(whole, 1)
+    )
+    hires_upscaler: str = setting(
+        "lanczos", f"{UPSCALERS[0]} enlarges the pixels, {UPSCALERS[1]} the latents", OneOf(UPSCALERS)
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        put = object.__setattr__
-        for name in ("hires", "hires_strength"):
-            put(self, name, number(name, getattr(self, name)))
         if not 1 < self.hires <= LARGEST_HIRES:
             raise ValueError(f"hires must be above 1 and at most {LARGEST_HIRES:g}, got {self.hires:g}")
-        if not 0 <= self.hires_strength <= 1:
-            raise ValueError(f"hires_strength must be in [0, 1], got {self.hires_strength:g}")
-        if self.hires_steps is not None:
-            put(self, "hires_steps", whole("hires_steps", self.hires_steps))
-            if self.hires_steps < 1:
-                raise ValueError(f"hires_steps must be at least 1, got {self.hires_steps}")
-        one_of("hires_upscaler", self.hires_upscaler, UPSCALERS)
 
 
 @dataclass(frozen=True)
@@ -346,18 +284,18 @@ class _FromImage(TextToImage):
 
     # required; it has a default only because the fields before it have one
     image: Image.Image = setting(None, "of any size and mode; transparent pixels become white", image=True)
-    posterior: str = setting("sample", "latents of the image: a random sample, as in the original code, or the mean")
-    strength: float = setting(1.0, "this share of the steps is taken; 0 keeps the image, 1 starts from pure noise")
+    posterior: str = setting(
+        "sample", "latents of the image: a random sample, as in the original code, or the mean", OneOf(POSTERIORS)
+    )
+    strength: float = setting(
+        1.0, "this share of the steps is taken; 0 keeps the image, 1 starts from pure noise", Range(number, 0, 1)
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.image, Image.Image):
             what = type(self.image).__name__
             raise ValueError(f"image must be a PIL image (imaging.files.read_image reads files), got {what}")
-        one_of("posterior", self.posterior, POSTERIORS)
-        object.__setattr__(self, "strength", number("strength", self.strength))
-        if not 0 <= self.strength <= 1:
-            raise ValueError(f"strength must be in [0, 1], got {self.strength}")
 
 
 @dataclass(frozen=True)
@@ -366,14 +304,13 @@ class ImageToImage(_FromImage):
 
     kind: ClassVar[str] = "img2img"
 
-    strength: float = setting(0.75, "this share of the steps is taken; 0 keeps the image, 1 starts from pure noise")
-    fit: str = setting("crop", "how to reach the size generated at: crop the image, or pad it with its edge pixels")
-    match_colours: bool = setting(False, "give the result the mean and covariance of the colours of the image")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("way to fit", self.fit, FITS)
-        flag("match_colours", self.match_colours)
+    strength: float = setting(
+        0.75, "this share of the steps is taken; 0 keeps the image, 1 starts from pure noise", Range(number, 0, 1)
+    )
+    fit: str = setting(
+        "crop", "how to reach the size generated at: crop the image, or pad it with its edge pixels", OneOf(FITS)
+    )
+    match_colours: bool = setting(False, "give the result the mean and covariance of the colours of the image", flag)
 
 
 @dataclass(frozen=True)
@@ -385,18 +322,14 @@ class Inpaint(_FromImage):
     mask: Image.Image | None = setting(
         None, "white is generated, black is kept; if None, the transparent part is the mask", image=True
     )
-    content: str = setting("original", "initial content of the masked part, where strength is below 1")
-    blur: float = setting(0.0, "radius in pixels by which the edge of the mask is softened, outwards")
-    margin: int | None = setting(None, "generate only the region around the mask, with this many pixels on each side")
+    content: str = setting("original", "initial content of the masked part, where strength is below 1", OneOf(CONTENTS))
+    blur: float = setting(0.0, "radius in pixels by which the edge of the mask is softened, outwards", number)
+    margin: int | None = setting(
+        None, "generate only the region around the mask, with this many pixels on each side", Range(whole, 0)
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("content", self.content, CONTENTS)
-        object.__setattr__(self, "blur", number("blur", self.blur))
-        if self.margin is not None:
-            object.__setattr__(self, "margin", whole("margin", self.margin))
-            if self.margin < 0:
-                raise ValueError(f"margin must be at least 0 pixels, got {self.margin}")
         if self.mask is not None and not isinstance(self.mask, Image.Image):
             what = type(self.mask).__name__
             raise ValueError(f"mask must be a PIL image (imaging.files.read_mask reads files), got {what}")

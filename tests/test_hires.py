@@ -141,7 +141,7 @@ def test_with_an_inpainting_model(tiny_inpaint):
     [
         ({"hires": 1.0}, "hires must be above 1 and at most 4, got 1"),
         ({"hires": 5}, "hires must be above 1 and at most 4, got 5"),
-        ({"hires": float("nan")}, "hires must be above 1"),
+        ({"hires": float("nan")}, "hires must be a finite number, got nan"),
         ({"hires": "2"}, "hires must be a number"),
         ({"hires_strength": 1.5}, "hires_strength must be in [0, 1], got 1.5"),
         ({"hires_steps": 0}, "hires_steps must be at least 1"),

@@ -1,7 +1,7 @@
 """The tokenizer folder of a diffusers model: words that were added to CLIP's, and settings that are not used here.
 
 A textual inversion that is saved with its whole pipeline has its word in this folder, and the word's vector in the text
-encoder's table, behind the 49,408 of CLIP. Versions of transformers write the words in different files:
+encoder's table, after the 49,408 of CLIP. Versions of transformers write the words in different files:
 
     added_tokens.json          {word: id}; before 4.34
     tokenizer_config.json      added_tokens_decoder: {id: {"content": word, "normalized": ..., ...}}; 4.34 to 4.x
@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import END, MAX_WORD, MAX_WORDS, TextConfig, Word
+from ..text.vocabulary import MERGES, MERGES_CRC32, SPECIAL
 
 MAX_TOKENIZER = 1 << 24  # bytes of tokenizer.json, which has 3.6 MB with CLIP's tables
 VOCAB_CRC32 = 0xCF5F2F3E  # of CLIP's tokens in the order of their ids, joined by "\n"
-SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast")
 NO_LIMIT = 10**6  # tokens: a larger `model_max_length` means that there is none
 NAMED = 10  # words in a line; of hundreds, the first ones
@@ -152,8 +152,6 @@ def pad_token(config: Mapping[str, Any]) -> str | None:
 
 def _other_tables(folder: Path, whole: Mapping[str, Any]) -> Iterator[str]:
     """A note if the vocabulary or the merges are not CLIP's."""
-    from ..text.tokenizer import MERGES  # imports torch
-
     model = whole.get("model")
     vocab: object = model.get("vocab") if isinstance(model, Mapping) else None
     merges: object = model.get("merges") if isinstance(model, Mapping) else None
@@ -188,8 +186,6 @@ def _is_vocab(table: object) -> bool:
 
 
 def _are_merges(lines: object) -> bool:
-    from ..text.tokenizer import MERGES, MERGES_CRC32
-
     if not isinstance(lines, list):
         return False
     if lines and isinstance(lines[0], bytes):  # merges.txt, after its first line

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ..params import ImageToImage, SamplingParams, one_of
+from ..params import ImageToImage, SamplingParams
 from ..pipeline import StableDiffusion
+from ..settings import OneOf
 from .drawing import figure, strip
 from .runs import SETTINGS, spacing_of
 
@@ -33,7 +34,7 @@ class Axis(NamedTuple):
         Axis(name='guidance', values=(1.0, 7.5))
         """
         name, found, values = text.partition("=")
-        one_of("axis", name.strip(), AXES)
+        OneOf(AXES)("axis", name.strip())
         name = name.strip()
         words = [word.strip() for word in values.split("|" if name == "prompt" else ",")]
         if not found or not all(words):
@@ -70,7 +71,7 @@ def grid(
     before the first image is generated.
     """
     for axis in (x, y):
-        one_of("axis", axis.name, AXES)
+        OneOf(AXES)("axis", axis.name)
     if x.name == y.name:
         raise ValueError(f"a grid needs two different axes, got {x.name} twice")
     if image is None and "strength" in (x.name, y.name):

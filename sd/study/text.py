@@ -22,7 +22,8 @@ from torch import Tensor
 from ..models.text_encoder import TextEncoder
 from ..params import SamplingParams
 from ..pipeline import StableDiffusion
-from ..text.tokenizer import END_OF_WORD, Tokenizer
+from ..text.tokenizer import Tokenizer
+from ..text.vocabulary import END_OF_WORD
 from .drawing import (
     DIVERGING,
     INK,

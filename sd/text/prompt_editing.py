@@ -17,7 +17,7 @@ The steps are those that the web UI takes, oddities included, so that its prompt
 * When the image of a first pass is refined at a higher resolution, the count of steps goes on: after a first pass of 20
   steps, whole numbers above 20 and shares above 1.0 belong to the second.
 * Brackets that are not closed, colons too many and the like are text. But a `|` outside of [a|b] turns everything else
-  in the prompt into text, too: `a [b:c:5] | d` is not edited. So does a backslash with nothing behind it.
+  in the prompt into text, too: `a [b:c:5] | d` is not edited. So does a backslash at its end.
 
 One difference: there, samplers with two evaluations a step (Heun, DPM2, DPM++ 2S a, DPM++ SDE) have twice as many steps
 as far as prompts are concerned. Here a step is a step, so [a:b:6] is their [a:b:12]. Shares are the same.
@@ -36,14 +36,13 @@ from typing import NamedTuple
 
 MAX_DEPTH = 200  # brackets within brackets
 
-# An escaped character, one that structures the prompt, or text without either. A backslash with nothing behind it
-# matches nothing here.
+# An escaped character, one that structures the prompt, or text without either; or a backslash that escapes nothing.
 TOKENS = re.compile(r"\\.|[][():|]|[^][():|\\]+|(?P<alone>\\)")
 WHEN = re.compile(r"\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*")
 
 
 class Stage(NamedTuple):
-    """The text of a prompt up to and including the step `last`, counted from 0."""
+    """The text of a prompt up to and including the step `last`, counted from 0 (the web UI's count, see above)."""
 
     last: int
     text: str
@@ -83,8 +82,8 @@ def parse_editing(prompt: str) -> Nodes | None:
         if tokens[i] == "|":
             return None
         if tokens[i] in "([" and (group := groups.at(i)) is not None:
-            nodes += group[0]
-            i = group[1]
+            found, i = group
+            nodes += found
         else:
             nodes.append(tokens[i])  # a bracket or a colon that belongs to nothing is text
             i += 1
@@ -99,7 +98,7 @@ class _Groups:
         self._known: dict[int, tuple[Nodes, int] | None] = {}
 
     def at(self, start: int, depth: int = 0) -> tuple[Nodes, int] | None:
-        """The nodes of the group that opens at a token, and the index behind it; None if it is not well formed."""
+        """The nodes of the group that opens at a token, and the index after it; None if it is not well formed."""
         if start not in self._known:
             if depth > MAX_DEPTH:
                 raise ValueError(f"more than {MAX_DEPTH} brackets within each other: write \\( or \\[ where it is text")
@@ -107,6 +106,7 @@ class _Groups:
         return self._known[start]
 
     def _read(self, start: int, depth: int) -> tuple[Nodes, int] | None:
+        """Read a group up to its closing bracket: segments of nodes, separated by ":" or "|"."""
         opening = self._tokens[start]
         closing = ")" if opening == "(" else "]"
         segments: list[list[str | Edit | Alternation]] = [[]]
@@ -123,8 +123,8 @@ class _Groups:
                 inner = self.at(i, depth + 1)
                 if inner is None:
                     return None
-                segments[-1] += inner[0]
-                i = inner[1]
+                found, i = inner
+                segments[-1] += found
                 continue
             if token in ":|":
                 separators.append(token)
@@ -136,7 +136,7 @@ class _Groups:
 
 
 def _group(opening: str, segments: list[list[str | Edit | Alternation]], separators: list[str]) -> Nodes | None:
-    """The nodes of a bracket with these segments in it; None if they make no sense."""
+    """The nodes of a bracket that has these segments between its separators; None if it is not well formed."""
     kinds = set(separators)
     if opening == "(":
         if len(separators) > 1 or "|" in kinds:
@@ -216,10 +216,11 @@ def _walk(nodes: Nodes) -> Iterator[Edit | Alternation]:
 
 
 def _end(when: str, steps: int, first_pass: int) -> int:
-    """The last step before an edit, at most `steps`; below 1 if the edit comes before the first."""
-    value = float(when)
-    value = (value - (first_pass > 0)) * steps if "." in when else value - first_pass
-    return int(max(min(value, steps), -1))
+    """The last step before an edit, counted from 1 and at most `steps`; below 1 if the edit comes before the first."""
+    number = float(when)
+    # with a point it is a share of the steps, and shares above 1 are those of a second pass
+    end = (number - (1 if first_pass else 0)) * steps if "." in when else number - first_pass
+    return int(min(max(end, -1), steps))
 
 
 def _texts(nodes: Iterable[str | Edit | Alternation], step: int, steps: int, first_pass: int) -> Iterator[str]:

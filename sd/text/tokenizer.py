@@ -14,14 +14,7 @@ one that comes first in the list, at all its positions from left to right, until
 
 Frequent words become one token, rare words a few, and no text is out of vocabulary: the symbols are not characters but
 the 256 bytes of UTF-8 (GPT-2, Radford et al. 2019). CLIP (Radford et al. 2021, arXiv:2103.00020) lowercases everything,
-drops spaces, and marks the last symbol of a word with `</w>` instead. Its table of 49,408 tokens, by id:
-
-    0 .. 255        one byte inside a word: the 188 printable ones of Latin-1 first, then the other 68
-    256 .. 511      the same bytes at the end of a word
-    512 .. 49405    the 48,894 merges in their order, so that the id of a merge is also its rank
-    49406, 49407    <|startoftext|>, <|endoftext|>
-
-The table writes every byte as a visible character: a printable one as itself, the n-th of the others as U+0100 + n.
+drops spaces, and marks the last symbol of a word with `</w>` instead. Its 49,408 tokens are those of vocabulary.py.
 
     text -> clean -> words -> bytes -> merges -> ids -> start, ids, end, padding: (B, 77)
 
@@ -38,12 +31,9 @@ torch.Size([1, 77])
 
 from __future__ import annotations
 
-import gzip
 import html
-import json
 import re
 import warnings
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Flag, auto
@@ -57,27 +47,25 @@ from typing import Any
 import torch
 
 from ..resources import resource
-
-MERGES = 48894
-MERGES_CRC32 = 0x3FC60DFD  # of the merges' lines, joined by "\n": the same in OpenAI's and in Hugging Face's file
-END_OF_WORD = "</w>"
-SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+from .vocabulary import (
+    BYTE_IDS,
+    BYTE_OF_SYMBOL,
+    END_OF_WORD,
+    MERGES,
+    SPECIAL,
+    SYMBOLS,
+    check_vocab,
+    read_merges,
+)
 
 # Needs the `regex` package for \p{L} (letters of any script) and \p{N} (digits). As in CLIP, case is ignored: after
 # lower() that matters for one letter only, U+017F, which counts as an s in 's.
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
-PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-BYTES = bytes(PRINTABLE + sorted(set(range(256)) - set(PRINTABLE)))  # id -> byte
-BYTE_IDS = bytes(BYTES.index(byte) for byte in range(256))  # byte -> id, in the form bytes.translate takes
-SYMBOLS = [chr(byte) if i < len(PRINTABLE) else chr(0x100 + i - len(PRINTABLE)) for i, byte in enumerate(BYTES)]
-BYTE_OF_SYMBOL = dict(zip(SYMBOLS, BYTES, strict=True))
-
 # ftfy repeats its fixes until nothing changes, which takes time quadratic in the length of some lines ("Ã" followed by
 # 100,000 "ƒ": many minutes). Longer lines are therefore fixed in pieces. A piece is longer than a model's 75 tokens can
 # be, since a token has at most 24 characters.
 PIECE = 2000
-MAX_FILE = 1 << 21  # bytes read of a file: vocab.json has 1 MB, and CLIP's merges end after 0.5 MB of OpenAI's 3.2
 MAX_CACHED = 64  # characters; longer words are rare and not cached, which bounds the memory of the cache
 
 Split = Callable[[str], list[str]]  # a text -> the pieces between words, and the words at odd places
@@ -203,11 +191,11 @@ class Tokenizer:
         self._again = partial(  # for `__reduce__`
             type(self), length=length, pad=pad, merges=merges, allow_special=allow_special, html_unescape=html_unescape
         )
-        left, right = _read_merges(path / "merges.txt" if path.is_dir() else path)
+        left, right = read_merges(path / "merges.txt" if path.is_dir() else path)
         self._tokens = [*SYMBOLS, *(s + END_OF_WORD for s in SYMBOLS), *map(str.__add__, left, right), *SPECIAL]
         vocab = {token: i for i, token in enumerate(self._tokens)}
         if path.is_dir():
-            _check_vocab(path / "vocab.json", vocab)
+            check_vocab(path / "vocab.json", vocab)
         self.vocab = MappingProxyType(vocab)
         # A pair is one integer: this many tuples would trigger a full garbage collection, which takes longest of all.
         self._merges = {vocab[a] << 16 | vocab[b]: 512 + i for i, (a, b) in enumerate(zip(left, right, strict=True))}
@@ -249,25 +237,21 @@ class Tokenizer:
         """The ids of a text of any length, without start and end. Raises TypeError if it is not a str."""
         if not isinstance(text, str):
             raise TypeError(f"a text must be a str, got {type(text).__name__}: {text!r:.80}")
-        exactly, _ = self._splits = self._splits or self._find_added()
+        at_exact_words, at_words = self._splits = self._splits or self._find_added()
         ids: list[int] = []
-        for i, piece in enumerate(exactly(text)):
-            ids.extend(self.added[piece] if i % 2 else self._encode(clean(piece, html_unescape=self.html_unescape)))
-        return ids
-
-    def _encode(self, text: str) -> list[int]:
-        """The ids of a cleaned text, which has no exact word."""
-        _, split = self._splits = self._splits or self._find_added()
-        ids: list[int] = []
-        for i, piece in enumerate(split(text)):
+        for i, piece in enumerate(at_exact_words(text)):
             if i % 2:
                 ids.extend(self.added[piece])
                 continue
-            for word in self._words.findall(piece):
-                if word in self.special:
-                    ids.append(self.special[word])
-                else:
-                    ids.extend(self._cached(word) if len(word) <= MAX_CACHED else self._encode_word(word))
+            for j, part in enumerate(at_words(clean(piece, html_unescape=self.html_unescape))):
+                if j % 2:
+                    ids.extend(self.added[part])
+                    continue
+                for word in self._words.findall(part):
+                    if word in self.special:
+                        ids.append(self.special[word])
+                    else:
+                        ids.extend(self._cached(word) if len(word) <= MAX_CACHED else self._encode_word(word))
         return ids
 
     def add(self, word: str, ids: Iterable[int], rule: Rule = Rule.USUAL) -> str:
@@ -362,49 +346,3 @@ class Tokenizer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-
-
-def _read_merges(path: Path) -> tuple[list[str], list[str]]:
-    """The left and the right halves of the merges.
-
-    Both OpenAI's file, which continues after the merges, and Hugging Face's start with a version line, followed by
-    "left right" on each line.
-    """
-    lines = _read(path, "merges").replace(b"\r\n", b"\n").split(b"\n", 1 + MERGES)[1 : 1 + MERGES]
-    table = b"\n".join(lines)
-    if zlib.crc32(table) != MERGES_CRC32:
-        found = f"{len(lines):,} merges" if len(lines) < MERGES else "other merges"
-        raise ValueError(f"{path} is not CLIP's table: it holds {found}, expected CLIP's {MERGES:,} after a first line")
-    symbols = table.decode().replace("\n", " ").split(" ")
-    return symbols[::2], symbols[1::2]
-
-
-def _check_vocab(path: Path, vocab: dict[str, int]) -> None:
-    try:
-        found = json.loads(_read(path, "vocabulary"))
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path} is not CLIP's vocabulary: it cannot be read as JSON") from None
-    if found == vocab:
-        return
-    if not isinstance(found, dict) or len(found) != len(vocab):
-        size = f"{len(found):,} entries" if isinstance(found, dict) else "no table"
-        raise ValueError(f"{path} is not CLIP's vocabulary: it holds {size}, expected {len(vocab):,}")
-    token = next(token for token in vocab if found.get(token) != vocab[token])
-    raise ValueError(
-        f"{path} does not fit merges.txt: token {token!r} has id {found.get(token)}, expected {vocab[token]}"
-    )
-
-
-def _read(path: Path, what: str) -> bytes:
-    try:
-        with path.open("rb") as file:
-            zipped = file.read(2) == b"\x1f\x8b"
-            file.seek(0)
-            return (gzip.GzipFile(fileobj=file) if zipped else file).read(MAX_FILE)
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"no {what} file at {path}: expected CLIP's bpe_simple_vocab_16e6.txt.gz (see data/README.md), "
-            "or a folder with vocab.json and merges.txt"
-        ) from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"cannot read the {what} file {path}: {error}") from None
