@@ -121,7 +121,7 @@ VALUES = [
     ((", Schedule type: Exponential", "DPM++ 2M"), {"spacing": "exponential"}, ""),
     ((", Schedule type: Simple", "Euler"), {"spacing": "trailing"}, ""),
     ((", Schedule type: SGM Uniform", "Euler"), {"spacing": "trailing"}, "close"),
-    ((", Schedule type: Align Your Steps", "DDIM"), {"spacing": "leading"}, "grid Align Your Steps is not available"),
+    ((", Schedule type: Align Your Steps", "Euler"), {"spacing": "linspace"}, "grid Align Your Steps is not available"),
     (("", "DPM++ 3M SDE"), {"sampler": None}, "sampler DPM++ 3M SDE is not available"),
     (("", "PLMS"), {"sampler": "plms", "spacing": "leading"}, ""),
     ((", RNG: CPU", "Euler"), {"rng": "torch-cpu"}, ""),
@@ -294,7 +294,7 @@ REFUSED = {
     "deep.png": (png(chunk(b"tEXt", b"prompt\0" + b'{"a":' * 50_000)), "nested too deeply"),
     "other.png": (png(chunk(b"tEXt", b'parameters\0{"a\x1b[31m": 1}')), "JSON"),
     "node.png": (png(chunk(b"tEXt", b'prompt\0{"1": {"class_type": "SaveImage", "inputs": {}}}')), "no sampler"),
-    "novel.png": (png(chunk(b"tEXt", b"Software\0NovelAI")), "NovelAI"),
+    "novel.png": (png(chunk(b"tEXt", b"Software\0NovelAI")), "no settings of an image"),
     "broken.jpg": (b"\xff\xd8\xff\xe1\0\x10Exif\0\0MM\0*", "damaged"),
     "big.txt": (b"a" * (MAX_TEXT + 1), "too large"),
     "\x1b[31m.png": (png(), "no settings"),
@@ -603,6 +603,11 @@ def test_any_prompt_is_read_back(prompt, negative, model):
     found = parse(written(prompt, negative, PAIRS | {"Model": model, "Version": "sd 1"}))
     assert (found.prompt, found.negative) == (clean(prompt), clean(negative))
     assert found.pairs == {name: str(value) for name, value in (PAIRS | {"Model": model}).items()}
+
+
+def test_blanks_around_our_prompts_are_read_back_from_a_file(tmp_path):
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", written(" a cat ", "", PAIRS))
+    assert read_request(tmp_path / "a.png").request.prompt == (" a cat ",)
 
 
 OTHER = {"int": 3, "float": 0.1 + 0.2, "bool": True}

@@ -152,26 +152,31 @@ def _given(text: str) -> tuple[str, Path, bool]:
     return tag_name(name or lora_name(path)), path, str(path) != rest
 
 
+def _name(lora: Addon) -> str:
+    """The name of a LoRA by which it is compared with files: without what a tag cannot have, in lower case."""
+    return tag_name(lora.name).casefold()
+
+
 def _loras(args: argparse.Namespace, recipe: Recipe) -> None:
     """Files for the LoRAs of the recipe: those given, with the weights of the recipe, or from the folder of LoRAs."""
-    weights = {lora.name: text_of(lora.weight) for lora in recipe.loras}
+    weights = {_name(lora): text_of(lora.weight) for lora in recipe.loras}
     if "lora" in args.named:
         for i, text in enumerate(args.lora):
             name, _, weighted = _given(text)
-            if not weighted and name in weights:
-                args.lora[i] = f"{text}:{weights[name]}"
+            if not weighted and name.casefold() in weights:
+                args.lora[i] = f"{text}:{weights[name.casefold()]}"
         return
     if args.lora_dir is None:
         return
     folder = LoraFolder(args.lora_dir)
     for lora in recipe.loras:
         if (file := find_lora(folder, lora)) is not None:
-            args.lora.append(f"{file}:{weights[lora.name]}")
+            args.lora.append(f"{file}:{weights[_name(lora)]}")
 
 
 def find_lora(folder: LoraFolder, lora: Addon) -> Path | None:
     """The file of a LoRA in a folder, or None: of several, that with the digest of the recipe, or the first."""
-    found = sorted(folder.files(lora.name))
+    found = sorted(folder.files(_name(lora)))
     if len(found) > 1 and lora.digest:
         found.sort(key=lambda path: not _same(lora_digest(path), lora.digest))
     return found[0] if found else None
@@ -194,12 +199,12 @@ def _notes(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage]) ->
         notes.append(f"{args.like.name}: made in two passes, of which only the first is repeated")
     if recipe.kind in ("img2img", "inpaint") and recipe.kind != kind.kind:
         notes.append(f"{args.like.name}: made by {recipe.kind}, and {kind.kind} will give a different image")
-    files = {name: path for name, path, _ in map(_given, args.lora)}
+    files = {name.casefold(): path for name, path, _ in map(_given, args.lora)}
     for lora in recipe.loras:
-        if lora.name not in files:
+        if _name(lora) not in files:
             notes.append(f"LoRA {lora.name}, weight {text_of(lora.weight)}: give its file with --lora")
         elif "lora" in args.named or lora.digest:
-            path = files[lora.name]
+            path = files[_name(lora)]
             if lora.digest and path.is_file() and not _same(lora_digest(path), lora.digest):
                 notes.append(f"LoRA {lora.name}: {path.name} is not the same file as the recipe's ({lora.digest})")
     words = {(word or file_name(path.name)).lower() for path, word in map(split_embedding, args.embedding)}

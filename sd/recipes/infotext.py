@@ -31,8 +31,10 @@ MAX_PAIRS = 2000
 MAX_JSON = 16  # values that look like JSON and are not, before no more are tried
 NEGATIVE = "Negative prompt:"
 STEPS = re.compile(r"[ \t]*Steps: *\d")
+OTHER_START = re.compile(r"[ \t]*(Sampler|CFG scale|Seed|Size|Model|Model hash|Schedule type|Clip skip): ")
 INLINE = re.compile(r"(?:^|[\s,.])(Steps: \d+, (?:Sampler|Size|Seed|CFG scale): )")  # a text in one line
 TEMPLATE = re.compile(r"(Template|Negative Template): ?")
+USED = re.compile(r"^(Used embeddings): *([^\"\n]+)$", re.MULTILINE)  # a line of the web UI of 2022
 BETWEEN = re.compile(r"[\s,]*")
 KEY = re.compile(r"([^:,\n\"]{1,100}):[ \t]*")
 STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"(?=\s*(?:,|\Z|\n))', re.DOTALL)
@@ -91,14 +93,21 @@ def _split(text: str) -> tuple[list[str], str]:
     first = next((i for i in reversed(range(len(lines))) if STEPS.match(lines[i])), None)
     if first is None:
         last = max((i for i, line in enumerate(lines) if line.strip()), default=0)
+        if OTHER_START.match(lines[last]) and len(list(_pairs(lines[last]))) >= 3:
+            return lines[:last], lines[last]
         if inline := list(INLINE.finditer(lines[last]))[-1:]:
             at = inline[0].start(1)
-            return [*lines[:last], lines[last][:at].rstrip()], lines[last][at:]
+            prompts = "\n".join([*lines[:last], lines[last][:at].rstrip()])
+            if not any(line.lstrip().startswith(NEGATIVE) for line in prompts.split("\n")):
+                head, mark, tail = prompts.partition(f" {NEGATIVE}")  # line breaks are lost in all of the text
+                prompts = f"{head}\n{NEGATIVE}{tail}" if mark else prompts
+            return prompts.split("\n"), lines[last][at:]
         if len(list(_pairs(lines[last]))) >= 3 and not lines[last].lstrip().startswith(NEGATIVE):
             return lines[:last], lines[last]
         return lines, ""
     end = next((i for i in range(first, len(lines)) if TEMPLATE.match(lines[i])), len(lines))
-    return lines[:first], "\n".join(lines[first:end])
+    settings = "\n".join(lines[first:end])
+    return lines[:first], USED.sub(lambda found: f"{found[1]}: {json.dumps(found[2])}", settings)
 
 
 def _pairs(text: str) -> Iterator[tuple[str, str]]:
@@ -143,22 +152,25 @@ def take_loras(prompt: str, ours: bool) -> tuple[str, list[Addon], list[str]]:
 
     ours   the tags at the end were added by us, each after a blank
     """
-    loras, notes = list[Addon](), list[str]()
+    loras, notes = dict[str, Addon](), list[str]()
     text = OWN_TAGS.sub("", prompt) if ours else prompt
     for kind, name, rest in TAG.findall(prompt):
         numbers = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", rest) if rest else ["1"]
         weight = float(numbers[0]) if numbers else 1.0
+        if not numbers:
+            notes.append(f"LoRA {file_name(name)} has the weight {rest[1:51]!r}, which is not a number: 1 is used")
         if kind == "hypernet":
             notes.append(f"hypernetwork {file_name(name)}: not available")
             continue
         if any(float(other) != weight for other in numbers[1:]):
             notes.append(f"LoRA {file_name(name)} has several weights ({rest[1:]}): {weight:g} is used for all")
         if abs(weight) <= 1000:
-            loras.append(Addon(file_name(name), weight))
+            before = loras.get(file_name(name), Addon("", 0.0))
+            loras[file_name(name)] = Addon(file_name(name), before.weight + weight)
         else:
             notes.append(f"LoRA {file_name(name)} is left out: its weight is {weight:g}")
     text = TAG.sub("", text)
-    return (text if ours else text.strip()), loras, notes
+    return (text if ours else text.strip()), list(loras.values()), notes
 
 
 def digests(text: str) -> dict[str, str]:
