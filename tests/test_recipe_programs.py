@@ -89,6 +89,10 @@ TEXTS = {
         web(more="\nUsed embeddings: bad-5 [abcd], easy [1234]"), {"embeddings": ["bad-5", "easy"]}, "",
     ),
     "one LoRA twice": (web(prompt="<lora:x:0.5> <lora:x:0.25>"), {"loras": [("x", 0.75, "")], "prompt": ""}, ""),
+    "no name": (web(prompt="a <lora::1> cat"), {"loras": [], "prompt": "a  cat"}, "without a name"),
+    "block weights": (
+        web(prompt=f"a cat <lora:x:1:lbw={'0.25,' * 16}1>"), {"loras": [("x", 1.0, "")], "prompt": "a cat"}, "several",
+    ),
     "no weight": (web(prompt="a <lora:x:high>"), {"loras": [("x", 1.0, "")]}, "not a number"),
     "a size in other signs": (web().replace("512x768", "512 × 768"), {"width": 512, "height": 768}, ""),
     "another order": (

@@ -19,7 +19,7 @@ from sd.adapters.lora_formats import lora_name
 from sd.params import MAX_SEED, SamplingParams, TextToImage
 from sd.recipes import Addon, Recipe, read_request
 from sd.recipes.fields import text_of
-from sd.recipes.recipe import file_name, shown
+from sd.recipes.recipe import MAX_SHOWN, file_name, shown
 from sd.runtime.device import DTYPES
 from sd.samplers import SAMPLERS
 
@@ -194,19 +194,21 @@ def _same(digest: str | None, other: str) -> bool:
 
 def _notes(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage]) -> list[str]:
     """What the recipe says that the arguments do not."""
-    notes = [f"{args.like.name}: {note}" for note in recipe.notes]
+    notes = [f"{shown(args.like.name)}: {note}" for note in recipe.notes]
     if recipe.kind == "hires" and not hasattr(args, "hires"):
-        notes.append(f"{args.like.name}: made in two passes, of which only the first is repeated")
+        notes.append(f"{shown(args.like.name)}: made in two passes, of which only the first is repeated")
     if recipe.kind in ("img2img", "inpaint") and recipe.kind != kind.kind:
-        notes.append(f"{args.like.name}: made by {recipe.kind}, and {kind.kind} will give a different image")
+        notes.append(f"{shown(args.like.name)}: made by {recipe.kind}, and {kind.kind} will give a different image")
     files = {name.casefold(): path for name, path, _ in map(_given, args.lora)}
+    missing = [lora for lora in recipe.loras if _name(lora) not in files]
+    for lora in missing[:MAX_SHOWN]:
+        notes.append(f"LoRA {lora.name}, weight {text_of(lora.weight)}: give its file with --lora")
+    if len(missing) > MAX_SHOWN:
+        notes.append(f"{len(missing) - MAX_SHOWN} more LoRAs are missing")
     for lora in recipe.loras:
-        if _name(lora) not in files:
-            notes.append(f"LoRA {lora.name}, weight {text_of(lora.weight)}: give its file with --lora")
-        elif "lora" in args.named or lora.digest:
-            path = files[_name(lora)]
-            if lora.digest and path.is_file() and not _same(lora_digest(path), lora.digest):
-                notes.append(f"LoRA {lora.name}: {path.name} is not the same file as the recipe's ({lora.digest})")
+        path = files.get(_name(lora))
+        if lora.digest and path is not None and path.is_file() and not _same(lora_digest(path), lora.digest):
+            notes.append(f"LoRA {lora.name}: {path.name} is not the same file as the recipe's ({lora.digest})")
     words = {(word or file_name(path.name)).lower() for path, word in map(split_embedding, args.embedding)}
     for embedding in recipe.embeddings:
         if embedding.name.lower() not in words:
@@ -245,14 +247,14 @@ def compare(args: argparse.Namespace, more: Mapping[str, object]) -> None:
     for key, what in (("Init image hash", "initial image"), ("Mask hash", "mask")):
         theirs = args.recipe.info.get(key)
         if theirs is not None and key in more and more[key] != theirs:
-            warnings.warn(f"the {what} is not the same file as that of {args.like.name}", stacklevel=1)
+            warnings.warn(f"the {what} is not the same file as that of {shown(args.like.name)}", stacklevel=1)
 
 
 def compare_model(args: argparse.Namespace, path: Path, digest: ModelHash | None) -> None:
     """Warn if the checkpoint is another one than the recipe's, or if that cannot be known."""
     if args.recipe is None:
         return
-    model, name = args.recipe.model, args.like.name
+    model, name = args.recipe.model, shown(args.like.name)
     described = " ".join(filter(None, [model.name, model.digest and f"({model.digest})"]))
     if not model.digest:
         if model.name and (args.ckpt is None or file_name(path.name) != model.name):

@@ -40,7 +40,7 @@ KEY = re.compile(r"([^:,\n\"]{1,100}):[ \t]*")
 STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"(?=\s*(?:,|\Z|\n))', re.DOTALL)
 END = re.compile(r"[,\n]")
 PLAIN = re.compile(r"[^,\n]*")
-TAG = re.compile(r"<(lora|lyco|hypernet):([^:<>]{1,200})((?::[^:<>]{0,50}){0,8})>")
+TAG = re.compile(r"<(lora|lyco|hypernet):([^:<>]{0,200})((?::[^:<>]{0,300}){0,8})>")
 OWN_TAGS = re.compile(r"(?: <lora:[^:<>]{1,200}:[^:<>]{0,50}>)+\Z")
 
 
@@ -157,11 +157,14 @@ def take_loras(prompt: str, ours: bool) -> tuple[str, list[Addon], list[str]]:
     for kind, name, rest in TAG.findall(prompt):
         numbers = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", rest) if rest else ["1"]
         weight = float(numbers[0]) if numbers else 1.0
-        if not numbers:
-            notes.append(f"LoRA {file_name(name)} has the weight {rest[1:51]!r}, which is not a number: 1 is used")
+        if not name.strip():
+            notes.append(f"a tag of the kind {kind} without a name is left out")
+            continue
         if kind == "hypernet":
             notes.append(f"hypernetwork {file_name(name)}: not available")
             continue
+        if not numbers:
+            notes.append(f"LoRA {file_name(name)} has the weight {rest[1:51]!r}, which is not a number: 1 is used")
         if any(float(other) != weight for other in numbers[1:]):
             notes.append(f"LoRA {file_name(name)} has several weights ({rest[1:]}): {weight:g} is used for all")
         if abs(weight) <= 1000:
