@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import json
 from dataclasses import fields
 
 import pytest
 
 from sd import read_request
-from sd.params import SamplingParams, TextToImage
+from sd.params import SamplingParams
 from sd.recipes import read_parameters
 from sd.recipes.comfyui import read_graph
 from sd.recipes.comfyui_workflow import to_graph
@@ -89,6 +88,13 @@ TEXTS = {
         web(more="\nUsed embeddings: bad-5 [abcd], easy [1234]"), {"embeddings": ["bad-5", "easy"]}, "",
     ),
     "one LoRA twice": (web(prompt="<lora:x:0.5> <lora:x:0.25>"), {"loras": [("x", 0.75, "")], "prompt": ""}, ""),
+    "LoRAs of Fooocus": (
+        web("DPM++ 2M", ', Scheduler: karras, Lora hashes: "x: 48526861", Lora weights: "x: 0.1", Styles: "[]", '
+            'Version: Fooocus v2.5.0'),
+        {"loras": [("x", 0.1, "48526861")], "spacing": "karras", "rng": "comfy"}, "",
+    ),
+    "LoRAs without a tag": (web(more=', Lora hashes: "x: 48526861"'), {"loras": []}, "the LoRAs x, which no tag"),
+    "a grid of sd.cpp": (web("euler_a discrete", ", RNG: cuda"), {"sampler": "euler_a", "spacing": "linspace"}, ""),
     "no name": (web(prompt="a <lora::1> cat"), {"loras": [], "prompt": "a  cat"}, "without a name"),
     "block weights": (
         web(prompt=f"a cat <lora:x:1:lbw={'0.25,' * 16}1>"), {"loras": [("x", 1.0, "")], "prompt": "a cat"}, "several",
@@ -322,49 +328,3 @@ def test_a_workflow_of_the_editor(tmp_path):
     assert [read_request(tmp_path / name).request.params.seed for name in ("a.json", "b.json")] == [77, 7]
     with pytest.raises(ValueError, match="nodes"):
         to_graph({"nodes": [item(i, "A") for i in range(6000)]})
-
-
-# --------------------------------------------------------------------------------------------------- other programs
-
-NOVEL = {"steps": 28, "sampler": "k_euler_ancestral", "seed": 5, "strength": 0.69, "scale": 11.0, "uc": "dog"}
-EASY = {"prompt": "a cat", "negative_prompt": "dog", "seed": "5", "num_inference_steps": "25", "width": "64"}
-EASY |= {"guidance_scale": "7.5", "height": "128", "sampler_name": "euler_a", "use_stable_diffusion_model": "m.ckpt"}
-EASY |= {"use_lora_model": "['a', 'b']", "lora_alpha": "[0.5, 0.25]"}
-DRAW = {"c": "a cat", "uc": "dog", "seed": 5, "steps": 25, "scale": 7.5, "sampler": "DPM++ 2M Karras", "size": "64x128"}
-DRAW |= {"model": "m.ckpt", "strength": 1, "seed_mode": "Nvidia GPU Compatible", "v2": {"clipSkip": 2}}
-DRAW |= {"lora": [{"model": "a.ckpt", "weight": 0.5}]}
-XMP = f'<exif:UserComment><rdf:Alt><rdf:li xml:lang="x-default">{html.escape(json.dumps(DRAW))}</rdf:li></rdf:Alt>'
-SWARM = {"prompt": "a cat", "negativeprompt": "dog", "model": "m.pt", "seed": 5, "steps": 25, "cfgscale": 7.5}
-SWARM |= {"width": 64, "height": 128, "sampler": "dpmpp_2m", "scheduler": "karras", "clipstopatlayer": "-2"}
-SWARM |= {"loras": ["a"], "loraweights": ["0.5"]}
-LINES = "Prompt: a cat\nSeed: 5\nSteps: 25\nWidth: 64\nHeight: 128\nGuidance Scale: 7.5\nSampler: euler_a\n"
-ALL = {"prompt": "a cat", "seed": 5, "steps": 25, "guidance": 7.5, "width": 64, "height": 128, "kind": "txt2img"}
-ONE = BOTH | ALL | {"model": "m", "loras": [("a", 0.5, "")], "clip_skip": 2, "spacing": "karras"}
-# fmt: off
-PROGRAMS = {
-    "NovelAI": (
-        {"Software": "NovelAI", "Description": "{a} cat", "Source": "Stable Diffusion 81274D13",
-         "Comment": json.dumps(NOVEL)},
-        {"prompt": "{a} cat", "negative": "dog", "sampler": "euler_a", "guidance": 11.0, "kind": "txt2img", "rng": "nv",
-         "noise_seed_delta": 31337, "clip_skip": 2}, "{ } and [ ]",
-    ),
-    "Easy Diffusion": (EASY, BOTH | ALL | {"loras": [("a", 0.5, ""), ("b", 0.25, "")], "sampler": "euler_a"}, ""),
-    "Easy Diffusion, lines": ({"parameters": LINES}, ALL | {"negative": "", "sampler": "euler_a"}, ""),
-    "Draw Things, EXIF": ({"parameters": json.dumps(DRAW)}, ONE | {"rng": "nv"}, ""),
-    "Draw Things, XMP": ({"XML:com.adobe.xmp": XMP}, ONE | {"rng": "nv"}, ""),
-    "SwarmUI": ({"parameters": json.dumps({"sui_image_params": SWARM})}, ONE | {"rng": "comfy"}, ""),
-}
-# fmt: on
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_other_programs(monkeypatch, name):
-    texts, wanted, note = PROGRAMS[name]
-    monkeypatch.setattr("sd.recipes.read_texts", lambda path: texts)
-    check(read_request("a.png"), wanted, note)
-    damaged = {key: text[: len(text) // 2] for key, text in texts.items()}
-    monkeypatch.setattr("sd.recipes.read_texts", lambda path: damaged)
-    try:
-        assert isinstance(read_request("a.png").request, TextToImage)
-    except ValueError as error:
-        assert str(error).startswith("a.png: ") and str(error).isprintable()

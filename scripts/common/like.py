@@ -217,7 +217,7 @@ def _notes(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage]) ->
         if (
             (value := recipe.info.get(key))
             and getattr(args, name) is None
-            and value.lower() not in ("none", "automatic")
+            and not value.lower().startswith(("none", "automatic", "default", "baked"))
         ):
             notes.append(f"{key} {file_name(value)}: give its file with --{name.replace('_', '-')}")
     return notes

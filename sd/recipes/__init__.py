@@ -1,6 +1,6 @@
 """Recipes: how an image was made, read from its file, whichever program wrote it.
 
-    containers.py   the texts in PNG, JPEG, WebP and text files
+    containers.py   the texts in PNG, JPEG, WebP and text files; hidden_texts.py: those in pixels
     infotext.py     the text of the web UI and of ours: prompt, negative prompt, pairs "key: value"
     webui.py        what its keys mean, in each of the programs that write it
     comfyui.py      ComfyUI's graph of nodes; comfyui_nodes.py: the nodes of it and of extensions,
@@ -17,13 +17,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
-from ..imaging.files import ImageFileError
+from ..imaging.files import ImageFileError, read_bytes
 from .comfyui import is_graph, read_graph
 from .comfyui_workflow import is_workflow, to_graph
 from .containers import read_texts
 from .fields import describe
+from .hidden_texts import hidden_texts
 from .infotext import written
 from .json_texts import load_json, mapping, read_dream, read_fooocus, read_invokeai, read_sd_metadata
 from .other_programs import easy_lines, read_draw_things, read_easy_diffusion, read_novelai, read_swarm, xmp_json
@@ -32,6 +34,10 @@ from .webui import read_parameters
 
 __all__ = ["Addon", "Recipe", "describe", "read_parameters", "read_request", "written"]
 
+# the keywords of settings; where there are none of them, the pixels are looked at
+KEYWORDS = {
+    "parameters", "prompt", "workflow", "invokeai_metadata", "sd-metadata", "Dream", "Comment", "XML:com.adobe.xmp",
+}  # fmt: skip
 NOTHING = (
     "no settings of an image in it: it was saved without metadata (--no-metadata), or a program or website removed them"
 )
@@ -47,6 +53,8 @@ def read_request(path: str | os.PathLike[str]) -> Recipe:
     Raises ImageFileError, a ValueError whose message is one line, if the file cannot be read or has no settings.
     """
     texts = read_texts(path)
+    if not texts.keys() & KEYWORDS and Path(path).suffix.lower() not in (".txt", ".json"):
+        texts |= hidden_texts(read_bytes(path))
     try:
         return _recipe(texts)
     except ValueError as error:

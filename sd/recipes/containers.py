@@ -1,4 +1,4 @@
-"""The texts in an image file: PNG text chunks, the EXIF block, comments. Pixels are not decoded.
+"""The texts in an image file: PNG text chunks, the EXIF block, comments. Pixels are not decoded here.
 
     PNG          tEXt, zTXt and iTXt chunks, before or after the pixels; eXIf
     JPEG, WebP   EXIF: UserComment, ImageDescription, Make, Model, XPComment; the comment of a JPEG or GIF file

@@ -134,6 +134,8 @@ def read_invokeai(values: Mapping[str, Any]) -> Recipe:
         file_name(text_in(model, "name", "model_name")),
         digest=digest if text_in(model, "hash").startswith("sha256:") else "",
     )
+    if vae := text_in(mapping(values.get("vae")), "name", "model_name"):
+        draft.info["VAE"] = file_name(vae)
     if left := [
         name for name, value in values.items() if name not in INVOKE_HARMLESS and value not in (None, [], {}, 0, "")
     ]:

@@ -36,7 +36,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line 
 GRIDS = {
     "uniform": "linspace", "normal": "linspace", "karras": "karras", "exponential": "exponential",
     "polyexponential": "exponential", "simple": "trailing", "ddim": "leading", "ddimuniform": "leading",
-    "leading": "leading", "trailing": "trailing", "linspace": "linspace",
+    "leading": "leading", "trailing": "trailing", "linspace": "linspace", "discrete": "linspace",
 }  # fmt: skip
 NEAR = {"sgmuniform": "trailing"}  # not the same, but close
 
@@ -243,8 +243,8 @@ class Draft:
 
 
 def _split_grid(name: str) -> tuple[str, str]:
-    """The name of a sampler, and the grid of ComfyUI behind it if ours have none of its name: "euler_sgm_uniform"."""
-    found = re.fullmatch(r"(\w+?)_(simple|normal|sgm_uniform|ddim_uniform|polyexponential|beta)", name)
+    """The name of a sampler, and the grid of ComfyUI or stable-diffusion.cpp behind it: "euler_sgm_uniform"."""
+    found = re.fullmatch(r"(.+?)[_ ](simple|normal|sgm_uniform|ddim_uniform|polyexponential|beta|discrete)", name)
     return (found[1], found[2]) if found else (name, "")
 
 

@@ -47,12 +47,13 @@ UPSCALERS = {"latent": "latent", "lanczos": "lanczos"}
 HARMLESS = {
     "app", "backend", "background", "batch", "batch pos", "batch size", "civitai metadata", "civitai resources",
     "comment", "created date", "embeddings", "emphasis", "first pass size", "generated size", "hashes", "index",
-    "init image hash", "init image size", "inpaint area", "long prompts", "lora hashes", "lora networks", "loras",
+    "init image hash", "init image size", "inpaint area", "long prompts", "lora hashes", "lora networks",
+    "lora weights", "loras",
     "mask", "mask hash", "mask mode", "model", "model hash", "negative", "operations", "pad conds", "parser",
     "pipeline", "precision", "prediction", "prompt", "refine", "rng", "sampler", "sampler sigma", "sampler spacing",
-    "schedule type", "used embeddings",
-    "sd_model", "size", "source identifier", "styles", "te", "text encoder", "ti", "ti hashes", "unet", "user", "vae",
-    "vae decoder", "vae encoder", "vae hash", "version", "web ui prompts", "weights",
+    "schedule", "schedule type", "scheduler", "sd_model", "size", "source identifier", "styles", "te", "text encoder",
+    "ti", "ti hashes", "unet", "used embeddings", "user", "vae", "vae decoder", "vae encoder", "vae hash", "version",
+    "web ui prompts", "weights",
 }  # fmt: skip
 SIZE = re.compile(r"(\d{1,6}) *[xX×] *(\d{1,6})", re.ASCII)
 FIRST_PASS = 512 * 512  # pixels of a first pass whose size the web UI of 2022 chose by itself, "0x0"
@@ -129,6 +130,8 @@ def read_parameters(text: str, fallback: str = "the web UI") -> Recipe:
     left = [name for name in parsed.pairs if name.lower() not in used | HARMLESS]
     if left:
         draft.note(f"not reproduced: {listed(_families(left))}")
+    if draft.program.startswith("Fooocus") and pairs.get("styles", "[]") != "[]":
+        draft.note(f"not reproduced: the styles {shown(pairs['styles'])}, which Fooocus adds to the prompt")
     prompt, draft.loras, notes = take_loras(parsed.prompt, ours)
     negative, _, more = take_loras(parsed.negative, ours)
     for note in (*notes, *more):
@@ -137,7 +140,14 @@ def read_parameters(text: str, fallback: str = "the web UI") -> Recipe:
     hashes = _json_hashes(pairs.get("hashes", ""))
     hashes = {name[5:]: digits for name, digits in hashes.items() if name.startswith("lora:")}
     hashes |= digests(pairs.get("lora hashes", ""))
+    for name, weight in digests(pairs.get("lora weights", "")).items():  # Fooocus
+        if file_name(name) not in [lora.name for lora in draft.loras]:
+            number = draft.number(weight, f"the weight of LoRA {file_name(name)}")
+            draft.loras += [Addon(file_name(name), number)] if number is not None else []
     draft.loras = [lora._replace(digest=_hash(hashes.get(lora.name, ""))) for lora in draft.loras]
+    # of the prompts of other passes and extensions, or of a site that removes tags
+    if others := [name for name in hashes if file_name(name) not in [lora.name for lora in draft.loras]]:
+        draft.note(f"not reproduced: the LoRAs {listed(others)}, which no tag in the prompt names")
     return draft.recipe(prompt, negative)
 
 
