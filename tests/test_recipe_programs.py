@@ -328,3 +328,14 @@ def test_a_workflow_of_the_editor(tmp_path):
     assert [read_request(tmp_path / name).request.params.seed for name in ("a.json", "b.json")] == [77, 7]
     with pytest.raises(ValueError, match="nodes"):
         to_graph({"nodes": [item(i, "A") for i in range(6000)]})
+
+
+def test_texts_that_contain_each_other_take_no_time():
+    """Each node has the next one twice: 2 ** 60 texts; and one has itself in all places."""
+    chain = {
+        str(100 + i): node("StringConcatenate", string_a=[str(101 + i), 0], string_b=[str(101 + i), 0], delimiter="")
+        for i in range(60)
+    }
+    itself = node("Join", **{key: ["160", 0] for key in ("text_a", "text_b", "delimiter", "value")})
+    recipe = read_graph(with_text(["100", 0]) | chain | {"160": itself})
+    assert (recipe.request.prompt, recipe.request.params.seed) == (("",), 7)

@@ -23,6 +23,7 @@ from .infotext import take_loras
 from .recipe import WEIGHTED, Addon, Draft, Recipe, file_name, listed, shown
 
 MAX_NODES = 5000
+MAX_TEXTS = 5000  # links to follow for all texts
 MAX_HOPS = 20  # links to follow for one value, such as a seed from another node
 SAVES = ("SaveImage", "PreviewImage", "SaveImageWebsocket")
 VALUES = ("value", "seed", "noise_seed", "int", "float", "number", "string", "text", "Value", "Text", "Number")
@@ -68,6 +69,7 @@ class Graph:
     def __init__(self, nodes: dict[str, Node]) -> None:
         self.nodes = nodes
         self.encoder_loras: set[str] = set()  # names of the LoRAs that the text encoder has
+        self.texts = 0  # links followed for texts
         self.passed: dict[str, None] = {}  # classes of the nodes that walks went through, in order
 
     def upstream(self, starts: list[str], follow: Callable[[Node], list[str]] = Node.links) -> Iterator[Node]:
@@ -95,19 +97,22 @@ class Graph:
         return None
 
     def text(self, value: object, side: str, name: str = "", depth: int = 0) -> str | None:
-        """A text among the inputs, or one that other nodes provide or put together; None if there is none."""
-        if not is_link(value) or depth > MAX_HOPS:
+        """A text among the inputs, or one that other nodes provide or put together; None if there is none.
+
+        Nodes may put texts together in each other, so the number of all that are read is limited.
+        """
+        if not is_link(value):
             return value if isinstance(value, str) else None
         at = self.nodes.get(str(value[0]))
-        if at is None:
+        self.texts += 1
+        if at is None or depth > MAX_HOPS or self.texts > MAX_TEXTS:
             return None
         if re.search(r"concat|join", at.kind, re.IGNORECASE):
-            apart = {
-                name: found for name, found in at.inputs.items() if re.match(r"(text|string)", name, re.IGNORECASE)
-            }
-            parts = [self.text(found, side, name, depth + 1) for name, found in sorted(apart.items())[:MAX_HOPS]]
-            by = self.text(next((at.inputs[key] for key in ("delimiter", "separator") if key in at.inputs), ""), side)
-            return (by or "").replace("\\n", "\n").join(part for part in parts if part)[:MAX_TEXT]
+            names = sorted(key for key in at.inputs if re.match(r"(text|string)", key, re.IGNORECASE))
+            parts = [self.text(at.inputs[key], side, key, depth + 1) for key in names[:MAX_HOPS]]
+            by = next((at.inputs[key] for key in ("delimiter", "separator") if key in at.inputs), "")
+            between = (self.text(by, side, "", depth + 1) or "")[:100].replace("\\n", "\n")
+            return between.join(part for part in parts if part)[:MAX_TEXT]
         for key in dict.fromkeys((f"text_{side}", side, name, *TEXTS)):
             if (found := self.text(at.inputs.get(key), side, key, depth + 1)) is not None:
                 return found
