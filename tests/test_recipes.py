@@ -245,6 +245,7 @@ def test_texts_in_png_files(tmp_path):
             png(chunk(b"tEXt", b"parameters\0" + latin), after=True),
             png(chunk(b"zTXt", b"parameters\0\0" + zlib.compress(latin)), after=True),
             png(chunk(b"iTXt", b"parameters\0\0\0en\0x\0" + utf8)),
+            png(chunk(b"tEXt", b"Software\0x"), chunk(b"tEXt", b"UserComment\0" + utf8)),
             png(chunk(b"iTXt", b"parameters\0\1\0\0\0" + zlib.compress(utf8))),
             png(chunk(b"tEXt", b"parameters\0" + latin), after=True)[:-20],  # the end is missing
             png(chunk(b"tEXt", b"workflow\0" + b"x" * (2 << 20)), chunk(b"tEXt", b"parameters\0" + latin)),
@@ -273,6 +274,16 @@ def test_texts_in_exif(tmp_path):
         recipe = read_request(path)
         assert recipe.request.prompt == ("a naïve cat",) and recipe.request.params.steps == 20
     assert user_comment(b"UNICODE\0" + "東京".encode("utf-16-be"), big=True) == "東京"
+    for comment in (b"UNICODE\0" + text.encode(), text.encode("utf-16-le"), text.encode("utf-16-be")):
+        assert user_comment(comment) == text
+    exif = Image.Exif()
+    exif[0x010E] = text.encode()  # ImageDescription, which Pillow reads as Latin-1
+    Image.new("RGB", (8, 8)).save(tmp_path / "description.jpg", exif=exif)
+    assert read_request(tmp_path / "description.jpg").request.prompt == ("a naïve cat",)
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + json.dumps({"prompt": GRAPH}).encode("utf-16-be")
+    Image.new("RGB", (8, 8)).save(tmp_path / "graph.jpg", exif=exif)
+    assert read_request(tmp_path / "graph.jpg").request.params.seed == 7
     exif = Image.Exif()
     exif[0x0110] = "prompt:" + json.dumps(GRAPH)
     Image.new("RGB", (8, 8)).save(tmp_path / "comfy.webp", exif=exif)

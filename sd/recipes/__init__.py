@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ __all__ = ["Addon", "Recipe", "describe", "read_parameters", "read_request", "wr
 KEYWORDS = {
     "parameters", "prompt", "workflow", "invokeai_metadata", "sd-metadata", "Dream", "Comment", "XML:com.adobe.xmp",
 }  # fmt: skip
+SETTINGS = re.compile(r"^Steps: \d+, (?:Sampler|Size|Seed|CFG scale|Schedule type): ", re.MULTILINE)
 NOTHING = (
     "no settings of an image in it: it was saved without metadata (--no-metadata), or a program or website removed them"
 )
@@ -78,8 +80,8 @@ def _recipe(texts: dict[str, str]) -> Recipe:
     parameters, graph = texts.get("parameters", "").strip("\0"), texts.get("prompt", "").strip()
     if parameters.lstrip().startswith("{") and "Steps: " not in parameters:
         values = load_json(parameters)
-        if is_graph(values):
-            return read_graph(values)
+        if is_graph(values) or is_graph(mapping(values.get("prompt"))) or is_workflow(values):
+            return _graph(values)
         if "sui_image_params" in values:
             return read_swarm(mapping(values["sui_image_params"]))
         if {"c", "seed", "sampler"} <= values.keys():
@@ -108,6 +110,8 @@ def _recipe(texts: dict[str, str]) -> Recipe:
         return read_easy_diffusion(texts)
     if texts.get("Software") == "NovelAI" and "Comment" in texts:
         return read_novelai(texts)
+    if text := next((text for text in texts.values() if SETTINGS.search(text)), ""):  # under another keyword
+        return read_parameters(text)
     if found := xmp_json(texts.get("XML:com.adobe.xmp", "")):
         return read_draw_things(load_json(found))
     raise ValueError(NOTHING)
