@@ -161,6 +161,11 @@ def test_names_of_loras_are_looked_up_in_the_folder(tmp_path):
         PromptLoras(tmp_path / "gone").look_up(TextToImage("<lora:x>", web_ui_prompts=True))
 
 
+def test_the_folder_is_checked_even_if_no_prompt_names_a_file(generate):
+    status, _, err, _ = generate("a cat", "--web-ui-prompts", "--lora-dir", "gone")
+    assert status == 1 and err == ["error: --lora-dir gone: no such folder"]
+
+
 def test_earlier_names_of_the_option(generate, capsys):
     for name in ("--weighted-prompts", "--long-prompts"):
         with pytest.raises(SystemExit) as stopped:

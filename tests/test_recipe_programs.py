@@ -105,6 +105,10 @@ TEXTS = {
         "a cat\nNegative prompt: dog\nCFG scale: 7, Seed: 5, Sampler: Euler a, Steps: 20, Size: 512x768",
         {"negative": "dog", "steps": 20, "guidance": 7.0, "seed": 5}, "",
     ),
+    "a template of lines": (
+        web(more="\nTemplate: a {cat|dog}\nb, Seed: 99\nNegative Template: x\nSteps: 3"),
+        {"negative": "dog", "seed": 5, "steps": 20}, "",
+    ),
     "in one line": (web().replace("\n", " "), {"prompt": "a cat", "negative": "dog", "steps": 20}, ""),
     "a sampler's own spacing": (f"{SDNEXT}, Sampler: Euler, Sampler spacing: trailing", {"spacing": "trailing"}, "RNG"),
     "brackets as text": (f"{SDNEXT}, Sampler: Euler, Parser: Fixed attention", {"web_ui_prompts": False}, "RNG"),

@@ -20,6 +20,12 @@ MAX_FILES = 100_000  # looked at: more is not a folder of LoRA files
 LISTED = 5  # files or names in an error message at most
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ValueError if --lora-dir is not a folder."""
+    if not folder.is_dir():
+        raise ValueError(f"--lora-dir {folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+
+
 class LoraFolder:
     """The LoRA files of a folder and the folders in it.
 
@@ -29,8 +35,7 @@ class LoraFolder:
     """
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise ValueError(f"--lora-dir {folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+        check_folder(folder)
         self._folder = folder
         self._found: dict[str, list[Path]] = {}  # by name in lower case
         seen: set[str] = set()  # folders, as links may lead in a circle

@@ -31,6 +31,7 @@ MAX_PAIRS = 2000
 MAX_JSON = 16  # values that look like JSON and are not, before no more are tried
 NEGATIVE = "Negative prompt:"
 STEPS = re.compile(r"[ \t]*Steps: *\d")
+MORE = re.compile(r"[ \t]*Steps: *\d+ *,.*\b(Sampler|Seed|Size|CFG scale): ")
 OTHER_START = re.compile(r"[ \t]*(Sampler|CFG scale|Seed|Size|Model|Model hash|Schedule type|Clip skip): ")
 INLINE = re.compile(r"(?:^|[\s,.])(Steps: \d+, (?:Sampler|Size|Seed|CFG scale): )")  # a text in one line
 TEMPLATE = re.compile(r"(Template|Negative Template): ?")
@@ -90,7 +91,9 @@ def written(prompt: str, negative: str, pairs: Mapping[str, object]) -> str:
 def _split(text: str) -> tuple[list[str], str]:
     """The lines of the prompts, and the settings, without the lines that extensions add."""
     lines = text.split("\n")
-    first = next((i for i in reversed(range(len(lines))) if STEPS.match(lines[i])), None)
+    starts = [i for i, line in enumerate(lines) if STEPS.match(line)]
+    # a line with more than steps, if there is one: the others may be from a prompt or a template
+    first = next((i for i in reversed(starts) if MORE.match(lines[i])), starts[-1] if starts else None)
     if first is None:
         last = max((i for i, line in enumerate(lines) if line.strip()), default=0)
         if OTHER_START.match(lines[last]) and len(list(_pairs(lines[last]))) >= 3:
