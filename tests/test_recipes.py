@@ -616,6 +616,14 @@ def test_any_prompt_is_read_back(prompt, negative, model):
     assert found.pairs == {name: str(value) for name, value in (PAIRS | {"Model": model}).items()}
 
 
+def test_tags_in_our_prompts_are_text_except_at_the_end():
+    """From Python, a prompt without web_ui_prompts may have them."""
+    pairs = PAIRS | {"Lora hashes": "ink: aabbccddeeff"}
+    recipe = read_parameters(written("a <lora:x:2> cat <lora:ink:0.5>", "<lora:y:1>", pairs))
+    assert (recipe.request.prompt, recipe.request.negative) == (("a <lora:x:2> cat",), "<lora:y:1>")
+    assert recipe.loras == (("ink", 0.5, "aabbccddeeff"),) and recipe.notes == ()
+
+
 def test_blanks_around_our_prompts_are_read_back_from_a_file(tmp_path):
     save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", written(" a cat ", "", PAIRS))
     assert read_request(tmp_path / "a.png").request.prompt == (" a cat ",)

@@ -153,11 +153,13 @@ def _unquoted(text: str) -> str:
 def take_loras(prompt: str, ours: bool) -> tuple[str, list[Addon], list[str]]:
     """The prompt without the tags of its LoRAs, these LoRAs, and notes.
 
-    ours   the tags at the end were added by us, each after a blank
+    ours   the tags at the end were added by us, each after a blank; all others are text
     """
     loras, notes = dict[str, Addon](), list[str]()
-    text = OWN_TAGS.sub("", prompt) if ours else prompt
-    for kind, name, rest in TAG.findall(prompt):
+    end = OWN_TAGS.search(prompt) if ours else None
+    if ours and end is None:
+        return prompt, [], []  # what looks like a tag elsewhere is text of the prompt
+    for kind, name, rest in TAG.findall(end[0] if end else prompt):
         numbers = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", rest) if rest else ["1"]
         weight = float(numbers[0]) if numbers else 1.0
         if not name.strip():
@@ -175,8 +177,8 @@ def take_loras(prompt: str, ours: bool) -> tuple[str, list[Addon], list[str]]:
             loras[file_name(name)] = Addon(file_name(name), before.weight + weight)
         else:
             notes.append(f"LoRA {file_name(name)} is left out: its weight is {weight:g}")
-    text = TAG.sub("", text)
-    return (text if ours else text.strip()), list(loras.values()), notes
+    text = prompt[: end.start()] if end else TAG.sub("", prompt).strip()
+    return text, list(loras.values()), notes
 
 
 def digests(text: str) -> dict[str, str]:
