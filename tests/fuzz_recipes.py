@@ -10,6 +10,7 @@ imported or written. What is made, as a function of seed and number:
     text     the web UI's, put together of parts that mean something to its reader, with bytes changed
     graph    ComfyUI's, with nodes, links and values exchanged
     json     of Fooocus and InvokeAI, with values exchanged; Dream commands
+    program  of the programs in fuzz_recipe_programs.py, with values exchanged
     exif     a JPEG or WebP file with a comment in any encoding, with bytes changed
     chunks   a PNG file with text chunks of each kind, with bytes changed, cut or doubled
     bomb     something small that asks for much: depth, length, numbers of many digits, compressed zeros
@@ -38,6 +39,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
+from fuzz_recipe_programs import NODES, TEXTS
 from PIL import Image
 
 from sd.imaging.files import ImageFileError
@@ -209,7 +211,23 @@ def from_graph(rng: random.Random) -> Input:
             rng.choice(keys): rng.choice(([rng.choice(names), 0], copy.deepcopy(rng.choice(VALUES)))) for _ in range(4)
         }
         graph[rng.choice([*names, "20", "21"])] = {"class_type": rng.choice(CLASSES), "inputs": inputs}
+    for _ in range(rng.choice((0, 0, 1, 3))):  # nodes of extensions, in the place of others
+        kind, values = rng.choice(NODES)
+        node = {"class_type": kind, "inputs": exchanged(rng, values)}
+        graph[rng.choice((*graph, "20", "21"))] = node
     return Input("graph", "a.json", json.dumps(graph).encode("utf-8", "replace"))
+
+
+def from_program(rng: random.Random) -> Input:
+    keyword, values, write = rng.choice(TEXTS)
+    body = write(exchanged(rng, values)).encode("utf-8", "replace")
+    body = damaged(rng, body) if rng.random() < 0.1 else body
+    if keyword == "a.json":
+        return Input("program", "a.json", body)
+    chunks = [chunk(b"tEXt", keyword.encode() + b"\0" + body)]
+    if keyword == "Comment":
+        chunks += [chunk(b"tEXt", b"Software\0NovelAI"), chunk(b"tEXt", b"Description\0{a} " + body[:50])]
+    return Input("program", "a.png", png(*chunks))
 
 
 def from_json(rng: random.Random) -> Input:
@@ -302,7 +320,7 @@ def from_bomb(rng: random.Random) -> Input:
             )
 
 
-KINDS = ((from_text, 30), (from_graph, 25), (from_json, 15), (from_exif, 12), (from_chunks, 18))
+KINDS = ((from_text, 28), (from_graph, 25), (from_json, 10), (from_exif, 10), (from_chunks, 15), (from_program, 12))
 BOMBS = 300  # one input in so many is a bomb: each takes as long as hundreds of others
 
 

@@ -129,13 +129,23 @@ def test_names_of_loras_are_looked_up_in_the_folder(tmp_path):
         loras.look_up(request)
         return [(lora.path.relative_to(tmp_path).as_posix(), lora.weight) for lora in loras.of(request)]
 
-    for name in ("Ink.safetensors", "a/ink v2.pt", "a/b/Twice.ckpt", "twice.safetensors", "notes.txt", "../outside.pt"):
+    for name in (
+        "Ink.safetensors",
+        "a,b.pt",
+        "a/ink v2.pt",
+        "a/b/Twice.ckpt",
+        "twice.safetensors",
+        "notes.txt",
+        "../outside.pt",
+    ):
         (tmp_path / "loras" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "loras" / name).touch()
     (tmp_path / "loras" / "a" / "circle").symlink_to(tmp_path / "loras", target_is_directory=True)
     assert named("<lora:ink:2> <lora:INK V2>") == [("loras/Ink.safetensors", 2), ("loras/a/ink v2.pt", 1)]
+    assert named("<lora:a,b:1> <lora:a/b/twice:2>") == [("loras/a,b.pt", 1), ("loras/a/b/Twice.ckpt", 2)]
     for name, message in (
-        ("twice", r"2 files in .*loras are named twice: twice.safetensors, a/b/Twice.ckpt; rename all but one"),
+        ("twice", r"2 files in .*loras are named twice: twice.safetensors, a/b/Twice.ckpt; rename .*<lora:b/Twice:1>"),
+        (":1", "<lora::1> in the prompt: the name of the LoRA file is missing"),
         ("inc", r"no LoRA file named 'inc' is in .*loras: did you mean Ink\?"),
         ("../outside", "no LoRA file named '../outside'"),
         ("/etc/passwd", "no LoRA file named '/etc/passwd'"),
@@ -145,8 +155,15 @@ def test_names_of_loras_are_looked_up_in_the_folder(tmp_path):
         with pytest.raises(ValueError, match=message) as caught:
             named(f"<lora:{name}>")
         assert str(caught.value).isprintable()
+    with pytest.raises(ValueError, match="not a folder"):
+        PromptLoras(tmp_path / "outside.pt").look_up(TextToImage("<lora:x>", web_ui_prompts=True))
     with pytest.raises(ValueError, match="no such folder"):
         PromptLoras(tmp_path / "gone").look_up(TextToImage("<lora:x>", web_ui_prompts=True))
+
+
+def test_the_folder_is_checked_even_if_no_prompt_names_a_file(generate):
+    status, _, err, _ = generate("a cat", "--web-ui-prompts", "--lora-dir", "gone")
+    assert status == 1 and err == ["error: --lora-dir gone: no such folder"]
 
 
 def test_earlier_names_of_the_option(generate, capsys):

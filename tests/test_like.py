@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 
 import pytest
@@ -188,6 +189,30 @@ def test_a_recipe_of_another_program(run, tmp_path):
         assert words in err
     text = Image.open(made).text["parameters"]
     assert "Sampler: DDIM, Schedule type: Leading, CFG scale: 4, Seed: 5" in text and "\nNegative prompt: b\n" in text
+
+
+def test_loras_of_a_recipe_are_found_in_a_folder_whatever_their_case(run, files, tmp_path):
+    """Upper and lower case, and signs that a tag cannot have."""
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    for name, copy in (("ink", "Ink"), ("oil", "oil, thick")):
+        (folder / f"{copy}.safetensors").write_bytes((files / f"{name}.safetensors").read_bytes())
+    nodes = {"model": ["2", 0], "positive": ["3", 0], "latent_image": ["5", 0]}
+    entries = {
+        f"lora_{i}": {"on": True, "lora": f"{n}.pt", "strength": 0.5} for i, n in enumerate(("ink", "Oil, thick"))
+    }
+    graph = {
+        "1": {"class_type": "KSampler", "inputs": {"steps": 1, "cfg": 2, "sampler_name": "euler", "seed": 1, **nodes}},
+        "2": {"class_type": "Power Lora Loader (rgthree)", "inputs": entries},
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat <lora:none:1>", "clip": ["2", 1]}},
+        "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+    }
+    (tmp_path / "a.json").write_text(json.dumps(graph))
+    status, _, err, (made,) = run(txt2img, "--like", tmp_path / "a.json", "--lora-dir", folder)
+    assert status == 0 and "give its file" not in err
+    assert "<lora:Ink:0.5> <lora:oil thick:0.5>" in Image.open(made).text["parameters"]
+    status, _, err, _ = run(txt2img, "--like", made, "--lora-dir", folder)
+    assert status == 0 and "give its file" not in err
 
 
 def test_another_initial_image_is_said(run, files, tmp_path):

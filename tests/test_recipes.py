@@ -121,7 +121,7 @@ VALUES = [
     ((", Schedule type: Exponential", "DPM++ 2M"), {"spacing": "exponential"}, ""),
     ((", Schedule type: Simple", "Euler"), {"spacing": "trailing"}, ""),
     ((", Schedule type: SGM Uniform", "Euler"), {"spacing": "trailing"}, "close"),
-    ((", Schedule type: Align Your Steps", "DDIM"), {"spacing": "leading"}, "grid Align Your Steps is not available"),
+    ((", Schedule type: Align Your Steps", "Euler"), {"spacing": "linspace"}, "grid Align Your Steps is not available"),
     (("", "DPM++ 3M SDE"), {"sampler": None}, "sampler DPM++ 3M SDE is not available"),
     (("", "PLMS"), {"sampler": "plms", "spacing": "leading"}, ""),
     ((", RNG: CPU", "Euler"), {"rng": "torch-cpu"}, ""),
@@ -245,6 +245,7 @@ def test_texts_in_png_files(tmp_path):
             png(chunk(b"tEXt", b"parameters\0" + latin), after=True),
             png(chunk(b"zTXt", b"parameters\0\0" + zlib.compress(latin)), after=True),
             png(chunk(b"iTXt", b"parameters\0\0\0en\0x\0" + utf8)),
+            png(chunk(b"tEXt", b"Software\0x"), chunk(b"tEXt", b"UserComment\0" + utf8)),
             png(chunk(b"iTXt", b"parameters\0\1\0\0\0" + zlib.compress(utf8))),
             png(chunk(b"tEXt", b"parameters\0" + latin), after=True)[:-20],  # the end is missing
             png(chunk(b"tEXt", b"workflow\0" + b"x" * (2 << 20)), chunk(b"tEXt", b"parameters\0" + latin)),
@@ -273,6 +274,16 @@ def test_texts_in_exif(tmp_path):
         recipe = read_request(path)
         assert recipe.request.prompt == ("a naïve cat",) and recipe.request.params.steps == 20
     assert user_comment(b"UNICODE\0" + "東京".encode("utf-16-be"), big=True) == "東京"
+    for comment in (b"UNICODE\0" + text.encode(), text.encode("utf-16-le"), text.encode("utf-16-be")):
+        assert user_comment(comment) == text
+    exif = Image.Exif()
+    exif[0x010E] = text.encode()  # ImageDescription, which Pillow reads as Latin-1
+    Image.new("RGB", (8, 8)).save(tmp_path / "description.jpg", exif=exif)
+    assert read_request(tmp_path / "description.jpg").request.prompt == ("a naïve cat",)
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + json.dumps({"prompt": GRAPH}).encode("utf-16-be")
+    Image.new("RGB", (8, 8)).save(tmp_path / "graph.jpg", exif=exif)
+    assert read_request(tmp_path / "graph.jpg").request.params.seed == 7
     exif = Image.Exif()
     exif[0x0110] = "prompt:" + json.dumps(GRAPH)
     Image.new("RGB", (8, 8)).save(tmp_path / "comfy.webp", exif=exif)
@@ -294,7 +305,7 @@ REFUSED = {
     "deep.png": (png(chunk(b"tEXt", b"prompt\0" + b'{"a":' * 50_000)), "nested too deeply"),
     "other.png": (png(chunk(b"tEXt", b'parameters\0{"a\x1b[31m": 1}')), "JSON"),
     "node.png": (png(chunk(b"tEXt", b'prompt\0{"1": {"class_type": "SaveImage", "inputs": {}}}')), "no sampler"),
-    "novel.png": (png(chunk(b"tEXt", b"Software\0NovelAI")), "NovelAI"),
+    "novel.png": (png(chunk(b"tEXt", b"Software\0NovelAI")), "no settings of an image"),
     "broken.jpg": (b"\xff\xd8\xff\xe1\0\x10Exif\0\0MM\0*", "damaged"),
     "big.txt": (b"a" * (MAX_TEXT + 1), "too large"),
     "\x1b[31m.png": (png(), "no generation settings"),
@@ -603,6 +614,19 @@ def test_any_prompt_is_read_back(prompt, negative, model):
     found = parse(written(prompt, negative, PAIRS | {"Model": model, "Version": "sd 1"}))
     assert (found.prompt, found.negative) == (clean(prompt), clean(negative))
     assert found.pairs == {name: str(value) for name, value in (PAIRS | {"Model": model}).items()}
+
+
+def test_tags_in_our_prompts_are_text_except_at_the_end():
+    """From Python, a prompt without web_ui_prompts may have them."""
+    pairs = PAIRS | {"Lora hashes": "ink: aabbccddeeff"}
+    recipe = read_parameters(written("a <lora:x:2> cat <lora:ink:0.5>", "<lora:y:1>", pairs))
+    assert (recipe.request.prompt, recipe.request.negative) == (("a <lora:x:2> cat",), "<lora:y:1>")
+    assert recipe.loras == (("ink", 0.5, "aabbccddeeff"),) and recipe.notes == ()
+
+
+def test_blanks_around_our_prompts_are_read_back_from_a_file(tmp_path):
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", written(" a cat ", "", PAIRS))
+    assert read_request(tmp_path / "a.png").request.prompt == (" a cat ",)
 
 
 OTHER = {"int": 3, "float": 0.1 + 0.2, "bool": True}

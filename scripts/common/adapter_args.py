@@ -20,7 +20,7 @@ from sd.text.prompt_syntax import plain, texts_of
 
 from .cli import Parser, file_path, home
 from .output import ModelHash
-from .prompt_loras import PromptLoras, prompt_texts, tag_name
+from .prompt_loras import PromptLoras, check_folder, prompt_texts, tag_name
 
 RENAMED = ("--weighted-prompts", "--long-prompts")  # of earlier versions, each a part of --web-ui-prompts
 
@@ -102,6 +102,8 @@ class AddOns:
     """The adapters given as arguments or named in prompts: checked before the model is loaded, then added to it."""
 
     def __init__(self, args: argparse.Namespace, requests: Sequence[TextToImage], of_prompts: PromptLoras) -> None:
+        if args.lora_dir is not None:
+            check_folder(args.lora_dir)  # also if no prompt names a file: a typing error is said
         if args.lora_dir is not None and args.like is None and not any(r.web_ui_prompts for r in requests):
             raise ValueError(
                 "--lora-dir has no effect here: add --web-ui-prompts, with which prompts name LoRA files, or --like"

@@ -23,7 +23,7 @@ from sd.imaging.files import SUFFIXES
 from sd.params import MAX_SEED, SamplingParams, TextToImage
 from sd.recipes import Addon, Recipe, read_request
 from sd.recipes.fields import text_of
-from sd.recipes.recipe import file_name, shown
+from sd.recipes.recipe import MAX_SHOWN, file_name, shown
 from sd.runtime.device import DTYPES
 from sd.samplers import SAMPLERS
 
@@ -159,26 +159,31 @@ def _given(text: str) -> tuple[str, Path, bool]:
     return tag_name(name or lora_name(path)), path, str(path) != rest
 
 
+def _name(lora: Addon) -> str:
+    """The name of a LoRA by which it is compared with files: without what a tag cannot have, in lower case."""
+    return tag_name(lora.name).casefold()
+
+
 def _loras(args: argparse.Namespace, recipe: Recipe) -> None:
     """Files for the LoRAs of the recipe: those given, with the weights of the recipe, or from the folder of LoRAs."""
-    weights = {lora.name: text_of(lora.weight) for lora in recipe.loras}
+    weights = {_name(lora): text_of(lora.weight) for lora in recipe.loras}
     if "lora" in args.named:
         for i, text in enumerate(args.lora):
             name, _, weighted = _given(text)
-            if not weighted and name in weights:
-                args.lora[i] = f"{text}:{weights[name]}"
+            if not weighted and name.casefold() in weights:
+                args.lora[i] = f"{text}:{weights[name.casefold()]}"
         return
     if args.lora_dir is None:
         return
     folder = LoraFolder(args.lora_dir)
     for lora in recipe.loras:
         if (file := find_lora(folder, lora)) is not None:
-            args.lora.append(f"{file}:{weights[lora.name]}")
+            args.lora.append(f"{file}:{weights[_name(lora)]}")
 
 
 def find_lora(folder: LoraFolder, lora: Addon) -> Path | None:
     """The file of a LoRA in a folder, or None: of several, that with the digest of the recipe, or the first."""
-    found = sorted(folder.files(lora.name))
+    found = sorted(folder.files(_name(lora)))
     if len(found) > 1 and lora.digest:
         found.sort(key=lambda path: not _same(lora_digest(path), lora.digest))
     return found[0] if found else None
@@ -196,19 +201,21 @@ def _same(digest: str | None, other: str) -> bool:
 
 def _notes(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage]) -> list[str]:
     """What the recipe says that the arguments do not."""
-    notes = [f"{args.like.name}: {note}" for note in recipe.notes]
+    notes = [f"{shown(args.like.name)}: {note}" for note in recipe.notes]
     if recipe.kind == "hires" and not hasattr(args, "hires"):
-        notes.append(f"{args.like.name}: made in two passes, of which only the first is repeated")
+        notes.append(f"{shown(args.like.name)}: made in two passes, of which only the first is repeated")
     if recipe.kind in ("img2img", "inpaint") and recipe.kind != kind.kind:
-        notes.append(f"{args.like.name}: made by {recipe.kind}, and {kind.kind} will give a different image")
-    files = {name: path for name, path, _ in map(_given, args.lora)}
+        notes.append(f"{shown(args.like.name)}: made by {recipe.kind}, and {kind.kind} will give a different image")
+    files = {name.casefold(): path for name, path, _ in map(_given, args.lora)}
+    missing = [lora for lora in recipe.loras if _name(lora) not in files]
+    for lora in missing[:MAX_SHOWN]:
+        notes.append(f"LoRA {lora.name}, weight {text_of(lora.weight)}: give its file with --lora")
+    if len(missing) > MAX_SHOWN:
+        notes.append(f"{len(missing) - MAX_SHOWN} more LoRAs are missing")
     for lora in recipe.loras:
-        if lora.name not in files:
-            notes.append(f"LoRA {lora.name}, weight {text_of(lora.weight)}: give its file with --lora")
-        elif "lora" in args.named or lora.digest:
-            path = files[lora.name]
-            if lora.digest and path.is_file() and not _same(lora_digest(path), lora.digest):
-                notes.append(f"LoRA {lora.name}: {path.name} is not the same file as the recipe's ({lora.digest})")
+        path = files.get(_name(lora))
+        if lora.digest and path is not None and path.is_file() and not _same(lora_digest(path), lora.digest):
+            notes.append(f"LoRA {lora.name}: {path.name} is not the same file as the recipe's ({lora.digest})")
     words = {(word or file_name(path.name)).lower() for path, word in map(split_embedding, args.embedding)}
     for embedding in recipe.embeddings:
         if embedding.name.lower() not in words:
@@ -217,7 +224,7 @@ def _notes(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage]) ->
         if (
             (value := recipe.info.get(key))
             and getattr(args, name) is None
-            and value.lower() not in ("none", "automatic")
+            and not value.lower().startswith(("none", "automatic", "default", "baked"))
         ):
             notes.append(f"{key} {file_name(value)}: give its file with --{name.replace('_', '-')}")
     return notes
@@ -247,14 +254,14 @@ def compare(args: argparse.Namespace, more: Mapping[str, object]) -> None:
     for key, what in (("Init image hash", "initial image"), ("Mask hash", "mask")):
         theirs = args.recipe.info.get(key)
         if theirs is not None and key in more and more[key] != theirs:
-            warnings.warn(f"the {what} is not the same file as that of {args.like.name}", stacklevel=1)
+            warnings.warn(f"the {what} is not the same file as that of {shown(args.like.name)}", stacklevel=1)
 
 
 def compare_model(args: argparse.Namespace, path: Path, digest: ModelHash | None) -> None:
     """Warn if the checkpoint is another one than the recipe's, or if that cannot be known."""
     if args.recipe is None:
         return
-    model, name = args.recipe.model, args.like.name
+    model, name = args.recipe.model, shown(args.like.name)
     described = " ".join(filter(None, [model.name, model.digest and f"({model.digest})"]))
     if not model.digest:
         if model.name and (args.ckpt is None or file_name(path.name) != model.name):

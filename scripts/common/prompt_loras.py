@@ -21,16 +21,22 @@ MAX_FILES = 100_000  # looked at: more is not a folder of LoRA files
 LISTED = 5  # files or names in an error message at most
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ValueError if --lora-dir is not a folder."""
+    if not folder.is_dir():
+        raise ValueError(f"--lora-dir {folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+
+
 class LoraFolder:
     """The LoRA files of a folder and the folders in it.
 
-    A file is found by its name (`tag_name`), in upper or lower case. A name from a prompt is never used as a path.
-    Raises ValueError for what is not a folder, or has more than 100,000 files.
+    A file is found by its name (`tag_name`), in upper or lower case, also with the folders in which it is: `sub/style`.
+    A name from a prompt is only compared with those that are there, and never used as a path. Raises ValueError for
+    what is not a folder, or has more than 100,000 files.
     """
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise ValueError(f"--lora-dir {folder}: no such folder")
+        check_folder(folder)
         self._folder = folder
         self._found: dict[str, list[Path]] = {}  # by name in lower case
         seen: set[str] = set()  # folders, as links may lead in a circle
@@ -50,8 +56,16 @@ class LoraFolder:
                     self._found.setdefault(tag_name(lora_name(file)).casefold(), []).append(file)
 
     def files(self, name: str) -> list[Path]:
-        """All files of a name."""
-        return self._found.get(name.casefold(), [])
+        """All files of a name, which may have folders before it."""
+        *folders, last = re.split(r"[/\\]", tag_name(name).casefold())
+        files = self._found.get(last, [])
+        if not folders:
+            return files
+        return [file for file in files if self._folders(file)[-len(folders) :] == folders]
+
+    def _folders(self, file: Path) -> list[str]:
+        """The folders between this one and a file."""
+        return [tag_name(part).casefold() for part in file.parent.relative_to(self._folder).parts]
 
     def find(self, name: str) -> Path:
         """The file of a name. Raises ValueError if there is none, or several."""
@@ -63,8 +77,11 @@ class LoraFolder:
             raise ValueError(f"no LoRA file named '{one_line(name)}' is in {self._folder}{hint}")
         if len(files) > 1:
             several = printable(listed((file.relative_to(self._folder) for file in files), most=LISTED))
+            named = [f"{folders[-1]}/{tag_name(lora_name(file))}" for file in files if (folders := self._folders(file))]
+            or_name = f", or write its folder, too: <lora:{one_line(named[0])}:1>" if named else ""
             raise ValueError(
-                f"{len(files)} files in {self._folder} are named {one_line(name)}: {several}; rename all but one"
+                f"{len(files)} files in {self._folder} are named {one_line(name)}: {several}; "
+                f"rename all but one{or_name}"
             )
         return files[0]
 
@@ -118,6 +135,8 @@ class PromptLoras:
         for text in (*prompts, *negatives):
             web_ui = request.web_ui_prompts
             for tag in take_loras(text if web_ui else text.replace("#", " "))[1]:  # "#" begins a comment
+                if not tag.name:
+                    raise ValueError(f"{tag.short} in the prompt: the name of the LoRA file is missing in it")
                 if not web_ui:
                     file = f"{tag.name}.safetensors" + "".join(f":{value}" for value in tag.values[1:2])
                     raise ValueError(

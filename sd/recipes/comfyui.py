@@ -15,18 +15,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .comfyui_nodes import DRAWN, PIPES, TEXTS, Entry, Node, is_link, lora_entries, plain, reads_tags
+from .containers import MAX_TEXT
+from .infotext import take_loras
 from .recipe import WEIGHTED, Addon, Draft, Recipe, file_name, listed, shown
 
-if TYPE_CHECKING:
-    from typing import TypeGuard
-
 MAX_NODES = 5000
+MAX_TEXTS = 5000  # links to follow for all texts
 MAX_HOPS = 20  # links to follow for one value, such as a seed from another node
 SAVES = ("SaveImage", "PreviewImage", "SaveImageWebsocket")
-VALUES = ("value", "seed", "noise_seed", "int", "float", "number", "string", "text", "Value", "Text")
-DRAWN = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
+VALUES = ("value", "seed", "noise_seed", "int", "float", "number", "string", "text", "Value", "Text", "Number")
 SIGMAS = {"KarrasScheduler": "karras", "ExponentialScheduler": "exponential", "PolyexponentialScheduler": "exponential"}
 # nodes that change nothing by themselves: they are read, or only pass something on
 KNOWN = {
@@ -37,33 +37,14 @@ KNOWN = {
     "LoadImage", "Reroute", "PrimitiveNode", "PrimitiveInt", "PrimitiveFloat", "PrimitiveString", "Note", "UNETLoader",
     "CLIPLoader", "ConditioningZeroOut", "PrimitiveStringMultiline", "unCLIPCheckpointLoader",
 }  # fmt: skip
-LATENTS = ("latent_image", "latent", "samples")  # inputs of a sampler
-
-
-class Node:
-    """A node of the graph: its class and inputs."""
-
-    def __init__(self, key: str, kind: str, inputs: dict[str, Any]) -> None:
-        self.key, self.kind, self.inputs = key, kind, inputs
-
-    def links(self, *names: str) -> list[str]:
-        """The nodes that these inputs are linked to, or all inputs if there are no names."""
-        values = [self.inputs.get(name) for name in names] if names else list(self.inputs.values())
-        return [str(value[0]) for value in values if _is_link(value)]
-
-    def above(self) -> list[str]:
-        """The nodes that its picture comes from: none of a sampler, of a composition what lies underneath."""
-        under = self.links("samples_to", "destination")
-        return [] if self.samples else under or self.links()
-
-    @property
-    def samples(self) -> bool:
-        """Whether it is a sampler, of ComfyUI or with the same inputs."""
-        return self.kind in DRAWN or {"steps", "cfg", "sampler_name"} <= self.inputs.keys()
-
-
-def _is_link(value: object) -> TypeGuard[list[Any]]:
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str | int) and isinstance(value[1], int)
+SAMPLERS = {  # nodes that are one sampler
+    "SamplerEulerAncestral": "euler_a", "SamplerDPMPP_2M_SDE": "dpmpp_2m_sde", "SamplerDPMPP_SDE": "dpmpp_sde",
+    "SamplerLMS": "lms", "SamplerDPMPP_2S_Ancestral": "dpmpp_2s_a",
+}  # fmt: skip
+MASKS = ("VAEEncodeForInpaint", "SetLatentNoiseMask", "InpaintModelConditioning")
+READ = re.compile(
+    r"[(\[#]|\bAND\b|\bBREAK\b|:\s*[\d.]+\s*\Z"
+)  # what the web UI's syntax and ComfyUI's read differently
 
 
 def is_graph(values: Mapping[str, Any]) -> bool:
@@ -87,6 +68,8 @@ class Graph:
 
     def __init__(self, nodes: dict[str, Node]) -> None:
         self.nodes = nodes
+        self.encoder_loras: set[str] = set()  # names of the LoRAs that the text encoder has
+        self.texts = 0  # links followed for texts
         self.passed: dict[str, None] = {}  # classes of the nodes that walks went through, in order
 
     def upstream(self, starts: list[str], follow: Callable[[Node], list[str]] = Node.links) -> Iterator[Node]:
@@ -104,27 +87,68 @@ class Graph:
         for name in names:
             found, at = node.inputs.get(name), node
             for _ in range(MAX_HOPS):
-                if not _is_link(found) or str(found[0]) not in self.nodes:
+                if not is_link(found) or str(found[0]) not in self.nodes:
                     break
                 at = self.nodes[str(found[0])]
                 found = next((at.inputs[key] for key in (name, *VALUES) if key in at.inputs), None)
+            found = plain(found)
             if isinstance(found, str | int | float) and not isinstance(found, bool):
                 return found
         return None
+
+    def text(self, value: object, side: str, name: str = "", depth: int = 0) -> str | None:
+        """A text among the inputs, or one that other nodes provide or put together; None if there is none.
+
+        Nodes may put texts together in each other, so the number of all that are read is limited.
+        """
+        if not is_link(value):
+            return value if isinstance(value, str) else None
+        at = self.nodes.get(str(value[0]))
+        self.texts += 1
+        if at is None or depth > MAX_HOPS or self.texts > MAX_TEXTS:
+            return None
+        if re.search(r"concat|join", at.kind, re.IGNORECASE):
+            names = sorted(key for key in at.inputs if re.match(r"(text|string)", key, re.IGNORECASE))
+            parts = [self.text(at.inputs[key], side, key, depth + 1) for key in names[:MAX_HOPS]]
+            by = next((at.inputs[key] for key in ("delimiter", "separator") if key in at.inputs), "")
+            between = (self.text(by, side, "", depth + 1) or "")[:100].replace("\\n", "\n")
+            return between.join(part for part in parts if part)[:MAX_TEXT]
+        for key in dict.fromkeys((f"text_{side}", side, name, *TEXTS)):
+            if (found := self.text(at.inputs.get(key), side, key, depth + 1)) is not None:
+                return found
+        return None
+
+    def _passing(self, node: Node) -> None:
+        """Remember a node that a walk goes through, unless it is read, or only passes something on."""
+        names = ("ckpt_name", "vae_name", "lora_stack", "populated_text")
+        if not (node.kind.startswith("Reroute") or lora_entries(node) or any(name in node.inputs for name in names)):
+            self.passed[node.kind] = None
 
     def first(self, node: Node, inputs: tuple[str, ...], *kinds: str) -> Node | None:
         """The nearest node of these classes above some inputs."""
         return next((found for found in self.upstream(node.links(*inputs)) if found.kind in kinds), None)
 
+    def nearest(self, node: Node, inputs: tuple[str, ...], name: str) -> Node | None:
+        """The nearest node above some inputs that has an input of this name."""
+        return next((found for found in self.upstream(node.links(*inputs)) if name in found.inputs), None)
+
     def chain(self) -> tuple[list[Node], int]:
         """The samplers of the image, the first one first; and how many images the graph saves."""
         saves = [node for node in self.nodes.values() if node.kind in SAVES]
         saves = [node for node in saves if node.kind == "SaveImage"] or saves
-        ends = saves[:50] or list(self.nodes.values())[:1]
-        chains = [self._above(node.links()) for node in ends]
-        if not any(chains):  # saved by a node of another name
-            chains = [self._above([node.key]) for node in list(self.nodes.values())[:200] if node.samples]
-        return max(chains, key=len, default=[]), sum(map(bool, chains)) if saves else 1
+        if not saves:  # by a node of another name: one that no other node needs
+            used = {key for node in self.nodes.values() for key in node.links()}
+            saves = [node for node in self.nodes.values() if node.key not in used and node.links("images", "image")]
+        chains = [(self._above(node.links("images", "image") or node.links()), node) for node in saves[:50]]
+        if not any(chain for chain, _ in chains):
+            chains = [(self._above([node.key]), node) for node in list(self.nodes.values())[:200] if node.samples]
+        chain, end = max(chains, key=lambda found: len(found[0]), default=([], None))
+        if chain and end is not None and not end.samples:  # what changes the image after the last sampler
+            for node in self.upstream(end.links("images", "image") or end.links(), Node.above):
+                if not node.samples:
+                    self._passing(node)
+        same = {tuple(node.key for node in found) for found, _ in chains if found}
+        return chain, len(same)
 
     def _above(self, starts: list[str]) -> list[Node]:
         chain: list[Node] = []
@@ -134,7 +158,7 @@ class Graph:
             if found is None:
                 break
             chain.insert(0, found)
-            starts = found.links(*LATENTS)
+            starts = found.before()
         return chain
 
     def recipe(self) -> Recipe:
@@ -155,16 +179,18 @@ class Graph:
         left = [kind for kind in self.passed if kind not in KNOWN]
         if left:
             draft.note(f"not reproduced: the nodes {listed(left)}")
-        if any(re.search(r"[(\[]", text) for text in texts):
-            draft.note("ComfyUI weights words differently, and [ ] are text there: the image will differ")
+        if any(READ.search(text) for text in texts):
+            draft.note(
+                "ComfyUI weights words differently, and [ ], AND, BREAK and # are text there: the image will differ"
+            )
         return draft.recipe(*texts)
 
     def _sampling(self, draft: Draft, node: Node) -> None:
         """Steps, guidance, seed, sampler and grid, from the sampler or the nodes above it."""
         guider = self.first(node, ("guider",), "CFGGuider", "BasicGuider") or node
-        sigmas = self.first(node, ("sigmas",), "BasicScheduler", *SIGMAS) or node
+        sigmas = self.nearest(node, ("sigmas",), "steps") or node
         noise = self.first(node, ("noise",), "RandomNoise") or node
-        chosen = self.first(node, ("sampler",), "KSamplerSelect") or node
+        chosen = self.first(node, ("sampler",), "KSamplerSelect", *SAMPLERS) or node
         for name, at, keys in (
             ("steps", sigmas, ("steps",)),
             ("guidance", guider, ("cfg",)),
@@ -172,15 +198,19 @@ class Graph:
         ):
             if (value := self.value(at, *keys)) is not None:
                 draft.put(name, value)
-        if name := self.value(chosen, "sampler_name"):
+        if name := SAMPLERS.get(chosen.kind) or self.value(chosen, "sampler_name"):
             draft.sampler(name)
-        grid = SIGMAS.get(sigmas.kind) or self.value(sigmas, "scheduler")
+        if chosen.kind in SAMPLERS and self.value(chosen, "eta") not in (None, 1):
+            draft.note(f"eta {shown(self.value(chosen, 'eta'))} is not available: 1 is used")
+        grid = SIGMAS.get(sigmas.kind) or self.value(sigmas, "scheduler") or (sigmas.kind if sigmas != node else "")
         if grid:
             draft.grid(grid, draft.settings.get("steps"))
         start, end = self.value(node, "start_at_step"), self.value(node, "end_at_step")
         steps = draft.settings.get("steps", 0)
         if (isinstance(start, int) and start > 0) or (isinstance(end, int) and end < steps):
             draft.note(f"the sampler runs only steps {start} to {end} of {steps}: here all of them are run")
+        if node.inputs.get("add_noise") in ("disable", False):
+            draft.note("the sampler starts without noise of its own, which is not reproduced")
         denoise = self.value(sigmas, "denoise")
         if isinstance(denoise, int | float) and denoise < 1:
             draft.put("strength", denoise, "denoise")
@@ -191,9 +221,9 @@ class Graph:
 
     def _start(self, draft: Draft, node: Node, chain: list[Node]) -> None:
         """Where the latents come from: empty ones, or an image."""
-        for above in self.upstream(node.links(*LATENTS), Node.above):
-            if above.kind.startswith("Empty") and "width" in above.inputs:
-                draft.size(self.value(above, "width"), self.value(above, "height"))
+        for above in self.upstream(node.before(), Node.above):
+            if (sides := self._empty(above)) is not None:
+                draft.size(*sides)
                 batch = self.value(above, "batch_size")
                 if isinstance(batch, int) and batch > 1:
                     draft.put("n", batch, "batch_size")
@@ -201,32 +231,49 @@ class Graph:
                         f"the image is one of a batch of {batch}, which share their random numbers: all are generated"
                     )
                 break
-            if above.kind in ("VAEEncode", "VAEEncodeForInpaint", "LoadImage"):
-                draft.kind = "img2img" if above.kind != "VAEEncodeForInpaint" else "inpaint"
+            if above.kind in MASKS:
+                draft.kind = "inpaint"
                 break
-            self.passed[above.kind] = None
+            if above.kind.startswith("VAEEncode") or above.kind == "LoadImage":
+                draft.kind = "img2img"
+                break
+            self._passing(above)
         if draft.kind == "txt2img":
             draft.settings.pop("strength", None)
+
+    def _empty(self, node: Node) -> tuple[Any, Any] | None:
+        """Width and height of a node that provides an empty latent, None for others."""
+        for name in ("empty_latent_", ""):
+            if f"{name}width" in node.inputs and (node.kind.startswith("Empty") or "batch_size" in node.inputs):
+                return self.value(node, f"{name}width"), self.value(node, f"{name}height")
+        text = node.inputs.get("resolution") or node.inputs.get("dimensions")
+        found = re.search(r"(\d{2,5}) ?x ?(\d{2,5})", text, re.ASCII) if isinstance(text, str) else None
+        return (found[1], found[2]) if found and "batch_size" in node.inputs else None
 
     def _prompt(self, draft: Draft, node: Node, name: str) -> str:
         """The text of "positive" or "negative"; also notes the layer of the text encoder, and embeddings."""
         guider = self.first(node, ("guider",), "CFGGuider", "BasicGuider") or node
-        inputs = (name, "conditioning") if name == "positive" else (name,)
+        starts = guider.links(name) or (guider.links("conditioning") if name == "positive" else [])
         texts: list[str] = []
-        for above in self.upstream(guider.links(*inputs), lambda n: [] if _encodes(n) else n.links()):
+        for above in self.upstream(
+            starts or guider.links(*PIPES), lambda n: [] if n.encodes(name) else n.conditioning(name)
+        ):
             if above.kind == "ConditioningZeroOut":
                 return ""
-            if not _encodes(above):
-                self.passed[above.kind] = None
+            if not above.encodes(name):
+                self._passing(above)
                 continue
-            text = self.value(above, "text", "text_g", "text_l", "prompt", "positive", "negative")
-            texts.append(str(text) if text is not None else "")
-            for layer in self.upstream(above.links("clip")):
-                if layer.kind == "CLIPSetLastLayer":
-                    number = self.value(layer, "stop_at_clip_layer")
-                    if isinstance(number, int) and number < 0 and "clip_skip" not in draft.settings:
-                        draft.put("clip_skip", -number, "stop_at_clip_layer")
-                    break
+            keys = (name, "populated_text", "text", "text_g", "text_l", "prompt")
+            found = (self.text(above.inputs.get(key), name, key) for key in keys)
+            text, loras, notes = take_loras(next((text for text in found if text is not None), ""), False)
+            texts.append(text)
+            if reads_tags(above):
+                draft.loras += [lora for lora in loras if lora not in draft.loras]
+            elif loras:
+                notes = [f"the tags of {listed(lora.name for lora in loras)} are text in ComfyUI: they are left out"]
+            for note in notes:
+                draft.note(note)
+            self._encoder(draft, above)
         if len(texts) > 1:
             draft.note(f"the {name} prompt consists of {len(texts)} parts, which are joined here")
         joined = ", ".join(text.strip() for text in texts if text.strip())
@@ -235,35 +282,52 @@ class Graph:
                 draft.embeddings.append(Addon(file_name(word)))
         return joined
 
+    def _encoder(self, draft: Draft, node: Node) -> None:
+        """The layer of the text encoder that a prompt is encoded with, and the LoRAs in it."""
+        for layer in (node, *self.upstream(node.links("clip"), lambda n: n.links("clip", *PIPES) or n.links())):
+            number = self.value(layer, "stop_at_clip_layer", "clip_skip")
+            if isinstance(number, int) and number < 0 and "clip_skip" not in draft.settings:
+                draft.put("clip_skip", -number, "stop_at_clip_layer")
+            self.encoder_loras.update(file_name(name) for name, _, _ in lora_entries(layer))
+
     def _model(self, draft: Draft, node: Node) -> None:
         """Checkpoint, LoRAs, VAE, and nodes that change the model."""
         guider = self.first(node, ("guider",), "CFGGuider", "BasicGuider") or node
-        for above in self.upstream(guider.links("model"), lambda n: n.links("model") or n.links()):
+        stacks = ("lora_stack", "optional_lora_stack")
+        walk = self.upstream(
+            guider.links("model") or guider.links(*PIPES), lambda n: n.links("model", *stacks, *PIPES) or n.links()
+        )
+        in_unet: set[str] = set()
+        for above in walk:
+            entries = lora_entries(above)
+            for entry in reversed(entries):
+                in_unet.add(file_name(entry[0]))
+                self._lora(draft, above, entry)
             name = self.value(above, "ckpt_name", "unet_name")
-            if isinstance(name, str):
+            if isinstance(name, str) and not draft.model.name:
                 draft.model = Addon(file_name(name))
-                break
-            lora = self.value(above, "lora_name")
-            if isinstance(lora, str):
-                self._lora(draft, above, file_name(lora))
-            elif above.kind == "RescaleCFG":
+            elif not entries and above.kind == "RescaleCFG":
                 draft.put("guidance_rescale", self.value(above, "multiplier") or 0.0)
-            else:
-                self.passed[above.kind] = None
+            elif not entries and not isinstance(name, str):
+                self._passing(above)
+        for name in sorted(self.encoder_loras - in_unet):
+            draft.note(f"LoRA {name} changes only the text encoder in this graph: it is left out")
         draft.loras.reverse()  # the walk meets the last one first
         decode = next((n for n in self.nodes.values() if n.kind.startswith("VAEDecode")), None)
         if decode and (vae := self.first(decode, ("vae",), "VAELoader")):
             draft.info["VAE"] = file_name(self.value(vae, "vae_name"))
 
-    def _lora(self, draft: Draft, node: Node, name: str) -> None:
-        given = self.value(node, "strength_model", "strength")
-        weight = draft.number(1.0 if given is None else given, f"the weight of LoRA {name}")
-        other = self.value(node, "strength_clip")
-        if weight is None:
+    def _lora(self, draft: Draft, node: Node, entry: Entry) -> None:
+        name, clip = file_name(entry[0]), entry[2]
+        found = self.value(Node(node.key, node.kind, {"strength": entry[1]}), "strength")
+        weight = draft.number(1.0 if found is None else found, f"the weight of LoRA {name}")
+        if weight is None or (weight == 0 and clip in (None, 0)):
             return
+        if node.kind == "LoraLoaderModelOnly":
+            clip = 0.0
         draft.loras.append(Addon(name, weight))
-        if other is not None and other != given:
-            draft.note(f"LoRA {name} has weight {shown(other)} for the text encoder: {weight:g} is used for both")
+        if clip is not None and not is_link(clip) and clip != entry[1]:
+            draft.note(f"LoRA {name} has weight {shown(clip)} for the text encoder: {weight:g} is used for both")
 
     def _pass(self, node: Node) -> str:
         """The note on a later sampler."""
@@ -275,16 +339,10 @@ class Graph:
         }
         values = {name: self.value(node, *names) for name, names in inputs.items()}
         parts = [f"{name} {shown(value)}" for name, value in values.items() if value is not None]
-        for scale in self.upstream(node.links(*LATENTS), Node.above):
+        for scale in self.upstream(node.before(), Node.above):
             if "upscale" in scale.kind.lower() or "composite" in scale.kind.lower():
                 size = [self.value(scale, name) for name in ("width", "height")]
                 by = self.value(scale, "scale_by")
                 how = f" to {size[0]}x{size[1]}" if None not in size else f" by {shown(by)}" if by is not None else ""
                 parts.append(shown(scale.kind + how))
         return f"a later pass is not reproduced: {', '.join(parts) or node.kind}"
-
-
-def _encodes(node: Node) -> bool:
-    return node.kind.startswith("CLIPTextEncode") or (
-        "clip" in node.inputs and any(k in node.inputs for k in ("text", "prompt"))
-    )

@@ -1,4 +1,4 @@
-"""The texts in an image file: PNG text chunks, the EXIF block, comments. Pixels are not decoded.
+"""The texts in an image file: PNG text chunks, the EXIF block, comments. Pixels are not decoded here.
 
     PNG          tEXt, zTXt and iTXt chunks, before or after the pixels; eXIf
     JPEG, WebP   EXIF: UserComment, ImageDescription, Make, Model, XPComment; the comment of a JPEG or GIF file
@@ -134,8 +134,8 @@ def exif_texts(exif: Image.Exif) -> dict[str, str]:
     for tag, value in texts.items():
         if not isinstance(value, bytes | str) or not value or len(value) > 2 * MAX_TEXT:
             continue
-        if isinstance(value, str):
-            text = value
+        if isinstance(value, str):  # Pillow reads Latin-1, but most programs write UTF-8
+            text = decoded(value.encode("latin-1")) if value.isascii() or max(value) < "\u0100" else value
         elif tag == XP_COMMENT:
             text = value.decode("utf-16-le", "replace")
         else:
@@ -160,16 +160,21 @@ def user_comment(value: bytes, big: bool = True) -> str:
     prefix, body = value[:8], value[8:]
     if prefix.rstrip(b"\0").upper() in (b"ASCII", b"") and len(value) >= 8:
         return decoded(body)
-    if not prefix.upper().startswith(b"UNICODE"):
-        return decoded(value)
+    if prefix.upper().startswith(b"UNICODE"):
+        return utf16(body, big)
+    return utf16(value, big) if value[:200].count(0) > 50 else decoded(value)
+
+
+def utf16(body: bytes, big: bool) -> str:
+    """A text in UTF-16 of either byte order, or in UTF-8, which some programs write in its place."""
     if body.startswith((b"\xff\xfe", b"\xfe\xff")):
         return body.decode("utf-16", "replace")
     # the settings are ASCII, whose high bytes are zero
     high, low = body[0::2].count(0), body[1::2].count(0)
-    if high == low:
-        return (
-            decoded(body)
-            if high == 0 and body.isascii()
-            else body.decode("utf-16-be" if big else "utf-16-le", "replace")
-        )
-    return body.decode("utf-16-be" if high > low else "utf-16-le", "replace")
+    if high == low == 0:
+        try:
+            return body.decode("utf-8")
+        except UnicodeDecodeError:
+            pass
+    big = high > low if high != low else big
+    return body.decode("utf-16-be" if big else "utf-16-le", "replace")

@@ -31,14 +31,17 @@ MAX_PAIRS = 2000
 MAX_JSON = 16  # values that look like JSON and are not, before no more are tried
 NEGATIVE = "Negative prompt:"
 STEPS = re.compile(r"[ \t]*Steps: *\d")
+MORE = re.compile(r"[ \t]*Steps: *\d+ *,.*\b(Sampler|Seed|Size|CFG scale): ")
+OTHER_START = re.compile(r"[ \t]*(Sampler|CFG scale|Seed|Size|Model|Model hash|Schedule type|Clip skip): ")
 INLINE = re.compile(r"(?:^|[\s,.])(Steps: \d+, (?:Sampler|Size|Seed|CFG scale): )")  # a text in one line
 TEMPLATE = re.compile(r"(Template|Negative Template): ?")
+USED = re.compile(r"^(Used embeddings): *([^\"\n]+)$", re.MULTILINE)  # a line of the web UI of 2022
 BETWEEN = re.compile(r"[\s,]*")
 KEY = re.compile(r"([^:,\n\"]{1,100}):[ \t]*")
 STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"(?=\s*(?:,|\Z|\n))', re.DOTALL)
 END = re.compile(r"[,\n]")
 PLAIN = re.compile(r"[^,\n]*")
-TAG = re.compile(r"<(lora|lyco|hypernet):([^:<>]{1,200})((?::[^:<>]{0,50}){0,8})>")
+TAG = re.compile(r"<(lora|lyco|hypernet):([^:<>]{0,200})((?::[^:<>]{0,300}){0,8})>")
 OWN_TAGS = re.compile(r"(?: <lora:[^:<>]{1,200}:[^:<>]{0,50}>)+\Z")
 
 
@@ -88,17 +91,26 @@ def written(prompt: str, negative: str, pairs: Mapping[str, object]) -> str:
 def _split(text: str) -> tuple[list[str], str]:
     """The lines of the prompts, and the settings, without the lines that extensions add."""
     lines = text.split("\n")
-    first = next((i for i in reversed(range(len(lines))) if STEPS.match(lines[i])), None)
+    starts = [i for i, line in enumerate(lines) if STEPS.match(line)]
+    # a line with more than steps, if there is one: the others may be from a prompt or a template
+    first = next((i for i in reversed(starts) if MORE.match(lines[i])), starts[-1] if starts else None)
     if first is None:
         last = max((i for i, line in enumerate(lines) if line.strip()), default=0)
+        if OTHER_START.match(lines[last]) and len(list(_pairs(lines[last]))) >= 3:
+            return lines[:last], lines[last]
         if inline := list(INLINE.finditer(lines[last]))[-1:]:
             at = inline[0].start(1)
-            return [*lines[:last], lines[last][:at].rstrip()], lines[last][at:]
+            prompts = "\n".join([*lines[:last], lines[last][:at].rstrip()])
+            if not any(line.lstrip().startswith(NEGATIVE) for line in prompts.split("\n")):
+                head, mark, tail = prompts.partition(f" {NEGATIVE}")  # line breaks are lost in all of the text
+                prompts = f"{head}\n{NEGATIVE}{tail}" if mark else prompts
+            return prompts.split("\n"), lines[last][at:]
         if len(list(_pairs(lines[last]))) >= 3 and not lines[last].lstrip().startswith(NEGATIVE):
             return lines[:last], lines[last]
         return lines, ""
     end = next((i for i in range(first, len(lines)) if TEMPLATE.match(lines[i])), len(lines))
-    return lines[:first], "\n".join(lines[first:end])
+    settings = "\n".join(lines[first:end])
+    return lines[:first], USED.sub(lambda found: f"{found[1]}: {json.dumps(found[2])}", settings)
 
 
 def _pairs(text: str) -> Iterator[tuple[str, str]]:
@@ -141,24 +153,32 @@ def _unquoted(text: str) -> str:
 def take_loras(prompt: str, ours: bool) -> tuple[str, list[Addon], list[str]]:
     """The prompt without the tags of its LoRAs, these LoRAs, and notes.
 
-    ours   the tags at the end were added by us, each after a blank
+    ours   the tags at the end were added by us, each after a blank; all others are text
     """
-    loras, notes = list[Addon](), list[str]()
-    text = OWN_TAGS.sub("", prompt) if ours else prompt
-    for kind, name, rest in TAG.findall(prompt):
+    loras, notes = dict[str, Addon](), list[str]()
+    end = OWN_TAGS.search(prompt) if ours else None
+    if ours and end is None:
+        return prompt, [], []  # what looks like a tag elsewhere is text of the prompt
+    for kind, name, rest in TAG.findall(end[0] if end else prompt):
         numbers = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", rest) if rest else ["1"]
         weight = float(numbers[0]) if numbers else 1.0
+        if not name.strip():
+            notes.append(f"a tag of the kind {kind} without a name is left out")
+            continue
         if kind == "hypernet":
             notes.append(f"hypernetwork {file_name(name)}: not available")
             continue
+        if not numbers:
+            notes.append(f"LoRA {file_name(name)} has the weight {rest[1:51]!r}, which is not a number: 1 is used")
         if any(float(other) != weight for other in numbers[1:]):
             notes.append(f"LoRA {file_name(name)} has several weights ({rest[1:]}): {weight:g} is used for all")
         if abs(weight) <= 1000:
-            loras.append(Addon(file_name(name), weight))
+            before = loras.get(file_name(name), Addon("", 0.0))
+            loras[file_name(name)] = Addon(file_name(name), before.weight + weight)
         else:
             notes.append(f"LoRA {file_name(name)} is left out: its weight is {weight:g}")
-    text = TAG.sub("", text)
-    return (text if ours else text.strip()), loras, notes
+    text = prompt[: end.start()] if end else TAG.sub("", prompt).strip()
+    return text, list(loras.values()), notes
 
 
 def digests(text: str) -> dict[str, str]:

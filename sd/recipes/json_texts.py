@@ -61,7 +61,7 @@ def text_in(values: Mapping[str, Any], *names: str) -> str:
     return next((value for name in names if isinstance(value := values.get(name), str) and value), "")
 
 
-def _put(draft: Draft, values: Mapping[str, Any], names: Mapping[str, str]) -> None:
+def put(draft: Draft, values: Mapping[str, Any], names: Mapping[str, str]) -> None:
     """Put down settings: our name -> theirs."""
     for ours, theirs in names.items():
         if isinstance(value := values.get(theirs), str | int | float) and value != "":
@@ -74,7 +74,7 @@ def read_fooocus(values: Mapping[str, Any]) -> Recipe:
         text_in(values, "version") or "Fooocus", info={name: str(value)[:2000] for name, value in values.items()}
     )
     names = {"steps": "steps", "guidance": "guidance_scale", "seed": "seed", "clip_skip": "clip_skip"}
-    _put(draft, values, names)
+    put(draft, values, names)
     if text_in(values, "sampler"):
         draft.sampler(values["sampler"])
     if text_in(values, "scheduler"):
@@ -107,9 +107,9 @@ def read_fooocus(values: Mapping[str, Any]) -> Recipe:
 
 def read_invokeai(values: Mapping[str, Any]) -> Recipe:
     """The recipe in "invokeai_metadata"."""
-    draft = Draft(f"InvokeAI {text_in(values, 'app_version')}".strip(), info=_info(values))
+    draft = Draft(f"InvokeAI {text_in(values, 'app_version')}".strip(), info=info_of(values))
     names = {"steps": "steps", "guidance": "cfg_scale", "guidance_rescale": "cfg_rescale_multiplier", "seed": "seed"}
-    _put(draft, values, names)
+    put(draft, values, names)
     if isinstance(skip := values.get("clip_skip"), int) and not isinstance(skip, bool) and skip > 0:
         draft.put("clip_skip", skip + 1, "clip_skip")  # InvokeAI counts the layers that are left out
     _invoke_sampler(draft, text_in(values, "scheduler"))
@@ -121,19 +121,21 @@ def read_invokeai(values: Mapping[str, Any]) -> Recipe:
         draft.note("not reproduced: tiling in one direction only")
     if "img2img" in text_in(values, "generation_mode") or "inpaint" in text_in(values, "generation_mode"):
         draft.kind = "inpaint" if "inpaint" in values["generation_mode"] else "img2img"
-        _put(draft, values, {"strength": "strength"})
+        put(draft, values, {"strength": "strength"})
     loras = values.get("loras")
     for entry in loras[:100] if isinstance(loras, list) else ():
-        model = _mapping(_mapping(entry).get("model") or _mapping(entry).get("lora"))
-        name, weight = text_in(model, "name", "model_name"), _mapping(entry).get("weight", 1.0)
+        model = mapping(mapping(entry).get("model") or mapping(entry).get("lora"))
+        name, weight = text_in(model, "name", "model_name"), mapping(entry).get("weight", 1.0)
         if name and (checked := draft.number(weight, f"the weight of LoRA {file_name(name)}")) is not None:
             draft.loras.append(Addon(file_name(name), checked))
-    model = _mapping(values.get("model"))
+    model = mapping(values.get("model"))
     digest = text_in(model, "hash").rpartition(":")[2]  # "blake3:..." is another kind of hash
     draft.model = Addon(
         file_name(text_in(model, "name", "model_name")),
         digest=digest if text_in(model, "hash").startswith("sha256:") else "",
     )
+    if vae := text_in(mapping(values.get("vae")), "name", "model_name"):
+        draft.info["VAE"] = file_name(vae)
     if left := [
         name for name, value in values.items() if name not in INVOKE_HARMLESS and value not in (None, [], {}, 0, "")
     ]:
@@ -145,16 +147,16 @@ def read_invokeai(values: Mapping[str, Any]) -> Recipe:
 
 def read_sd_metadata(values: Mapping[str, Any]) -> Recipe:
     """The recipe in "sd-metadata"."""
-    draft = Draft(f"InvokeAI {text_in(values, 'app_version')}".strip(), info=_info(values))
-    image = _mapping(values.get("image"))
-    _put(draft, image, {"steps": "steps", "guidance": "cfg_scale", "seed": "seed"})
+    draft = Draft(f"InvokeAI {text_in(values, 'app_version')}".strip(), info=info_of(values))
+    image = mapping(values.get("image"))
+    put(draft, image, {"steps": "steps", "guidance": "cfg_scale", "seed": "seed"})
     _invoke_sampler(draft, text_in(image, "sampler"))
     draft.size(image.get("width"), image.get("height"))
     draft.settings["rng"] = "nv"
     draft.settings["tileable"] = image.get("seamless") is True
     if text_in(image, "type") == "img2img":
         draft.kind = "img2img"
-        _put(draft, image, {"strength": "strength"})
+        put(draft, image, {"strength": "strength"})
     digest = shown(text_in(values, "model_hash"), 64)
     draft.model = Addon(file_name(text_in(values, "model_weights")), digest=digest)
     effects = ("threshold", "perlin", "hires_fix", "postprocessing", "variations", "facetool", "upscale")
@@ -162,7 +164,7 @@ def read_sd_metadata(values: Mapping[str, Any]) -> Recipe:
         draft.note(f"not reproduced: {listed(left)}")
     parts = image.get("prompt")
     if isinstance(parts, list):
-        texts = [text_in(_mapping(part), "prompt") for part in parts[:100]]
+        texts = [text_in(mapping(part), "prompt") for part in parts[:100]]
         if len(texts) > 1:
             draft.note("the parts of the prompt and their weights are joined: they are not averaged here")
         return _with_brackets(draft, " ".join(texts))
@@ -182,7 +184,7 @@ def read_dream(text: str) -> Recipe:
     draft = Draft("InvokeAI", info={"Dream": text})
     options: dict[str, str] = dict(DREAM_OPTION.findall(found[2]))
     names = {"steps": "s", "guidance": "C", "seed": "S"}
-    _put(draft, options, names)
+    put(draft, options, names)
     _invoke_sampler(draft, options.get("A", ""))
     draft.size(options.get("W", "512"), options.get("H", "512"))
     draft.settings["rng"] = "nv"
@@ -190,7 +192,7 @@ def read_dream(text: str) -> Recipe:
         draft.settings["tileable"] = True
     if "I" in options:
         draft.kind = "img2img"
-        _put(draft, options, {"strength": "f"})
+        put(draft, options, {"strength": "f"})
     effects = {"G": "face restoration", "U": "upscaling", "V": "variations", "v": "variations", "cf": "", "ft": ""}
     others = [
         effects.get(name, f"-{name}")
@@ -226,9 +228,10 @@ def _invoke_syntax(draft: Draft, text: str) -> None:
         )
 
 
-def _info(values: Mapping[str, Any]) -> dict[str, str]:
+def info_of(values: Mapping[str, Any]) -> dict[str, str]:
     return {str(name): str(value)[:2000] for name, value in list(values.items())[:200]}
 
 
-def _mapping(value: object) -> Mapping[str, Any]:
+def mapping(value: object) -> Mapping[str, Any]:
+    """A JSON object, or an empty one in the place of anything else."""
     return value if isinstance(value, dict) else {}

@@ -36,7 +36,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line 
 GRIDS = {
     "uniform": "linspace", "normal": "linspace", "karras": "karras", "exponential": "exponential",
     "polyexponential": "exponential", "simple": "trailing", "ddim": "leading", "ddimuniform": "leading",
-    "leading": "leading", "trailing": "trailing", "linspace": "linspace",
+    "leading": "leading", "trailing": "trailing", "linspace": "linspace", "discrete": "linspace",
 }  # fmt: skip
 NEAR = {"sgmuniform": "trailing"}  # not the same, but close
 
@@ -179,7 +179,8 @@ class Draft:
 
         automatic   sampler -> the grid that the program uses if the name says nothing
         """
-        text = re.sub(r"_gpu$", "", shown(name, NAME))
+        text = re.sub(r"_gpu(?=_|$)", "", shown(name, NAME))
+        text, grid = _split_grid(text)
         try:
             found = sampler_key(find_sampler(text))
         except ValueError:
@@ -188,6 +189,8 @@ class Draft:
         self.settings["sampler"] = found
         if spacing := spacing_in(text) or automatic.get(found):
             self.settings["spacing"] = spacing
+        if grid:
+            self.grid(grid, self.settings.get("steps"))
         if found in BROWNIAN and not self.program.startswith("sd "):
             self.note(
                 f"{SAMPLERS[found].label}: other programs draw its noise from a Brownian tree, so the image will differ"
@@ -237,6 +240,12 @@ class Draft:
             notes=tuple(shown(note, 500) for note in self.notes),
             position=self.position,
         )
+
+
+def _split_grid(name: str) -> tuple[str, str]:
+    """The name of a sampler, and the grid of ComfyUI or stable-diffusion.cpp behind it: "euler_sgm_uniform"."""
+    found = re.fullmatch(r"(.+?)[_ ](simple|normal|sgm_uniform|ddim_uniform|polyexponential|beta|discrete)", name)
+    return (found[1], found[2]) if found else (name, "")
 
 
 PARAMS = frozenset(f.name for f in fields(SamplingParams)) - {"options"}

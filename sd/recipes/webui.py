@@ -9,6 +9,7 @@ stable-diffusion.cpp, which have the same form.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -26,6 +27,7 @@ KARRAS = ("dpm2", "dpm2_a", "dpmpp_2s_a", "dpmpp_2m", "dpmpp_sde")
 AUTOMATIC = MappingProxyType({**LINEAR, **dict.fromkeys(KARRAS, "karras"), "dpmpp_2m_sde": "exponential"})
 UNIFORM = MappingProxyType({**LINEAR, **dict.fromkeys((*KARRAS, "dpmpp_2m_sde"), "linspace")})
 RANDOM = {"cpu": "torch-cpu", "gpu": "nv", "nv": "nv", "cuda": "nv", "comfy": "comfy"}
+TIMESTEPS = ("ddim", "plms", "unipc")  # samplers of the web UI with a grid of their own, whatever "Schedule type" says
 CONTENTS = {"latent noise": "noise"}  # the web UI's names -> ours
 # settings that need more than their key (`fields.KEYS`): the functions below
 APART = {
@@ -45,12 +47,16 @@ UPSCALERS = {"latent": "latent", "lanczos": "lanczos"}
 HARMLESS = {
     "app", "backend", "background", "batch", "batch pos", "batch size", "civitai metadata", "civitai resources",
     "comment", "created date", "embeddings", "emphasis", "first pass size", "generated size", "hashes", "index",
-    "init image hash", "init image size", "inpaint area", "long prompts", "lora hashes", "lora networks", "loras",
+    "init image hash", "init image size", "inpaint area", "long prompts", "lora hashes", "lora networks",
+    "lora weights", "loras",
     "mask", "mask hash", "mask mode", "model", "model hash", "negative", "operations", "pad conds", "parser",
-    "pipeline", "precision", "prediction", "prompt", "refine", "rng", "sampler", "sampler sigma", "schedule type",
-    "sd_model", "size", "source identifier", "styles", "te", "text encoder", "ti", "ti hashes", "unet", "user", "vae",
-    "vae decoder", "vae encoder", "vae hash", "version", "web ui prompts", "weights",
+    "pipeline", "precision", "prediction", "prompt", "refine", "rng", "sampler", "sampler sigma", "sampler spacing",
+    "schedule", "schedule type", "scheduler", "sd_model", "size", "source identifier", "styles", "te", "text encoder",
+    "ti", "ti hashes", "unet", "used embeddings", "user", "vae", "vae decoder", "vae encoder", "vae hash", "version",
+    "web ui prompts", "weights",
 }  # fmt: skip
+SIZE = re.compile(r"(\d{1,6}) *[xX×] *(\d{1,6})", re.ASCII)
+FIRST_PASS = 512 * 512  # pixels of a first pass whose size the web UI of 2022 chose by itself, "0x0"
 HIRES = (
     "hires size",
     "hires upscale",
@@ -91,7 +97,7 @@ def read_parameters(text: str, fallback: str = "the web UI") -> Recipe:
         raise ValueError("its text has no settings: a line that begins with 'Steps: ' is missing")
     draft = Draft(program_of(pairs, fallback), info=dict(parsed.pairs))
     ours = draft.program.startswith("sd ")
-    draft.kind = _kind(pairs)
+    draft.kind = _kind(pairs, ours)
     used = set[str]()
 
     def value(setting: str) -> str | None:
@@ -104,7 +110,12 @@ def read_parameters(text: str, fallback: str = "the web UI") -> Recipe:
     strength = {"img2img": "strength", "inpaint": "strength", "hires": "hires_strength"}.get(draft.kind)
     names = set(settings_of(SamplingParams)).union(*map(settings_of, REQUESTS.values()), OPTIONS) - APART
     for name in sorted(names):
-        if (name == strength or not name.endswith("strength") or name in PARAMS) and (given := value(name)) is not None:
+        if name != strength and name.endswith("strength") and name not in PARAMS:
+            continue
+        given = value(name)
+        if name == "clip_skip" and not ours and given and re.fullmatch(r"0|-\d{1,3}", given):
+            continue  # these mean the default
+        if given is not None:
             draft.put(name, given)
     _sampling(draft, pairs, ours)
     _prompt_syntax(draft, pairs, parsed.prompt + parsed.negative, ours)
@@ -113,25 +124,42 @@ def read_parameters(text: str, fallback: str = "the web UI") -> Recipe:
         used |= _mask(draft, pairs, ours)
     if draft.kind == "hires":
         used |= _hires(draft, pairs)
+    if draft.kind == "txt2img":
+        used.add("denoising strength")  # it is 0: see `_kind`
     _files(draft, pairs)
     left = [name for name in parsed.pairs if name.lower() not in used | HARMLESS]
     if left:
         draft.note(f"not reproduced: {listed(_families(left))}")
+    if draft.program.startswith("Fooocus") and pairs.get("styles", "[]") != "[]":
+        draft.note(f"not reproduced: the styles {shown(pairs['styles'])}, which Fooocus adds to the prompt")
     prompt, draft.loras, notes = take_loras(parsed.prompt, ours)
     negative, _, more = take_loras(parsed.negative, ours)
     for note in (*notes, *more):
         draft.note(note)
-    hashes = digests(pairs.get("lora hashes", ""))
+    _resources(draft, pairs.get("civitai resources", ""))
+    hashes = _json_hashes(pairs.get("hashes", ""))
+    hashes = {name[5:]: digits for name, digits in hashes.items() if name.startswith("lora:")}
+    hashes |= digests(pairs.get("lora hashes", ""))
+    for name, weight in digests(pairs.get("lora weights", "")).items():  # Fooocus
+        if file_name(name) not in [lora.name for lora in draft.loras]:
+            number = draft.number(weight, f"the weight of LoRA {file_name(name)}")
+            draft.loras += [Addon(file_name(name), number)] if number is not None else []
     draft.loras = [lora._replace(digest=_hash(hashes.get(lora.name, ""))) for lora in draft.loras]
+    # of the prompts of other passes and extensions, or of a site that removes tags
+    if others := [name for name in hashes if file_name(name) not in [lora.name for lora in draft.loras]]:
+        draft.note(f"not reproduced: the LoRAs {listed(others)}, which no tag in the prompt names")
     return draft.recipe(prompt, negative)
 
 
-def _kind(pairs: Mapping[str, str]) -> str:
+def _kind(pairs: Mapping[str, str], ours: bool) -> str:
     if any(name in pairs for name in MASKS):
         return "inpaint"
     if any(name in pairs for name in HIRES):
         return "hires"
     operations = pairs.get("operations", "").lower()
+    no_image = not ours and "init image hash" not in pairs and "img2img" not in operations
+    if no_image and re.fullmatch(r"0(\.0*)?", pairs.get("denoising strength", "")):
+        return "txt2img"  # of the web UI's API, where 0 is the default
     if pairs.keys() & {"init image hash", "denoising strength"} or (
         "img2img" in operations and "txt2img" not in operations
     ):
@@ -141,11 +169,19 @@ def _kind(pairs: Mapping[str, str]) -> str:
 
 def _sampling(draft: Draft, pairs: Mapping[str, str], ours: bool) -> None:
     """Sampler, grid and random numbers."""
-    schedule = pairs.get("schedule type") or pairs.get("scheduler") or pairs.get("sampler sigma") or ""
+    schedule = (
+        pairs.get("schedule type")
+        or pairs.get("scheduler")
+        or pairs.get("sampler sigma")
+        or pairs.get("sampler spacing")
+        or ""
+    )
     next_ = draft.program == "SD.Next"
     if "sampler" in pairs:
         automatic = schedule.lower() == "automatic"
         draft.sampler(pairs["sampler"], {} if ours or next_ else AUTOMATIC if automatic else UNIFORM)
+    if draft.program.startswith(("the web UI", "Forge")) and draft.settings.get("sampler") in TIMESTEPS:
+        schedule = ""
     if schedule and schedule.lower() not in ("automatic", "default", "use same scheduler"):
         draft.grid(schedule, draft.settings.get("steps"))
     rng = pairs.get("rng", "").lower()
@@ -187,7 +223,10 @@ def _prompt_syntax(draft: Draft, pairs: Mapping[str, str], prompts: str, ours: b
         syntax = pairs.get("web ui prompts", "").lower() == "true" or emphasis == "original" or "long prompts" in pairs
         draft.settings |= WEIGHTED if syntax else {}
         return
-    draft.settings |= {} if emphasis == "none" else WEIGHTED
+    fixed = pairs.get("parser", "").lower().startswith("fixed")  # SD.Next: brackets are text
+    draft.settings |= {} if emphasis == "none" or fixed else WEIGHTED
+    if pairs.get("parser", "").lower().startswith("compel"):
+        draft.note("SD.Next's parser Compel (word++, .and()) is not available: its signs stay in the prompt as text")
     if emphasis not in ("", "original", "none"):
         draft.note(f"emphasis {shown(pairs['emphasis'])} is not available: weights rescale the mean as by default")
     if draft.program.lower().startswith("comfyui") and re.search(r"[(\[]", prompts):
@@ -202,12 +241,26 @@ def _size(draft: Draft, pairs: Mapping[str, str], ours: bool) -> None:
             if side != "auto":
                 draft.put(name, side, "Generated size")
         return
-    if pairs.get("first pass size", "0x0") != "0x0":  # of the web UI before hires upscale
-        size = pairs["first pass size"]
-    if found := re.fullmatch(r"(\d{1,6})x(\d{1,6})", size, re.ASCII):
+    if "first pass size" in pairs:  # of the web UI before hires upscale
+        size = _first_pass(pairs)
+    if found := SIZE.fullmatch(size):
         draft.size(found[1], found[2])
     elif size:
         draft.note(f"Size is left out: {shown(size)} is not like 512x512")
+
+
+def _first_pass(pairs: Mapping[str, str]) -> str:
+    """The size of the first pass in the web UI of 2022, whose "Size" is that of the result.
+
+    "0x0" means that it chose a size of the same shape and about 512x512 pixels, of whole multiples of 64.
+    """
+    size = pairs["first pass size"]
+    whole = SIZE.fullmatch(pairs.get("size", ""))
+    if size != "0x0" or whole is None:
+        return size if size != "0x0" else pairs.get("size", "")
+    width, height = int(whole[1]), int(whole[2])
+    scale = math.sqrt(FIRST_PASS / max(width * height, 1))
+    return "x".join(str(64 * math.ceil(scale * side / 64)) for side in (width, height))
 
 
 def _mask(draft: Draft, pairs: Mapping[str, str], ours: bool) -> set[str]:
@@ -227,11 +280,14 @@ def _hires(draft: Draft, pairs: Mapping[str, str]) -> set[str]:
     """The second pass: enlarged, then image to image; returns the keys used."""
     used = {name for name in pairs if name.startswith("hires ")} | {"denoising strength", "second pass"}
     whole, first = pairs.get("hires resize", ""), (draft.settings.get("width"), draft.settings.get("height"))
-    if pairs.get("first pass size", "0x0") != "0x0":
+    if "first pass size" in pairs:
         whole = pairs.get("size", "")
     by = pairs.get("hires upscale") or pairs.get("hires scale")
-    if by is None and (found := re.fullmatch(r"(\d{1,6})x(\d{1,6})", whole, re.ASCII)) and None not in first:
-        scales = [int(side) / before for side, before in zip(found.groups(), first, strict=True) if before]
+    if by is None and (found := SIZE.fullmatch(whole)) and None not in first:
+        # a side of 0 follows from the other
+        scales = [
+            int(side) / before for side, before in zip(found.groups(), first, strict=True) if before and int(side)
+        ]
         by = repr(max(scales, default=0.0))
         if len(set(scales)) > 1:
             draft.note(f"the second pass has another shape, {whole}: it is enlarged {float(by):g} times here")
@@ -245,7 +301,9 @@ def _hires(draft: Draft, pairs: Mapping[str, str]) -> set[str]:
         if name is None or upscaler.lower() not in UPSCALERS:
             draft.note(f"upscaler {shown(upscaler)} is not available: {name or 'lanczos'} is used")
     others = [name for name in used if pairs.get(name) and name not in HIRES and name != "denoising strength"]
-    if others := [name for name in others if not pairs[name].lower().startswith("use same")]:
+    others = [name for name in others if not pairs[name].lower().startswith("use same")]
+    # what is written there, and is the same as in the first pass
+    if others := [name for name in others if pairs[name] != pairs.get(name.removeprefix("hires "), "")]:
         draft.note(f"not reproduced: {listed(sorted(others))}")
     return used
 
@@ -261,10 +319,35 @@ def _files(draft: Draft, pairs: Mapping[str, str]) -> None:
             draft.embeddings.append(
                 Addon(file_name(name), digest=_hash(known.get(name, hashes.get(f"embed:{name}", ""))))
             )
-    plain = pairs.get("ti") or pairs.get("embeddings") or ""
-    for name in (part.strip() for part in plain[:20_000].split(",")):
+    plain = pairs.get("ti") or pairs.get("embeddings") or pairs.get("used embeddings") or ""
+    for name in (re.sub(r"\s*\[\w{1,64}\]\Z", "", part.strip()) for part in plain[:20_000].split(",")):
         if name and name not in [found.name for found in draft.embeddings]:
             draft.embeddings.append(Addon(file_name(name)))
+
+
+def _resources(draft: Draft, text: str) -> None:
+    """The model and the LoRAs in "Civitai resources", a list of JSON objects: the site's own generator writes no tags.
+
+    Where the prompt has tags of LoRAs, the list has the same ones under other names.
+    """
+    try:
+        found = json.loads(text) if text.startswith("[") else []
+    except (ValueError, RecursionError):
+        return
+    tags = bool(draft.loras)
+    for entry in found[:100]:
+        kind, name = (str(entry.get(key, "")) if isinstance(entry, dict) else "" for key in ("type", "modelName"))
+        number = str(entry.get("modelVersionId", "")) if isinstance(entry, dict) else ""
+        name = file_name(name) or (f"of model version {number}" if re.fullmatch(r"\d{1,12}", number) else "")
+        if kind == "checkpoint" and not draft.model.name:
+            draft.model = draft.model._replace(name=name)
+        elif kind in ("lora", "lycoris", "locon", "dora"):
+            if tags or not name or name in [lora.name for lora in draft.loras]:
+                continue
+            weight = draft.number(entry.get("weight", 1.0), f"the weight of LoRA {name}")
+            draft.loras += [Addon(name, weight)] if weight is not None else []
+        elif kind in ("embed", "textualinversion") and name and name not in [e.name for e in draft.embeddings]:
+            draft.embeddings.append(Addon(name))
 
 
 def _json_hashes(text: str) -> dict[str, str]:

@@ -94,18 +94,19 @@ SAMPLERS = {
     "unipc": Sampler("UniPC", unipc, "Zhao et al. 2023", 3, 1, False, "karras", 30),
 }
 
-# names in the original's scripts, k-diffusion, A1111 and ComfyUI, and diffusers' classes without "Scheduler"
+# names in the original's scripts, k-diffusion, A1111, ComfyUI and SD.Next, and diffusers' classes without "Scheduler"
 ALIASES = {
     "plms": ("pndm",),
-    "lms": ("LMSDiscrete",),
+    "lms": ("LMSDiscrete", "lmsd"),
     "euler": ("EulerDiscrete",),
     "euler_a": ("euler ancestral", "EulerAncestralDiscrete"),
     "heun": ("HeunDiscrete",),
-    "dpm2": ("dpm_2", "KDPM2Discrete"),
-    "dpm2_a": ("dpm_2_ancestral", "dpm2 ancestral", "KDPM2AncestralDiscrete"),
+    "dpm2": ("dpm_2", "KDPM2Discrete", "kdpm2"),
+    "dpm2_a": ("dpm_2_ancestral", "dpm2 ancestral", "KDPM2AncestralDiscrete", "kdpm2 a"),
     "dpmpp_2s_a": ("dpmpp_2s_ancestral",),
-    "dpmpp_2m": ("dpm_solver", "dpm_solver++", "DPMSolverMultistep"),
-    "dpmpp_sde": ("DPMSolverSDE",),
+    "dpmpp_2m": ("dpm_solver", "dpm_solver++", "DPMSolverMultistep", "dpm2++ 2m"),
+    "dpmpp_sde": ("DPMSolverSDE", "dpm sde"),
+    "dpmpp_2m_sde": ("dpm2++ 2m sde",),
     "unipc": ("uni_pc", "uni_pc_bh2", "UniPCMultistep"),
 }
 
