@@ -37,6 +37,7 @@ from .formats.mmap import FilePages, fresh
 from .formats.pickles import RefusedFile
 from .formats.safetensors_files import read_safetensors
 from .formats.torch_files import AGAIN, LEGACY_MAGIC, MAX_TENSORS, View, read_legacy, read_zip
+from .layouts import own_prefix
 from .names import plain_names
 from .other_files import other_file
 
@@ -266,7 +267,10 @@ def load_checkpoint(path: str | os.PathLike, variant: str | None = None, *, mapp
 
 def _plainly_named(checkpoint: Checkpoint) -> Checkpoint:
     names = plain_names(checkpoint.places)
-    checkpoint.places = {names[key]: place for key, place in checkpoint.places.items()}
+    prefix = own_prefix(names.values())
+    checkpoint.places = {names[key].removeprefix(prefix): place for key, place in checkpoint.places.items()}
+    if prefix:
+        checkpoint.notes += (printable(f"the names in the file begin with {prefix!r}, and are read without it"),)
     return checkpoint
 
 
@@ -307,12 +311,15 @@ def _load_parts(path: Path, found: Parts, mapped: bool) -> Checkpoint:
     notes = [*found.notes]
     try:
         for part in found.parts:
+            inside: dict[str, tuple[OpenFile, View]] = {}
             for name in part.files:
                 opened = _load_file(name, mapped)
                 files += opened.files
                 notes += [f"{name.name}: {note}" for note in opened.notes]
                 _check_index(part, opened)
-                places |= {part.prefix + key: place for key, place in opened.places.items()}
+                inside |= opened.places
+            prefix = own_prefix(inside, part.prefix) if part.prefix else ""
+            places |= {part.prefix + key.removeprefix(prefix): place for key, place in inside.items()}
         if len(places) > MAX_TENSORS:
             raise RefusedFile(f"holds {len(places)} tensors, expected at most {MAX_TENSORS}")
     except BaseException:
