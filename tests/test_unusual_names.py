@@ -112,10 +112,14 @@ def test_parts_without_a_file_that_can_be_chosen(folder):
     split(unet.with_name("b.safetensors").rename(unet)).unlink()
     with pytest.raises(CheckpointError, match=r"unet/: parts of a split file without their index .*index.json as well"):
         load_checkpoint(folder)
-    for part in unet.parent.glob("*.safetensors"):
-        part.unlink()
-    with pytest.raises(CheckpointError, match="unet/: no file of weights in it, as an unfinished download leaves it"):
-        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "address", ["https://huggingface.co/a/b/resolve/main/x.safetensors", "urn:air:sd1:checkpoint:1"]
+)
+def test_an_address_is_no_file(address):
+    with pytest.raises(CheckpointError, match="an address, not a file; nothing is downloaded here: download it first"):
+        load_checkpoint(address)
 
 
 def test_a_model_one_folder_down(folder):

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import stat
 import threading
 from collections.abc import Iterator, Mapping
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_NAME = 500  # characters
+ADDRESS = re.compile(r"(https?|hf|s3|gs|urn|air):", re.IGNORECASE)
 MAX_TABLE = 1_000_000  # elements from the first to the last of a small tensor
 
 # First bytes of files that are often given in place of a checkpoint -> what to tell the user.
@@ -365,6 +367,8 @@ def _open(path: Path) -> BinaryIO:
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, ValueError):  # ValueError: a path with a zero byte
+        if ADDRESS.match(str(path)):
+            raise RefusedFile("an address, not a file; nothing is downloaded here: download it first") from None
         raise RefusedFile("no such file; check the path") from None
     if stat.S_ISDIR(mode):
         raise RefusedFile("a folder where a file is expected")

@@ -95,9 +95,10 @@ def find_parts(folder: Path, variant: str | None = None) -> Parts:
         available |= variants.keys()
         chosen = _choose(variants, variant)
         if not variants:
-            if name == "unet":
-                raise RefusedFile(f"unet/: {_unreadable(place) or _nothing_in(place)}")
-            notes.append(f"{name}/: {_nothing_in(place)}")
+            what = _unreadable(place) or _cannot_choose(place)
+            if what and name == "unet":
+                raise RefusedFile(f"unet/: {what}")
+            notes += [f"{name}/: {what}"] if what else []
             continue  # convert.py says what is missing, and which option gives it
         matched |= chosen == variant
         if variant is None and chosen is not None:
@@ -229,11 +230,11 @@ def _other_name(folder: Path) -> Path | None:
     return files[0] if len(files) == 1 and not SHARD.search(files[0].name) and not other_folder(folder) else None
 
 
-def _nothing_in(folder: Path) -> str:
-    """What is said of a part of a model without files that can be chosen."""
+def _cannot_choose(folder: Path) -> str | None:
+    """What is said of a part of a model with files of weights none of which can be chosen; None if it has none."""
     files = [file.name for file in _weights_in(folder)]
     if not files:
-        return "no file of weights in it, as an unfinished download leaves it; download it again"
+        return None
     some = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
     if any(SHARD.search(name) for name in files):
         return f"parts of a split file without their index ({some}); download its .index.json as well"

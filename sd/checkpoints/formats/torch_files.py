@@ -171,7 +171,8 @@ def _directory(stream: BinaryIO) -> tuple[dict[str, tuple[zipfile.ZipInfo, int]]
         elif info.flag_bits & ENCRYPTED:
             what = "is encrypted"
         elif info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            what = "is compressed, which torch never does"
+            what = f"member {name[:100]!r} of the archive is compressed, which torch never does"
+            raise RefusedFile(f"packed again: {what}; unpack it and pack it uncompressed (`zip -0 -r`), or {AGAIN}")
         elif info.header_offset < 0 or info.header_offset + LOCAL_HEADER.size + info.file_size > before:
             what = "overlaps another one or the end of the file"
         elif name == pickles[0] and info.file_size > MAX_BYTES:
