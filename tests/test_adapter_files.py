@@ -180,6 +180,12 @@ def test_loras_for_other_models_are_named(name, model_name, model, tmp_path):
         model.add_lora(saved(tmp_path, pair))
 
 
+def test_layers_of_other_models_beside_good_ones_are_left_out(model, tmp_path):
+    more = {f"lora_unet_down_blocks_0_motion_modules_0_{end}": torch.ones(1) for end in ("alpha", "lora_up.weight")}
+    with pytest.warns(UserWarning, match="2 of layers that this model does not have"):
+        assert all_are(change(model, saved(tmp_path, GOOD | more)), 4)
+
+
 @pytest.mark.parametrize("end", ["set_weight", "reshape_weight", "base_layer.weight", "weight", "lora_a.weight"])
 def test_a_part_that_is_not_known_is_not_a_layer_that_is_not_there(end, model, tmp_path):
     more = {f"unet.{PATH}.{end}": torch.ones(128, 128)}
@@ -194,6 +200,8 @@ def test_a_part_that_is_not_known_is_not_a_layer_that_is_not_there(end, model, t
     "tensors, message",
     [
         (PEFT | {f"base_model.model.{PATH}.lora_E": torch.ones(4, 1)}, "an AdaLoRA of PEFT .*lora_E.*not supported"),
+        ({"x.attn2.processor.to_k_custom_diffusion.weight": torch.ones(9, 9)}, "a Custom Diffusion file"),
+        ({"ip_adapter.1.to_k_ip.weight": torch.ones(9, 9)}, "an IP-Adapter"),
         ({"unet:900:up": torch.ones(64, 4), "unet:900:down": torch.ones(4, 64)}, "2 of 2 keys match no layer"),
         (GOOD | {f"{NAME}.lora_up.weight": torch.ones(128, 5)}, r"match neither each .* \(down 4x128, up 128x5\)"),
         (GOOD | {f"{NAME}.lora_up.weight": torch.ones(128, 4).int()}, r"holds whole numbers \(int32\): a quantised"),

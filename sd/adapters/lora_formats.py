@@ -54,22 +54,27 @@ OTHER_KINDS = (
     (r"\.ia3_l", "an (IA)3 of PEFT"),
     (r"\.lora_embedding_", "a LoRA of word tables"),
     (r"\.vera_lambda|\.hra_|\.lora_ga|\.dyn_(up|down)|\.fourierft", "an adapter of another kind"),
+    (r"_custom_diffusion\.", "a Custom Diffusion file"),
+    (r"^image_proj\.|^ip_adapter\.|\.to_[kv]_ip\.", "an IP-Adapter"),
     (r"^bundle_emb\.|^<[^<>]+>$", "embeddings for another text encoder"),
 )
 ADALORA = re.compile(r"\.lora_E(\.|$)")  # factors between two matrices, which mean nothing without them
 OTHER_MODELS = (
     (r"(.*[._])?joint_blocks[._]|lora_te3_|text_encoder_3\.|.*\bt5xxl\b", "SD 3 or Flux"),
     (r"(.*[._])?(double|single)(_transformer)?_blocks[._]", "Flux or HunyuanVideo"),
-    (r"(.*[._])?motion_modules[._]", "the motion module of AnimateDiff"),
     (r"lora_transformer_|transformer\.", "SD 3 or Flux, or another diffusion transformer"),
+    (r"lora_prior_unet_|prior\.", "Stable Cascade"),
+    (r"lora_te2_|te2[._]|text_encoder_2\.|(text_encoders\.)?clip_g\.|lora_te2\.|.*transformer_blocks[._]1[._]"
+     r"|.*label_emb|.*add_embedding|conditioner\.embedders\.1\.", "SDXL"),
+)  # fmt: skip
+# The same in a file of which nothing is understood. Beside layers of the model, such layers are left out.
+OTHER_MODELS_ALONE = (
+    (r"(.*[._])?motion_modules[._]", "the motion module of AnimateDiff"),
     (r"((lora_unet|diffusion_model|model\.diffusion_model|unet|base_model\.model)[._])?(transformer_)?blocks[._]\d",
      "a diffusion transformer (Wan, Qwen-Image, LTX, PixArt, ...)"),
     (r"((lora_unet|diffusion_model)[._])?layers[._]\d+[._](attention|feed_forward)[._]",
      "a diffusion transformer (Lumina, Z-Image)"),
     (r"(base_model\.model\.)?model\.layers\.\d+\.", "a language model"),
-    (r"lora_prior_unet_|prior\.", "Stable Cascade"),
-    (r"lora_te2_|te2[._]|text_encoder_2\.|(text_encoders\.)?clip_g\.|lora_te2\.|.*transformer_blocks[._]1[._]"
-     r"|.*label_emb|.*add_embedding|conditioner\.embedders\.1\.", "SDXL"),
 )  # fmt: skip
 # by width of the text encoder
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 1280: "SDXL"}
@@ -197,7 +202,7 @@ class _Contents:
         for layer, parts in used.items():
             _check_family(layer, parts)
         unknown = [key for reason in (NO_LAYER, NO_PART) for key in self.rest.get(reason, [])]
-        for pattern, model in OTHER_MODELS:
+        for pattern, model in OTHER_MODELS if used else OTHER_MODELS + OTHER_MODELS_ALONE:
             if any(re.match(pattern, key) for key in unknown):
                 raise CheckpointError(f"a LoRA for {model}, which is not supported (only Stable Diffusion 1.x and 2.x)")
         if found := [key for key in self._file if ADALORA.search(key)]:
