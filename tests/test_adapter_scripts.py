@@ -71,6 +71,15 @@ def test_lora(generate, files, tmp_path):
     assert pixels(tmp_path, 1) != pixels(tmp_path, 2)
 
 
+def test_folders_of_adapters(generate, files):
+    """As PEFT and diffusers write them, with the hashes of the files in them."""
+    (files / "cat").mkdir()
+    save_file({"<toy>": torch.ones(1, 64)}, files / "cat" / "learned_embeds.safetensors")
+    status, out, err, text = generate("a <toy>", "--lora", "mine:0.5", "--embedding", "cat")
+    assert (status, err) == (0, []) and out[1:3] == ["LoRA mine, weight 0.5", "embedding <toy>, vectors: 1"]
+    assert 'Lora hashes: "mine: ' in text
+
+
 def test_an_embedding_that_no_prompt_uses_is_said(generate):
     _, _, err, _ = generate("a cat", "--embedding", "toy.pt:<mine>")
     assert any("embedding toy added, but no prompt uses it: write <mine>" in line for line in err)

@@ -267,7 +267,7 @@ def test_a_schedule_that_is_given_is_taken_as_it_is():
         (ALPHA_BAR[:500], "not a list of 1000 numbers"),
         (ALPHA_BAR.long(), "not a list of 1000 numbers"),
         (ALPHA_BAR > 0.5, "not a list of 1000 numbers"),
-        (ALPHA_BAR.to(torch.float8_e4m3fn), "not a list of 1000 numbers"),
+        (ALPHA_BAR.to(torch.float8_e4m3fn), "in float8_e4m3fn, which is too coarse"),
         (ALPHA_BAR.to(torch.complex64), "not a list of 1000 numbers"),
         (torch.tensor(0.5), "not a list of 1000 numbers"),
         (torch.zeros(200_000), "not a list of 1000 numbers"),

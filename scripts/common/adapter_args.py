@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import sd
+from sd.adapters.adapter_files import EMBEDDING_FILES, LORA_FILES, adapter_file
 from sd.adapters.added import LoraFile
 from sd.adapters.textual_inversion import refuse_image
 from sd.checkpoints.folders import model_name
@@ -30,7 +31,8 @@ def add_addon_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("add-ons")
     group.add_argument(
         "--lora", type=home, action="append", default=[], metavar="[NAME=]FILE[:WEIGHT]",
-        help="merge a LoRA or LyCORIS file into the model; can be given several times (default weight: 1)",
+        help="merge a LoRA or LyCORIS file, or a folder with one, into the model; can be given several times (default "
+        "weight: 1)",
     )  # fmt: skip
     group.add_argument(
         "--lora-dir", type=file_path, metavar="DIR",
@@ -110,9 +112,11 @@ class AddOns:
             )
         self._texts = [text for request in requests for text in _texts(request)]
         named = [split_name(text) for text in args.lora]
-        self._loras = [split_lora(file) for _, file in named]
+        given = [split_lora(file) for _, file in named]
+        self._loras = [(adapter_file(path, LORA_FILES), weight) for path, weight in given]
         self._aliases = [name for name, _ in named]
-        self._embeddings = [split_embedding(text) for text in args.embedding]
+        words = [split_embedding(text) for text in args.embedding]
+        self._embeddings = [(adapter_file(path, EMBEDDING_FILES), word) for path, word in words]
         self.of_prompts = of_prompts
         named_in_prompts = {os.path.realpath(path) for path in of_prompts.paths}
         for path, _ in self._loras:

@@ -12,6 +12,7 @@ from torch import nn
 from ..config import Config
 from ..models.text_encoder import TextEncoder
 from ..text.tokenizer import Note, Tokenizer, warn
+from .adapter_files import EMBEDDING_FILES, adapter_file
 from .lora import Lora, Merged
 from .lora_formats import read_lora
 from .textual_inversion import Words, other_word, read_embedding
@@ -96,10 +97,11 @@ class Adapters:
     def add_embedding(self, path: str | os.PathLike[str], word: str | None = None) -> list[str]:
         """See `StableDiffusion.add_embedding`."""
         text = self._config.text[0]
-        words = read_embedding(path, text.width, text.length - 2, word)
+        file = adapter_file(Path(path), EMBEDDING_FILES)
+        words = read_embedding(file, text.width, text.length - 2, word)
         self._keep("text_encoder")
         added = self.words.add(words)
-        name = other_word(Path(path), words) if word is None else None
+        name = other_word(file, words) if word is None else None
         second = None if name is None else self.words.alias(added[0], name)
         return added if second is None else [*added, second]
 

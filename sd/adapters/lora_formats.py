@@ -24,24 +24,20 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming
-from ..checkpoints.folders import model_name
 from ..config import Config
 from ..messages import listed, one_line
+from .adapter_files import LORA_FILES, adapter_file
+from .adapter_files import lora_name as lora_name
 from .changes import Change, Shape
 from .lora import Lora, Target
-from .lora_names import NUMBERED, Layer, LayerNames, numbered_layers
-from .lora_parts import LayerParts, Misfit, check_numbers, read_number, split_key
-from .lora_settings import alpha_of, read_settings
+from .lora_names import NUMBERED, Layer, LayerNames, flat, numbered_layers
+from .lora_parts import ONE_NUMBER, LayerParts, Misfit, check_numbers, plain_number, read_number, split_key
+from .lora_settings import alpha_of, lokr_scale, read_settings
 
 LAYERS = 32  # of the largest text encoder (bigG): files may have layers after the last one that is run
-# What tools call every file: it is named after its folder; and what people call the only file of a repository.
-SAME_NAMES = frozenset({
-    "pytorch_lora_weights", "adapter_model", "pytorch_custom_diffusion_weights", "diffusion_pytorch_model",
-    "pytorch_model", "lora_weight",
-})  # fmt: skip
-ONLY_NAMES = frozenset({"lora", "lora_weights", "model", "adapter", "last"})
 LISTED = 3  # names in a message at most: they are long
 MAX_NOTE = 1000  # characters
+MAX_END = 4  # words behind the name of a layer in a key that is not understood, such as "base_layer.weight"
 NARROW = {("unet", "conv_in"): 4}  # input channels that a file may have where the model, for inpainting, has more
 
 UNRUN = "of text encoder layers after the last one that is run"
@@ -58,15 +54,27 @@ OTHER_KINDS = (
     (r"\.ia3_l", "an (IA)3 of PEFT"),
     (r"\.lora_embedding_", "a LoRA of word tables"),
     (r"\.vera_lambda|\.hra_|\.lora_ga|\.dyn_(up|down)|\.fourierft", "an adapter of another kind"),
+    (r"_custom_diffusion\.", "a Custom Diffusion file"),
+    (r"^image_proj\.|^ip_adapter\.|\.to_[kv]_ip\.", "an IP-Adapter"),
     (r"^bundle_emb\.|^<[^<>]+>$", "embeddings for another text encoder"),
 )
+ADALORA = re.compile(r"\.lora_E(\.|$)")  # factors between two matrices, which mean nothing without them
 OTHER_MODELS = (
-    (r"lora_te3_|text_encoder_3\.|lora_transformer_|transformer\.|lora_unet_joint_blocks_|.*\bt5xxl\b",
-     "SD 3 or Flux"),
-    (r"(.*[._])?(double|single)_blocks[._]", "Flux"),
+    (r"(.*[._])?joint_blocks[._]|lora_te3_|text_encoder_3\.|.*\bt5xxl\b", "SD 3 or Flux"),
+    (r"(.*[._])?(double|single)(_transformer)?_blocks[._]", "Flux or HunyuanVideo"),
+    (r"lora_transformer_|transformer\.", "SD 3 or Flux, or another diffusion transformer"),
     (r"lora_prior_unet_|prior\.", "Stable Cascade"),
     (r"lora_te2_|te2[._]|text_encoder_2\.|(text_encoders\.)?clip_g\.|lora_te2\.|.*transformer_blocks[._]1[._]"
      r"|.*label_emb|.*add_embedding|conditioner\.embedders\.1\.", "SDXL"),
+)  # fmt: skip
+# The same in a file of which nothing is understood. Beside layers of the model, such layers are left out.
+OTHER_MODELS_ALONE = (
+    (r"(.*[._])?motion_modules[._]", "the motion module of AnimateDiff"),
+    (r"((lora_unet|diffusion_model|model\.diffusion_model|unet|base_model\.model)[._])?(transformer_)?blocks[._]\d",
+     "a diffusion transformer (Wan, Qwen-Image, LTX, PixArt, ...)"),
+    (r"((lora_unet|diffusion_model)[._])?layers[._]\d+[._](attention|feed_forward)[._]",
+     "a diffusion transformer (Lumina, Z-Image)"),
+    (r"(base_model\.model\.)?model\.layers\.\d+\.", "a language model"),
 )  # fmt: skip
 # by width of the text encoder
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 1280: "SDXL"}
@@ -75,9 +83,11 @@ FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SD
 def read_lora(path: str | os.PathLike[str], config: Config, networks: Mapping[str, nn.Module]) -> Lora:
     """Read a LoRA file for a model of this config, with these networks ("unet", "text_encoder").
 
+    path   of the file, or of a folder as diffusers, PEFT and the hub's cache have it
+
     Raises CheckpointError for a file that is not a LoRA, is for another model, or is damaged.
     """
-    path = Path(path)
+    path = adapter_file(Path(path), LORA_FILES)
     shapes = {
         (network, key): tuple(weight.shape)
         for network in ("unet", "text_encoder")
@@ -98,28 +108,6 @@ def _check_plain(shapes: Iterable[Target]) -> None:
                 "parametrization), so no LoRA can be merged: make the weight plain first "
                 "(parametrize.remove_parametrizations, prune.remove)"
             )
-
-
-def lora_name(path: Path) -> str:
-    """The name of a LoRA file: the file's, or its folder's if the tool gives every file the same name.
-
-    In a cache of the Hugging Face hub, where files are links in folders named by hashes, it is the repository's name.
-
-    >>> lora_name(Path("/hub/models--someone--pixel-art/snapshots/0123abcd/pytorch_lora_weights.safetensors"))
-    'pixel-art'
-    """
-    path = Path(os.path.abspath(path))  # of the link, not of the file that it points to
-    name, repository = model_name(path), _repository(path)
-    if repository and (name in SAME_NAMES | ONLY_NAMES or path.parent.name == "blobs"):
-        in_folder = path.parent.name != "blobs" and path.parent.parent.name != "snapshots"
-        return path.parent.name if in_folder else repository
-    return path.parent.name or name if name in SAME_NAMES else name
-
-
-def _repository(path: Path) -> str | None:
-    """The name of the repository, without its owner, of a file in a cache of the hub."""
-    found = [part for part in path.parts if part.startswith("models--")]
-    return found[-1].removeprefix("models--").rpartition("--")[2] or None if found else None
 
 
 def layers_of(targets: Sequence[Target]) -> list[Layer]:
@@ -143,6 +131,8 @@ class _Contents:
                 self._add_part(key, *counted[key])
             else:
                 self._add(key)
+        for key, text in file.metadata.items():
+            self._add_number(key, text)
         for parts in list(self.parts.values()):
             for key, reason in parts.left_over():
                 self.rest.setdefault(reason, []).append(key)
@@ -157,13 +147,29 @@ class _Contents:
         if layer is not None and (part != "weight" or f"{key.removesuffix('weight')}on_input" in self._file):
             self._add_part(key, layer, part)
         elif key != "alpha":
-            reason = NO_PART if found is None else UNRUN if self._unrun.find(name) else NO_LAYER
-            self.rest.setdefault(reason, []).append(key)
+            reason = UNRUN if name and self._unrun.find(name) else NO_PART if self._of_layer(key) else NO_LAYER
+            self.rest.setdefault(NO_PART if found is None else reason, []).append(key)
+
+    def _of_layer(self, key: str) -> bool:
+        """Whether a key begins with the name of a layer that the model has."""
+        name = flat(key)
+        for _ in range(MAX_END):
+            name = name.rpartition("_")[0]
+            if name and self._names.find(name):
+                return True
+        return False
+
+    def _add_number(self, key: str, text: str) -> None:
+        """Add an alpha that is a plain number in place of a tensor."""
+        name, part = split_key(key) or ("", "")
+        layer = self._names.find(name) if part in ONE_NUMBER else None
+        if layer in self.parts and key not in self._file:
+            self.parts[layer].numbers[part] = plain_number(key, text)
 
     def _add_part(self, key: str, layer: Layer, part: str) -> None:
         network, name = layer
         weight, bias = self._shapes.get((network, f"{name}.weight"), ()), self._shapes.get((network, f"{name}.bias"))
-        keys = self.parts.setdefault(layer, LayerParts(self._file, {}, weight, bias)).keys
+        keys = self.parts.setdefault(layer, LayerParts(self._file, {}, weight, bias, {})).keys
         if (other := keys.setdefault(part, key)) == key:
             return
         if not _equal(self._file, key, other):
@@ -195,6 +201,8 @@ class _Contents:
     def _all_fit(self, found: Mapping[str, tuple[Layer, str]]) -> bool:
         for key, ((network, name), part) in found.items():
             shape, weight = self._file.shape(key), self._shapes[network, f"{name}.weight"]
+            if part == "alpha":
+                continue
             if len(shape) < 2 or not (shape[0] == weight[0] if part == "up" else shape[1] == weight[1]):
                 return False
         return True
@@ -207,9 +215,11 @@ class _Contents:
         for layer, parts in used.items():
             _check_family(layer, parts)
         unknown = [key for reason in (NO_LAYER, NO_PART) for key in self.rest.get(reason, [])]
-        for pattern, model in OTHER_MODELS:
+        for pattern, model in OTHER_MODELS if used else OTHER_MODELS + OTHER_MODELS_ALONE:
             if any(re.match(pattern, key) for key in unknown):
                 raise CheckpointError(f"a LoRA for {model}, which is not supported (only Stable Diffusion 1.x and 2.x)")
+        if found := [key for key in self._file if ADALORA.search(key)]:
+            raise CheckpointError(f"an AdaLoRA of PEFT ({found[0]}), which is not supported")
         words = dict(self._read_words())
         if not used and not words:
             self._refuse(unknown)
@@ -219,12 +229,16 @@ class _Contents:
     def _changes(self, used: Mapping[Layer, LayerParts]) -> Iterator[tuple[Target, Change]]:
         settings, wrong = read_settings(self._file), list[str]()
         whole = read_number(self._file, "alpha") if "alpha" in self._file else None
+        if whole is None and self._file.kind != "safetensors" and "alpha" in self._file.metadata:
+            whole = plain_number("alpha", self._file.metadata["alpha"])
         for (network, name), parts in used.items():
             key = next(iter(parts.keys.values()))
 
             def alpha(rank: int, key: str = key, network: str = network) -> tuple[float | None, bool]:
                 return (whole, False) if whole is not None else alpha_of(settings, key, network)
 
+            if (scale := lokr_scale(settings, key, network)) is not None and "alpha" not in parts.keys:
+                parts.numbers.setdefault("scale", scale)
             inputs = NARROW.get((network, name))
             try:
                 narrow = inputs if inputs is not None and parts.weight[1] > inputs else None
@@ -269,11 +283,12 @@ class _Contents:
             more = f", and {len(unknown)} {NO_LAYER}" if unknown else ""
             raise CheckpointError(f"nothing to apply: {len(keys)} tensors {why} ({listed(keys, most=LISTED)}){more}")
         some = listed(unknown or list(self._file), most=LISTED)
-        if not any(re.search("lora|hada_|lokr_|oft_", key) for key in unknown):
+        if not any(re.search("lora|hada_|lokr_|oft_|:(up|down)$", key) for key in unknown):
             raise CheckpointError(
                 f"not a LoRA ({some}): a checkpoint is given with --ckpt, an embedding with --embedding"
             )
-        raise CheckpointError(f"{len(unknown)} of {len(self._file)} keys match no layer of this model: {some}")
+        what = "match no layer of this model" if self.rest.get(NO_LAYER) else f"are {NO_PART}"
+        raise CheckpointError(f"{len(unknown)} of {len(self._file)} keys {what}: {some}")
 
 
 def _unrun_layers(config: Config, layers: Sequence[Layer]) -> LayerNames:

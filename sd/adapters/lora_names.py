@@ -56,9 +56,9 @@ PROCESSORS = {
     "v_proj": ("to_v",),
     "out_proj": ("to_out",),
 }
-AFTER_PATH = ("_lora_linear_layer", "_lora")  # what diffusers appends
+AFTER_PATH = ("_lora_linear_layer", "_lora", "_lora_A", "_lora_down")  # what diffusers appends
 
-NUMBERED = re.compile(r"(unet|text_encoder):(\d{1,5}):(up|down)")
+NUMBERED = re.compile(r"(unet|text_encoder):(\d{1,5}):(up|down|alpha)")
 # The linear layers of a transformer block in the order of diffusers' modules in 2022, and from 2023 on.
 ATTENTION = ("q", "k", "v", "out")
 ORDERS = (("attn1", "ff", "attn2"), ("attn1", "attn2", "ff"))

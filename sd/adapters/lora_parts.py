@@ -37,7 +37,8 @@ ENDINGS = {
     },
 }  # fmt: skip
 LONGEST_FIRST = sorted(ENDINGS, key=len, reverse=True)
-ADAPTER_NAME = re.compile(r"(lora_(?:A|B|magnitude_vector))\.(?!weight$|bias$)[^.]+(?=\.(?:weight|bias)$|$)")  # PEFT's
+# the name of an adapter in PEFT
+ADAPTER_NAME = re.compile(r"(lora_(?:A|B|magnitude_vector))\.(?!weight$|bias$|alpha$)[^.]+(?=\.(?:weight|bias)$|$)")
 ONE_NUMBER = ("alpha", "scale", "scalar")
 OF_BIAS = ("diff_b", "b_norm")
 LEFT_ALONE = "without the other parts of its adapter"
@@ -65,12 +66,19 @@ class Misfit(Exception):
 
 
 class LayerParts(NamedTuple):
-    """What a file has for one layer: the key of each part. `weight` and `bias` are the shapes in the model."""
+    """What a file has for one layer.
+
+    keys      the key of each part
+    weight    its shape in the model
+    bias      the same, None for a layer without
+    numbers   parts that are plain numbers beside the tensors, as pickles may have them
+    """
 
     file: Checkpoint
     keys: dict[str, str]
     weight: Shape
     bias: Shape | None
+    numbers: dict[str, float]
 
     def shape(self, part: str) -> Shape:
         """The shape of a part in the file."""
@@ -98,12 +106,15 @@ class LayerParts(NamedTuple):
         if kind is not None:
             parts |= self._of(kind) | ({*ONE_NUMBER, "dora_scale", "magnitude"} & set(self.keys))
             parts |= {"up_bias"} & set(self.keys) if "up" in self.keys and self.bias is not None else set()
-        return frozenset(parts) if not any(0 in self.shape(part) for part in parts) else frozenset()
+        return frozenset() if self._empty() else frozenset(parts)
+
+    def _empty(self) -> bool:
+        """Whether a matrix is without numbers. An alpha without one is not rank 0, but damage."""
+        return any(0 in self.shape(part) for part in self.keys if part not in ONE_NUMBER)
 
     def left_over(self) -> Iterator[tuple[str, str]]:
         """The keys that have no effect, each with the reason."""
-        used = self.used()
-        empty = any(0 in self.shape(part) for part in self.keys)
+        used, empty = self.used(), self._empty()
         for part in self.keys.keys() - used:
             no_bias = self.bias is None and part in (*OF_BIAS, "up_bias")
             yield self.keys[part], RANK_0 if empty else NO_BIAS if no_bias else LEFT_ALONE
@@ -132,10 +143,11 @@ class LayerParts(NamedTuple):
                 inputs = narrow
                 made = kind.shape(shapes, self._narrowed(narrow))
             if made is None or not fits(made, self.weight if inputs is None else self._narrowed(inputs)):
+                listed = ", ".join(f"{part} {shape_text(shape)}" for part, shape in sorted(shapes.items()))
                 what = (
                     f"is for {shape_text(made)}"
                     if made
-                    else "has parts whose shapes match neither each other nor the weight"
+                    else f"has parts whose shapes match neither each other nor the weight ({listed})"
                 )
                 raise Misfit(f"{self._name()} {what}, the model's is {shape_text(self.weight)}")
             scale = self._scale(kind, shapes, alpha)
@@ -168,15 +180,19 @@ class LayerParts(NamedTuple):
 
     def _scale(self, kind: type[Change], shapes: Mapping[str, Shape], alpha: Alpha) -> float:
         """alpha / r or the like, times LyCORIS's `scalar`."""
-        own, root = (self._number("alpha"), False) if "alpha" in self.keys else alpha(kind.rank(shapes) or 1)
-        scale = self._number("scale") if "scale" in self.keys and kind.scaled else kind.scale_of(shapes, own, root)
-        scale *= self._number("scalar") if "scalar" in self.keys and kind.scaled else 1.0
+        own, root = self._number("alpha"), False
+        if own is None:
+            own, root = alpha(kind.rank(shapes) or 1)
+        whole, factor = (self._number(part) if kind.scaled else None for part in ("scale", "scalar"))
+        scale = kind.scale_of(shapes, own, root) if whole is None else whole
+        scale *= 1.0 if factor is None else factor
         if not math.isfinite(scale):
             raise CheckpointError(f"the alpha of {self._name()} is not finite: the file is damaged")
         return scale
 
-    def _number(self, part: str) -> float:
-        return read_number(self.file, self.keys[part])
+    def _number(self, part: str) -> float | None:
+        """A part that is one number; None if the file does not have it."""
+        return read_number(self.file, self.keys[part]) if part in self.keys else self.numbers.get(part)
 
     def _tensor(self, part: str) -> Tensor:
         tensor = self.file[self.keys[part]]
@@ -195,12 +211,21 @@ def check_numbers(key: str, numbers: Tensor) -> None:
     """Raise CheckpointError unless all numbers of a tensor are floats and finite."""
     if not numbers.is_floating_point():
         kind = str(numbers.dtype).removeprefix("torch.")
-        raise CheckpointError(
-            f"{key} holds whole numbers ({kind}), not weights: the file is damaged, or of another kind"
-        )
+        what = f"{key} holds whole numbers ({kind}), not weights"
+        raise CheckpointError(f"{what}: a quantised file, which is not supported, or a damaged one")
     # in pieces, because 8-bit floats have to be converted
     if not all(bool(piece.float().isfinite().all()) for piece in numbers.flatten().split(1 << 20)):
-        raise CheckpointError(f"{key} holds numbers that are not finite (NaN or infinite): the file is damaged")
+        raise CheckpointError(
+            f"{key} holds numbers that are not finite (NaN or infinite): the file is damaged; download it again"
+        )
+
+
+def plain_number(key: str, text: str) -> float:
+    """The number that stands in a file as text. CheckpointError if it is something else."""
+    try:
+        return float(text)
+    except ValueError:
+        raise CheckpointError(f"{key} is {text!r:.50}, expected one number") from None
 
 
 def read_number(file: Checkpoint, key: str) -> float:

@@ -1,4 +1,7 @@
-"""alpha where a LoRA file has none beside its matrices: PEFT's settings, in the metadata or beside the file."""
+"""alpha where a LoRA file has none beside its matrices: PEFT's settings, in the metadata or beside the file.
+
+Settings with which the matrices mean something else are refused here.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,9 @@ from ..checkpoints.checkpoint import Checkpoint, CheckpointError
 from ..checkpoints.folders import model_name
 
 MAX_SETTINGS = 1 << 20  # bytes of an adapter_config.json, or the same in metadata
+CHANGE_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin a training
+# of all regular expressions, those that are understood
+PATTERN = re.compile(r"(?P<begin>\^|\.\*)?(?P<name>(?:[\w-]|\\?\.)+)\$?")
 PARTS = re.compile(r"\.(?:lora|hada|lokr|oft)_")  # where the name of a layer ends
 
 
@@ -21,13 +27,19 @@ def read_settings(file: Checkpoint) -> dict[str, Any]:
     try:
         if text is None and model_name(file.path) == "adapter_model" and beside.is_file():
             with open(beside, "rb") as stream:
-                text = stream.read(MAX_SETTINGS + 1).decode()
+                text = stream.read(MAX_SETTINGS + 1).decode("utf-8-sig")
         if text is not None and len(text) > MAX_SETTINGS:
             raise ValueError(f"{len(text)} characters")
         found = json.loads(text) if text is not None else {}
     except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"the settings of its adapter cannot be read: {error!s:.100}") from None
-    return found if isinstance(found, dict) else {}
+    settings = found if isinstance(found, dict) else {}
+    for network in ("", "unet.", "text_encoder."):
+        start = settings.get(f"{network}init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(CHANGE_THE_MODEL):
+            what = f"the settings of its adapter say init_lora_weights {start!r:.50}"
+            raise CheckpointError(f"{what}, which changes the model's weights, too: save it as a plain LoRA with PEFT")
+    return settings
 
 
 def alpha_of(settings: Mapping[str, Any], key: str, network: str) -> tuple[float | None, bool]:
@@ -40,18 +52,36 @@ def alpha_of(settings: Mapping[str, Any], key: str, network: str) -> tuple[float
         found = (settings.get(f"{network}.{name}", settings.get(name)) for name in names)
         return next((value for value in found if value is not None), None)
 
-    name = PARTS.split(key)[0]
-    alpha = get("lora_alpha", "alpha")  # of LoRA, and of LoHa and LoKr
-    patterns = get("alpha_pattern")
-    for layer, own in patterns.items() if isinstance(patterns, dict) else ():
-        if not re.fullmatch(r"[\w.-]+", layer):  # PEFT takes any regular expression
-            what = f"the settings of its adapter have the pattern {layer!r:.50}"
+    alpha = _of_layer(get("alpha_pattern"), key, network, get("lora_alpha", "alpha"))  # of LoRA, of LoHa and LoKr
+    return _number("lora_alpha", alpha), get("use_rslora") is True
+
+
+def lokr_scale(settings: Mapping[str, Any], key: str, network: str) -> float | None:
+    """The scale of a LoKr of PEFT, which is alpha / r also where LyCORIS's is 1; None for other adapters."""
+    if settings.get("peft_type") != "LOKR":
+        return None
+    alpha, _ = alpha_of(settings, key, network)
+    rank = _number("r", _of_layer(settings.get("rank_pattern"), key, network, settings.get("r")))
+    return alpha / rank if alpha is not None and rank else None
+
+
+def _of_layer(patterns: Any, key: str, network: str, usual: Any) -> Any:
+    """What the settings say for the layer of a key: the first pattern that matches counts, as in PEFT."""
+    name = PARTS.split(key)[0].removeprefix("base_model.model.").removeprefix(f"{network}.")
+    for pattern, own in patterns.items() if isinstance(patterns, dict) else ():
+        if (match := PATTERN.fullmatch(pattern)) is None:
+            what = f"the settings of its adapter have the pattern {pattern!r:.50}"
             raise CheckpointError(f"{what}, which is not supported: expected the name of a layer")
-        if name == layer or name.endswith(f".{layer}"):
-            alpha = own
-            break  # the first match counts, as in PEFT
-    if alpha is None:
-        return None, False
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or abs(alpha) > 1e6:
-        raise CheckpointError(f"the settings of its adapter say lora_alpha {alpha!r:.50}, expected a number")
-    return float(alpha), get("use_rslora") is True
+        layer, begin = match["name"].replace("\\", ""), match["begin"]
+        ends = name.endswith(layer if begin == ".*" else f".{layer}")
+        if name == layer or (begin != "^" and ends):
+            return own
+    return usual
+
+
+def _number(setting: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= 1e6:
+        raise CheckpointError(f"the settings of its adapter say {setting} {value!r:.50}, expected a number")
+    return float(value)

@@ -7,17 +7,20 @@ may have several vectors, and takes as many of the 75 tokens of a prompt.
     file                        contents
     the paper's .pt             string_to_param: {"*": (n, D)}; the web UI's as well, with a name in addition
     diffusers' .bin             {"<the-word>": (D,) or (n, D)}; in .safetensors as well
-    .safetensors of others      emb_params: (n, D); further names: `NAMELESS`
+    .safetensors of others      emb_params: (n, D); further names: `is_nameless`
     OneTrainer's                emp_params, and emp_params_out: output vectors, which are not used here
 
-The file's name is always a word for its vectors, as in the web UIs; a word in the file is one, too.
+The file's name is always a word for its vectors, as in the web UIs; a word in the file is one, too. A file that a tool
+names as every other is named after its folder.
 
 D is the width of the text encoder, so a file fits one family of models: 768 Stable Diffusion 1.x, 1024 2.x.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -26,22 +29,25 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import CheckpointError, load_checkpoint, naming
+from ..checkpoints.convert import listed, shape_text
 from ..checkpoints.folders import model_name
 from ..checkpoints.tokenizer_files import usable_words
 from ..config import TextConfig
 from ..messages import listed
 from ..models.text_encoder import TextEncoder
 from ..text.tokenizer import Rule, Tokenizer, warn
+from .adapter_files import EMBEDDING_FILES, adapter_file, embedding_word, is_no_word
 from .lora_parts import check_numbers
 
 PARAMETERS = "string_to_param."  # prefix that the pickle reader gives to the names inside
-# keys that are not words
-NAMELESS = (
-    "emb_params", "emp_params", "emb", "embedding", "embeddings", "weight", "*", "<*>", "clip_l", "text_encoders_0",
-    "text_encoder", "token_embedding", "vector", "vectors", "learned_embeds",
-)  # fmt: skip
+# What keys consist of that are not words, such as "emb_params", "text_encoders_0", "<*>".
+TECHNICAL = frozenset({
+    "", "*", "<*>", "clip", "cond", "data", "emb", "embed", "embeds", "embedding", "embeddings", "embs", "emp",
+    "encoder", "encoders", "h", "l", "learned", "model", "param", "params", "stage", "string", "tensor", "text", "to",
+    "token", "transformer", "vector", "vectors", "weight", "weights",
+})  # fmt: skip
+LORA_KEYS = re.compile(r"lora|hada_|lokr_|:(up|down)$")
 OUTPUTS = ("_out", ".out")  # endings of keys of output vectors
-GENERIC = ("learned_embeds", "pytorch_model", "model", "embedding", "embeddings")  # names of files that are not words
 SD3 = "Flux or Stable Diffusion 3"
 OTHERS = {"clip_g": "SDXL", "text_encoders_1": "SDXL", "t5": SD3, "t5xxl": SD3, "text_encoders_2": SD3}
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL"}
@@ -54,11 +60,12 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
 
     width   of the text encoder's vectors
     room    number of tokens in a prompt, the maximum number of vectors of a word
+    path    of the file, or of a folder as diffusers and the hub's cache have it
     word    name of the word; by default the one in the file, or the file's name without its ending
 
     Raises CheckpointError for a file that is not an embedding, or one for another model.
     """
-    path = Path(path)
+    path = adapter_file(Path(path), EMBEDDING_FILES)
     refuse_image(path)
     with load_checkpoint(path) as file, naming(path):
         if other := next((model for key, model in OTHERS.items() if key in file), None):
@@ -70,10 +77,15 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
             if not shapes:
                 raise CheckpointError("holds output vectors only, which are not used here")
             warn(f"{path.name}: its output vectors are not used, only those of the word")
-        bad = [key for key, shape in shapes.items() if len(shape) not in (1, 2) or 0 in shape]
-        if bad or len(shapes) > MAX_WORDS or any("lora" in key for key in shapes):
+        single = [key for key, shape in shapes.items() if math.prod(shape) == 1]
+        if single and len(single) < len(shapes):
+            warn(f"{path.name}: single numbers in it are not used: {listed(single)}")
+            shapes = {key: shape for key, shape in shapes.items() if key not in single}
+        lora = any(LORA_KEYS.search(key) for key in shapes)
+        bad = [] if lora else [key for key, shape in shapes.items() if len(shape) not in (1, 2) or 0 in shape]
+        if bad or lora or len(shapes) > MAX_WORDS:
             few = (
-                f"{bad[0]} is {'x'.join(map(str, shapes[bad[0]]))}"
+                f"{bad[0]} is {shape_text(shapes[bad[0]])}"
                 if bad
                 else f"{len(shapes)} tensors, {next(iter(shapes))}, ..."
             )
@@ -82,6 +94,10 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
             )
         if word is not None and len(shapes) > 1:
             raise CheckpointError(f"holds {len(shapes)} words ({listed(shapes, most=5)}): give none of your own")
+        nameless = [key for key in shapes if is_nameless(key.removeprefix(PARAMETERS))]
+        if word is None and len(nameless) > 1:
+            what = f"holds {len(nameless)} embeddings without a word of their own"
+            raise CheckpointError(f"{what} ({listed(nameless, most=5)}): give a file of one")
         found = {}
         for key, shape in shapes.items():
             if shape[-1] != width:
@@ -90,8 +106,8 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
                     f"an embedding for {family}: its vectors are {shape[-1]} wide, this model's {width}"
                 )
             name = word or key.removeprefix(PARAMETERS)
-            if word is None and len(shapes) == 1 and (name in NAMELESS or key.startswith(PARAMETERS)):
-                name = model_name(path)
+            if word is None and (key in nameless or (len(shapes) == 1 and key.startswith(PARAMETERS))):
+                name = embedding_word(path)
             if not name.isprintable() or len(name) > MAX_LETTERS:
                 raise CheckpointError(f"{name[:50]!r} is not a word; give one (word=..., --embedding FILE:WORD)")
             if len(shape) == 2 and shape[0] > room:
@@ -126,15 +142,24 @@ def refuse_image(path: Path) -> None:
             )
 
 
+def is_nameless(key: str) -> bool:
+    """Whether a key is no word, but says what a tensor is.
+
+    >>> [is_nameless(key) for key in ("emp_params", "text_encoders_0", "*", "<model>", "cat")]
+    [True, True, True, False, False]
+    """
+    return all(part in TECHNICAL or part.isdecimal() for part in re.split(r"[._-]", key.lower()))
+
+
 def is_output(key: str) -> bool:
     """Whether a key is that of output vectors, which OneTrainer trains beside those of a nameless word."""
-    return any(key.endswith(end) and key.removesuffix(end) in NAMELESS for end in OUTPUTS)
+    return any(key.endswith(end) and is_nameless(key.removesuffix(end)) for end in OUTPUTS)
 
 
 def other_word(path: Path, words: Mapping[str, Tensor]) -> str | None:
     """The file's name, if it can be a second word for the vectors of a file with one word of another name."""
     (word, *more), name = words, model_name(path)
-    usable = name.isprintable() and 0 < len(name.strip()) <= MAX_LETTERS and name.lower() not in GENERIC
+    usable = name.isprintable() and 0 < len(name.strip()) <= MAX_LETTERS and not is_no_word(path)
     return name if not more and usable and name.lower() != word.lower() else None
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import stat
 import threading
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,7 @@ from .formats.mmap import FilePages, fresh
 from .formats.pickles import RefusedFile
 from .formats.safetensors_files import read_safetensors
 from .formats.torch_files import AGAIN, LEGACY_MAGIC, MAX_TENSORS, View, read_legacy, read_zip
+from .layouts import own_prefix
 from .names import plain_names
 from .other_files import other_file
 
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_NAME = 500  # characters
+ADDRESS = re.compile(r"(https?|hf|s3|gs|urn|air):", re.IGNORECASE)
 MAX_TABLE = 1_000_000  # elements from the first to the last of a small tensor
 
 # First bytes of files that are often given in place of a checkpoint -> what to tell the user.
@@ -262,7 +265,10 @@ def load_checkpoint(path: str | os.PathLike, variant: str | None = None, *, mapp
 
 def _plainly_named(checkpoint: Checkpoint) -> Checkpoint:
     names = plain_names(checkpoint.places)
-    checkpoint.places = {names[key]: place for key, place in checkpoint.places.items()}
+    prefix = own_prefix(names.values())
+    checkpoint.places = {names[key].removeprefix(prefix): place for key, place in checkpoint.places.items()}
+    if prefix:
+        checkpoint.notes += (printable(f"the names in the file begin with {prefix!r}, and are read without it"),)
     return checkpoint
 
 
@@ -303,12 +309,15 @@ def _load_parts(path: Path, found: Parts, mapped: bool) -> Checkpoint:
     notes = [*found.notes]
     try:
         for part in found.parts:
+            inside: dict[str, tuple[OpenFile, View]] = {}
             for name in part.files:
                 opened = _load_file(name, mapped)
                 files += opened.files
                 notes += [f"{name.name}: {note}" for note in opened.notes]
                 _check_index(part, opened)
-                places |= {part.prefix + key: place for key, place in opened.places.items()}
+                inside |= opened.places
+            prefix = own_prefix(inside, part.prefix) if part.prefix else ""
+            places |= {part.prefix + key.removeprefix(prefix): place for key, place in inside.items()}
         if len(places) > MAX_TENSORS:
             raise RefusedFile(f"holds {len(places)} tensors, expected at most {MAX_TENSORS}")
     except BaseException:
@@ -354,6 +363,8 @@ def _open(path: Path) -> BinaryIO:
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, ValueError):  # ValueError: a path with a zero byte
+        if ADDRESS.match(str(path)):
+            raise RefusedFile("an address, not a file; nothing is downloaded here: download it first") from None
         raise RefusedFile("no such file; check the path") from None
     if stat.S_ISDIR(mode):
         raise RefusedFile("a folder where a file is expected")

@@ -23,7 +23,7 @@ from ..config import Config
 from ..messages import counted, listed
 from .checkpoint import CheckpointError, shapes
 from .detect import identify, no_unet
-from .key_maps import Source
+from .key_maps import EMA, Source
 from .layouts import AVERAGE, NETWORKS, TOKENS, Layout, find_layouts, usual_layout
 from .matching import NAMES, copies, describe_copies, expected_shapes, match_layouts, table_faults, unrun, where
 from .matching import shape_text as shape_text
@@ -107,6 +107,8 @@ def convert(
     if of_unet in wanted.values() and not any(source.key in found for source in tables[of_unet].values()):
         raise CheckpointError(no_unet(find_layouts(tensors)))
     left = [key for key in found if key not in used and not ignored(key)]
+    empty = [key for key in left if 0 in found[key]]
+    left = [key for key in left if key not in empty]
     _check_complete(found, {name: tables[name] for name in wanted.values()}, config, layouts, left)
     others = [layout.prefix for name, layout in layouts.items() if name not in wanted.values() and layout.prefix]
     others += [usual_layout(name, config).prefix for name in NETWORKS if name not in parts]
@@ -117,7 +119,7 @@ def convert(
         raise CheckpointError(
             f"{counted(len(unknown), 'weight')} in the file that {config.name} does not have: {listed(unknown)}"
         )
-    return {
+    states = {
         part: StateDict(
             tensors,
             tables[name],
@@ -126,6 +128,9 @@ def convert(
         )
         for part, name in wanted.items()
     }
+    if empty and states:
+        next(iter(states.values())).notes += (f"left out, as there are no numbers in them: {listed(empty)}",)
+    return states
 
 
 def choose_weights(tensors: Mapping[str, Tensor], weights: str = "auto") -> str:
@@ -150,7 +155,9 @@ def describe_weights(tensors: Mapping[str, Tensor], weights: str = "auto") -> st
     """Which of a file's two U-Nets is taken, in one line; empty if there is no choice."""
     layouts = find_layouts(tensors)
     if AVERAGE not in layouts:
-        return ""
+        left = [key for key in tensors if key.startswith(EMA) and key.removeprefix(EMA) not in ("decay", "num_updates")]
+        count = f"{len(left)} of its weight{'s' if len(left) > 1 else ''}"
+        return f"U-Net: no whole moving average (EMA); {count} ({left[0]}, ...) are left out" if left else ""
     taken = choose_weights(tensors, weights)
     if "unet" not in layouts:
         return "U-Net: its moving average (EMA), the only one in the file"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +47,7 @@ CLASSES = {
     **dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"), "text_encoder"),
 }  # fmt: skip
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of files of weights
+NOT_NEEDED = ("safety_checker", "feature_extractor")  # parts of a pipeline without effect on images here
 SHARD = re.compile(r"-\d{5}-of-(\d{5})(?=\.)")
 
 
@@ -89,11 +90,16 @@ def find_parts(folder: Path, variant: str | None = None) -> Parts:
     matched = variant is None
     for name, place in inside.items():
         variants = _variants(place, STEMS[name])
+        if not variants and (other := _other_name(place)):
+            variants = {None: other}
+            notes.append(f"{name}/{other.name} is read, as there is no {STEMS[name][0]} beside it")
         available |= variants.keys()
         chosen = _choose(variants, variant)
         if not variants:
-            if name == "unet" and (what := _unreadable(place)):
+            what = _unreadable(place) or _cannot_choose(place)
+            if what and name == "unet":
                 raise RefusedFile(f"unet/: {what}")
+            notes += [f"{name}/: {what}"] if what else []
             continue  # convert.py says what is missing, and which option gives it
         matched |= chosen == variant
         if variant is None and chosen is not None:
@@ -112,6 +118,7 @@ def find_parts(folder: Path, variant: str | None = None) -> Parts:
     if (folder / "tokenizer").is_dir():
         configs["words"], unused = read_tokenizer(folder / "tokenizer", configs.get("tokenizer", {}), _read_json)
         notes += unused
+    notes += _unused(folder, inside)
     if (folder / EXTRA_FILE).is_file():
         parts.append(Part("", (folder / EXTRA_FILE,)))
     return Parts("diffusers folder", tuple(parts), configs, tuple(dict.fromkeys(notes)))
@@ -197,11 +204,49 @@ def _unreadable(folder: Path, whole: bool = False) -> str | None:
 def _no_model(folder: Path) -> str:
     if what := _unreadable(folder):
         return what
+    if models := sorted(place.name for place in folder.iterdir() if _is_model(place)):
+        some = ", ".join(models[:3]) + (", ..." if len(models) > 3 else "")
+        return f"a folder with a diffusers model in it; give the folder of the model ({some})"
     files = sorted(file.name for pattern in ("*.safetensors", "*.ckpt") for file in folder.glob(pattern))
     if files:
         some = listed(files, most=3)
         return f"a folder that is not a diffusers model; give the checkpoint file inside it ({some})"
     return "a folder that is not a diffusers model (no model_index.json, no unet/); give a checkpoint file"
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder looks like that of a diffusers model."""
+    return (folder / CONFIGS["index"]).is_file() or all((folder / name).is_dir() for name in STEMS)
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    """The files of weights in a folder, by their names."""
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in ENDINGS and file.is_file())
+
+
+def _other_name(folder: Path) -> Path | None:
+    """The only file of weights in a part of a model, whatever its name is, unless it is one of several parts."""
+    files = _weights_in(folder)
+    return files[0] if len(files) == 1 and not SHARD.search(files[0].name) and not other_folder(folder) else None
+
+
+def _cannot_choose(folder: Path) -> str | None:
+    """What is said of a part of a model with files of weights none of which can be chosen; None if it has none."""
+    files = [file.name for file in _weights_in(folder)]
+    if not files:
+        return None
+    some = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+    if any(SHARD.search(name) for name in files):
+        return f"parts of a split file without their index ({some}); download its .index.json as well"
+    return f"{len(files)} files of weights with unusual names ({some}); give the right one its usual name"
+
+
+def _unused(folder: Path, used: Collection[str]) -> list[str]:
+    """What is said of the weights in a model's folder that are not read."""
+    places = [place for place in sorted(folder.iterdir()) if place.is_dir() and place.name not in used]
+    names = [f"{place.name}/" for place in places if place.name not in NOT_NEEDED and _weights_in(place)]
+    names += [file.name for file in _weights_in(folder) if file.name.startswith("pytorch_lora_weights")]
+    return [f"not used of the folder: {', '.join(names)}"] if names else []
 
 
 def _variants(folder: Path, stems: Sequence[str]) -> dict[str | None, Path]:

@@ -41,6 +41,12 @@ def snapshot(folder: Path) -> Path | None:
     return (named or found)[0]
 
 
+def repository(path: Path) -> str | None:
+    """The name of the repository, without its owner, of a file in the cache; None for a file elsewhere."""
+    found = [part for part in path.parts if part.startswith("models--")]
+    return found[-1].removeprefix("models--").rpartition("--")[2] or None if found else None
+
+
 def cached_models(folder: Path) -> list[str]:
     """Names of the models in the cache; none for a folder that is no such cache."""
     return sorted(entry.name for entry in folder.iterdir() if REPOSITORY.fullmatch(entry.name) and entry.is_dir())

@@ -22,6 +22,7 @@ single weights may have the names of another layout (`Layout.sources`), and a fi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -47,6 +48,10 @@ CLIP_PREFIXES = (
 OPENCLIP_PREFIXES = (OPENCLIP, CLIP_OLD, "cond_stage_model.", *TEXT_PREFIXES, "text.", "model.text.")
 VAE_PREFIXES = (VAE, "vae.", "")
 UNET_PREFIXES = (UNET, "unet.", "diffusion_model.", "model.", "")
+
+MAX_OWN = 4  # words of a prefix of a program's own
+# Words before networks that have the names of Stable Diffusion's and are others.
+OTHER_PREFIX = re.compile(r"control|adapter|image|vision|visual|refiner|prior|lora|teacher|loss|clip_g|(_[23]|te2)\.$")
 
 OWN_BLOCK, DIFFUSERS_BLOCK = "down.0.res.0.norm1.weight", "down_blocks.0.resnets.0.norm1.weight"
 OLD_TRANSFORMER = "mid.attn.block.norm1.weight"
@@ -141,6 +146,25 @@ def all_layouts(found: Container[str]) -> dict[str, list[Layout]]:
     plain = [layout._replace(name="original-spaced") for layout in layouts["unet"] if layout.name == "original"]
     layouts["unet"] = [layout for layout in layouts["unet"] if layout not in plain]
     return {network: several for network, several in layouts.items() if several}
+
+
+def own_prefix(keys: Iterable[str], before: str = "") -> str:
+    """What a program has put before all names of a file, if networks are found without it only; else nothing.
+
+    before   what this project puts before them: the name of a part of a folder
+
+    >>> own_prefix(["autoencoder.decoder.mid.block_1.norm1.weight", "autoencoder.quant_conv.bias"])
+    'autoencoder.'
+    """
+    names = [key for key in keys if "." in key]
+    prefix = ""
+    for _ in range(MAX_OWN):
+        if not names or all_layouts({before + key.removeprefix(prefix) for key in names}):
+            return prefix if names else ""
+        prefix = prefix + names[0].removeprefix(prefix).partition(".")[0] + "."
+        if OTHER_PREFIX.search(prefix) or not all(key.startswith(prefix) for key in names):
+            return ""
+    return ""
 
 
 def find_layouts(found: Container[str]) -> dict[str, Layout]:

@@ -127,11 +127,11 @@ def load_weights(
         tensor = state[key]
         if tensor.shape != shapes[key]:
             raise CheckpointError(
-                f"{key} is {shape_text(tuple(tensor.shape))}, expected {shape_text(tuple(shapes[key]))}"
+                f"{origin(key)} is {shape_text(tuple(tensor.shape))}, expected {shape_text(tuple(shapes[key]))}"
             )
         if not tensor.is_floating_point():
             raise CheckpointError(
-                f"{key} holds whole numbers ({tensor.dtype}): a quantised file, which is not supported"
+                f"{origin(key)} holds whole numbers ({tensor.dtype}): a quantised file, which is not supported"
             )
         check.look(origin(key), tensor)
         layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format

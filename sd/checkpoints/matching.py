@@ -100,9 +100,11 @@ def describe_copies(
         return []
     taken, total = layouts[network], len(expected_shapes(config)[network])
     lines = []
+    places: dict[str, tuple[Layout, list[str]]] = {}  # copies behind one prefix may mix several layouts
     for layout, keys in copied.items():
-        if layout.network != taken.network:
-            continue
+        if layout.network == taken.network:
+            places.setdefault(layout.prefix, (layout, []))[1].extend(keys)
+    for layout, keys in places.values():
         count = counted(len(keys), "weight")
         if layout.prefix == taken.prefix:
             lines.append(

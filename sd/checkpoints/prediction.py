@@ -195,6 +195,8 @@ def stored_schedule(tensors: Mapping[str, Tensor], schedule: ScheduleConfig) -> 
     if found is None:
         return {}, ""
     theirs, kind = found[0].ravel(), found[1]
+    if kind.name.startswith("float8"):
+        return {}, f"the file's noise schedule (alphas_cumprod) is in {kind.name}, which is too coarse, and is ignored"
     if theirs.size != schedule.steps or not kind.eps:
         what = f"is not a list of {schedule.steps} numbers with a fraction"
         return {}, f"the file's noise schedule (alphas_cumprod) {what} and is ignored"

@@ -33,7 +33,7 @@ from ..names import ignored, plain_name
 from .dtypes import TYPES, NumberType
 from .other_pickles import other_pickle
 from .pickles import MAX_BYTES, Placeholder, RefusedFile, Stateful, Symbol, read_pickle
-from .state_dicts import find_state_dict, inside_state_dict
+from .state_dicts import find_state_dict, inside_state_dict, plain_values
 
 MAX_TENSORS = 20_000  # in a file; a full Stable Diffusion 1 training checkpoint has 1,831
 MAX_DIMS = 16  # of a tensor; convolutions have 4
@@ -172,7 +172,8 @@ def _directory(stream: BinaryIO) -> tuple[dict[str, tuple[zipfile.ZipInfo, int]]
         elif info.flag_bits & ENCRYPTED:
             what = "is encrypted"
         elif info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            what = "is compressed, which torch never does"
+            what = f"member {name[:100]!r} of the archive is compressed, which torch never does"
+            raise RefusedFile(f"packed again: {what}; unpack it and pack it uncompressed (`zip -0 -r`), or {AGAIN}")
         elif info.header_offset < 0 or info.header_offset + LOCAL_HEADER.size + info.file_size > before:
             what = "overlaps another one or the end of the file"
         elif name == pickles[0] and info.file_size > MAX_BYTES:
@@ -272,14 +273,7 @@ def _contents(content: object, range_of: Callable[[str], ByteRange], trailing: i
 
     trailing   the number of bytes at the end of the file that belong to nothing
     """
-    plain = {}
-    if isinstance(content, dict):
-        plain = {
-            key[:MAX_METADATA]: str(value)[:MAX_METADATA]
-            for key, value in content.items()
-            if isinstance(key, str)
-            and (isinstance(value, (str, float)) or (isinstance(value, int) and value.bit_length() <= 64))
-        }
+    plain = {key[:MAX_METADATA]: value[:MAX_METADATA] for key, value in plain_values(content).items()}
     content = inside_state_dict(content)
     if isinstance(content, Placeholder):
         raise RefusedFile(f"a whole {content.symbol} object, not its weights; save its state_dict() with torch.save")
