@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .config import Config
 
 MAX_SEED = 2**64 - 1
+MAX_IMAGES = 10**6  # of a prompt in one request, which holds their seeds and latents
 FITS = ("crop", "pad")
 POSTERIORS = ("sample", "mode")
 CONTENTS = ("original", "fill", "noise")  # of the masked part, before noise is added
@@ -122,7 +123,7 @@ class SamplingParams:
             put(self, "spacing", self.spacing or spacing_in(self.sampler))  # "DPM++ 2M Karras" names a spacing as well
             put(self, "sampler", sampler_key(find_sampler(self.sampler)))
         for name in ("seed", "n", "steps", "height", "width", "noise_seed_delta", "variation_seed"):
-            if getattr(self, name) is not None:
+            if getattr(self, name) is not None or name in ("seed", "n", "noise_seed_delta"):
                 put(self, name, whole(name, getattr(self, name)))
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
@@ -147,6 +148,8 @@ class SamplingParams:
         flag("tileable", self.tileable)
         if self.n < 1:
             raise ValueError(f"the number of images must be at least 1, got {self.n}")
+        if self.n > MAX_IMAGES:
+            raise ValueError(f"n must be at most {MAX_IMAGES}, got {self.n:.0e}")
         if self.options:
             put(self, "options", {name: self._option(name, value) for name, value in self.options.items()})
 
@@ -199,13 +202,25 @@ class ResolvedParams(SamplingParams):
     guidance: float = 1.0
 
 
+def _with_pixels(name: str, image: Image.Image) -> None:
+    """Raise ValueError, with the name, for an image of no width or height."""
+    if 0 in image.size:
+        raise ValueError(f"{name} has no pixels: its size is {image.width}x{image.height}")
+
+
 def _texts(name: str, value: object) -> tuple[str, ...]:
     """A list of texts, which is not empty; raises ValueError, with the name, for anything else."""
+    if isinstance(context := getattr(value, "context", None), Tensor):
+        raise ValueError(
+            f"{name} must be a text, a list of texts or a context, got a {type(value).__name__}: give its "
+            f".context {tuple(context.shape)}"
+        )
     if isinstance(value, str | bytes) or not isinstance(value, Sequence) or not value:
         raise ValueError(f"{name} must be a text, a list of texts or a context, got {value!r:.100}")
     for text in value:
         if not isinstance(text, str):
-            found = f"a tensor {tuple(text.shape)}" if isinstance(text, Tensor) else f"{text!r:.100}"
+            is_context = isinstance(text, Tensor)
+            found = f"a tensor {tuple(text.shape)}; join contexts with torch.cat" if is_context else f"{text!r:.100}"
             raise ValueError(f"{name} must be a text, a list of texts or a context, got a list with {found}")
     return tuple(value)
 
@@ -357,6 +372,7 @@ class _FromImage(TextToImage):
         if not isinstance(self.image, Image.Image):
             what = type(self.image).__name__
             raise ValueError(f"image must be a PIL image (imaging.files.read_image reads files), got {what}")
+        _with_pixels("image", self.image)
         one_of("posterior", self.posterior, POSTERIORS)
         object.__setattr__(self, "strength", number("strength", self.strength))
         if not 0 <= self.strength <= 1:
@@ -403,6 +419,8 @@ class Inpaint(_FromImage):
         if self.mask is not None and not isinstance(self.mask, Image.Image):
             what = type(self.mask).__name__
             raise ValueError(f"mask must be a PIL image (imaging.files.read_mask reads files), got {what}")
+        if self.mask is not None:
+            _with_pixels("mask", self.mask)
 
 
 Request = TextToImage | HighRes | ImageToImage | Inpaint
