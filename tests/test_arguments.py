@@ -76,6 +76,17 @@ def test_the_current_folder_is_a_path(tmp_path, monkeypatch):
     assert [str(cli.file_path(text)) for text in (".", "./", "..", "~a/b", "a=b")] == [".", ".", "..", "~a/b", "a=b"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="other systems pass texts, not bytes")
+def test_prompts_where_the_locale_has_only_ascii():
+    code = (
+        "import sys; from scripts.common.cli import readable; print(ascii([readable(word) for word in sys.argv[1:]]))"
+    )
+    given = [sys.executable, "-c", code, "a caf\u00e9", "\U0001f600", "a", b"\xff"]
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    found = subprocess.run(given, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100, check=True)
+    assert found.stdout == ascii(["a caf\u00e9", "\U0001f600", "a", "\udcff"]) + "\n"
+
+
 def test_empty_paths_in_python():
     for action in (lambda: user_path(""), lambda: StableDiffusion.load("")):
         with pytest.raises(ValueError, match="the path is empty"):
