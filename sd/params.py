@@ -412,6 +412,8 @@ class Inpaint(_FromImage):
         super().__post_init__()
         one_of("content", self.content, CONTENTS)
         object.__setattr__(self, "blur", number("blur", self.blur))
+        if not 0 <= self.blur < math.inf:
+            raise ValueError(f"mask blur must be from 0 to the image's size in pixels, got {self.blur}")
         if self.margin is not None:
             object.__setattr__(self, "margin", whole("margin", self.margin))
             if self.margin < 0:
