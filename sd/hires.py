@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .config import Config
 from .imaging.tensors import resize, to_tensor
 from .latents import latent_shape
 from .params import HighRes, ResolvedParams
@@ -76,13 +77,19 @@ class HighResRun(Run):
         return super().result()
 
 
+def enlarged_shape(config: Config, request: HighRes) -> tuple[int, int, int]:
+    """(C, h, w) of the enlarged latents; raises ValueError for an image that would be too large."""
+    factor, (_, *sides) = config.vae.factor, latent_shape(config, request.params.height, request.params.width)
+    height, width = (int(side * factor * request.hires + 1e-6) // factor * factor for side in sides)
+    return latent_shape(config, height, width)
+
+
 def high_res(model: StableDiffusion, request: HighRes) -> HighResRun:
     """Begin the first pass, and plan the second."""
     first, factor = text_to_image(model, request), model.config.vae.factor
-    height, width = (int(side * factor * request.hires + 1e-6) // factor * factor for side in first.x.shape[2:])
-    shape = latent_shape(model.config, height, width)
+    shape = enlarged_shape(model.config, request)
     params, strength = second_pass(request, first.params, model.schedule.steps)
-    params = replace(params, height=height, width=width)
+    params = replace(params, height=shape[1] * factor, width=shape[2] * factor)
     notes: list[str] = []
     second = Run(model, request, params, notes, strength, first_pass=first.params.steps)
     if len(second):

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .config import Config
 
 MAX_SEED = 2**64 - 1
+MAX_IMAGES = 10**6  # of a prompt in one request, which holds their seeds and latents
 FITS = ("crop", "pad")
 POSTERIORS = ("sample", "mode")
 CONTENTS = ("original", "fill", "noise")  # of the masked part, before noise is added
@@ -62,7 +63,7 @@ class SamplingParams:
         0.0, "how far to rescale the guided prediction to its contrast without guidance, 0 to 1", Range(number, 0, 1)
     )
     seed: int = setting(0, "0 to 2^64 - 1; image k of a request has seed + k (exceptions: noise.py)", SEED)
-    n: int = setting(1, "images per prompt", Range(whole, 1))
+    n: int = setting(1, "images per prompt", Range(whole, 1, MAX_IMAGES, f"from 1 to {MAX_IMAGES}"))
     exact: bool = setting(
         False,
         "each image is bit-identical to the same image generated alone; batches then save no time. Several prompts "
@@ -144,13 +145,25 @@ class ResolvedParams(SamplingParams):
     guidance: float = 1.0
 
 
+def _with_pixels(name: str, image: Image.Image) -> None:
+    """Raise ValueError, with the name, for an image of no width or height."""
+    if 0 in image.size:
+        raise ValueError(f"{name} has no pixels: its size is {image.width}x{image.height}")
+
+
 def _texts(name: str, value: object) -> tuple[str, ...]:
     """A list of texts, which is not empty; raises ValueError, with the name, for anything else."""
+    if isinstance(context := getattr(value, "context", None), Tensor):
+        raise ValueError(
+            f"{name} must be a text, a list of texts or a context, got a {type(value).__name__}: give its "
+            f".context {tuple(context.shape)}"
+        )
     if isinstance(value, str | bytes) or not isinstance(value, Sequence) or not value:
         raise ValueError(f"{name} must be a text, a list of texts or a context, got {value!r:.100}")
     for text in value:
         if not isinstance(text, str):
-            found = f"a tensor {tuple(text.shape)}" if isinstance(text, Tensor) else f"{text!r:.100}"
+            is_context = isinstance(text, Tensor)
+            found = f"a tensor {tuple(text.shape)}; join contexts with torch.cat" if is_context else f"{text!r:.100}"
             raise ValueError(f"{name} must be a text, a list of texts or a context, got a list with {found}")
     return tuple(value)
 
@@ -296,6 +309,7 @@ class _FromImage(TextToImage):
         if not isinstance(self.image, Image.Image):
             what = type(self.image).__name__
             raise ValueError(f"image must be a PIL image (imaging.files.read_image reads files), got {what}")
+        _with_pixels("image", self.image)
 
 
 @dataclass(frozen=True)
@@ -323,7 +337,7 @@ class Inpaint(_FromImage):
         None, "white is generated, black is kept; if None, the transparent part is the mask", image=True
     )
     content: str = setting("original", "initial content of the masked part, where strength is below 1", OneOf(CONTENTS))
-    blur: float = setting(0.0, "radius in pixels by which the edge of the mask is softened, outwards", number)
+    blur: float = setting(0.0, "radius in pixels by which the edge of the mask is softened, outwards", Range(number, 0))
     margin: int | None = setting(
         None, "generate only the region around the mask, with this many pixels on each side", Range(whole, 0)
     )
@@ -333,6 +347,8 @@ class Inpaint(_FromImage):
         if self.mask is not None and not isinstance(self.mask, Image.Image):
             what = type(self.mask).__name__
             raise ValueError(f"mask must be a PIL image (imaging.files.read_mask reads files), got {what}")
+        if self.mask is not None:
+            _with_pixels("mask", self.mask)
 
 
 Request = TextToImage | HighRes | ImageToImage | Inpaint

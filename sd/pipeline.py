@@ -123,6 +123,9 @@ class StableDiffusion(Adaptable, Hints):
         dtype = find_dtype(dtype) if dtype is not None else best_dtype(device)
         if low_memory and compile:
             raise ValueError("low memory and compiling do not go together: compiled networks stay where they are")
+        if unknown := sorted(options.keys() - LoadOptions.__dataclass_fields__.keys()):
+            known = ("device", "dtype", "low_memory", "compile", "progress", *LoadOptions.__dataclass_fields__)
+            raise TypeError(f"load has no option {unknown[0]!r}; it has {', '.join(known)}")
         options |= {name: user_path(options[name]) for name in ("vae", "text_encoder") if options.get(name) is not None}
         files = ModelFiles(resource(EMBEDDED) if path is None else user_path(path), LoadOptions(**options))
         config, networks, used, about = place(files, device, dtype, low_memory, progress)

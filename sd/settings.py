@@ -24,6 +24,9 @@ from typing import Any, SupportsIndex, cast
 Check = Callable[[str, Any], Any]
 
 
+LARGE = 10**30
+
+
 def setting(default: Any, help: str, check: Check | None = None, image: bool = False) -> Any:
     """A field with its default, its help text and the check of other values; `image` if its values are images."""
     return field(default=default, metadata={"help": help, "check": check, "image": image})
@@ -74,7 +77,8 @@ class Range:
         found = self.kind(name, value)
         if not self.low <= found <= self.high:
             usual = f"in [{self.low:g}, {self.high:g}]" if self.high < math.inf else f"at least {self.low:g}"
-            raise ValueError(f"{name} must be {self.words or usual}, got {value}")
+            shown = found if abs(found) < LARGE else "a much larger number"  # thousands of digits cannot be written
+            raise ValueError(f"{name} must be {self.words or usual}, got {shown}")
         return found
 
 

@@ -17,6 +17,7 @@ from scripts.common import cli
 from scripts.common.output import Output
 from scripts.training.data import Folder
 from sd.files import user_path
+from sd.imaging.tensors import grid
 from sd.pipeline import StableDiffusion
 
 PATHS = {
@@ -74,6 +75,17 @@ def test_the_current_folder_is_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "~a").mkdir()
     assert [str(cli.file_path(text)) for text in (".", "./", "..", "~a/b", "a=b")] == [".", ".", "..", "~a/b", "a=b"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems pass texts, not bytes")
+def test_prompts_where_the_locale_has_only_ascii():
+    code = (
+        "import sys; from scripts.common.cli import readable; print(ascii([readable(word) for word in sys.argv[1:]]))"
+    )
+    given = [sys.executable, "-c", code, "a caf\u00e9", "\U0001f600", "a", b"\xff"]
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    found = subprocess.run(given, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100, check=True)
+    assert found.stdout == ascii(["a caf\u00e9", "\U0001f600", "a", "\udcff"]) + "\n"
 
 
 def test_empty_paths_in_python():
@@ -145,6 +157,7 @@ def test_prompts_and_captions_in_other_encodings_are_refused(encoding, generate,
         ({"height": 32768}, "height must be at most"),
         ({"steps": 2000}, "from 1 to 1000"),
         ({"clip_skip": 99}, "clip_skip must be from 1"),
+        ({"hires": 4, "width": 8192}, "width must be at most 16384, got 32768"),
     ],
 )
 def test_settings_of_all_lines_are_checked_before_the_first_image(settings, words, generate, tmp_path):  # noqa: F811
@@ -170,6 +183,19 @@ def test_settings_of_all_lines_are_checked_before_the_first_image(settings, word
 def test_lines_with_settings_that_cannot_be(line, words, generate, tmp_path):  # noqa: F811
     status, _, err, files = generate("--from-file", str(write(tmp_path / "p.jsonl", line.encode())))
     assert status == 1 and files == [] and len(err) == 1 and words in err[0] and len(err[0]) < 600
+
+
+def test_a_blur_is_checked_before_the_first_image(generate, tmp_path, capsys):  # noqa: F811
+    lines = write(tmp_path / "p.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "blur": -4}')
+    files = [str(ROOT / "data" / name) for name in ("sample.png", "sample-mask.png")]
+    assert inpaint.main(["--from-file", str(lines), *files, "--out", str(tmp_path / "out")]) == 1
+    assert "p.jsonl:2: blur must be at least 0, got -" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_grid_has_no_empty_columns():
+    images = [Image.new("RGB", (8, 8))] * 3
+    sizes = [grid(images, columns).size for columns in (None, 1, 2, 3, 10**6)]
+    assert sizes == [(16, 16), (8, 24), (16, 16), (24, 8), (24, 8)]
 
 
 @pytest.mark.parametrize("text", ['[{"prompt": "a"}]', '[\n{\n "prompt": "a"}]'])

@@ -339,7 +339,7 @@ def test_comparing_with_an_earlier_run(tmp_path, capsys):
     assert "+0%" in (out := capsys.readouterr().out) and "hard" not in out
 
 
-@pytest.mark.parametrize("content", [b"{}", b"[1]", b"\xff", b'{"machine": {}, "figures": []}'])
+@pytest.mark.parametrize("content", [b"{}", b"[1]", b"\xff", b'{"machine": {}, "figures": []}', b"[" * 10**5])
 def test_a_file_that_is_no_earlier_run(tmp_path, capsys, content):
     file = tmp_path / "x.json"
     file.write_bytes(content)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
+from sd.models import layers
 from sd.pipeline import StableDiffusion
 from sd.runtime import kernel_choice, packing
 from sd.runtime.optimize import optimize, restore
@@ -65,6 +66,34 @@ def test_quantisation_does_not_pass_over_packed_layers(packed):
         torch.ao.quantization.quantize_dynamic(packed, **dynamic)
     quantised = torch.ao.quantization.quantize_dynamic(restore(packed), **dynamic)
     assert "quantized" in type(quantised[2]).__module__
+
+
+@needs_packing
+@pytest.mark.parametrize("way", ["padding_mode", "_conv_forward"])
+def test_a_convolution_after_an_upsampling_that_is_no_longer_usual(way):
+    x = torch.linspace(-1, 1, 512).view(1, 8, 8, 8)
+    torch.manual_seed(1)
+    plain = layers.Upsample(8).requires_grad_(False)
+    with kernel_choice.prefer("fast"):
+        fast = optimize(copy.deepcopy(plain))
+    before = fast(x)
+    for net in (plain, fast):
+        changed = lambda x, w, b: nn.functional.conv2d(x, -w, b, padding=1)  # noqa: E731
+        setattr(net.conv, way, "circular" if way == "padding_mode" else changed)
+    assert torch.allclose(fast(x), plain(x), atol=1e-5) and not torch.allclose(fast(x), before, atol=1e-2)
+
+
+@needs_packing
+def test_hooks_of_all_modules_see_the_convolution_after_an_upsampling():
+    with kernel_choice.prefer("fast"):
+        net = optimize(layers.Upsample(8).requires_grad_(False))
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, given, out: seen.append(module))
+    try:
+        net(torch.ones(1, 8, 8, 8))
+    finally:
+        handle.remove()
+    assert seen == [net.conv, net]
 
 
 @pytest.mark.parametrize("value", [None, "vae.safetensors", {}], ids=str)

@@ -65,6 +65,11 @@ def each_layer(change: Callable[[nn.Module], object]) -> Callable[[nn.Module], N
     return changed
 
 
+def each_convolution(change: Callable[[nn.Module], object]) -> Callable[[nn.Module], object]:
+    """Those of stride 1."""
+    return lambda net: [change(conv) for conv in (net.conv_in, net.pixel)]
+
+
 def each_parameter(change: Callable[[nn.Parameter], object]) -> Callable[[nn.Module], None]:
     def changed(net: nn.Module) -> None:
         for parameter in net.parameters():
@@ -218,6 +223,11 @@ WAYS: dict[str, Callable[[nn.Module], object]] = {
     "another forward": each_layer(
         lambda layer: setattr(layer, "forward", lambda *x, before=layer.forward: before(*x) * 0.5)
     ),
+    "circular padding": each_convolution(lambda layer: setattr(layer, "padding_mode", "circular")),
+    "another _conv_forward": each_convolution(
+        lambda layer: setattr(layer, "_conv_forward", lambda x, w, b: torch.conv2d(x, w.flip(0), b, padding="same"))
+    ),
+    "dilation": lambda net: (setattr(net.conv_in, "dilation", (2, 2)), setattr(net.conv_in, "padding", (2, 2))),
     "there and back": lambda net: (dtype := net.norm.weight.dtype, halve(net.double()), net.to(dtype)),
     "meta and back": from_meta,
     "training mode": lambda net: halve(net.train()),

@@ -41,7 +41,7 @@ ALLOWED = {
         "config", "denoiser", "imaging", "latents", "models", "noise", "params", "prompts", "runtime", "samplers",
         "schedule",
     },
-    "hires": {"imaging", "latents", "params", "run", "samplers", "schedule"},
+    "hires": {"config", "imaging", "latents", "params", "run", "samplers", "schedule"},
     "pipeline": {
         "adapters", "checkpoints", "conditioning", "config", "denoiser", "files", "hints", "hires", "imaging",
         "latents", "models", "params", "resources", "run", "runtime", "samplers", "schedule", "text",

@@ -216,6 +216,15 @@ def test_native_size(tiny_sd):
         ({"n": None}, "n must be a whole number, got None"),
         ({"height": 64.0}, "height must be a whole number"),
         ({"width": 10**9}, "at most 16384"),
+        ({"seed": None}, "seed must be a whole number, got None"),
+        ({"n": None}, "n must be a whole number, got None"),
+        ({"n": 10**7}, "n must be from 1 to 1000000, got 10000000"),
+        ({"n": 10**5000}, "n must be from 1 to 1000000, got a much larger number"),
+        ({"prompt": [torch.zeros(1, 77, 64)]}, r"a list with a tensor \(1, 77, 64\); join contexts with torch.cat"),
+        (
+            {"negative": Conditioning(torch.zeros(1, 77, 64))},
+            r"^negative must be .* got a Conditioning: give its \.context \(1, 77, 64\)$",
+        ),
     ],
     ids=str,
 )
@@ -327,6 +336,22 @@ def test_networks_can_be_replaced():
 
 
 # --- image to image ---
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_images_without_pixels_are_refused(tiny_sd, size):
+    empty, image = Image.new("RGB", size), Image.new("RGB", (64, 64))
+    with pytest.raises(ValueError, match=f"^image has no pixels: its size is {size[0]}x{size[1]}$"):
+        tiny_sd.img2img("a", empty)
+    with pytest.raises(ValueError, match="mask has no pixels"):
+        tiny_sd.inpaint("a", image, empty)
+
+
+def test_options_of_loading_are_checked():
+    with pytest.raises(ValueError, match=r"^config must be a Config, such as sd\.MODELS\['sd1'\], got 'sd1'$"):
+        StableDiffusion.load(config="sd1")
+    with pytest.raises(TypeError, match=r"^load has no option 'torch_dtype'; it has device, dtype, .*variant"):
+        StableDiffusion.load(torch_dtype=torch.float16)
 
 
 def photo(width: int, height: int, mode: str = "RGB") -> Image.Image:

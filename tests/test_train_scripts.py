@@ -509,8 +509,10 @@ def test_problems_with_the_data_are_one_line(new, photos, start, tmp_path):
     assert problem() == f"error: {data}: 1 images of metadata.jsonl are missing, first {data / 'c.png'}"
     listed.write_text('{"file_name": "a.png", "text": " "}\n')  # as good as none
     assert problem().startswith(f"error: {data / 'a.png'}: no caption (1 of 2")
-    listed.write_text("not json\n")
-    assert problem().startswith(f"error: {listed}, line 1: expected")
+    for text in ("not json\n", "[" * 100_000, '{"file_name": "a\\u0000.png", "text": "c"}'):
+        listed.write_text(text)
+        assert problem().startswith(f"error: {listed}, line 1: expected")
+    assert problem("--data", listed) == f"error: --data {listed}: a file, not a folder"
 
 
 def test_captions_of_both_kinds(photos, tmp_path):
@@ -748,6 +750,12 @@ def test_wrong_options_are_one_line(new, photos, start, tmp_path):
     assert problem("--vae", photos / "red.png").startswith(f"{photos / 'red.png'}: ")
     assert problem(*new, "--model", "sd9").startswith("--model sd9: expected one of sd1, ")
     assert problem(*new, "--size", 60).startswith("height must be a multiple of 8, got 60")
+    assert problem(*new, "--size", 0) == "--size must be at least 1, got 0"  # not the model's own
+    assert problem(*new, "--workers", -1) == "--workers must be at least 0, got -1"
+    (tmp_path / "config.json").write_bytes("{}".encode("utf-16"))
+    config = tmp_path / "config.json"
+    assert problem(*new, "--model", config) == f"{config}: not UTF-8 text; save it as UTF-8"
+    assert problem(*new, "--out", config).startswith(f"{config}: there is a file of that name, where a folder")
     assert problem("--resume").endswith("no run to resume (state.pt); start one without --resume")
     out = tmp_path / "out"
     assert start(train, "--data", photos, *new, "--samples", 0, "--steps", 1, "--out", out)[0] == 0

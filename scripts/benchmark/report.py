@@ -125,7 +125,7 @@ def read(path: Path) -> Row:
     """Read a file of `write`. Raises ValueError for any other file."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # not JSON, not text
+    except (ValueError, RecursionError):  # not JSON, not text
         record = None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{path}: not a file that this program wrote with --json")

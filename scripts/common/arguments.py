@@ -19,7 +19,7 @@ from sd.runtime.device import DTYPES, SHORT_DTYPES
 from sd.samplers import SAMPLERS
 from sd.schedule import SPACINGS
 
-from .cli import TEXT, Parser, file_path, home
+from .cli import TEXT, Parser, file_path, home, readable
 
 # other names of precisions; "autocast" in the original's scripts is the best for the device
 NICKNAMES = {**SHORT_DTYPES, "full": "float32", "autocast": None}
@@ -59,6 +59,7 @@ def place_words(args: argparse.Namespace, *names: str) -> argparse.Namespace:
         raise ValueError(f"{args.words[len(free)]!r} is one word too many{why}{hint}")
     for name, word in zip(free, args.words, strict=False):
         setattr(args, name, word if name == "prompt" else home(word))
+    args.prompt, args.negative = args.prompt and readable(args.prompt), readable(args.negative)
     prompt = Path(args.prompt or "")
     if "prompt" in free and prompt.suffix.lower() in SUFFIXES and os.path.isfile(prompt):  # it may be long
         raise ValueError(f"{prompt} is an image: the prompt comes first, then the files")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import errno
 import gc
 import os
 import re
@@ -54,6 +55,16 @@ def _expanded(text: str) -> str:
     if first.startswith("~") and below and not os.path.lexists(first):
         raise PathError(f"{text}: there is no home folder {first}: give the whole path")
     return path
+
+
+def readable(text: str) -> str:
+    """A text of the command line, read as UTF-8 where the encoding of the locale (LC_ALL=C) lacks its letters."""
+    if not any("\udc80" <= letter <= "\udcff" for letter in text):  # bytes that could not be decoded
+        return text
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        return text
 
 
 class Parser(argparse.ArgumentParser):
@@ -195,6 +206,8 @@ def fail(message: str, status: int = 1) -> int:
 
 def describe(error: Exception) -> str:
     """The message of an error; for one of the operating system, the file and the reason."""
+    if isinstance(error, FileExistsError) and error.strerror == os.strerror(errno.EEXIST):
+        return f"{error.filename}: there is a file of that name, where a folder would be made: choose another name"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)

@@ -19,12 +19,13 @@ from tqdm import tqdm
 import sd
 from sd import recipes
 from sd.checkpoints.folders import model_name
+from sd.hires import enlarged_shape
 from sd.imaging.files import ImageFile
 from sd.imaging.previews import LinearDecoder
 from sd.imaging.tensors import grid
 from sd.messages import one_line
 from sd.models.text_encoder import layer_of_clip_skip
-from sd.params import ImageToImage, Inpaint, SamplingParams, TextToImage
+from sd.params import HighRes, ImageToImage, Inpaint, SamplingParams, TextToImage
 from sd.pipeline import EMBEDDED
 from sd.resources import resource
 from sd.run import Result, Run
@@ -348,6 +349,8 @@ def check_settings(model: sd.StableDiffusion, request: TextToImage) -> None:
     params = request.params.resolved(model.config)
     model.schedule.levels(params.steps, params.spacing)
     model.latent_shape(params.height, params.width)
+    if isinstance(request, HighRes):
+        enlarged_shape(model.config, request)
     if request.clip_skip is not None:
         layer_of_clip_skip(model.config.text[0], request.clip_skip, note=lambda text: None)
 

@@ -148,7 +148,7 @@ def digest(parts: Sequence[str]) -> str:
 def captioned(folder: Path, caption: str | None = None, outside: Path | None = None) -> list[tuple[Path, list[str]]]:
     """The images of a folder and their captions. Raises ValueError for anything that is missing or unreadable."""
     if not folder.is_dir():
-        raise ValueError(f"--data {folder}: no such folder")
+        raise ValueError(f"--data {folder}: {'a file, not a folder' if folder.is_file() else 'no such folder'}")
     files = files_below(folder)
     if outside:
         files = [path for path in files if outside.resolve() not in path.resolve().parents]
@@ -237,9 +237,9 @@ def _metadata(path: Path) -> dict[Path, list[str]]:
         try:
             entry = json.loads(line)
             name, text = entry["file_name"], entry["text"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             name = text = None
-        if not isinstance(name, str) or not isinstance(text, str):
+        if not isinstance(name, str) or not isinstance(text, str) or "\0" in name:
             raise ValueError(f'{path}, line {number}: expected {{"file_name": "...", "text": "..."}}, got {line:.80}')
         captions = found.setdefault((path.parent / name).resolve(), [])
         captions += [text.strip()] if text.strip() else []

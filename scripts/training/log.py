@@ -63,7 +63,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
         try:
             entry = json.loads(line)
             _ = entry["step"], entry["loss"], entry["seconds"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             break
         lines.append(entry)
     return lines

@@ -362,8 +362,10 @@ def main(train: Callable[[argparse.Namespace, Processes], None], parser: Parser,
 
     def work(args: argparse.Namespace) -> None:
         args = continued(parser, args, argv)
-        if args.threads < 0:
-            raise ValueError(f"--threads must be at least 0, got {args.threads}")
+        for name, low in (("threads", 0), ("workers", 0), ("size", 1)):
+            value = getattr(args, name, None)
+            if value is not None and value < low:
+                raise ValueError(f"--{name} must be at least {low}, got {value}")
         if args.threads:
             torch.set_num_threads(args.threads)
         with processes(args.device) as found:

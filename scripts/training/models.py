@@ -26,6 +26,7 @@ from sd.pipeline import StableDiffusion
 from sd.training import initialise_text_encoder, initialise_unet, widen_input
 
 from ..common.cli import Parser, file_path, home
+from ..common.prompts import utf8_text
 from .state import save_tensors
 
 # output of train_vae.py and train_text.py: the weights of a network under their names in a whole model
@@ -54,8 +55,9 @@ def find_config(name: str) -> Config:
     path = Path(name)
     if path.suffix != ".json":
         raise ValueError(f"--model {name}: expected one of {', '.join(MODELS)}, or a .json file with a config")
+    text = utf8_text(path.read_bytes(), path)
     try:
-        return Config.from_json(path.read_text(encoding="utf-8"))
+        return Config.from_json(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

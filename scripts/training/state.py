@@ -83,7 +83,7 @@ def continued(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: l
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         kept = {name: value for name, value in kept.items() if name in vars(args)}
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise ValueError(f"{path}: damaged; remove it and give all options again") from None
     except FileNotFoundError:
         return args

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import CheckpointError, load_checkpoint, naming
-from ..checkpoints.convert import listed, shape_text
+from ..checkpoints.convert import shape_text
 from ..checkpoints.folders import model_name
 from ..checkpoints.tokenizer_files import usable_words
 from ..config import TextConfig

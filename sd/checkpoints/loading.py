@@ -180,6 +180,12 @@ class LoadOptions:
     text_encoder: str | os.PathLike[str] | None = None  # the same for the text encoder
     variant: str | None = None  # of a diffusers folder: "fp16", ..., which files to read
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.config, Config | None):
+            raise ValueError(f"config must be a Config, such as sd.MODELS['sd1'], got {self.config!r:.60}")
+        if not isinstance(self.variant, str | None):
+            raise ValueError(f"variant must be a text such as 'fp16', got {self.variant!r:.60}")
+
     @property
     def others(self) -> dict[str, str | os.PathLike[str]]:
         """Networks that come from other files: name -> path."""

@@ -93,10 +93,13 @@ def frame(image: Image.Image, width: int, height: int) -> tuple[Image.Image, Box
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """All images in one, row by row; nearly square unless `columns` is given. ValueError if there are none."""
+    """All images in one, row by row; nearly square unless `columns` is given, of which there are no empty ones.
+
+    Raises ValueError if there are no images.
+    """
     if not images:
         raise ValueError("a grid needs at least one image")
-    columns = columns or math.ceil(math.sqrt(len(images)))
+    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     width, height = max(i.width for i in images), max(i.height for i in images)
     sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
     for n, image in enumerate(images):

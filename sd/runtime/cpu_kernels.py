@@ -26,6 +26,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..models import layers
 from .blockwise_attention import attention
@@ -143,7 +144,7 @@ class Upsample(layers.Upsample):
         if type(conv) is not UpsampleConv2d or x.dim() != 4 or x.shape[1] != conv.in_channels:
             return super().forward(x, size)
         B, C, H, W = x.shape
-        hooked = conv._forward_hooks or conv._forward_pre_hooks or "forward" in conv.__dict__
+        hooked = conv._forward_hooks or conv._forward_pre_hooks or "forward" in conv.__dict__ or _has_any_global_hook()
         packed = conv.packed_for(x) if not hooked and tuple(size or ()) in ((), (2 * H, 2 * W)) else None
         if packed is None:
             return super().forward(x, size)

@@ -30,6 +30,11 @@ Option = tuple[int, ...] | str  # as `nn.Conv2d` has its padding
 InputSize = tuple[int, int, int]  # B, H, W
 ANY_SIZE: InputSize = (2, 64, 64)  # stands for all sizes, where the layout does not depend on it
 
+# Attributes of a layer that the packed one does not look at; people set them to make images tileable, for example
+STRUCTURE = frozenset({
+    "_conv_forward", "dilation", "groups", "in_channels", "kernel_size", "out_channels", "padding", "padding_mode",
+    "stride",
+})  # fmt: skip
 LANES = 16  # float32 numbers in a vector register of AVX-512
 ROWS = 256  # rows of input that linear layers are packed for; the layout does not depend on it
 # Kernels are packed for the size of their input maps, except where the layout does not depend on it:
@@ -179,7 +184,11 @@ class PackedLayer(nn.Module):
                 "this layer is not quantised: torch.ao.quantization takes layers of torch's own classes only; call "
                 "sd.runtime.optimize.restore(network) first"
             )
-        super().__setattr__(name, value)
+        if name in STRUCTURE:  # such as `conv.padding_mode = "circular"`: an ordinary layer from then on
+            with _lock:
+                self.unpack()
+                self.__class__ = next(kind for kind in type(self).__mro__ if not issubclass(kind, PackedLayer))
+        nn.Module.__setattr__(self, name, value)  # not `super`, as the class may just have changed
 
     def __getstate__(self) -> dict[str, Any]:  # for copying and pickling
         with _lock:
