@@ -77,7 +77,7 @@ class Range:
         found = self.kind(name, value)
         if not self.low <= found <= self.high:
             usual = f"in [{self.low:g}, {self.high:g}]" if self.high < math.inf else f"at least {self.low:g}"
-            shown = found if abs(found) < LARGE else "a much larger number"  # thousands of digits cannot be written
+            shown = value if abs(found) < LARGE else "a much larger number"  # thousands of digits cannot be written
             raise ValueError(f"{name} must be {self.words or usual}, got {shown}")
         return found
 

@@ -206,11 +206,11 @@ def test_a_part_that_is_not_known_is_not_a_layer_that_is_not_there(end, model, t
         (GOOD | {f"{NAME}.lora_up.weight": torch.ones(128, 5)}, r"match neither each .* \(down 4x128, up 128x5\)"),
         (
             GOOD | {f"{NAME}.lora_up.weight": torch.ones(128, 4).int()},
-            r"holds whole numbers \(int32\), not weights: a quantised",
+            r"holds whole numbers \(int32\), not weights",
         ),
         (
             GOOD | {f"{NAME}.lora_up.weight": torch.ones(128, 4) / 0},
-            "holds numbers that are not finite .NaN or infinite.: the file is",
+            "holds numbers that are not finite",
         ),
     ],
 )
