@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -30,6 +30,7 @@ from .messages import counted
 from .samplers import SAMPLERS, Sampler, find_sampler, sampler_key, spacing_in
 from .schedule import SPACINGS
 from .settings import OneOf, Range, check_settings, flag, number, setting, whole
+from .spellings import nearest, plain
 
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11
@@ -244,7 +245,7 @@ class TextToImage:
                 raise TypeError(f"{name} is now {RENAMED[name]}, one option for weights and long prompts")
             else:
                 known = {f.name for f in (*fields(cls), *fields(SamplingParams))} - {"params", "options"}
-                raise TypeError(f"{cls.kind} has no setting {name!r}; it has {', '.join(sorted({*known, *OPTIONS}))}")
+                raise TypeError(f"{cls.kind} has no setting {name!r}: {hint_for(name, known)}")
         return cls(prompt=prompt, negative=negative, params=SamplingParams(**shared, options=options), **own)
 
     def to_dict(self) -> dict[str, Any]:
@@ -353,6 +354,19 @@ class Inpaint(_FromImage):
 
 Request = TextToImage | HighRes | ImageToImage | Inpaint
 REQUESTS: dict[str, type[TextToImage]] = {cls.kind: cls for cls in (TextToImage, HighRes, ImageToImage, Inpaint)}
+
+
+def hint_for(name: str, known: Collection[str]) -> str:
+    """What to write in the place of a setting that is none of the known ones of a request."""
+    usual = plain(name)
+    if usual.startswith("hires_") and usual in HighRes.__dataclass_fields__:
+        return "it goes with hires"
+    kinds = [kind for kind, cls in REQUESTS.items() if usual in cls.__dataclass_fields__]
+    if kinds and usual not in {"params", *known}:
+        return f"it is one of {' and '.join(kinds)}"
+    if near := nearest(name, {"prompt", *known, *OPTIONS}):
+        return f"did you mean {near!r}?"
+    return f"it has {', '.join(sorted({*known, *OPTIONS}))}"
 
 
 def from_dict(values: Mapping[str, Any]) -> TextToImage:

@@ -255,6 +255,8 @@ class StableDiffusion(Adaptable, Hints):
         return self._generate(Inpaint.of(prompt, negative, image=image, mask=mask, **settings), progress)
 
     def _generate(self, request: TextToImage, progress: Progress | None) -> list[Image.Image]:
+        if progress is not None and not callable(progress):
+            raise TypeError(f"progress must be a function that wraps an iterator, such as tqdm, got {progress!r:.100}")
         run = self.prepare(request)
         if progress is not None:
             for _ in progress(run):

@@ -173,10 +173,10 @@ def test_settings_of_all_lines_are_checked_before_the_first_image(settings, word
         ('{"prompt": "a", "seed": ' + "9" * 5000 + "}", "a number has too many digits"),
         ("[" * 100_000, "nested too deeply"),
         ('{"prompt": "a", "strength": 0.5}', "no setting 'strength': it is one of img2img and inpaint"),
-        ('{"prompt": "a", "hires_strength": 0.5}', '\'hires_strength\': it goes with "hires", such as "hires": 2'),
+        ('{"prompt": "a", "hires_strength": 0.5}', "'hires_strength': it goes with hires"),
         ('{"prompt": "a", "cfg_scale": 7}', "did you mean 'guidance'?"),
         ('{"prompt": "a", "numInferenceSteps": 7}', "did you mean 'steps'?"),
-        ('{"prompt": "a", "image": "a.png"}', "no setting 'image': it has clip_skip"),
+        ('{"prompt": "a", "image": "a.png"}', "'image' is not for lines: the images are arguments of img2img"),
     ],
     ids=lambda text: text[:40],
 )

@@ -181,8 +181,18 @@ def test_what_is_no_request_is_refused(values):
 
 
 def test_a_setting_that_is_not_there_is_named():
-    with pytest.raises(TypeError, match=r"txt2img has no setting 'strenght'; it has .*guidance.*steps"):
-        TextToImage.of("a", strenght=0.5)
+    with pytest.raises(TypeError, match=r"txt2img has no setting 'frobnicate': it has .*guidance.*steps"):
+        TextToImage.of("a", frobnicate=0.5)
+    for name, words in (
+        ("num_inference_steps", "did you mean 'steps'"),
+        ("cfg_scale", "did you mean 'guidance'"),
+        ("strength", "it is one of img2img and inpaint"),
+        ("hires_strength", "it goes with hires"),
+    ):
+        with pytest.raises(TypeError, match=f"txt2img has no setting '{name}': {words}"):
+            TextToImage.of("a", **{name: 1})
+    with pytest.raises(TypeError, match="inpaint has no setting 'only_masked': did you mean 'margin'"):
+        Inpaint.of("a", image=Image.new("RGB", (8, 8)), only_masked=True)
     with pytest.raises(ValueError, match="eta is a setting of ddim, not of DPM"):
         SamplingParams(sampler="dpmpp_2m", options={"eta": 0.5})
 

@@ -22,8 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sd.params import OPTIONS, REQUESTS, HighRes, SamplingParams, TextToImage
-from sd.spellings import nearest, plain
+from sd.params import OPTIONS, HighRes, SamplingParams, TextToImage, hint_for
 
 PROMPT_FILE_LIMIT = 16 << 20  # bytes
 JSON_LINES = (".jsonl", ".ndjson")
@@ -58,8 +57,10 @@ class Line:
         shared = {f.name for f in fields(SamplingParams)} - {"options"}
         try:
             for name in self.settings:
+                if name in ("image", "mask"):
+                    raise ValueError(f"{name!r} is not for lines: the images are arguments of img2img and inpaint")
                 if name not in own | shared | OPTIONS.keys():
-                    raise ValueError(f"{kind.kind} has no setting {name!r:.60}: {_hint(name, {*own, *shared})}")
+                    raise ValueError(f"{kind.kind} has no setting {name!r:.60}: {hint_for(name, own | shared)}")
             changed = {name: value for name, value in self.settings.items() if name in shared}
             if "sampler" in changed:  # the grid that came with the name of another sampler does not stay
                 changed = {"spacing": spacing, **changed}
@@ -72,23 +73,6 @@ class Line:
     def at(self, error: ValueError) -> ValueError:
         """The error with the place of this line in its message."""
         return ValueError(f"{self.where}: {error}") if self.where else error
-
-
-def _hint(name: str, known: set[str]) -> str:
-    """What to write in the place of an unknown setting."""
-    usual = plain(name)
-    if usual.startswith("hires_"):
-        return 'it goes with "hires", such as "hires": 2'
-    others = [
-        kind
-        for kind, cls in REQUESTS.items()
-        if any(f.name == usual and not f.metadata.get("image") for f in fields(cls))
-    ]
-    if others and usual not in {"params", *known}:
-        return f"it is one of {' and '.join(others)}"
-    if near := nearest(name, {"prompt", *known, *OPTIONS}):
-        return f"did you mean {near!r}?"
-    return f"it has {', '.join(sorted(known))}"
 
 
 def read_prompts(prompt: str | None, file: Path | None) -> list[Line]:

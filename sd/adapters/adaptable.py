@@ -37,17 +37,19 @@ class Adaptable:
 
     def add_loras(
         self,
-        files: Sequence[LoraFile | tuple[str | os.PathLike[str], float]],
+        files: Sequence[str | os.PathLike[str] | LoraFile | tuple[str | os.PathLike[str], float]],
         *,
         removable: bool = True,
         note: Note = warn,
     ) -> list[str]:
-        """Merge several LoRA files, each with its weight, and a name if it has one; see `add_lora`.
+        """Merge several LoRA files, each as a path, or as one with its weight, and a name; see `add_lora`.
 
         All are read before the first is merged. Each change is computed from the original weights: their order does not
         matter. If not `removable`, the previous weights are not kept, which needs less memory.
         """
-        loras = [LoraFile(*file) for file in files]
+        if isinstance(files, str | os.PathLike):
+            raise TypeError(f"add_loras takes a list of files, got {files!r:.100}: add_lora takes one")
+        loras = [LoraFile(file) if isinstance(file, str | os.PathLike) else LoraFile(*file) for file in files]
         loras = [lora._replace(path=user_path(lora.path), weight=number("weight", lora.weight)) for lora in loras]
         return self._adapters.add_loras(loras, removable, note)
 
