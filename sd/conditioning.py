@@ -4,16 +4,15 @@
     vector     added to the embedding of the timestep: SDXL's pooled text and sizes (no such file can be loaded yet)
     concat     channels concatenated to x: mask and masked latent of inpainting models
 
-Everything is batch first, so that a conditioning is moved, cast, repeated and concatenated as one.
+Everything is batch first, so that a conditioning is moved, cast and repeated as one; denoiser.py concatenates several.
 
->>> cond, uncond = Conditioning(torch.ones(1, 77, 16)), Conditioning(torch.zeros(1, 77, 16))
->>> concatenate([uncond, cond], batch=2).context.shape
-torch.Size([4, 77, 16])
+>>> Conditioning(torch.ones(1, 77, 16)).repeat(2).context.shape
+torch.Size([2, 77, 16])
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -71,37 +70,3 @@ class Composition(NamedTuple):
 
 
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x (B, C, h, w), t (B,), conditioning) -> (B, C, h, w)
-
-
-def concatenate(parts: Sequence[Conditioning], batch: int | None = None) -> Conditioning:
-    """Concatenate conditionings along the batch, in their order.
-
-    batch   expand each part to this many images first: a part with one image is shared by all, without a copy
-
-    Raises ValueError if a part has another number of images, if contexts differ in length, or if only some
-    parts have a vector or a concat.
-    """
-    fields: list[Tensor | None] = []
-    for name, values in zip(Conditioning._fields, zip(*parts, strict=True), strict=True):
-        given = [x for x in values if x is not None]
-        shapes = [x.shape[1:] for x in given]
-        if given and len(given) < len(parts):
-            raise ValueError(f"{len(given)} of {len(parts)} conditionings have a {name}: give it to all or none")
-        lengths = [shape[0] for shape in shapes]
-        if name == "context" and len(set(lengths)) > 1:
-            raise ValueError(
-                f"contexts must be of one length, got {' and '.join(map(str, lengths))}: pad the shorter ones with the "
-                "empty prompt's (StableDiffusion.same_length)"
-            )
-        if len(set(shapes)) > 1:
-            each = " and ".join(str(tuple(x.shape)) for x in given)
-            raise ValueError(f"the conditionings' {name}s must be of one shape, got {each}")
-        if batch is not None:
-            for x in given:
-                if x.shape[0] not in (1, batch):
-                    raise ValueError(f"a {name} for {x.shape[0]} images, but there are {batch}")
-            given = [x.expand(batch, *x.shape[1:]) for x in given]
-        fields.append(torch.cat(given) if given else None)
-    context, vector, concat = fields
-    assert context is not None
-    return Conditioning(context, vector, concat)

@@ -39,7 +39,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .conditioning import Composition, Conditioning, Network, concatenate
+from .conditioning import Composition, Conditioning, Network
 from .samplers import Denoise
 from .schedule import Level, Schedule
 
@@ -98,6 +98,40 @@ class Denoiser:
             if self.rescale > 0:
                 out = rescaled(out, cond, self.rescale)
         return self.schedule.to_x0(out, x, level)
+
+
+def concatenate(parts: Sequence[Conditioning], batch: int | None = None) -> Conditioning:
+    """Concatenate conditionings along the batch, in their order.
+
+    batch   expand each part to this many images first: a part with one image is shared by all, without a copy
+
+    Raises ValueError if a part has another number of images, if contexts differ in length, or if only some
+    parts have a vector or a concat.
+    """
+    fields: list[Tensor | None] = []
+    for name, values in zip(Conditioning._fields, zip(*parts, strict=True), strict=True):
+        given = [x for x in values if x is not None]
+        shapes = [x.shape[1:] for x in given]
+        if given and len(given) < len(parts):
+            raise ValueError(f"{len(given)} of {len(parts)} conditionings have a {name}: give it to all or none")
+        lengths = [shape[0] for shape in shapes]
+        if name == "context" and len(set(lengths)) > 1:
+            raise ValueError(
+                f"contexts must be of one length, got {' and '.join(map(str, lengths))}: pad the shorter ones with the "
+                "empty prompt's (StableDiffusion.same_length)"
+            )
+        if len(set(shapes)) > 1:
+            each = " and ".join(str(tuple(x.shape)) for x in given)
+            raise ValueError(f"the conditionings' {name}s must be of one shape, got {each}")
+        if batch is not None:
+            for x in given:
+                if x.shape[0] not in (1, batch):
+                    raise ValueError(f"a {name} for {x.shape[0]} images, but there are {batch}")
+            given = [x.expand(batch, *x.shape[1:]) for x in given]
+        fields.append(torch.cat(given) if given else None)
+    context, vector, concat = fields
+    assert context is not None
+    return Conditioning(context, vector, concat)
 
 
 def rescaled(guided: Tensor, cond: Tensor, phi: float) -> Tensor:

@@ -58,7 +58,8 @@ def generators(seed: int, n: int) -> list[torch.Generator]:
 
 def torch_cpu(seed: int) -> Stream:
     """The numbers of torch's CPU generator (a Mersenne Twister) for a seed."""
-    return partial(torch.randn, generator=generators(seed, 1)[0], device="cpu", dtype=torch.float32)
+    generator = torch.Generator("cpu").manual_seed(seed % (MAX_SEED + 1))
+    return partial(torch.randn, generator=generator, device="cpu", dtype=torch.float32)
 
 
 def draw(rngs: Sequence[torch.Generator], shape: Shape, device: torch.device) -> Tensor:
@@ -155,49 +156,51 @@ class NoiseSource:
     """
 
     def __init__(self, params: SamplingParams, images: int, device: torch.device = CPU) -> None:
-        kind, varied = KINDS[params.rng], params.variation_strength > 0
-        self.images, self.device, self.shared, self.strength = images, device, kind.shared, params.variation_strength
-        alike = [0] * images if kind.shared else range(images)
-        self.seeds = [(params.seed + (0 if varied else k)) % (MAX_SEED + 1) for k in alike]
+        self.images, self.device = images, device
+        kind, share, delta = KINDS[params.rng], params.variation_strength, params.noise_seed_delta
+        numbers = [0] * images if kind.shared else range(images)
+        self.seeds = [(params.seed + (0 if share > 0 else k)) % (MAX_SEED + 1) for k in numbers]
         self.variation_seeds: list[int] | None = None
-        self._first = self._streams(kind.initial, self.seeds)
-        if varied:
-            self.variation_seeds = [((params.variation_seed or 0) + k) % (MAX_SEED + 1) for k in alike]
-            self._other = self._streams(kind.initial, self.variation_seeds)
-        self._step = self._posterior = self._first
-        if params.noise_seed_delta or kind.steps is not kind.initial:
-            self._step = self._streams(kind.steps, [seed + params.noise_seed_delta for seed in self.seeds])
+        streams = slice(1 if kind.shared else images)  # one for the whole batch, or one for each image
+        own = [kind.initial(seed) for seed in self.seeds[streams]]
+        self._initial = self._posterior = self._step = own
+        if share > 0:
+            self.variation_seeds = [((params.variation_seed or 0) + k) % (MAX_SEED + 1) for k in numbers]
+            others = [kind.initial(seed) for seed in self.variation_seeds[streams]]
+            self._initial = [mixed(a, b, share) for a, b in zip(own, others, strict=True)]
+        if delta or kind.steps is not kind.initial:
+            self._step = [kind.steps(seed + delta) for seed in self.seeds[streams]]
         if not kind.posterior_first:
             # counted from the other end: with the same seed they would give the numbers of the initial noise
             self._posterior = [torch_cpu(MAX_SEED - params.seed - k) for k in range(images)]
 
-    def _streams(self, kind: Callable[[int], Stream], seeds: list[int]) -> list[Stream]:
-        return [kind(seed) for seed in (seeds[:1] if self.shared else seeds)]
-
-    def _draw(self, streams: Sequence[Stream], shape: Shape) -> Tensor:
-        if len(streams) < self.images:  # they share one
-            return streams[0]((self.images, *shape))
-        return torch.stack([stream(shape) for stream in streams])
-
-    def posterior(self, shape: Shape) -> Tensor:
-        """The noise of a sample from the encoder's distribution."""
-        return to_device(self._draw(self._posterior, shape), self.device)
-
     def initial(self, shape: Shape) -> Tensor:
         """The initial noise, mixed with that of the variation seed."""
-        noise = self._draw(self._first, shape)
-        if self.variation_seeds is not None:
-            other = self._draw(self._other, shape)
-            noise = torch.stack([slerp(a, b, self.strength) for a, b in zip(noise, other, strict=True)])
-        return to_device(noise, self.device)
+        return self._draw(self._initial, shape)
 
     def step(self, shape: Shape) -> Tensor:
         """The noise of the next step of a stochastic sampler."""
-        return to_device(self._draw(self._step, shape), self.device)
+        return self._draw(self._step, shape)
+
+    def posterior(self, shape: Shape) -> Tensor:
+        """The noise of a sample from the encoder's distribution."""
+        return self._draw(self._posterior, shape)
+
+    def _draw(self, streams: Sequence[Stream], shape: Shape) -> Tensor:
+        if len(streams) < self.images:  # they share one
+            noise = streams[0]((self.images, *shape))
+        else:
+            noise = torch.stack([stream(shape) for stream in streams])
+        return to_device(noise, self.device)
+
+
+def mixed(a: Stream, b: Stream, share: float) -> Stream:
+    """The numbers of two streams, interpolated from a (share 0) to b (1)."""
+    return lambda shape: slerp(a(shape), b(shape), share)
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """Spherical interpolation of two noises (C, h, w), from a (share 0) to b (1), which stays unit normal noise.
+    """Spherical interpolation of two noises (..., h, w), from a (share 0) to b (1), which stays unit normal noise.
 
     Shoemake 1985, "Animating rotation with quaternion curves". Each column (h,) of the tensors is one vector, as in the
     web UI. Columns that are nearly parallel, which have no arc between them, are interpolated linearly.

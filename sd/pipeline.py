@@ -37,7 +37,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import latents
-from .adapters.added import Adapters, LoraFile
+from .adapters.adaptable import Adaptable
+from .adapters.added import Adapters
 from .adapters.textual_inversion import tokenizer_for
 from .checkpoints.loading import LoadOptions, ModelFiles
 from .checkpoints.placement import place
@@ -60,7 +61,6 @@ from .runtime.device import best_dtype, explained, find_device, find_dtype
 from .runtime.offload import Offload
 from .samplers import Denoise, Noise, Sampler, Step, find_sampler
 from .schedule import Levels, Schedule
-from .settings import number
 from .text.prompt_syntax import emphasised, rows, same_length, single_text
 from .text.tokenizer import Note, warn
 
@@ -73,7 +73,7 @@ Prompt = str | Sequence[str] | Tensor
 Progress = Callable[[Run], Iterable[Step]]
 
 
-class StableDiffusion(Hints):
+class StableDiffusion(Adaptable, Hints):
     """A checkpoint on one device in one precision: networks, tokenizer, schedule and adapters."""
 
     def __init__(
@@ -178,6 +178,11 @@ class StableDiffusion(Hints):
             self._adapters = Adapters(self.config, self.tokenizer, plain | {name: wrapped}, self._keep)
         self._networks = {**self._networks, name: network}
 
+    def _keep(self, *names: str) -> None:
+        """With `low_memory`, keep these networks in memory from now on: they are about to differ from their files."""
+        if isinstance(self._networks, Offload):
+            self._networks.keep(*names)
+
     @contextmanager
     def _use(self, name: str) -> Iterator[nn.Module]:
         """A network, which stays on the device within the block; see `explained` for its errors."""
@@ -195,7 +200,9 @@ class StableDiffusion(Hints):
         with self._use("unet") as unet:
             norm = getattr(unet, "norm_out", None)  # a layer whose weight is never packed
             dtype = norm.weight.dtype if isinstance(norm, nn.GroupNorm) else self.dtype
-            return (self._fast_unet or unet)(x.to(dtype), t, conditioning.to(dtype=dtype))
+            if any(part is not None and part.dtype != dtype for part in conditioning):
+                conditioning = conditioning.to(dtype=dtype)
+            return (self._fast_unet or unet)(x.to(dtype), t, conditioning)
 
     # ------------------------------------------------------------------------------------------- the three tasks
 
@@ -383,76 +390,3 @@ class StableDiffusion(Hints):
         grey = torch.zeros(1, self.config.vae.image_channels, h * factor, w * factor, dtype=self.dtype, device="cpu")
         masked = self.encode(grey).mode()
         return mask_channels(torch.ones_like(masked[:, :1]), masked)
-
-    # ------------------------------------------------------------------------------------------------- adapters
-
-    def _keep(self, *names: str) -> None:
-        """With `low_memory`, keep these networks in memory from now on: they are about to differ from their files."""
-        if isinstance(self._networks, Offload):
-            self._networks.keep(*names)
-
-    @property
-    def loras(self) -> dict[str, float]:
-        """The LoRAs that are merged and can be removed: name -> weight."""
-        return self._adapters.merged.weights
-
-    def add_lora(
-        self, path: str | os.PathLike[str], weight: float = 1.0, name: str | None = None, *, note: Note = warn
-    ) -> str:
-        """Merge a LoRA or LyCORIS file into U-Net and text encoder, and add the embeddings in it; returns its name.
-
-        name   that of the LoRA from then on. By default the file's; its folder's or repository's, if tools call every
-               file so; with a number if another file has that name
-        note   receives one line about what of the file has no effect; by default a UserWarning
-
-        Raises CheckpointError for a file that is not a LoRA, or one for another model; ValueError if the name is
-        taken, if the file is merged already, or if weights were changed after others were merged into them.
-        """
-        return self._adapters.add_loras([LoraFile(user_path(path), number("weight", weight), name)], note=note)[0]
-
-    def add_loras(
-        self,
-        files: Sequence[LoraFile | tuple[str | os.PathLike[str], float]],
-        *,
-        removable: bool = True,
-        note: Note = warn,
-    ) -> list[str]:
-        """Merge several LoRA files, each with its weight, and a name if it has one; see `add_lora`.
-
-        All are read before the first is merged. Each change is computed from the original weights: their order does not
-        matter. If not `removable`, the previous weights are not kept, which needs less memory.
-        """
-        loras = [LoraFile(*file) for file in files]
-        loras = [lora._replace(path=user_path(lora.path), weight=number("weight", lora.weight)) for lora in loras]
-        return self._adapters.add_loras(loras, removable, note)
-
-    def remove_lora(self, *names: str) -> None:
-        """Remove LoRAs, all if no name is given. The weights are then bit for bit what they were before.
-
-        Raises ValueError, and changes nothing, if weights were changed after LoRAs were merged into them: by loading
-        others, in place, or in another precision.
-        """
-        self._adapters.remove_loras(names)
-
-    def forget_loras(self) -> None:
-        """Keep the weights as they are now: LoRAs that are merged stay for good, and can no longer be removed."""
-        self._adapters.forget_loras()
-
-    @property
-    def words(self) -> dict[str, int]:
-        """The words added by `add_embedding`: word -> number of its vectors."""
-        return self._adapters.words.counts
-
-    def add_embedding(self, path: str | os.PathLike[str], word: str | None = None) -> list[str]:
-        """Add the words of a textual inversion file to prompts; returns them in lower case, as prompts are read.
-
-        word   the name of the word; if None, the word in the file, and the file's name without its suffix
-
-        Raises CheckpointError for a file that is not an embedding, or one for another model; ValueError if the word is
-        taken.
-        """
-        return self._adapters.add_embedding(user_path(path), word)
-
-    def remove_embedding(self, *words: str) -> None:
-        """Remove words that were added, all if none is given."""
-        self._adapters.remove_embeddings(words)

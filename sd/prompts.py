@@ -56,30 +56,39 @@ def guides(
         each = [kind([text], clip_skip=request.clip_skip, note=note) for text in texts]
         return torch.cat(model.same_length(*each, clip_skip=request.clip_skip))
 
-    prompts, negatives = _context_or_texts(model, "prompt", request.prompt), request.negative
-    negatives = _context_or_texts(model, "negative", [negatives] if isinstance(negatives, str) else negatives)
+    prompts, negatives = request.prompt, request.negative
+    assert negatives is not None  # a request makes "" of None
+    negatives = [negatives] if isinstance(negatives, str) else negatives
+    if isinstance(prompts, Tensor):
+        prompts = _own_context(model, "prompt", prompts)
+    if isinstance(negatives, Tensor):
+        negatives = _own_context(model, "negative", negatives)
     if request.web_ui_prompts:
-        steps, first = run.steps, run.first_pass
-        plan = _Plan(
-            model,
-            request,
-            params,
-            prompts if isinstance(prompts, Tensor) else [read_prompt(text, steps, first, note) for text in prompts],
-            negatives
-            if isinstance(negatives, Tensor)
-            else [[Subprompt(read_negative(text, steps, first, note), 1.0)] for text in negatives],
-        )
+        plan = _Plan(model, request, params, _read(prompts, run, note), _read(negatives, run, note, negative=True))
         if not plan.is_plain:
             plan.note_late_edits(run, note)
             return plan.guides(run.taken, encode)
-        prompts, negatives = plan.first_texts(prompts, negatives)
-    cond = _for_images(prompts if isinstance(prompts, Tensor) else encode(prompts), params.n)
-    if params.guidance == 1.0:
-        return [Guide(cond, None)] * max(run.taken, 1)
-    uncond = negatives if isinstance(negatives, Tensor) else encode(negatives)
-    if uncond.shape[1] != cond.shape[1]:
-        cond, uncond = model.same_length(cond, uncond, clip_skip=request.clip_skip)
-    return [Guide(cond, _for_images(uncond, params.n) if len(uncond) > 1 else uncond)] * max(run.taken, 1)
+        prompts, negatives = plan.first_texts()
+    cond = prompts if isinstance(prompts, Tensor) else encode(prompts)
+    uncond = None
+    if params.guidance != 1.0:
+        uncond = negatives if isinstance(negatives, Tensor) else encode(negatives)
+        if uncond.shape[1] != cond.shape[1]:
+            cond, uncond = model.same_length(cond, uncond, clip_skip=request.clip_skip)
+        if len(uncond) > 1:  # one for each prompt
+            uncond = uncond.repeat_interleave(params.n, dim=0)
+    return [Guide(cond.repeat_interleave(params.n, dim=0), uncond)] * max(run.taken, 1)
+
+
+def _read(
+    texts: Sequence[str] | Tensor, run: Pass, note: Callable[[str], object], negative: bool = False
+) -> list[list[Subprompt]] | Tensor:
+    """What texts say in each step; contexts stay."""
+    if isinstance(texts, Tensor):
+        return texts
+    if negative:
+        return [[Subprompt(read_negative(text, run.steps, run.first_pass, note), 1.0)] for text in texts]
+    return [read_prompt(text, run.steps, run.first_pass, note) for text in texts]
 
 
 class _Plan:
@@ -105,12 +114,11 @@ class _Plan:
         """Whether each prompt is one text in all steps."""
         return all(map(_is_plain, [*self._prompts, *self._negatives]))
 
-    def first_texts(self, *given: Sequence[str] | Tensor) -> list[Sequence[str] | Tensor]:
-        """The texts of the first step in place of the prompts; contexts stay."""
-        read = (self._prompts, self._negatives)
+    def first_texts(self) -> list[Sequence[str] | Tensor]:
+        """The texts of the first step of prompts and negatives, or the contexts that were given."""
         return [
-            x if isinstance(x, Tensor) else [parts[0].stages[0].text for parts in texts]
-            for x, texts in zip(given, read, strict=True)
+            [parts[0].stages[0].text for parts in texts] if context is None else context
+            for context, texts in zip(self._given, (self._prompts, self._negatives), strict=True)
         ]
 
     def note_late_edits(self, run: Pass, note: Callable[[str], object]) -> None:
@@ -130,16 +138,15 @@ class _Plan:
         given = [context for context in self._given if context is not None]
         # one by one, so that a text has the same context whatever stands beside it
         each = [encode([text]) for text in texts]
-        padded = self._model.same_length(*given, *each, clip_skip=self._request.clip_skip)
-        self._contexts = dict(zip(texts, padded[len(given) :], strict=True))
-        lengthened = iter(padded)
-        self._given = [None if context is None else next(lengthened) for context in self._given]
+        padded = iter(self._model.same_length(*given, *each, clip_skip=self._request.clip_skip))
+        self._given = [None if context is None else next(padded) for context in self._given]
+        self._contexts = dict(zip(texts, padded, strict=True))
         made = {key: Guide(self._cond(key[0]), self._uncond(key[1])) for key in dict.fromkeys(keys)}
         return [made[key] for key in keys]
 
     def _cond(self, texts: Texts) -> Tensor | Composition:
         if self._given[0] is not None:
-            return _for_images(self._given[0], self._params.n)
+            return self._given[0].repeat_interleave(self._params.n, dim=0)
         if not self._composed:
             return self._stacked(texts)
         # a prompt with fewer parts than another one repeats its first, with the weight 0
@@ -153,34 +160,24 @@ class _Plan:
         if texts is None:
             return None
         if (context := self._given[1]) is not None:
-            return _for_images(context, self._params.n) if len(context) > 1 else context
+            return context.repeat_interleave(self._params.n, dim=0) if len(context) > 1 else context
         return self._stacked(texts) if len(texts) > 1 else self._contexts[texts[0][0]]
 
     def _stacked(self, texts: Sequence[Sequence[str]]) -> Tensor:
         """The contexts of the first text of each prompt, for all of its images."""
-        return _for_images(torch.cat([self._contexts[parts[0]] for parts in texts]), self._params.n)
+        return torch.cat([self._contexts[parts[0]] for parts in texts]).repeat_interleave(self._params.n, dim=0)
 
 
-def _context_or_texts(
-    model: StableDiffusion, name: str, given: Sequence[str] | Tensor | None
-) -> Sequence[str] | Tensor:
-    """What was given as a prompt; a context is moved to the model's device, in its precision.
+def _own_context(model: StableDiffusion, name: str, context: Tensor) -> Tensor:
+    """A context that was given as a prompt, on the model's device and in its precision.
 
     Raises ValueError for a tensor that is not a context of this model.
     """
-    assert given is not None  # a request makes "" of None
-    if not isinstance(given, Tensor):
-        return given
     M, D = model.config.text[0].length, model.config.unet.context
-    shape, dtype = tuple(given.shape), str(given.dtype).removeprefix("torch.")
-    if len(shape) != 3 or 0 in shape or shape[1] % M or shape[2] != D or not given.is_floating_point():
+    shape, dtype = tuple(context.shape), str(context.dtype).removeprefix("torch.")
+    if len(shape) != 3 or 0 in shape or shape[1] % M or shape[2] != D or not context.is_floating_point():
         raise ValueError(f"{name} must be a context (B, k x {M}, {D}) of this model, got {shape} in {dtype}")
-    return given.to(model.device, model.dtype)
-
-
-def _for_images(context: Tensor, n: int) -> Tensor:
-    """The contexts of B prompts -> those of their B n images."""
-    return context.repeat_interleave(n, dim=0)
+    return context.to(model.device, model.dtype)
 
 
 def _is_plain(parts: Sequence[Subprompt]) -> bool:

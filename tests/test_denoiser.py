@@ -7,9 +7,9 @@ import reference_weights as reference
 import torch
 from common import error
 
-from sd.conditioning import Conditioning, concatenate
+from sd.conditioning import Conditioning
 from sd.config import ScheduleConfig
-from sd.denoiser import Denoiser, rescaled
+from sd.denoiser import Denoiser, concatenate, rescaled
 from sd.schedule import Schedule
 
 

@@ -29,7 +29,7 @@ ALLOWED = {
     "text": {"resources"},
     "imaging": {"files"},
     "checkpoints": {"conditioning", "config", "models", "runtime", "schedule", "text"},
-    "adapters": {"checkpoints", "config", "models", "runtime", "text"},
+    "adapters": {"checkpoints", "config", "files", "models", "runtime", "settings", "text"},
     "training": {"conditioning", "config", "denoiser", "models", "schedule"},
     "latents": {"config", "imaging", "models", "runtime", "settings", "text"},
     "prompts": {"conditioning", "params", "text"},
@@ -42,7 +42,7 @@ ALLOWED = {
     "hires": {"imaging", "latents", "params", "run", "samplers", "schedule"},
     "pipeline": {
         "adapters", "checkpoints", "conditioning", "config", "denoiser", "files", "hints", "hires", "imaging",
-        "latents", "models", "params", "resources", "run", "runtime", "samplers", "schedule", "settings", "text",
+        "latents", "models", "params", "resources", "run", "runtime", "samplers", "schedule", "text",
     },
     "study": None,  # stands on top of everything: nothing may import it
 }  # fmt: skip

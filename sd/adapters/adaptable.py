@@ -1,0 +1,83 @@
+"""The methods of `StableDiffusion` that add LoRA files and textual inversions to a model, and remove them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from ..files import user_path
+from ..settings import number
+from ..text.tokenizer import Note, warn
+from .added import Adapters, LoraFile
+
+
+class Adaptable:
+    """A model with `Adapters`."""
+
+    _adapters: Adapters
+
+    @property
+    def loras(self) -> dict[str, float]:
+        """The LoRAs that are merged and can be removed: name -> weight."""
+        return self._adapters.merged.weights
+
+    def add_lora(
+        self, path: str | os.PathLike[str], weight: float = 1.0, name: str | None = None, *, note: Note = warn
+    ) -> str:
+        """Merge a LoRA or LyCORIS file into U-Net and text encoder, and add the embeddings in it; returns its name.
+
+        name   that of the LoRA from then on. By default the file's; its folder's or repository's, if tools call every
+               file so; with a number if another file has that name
+        note   receives one line about what of the file has no effect; by default a UserWarning
+
+        Raises CheckpointError for a file that is not a LoRA, or one for another model; ValueError if the name is
+        taken, if the file is merged already, or if weights were changed after others were merged into them.
+        """
+        return self._adapters.add_loras([LoraFile(user_path(path), number("weight", weight), name)], note=note)[0]
+
+    def add_loras(
+        self,
+        files: Sequence[LoraFile | tuple[str | os.PathLike[str], float]],
+        *,
+        removable: bool = True,
+        note: Note = warn,
+    ) -> list[str]:
+        """Merge several LoRA files, each with its weight, and a name if it has one; see `add_lora`.
+
+        All are read before the first is merged. Each change is computed from the original weights: their order does not
+        matter. If not `removable`, the previous weights are not kept, which needs less memory.
+        """
+        loras = [LoraFile(*file) for file in files]
+        loras = [lora._replace(path=user_path(lora.path), weight=number("weight", lora.weight)) for lora in loras]
+        return self._adapters.add_loras(loras, removable, note)
+
+    def remove_lora(self, *names: str) -> None:
+        """Remove LoRAs, all if no name is given. The weights are then bit for bit what they were before.
+
+        Raises ValueError, and changes nothing, if weights were changed after LoRAs were merged into them: by loading
+        others, in place, or in another precision.
+        """
+        self._adapters.remove_loras(names)
+
+    def forget_loras(self) -> None:
+        """Keep the weights as they are now: LoRAs that are merged stay for good, and can no longer be removed."""
+        self._adapters.forget_loras()
+
+    @property
+    def words(self) -> dict[str, int]:
+        """The words added by `add_embedding`: word -> number of its vectors."""
+        return self._adapters.words.counts
+
+    def add_embedding(self, path: str | os.PathLike[str], word: str | None = None) -> list[str]:
+        """Add the words of a textual inversion file to prompts; returns them in lower case, as prompts are read.
+
+        word   the name of the word; if None, the word in the file, and the file's name without its suffix
+
+        Raises CheckpointError for a file that is not an embedding, or one for another model; ValueError if the word is
+        taken.
+        """
+        return self._adapters.add_embedding(user_path(path), word)
+
+    def remove_embedding(self, *words: str) -> None:
+        """Remove words that were added, all if none is given."""
+        self._adapters.remove_embeddings(words)
