@@ -90,7 +90,7 @@ def work(args: argparse.Namespace) -> None:
     if args.sha256:
         raise ValueError("--sha256 goes with --info: leave it out")
     if args.output is None:
-        raise ValueError("give the name of the file to write behind the input, or --info")
+        raise ValueError("give the name of the file to write after the input, or --info")
     rewrite(args)
 
 

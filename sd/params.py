@@ -58,19 +58,19 @@ class SamplingParams:
     spacing: str | None = setting(None, f"grid of the noise levels: {', '.join(SPACINGS)}", OneOf(SPACINGS))
     guidance: float | None = setting(None, "how strongly to follow the prompt; 0 ignores it, 1 is no guidance", number)
     guidance_rescale: float = setting(
-        0.0, "share of the contrast that guidance adds to take back, 0 to 1", Range(number, 0, 1)
+        0.0, "how far to rescale the guided prediction to its contrast without guidance, 0 to 1", Range(number, 0, 1)
     )
     seed: int = setting(0, "0 to 2^64 - 1; image k of a request has seed + k (exceptions: noise.py)", SEED)
     n: int = setting(1, "images per prompt", Range(whole, 1))
     exact: bool = setting(
         False,
-        "each image is to the bit what it is alone, whatever the batch, which is no faster then; several "
-        "prompts have to be of one form: equally many chunks of tokens, and parts joined by AND",
+        "each image is bit-identical to the same image generated alone; batches then save no time. Several prompts "
+        "must have equally many chunks of tokens and parts joined by AND",
         flag,
     )
     height: int | None = setting(None, "in pixels, a multiple of 8", whole)
     width: int | None = setting(None, "in pixels, a multiple of 8", whole)
-    rng: str = setting("torch-cpu", f"whose random numbers: {', '.join(RNGS)}", OneOf(RNGS))
+    rng: str = setting("torch-cpu", f"random number generator: {', '.join(RNGS)}", OneOf(RNGS))
     noise_seed_delta: int = setting(
         0, "added to the seed of the noise of stochastic samplers (the web UI's ENSD)", whole
     )

@@ -323,7 +323,7 @@ class StableDiffusion(Adaptable, Hints):
         guidance   the default of the model if None
         concat     (B, 5, h, w), further channels of an inpainting model: mask and masked image (see `blank_concat`)
         network    called instead of the model's U-Net (in its recorded or compiled form, if it has one)
-        rescale    share of the contrast that guidance adds to take back, 0 to 1 (denoiser.py)
+        rescale    how far to rescale the guided prediction to its contrast without guidance, 0 to 1 (denoiser.py)
         """
         cond = Conditioning(context) if isinstance(context, Tensor) else context
         other = Conditioning(uncond) if isinstance(uncond, Tensor) else uncond

@@ -182,7 +182,7 @@ REFUSED = {
     "cut safetensors": (safetensors_bytes({"a": torch.ones(100)})[:-10], "bytes, the file has 4"),
     "cut safetensors header": (safe({"a": f32(0, 8)})[:20], "announce a header of"),
     "longer safetensors": (safe({"a": f32(0, 8)}) + b"x", "longer than its header says: 78 bytes, not 77. The format"),
-    "padded safetensors": (safe({"a": f32(0, 8)}) + bytes(99), "not 77, of zeros. The format allows nothing behind"),
+    "padded safetensors": (safe({"a": f32(0, 8)}) + bytes(99), "not 77, of zeros. The format allows nothing after"),
     "safetensors header of a petabyte": (safe({"a": f32(0, 8)}, length=1 << 50), "1125899906842624 bytes"),
     "safetensors header of 2^64 bytes": (b"\xff" * 8 + b"{" + bytes(40), "18446744073709551615 bytes"),
     "safetensors header of 200 MB": (safe(b"{}", length=200_000_000), "200000000 bytes"),

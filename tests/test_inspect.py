@@ -135,7 +135,7 @@ def test_what_is_unknown_damaged_or_added(tmp_path, capsys, monkeypatch):
         found = inspect(checkpoint, TINY)
     assert found.unknown == ["mystery.weight"] and found.missing == [] and found.ema == "no, only its counters"
     assert any("position_ids is damaged" in note for note in found.notes)
-    assert any(note.startswith("3 words added") for note in found.notes)
+    assert any(note.startswith("3 vectors of the text encoder have no word") for note in found.notes)
     assert found.sha256 == hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest()
     assert info(tmp_path / "a.safetensors", "--model", "tiny", capsys=capsys)["unknown"] == "1: mystery.weight"
 
@@ -163,7 +163,7 @@ def test_files_of_ours_and_folders(tmp_path, capsys):
     capsys.readouterr()
     said = info(tmp_path / "folder", capsys=capsys)
     assert said["predicts"] == "eps: scheduler_config.json says so" and "SHA-256" not in said
-    assert said["U-Net"] == "324 weights, 5.8 M, float32, diffusers names behind 'unet.'"
+    assert said["U-Net"] == "324 weights, 5.8 M, float32, diffusers names with the prefix 'unet.'"
     (tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     assert "a text encoder and a VAE, but no U-Net" in info(tmp_path / "folder", capsys=capsys)["model"]
 

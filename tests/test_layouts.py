@@ -219,15 +219,18 @@ def test_of_two_copies_the_complete_one_is_taken(tmp_path, prefix, copy, name, c
     states = convert(both, TINY)
     assert all(torch.equal(tensor, expected[key]) for key, tensor in to_own(states).items())
     network = {"text encoder": "text_encoder", "U-Net": "unet"}.get(name, name)
-    place = f"behind {copy!r}" if copy else "without a prefix"
-    said = f"{name}: found twice in the file; the one behind {prefix!r} is used, "
+    place = f"with the prefix {copy!r}" if copy else "without a prefix"
+    said = f"{name}: found twice in the file; the one with the prefix {prefix!r} is used, "
     assert states[network].notes == (f"{said}{count} weights (of {count}) {place} are not",)
     # of an incomplete original, the copy is taken
     dropped = [key for key in state if key.startswith(prefix)][3::7]
     partial = {key: tensor for key, tensor in both.items() if key not in dropped}
     states = convert(partial, TINY)
     assert all(torch.equal(t, 2 * expected[f"{network}.{key}"]) for key, t in states[network].items())
-    assert f"is used, {count - len(dropped)} weights (of {count}) behind {prefix!r} are not" in states[network].notes[0]
+    assert (
+        f"is used, {count - len(dropped)} weights (of {count}) with the prefix {prefix!r} are not"
+        in states[network].notes[0]
+    )
     # of two incomplete ones, none
     neither = {key: tensor for key, tensor in partial.items() if key != copy + dropped[0].removeprefix(prefix)}
     del neither[[key for key in neither if key.startswith(copy) and (copy or "decoder." in key[:8])][5]]

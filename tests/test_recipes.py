@@ -288,7 +288,7 @@ def test_text_files(tmp_path):
 
 BOMB = zlib.compress(b"a" * (8 << 20))
 REFUSED = {
-    "nothing.png": (png(), "no settings of an image"),
+    "nothing.png": (png(), "no generation settings found"),
     "prompt.png": (png(chunk(b"tEXt", b"parameters\0a cat")), "'Steps: ' is missing"),
     "bomb.png": (png(chunk(b"zTXt", b"parameters\0\0" + BOMB)), "no settings"),
     "deep.png": (png(chunk(b"tEXt", b"prompt\0" + b'{"a":' * 50_000)), "nested too deeply"),

@@ -160,8 +160,8 @@ def add_sampling_arguments(parser: Parser, size: str = "the model's own") -> Non
     )  # fmt: skip
     group.add_argument(
         "--guidance-rescale", type=float, default=SamplingParams.guidance_rescale, metavar="PHI",
-        help="share of the contrast that guidance adds to take back, 0 to 1; 0.7 for models with zero terminal SNR "
-        "(default: %(default)g)",
+        help="how far to rescale the guided prediction to its contrast without guidance, 0 to 1; 0.7 for models with "
+        "zero terminal SNR (default: %(default)g)",
     )  # fmt: skip
     group.add_argument("--spacing", choices=SPACINGS, help="timestep spacing (default: the sampler's own)")
     for name, option in OPTIONS.items():
@@ -179,7 +179,7 @@ def add_sampling_arguments(parser: Parser, size: str = "the model's own") -> Non
     )
     group.add_argument(
         "--rng", choices=RNGS, default=SamplingParams.rng,
-        help="whose random numbers: nv are those of the web UI on NVIDIA GPUs, comfy those of ComfyUI "
+        help="random number generator: torch-cpu, nv (as the web UI on NVIDIA GPUs) or comfy (as ComfyUI) "
         "(default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
@@ -210,7 +210,7 @@ def add_hires_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("high resolution")
     group.add_argument(
         "--hires", type=float, metavar="S",
-        help="enlarge the image S times, above 1 to 4, and refine it; --height and --width are of the image before",
+        help="generate at --height and --width, enlarge S times (above 1, up to 4), and refine the result",
     )  # fmt: skip
     group.add_argument(
         "--hires-strength", type=float, metavar="S",
@@ -222,7 +222,8 @@ def add_hires_arguments(parser: Parser) -> None:
     )
     group.add_argument(
         "--hires-upscaler", choices=UPSCALERS,
-        help=f"enlarge pixels or latents: faster, but blurred below a strength of 0.5 (default: {UPSCALERS[0]})",
+        help="enlarge the pixels (lanczos), or the latents (latent): faster, but blurred below a strength of 0.5 "
+        f"(default: {UPSCALERS[0]})",
     )  # fmt: skip
 
 
@@ -249,7 +250,7 @@ def add_output_arguments(parser: Parser) -> None:
     )
     group.add_argument(
         "--exact", action="store_true",
-        help="images are the same to the bit in each run and whatever --batch-size; slower, in batches and on CPUs",
+        help="images are bit-identical in every run and for any --batch-size; slower on CPUs, and batches save no time",
     )  # fmt: skip
     group.add_argument(
         "--out", "--outdir", type=file_path, default=Path("outputs"), metavar="PATH",

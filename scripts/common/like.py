@@ -1,4 +1,4 @@
-"""--like IMAGE: what the file of an image says about how it was made is the default of every argument not given.
+"""--like FILE: what the file of an image says about how it was made is the default of every argument not given.
 
 take(args, kind)      fills in the arguments; called before their values are checked
 carried(args, ...)    the settings of the recipe that have no argument of their own
@@ -47,9 +47,9 @@ OLD_HASH = 8  # digits of the web UI's hash before 2023, which covers only a par
 def add_like_argument(parser: Parser) -> None:
     """--like."""
     parser.add_argument(
-        "--like", type=file_path, metavar="IMAGE",
-        help="take prompt and settings from this image (ours, or of AUTOMATIC1111, Forge, SD.Next, ComfyUI, ...); "
-        "whatever else is given overrides them",
+        "--like", type=file_path, metavar="FILE",
+        help="take prompt and settings from this image, .txt or .json file (of this program, AUTOMATIC1111, Forge, "
+        "SD.Next, ComfyUI, ...); other options override them",
     )  # fmt: skip
 
 

@@ -104,7 +104,7 @@ class _Teller:
         return self.with_tail(self.arranged(), ground, time)
 
     def with_tail(self, text: str, ground: str, time: str) -> str:
-        """The ground and the time, in either order, behind the things."""
+        """The ground and the time, in either order, after the things."""
         tail = [part for part in (ground, time) if part]
         if self.happens(0.25):
             tail.reverse()

@@ -36,7 +36,7 @@ class Lora:
 
     words   embeddings in the file: word -> vectors (n, D)
     notes   what of the file has no effect
-    file    the file itself, behind all links
+    file    the file itself, with all links resolved
     """
 
     name: str

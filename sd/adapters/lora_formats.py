@@ -30,7 +30,7 @@ from ..config import Config
 from .changes import Change, Shape
 from .lora import Lora, Target
 from .lora_names import NUMBERED, Layer, LayerNames, numbered_layers
-from .lora_parts import LayerParts, Misfit, read_number, sound, split_key
+from .lora_parts import LayerParts, Misfit, check_numbers, read_number, split_key
 from .lora_settings import alpha_of, read_settings
 
 LAYERS = 32  # of the largest text encoder (bigG): files may have layers after the last one that is run
@@ -95,7 +95,7 @@ def lora_name(path: Path) -> str:
     >>> lora_name(Path("/hub/models--someone--pixel-art/snapshots/0123abcd/pytorch_lora_weights.safetensors"))
     'pixel-art'
     """
-    path = Path(os.path.abspath(path))  # of the link, not of the file behind it
+    path = Path(os.path.abspath(path))  # of the link, not of the file that it points to
     name, repository = model_name(path), _repository(path)
     if repository and (name in SAME_NAMES | ONLY_NAMES or path.parent.name == "blobs"):
         in_folder = path.parent.name != "blobs" and path.parent.parent.name != "snapshots"
@@ -233,8 +233,7 @@ class _Contents:
                 self.rest.setdefault(OTHER_WORDS, []).extend(keys)
                 continue
             vectors = self._file[keys[0]]
-            if not sound(vectors):
-                raise CheckpointError(f"{keys[0]} holds numbers that are not finite, or whole numbers: a damaged file")
+            check_numbers(keys[0], vectors)
             yield word, vectors.reshape(-1, text.width).float()
 
     def _notes(self, path: Path) -> tuple[str, ...]:

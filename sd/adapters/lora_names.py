@@ -1,7 +1,7 @@
 """The names that LoRA files use for the layers of a model: generated from the key maps and looked up, not parsed.
 
 A layer has a path in diffusers' modules, one in the original's, and a place in cloneofsimo's count. Each tool writes
-one of them in its own way, behind words of its own:
+one of them in its own way, after words of its own:
 
     kohya          lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q, lora_te_text_model_encoder_...;
                    lora_te1_, and the original's paths, lora_unet_input_blocks_1_1_...
@@ -56,7 +56,7 @@ PROCESSORS = {
     "v_proj": ("to_v",),
     "out_proj": ("to_out",),
 }
-AFTER_PATH = ("_lora_linear_layer", "_lora")  # what diffusers puts behind it
+AFTER_PATH = ("_lora_linear_layer", "_lora")  # what diffusers appends
 
 NUMBERED = re.compile(r"(unet|text_encoder):(\d{1,5}):(up|down)")
 # The linear layers of a transformer block in the order of diffusers' modules in 2022, and from 2023 on.

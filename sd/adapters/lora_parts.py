@@ -180,9 +180,8 @@ class LayerParts(NamedTuple):
 
     def _tensor(self, part: str) -> Tensor:
         tensor = self.file[self.keys[part]]
-        if part != "on_input" and not sound(tensor):
-            what = f"{self.keys[part]} holds numbers that are not finite, or whole numbers"
-            raise CheckpointError(f"{what}: a damaged file")
+        if part != "on_input":
+            check_numbers(self.keys[part], tensor)
         return tensor
 
 
@@ -192,10 +191,14 @@ def fits(made: Shape, weight: Shape) -> bool:
     return same and (len(made) <= 2 or squeezed(made, 2) == squeezed(weight, 2))
 
 
-def sound(numbers: Tensor) -> bool:
-    """Whether all numbers are floats and finite. In pieces, because 8-bit floats have to be converted."""
-    pieces = numbers.flatten().split(1 << 20)
-    return numbers.is_floating_point() and all(bool(piece.float().isfinite().all()) for piece in pieces)
+def check_numbers(key: str, numbers: Tensor) -> None:
+    """Raise CheckpointError unless all numbers of a tensor are floats and finite."""
+    if not numbers.is_floating_point():
+        kind = str(numbers.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{key} holds whole numbers ({kind}), and not weights: get the file again")
+    # in pieces, because 8-bit floats have to be converted
+    if not all(bool(piece.float().isfinite().all()) for piece in numbers.flatten().split(1 << 20)):
+        raise CheckpointError(f"{key} holds numbers that are not finite (NaN or infinite): the file is damaged")
 
 
 def read_number(file: Checkpoint, key: str) -> float:

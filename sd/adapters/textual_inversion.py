@@ -31,6 +31,7 @@ from ..checkpoints.tokenizer_files import usable_words
 from ..config import TextConfig
 from ..models.text_encoder import TextEncoder
 from ..text.tokenizer import Rule, Tokenizer, warn
+from .lora_parts import check_numbers
 
 PARAMETERS = "string_to_param."  # prefix that the pickle reader gives to the names inside
 # keys that are not words
@@ -94,12 +95,9 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
                 raise CheckpointError(f"{name[:50]!r} is not a word; give one (word=..., --embedding FILE:WORD)")
             if len(shape) == 2 and shape[0] > room:
                 raise CheckpointError(f"{name!r} has {shape[0]} vectors, but a prompt has room for {room}")
-            vectors = file[key].reshape(-1, width)
-            whole = not vectors.is_floating_point()
-            vectors = vectors.float()
-            if whole or not vectors.isfinite().all():
-                raise CheckpointError(f"{key} holds numbers that are not finite, or whole numbers: a damaged file")
-            found[name] = vectors
+            vectors = file[key]
+            check_numbers(key, vectors)
+            found[name] = vectors.reshape(-1, width).float()
         return found
 
 

@@ -108,11 +108,11 @@ def unrun_layer(out: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     the scale OpenCLIP's initial value (1 / 0.07).
     """
     text, stem = config.text[0], f"{OPENCLIP}transformer.resblocks."
-    last, behind = f"{stem}{text.layers - 1}.", f"{stem}{text.layers}."
+    last, after = f"{stem}{text.layers - 1}.", f"{stem}{text.layers}."
     first = OPENCLIP + "token_embedding.weight"
-    if text.names != "openclip" or first not in out or any(key.startswith(behind) for key in out):
+    if text.names != "openclip" or first not in out or any(key.startswith(after) for key in out):
         return {}
-    made = {behind + key.removeprefix(last): tensor.clone() for key, tensor in out.items() if key.startswith(last)}
+    made = {after + key.removeprefix(last): tensor.clone() for key, tensor in out.items() if key.startswith(last)}
     dtype = out[first].dtype
     made[OPENCLIP + "text_projection"] = torch.eye(text.width, dtype=dtype)
     made[OPENCLIP + "logit_scale"] = torch.tensor(1 / 0.07, dtype=dtype).log()

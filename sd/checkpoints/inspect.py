@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..config import SD1, SD2, Config
@@ -27,6 +27,7 @@ from .layouts import AVERAGE, NETWORKS, TOKENS, find_layouts, usual_layout
 from .matching import NAMES, copies, describe_copies, expected_shapes, match_layouts, unrun
 from .names import ignored
 from .supported_settings import ignored_settings
+from .tokenizer_files import describe_words
 
 SMALL = 256 << 20  # bytes: their SHA-256 takes less than half a second
 SHORT_HASH = (0x100000, 0x10000)  # "model hash" of older tools: 64 KB after the first megabyte
@@ -128,9 +129,8 @@ def _count(out: Report, tensors: Checkpoint, config: Config) -> None:
         used |= keys
         numbers = sum(math.prod(found[key]) for key in here)
         usual = usual_layout(name, config)
-        names = (
-            "" if layout == usual else f", {layout.name} names{f' behind {layout.prefix!r}' if layout.prefix else ''}"
-        )
+        prefixed = f" with the prefix {layout.prefix!r}" if layout.prefix else ""
+        names = "" if layout == usual else f", {layout.name} names{prefixed}"
         text = f"{len(here)} weights, {numbers / 1e6:.1f} M, {_precision(tensors, here)}{names}"
         if name == AVERAGE:
             out.ema = text if not gone else f"incomplete: {len(gone)} of {len(keys)} weights missing"
@@ -143,9 +143,8 @@ def _count(out: Report, tensors: Checkpoint, config: Config) -> None:
     encoder = layouts.get("text_encoder")
     if encoder is not None:
         (source,) = encoder.sources(config, [TOKENS], found).values()
-        added = found.get(source.key, (0,))[0] - SD1.text[0].vocab
-        if added > 0:
-            out.notes.append(f"{added} words added to the vocabulary: kept, but no prompt can ask for them")
+        words = config.text[0]
+        out.notes += describe_words(replace(words, vocab=found[source.key][0]) if source.key in found else words)
     left = [key for key in found if key not in used and not ignored(key) and not unrun(key, config.text[0].layers)]
     copied = copies(left, config) if left else {}
     out.notes += [line for name in layouts for line in describe_copies(layouts, name, config, copied)]

@@ -312,7 +312,7 @@ def sources(network: str, layout: str, config: Config, prefix: str, keys: Iterab
 
 
 def every_name(network: str, config: Config, prefix: str) -> Iterator[Callable[[str], Source | None]]:
-    """All names that the weights of a network may have behind a prefix, one layout after the other.
+    """All names that the weights of a network may have after a prefix, one layout after the other.
 
     That includes blocks whose layers are named as in another layout, such as `mid.attn_1.to_q`. The result of a
     callable is None for a weight that has no name of this kind.

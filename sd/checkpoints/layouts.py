@@ -110,7 +110,7 @@ class Layout(NamedTuple):
         return table
 
     def other_names(self, config: Config) -> Iterator[Callable[[str], Source | None]]:
-        """The names that weights may have instead, behind the same prefix. Files of ours have none."""
+        """The names that weights may have instead, after the same prefix. Files of ours have none."""
         if self.name not in ("own", "own-0.1", "ema"):
             yield from every_name(self.network.removesuffix("_ema"), config, self.prefix)
 

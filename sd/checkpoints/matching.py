@@ -94,7 +94,7 @@ def _all_keys(layout: Layout, config: Config) -> frozenset[str]:
 def describe_copies(
     layouts: Mapping[str, Layout], network: str, config: Config, copied: Mapping[Layout, Sequence[str]]
 ) -> list[str]:
-    """What is said of the copies of a network that are not taken, one line each."""
+    """Notes on the copies of a network that are not used, one line each."""
     if not copied or network not in layouts:
         return []
     taken, total = layouts[network], len(expected_shapes(config)[network])
@@ -117,7 +117,7 @@ def describe_copies(
 
 def where(layout: Layout) -> str:
     """The place of a layout in the file, as text."""
-    return f"behind {layout.prefix!r}" if layout.prefix else "without a prefix"
+    return f"with the prefix {layout.prefix!r}" if layout.prefix else "without a prefix"
 
 
 def unrun(key: str, layers: int) -> bool:

@@ -2,8 +2,8 @@
 
 Every argument of diffusers' UNet2DConditionModel and AutoencoderKL and of transformers' CLIPTextConfig is in one of
 three places: it is a size that `diffusers_config.py` reads; it is in a table below; or it is `FREE`, as it changes no
-result. A value that no network here has is refused by its name. An entry that is in none of the three is said to be
-ignored: it may belong to a later version of these libraries.
+result. A value that no network here has is refused by its name. An entry that is in none of the three is ignored, and a
+note names it: it may belong to a later version of these libraries.
 
 >>> check_supported("unet", {"norm_eps": 1e-5, "act_fn": "swish"}, UNET)
 >>> check_supported("unet", {"norm_eps": 1e-6}, UNET)

@@ -29,12 +29,14 @@ from .webui import read_parameters
 __all__ = ["Addon", "Recipe", "describe", "read_parameters", "read_request", "written"]
 
 NOTHING = (
-    "no settings of an image in it: it was saved without metadata (--no-metadata), or a program or website removed them"
+    "no generation settings found: the image was saved without metadata (--no-metadata), or a program or website "
+    "removed them"
 )
 
 
 def read_request(path: str | os.PathLike[str]) -> Recipe:
-    """Read how an image was made from its file: PNG, JPEG, WebP, or the text of the web UI in a .txt file.
+    """Read how an image was made, from its file: PNG, JPEG, WebP; or a .txt file with the text of the
+    web UI, or a .json file with a graph of ComfyUI (API format).
 
     Programs: this one, AUTOMATIC1111's web UI, Forge, SD.Next, ComfyUI, InvokeAI, Fooocus. `Recipe.notes` says what
     cannot be reproduced. Nothing in the file is executed, and no other file is read.

@@ -180,13 +180,13 @@ class Graph:
         start, end = self.value(node, "start_at_step"), self.value(node, "end_at_step")
         steps = draft.settings.get("steps", 0)
         if (isinstance(start, int) and start > 0) or (isinstance(end, int) and end < steps):
-            draft.note(f"the sampler takes only steps {start} to {end} of {steps}: all are taken here")
+            draft.note(f"the sampler runs only steps {start} to {end} of {steps}: here all of them are run")
         denoise = self.value(sigmas, "denoise")
         if isinstance(denoise, int | float) and denoise < 1:
             draft.put("strength", denoise, "denoise")
             draft.note(
-                f"ComfyUI takes all {steps} steps with denoise {denoise:g}, here it is that share of them: "
-                f"--steps {round(steps / max(denoise, 0.01))} is closest"
+                f"with denoise {denoise:g}, ComfyUI still runs {steps} steps, and here only that share of them is run: "
+                f"--steps {round(steps / max(denoise, 0.01))} comes closest"
             )
 
     def _start(self, draft: Draft, node: Node, chain: list[Node]) -> None:

@@ -6,7 +6,7 @@
 
 The last line that begins with "Steps:" starts the settings. They are pairs "key: value", separated by commas; a value
 with a comma, colon or line break is a JSON string. What people have is less regular: pairs continue in the next line,
-some values are JSON objects or lists without quotes, extensions add lines ("Template: ...") behind, and there may be no
+some values are JSON objects or lists without quotes, extensions append lines ("Template: ..."), and there may be no
 settings at all. All of this is read in linear time.
 
 If a prompt would be read back differently, because it looks like settings itself or begins with a blank, the writer

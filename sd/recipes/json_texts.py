@@ -118,7 +118,7 @@ def read_invokeai(values: Mapping[str, Any]) -> Recipe:
     if values.get("seamless_x") is True and values.get("seamless_y") is True:
         draft.settings["tileable"] = True
     elif values.get("seamless_x") is True or values.get("seamless_y") is True:
-        draft.note("not reproduced: without seams in one direction only")
+        draft.note("not reproduced: tiling in one direction only")
     if "img2img" in text_in(values, "generation_mode") or "inpaint" in text_in(values, "generation_mode"):
         draft.kind = "inpaint" if "inpaint" in values["generation_mode"] else "img2img"
         _put(draft, values, {"strength": "strength"})

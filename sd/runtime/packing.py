@@ -61,7 +61,7 @@ def _try_operators() -> None:
         linear(x[..., 0, 0], pack_linear(weight), None)
         convolution(x, pack_kernel(weight[..., None, None], *usual, (1, 2, 2)), None, *usual)
         if _shared(weight) or not _shared(weight[:1]):
-            raise RuntimeError("torch counts the uses of memory in another way")
+            raise RuntimeError("torch counts the uses of memory differently")
 
 
 def pack_linear(weight: Tensor) -> Tensor:

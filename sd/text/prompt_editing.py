@@ -17,7 +17,7 @@ The steps are those that the web UI takes, oddities included, so that its prompt
 * When the image of a first pass is refined at a higher resolution, the count of steps goes on: after a first pass of 20
   steps, whole numbers above 20 and shares above 1.0 belong to the second.
 * Brackets that are not closed, colons too many and the like are text. But a `|` outside of [a|b] turns everything else
-  in the prompt into text, too: `a [b:c:5] | d` is not edited. So does a backslash with nothing behind it.
+  in the prompt into text, too: `a [b:c:5] | d` is not edited. So does a backslash at its end.
 
 One difference: there, samplers with two evaluations a step (Heun, DPM2, DPM++ 2S a, DPM++ SDE) have twice as many steps
 as far as prompts are concerned. Here a step is a step, so [a:b:6] is their [a:b:12]. Shares are the same.
@@ -36,8 +36,7 @@ from typing import NamedTuple
 
 MAX_DEPTH = 200  # brackets within brackets
 
-# An escaped character, one that structures the prompt, or text without either. A backslash with nothing behind it
-# matches nothing here.
+# An escaped character, one that structures the prompt, or text without either; or a backslash that escapes nothing.
 TOKENS = re.compile(r"\\.|[][():|]|[^][():|\\]+|(?P<alone>\\)")
 WHEN = re.compile(r"\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*")
 
@@ -99,7 +98,7 @@ class _Groups:
         self._known: dict[int, tuple[Nodes, int] | None] = {}
 
     def at(self, start: int, depth: int = 0) -> tuple[Nodes, int] | None:
-        """The nodes of the group that opens at a token, and the index behind it; None if it is not well formed."""
+        """The nodes of the group that opens at a token, and the index after it; None if it is not well formed."""
         if start not in self._known:
             if depth > MAX_DEPTH:
                 raise ValueError(f"more than {MAX_DEPTH} brackets within each other: write \\( or \\[ where it is text")

@@ -26,7 +26,7 @@ LORA = ("lora", "lyco")
 
 
 class Tag(NamedTuple):
-    """A tag: what it is written as, its kind, and the values behind the kind."""
+    """A tag: what it is written as, its kind, and the values after the kind."""
 
     written: str
     kind: str

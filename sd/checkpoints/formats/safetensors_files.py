@@ -66,7 +66,7 @@ def read_safetensors(stream: BinaryIO, path: Path) -> Contents:
         stream.seek(says)
         padded = ", of zeros" if not any(stream.read(min(size - says, 1 << 16))) else ""
         what = f"longer than its header says: {size} bytes, not {says}{padded}"
-        raise RefusedFile(f"{what}. The format allows nothing behind the last tensor; {AGAIN}")
+        raise RefusedFile(f"{what}. The format allows nothing after the last tensor; {AGAIN}")
     _check_header(path)
 
     views, notes = {}, []

@@ -116,7 +116,7 @@ class Contents(NamedTuple):
 
 def read_zip(stream: BinaryIO) -> Contents:
     """The contents of a zip archive that `torch.save` wrote. Raises RefusedFile."""
-    members, prefix, behind = _directory(stream)
+    members, prefix, trailing = _directory(stream)
     order = members.get(f"{prefix}byteorder")
     if order is not None and (order[0].file_size > 16 or _data(stream, *order) != b"little"):
         raise RefusedFile("holds numbers in big-endian order; save it again on a little-endian machine")
@@ -129,15 +129,15 @@ def read_zip(stream: BinaryIO) -> Contents:
             raise RefusedFile(f"damaged: the numbers of storage {key[:100]!r} are missing; download it again")
         return _range_of(stream, *members[f"{prefix}data/{key}"])
 
-    return _contents(content, range_of, behind)
+    return _contents(content, range_of, trailing)
 
 
 def _directory(stream: BinaryIO) -> tuple[dict[str, tuple[zipfile.ZipInfo, int]], str, int]:
-    """The members of the archive, the prefix of their names, and the number of bytes behind the archive.
+    """The members of the archive, the prefix of their names, and the number of bytes after the archive.
 
     A member is its directory entry and the byte of the file before which it must end. Whatever torch never writes is
     refused, because two zip readers might see different contents. torch, too, finds an archive with at most 64 KB
-    behind it.
+    after it.
     """
     size = stream.seek(0, io.SEEK_END)
     try:
@@ -266,10 +266,10 @@ def _read(stream: BinaryIO, start: int, count: int) -> bytes:
     return data
 
 
-def _contents(content: object, range_of: Callable[[str], ByteRange], behind: int) -> Contents:
+def _contents(content: object, range_of: Callable[[str], ByteRange], trailing: int) -> Contents:
     """The tensors and plain values in the pickled object; `range_of` finds a storage by its key.
 
-    behind   the number of bytes in the file that belong to nothing
+    trailing   the number of bytes at the end of the file that belong to nothing
     """
     plain = {}
     if isinstance(content, dict):
@@ -293,7 +293,7 @@ def _contents(content: object, range_of: Callable[[str], ByteRange], behind: int
         if isinstance(content, Tensor):
             what += ", but a single one, as an aesthetic embedding of the web UI does"
         raise RefusedFile(other_pickle(content) or f"{what}; give a file of model weights")
-    views, notes = {}, [f"the last {behind} bytes of the file belong to nothing and are ignored"] if behind else []
+    views, notes = {}, [f"the last {trailing} bytes of the file belong to nothing and are ignored"] if trailing else []
     for key, tensor in tensors.items():
         try:
             views[key] = _view(key, tensor, range_of)
