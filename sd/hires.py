@@ -42,14 +42,16 @@ class HighResRun(Run):
 
     def __init__(self, first: Run, second: Run, upscaler: str, shape: tuple[int, int, int]) -> None:
         """`second` has not begun; `shape` (C, h, w) is that of its latents."""
-        vars(self).update(vars(first))  # request, parameters, seeds, notes and so on are those of the first pass
+        self.model, self.request, self.params, self.notes = first.model, first.request, first.params, first.notes
+        self.source, self.seeds, self.guides, self.edges = first.source, first.seeds, first.guides, first.edges
         second.notes = first.notes
         self.first, self.second, self.upscaler, self.shape = first, second, upscaler, shape
         self.levels = Levels([*first.levels, *second.levels[1:]], first.levels.schedule)
         self.start, self.x, self._taken = first.start._replace(finish=self._to_size), first.x, 0
-        self._steps, self._enlarged = self._both(), False
+        self._steps, self._enlarged = self._both(), False  # `begin` is not called: the two passes have their own
 
     def _both(self) -> Iterator[Step]:
+        """The steps of the first pass, then those of the second, which starts from the enlarged latents."""
         yield from self.first
         z = enlarged(self.first, self.second, self.upscaler, self.shape)
         noise = self.second.source.initial(self.shape)
@@ -77,10 +79,10 @@ class HighResRun(Run):
 def high_res(model: StableDiffusion, request: HighRes) -> HighResRun:
     """Begin the first pass, and plan the second."""
     first, factor = text_to_image(model, request), model.config.vae.factor
-    sides = [int(side * factor * request.hires + 1e-6) // factor * factor for side in first.x.shape[2:]]
-    shape = latent_shape(model.config, *sides)
+    height, width = (int(side * factor * request.hires + 1e-6) // factor * factor for side in first.x.shape[2:])
+    shape = latent_shape(model.config, height, width)
     params, strength = second_pass(request, first.params, model.schedule.steps)
-    params = replace(params, height=sides[0], width=sides[1])
+    params = replace(params, height=height, width=width)
     notes: list[str] = []
     second = Run(model, request, params, notes, strength, first_pass=first.params.steps)
     if len(second):

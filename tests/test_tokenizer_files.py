@@ -18,6 +18,7 @@ from test_folders import TEXT_FILE, edit, write_folder
 from sd.adapters.textual_inversion import tokenizer_for
 from sd.checkpoints.checkpoint import load_checkpoint
 from sd.checkpoints.detect import identify
+from sd.checkpoints.inspect import inspect
 from sd.config import Config, TextConfig, Word
 from sd.pipeline import StableDiffusion
 from sd.text.tokenizer import Tokenizer
@@ -176,10 +177,13 @@ def test_words_without_rows_and_rows_without_words(folder):
     add_words(folder, "added_tokens.json", [token(CAT), token("<two>"), token("<three>")])
     enlarge(folder, 1)
     model = StableDiffusion.load(folder, device="cpu")
-    assert model.about[-2:] == (
+    said = (
         "extra words for prompts: <cat-toy>",
         "words of its tokenizer that have no vector, and are read as plain text: <two> <three>",
     )
+    assert model.about[-2:] == said
+    with load_checkpoint(folder) as checkpoint:
+        assert set(said) <= set(inspect(checkpoint).notes)
     assert model.tokenizer.encode("<two>") == Tokenizer().encode("<two>")
     (folder / "tokenizer/added_tokens.json").unlink()
     assert StableDiffusion.load(folder, device="cpu").about[-1] == (

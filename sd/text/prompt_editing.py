@@ -42,7 +42,7 @@ WHEN = re.compile(r"\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s
 
 
 class Stage(NamedTuple):
-    """The text of a prompt up to and including the step `last`, counted from 0."""
+    """The text of a prompt up to and including the step `last`, counted from 0 (the web UI's count, see above)."""
 
     last: int
     text: str
@@ -82,8 +82,8 @@ def parse_editing(prompt: str) -> Nodes | None:
         if tokens[i] == "|":
             return None
         if tokens[i] in "([" and (group := groups.at(i)) is not None:
-            nodes += group[0]
-            i = group[1]
+            found, i = group
+            nodes += found
         else:
             nodes.append(tokens[i])  # a bracket or a colon that belongs to nothing is text
             i += 1
@@ -106,6 +106,7 @@ class _Groups:
         return self._known[start]
 
     def _read(self, start: int, depth: int) -> tuple[Nodes, int] | None:
+        """Read a group up to its closing bracket: segments of nodes, separated by ":" or "|"."""
         opening = self._tokens[start]
         closing = ")" if opening == "(" else "]"
         segments: list[list[str | Edit | Alternation]] = [[]]
@@ -122,8 +123,8 @@ class _Groups:
                 inner = self.at(i, depth + 1)
                 if inner is None:
                     return None
-                segments[-1] += inner[0]
-                i = inner[1]
+                found, i = inner
+                segments[-1] += found
                 continue
             if token in ":|":
                 separators.append(token)
@@ -135,7 +136,7 @@ class _Groups:
 
 
 def _group(opening: str, segments: list[list[str | Edit | Alternation]], separators: list[str]) -> Nodes | None:
-    """The nodes of a bracket with these segments in it; None if they make no sense."""
+    """The nodes of a bracket that has these segments between its separators; None if it is not well formed."""
     kinds = set(separators)
     if opening == "(":
         if len(separators) > 1 or "|" in kinds:
@@ -215,10 +216,11 @@ def _walk(nodes: Nodes) -> Iterator[Edit | Alternation]:
 
 
 def _end(when: str, steps: int, first_pass: int) -> int:
-    """The last step before an edit, at most `steps`; below 1 if the edit comes before the first."""
-    value = float(when)
-    value = (value - (first_pass > 0)) * steps if "." in when else value - first_pass
-    return int(max(min(value, steps), -1))
+    """The last step before an edit, counted from 1 and at most `steps`; below 1 if the edit comes before the first."""
+    number = float(when)
+    # with a point it is a share of the steps, and shares above 1 are those of a second pass
+    end = (number - (1 if first_pass else 0)) * steps if "." in when else number - first_pass
+    return int(min(max(end, -1), steps))
 
 
 def _texts(nodes: Iterable[str | Edit | Alternation], step: int, steps: int, first_pass: int) -> Iterator[str]:
