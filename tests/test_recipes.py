@@ -290,14 +290,14 @@ BOMB = zlib.compress(b"a" * (8 << 20))
 REFUSED = {
     "nothing.png": (png(), "no generation settings found"),
     "prompt.png": (png(chunk(b"tEXt", b"parameters\0a cat")), "'Steps: ' is missing"),
-    "bomb.png": (png(chunk(b"zTXt", b"parameters\0\0" + BOMB)), "no settings"),
+    "bomb.png": (png(chunk(b"zTXt", b"parameters\0\0" + BOMB)), "no generation settings"),
     "deep.png": (png(chunk(b"tEXt", b"prompt\0" + b'{"a":' * 50_000)), "nested too deeply"),
     "other.png": (png(chunk(b"tEXt", b'parameters\0{"a\x1b[31m": 1}')), "JSON"),
     "node.png": (png(chunk(b"tEXt", b'prompt\0{"1": {"class_type": "SaveImage", "inputs": {}}}')), "no sampler"),
     "novel.png": (png(chunk(b"tEXt", b"Software\0NovelAI")), "NovelAI"),
     "broken.jpg": (b"\xff\xd8\xff\xe1\0\x10Exif\0\0MM\0*", "damaged"),
     "big.txt": (b"a" * (MAX_TEXT + 1), "too large"),
-    "\x1b[31m.png": (png(), "no settings"),
+    "\x1b[31m.png": (png(), "no generation settings"),
 }
 
 
