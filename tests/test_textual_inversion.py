@@ -305,8 +305,8 @@ def test_hundreds_of_words(model):
         ({"two\nlines": torch.zeros(64)}, "'two.*lines' is not a word; give one"),
         ({"a" * 201: torch.zeros(64)}, "'a+' is not a word; give one"),
         ({"emb_params": torch.zeros(76, 64)}, "'style' has 76 vectors, but a prompt has room for 75"),
-        ({"emb_params": torch.full((1, 64), float("nan"))}, "not finite"),
-        ({"emb_params": torch.zeros(1, 64, dtype=torch.int64)}, "whole numbers"),
+        ({"emb_params": torch.full((1, 64), float("nan"))}, "emb_params holds numbers that are not finite .NaN or"),
+        ({"emb_params": torch.zeros(1, 64, dtype=torch.int64)}, "emb_params holds whole numbers .int64., not weights"),
         (
             {"x.weight": torch.zeros(4, 4, 3, 3)},
             "not an embedding .x.weight is 4x4x3x3.: a checkpoint is given with --ckpt",

@@ -172,7 +172,7 @@ class LayerParts(NamedTuple):
         scale = self._number("scale") if "scale" in self.keys and kind.scaled else kind.scale_of(shapes, own, root)
         scale *= self._number("scalar") if "scalar" in self.keys and kind.scaled else 1.0
         if not math.isfinite(scale):
-            raise CheckpointError(f"the alpha of {self._name()} is not finite: a damaged file")
+            raise CheckpointError(f"the alpha of {self._name()} is not finite: the file is damaged")
         return scale
 
     def _number(self, part: str) -> float:
@@ -195,7 +195,9 @@ def check_numbers(key: str, numbers: Tensor) -> None:
     """Raise CheckpointError unless all numbers of a tensor are floats and finite."""
     if not numbers.is_floating_point():
         kind = str(numbers.dtype).removeprefix("torch.")
-        raise CheckpointError(f"{key} holds whole numbers ({kind}), and not weights: get the file again")
+        raise CheckpointError(
+            f"{key} holds whole numbers ({kind}), not weights: the file is damaged, or of another kind"
+        )
     # in pieces, because 8-bit floats have to be converted
     if not all(bool(piece.float().isfinite().all()) for piece in numbers.flatten().split(1 << 20)):
         raise CheckpointError(f"{key} holds numbers that are not finite (NaN or infinite): the file is damaged")

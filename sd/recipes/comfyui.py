@@ -185,7 +185,7 @@ class Graph:
         if isinstance(denoise, int | float) and denoise < 1:
             draft.put("strength", denoise, "denoise")
             draft.note(
-                f"with denoise {denoise:g}, ComfyUI still runs {steps} steps, and here only that share of them is run: "
+                f"ComfyUI runs all {steps} steps at denoise {denoise:g}, here only that share of them is run: "
                 f"--steps {round(steps / max(denoise, 0.01))} comes closest"
             )
 
