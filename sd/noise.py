@@ -129,9 +129,6 @@ class Philox:
 # ------------------------------------------------------------------------------------------- the noise of a run
 
 
-PARALLEL = 1e-3  # sine of the angle below which two columns of noise count as parallel
-
-
 class Kind(NamedTuple):
     """Which generators a value of `rng` stands for."""
 
@@ -158,14 +155,14 @@ class NoiseSource:
     def __init__(self, params: SamplingParams, images: int, device: torch.device = CPU) -> None:
         self.images, self.device = images, device
         kind, share, delta = KINDS[params.rng], params.variation_strength, params.noise_seed_delta
-        numbers = [0] * images if kind.shared else range(images)
-        self.seeds = [(params.seed + (0 if share > 0 else k)) % (MAX_SEED + 1) for k in numbers]
+        offsets = [0] * images if kind.shared else range(images)
+        self.seeds = [(params.seed + (0 if share > 0 else k)) % (MAX_SEED + 1) for k in offsets]
         self.variation_seeds: list[int] | None = None
         streams = slice(1 if kind.shared else images)  # one for the whole batch, or one for each image
         own = [kind.initial(seed) for seed in self.seeds[streams]]
         self._initial = self._posterior = self._step = own
         if share > 0:
-            self.variation_seeds = [((params.variation_seed or 0) + k) % (MAX_SEED + 1) for k in numbers]
+            self.variation_seeds = [((params.variation_seed or 0) + k) % (MAX_SEED + 1) for k in offsets]
             others = [kind.initial(seed) for seed in self.variation_seeds[streams]]
             self._initial = [mixed(a, b, share) for a, b in zip(own, others, strict=True)]
         if delta or kind.steps is not kind.initial:
@@ -197,6 +194,9 @@ class NoiseSource:
 def mixed(a: Stream, b: Stream, share: float) -> Stream:
     """The numbers of two streams, interpolated from a (share 0) to b (1)."""
     return lambda shape: slerp(a(shape), b(shape), share)
+
+
+PARALLEL = 1e-3  # sine of the angle below which two columns of noise count as parallel
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
