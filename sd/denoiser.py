@@ -147,8 +147,8 @@ def rescaled(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
 def one_by_one(network: Network, images: int) -> Network:
     """A network that is called for each of B images alone, with all of its parts [uncond, cond, ...].
 
-    Kernels choose how they split their sums by the size of the batch, so in a batch an image is rounded otherwise than
-    alone. With this it is the same to the bit, and batches are no faster.
+    Kernels choose how they split their sums by the size of the batch, so in a batch an image is rounded differently
+    than alone. With this wrapper it is bit-identical, and batches save no time.
     """
 
     def run(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:

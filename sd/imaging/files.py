@@ -137,8 +137,8 @@ def flatten(image: Image.Image, background: Colour | None = WHITE) -> tuple[Imag
 def flatten_mask(image: Image.Image, note: Callable[[str], object] | None = None) -> Image.Image:
     """A mask of any mode -> L, upright: labels, two colours, strokes on a transparent layer, and grey (mask_forms.py).
 
-    `note` is called with what has to be said, for example that values are taken as labels; if None, they are warnings
-    (UserWarning). Raises ValueError for an ambiguous mask.
+    `note` receives lines on how the mask was read, for example that values are taken as labels; if None, they become
+    UserWarnings. Raises ValueError for an ambiguous mask.
     """
     mask, notes = grey_mask(*_layers(image, managed=False))
     for text in notes:

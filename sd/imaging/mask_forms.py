@@ -36,7 +36,7 @@ Pixels = NDArray[np.integer[Any]]
 
 
 class Grey(NamedTuple):
-    """A mask in mode L, and what has to be said about it."""
+    """A mask in mode L, and notes on how it was read."""
 
     mask: Image.Image
     notes: list[str]
