@@ -6,6 +6,24 @@ import html
 import json
 from typing import Any
 
+FOOOCUS = {
+    "prompt": "a", "negative_prompt": "b", "steps": 30, "guidance_scale": 4, "sampler": "dpmpp_2m_sde_gpu",
+    "clip_skip": 2,
+    "scheduler": "karras", "seed": "6952411511246973023", "resolution": "(768, 1280)", "loras": [["ink", 0.1, "ab"]],
+    "base_model": "m", "base_model_hash": "ae", "version": "Fooocus v2", "styles": "[]", "refiner_model": "None",
+}  # fmt: skip
+INVOKE = {
+    "app_version": "3.0", "positive_prompt": "a", "negative_prompt": "b", "scheduler": "dpmpp_2m_k", "seed": 3,
+    "steps": 9,
+    "cfg_scale": 6.5, "width": 64, "height": 128, "rand_device": "cpu", "clip_skip": 1, "seamless_x": True,
+    "model": {"model_name": "m", "hash": "sha256:ab"}, "loras": [{"lora": {"model_name": "ink"}, "weight": 0.8}],
+    "generation_mode": "img2img", "strength": 0.5,
+}  # fmt: skip
+OLD = {
+    "app_version": "2",
+    "image": {"prompt": [{"prompt": "a [b]", "weight": 1}], "steps": 5, "sampler": "ddim", "width": 64},
+}
+DREAM = '"a [b] c" -s 50 -S 29 -W 512 -H 768 -C 5 -A k_lms -G 0.9 -U 4 0.95 --seamless'
 LINKS = {"model": ["4", 0], "clip": ["4", 1], "positive": ["6", 0], "negative": ["7", 0], "image": ["8", 0]}
 SAMPLING = {"seed": 7, "steps": 20, "cfg": 8.0, "sampler_name": "euler_simple", "scheduler": "beta", "denoise": 0.5}
 LOADER = {

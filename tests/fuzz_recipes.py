@@ -39,7 +39,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-from fuzz_recipe_programs import NODES, TEXTS
+from fuzz_recipe_programs import DREAM, FOOOCUS, INVOKE, NODES, OLD, TEXTS
 from PIL import Image
 
 from sd.imaging.files import ImageFileError
@@ -96,26 +96,6 @@ GRAPH: dict[str, Any] = {
     "model": ["4", 0]}},
     "11": {"class_type": "CLIPSetLastLayer", "inputs": {"stop_at_clip_layer": -2, "clip": ["4", 1]}},
 }  # fmt: skip
-FOOOCUS = {
-    "prompt": "a", "negative_prompt": "b", "steps": 30, "guidance_scale": 4, "sampler": "dpmpp_2m_sde_gpu",
-    "clip_skip": 2,
-    "scheduler": "karras", "seed": "6952411511246973023", "resolution": "(768, 1280)", "loras": [["ink", 0.1, "ab"]],
-    "base_model": "m", "base_model_hash": "ae", "version": "Fooocus v2", "styles": "[]", "refiner_model": "None",
-}  # fmt: skip
-INVOKE = {
-    "app_version": "3.0", "positive_prompt": "a", "negative_prompt": "b", "scheduler": "dpmpp_2m_k", "seed": 3,
-    "steps": 9,
-    "cfg_scale": 6.5, "width": 64, "height": 128, "rand_device": "cpu", "clip_skip": 1, "seamless_x": True,
-    "model": {"model_name": "m", "hash": "sha256:ab"}, "loras": [{"lora": {"model_name": "ink"}, "weight": 0.8}],
-    "generation_mode": "img2img", "strength": 0.5,
-}  # fmt: skip
-OLD = {
-    "app_version": "2",
-    "image": {"prompt": [{"prompt": "a [b]", "weight": 1}], "steps": 5, "sampler": "ddim", "width": 64},
-}
-DREAM = '"a [b] c" -s 50 -S 29 -W 512 -H 768 -C 5 -A k_lms -G 0.9 -U 4 0.95 --seamless'
-
-
 PICTURE = Image.new("RGB", (2, 2))
 
 

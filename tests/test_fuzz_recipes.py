@@ -11,7 +11,7 @@ from fuzz_recipes import fuzz, make
 def test_damaged_recipes_do_no_harm(count):
     report = fuzz(count, first=100)
     assert not report.faults, "\n".join(f"input {number}, {fault}" for number, fault in report.faults[:5])
-    assert report.count == count and len(report.kinds) == 6
+    assert report.count == count and len(report.kinds) == 7
     assert min(report.results["recipe"], report.results["refused"]) > count / 4
 
 
