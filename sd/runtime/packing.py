@@ -187,7 +187,8 @@ class PackedLayer(nn.Module):
         if name in STRUCTURE:  # such as `conv.padding_mode = "circular"`: an ordinary layer from then on
             with _lock:
                 self.unpack()
-                self.__class__ = next(kind for kind in type(self).__mro__ if not issubclass(kind, PackedLayer))
+                plain: Any = next(kind for kind in type(self).__mro__ if not issubclass(kind, PackedLayer))
+                self.__class__ = plain
         nn.Module.__setattr__(self, name, value)  # not `super`, as the class may just have changed
 
     def __getstate__(self) -> dict[str, Any]:  # for copying and pickling
