@@ -311,6 +311,8 @@ class StableDiffusion(Adaptable, Hints):
     def _encode(self, ids: Tensor, clip_skip: int | None, note: Note) -> Tensor:
         """Token ids (B, M) -> context (B, M, D)."""
         layer = () if clip_skip is None else (layer_of_clip_skip(self.config.text[0], clip_skip, note),)
+        if self.tokenizer.added:
+            self._adapters.words.keep()
         with torch.no_grad(), self._use("text_encoder") as encoder:  # one of your own need not know about layers
             return cast(TextEncoder, encoder)(ids.to(self.device), *layer).hidden
 

@@ -180,6 +180,17 @@ def test_a_changed_table_of_tokens_stays_when_words_come_and_go(change, when, mo
     assert not abs(image(model) - expected).any()
 
 
+def test_words_stay_when_the_table_of_tokens_is_replaced(model, tmp_path):
+    save_file({"emb_params": torch.ones(1, 64)}, tmp_path / "zork.safetensors")
+    model.add_embedding(tmp_path / "zork.safetensors")
+    new_table(model)
+    assert model.encode_prompt("zork").shape == (1, 77, 64)  # it was "index out of range"
+    assert model.text_encoder.token.more.equal(torch.ones(1, 64))
+    model.text_encoder.token = nn.Embedding(10, 64)
+    with pytest.raises(ValueError, match="the table of tokens has 10 rows, and had 49408 when words were added"):
+        model.encode_prompt("a")
+
+
 def test_vectors_changed_in_place_stay_when_another_word_is_added(model, tmp_path):
     for name in ("zork", "blorb"):
         save_file({"emb_params": torch.ones(1, 64)}, tmp_path / f"{name}.safetensors")

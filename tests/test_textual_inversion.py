@@ -112,7 +112,7 @@ def expected(model: StableDiffusion, rows: list) -> torch.Tensor:
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_word_stands_for_its_vectors(model, tmp_path, n):
     file, _ = saved(tmp_path, "diffusers", vectors(n))
-    before = model.encode_prompt(["a <cat-toy>, cat"])
+    before, plain = model.encode_prompt(["a <cat-toy>, cat"]), model.text_encoder.token
     assert model.add_embedding(file) == ["<cat-toy>"]
     assert model.words == {"<cat-toy>": n}
     after = model.encode_prompt(["a <Cat-Toy>, cat"])
@@ -121,7 +121,8 @@ def test_a_word_stands_for_its_vectors(model, tmp_path, n):
     assert table["token.weight"].shape == (49408, 64) and not any("more" in key for key in table)
     del table  # a weight that is held here is not packed, and plain kernels may round differently
     model.remove_embedding("<cat-toy>")
-    assert torch.equal(model.encode_prompt(["a <cat-toy>, cat"]), before) and model.words == {}
+    again = model.encode_prompt(["a <cat-toy>, cat"])  # MKL rounds by where its inputs lie in memory
+    assert torch.allclose(again, before, atol=1e-5) and model.text_encoder.token is plain and model.words == {}
     assert type(model.text_encoder.token) is nn.Embedding
 
 

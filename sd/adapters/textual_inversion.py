@@ -256,6 +256,18 @@ class Words:
     def _next(self) -> int:
         return self._table.num_embeddings + sum(map(len, self._vectors.values()))
 
+    def keep(self) -> None:
+        """Add the words to the table again where another one took its place. ValueError if it has another size."""
+        if not self._vectors or isinstance(getattr(self._text_encoder, "token", None), WordTable):
+            return
+        first = min(min(self._tokenizer.added[word]) for word in self._vectors)
+        if self._table.num_embeddings != first:
+            raise ValueError(
+                f"the table of tokens has {self._table.num_embeddings} rows, and had {first} when words were added: "
+                "remove the words before it is replaced"
+            )
+        self._rebuild()
+
     def _look(self) -> None:
         """Take over vectors that were changed in the table."""
         token = getattr(self._text_encoder, "token", None)
