@@ -251,13 +251,16 @@ class _Contents:
             yield word, vectors.reshape(-1, text.width).float()
 
     def _notes(self, path: Path) -> tuple[str, ...]:
-        """What of the file has no effect, in one line."""
+        """What of the file has no effect, or another one than in some programs: a line for each."""
+        zero = [parts.keys["alpha"] for parts in self.parts.values() if parts.alpha_is_zero()]
+        what = f"{len(zero)} layer{'s have' if len(zero) > 1 else ' has'} alpha 0 ({listed(zero, most=1)})"
+        notes = [f"{path.name}: {what}, read as the rank, as trainers do; other programs apply nothing"] if zero else []
         if not self.rest:
-            return ()
+            return tuple(map(printable, notes))
         count = sum(map(len, self.rest.values()))
         reasons = "; ".join(f"{len(keys)} {why} ({listed(keys, most=LISTED)})" for why, keys in self.rest.items())
         note = printable(f"{path.name}: {count} of {len(self._file)} tensors have no effect: {reasons}")
-        return (note if len(note) <= MAX_NOTE else note[: MAX_NOTE - 3] + "...",)
+        return (*map(printable, notes), note if len(note) <= MAX_NOTE else note[: MAX_NOTE - 3] + "...")
 
     def _refuse(self, unknown: list[str]) -> None:
         """Raise CheckpointError for a file of which nothing can be applied."""
