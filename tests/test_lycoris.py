@@ -278,7 +278,9 @@ def test_the_scalar_and_the_scale_of_lycoris(model, tmp_path):
     tensors = {f"{kohya(LINEAR)}.{part}": tensor(x) for part, x in parts.items()}
     for more, factor in (({"scalar": 0.5}, 0.5), ({"scale": 3.0}, 3.0 * RANK / ALPHA), ({"alpha": 0.0}, RANK / ALPHA)):
         file = saved(tmp_path, tensors | {f"{kohya(LINEAR)}.{part}": tensor(x) for part, x in more.items()})
-        model.add_lora(file)
+        notes: list[str] = []
+        model.add_lora(file, note=notes.append)
+        assert ["1 layer has alpha 0" in note for note in notes] == [True] * ("alpha" in more)
         assert (weights(model)[LINEAR].double() - before - factor * torch.tensor(delta)).abs().max() < 3e-6, more
         model.remove_lora()
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming
 from ..config import Config
-from ..messages import listed, one_line
+from ..messages import listed, one_line, printable
 from .adapter_files import LORA_FILES, adapter_file
 from .adapter_files import lora_name as lora_name
 from .changes import Change, Shape
@@ -264,13 +264,16 @@ class _Contents:
             yield word, vectors.reshape(-1, text.width).float()
 
     def _notes(self, path: Path) -> tuple[str, ...]:
-        """What of the file has no effect, in one line."""
+        """What of the file has no effect, or another one than in some programs: a line for each."""
+        zero = [parts.keys["alpha"] for parts in self.parts.values() if parts.alpha_is_zero()]
+        what = f"{len(zero)} layer{'s have' if len(zero) > 1 else ' has'} alpha 0 ({listed(zero, most=1)})"
+        notes = [f"{path.name}: {what}, read as the rank, as trainers do; other programs apply nothing"] if zero else []
         if not self.rest:
-            return ()
+            return tuple(map(printable, notes))
         count = sum(map(len, self.rest.values()))
         reasons = "; ".join(f"{len(keys)} {why} ({listed(keys, most=LISTED)})" for why, keys in self.rest.items())
         note = f"{path.name}: {count} of {len(self._file)} tensors have no effect: {reasons}"
-        return (one_line(note, MAX_NOTE),)
+        return (*map(printable, notes), one_line(note, MAX_NOTE))
 
     def _refuse(self, unknown: list[str]) -> None:
         """Raise CheckpointError for a file of which nothing can be applied."""

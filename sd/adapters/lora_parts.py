@@ -126,6 +126,12 @@ class LayerParts(NamedTuple):
             return None
         return kind.shape({part: self.shape(part) for part in self._of(kind)}, self.weight)
 
+    def alpha_is_zero(self) -> bool:
+        """Whether alpha, where it is a factor, is 0: trainers then take the rank, other programs apply nothing."""
+        kind = self.kind() if "alpha" in self.keys and self.used() else None
+        ranked = kind is not None and kind.rank({part: self.shape(part) for part in self._of(kind)}) is not None
+        return ranked and self._number("alpha") == 0
+
     def changes(self, alpha: Alpha, narrow: int | None) -> Iterator[tuple[str, Change]]:
         """The changes of "weight" and "bias".
 
