@@ -14,6 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from sd import read_request
 from sd.imaging.files import ImageFileError, save_png
+from sd.messages import one_line
 from sd.params import HighRes, Inpaint, SamplingParams, TextToImage
 from sd.recipes import describe, read_parameters, written
 from sd.recipes import fields as table
@@ -21,7 +22,7 @@ from sd.recipes.comfyui import read_graph
 from sd.recipes.containers import MAX_TEXT, user_comment
 from sd.recipes.infotext import parse
 from sd.recipes.json_texts import read_dream, read_invokeai, read_sd_metadata
-from sd.recipes.recipe import clean, shown
+from sd.recipes.recipe import clean
 
 SETTINGS = "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 512x768"
 
@@ -305,7 +306,7 @@ REFUSED = {
     "deep.png": (png(chunk(b"tEXt", b"prompt\0" + b'{"a":' * 50_000)), "nested too deeply"),
     "other.png": (png(chunk(b"tEXt", b'parameters\0{"a\x1b[31m": 1}')), "JSON"),
     "node.png": (png(chunk(b"tEXt", b'prompt\0{"1": {"class_type": "SaveImage", "inputs": {}}}')), "no sampler"),
-    "novel.png": (png(chunk(b"tEXt", b"Software\0NovelAI")), "no settings of an image"),
+    "novel.png": (png(chunk(b"tEXt", b"Software\0NovelAI")), "no generation settings found"),
     "broken.jpg": (b"\xff\xd8\xff\xe1\0\x10Exif\0\0MM\0*", "damaged"),
     "big.txt": (b"a" * (MAX_TEXT + 1), "too large"),
     "\x1b[31m.png": (png(), "no generation settings"),
@@ -326,7 +327,7 @@ def test_nothing_that_is_shown_controls_the_terminal():
     recipe = read(', Model: "x\x1b[2J", \x9bKey\x07: 1, \u202eX: 2', head="a\x1b[31m cat\x00")
     assert recipe.request.prompt == ("a[31m cat",)
     assert all(text.isprintable() for text in (*recipe.notes, recipe.model.name, *recipe.info, recipe.program))
-    assert shown("a\u202eb\n" * 100, 20).isprintable() and len(shown("x" * 1000)) == 80
+    assert one_line("a\u202eb\n" * 100, 20).isprintable() and len(one_line("x" * 1000)) == 80
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,11 @@ from sd.adapters.lora_formats import lora_name
 from sd.checkpoints.convert import WEIGHTS
 from sd.config import PREDICTIONS
 from sd.imaging.files import SUFFIXES
+from sd.messages import one_line
 from sd.params import MAX_SEED, SamplingParams, TextToImage
 from sd.recipes import Addon, Recipe, read_request
 from sd.recipes.fields import text_of
-from sd.recipes.recipe import MAX_SHOWN, file_name, shown
+from sd.recipes.recipe import MAX_SHOWN, file_name
 from sd.runtime.device import DTYPES
 from sd.samplers import SAMPLERS
 
@@ -147,7 +148,7 @@ def _program(args: argparse.Namespace, recipe: Recipe) -> None:
         try:
             setattr(args, name, colour(value) if name == "background" else value)
         except argparse.ArgumentTypeError:
-            warnings.warn(f"--like: {key} {shown(value)} is left out", stacklevel=1)
+            warnings.warn(f"--like: {key} {one_line(value)} is left out", stacklevel=1)
     if hasattr(args, "invert_mask") and "invert_mask" not in args.named:
         args.invert_mask = recipe.info.get("Mask mode") == "Inpaint not masked"
 
@@ -201,11 +202,11 @@ def _same(digest: str | None, other: str) -> bool:
 
 def _notes(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage]) -> list[str]:
     """What the recipe says that the arguments do not."""
-    notes = [f"{shown(args.like.name)}: {note}" for note in recipe.notes]
+    notes = [f"{one_line(args.like.name)}: {note}" for note in recipe.notes]
     if recipe.kind == "hires" and not hasattr(args, "hires"):
-        notes.append(f"{shown(args.like.name)}: made in two passes, of which only the first is repeated")
+        notes.append(f"{one_line(args.like.name)}: made in two passes, of which only the first is repeated")
     if recipe.kind in ("img2img", "inpaint") and recipe.kind != kind.kind:
-        notes.append(f"{shown(args.like.name)}: made by {recipe.kind}, and {kind.kind} will give a different image")
+        notes.append(f"{one_line(args.like.name)}: made by {recipe.kind}, and {kind.kind} will give a different image")
     files = {name.casefold(): path for name, path, _ in map(_given, args.lora)}
     missing = [lora for lora in recipe.loras if _name(lora) not in files]
     for lora in missing[:MAX_SHOWN]:
@@ -232,11 +233,11 @@ def _notes(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage]) ->
 
 def _print(args: argparse.Namespace, recipe: Recipe, taken: Mapping[str, Any]) -> None:
     """One line on what was taken."""
-    prompt = [f'prompt "{shown(args.prompt)}"'] if args.prompt == recipe.request.prompt[0] else []
+    prompt = [f'prompt "{one_line(args.prompt)}"'] if args.prompt == recipe.request.prompt[0] else []
     parts = [f"{name} {text_of(value)}" for name, value in taken.items() if value and value is not True]
     flags = [name for name, value in taken.items() if value is True]
     print(
-        f"like {shown(args.like.name)} by {recipe.program}: {shown(', '.join([*prompt, *parts, *flags]), 400)}",
+        f"like {one_line(args.like.name)} by {recipe.program}: {one_line(', '.join([*prompt, *parts, *flags]), 400)}",
         flush=True,
     )
 
@@ -254,14 +255,14 @@ def compare(args: argparse.Namespace, more: Mapping[str, object]) -> None:
     for key, what in (("Init image hash", "initial image"), ("Mask hash", "mask")):
         theirs = args.recipe.info.get(key)
         if theirs is not None and key in more and more[key] != theirs:
-            warnings.warn(f"the {what} is not the same file as that of {shown(args.like.name)}", stacklevel=1)
+            warnings.warn(f"the {what} is not the same file as that of {one_line(args.like.name)}", stacklevel=1)
 
 
 def compare_model(args: argparse.Namespace, path: Path, digest: ModelHash | None) -> None:
     """Warn if the checkpoint is another one than the recipe's, or if that cannot be known."""
     if args.recipe is None:
         return
-    model, name = args.recipe.model, shown(args.like.name)
+    model, name = args.recipe.model, one_line(args.like.name)
     described = " ".join(filter(None, [model.name, model.digest and f"({model.digest})"]))
     if not model.digest:
         if model.name and (args.ckpt is None or file_name(path.name) != model.name):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..imaging.files import ImageFileError, read_bytes
+from ..messages import one_line
 from .comfyui import is_graph, read_graph
 from .comfyui_workflow import is_workflow, to_graph
 from .containers import read_texts
@@ -30,7 +31,7 @@ from .hidden_texts import hidden_texts
 from .infotext import written
 from .json_texts import load_json, mapping, read_dream, read_fooocus, read_invokeai, read_sd_metadata
 from .other_programs import easy_lines, read_draw_things, read_easy_diffusion, read_novelai, read_swarm, xmp_json
-from .recipe import Addon, Recipe, shown
+from .recipe import Addon, Recipe
 from .webui import read_parameters
 
 __all__ = ["Addon", "Recipe", "describe", "read_parameters", "read_request", "written"]
@@ -41,8 +42,8 @@ KEYWORDS = {
 }  # fmt: skip
 SETTINGS = re.compile(r"^Steps: \d+, (?:Sampler|Size|Seed|CFG scale|Schedule type): ", re.MULTILINE)
 NOTHING = (
-    "no generation settings found: the image was saved without metadata (--no-metadata), or a program or website "
-    "removed them"
+    "no generation settings found: the image was saved without metadata (--no-metadata), a program or website removed "
+    "them, or it is a grid of images"
 )
 
 
@@ -62,7 +63,7 @@ def read_request(path: str | os.PathLike[str]) -> Recipe:
     try:
         return _recipe(texts)
     except ValueError as error:
-        raise ImageFileError(f"{path}: {shown(error, 300)}") from None
+        raise ImageFileError(f"{path}: {one_line(error, 300)}") from None
 
 
 def _graph(values: dict[str, Any]) -> Recipe:
@@ -90,7 +91,7 @@ def _recipe(texts: dict[str, str]) -> Recipe:
             return read_draw_things(values)
         if "fooocus_scheme" in texts or {"guidance_scale", "base_model"} & values.keys():
             return read_fooocus(values)
-        raise ValueError(f"settings in JSON of an unknown program ({shown(', '.join(values))})")
+        raise ValueError(f"settings in JSON of an unknown program ({one_line(', '.join(values))})")
     if lines := easy_lines(parameters):
         return read_easy_diffusion(lines)
     if parameters.strip():

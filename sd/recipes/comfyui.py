@@ -17,10 +17,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from ..messages import one_line
 from .comfyui_nodes import DRAWN, PIPES, TEXTS, Entry, Node, is_link, lora_entries, plain, reads_tags
 from .containers import MAX_TEXT
-from .infotext import take_loras
-from .recipe import WEIGHTED, Addon, Draft, Recipe, file_name, listed, shown
+from .infotext import loras_in
+from .recipe import WEIGHTED, Addon, Draft, Recipe, file_name, short_list
 
 MAX_NODES = 5000
 MAX_TEXTS = 5000  # links to follow for all texts
@@ -178,7 +179,7 @@ class Graph:
             draft.note(self._pass(later))
         left = [kind for kind in self.passed if kind not in KNOWN]
         if left:
-            draft.note(f"not reproduced: the nodes {listed(left)}")
+            draft.note(f"not reproduced: the nodes {short_list(left)}")
         if any(READ.search(text) for text in texts):
             draft.note(
                 "ComfyUI weights words differently, and [ ], AND, BREAK and # are text there: the image will differ"
@@ -201,7 +202,7 @@ class Graph:
         if name := SAMPLERS.get(chosen.kind) or self.value(chosen, "sampler_name"):
             draft.sampler(name)
         if chosen.kind in SAMPLERS and self.value(chosen, "eta") not in (None, 1):
-            draft.note(f"eta {shown(self.value(chosen, 'eta'))} is not available: 1 is used")
+            draft.note(f"eta {one_line(self.value(chosen, 'eta'))} is not available: 1 is used")
         grid = SIGMAS.get(sigmas.kind) or self.value(sigmas, "scheduler") or (sigmas.kind if sigmas != node else "")
         if grid:
             draft.grid(grid, draft.settings.get("steps"))
@@ -265,12 +266,14 @@ class Graph:
                 continue
             keys = (name, "populated_text", "text", "text_g", "text_l", "prompt")
             found = (self.text(above.inputs.get(key), name, key) for key in keys)
-            text, loras, notes = take_loras(next((text for text in found if text is not None), ""), False)
+            text, loras, notes = loras_in(next((text for text in found if text is not None), ""), False)
             texts.append(text)
             if reads_tags(above):
                 draft.loras += [lora for lora in loras if lora not in draft.loras]
             elif loras:
-                notes = [f"the tags of {listed(lora.name for lora in loras)} are text in ComfyUI: they are left out"]
+                notes = [
+                    f"the tags of {short_list(lora.name for lora in loras)} are text in ComfyUI: they are left out"
+                ]
             for note in notes:
                 draft.note(note)
             self._encoder(draft, above)
@@ -327,7 +330,7 @@ class Graph:
             clip = 0.0
         draft.loras.append(Addon(name, weight))
         if clip is not None and not is_link(clip) and clip != entry[1]:
-            draft.note(f"LoRA {name} has weight {shown(clip)} for the text encoder: {weight:g} is used for both")
+            draft.note(f"LoRA {name} has weight {one_line(clip)} for the text encoder: {weight:g} is used for both")
 
     def _pass(self, node: Node) -> str:
         """The note on a later sampler."""
@@ -338,11 +341,12 @@ class Graph:
             "seed": ("seed", "noise_seed"),
         }
         values = {name: self.value(node, *names) for name, names in inputs.items()}
-        parts = [f"{name} {shown(value)}" for name, value in values.items() if value is not None]
+        parts = [f"{name} {one_line(value)}" for name, value in values.items() if value is not None]
         for scale in self.upstream(node.before(), Node.above):
             if "upscale" in scale.kind.lower() or "composite" in scale.kind.lower():
                 size = [self.value(scale, name) for name in ("width", "height")]
                 by = self.value(scale, "scale_by")
-                how = f" to {size[0]}x{size[1]}" if None not in size else f" by {shown(by)}" if by is not None else ""
-                parts.append(shown(scale.kind + how))
+                how = "" if by is None else f" by {one_line(by)}"
+                how = f" to {size[0]}x{size[1]}" if None not in size else how
+                parts.append(one_line(scale.kind + how))
         return f"a later pass is not reproduced: {', '.join(parts) or node.kind}"

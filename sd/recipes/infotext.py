@@ -150,7 +150,7 @@ def _unquoted(text: str) -> str:
     return clean(value) if isinstance(value, str) else text
 
 
-def take_loras(prompt: str, ours: bool) -> tuple[str, list[Addon], list[str]]:
+def loras_in(prompt: str, ours: bool) -> tuple[str, list[Addon], list[str]]:
     """The prompt without the tags of its LoRAs, these LoRAs, and notes.
 
     ours   the tags at the end were added by us, each after a blank; all others are text

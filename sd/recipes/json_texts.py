@@ -13,8 +13,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..messages import one_line
 from .containers import MAX_TEXT
-from .recipe import WEIGHTED, Addon, Draft, Recipe, clean, file_name, listed, shown
+from .recipe import WEIGHTED, Addon, Draft, Recipe, clean, file_name, short_list
 
 # InvokeAI's names of samplers end in "_k" for Karras' grid; all others have the grid of diffusers' models
 INVOKE_GRID = {"lms": "leading", "euler": "leading", "euler_a": "leading", "heun": "leading", "dpm2": "leading"}
@@ -40,7 +41,7 @@ def load_json(text: str) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"its JSON is damaged ({shown(error)})") from None
+        raise ValueError(f"its JSON is damaged ({one_line(error)})") from None
     if not isinstance(found, dict):
         raise ValueError("its JSON is not an object")
     return found
@@ -89,19 +90,19 @@ def read_fooocus(values: Mapping[str, Any]) -> Recipe:
             weight = draft.number(entry[1], f"the weight of LoRA {file_name(entry[0])}")
             digest = entry[2] if len(entry) > 2 and isinstance(entry[2], str) else ""
             if weight is not None:
-                draft.loras.append(Addon(file_name(entry[0]), weight, shown(digest, 64)))
-    digest = shown(text_in(values, "base_model_hash"), 64)
+                draft.loras.append(Addon(file_name(entry[0]), weight, one_line(digest, 64)))
+    digest = one_line(text_in(values, "base_model_hash"), 64)
     draft.model = Addon(file_name(text_in(values, "base_model")), digest=digest)
     draft.note("Fooocus generates with SDXL models: the size and the settings are meant for one")
     if text_in(values, "styles") not in ("", "[]"):
-        draft.note(f"not reproduced: the styles {shown(values['styles'])}, which Fooocus adds to the prompt")
+        draft.note(f"not reproduced: the styles {one_line(values['styles'])}, which Fooocus adds to the prompt")
     if text_in(values, "refiner_model") not in ("", "None"):
         draft.note(f"not reproduced: the refiner {file_name(values['refiner_model'])}")
     effects = [
         name for name in ("sharpness", "adm_guidance", "adaptive_cfg", "freeu", "inpaint_method") if values.get(name)
     ]
     if effects:
-        draft.note(f"not reproduced: {listed(effects)}")
+        draft.note(f"not reproduced: {short_list(effects)}")
     return draft.recipe(text_in(values, "prompt").strip(), text_in(values, "negative_prompt").strip())
 
 
@@ -139,7 +140,7 @@ def read_invokeai(values: Mapping[str, Any]) -> Recipe:
     if left := [
         name for name, value in values.items() if name not in INVOKE_HARMLESS and value not in (None, [], {}, 0, "")
     ]:
-        draft.note(f"not reproduced: {listed(left)}")
+        draft.note(f"not reproduced: {short_list(left)}")
     prompt, negative = text_in(values, "positive_prompt"), text_in(values, "negative_prompt")
     _invoke_syntax(draft, prompt + negative)
     return draft.recipe(prompt.strip(), negative.strip())
@@ -157,11 +158,11 @@ def read_sd_metadata(values: Mapping[str, Any]) -> Recipe:
     if text_in(image, "type") == "img2img":
         draft.kind = "img2img"
         put(draft, image, {"strength": "strength"})
-    digest = shown(text_in(values, "model_hash"), 64)
+    digest = one_line(text_in(values, "model_hash"), 64)
     draft.model = Addon(file_name(text_in(values, "model_weights")), digest=digest)
     effects = ("threshold", "perlin", "hires_fix", "postprocessing", "variations", "facetool", "upscale")
     if left := [name for name in effects if image.get(name)]:
-        draft.note(f"not reproduced: {listed(left)}")
+        draft.note(f"not reproduced: {short_list(left)}")
     parts = image.get("prompt")
     if isinstance(parts, list):
         texts = [text_in(mapping(part), "prompt") for part in parts[:100]]
@@ -200,7 +201,7 @@ def read_dream(text: str) -> Recipe:
         if name not in ("s", "C", "S", "A", "W", "H", "I", "f", "n", "seamless")
     ]
     if left := [name for name in others if name]:
-        draft.note(f"not reproduced: {listed(left)}")
+        draft.note(f"not reproduced: {short_list(left)}")
     return _with_brackets(draft, found[1])
 
 

@@ -15,8 +15,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..messages import one_line
 from .json_texts import info_of, load_json, mapping, put, text_in
-from .recipe import WEIGHTED, Addon, Draft, Recipe, file_name, listed, shown
+from .recipe import WEIGHTED, Addon, Draft, Recipe, file_name, short_list
 from .webui import UNIFORM
 
 MAX_LORAS = 100
@@ -55,7 +56,7 @@ def read_novelai(texts: Mapping[str, str]) -> Recipe:
         draft.kind = "img2img"
         put(draft, values, {"strength": "strength"})
     if left := [name for name in NOVELAI_EFFECTS if values.get(name)]:
-        draft.note(f"not reproduced: {listed(left)}")
+        draft.note(f"not reproduced: {short_list(left)}")
     prompt = texts.get("Description") or text_in(values, "prompt")
     negative = text_in(values, "uc")
     if re.search(r"[{}\[\]]", prompt + negative):
@@ -99,7 +100,7 @@ def read_easy_diffusion(values: Mapping[str, Any]) -> Recipe:
         put(draft, values, {"strength": "prompt_strength"})
     effects = ("use_face_correction", "use_upscale", "use_hypernetwork_model", "use_controlnet_model")
     if left := [name for name in effects if str(values.get(name) or "None") not in ("None", "False")]:
-        draft.note(f"not reproduced: {listed(left)}")
+        draft.note(f"not reproduced: {short_list(left)}")
     return draft.recipe(text_in(values, "prompt").strip(), text_in(values, "negative_prompt").strip())
 
 
@@ -122,7 +123,7 @@ def read_draw_things(values: Mapping[str, Any]) -> Recipe:
     if mode in DRAW_THINGS_SEEDS:
         draft.settings["rng"] = DRAW_THINGS_SEEDS[mode]
     else:
-        draft.note(f"random numbers {shown(mode) or 'of Draw Things'} are not available: the image will differ")
+        draft.note(f"random numbers {one_line(mode) or 'of Draw Things'} are not available: the image will differ")
     if isinstance(skip := more.get("clipSkip"), int) and not isinstance(skip, bool) and skip > 1:
         draft.put("clip_skip", skip, "clipSkip")
     if isinstance(strength := values.get("strength"), int | float) and strength < 1:
@@ -135,7 +136,7 @@ def read_draw_things(values: Mapping[str, Any]) -> Recipe:
         draft.loras += [Addon(name, weight)] if name and weight is not None else []
     draft.model = Addon(file_name(text_in(values, "model")))
     if left := [name for name in ("hiresFix", "controls", "refinerModel", "upscaler") if more.get(name)]:
-        draft.note(f"not reproduced: {listed(left)}")
+        draft.note(f"not reproduced: {short_list(left)}")
     draft.settings |= WEIGHTED
     return draft.recipe(text_in(values, "c").strip(), text_in(values, "uc").strip())
 
@@ -164,5 +165,5 @@ def read_swarm(values: Mapping[str, Any]) -> Recipe:
         draft.loras += [Addon(file_name(file), weight)] if weight is not None else []
     draft.model = Addon(file_name(text_in(values, "model")))
     if left := [name for name in values if name.startswith(("refiner", "controlnet", "variationseed", "video"))]:
-        draft.note(f"not reproduced: {listed(left)}")
+        draft.note(f"not reproduced: {short_list(left)}")
     return draft.recipe(text_in(values, "prompt").strip(), text_in(values, "negativeprompt").strip())

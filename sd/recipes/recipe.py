@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from ..messages import listed, one_line
 from ..params import OPTIONS, REQUESTS, ImageToImage, Inpaint, SamplingParams, TextToImage
 from ..samplers import BROWNIAN, SAMPLERS, find_sampler, sampler_key, spacing_in
 from .fields import key, number, value_of
@@ -101,23 +102,14 @@ def clean(text: str) -> str:
     return CONTROL.sub("", text)
 
 
-def shown(text: object, limit: int = 80) -> str:
-    """A text as one line of printable characters, for messages."""
-    line = " ".join(str(text)[: 4 * limit].split())
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in line)
-    return line if len(line) <= limit else line[: limit - 3] + "..."
-
-
-def listed(names: Iterable[object]) -> str:
+def short_list(names: Iterable[object]) -> str:
     """Names for a message, each once."""
-    found = list(dict.fromkeys(shown(name, 40) for name in names))
-    more = f" and {len(found) - MAX_SHOWN} more" if len(found) > MAX_SHOWN else ""
-    return ", ".join(found[:MAX_SHOWN]) + more
+    return listed((one_line(name, 40) for name in names), most=MAX_SHOWN)
 
 
 def file_name(text: object) -> str:
     """The name of a file without folders and without the ending of a file of weights."""
-    name = shown(re.split(r"[/\\]", str(text)[:2000])[-1], NAME)
+    name = one_line(re.split(r"[/\\]", str(text)[:2000])[-1], NAME)
     return re.sub(r"\.(safetensors|ckpt|pt|pth|bin|sft|gguf)$", "", name, flags=re.IGNORECASE)
 
 
@@ -149,7 +141,7 @@ class Draft:
                 value = value_of(SamplingParams if name in PARAMS else cls, name, text)
             made = _checked(self.settings | {name: value}, name)
         except ValueError as error:
-            self.note(f"{label or key(name)} is left out: {shown(error, 200)}")
+            self.note(f"{label or key(name)} is left out: {one_line(error, 200)}")
         else:
             self.settings[name] = made
 
@@ -158,7 +150,7 @@ class Draft:
         try:
             return number(value, whole)
         except ValueError as error:
-            self.note(f"{label} is left out: {shown(error, 200)}")
+            self.note(f"{label} is left out: {one_line(error, 200)}")
             return None
 
     def size(self, width: object, height: object, factor: int = 8) -> None:
@@ -179,12 +171,12 @@ class Draft:
 
         automatic   sampler -> the grid that the program uses if the name says nothing
         """
-        text = re.sub(r"_gpu(?=_|$)", "", shown(name, NAME))
+        text = re.sub(r"_gpu(?=_|$)", "", one_line(name, NAME))
         text, grid = _split_grid(text)
         try:
             found = sampler_key(find_sampler(text))
         except ValueError:
-            self.note(f"sampler {shown(name)} is not available: the default of the model is used")
+            self.note(f"sampler {one_line(name)} is not available: the default of the model is used")
             return
         self.settings["sampler"] = found
         if spacing := spacing_in(text) or automatic.get(found):
@@ -202,9 +194,9 @@ class Draft:
         if plain in GRIDS or plain in NEAR:
             self.settings["spacing"] = {**GRIDS, **NEAR}[plain]
         if plain in NEAR or (plain == "simple" and isinstance(steps, int) and steps > 0 and 1000 % steps):
-            self.note(f"grid {shown(name)}: {self.settings['spacing']} is close, but not the same")
+            self.note(f"grid {one_line(name)}: {self.settings['spacing']} is close, but not the same")
         elif plain not in GRIDS:
-            self.note(f"grid {shown(name)} is not available: the default of the sampler is used")
+            self.note(f"grid {one_line(name)} is not available: the default of the sampler is used")
 
     def recipe(self, prompt: str, negative: str = "") -> Recipe:
         """The whole."""
@@ -235,9 +227,9 @@ class Draft:
             loras=tuple(self.loras),
             embeddings=tuple(self.embeddings),
             model=self.model,
-            program=shown(self.program),
-            info=MappingProxyType({shown(name, NAME): clean(value) for name, value in self.info.items()}),
-            notes=tuple(shown(note, 500) for note in self.notes),
+            program=one_line(self.program),
+            info=MappingProxyType({one_line(name, NAME): clean(value) for name, value in self.info.items()}),
+            notes=tuple(one_line(note, 500) for note in self.notes),
             position=self.position,
         )
 

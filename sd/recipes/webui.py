@@ -14,10 +14,11 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from ..messages import one_line
 from ..params import MAX_SEED, OPTIONS, REQUESTS, SamplingParams
 from .fields import keys_read, settings_of
-from .infotext import digests, parse, take_loras
-from .recipe import MAX_BATCH, PARAMS, WEIGHTED, Addon, Draft, Recipe, file_name, listed, shown
+from .infotext import digests, loras_in, parse
+from .recipe import MAX_BATCH, PARAMS, WEIGHTED, Addon, Draft, Recipe, file_name, short_list
 
 # the grids of samplers if "Schedule type" is "Automatic" (from 1.9 on), and if there is none, as in earlier versions
 LINEAR = dict.fromkeys(("lms", "euler", "euler_a", "heun", "unipc", "ddpm"), "linspace") | dict.fromkeys(
@@ -129,11 +130,11 @@ def read_parameters(text: str, fallback: str = "the web UI") -> Recipe:
     _files(draft, pairs)
     left = [name for name in parsed.pairs if name.lower() not in used | HARMLESS]
     if left:
-        draft.note(f"not reproduced: {listed(_families(left))}")
+        draft.note(f"not reproduced: {short_list(_families(left))}")
     if draft.program.startswith("Fooocus") and pairs.get("styles", "[]") != "[]":
-        draft.note(f"not reproduced: the styles {shown(pairs['styles'])}, which Fooocus adds to the prompt")
-    prompt, draft.loras, notes = take_loras(parsed.prompt, ours)
-    negative, _, more = take_loras(parsed.negative, ours)
+        draft.note(f"not reproduced: the styles {one_line(pairs['styles'])}, which Fooocus adds to the prompt")
+    prompt, draft.loras, notes = loras_in(parsed.prompt, ours)
+    negative, _, more = loras_in(parsed.negative, ours)
     for note in (*notes, *more):
         draft.note(note)
     _resources(draft, pairs.get("civitai resources", ""))
@@ -147,7 +148,7 @@ def read_parameters(text: str, fallback: str = "the web UI") -> Recipe:
     draft.loras = [lora._replace(digest=_hash(hashes.get(lora.name, ""))) for lora in draft.loras]
     # of the prompts of other passes and extensions, or of a site that removes tags
     if others := [name for name in hashes if file_name(name) not in [lora.name for lora in draft.loras]]:
-        draft.note(f"not reproduced: the LoRAs {listed(others)}, which no tag in the prompt names")
+        draft.note(f"not reproduced: the LoRAs {short_list(others)}, which no tag in the prompt names")
     return draft.recipe(prompt, negative)
 
 
@@ -188,7 +189,7 @@ def _sampling(draft: Draft, pairs: Mapping[str, str], ours: bool) -> None:
     if rng in RANDOM:
         draft.settings["rng"] = RANDOM[rng]
     elif rng:
-        draft.note(f"random numbers {shown(pairs['rng'])} are not available: the image will differ")
+        draft.note(f"random numbers {one_line(pairs['rng'])} are not available: the image will differ")
     elif ours:  # of a version without this key
         draft.settings["rng"] = "torch-cpu"
     elif draft.program.lower().startswith(("comfyui", "fooocus")):
@@ -228,7 +229,7 @@ def _prompt_syntax(draft: Draft, pairs: Mapping[str, str], prompts: str, ours: b
     if pairs.get("parser", "").lower().startswith("compel"):
         draft.note("SD.Next's parser Compel (word++, .and()) is not available: its signs stay in the prompt as text")
     if emphasis not in ("", "original", "none"):
-        draft.note(f"emphasis {shown(pairs['emphasis'])} is not available: weights rescale the mean as by default")
+        draft.note(f"emphasis {one_line(pairs['emphasis'])} is not available: weights rescale the mean as by default")
     if draft.program.lower().startswith("comfyui") and re.search(r"[(\[]", prompts):
         draft.note("ComfyUI weights words differently: the image will differ")
 
@@ -246,7 +247,7 @@ def _size(draft: Draft, pairs: Mapping[str, str], ours: bool) -> None:
     if found := SIZE.fullmatch(size):
         draft.size(found[1], found[2])
     elif size:
-        draft.note(f"Size is left out: {shown(size)} is not like 512x512")
+        draft.note(f"Size is left out: {one_line(size)} is not like 512x512")
 
 
 def _first_pass(pairs: Mapping[str, str]) -> str:
@@ -299,12 +300,12 @@ def _hires(draft: Draft, pairs: Mapping[str, str]) -> set[str]:
         name = next((ours for theirs, ours in UPSCALERS.items() if upscaler.lower().startswith(theirs)), None)
         draft.settings["hires_upscaler"] = name or "lanczos"
         if name is None or upscaler.lower() not in UPSCALERS:
-            draft.note(f"upscaler {shown(upscaler)} is not available: {name or 'lanczos'} is used")
+            draft.note(f"upscaler {one_line(upscaler)} is not available: {name or 'lanczos'} is used")
     others = [name for name in used if pairs.get(name) and name not in HIRES and name != "denoising strength"]
     others = [name for name in others if not pairs[name].lower().startswith("use same")]
     # what is written there, and is the same as in the first pass
     if others := [name for name in others if pairs[name] != pairs.get(name.removeprefix("hires "), "")]:
-        draft.note(f"not reproduced: {listed(sorted(others))}")
+        draft.note(f"not reproduced: {short_list(sorted(others))}")
     return used
 
 
