@@ -74,12 +74,12 @@ def test_settings_of_a_line():
         ('{"prompt": "a", "steps": "20"}', "steps must be a whole number, got '20'"),
         ('{"prompt": "a", "guidance": NaN}', "guidance must be a finite number"),
         ('{"prompt": "a", "seed": -1}', "seed must be from 0"),
-        ('{"prompt": "a", "steps": 3, "steps": 4}', "a key occurs twice"),
+        ('{"prompt": "a", "steps": 3, "steps": 4}', "the key 'steps' occurs twice"),
         ('{"negative": "a"}', "expected an object with a prompt"),
         ('{"prompt": ["a", "b"]}', "expected an object with a prompt"),
         ('["a"]', "expected an object with a prompt"),
         ("a red house", "not JSON (Expecting value at character 1): a red house"),
-        ("[" * 100_000, "maximum recursion"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_lines_that_are_refused_before_the_model_is_loaded(generate, tmp_path, line, words):  # noqa: F811
