@@ -27,7 +27,7 @@ def read_settings(file: Checkpoint) -> dict[str, Any]:
     try:
         if text is None and model_name(file.path) == "adapter_model" and beside.is_file():
             with open(beside, "rb") as stream:
-                text = stream.read(MAX_SETTINGS + 1).decode("utf-8-sig")
+                text = stream.read(MAX_SETTINGS + 1).removeprefix(b"\xef\xbb\xbf").decode()
         if text is not None and len(text) > MAX_SETTINGS:
             raise ValueError(f"{len(text)} characters")
         found = json.loads(text) if text is not None else {}
