@@ -17,7 +17,6 @@ CheckpointError, ValueError or OSError of one printable line. Everything else is
 from __future__ import annotations
 
 import argparse
-import encodings.utf_8_sig  # noqa: F401  a codec that is otherwise imported when it is first used
 import gc
 import os
 import resource
