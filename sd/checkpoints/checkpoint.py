@@ -7,7 +7,6 @@ Three formats hold Stable Diffusion weights. They are told apart by their first 
                                 the numbers. https://github.com/huggingface/safetensors#format
 
 A model may also consist of several such files: a diffusers folder, or a sharded file (folders.py).
-
 Each format yields a table `{key: View}`, with which `Checkpoint` reads a single tensor from its place in the file, on
 demand and into separate memory. A file is mapped into memory only on request (mmap.py has the reasons).
 
@@ -265,10 +264,9 @@ def load_checkpoint(path: str | os.PathLike, variant: str | None = None, *, mapp
 
 def _plainly_named(checkpoint: Checkpoint) -> Checkpoint:
     names = plain_names(checkpoint.places)
-    prefix = own_prefix(names.values())
-    checkpoint.places = {names[key].removeprefix(prefix): place for key, place in checkpoint.places.items()}
-    if prefix:
+    if prefix := own_prefix(names.values()):
         checkpoint.notes += (printable(f"the names in the file begin with {prefix!r}, and are read without it"),)
+    checkpoint.places = {names[key].removeprefix(prefix): place for key, place in checkpoint.places.items()}
     return checkpoint
 
 
@@ -363,9 +361,8 @@ def _open(path: Path) -> BinaryIO:
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, ValueError):  # ValueError: a path with a zero byte
-        if ADDRESS.match(str(path)):
-            raise RefusedFile("an address, not a file; nothing is downloaded here: download it first") from None
-        raise RefusedFile("no such file; check the path") from None
+        address = "an address, not a file; nothing is downloaded here: download it first"
+        raise RefusedFile(address if ADDRESS.match(str(path)) else "no such file; check the path") from None
     if stat.S_ISDIR(mode):
         raise RefusedFile("a folder where a file is expected")
     if not stat.S_ISREG(mode):
