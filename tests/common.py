@@ -12,6 +12,7 @@ import math
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -123,20 +124,27 @@ def images(u8: Tensor) -> Tensor:
     return u8.float() / 127.5 - 1
 
 
-def block_norms(network: nn.Module, places: Iterator[BlockPair]) -> dict[str, float]:
+@contextmanager
+def block_norms(network: nn.Module, places: Iterator[BlockPair]) -> Iterator[dict[str, float]]:
     """Hooks that fill a dict: L2 norm of each block's output, under the name of the original's block.
 
-    The goldens carry the same, which shows where two implementations part.
+    The goldens carry the same, which shows where two implementations part. The network may be shared by many tests, so
+    the hooks are removed at the end of the `with` block.
     """
     norms: dict[str, float] = {}
+    handles = []
     for ours, theirs, _ in places:
         name = ".".join(theirs.split(".")[:2])
 
         def hook(module: nn.Module, args: Any, out: Tensor, name: str = name) -> None:
             norms[name] = float(out.double().norm())
 
-        network.get_submodule(ours).register_forward_hook(hook)
-    return norms
+        handles.append(network.get_submodule(ours).register_forward_hook(hook))
+    try:
+        yield norms
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def check_norms(norms: dict[str, float], recorded: dict[str, list[Any]], at_least: int) -> None:
@@ -147,7 +155,7 @@ def check_norms(norms: dict[str, float], recorded: dict[str, list[Any]], at_leas
     assert len(norms) >= at_least
 
 
-def unet_norms(unet: nn.Module, config: Config) -> dict[str, float]:
+def unet_norms(unet: nn.Module, config: Config) -> AbstractContextManager[dict[str, float]]:
     return block_norms(unet, unet_blocks(config))
 
 

@@ -75,8 +75,10 @@ def test_parameter_counts():
 @pytest.mark.parametrize("name", ["unet_v1_64x64_b2", "unet_v1_48x80"])
 def test_unet(full, name, record_property):
     golden = Golden(name)
-    norms = unet_norms(full.unet, SD1)
-    out = full.unet(golden["x"], golden["t"], Conditioning(golden.normal("context", (golden["x"].shape[0], 77, 768))))
+    with unet_norms(full.unet, SD1) as norms:
+        out = full.unet(
+            golden["x"], golden["t"], Conditioning(golden.normal("context", (golden["x"].shape[0], 77, 768)))
+        )
     check_norms(norms, golden.case["norms"], at_least=28)
     record_property("error", error(out, golden["out"]))
     assert error(out, golden["out"]) < 2e-5
@@ -88,8 +90,8 @@ def test_inpainting_model(inpainting_file):
     assert sd.config == SD1_INPAINT
     assert sum(p.numel() for p in sd.unet.parameters()) == 859_535_364
     golden = Golden("unet_v1_inpainting_64x64")
-    norms = unet_norms(sd.unet, SD1_INPAINT)
-    out = sd.unet(golden["x"], golden["t"], Conditioning(golden.normal("context", (1, 77, 768))))
+    with unet_norms(sd.unet, SD1_INPAINT) as norms:
+        out = sd.unet(golden["x"], golden["t"], Conditioning(golden.normal("context", (1, 77, 768))))
     check_norms(norms, golden.case["norms"], at_least=28)
     assert error(out, golden["out"]) < 2e-5
 

@@ -80,8 +80,10 @@ def test_text_encoder(full):
 @pytest.mark.parametrize("name", ["unet_v2_64x64", "unet_v2_32x48_b2", "unet_v2_96x96"])
 def test_unet(full, name):
     golden = Golden(name)
-    norms = unet_norms(full.unet, SD2)
-    out = full.unet(golden["x"], golden["t"], Conditioning(golden.normal("context", (golden["x"].shape[0], 77, 1024))))
+    with unet_norms(full.unet, SD2) as norms:
+        out = full.unet(
+            golden["x"], golden["t"], Conditioning(golden.normal("context", (golden["x"].shape[0], 77, 1024)))
+        )
     check_norms(norms, golden.case["norms"], at_least=28)
     assert error(out, golden["out"]) < 2e-5
 
@@ -113,8 +115,8 @@ def test_inpainting(tmp_path):
     path.unlink()
     assert sd.config == SD2_INPAINT and sd.about[0].startswith("predicts eps: as inpainting models do")
     golden = Golden("unet_v2_inpainting_48x64")
-    norms = unet_norms(sd.unet, SD2_INPAINT)
-    out = sd.unet(golden["x"], golden["t"], Conditioning(golden.normal("context", (1, 77, 1024))))
+    with unet_norms(sd.unet, SD2_INPAINT) as norms:
+        out = sd.unet(golden["x"], golden["t"], Conditioning(golden.normal("context", (1, 77, 1024))))
     check_norms(norms, golden.case["norms"], at_least=28)
     assert error(out, golden["out"]) < 2e-5
 

@@ -25,8 +25,8 @@ def test_tiny_components(request, name):
     sd = request.getfixturevalue("tiny_sd" if name == "tiny_v1_components" else "tiny_inpaint")
     vae, unet = sd.vae, sd.unet
     assert error(sd.text_encoder(golden["ids"].long()).hidden, golden["context"]) < 1e-5
-    norms = unet_norms(unet, sd.config)
-    out = unet(golden["unet_x"], golden["unet_t"], Conditioning(golden["context"]))
+    with unet_norms(unet, sd.config) as norms:
+        out = unet(golden["unet_x"], golden["unet_t"], Conditioning(golden["context"]))
     check_norms(norms, golden.case["norms_unet"], at_least=14)
     assert error(out, golden["unet_out"]) < 2e-5
 
