@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 import pytest
@@ -61,6 +62,12 @@ def tiny() -> dict[str, torch.nn.Module]:
 def tiny_sd(tiny) -> StableDiffusion:
     """The tiny model as a whole; its pictures have factor 8, like the large one's."""
     return StableDiffusion(TINY, **tiny)
+
+
+@pytest.fixture(scope="module")
+def adaptable(tiny) -> StableDiffusion:
+    """A tiny model for the adapters that the tests of a module add, and remove again."""
+    return StableDiffusion(TINY, **{**tiny, **{name: copy.deepcopy(tiny[name]) for name in ("unet", "text_encoder")}})
 
 
 @pytest.fixture(scope="session")

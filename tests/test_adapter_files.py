@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
 
 import pytest
 import torch
-from common import TINY
 from safetensors.torch import save_file
 from test_lora import GOOD, NAME, PATH, TINY_PLACES, saved, weights
 
@@ -20,18 +18,12 @@ PEFT = {f"base_model.model.{PATH}.lora_A.weight": torch.ones(4, 128),
         f"base_model.model.{PATH}.lora_B.weight": torch.ones(128, 4)}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def shared(tiny) -> StableDiffusion:
-    copies = {name: copy.deepcopy(tiny[name]) for name in ("unet", "text_encoder")}
-    return StableDiffusion(TINY, vae=tiny["vae"], **copies)
-
-
 @pytest.fixture
-def model(shared) -> Iterator[StableDiffusion]:
+def model(adaptable) -> Iterator[StableDiffusion]:
     """One for all tests, which leave nothing behind."""
-    yield shared
-    shared.remove_lora()
-    shared.remove_embedding()
+    yield adaptable
+    adaptable.remove_lora()
+    adaptable.remove_embedding()
 
 
 def change(model, path, place=PLACE) -> torch.Tensor:

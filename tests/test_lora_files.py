@@ -23,18 +23,12 @@ PLACE = ("unet", "mid.attn.blocks.0.attn1.q.weight")
 TEXT = ("text_encoder", "blocks.1.fc1.weight")
 
 
-@pytest.fixture(scope="module")
-def shared(tiny) -> StableDiffusion:
-    copies = {name: copy.deepcopy(tiny[name]) for name in ("unet", "text_encoder")}
-    return StableDiffusion(TINY, vae=tiny["vae"], **copies)
-
-
 @pytest.fixture
-def model(shared) -> Iterator[StableDiffusion]:
+def model(adaptable) -> Iterator[StableDiffusion]:
     """One for all tests, which leave nothing behind."""
-    yield shared
-    shared.remove_lora()
-    assert not shared.loras and not shared.words
+    yield adaptable
+    adaptable.remove_lora()
+    assert not adaptable.loras and not adaptable.words
 
 
 @pytest.fixture

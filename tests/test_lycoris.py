@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from common import TINY
 from test_lora import TINY_PLACES, kohya, saved, unchanged, weights
 from torch import nn
 
@@ -24,17 +23,11 @@ POINTWISE = ("unet", "mid.attn.proj_in.weight")
 PLACES = (LINEAR, KERNEL, POINTWISE)
 
 
-@pytest.fixture(scope="module")
-def shared(tiny) -> StableDiffusion:
-    copies = {name: copy.deepcopy(tiny[name]) for name in ("unet", "text_encoder")}
-    return StableDiffusion(TINY, vae=tiny["vae"], **copies)
-
-
 @pytest.fixture
-def model(shared) -> Iterator[StableDiffusion]:
+def model(adaptable) -> Iterator[StableDiffusion]:
     """One for all tests, which leave nothing behind."""
-    yield shared
-    shared.remove_lora()
+    yield adaptable
+    adaptable.remove_lora()
 
 
 def random(rng: np.random.Generator, *shape: int) -> np.ndarray:
