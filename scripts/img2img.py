@@ -64,7 +64,7 @@ def generate_images(args: argparse.Namespace) -> None:
 def images(place: Path) -> list[Path]:
     """The image itself, or the images of a folder but not of its subfolders. Raises ValueError if it has none.
 
-    Photos in formats that are not read are among them: they are skipped with a word, not silently.
+    Photos in formats that are not read are among them: they are skipped with a warning, not silently.
     """
     if not place.is_dir():
         return [place]

@@ -136,7 +136,7 @@ def study(args: argparse.Namespace) -> None:
     """Check the arguments, load the model, generate and save the figures."""
     if args.film == "mp4" and shutil.which("ffmpeg") is None:
         raise ValueError("--film mp4 needs ffmpeg, which is not installed: try webp or gif")
-    matplotlib_module("figure")  # before the time of computing, not after it
+    matplotlib_module("figure")  # fail before the computation, not after it
     settings = SamplingParams(
         steps=args.steps,
         guidance=args.guidance,

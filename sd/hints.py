@@ -25,7 +25,7 @@ HINTS = {
 }
 
 
-SETTLED = dict.fromkeys(("device", "dtype"), LOAD)  # set once, as the networks are what they say
+SETTLED = dict.fromkeys(("device", "dtype"), LOAD)  # fixed by load: the networks already have them
 
 
 class Hints:

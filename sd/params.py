@@ -275,7 +275,7 @@ class HighRes(TextToImage):
 
     kind: ClassVar[str] = "hires"
 
-    hires: float = setting(2.0, "enlarge by this, above 1 to 4; sides are rounded down to multiples of 8", number)
+    hires: float = setting(2.0, "enlarge by this factor, above 1, up to 4; sides become multiples of 8", number)
     hires_strength: float = setting(
         0.55, "of the second pass: 0 only enlarges, 1 keeps next to nothing of the first", Range(number, 0, 1)
     )
@@ -363,7 +363,7 @@ def hint_for(name: str, known: Collection[str]) -> str:
         return "it goes with hires"
     kinds = [kind for kind, cls in REQUESTS.items() if usual in cls.__dataclass_fields__]
     if kinds and usual not in {"params", *known}:
-        return f"it is one of {' and '.join(kinds)}"
+        return f"it is a setting of {'txt2img' if kinds == [HighRes.kind] else ' and '.join(kinds)}"
     if near := nearest(name, {"prompt", *known, *OPTIONS}):
         return f"did you mean {near!r}?"
     return f"it has {', '.join(sorted({*known, *OPTIONS}))}"

@@ -1,7 +1,7 @@
-"""What settings are called in other programs, to name ours to somebody who used their names.
+"""What settings are called in other programs, so that messages can suggest ours.
 
 The names are those of AUTOMATIC1111's web UI and its HTTP interface, diffusers, stable-diffusion.cpp and the original
-scripts. They lead to a message and are not accepted: what they mean differs in details.
+scripts. They are not accepted, only explained in a message: their meanings differ in details.
 
 >>> nearest("guidanceScale", ["guidance", "steps"]), nearest("step", ["guidance", "steps"]), nearest("x", ["steps"])
 ('guidance', 'steps', None)
@@ -51,7 +51,7 @@ def plain(name: str) -> str:
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
-    """The setting, of those known, that somebody means who wrote another name."""
+    """The known setting that another name most likely means; None if there is none."""
     ours = OURS.get(plain(name))
     if ours in known:
         return ours

@@ -61,12 +61,12 @@ def test_a_repository_in_the_cache(model, tmp_path):
 
 
 def test_folders_in_which_it_is_not_clear_which_file_it_is(model, tmp_path):
-    with pytest.raises(CheckpointError, match=r"a folder without a file of weights .* give the file"):
+    with pytest.raises(CheckpointError, match=r"no weight file in this folder .* give the adapter's file"):
         model.add_lora(tmp_path)
     for name in ("a.safetensors", "b.safetensors"):
         saved(tmp_path, GOOD, name)
     for add in (model.add_lora, model.add_embedding):
-        with pytest.raises(CheckpointError, match=r"a folder of 2 files of weights; give one of them \(a.safe.*, b.sa"):
+        with pytest.raises(CheckpointError, match=r"a folder with 2 weight files; give one of them \(a.safe.*, b.sa"):
             add(tmp_path)
 
 
@@ -237,13 +237,13 @@ def test_names_of_tensors_are_no_words(key, model, tmp_path):
 
 
 def test_what_is_beside_a_word(model, tmp_path):
-    with pytest.warns(UserWarning, match="^dog.safetensors: single numbers in it are not used: step"):
+    with pytest.warns(UserWarning, match="^dog.safetensors: tensors with a single number are not used: step"):
         model.add_embedding(saved(tmp_path, {"emb_params": VECTORS, "step": torch.tensor(3)}, "dog.safetensors"))
     assert model.words == {"dog": 2}
     torch.save({"string_to_param": {"*": VECTORS, "cat": VECTORS}}, tmp_path / "toy.pt")
     assert model.add_embedding(tmp_path / "toy.pt") == ["toy", "cat"]
     two = saved(tmp_path, {"emb_params": VECTORS, "data": VECTORS.clone()}, "two.safetensors")
-    with pytest.raises(CheckpointError, match=r"holds 2 embeddings without a word of their own \(data, emb_params\)"):
+    with pytest.raises(CheckpointError, match=r"holds 2 unnamed embeddings \(data, emb_params\)"):
         model.add_embedding(two)
     counted = saved(tmp_path, {"unet:0:up": torch.ones(64, 4), "<s1>": VECTORS}, "counted.safetensors")
     with pytest.raises(CheckpointError, match=r"not an embedding .* a LoRA file with --lora"):

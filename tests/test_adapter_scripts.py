@@ -207,7 +207,9 @@ def test_words_that_the_embedded_model_does_not_know(generate):
     assert status == 0 and err == ["warning: <x:y> is left out: tags of the kind 'x' are not known"]
     status, _, err, _ = generate("a house [tree:volcano:0.5]", "--web-ui-prompts", *embedded)
     assert status == 0 and "volcano" in err[0] and "does not know" in err[0]
-    assert generate("a house volcano", *embedded)[2][0].startswith("warning: this model does not know: volcano")
+    assert generate("a house volcano", *embedded)[2][0].startswith(
+        "warning: this model does not know these words: volcano"
+    )
 
 
 @pytest.mark.parametrize(

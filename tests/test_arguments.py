@@ -113,7 +113,7 @@ def test_a_folder_may_be_called_like_a_file(name, tmp_path):
 @pytest.mark.parametrize("below", [".", "sub", "sub/cat.png"])
 def test_a_file_in_the_place_of_the_output_folder_is_said(below, tmp_path):
     write(tmp_path / "file", b"mine")
-    with pytest.raises(ValueError, match="cannot be a folder: there is a file on its path"):
+    with pytest.raises(ValueError, match="cannot be created: part of its path is a file"):
         Output(tmp_path / "file" / below)
     assert (tmp_path / "file").read_bytes() == b"mine"
 
@@ -172,11 +172,11 @@ def test_settings_of_all_lines_are_checked_before_the_first_image(settings, word
         ('{"prompt": "a", "seed": 1, "seed": 2}', "the key 'seed' occurs twice"),
         ('{"prompt": "a", "seed": ' + "9" * 5000 + "}", "a number has too many digits"),
         ("[" * 100_000, "nested too deeply"),
-        ('{"prompt": "a", "strength": 0.5}', "no setting 'strength': it is one of img2img and inpaint"),
+        ('{"prompt": "a", "strength": 0.5}', "no setting 'strength': it is a setting of img2img and inpaint"),
         ('{"prompt": "a", "hires_strength": 0.5}', "'hires_strength': it goes with hires"),
         ('{"prompt": "a", "cfg_scale": 7}', "did you mean 'guidance'?"),
         ('{"prompt": "a", "numInferenceSteps": 7}', "did you mean 'steps'?"),
-        ('{"prompt": "a", "image": "a.png"}', "'image' is not for lines: the images are arguments of img2img"),
+        ('{"prompt": "a", "image": "a.png"}', "'image' cannot be set in a line: give images as arguments of img2img"),
     ],
     ids=lambda text: text[:40],
 )
@@ -214,5 +214,5 @@ def test_photos_in_other_formats_are_skipped_with_a_word(tmp_path, capsys):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.jfif", "JPEG")
     write(tmp_path / "b.heic", b"\0\0\0\x18ftypheic" + bytes(20))
     assert [path.name for path in img2img.images(tmp_path)] == ["a.jfif", "b.heic"]
-    with pytest.warns(UserWarning, match=r"skipped: .*b\.heic: such files \(1 here\) are not read"):
+    with pytest.warns(UserWarning, match=r"skipped: .*b\.heic: this format is not supported \(1 file\)"):
         assert len(Folder(tmp_path, 8, caption="a")) == 1

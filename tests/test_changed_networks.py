@@ -60,7 +60,7 @@ def test_operations_of_packed_layers_are_counted(packed):
 @needs_packing
 def test_quantisation_does_not_pass_over_packed_layers(packed):
     """It takes layers by their exact class, and would leave these as they are without a word."""
-    pytest.importorskip("torch.ao.quantization")  # torch is going to leave it to torchao
+    pytest.importorskip("torch.ao.quantization")  # torch is moving it to torchao
     dynamic = {"qconfig_spec": {nn.Linear}, "dtype": torch.qint8}
     with pytest.raises(TypeError, match=r"call sd\.runtime\.optimize\.restore\(network\) first"):
         torch.ao.quantization.quantize_dynamic(packed, **dynamic)
@@ -147,7 +147,7 @@ def test_loras_need_weights_that_are_not_computed(way, lora, model):
 def test_loras_and_words_need_networks_with_the_names_of_ours(lora, model, tmp_path):
     model.text_encoder = nn.Sequential(model.text_encoder)
     assert image(model).shape == (64, 64, 3)
-    with pytest.raises(ValueError, match=r"a layer '0\.token', which this model does not have"):
+    with pytest.raises(ValueError, match=r"a layer '0\.token' that does not belong to this model"):
         model.add_lora(lora)
     save_file({"emb_params": torch.ones(1, 64)}, tmp_path / "zork.safetensors")
     with pytest.raises(ValueError, match="Embedding called `token`"):

@@ -186,7 +186,7 @@ def test_a_setting_that_is_not_there_is_named():
     for name, words in (
         ("num_inference_steps", "did you mean 'steps'"),
         ("cfg_scale", "did you mean 'guidance'"),
-        ("strength", "it is one of img2img and inpaint"),
+        ("strength", "it is a setting of img2img and inpaint"),
         ("hires_strength", "it goes with hires"),
     ):
         with pytest.raises(TypeError, match=f"txt2img has no setting '{name}': {words}"):

@@ -223,10 +223,12 @@ def test_the_embedded_model_says_which_words_it_does_not_know(tmp_path, capsys):
     args = ["--steps", "1", "--device", "cpu", "--out", str(tmp_path), "--seed", "0"]
     assert txt2img.main(["a dog in the snow", *args]) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: the embedded model does not know: dog (")
+    assert line.startswith("warning: the embedded model does not know these words: dog (")
     assert txt2img.main(["a house", "--negative", "dog, bad hands, bad dog", *args]) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: the embedded model does not know in the negative prompt: dog bad hands (")
+    assert line.startswith(
+        "warning: the embedded model does not know these words in the negative prompt: dog bad hands ("
+    )
     assert txt2img.main(["a red house in the snow", *args]) == 0
     assert capsys.readouterr().err == ""
 

@@ -217,7 +217,7 @@ def test_texts_that_begin_with_a_dash(given, name, value):
         (["a", "--subseed=3"], ": use --variation SEED:STRENGTH ("),
         (["a", "--medvram"], ": use --low-memory ("),
         (["a", "--strength", "0.5"], ": it is an option of img2img and inpaint ("),
-        (["a", "--denoise", "0.5"], ": it is an option of img2img and inpaint, there --strength ("),
+        (["a", "--denoise", "0.5"], ": it is an option of img2img and inpaint, where it is called --strength ("),
         (["a", "--xformers"], ": leave it out"),
     ],
 )

@@ -755,7 +755,7 @@ def test_wrong_options_are_one_line(new, photos, start, tmp_path):
     (tmp_path / "config.json").write_bytes("{}".encode("utf-16"))
     config = tmp_path / "config.json"
     assert problem(*new, "--model", config) == f"{config}: not UTF-8 text; save it as UTF-8"
-    assert problem(*new, "--out", config).startswith(f"{config}: there is a file of that name, where a folder")
+    assert problem(*new, "--out", config).startswith(f"{config}: a file of this name exists where a folder")
     assert problem("--resume").endswith("no run to resume (state.pt); start one without --resume")
     out = tmp_path / "out"
     assert start(train, "--data", photos, *new, "--samples", 0, "--steps", 1, "--out", out)[0] == 0

@@ -43,11 +43,11 @@ def rewrite(path: Path, prefix: str) -> None:
 
 @pytest.mark.parametrize("prefix", ["model.", "state_dict.", "pl_module.wrapped."])
 def test_a_prefix_of_a_whole_file_is_read_and_said(prefix, tmp_path):
-    """Networks that are found without it only: a checkpoint of a class around the model."""
+    """Networks that are found without it only: a checkpoint of a wrapper class."""
     state = {prefix + key: tensor for key, tensor in tiny_state().items()} | {"global_step": torch.tensor(3)}
     save_file(state, tmp_path / "model.safetensors")
     with load_checkpoint(tmp_path / "model.safetensors") as checkpoint:
-        assert checkpoint.notes == (f"the names in the file begin with {prefix!r}, and are read without it",)
+        assert checkpoint.notes == (f"all names in the file begin with {prefix!r}: this prefix is ignored",)
         assert_same(dict(to_own(convert(checkpoint, TINY))), dict(to_own(convert(tiny_state(), TINY))))
 
 
@@ -133,7 +133,7 @@ def test_weights_in_a_folder_that_are_not_used_are_said(folder):
         (folder / name).write_bytes(b"never opened")
     (folder / "pytorch_lora_weights.safetensors").write_bytes(b"the same")
     with load_checkpoint(folder) as checkpoint:
-        assert checkpoint.notes == ("not used of the folder: unet_ema/, pytorch_lora_weights.safetensors",)
+        assert checkpoint.notes == ("in the folder, but not used: unet_ema/, pytorch_lora_weights.safetensors",)
 
 
 # ------------------------------------------------------------------------------------------------ what is left out
@@ -141,7 +141,7 @@ def test_weights_in_a_folder_that_are_not_used_are_said(folder):
 
 def test_tensors_without_numbers_are_left_out_and_said():
     found = convert(tiny_state() | {"marker": torch.empty(0), "x.weight": torch.empty(0, 3)}, TINY)
-    assert found["text_encoder"].notes == ("left out, as there are no numbers in them: marker, x.weight",)
+    assert found["text_encoder"].notes == ("left out, because they are empty: marker, x.weight",)
     with pytest.raises(CheckpointError, match=r"1 weight in the file .* does not have: marker"):
         convert(tiny_state() | {"marker": torch.ones(1)}, TINY)
 
@@ -151,7 +151,9 @@ def test_a_moving_average_that_is_not_whole_is_said():
     unet = {key: x for key, x in tiny_state().items() if key.startswith("model.diffusion_model.")}
     dotted = {f"model_ema.{key.removeprefix('model.')}": x for key, x in unet.items()}
     said = describe_weights(tiny_state() | dotted)
-    assert said.startswith(f"U-Net: no whole moving average (EMA); {len(unet)} of its weights (model_ema.diff")
+    assert said.startswith(
+        f"U-Net: no complete moving average (EMA); left out: {len(unet)} weights of one (model_ema.diff"
+    )
     assert describe_weights(tiny_state() | {"model_ema.decay": torch.tensor(0.9)}) == ""
 
 

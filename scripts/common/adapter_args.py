@@ -105,7 +105,7 @@ class AddOns:
 
     def __init__(self, args: argparse.Namespace, requests: Sequence[TextToImage], of_prompts: PromptLoras) -> None:
         if args.lora_dir is not None:
-            check_folder(args.lora_dir)  # also if no prompt names a file: a typing error is said
+            check_folder(args.lora_dir)  # even if no prompt names a file, so that a typo is reported
         if args.lora_dir is not None and args.like is None and not any(r.web_ui_prompts for r in requests):
             raise ValueError(
                 "--lora-dir has no effect here: add --web-ui-prompts, with which prompts name LoRA files, or --like"

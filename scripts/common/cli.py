@@ -32,7 +32,7 @@ def home(text: str) -> str:
     """A path, or FILE:WEIGHT or NAME=FILE, with a leading "~" expanded: not all shells do it, and none in --a=~/b.
 
     Raises PathError for an empty path (`--out "$FOLDER"` without a value), which would be the current folder; for URLs;
-    and for the home folder of somebody who is not known, which would be a folder called "~name".
+    and for the home folder of an unknown user, which would be a folder called "~name".
     """
     name, equals, file = text.partition("=")
     if equals and not re.search(r"[/\\]", name):
@@ -207,7 +207,7 @@ def fail(message: str, status: int = 1) -> int:
 def describe(error: Exception) -> str:
     """The message of an error; for one of the operating system, the file and the reason."""
     if isinstance(error, FileExistsError) and error.strerror == os.strerror(errno.EEXIST):
-        return f"{error.filename}: there is a file of that name, where a folder would be made: choose another name"
+        return f"{error.filename}: a file of this name exists where a folder is needed; choose another name"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)

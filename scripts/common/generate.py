@@ -369,4 +369,6 @@ def warn_of_unknown_words(model: sd.StableDiffusion, args: argparse.Namespace, r
         ids = torch.tensor(read, device=model.device, dtype=torch.long)
         missing = model.text_encoder.token(ids).abs().sum(dim=-1) == 0
         if words := dict.fromkeys(model.tokenizer.decode(ids[missing].tolist()).split()):
-            warnings.warn(f"{who} does not know{where}: {one_line(' '.join(words), UNKNOWN)}{hint}", stacklevel=1)
+            warnings.warn(
+                f"{who} does not know these words{where}: {one_line(' '.join(words), UNKNOWN)}{hint}", stacklevel=1
+            )

@@ -20,7 +20,7 @@ from sd.adapters.lora_formats import lora_name
 from sd.checkpoints.convert import WEIGHTS
 from sd.config import PREDICTIONS
 from sd.imaging.files import SUFFIXES
-from sd.messages import one_line
+from sd.messages import counted, one_line
 from sd.params import MAX_SEED, SamplingParams, TextToImage
 from sd.recipes import Addon, Recipe, read_request
 from sd.recipes.fields import text_of
@@ -212,7 +212,7 @@ def _notes(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage]) ->
     for lora in missing[:MAX_SHOWN]:
         notes.append(f"LoRA {lora.name}, weight {text_of(lora.weight)}: give its file with --lora")
     if len(missing) > MAX_SHOWN:
-        notes.append(f"{len(missing) - MAX_SHOWN} more LoRAs are missing")
+        notes.append(f"{counted(len(missing) - MAX_SHOWN, 'more LoRA')}: give the files with --lora")
     for lora in recipe.loras:
         path = files.get(_name(lora))
         if lora.digest and path is not None and path.is_file() and not _same(lora_digest(path), lora.digest):

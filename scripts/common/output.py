@@ -74,7 +74,9 @@ class Output:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            raise ValueError(f"--out {path}: {self.folder} cannot be a folder: there is a file on its path") from None
+            raise ValueError(
+                f"--out {path}: {self.folder} cannot be created: part of its path is a file; choose another folder"
+            ) from None
         probe = self.folder / f".{secrets.token_hex(8)}"  # raises for an unwritable folder or a full disk
         try:
             probe.write_bytes(bytes(PROBE))

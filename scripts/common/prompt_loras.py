@@ -78,7 +78,7 @@ class LoraFolder:
         if len(files) > 1:
             several = printable(listed((file.relative_to(self._folder) for file in files), most=LISTED))
             named = [f"{folders[-1]}/{tag_name(lora_name(file))}" for file in files if (folders := self._folders(file))]
-            or_name = f", or write its folder, too: <lora:{one_line(named[0])}:1>" if named else ""
+            or_name = f", or name the folder as well: <lora:{one_line(named[0])}:1>" if named else ""
             raise ValueError(
                 f"{len(files)} files in {self._folder} are named {one_line(name)}: {several}; "
                 f"rename all but one{or_name}"
@@ -136,7 +136,9 @@ class PromptLoras:
             web_ui = request.web_ui_prompts
             for tag in take_loras(text if web_ui else text.replace("#", " "))[1]:  # "#" begins a comment
                 if not tag.name:
-                    raise ValueError(f"{tag.short} in the prompt: the name of the LoRA file is missing in it")
+                    raise ValueError(
+                        f"{tag.short} in the prompt: the name of the LoRA file is missing: write <lora:NAME:1>"
+                    )
                 if not web_ui:
                     file = f"{tag.name}.safetensors" + "".join(f":{value}" for value in tag.values[1:2])
                     raise ValueError(

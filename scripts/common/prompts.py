@@ -58,7 +58,9 @@ class Line:
         try:
             for name in self.settings:
                 if name in ("image", "mask"):
-                    raise ValueError(f"{name!r} is not for lines: the images are arguments of img2img and inpaint")
+                    raise ValueError(
+                        f"{name!r} cannot be set in a line: give images as arguments of img2img or inpaint"
+                    )
                 if name not in own | shared | OPTIONS.keys():
                     raise ValueError(f"{kind.kind} has no setting {name!r:.60}: {hint_for(name, own | shared)}")
             changed = {name: value for name, value in self.settings.items() if name in shared}

@@ -1,4 +1,4 @@
-"""Options as they are called in other programs, and options of the other programs here: what to write instead.
+"""What to write in place of options of other programs, and of options that only other programs here have.
 
 >>> instead_of("--enable-hr", ["--hires"]), instead_of("--stepps", ["--steps", "--seed"])
 ('use --hires', 'did you mean --steps?')
@@ -47,14 +47,14 @@ def instead_of(option: str, known: Sequence[str]) -> str | None:
     name = plain(option.partition("=")[0].lstrip("-"))
     here = HERE.get(name)
     if here == "":
-        return "leave it out: attention needs little memory here in any case"
+        return "leave it out: attention is always memory-efficient here"
     wanted = here.split()[0] if here else f"--{name.replace('_', '-')}"
     if here and wanted in known:
         return f"use {here}"
     if wanted in POSITIONAL and not POSITIONAL & {*known}:
-        return "the file is given without the name of an option"
+        return "give the file on its own, without an option"
     if "--prompt" in known and (others := [other for other in IMAGES if wanted in _options(other)]):
-        own = f", there {here}" if here and wanted != f"--{name.replace('_', '-')}" else ""
+        own = f", where it is called {here}" if here and wanted != f"--{name.replace('_', '-')}" else ""
         return f"it is an option of {' and '.join(others)}{own}"
     near = difflib.get_close_matches(wanted, known, n=1)
     return f"did you mean {near[0]}?" if near else None

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from sd.imaging.files import OTHER_SUFFIXES, SUFFIXES, ImageFileError, read_image
 from sd.imaging.tensors import fit
+from sd.messages import counted
 
 from .. import toy_world
 from ..common.cli import Parser, home
@@ -157,7 +158,7 @@ def captioned(folder: Path, caption: str | None = None, outside: Path | None = N
         raise ValueError(f"--data {folder}: no images in it ({', '.join(SUFFIXES)})")
     if others := [path for path in files if path.suffix.lower() in OTHER_SUFFIXES]:
         warnings.warn(
-            f"skipped: {others[0]}: such files ({len(others)} here) are not read: save them as PNG or JPEG",
+            f"skipped: {others[0]}: this format is not supported ({counted(len(others), 'file')}): save as PNG or JPEG",
             stacklevel=2,
         )
     listed: dict[Path, list[str]] = {}

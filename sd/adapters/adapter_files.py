@@ -14,6 +14,7 @@ from ..checkpoints.checkpoint import CheckpointError
 from ..checkpoints.folders import ENDINGS, model_name
 from ..checkpoints.formats.pickles import RefusedFile
 from ..checkpoints.hub_cache import repository, snapshot
+from ..messages import listed
 
 # What tools call every file. Of several in a folder, the first is taken.
 LORA_FILES = ("pytorch_lora_weights", "adapter_model")
@@ -23,8 +24,8 @@ SAME_NAMES = frozenset(
     {*LORA_FILES, "pytorch_custom_diffusion_weights", "diffusion_pytorch_model", "pytorch_model", "lora_weight"}
 )
 ONLY_NAMES = frozenset({"lora", "lora_weights", "model", "adapter", "last"})  # ... and of these, if it is in the cache
-NO_WORDS = frozenset({"pytorch_model", "model", "embedding", "embeddings"})  # the same of embeddings
-STEPS = re.compile(r"-steps-\d+$")  # what diffusers puts behind the name of a file saved in between
+NO_WORDS = frozenset({"pytorch_model", "model", "embedding", "embeddings"})  # the same for embeddings
+STEPS = re.compile(r"-steps-\d+$")  # what diffusers appends to the name of an intermediate file
 
 
 def adapter_file(path: Path, stems: tuple[str, ...]) -> Path:
@@ -48,9 +49,9 @@ def adapter_file(path: Path, stems: tuple[str, ...]) -> Path:
     if named or len(files) == 1:
         return (named or files)[0]
     if not files:
-        raise CheckpointError(f"{path}: a folder without a file of weights ({', '.join(ENDINGS)}); give the file")
-    some = ", ".join(file.name for file in files[:3]) + (", ..." if len(files) > 3 else "")
-    raise CheckpointError(f"{path}: a folder of {len(files)} files of weights; give one of them ({some})")
+        raise CheckpointError(f"{path}: no weight file in this folder ({', '.join(ENDINGS)}); give the adapter's file")
+    some = listed((file.name for file in files), most=3)
+    raise CheckpointError(f"{path}: a folder with {len(files)} weight files; give one of them ({some})")
 
 
 def lora_name(path: Path) -> str:
@@ -79,7 +80,7 @@ def is_no_word(path: Path) -> bool:
 
 
 def _name(path: Path, same: frozenset[str], only: frozenset[str]) -> str:
-    path = Path(os.path.abspath(path))  # of the link, not of the file behind it
+    path = Path(os.path.abspath(path))  # of the link, not of its target
     name, owner = model_name(path), repository(path)
     usual = STEPS.sub("", name)
     if owner and (usual in same | only or path.parent.name == "blobs"):

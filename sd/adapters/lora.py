@@ -80,7 +80,7 @@ class Merged:
             elif name in others:
                 raise ValueError(f"a LoRA named {name!r} is merged already: remove it, or give another name")
             elif not isinstance(name, str) or not name.strip() or not name.isprintable():
-                raise ValueError(f"{name!r} is not a name for a LoRA: expected printable letters")
+                raise ValueError(f"{name!r} is not a name for a LoRA: expected printable characters")
             found.append(replace(lora, name=name))
         return found
 

@@ -37,7 +37,7 @@ from .lora_settings import alpha_of, lokr_scale, read_settings
 LAYERS = 32  # of the largest text encoder (bigG): files may have layers after the last one that is run
 LISTED = 3  # names in a message at most: they are long
 MAX_NOTE = 1000  # characters
-MAX_END = 4  # words behind the name of a layer in a key that is not understood, such as "base_layer.weight"
+MAX_END = 4  # words after the name of a layer in an unknown key, such as "base_layer.weight"
 NARROW = {("unet", "conv_in"): 4}  # input channels that a file may have where the model, for inpainting, has more
 
 UNRUN = "of text encoder layers after the last one that is run"

@@ -84,8 +84,8 @@ class LayerNames:
             original = original_sources(config, {**keys, "text_encoder": []})
         except KeyError as error:
             raise ValueError(
-                f"the network has a layer {error.args[0]!r}, which this model does not have, so no LoRA can be merged: "
-                "use the plain network, without wrappers and further layers"
+                f"the network has a layer {error.args[0]!r} that does not belong to this model, so no LoRA can be "
+                "merged: use the plain network, without wrappers or added layers"
             ) from None
         self.paths: dict[str, Layer] = {}  # flat path -> layer
         for network, theirs in chain(diffusers.items(), original.items()):

@@ -79,7 +79,7 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
             warn(f"{path.name}: its output vectors are not used, only those of the word")
         single = [key for key, shape in shapes.items() if math.prod(shape) == 1]
         if single and len(single) < len(shapes):
-            warn(f"{path.name}: single numbers in it are not used: {listed(single)}")
+            warn(f"{path.name}: tensors with a single number are not used: {listed(single)}")
             shapes = {key: shape for key, shape in shapes.items() if key not in single}
         lora = any(LORA_KEYS.search(key) for key in shapes)
         bad = [] if lora else [key for key, shape in shapes.items() if len(shape) not in (1, 2) or 0 in shape]
@@ -93,11 +93,13 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
                 f"not an embedding ({few}): a checkpoint is given with --ckpt, a LoRA file with --lora"
             )
         if word is not None and len(shapes) > 1:
-            raise CheckpointError(f"holds {len(shapes)} words ({listed(shapes, most=5)}): give none of your own")
+            raise CheckpointError(
+                f"holds {len(shapes)} words ({listed(shapes, most=5)}): leave out the word (word=, FILE:WORD)"
+            )
         nameless = [key for key in shapes if is_nameless(key.removeprefix(PARAMETERS))]
         if word is None and len(nameless) > 1:
-            what = f"holds {len(nameless)} embeddings without a word of their own"
-            raise CheckpointError(f"{what} ({listed(nameless, most=5)}): give a file of one")
+            what = f"holds {len(nameless)} unnamed embeddings"
+            raise CheckpointError(f"{what} ({listed(nameless, most=5)}): give a file with one")
         found = {}
         for key, shape in shapes.items():
             if shape[-1] != width:
@@ -246,10 +248,10 @@ class Words:
 
     @property
     def _table(self) -> nn.Embedding:
-        """The encoder's table without words: looked at each time, as others may have replaced it."""
+        """The encoder's table without words: looked up each time, because it may have been replaced."""
         token = getattr(self._text_encoder, "token", None)
         if not isinstance(token, nn.Embedding):
-            raise ValueError("words need a text encoder whose table of tokens is an nn.Embedding called `token`")
+            raise ValueError("embeddings need a text encoder whose token table is an nn.Embedding named `token`")
         return token.without_words() if isinstance(token, WordTable) else token
 
     @property
@@ -257,14 +259,14 @@ class Words:
         return self._table.num_embeddings + sum(map(len, self._vectors.values()))
 
     def keep(self) -> None:
-        """Add the words to the table again where another one took its place. ValueError if it has another size."""
+        """Add the words again if the table was replaced. ValueError if it has another size."""
         if not self._vectors or isinstance(getattr(self._text_encoder, "token", None), WordTable):
             return
         first = min(min(self._tokenizer.added[word]) for word in self._vectors)
         if self._table.num_embeddings != first:
             raise ValueError(
                 f"the table of tokens has {self._table.num_embeddings} rows, and had {first} when words were added: "
-                "remove the words before it is replaced"
+                "call remove_embedding() first"
             )
         self._rebuild()
 

@@ -265,7 +265,7 @@ def load_checkpoint(path: str | os.PathLike, variant: str | None = None, *, mapp
 def _plainly_named(checkpoint: Checkpoint) -> Checkpoint:
     names = plain_names(checkpoint.places)
     if prefix := own_prefix(names.values()):
-        checkpoint.notes += (printable(f"the names in the file begin with {prefix!r}, and are read without it"),)
+        checkpoint.notes += (printable(f"all names in the file begin with {prefix!r}: this prefix is ignored"),)
     checkpoint.places = {names[key].removeprefix(prefix): place for key, place in checkpoint.places.items()}
     return checkpoint
 

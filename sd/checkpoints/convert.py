@@ -129,7 +129,7 @@ def convert(
         for part, name in wanted.items()
     }
     if empty and states:
-        next(iter(states.values())).notes += (f"left out, as there are no numbers in them: {listed(empty)}",)
+        next(iter(states.values())).notes += (f"left out, because they are empty: {listed(empty)}",)
     return states
 
 
@@ -156,8 +156,8 @@ def describe_weights(tensors: Mapping[str, Tensor], weights: str = "auto") -> st
     layouts = find_layouts(tensors)
     if AVERAGE not in layouts:
         left = [key for key in tensors if key.startswith(EMA) and key.removeprefix(EMA) not in ("decay", "num_updates")]
-        count = f"{len(left)} of its weight{'s' if len(left) > 1 else ''}"
-        return f"U-Net: no whole moving average (EMA); {count} ({left[0]}, ...) are left out" if left else ""
+        count = counted(len(left), "weight")
+        return f"U-Net: no complete moving average (EMA); left out: {count} of one ({left[0]}, ...)" if left else ""
     taken = choose_weights(tensors, weights)
     if "unet" not in layouts:
         return "U-Net: its moving average (EMA), the only one in the file"

@@ -246,7 +246,7 @@ def _unused(folder: Path, used: Collection[str]) -> list[str]:
     places = [place for place in sorted(folder.iterdir()) if place.is_dir() and place.name not in used]
     names = [f"{place.name}/" for place in places if place.name not in NOT_NEEDED and _weights_in(place)]
     names += [file.name for file in _weights_in(folder) if file.name.startswith("pytorch_lora_weights")]
-    return [f"not used of the folder: {', '.join(names)}"] if names else []
+    return [f"in the folder, but not used: {', '.join(names)}"] if names else []
 
 
 def _variants(folder: Path, stems: Sequence[str]) -> dict[str | None, Path]:

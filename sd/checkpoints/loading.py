@@ -184,7 +184,7 @@ class LoadOptions:
         if not isinstance(self.config, Config | None):
             raise ValueError(f"config must be a Config, such as sd.MODELS['sd1'], got {self.config!r:.60}")
         if not isinstance(self.variant, str | None):
-            raise ValueError(f"variant must be a text such as 'fp16', got {self.variant!r:.60}")
+            raise ValueError(f"variant must be a string such as 'fp16', got {self.variant!r:.60}")
 
     @property
     def others(self) -> dict[str, str | os.PathLike[str]]:

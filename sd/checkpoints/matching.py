@@ -100,7 +100,7 @@ def describe_copies(
         return []
     taken, total = layouts[network], len(expected_shapes(config)[network])
     lines = []
-    places: dict[str, tuple[Layout, list[str]]] = {}  # copies behind one prefix may mix several layouts
+    places: dict[str, tuple[Layout, list[str]]] = {}  # copies with one prefix may mix several layouts
     for layout, keys in copied.items():
         if layout.network == taken.network:
             places.setdefault(layout.prefix, (layout, []))[1].extend(keys)

@@ -93,7 +93,7 @@ def frame(image: Image.Image, width: int, height: int) -> tuple[Image.Image, Box
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """All images in one, row by row; nearly square unless `columns` is given, of which there are no empty ones.
+    """All images in one, row by row; nearly square unless `columns` is given; never with empty columns.
 
     Raises ValueError if there are no images.
     """

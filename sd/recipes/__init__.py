@@ -48,8 +48,8 @@ NOTHING = (
 
 
 def read_request(path: str | os.PathLike[str]) -> Recipe:
-    """Read how an image was made, from its file: PNG, JPEG, WebP; or a .txt file with the text of the
-    web UI, or a .json file with a graph of ComfyUI (API format).
+    """Read how an image was made from its file: PNG, JPEG or WebP; a .txt file with the text of the web UI or of
+    Easy Diffusion; or a .json file of ComfyUI (API format, or as the editor saves it) or of Easy Diffusion.
 
     Programs: this one, AUTOMATIC1111's web UI, Forge, SD.Next, ComfyUI, InvokeAI, Fooocus, SwarmUI, Draw Things, Easy
     Diffusion, NovelAI. `Recipe.notes` says what cannot be reproduced. Nothing in the file is executed, and no other
@@ -75,7 +75,7 @@ def _graph(values: dict[str, Any]) -> Recipe:
     elif is_graph(mapping(values.get("prompt"))):  # as it is sent to ComfyUI
         values = values["prompt"]
     elif not is_graph(values):
-        raise ValueError("its JSON is no graph of ComfyUI")
+        raise ValueError("its JSON is not a ComfyUI graph")
     return read_graph(values)
 
 

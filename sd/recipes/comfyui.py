@@ -211,7 +211,7 @@ class Graph:
         if (isinstance(start, int) and start > 0) or (isinstance(end, int) and end < steps):
             draft.note(f"the sampler runs only steps {start} to {end} of {steps}: here all of them are run")
         if node.inputs.get("add_noise") in ("disable", False):
-            draft.note("the sampler starts without noise of its own, which is not reproduced")
+            draft.note("the sampler adds no noise at its start, which is not reproduced")
         denoise = self.value(sigmas, "denoise")
         if isinstance(denoise, int | float) and denoise < 1:
             draft.put("strength", denoise, "denoise")
@@ -271,9 +271,8 @@ class Graph:
             if reads_tags(above):
                 draft.loras += [lora for lora in loras if lora not in draft.loras]
             elif loras:
-                notes = [
-                    f"the tags of {short_list(lora.name for lora in loras)} are text in ComfyUI: they are left out"
-                ]
+                names = short_list(lora.name for lora in loras)
+                notes = [f"the tags of the LoRAs {names} are text in ComfyUI and change nothing there: left out"]
             for note in notes:
                 draft.note(note)
             self._encoder(draft, above)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 MAX_NODES = 5000
 MAX_HOPS = 50
 MUTED, BYPASSED = 2, 4
-CONTROL = "control_after_generate"  # a value without an input, behind each seed
+CONTROL = "control_after_generate"  # a value without an input, after each seed
 CONTROLS = ("fixed", "increment", "decrement", "randomize")
 SEEDS = ("seed", "noise_seed")
 SAMPLING = ("steps", "cfg", "sampler_name", "scheduler")

@@ -163,7 +163,7 @@ def loras_in(prompt: str, ours: bool) -> tuple[str, list[Addon], list[str]]:
         numbers = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", rest) if rest else ["1"]
         weight = float(numbers[0]) if numbers else 1.0
         if not name.strip():
-            notes.append(f"a tag of the kind {kind} without a name is left out")
+            notes.append(f"a <{kind}:...> tag without a name is left out")
             continue
         if kind == "hypernet":
             notes.append(f"hypernetwork {file_name(name)}: not available")

@@ -235,7 +235,7 @@ class Draft:
 
 
 def _split_grid(name: str) -> tuple[str, str]:
-    """The name of a sampler, and the grid of ComfyUI or stable-diffusion.cpp behind it: "euler_sgm_uniform"."""
+    """The name of a sampler, and the grid of ComfyUI or stable-diffusion.cpp after it: "euler_sgm_uniform"."""
     found = re.fullmatch(r"(.+?)[_ ](simple|normal|sgm_uniform|ddim_uniform|polyexponential|beta|discrete)", name)
     return (found[1], found[2]) if found else (name, "")
 

@@ -227,7 +227,7 @@ def _prompt_syntax(draft: Draft, pairs: Mapping[str, str], prompts: str, ours: b
     fixed = pairs.get("parser", "").lower().startswith("fixed")  # SD.Next: brackets are text
     draft.settings |= {} if emphasis == "none" or fixed else WEIGHTED
     if pairs.get("parser", "").lower().startswith("compel"):
-        draft.note("SD.Next's parser Compel (word++, .and()) is not available: its signs stay in the prompt as text")
+        draft.note("SD.Next's parser Compel (word++, .and()) is not available: its syntax stays in the prompt as text")
     if emphasis not in ("", "original", "none"):
         draft.note(f"emphasis {one_line(pairs['emphasis'])} is not available: weights rescale the mean as by default")
     if draft.program.lower().startswith("comfyui") and re.search(r"[(\[]", prompts):
@@ -339,7 +339,7 @@ def _resources(draft: Draft, text: str) -> None:
     for entry in found[:100]:
         kind, name = (str(entry.get(key, "")) if isinstance(entry, dict) else "" for key in ("type", "modelName"))
         number = str(entry.get("modelVersionId", "")) if isinstance(entry, dict) else ""
-        name = file_name(name) or (f"of model version {number}" if re.fullmatch(r"\d{1,12}", number) else "")
+        name = file_name(name) or (f"Civitai model version {number}" if re.fullmatch(r"\d{1,12}", number) else "")
         if kind == "checkpoint" and not draft.model.name:
             draft.model = draft.model._replace(name=name)
         elif kind in ("lora", "lycoris", "locon", "dora"):

@@ -181,7 +181,7 @@ class PackedLayer(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "qconfig":  # set in all layers by torch.ao.quantization, which then would leave out this one
             raise TypeError(
-                "this layer is not quantised: torch.ao.quantization takes layers of torch's own classes only; call "
+                "this layer cannot be quantised: torch.ao.quantization accepts only torch's own layer classes; call "
                 "sd.runtime.optimize.restore(network) first"
             )
         if name in STRUCTURE:  # such as `conv.padding_mode = "circular"`: an ordinary layer from then on

@@ -24,7 +24,7 @@ ends at the last comma instead, if that is at most 20 tokens back.
 
 AND is composable guidance (Liu et al. 2022, "Compositional visual generation with composable diffusion models"): the
 network predicts for each prompt on its own, and the denoiser adds up the differences from the negative prompt. A
-number after a colon at the end of a prompt is its weight, also without any AND, and also if it was meant otherwise:
+number after a colon at the end of a prompt is its weight, even without an AND, and even if it was not meant as one:
 "..., aspect 16:9" has the weight 9, and a `note` says so. In a negative prompt AND is a word.
 
 Differences from the web UI: BREAK also works inside brackets (there it becomes the word "break"); the mean is that of
