@@ -150,7 +150,7 @@ def test_loras_and_words_need_networks_with_the_names_of_ours(lora, model, tmp_p
     with pytest.raises(ValueError, match=r"a layer '0\.token' that does not belong to this model"):
         model.add_lora(lora)
     save_file({"emb_params": torch.ones(1, 64)}, tmp_path / "zork.safetensors")
-    with pytest.raises(ValueError, match="Embedding called `token`"):
+    with pytest.raises(ValueError, match="Embedding named `token`"):
         model.add_embedding(tmp_path / "zork.safetensors")
 
 
