@@ -2,6 +2,8 @@ r"""Texts from files and prompts as parts of messages: they may hold anything, o
 
 >>> printable("a\x1b[31m\nb"), one_line("a  long\nname", 10)
 ('a\\x1b[31m\\nb', 'a long ...')
+>>> one_line("a" + " " * 400 + "b")
+'a...'
 >>> listed(["a", "b", "a", "c"], most=2), counted(1, "weight"), counted(0, "weight")
 ('a, b and 1 more', '1 weight', '0 weights')
 """
@@ -18,8 +20,10 @@ def printable(text: str) -> str:
 
 def one_line(text: object, limit: int = 80) -> str:
     """A text as one line of at most `limit` printable characters; every run of white space is one blank."""
-    line = printable(" ".join(str(text)[: 4 * limit].split()))
-    return line if len(line) <= limit else line[: limit - 3] + "..."
+    text = str(text)
+    line = printable(" ".join(text[: 4 * limit].split()))
+    whole = len(line) <= limit and not text[4 * limit :].strip()
+    return line if whole else line[: limit - 3] + "..."
 
 
 def listed(items: Iterable[object], separator: str = ", ", most: int = 10) -> str:

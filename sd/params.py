@@ -29,7 +29,7 @@ from torch import Tensor
 from .messages import counted
 from .samplers import SAMPLERS, Sampler, find_sampler, sampler_key, spacing_in
 from .schedule import SPACINGS
-from .settings import OneOf, Range, check_settings, flag, number, setting, whole
+from .settings import OneOf, Range, check_settings, flag, number, setting, whole, with_default
 from .spellings import nearest, plain
 
 if TYPE_CHECKING:
@@ -140,10 +140,10 @@ class SamplingParams:
 class ResolvedParams(SamplingParams):
     """SamplingParams for one model: only height and width may be None, which depend on the task. See `resolved`."""
 
-    sampler: str = "ddim"
-    steps: int = 50
-    spacing: str = "leading"
-    guidance: float = 1.0
+    sampler: str = with_default(SamplingParams, "sampler", "ddim")
+    steps: int = with_default(SamplingParams, "steps", 50)
+    spacing: str = with_default(SamplingParams, "spacing", "leading")
+    guidance: float = with_default(SamplingParams, "guidance", 1.0)
 
 
 def _with_pixels(name: str, image: Image.Image) -> None:

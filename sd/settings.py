@@ -24,12 +24,17 @@ from typing import Any, SupportsIndex, cast
 Check = Callable[[str, Any], Any]
 
 
-LARGE = 10**30
+LARGE = 10**30  # Python does not write integers of thousands of digits
 
 
 def setting(default: Any, help: str, check: Check | None = None, image: bool = False) -> Any:
     """A field with its default, its help text and the check of other values; `image` if its values are images."""
     return field(default=default, metadata={"help": help, "check": check, "image": image})
+
+
+def with_default(cls: type, name: str, default: Any) -> Any:
+    """The setting of a dataclass with another default, for one that inherits it."""
+    return field(default=default, metadata=cls.__dataclass_fields__[name].metadata)  # type: ignore[attr-defined]
 
 
 def check_settings(settings: Any) -> None:
@@ -52,15 +57,19 @@ def whole(name: str, value: object) -> int:
 
 def number(name: str, value: object) -> float:
     """A finite real number of any type as float; raises ValueError, with the name, for anything else."""
-    if not isinstance(value, Real):
+    if not isinstance(value, Real) or isinstance(value, bool):
         raise ValueError(f"{name} must be a number, got {value!r:.100}")
     try:
         found = float(value)
     except OverflowError:
-        raise ValueError(f"{name} must be a number, got one of {len(str(value))} digits") from None
+        raise ValueError(f"{name} must be a number, got one of about {_digits(cast(int, value))} digits") from None
     if not math.isfinite(found):
         raise ValueError(f"{name} must be a finite number, got {found}")
     return found
+
+
+def _digits(value: float) -> int:
+    return round(int(abs(value)).bit_length() * math.log10(2)) or 1
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ class Range:
         found = self.kind(name, value)
         if not self.low <= found <= self.high:
             usual = f"in [{self.low:g}, {self.high:g}]" if self.high < math.inf else f"at least {self.low:g}"
-            shown = value if abs(found) < LARGE else "a much larger number"  # thousands of digits cannot be written
+            shown = value if abs(found) < LARGE else f"a number of about {_digits(found)} digits"
             raise ValueError(f"{name} must be {self.words or usual}, got {shown}")
         return found
 

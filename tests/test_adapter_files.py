@@ -248,3 +248,30 @@ def test_what_is_beside_a_word(model, tmp_path):
     counted = saved(tmp_path, {"unet:0:up": torch.ones(64, 4), "<s1>": VECTORS}, "counted.safetensors")
     with pytest.raises(CheckpointError, match=r"not an embedding .* a LoRA file with --lora"):
         model.add_embedding(counted)
+
+
+def test_paths_that_cannot_be_looked_at(model, tmp_path):
+    for add in (model.add_lora, model.add_embedding):
+        with pytest.raises(CheckpointError, match="File name too long"):
+            add(tmp_path / ("x" * 300))
+
+
+def test_a_word_that_only_contains_lora(model, tmp_path):
+    save_file({"<flora>": torch.ones(1, 64)}, tmp_path / "a.safetensors")
+    assert model.add_embedding(tmp_path / "a.safetensors")[0] == "<flora>"
+
+
+def test_usual_names_in_any_case(model, tmp_path):
+    (tmp_path / "cat-toy").mkdir()
+    save_file({"emb_params": torch.ones(1, 64)}, tmp_path / "cat-toy" / "Learned_Embeds.safetensors")
+    assert model.add_embedding(tmp_path / "cat-toy" / "Learned_Embeds.safetensors") == ["cat-toy"]
+
+
+def test_an_alpha_of_0_that_is_a_plain_number_is_named(model, tmp_path):
+    with pytest.warns(UserWarning, match="1 layer has alpha 0"):
+        model.add_lora(saved(tmp_path, GOOD | {f"{NAME}.alpha": 0}, "a.pt"))
+
+
+def test_a_name_that_is_no_text(model, tmp_path):
+    with pytest.raises(ValueError, match=r"\['x'\] is not a name for a LoRA"):
+        model.add_lora(saved(tmp_path, GOOD), name=["x"])

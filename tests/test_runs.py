@@ -360,3 +360,10 @@ def test_exact_batches_are_images_alone(tiny_sd, tiny_inpaint, monkeypatch, kind
     seen.clear()
     getattr(model, kind)("a", *given, n=2, guidance=1, exact=True, **settings)
     assert seen == {1}
+
+
+def test_resolved_parameters_are_checked_as_well(tiny_sd):
+    params = SamplingParams().resolved(tiny_sd.config)
+    for name, value in (("steps", 0), ("spacing", "nonsense"), ("guidance", float("nan"))):
+        with pytest.raises(ValueError, match=name):
+            replace(params, **{name: value})

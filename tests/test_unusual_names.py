@@ -16,6 +16,7 @@ from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint
 from sd.checkpoints.convert import convert, describe_weights
 from sd.checkpoints.detect import identify
 from sd.checkpoints.export import to_own
+from sd.checkpoints.folders import _unused
 from sd.checkpoints.layouts import own_prefix
 from sd.checkpoints.loading import LoadOptions, ModelFiles
 from sd.checkpoints.prediction import stored_schedule
@@ -168,3 +169,16 @@ def test_whole_numbers_are_named_as_in_the_file(tmp_path):
     save_file(tiny_state() | {key: tiny_state()[key].to(torch.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=f"{key} holds whole numbers"):
         StableDiffusion.load(tmp_path / "model.safetensors", config=TINY, device="cpu", dtype="float32")
+
+
+def test_a_folder_that_may_not_be_looked_into_does_not_stop_a_load(tmp_path, monkeypatch):
+    listed = Path.iterdir
+
+    def forbidden(path):
+        if path.name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    (tmp_path / "lost+found").mkdir()
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    assert _unused(tmp_path, ()) == []

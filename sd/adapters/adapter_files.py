@@ -25,7 +25,7 @@ SAME_NAMES = frozenset(
 )
 ONLY_NAMES = frozenset({"lora", "lora_weights", "model", "adapter", "last"})  # ... and of these, if it is in the cache
 NO_WORDS = frozenset({"pytorch_model", "model", "embedding", "embeddings"})  # the same for embeddings
-STEPS = re.compile(r"-steps-\d+$")  # what diffusers appends to the name of an intermediate file
+STEPS_SUFFIX = re.compile(r"-steps-\d+$")  # what diffusers appends to the name of an intermediate file
 
 
 def adapter_file(path: Path, stems: tuple[str, ...]) -> Path:
@@ -35,7 +35,7 @@ def adapter_file(path: Path, stems: tuple[str, ...]) -> Path:
 
     Raises CheckpointError for a folder in which it is not clear which file it is.
     """
-    if "\0" in str(path) or not path.is_dir():
+    if not os.path.isdir(path):  # false, without an error, for what cannot be a path
         return path
     try:
         folder = snapshot(path) or path
@@ -76,13 +76,13 @@ def embedding_word(path: Path) -> str:
 
 def is_no_word(path: Path) -> bool:
     """Whether an embedding file is named as many are."""
-    return STEPS.sub("", model_name(path).lower()) in NO_WORDS.union(EMBEDDING_FILES)
+    return STEPS_SUFFIX.sub("", model_name(path).lower()) in NO_WORDS.union(EMBEDDING_FILES)
 
 
 def _name(path: Path, same: frozenset[str], only: frozenset[str]) -> str:
     path = Path(os.path.abspath(path))  # of the link, not of its target
     name, owner = model_name(path), repository(path)
-    usual = STEPS.sub("", name)
+    usual = STEPS_SUFFIX.sub("", name.lower())
     if owner and (usual in same | only or path.parent.name == "blobs"):
         in_folder = path.parent.name != "blobs" and path.parent.parent.name != "snapshots"
         return path.parent.name if in_folder else owner

@@ -77,10 +77,10 @@ class Merged:
                     )
                 numbers = (f"{lora.name}-{i}" for i in range(2, len(others) + 3))
                 name = lora.name if lora.name not in others else next(n for n in numbers if n not in others)
+            elif not isinstance(name, str) or not name.strip() or not name.isprintable():
+                raise ValueError(f"{name!r:.100} is not a name for a LoRA: expected printable characters")
             elif name in others:
                 raise ValueError(f"a LoRA named {name!r} is merged already: remove it, or give another name")
-            elif not isinstance(name, str) or not name.strip() or not name.isprintable():
-                raise ValueError(f"{name!r} is not a name for a LoRA: expected printable characters")
             found.append(replace(lora, name=name))
         return found
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming
+from ..checkpoints.finite import check_numbers
 from ..config import Config
 from ..messages import listed, one_line, printable
 from .adapter_files import LORA_FILES, adapter_file
@@ -31,7 +32,7 @@ from .adapter_files import lora_name as lora_name
 from .changes import Change, Shape
 from .lora import Lora, Target
 from .lora_names import NUMBERED, Layer, LayerNames, flat, numbered_layers
-from .lora_parts import ONE_NUMBER, LayerParts, Misfit, check_numbers, plain_number, read_number, split_key
+from .lora_parts import ADAPTER_KEY, ONE_NUMBER, LayerParts, Misfit, plain_number, read_number, split_key
 from .lora_settings import alpha_of, lokr_scale, read_settings
 
 LAYERS = 32  # of the largest text encoder (bigG): files may have layers after the last one that is run
@@ -265,7 +266,7 @@ class _Contents:
 
     def _notes(self, path: Path) -> tuple[str, ...]:
         """What of the file has no effect, or another one than in some programs: a line for each."""
-        zero = [parts.keys["alpha"] for parts in self.parts.values() if parts.alpha_is_zero()]
+        zero = [parts.name() for parts in self.parts.values() if parts.alpha_is_zero()]
         what = f"{len(zero)} layer{'s have' if len(zero) > 1 else ' has'} alpha 0 ({listed(zero, most=1)})"
         notes = [f"{path.name}: {what}, read as the rank, as trainers do; other programs apply nothing"] if zero else []
         if not self.rest:
@@ -286,7 +287,7 @@ class _Contents:
             more = f", and {len(unknown)} {NO_LAYER}" if unknown else ""
             raise CheckpointError(f"nothing to apply: {len(keys)} tensors {why} ({listed(keys, most=LISTED)}){more}")
         some = listed(unknown or list(self._file), most=LISTED)
-        if not any(re.search("lora|hada_|lokr_|oft_|:(up|down)$", key) for key in unknown):
+        if not any(ADAPTER_KEY.search(key) for key in unknown):
             raise CheckpointError(
                 f"not a LoRA ({some}): a checkpoint is given with --ckpt, an embedding with --embedding"
             )

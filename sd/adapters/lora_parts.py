@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint, CheckpointError
 from ..checkpoints.convert import shape_text, squeezed
+from ..checkpoints.finite import check_numbers
 from .changes import KINDS, Change, Decomposed, Full, Shape
 from .lora_names import flat
 
@@ -39,6 +40,8 @@ ENDINGS = {
 LONGEST_FIRST = sorted(ENDINGS, key=len, reverse=True)
 # the name of an adapter in PEFT
 ADAPTER_NAME = re.compile(r"(lora_(?:A|B|magnitude_vector))\.(?!weight$|bias$|alpha$)[^.]+(?=\.(?:weight|bias)$|$)")
+# a key of an adapter in any naming, whether or not all of it is known
+ADAPTER_KEY = re.compile(r"(^|[._])(lora|hada|lokr|oft)(?=[._A-Z])|:(up|down)$")
 ONE_NUMBER = ("alpha", "scale", "scalar")
 OF_BIAS = ("diff_b", "b_norm")
 LEFT_ALONE = "without the other parts of its adapter"
@@ -128,7 +131,7 @@ class LayerParts(NamedTuple):
 
     def alpha_is_zero(self) -> bool:
         """Whether alpha, where it is a factor, is 0: trainers then take the rank, other programs apply nothing."""
-        kind = self.kind() if "alpha" in self.keys and self.used() else None
+        kind = self.kind() if self.used() else None
         ranked = kind is not None and kind.rank({part: self.shape(part) for part in self._of(kind)}) is not None
         return ranked and self._number("alpha") == 0
 
@@ -155,7 +158,7 @@ class LayerParts(NamedTuple):
                     if made
                     else f"has parts whose shapes match neither each other nor the weight ({listed})"
                 )
-                raise Misfit(f"{self._name()} {what}, the model's is {shape_text(self.weight)}")
+                raise Misfit(f"{self.name()} {what}, the model's is {shape_text(self.weight)}")
             scale = self._scale(kind, shapes, alpha)
             tensors = {part: self._tensor(part) for part in self._of(kind)}
             change = kind(tensors, scale, inputs)
@@ -169,7 +172,8 @@ class LayerParts(NamedTuple):
     def _narrowed(self, inputs: int) -> Shape:
         return (self.weight[0], inputs, *self.weight[2:])
 
-    def _name(self) -> str:
+    def name(self) -> str:
+        """A key of the layer, which stands for it in messages."""
         return next(iter(self.keys.values()))
 
     def _decomposed(self, change: Change, weight: Shape) -> Change:
@@ -193,7 +197,7 @@ class LayerParts(NamedTuple):
         scale = kind.scale_of(shapes, own, root) if whole is None else whole
         scale *= 1.0 if factor is None else factor
         if not math.isfinite(scale):
-            raise CheckpointError(f"the alpha of {self._name()} is not finite: the file is damaged")
+            raise CheckpointError(f"the alpha of {self.name()} is not finite: the file is damaged")
         return scale
 
     def _number(self, part: str) -> float | None:
@@ -211,19 +215,6 @@ def fits(made: Shape, weight: Shape) -> bool:
     """Whether a change is for a weight of this shape: without 1x1 kernels, or with kernels as a part of the columns."""
     same = made[:1] == weight[:1] and math.prod(made) == math.prod(weight)
     return same and (len(made) <= 2 or squeezed(made, 2) == squeezed(weight, 2))
-
-
-def check_numbers(key: str, numbers: Tensor) -> None:
-    """Raise CheckpointError unless all numbers of a tensor are floats and finite."""
-    if not numbers.is_floating_point():
-        kind = str(numbers.dtype).removeprefix("torch.")
-        what = f"{key} holds whole numbers ({kind}), not weights"
-        raise CheckpointError(f"{what}: a quantised file, which is not supported, or a damaged one")
-    # in pieces, because 8-bit floats have to be converted
-    if not all(bool(piece.float().isfinite().all()) for piece in numbers.flatten().split(1 << 20)):
-        raise CheckpointError(
-            f"{key} holds numbers that are not finite (NaN or infinite): the file is damaged; download it again"
-        )
 
 
 def plain_number(key: str, text: str) -> float:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import CheckpointError, load_checkpoint, naming
 from ..checkpoints.convert import shape_text
+from ..checkpoints.finite import check_numbers
 from ..checkpoints.folders import model_name
 from ..checkpoints.tokenizer_files import usable_words
 from ..config import TextConfig
@@ -37,7 +38,7 @@ from ..messages import listed
 from ..models.text_encoder import TextEncoder
 from ..text.tokenizer import Rule, Tokenizer, warn
 from .adapter_files import EMBEDDING_FILES, adapter_file, embedding_word, is_no_word
-from .lora_parts import check_numbers
+from .lora_parts import ADAPTER_KEY
 
 PARAMETERS = "string_to_param."  # prefix that the pickle reader gives to the names inside
 # What keys consist of that are not words, such as "emb_params", "text_encoders_0", "<*>".
@@ -46,7 +47,6 @@ TECHNICAL = frozenset({
     "encoder", "encoders", "h", "l", "learned", "model", "param", "params", "stage", "string", "tensor", "text", "to",
     "token", "transformer", "vector", "vectors", "weight", "weights",
 })  # fmt: skip
-LORA_KEYS = re.compile(r"lora|hada_|lokr_|:(up|down)$")
 OUTPUTS = ("_out", ".out")  # endings of keys of output vectors
 SD3 = "Flux or Stable Diffusion 3"
 OTHERS = {"clip_g": "SDXL", "text_encoders_1": "SDXL", "t5": SD3, "t5xxl": SD3, "text_encoders_2": SD3}
@@ -81,7 +81,7 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
         if single and len(single) < len(shapes):
             warn(f"{path.name}: tensors with a single number are not used: {listed(single)}")
             shapes = {key: shape for key, shape in shapes.items() if key not in single}
-        lora = any(LORA_KEYS.search(key) for key in shapes)
+        lora = any(ADAPTER_KEY.search(key) for key in shapes)
         bad = [] if lora else [key for key, shape in shapes.items() if len(shape) not in (1, 2) or 0 in shape]
         if bad or lora or len(shapes) > MAX_WORDS:
             few = (

@@ -66,3 +66,16 @@ class FiniteCheck:
                 f"{what}: {listed(self._large.values())}; "
                 f"use {'float32' if kind == 'bfloat16' else 'bfloat16 or float32'} (--dtype)"
             )
+
+
+def check_numbers(key: str, numbers: Tensor) -> None:
+    """Raise CheckpointError unless all numbers of a tensor are floats and finite."""
+    if not numbers.is_floating_point():
+        kind = str(numbers.dtype).removeprefix("torch.")
+        what = f"{key} holds whole numbers ({kind}), not weights"
+        raise CheckpointError(f"{what}: a quantised file, which is not supported, or a damaged one")
+    # in pieces, because 8-bit floats have to be converted
+    if not all(bool(piece.float().isfinite().all()) for piece in numbers.flatten().split(1 << 20)):
+        raise CheckpointError(
+            f"{key} holds numbers that are not finite (NaN or infinite): the file is damaged; download it again"
+        )

@@ -205,8 +205,7 @@ def _no_model(folder: Path) -> str:
     if what := _unreadable(folder):
         return what
     if models := sorted(place.name for place in folder.iterdir() if _is_model(place)):
-        some = ", ".join(models[:3]) + (", ..." if len(models) > 3 else "")
-        return f"a folder with a diffusers model in it; give the folder of the model ({some})"
+        return f"a folder with a diffusers model in it; give the folder of the model ({listed(models, most=3)})"
     files = sorted(file.name for pattern in ("*.safetensors", "*.ckpt") for file in folder.glob(pattern))
     if files:
         some = listed(files, most=3)
@@ -235,7 +234,7 @@ def _cannot_choose(folder: Path) -> str | None:
     files = [file.name for file in _weights_in(folder)]
     if not files:
         return None
-    some = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+    some = listed(files, most=3)
     if any(SHARD.search(name) for name in files):
         return f"parts of a split file without their index ({some}); download its .index.json as well"
     return f"{len(files)} files of weights with unusual names ({some}); give the right one its usual name"
@@ -244,7 +243,10 @@ def _cannot_choose(folder: Path) -> str | None:
 def _unused(folder: Path, used: Collection[str]) -> list[str]:
     """What is said of the weights in a model's folder that are not read."""
     places = [place for place in sorted(folder.iterdir()) if place.is_dir() and place.name not in used]
-    names = [f"{place.name}/" for place in places if place.name not in NOT_NEEDED and _weights_in(place)]
+    names = []
+    for place in places:
+        with suppress(OSError):  # one that may not be looked into, such as lost+found
+            names += [f"{place.name}/"] if place.name not in NOT_NEEDED and _weights_in(place) else []
     names += [file.name for file in _weights_in(folder) if file.name.startswith("pytorch_lora_weights")]
     return [f"in the folder, but not used: {', '.join(names)}"] if names else []
 

@@ -32,7 +32,6 @@ from .tokenizer_files import describe_words
 
 SMALL = 256 << 20  # bytes: their SHA-256 takes less than half a second
 SHORT_HASH = (0x100000, 0x10000)  # "model hash" of older tools: 64 KB after the first megabyte
-LISTED = 10  # keys printed of a long list
 
 
 @dataclass
