@@ -35,7 +35,7 @@ from sd.checkpoints.convert import WEIGHTS, StateDict
 from sd.checkpoints.detect import identify
 from sd.checkpoints.inspect import inspect
 from sd.checkpoints.layouts import AVERAGE, NETWORKS, find_layouts
-from sd.config import PREDICTIONS
+from sd.config import PRECISIONS, PREDICTIONS, SHORT_PRECISIONS
 from sd.files import exists, new_file, new_folder
 from sd.messages import printable
 
@@ -46,7 +46,6 @@ if TYPE_CHECKING:  # torch is slow to import: functions that need it do so, and 
     from torch import Tensor
 
 LAYOUTS = ("sd", "original", "diffusers")
-PRECISIONS, SHORT = ("float32", "float16", "bfloat16"), ("fp32", "fp16", "bf16")  # as in device.py, without torch
 
 
 def parser() -> cli.Parser:
@@ -62,7 +61,7 @@ def parser() -> cli.Parser:
         "--layout", choices=LAYOUTS, default="sd", help="names to write (default: %(default)s, ours, in one file)"
     )
     parser.add_argument(
-        "--dtype", choices=(*PRECISIONS, *SHORT), metavar="{" + ",".join(PRECISIONS) + "}",
+        "--dtype", choices=(*PRECISIONS, *SHORT_PRECISIONS), metavar="{" + ",".join(PRECISIONS) + "}",
         help="precision to write (default: unchanged)",
     )  # fmt: skip
     parser.add_argument(

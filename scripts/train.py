@@ -30,14 +30,14 @@ from torch import Tensor, nn
 
 from sd.checkpoints.convert import WEIGHTS
 from sd.conditioning import Conditioning
-from sd.config import PREDICTIONS
+from sd.config import PRECISIONS, PREDICTIONS, SHORT_PRECISIONS
 from sd.files import replaced_file
 from sd.imaging.tensors import grid
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion
-from sd.runtime.device import DTYPES
+from sd.runtime.device import find_dtype
 from sd.schedule import Schedule
 from sd.training import channels_last, checkpoint_activations, diffusion_loss, min_snr_weight, velocity_weight
 
@@ -60,7 +60,12 @@ def parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=cli.file_path, default=Path("outputs/training"), help="output folder (default: %(default)s)")
-    add("--export-dtype", choices=DTYPES, default="float16", help="of model.safetensors (default: %(default)s)")
+    add(
+        "--export-dtype",
+        choices=(*PRECISIONS, *SHORT_PRECISIONS),
+        default="float16",
+        help="of model.safetensors (default: %(default)s)",
+    )
     add(
         "--vae",
         type=cli.file_path,
@@ -180,7 +185,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     written = args.out / "model.safetensors"
 
     def write() -> str:
-        models.write_model(models.averaged(model, trainer.weights()), written, DTYPES[args.export_dtype])
+        models.write_model(models.averaged(model, trainer.weights()), written, find_dtype(args.export_dtype))
         return ""
 
     def show(step: int) -> None:

@@ -210,6 +210,8 @@ class UNetConfig:
         return same and fewer and self.middle_depth in (None, full.middle_depth)
 
 
+PRECISIONS = ("float32", "float16", "bfloat16")  # torch's names of the data types that networks may have
+SHORT_PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 PREDICTIONS = ("eps", "v")  # what a U-Net predicts: the noise (SD 1.x, SD 2 base), or the velocity (SD 2 768)
 
 

@@ -18,8 +18,8 @@ SETTINGS = {  # ours -> those of others
     "negative": ("negative_prompt", "uc"),
     "n": ("batch_count", "num_images", "num_images_per_prompt", "num_samples", "n_samples", "n_iter", "batch_size"),
     "steps": ("sampling_steps", "num_inference_steps", "sample_steps", "inference_steps", "ddim_steps"),
-    "sampler": ("sampling_method", "sampler_name", "sampler_index", "scheduler", "plms", "dpm_solver"),
-    "spacing": ("schedule_type", "noise_schedule", "schedule", "timestep_spacing"),
+    "sampler": ("sampling_method", "sampler_name", "sampler_index", "plms", "dpm_solver"),
+    "spacing": ("scheduler", "schedule_type", "noise_schedule", "schedule", "timestep_spacing"),
     "guidance": ("guidance_scale", "cfg", "cfg_scale", "scale", "unconditional_guidance_scale"),
     "guidance_rescale": ("cfg_rescale", "rescale_cfg"),
     "eta": ("ddim_eta",),
@@ -52,8 +52,7 @@ def plain(name: str) -> str:
 
 def nearest(name: str, known: Collection[str]) -> str | None:
     """The known setting that another name most likely means; None if there is none."""
-    ours = OURS.get(plain(name))
-    if ours in known:
-        return ours
+    if (ours := OURS.get(plain(name))) is not None:
+        return ours if ours in known else None
     near = difflib.get_close_matches(plain(name), sorted(known), n=1)
     return near[0] if near else None

@@ -153,7 +153,10 @@ def test_names_of_loras_are_looked_up_in_the_folder(tmp_path):
     assert named("<lora:ink:2> <lora:INK V2>") == [("loras/Ink.safetensors", 2), ("loras/a/ink v2.pt", 1)]
     assert named("<lora:a,b:1> <lora:a/b/twice:2>") == [("loras/a,b.pt", 1), ("loras/a/b/Twice.ckpt", 2)]
     for name, message in (
-        ("twice", r"2 files in .*loras are named twice: twice.safetensors, a/b/Twice.ckpt; rename .*<lora:b/Twice:1>"),
+        (
+            "twice",
+            r"2 files in .*loras are named twice: twice.safetensors, a/b/Twice.ckpt; rename .*<lora:a/b/Twice:1>",
+        ),
         (":1", "<lora::1> in the prompt: the name of the LoRA file is missing"),
         ("inc", r"no LoRA file named 'inc' is in .*loras: did you mean Ink\?"),
         ("../outside", "no LoRA file named '../outside'"),

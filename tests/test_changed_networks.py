@@ -121,7 +121,8 @@ def lora(tmp_path):
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel, lambda net: net])
 @pytest.mark.parametrize("name", ["unet", "text_encoder"])
-def test_loras_find_the_network_within_wrappers(name, wrap, lora, model):
+def test_loras_find_the_network_within_wrappers(name, wrap, lora, model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # else DataParallel moves it there
     setattr(model, name, wrap(getattr(model, name)))
     before = image(model)
     model.add_lora(lora)

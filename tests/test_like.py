@@ -12,12 +12,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from scripts import img2img, inpaint, txt2img
-from scripts.common import generate
+from scripts.common import generate, like
 from scripts.common.like import find_lora
 from scripts.common.prompt_loras import LoraFolder
 from sd import StableDiffusion, read_request
 from sd.checkpoints.export import CONFIG_KEY, to_own
 from sd.imaging.files import save_png
+from sd.params import TextToImage
 from sd.recipes import Addon
 
 NAME = "lora_te_text_model_encoder_layers_0_mlp_fc1"
@@ -241,3 +242,15 @@ def test_a_lora_in_a_folder(files, tmp_path):
     folder = LoraFolder(tmp_path)
     assert find_lora(folder, Addon("ink")) == find_lora(folder, Addon("Ink")) == tmp_path / "sub" / "ink.safetensors"
     assert find_lora(folder, Addon("../sub/ink")) is None
+
+
+def test_a_folder_of_a_lora_is_its_file(tmp_path):
+    """The weight of the recipe is for the file in the folder, and the VAE's name is one whatever it begins with."""
+    (tmp_path / "mine").mkdir()
+    save_file({"a.lora_up.weight": torch.ones(1, 1)}, tmp_path / "mine" / "ink.safetensors")
+    (tmp_path / "r.txt").write_text("a cat <lora:ink:0.5>\nSteps: 5, Sampler: Euler, VAE: default_anime.safetensors")
+    args = txt2img.parser().parse_words(["--like", str(tmp_path / "r.txt"), "--lora", str(tmp_path / "mine")])
+    args.named = {"like", "lora"}
+    with pytest.warns(UserWarning, match="VAE default_anime: give its file with --vae"):
+        like.take(args, TextToImage)
+    assert args.lora == [f"{tmp_path / 'mine'}:0.5"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import txt2img
+from scripts import train, txt2img
 from scripts.common import cli, spellings, streams
 from sd.params import OPTIONS, REQUESTS, SamplingParams
 from sd.spellings import SETTINGS
@@ -216,6 +216,12 @@ def test_texts_that_begin_with_a_dash(given, name, value):
         (["a", "--hr_scale", "2"], ": use --hires ("),
         (["a", "--subseed=3"], ": use --variation SEED:STRENGTH ("),
         (["a", "--medvram"], ": use --low-memory ("),
+        (["a", "--bf16"], ": use --dtype bfloat16 ("),
+        (["a", "--scheduler", "karras"], ": use --sampler or --spacing ("),
+        (["a", "--no_half_vae"], ": leave it out: an image that is not finite"),
+        (["a", "--threads", "4"], "unrecognized arguments: --threads 4 ("),
+        (["a", "--ti", "b.pt"], "--ti b.pt: use --embedding ("),
+        (["a", "-W", "64"], "-W 64: use --width ("),
         (["a", "--strength", "0.5"], ": it is an option of img2img and inpaint ("),
         (["a", "--denoise", "0.5"], ": it is an option of img2img and inpaint, where it is called --strength ("),
         (["a", "--xformers"], ": leave it out"),
@@ -228,6 +234,22 @@ def test_other_dashes_are_explained(given, words, capsys):
     assert words in line
 
 
+@pytest.mark.parametrize(
+    "program, option, words",
+    [
+        ("train", "--num_inference_steps", "use --sample-steps ("), ("train", "--resolution", "use --size ("),
+        ("train", "--half", "use --precision ("), ("train", "--learning_rate", "use --lr ("),
+        ("train", "--train_batch_size", "use --batch ("), ("train_vae", "--sampling-steps", "--sampling-steps=1 (see"),
+        ("study", "--width", "use --size ("), ("study", "--init_image", "use --image ("),
+        ("convert", "--checkpoint", "give the file on its own"), ("convert", "--num-images", "--num-images=1 (see"),
+    ],
+)  # fmt: skip
+def test_options_of_other_programs_in_each_of_ours(program, option, words, capsys):
+    with pytest.raises(SystemExit):
+        parser(program).parse_words([f"{option}=1", *({"study": ["all"], "convert": ["a"]}.get(program, []))])
+    assert words in capsys.readouterr().err
+
+
 def test_underscores_are_dashes():
     args = parser("txt2img").parse_words(["a", "--cfg_scale=3", "--clip_skip", "2", "--negative_prompt", "-b_c"])
     assert (args.guidance, args.clip_skip, args.negative, args.words) == (3, 2, "-b_c", ["a"])
@@ -235,7 +257,9 @@ def test_underscores_are_dashes():
 
 def test_options_that_messages_name_are_there():
     names = {name for program in ("txt2img", "img2img", "inpaint") for name in parser(program)._option_string_actions}
-    assert {here.split()[0] for here in spellings.HERE.values() if here} <= names
+    training = train.parser()._option_string_actions
+    assert {here.split()[0] for here in spellings.HERE.values()} <= {*names, *training}
+    assert {here.split()[0] for here in spellings.SHORT.values()} <= names
     kinds = (SamplingParams, *REQUESTS.values())
     assert SETTINGS.keys() <= {f.name for kind in kinds for f in fields(kind)} | OPTIONS.keys()
 

@@ -12,17 +12,17 @@ from PIL import ImageColor
 
 import sd
 from sd.checkpoints.convert import WEIGHTS
-from sd.config import PREDICTIONS
+from sd.config import PREDICTIONS, SHORT_PRECISIONS
 from sd.imaging.files import SUFFIXES, ImageFile, read_image
 from sd.params import FITS, OPTIONS, POSTERIORS, RNGS, UPSCALERS, HighRes, SamplingParams
-from sd.runtime.device import DTYPES, SHORT_DTYPES
+from sd.runtime.device import DTYPES
 from sd.samplers import SAMPLERS
 from sd.schedule import SPACINGS
 
 from .cli import TEXT, Parser, file_path, home, readable
 
 # other names of precisions; "autocast" in the original's scripts is the best for the device
-NICKNAMES = {**SHORT_DTYPES, "full": "float32", "autocast": None}
+NICKNAMES = {**SHORT_PRECISIONS, "full": "float32", "autocast": None}
 OLD_OPTIONS = {"eta": ("--ddim_eta",)}  # names in the original's scripts
 ANIMATIONS = ("webp", "gif")
 STEP_MODES = ("decoded", "linear")
@@ -59,13 +59,18 @@ def place_words(args: argparse.Namespace, *names: str) -> argparse.Namespace:
         raise ValueError(f"{args.words[len(free)]!r} is one word too many{why}{hint}")
     for name, word in zip(free, args.words, strict=False):
         setattr(args, name, word if name == "prompt" else home(word))
-    args.prompt, args.negative = args.prompt and readable(args.prompt), readable(args.negative)
+    args.prompt = args.prompt and readable(args.prompt)
     prompt = Path(args.prompt or "")
     if "prompt" in free and prompt.suffix.lower() in SUFFIXES and os.path.isfile(prompt):  # it may be long
         raise ValueError(f"{prompt} is an image: the prompt comes first, then the files")
-    if "prompt" in free and len(args.words) > 1 and os.path.isdir(prompt) and not os.path.lexists(home(args.words[1])):
+    if "prompt" in free and len(args.words) > 1 and os.path.isdir(prompt) and not _is_image(args.words[1]):
         raise ValueError(f"{prompt} is a folder: the prompt comes first, then the files")
     return args
+
+
+def _is_image(word: str) -> bool:
+    """Whether a word names a file that is there, or by its ending an image that is not."""
+    return Path(word).suffix.lower() in SUFFIXES or os.path.lexists(home(word))
 
 
 def add_image_arguments(parser: Parser, strength: float) -> argparse._ArgumentGroup:

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -51,8 +51,8 @@ def _expanded(text: str) -> str:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
         raise PathError(f"{text}: URLs are not fetched; give a path on this machine")
     path = os.path.expanduser(text)
-    first, *below = Path(path).parts or (path,)
-    if first.startswith("~") and below and not os.path.lexists(first):
+    first = (Path(path).parts or (path,))[0]
+    if first.startswith("~") and not os.path.lexists(first):
         raise PathError(f"{text}: there is no home folder {first}: give the whole path")
     return path
 
@@ -75,9 +75,20 @@ class Parser(argparse.ArgumentParser):
 
     given: Sequence[str] = ()  # the arguments of the last call
 
+    def __init__(self, **settings: Any) -> None:
+        """Options are written in full: abbreviated, `--ti file.pt` would be --tileable and a prompt."""
+        super().__init__(allow_abbrev=False, **settings)
+
     def parse_words(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse arguments; options may stand between positional ones, and none after "--"."""
         self.given = self._joined(list(sys.argv[1:] if argv is None else argv))
+        args = self._parsed()
+        for action in self._actions:
+            if action.metavar == TEXT and isinstance(text := getattr(args, action.dest, None), str):
+                setattr(args, action.dest, readable(text))
+        return args
+
+    def _parsed(self) -> argparse.Namespace:
         if "--" not in self.given:
             return self.parse_intermixed_args(self.given)
         at = list(self.given).index("--")  # argparse forgets it between its two passes: the words are marked instead
@@ -128,7 +139,7 @@ class Parser(argparse.ArgumentParser):
         known = [name for action in self._actions for name in action.option_strings]
         if message.startswith("unrecognized arguments: -"):
             word = message.split()[2]
-            instead = instead_of(word, known) if word.startswith("--") else None
+            instead = instead_of(word, known)
             message += f": {instead}" if instead else self._for_text(word)
         elif "ignored explicit argument" in message:  # -hands: argparse reads -h and "ands"
             message += self._for_text(next((word for word in self.given if re.match("-h[^-=]", word)), "-text"))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import sd
 from sd import recipes
 from sd.checkpoints.folders import model_name
-from sd.hires import enlarged_shape
+from sd.hires import enlarged_shape, second_pass
 from sd.imaging.files import ImageFile
 from sd.imaging.previews import LinearDecoder
 from sd.imaging.tensors import grid
@@ -351,6 +351,7 @@ def check_settings(model: sd.StableDiffusion, request: TextToImage) -> None:
     model.latent_shape(params.height, params.width)
     if isinstance(request, HighRes):
         enlarged_shape(model.config, request)
+        second_pass(request, params, model.schedule.steps)
     if request.clip_skip is not None:
         layer_of_clip_skip(model.config.text[0], request.clip_skip, note=lambda text: None)
 

@@ -16,7 +16,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from sd.adapters.lora_formats import lora_name
+from sd.adapters.adapter_files import EMBEDDING_FILES, LORA_FILES, adapter_file, embedding_word, lora_name
 from sd.checkpoints.convert import WEIGHTS
 from sd.config import PREDICTIONS
 from sd.imaging.files import SUFFIXES
@@ -34,6 +34,7 @@ from .cli import Parser, file_path
 from .output import ModelHash
 from .prompt_loras import LoraFolder, tag_name
 
+OWN_VAE = ("", "none", "automatic", "default", "baked", "baked vae")  # values that name no file
 ARGUMENTS = {"blur": "mask_blur"}  # setting -> the argument, where the names differ
 # setting -> other arguments that say the same: if one of them is given, the recipe's value is not taken
 RIVALS = {
@@ -157,7 +158,8 @@ def _given(text: str) -> tuple[str, Path, bool]:
     """The value of --lora: its name as it is written in metadata, its file, and whether it has a weight."""
     name, rest = split_name(text)
     path, _ = split_lora(rest)
-    return tag_name(name or lora_name(path)), path, str(path) != rest
+    file = adapter_file(path, LORA_FILES)  # of a folder
+    return tag_name(name or lora_name(file)), file, str(path) != rest
 
 
 def _name(lora: Addon) -> str:
@@ -217,7 +219,10 @@ def _notes(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage]) ->
         path = files.get(_name(lora))
         if lora.digest and path is not None and path.is_file() and not _same(lora_digest(path), lora.digest):
             notes.append(f"LoRA {lora.name}: {path.name} is not the same file as the recipe's ({lora.digest})")
-    words = {(word or file_name(path.name)).lower() for path, word in map(split_embedding, args.embedding)}
+    words = {
+        (word or embedding_word(adapter_file(path, EMBEDDING_FILES))).lower()
+        for path, word in map(split_embedding, args.embedding)
+    }
     for embedding in recipe.embeddings:
         if embedding.name.lower() not in words:
             notes.append(f"embedding {embedding.name}: give its file with --embedding")
@@ -225,7 +230,7 @@ def _notes(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage]) ->
         if (
             (value := recipe.info.get(key))
             and getattr(args, name) is None
-            and not value.lower().startswith(("none", "automatic", "default", "baked"))
+            and value.partition("(")[0].strip().lower() not in OWN_VAE
         ):
             notes.append(f"{key} {file_name(value)}: give its file with --{name.replace('_', '-')}")
     return notes

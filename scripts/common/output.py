@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from sd.files import exists, new_file
-from sd.imaging.files import png_bytes, save_animation, save_png
+from sd.imaging.files import OTHER_SUFFIXES, SUFFIXES, png_bytes, save_animation, save_png
 
 
 class ModelHash:
@@ -48,7 +48,7 @@ class ModelHash:
 
 
 NUMBERS = 10**9  # numbers in names are below this
-OTHER_FORMATS = (".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jxl", ".psd")
+OTHER_FORMATS = {*SUFFIXES, *OTHER_SUFFIXES, ".apng", ".psd", ".svg"} - {".png"}
 PROBE = 1 << 16  # bytes, as a small image has
 LONG_SUFFIX = len("-grid-999999999.png")
 
@@ -75,7 +75,8 @@ class Output:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise ValueError(
-                f"--out {path}: {self.folder} cannot be created: part of its path is a file; choose another folder"
+                f"--out {path}: {self.folder} cannot be created: part of its path is a file or a broken link; choose "
+                "another folder"
             ) from None
         probe = self.folder / f".{secrets.token_hex(8)}"  # raises for an unwritable folder or a full disk
         try:

@@ -57,10 +57,10 @@ class LoraFolder:
 
     def files(self, name: str) -> list[Path]:
         """All files of a name, which may have folders before it."""
+        if files := self._found.get(tag_name(name).casefold(), []):
+            return files
         *folders, last = re.split(r"[/\\]", tag_name(name).casefold())
         files = self._found.get(last, [])
-        if not folders:
-            return files
         return [file for file in files if self._folders(file)[-len(folders) :] == folders]
 
     def _folders(self, file: Path) -> list[str]:
@@ -71,13 +71,14 @@ class LoraFolder:
         """The file of a name. Raises ValueError if there is none, or several."""
         files = self.files(name)
         if not files:
-            near = difflib.get_close_matches(name.casefold()[:200], self._found, n=LISTED)
+            near = difflib.get_close_matches(re.split(r"[/\\]", name.casefold())[-1][:200], self._found, n=LISTED)
             names = [printable(self._found[key][0].stem) for key in near]
             hint = f": did you mean {' or '.join(names)}?" if names else f", which has {len(self._found)}"
             raise ValueError(f"no LoRA file named '{one_line(name)}' is in {self._folder}{hint}")
         if len(files) > 1:
             several = printable(listed((file.relative_to(self._folder) for file in files), most=LISTED))
-            named = [f"{folders[-1]}/{tag_name(lora_name(file))}" for file in files if (folders := self._folders(file))]
+            whole = ["/".join([*self._folders(file), tag_name(lora_name(file))]) for file in files]
+            named = [tag for tag in whole if len(self.files(tag)) == 1]
             or_name = f", or name the folder as well: <lora:{one_line(named[0])}:1>" if named else ""
             raise ValueError(
                 f"{len(files)} files in {self._folder} are named {one_line(name)}: {several}; "

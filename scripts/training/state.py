@@ -24,6 +24,8 @@ from tqdm import tqdm
 from sd.checkpoints.key_maps import from_own_0_1
 from sd.files import replaced_file
 
+from ..common.cli import Parser
+
 SETTINGS, STATE = "settings.json", "state.pt"
 NOT_KEPT = ("out", "resume", "threads", "workers", "device", "recipes")  # may differ between starts
 
@@ -71,7 +73,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
             raise OSError(f"{path}: cannot be written: {error}") from None
 
 
-def continued(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str] | None) -> argparse.Namespace:
+def continued(parser: Parser, args: argparse.Namespace, argv: list[str] | None) -> argparse.Namespace:
     """The arguments of a resumed run (--resume): those of its start, overridden by those given now."""
     if not args.resume:
         if (args.out / STATE).exists():
@@ -89,7 +91,7 @@ def continued(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: l
         return args
     # argparse parses string defaults like arguments
     parser.set_defaults(**kept)
-    return parser.parse_intermixed_args(argv)
+    return parser.parse_words(argv)
 
 
 def keep_settings(args: argparse.Namespace, recipe: Mapping[str, object]) -> None:

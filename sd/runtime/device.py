@@ -13,8 +13,9 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import nn
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # other names of the same
+from ..config import PRECISIONS, SHORT_PRECISIONS
+
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in PRECISIONS}
 DEVICES = ("cuda", "cpu", "mps", "xpu")
 
 
@@ -57,7 +58,7 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 def find_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """The precision of this name; ValueError for one that is not supported."""
-    found = DTYPES.get(SHORT_DTYPES.get(dtype, dtype)) if isinstance(dtype, str) else dtype
+    found = DTYPES.get(SHORT_PRECISIONS.get(dtype, dtype)) if isinstance(dtype, str) else dtype
     if found is None or found not in DTYPES.values():
         raise ValueError(f"unknown precision {dtype!r}, expected one of {', '.join(DTYPES)}")
     return found
