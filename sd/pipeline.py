@@ -123,11 +123,8 @@ class StableDiffusion(Adaptable, Hints):
         dtype = find_dtype(dtype) if dtype is not None else best_dtype(device)
         if low_memory and compile:
             raise ValueError("low memory and compiling do not go together: compiled networks stay where they are")
-        if unknown := sorted(options.keys() - LoadOptions.__dataclass_fields__.keys()):
-            known = ("device", "dtype", "low_memory", "compile", "progress", *LoadOptions.__dataclass_fields__)
-            raise TypeError(f"load has no option {unknown[0]!r}; it has {', '.join(known)}")
-        options |= {name: user_path(options[name]) for name in ("vae", "text_encoder") if options.get(name) is not None}
-        files = ModelFiles(resource(EMBEDDED) if path is None else user_path(path), LoadOptions(**options))
+        file = resource(EMBEDDED) if path is None else user_path(path)
+        files = ModelFiles(file, LoadOptions.of(options, ("device", "dtype", "low_memory", "compile", "progress")))
         config, networks, used, about = place(files, device, dtype, low_memory, progress)
         # adapters hold the plain networks; with low memory they are used through an `Offload` of the same ones
         model = cls(config, **cast(dict[str, Any], networks), about=about)
@@ -203,8 +200,7 @@ class StableDiffusion(Adaptable, Hints):
     def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The output (B, C, h, w) of the U-Net, recorded or compiled if it is, for x (B, C, h, w) and t (B,).
 
-        It runs in the precision of its weights, which may have been cast (`model.unet.half()`). With `low_memory` it is
-        fetched at each step: in between, another network may take its turn on the device.
+        It runs in the precision of its weights, which may have been cast: `model.unet.half()`.
         """
         with self._use("unet") as unet:
             norm = getattr(unet, "norm_out", None)  # a layer whose weight is never packed
@@ -255,12 +251,11 @@ class StableDiffusion(Adaptable, Hints):
         return self._generate(Inpaint.of(prompt, negative, image=image, mask=mask, **settings), progress)
 
     def _generate(self, request: TextToImage, progress: Progress | None) -> list[Image.Image]:
-        if progress is not None and not callable(progress):
-            raise TypeError(f"progress must be a function that wraps an iterator, such as tqdm, got {progress!r:.100}")
+        if not callable(progress) and progress is not None:
+            raise TypeError(f"progress must wrap an iterator, as tqdm does, got {progress!r:.100}")
         run = self.prepare(request)
-        if progress is not None:
-            for _ in progress(run):
-                pass
+        for _ in (progress or iter)(run):
+            pass
         result = run.result()
         for note in result.notes:
             warnings.warn(note, stacklevel=3)

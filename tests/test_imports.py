@@ -30,7 +30,7 @@ ALLOWED = {
     "models": {"conditioning", "config"},
     "text": {"messages", "resources"},
     "imaging": {"files", "messages"},
-    "checkpoints": {"conditioning", "config", "messages", "models", "runtime", "schedule", "text"},
+    "checkpoints": {"conditioning", "config", "files", "messages", "models", "runtime", "schedule", "text"},
     "adapters": {"checkpoints", "config", "files", "messages", "models", "runtime", "settings", "text"},
     "training": {"conditioning", "config", "denoiser", "models", "schedule"},
     "latents": {"config", "imaging", "models", "runtime", "settings", "text"},

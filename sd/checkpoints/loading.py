@@ -12,15 +12,17 @@ torch.Size([64, 3, 3, 3])
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import END, Config, TextConfig
+from ..files import user_path
 from ..messages import printable
 from ..runtime.optimize import optimize
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming, shapes
@@ -185,6 +187,15 @@ class LoadOptions:
             raise ValueError(f"config must be a Config, such as sd.MODELS['sd1'], got {self.config!r:.60}")
         if not isinstance(self.variant, str | None):
             raise ValueError(f"variant must be a string such as 'fp16', got {self.variant!r:.60}")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], beside: Sequence[str] = ()) -> LoadOptions:
+        """Options by their names, with "~" expanded in paths. TypeError for an unknown one; `beside` are others."""
+        if unknown := sorted(options.keys() - cls.__dataclass_fields__.keys()):
+            known = ", ".join((*beside, *cls.__dataclass_fields__))
+            raise TypeError(f"load has no option {unknown[0]!r}; it has {known}")
+        paths = {name: user_path(options[name]) for name in ("vae", "text_encoder") if options.get(name) is not None}
+        return cls(**{**options, **paths})
 
     @property
     def others(self) -> dict[str, str | os.PathLike[str]]:
