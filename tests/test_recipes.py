@@ -361,8 +361,19 @@ LONG = {
         graph(n6={"text": " ".join(f"embedding:{i}" for i in range(15_000))})
     ),
     "tags of XML": lambda: xmp_json("<exif:UserComment><rdf:li>{" * 1600),
-    "prompts with the same nodes above": lambda: read_graph(many_prompts(400)),
+    "prompts with the same nodes above": lambda: read_graph(many_prompts(800)),
 }  # fmt: skip
+
+
+def test_a_graph_whose_samplers_follow_each_other_in_circles_is_refused_soon():
+    """The way from each image to each sampler is 4600 nodes long."""
+    way = {f"a{i}": node("X", image=[f"a{i + 1}", 0]) for i in range(4600)}
+    way["a4600"] = node("X", **{f"image_{i}": [f"b{i}", 0] for i in range(20)})
+    samplers = {f"b{i}": node("KSampler", latent_image=["a0", 0]) for i in range(20)}
+    start = time.process_time()
+    with pytest.raises(ValueError, match="too many samplers"):
+        read_graph(way | samplers | {f"c{i}": node("SaveImage", images=["a0", 0]) for i in range(50)})
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("name", LONG)

@@ -24,6 +24,7 @@ from .infotext import loras_in
 from .recipe import WEIGHTED, Addon, Draft, Recipe, file_name, short_list
 
 MAX_TEXTS = 5000  # links to follow for all texts
+MAX_WALK = 500_000  # nodes to visit on the ways from all saved images to their samplers
 MAX_HOPS = 20  # links to follow for one value, such as a seed from another node
 SAVES = ("SaveImage", "PreviewImage", "SaveImageWebsocket")
 VALUES = ("value", "seed", "noise_seed", "int", "float", "number", "string", "text", "Value", "Text", "Number")
@@ -69,6 +70,7 @@ class Graph:
         self.nodes = nodes
         self.encoder_loras: set[str] = set()  # names of the LoRAs that the text encoder has
         self.encoders: set[str] = set()  # nodes that were looked at for those
+        self.walked = 0  # nodes visited on the ways to samplers
         self.texts = 0  # links followed for texts
         self.passed: dict[str, None] = {}  # classes of the nodes that walks went through, in order
 
@@ -153,10 +155,17 @@ class Graph:
         return chain, len(same)
 
     def _above(self, starts: list[str]) -> list[Node]:
+        """The samplers above, the first one first. Raises ValueError if the ways to them are too long."""
         chain: list[Node] = []
         for _ in range(MAX_HOPS):
-            above = self.upstream(starts, Node.above)
-            found = next((node for node in above if node.samples and node not in chain), None)
+            found = None
+            for node in self.upstream(starts, Node.above):
+                self.walked += 1
+                if node.samples and node not in chain:
+                    found = node
+                    break
+            if self.walked > MAX_WALK:
+                raise ValueError("its ComfyUI graph has too many samplers and saved images to follow all their links")
             if found is None:
                 break
             chain.insert(0, found)
