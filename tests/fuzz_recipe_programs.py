@@ -1,4 +1,4 @@
-"""Valid settings of more programs, which fuzz_recipes.py damages: nodes of extensions, workflows, PNG texts."""
+"""What fuzz_recipes.py puts together and damages: parts of texts, and valid settings of the programs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,53 @@ import html
 import json
 from typing import Any
 
+PARTS = (
+    "a cat", "Negative prompt:", "Negative prompt: b", "\n", "\n", ", ", ": ", '"', "\\", "{", "}", "[", "]",
+    "Steps: 20",
+    "Sampler: Euler a", "Sampler: DPM++ 2M Karras", "Schedule type: Karras", "CFG scale: 7", "Seed: 5", "Size: 512x768",
+    "Size: 1x1", "Model: m", "Model hash: 45dee52b", "Clip skip: 2", "ENSD: 31337", "RNG: CPU", "RNG: NV", "Eta: 0.5",
+    "Hires upscale: 2", "Hires resize: 0x0", "Denoising strength: 0.5", "First pass size: 0x0", "Tiling: True",
+    "Variation seed: 1", "Variation seed strength: 0.5", "Version: sd 1", "Version: v1.9", "App: SD.Next",
+    "Batch size: 4",
+    "Batch pos: 3", 'Lora hashes: "a: b, c: d"', 'Hashes: {"model": "ab"}', "Template: x", "<lora:a:0.5>",
+    "<lora:a:1e99>",
+    "Mask blur: 4", "Masked content: original", "Inpaint area: Only masked", "Masked area padding: -1", "1e999", "nan",
+    "-1", "99999999999999999999", "0", "\0", "\x1b[31m", "é", "東京", "\u202e", 'Prompt: "x"',
+    "Generated size: 8xauto",
+    "Emphasis: None", "Web UI prompts: True", "Long prompts: on", "TI: x, y", "Steps: ", "Hires upscaler: Latent",
+)  # fmt: skip
+VALUES: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1, 2**64, 10**300, 1.5, -0.0, 1e308, "", "a", "1", "x" * 300, "\x1b[2J\n", [], {}, [1],
+    ["3", 0],
+    ["4", 1], ["9", 0], [["1", 2], 3], {"a": 1}, "karras", "euler", "../a.safetensors", "(768, 1280)", float("nan"),
+    "\ud800",
+)  # fmt: skip
+CLASSES = (
+    "KSampler", "KSamplerAdvanced", "SamplerCustomAdvanced", "CLIPTextEncode", "CLIPSetLastLayer", "LoraLoader",
+    "VAEDecode",
+    "EmptyLatentImage", "LatentUpscale", "LatentComposite", "SaveImage", "VAEEncode", "CheckpointLoaderSimple",
+    "RandomNoise",
+    "BasicScheduler", "CFGGuider", "KSamplerSelect", "ConditioningCombine", "ConditioningZeroOut", "X", "RescaleCFG",
+)  # fmt: skip
+GRAPH: dict[str, Any] = {
+    "3": {
+        "class_type": "KSampler",
+        "inputs": {
+            "seed": 7, "steps": 20, "cfg": 8.0, "sampler_name": "euler_ancestral", "scheduler": "normal",
+    "denoise": 1.0,
+            "model": ["10", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0],
+        },
+    },
+    "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "v1-5.ckpt"}},
+    "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 512, "height": 640, "batch_size": 1}},
+    "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a (cat:1.2)", "clip": ["11", 0]}},
+    "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "text", "clip": ["4", 1]}},
+    "8": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["4", 2]}},
+    "9": {"class_type": "SaveImage", "inputs": {"images": ["8", 0]}},
+    "10": {"class_type": "LoraLoader", "inputs": {"lora_name": "a", "strength_model": 0.5, "strength_clip": 1.0,
+    "model": ["4", 0]}},
+    "11": {"class_type": "CLIPSetLastLayer", "inputs": {"stop_at_clip_layer": -2, "clip": ["4", 1]}},
+}  # fmt: skip
 FOOOCUS = {
     "prompt": "a", "negative_prompt": "b", "steps": 30, "guidance_scale": 4, "sampler": "dpmpp_2m_sde_gpu",
     "clip_skip": 2,

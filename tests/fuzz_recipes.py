@@ -39,7 +39,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-from fuzz_recipe_programs import DREAM, FOOOCUS, INVOKE, NODES, OLD, TEXTS
+from fuzz_recipe_programs import CLASSES, DREAM, FOOOCUS, GRAPH, INVOKE, NODES, OLD, PARTS, TEXTS, VALUES
 from PIL import Image
 
 from sd.imaging.files import ImageFileError
@@ -49,53 +49,6 @@ from sd.recipes import read_request
 SECONDS = 3.0  # of the processor, which may be slow
 FORBIDDEN = ("exec", "compile", "subprocess", "os.system", "os.exec", "socket", "shutil", "os.remove", "os.rename")
 
-PARTS = (
-    "a cat", "Negative prompt:", "Negative prompt: b", "\n", "\n", ", ", ": ", '"', "\\", "{", "}", "[", "]",
-    "Steps: 20",
-    "Sampler: Euler a", "Sampler: DPM++ 2M Karras", "Schedule type: Karras", "CFG scale: 7", "Seed: 5", "Size: 512x768",
-    "Size: 1x1", "Model: m", "Model hash: 45dee52b", "Clip skip: 2", "ENSD: 31337", "RNG: CPU", "RNG: NV", "Eta: 0.5",
-    "Hires upscale: 2", "Hires resize: 0x0", "Denoising strength: 0.5", "First pass size: 0x0", "Tiling: True",
-    "Variation seed: 1", "Variation seed strength: 0.5", "Version: sd 1", "Version: v1.9", "App: SD.Next",
-    "Batch size: 4",
-    "Batch pos: 3", 'Lora hashes: "a: b, c: d"', 'Hashes: {"model": "ab"}', "Template: x", "<lora:a:0.5>",
-    "<lora:a:1e99>",
-    "Mask blur: 4", "Masked content: original", "Inpaint area: Only masked", "Masked area padding: -1", "1e999", "nan",
-    "-1", "99999999999999999999", "0", "\0", "\x1b[31m", "é", "東京", "\u202e", 'Prompt: "x"',
-    "Generated size: 8xauto",
-    "Emphasis: None", "Web UI prompts: True", "Long prompts: on", "TI: x, y", "Steps: ", "Hires upscaler: Latent",
-)  # fmt: skip
-VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2**64, 10**300, 1.5, -0.0, 1e308, "", "a", "1", "x" * 300, "\x1b[2J\n", [], {}, [1],
-    ["3", 0],
-    ["4", 1], ["9", 0], [["1", 2], 3], {"a": 1}, "karras", "euler", "../a.safetensors", "(768, 1280)", float("nan"),
-    "\ud800",
-)  # fmt: skip
-CLASSES = (
-    "KSampler", "KSamplerAdvanced", "SamplerCustomAdvanced", "CLIPTextEncode", "CLIPSetLastLayer", "LoraLoader",
-    "VAEDecode",
-    "EmptyLatentImage", "LatentUpscale", "LatentComposite", "SaveImage", "VAEEncode", "CheckpointLoaderSimple",
-    "RandomNoise",
-    "BasicScheduler", "CFGGuider", "KSamplerSelect", "ConditioningCombine", "ConditioningZeroOut", "X", "RescaleCFG",
-)  # fmt: skip
-GRAPH: dict[str, Any] = {
-    "3": {
-        "class_type": "KSampler",
-        "inputs": {
-            "seed": 7, "steps": 20, "cfg": 8.0, "sampler_name": "euler_ancestral", "scheduler": "normal",
-    "denoise": 1.0,
-            "model": ["10", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0],
-        },
-    },
-    "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "v1-5.ckpt"}},
-    "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 512, "height": 640, "batch_size": 1}},
-    "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a (cat:1.2)", "clip": ["11", 0]}},
-    "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "text", "clip": ["4", 1]}},
-    "8": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["4", 2]}},
-    "9": {"class_type": "SaveImage", "inputs": {"images": ["8", 0]}},
-    "10": {"class_type": "LoraLoader", "inputs": {"lora_name": "a", "strength_model": 0.5, "strength_clip": 1.0,
-    "model": ["4", 0]}},
-    "11": {"class_type": "CLIPSetLastLayer", "inputs": {"stop_at_clip_layer": -2, "clip": ["4", 1]}},
-}  # fmt: skip
 PICTURE = Image.new("RGB", (2, 2))
 
 
@@ -167,6 +120,8 @@ def exchanged(rng: random.Random, value: Any) -> Any:
             key if rng.random() > 0.02 else str(rng.choice(VALUES)): exchanged(rng, part)
             for key, part in value.items() if rng.random() > 0.03
         }  # fmt: skip
+    if isinstance(value, int) and rng.random() < 0.05:
+        return -1 - value  # also of indexes
     return [exchanged(rng, part) for part in value] if isinstance(value, list) else value
 
 

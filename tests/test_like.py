@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from sd import StableDiffusion, read_request
 from sd.checkpoints.export import CONFIG_KEY, to_own
 from sd.imaging.files import save_png
 from sd.params import TextToImage
-from sd.recipes import Addon
+from sd.recipes import Addon, read_parameters
 
 NAME = "lora_te_text_model_encoder_layers_0_mlp_fc1"
 BASE = ("--steps", "2", "--seed", "7", "--height", "64", "--width", "64", "--dtype", "float32")
@@ -190,6 +191,20 @@ def test_a_recipe_of_another_program(run, tmp_path):
         assert words in err
     text = Image.open(made).text["parameters"]
     assert "Sampler: DDIM, Schedule type: Leading, CFG scale: 4, Seed: 5" in text and "\nNegative prompt: b\n" in text
+
+
+@pytest.mark.parametrize("tags", [[], ["<lora:oil:0.5>"]])
+def test_what_looks_like_a_tag_in_our_prompts_is_text(tags, tiny):
+    """Only the LoRAs that were merged are read back from the metadata."""
+    request = TextToImage.of("a <lora:ink:1>", "b <lora:ink:1>", steps=2, sampler="ddim", spacing="leading", guidance=3)
+    run = SimpleNamespace(request=request, params=request.params, guides=[], source=SimpleNamespace(variation_seeds=()))
+    addons = SimpleNamespace(tags=lambda: tags, about=lambda model, request: {})
+    args = txt2img.parser().parse_args(["a cat"])
+    model, digest = StableDiffusion(TINY, **tiny), SimpleNamespace(digits=lambda: "")
+    result = SimpleNamespace(images=[Image.new("RGB", (64, 64))], seeds=[5])
+    recipe = read_parameters(generate.Metadata(args, model, addons, digest, {}).describe(run, result, 0))
+    assert (recipe.request.prompt, recipe.request.negative) == (("a <lora:ink:1>",), "b <lora:ink:1>")
+    assert [lora.name for lora in recipe.loras] == ["oil"][: len(tags)]
 
 
 def test_loras_of_a_recipe_are_found_in_a_folder_whatever_their_case(run, files, tmp_path):

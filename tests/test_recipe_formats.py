@@ -8,8 +8,8 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
-from test_recipe_programs import BOTH, check, web
+from PIL import Image, PngImagePlugin
+from test_recipe_programs import BOTH, GRAPH, check, web
 
 from sd import read_request
 from sd.imaging.files import ImageFileError
@@ -40,10 +40,39 @@ PROGRAMS = {
          "noise_seed_delta": 31337, "clip_skip": 2}, "{ } and [ ]",
     ),
     "Easy Diffusion": (EASY, BOTH | ALL | {"loras": [("a", 0.5, ""), ("b", 0.25, "")], "sampler": "euler_a"}, ""),
+    "Easy Diffusion, one LoRA": (
+        EASY | {"use_lora_model": "cat's eyes [v2]", "lora_alpha": "0.5"},
+        {"loras": [("cat's eyes [v2]", 0.5, "")]}, "",
+    ),
+    "Easy Diffusion, JSON": (
+        {"prompt": json.dumps(EASY | {"use_lora_model": ["None", "ink [v2]"], "lora_alpha": [0.5, 0.7]})},
+        {"loras": [("ink [v2]", 0.7, "")]}, "",
+    ),
+    "Easy Diffusion, a list in Python's form": (
+        EASY | {"use_lora_model": "[None, \"cat's, eyes\", 'a\\\\b\\'s']", "lora_alpha": "[0.5, 0.7]"},
+        {"loras": [("cat's, eyes", 0.7, ""), ("b's", 1.0, "")]}, "",
+    ),
+    "Easy Diffusion, a bracket": (EASY | {"prompt": "{a|b} cat"}, {"prompt": "{a|b} cat", "seed": 5}, ""),
     "Easy Diffusion, lines": ({"parameters": LINES}, ALL | {"negative": "", "sampler": "euler_a"}, ""),
     "Draw Things, EXIF": ({"parameters": json.dumps(DRAW)}, ONE | {"rng": "nv"}, ""),
     "Draw Things, XMP": ({"XML:com.adobe.xmp": XMP}, ONE | {"rng": "nv"}, ""),
     "InvokeAI": ({"invokeai_metadata": json.dumps(INVOKE)}, {"sampler": "dpm2_a", "kind": "txt2img"}, ""),
+    "SwarmUI, no name": (
+        {"parameters": json.dumps({"sui_image_params": SWARM | {"loras": ["", "ink"], "loraweights": ["0.2", "0.9"]}})},
+        {"loras": [("ink", 0.9, "")]}, "",
+    ),
+    "SwarmUI, names in a text": (
+        {"parameters": json.dumps({"sui_image_params": SWARM | {"loras": ",ink", "loraweights": "0.2,0.9"}})},
+        {"loras": [("ink", 0.9, "")]}, "",
+    ),
+    "SwarmUI, a prompt with settings": (
+        {"parameters": json.dumps({"sui_image_params": SWARM | {"prompt": "Steps: 3, Seed: 2"}})},
+        {"prompt": "Steps: 3, Seed: 2", "seed": 5}, "",
+    ),
+    "the web UI, a bracket": ({"parameters": web(prompt="{a cat}")}, {"prompt": "{a cat}", "seed": 5}, ""),
+    "many LoRAs": (
+        {"parameters": json.dumps(DRAW | {"lora": [{"model": "a"}] * 120})}, {"seed": 5}, "first 100 of its 120 LoRAs",
+    ),
     "SwarmUI": ({"parameters": json.dumps({"sui_image_params": SWARM})}, ONE | {"rng": "comfy"}, ""),
 }
 # fmt: on
@@ -60,6 +89,25 @@ def test_other_programs(monkeypatch, name):
         assert isinstance(read_request("a.png").request, TextToImage)
     except ValueError as error:
         assert str(error).startswith("a.png: ") and str(error).isprintable()
+
+
+FOOOCUS = {"prompt": "a cat", "guidance_scale": 4, "base_model": "m", "seed": "5", "steps": 9}
+
+
+@pytest.mark.parametrize("values", [{"sui_image_params": SWARM}, DRAW, FOOOCUS, EASY, GRAPH], ids=lambda v: str(v)[:20])
+def test_json_is_read_the_same_wherever_it_stands(values, tmp_path, monkeypatch):
+    text = json.dumps(values)
+    for name in ("s.txt", "s.json"):
+        (tmp_path / name).write_text(text)
+    recipes = [read_request(tmp_path / name) for name in ("s.txt", "s.json")]
+    for keyword in ("parameters", "prompt", "workflow"):
+        monkeypatch.setattr("sd.recipes.read_texts", lambda path, keyword=keyword: {keyword: text})
+        recipes.append(read_request("a.png"))
+    assert recipes[0].request.prompt == ("a cat",) and all(recipe == recipes[0] for recipe in recipes)
+    (tmp_path / "s.json").write_text('{"a": 1}')
+    monkeypatch.undo()
+    with pytest.raises(ImageFileError, match=r"nor the settings of a known program \(its keys: a\)"):
+        read_request(tmp_path / "s.json")
 
 
 def test_the_vae_of_invokeai_is_named(monkeypatch):
@@ -86,6 +134,11 @@ def test_texts_in_the_pixels(tmp_path):
         hide(signature, body).save(tmp_path / "a.png")
         recipe = read_request(tmp_path / "a.png")
         assert (recipe.request.prompt, recipe.request.params.seed) == (("a cat",), 5)
+    info = PngImagePlugin.PngInfo()  # saved again by another program
+    info.add_text("Comment", "Created with GIMP")
+    info.add_text("prompt", "{}")
+    hide(plain, text).save(tmp_path / "a.png", pnginfo=info)
+    assert read_request(tmp_path / "a.png").request.params.seed == 5
     for body in (text, gzip.compress(b"a" * (8 << 20))):  # damaged; one that would become large
         hide(compressed, body).save(tmp_path / "a.png")
         with pytest.raises(ImageFileError, match=r"no generation settings|is missing"):

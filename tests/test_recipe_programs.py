@@ -52,6 +52,9 @@ SDNEXT = "a (cat)\nSteps: 20, Seed: 5, CFG scale: 6, Size: 64x64, App: SD.Next, 
 # fmt: off
 TEXTS = {
     "grids in the names of ComfyUI": (web("euler_simple"), {"sampler": "euler", "spacing": "trailing"}, ""),
+    "a grid in another case": (web("Euler Simple"), {"sampler": "euler", "spacing": "trailing"}, ""),
+    "any grid after a name": (web("euler_ddim"), {"sampler": "euler", "spacing": "leading"}, ""),
+    "a grid that is not here": (web("euler_beta"), {"sampler": "euler"}, "grid beta is not available"),
     "a grid of two words": (web("dpmpp_2m_sgm_uniform"), {"sampler": "dpmpp_2m", "spacing": "trailing"}, "close"),
     "gpu and grid": (web("dpmpp_2m_sde_gpu_karras"), {"sampler": "dpmpp_2m_sde", "spacing": "karras"}, "Brownian"),
     "names of SD.Next": (web("KDPM2 a"), {"sampler": "dpm2_a"}, ""),
@@ -79,6 +82,18 @@ TEXTS = {
     "hashes": (
         web(more=', Hashes: {"model": "abcdef0123", "lora:a": "123456789abc"}', prompt="a cat <lora:a:0.8>"),
         {"loras": [("a", 0.8, "123456789abc")]}, "",
+    ),
+    "hashes under a path": (
+        web(more=', Lora hashes: "styles/ink: abcdef012345"', prompt="a cat <lora:styles/ink:1>"),
+        {"loras": [("ink", 1.0, "abcdef012345")]}, "",
+    ),
+    "JSON hashes under a path": (
+        web(more=', Hashes: {"lora:styles/ink": "abcdef012345", "embed:b/c": "abcdef"}, TI: c', prompt="<lora:ink>"),
+        {"loras": [("ink", 1.0, "abcdef012345")], "embeddings": ["c"]}, "",
+    ),
+    "many resources": (
+        web(more=f", Civitai resources: {json.dumps([{'type': 'lora', 'modelName': f'{i}'} for i in range(120)])}"),
+        {"model": ""}, "only the first 100 of its 120 Civitai resources",
     ),
     "resources": (
         web(more=RESOURCES), {"loras": [("More, detail", 0.7, "")], "model": "Shaper", "embeddings": ["easy"]}, "",
@@ -267,6 +282,28 @@ GRAPHS = {
         ),
         {"kind": "inpaint"}, "",
     ),
+    "zeros beside a text": (
+        graph(
+            n3={"positive": ["40", 0]}, n41=node("ConditioningZeroOut", conditioning=["7", 0]),
+            n40=node("ConditioningCombine", conditioning_1=["6", 0], conditioning_2=["41", 0]),
+        ),
+        BOTH, "the positive prompt has a part of zeros",
+    ),
+    "zeros": (graph(n3={"negative": ["41", 0]}, n41=node("ConditioningZeroOut", conditioning=["6", 0])),
+        {"prompt": "a cat", "negative": ""}, ""),
+    "layers of two prompts": (
+        graph(
+            n6={"clip": ["40", 0]}, n40=node("CLIPSetLastLayer", stop_at_clip_layer=-2, clip=["30", 1]),
+            n7={"clip": ["41", 0]}, n41=node("CLIPSetLastLayer", stop_at_clip_layer=-3, clip=["31", 1]),
+            n30=node("LoraLoader", lora_name="a.pt", strength_model=1, clip=["4", 1]),
+            n31=node("LoraLoader", lora_name="b.pt", strength_model=1, clip=["4", 1]),
+        ),
+        {"clip_skip": 2, "loras": []}, "LoRA b changes only the text encoder",
+    ),
+    "many LoRAs": (
+        with_model(n30=node("X", **{f"lora_{i}": "a" for i in range(1, 121)}, model=["4", 0], clip=["4", 1])),
+        {"model": "v1-5"}, "only the first 100 of its 120 LoRAs",
+    ),
     "another grid": (
         graph(
             n3=node("SamplerCustom", **CUSTOM), n60=node("SamplerEulerAncestral", eta=1.0),
@@ -332,6 +369,25 @@ def test_a_workflow_of_the_editor(tmp_path):
     assert [read_request(tmp_path / name).request.params.seed for name in ("a.json", "b.json")] == [77, 7]
     with pytest.raises(ValueError, match="nodes"):
         to_graph({"nodes": [item(i, "A") for i in range(6000)]})
+
+
+@pytest.mark.parametrize(("negative", "output", "wanted"), [(2, 1, "dog"), (None, 1, ""), (2, -5, "")])
+def test_a_bypassed_node_passes_each_input_on_to_its_own_output(negative, output, wanted):
+    """Both inputs of a ControlNetApplyAdvanced are of one type, as are its outputs."""
+    slots = (("positive", "CONDITIONING", 1), ("negative", "CONDITIONING", negative), ("control_net", "C", None))
+    nodes = [
+        item(6, "CLIPTextEncode", (), ("CONDITIONING",), ["a cat"]),
+        item(7, "CLIPTextEncode", (), ("CONDITIONING",), ["dog"]),
+        item(8, "ControlNetApplyAdvanced", slots, ("CONDITIONING",) * 2, [1.0], mode=4),
+        item(
+            3, "KSampler", (("positive", "CONDITIONING", 3), ("negative", "CONDITIONING", 4)), ("LATENT",),
+            [7, "fixed", 20, 8.0, "euler", "karras", 1.0],
+        ),
+        item(9, "SaveImage", (("images", "IMAGE", 5),)),
+    ]  # fmt: skip
+    links = [[1, 6, 0, 8, 0, "C"], [2, 7, 0, 8, 1, "C"], [3, 8, 0, 3, 0, "C"], [4, 8, output, 3, 1, "C"]]
+    recipe = read_graph(to_graph({"nodes": nodes, "links": [*links, [5, 3, 0, 9, 0, "I"]]}))
+    assert (recipe.request.prompt, recipe.request.negative) == (("a cat",), wanted)
 
 
 def test_texts_that_contain_each_other_take_no_time():

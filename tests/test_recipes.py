@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 import zlib
 from dataclasses import fields, replace
 
@@ -22,6 +23,7 @@ from sd.recipes.comfyui import read_graph
 from sd.recipes.containers import MAX_TEXT, user_comment
 from sd.recipes.infotext import parse
 from sd.recipes.json_texts import read_dream, read_invokeai, read_sd_metadata
+from sd.recipes.other_programs import xmp_json
 from sd.recipes.recipe import clean
 
 SETTINGS = "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 512x768"
@@ -82,6 +84,7 @@ TEXTS = {
     "one line": ("a house, Steps: 20, Sampler: Euler, Seed: 4", "a house,", "", {"Seed": "4"}),
     "another order": ("a\nSampler: Euler, Seed: 4, Size: 64x64", "a", "", {"Seed": "4"}),
     "windows": (f"a\r\nNegative prompt: b\r\n{SETTINGS}\r\n", "a", "b", {"Size": "512x768"}),
+    "used embeddings": (f"a\n{SETTINGS}\nUsed embeddings:  b [1], c", "a", "", {"Used embeddings": "b [1], c"}),
     "only a prompt": ("a house, a tree: green", "a house, a tree: green", "", {}),
     "nothing": ("", "", "", {}),
 }
@@ -337,6 +340,47 @@ def test_texts_are_read_in_linear_time(part, tmp_path):
     """A megabyte of anything; a quadratic reader would take hours."""
     parse(part * (MAX_TEXT // len(part)))
     parse("Steps: 1, a: " + part * (MAX_TEXT // len(part)))
+
+
+def many_prompts(count):
+    """A graph with many prompts that are combined, whose text encoder has many LoRAs."""
+    chain = {f"a{i}": node("LoraLoader", clip=[f"a{i + 1}", 1], lora_name="a") for i in range(count)}
+    texts = {f"b{i}": node("CLIPTextEncode", text="a", clip=["a0", 1]) for i in range(count)}
+    both = node("ConditioningCombine", **{f"conditioning_{i}": [f"b{i}", 0] for i in range(count)})
+    return graph(n6=both) | chain | texts
+
+
+OURS = "a <lora:a:1>{}\nSteps: 1, Version: sd 1.0"
+LONG = {
+    "tags of our own": lambda: read_parameters(OURS.format(" <lora:a:1>" * 15_000 + "x")),
+    "embeddings of a JSON text": lambda: read_parameters(
+        f"a\nSteps: 1, Hashes: {json.dumps({f'embed:{i}': '' for i in range(15_000)})}"
+    ),
+    "blanks before a quote": lambda: parse(f'a\nSteps: 1\nUsed embeddings:{" " * 40_000}"'),
+    "embeddings of a graph": lambda: read_graph(
+        graph(n6={"text": " ".join(f"embedding:{i}" for i in range(15_000))})
+    ),
+    "tags of XML": lambda: xmp_json("<exif:UserComment><rdf:li>{" * 1600),
+    "prompts with the same nodes above": lambda: read_graph(many_prompts(800)),
+}  # fmt: skip
+
+
+def test_a_graph_whose_samplers_follow_each_other_in_circles_is_refused_soon():
+    """The way from each image to each sampler is 4600 nodes long."""
+    way = {f"a{i}": node("X", image=[f"a{i + 1}", 0]) for i in range(4600)}
+    way["a4600"] = node("X", **{f"image_{i}": [f"b{i}", 0] for i in range(20)})
+    samplers = {f"b{i}": node("KSampler", latent_image=["a0", 0]) for i in range(20)}
+    start = time.process_time()
+    with pytest.raises(ValueError, match="too many samplers"):
+        read_graph(way | samplers | {f"c{i}": node("SaveImage", images=["a0", 0]) for i in range(50)})
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_settings_are_read_in_linear_time(name):
+    start = time.process_time()
+    LONG[name]()
+    assert time.process_time() - start < 1.2  # a quadratic reader takes at least two
 
 
 # ------------------------------------------------------------------------------------------------------- ComfyUI
@@ -612,17 +656,32 @@ PAIRS = {"Steps": 20, "Sampler": "DDIM", "Seed": 5, "Version": "sd 1"}
 @settings(max_examples=150, deadline=None, database=None)
 @given(prompts, prompts, words)
 def test_any_prompt_is_read_back(prompt, negative, model):
-    found = parse(written(prompt, negative, PAIRS | {"Model": model, "Version": "sd 1"}))
+    found = parse(text := written(prompt, negative, PAIRS | {"Model": model, "Version": "sd 1"}))
     assert (found.prompt, found.negative) == (clean(prompt), clean(negative))
+    found.pairs.pop("Lora tags", None)
     assert found.pairs == {name: str(value) for name, value in (PAIRS | {"Model": model}).items()}
+    for tags in ([], ["<lora:ink:0.5>"]):
+        text = written(prompt, negative, PAIRS, tags)
+        recipe = read_parameters(text)
+        wanted = clean(prompt.rstrip()) if tags else clean(prompt)
+        assert (recipe.request.prompt, recipe.request.negative) == ((wanted,), clean(negative))
+        assert len(recipe.loras) == len(tags)
 
 
-def test_tags_in_our_prompts_are_text_except_at_the_end():
-    """From Python, a prompt without web_ui_prompts may have them."""
-    pairs = PAIRS | {"Lora hashes": "ink: aabbccddeeff"}
-    recipe = read_parameters(written("a <lora:x:2> cat <lora:ink:0.5>", "<lora:y:1>", pairs))
-    assert (recipe.request.prompt, recipe.request.negative) == (("a <lora:x:2> cat",), "<lora:y:1>")
-    assert recipe.loras == (("ink", 0.5, "aabbccddeeff"),) and recipe.notes == ()
+ENDS = ["a cat", "a <lora:x:2> cat", "a cat <lora:ink:1>", " <lora:x:1>  <lora:y:2>", "Steps: 3, Seed: 2 <lora:x:1>"]
+
+
+@pytest.mark.parametrize("prompt", ENDS)
+@pytest.mark.parametrize("loras", [(), (("ink", 0.5),), (("ink", 0.5), ("oil", -1.0))])
+def test_tags_in_our_prompts_are_text(prompt, loras):
+    """From Python, a prompt without web_ui_prompts may have them; only what was merged is read as LoRAs."""
+    pairs = PAIRS | {"Lora hashes": ", ".join(f"{name}: aabbccddeeff" for name, _ in loras)}
+    tags = [f"<lora:{name}:{weight}>" for name, weight in loras]
+    text = written(prompt, "blurry <lora:ink:1>", pairs, tags)
+    recipe = read_parameters(text)
+    assert (recipe.request.prompt, recipe.request.negative) == ((prompt,), "blurry <lora:ink:1>")
+    assert recipe.loras == tuple((*lora, "aabbccddeeff") for lora in loras) and recipe.notes == ()
+    assert ("Lora tags" in text) == prompt.endswith(">")  # only where it is needed
 
 
 def test_blanks_around_our_prompts_are_read_back_from_a_file(tmp_path):

@@ -163,12 +163,11 @@ class AddOns:
                     stacklevel=1,
                 )
 
-    def prompt(self, prompt: str) -> str:
-        """The prompt for the metadata, with its LoRAs in the syntax of other tools."""
+    def tags(self) -> list[str]:
+        """The merged LoRAs for the metadata, in the syntax of other tools."""
         named = [(name, weight) for name, (_, weight) in zip(self._names, self._loras, strict=True)]
         named += [(lora.name, lora.weight) for lora in self.of_prompts.current]
-        tags = [f"<lora:{tag_name(name)}:{text_of(weight)}>" for name, weight in named]
-        return " ".join([prompt.rstrip() if tags else prompt, *tags])
+        return [f"<lora:{tag_name(name)}:{text_of(weight)}>" for name, weight in named]
 
     def about(self, model: sd.StableDiffusion, request: TextToImage) -> dict[str, str]:
         """The entries about adapters and prompts in the metadata of an image, with the keys of other tools."""

@@ -165,7 +165,7 @@ class Metadata:
             "Precision": dtype_name(self.model.dtype),
             "Version": f"sd {sd.__version__}",
         }
-        return recipes.written(self.addons.prompt(prompt), negative, values)
+        return recipes.written(prompt, negative, values, self.addons.tags())
 
 
 class Plan(NamedTuple):

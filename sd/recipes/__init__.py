@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..imaging.files import ImageFileError, read_bytes
@@ -36,10 +36,6 @@ from .webui import read_parameters
 
 __all__ = ["Addon", "Recipe", "describe", "read_parameters", "read_request", "written"]
 
-# the keywords of settings; where there are none of them, the pixels are looked at
-KEYWORDS = {
-    "parameters", "prompt", "workflow", "invokeai_metadata", "sd-metadata", "Dream", "Comment", "XML:com.adobe.xmp",
-}  # fmt: skip
 SETTINGS = re.compile(r"^Steps: \d+, (?:Sampler|Size|Seed|CFG scale|Schedule type): ", re.MULTILINE)
 NOTHING = (
     "no generation settings found: the image was saved without metadata (--no-metadata), a program or website removed "
@@ -58,63 +54,94 @@ def read_request(path: str | os.PathLike[str]) -> Recipe:
     Raises ImageFileError, a ValueError whose message is one line, if the file cannot be read or has no settings.
     """
     texts = read_texts(path)
-    if not texts.keys() & KEYWORDS and Path(path).suffix.lower() not in (".txt", ".json"):
-        texts |= hidden_texts(read_bytes(path))
     try:
-        return _recipe(texts)
+        try:
+            return _recipe(texts)
+        except ValueError:
+            if not (texts := _hidden(path)):
+                raise
+            return _recipe(texts)
     except ValueError as error:
         raise ImageFileError(f"{path}: {one_line(error, 300)}") from None
 
 
-def _graph(values: dict[str, Any]) -> Recipe:
-    """The recipe in a graph of ComfyUI, or in a workflow of its editor."""
-    if is_workflow(values):
-        values = to_graph(values)
-    elif {"num_inference_steps", "guidance_scale"} <= values.keys():
-        return read_easy_diffusion(values)
-    elif is_graph(mapping(values.get("prompt"))):  # as it is sent to ComfyUI
-        values = values["prompt"]
-    elif not is_graph(values):
-        raise ValueError("its JSON is not a ComfyUI graph")
-    return read_graph(values)
+def _hidden(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The texts in the pixels of a file; none of a text, or if the file can no longer be read."""
+    try:
+        return hidden_texts(read_bytes(path))
+    except (OSError, ImageFileError):
+        return {}
 
 
-def _recipe(texts: dict[str, str]) -> Recipe:
-    parameters, graph = texts.get("parameters", "").strip("\0"), texts.get("prompt", "").strip()
-    if parameters.lstrip().startswith("{") and "Steps: " not in parameters:
-        values = load_json(parameters)
-        if is_graph(values) or is_graph(mapping(values.get("prompt"))) or is_workflow(values):
-            return _graph(values)
-        if "sui_image_params" in values:
-            return read_swarm(mapping(values["sui_image_params"]))
-        if {"c", "seed", "sampler"} <= values.keys():
-            return read_draw_things(values)
-        if "fooocus_scheme" in texts or {"guidance_scale", "base_model"} & values.keys():
-            return read_fooocus(values)
-        raise ValueError(f"settings in JSON of an unknown program ({one_line(', '.join(values))})")
-    if lines := easy_lines(parameters):
-        return read_easy_diffusion(lines)
-    if parameters.strip():
+def _recipe(texts: Mapping[str, str]) -> Recipe:
+    """The recipe in the first of these texts that has one.
+
+    A text that looks like that of one program may be a prompt of another: if it cannot be read, the others are. Raises
+    ValueError, with what is wrong with the first text, if none can.
+    """
+    failure = ValueError(NOTHING)
+    for read in _readers(texts):
         try:
-            return read_parameters(parameters, "ComfyUI" if graph.startswith("{") else "the web UI")
-        except ValueError:
-            if not (graph or texts.keys() & {"invokeai_metadata", "sd-metadata", "Dream"}):
-                raise
-    for name, read in (("invokeai_metadata", read_invokeai), ("sd-metadata", read_sd_metadata)):
-        if name in texts:
-            return read(load_json(texts[name]))
+            return read()
+        except ValueError as error:
+            failure = failure if str(failure) != NOTHING else error
+    raise failure
+
+
+def _readers(texts: Mapping[str, str]) -> Iterator[Callable[[], Recipe]]:
+    """How the texts may be read, the most likely way first."""
+    parameters, graph = texts.get("parameters", "").strip("\0"), texts.get("prompt", "").strip()
+    if parameters.strip():
+        program = "ComfyUI" if graph.startswith("{") else "the web UI"
+        yield lambda: _from_parameters(parameters, program, "fooocus_scheme" in texts)
+    if (text := texts.get("invokeai_metadata")) is not None:
+        yield lambda: read_invokeai(load_json(text))
+    if (old := texts.get("sd-metadata")) is not None:
+        yield lambda: read_sd_metadata(load_json(old))
     if "Dream" in texts:
-        return read_dream(texts["Dream"])
+        yield lambda: read_dream(texts["Dream"])
     if graph.startswith("{"):
-        return _graph(load_json(graph))
-    if texts.get("workflow", "").lstrip().startswith("{"):
-        return _graph(load_json(texts["workflow"]))
+        yield lambda: _from_json(load_json(graph))
+    if (workflow := texts.get("workflow", "")).lstrip().startswith("{"):
+        yield lambda: _from_json(load_json(workflow))
     if "num_inference_steps" in texts and "guidance_scale" in texts:
-        return read_easy_diffusion(texts)
+        yield lambda: read_easy_diffusion(texts)
     if texts.get("Software") == "NovelAI" and "Comment" in texts:
-        return read_novelai(texts)
-    if text := next((text for text in texts.values() if SETTINGS.search(text)), ""):  # under another keyword
-        return read_parameters(text)
-    if found := xmp_json(texts.get("XML:com.adobe.xmp", "")):
-        return read_draw_things(load_json(found))
-    raise ValueError(NOTHING)
+        yield lambda: read_novelai(texts)
+    others = (text for name, text in texts.items() if name != "parameters")
+    if found := next((text for text in others if SETTINGS.search(text)), ""):  # under another keyword
+        yield lambda: read_parameters(found)
+    if packet := xmp_json(texts.get("XML:com.adobe.xmp", "")):
+        yield lambda: _from_json(load_json(packet))
+
+
+def _from_parameters(text: str, program: str, fooocus: bool) -> Recipe:
+    """The recipe in "parameters", which many programs write: JSON, lines, or the text of the web UI by `program`."""
+    if text.lstrip().startswith("{"):
+        try:
+            values = load_json(text)
+        except ValueError:
+            if "Steps: " not in text:
+                raise  # else it may be a prompt that begins with a bracket
+        else:
+            return read_fooocus(values) if fooocus else _from_json(values)
+    lines = easy_lines(text)
+    return read_easy_diffusion(lines) if lines else read_parameters(text, program)
+
+
+def _from_json(values: dict[str, Any]) -> Recipe:
+    """The recipe in a JSON object, whichever program wrote it and wherever it stands. Raises ValueError."""
+    if is_workflow(values):
+        return read_graph(to_graph(values))
+    if is_graph(values) or is_graph(mapping(values.get("prompt"))):  # the second as it is sent to ComfyUI
+        return read_graph(values if is_graph(values) else values["prompt"])
+    if "sui_image_params" in values:
+        return read_swarm(mapping(values["sui_image_params"]))
+    if {"c", "seed", "sampler"} <= values.keys():
+        return read_draw_things(values)
+    if {"num_inference_steps", "guidance_scale"} <= values.keys():
+        return read_easy_diffusion(values)
+    if {"guidance_scale", "base_model"} & values.keys():
+        return read_fooocus(values)
+    names = one_line(", ".join(values)) or "none"
+    raise ValueError(f"its JSON is neither a ComfyUI graph nor the settings of a known program (its keys: {names})")

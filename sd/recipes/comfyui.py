@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..messages import one_line
-from .comfyui_nodes import DRAWN, PIPES, TEXTS, Entry, Node, is_link, lora_entries, plain, reads_tags
+from .comfyui_nodes import DRAWN, MAX_NODES, PIPES, TEXTS, Entry, Node, is_link, lora_entries, plain, reads_tags
 from .containers import MAX_TEXT
 from .infotext import loras_in
 from .recipe import WEIGHTED, Addon, Draft, Recipe, file_name, short_list
 
-MAX_NODES = 5000
 MAX_TEXTS = 5000  # links to follow for all texts
+MAX_WALK = 500_000  # nodes to visit on the ways from all saved images to their samplers
 MAX_HOPS = 20  # links to follow for one value, such as a seed from another node
 SAVES = ("SaveImage", "PreviewImage", "SaveImageWebsocket")
 VALUES = ("value", "seed", "noise_seed", "int", "float", "number", "string", "text", "Value", "Text", "Number")
@@ -38,14 +38,13 @@ KNOWN = {
     "LoadImage", "Reroute", "PrimitiveNode", "PrimitiveInt", "PrimitiveFloat", "PrimitiveString", "Note", "UNETLoader",
     "CLIPLoader", "ConditioningZeroOut", "PrimitiveStringMultiline", "unCLIPCheckpointLoader",
 }  # fmt: skip
-SAMPLERS = {  # nodes that are one sampler
+SAMPLER_NODES = {  # nodes that are one sampler
     "SamplerEulerAncestral": "euler_a", "SamplerDPMPP_2M_SDE": "dpmpp_2m_sde", "SamplerDPMPP_SDE": "dpmpp_sde",
     "SamplerLMS": "lms", "SamplerDPMPP_2S_Ancestral": "dpmpp_2s_a",
 }  # fmt: skip
 MASKS = ("VAEEncodeForInpaint", "SetLatentNoiseMask", "InpaintModelConditioning")
-READ = re.compile(
-    r"[(\[#]|\bAND\b|\bBREAK\b|:\s*[\d.]+\s*\Z"
-)  # what the web UI's syntax and ComfyUI's read differently
+# what the web UI's syntax and ComfyUI's read differently
+READ_DIFFERENTLY = re.compile(r"[(\[#]|\bAND\b|\bBREAK\b|:\s*[\d.]+\s*\Z")
 
 
 def is_graph(values: Mapping[str, Any]) -> bool:
@@ -70,12 +69,16 @@ class Graph:
     def __init__(self, nodes: dict[str, Node]) -> None:
         self.nodes = nodes
         self.encoder_loras: set[str] = set()  # names of the LoRAs that the text encoder has
+        self.encoders: set[str] = set()  # nodes that were looked at for those
+        self.walked = 0  # nodes visited on the ways to samplers
         self.texts = 0  # links followed for texts
         self.passed: dict[str, None] = {}  # classes of the nodes that walks went through, in order
 
-    def upstream(self, starts: list[str], follow: Callable[[Node], list[str]] = Node.links) -> Iterator[Node]:
-        """The nodes above, nearest first, each once."""
-        queue, seen = list(starts), set[str]()
+    def upstream(
+        self, starts: list[str], follow: Callable[[Node], list[str]] = Node.links, seen: set[str] | None = None
+    ) -> Iterator[Node]:
+        """The nodes above, nearest first, each once; without those in `seen`, to which they are added."""
+        queue, seen = list(starts), set() if seen is None else seen
         for name in queue:  # grows while it is read
             if name in seen or name not in self.nodes:
                 continue
@@ -152,10 +155,17 @@ class Graph:
         return chain, len(same)
 
     def _above(self, starts: list[str]) -> list[Node]:
+        """The samplers above, the first one first. Raises ValueError if the ways to them are too long."""
         chain: list[Node] = []
         for _ in range(MAX_HOPS):
-            above = self.upstream(starts, Node.above)
-            found = next((node for node in above if node.samples and node not in chain), None)
+            found = None
+            for node in self.upstream(starts, Node.above):
+                self.walked += 1
+                if node.samples and node not in chain:
+                    found = node
+                    break
+            if self.walked > MAX_WALK:
+                raise ValueError("its ComfyUI graph has too many samplers and saved images to follow all their links")
             if found is None:
                 break
             chain.insert(0, found)
@@ -180,7 +190,7 @@ class Graph:
         left = [kind for kind in self.passed if kind not in KNOWN]
         if left:
             draft.note(f"not reproduced: the nodes {short_list(left)}")
-        if any(READ.search(text) for text in texts):
+        if any(READ_DIFFERENTLY.search(text) for text in texts):
             draft.note(
                 "ComfyUI weights words differently, and [ ], AND, BREAK and # are text there: the image will differ"
             )
@@ -191,7 +201,7 @@ class Graph:
         guider = self.first(node, ("guider",), "CFGGuider", "BasicGuider") or node
         sigmas = self.nearest(node, ("sigmas",), "steps") or node
         noise = self.first(node, ("noise",), "RandomNoise") or node
-        chosen = self.first(node, ("sampler",), "KSamplerSelect", *SAMPLERS) or node
+        chosen = self.first(node, ("sampler",), "KSamplerSelect", *SAMPLER_NODES) or node
         for name, at, keys in (
             ("steps", sigmas, ("steps",)),
             ("guidance", guider, ("cfg",)),
@@ -199,9 +209,9 @@ class Graph:
         ):
             if (value := self.value(at, *keys)) is not None:
                 draft.put(name, value)
-        if name := SAMPLERS.get(chosen.kind) or self.value(chosen, "sampler_name"):
+        if name := SAMPLER_NODES.get(chosen.kind) or self.value(chosen, "sampler_name"):
             draft.sampler(name)
-        if chosen.kind in SAMPLERS and self.value(chosen, "eta") not in (None, 1):
+        if chosen.kind in SAMPLER_NODES and self.value(chosen, "eta") not in (None, 1):
             draft.note(f"eta {one_line(self.value(chosen, 'eta'))} is not available: 1 is used")
         grid = SIGMAS.get(sigmas.kind) or self.value(sigmas, "scheduler") or (sigmas.kind if sigmas != node else "")
         if grid:
@@ -256,11 +266,16 @@ class Graph:
         guider = self.first(node, ("guider",), "CFGGuider", "BasicGuider") or node
         starts = guider.links(name) or (guider.links("conditioning") if name == "positive" else [])
         texts: list[str] = []
-        for above in self.upstream(
-            starts or guider.links(*PIPES), lambda n: [] if n.encodes(name) else n.conditioning(name)
-        ):
-            if above.kind == "ConditioningZeroOut":
-                return ""
+        tagged = dict.fromkeys(draft.loras)
+        zeros = False
+
+        def passed_on(node: Node) -> list[str]:
+            return [] if node.kind == "ConditioningZeroOut" or node.encodes(name) else node.conditioning(name)
+
+        for above in self.upstream(starts or guider.links(*PIPES), passed_on):
+            if above.kind == "ConditioningZeroOut":  # whatever its text is
+                zeros = True
+                continue
             if not above.encodes(name):
                 self._passing(above)
                 continue
@@ -269,24 +284,31 @@ class Graph:
             text, loras, notes = loras_in(next((text for text in found if text is not None), ""), False)
             texts.append(text)
             if reads_tags(above):
-                draft.loras += [lora for lora in loras if lora not in draft.loras]
+                tagged |= dict.fromkeys(loras)
             elif loras:
                 names = short_list(lora.name for lora in loras)
                 notes = [f"the tags of the LoRAs {names} are text in ComfyUI and change nothing there: left out"]
             for note in notes:
                 draft.note(note)
             self._encoder(draft, above)
+        draft.loras = [*tagged]
+        if zeros and texts:
+            draft.note(f"the {name} prompt has a part of zeros, ConditioningZeroOut, which is left out")
         if len(texts) > 1:
             draft.note(f"the {name} prompt consists of {len(texts)} parts, which are joined here")
         joined = ", ".join(text.strip() for text in texts if text.strip())
-        for word in re.findall(r"embedding:([^\s,()\[\]:]{1,200})", joined):
-            if file_name(word) not in [found.name for found in draft.embeddings]:
-                draft.embeddings.append(Addon(file_name(word)))
+        words = dict.fromkeys(found.name for found in draft.embeddings)
+        words |= dict.fromkeys(map(file_name, re.findall(r"embedding:([^\s,()\[\]:]{1,200})", joined)))
+        draft.embeddings = [Addon(word) for word in words]
         return joined
 
     def _encoder(self, draft: Draft, node: Node) -> None:
-        """The layer of the text encoder that a prompt is encoded with, and the LoRAs in it."""
-        for layer in (node, *self.upstream(node.links("clip"), lambda n: n.links("clip", *PIPES) or n.links())):
+        """The layer of the text encoder that a prompt is encoded with, and the LoRAs in it.
+
+        Prompts share most of what is above them: all of them together look at a node once.
+        """
+        above = self.upstream(node.links("clip"), lambda n: n.links("clip", *PIPES) or n.links(), seen=self.encoders)
+        for layer in (node, *above):
             number = self.value(layer, "stop_at_clip_layer", "clip_skip")
             if isinstance(number, int) and number < 0 and "clip_skip" not in draft.settings:
                 draft.put("clip_skip", -number, "stop_at_clip_layer")
@@ -301,7 +323,7 @@ class Graph:
         )
         in_unet: set[str] = set()
         for above in walk:
-            entries = lora_entries(above)
+            entries = draft.limited(lora_entries(above))
             for entry in reversed(entries):
                 in_unet.add(file_name(entry[0]))
                 self._lora(draft, above, entry)

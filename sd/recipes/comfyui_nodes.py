@@ -29,7 +29,7 @@ PIPES = ("pipe", "basic_pipe", "detailer_pipe", "base_ctx", "context")  # inputs
 IMAGES = ("image", "images", "pixels")
 LATENTS = ("latent_image", "latent", "samples")  # inputs of a sampler
 TEXTS = ("populated_text", "value", "string", "text", "prompt", "String", "Text", "Value", "text_0")
-MAX_LORAS = 100  # of one node
+MAX_NODES = 5000  # of a graph
 
 # (name of the LoRA, weight in the U-Net, weight in the text encoder), as they are written
 Entry = tuple[str, Any, Any]
@@ -125,7 +125,7 @@ def lora_entries(node: Node) -> list[Entry]:
     for entry in listed if isinstance(listed, list) else ():
         if isinstance(entry, dict) and isinstance(entry.get("name"), str) and entry.get("active") is not False:
             found.append((entry["name"], entry.get("strength", 1.0), entry.get("clipStrength")))
-    return [entry for entry in found if entry[0] not in ("", "None")][:MAX_LORAS]
+    return [entry for entry in found if entry[0] not in ("", "None")]
 
 
 def reads_tags(node: Node) -> bool:

@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-MAX_NODES = 5000
+from .comfyui_nodes import MAX_NODES
+
 MAX_HOPS = 50
 MUTED, BYPASSED = 2, 4
 CONTROL = "control_after_generate"  # a value without an input, after each seed
@@ -87,17 +88,22 @@ def _links(values: object) -> dict[object, Link]:
     for entry in values[: 10 * MAX_NODES] if isinstance(values, list) else ():
         if isinstance(entry, dict):
             entry = [entry.get(name) for name in ("id", "origin_id", "origin_slot")]
-        if isinstance(entry, list) and len(entry) >= 3 and isinstance(entry[0], int) and isinstance(entry[2], int):
-            found[entry[0]] = Link(str(entry[1]), entry[2])
+        if isinstance(entry, list) and len(entry) >= 3:
+            number, node, output = entry[:3]
+            if isinstance(number, int) and isinstance(output, int) and output >= 0:
+                found[number] = Link(str(node), output)
     return found
 
 
 class _Workflow:
     def __init__(self, nodes: dict[str, dict[str, Any]], links: dict[object, Link]) -> None:
         self.nodes, self.links = nodes, links
-        self.sets = {_name(node): key for key, node in nodes.items() if node["type"] == "SetNode" and _name(node)}
+        self.sets = {
+            _first_value(node): key for key, node in nodes.items() if node["type"] == "SetNode" and _first_value(node)
+        }
 
     def graph(self) -> dict[str, Any]:
+        """The graph: node -> class and inputs, without the nodes that do nothing."""
         graph: dict[str, Any] = {}
         for key, node in self.nodes.items():
             if node.get("mode") in (MUTED, BYPASSED) or node["type"] in ("Reroute", "PrimitiveNode", "Note"):
@@ -117,19 +123,26 @@ class _Workflow:
             if link is None or node is None or node.get("mode") == MUTED:
                 return None
             if node["type"] == "PrimitiveNode":
-                return _name(node)
+                return _first_value(node)
             slots = _slots(node)
             if node["type"] == "GetNode":
-                slots = _slots(self.nodes.get(self.sets.get(_name(node), ""), {}))
-            elif node.get("mode") == BYPASSED:  # what enters it leaves it, if it is of the same type
-                outputs = node.get("outputs")
-                output = outputs[link.output] if isinstance(outputs, list) and link.output < len(outputs) else {}
-                kind = output.get("type") if isinstance(output, dict) else None
-                slots = [slot for slot in slots if slot.get("type") == kind and slot.get("link") is not None]
+                slots = _slots(self.nodes.get(self.sets.get(_first_value(node), ""), {}))
+            elif node.get("mode") == BYPASSED:
+                slots = _bypass(node, link.output)
             elif node["type"] not in ("Reroute", "SetNode"):
                 return [link.node, link.output]
             number = slots[0].get("link") if slots else None
         return None
+
+
+def _bypass(node: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
+    """The inputs that leave a bypassed node at this output: that at the same place, or the first of the same type."""
+    slots, outputs = _slots(node), node.get("outputs")
+    output = outputs[number] if isinstance(outputs, list) and number < len(outputs) else {}
+    kind = output.get("type") if isinstance(output, dict) else None
+    if number < len(slots) and slots[number].get("type") == kind:
+        return [slots[number]]
+    return [slot for slot in slots if slot.get("type") == kind and slot.get("link") is not None]
 
 
 def _slots(node: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -137,7 +150,7 @@ def _slots(node: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [slot for slot in slots[:1000] if isinstance(slot, dict)] if isinstance(slots, list) else []
 
 
-def _name(node: Mapping[str, Any]) -> Any:
+def _first_value(node: Mapping[str, Any]) -> Any:
     """The first value of a node, if it is a text or a number."""
     values = node.get("widgets_values")
     value = values[0] if isinstance(values, list) and values else None

@@ -10,7 +10,8 @@ some values are JSON objects or lists without quotes, extensions append lines ("
 settings at all. All of this is read in linear time.
 
 If a prompt would be read back differently, because it looks like settings itself or begins with a blank, the writer
-repeats it as the value of the key "Prompt" (or "Negative"), a JSON string, which then counts.
+repeats it as the value of the key "Prompt" (or "Negative"), a JSON string, which then counts. Tags of the LoRAs that
+were merged stand behind the prompt; if it ends in such a text itself, "Lora tags" says how many of them are tags.
 
 >>> parsed = parse("a house\\nNegative prompt: a tree\\nSteps: 20, Sampler: Euler a, Model: \\"b, c\\"")
 >>> parsed.prompt, parsed.negative, parsed.pairs
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ..imaging.files import parameters
@@ -35,14 +36,15 @@ MORE = re.compile(r"[ \t]*Steps: *\d+ *,.*\b(Sampler|Seed|Size|CFG scale): ")
 OTHER_START = re.compile(r"[ \t]*(Sampler|CFG scale|Seed|Size|Model|Model hash|Schedule type|Clip skip): ")
 INLINE = re.compile(r"(?:^|[\s,.])(Steps: \d+, (?:Sampler|Size|Seed|CFG scale): )")  # a text in one line
 TEMPLATE = re.compile(r"(Template|Negative Template): ?")
-USED = re.compile(r"^(Used embeddings): *([^\"\n]+)$", re.MULTILINE)  # a line of the web UI of 2022
+USED = re.compile(r"^(Used embeddings):([^\"\n]+)$", re.MULTILINE)  # a line of the web UI of 2022
 BETWEEN = re.compile(r"[\s,]*")
 KEY = re.compile(r"([^:,\n\"]{1,100}):[ \t]*")
 STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"(?=\s*(?:,|\Z|\n))', re.DOTALL)
 END = re.compile(r"[,\n]")
 PLAIN = re.compile(r"[^,\n]*")
 TAG = re.compile(r"<(lora|lyco|hypernet):([^:<>]{0,200})((?::[^:<>]{0,300}){0,8})>")
-OWN_TAGS = re.compile(r"(?: <lora:[^:<>]{1,200}:[^:<>]{0,50}>)+\Z")
+OWN_TAG = re.compile(r" <lora:[^:<>]{1,200}:[^:<>]{0,50}>")
+OWN_LENGTH = 260  # characters of the longest
 
 
 class Parsed(NamedTuple):
@@ -75,8 +77,14 @@ def parse(text: str) -> Parsed:
     return Parsed(first, second, pairs)
 
 
-def written(prompt: str, negative: str, pairs: Mapping[str, object]) -> str:
-    """The text of an image of ours; `pairs` has a "Version" that begins with "sd "."""
+def written(prompt: str, negative: str, pairs: Mapping[str, object], tags: Sequence[str] = ()) -> str:
+    """The text of an image of ours; `pairs` has a "Version" that begins with "sd ".
+
+    tags   "<lora:NAME:WEIGHT>" of the LoRAs that were merged, which are no part of the prompt
+    """
+    prompt = " ".join([prompt.rstrip() if tags else prompt, *tags])
+    if len(_own_tags(clean(prompt))) != len(tags):  # the prompt ends in texts like these
+        pairs = {**pairs, "Lora tags": len(tags)}
     text = parameters(prompt, negative, pairs)
     found = parse(text)
     repeated = {
@@ -110,7 +118,7 @@ def _split(text: str) -> tuple[list[str], str]:
         return lines, ""
     end = next((i for i in range(first, len(lines)) if TEMPLATE.match(lines[i])), len(lines))
     settings = "\n".join(lines[first:end])
-    return lines[:first], USED.sub(lambda found: f"{found[1]}: {json.dumps(found[2])}", settings)
+    return lines[:first], USED.sub(lambda found: f"{found[1]}: {json.dumps(found[2].strip())}", settings)
 
 
 def _pairs(text: str) -> Iterator[tuple[str, str]]:
@@ -150,16 +158,27 @@ def _unquoted(text: str) -> str:
     return clean(value) if isinstance(value, str) else text
 
 
-def loras_in(prompt: str, ours: bool) -> tuple[str, list[Addon], list[str]]:
+def _own_tags(prompt: str, most: int | None = None) -> list[int]:
+    """Where the tags at the end of a prompt begin, each with the blank before it; the last one first."""
+    starts, end = list[int](), len(prompt)
+    while most is None or len(starts) < most:
+        start = prompt.rfind(" <lora:", max(0, end - OWN_LENGTH), end)
+        if start < 0 or OWN_TAG.fullmatch(prompt, start, end) is None:
+            break
+        starts.append(start)
+        end = start
+    return starts
+
+
+def loras_in(prompt: str, ours: bool, most: int | None = None) -> tuple[str, list[Addon], list[str]]:
     """The prompt without the tags of its LoRAs, these LoRAs, and notes.
 
     ours   the tags at the end were added by us, each after a blank; all others are text
+    most   how many were added by us, if it is known
     """
     loras, notes = dict[str, Addon](), list[str]()
-    end = OWN_TAGS.search(prompt) if ours else None
-    if ours and end is None:
-        return prompt, [], []  # what looks like a tag elsewhere is text of the prompt
-    for kind, name, rest in TAG.findall(end[0] if end else prompt):
+    start = min(_own_tags(prompt, most), default=len(prompt)) if ours else 0
+    for kind, name, rest in TAG.findall(prompt, start):
         numbers = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", rest) if rest else ["1"]
         weight = float(numbers[0]) if numbers else 1.0
         if not name.strip():
@@ -177,7 +196,7 @@ def loras_in(prompt: str, ours: bool) -> tuple[str, list[Addon], list[str]]:
             loras[file_name(name)] = Addon(file_name(name), before.weight + weight)
         else:
             notes.append(f"LoRA {file_name(name)} is left out: its weight is {weight:g}")
-    text = prompt[: end.start()] if end else TAG.sub("", prompt).strip()
+    text = prompt[:start] if ours else TAG.sub("", prompt).strip()
     return text, list(loras.values()), notes
 
 

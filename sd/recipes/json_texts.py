@@ -84,13 +84,10 @@ def read_fooocus(values: Mapping[str, Any]) -> Recipe:
     resolution = re.findall(r"\d{1,6}", str(values.get("resolution", ""))[:100], re.ASCII)
     if len(resolution) == 2:
         draft.size(*resolution)
-    loras = values.get("loras")
-    for entry in loras[:100] if isinstance(loras, list) else ():
+    for entry in draft.limited(values.get("loras")):
         if isinstance(entry, list) and len(entry) >= 2 and isinstance(entry[0], str):
-            weight = draft.number(entry[1], f"the weight of LoRA {file_name(entry[0])}")
             digest = entry[2] if len(entry) > 2 and isinstance(entry[2], str) else ""
-            if weight is not None:
-                draft.loras.append(Addon(file_name(entry[0]), weight, one_line(digest, 64)))
+            draft.lora(entry[0], entry[1], one_line(digest, 64))
     digest = one_line(text_in(values, "base_model_hash"), 64)
     draft.model = Addon(file_name(text_in(values, "base_model")), digest=digest)
     draft.note("Fooocus generates with SDXL models: the size and the settings are meant for one")
@@ -123,12 +120,9 @@ def read_invokeai(values: Mapping[str, Any]) -> Recipe:
     if "img2img" in text_in(values, "generation_mode") or "inpaint" in text_in(values, "generation_mode"):
         draft.kind = "inpaint" if "inpaint" in values["generation_mode"] else "img2img"
         put(draft, values, {"strength": "strength"})
-    loras = values.get("loras")
-    for entry in loras[:100] if isinstance(loras, list) else ():
+    for entry in draft.limited(values.get("loras")):
         model = mapping(mapping(entry).get("model") or mapping(entry).get("lora"))
-        name, weight = text_in(model, "name", "model_name"), mapping(entry).get("weight", 1.0)
-        if name and (checked := draft.number(weight, f"the weight of LoRA {file_name(name)}")) is not None:
-            draft.loras.append(Addon(file_name(name), checked))
+        draft.lora(text_in(model, "name", "model_name"), mapping(entry).get("weight", 1.0))
     model = mapping(values.get("model"))
     digest = text_in(model, "hash").rpartition(":")[2]  # "blake3:..." is another kind of hash
     draft.model = Addon(
@@ -165,7 +159,7 @@ def read_sd_metadata(values: Mapping[str, Any]) -> Recipe:
         draft.note(f"not reproduced: {short_list(left)}")
     parts = image.get("prompt")
     if isinstance(parts, list):
-        texts = [text_in(mapping(part), "prompt") for part in parts[:100]]
+        texts = [text_in(mapping(part), "prompt") for part in draft.limited(parts, "parts of the prompt")]
         if len(texts) > 1:
             draft.note("the parts of the prompt and their weights are joined: they are not averaged here")
         return _with_brackets(draft, " ".join(texts))
@@ -230,6 +224,7 @@ def _invoke_syntax(draft: Draft, text: str) -> None:
 
 
 def info_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """The values for `Recipe.info`: the first 200 of them, as texts of at most 2000 characters."""
     return {str(name): str(value)[:2000] for name, value in list(values.items())[:200]}
 
 

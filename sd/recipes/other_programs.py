@@ -11,6 +11,7 @@ What they do not write is their default, as far as it is known.
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +21,6 @@ from .json_texts import info_of, load_json, mapping, put, text_in
 from .recipe import WEIGHTED, Addon, Draft, Recipe, file_name, short_list
 from .webui import UNIFORM
 
-MAX_LORAS = 100
 NOVELAI_EFFECTS = ("sm", "sm_dyn", "dynamic_thresholding", "reference_image", "v4_prompt", "uncond_scale")
 DRAW_THINGS_SEEDS = {"torch cpu compatible": "torch-cpu", "1": "torch-cpu", "nvidia gpu compatible": "nv", "3": "nv"}
 EASY = {  # lines of its text files -> names of its PNG texts
@@ -30,7 +30,11 @@ EASY = {  # lines of its text files -> names of its PNG texts
     "vae model": "use_vae_model", "prompt strength": "prompt_strength", "lora strength": "lora_alpha",
     "use face correction": "use_face_correction", "use upscaling": "use_upscale", "clip skip": "clip_skip",
 }  # fmt: skip
-XMP_JSON = re.compile(r"<exif:UserComment>.{0,500}?<rdf:li[^>]{0,100}>\s*(\{.*?\})\s*</rdf:li>", re.DOTALL)
+# an entry of a list as Python writes it: ['a', "b's", None, 0.5]
+ENTRY = re.compile(
+    r"""\s*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|"([^"\\]*(?:\\.[^"\\]*)*)"|([^'"\[\],]*))\s*(?:,|\]|\Z)""", re.DOTALL
+)
+COMMENT = "<exif:UserComment>"
 
 
 def read_novelai(texts: Mapping[str, str]) -> Recipe:
@@ -85,13 +89,7 @@ def read_easy_diffusion(values: Mapping[str, Any]) -> Recipe:
         draft.settings["clip_skip"] = 2
     if str(values.get("tiling", "none")).lower() == "xy":
         draft.settings["tileable"] = True
-    files, weights = (
-        re.findall(r"[^\[\]'\",]+", str(values.get(key, ""))[:5000]) for key in ("use_lora_model", "lora_alpha")
-    )
-    files = [file.strip() for file in files if file.strip() not in ("", "None")]
-    for i, file in enumerate(files[:MAX_LORAS]):
-        weight = draft.number(weights[i].strip() if i < len(weights) else "1", f"the weight of LoRA {file_name(file)}")
-        draft.loras += [Addon(file_name(file), weight)] if weight is not None else []
+    _loras(draft, *(_entries(values.get(key)) for key in ("use_lora_model", "lora_alpha")))
     draft.model = Addon(file_name(text_in(values, "use_stable_diffusion_model")))
     if (vae := text_in(values, "use_vae_model")) not in ("", "None"):
         draft.info["VAE"] = file_name(vae)
@@ -104,10 +102,43 @@ def read_easy_diffusion(values: Mapping[str, Any]) -> Recipe:
     return draft.recipe(text_in(values, "prompt").strip(), text_in(values, "negative_prompt").strip())
 
 
+def _entries(value: object) -> list[Any]:
+    """A list in JSON, or as text in the form of JSON or of Python; any other value is the only entry."""
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, str) or not value.strip().startswith("["):
+        return [value]
+    text = value.strip()
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    else:
+        return found if isinstance(found, list) else [text]
+    entries, at = list[Any](), 1
+    while at < len(text) and (entry := ENTRY.match(text, at)):
+        single, double, plain = entry.groups()
+        quoted = double if single is None else single
+        entries.append(plain.strip() if quoted is None else re.sub(r"\\(.)", r"\1", quoted, flags=re.DOTALL))
+        at = entry.end()
+    return entries
+
+
+def _loras(draft: Draft, files: list[Any], weights: list[Any]) -> None:
+    """Add LoRAs, each with the weight at the same place, 1 if there is none."""
+    pairs = [(file, weights[i] if i < len(weights) else 1.0) for i, file in enumerate(files)]
+    for file, weight in draft.limited([pair for pair in pairs if str(pair[0] or "").strip() not in ("", "None")]):
+        draft.lora(str(file).strip(), 1.0 if weight in (None, "") else weight)
+
+
 def xmp_json(text: str) -> str:
     """The JSON in an XMP packet of Draw Things, "" if there is none."""
-    found = XMP_JSON.search(text)
-    return html.unescape(found[1]) if found else ""
+    start = text.find(COMMENT)
+    entry = text.find("<rdf:li", start, start + 500) if start >= 0 else -1
+    body = text.find(">", entry, entry + 200) + 1 if entry >= 0 else 0
+    end = text.find("</rdf:li>", body) if body else -1
+    found = text[body:end].strip() if end >= 0 else ""
+    return html.unescape(found) if found.startswith("{") and found.endswith("}") else ""
 
 
 def read_draw_things(values: Mapping[str, Any]) -> Recipe:
@@ -129,11 +160,8 @@ def read_draw_things(values: Mapping[str, Any]) -> Recipe:
     if isinstance(strength := values.get("strength"), int | float) and strength < 1:
         draft.kind = "img2img"
         draft.put("strength", strength, "strength")
-    entries = values.get("lora") or more.get("loras")
-    for entry in entries[:MAX_LORAS] if isinstance(entries, list) else ():
-        name = file_name(text_in(mapping(entry), "model", "file"))
-        weight = draft.number(mapping(entry).get("weight", 1.0), f"the weight of LoRA {name}")
-        draft.loras += [Addon(name, weight)] if name and weight is not None else []
+    for entry in draft.limited(values.get("lora") or more.get("loras")):
+        draft.lora(text_in(mapping(entry), "model", "file"), mapping(entry).get("weight", 1.0))
     draft.model = Addon(file_name(text_in(values, "model")))
     if left := [name for name in ("hiresFix", "controls", "refinerModel", "upscaler") if more.get(name)]:
         draft.note(f"not reproduced: {short_list(left)}")
@@ -160,9 +188,7 @@ def read_swarm(values: Mapping[str, Any]) -> Recipe:
         entry if isinstance(entry, list) else str(entry or "").split(",")
         for entry in (values.get("loras"), values.get("loraweights"))
     )
-    for i, file in enumerate(str(file) for file in files[:MAX_LORAS] if file):
-        weight = draft.number(weights[i] if i < len(weights) else 1.0, f"the weight of LoRA {file_name(file)}")
-        draft.loras += [Addon(file_name(file), weight)] if weight is not None else []
+    _loras(draft, files, weights)
     draft.model = Addon(file_name(text_in(values, "model")))
     if left := [name for name in values if name.startswith(("refiner", "controlnet", "variationseed", "video"))]:
         draft.note(f"not reproduced: {short_list(left)}")

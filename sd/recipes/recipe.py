@@ -31,6 +31,7 @@ MAX_SIDE = 16384  # pixels
 MAX_STEPS = 1000
 MAX_BATCH = 100
 MAX_SHOWN = 12  # names in one note
+MAX_LORAS = 100  # entries of a list of LoRAs
 NAME = 200  # characters of a name that are kept
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line breaks
 # grids of the web UI and ComfyUI -> ours. "simple" has the same timesteps as ours where steps divide 1000.
@@ -40,6 +41,7 @@ GRIDS = {
     "leading": "leading", "trailing": "trailing", "linspace": "linspace", "discrete": "linspace",
 }  # fmt: skip
 NEAR = {"sgmuniform": "trailing"}  # not the same, but close
+MISSING = {"beta"}  # not available; it stands at the end of names of samplers, too
 
 
 class Addon(NamedTuple):
@@ -125,12 +127,11 @@ class Draft:
     model: Addon = field(default_factory=lambda: Addon(""))
     position: int = 0
     info: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    notes: dict[str, None] = field(default_factory=dict)  # in their order, each once
 
     def note(self, text: str) -> None:
         """Add a note, once."""
-        if text not in self.notes:
-            self.notes.append(text)
+        self.notes[text] = None
 
     def put(self, name: str, value: object, label: str = "") -> None:
         """Put down a setting, given as text or as a number; a wrong value becomes a note, which calls it `label`."""
@@ -153,6 +154,20 @@ class Draft:
             self.note(f"{label} is left out: {one_line(error, 200)}")
             return None
 
+    def lora(self, name: object, weight: object, digest: str = "") -> None:
+        """Add a LoRA by the name of its file; a weight that is wrong becomes a note."""
+        name = file_name(name)
+        number = self.number(weight, f"the weight of LoRA {name}") if name else None
+        if number is not None:
+            self.loras.append(Addon(name, number, digest))
+
+    def limited(self, entries: object, what: str = "LoRAs") -> list[Any]:
+        """The first `MAX_LORAS` entries of a list, with a note on those left out; none of anything but a list."""
+        found = entries if isinstance(entries, list) else []
+        if len(found) > MAX_LORAS:
+            self.note(f"only the first {MAX_LORAS} of its {len(found)} {what} are read")
+        return found[:MAX_LORAS]
+
     def size(self, width: object, height: object, factor: int = 8) -> None:
         """The size at which the image was generated; other programs round it down to a multiple of 8."""
         for name, value in (("width", width), ("height", height)):
@@ -172,8 +187,8 @@ class Draft:
         automatic   sampler -> the grid that the program uses if the name says nothing
         """
         text = re.sub(r"_gpu(?=_|$)", "", one_line(name, NAME))
-        text, grid = _split_grid(text)
         try:
+            text, grid = _split_grid(text)
             found = sampler_key(find_sampler(text))
         except ValueError:
             self.note(f"sampler {one_line(name)} is not available: the default of the model is used")
@@ -235,9 +250,19 @@ class Draft:
 
 
 def _split_grid(name: str) -> tuple[str, str]:
-    """The name of a sampler, and the grid of ComfyUI or stable-diffusion.cpp after it: "euler_sgm_uniform"."""
-    found = re.fullmatch(r"(.+?)[_ ](simple|normal|sgm_uniform|ddim_uniform|polyexponential|beta|discrete)", name)
-    return (found[1], found[2]) if found else (name, "")
+    """The name of a sampler, and the grid of ComfyUI or stable-diffusion.cpp after it: "euler_sgm_uniform".
+
+    Raises ValueError if no sampler has the name, with or without its end.
+    """
+    try:
+        find_sampler(name)  # also one with a grid of ours at its end
+    except ValueError:
+        for between in re.finditer("[_ ]", name):
+            grid = re.sub("[_ ]", "", name[between.end() :]).lower()
+            if grid in GRIDS or grid in NEAR or grid in MISSING:
+                return name[: between.start()], name[between.end() :]
+        raise
+    return name, ""
 
 
 PARAMS = frozenset(f.name for f in fields(SamplingParams)) - {"options"}

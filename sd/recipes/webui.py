@@ -49,7 +49,7 @@ HARMLESS = {
     "app", "backend", "background", "batch", "batch pos", "batch size", "civitai metadata", "civitai resources",
     "comment", "created date", "embeddings", "emphasis", "first pass size", "generated size", "hashes", "index",
     "init image hash", "init image size", "inpaint area", "long prompts", "lora hashes", "lora networks",
-    "lora weights", "loras",
+    "lora tags", "lora weights", "loras",
     "mask", "mask hash", "mask mode", "model", "model hash", "negative", "operations", "pad conds", "parser",
     "pipeline", "precision", "prediction", "prompt", "refine", "rng", "sampler", "sampler sigma", "sampler spacing",
     "schedule", "schedule type", "scheduler", "sd_model", "size", "source identifier", "styles", "te", "text encoder",
@@ -133,21 +133,25 @@ def read_parameters(text: str, fallback: str = "the web UI") -> Recipe:
         draft.note(f"not reproduced: {short_list(_families(left))}")
     if draft.program.startswith("Fooocus") and pairs.get("styles", "[]") != "[]":
         draft.note(f"not reproduced: the styles {one_line(pairs['styles'])}, which Fooocus adds to the prompt")
-    prompt, draft.loras, notes = loras_in(parsed.prompt, ours)
-    negative, _, more = loras_in(parsed.negative, ours)
+    counted = pairs.get("lora tags", "")
+    most = int(counted) if ours and re.fullmatch(r"\d{1,6}", counted, re.ASCII) else None
+    prompt, draft.loras, notes = loras_in(parsed.prompt, ours, most)
+    negative, _, more = loras_in(parsed.negative, ours, 0)  # we write no tags there
     for note in (*notes, *more):
         draft.note(note)
     _resources(draft, pairs.get("civitai resources", ""))
     hashes = _json_hashes(pairs.get("hashes", ""))
-    hashes = {name[5:]: digits for name, digits in hashes.items() if name.startswith("lora:")}
-    hashes |= digests(pairs.get("lora hashes", ""))
+    hashes = {file_name(name[5:]): digits for name, digits in hashes.items() if name.startswith("lora:")}
+    hashes |= {file_name(name): digits for name, digits in digests(pairs.get("lora hashes", "")).items()}
+    known = {lora.name for lora in draft.loras}
     for name, weight in digests(pairs.get("lora weights", "")).items():  # Fooocus
-        if file_name(name) not in [lora.name for lora in draft.loras]:
-            number = draft.number(weight, f"the weight of LoRA {file_name(name)}")
-            draft.loras += [Addon(file_name(name), number)] if number is not None else []
+        if file_name(name) not in known:
+            draft.lora(name, weight)
+            known.add(file_name(name))
     draft.loras = [lora._replace(digest=_hash(hashes.get(lora.name, ""))) for lora in draft.loras]
     # of the prompts of other passes and extensions, or of a site that removes tags
-    if others := [name for name in hashes if file_name(name) not in [lora.name for lora in draft.loras]]:
+    known = {lora.name for lora in draft.loras}
+    if others := [name for name in hashes if name not in known]:
         draft.note(f"not reproduced: the LoRAs {short_list(others)}, which no tag in the prompt names")
     return draft.recipe(prompt, negative)
 
@@ -314,16 +318,14 @@ def _files(draft: Draft, pairs: Mapping[str, str]) -> None:
     hashes = _json_hashes(pairs.get("hashes", ""))
     digest = _hash(pairs.get("model hash", "")) or hashes.get("model", "")
     draft.model = Addon(file_name(pairs.get("model", "")), digest=digest)
-    known = digests(pairs.get("ti hashes", ""))
-    for name in (*known, *(name[6:] for name in hashes if name.startswith("embed:"))):
-        if name not in [found.name for found in draft.embeddings]:
-            draft.embeddings.append(
-                Addon(file_name(name), digest=_hash(known.get(name, hashes.get(f"embed:{name}", ""))))
-            )
+    found = {file_name(name): _hash(digits) for name, digits in digests(pairs.get("ti hashes", "")).items()}
+    for name, digits in hashes.items():
+        if name.startswith("embed:"):
+            found.setdefault(file_name(name[6:]), digits)
     plain = pairs.get("ti") or pairs.get("embeddings") or pairs.get("used embeddings") or ""
-    for name in (re.sub(r"\s*\[\w{1,64}\]\Z", "", part.strip()) for part in plain[:20_000].split(",")):
-        if name and name not in [found.name for found in draft.embeddings]:
-            draft.embeddings.append(Addon(file_name(name)))
+    for name in (re.sub(r"\[\w{1,64}\]\Z", "", part.strip()).rstrip() for part in plain[:20_000].split(",")):
+        found.setdefault(file_name(name), "")
+    draft.embeddings += [Addon(name, digest=digits) for name, digits in found.items() if name]
 
 
 def _resources(draft: Draft, text: str) -> None:
@@ -336,17 +338,15 @@ def _resources(draft: Draft, text: str) -> None:
     except (ValueError, RecursionError):
         return
     tags = bool(draft.loras)
-    for entry in found[:100]:
+    for entry in draft.limited(found, "Civitai resources"):
         kind, name = (str(entry.get(key, "")) if isinstance(entry, dict) else "" for key in ("type", "modelName"))
         number = str(entry.get("modelVersionId", "")) if isinstance(entry, dict) else ""
         name = file_name(name) or (f"Civitai model version {number}" if re.fullmatch(r"\d{1,12}", number) else "")
         if kind == "checkpoint" and not draft.model.name:
             draft.model = draft.model._replace(name=name)
         elif kind in ("lora", "lycoris", "locon", "dora"):
-            if tags or not name or name in [lora.name for lora in draft.loras]:
-                continue
-            weight = draft.number(entry.get("weight", 1.0), f"the weight of LoRA {name}")
-            draft.loras += [Addon(name, weight)] if weight is not None else []
+            if not tags and name and name not in [lora.name for lora in draft.loras]:
+                draft.lora(name, entry.get("weight", 1.0))
         elif kind in ("embed", "textualinversion") and name and name not in [e.name for e in draft.embeddings]:
             draft.embeddings.append(Addon(name))
 
