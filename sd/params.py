@@ -30,7 +30,7 @@ from .messages import counted
 from .samplers import SAMPLERS, Sampler, find_sampler, sampler_key, spacing_in
 from .schedule import SPACINGS
 from .settings import OneOf, Range, check_settings, flag, number, setting, whole, with_default
-from .spellings import OURS, nearest, plain
+from .spellings import OURS, nearest, snake_case
 
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11
@@ -358,7 +358,7 @@ REQUESTS: dict[str, type[TextToImage]] = {cls.kind: cls for cls in (TextToImage,
 
 def hint_for(name: str, known: Collection[str]) -> str:
     """What to write in the place of a setting that is none of the known ones of a request."""
-    usual = OURS.get(plain(name), plain(name))
+    usual = OURS.get(snake_case(name), snake_case(name))
     if usual.startswith("hires_") and usual in HighRes.__dataclass_fields__:
         return "it goes with hires"
     kinds = [kind for kind, cls in REQUESTS.items() if usual in cls.__dataclass_fields__]

@@ -45,14 +45,14 @@ SETTINGS = {  # ours -> those of others
 OURS = {other: ours for ours, others in SETTINGS.items() for other in others}
 
 
-def plain(name: str) -> str:
+def snake_case(name: str) -> str:
     """A name as ours are written: `cfgScale`, `CFG scale` and `cfg-scale` are `cfg_scale`."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])|[ -]", "_", name[:100]).lower()
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
     """The known setting that another name most likely means; None if there is none."""
-    if (ours := OURS.get(plain(name))) is not None:
+    if (ours := OURS.get(snake_case(name))) is not None:
         return ours if ours in known else None
-    near = difflib.get_close_matches(plain(name), sorted(known), n=1)
+    near = difflib.get_close_matches(snake_case(name), sorted(known), n=1)
     return near[0] if near else None

@@ -13,7 +13,7 @@ from common import TINY, TINY_INPAINT, TINY_V2, tiny_state
 from safetensors.torch import load_file, save_file
 
 from sd import StableDiffusion
-from sd.adapters.lora_formats import lora_name
+from sd.adapters.adapter_files import lora_name
 from sd.adapters.textual_inversion import read_embedding
 from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint
 from sd.checkpoints.convert import convert

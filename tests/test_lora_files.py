@@ -14,8 +14,8 @@ import torch
 from common import TINY
 from test_lora import GOOD, NAME, PATH, TINY_PLACES, factors, kohya, saved, text_width, unchanged, weights
 
+from sd.adapters.adapter_files import lora_name
 from sd.adapters.added import LoraFile
-from sd.adapters.lora_formats import lora_name
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.pipeline import StableDiffusion
 

@@ -218,7 +218,7 @@ def _generate(args: argparse.Namespace, plan: Plan, addons: AddOns, output: Outp
     like.compare_model(args, file, digest)
     for line, request in zip(plan.lines, plan.requests, strict=True):
         try:
-            check_settings(model, request)
+            check_for_model(model, request)
         except ValueError as error:
             raise line.at(error) from None
     spacings = {request.params.resolved(model.config).spacing for request in plan.requests}
@@ -344,7 +344,7 @@ def check_prompts(request: TextToImage) -> None:
             check_prompt(text, negative=True)
 
 
-def check_settings(model: sd.StableDiffusion, request: TextToImage) -> None:
+def check_for_model(model: sd.StableDiffusion, request: TextToImage) -> None:
     """Raise the ValueError that settings of a request lead to with this model, before the first image."""
     params = request.params.resolved(model.config)
     model.schedule.levels(params.steps, params.spacing)

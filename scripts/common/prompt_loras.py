@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import sd
-from sd.adapters.lora_formats import lora_name
+from sd.adapters.adapter_files import lora_name
 from sd.checkpoints.folders import ENDINGS
 from sd.messages import listed, one_line, printable
 from sd.params import TextToImage

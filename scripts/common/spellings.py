@@ -12,7 +12,7 @@ import difflib
 from collections.abc import Sequence
 from importlib import import_module
 
-from sd.spellings import SETTINGS, plain
+from sd.spellings import SETTINGS, snake_case
 
 IMAGES = ("txt2img", "img2img", "inpaint")  # programs that share most of their options
 POSITIONAL = {"--ckpt", "--out", "--init-img"}  # arguments without names in programs that have none of them
@@ -81,7 +81,7 @@ def instead_of(option: str, known: Sequence[str]) -> str | None:
     """What to write instead of an option, or None; `known` are the options that the program has."""
     if len(option) == 2:
         return f"use {SHORT[option]}" if SHORT.get(option, "").split(" ")[0] in known else None
-    name = plain(option.partition("=")[0].lstrip("-"))
+    name = snake_case(option.partition("=")[0].lstrip("-"))
     if name in NOT_NEEDED:
         return f"leave it out: {NOT_NEEDED[name]}"
     here, dashed = HERE.get(name), f"--{name.replace('_', '-')}"

@@ -26,9 +26,10 @@ class Adaptable:
     ) -> str:
         """Merge a LoRA or LyCORIS file into U-Net and text encoder, and add the embeddings in it; returns its name.
 
+        path   a file, or a folder with one, as written by diffusers, PEFT or the hub's cache
         name   that of the LoRA from then on. By default the file's; its folder's or repository's, if tools call every
                file so; with a number if another file has that name
-        note   receives one line about what of the file has no effect; by default a UserWarning
+        note   receives lines on the parts of the file that have no effect; by default they are UserWarnings
 
         Raises CheckpointError for a file that is not a LoRA, or one for another model; ValueError if the name is
         taken, if the file is merged already, or if weights were changed after others were merged into them.
@@ -45,7 +46,8 @@ class Adaptable:
         """Merge several LoRA files, each as a path, or as one with its weight, and a name; see `add_lora`.
 
         All are read before the first is merged. Each change is computed from the original weights: their order does not
-        matter. If not `removable`, the previous weights are not kept, which needs less memory.
+        matter. If not `removable`, the previous weights are not kept, which needs less memory. Raises TypeError for one
+        path in place of a list.
         """
         if isinstance(files, str | os.PathLike):
             raise TypeError(f"add_loras takes a list of files, got {files!r:.100}: add_lora takes one")
@@ -73,6 +75,7 @@ class Adaptable:
     def add_embedding(self, path: str | os.PathLike[str], word: str | None = None) -> list[str]:
         """Add the words of a textual inversion file to prompts; returns them in lower case, as prompts are read.
 
+        path   a file, or a folder with one, as written by diffusers or the hub's cache
         word   the name of the word; if None, the word in the file, and the file's name without its suffix
 
         Raises CheckpointError for a file that is not an embedding, or one for another model; ValueError if the word is

@@ -75,7 +75,7 @@ def embedding_word(path: Path) -> str:
 
 
 def is_no_word(path: Path) -> bool:
-    """Whether an embedding file is named as many are."""
+    """Whether an embedding file has one of the names that many share."""
     return STEPS_SUFFIX.sub("", model_name(path).lower()) in NO_WORDS.union(EMBEDDING_FILES)
 
 

@@ -27,8 +27,7 @@ from ..checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoin
 from ..checkpoints.finite import check_numbers
 from ..config import Config
 from ..messages import listed, one_line, printable
-from .adapter_files import LORA_FILES, adapter_file
-from .adapter_files import lora_name as lora_name
+from .adapter_files import LORA_FILES, adapter_file, lora_name
 from .changes import Change, Shape
 from .lora import Lora, Target
 from .lora_names import NUMBERED, Layer, LayerNames, flat, numbered_layers
@@ -84,7 +83,7 @@ FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SD
 def read_lora(path: str | os.PathLike[str], config: Config, networks: Mapping[str, nn.Module]) -> Lora:
     """Read a LoRA file for a model of this config, with these networks ("unet", "text_encoder").
 
-    path   of the file, or of a folder as diffusers, PEFT and the hub's cache have it
+    path   of the file, or of a folder as written by diffusers, PEFT or the hub's cache
 
     Raises CheckpointError for a file that is not a LoRA, is for another model, or is damaged.
     """

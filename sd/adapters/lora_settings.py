@@ -15,7 +15,7 @@ from ..checkpoints.folders import model_name
 
 MAX_SETTINGS = 1 << 20  # bytes of an adapter_config.json, or the same in metadata
 CHANGE_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that also change the base weights
-# of all regular expressions, those that are understood
+# the regular expressions that are supported
 PATTERN = re.compile(r"(?P<begin>\^|\.\*)?(?P<name>(?:[\w-]|\\?\.)+)\$?")
 PARTS = re.compile(r"\.(?:lora|hada|lokr|oft)_")  # where the name of a layer ends
 

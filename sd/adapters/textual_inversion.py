@@ -10,8 +10,8 @@ may have several vectors, and takes as many of the 75 tokens of a prompt.
     .safetensors of others      emb_params: (n, D); further names: `is_nameless`
     OneTrainer's                emp_params, and emp_params_out: output vectors, which are not used here
 
-The file's name is always a word for its vectors, as in the web UIs; a word in the file is one, too. A file that a tool
-names as every other is named after its folder.
+The file's name is always a word for its vectors, as in the web UIs; a word in the file is one, too. A file with a
+tool's fixed name is named after its folder.
 
 D is the width of the text encoder, so a file fits one family of models: 768 Stable Diffusion 1.x, 1024 2.x.
 """
@@ -60,7 +60,7 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
 
     width   of the text encoder's vectors
     room    number of tokens in a prompt, the maximum number of vectors of a word
-    path    of the file, or of a folder as diffusers and the hub's cache have it
+    path    of the file, or of a folder as written by diffusers or the hub's cache
     word    name of the word; by default the one in the file, or the file's name without its ending
 
     Raises CheckpointError for a file that is not an embedding, or one for another model.
@@ -271,7 +271,7 @@ class Words:
         self._rebuild()
 
     def _look(self) -> None:
-        """Take over vectors that were changed in the table."""
+        """Keep vectors that were changed in the table."""
         token = getattr(self._text_encoder, "token", None)
         counts = [len(vectors) for vectors in self._vectors.values()]
         if isinstance(token, WordTable) and len(token.more) == sum(counts):

@@ -230,7 +230,7 @@ def _other_name(folder: Path) -> Path | None:
 
 
 def _cannot_choose(folder: Path) -> str | None:
-    """What is said of a part of a model with files of weights none of which can be chosen; None if it has none."""
+    """The message for a part whose weight files cannot be told apart by name; None if it has no weight files."""
     files = [file.name for file in _weights_in(folder)]
     if not files:
         return None
@@ -241,7 +241,7 @@ def _cannot_choose(folder: Path) -> str | None:
 
 
 def _unused(folder: Path, used: Collection[str]) -> list[str]:
-    """What is said of the weights in a model's folder that are not read."""
+    """A note on the weights in a model's folder that are not read."""
     places = [place for place in sorted(folder.iterdir()) if place.is_dir() and place.name not in used]
     names = []
     for place in places:

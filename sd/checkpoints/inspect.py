@@ -88,7 +88,7 @@ def inspect(tensors: Checkpoint, config: Config | None = None, *, sha256: bool |
     size = sum(path.stat().st_size for path in files)
     out = Report(tensors.path, tensors.kind, size, len(tensors), "", supported=False)
     out.notes += [*tensors.notes, *ignored_settings(tensors.configs)]
-    out.metadata = {key: _short(value) for key, value in tensors.metadata.items() if not key.startswith("sd.")}
+    out.metadata = {key: one_line(value, 60) for key, value in tensors.metadata.items() if not key.startswith("sd.")}
     try:
         identity = identify(tensors, config)
         config, out.supported = identity.config, True
@@ -184,7 +184,3 @@ def short_hash(path: Path) -> str:
 
 def _listed(keys: list[str]) -> str:
     return f"{len(keys)}: {listed(one_line(key, 100) for key in keys)}" if keys else ""
-
-
-def _short(value: str) -> str:
-    return one_line(value, 60)

@@ -49,8 +49,8 @@ OPENCLIP_PREFIXES = (OPENCLIP, CLIP_OLD, "cond_stage_model.", *TEXT_PREFIXES, "t
 VAE_PREFIXES = (VAE, "vae.", "")
 UNET_PREFIXES = (UNET, "unet.", "diffusion_model.", "model.", "")
 
-MAX_OWN = 4  # words of a prefix of a program's own
-# Words before networks that have the names of Stable Diffusion's and are others.
+MAX_OWN = 4  # words in a prefix that another program has added, at most
+# Prefixes of other networks whose weights are named like Stable Diffusion's.
 OTHER_PREFIX = re.compile(r"control|adapter|image|vision|visual|refiner|prior|lora|teacher|loss|clip_g|(_[23]|te2)\.$")
 
 OWN_BLOCK, DIFFUSERS_BLOCK = "down.0.res.0.norm1.weight", "down_blocks.0.resnets.0.norm1.weight"
@@ -149,7 +149,7 @@ def all_layouts(found: Container[str]) -> dict[str, list[Layout]]:
 
 
 def own_prefix(keys: Iterable[str], before: str = "") -> str:
-    """What a program has put before all names of a file, if networks are found without it only; else nothing.
+    """The prefix that another program gave all names in a file, if networks are found only without it; else "".
 
     before   what this project puts before them: the name of a part of a folder
 

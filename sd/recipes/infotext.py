@@ -11,7 +11,7 @@ settings at all. All of this is read in linear time.
 
 If a prompt would be read back differently, because it looks like settings itself or begins with a blank, the writer
 repeats it as the value of the key "Prompt" (or "Negative"), a JSON string, which then counts. Tags of the LoRAs that
-were merged stand behind the prompt; if it ends in such a text itself, "Lora tags" says how many of them are tags.
+were merged come after the prompt; if it ends in such a text itself, "Lora tags" says how many of them are tags.
 
 >>> parsed = parse("a house\\nNegative prompt: a tree\\nSteps: 20, Sampler: Euler a, Model: \\"b, c\\"")
 >>> parsed.prompt, parsed.negative, parsed.pairs

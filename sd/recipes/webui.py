@@ -331,7 +331,7 @@ def _files(draft: Draft, pairs: Mapping[str, str]) -> None:
 def _resources(draft: Draft, text: str) -> None:
     """The model and the LoRAs in "Civitai resources", a list of JSON objects: the site's own generator writes no tags.
 
-    Where the prompt has tags of LoRAs, the list has the same ones under other names.
+    Where the prompt has LoRA tags, the list repeats the same LoRAs under other names.
     """
     try:
         found = json.loads(text) if text.startswith("[") else []
