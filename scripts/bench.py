@@ -4,6 +4,7 @@
     python scripts/bench.py --dtype bfloat16 float32 --parts unet vae --peers openvino
     python scripts/bench.py --ckpt v1-5-pruned-emaonly.safetensors --json bench.json
     python scripts/bench.py --compare bench.json
+    python scripts/bench.py --kernels
 
     unet     one step: the network on a batch of two, which is one image with guidance
     vae      latents of one image to pixels
@@ -40,9 +41,9 @@ from sd.checkpoints.checkpoint import load_checkpoint, naming
 from sd.checkpoints.detect import identify
 from sd.config import POCKET, SD1, Config
 from sd.files import exists
-from sd.runtime.device import DTYPES, best_dtype, find_device
+from sd.runtime.device import DTYPES, best_dtype, dtype_name, find_device
 
-from .benchmark import report
+from .benchmark import kernels, report
 from .benchmark.cases import PARTS, Case, all_cases, usual_case
 from .benchmark.interleave import measure
 from .benchmark.sides import PEERS, able_peers, takes_part
@@ -86,12 +87,20 @@ def parser() -> cli.Parser:
     parser.add_argument(
         "--show", type=cli.file_path, metavar="FILE", help="print the tables of such a file; measure nothing"
     )
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="print which kernels are used on this CPU, and their times; nothing else",
+    )
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     return parser
 
 
 def bench(args: argparse.Namespace) -> None:
     """Print the tables of new measurements, or of --show."""
+    if args.kernels:
+        print(kernel_table(args))
+        return
     earlier = report.read(args.compare) if args.compare else None
     record = report.read(args.show) if args.show else measured(args)
     print(report.text(record, args.markdown, earlier))
@@ -114,6 +123,19 @@ def measured(args: argparse.Namespace) -> report.Row:
             for setup in setups:
                 measure_precision(args, setup, peers, record, bar)
     return record
+
+
+def kernel_table(args: argparse.Namespace) -> str:
+    """The kernels for a model in its precisions, as text."""
+    device = find_device(args.device or "cpu")
+    if device.type != "cpu":
+        raise ValueError(f"--kernels is about CPUs: no kernels are measured on {device.type}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    config = find_config(args)
+    for name in args.dtype or [dtype_name(best_dtype(device))]:
+        table = kernels.measure_kernels(config, DTYPES[name])
+    return kernels.text(table)
 
 
 def check(args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from sd.checkpoints.convert import convert
 from sd.checkpoints.loading import load_weights
 from sd.models.build import build
 from sd.pipeline import StableDiffusion
+from sd.runtime.kernel_choice import prefer
 
 
 def pytest_addoption(parser):
@@ -23,6 +24,11 @@ def pytest_addoption(parser):
         "--full",
         action="store_true",
         help="also run the exhaustive tests (minutes) and the full-size ones (12 GB of memory, minutes)",
+    )
+    parser.addoption(
+        "--kernels",
+        metavar="NAME",
+        help="use these kernels wherever they exist, instead of measuring (kernel_choice.py): plain, fast, packed, ...",
     )
 
 
@@ -49,6 +55,13 @@ def pytest_collection_modifyitems(config, items):
 def no_grad():
     """Networks are tested as they are used for painting; what needs gradients enables them."""
     with torch.no_grad():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def forced_kernels(request):
+    """The kernels of --kernels; without it, they are measured."""
+    with prefer(request.config.getoption("--kernels")):
         yield
 
 

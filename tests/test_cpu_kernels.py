@@ -7,7 +7,6 @@ import math
 import pickle
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,8 +19,8 @@ from common import error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sd.models.layers import Upsample
-from sd.runtime import blockwise_attention, kernel_choice, packing
+from sd.models.layers import FeedForward, Upsample
+from sd.runtime import blockwise_attention, cpu_kernels, kernel_choice, packing
 from sd.runtime.blockwise_attention import attention, blockwise
 from sd.runtime.optimize import optimize, restore
 
@@ -209,28 +208,39 @@ def test_threads_use_and_look_at_one_layer():
         assert all(pool.map(work, range(60)))
 
 
-@pytest.mark.parametrize("choice", ["fast", "plain"])
-def test_which_kernel_is_measured_once(choice, monkeypatch):
-    """Of two kernels, the one that takes no time wins."""
-    monkeypatch.setattr(kernel_choice, "_measured", {})
-    calls = []
-
-    def slow():
-        calls.append(1)
-        time.sleep(0.002)
-
-    pair = (lambda: None, slow) if choice == "fast" else (slow, lambda: None)
-    with kernel_choice.prefer(None):
-        for _ in range(2):
-            assert kernel_choice.faster("a kind", lambda: pair) == (choice == "fast")
-    assert len(calls) == kernel_choice.CALLS + 1
-
-
 @pytest.mark.parametrize("name", LAYERS)
 def test_where_plain_kernels_are_faster_layers_stay_as_they_are(name):
     with kernel_choice.prefer("plain"):
         layer, *_ = made(name)
     assert type(layer) in (nn.Linear, nn.Conv2d, Upsample) and type(inner(layer)) in (nn.Linear, nn.Conv2d)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_feed_forward_layers_take_some_rows_at_a_time(dtype, monkeypatch):
+    only(dtype)
+    monkeypatch.setattr(cpu_kernels, "WIDE_FROM", 2**15)
+    monkeypatch.setattr(cpu_kernels, "WIDE_BLOCK", 2**15)
+    monkeypatch.setattr(cpu_kernels, "LEAST_ROWS", 16)
+    layer = FeedForward(32).requires_grad_(False).to(dtype)
+    x = reference.normal("x", (2, 150, 32)).to(dtype)
+    expected = layer(x)
+    optimize(layer)
+    rows = []
+    product = cpu_kernels.linear
+    monkeypatch.setattr(cpu_kernels, "linear", lambda x, *more: rows.append(len(x)) or product(x, *more))
+    assert error(layer(x), expected) < ROUNDING[dtype] and layer(x).shape == x.shape
+    assert max(rows) == 2**15 // (256 * dtype.itemsize) and sum(rows) == 2 * 2 * 300
+
+    seen = []
+    hook = layer.proj.register_forward_hook(lambda module, given, out: seen.append(given[0].shape))
+    assert error(layer(x), expected) < ROUNDING[dtype] and seen == [x.shape]  # whoever follows it sees one call
+    hook.remove()
+    with torch.enable_grad():
+        given = x.clone().requires_grad_()
+        layer(given).sum().backward()
+    assert given.grad.isfinite().all() and given.grad.norm() > 0
+    assert type(restore(layer)) is FeedForward and torch.equal(layer(x), expected)
 
 
 def test_measuring_draws_no_random_numbers(monkeypatch):
@@ -240,8 +250,8 @@ def test_measuring_draws_no_random_numbers(monkeypatch):
     with kernel_choice.prefer(None):
         optimize(network)
     assert torch.equal(torch.get_rng_state(), before)
-    kinds = len(kernel_choice._measured)
-    assert kinds == (3 if packing.onednn_dtypes() else 0)
+    kinds = {kind[0] for kind, _ in kernel_choice._measured}
+    assert kinds == ({"linear", "convolution", "upsampling"} if packing.onednn_dtypes() else set())
 
 
 @needs_onednn
@@ -382,13 +392,14 @@ def test_blockwise_attention_whatever_the_scores(N, M, spread, dtype):
     only(dtype)
     q, k, v = (reference.normal(name, (1, n, 64)).to(dtype) for name, n in (("q", N), ("k", M), ("v", M)))
     q = q * spread
-    out = blockwise(q[:, None], k[:, None], v[:, None])[:, 0]
     expected = textbook(q, k, v)
-    assert out.isfinite().all()
-    if dtype == torch.float32:
-        assert error(out, expected) < max(2e-6, 2e-7 * spread)
-    elif spread <= 10:
-        assert error(out, expected) < 0.06
+    for blocks in blockwise_attention.KERNELS[dtype].values():
+        out = blockwise(q[:, None], k[:, None], v[:, None], blocks)[:, 0]
+        assert out.isfinite().all()
+        if dtype == torch.float32:
+            assert error(out, expected) < max(2e-6, 2e-7 * spread)
+        elif spread <= 10:
+            assert error(out, expected) < 0.06
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -401,7 +412,8 @@ def test_blockwise_attention_at_the_limit(value, sign, dtype):
     q, k = torch.full((1, 1, 40, 64), sign * score).to(dtype), torch.full((1, 1, 4096, 64), score).to(dtype)
     v = (value * (1 + 0.1 * reference.normal("v", (1, 1, 4096, 64)))).to(dtype)
     expected = v.double().mean(dim=2, keepdim=True).expand(-1, -1, 40, -1)
-    assert error(blockwise(q, k, v), expected) < max(ROUNDING[dtype], 2e-5)
+    for blocks in blockwise_attention.KERNELS[dtype].values():
+        assert error(blockwise(q, k, v, blocks), expected) < max(ROUNDING[dtype], 2e-5)
 
 
 def test_attention_passes_on_what_is_not_a_number():
@@ -433,9 +445,8 @@ def test_attention_never_holds_all_scores(dtype, fast, monkeypatch):
     q, k, v = (reference.normal(name, (1, 4096, 8 * 40)).to(dtype) for name in "qkv")
     with Largest() as largest:
         attention(q, k, v, heads=8)
-    at_most = (
-        blockwise_attention.SCORES * blockwise_attention.THREADS[1] if fast else 2 * q.numel()
-    )  # however many threads there are
+    most_threads = blockwise_attention.THREADS[1]
+    at_most = most_threads * next(iter(blockwise_attention.KERNELS[dtype].values())).scores if fast else 2 * q.numel()
     assert q.numel() <= largest.numbers <= at_most
 
 

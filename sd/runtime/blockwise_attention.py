@@ -1,7 +1,8 @@
-"""Attention on x86 CPUs by its formula, a block of queries at a time: for many keys faster than PyTorch's fused kernel.
+"""Attention on x86 CPUs by its formula, a block of queries at a time: on many processors faster than PyTorch's kernel.
 
-The fused kernel reaches a sixth of the processor's peak with heads of width 40. Here a block of scores stays in the
-cache between two matrix products and the exponential. B batch, N tokens, M tokens of the context, d width of a head.
+On some, the fused kernel reaches a sixth of the peak with heads of width 40. Here a block of scores stays in the cache
+between two matrix products and the exponential. Which is faster, and with blocks of which size, is measured for each
+kind of call (kernel_choice.py). B batch, N tokens, M tokens of the context, d width of a head.
 
     softmax(s) v = (exp(s) v) / (exp(s) 1)
 
@@ -9,11 +10,11 @@ takes one pass over the scores instead of three: the sum is one more column of v
 e. Without subtracting the maximum, exp and the sums could overflow; |q| |k| bounds the scores, and where the bound is
 large (which is rare) the usual softmax is used.
 
-In bfloat16, scores are rounded before the softmax: an error of 0.5 %, against 0.2 % in the fused kernel, where they are
+In bfloat16, scores are rounded before the softmax: an error of 0.5 %, against 0.2 % in PyTorch's kernel, where they are
 about 1, and more where they are larger. A whole U-Net in bfloat16 is 1.4 % off either way.
 
 >>> q, k = torch.randn(1, 2, 600, 16), torch.randn(1, 2, 700, 16)
->>> torch.allclose(blockwise(q, k, k), F.scaled_dot_product_attention(q, k, k), atol=1e-5)
+>>> torch.allclose(blockwise(q, k, k, Blocks(2**20, packed=True)), F.scaled_dot_product_attention(q, k, k), atol=1e-5)
 True
 """
 
@@ -21,7 +22,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,23 +31,41 @@ from torch import Tensor
 
 from ..models import layers
 from . import packing
-from .kernel_choice import faster
+from .device import DTYPES, dtype_name
+from .kernel_choice import PLAIN, Kind, fastest
 from .packing import LANES, for_inference, linear, pack_linear
 
-SCORES = 2**20  # how many of its scores a thread computes at a time: 2 to 4 MB, which stay in the cache
+
+class Blocks(NamedTuple):
+    """How to divide attention."""
+
+    scores: int  # how many a thread computes at a time: 0.5 to 4 MB, which should stay in its cache
+    packed: bool  # whether oneDNN packs keys and values once for a head; if not, `bmm` takes some heads at a time
+
+
+# Where the keys are packed once, and not for each block, blocks can be smaller. In float32, `bmm` uses another library.
+KERNELS: dict[torch.dtype, dict[str, Blocks]] = {
+    torch.bfloat16: {
+        "blocks": Blocks(2**20, packed=False),
+        "small blocks": Blocks(2**18, packed=False),
+        "packed blocks": Blocks(2**20, packed=True),
+        "small packed blocks": Blocks(2**18, packed=True),
+    },
+    torch.float32: {"packed blocks": Blocks(2**20, packed=True)},
+}
+PACKED_FROM = 512  # keys from which packing them can pay
 THREADS = 2, 4  # the thread count is clamped to this range: with fewer, calls cost more than the cache saves
-ROWS = {torch.bfloat16: 512, torch.float32: 256}  # queries at least, as each product reorders the keys
+ROWS = 128  # queries at least, as each product reads all keys
 
 LARGEST_EXPONENT = 100.0  # numbers from 2^-100 to 2^100 are exact, as the smallest of float32 and bfloat16 is 2^-126
 LARGEST_SUM = 126.0  # and the largest 2^127: for the values, each times such a power, summed over all keys
-
-# Heads, tokens and width of a head for which the two kernels are compared: those of a small map in a U-Net. Where
-# blockwise attention is faster, it is so for the text's 77 keys, for larger maps and for wider heads as well.
-EXAMPLE = 4, 1024, 64
+# Of the example of a kind: queries, so many that packing the keys pays as it would for all of them, and scores of all
+# heads. What takes longer to measure is not more telling.
+EXAMPLE_QUERIES, EXAMPLE_SCORES = 1024, 2**20
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """`layers.attention`, blockwise where that is faster: q (B, N, D), k and v (B, M, D) -> (B, N, D)."""
+    """`layers.attention` by the fastest kernel: q (B, N, D), k and v (B, M, D) -> (B, N, D)."""
     if (
         type(q) is not Tensor
         or q.device.type != "cpu"
@@ -54,24 +74,60 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         or not torch.backends.mkldnn.enabled
         or k.shape[0] != q.shape[0]
         or 0 in (q.numel(), k.shape[1])
-        or not faster(("attention", q.dtype), partial(_example, q.dtype))
     ):
         return layers.attention(q, k, v, heads)
+    name = kernel_for(q.shape[0] * heads, q.shape[1], k.shape[1], q.shape[2] // heads, q.dtype)
+    if name == PLAIN:
+        return layers.attention(q, k, v, heads)
+    blocks = KERNELS[q.dtype][name]
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N, d)
-    return blockwise(q, k, v).transpose(1, 2).flatten(-2)
+    return blockwise(q, k, v, blocks).transpose(1, 2).flatten(-2)
 
 
-def _example(dtype: torch.dtype) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    q = torch.ones(1, *EXAMPLE, dtype=dtype, device="cpu")
-    return lambda: blockwise(q, q, q), lambda: F.scaled_dot_product_attention(q, q, q)
+@cache
+def names(M: int, dtype: torch.dtype) -> tuple[str, ...]:
+    """The kernels for M keys."""
+    return PLAIN, *(name for name, blocks in KERNELS[dtype].items() if M >= PACKED_FROM or not blocks.packed)
 
 
-def blockwise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def kernel_for(heads: int, N: int, M: int, d: int, dtype: torch.dtype) -> str:
+    """The name of the kernel for this many heads in all, N queries and M keys of width d."""
+    kind = kind_of(heads, N, M, d, dtype)
+    return fastest(kind, names(M, dtype), partial(_example, kind))
+
+
+def kind_of(heads: int, N: int, M: int, d: int, dtype: torch.dtype) -> Kind:
+    """The kind of a call with this many heads in all; sizes are rounded up to powers of two, so that kinds are few.
+
+    It has the sizes of its example: of a large call, a part.
+    """
+    heads, N, M = (2 ** (size - 1).bit_length() for size in (heads, N, M))
+    N = min(N, max(EXAMPLE_QUERIES, EXAMPLE_SCORES // M))
+    heads = min(heads, max(1, EXAMPLE_SCORES // (N * M)))
+    return ("attention", dtype_name(dtype), heads, N, M, d)
+
+
+def _example(kind: Kind) -> Callable[[str], Tensor]:
+    _, name, *sizes = kind
+    dtype, (heads, N, M, d) = DTYPES[str(name)], map(int, sizes)
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, n, d, generator=rng).to(dtype) for n in (N, M, M))
+
+    def run(name: str) -> Tensor:
+        if name == PLAIN:
+            return F.scaled_dot_product_attention(q, k, v)
+        return blockwise(q, k, v, KERNELS[dtype][name])
+
+    return run
+
+
+def blockwise(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
     """softmax(q kᵀ / sqrt(d)) v for q (B, heads, N, d) and k, v (B, heads, M, d), some heads and queries at a time."""
     B, heads, N, d = q.shape
     M = k.shape[2]
     q, k, v = (x.reshape(B * heads, -1, d) for x in (q, k, v))
-    bound = q.float().norm(dim=-1).amax() * k.float().norm(dim=-1).amax() * (d**-0.5 * math.log2(math.e))
+    norms = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax() for x in (q, k)]
+    bound = norms[0] * norms[1] * (d**-0.5 * math.log2(math.e))
     largest = torch.stack(torch.aminmax(v)).abs().amax().float().clamp(min=1)
     # false if one is not a number
     small = bool((bound < LARGEST_EXPONENT) & (bound + torch.log2(M * largest) < LARGEST_SUM))
@@ -79,23 +135,24 @@ def blockwise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     sums = v.new_zeros(B * heads, M, (d // LANES + 1) * LANES)  # v, a column of ones, zeros up to whole registers
     sums[..., :d], sums[..., d] = v, 1
     least, most = THREADS
-    at_a_time = SCORES * min(max(torch.get_num_threads(), least), most)
-    rows = min(N, max(ROWS[q.dtype], at_a_time // M))
-    group = max(1, min(B * heads, at_a_time // (rows * M))) if q.dtype == torch.bfloat16 else 1
+    at_a_time = blocks.scores * min(max(torch.get_num_threads(), least), most)
+    rows = min(N, max(ROWS, at_a_time // M))
+    group = 1 if blocks.packed else max(1, min(B * heads, at_a_time // (rows * M)))
     out = q.new_empty(B * heads, N, sums.shape[-1])
     for i in range(0, B * heads, group):
-        times_keys, times_values = _times(k[i : i + group].transpose(1, 2)), _times(sums[i : i + group])
+        each = slice(i, i + group)
+        times_keys, times_values = (_times(x[each], blocks.packed) for x in (k.transpose(1, 2), sums))
         for j in range(0, N, rows):
-            scores = times_keys(q[i : i + group, j : j + rows])
+            scores = times_keys(q[each, j : j + rows])
             weights = scores.exp2_() if small else torch.softmax(scores, dim=-1, out=scores)
-            out[i : i + group, j : j + rows] = times_values(weights)
+            out[each, j : j + rows] = times_values(weights)
     x = out[..., :d] / out[..., d : d + 1]
     return x.view(B, heads, N, d)
 
 
-def _times(matrices: Tensor) -> Callable[[Tensor], Tensor]:
-    """The function x (g, n, a) -> x @ matrices (g, a, b); in float32 through oneDNN, for g = 1, as bmm uses MKL."""
-    if matrices.dtype != torch.float32:
+def _times(matrices: Tensor, packed: bool) -> Callable[[Tensor], Tensor]:
+    """The function x (g, n, a) -> x @ matrices (g, a, b), for g = 1 if they are to be packed."""
+    if not packed:
         return lambda x: torch.bmm(x, matrices)
     weight = pack_linear(matrices[0].t().contiguous())
     return lambda x: linear(x[0], weight, None).unsqueeze(0)

@@ -1,10 +1,11 @@
 """Faster layers for CPUs (packed weights: x86 only), with the interface of those they replace; see `optimize`.
 
-On an x86 CPU, where a step of Stable Diffusion 1.x is 1,600 GFLOP, three choices of PyTorch cost up to half of it:
+On an x86 CPU, where a step of Stable Diffusion 1.x is 1,600 GFLOP, four choices of PyTorch cost up to half of it:
 
     convolutions   reorder their weights at every call     -> packed once, by oneDNN (`Conv2d`; 1x1 as linear layers)
     linear layers  the same; in float32 they go to MKL     -> packed once, and through oneDNN (`Linear`)
     attention      reaches a sixth of the processor's peak -> blocks of plain products (blockwise_attention.py)
+    GEGLU          writes 42 MB, and reads it again        -> rows in blocks that stay in the cache (`FeedForward`)
 
 `Upsample` saves arithmetic; `GroupNorm` is more accurate and saves time.
 
@@ -23,6 +24,9 @@ True
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +34,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..models import layers
 from .blockwise_attention import attention
+from .kernel_choice import PLAIN, Kind, fastest
 from .packing import (
     InputSize,
     PackedLayer,
@@ -42,7 +47,9 @@ from .packing import (
     pack_linear,
 )
 
-BLOCKWISE_FROM = 2**17  # scores of a head, N x M, from which blockwise attention is considered: below, calls cost more
+WIDE_FROM = 2**25  # bytes of the wide projection in `FeedForward`, from which few caches hold it
+WIDE_BLOCK = 2**22  # bytes of it at a time: they stay in the cache
+LEAST_ROWS = 256  # of the input at a time: fewer do not repay reading the weights
 LARGE = 1024  # pixels from which PyTorch's GroupNorm takes another path, with sums that are too rough
 AT_ONCE = 64  # output channels whose kernels are added up together in `UpsampleConv2d`
 PART = 2**18  # how many numbers to add up at a time: 1 MB, which stays in the cache
@@ -144,8 +151,7 @@ class Upsample(layers.Upsample):
         if type(conv) is not UpsampleConv2d or x.dim() != 4 or x.shape[1] != conv.in_channels:
             return super().forward(x, size)
         B, C, H, W = x.shape
-        hooked = conv._forward_hooks or conv._forward_pre_hooks or "forward" in conv.__dict__ or _has_any_global_hook()
-        packed = conv.packed_for(x) if not hooked and tuple(size or ()) in ((), (2 * H, 2 * W)) else None
+        packed = conv.packed_for(x) if not watched(conv) and tuple(size or ()) in ((), (2 * H, 2 * W)) else None
         if packed is None:
             return super().forward(x, size)
         bias = conv.__dict__["_parameters"]["bias"]
@@ -158,14 +164,42 @@ class Upsample(layers.Upsample):
 
 
 class Attention(layers.Attention):
-    """`layers.Attention`, blockwise where that is faster."""
+    """`layers.Attention`, by the fastest kernel for its inputs."""
 
     def forward(self, x: Tensor, context: Tensor | None = None, causal: bool = False) -> Tensor:
         """x (B, N, D), context (B, M, context width) or None for x itself -> (B, N, D)."""
-        source = x if context is None else context
-        if causal or x.shape[1] * source.shape[1] < BLOCKWISE_FROM:
+        if causal:
             return super().forward(x, context, causal)
-        return self.out(attention(self.q(x), self.k(source), self.v(source), self.heads))
+        context = x if context is None else context
+        return self.out(attention(self.q(x), self.k(context), self.v(context), self.heads))
+
+
+class FeedForward(layers.FeedForward):
+    """`layers.FeedForward`, some rows at a time where the wide projection of all rows does not fit the cache.
+
+    At the finest level of Stable Diffusion 1.x the projection has 42 MB in bfloat16. Written to memory and read again
+    twice, it takes up to four times as long as the arithmetic.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        wide = self.proj.out_features * x.element_size()  # bytes of the projection of a row
+        rows = max(WIDE_BLOCK // wide, LEAST_ROWS)
+        if (
+            x.device.type != "cpu"
+            or x.dim() != 3
+            or x[..., 0].numel() * wide < WIDE_FROM
+            or not isinstance(self.proj, PackedLayer)  # else each block would pack the weight again
+            or torch.is_grad_enabled()
+            or not for_inference(x)
+            or watched(self.proj, self.out)
+        ):
+            return super().forward(x)
+        flat = x.flatten(0, 1)
+        out = torch.empty_like(flat)
+        for part, result in zip(flat.split(rows), out.split(rows), strict=True):
+            result.copy_(super().forward(part))
+        return out.view_as(x)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -175,7 +209,8 @@ class GroupNorm(nn.GroupNorm):
     512x512 with a flat half, that is an error of 2e-3 in the output; sums of parts, added up in float64, leave 4e-7.
     (Far from zero, digits are still lost: 5e-3 where the mean is a thousand deviations, which no network has.)
 
-    For maps of fewer than `LARGE` pixels, PyTorch's kernel takes four to six times as long in bfloat16 as in float32.
+    For maps of fewer than `LARGE` pixels, PyTorch's kernel can take four to six times as long in bfloat16 as in
+    float32, so the two are compared.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -186,9 +221,10 @@ class GroupNorm(nn.GroupNorm):
         plain = torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != self.weight.dtype
         if plain or not for_inference(x) or not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
-        if x.dtype == torch.bfloat16 and H * W < LARGE:
-            weight, bias = self.weight.float(), self.bias.float()
-            return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
+        if x.dtype == torch.bfloat16 and 0 < H * W < LARGE:
+            if group_norm_kernel(C, H * W) == PLAIN:
+                return super().forward(x)
+            return _group_norm_in_float32(x, self.num_groups, self.weight, self.bias, self.eps)
         if x.dtype != torch.float32 or H * W < LARGE:
             return super().forward(x)
         sums, squares = _sums(x)
@@ -198,6 +234,38 @@ class GroupNorm(nn.GroupNorm):
         scale = (var.clamp(min=0) + self.eps).rsqrt() * self.weight.view(G, -1)
         shift = self.bias.view(G, -1) - mean * scale
         return torch.addcmul(shift.float().view(B, C, 1, 1), x, scale.float().view(B, C, 1, 1))
+
+
+def group_norm_kernel(C: int, pixels: int) -> str:
+    """The name of the kernel for group normalisation of C channels of so many pixels in bfloat16."""
+    kind = ("group norm", "bfloat16", *(2 ** (size - 1).bit_length() for size in (C, pixels)))
+    return fastest(kind, (PLAIN, "in float32"), partial(_group_norm_example, kind))
+
+
+def _group_norm_in_float32(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """F.group_norm in bfloat16, computed in float32."""
+    return F.group_norm(x.float(), groups, weight.float(), bias.float(), eps).to(x.dtype)
+
+
+def _group_norm_example(kind: Kind) -> Callable[[str], Tensor]:
+    _, _, C, pixels = kind
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(2, int(pixels), 1, int(C), generator=rng).to(torch.bfloat16).permute(0, 3, 1, 2)
+    weight, bias = torch.randn(2, int(C), generator=rng).to(torch.bfloat16)
+    groups = min(layers.GROUPS, int(C))
+
+    def run(name: str) -> Tensor:
+        norm = F.group_norm if name == PLAIN else _group_norm_in_float32
+        return norm(x, groups, weight, bias, 1e-5)
+
+    return run
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Whether somebody follows the calls of these modules, by hooks or in place of their `forward`."""
+    return _has_any_global_hook() or any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ for module in modules
+    )
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,11 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -90,6 +93,18 @@ def explained(name: str, network: nn.Module, device: torch.device) -> Iterator[N
         if why := unusable(network, device):
             raise RuntimeError(f"{name} cannot be used: {why}") from error
         raise
+
+
+@cache
+def processor() -> str:
+    """The processor's name, and the instruction set that torch uses on it."""
+    name = platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration):  # on Linux, platform knows only the architecture
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    features = sorted(key for key, value in able.items() if value is True)
+    return " ".join([name, torch.backends.cpu.get_cpu_capability(), *features])
 
 
 def give_back_memory() -> None:

@@ -1,75 +1,192 @@
-"""Which of two kernels is faster: measured on the machine at hand, once for each kind of call, and remembered.
+"""Which of several kernels is fastest: measured on the machine at hand, once for each kind of call, and remembered.
 
 What wins by a factor of two on one processor loses by five on another, so nothing is assumed from the processor's name.
-The choice depends on the kind of call alone, not on what was called before: within a process, the same inputs always
-go through the same kernels.
+A kind is an operation with the sizes that its speed depends on, such as `("attention", "bfloat16", 4096, 4096, 40)`.
+For each, every kernel runs an example a few times. A kernel that fails, or whose result is not that of PyTorch's own
+operator ("plain") up to rounding, is left out with a warning; of the others, the fastest is used from then on.
 
->>> with prefer("fast"):  # for tests
-...     faster(("a kind",), lambda: (float, int))
-True
+The choice depends on the kind alone, not on what was called before: within a process, the same inputs always go through
+the same kernels. Between processes, close times may lead to different choices, which round differently. `save` and
+`load` pin them: with one table, one machine gives the same image to the bit every day.
+
+>>> with prefer("fast"):  # for tests: without measuring
+...     fastest(("a kind", 8), ("plain", "another"), lambda: {}.get)
+'another'
 """
 
 from __future__ import annotations
 
+import json
+import os
 import threading
-from collections.abc import Callable, Hashable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from time import perf_counter
-from typing import Literal
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-Choice = Literal["fast", "plain"]
+from .device import processor
 
-CALLS = 3  # of each kernel, alternating; the fastest counts, as other processes only ever make calls slower
-# Fast kernels may be this much slower and are still taken: the examples are small, and they gain more in large layers.
-# A threshold that is far from usual results also keeps noise from deciding, and so how results are rounded.
-MARGIN = 1.1
+PLAIN = "plain"
+Kind = tuple[str | int, ...]  # an operation, its precision and sizes
+Example = Callable[[str], Tensor]  # runs the kernel of this name on inputs of the kind
 
-_forced: Choice | None = None
-_measured: dict[Hashable, bool] = {}  # kind of call and number of threads -> whether the fast kernel is faster
-_measuring = threading.Lock()
+# Calls of each kernel, alternating, until all of them took this long; the fastest counts, as other processes only ever
+# make calls slower
+LEAST_CALLS, MOST_CALLS = 3, 25
+SECONDS = 0.02
+TIE = 1.03  # times that are this close count as equal, and the first kernel in their order is used
+# Largest difference from the plain result, relative, in the root mean square: several roundings, but no wrong formula
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
+FORMAT = 1  # of saved tables
+
+
+class Measurement(NamedTuple):
+    """What was found for a kind: the kernel to use, milliseconds of each, and why others were left out."""
+
+    chosen: str
+    milliseconds: Mapping[str, float]
+    left_out: Mapping[str, str]
+
+
+_preferred: str | None = None
+_measured: dict[tuple[Kind, int], Measurement] = {}  # by kind and number of threads
+_measuring = threading.RLock()
 
 
 @contextmanager
-def prefer(choice: Choice | None) -> Iterator[None]:
-    """Use the fast or the plain kernels within this context, without measuring; None measures.
+def prefer(choice: str | None) -> Iterator[None]:
+    """Use certain kernels within this context, without measuring; None measures.
+
+    choice   "plain", "fast" (the first that is not plain), or the name of one; kinds that lack it use the plain one
 
     For tests and comparisons. It holds for all threads of the process. Layers are chosen by `optimize`, so it has to
-    be called in the context; attention is chosen at each call.
+    be called in the context; the other kernels are chosen at each call.
     """
-    global _forced
-    before, _forced = _forced, choice
+    global _preferred
+    before, _preferred = _preferred, choice
     try:
         yield
     finally:
-        _forced = before
+        _preferred = before
 
 
-def faster(kind: Hashable, kernels: Callable[[], tuple[Callable[[], object], Callable[[], object]]]) -> bool:
-    """Whether the fast kernel is faster than PyTorch's for this kind of call: measured the first time.
+def fastest(kind: Kind, kernels: Sequence[str], example: Callable[[], Example]) -> str:
+    """The name of the fastest of these kernels for a kind of call: measured the first time.
 
-    `kernels` makes a typical call of the kind: (fast, plain).
+    kernels   their names: "plain" is PyTorch's own operator, and always one of them
+    example   makes inputs of the kind; the function that it returns runs a kernel on them
     """
-    if _forced is not None:
-        return _forced == "fast"
+    if _preferred is not None:
+        if _preferred == "fast":
+            return next((name for name in kernels if name != PLAIN), PLAIN)
+        return _preferred if _preferred in kernels else PLAIN
+    if len(kernels) == 1:
+        return PLAIN
     key = kind, torch.get_num_threads()
-    if key not in _measured:
+    found = _measured.get(key)
+    if found is None or found.chosen not in kernels:
         with _measuring, torch.inference_mode(False), torch.no_grad():
-            if key not in _measured:
-                fast, plain = _seconds(*kernels())
-                _measured[key] = fast < MARGIN * plain
-    return _measured[key]
+            found = _measured.get(key)  # another thread may just have measured it
+            if found is None or found.chosen not in kernels:
+                found = _measured[key] = _measure(kind, kernels, example())
+    return found.chosen
 
 
-def _seconds(*runs: Callable[[], object]) -> list[float]:
-    """The time of the fastest call of each, called alternately; the first call is a warm-up and does not count."""
-    for run in runs:
-        run()
-    best = [float("inf")] * len(runs)
-    for _ in range(CALLS):
-        for i, run in enumerate(runs):
-            start = perf_counter()
-            run()
-            best[i] = min(best[i], perf_counter() - start)
-    return best
+def table() -> dict[str, Measurement]:
+    """All measurements of this process, by the words of their kind; the last word is the number of threads."""
+    found = dict(_measured)
+    return {" ".join(map(str, (*kind, f"threads={threads}"))): found[kind, threads] for kind, threads in found}
+
+
+def save(path: str | os.PathLike[str]) -> None:
+    """Write all measurements to a file, for `load`. Raises OSError if it cannot be written."""
+    rows = [[list(kind), threads, *measurement] for (kind, threads), measurement in dict(_measured).items()]
+    text = json.dumps({"format": FORMAT, "machine": machine(), "kernels": rows}, indent=1)
+    path = Path(path)
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        scratch.write_text(text + "\n", encoding="utf-8")
+        os.replace(scratch, path)  # never half a file
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str]) -> bool:
+    """Use the measurements that `save` wrote, in place of new ones; returns whether there were any.
+
+    A file that is missing or damaged, or of another machine or version of torch, is not used.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content["format"] != FORMAT or content["machine"] != machine():
+            return False
+        rows = {}
+        for kind, threads, chosen, milliseconds, left_out in content["kernels"]:
+            if not isinstance(chosen, str) or not isinstance(threads, int):
+                return False
+            rows[tuple(kind), threads] = Measurement(chosen, dict(milliseconds), dict(left_out))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False
+    _measured.update(rows)
+    return bool(rows)
+
+
+def machine() -> str:
+    """What the choices depend on: the processor with its instruction set, and the version of torch."""
+    return f"{processor()}, torch {torch.__version__}"
+
+
+def _measure(kind: Kind, kernels: Sequence[str], run: Example) -> Measurement:
+    """Time the kernels of a kind, and compare their results with the plain one."""
+    expected = run(PLAIN)
+    working, left_out = [PLAIN], {}
+    for name in kernels:
+        if name == PLAIN:
+            continue
+        try:
+            wrong = _difference(run(name), expected)
+        except Exception as error:  # whatever goes wrong, the plain kernel works
+            wrong = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
+        if wrong is None:
+            working.append(name)
+        else:
+            left_out[name] = wrong
+            words = " ".join(map(str, kind))
+            warnings.warn(f"the kernel {name!r} is not used for {words}: {wrong}", stacklevel=3)
+    seconds, spent = dict.fromkeys(working, float("inf")), 0.0
+    for call in range(MOST_CALLS if len(working) > 1 else 0):
+        taken = [_seconds(run, name, expected.device) for name in working]
+        seconds = {name: min(seconds[name], value) for name, value in zip(working, taken, strict=True)}
+        spent += sum(taken)
+        if call + 1 >= LEAST_CALLS and spent > SECONDS:
+            break
+    enough = TIE * min(seconds.values())
+    chosen = next(name for name in working if seconds[name] <= enough)
+    times = {name: round(1e3 * value, 4) for name, value in seconds.items() if len(working) > 1}
+    return Measurement(chosen, times, left_out)
+
+
+def _seconds(run: Example, name: str, device: torch.device) -> float:
+    """How long a call takes, until the device has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = perf_counter()
+    run(name)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter() - start
+
+
+def _difference(result: Tensor, expected: Tensor) -> str | None:
+    """What is wrong with the result of a kernel; None if it is the plain one's up to rounding."""
+    if result.shape != expected.shape or result.dtype != expected.dtype:
+        return f"it returns {tuple(result.shape)} in {result.dtype}"
+    error = float((result.float() - expected.float()).norm() / expected.float().norm())
+    if error <= TOLERANCE.get(expected.dtype, 0.0):
+        return None
+    return f"its result differs from PyTorch's by {error:.2g}"

@@ -2,7 +2,7 @@
 
 A layer is replaced by changing its class to a subclass of it: the network keeps its modules, their names, hooks
 and parameters. Layers with packed weights (cpu_kernels.py) replace plain ones where they are faster, which is measured
-by an example of each kind; where they are not, the plain layers stay. `GroupNorm` and `Attention` are always replaced
+by examples; where they are not, the plain layers stay. `GroupNorm`, `Attention` and `FeedForward` are always replaced
 on CPUs: they choose at each call.
 
 >>> network = nn.Sequential(nn.Linear(4, 4), nn.SiLU())
@@ -16,7 +16,8 @@ True
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,17 +25,17 @@ from torch import Tensor, nn
 
 from ..models import layers
 from . import cpu_kernels, kernel_choice, packing
+from .device import DTYPES, dtype_name
 
-# Packed layers are compared with plain ones by these examples, which take a few milliseconds each. Small linear layers
-# are compared on their own: there, the overhead of a call counts as much as the kernel.
-EXAMPLES: dict[type[nn.Module], Callable[[int], nn.Module]] = {
-    nn.Linear: lambda width: nn.Linear(width, width),
-    nn.Conv2d: lambda width: nn.Conv2d(width, width, 3, padding=1),
-    layers.Upsample: layers.Upsample,
+# Packed layers are compared with plain ones by examples of a few widths, which take about a millisecond each: that of a
+# layer is the smallest example that has as many weights, else the largest.
+EXAMPLES: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda width: nn.Linear(width, width), (128, 512, 1280)),
+    "convolution": (lambda channels: nn.Conv2d(channels, channels, 3, padding=1), (128, 512)),
+    "upsampling": (layers.Upsample, (256,)),
 }
-NARROW, WIDE = 128, 512  # widths of two linear examples: for up to NARROW x NARROW weights, and for more
-TOKENS = 128  # rows of their input
-CHANNELS, SIDE = 256, 8  # of a convolution and its map
+TOKENS = 128  # rows of the input of linear layers
+SIDE = 8  # of the maps
 
 
 class MPSAttention(layers.Attention):
@@ -62,6 +63,7 @@ PLAIN_CLASS: dict[type[nn.Module], type[nn.Module]] = {  # fast class -> the one
     cpu_kernels.UpsampleConv2d: nn.Conv2d,
     cpu_kernels.Upsample: layers.Upsample,
     cpu_kernels.Attention: layers.Attention,
+    cpu_kernels.FeedForward: layers.FeedForward,
     cpu_kernels.GroupNorm: nn.GroupNorm,
     MPSAttention: layers.Attention,
 }
@@ -107,16 +109,26 @@ def _optimize_for_cpu(module: nn.Module) -> None:
         module.__class__ = cpu_kernels.GroupNorm
     elif type(module) is layers.Attention:
         module.__class__ = cpu_kernels.Attention
-    elif type(module) is layers.Upsample:  # comes before its convolution, which is then no longer a plain one
-        if _is_upsampling(module.conv) and _pays(layers.Upsample, CHANNELS, module.conv.weight.dtype):
-            _pack(module)
-    elif type(module) is nn.Linear or _is_pointwise(module):
-        weight = module.weight
+    elif type(module) is layers.FeedForward:
+        module.__class__ = cpu_kernels.FeedForward
+    elif (operation := packable(module)) is not None:
+        weight = (module.conv if type(module) is layers.Upsample else module).weight
         assert isinstance(weight, Tensor)
-        if _pays(nn.Linear, NARROW if weight.numel() <= NARROW**2 else WIDE, weight.dtype):
+        able = weight.dtype in packing.onednn_dtypes()
+        if able and layer_kernel(operation, weight.shape, weight.dtype) != kernel_choice.PLAIN:
             _pack(module)
-    elif type(module) is nn.Conv2d and _can_be_packed(module) and _pays(nn.Conv2d, CHANNELS, module.weight.dtype):
-        _pack(module)
+
+
+def packable(module: nn.Module) -> str | None:
+    """The operation of a layer that can have a packed weight; None if it is none.
+
+    An `Upsample` comes before its convolution in `Module.modules`, which is no longer a plain one when it is packed.
+    """
+    if type(module) is layers.Upsample:
+        return "upsampling" if _is_upsampling(module.conv) else None
+    if type(module) is nn.Linear or _is_pointwise(module):
+        return "linear"
+    return "convolution" if type(module) is nn.Conv2d and _can_be_packed(module) else None
 
 
 def _can_be_packed(module: nn.Conv2d) -> bool:
@@ -154,23 +166,30 @@ def _pack(module: nn.Module) -> None:
         module.__class__ = cpu_kernels.PixelConv2d if _is_pointwise(module) else cpu_kernels.Conv2d
 
 
-def _pays(kind: type[nn.Module], width: int, dtype: torch.dtype) -> bool:
-    """Whether packed layers of this kind are the faster ones."""
+def layer_kernel(operation: str, shape: Sequence[int], dtype: torch.dtype) -> str:
+    """The name of the kernel for layers with a weight of this shape; operations are those of `EXAMPLES`."""
+    _, widths = EXAMPLES[operation]
+    width = next((width for width in widths if shape[0] * shape[1] <= width**2), widths[-1])
+    kind = (operation, dtype_name(dtype), width)
+    return kernel_choice.fastest(kind, (kernel_choice.PLAIN, "packed"), partial(_example, kind))
 
-    def kernels() -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-        with torch.device("meta"):  # where initialisers draw no random numbers
-            plain = EXAMPLES[kind](width)
-        for layer in plain.modules():  # not `to_empty`, whose imports take half a second
-            for name, parameter in layer.named_parameters(recurse=False):
-                layout = torch.channels_last if parameter.dim() == 4 else torch.contiguous_format
-                ones = torch.ones(parameter.shape, dtype=dtype, device="cpu").contiguous(memory_format=layout)
-                setattr(layer, name, nn.Parameter(ones, requires_grad=False))
-        packed = copy.deepcopy(plain)
-        _pack(packed)
-        if kind is nn.Linear:
-            x = torch.ones(TOKENS, width, dtype=dtype, device="cpu")
-        else:
-            x = torch.ones(1, SIDE, SIDE, width, dtype=dtype, device="cpu").permute(0, 3, 1, 2)
-        return lambda: packed(x), lambda: plain(x)
 
-    return dtype in packing.onednn_dtypes() and kernel_choice.faster((kind.__name__, width, dtype), kernels)
+def _example(kind: kernel_choice.Kind) -> Callable[[str], Tensor]:
+    """Two layers, a plain and a packed one, with the same weights, and an input."""
+    operation, name, width = str(kind[0]), str(kind[1]), int(kind[2])
+    make, _ = EXAMPLES[operation]
+    dtype, rng = DTYPES[name], torch.Generator().manual_seed(0)
+    with torch.device("meta"):  # where initialisers draw no random numbers
+        plain = make(width)
+    for layer in plain.modules():  # not `to_empty`, whose imports take half a second
+        for key, parameter in layer.named_parameters(recurse=False):
+            layout = torch.channels_last if parameter.dim() == 4 else torch.contiguous_format
+            values = torch.randn(parameter.shape, generator=rng).to(dtype).contiguous(memory_format=layout)
+            setattr(layer, key, nn.Parameter(values, requires_grad=False))
+    packed = copy.deepcopy(plain)
+    _pack(packed)
+    if operation == "linear":
+        x = torch.randn(TOKENS, width, generator=rng).to(dtype)
+    else:
+        x = torch.randn(1, SIDE, SIDE, width, generator=rng).to(dtype).permute(0, 3, 1, 2)
+    return lambda name: plain(x) if name == kernel_choice.PLAIN else packed(x)
