@@ -32,6 +32,7 @@ from scripts.benchmark.workers import Failed, Worker
 from sd.config import POCKET, SD1, SD1_INPAINT
 from sd.models.build import build
 from sd.models.text_encoder import TextOutput
+from sd.runtime import packing
 from sd.runtime.cuda_graphs import Recorded
 
 LABELS = {
@@ -472,3 +473,20 @@ class OursAtOnce:
 def test_a_start_that_dies_says_by_which_signal():
     with pytest.raises(Failed, match=r"^openvino failed: its process died \(signal 8\)$"):
         start.child("openvino", "import os\nos.kill(os.getpid(), 8)", {}, False)
+
+
+def test_kernels_of_a_model(capsys):
+    """One line for each kind of call, with the kernel that is used marked."""
+    assert bench.main(["--kernels", "--tiny", "--dtype", "float32", "bfloat16"]) == 0
+    _, *lines = capsys.readouterr().out.strip().splitlines()
+    if not packing.onednn_dtypes():
+        assert lines == ["", "PyTorch's kernels are the only ones here"]
+        return
+    kinds = {line.split()[0] for line in lines if line}
+    assert {"attention", "convolution", "linear", "upsampling"} <= kinds
+    assert all("*" in line for line in lines if line)
+
+
+def test_kernels_are_those_of_a_cpu(capsys):
+    assert bench.main(["--kernels", "--device", "meta"]) != 0
+    assert "device" in capsys.readouterr().err

@@ -17,6 +17,7 @@ import torch
 
 import sd
 from sd.files import replaced_file
+from sd.runtime.device import processor_name
 
 from .cases import TITLES, Case, flop, label, usual_case, weight_bytes
 from .interleave import Comparison
@@ -106,13 +107,7 @@ def machine(setup: Setup) -> Row:
 
 def cpu_name() -> str:
     """The name of the processor, and the best instruction set that torch uses on it."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:  # not Linux
-        pass
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+    return f"{processor_name()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def write(path: Path, record: Row) -> None:

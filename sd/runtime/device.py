@@ -96,15 +96,19 @@ def explained(name: str, network: nn.Module, device: torch.device) -> Iterator[N
 
 
 @cache
-def processor() -> str:
-    """The processor's name, and the instruction set that torch uses on it."""
-    name = platform.processor() or platform.machine()
+def processor_name() -> str:
+    """The name of the processor, as its maker calls it."""
     with suppress(OSError, StopIteration):  # on Linux, platform knows only the architecture
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+        return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@cache
+def instruction_sets() -> str:
+    """The best instruction set that torch uses on this processor, and all that the processor has."""
     able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    features = sorted(key for key, value in able.items() if value is True)
-    return " ".join([name, torch.backends.cpu.get_cpu_capability(), *features])
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *sorted(key for key, has in able.items() if has is True)])
 
 
 def give_back_memory() -> None:

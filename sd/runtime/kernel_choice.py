@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .device import processor
+from .device import instruction_sets, processor_name
 
 PLAIN = "plain"
 Kind = tuple[str | int, ...]  # an operation, its precision and sizes
@@ -39,6 +39,7 @@ Example = Callable[[str], Tensor]  # runs the kernel of this name on inputs of t
 # make calls slower
 LEAST_CALLS, MOST_CALLS = 3, 25
 SECONDS = 0.02
+QUEUED, PAUSE = 20, 10**7  # calls at a time on CUDA, and the pause before them, in clock cycles: about 5 ms
 TIE = 1.03  # times that are this close count as equal, and the first kernel in their order is used
 # Largest difference from the plain result, relative, in the root mean square: several roundings, but no wrong formula
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
@@ -137,8 +138,8 @@ def load(path: str | os.PathLike[str]) -> bool:
 
 
 def machine() -> str:
-    """What the choices depend on: the processor with its instruction set, and the version of torch."""
-    return f"{processor()}, torch {torch.__version__}"
+    """What the choices depend on: the processor with its instruction sets, and the version of torch."""
+    return f"{processor_name()}, {instruction_sets()}, torch {torch.__version__}"
 
 
 def _measure(kind: Kind, kernels: Sequence[str], run: Example) -> Measurement:
@@ -172,14 +173,23 @@ def _measure(kind: Kind, kernels: Sequence[str], run: Example) -> Measurement:
 
 
 def _seconds(run: Example, name: str, device: torch.device) -> float:
-    """How long a call takes, until the device has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = perf_counter()
-    run(name)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return perf_counter() - start
+    """How long a call takes; on CUDA, how long the device takes, as steps are recorded and launches then cost nothing.
+
+    There, some calls wait in the queue behind a pause, so that they run one right after the other.
+    """
+    if device.type != "cuda":
+        start = perf_counter()
+        run(name)
+        return perf_counter() - start
+    with torch.cuda.device(device):
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(PAUSE)
+        start_event.record()
+        for _ in range(QUEUED):
+            run(name)
+        end_event.record()
+        end_event.synchronize()
+    return 1e-3 * start_event.elapsed_time(end_event) / QUEUED
 
 
 def _difference(result: Tensor, expected: Tensor) -> str | None:
