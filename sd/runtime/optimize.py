@@ -3,7 +3,7 @@
 A layer is replaced by changing its class to a subclass of it: the network keeps its modules, their names, hooks
 and parameters. Layers with packed weights (cpu_kernels.py) replace plain ones where they are faster, which is measured
 by an example of each kind; where they are not, the plain layers stay. `GroupNorm` and `Attention` are always replaced
-on CPUs: they choose at each call.
+on CPUs, and all of cuda_kernels.py on CUDA: they choose at each call.
 
 >>> network = nn.Sequential(nn.Linear(4, 4), nn.SiLU())
 >>> with kernel_choice.prefer("fast"):
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import layers
-from . import cpu_kernels, kernel_choice, packing
+from . import cpu_kernels, cuda_kernels, kernel_choice, packing
 
 # Packed layers are compared with plain ones by these examples, which take a few milliseconds each. Small linear layers
 # are compared on their own: there, the overhead of a call counts as much as the kernel.
@@ -64,6 +64,7 @@ PLAIN_CLASS: dict[type[nn.Module], type[nn.Module]] = {  # fast class -> the one
     cpu_kernels.Attention: layers.Attention,
     cpu_kernels.GroupNorm: nn.GroupNorm,
     MPSAttention: layers.Attention,
+    **{fast: plain for plain, fast in cuda_kernels.CLASSES.items()},
 }
 
 
@@ -78,6 +79,10 @@ def optimize(network: nn.Module, device: torch.device | None = None) -> nn.Modul
     for module in network.modules():
         if device.type == "cpu":
             _optimize_for_cpu(module)
+        elif device.type == "cuda" and type(module) in cuda_kernels.CLASSES:
+            module.__class__ = cuda_kernels.CLASSES[type(module)]
+            if isinstance(module, layers.Attention):
+                cuda_kernels.join(module)
         elif device.type == "mps" and type(module) is layers.Attention:
             module.__class__ = MPSAttention
     return network
