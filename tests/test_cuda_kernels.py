@@ -333,6 +333,11 @@ def test_kernels_compile_for_gpus(capability, tmp_path, monkeypatch):
         compiled(triton_kernels.gated, WIDTH=1280, COLUMNS=256),
     ]
     assert all("ld.global.v4.b32" in ptx for ptx in made)
+    # Triton compiles arguments in that are 1
+    compiled(triton_kernels.partial_moments, pixels=1, share=1, **sizes)
+    compiled(triton_kernels.normalise_part, pixels=1, share=1, SILU=True, **sizes)
+    compiled(triton_kernels.normalise_whole, pixels=1, SILU=False, **sizes)
+    compiled(triton_kernels.gated, rows=1, WIDTH=40, COLUMNS=64)
 
 
 # ------------------------------------------------------------------------------------- which layers run, and when

@@ -68,7 +68,7 @@ def _moments(x, first, last, CHANNELS: tl.constexpr, SIZE: tl.constexpr, TILE: t
         sums += away
         squares += away * away
     total = tl.sum(tl.sum(sums, axis=2), axis=0)
-    mean = total / (SIZE * (last - first)).to(tl.float32)
+    mean = total / (SIZE * (last - first))
     return shift, mean, tl.maximum(tl.sum(tl.sum(squares, axis=2), axis=0) - total * mean, 0.0)
 
 
@@ -133,7 +133,7 @@ def normalise_part(
         count = tl.where(inside, count, 0.0)
         sums += count * away
         squares += tl.load(at + 2, mask=inside, other=0.0) + count * away * away
-    count = (pixels * SIZE).to(tl.float32)
+    count = pixels * (SIZE * 1.0)
     total = tl.sum(sums, axis=0)
     mean = total / count
     variance = tl.maximum(tl.sum(squares, axis=0) - total * mean, 0.0) / count
@@ -156,7 +156,7 @@ def normalise_whole(
     tile, image = tl.program_id(0), tl.program_id(1)
     here = image.to(tl.int64) * pixels * CHANNELS + tile * TILE * SIZE
     shift, mean, squares = _moments(x + here, 0, pixels, CHANNELS, SIZE, TILE, LANES)
-    variance = squares / (pixels * SIZE).to(tl.float32)
+    variance = squares / (pixels * (SIZE * 1.0))
     _apply(
         x + here, y + here, weight + tile * TILE * SIZE, bias + tile * TILE * SIZE, 0, pixels,
         shift, mean, 1.0 / tl.sqrt(variance + eps),
