@@ -43,7 +43,8 @@ COLUMNS = 1024  # of a block in GEGLU
 
 
 # ------------------------------------------------------------------------------------- kernels
-# A kernel takes its pointers and sizes one by one. Arguments in capitals are compiled in.
+# A kernel takes its pointers and sizes one by one. Arguments in capitals are compiled in. So is a whole number that is
+# 1, which then has no methods of a tensor. Masks need the shape of the tile: conditions that are always true give it.
 
 
 @triton.jit
