@@ -115,7 +115,7 @@ def test_import_is_light():
     """`import sd` brings in nothing beyond the run-time dependencies, and not torch before it is needed."""
     for module, heavy in (
         ("sd", "('diffusers', 'transformers', 'scipy', 'matplotlib', 'torch', 'PIL', 'ftfy')"),
-        ("sd.pipeline", "('diffusers', 'transformers', 'scipy', 'matplotlib')"),
+        ("sd.pipeline", "('diffusers', 'transformers', 'scipy', 'matplotlib', 'triton')"),
         ("scripts.convert", "('torch',)"),
     ):
         code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"

@@ -30,7 +30,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..models import layers
 from .blockwise_attention import attention
@@ -45,6 +44,7 @@ from .packing import (
     linear,
     pack_kernel,
     pack_linear,
+    watched,
 )
 
 WIDE_FROM = 2**25  # bytes of the wide projection in `FeedForward`, from which few caches hold it
@@ -259,13 +259,6 @@ def _group_norm_example(kind: Kind) -> Callable[[str], Tensor]:
         return norm(x, groups, weight, bias, 1e-5)
 
     return run
-
-
-def watched(*modules: nn.Module) -> bool:
-    """Whether somebody follows the calls of these modules, by hooks or in place of their `forward`."""
-    return _has_any_global_hook() or any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ for module in modules
-    )
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 A layer is replaced by changing its class to a subclass of it: the network keeps its modules, their names, hooks
 and parameters. Layers with packed weights (cpu_kernels.py) replace plain ones where they are faster, which is measured
 by examples; where they are not, the plain layers stay. `GroupNorm`, `Attention` and `FeedForward` are always replaced
-on CPUs: they choose at each call.
+on CPUs, and all of cuda_kernels.py on CUDA: they choose at each call.
 
 >>> network = nn.Sequential(nn.Linear(4, 4), nn.SiLU())
 >>> with kernel_choice.prefer("fast"):
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import layers
-from . import cpu_kernels, kernel_choice, packing
+from . import cpu_kernels, cuda_kernels, kernel_choice, packing
 from .device import DTYPES, dtype_name
 
 # Packed layers are compared with plain ones by examples of a few widths, which take about a millisecond each: that of a
@@ -66,6 +66,7 @@ PLAIN_CLASS: dict[type[nn.Module], type[nn.Module]] = {  # fast class -> the one
     cpu_kernels.FeedForward: layers.FeedForward,
     cpu_kernels.GroupNorm: nn.GroupNorm,
     MPSAttention: layers.Attention,
+    **{fast: plain for plain, fast in cuda_kernels.CLASSES.items()},
 }
 
 
@@ -80,6 +81,10 @@ def optimize(network: nn.Module, device: torch.device | None = None) -> nn.Modul
     for module in network.modules():
         if device.type == "cpu":
             _optimize_for_cpu(module)
+        elif device.type == "cuda" and type(module) in cuda_kernels.CLASSES:
+            module.__class__ = cuda_kernels.CLASSES[type(module)]
+            if isinstance(module, layers.Attention):
+                cuda_kernels.join(module)
         elif device.type == "mps" and type(module) is layers.Attention:
             module.__class__ = MPSAttention
     return network

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from .device import give_back_memory
 
@@ -113,6 +114,13 @@ def for_inference(*tensors: Tensor | None) -> bool:
     if torch._C._len_torch_dispatch_stack():  # a mode that looks at each operation, such as FlopCounterMode
         return False
     return forward_ad._current_level < 0  # else some may have tangents
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Whether somebody follows the calls of these modules, by hooks or in place of their `forward`."""
+    return _has_any_global_hook() or any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ for module in modules
+    )
 
 
 @_disable_dynamo
