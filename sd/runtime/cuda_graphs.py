@@ -168,18 +168,20 @@ def _look(network: nn.Module) -> tuple[bool, list[int]]:
 
 
 class Compiled:
-    """The network through `torch.compile`, once per shape, which takes minutes; on CUDA with "max-autotune".
+    """The network through `torch.compile`, once per shape, which takes minutes; by default "max-autotune" on CUDA.
 
     Needs a C++ compiler, and triton on CUDA: without them, the first call raises ValueError. The network itself can
     still be called directly, as happens here within circular padding. On CPUs where its own kernels are faster, a
     UserWarning says so.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, mode: str | None = None) -> None:
+        """`mode` is that of `torch.compile`."""
         weight = next(network.parameters())
         if weight.device.type == "cpu" and weight.dtype in packing.onednn_dtypes():
             warnings.warn("the compiled U-Net is slower on this processor than the plain one", stacklevel=3)
         self._network = restore(network)
+        self._mode = mode or ("max-autotune" if weight.device.type == "cuda" else None)
         self._fast: Network | None = None  # compiled at the first call
 
     def __getstate__(self) -> dict[str, Any]:  # for copying: a copy compiles its own network
@@ -190,10 +192,11 @@ class Compiled:
         if is_circular():
             return self._network(x, t, conditioning)
         if self._fast is None:
-            mode = "max-autotune" if next(self._network.parameters()).is_cuda else None
-            self._fast = torch.compile(self._network, dynamic=False, mode=mode)
+            self._fast = torch.compile(self._network, dynamic=False, mode=self._mode)
         try:
-            return self._fast(x, t, conditioning)
+            out = self._fast(x, t, conditioning)
+            # those modes replay CUDA graphs, and the next replay overwrites the memory of this result
+            return out.clone() if out.is_cuda else out
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(getattr(error, "inner_exception", error)).partition("\n")[0]
             hint = "load it without compiling (no --compile)"
