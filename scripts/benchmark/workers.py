@@ -70,12 +70,13 @@ class Worker:
 
     def _answer(self, limit: float | None) -> Any:
         try:
-            if limit is not None and not self._pipe.poll(limit):
-                self.close(patience=0)
-                raise TooSlow(self.name, f"stopped after {limit:.0f} s, its time limit")
-            result, failure = self._pipe.recv()
+            answered = self._pipe.poll(limit)  # None: for ever
+            result, failure = self._pipe.recv() if answered else (None, None)
         except (EOFError, OSError):
             raise self._died() from None
+        if not answered:
+            self.close(patience=0)
+            raise TooSlow(self.name, f"stopped after {limit:.3g} s, its time limit")
         if failure:
             raise Failed(self.name, failure)
         return result
