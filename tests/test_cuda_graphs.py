@@ -1,6 +1,6 @@
 """Recorded steps: what is played back is what the network would have given, and nobody who looks inside is misled.
 
-On CPUs a stand-in records; the CUDA graphs themselves have a test of their own, for machines with a GPU.
+On CPUs a stand-in records; for the CUDA graphs themselves see test_gpu.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from sd.conditioning import Conditioning
 from sd.config import UNetConfig
 from sd.models.unet import UNet
 from sd.pipeline import StableDiffusion
-from sd.runtime import cuda_graphs as capture
 from sd.runtime import packing
 from sd.runtime.cuda_graphs import SHAPES, Compiled, Recorded, cuda_graph
 from sd.runtime.optimize import optimize
@@ -411,24 +410,3 @@ def test_compiling_for_a_cpu_whose_own_kernels_are_faster_is_advised_against(mon
     monkeypatch.setattr(packing, "onednn_dtypes", lambda: frozenset({torch.float32}))
     with pytest.warns(UserWarning, match="slower on this processor"):
         StableDiffusion.load(device="cpu", dtype="float32", compile=True)
-
-
-@pytest.mark.gpu
-def test_cuda_graphs():
-    """Played back against called, at two shapes, with a LoRA's change of weights in between."""
-    assert capture.cuda_graph is cuda_graph
-    networks = {name: network.cuda().half() for name, network in loaded(tiny_state(), TINY).items()}
-    sd = StableDiffusion(TINY, **networks)
-    assert isinstance(sd._fast_unet, Recorded)
-    for seed in range(3):
-        for size in (8, 16):
-            x, t, context = inputs(seed, size)
-            given = x.cuda().half(), t.cuda(), context.to(torch.device("cuda"), torch.float16)
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                out = sd._fast_unet(*given)
-            assert error(out.float(), sd.unet(*given).float()) < 2e-3
-        sd.unet.conv_out.weight.data = sd.unet.conv_out.weight.data * 2
-    images = [image.tobytes() for image in task(sd, "txt2img")]
-    sd._fast_unet = None
-    assert error(torch.tensor(list(images[0])), torch.tensor(list(task(sd, "txt2img")[0].tobytes()))) < 0.02
