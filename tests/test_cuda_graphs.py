@@ -385,6 +385,39 @@ def test_a_copy_compiles_its_own_network(unet, monkeypatch):
     assert error(other(*inputs(1)), expected + 1) < 1e-5 and error(steps(*inputs(1)), expected) < 1e-5
 
 
+def test_results_of_compiled_steps_are_kept(unet, monkeypatch):
+    """Where the compiled network replays CUDA graphs, all its results are in one memory."""
+    memory = torch.empty(2, 4, 8, 8)
+    monkeypatch.setattr(torch, "compile", lambda network, **_: lambda *given: memory.copy_(network(*given)))
+    steps = Compiled(unet)
+    found = [steps(*inputs(seed)) for seed in range(2)]
+    assert all(torch.equal(out, unet(*inputs(seed))) for seed, out in enumerate(found))
+
+
+def test_memory_of_a_recording_is_freed_when_no_replay_uses_it(unet):
+    """Another stream may still be replaying the one that is dropped."""
+    log = []
+
+    class Event:
+        def synchronize(self):
+            log.append(len(steps._recordings))
+
+    steps = Recorded(unet, Tape())
+    for size in (8, 9):
+        steps(*inputs(1, size))
+    assert log == []
+    steps._done = Event()
+    steps(*inputs(1, 8))
+    assert log == []
+    steps._done = Event()
+    steps(*inputs(1, 10))
+    assert log == [2]
+    steps._done = Event()
+    unet.conv_out.weight.data = unet.conv_out.weight.data.clone()
+    steps(*inputs(1, 10))
+    assert log == [2, 2]
+
+
 @pytest.mark.exhaustive
 def test_what_cannot_be_compiled_is_said_in_a_line(unet, monkeypatch):
     def no_compiler(*_):

@@ -129,15 +129,14 @@ class Recorded:
         """The output from a recording; None if the network cannot be recorded."""
         watched, weights = _look(self._network)
         if watched or weights != self._weights:
-            self._recordings.clear()
+            self._drop(0)
             self._weights = weights
         if watched:
             return None
         key = tuple(None if x is None else (x.shape, x.dtype, x.device) for x in inputs)
         recording = self._recordings.pop(key, None)
         if recording is None:
-            while len(self._recordings) >= SHAPES:
-                del self._recordings[next(iter(self._recordings))]
+            self._drop(SHAPES - 1)
             try:
                 recording = Recording.of(self._network, inputs, self._record)
             except RuntimeError as error:
@@ -154,6 +153,13 @@ class Recorded:
         out = recording(inputs)
         self._done = None if stream is None else stream.record_event()
         return out
+
+    def _drop(self, keep: int) -> None:
+        """Drop recordings but for the latest few, whose memory is freed: no replay, on any stream, may still use it."""
+        if len(self._recordings) > keep and self._done is not None:
+            self._done.synchronize()
+        while len(self._recordings) > keep:
+            del self._recordings[next(iter(self._recordings))]
 
 
 def _look(network: nn.Module) -> tuple[bool, list[int]]:
@@ -194,9 +200,8 @@ class Compiled:
         if self._fast is None:
             self._fast = torch.compile(self._network, dynamic=False, mode=self._mode)
         try:
-            out = self._fast(x, t, conditioning)
-            # those modes replay CUDA graphs, and the next replay overwrites the memory of this result
-            return out.clone() if out.is_cuda else out
+            # compiled networks may replay CUDA graphs too, and the next replay overwrites the memory of this result
+            return self._fast(x, t, conditioning).clone()
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(getattr(error, "inner_exception", error)).partition("\n")[0]
             hint = "load it without compiling (no --compile)"

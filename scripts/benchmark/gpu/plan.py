@@ -162,12 +162,12 @@ class Running:
                 left = min(ends, self.deadline) - perf_counter()
                 answer = worker.ask("do", item.ask, limit=max(min(item.limit, left), 0.0))
             except Failed as failure:
-                if worker is None:
-                    refused = "the process of its part does not start, see above"
-                else:  # an illegal memory access, for example, leaves CUDA unusable in that process
+                cut = isinstance(failure, TooSlow) and left < (START if worker is None else item.limit)
+                if worker is not None:  # an illegal memory access, for example, leaves CUDA unusable in that process
                     worker.close(patience=0)
                     worker = None
-                cut = isinstance(failure, TooSlow) and left < item.limit
+                elif not cut:
+                    refused = "the process of its part does not start, see above"
                 status, message = ("not run", gone) if cut else ("failed", failure.why)
                 self.note(part, item, status, message, perf_counter() - start)
             else:
