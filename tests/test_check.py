@@ -78,7 +78,8 @@ def test_a_part_whose_process_does_not_start(tmp_path, monkeypatch, start):
 
 
 def test_the_time_of_a_part_and_of_everything(tmp_path):
-    found, _ = ran(tmp_path, [doing("hangs", "ok", limit=0.2), doing("ok")])
+    found, lines = ran(tmp_path, [doing("hangs", "ok", limit=0.2), doing("ok")])
+    assert sum("a process starts" in line for line in lines) == 2  # none for what the time is not enough for
     assert [entry["status"] for entry in found["checks"]] == ["not run", "not run", "passed"]
     assert {entry["message"] for entry in found["checks"][:2]} == {"the time of its part is used up"}
     hanging = Part("slow", Doing, (), [Item("long", "hangs", limit=60)])
