@@ -19,11 +19,18 @@ a run, weights included. GFLOP/s are compared with the rate of large matrix prod
 precision.
 
 At full size this needs 18 GB of memory and 12 GB of disk in the folder for temporary files (TMPDIR).
+
+    python scripts/bench.py --device cuda --check
+
+shows in at most 7 minutes what works on a GPU and how fast: all checks that need one, then the times of 50 steps, ours
+and diffusers'. It writes gpu.json, or --json; the exit status is 1 if a check fails. With --tiny it tries the program
+itself, also on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from dataclasses import replace
@@ -45,11 +52,15 @@ from sd.runtime.device import DTYPES, best_dtype, dtype_name, find_device
 
 from .benchmark import kernels, report
 from .benchmark.cases import PARTS, Case, all_cases, usual_case
+from .benchmark.gpu import results
+from .benchmark.gpu.results import CHECK_FORMAT, MINUTES
 from .benchmark.interleave import measure
 from .benchmark.sides import PEERS, able_peers, takes_part
 from .benchmark.start import TAKING_PART, measure_start
 from .benchmark.weights import Setup
 from .common import cli
+
+UNUSED_BY_CHECK = ("parts", "peers", "ckpt", "dtype", "steps", "runs", "sizes", "batches", "compare", "show", "kernels")
 
 
 def parser() -> cli.Parser:
@@ -92,18 +103,73 @@ def parser() -> cli.Parser:
         action="store_true",
         help="print which kernels are used on this CPU, and their times; nothing else",
     )
+    parser.add_argument(
+        "--check", action="store_true", help="what works on a GPU, and how fast, in minutes; takes --tiny too"
+    )
+    parser.add_argument("--minutes", type=float, metavar="N", help=f"time that --check may take (default: {MINUTES:g})")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     return parser
 
 
-def bench(args: argparse.Namespace) -> None:
-    """Print the tables of new measurements, or of --show."""
+def bench(args: argparse.Namespace) -> int | None:
+    """Print the tables of new measurements, or of --show. Returns the exit status of --check."""
+    if args.minutes is not None and not args.check:
+        raise ValueError("--minutes is for --check only")
+    if args.check:
+        return check_gpu(args)
     if args.kernels:
         print(kernel_table(args))
-        return
+        return None
     earlier = report.read(args.compare) if args.compare else None
-    record = report.read(args.show) if args.show else measured(args)
-    print(report.text(record, args.markdown, earlier))
+    record = report.read(args.show, CHECK_FORMAT) if args.show else measured(args)
+    if record["format"] == CHECK_FORMAT:
+        if earlier:
+            raise ValueError(f"{args.show} is a file of --check, which --compare does not compare")
+        print(results.text(record, args.markdown))
+    else:
+        print(report.text(record, args.markdown, earlier))
+    return None
+
+
+def check_gpu(args: argparse.Namespace) -> int:
+    """--check: print each result as it comes, then the tables, and write them to a file. Returns the exit status."""
+    from .benchmark.gpu import plan  # imports the checks
+
+    for name in UNUSED_BY_CHECK:
+        if getattr(args, name) != parser().get_default(name):
+            raise ValueError(f"--{name} has no effect with --check: leave it out")
+    if args.minutes is not None and not 0 < args.minutes < math.inf:
+        raise ValueError(f"--minutes must be above 0, got {args.minutes:g}")
+    check(args)
+    device = find_device(args.device)
+    if device.type != "cuda" and not args.tiny:
+        raise ValueError(
+            f"--check needs a GPU, and the device is {device.type}: give --device cuda; "
+            "to try the program itself without one, add --tiny"
+        )
+    file = args.json or free_name("gpu.json")
+    with tempfile.TemporaryDirectory(prefix="sd-check-", ignore_cleanup_errors=True) as folder:
+        place = plan.Place(str(device), args.tiny, args.threads or torch.get_num_threads(), Path(folder))
+        setup = Setup(POCKET if args.tiny else SD1, None, device, "float16", place.threads, Path(folder))
+        record = plan.new_record(place, setup)
+        plan.Running(
+            record,
+            place.folder,
+            60 * (args.minutes or MINUTES),
+            lambda line: print(line, flush=True),
+            lambda: report.write(file, record),
+        ).all(plan.all_parts(place))
+    print(f"\n{results.text(record, args.markdown)}\n\nwritten to {file}")
+    return 1 if results.count(record, "failed") else 0
+
+
+def free_name(name: str) -> Path:
+    """The name of a new file in the current folder: with a number if there is one."""
+    path, number = Path(name), 1
+    while path.exists():
+        number += 1
+        path = Path(name).with_stem(f"{Path(name).stem}-{number}")
+    return path
 
 
 def measured(args: argparse.Namespace) -> report.Row:
@@ -117,7 +183,7 @@ def measured(args: argparse.Namespace) -> report.Row:
     config = find_config(args)
     with tempfile.TemporaryDirectory(prefix="sd-bench-", ignore_cleanup_errors=True) as folder:
         setup = Setup(config, args.ckpt, device, names[0], args.threads or torch.get_num_threads(), Path(folder))
-        record = {"machine": report.machine(setup), "notes": lines, "figures": []}
+        record = {"format": report.FORMAT, "machine": report.machine(setup), "notes": lines, "figures": []}
         setups = [replace(setup, dtype=name) for name in names]
         with tqdm(total=count(args, setups, peers), unit="run", disable=None, leave=False, file=sys.stderr) as bar:
             for setup in setups:

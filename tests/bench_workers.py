@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 
 class Echo:
@@ -66,3 +67,28 @@ class Dying:
     def run(self, keep: bool) -> None:
         self.die("run")
         raise AssertionError("the process should be dead")
+
+
+class Doing:
+    """Does items as the parts of `bench.py --check` do; what an item asks for is how it goes."""
+
+    def __init__(self, start: str = "") -> None:
+        if start == "refused":
+            raise RuntimeError("no CUDA\nin this process")
+        if start == "hangs":
+            time.sleep(60)
+        self.done = 0
+
+    def do(self, how: object) -> object:
+        self.done += 1
+        if how == "raises":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore lines")
+        if how == "dies":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if how == "hangs":
+            time.sleep(60)
+        if how == "wrong":
+            return "failed", "one and one are three"
+        if isinstance(how, dict):
+            return how
+        return "passed", f"item {self.done} of its process"

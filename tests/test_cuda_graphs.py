@@ -1,6 +1,6 @@
 """Recorded steps: what is played back is what the network would have given, and nobody who looks inside is misled.
 
-On CPUs a stand-in records; the CUDA graphs themselves have a test of their own, for machines with a GPU.
+On CPUs a stand-in records; for the CUDA graphs themselves see test_gpu.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from sd.conditioning import Conditioning
 from sd.config import UNetConfig
 from sd.models.unet import UNet
 from sd.pipeline import StableDiffusion
-from sd.runtime import cuda_graphs as capture
 from sd.runtime import packing
 from sd.runtime.cuda_graphs import SHAPES, Compiled, Recorded, cuda_graph
 from sd.runtime.optimize import optimize
@@ -386,6 +385,39 @@ def test_a_copy_compiles_its_own_network(unet, monkeypatch):
     assert error(other(*inputs(1)), expected + 1) < 1e-5 and error(steps(*inputs(1)), expected) < 1e-5
 
 
+def test_results_of_compiled_steps_are_kept(unet, monkeypatch):
+    """Where the compiled network replays CUDA graphs, all its results are in one memory."""
+    memory = torch.empty(2, 4, 8, 8)
+    monkeypatch.setattr(torch, "compile", lambda network, **_: lambda *given: memory.copy_(network(*given)))
+    steps = Compiled(unet)
+    found = [steps(*inputs(seed)) for seed in range(2)]
+    assert all(torch.equal(out, unet(*inputs(seed))) for seed, out in enumerate(found))
+
+
+def test_memory_of_a_recording_is_freed_when_no_replay_uses_it(unet):
+    """Another stream may still be replaying the one that is dropped."""
+    log = []
+
+    class Event:
+        def synchronize(self):
+            log.append(len(steps._recordings))
+
+    steps = Recorded(unet, Tape())
+    for size in (8, 9):
+        steps(*inputs(1, size))
+    assert log == []
+    steps._done = Event()
+    steps(*inputs(1, 8))
+    assert log == []
+    steps._done = Event()
+    steps(*inputs(1, 10))
+    assert log == [2]
+    steps._done = Event()
+    unet.conv_out.weight.data = unet.conv_out.weight.data.clone()
+    steps(*inputs(1, 10))
+    assert log == [2, 2]
+
+
 @pytest.mark.exhaustive
 def test_what_cannot_be_compiled_is_said_in_a_line(unet, monkeypatch):
     def no_compiler(*_):
@@ -411,24 +443,3 @@ def test_compiling_for_a_cpu_whose_own_kernels_are_faster_is_advised_against(mon
     monkeypatch.setattr(packing, "onednn_dtypes", lambda: frozenset({torch.float32}))
     with pytest.warns(UserWarning, match="slower on this processor"):
         StableDiffusion.load(device="cpu", dtype="float32", compile=True)
-
-
-@pytest.mark.gpu
-def test_cuda_graphs():
-    """Played back against called, at two shapes, with a LoRA's change of weights in between."""
-    assert capture.cuda_graph is cuda_graph
-    networks = {name: network.cuda().half() for name, network in loaded(tiny_state(), TINY).items()}
-    sd = StableDiffusion(TINY, **networks)
-    assert isinstance(sd._fast_unet, Recorded)
-    for seed in range(3):
-        for size in (8, 16):
-            x, t, context = inputs(seed, size)
-            given = x.cuda().half(), t.cuda(), context.to(torch.device("cuda"), torch.float16)
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                out = sd._fast_unet(*given)
-            assert error(out.float(), sd.unet(*given).float()) < 2e-3
-        sd.unet.conv_out.weight.data = sd.unet.conv_out.weight.data * 2
-    images = [image.tobytes() for image in task(sd, "txt2img")]
-    sd._fast_unet = None
-    assert error(torch.tensor(list(images[0])), torch.tensor(list(task(sd, "txt2img")[0].tobytes()))) < 0.02

@@ -318,15 +318,3 @@ def test_a_network_in_use_is_not_moved_away():
         assert other.is_alive() and offload._here == "unet"
     other.join(5)
     assert offload._here == "vae"
-
-
-@pytest.mark.gpu
-def test_memory_and_pictures_on_a_gpu(files):
-    """Unmeasured so far: at most one network is on the device, and pictures are the same."""
-    plain = StableDiffusion.load(files / "tiny-v1.safetensors", config=TINY, device="cuda")
-    expected = [pictures(plain, task) for task in ORDER]
-    low = StableDiffusion.load(files / "tiny-v1.safetensors", config=TINY, device="cuda", low_memory=True)
-    for task, images in zip(ORDER, expected, strict=True):
-        assert pictures(low, task) == images
-        on_device = [name for name in NAMES if next(low._networks._networks[name].parameters()).is_cuda]
-        assert on_device == ["vae"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from scripts.benchmark import report
+from scripts.benchmark.gpu import results
 from sd.pipeline import EMBEDDED
 from sd.resources import resource
 from sd.samplers import SAMPLERS
@@ -87,6 +88,9 @@ def test_tables_of_the_benchmark():
     benchmark, page = ((DOCS / name).read_text(encoding="utf-8") for name in ("benchmark.md", "performance.md"))
     assert all(table in benchmark for table in tables)
     assert growing[0] in page and growing[-1] in page  # machine and date; how cost grows
+    if (ROOT / "docs" / "gpu.json").exists():  # once `bench.py --check` has run on a GPU
+        found = report.read(ROOT / "docs" / "gpu.json", results.CHECK_FORMAT)
+        assert not found["settings"]["trial"] and results.text(found, markdown=True) in page
 
 
 @pytest.mark.parametrize("block", CODE)

@@ -116,13 +116,13 @@ def write(path: Path, record: Row) -> None:
         file.write_text(json.dumps({"format": FORMAT, **record}, indent=1) + "\n", encoding="utf-8")
 
 
-def read(path: Path) -> Row:
-    """Read a file of `write`. Raises ValueError for any other file."""
+def read(path: Path, *others: str) -> Row:
+    """Read a file of `write`, in the format of this module or one of the others. ValueError for any other file."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):  # not JSON, not text
         record = None
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    if not isinstance(record, dict) or record.get("format") not in (FORMAT, *others):
         raise ValueError(f"{path}: not a file that this program wrote with --json")
     return record
 

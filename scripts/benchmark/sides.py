@@ -189,10 +189,10 @@ def _unable(peer: str, device: torch.device) -> str | None:
         return f"{' and '.join(gone)} not installed (pip install {' '.join(gone)})"
     if peer == "openvino" and device.type != "cpu":
         return f"it runs on the CPU here, not on {device.type}"
-    return _no_compiler(device) if peer == "compiled" else None
+    return no_compiler(device) if peer == "compiled" else None
 
 
-def _no_compiler(device: torch.device) -> str | None:
+def no_compiler(device: torch.device) -> str | None:
     """What torch.compile lacks; None if nothing."""
     if device.type == "cuda":
         return None if find_spec("triton") else "triton not installed, with which torch compiles for CUDA"

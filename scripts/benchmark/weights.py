@@ -19,6 +19,7 @@ from sd.config import POCKET, Config
 from sd.models.build import build
 from sd.runtime.device import DTYPES
 
+CPU = torch.device("cpu")
 WEIGHT_STD = 0.7  # of random weights, times sqrt(fan-in): below 1, so that half precision never overflows
 
 
@@ -50,18 +51,21 @@ class Setup:
 
 
 class RandomWeights(Mapping[str, Tensor]):
-    """Random weights for the state dict `meta`, each a function of its name and shape, generated on access."""
+    """Random weights for the state dict `meta`, each a function of its name and shape, generated on access.
 
-    def __init__(self, meta: Mapping[str, Tensor]) -> None:
-        self._shapes = {key: tensor.shape for key, tensor in meta.items()}
+    device   where they are generated: a billion numbers take 6 s on a CPU core. Each kind of device has its own
+    """
+
+    def __init__(self, meta: Mapping[str, Tensor], device: torch.device = CPU) -> None:
+        self._shapes, self._device = {key: tensor.shape for key, tensor in meta.items()}, device
 
     def __getitem__(self, key: str) -> Tensor:
         shape = self._shapes[key]
         if len(shape) == 1:
-            return torch.ones(shape) if key.endswith("weight") else torch.zeros(shape)
-        rng = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+            return torch.full(shape, float(key.endswith("weight")), device=self._device)
+        rng = torch.Generator(self._device).manual_seed(zlib.crc32(key.encode()))
         limit = WEIGHT_STD * math.sqrt(3 / math.prod(shape[1:]))  # a uniform draw has a third of its limit's square
-        return torch.rand(shape, generator=rng).mul_(2 * limit).sub_(limit)
+        return torch.rand(shape, generator=rng, device=self._device).mul_(2 * limit).sub_(limit)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -76,7 +80,8 @@ def load_networks(setup: Setup, names: Collection[str]) -> dict[str, nn.Module]:
     with ExitStack() as files:
         states: Mapping[str, Mapping[str, Tensor]]
         if setup.ckpt is None:
-            states = {name: RandomWeights(built[name].state_dict()) for name in names}
+            device = setup.device if setup.device.type == "cuda" else CPU
+            states = {name: RandomWeights(built[name].state_dict(), device) for name in names}
         else:
             files.enter_context(naming(setup.ckpt))
             states = convert(files.enter_context(load_checkpoint(setup.ckpt)), setup.config, parts=names)

@@ -25,18 +25,25 @@ class Failed(OSError):
 
     def __init__(self, who: str, why: str) -> None:
         super().__init__(f"{who} failed: {why}")
-        self.who = who
+        self.who, self.why = who, why
+
+
+class TooSlow(Failed):
+    """A call took longer than its limit; its process was killed."""
 
 
 class Worker:
     """The object `make(*arguments)` in a new process until the `with` block ends; `ask` calls its methods.
 
-    name   its name in messages
-    log    file for its output
-    Raises Failed if `make` or a method raises, or the process dies.
+    name    its name in messages
+    log     file for its output
+    limit   seconds that `make` may take; None for any number
+    Raises Failed if `make` or a method raises or takes too long, or the process dies.
     """
 
-    def __init__(self, name: str, log: Path, make: Callable[..., Any], *arguments: Any) -> None:
+    def __init__(
+        self, name: str, log: Path, make: Callable[..., Any], *arguments: Any, limit: float | None = None
+    ) -> None:
         self.name, self.log = name, log
         log.write_bytes(b"")  # clear the output of an earlier process
         new = multiprocessing.get_context("spawn")  # thread pools do not survive a fork
@@ -45,24 +52,31 @@ class Worker:
         self._process.start()
         theirs.close()
         try:
-            self._answer()
+            self._answer(limit)
         except BaseException:
             self.close(patience=0)
             raise
 
-    def ask(self, method: str, *arguments: Any) -> Any:
-        """Call a method and return its result; both arguments and result must be picklable."""
+    def ask(self, method: str, *arguments: Any, limit: float | None = None) -> Any:
+        """Call a method and return its result; both arguments and result must be picklable.
+
+        limit   seconds that it may take; None for any number. After that the process is killed, as it may be hanging
+        """
         try:
             self._pipe.send((method, arguments))
         except OSError:  # it died since the last call, for example while another side was being built
             raise self._died() from None
-        return self._answer()
+        return self._answer(limit)
 
-    def _answer(self) -> Any:
+    def _answer(self, limit: float | None) -> Any:
         try:
-            result, failure = self._pipe.recv()
+            answered = self._pipe.poll(limit)  # None: for ever
+            result, failure = self._pipe.recv() if answered else (None, None)
         except (EOFError, OSError):
             raise self._died() from None
+        if not answered:
+            self.close(patience=0)
+            raise TooSlow(self.name, f"stopped after {limit:.3g} s, its time limit")
         if failure:
             raise Failed(self.name, failure)
         return result

@@ -163,12 +163,15 @@ OUT_OF_MEMORY = (
 
 
 def run(
-    work: Callable[[argparse.Namespace], None],
+    work: Callable[[argparse.Namespace], int | None],
     parser: Parser,
     argv: list[str] | None = None,
     out_of_memory: str = OUT_OF_MEMORY,
 ) -> int:
-    """Parse, work, and report errors that are not the fault of the program in one line. Returns the exit status."""
+    """Parse, work, and report errors that are not the fault of the program in one line. Returns the exit status.
+
+    `work` may return one; None is 0.
+    """
     with standard_streams():
         try:
             with interruptible():
@@ -178,7 +181,9 @@ def run(
             return INTERRUPTED
 
 
-def _run(work: Callable[[argparse.Namespace], None], parser: Parser, argv: list[str] | None, out_of_memory: str) -> int:
+def _run(
+    work: Callable[[argparse.Namespace], int | None], parser: Parser, argv: list[str] | None, out_of_memory: str
+) -> int:
     args = parser.parse_words(argv)
     if getattr(args, "like", None) is not None:
         args.named = parser.named()
@@ -189,14 +194,13 @@ def _run(work: Callable[[argparse.Namespace], None], parser: Parser, argv: list[
         warnings.showwarning = say
         said.clear()
         try:
-            work(args)
+            return work(args) or 0
         except (ValueError, OSError, ArithmeticError) as error:
             return fail(describe(error))
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not is_out_of_memory(error):
                 raise
             return fail(out_of_memory)
-    return 0
 
 
 said: set[str] = set()  # warnings already shown; cleared where they may be shown again

@@ -129,15 +129,14 @@ class Recorded:
         """The output from a recording; None if the network cannot be recorded."""
         watched, weights = _look(self._network)
         if watched or weights != self._weights:
-            self._recordings.clear()
+            self._drop(0)
             self._weights = weights
         if watched:
             return None
         key = tuple(None if x is None else (x.shape, x.dtype, x.device) for x in inputs)
         recording = self._recordings.pop(key, None)
         if recording is None:
-            while len(self._recordings) >= SHAPES:
-                del self._recordings[next(iter(self._recordings))]
+            self._drop(SHAPES - 1)
             try:
                 recording = Recording.of(self._network, inputs, self._record)
             except RuntimeError as error:
@@ -155,6 +154,13 @@ class Recorded:
         self._done = None if stream is None else stream.record_event()
         return out
 
+    def _drop(self, keep: int) -> None:
+        """Drop recordings but for the latest few, whose memory is freed: no replay, on any stream, may still use it."""
+        if len(self._recordings) > keep and self._done is not None:
+            self._done.synchronize()
+        while len(self._recordings) > keep:
+            del self._recordings[next(iter(self._recordings))]
+
 
 def _look(network: nn.Module) -> tuple[bool, list[int]]:
     """Whether a network has hooks or patched modules, and the addresses of its weights."""
@@ -168,18 +174,20 @@ def _look(network: nn.Module) -> tuple[bool, list[int]]:
 
 
 class Compiled:
-    """The network through `torch.compile`, once per shape, which takes minutes; on CUDA with "max-autotune".
+    """The network through `torch.compile`, once per shape, which takes minutes; by default "max-autotune" on CUDA.
 
     Needs a C++ compiler, and triton on CUDA: without them, the first call raises ValueError. The network itself can
     still be called directly, as happens here within circular padding. On CPUs where its own kernels are faster, a
     UserWarning says so.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, mode: str | None = None) -> None:
+        """`mode` is that of `torch.compile`."""
         weight = next(network.parameters())
         if weight.device.type == "cpu" and weight.dtype in packing.onednn_dtypes():
             warnings.warn("the compiled U-Net is slower on this processor than the plain one", stacklevel=3)
         self._network = restore(network)
+        self._mode = mode or ("max-autotune" if weight.device.type == "cuda" else None)
         self._fast: Network | None = None  # compiled at the first call
 
     def __getstate__(self) -> dict[str, Any]:  # for copying: a copy compiles its own network
@@ -190,10 +198,10 @@ class Compiled:
         if is_circular():
             return self._network(x, t, conditioning)
         if self._fast is None:
-            mode = "max-autotune" if next(self._network.parameters()).is_cuda else None
-            self._fast = torch.compile(self._network, dynamic=False, mode=mode)
+            self._fast = torch.compile(self._network, dynamic=False, mode=self._mode)
         try:
-            return self._fast(x, t, conditioning)
+            # compiled networks may replay CUDA graphs too, and the next replay overwrites the memory of this result
+            return self._fast(x, t, conditioning).clone()
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(getattr(error, "inner_exception", error)).partition("\n")[0]
             hint = "load it without compiling (no --compile)"

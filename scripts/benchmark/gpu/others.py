@@ -1,0 +1,43 @@
+"""The other tests of the suite that are marked gpu, for example of training: run by pytest where it is installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+
+from .items import check, require
+from .models import TESTS, Models, no_goldens
+
+LIMIT = 60.0
+
+
+def no_pytest() -> str | None:
+    """What is missing; None if nothing."""
+    return no_goldens() or (None if find_spec("pytest") else "needs pytest (pip install pytest)")
+
+
+@check("others", "the other tests marked gpu, by pytest", cuda=True, limit=LIMIT, needs=no_pytest)
+def marked_gpu(models: Models) -> str:
+    """In a process of its own, which ends before the limit."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "--ignore=tests/test_gpu.py",
+    ]
+    try:
+        done = subprocess.run(
+            [*command, "tests"], cwd=TESTS.parent, capture_output=True, text=True, timeout=LIMIT - 5, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"stopped after {LIMIT - 5:.0f} s") from None
+    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["nothing was printed"]
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    require(done.returncode == 0, (failed or lines)[-1 if not failed else 0])
+    return lines[-1]
