@@ -63,6 +63,11 @@ class SamplingParams:
     guidance_rescale: float = setting(
         0.0, "how far to rescale the guided prediction to its contrast without guidance, 0 to 1", Range(number, 0, 1)
     )
+    guidance_until: float = setting(
+        1.0,
+        "the share of the steps, from the noisiest on, that have guidance: 1 is all; the others take half the time",
+        Range(number, 0, 1),
+    )
     seed: int = setting(0, "0 to 2^64 - 1; image k of a request has seed + k (exceptions: noise.py)", SEED)
     n: int = setting(1, "images per prompt", Range(whole, 1, MAX_IMAGES, f"from 1 to {MAX_IMAGES}"))
     exact: bool = setting(
@@ -144,6 +149,15 @@ class ResolvedParams(SamplingParams):
     steps: int = with_default(SamplingParams, "steps", 50)
     spacing: str = with_default(SamplingParams, "spacing", "leading")
     guidance: float = with_default(SamplingParams, "guidance", 1.0)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether there is guidance in any step, apart from that of a `Composition`."""
+        return self.guidance != 1 and self.guidance_until > 0
+
+    def guided(self, taken: int) -> int:
+        """How many of the steps that are taken have guidance: `guidance_until` of them, rounded down."""
+        return int(taken * self.guidance_until + 1e-9) if self.guidance != 1 else 0  # 0.7 * 10 is 6.999...
 
 
 def _with_pixels(name: str, image: Image.Image) -> None:

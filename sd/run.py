@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .conditioning import Composition
 from .denoiser import by_step, keep_known, one_by_one
 from .imaging.colours import match_colours
 from .imaging.files import WHITE, flatten
@@ -121,6 +122,12 @@ class Run(Iterator[Step]):
         params, sampler, note = self.params, SAMPLERS[self.params.sampler], self.notes.append
         if params.guidance_rescale > 0 and params.guidance == 1:
             note("guidance_rescale has no effect at guidance 1")
+        if params.guidance_until < 1 and params.guidance == 1:
+            note("guidance_until has no effect at guidance 1")
+        elif params.guidance_until < 1 and isinstance(self.guides[0].cond, Composition):
+            note("guidance_until saves no time: with AND, steps without guidance need the negative prompt, too")
+        if params.is_guided and len(self) and not params.guided(len(self)):
+            note(f"guidance_until {params.guidance_until:g} of {len(self)} steps is less than one: none has guidance")
         if params.noise_seed_delta and not sampler.draws(params.options):
             note(f"noise_seed_delta has no effect: {sampler.label} draws no noise in its steps")
         if params.rng == "comfy" and self.source.images > 1:
@@ -158,14 +165,17 @@ class Run(Iterator[Step]):
         even = config.vae.factor * 2 ** (len(config.unet.channels) - 1)
         if params.tileable and any(side * config.vae.factor % even for side in shape[1:]):
             self.notes.append(f"tileable: the image repeats most evenly if its sides are multiples of {even}")
+        guided = params.guided(len(self.guides))
+        # of each step: its guide, and the scale of its guidance
+        steps = [(guide, params.guidance if i < guided else 1.0) for i, guide in enumerate(self.guides)]
         made = {
-            id(guide): model.denoiser(
-                guide.cond, guide.uncond, params.guidance, concat, network=network, rescale=params.guidance_rescale
+            key: model.denoiser(
+                guide.cond, guide.uncond, scale, concat, network=network, rescale=params.guidance_rescale
             )
-            for guide in self.guides
+            for key, (guide, scale) in {(id(guide), scale): (guide, scale) for guide, scale in steps}.items()
         }
         first, *others = made.values()
-        return by_step([made[id(guide)] for guide in self.guides], self.levels) if others else first
+        return by_step([made[id(guide), scale] for guide, scale in steps], self.levels) if others else first
 
     def encode(self, pixels: Tensor) -> Gaussian:
         """`StableDiffusion.encode`, with the edges of this run."""
