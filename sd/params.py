@@ -64,9 +64,12 @@ class SamplingParams:
         0.0, "how far to rescale the guided prediction to its contrast without guidance, 0 to 1", Range(number, 0, 1)
     )
     guidance_until: float = setting(
-        1.0,
-        "the share of the steps, from the noisiest on, that have guidance: 1 is all; the others take half the time",
-        Range(number, 0, 1),
+        1.0, "share of the steps, the noisiest, that have guidance; the others take half the time", Range(number, 0, 1)
+    )
+    cache_interval: int = setting(
+        1,
+        "run the whole U-Net in every k-th evaluation only (DeepCache): faster, another image; 1 is all",
+        Range(whole, 1),
     )
     seed: int = setting(0, "0 to 2^64 - 1; image k of a request has seed + k (exceptions: noise.py)", SEED)
     n: int = setting(1, "images per prompt", Range(whole, 1, MAX_IMAGES, f"from 1 to {MAX_IMAGES}"))
@@ -154,10 +157,6 @@ class ResolvedParams(SamplingParams):
     def is_guided(self) -> bool:
         """Whether there is guidance in any step, apart from that of a `Composition`."""
         return self.guidance != 1 and self.guidance_until > 0
-
-    def guided(self, taken: int) -> int:
-        """How many of the steps that are taken have guidance: `guidance_until` of them, rounded down."""
-        return int(taken * self.guidance_until + 1e-9) if self.guidance != 1 else 0  # 0.7 * 10 is 6.999...
 
 
 def _with_pixels(name: str, image: Image.Image) -> None:

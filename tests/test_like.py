@@ -99,7 +99,7 @@ TEXT = (
         "--guidance-rescale", "0.7000000000000001", "--variation", "9:0.30000000000000004",
         "--negative", "[x|y] (b:1.2)", "--guidance-until", "0.6000000000000001",
     ),
-    ("--tileable", "--exact", "--rng", "comfy", "--sampler", "dpmpp_2s_a"),
+    ("--tileable", "--exact", "--rng", "comfy", "--sampler", "dpmpp_2s_a", "--cache-interval", "2"),
     (
         "--hires", "1.5", "--hires-strength", "0.6000000000000001", "--hires-steps", "2", "--hires-upscaler", "latent",
         "--rng", "nv",

@@ -179,6 +179,11 @@ def add_sampling_arguments(parser: Parser, size: str = "the model's own") -> Non
         help="the share of the steps, from the noisiest on, that have guidance; the others take half the time, so 0.6 "
         "saves a fifth (default: %(default)g, all)",
     )  # fmt: skip
+    group.add_argument(
+        "--cache-interval", type=int, default=SamplingParams.cache_interval, metavar="K",
+        help="run the whole U-Net only in every Kth step, and its last block in those between (DeepCache): faster, but "
+        "the image changes (default: %(default)d, all)",
+    )  # fmt: skip
     group.add_argument("--spacing", choices=SPACINGS, help="timestep spacing (default: the sampler's own)")
     for name, option in OPTIONS.items():
         having = [key for key, entry in SAMPLERS.items() if name in entry.options]
@@ -308,6 +313,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
         guidance=args.guidance,
         guidance_rescale=args.guidance_rescale,
         guidance_until=args.guidance_until,
+        cache_interval=args.cache_interval,
         seed=args.seed,
         n=args.n,
         exact=args.exact,
