@@ -44,6 +44,12 @@ def test_steps_with_guidance_come_first_and_are_rounded_down(tiny_sd, batches, u
     assert batches(tiny_sd, request)[0] == [4] * guided + [2] * (steps - guided)
 
 
+def test_shares_that_floats_cannot_hold(tiny_sd):
+    """0.58 * 50 is 28.999999999999996."""
+    run = tiny_sd.prepare(TextToImage.of("a", guidance_until=0.58, steps=50, sampler="euler", **SIZE))
+    assert run._guided() == 29
+
+
 def test_all_steps_or_none_are_the_runs_that_there_were(tiny_sd):
     """To the bit: with guidance, and without."""
     for more in ({"sampler": "heun", "steps": 2}, {"sampler": "dpmpp_2m", "steps": 3, "guidance_rescale": 0.7}):
