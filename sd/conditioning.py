@@ -70,3 +70,4 @@ class Composition(NamedTuple):
 
 
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x (B, C, h, w), t (B,), conditioning) -> (B, C, h, w)
+Wrapper = Callable[[Network], Network]

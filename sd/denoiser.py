@@ -144,8 +144,8 @@ def rescaled(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
     return torch.lerp(guided, guided * factor, phi)
 
 
-def one_by_one(network: Network, images: int) -> Network:
-    """A network that is called for each of B images alone, with all of its parts [uncond, cond, ...].
+def one_by_one(networks: Sequence[Network]) -> Network:
+    """A network for B images that calls another for each image alone, with all of its parts [uncond, cond, ...].
 
     Kernels choose how they split their sums by the size of the batch, so in a batch an image is rounded differently
     than alone. With this wrapper it is bit-identical, and batches save no time.
@@ -153,8 +153,8 @@ def one_by_one(network: Network, images: int) -> Network:
 
     def run(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         outputs = []
-        for i in range(images):
-            own = slice(i, None, images)  # the batch has part after part, with all images in each
+        for i, network in enumerate(networks):
+            own = slice(i, None, len(networks))  # the batch has part after part, with all images in each
             outputs.append(network(x[own], t[own], conditioning.of_images(own)))
         return torch.stack(outputs, dim=1).flatten(0, 1)
 

@@ -63,6 +63,14 @@ class SamplingParams:
     guidance_rescale: float = setting(
         0.0, "how far to rescale the guided prediction to its contrast without guidance, 0 to 1", Range(number, 0, 1)
     )
+    guidance_until: float = setting(
+        1.0, "share of the steps, the noisiest, that have guidance; the others take half the time", Range(number, 0, 1)
+    )
+    cache_interval: int = setting(
+        1,
+        "run the whole U-Net in every k-th evaluation only (DeepCache): faster, another image; 1 is all",
+        Range(whole, 1),
+    )
     seed: int = setting(0, "0 to 2^64 - 1; image k of a request has seed + k (exceptions: noise.py)", SEED)
     n: int = setting(1, "images per prompt", Range(whole, 1, MAX_IMAGES, f"from 1 to {MAX_IMAGES}"))
     exact: bool = setting(
@@ -144,6 +152,11 @@ class ResolvedParams(SamplingParams):
     steps: int = with_default(SamplingParams, "steps", 50)
     spacing: str = with_default(SamplingParams, "spacing", "leading")
     guidance: float = with_default(SamplingParams, "guidance", 1.0)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether there is guidance in any step, apart from that of a `Composition`."""
+        return self.guidance != 1 and self.guidance_until > 0
 
 
 def _with_pixels(name: str, image: Image.Image) -> None:

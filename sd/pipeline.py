@@ -42,7 +42,7 @@ from .adapters.added import Adapters
 from .adapters.textual_inversion import tokenizer_for
 from .checkpoints.loading import LoadOptions, ModelFiles
 from .checkpoints.placement import place
-from .conditioning import Composition, Conditioning, Network
+from .conditioning import Composition, Conditioning, Network, Wrapper
 from .config import Config
 from .denoiser import Denoiser
 from .files import user_path
@@ -197,17 +197,16 @@ class StableDiffusion(Adaptable, Hints):
         with turn as network, explained(f"model.{name}", network, self.device):
             yield network
 
-    def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning, wrap: Wrapper = lambda net: net) -> Tensor:
         """The output (B, C, h, w) of the U-Net, recorded or compiled if it is, for x (B, C, h, w) and t (B,).
 
         It runs in the precision of its weights, which may have been cast: `model.unet.half()`.
+        With `wrap`, it is the output of what this makes of the U-Net, such as a `DeepCache`.
         """
         with self._use("unet") as unet:
             norm = getattr(unet, "norm_out", None)  # a layer whose weight is never packed
             dtype = norm.weight.dtype if isinstance(norm, nn.GroupNorm) else self.dtype
-            if any(part is not None and part.dtype != dtype for part in conditioning):
-                conditioning = conditioning.to(dtype=dtype)
-            return (self._fast_unet or unet)(x.to(dtype), t, conditioning)
+            return wrap(self._fast_unet or unet)(x.to(dtype), t, conditioning.to(dtype=dtype))
 
     # ------------------------------------------------------------------------------------------- the three tasks
 

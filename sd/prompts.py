@@ -71,7 +71,7 @@ def guides(
         prompts, negatives = plan.first_texts()
     cond = prompts if isinstance(prompts, Tensor) else encode(prompts)
     uncond = None
-    if params.guidance != 1.0:
+    if params.is_guided:
         uncond = negatives if isinstance(negatives, Tensor) else encode(negatives)
         if uncond.shape[1] != cond.shape[1]:
             cond, uncond = model.same_length(cond, uncond, clip_skip=request.clip_skip)
@@ -129,7 +129,7 @@ class _Plan:
 
     def guides(self, taken: int, encode: Encode) -> list[Guide]:
         """The guide of each step."""
-        guided = self._params.guidance != 1.0 or self._composed
+        guided = self._params.is_guided or self._composed
         keys = [
             (_texts_at(self._prompts, step), _texts_at(self._negatives, step) if guided else None)
             for step in range(max(taken, 1))

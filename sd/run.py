@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .conditioning import Composition, Network
 from .denoiser import by_step, keep_known, one_by_one
 from .imaging.colours import match_colours
 from .imaging.files import WHITE, flatten
@@ -28,6 +29,7 @@ from .noise import NoiseSource
 from .params import ImageToImage, Inpaint, ResolvedParams, TextToImage
 from .prompts import Pass, guides
 from .runtime.circular import CircularPadding, circular
+from .runtime.deep_cache import DeepCache
 from .samplers import BROWNIAN, SAMPLERS, Denoise, Noise, Sampler, Step
 from .schedule import Levels
 
@@ -121,6 +123,12 @@ class Run(Iterator[Step]):
         params, sampler, note = self.params, SAMPLERS[self.params.sampler], self.notes.append
         if params.guidance_rescale > 0 and params.guidance == 1:
             note("guidance_rescale has no effect at guidance 1")
+        if params.guidance_until < 1 and params.guidance == 1:
+            note("guidance_until has no effect at guidance 1")
+        elif params.guidance_until < 1 and isinstance(self.guides[0].cond, Composition):
+            note("guidance_until saves no time: with AND, steps without guidance need the negative prompt, too")
+        if params.is_guided and len(self) and not self._guided():
+            note(f"guidance_until {params.guidance_until:g} of {len(self)} steps is less than one: none has guidance")
         if params.noise_seed_delta and not sampler.draws(params.options):
             note(f"noise_seed_delta has no effect: {sampler.label} draws no noise in its steps")
         if params.rng == "comfy" and self.source.images > 1:
@@ -152,20 +160,34 @@ class Run(Iterator[Step]):
             with self.edges():
                 concat = model.blank_concat(shape)
         config = model.config
-        network = circular(model.predict) if params.tileable else model.predict
-        if params.exact:
-            network = one_by_one(network, self.source.images)
         even = config.vae.factor * 2 ** (len(config.unet.channels) - 1)
         if params.tileable and any(side * config.vae.factor % even for side in shape[1:]):
             self.notes.append(f"tileable: the image repeats most evenly if its sides are multiples of {even}")
+        guided = self._guided()
+        # of each step: its guide, and the scale of its guidance
+        steps = [(guide, params.guidance if i < guided else 1.0) for i, guide in enumerate(self.guides)]
         made = {
-            id(guide): model.denoiser(
-                guide.cond, guide.uncond, params.guidance, concat, network=network, rescale=params.guidance_rescale
+            key: model.denoiser(
+                guide.cond, guide.uncond, scale, concat, network=self._network(), rescale=params.guidance_rescale
             )
-            for guide in self.guides
+            for key, (guide, scale) in {(id(guide), scale): (guide, scale) for guide, scale in steps}.items()
         }
         first, *others = made.values()
-        return by_step([made[id(guide)] for guide in self.guides], self.levels) if others else first
+        return by_step([made[id(guide), scale] for guide, scale in steps], self.levels) if others else first
+
+    def _guided(self) -> int:
+        """How many steps have guidance: a share of those that are taken, rounded down."""
+        return int(len(self) * self.params.guidance_until + 1e-9) if self.params.is_guided else 0  # as in `levels`
+
+    def _network(self) -> Network:
+        """The network of one denoiser."""
+        params, predict = self.params, self.model.predict
+
+        def network() -> Network:
+            cached = DeepCache(predict, params.cache_interval) if params.cache_interval > 1 else predict
+            return circular(cached) if params.tileable else cached
+
+        return one_by_one([network() for _ in self.seeds]) if params.exact else network()
 
     def encode(self, pixels: Tensor) -> Gaussian:
         """`StableDiffusion.encode`, with the edges of this run."""

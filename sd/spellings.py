@@ -22,6 +22,8 @@ SETTINGS = {  # ours -> those of others
     "spacing": ("scheduler", "schedule_type", "noise_schedule", "schedule", "timestep_spacing"),
     "guidance": ("guidance_scale", "cfg", "cfg_scale", "scale", "unconditional_guidance_scale"),
     "guidance_rescale": ("cfg_rescale", "rescale_cfg"),
+    "guidance_until": ("cfg_end", "cfg_stop", "guidance_end", "cfg_cutoff", "guidance_cutoff", "stop_cfg_at"),
+    "cache_interval": ("deepcache", "deep_cache", "deepcache_interval", "deepcache_cache_interval"),
     "eta": ("ddim_eta",),
     "seed": ("manual_seed", "noise_seed"),
     "noise_seed_delta": ("ensd", "eta_noise_seed_delta"),

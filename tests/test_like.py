@@ -97,9 +97,9 @@ TEXT = (
     (
         "--web-ui-prompts", "--clip-skip", "2", "--rng", "nv", "--ensd", "31337", "--sampler", "euler_a",
         "--guidance-rescale", "0.7000000000000001", "--variation", "9:0.30000000000000004",
-        "--negative", "[x|y] (b:1.2)",
+        "--negative", "[x|y] (b:1.2)", "--guidance-until", "0.6000000000000001",
     ),
-    ("--tileable", "--exact", "--rng", "comfy", "--sampler", "dpmpp_2s_a"),
+    ("--tileable", "--exact", "--rng", "comfy", "--sampler", "dpmpp_2s_a", "--cache-interval", "2"),
     (
         "--hires", "1.5", "--hires-strength", "0.6000000000000001", "--hires-steps", "2", "--hires-upscaler", "latent",
         "--rng", "nv",
@@ -197,7 +197,8 @@ def test_a_recipe_of_another_program(run, tmp_path):
 def test_what_looks_like_a_tag_in_our_prompts_is_text(tags, tiny):
     """Only the LoRAs that were merged are read back from the metadata."""
     request = TextToImage.of("a <lora:ink:1>", "b <lora:ink:1>", steps=2, sampler="ddim", spacing="leading", guidance=3)
-    run = SimpleNamespace(request=request, params=request.params, guides=[], source=SimpleNamespace(variation_seeds=()))
+    params = request.params.resolved(TINY)
+    run = SimpleNamespace(request=request, params=params, guides=[], source=SimpleNamespace(variation_seeds=()))
     addons = SimpleNamespace(tags=lambda: tags, about=lambda model, request: {})
     args = txt2img.parser().parse_args(["a cat"])
     model, digest = StableDiffusion(TINY, **tiny), SimpleNamespace(digits=lambda: "")

@@ -140,7 +140,7 @@ class Metadata:
         assert not isinstance(run.request.prompt, torch.Tensor)
         (prompt,) = run.request.prompt
         digits = self.digest.digits()
-        guided = run.params.guidance != 1 or any(guide.uncond is not None for guide in run.guides)
+        guided = run.params.is_guided or any(guide.uncond is not None for guide in run.guides)
         (negative,) = prompt_texts(run.request.negative if guided else "")  # else it has no effect
         batch, params = len(result.images), replace(run.params, seed=seed)
         if run.source.variation_seeds:

@@ -172,6 +172,21 @@ class UNet(nn.Module):
 
         Raises ValueError if a vector is missing or unexpected, and for a wrong number of `down` residuals.
         """
+        x, time, context = self.begin(x, t, conditioning)
+        skips = self.contract(x, time, context)
+        x = self.bottom(skips[-1], time, context)
+        if middle is not None:
+            x = x + middle
+        if down:
+            if len(down) != len(skips):
+                raise ValueError(f"{len(down)} residuals of a control network, but the U-Net keeps {len(skips)}")
+            skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
+        return self.end(self.expand(x, skips, time, context))
+
+    # The parts of `forward`, for networks that run some of them: see runtime/deep_cache.py
+
+    def begin(self, x: Tensor, t: Tensor, conditioning: Conditioning | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The first features (B, C_0, H, W), the embedded time (B, T) and the context (B, M, D)."""
         if isinstance(conditioning, Tensor):
             conditioning = Conditioning(conditioning)
         context, vector, concat = conditioning
@@ -180,9 +195,11 @@ class UNet(nn.Module):
         time = self.time(timestep_embedding(t, self.config.channels[0]).to(x.dtype))
         if self.vector is not None and vector is not None:
             time = time + self.vector(vector.to(x.dtype))
-        time = F.silu(time)  # every block would begin with it
-
         x = self.conv_in(x if concat is None else torch.cat([x, concat.to(x.dtype)], dim=1))
+        return x, F.silu(time), context  # every block would begin with this silu
+
+    def contract(self, x: Tensor, time: Tensor, context: Tensor) -> list[Tensor]:
+        """The way down: the first features, and all that is kept after them."""
         skips = [x]
         for stage in self.down:
             for i in range(len(stage.res)):
@@ -191,21 +208,24 @@ class UNet(nn.Module):
             if stage.down is not None:
                 x = stage.down(x)
                 skips.append(x)
+        return skips
 
-        if self.mid is not None:
-            x = self.mid(x, time, context)
+    def bottom(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        """The middle, in U-Nets that have one."""
+        return x if self.mid is None else self.mid(x, time, context)
 
-        if middle is not None:
-            x = x + middle
-        if down:
-            if len(down) != len(skips):
-                raise ValueError(f"{len(down)} residuals of a control network, but the U-Net keeps {len(skips)}")
-            skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
+    def expand(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor, left: int = 0) -> Tensor:
+        """The way up: each block takes the last of `skips` out of the list, until so many are left.
 
-        for stage in reversed(self.up):
-            for i in range(len(stage.res)):
-                x = stage.block(i, torch.cat([x, skips.pop()], dim=1), time, context)
-            if stage.up is not None:
+        The block to begin with is the one that takes the last, so that the rest of the way can be a call of its own.
+        """
+        blocks = [(stage, i) for stage in reversed(self.up) for i in range(len(stage.res))]  # one for each skip
+        for stage, i in blocks[len(blocks) - len(skips) : len(blocks) - left]:
+            x = stage.block(i, torch.cat([x, skips.pop()], dim=1), time, context)
+            if i == len(stage.res) - 1 and stage.up is not None:
                 x = stage.up(x, skips[-1].shape[-2:])
+        return x
 
+    def end(self, x: Tensor) -> Tensor:
+        """The last features -> the prediction."""
         return self.conv_out(F.silu(self.norm_out(x), inplace=True))

@@ -24,6 +24,7 @@ True
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections.abc import Callable
@@ -43,6 +44,7 @@ WARM_UP = 2  # runs before a recording, in which libraries choose their kernels 
 
 Inputs = tuple[Tensor | None, ...]  # x, t, and the fields of a conditioning
 Replay = Callable[[], object]
+Part = Callable[[Any], nn.Module]  # a network -> a part of it, as a module
 Record = Callable[[Callable[[], Tensor], torch.device], tuple[Replay, Tensor]]  # as `cuda_graph`
 
 
@@ -112,10 +114,22 @@ class Recorded:
         self._recordings: dict[tuple, Recording] = {}  # by shapes and types, the most recent last
         self._weights: list[int] = []  # the addresses in the recordings
         self._failed = False
+        self._parts: dict[Part, Recorded] = {}
         self._done: torch.cuda.Event | None = None  # the last replay, whose buffers another stream must not touch
 
     def __getstate__(self) -> dict[str, Any]:  # for copying: the weights of a copy have other addresses
-        return self.__dict__ | {"_recordings": {}, "_weights": [], "_done": None}
+        return self.__dict__ | {"_recordings": {}, "_weights": [], "_parts": {}, "_done": None}
+
+    @property
+    def plain(self) -> nn.Module:
+        """The network itself."""
+        return self._network
+
+    def part(self, part: Part) -> Recorded:
+        """A part of the network, recorded in the same way: what `part` makes of the network."""
+        if part not in self._parts:
+            self._parts[part] = Recorded(part(self._network), self._record)
+        return self._parts[part]
 
     def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The output of the network."""
@@ -189,9 +203,22 @@ class Compiled:
         self._network = restore(network)
         self._mode = mode or ("max-autotune" if weight.device.type == "cuda" else None)
         self._fast: Network | None = None  # compiled at the first call
+        self._parts: dict[Part, Compiled] = {}
 
     def __getstate__(self) -> dict[str, Any]:  # for copying: a copy compiles its own network
-        return self.__dict__ | {"_fast": None}
+        return self.__dict__ | {"_fast": None, "_parts": {}}
+
+    @property
+    def plain(self) -> nn.Module:
+        """The network itself."""
+        return self._network
+
+    def part(self, part: Part) -> Compiled:
+        """A part of the network, compiled in the same way: what `part` makes of the network."""
+        if part not in self._parts:
+            self._parts[part] = copy.copy(self)  # without the warning of `__init__`
+            self._parts[part]._network = part(self._network)
+        return self._parts[part]
 
     def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The output of the network."""

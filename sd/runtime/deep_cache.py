@@ -1,0 +1,107 @@
+"""DeepCache: the deep features of the U-Net are computed in every k-th step only, and used again in those between.
+
+Ma, Fang and Wang 2024, "DeepCache: accelerating diffusion models for free". What the U-Net computes at its coarse
+levels changes little from step to step. So a step in between runs only the outermost blocks on the new x, with the
+features F that entered the last block when the whole network ran last, at the noise level s:
+
+    whole     F_s = all blocks but the last,     out = end(last block(F_s, conv_in(x_s)))
+    between                                      out = end(last block(F_s, conv_in(x_t)))
+
+This is the paper's uniform schedule with the outermost skip connection (cache_branch_id 0 of its code). It is an
+approximation: docs/performance.md has its error and what it saves.
+
+>>> from sd.config import UNetConfig
+>>> unet = UNet(UNetConfig(channels=(32, 64), heads=(2, 2), depth=(0, 1), blocks=1, context=16))
+>>> x, t, conditioning = torch.randn(1, 4, 16, 24), torch.tensor([999.0]), Conditioning(torch.randn(1, 77, 16))
+>>> network = DeepCache(lambda *inputs, wrap: wrap(unet)(*inputs), interval=2)
+>>> network(x, t, conditioning).equal(unet(x, t, conditioning))  # the whole network
+True
+>>> network(2 * x, t, conditioning).equal(unet(2 * x, t, conditioning))  # its last block
+False
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..conditioning import Conditioning, Network, Wrapper
+from ..models.unet import UNet
+from .cuda_graphs import Compiled, Recorded
+from .optimize import unwrapped
+
+
+class Predict(Protocol):
+    """`StableDiffusion.predict`: the output of the network, or of what `wrap` makes of it."""
+
+    def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning, wrap: Wrapper) -> Tensor: ...
+
+
+class Deep(nn.Module):
+    """All of a U-Net but its last block: a network whose output is the input of that block."""
+
+    def __init__(self, unet: UNet) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """x (B, C, H, W), t (B,) and the conditioning -> features (B, C', H, W)."""
+        x, time, context = self.unet.begin(x, t, conditioning)
+        skips = self.unet.contract(x, time, context)
+        return self.unet.expand(self.unet.bottom(skips[-1], time, context), skips, time, context, left=1)
+
+
+def shallow(unet: UNet, x: Tensor, t: Tensor, conditioning: Conditioning, features: Tensor) -> Tensor:
+    """The last block of a U-Net, with the features that enter it: the whole prediction, for those of the same x."""
+    x, time, context = unet.begin(x, t, conditioning)
+    return unet.end(unet.expand(features, [x], time, context))
+
+
+class DeepCache:
+    """A network that runs as a whole in every `interval`-th call, and with cached features in those between.
+
+    Calls are counted, not steps: where a sampler evaluates twice in a step, its second evaluation may use the features
+    of the first. The features belong to the images and prompts of these calls, so each denoiser of a run needs a cache
+    of its own. A call with an x of another shape runs the whole network.
+
+    Recorded and compiled networks stay so for the deep part. The last block runs as it is: it launches few kernels.
+    """
+
+    def __init__(self, predict: Predict, interval: int) -> None:
+        """`predict` is that of a model, or a function like it. Raises ValueError for an interval below 1."""
+        if interval < 1:
+            raise ValueError(f"cache_interval must be at least 1, got {interval}")
+        self._predict, self._interval = predict, interval
+        self._features: Tensor | None = None
+        self._shape: torch.Size | None = None  # of the x of these features
+        self._age = 0  # calls since they were computed
+
+    def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The output of the network (B, C, H, W), exact or approximate.
+
+        Raises ValueError if the network is not a `UNet`, which could not be run in parts.
+        """
+        return self._predict(x, t, conditioning, wrap=self._around)
+
+    def _around(self, network: Network) -> Network:
+        fast = network if isinstance(network, Recorded | Compiled) else None
+        plain = fast.plain if fast is not None else unwrapped(network) if isinstance(network, nn.Module) else network
+        if not isinstance(plain, UNet):
+            raise ValueError(
+                f"cache_interval needs a UNet, whose parts it runs, and not a {type(plain).__name__}: leave it at 1"
+            )
+        unet: UNet = plain
+        deep = Deep(unet) if fast is None else fast.part(Deep)
+
+        def run(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+            if self._features is None or self._age >= self._interval or x.shape != self._shape:
+                features = deep(x, t, conditioning)
+                self._features, self._shape, self._age = features.detach(), x.shape, 0
+            else:
+                features = self._features
+            self._age += 1
+            return shallow(unet, x, t, conditioning, features)
+
+        return run
