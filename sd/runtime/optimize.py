@@ -16,7 +16,7 @@ True
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +91,24 @@ def restore(network: nn.Module) -> nn.Module:
                 module.unpack()
             module.__class__ = PLAIN_CLASS[type(module)]
     return network
+
+
+def chosen(network: nn.Module) -> dict[str, str]:
+    """What `optimize` chose: the name of each layer that was replaced -> the name of its class."""
+    return {name: type(module).__name__ for name, module in network.named_modules() if type(module) in PLAIN_CLASS}
+
+
+def choose(network: nn.Module, choices: Mapping[str, str]) -> bool:
+    """Replace the layers as `chosen` said of a network like this one, without measuring; False if they do not fit."""
+    classes = {fast.__name__: fast for fast in PLAIN_CLASS}
+    modules = dict(network.named_modules())
+    for name, choice in choices.items():
+        plain = PLAIN_CLASS.get(classes.get(choice, nn.Module))
+        if plain is None or type(modules.get(name)) is not plain:
+            return False
+    for name, choice in choices.items():
+        modules[name].__class__ = classes[choice]
+    return True
 
 
 def unwrapped(network: nn.Module) -> nn.Module:
