@@ -88,7 +88,7 @@ class StableDiffusion(Adaptable, Cached, Hints):
         self.is_inpainting = config.is_inpainting
         self._networks: Mapping[str, nn.Module] = {"text_encoder": text_encoder, "vae": vae, "unet": unet}
         self._adapters = Adapters(config, self.tokenizer, self._networks, self._keep)
-        weight = next(unet.parameters())
+        weight = next(getattr(unet, "norm_out", unet).parameters())  # those of a norm are never packed
         self.device, self.dtype = weight.device, weight.dtype
         # called in place of the U-Net: recorded or compiled
         self._fast_unet: Network | None = Recorded(unet) if self.device.type == "cuda" else None

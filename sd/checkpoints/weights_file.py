@@ -113,6 +113,8 @@ class Entry:
         place = Place.from_json(entry["place"])
         if (size is None) == bool(place.layout):
             raise BadFile("a packed weight in its header has no layout, or a plain one has")
+        if size is not None and kept is None and math.prod(place.shape) != math.prod(entry["shape"]):
+            raise BadFile("a packed weight in its header has another shape than the plain one")
         return cls(
             place,
             None if size is None else (int(size[0]), int(size[1]), int(size[2])),

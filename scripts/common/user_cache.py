@@ -1,0 +1,51 @@
+"""The user's cache folder: where programs keep weights that are ready to be used (sd/checkpoints/weights_cache.py).
+
+    Linux     $XDG_CACHE_HOME/sd-from-scratch, by default ~/.cache/sd-from-scratch
+    macOS     ~/Library/Caches/sd-from-scratch
+    Windows   %LOCALAPPDATA%\\sd-from-scratch
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import sd
+from sd.runtime.device import find_device
+
+NAME = "sd-from-scratch"
+
+
+def user_cache(environment: Mapping[str, str] = os.environ, platform: str = sys.platform) -> Path | None:
+    """The folder, which need not exist; None if the user has no home folder."""
+    windows = platform == "win32"
+    given = environment.get("LOCALAPPDATA" if windows else "XDG_CACHE_HOME", "")
+    if os.path.isabs(given) and platform != "darwin":  # the XDG specification: relative paths are ignored
+        return Path(given) / NAME
+    home = os.path.expanduser("~")
+    if not os.path.isabs(home):
+        return None
+    return Path(home) / ("Library/Caches" if platform == "darwin" else "AppData/Local" if windows else ".cache") / NAME
+
+
+def cache_folder(args: argparse.Namespace) -> Path | None:
+    """The folder to load a model with; None with --no-cache, or where it would have no effect."""
+    if args.no_cache or args.low_memory or args.ckpt is None or find_device(args.device).type != "cpu":
+        return None
+    return user_cache()
+
+
+def keep_weights(model: sd.StableDiffusion) -> None:
+    """Write the weights of a model to its cache folder unless they are there, and say so on standard error."""
+    size = model.save_cache(note=lambda text: warnings.warn(text, stacklevel=1))
+    if size:
+        print(
+            f"for a faster start the next time, {size / 1e9:.1f} GB were written to {model.cache_file}: remove it at "
+            "any time, or leave it out with --no-cache",
+            file=sys.stderr,
+            flush=True,
+        )
