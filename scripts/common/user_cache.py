@@ -1,8 +1,8 @@
 """The user's cache folder: where programs keep weights that are ready to be used (sd/checkpoints/weights_cache.py).
 
-    Linux     $XDG_CACHE_HOME/sd-from-scratch, by default ~/.cache/sd-from-scratch
-    macOS     ~/Library/Caches/sd-from-scratch
-    Windows   %LOCALAPPDATA%\\sd-from-scratch
+Linux     $XDG_CACHE_HOME/sd-from-scratch, by default ~/.cache/sd-from-scratch
+macOS     ~/Library/Caches/sd-from-scratch
+Windows   %LOCALAPPDATA%\\sd-from-scratch
 """
 
 from __future__ import annotations

@@ -57,6 +57,7 @@ SUFFIX = ".weights"
 SMALLEST = 200_000_000  # bytes of weights: a smaller model, such as the embedded one, starts as fast without
 LIMIT = 20_000_000_000  # bytes of all files in the folder
 FREE = 0.1  # share of the disk that has to stay free
+INODE_TIMES = os.name == "posix"  # whether st_ctime is that of the last change; elsewhere that of the file's creation
 SAMPLE = 64  # bytes of each tensor in the key
 ABANDONED = 24 * 3600  # seconds after which an unfinished file of a program that was stopped is removed
 
@@ -85,7 +86,7 @@ def fingerprint(files: ModelFiles) -> str:
     for checkpoint in files.files:
         for opened in checkpoint.files:
             status = os.fstat(opened.stream.fileno())
-            changed = status.st_ctime_ns if os.name == "posix" else 0  # elsewhere it is that of the file's creation
+            changed = status.st_ctime_ns if INODE_TIMES else 0
             digest.update(f"\n{opened.kind} {status.st_size} {status.st_mtime_ns} {changed}".encode())
         for key, (opened, view) in sorted(checkpoint.places.items(), key=lambda item: item[1][1].start):
             size = view.extent * view.dtype.itemsize
