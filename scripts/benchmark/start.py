@@ -1,8 +1,8 @@
 """Start-up time: a new interpreter, imports, weights from a float16 file, one step of the U-Net.
 
 Each implementation reads its usual files: ours in our layout, diffusers a folder, OpenVINO converted networks. All
-three networks are loaded. Memory is that of the whole process. Where weights can be kept in a cache, ours takes them from
-there, as the programs do from their second start on; the warm-up writes them. A second row is without it.
+three networks are loaded. Memory is that of the whole process. Where weights can be kept in a cache, ours takes them
+from there, as the programs do from their second start on; the warm-up writes them. A second row is without it.
 """
 
 from __future__ import annotations
