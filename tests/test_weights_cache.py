@@ -396,6 +396,7 @@ DAMAGE = {
     "checksum": flipped(20),
     "header": flipped(-200),
     "end of the header": flipped(-1),
+    "valid header, old checksum": lambda raw: raw.replace(b'{"a": 1}', b'{"a": 2}'),
     "empty": lambda raw: b"",
     "a few bytes": lambda raw: raw[:30],
     "truncated": lambda raw: raw[: len(raw) // 2],
