@@ -10,7 +10,7 @@
     vae      latents of one image to pixels
     text     two prompts
     picture  prompt to image, with --steps steps of DDIM and guidance
-    start    a new interpreter, imports, files with float16 weights, and the first step
+    start    a new interpreter, imports, weights (ours from the cache, and once without), and the first step
 
 Each implementation runs in its own process. After a warm-up, whose results are compared, ours and one peer alternate.
 Ratios are ours / theirs, of the medians. Peers: diffusers; diffusers with torch.compile ("compiled", without the start
@@ -56,7 +56,7 @@ from .benchmark.gpu import results
 from .benchmark.gpu.results import CHECK_FORMAT, MINUTES
 from .benchmark.interleave import measure
 from .benchmark.sides import PEERS, able_peers, takes_part
-from .benchmark.start import TAKING_PART, measure_start
+from .benchmark.start import TAKING_PART, UNCACHED, is_cached, measure_start, measure_uncached
 from .benchmark.weights import Setup
 from .common import cli
 
@@ -244,7 +244,7 @@ def count(args: argparse.Namespace, setups: list[Setup], peers: list[str]) -> in
     for setup in setups:
         for part in args.parts:
             if part == "start":
-                sides += 2 * len([peer for peer in peers if peer in TAKING_PART]) or 1
+                sides += (2 * len([peer for peer in peers if peer in TAKING_PART]) or 1) + is_cached(setup)
                 continue
             for case in cases(args, setup.config, part):
                 sides += 2 * len([peer for peer in peers if takes_part(peer, case, setup)]) or 1
@@ -264,7 +264,11 @@ def measure_precision(args: argparse.Namespace, setup: Setup, peers: list[str], 
     for part in [part for part in PARTS if part in args.parts]:
         if part == "start":
             comparison = measure_start(setup, peers, args.runs, bar, note)
-            rows.append(report.row(usual_case("start", setup.config), setup, comparison))
+            case = usual_case("start", setup.config)
+            rows.append(report.row(case, setup, comparison))
+            if is_cached(setup):
+                alone = measure_uncached(setup, args.runs, bar)
+                rows.append({**report.row(case, setup, alone), "label": UNCACHED})
         else:
             those = cases(args, setup.config, part)
             by_case, reached = measure(setup, part, those, peers, args.runs, bar, note)

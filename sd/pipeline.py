@@ -42,6 +42,7 @@ from .adapters.added import Adapters
 from .adapters.textual_inversion import tokenizer_for
 from .checkpoints.loading import LoadOptions, ModelFiles
 from .checkpoints.placement import place
+from .checkpoints.weights_cache import Cached
 from .conditioning import Composition, Conditioning, Network, Wrapper
 from .config import Config
 from .denoiser import Denoiser
@@ -74,7 +75,7 @@ Prompt = str | Sequence[str] | Tensor
 Progress = Callable[[Run], Iterable[Step]]
 
 
-class StableDiffusion(Adaptable, Hints):
+class StableDiffusion(Adaptable, Cached, Hints):
     """A checkpoint on one device in one precision: networks, tokenizer, schedule and adapters."""
 
     def __init__(
@@ -87,7 +88,7 @@ class StableDiffusion(Adaptable, Hints):
         self.is_inpainting = config.is_inpainting
         self._networks: Mapping[str, nn.Module] = {"text_encoder": text_encoder, "vae": vae, "unet": unet}
         self._adapters = Adapters(config, self.tokenizer, self._networks, self._keep)
-        weight = next(unet.parameters())
+        weight = next(getattr(unet, "norm_out", unet).parameters())  # those of a norm are never packed
         self.device, self.dtype = weight.device, weight.dtype
         # called in place of the U-Net: recorded or compiled
         self._fast_unet: Network | None = Recorded(unet) if self.device.type == "cuda" else None
@@ -114,7 +115,8 @@ class StableDiffusion(Adaptable, Hints):
         compile      compile the U-Net, which takes minutes at the first image of each size. For GPUs: on x86 CPUs it is
                      slower than without, and a UserWarning says so
         progress     called with (parameters in this weight, parameters in total) after each weight is read
-        options      the fields of `LoadOptions`: config, weights, prediction, vae, text_encoder, variant
+        options      the fields of `LoadOptions`: config, weights, prediction, vae, text_encoder, variant; and cache, a
+                     folder for weights that are ready for an x86 CPU (see `save_cache`)
 
         `about` says what was detected and chosen. Raises CheckpointError for files that are not a checkpoint, damaged,
         dangerous, or of another model; ValueError for a device or precision that is not available.
@@ -125,14 +127,12 @@ class StableDiffusion(Adaptable, Hints):
             raise ValueError("low memory and compiling do not go together: compiled networks stay where they are")
         file = resource(EMBEDDED) if path is None else user_path(path)
         files = ModelFiles(file, LoadOptions.of(options, ("device", "dtype", "low_memory", "compile", "progress")))
-        config, networks, used, about = place(files, device, dtype, low_memory, progress)
+        config, networks, used, about, cache = place(files, device, dtype, low_memory, progress)
         # adapters hold the plain networks; with low memory they are used through an `Offload` of the same ones
         model = cls(config, **cast(dict[str, Any], networks), about=about)
-        model.__dict__.update(_networks=used, device=device, dtype=dtype)
-        if low_memory:  # a recording would hold memory that the other networks need
-            model._fast_unet = None
-        elif compile:
-            model._fast_unet = Compiled(networks["unet"])
+        model.__dict__.update(_networks=used, device=device, dtype=dtype, _cache=cache)
+        if low_memory or compile:  # with low memory, a recording would hold memory that the other networks need
+            model._fast_unet = Compiled(networks["unet"]) if compile else None
         return model
 
     # ------------------------------------------------------------------------------------------------- networks

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+import tempfile
 
 import pytest
 import torch
@@ -33,6 +34,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    folder = tempfile.TemporaryDirectory(prefix="sd-tests-cache-")  # programs keep weights there, not in the user's
+    os.environ["XDG_CACHE_HOME"] = os.environ["LOCALAPPDATA"] = folder.name
+    config.add_cleanup(folder.cleanup)
     if "PYTEST_XDIST_WORKER" in os.environ:  # processes that each use all cores wait for each other
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that tests start

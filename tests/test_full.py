@@ -212,7 +212,16 @@ SAVED = 0.35e9  # bytes at least: in bfloat16, the text encoder and the VAE are 
 
 def peak_memory(checkpoint: Path, dtype: str, out: Path, *more: str) -> int:
     """The peak of txt2img.py in bytes, over two small images."""
-    command = [sys.executable, ROOT / "scripts" / "txt2img.py", "a lighthouse", "--ckpt", checkpoint, "--dtype", dtype]
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "txt2img.py",
+        "a lighthouse",
+        "--ckpt",
+        checkpoint,
+        "--dtype",
+        dtype,
+        "--no-cache",
+    ]
     command += ["--n", "2", "--steps", "1", "--height", "256", "--width", "256", "--seed", "1", "--device", "cpu"]
     done = subprocess.run(
         [sys.executable, "-c", START, *command, "--out", out, *more], capture_output=True, text=True, check=False

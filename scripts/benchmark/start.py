@@ -1,7 +1,8 @@
 """Start-up time: a new interpreter, imports, weights from a float16 file, one step of the U-Net.
 
 Each implementation reads its usual files: ours in our layout, diffusers a folder, OpenVINO converted networks. All
-three networks are loaded. Memory is that of the whole process.
+three networks are loaded. Memory is that of the whole process. Where weights can be kept in a cache, ours takes them
+from there, as the programs do from their second start on; the warm-up writes them. A second row is without it.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import sd
+from sd.checkpoints import weights_cache
 from sd.checkpoints.detect import CONFIG_KEY
 from sd.checkpoints.export import to_own
 
-from .cases import NEEDED, inputs, usual_case
+from .cases import NEEDED, inputs, usual_case, weight_bytes
 from .interleave import Comparison, alternate
 from .openvino_networks import PRECISIONS, Conversion, model_file, options
 from .references import peers, pipeline
@@ -35,6 +37,7 @@ from .weights import Setup, load_networks
 from .workers import Failed, Worker, last_words
 
 LABEL = "start to first step"
+UNCACHED = "start, no cache"
 TAKING_PART = ("diffusers", "openvino")  # torch.compile needs minutes for its first step
 
 # The program of the new interpreter. It measures its own memory, because the parent's measurement of a child includes
@@ -69,8 +72,13 @@ OURS = """
 sys.path.insert(0, args["root"])
 import sd
 from sd.conditioning import Conditioning
-unet = sd.StableDiffusion.load(args["ours"], device=device, dtype=dtype).unet
+model = sd.StableDiffusion.load(args["ours"], device=device, dtype=dtype, cache=args["cache"])
+unet = model.unet
 step = lambda x, t, context: unet(x, t, Conditioning(context))
+"""
+FILL = """
+if args["fill"]:
+    model.save_cache()
 """
 DIFFUSERS = """
 from diffusers import StableDiffusionPipeline
@@ -90,7 +98,11 @@ for name, shapes in args["shapes"].items():
 given = [numpy.random.default_rng(0).standard_normal(shape, numpy.float32) for shape in args["shapes"]["unet"]]
 networks["unet"].create_infer_request().infer(given)
 """
-STEPS = {"ours": TORCH.replace("{load}", OURS), "diffusers": TORCH.replace("{load}", DIFFUSERS), "openvino": OPENVINO}
+STEPS = {
+    "ours": TORCH.replace("{load}", OURS) + FILL,
+    "diffusers": TORCH.replace("{load}", DIFFUSERS),
+    "openvino": OPENVINO,
+}
 
 
 class Files:
@@ -125,19 +137,33 @@ def measure_start(
             if peer == "openvino":
                 with Worker(peer, setup.folder / "openvino.log", Conversion) as conversion:
                     conversion.ask("write_models", replace(setup, dtype="float16"), "start")
-            calls = {name: partial(child, name, STEPS[name], arguments(setup)) for name in ("ours", peer)}
+            calls = {
+                name: partial(child, name, STEPS[name], arguments(setup, is_cached(setup))) for name in ("ours", peer)
+            }
             measured[peer] = alternate(calls, runs, LABEL, bar)
         except Failed as failure:
             if failure.who == "ours":
                 raise
             note(f"start, {setup.dtype}: {failure}")
     if not measured:
-        calls = {"ours": partial(child, "ours", STEPS["ours"], arguments(setup))}
+        calls = {"ours": partial(child, "ours", STEPS["ours"], arguments(setup, is_cached(setup)))}
         measured[""] = alternate(calls, runs, LABEL, bar)
     return measured
 
 
-def arguments(setup: Setup) -> dict[str, Any]:
+def measure_uncached(setup: Setup, runs: int, bar: tqdm) -> dict[str, Comparison]:
+    """Ours alone without the cache, from the files that `measure_start` has written."""
+    calls = {"ours": partial(child, "ours", STEPS["ours"], arguments(setup, cached=False))}
+    return {"": alternate(calls, runs, UNCACHED, bar)}
+
+
+def is_cached(setup: Setup) -> bool:
+    """Whether our weights can be kept in a cache on this device, in this precision."""
+    large = weight_bytes("start", setup.config, setup.torch_dtype) >= weights_cache.SMALLEST
+    return large and not weights_cache.unusable(setup.device, setup.torch_dtype, low_memory=False)
+
+
+def arguments(setup: Setup, cached: bool) -> dict[str, Any]:
     """The arguments of the new interpreter."""
     files = replace(setup, dtype="float16")
     shapes = {}
@@ -147,6 +173,7 @@ def arguments(setup: Setup) -> dict[str, Any]:
     return {
         "root": str(Path(sd.__file__).resolve().parents[1]),
         "ours": str(setup.folder / "ours.safetensors"),
+        "cache": str(setup.folder / "cache") if cached else None,
         "diffusers": str(setup.folder / "diffusers"),
         "openvino": {name: str(model_file(files, name)) for name in NEEDED["start"]},
         "options": options(setup) if setup.dtype in PRECISIONS else None,
@@ -158,8 +185,11 @@ def arguments(setup: Setup) -> dict[str, Any]:
 
 
 def child(who: str, steps: str, options: dict[str, Any], keep: bool) -> Run:
-    """Run a new interpreter and time it until it prints that it is ready; the result is not kept."""
-    command = [sys.executable, "-c", CHILD.replace("{steps}", steps), json.dumps(options)]
+    """Run a new interpreter and time it until it prints that it is ready; the result is not kept.
+
+    keep   whether it is the warm-up, which fills the cache before it is ready
+    """
+    command = [sys.executable, "-c", CHILD.replace("{steps}", steps), json.dumps({**options, "fill": keep})]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile("w+") as errors:
         start = perf_counter()

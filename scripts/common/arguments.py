@@ -110,7 +110,7 @@ def colour(text: str) -> tuple[int, int, int]:
 
 
 def add_model_arguments(parser: Parser) -> None:
-    """--ckpt, --model, --weights, --device, --dtype, --low-memory, --compile."""
+    """--ckpt, --model, --weights, --device, --dtype, --low-memory, --compile, --no-cache."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--ckpt",
@@ -150,6 +150,11 @@ def add_model_arguments(parser: Parser) -> None:
         action="store_true",
         help="compile the U-Net, for many images of one size on a GPU; takes minutes at first",
     )
+    group.add_argument(
+        "--no-cache", action="store_true",
+        help="on x86 CPUs, weights that are ready to be used are kept in the user's cache folder for a faster start "
+        "the next time: neither read nor write them",
+    )  # fmt: skip
 
 
 def add_sampling_arguments(parser: Parser, size: str = "the model's own") -> None:

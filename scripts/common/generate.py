@@ -40,6 +40,7 @@ from .cli import describe, keep_freed_memory, said
 from .output import ModelHash, Output
 from .prompt_loras import PromptLoras, prompt_texts, without_lora_tags
 from .prompts import Line, Make, read_prompts
+from .user_cache import cache_folder, keep_kernels, keep_weights, recall_kernels
 
 UNKNOWN = 200  # characters of unknown words that are shown
 FRAMES = 100  # at most: of a longer run, some steps are skipped
@@ -79,6 +80,7 @@ def load(args: argparse.Namespace) -> sd.StableDiffusion:
             bar.total = total
             bar.update(numbers)
 
+        recall_kernels(args)
         model = sd.StableDiffusion.load(
             args.ckpt,
             config=config,
@@ -92,6 +94,7 @@ def load(args: argparse.Namespace) -> sd.StableDiffusion:
             low_memory=args.low_memory,
             compile=args.compile,
             progress=progress,
+            cache=cache_folder(args),
         )
     if model.device.type == "cpu" and not args.low_memory:
         keep_freed_memory()
@@ -247,6 +250,8 @@ def _generate(args: argparse.Namespace, plan: Plan, addons: AddOns, output: Outp
             warnings.warn(f"skipped: {plan.skipped[-1]}", stacklevel=1)
     if args.grid:
         print(output.save(grid(work.kept, args.columns), kind="-grid"), flush=True)
+    keep_kernels(args)
+    keep_weights(model)
     if plan.skipped:
         raise ValueError(f"{len(plan.skipped)} of {plan.total} images were skipped; the first: {plan.skipped[0]}")
 

@@ -92,6 +92,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 class OpenFile:
     """One opened file of weights: reads the numbers of a `View`, in fresh memory or in pages of the file.
 
+    stream    the file; `tensor` moves its position
     kind      "zip pickle", "legacy pickle" or "safetensors"
     metadata  see `Checkpoint`
     mapped    see `load_checkpoint`
@@ -101,7 +102,7 @@ class OpenFile:
         self.path, self.kind, self.metadata = path, kind, metadata
         self._mapped = mapped
         self._pages = FilePages(stream)
-        self._stream = stream
+        self.stream = stream
         self._opened = _state(stream)
         self._lock = threading.Lock()  # between seek and read
 
@@ -133,8 +134,8 @@ class OpenFile:
     def _read(self, view: View, buffer: memoryview | bytearray) -> None:
         try:
             with self._lock:
-                self._stream.seek(view.start)
-                count = self._stream.readinto(buffer)  # type: ignore[attr-defined]  # of files opened in binary mode
+                self.stream.seek(view.start)
+                count = self.stream.readinto(buffer)  # type: ignore[attr-defined]  # of files opened in binary mode
         except (OSError, ValueError) as error:  # ValueError: it has been closed
             raise CheckpointError(f"{self.path}: cannot be read any more: {error}; load it again") from None
         if count < len(buffer):
@@ -142,12 +143,12 @@ class OpenFile:
 
     def check_unchanged(self) -> None:
         """CheckpointError if the file was written to since it was opened."""
-        if self._stream.closed or _state(self._stream) != self._opened:
+        if self.stream.closed or _state(self.stream) != self._opened:
             raise CheckpointError(f"{self.path}: has changed since it was opened; load it again")
 
     def close(self) -> None:
         """Close the file."""
-        self._stream.close()
+        self.stream.close()
 
     __del__ = close
 

@@ -38,6 +38,7 @@ from .prediction import predicting, probe
 from .supported_settings import ignored_settings
 from .tokenizer_files import describe_words
 
+PATHS = ("vae", "text_encoder", "cache")  # options that are paths
 Report = Callable[[int], object]  # called with the number of elements of each weight that was read
 
 
@@ -136,9 +137,9 @@ def load_weights(
                 f"{origin(key)} holds whole numbers ({tensor.dtype}): a quantised file, which is not supported"
             )
         check.look(origin(key), tensor)
-        layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
         if device.type == "cpu":
-            return _in_pages(tensor, dtype, layout, own)
+            return as_used(tensor, dtype, own)
+        layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
         return tensor.to(dtype).contiguous(memory_format=layout)
 
     # Two threads, because reading and touching fresh memory leave a core idle (more gain nothing). The largest weights
@@ -152,6 +153,12 @@ def load_weights(
     check.finish()
     module.load_state_dict(weights, strict=True, assign=True)
     return optimize(module.requires_grad_(False).eval(), device)
+
+
+def as_used(tensor: Tensor, dtype: torch.dtype, own: bool = False) -> Tensor:
+    """A weight on the CPU in the precision and layout in which `load_weights` places it there."""
+    layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+    return _in_pages(tensor, dtype, layout, own)
 
 
 def _in_pages(tensor: Tensor, dtype: torch.dtype, layout: torch.memory_format, own: bool) -> Tensor:
@@ -181,6 +188,9 @@ class LoadOptions:
     vae: str | os.PathLike[str] | None = None  # another file or folder to take the VAE from, alone or whole
     text_encoder: str | os.PathLike[str] | None = None  # the same for the text encoder
     variant: str | None = None  # of a diffusers folder: "fp16", ..., which files to read
+    cache: str | os.PathLike[str] | None = (
+        None  # folder of weights in the form in which they are used (weights_cache.py)
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, Config | None):
@@ -194,7 +204,7 @@ class LoadOptions:
         if unknown := sorted(options.keys() - cls.__dataclass_fields__.keys()):
             known = ", ".join((*beside, *cls.__dataclass_fields__))
             raise TypeError(f"load has no option {unknown[0]!r}; it has {known}")
-        paths = {name: user_path(options[name]) for name in ("vae", "text_encoder") if options.get(name) is not None}
+        paths = {name: user_path(options[name]) for name in PATHS if options.get(name) is not None}
         return cls(**{**options, **paths})
 
     @property
@@ -205,11 +215,15 @@ class LoadOptions:
 
 
 class ModelFiles:
-    """The open files of one model: its config, and the weights of each network. Close it, or use it in a `with`."""
+    """The open files of one model: its config, and the weights of each network. Close it, or use it in a `with`.
+
+    states   network -> its weights, each read when it is asked for
+    files    the model's own one first, then those of parts
+    """
 
     def __init__(self, path: str | os.PathLike[str], options: LoadOptions) -> None:
         """Open the files and match every weight. Raises CheckpointError if they are not a model."""
-        self._path, self._options, self._stack = path, options, ExitStack()
+        self.path, self.options, self._stack = path, options, ExitStack()
         with ExitStack() as files:
             self._main = files.enter_context(load_checkpoint(path, options.variant, mapped=True))
             parts = {
@@ -219,30 +233,30 @@ class ModelFiles:
             with naming(path):
                 self._found = identify(self._main, options.config, options.prediction, parts)
                 missing = [name for name in NETWORKS if name not in parts]
-                self._states = convert(self._main, self._found.config, options.weights, missing)
+                self.states = convert(self._main, self._found.config, options.weights, missing)
             self.config = self._found.config
             for name, file in parts.items():
                 with naming(options.others[name]):
                     self.config = with_part(self.config, name, file)
-                    self._states |= convert(file, self.config, parts=[name])
-            self._files = [self._main, *parts.values()]
+                    self.states |= convert(file, self.config, parts=[name])
+            self.files = [self._main, *parts.values()]
             self._stack = files.pop_all()
 
     def read(
         self, name: str, network: nn.Module, device: torch.device, dtype: torch.dtype, report: Report, own: bool
     ) -> None:
         """Fill a network on the meta device with its weights (see `load_weights`)."""
-        for file in self._files:
+        for file in self.files:
             file.check_unchanged()
-        with naming(self._options.others.get(name, self._path)):
-            load_weights(network, self._states[name], device, dtype, report, own=own)
+        with naming(self.options.others.get(name, self.path)):
+            load_weights(network, self.states[name], device, dtype, report, own=own)
 
     def check_finite(self, name: str, dtype: torch.dtype) -> None:
         """Read a network's weights once, to see that they are finite in this precision. Raises CheckpointError."""
-        check, state = FiniteCheck(dtype), self._states[name]
+        check, state = FiniteCheck(dtype), self.states[name]
         for key in state:
             check.look(state.origin(key), state[key])
-        with naming(self._options.others.get(name, self._path)):
+        with naming(self.options.others.get(name, self.path)):
             check.finish()
 
     @property
@@ -257,12 +271,12 @@ class ModelFiles:
 
     def about(self) -> tuple[str, ...]:
         """What was found out and chosen, as lines of text."""
-        notes = {path: file.notes for path, file in zip(self._options.others.values(), self._files[1:], strict=True)}
+        notes = {path: file.notes for path, file in zip(self.options.others.values(), self.files[1:], strict=True)}
         return (
             *self._main.notes,
             *(printable(f"{path}: {note}") for path, given in notes.items() for note in given),
-            *describe(self._main, self._found, self._options.weights, self.config),
-            *(printable(note) for state in self._states.values() for note in state.notes),
+            *describe(self._main, self._found, self.options.weights, self.config),
+            *(printable(note) for state in self.states.values() for note in state.notes),
         )
 
     def __enter__(self) -> ModelFiles:

@@ -13,7 +13,9 @@ from torch import nn
 from ..config import Config
 from ..models.build import build
 from ..runtime.offload import Offload
+from . import weights_cache
 from .loading import ModelFiles
+from .weights_cache import WeightsCache
 
 SHARED_MEMORY = ("cpu", "mps")  # devices that share the memory of the CPU
 
@@ -25,6 +27,7 @@ class Placed(NamedTuple):
     networks: dict[str, nn.Module]
     used: Mapping[str, nn.Module]  # the networks, or an `Offload` through which they have to be used
     about: tuple[str, ...]  # what was detected and chosen, one line each
+    cache: WeightsCache | None = None  # the place of the weights in the cache folder of the options
 
 
 def place(
@@ -37,7 +40,8 @@ def place(
     """Build the networks of a model and read their weights.
 
     low_memory   only one network at a time is on the device. On CPU and MPS nothing is kept yet, and the files stay
-                 open, since a network is read whenever it is needed; otherwise the files are closed here
+                 open, since a network is read whenever it is needed; otherwise the files are closed here. The cache
+                 folder of the files' options has no effect
     progress     called with (parameters in this weight, parameters in total) after each weight
 
     If the files do not say what the U-Net predicts, it is run once to find out. If an error is raised, the files are
@@ -56,19 +60,33 @@ def place(
         def read(name: str, network: nn.Module) -> None:
             files.read(name, network, home, dtype, report, own=reread)
 
+        cache, reason = _cache(files, device, dtype, low_memory, total)
         if not reread:
-            for name, network in networks.items():
+            used_cache = cache is not None and cache.fill(networks, report)
+            for name, network in () if used_cache else networks.items():
                 read(name, network)
+            cache = None if cache is None else cache.loaded(networks, used_cache)
         else:  # its weights would be looked at after the last step only, those of the others before the first one
             files.check_finite("vae", dtype)
         used = Offload(networks, device, read if reread else None) if low_memory else networks
         if not files.decided:
             with used.use("unet") if isinstance(used, Offload) else nullcontext(used["unet"]) as unet:
                 files.probe(unet)
-        about = files.about()
+        about = (*files.about(), *reason)
     except BaseException:
         files.close()
         raise
     if not reread:
         files.close()
-    return Placed(files.config, networks, used, about)
+    return Placed(files.config, networks, used, about, cache)
+
+
+def _cache(
+    files: ModelFiles, device: torch.device, dtype: torch.dtype, low_memory: bool, numbers: int
+) -> tuple[WeightsCache | None, list[str]]:
+    """The place of the weights in the cache folder, where there is one and it has an effect; a line where not."""
+    if files.options.cache is None or numbers * dtype.itemsize < weights_cache.SMALLEST:
+        return None, []
+    if reason := weights_cache.unusable(device, dtype, low_memory):
+        return None, [f"the cache folder has no effect: {reason}"]
+    return WeightsCache.of(files, dtype), []

@@ -98,17 +98,26 @@ def explained(name: str, network: nn.Module, device: torch.device) -> Iterator[N
 @cache
 def processor_name() -> str:
     """The name of the processor, as its maker calls it."""
-    with suppress(OSError, StopIteration):  # on Linux, platform knows only the architecture
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 @cache
-def instruction_sets() -> str:
-    """The best instruction set that torch uses on this processor, and all that the processor has."""
+def processor() -> str:
+    """What tells processors apart: name, model, and the instruction sets that torch knows."""
+    facts = [f"{key} {value}" for key, value in _cpuinfo().items() if key in ("cpu family", "model", "stepping")]
     able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return " ".join([torch.backends.cpu.get_cpu_capability(), *sorted(key for key, has in able.items() if has is True)])
+    sets = [torch.backends.cpu.get_cpu_capability(), *sorted(key for key, has in able.items() if has is True)]
+    return ", ".join([processor_name(), *facts, " ".join(sets)])
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The entries of /proc/cpuinfo for the first processor, where there is such a file."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    lines = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in lines}
 
 
 def give_back_memory() -> None:

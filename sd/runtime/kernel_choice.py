@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .device import instruction_sets, processor_name
+from .device import processor
 
 PLAIN = "plain"
 Kind = tuple[str | int, ...]  # an operation, its precision and sizes
@@ -74,6 +74,11 @@ def prefer(choice: str | None) -> Iterator[None]:
         yield
     finally:
         _preferred = before
+
+
+def preferred() -> str | None:
+    """The kernels that are used without measuring, as `prefer` was told; None where they are measured."""
+    return _preferred
 
 
 def fastest(kind: Kind, kernels: Sequence[str], example: Callable[[], Example]) -> str:
@@ -138,8 +143,8 @@ def load(path: str | os.PathLike[str]) -> bool:
 
 
 def machine() -> str:
-    """What the choices depend on: the processor with its instruction sets, and the version of torch."""
-    return f"{processor_name()}, {instruction_sets()}, torch {torch.__version__}"
+    """What the choices depend on: the processor, and the version of torch."""
+    return f"{processor()}, torch {torch.__version__}"
 
 
 def _measure(kind: Kind, kernels: Sequence[str], run: Example) -> Measurement:

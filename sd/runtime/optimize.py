@@ -16,7 +16,7 @@ True
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -98,6 +98,29 @@ def restore(network: nn.Module) -> nn.Module:
                 module.unpack()
             module.__class__ = PLAIN_CLASS[type(module)]
     return network
+
+
+def chosen(network: nn.Module) -> dict[str, str]:
+    """What `optimize` chose: the name of each layer that was replaced -> the name of its class."""
+    return {name: class_name(type(module)) for name, module in network.named_modules() if type(module) in PLAIN_CLASS}
+
+
+def class_name(kind: type[nn.Module]) -> str:
+    """The name of a class of layers, with that of the file that defines it."""
+    return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
+
+
+def choose(network: nn.Module, choices: Mapping[str, str]) -> bool:
+    """Replace the layers as `chosen` said of a network like this one, without measuring; False if they do not fit."""
+    classes = {class_name(fast): fast for fast in PLAIN_CLASS}
+    modules = dict(network.named_modules())
+    for name, choice in choices.items():
+        plain = PLAIN_CLASS.get(classes.get(choice, nn.Module))
+        if plain is None or type(modules.get(name)) is not plain:
+            return False
+    for name, choice in choices.items():
+        modules[name].__class__ = classes[choice]
+    return True
 
 
 def unwrapped(network: nn.Module) -> nn.Module:

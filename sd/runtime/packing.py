@@ -147,6 +147,9 @@ class PackedWeight(NamedTuple):
     shape: torch.Size  # the plain weight's
     stride: tuple[int, ...]
     plain: Tensor | None = None  # itself, where it cannot be computed from the packed one
+    memory: Tensor | None = (
+        None  # what the packed one lies in, where it does not own its memory: it has to live as long
+    )
 
     def restored(self) -> Tensor:
         """The plain weight, equal to the bit and with its strides."""
@@ -211,6 +214,19 @@ class PackedLayer(nn.Module):
             with torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
                 self.__dict__["_parameters"]["weight"] = nn.Parameter(packed.restored(), requires_grad=False)
             del self.__dict__["_packed"]  # last: an error on the way loses nothing
+
+    def adopt(self, packed: PackedWeight) -> None:
+        """Take a weight that is packed already, in the place of the one that the layer has."""
+        with _lock:
+            self.__dict__["_parameters"]["weight"] = None
+            self.__dict__["_packed"] = packed
+
+    def size_to_pack_for(self) -> InputSize | None:
+        """The size of the inputs that the weight is packed for, or will be; None if that is not known yet."""
+        packed: PackedWeight | None = self.__dict__.get("_packed")
+        if packed is not None:
+            return packed.size
+        return None if self.for_maps and self.in_channels * self.out_channels < LARGE_KERNEL else ANY_SIZE
 
     def drop(self) -> None:
         """Replace the packed weight with one on the meta device, without restoring the plain one."""
