@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import layers
-from . import cpu_kernels, kernel_choice, packing
+from . import cpu_kernels, group_norm, kernel_choice, packing
 
 # Packed layers are compared with plain ones by these examples, which take a few milliseconds each. Small linear layers
 # are compared on their own: there, the overhead of a call counts as much as the kernel.
@@ -64,6 +64,7 @@ PLAIN_CLASS: dict[type[nn.Module], type[nn.Module]] = {  # fast class -> the one
     cpu_kernels.Attention: layers.Attention,
     cpu_kernels.GroupNorm: nn.GroupNorm,
     MPSAttention: layers.Attention,
+    group_norm.GroupNorm: nn.GroupNorm,
 }
 
 
@@ -80,6 +81,8 @@ def optimize(network: nn.Module, device: torch.device | None = None) -> nn.Modul
             _optimize_for_cpu(module)
         elif device.type == "mps" and type(module) is layers.Attention:
             module.__class__ = MPSAttention
+        elif device.type == "cuda" and type(module) is nn.GroupNorm:
+            module.__class__ = group_norm.GroupNorm
     return network
 
 
