@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from ..models import layers
 from .device import dtype_name
+from .group_norm import group_norm
 from .kernel_choice import PLAIN, Kind, fastest
 from .packing import for_inference, watched
 
@@ -45,7 +46,7 @@ _measured: set[Kind] = set()  # kinds of call that have been measured
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm, for channels-last maps by a Triton kernel where that is faster."""
+    """nn.GroupNorm, for channels-last maps by a Triton kernel where that is faster, else for large ones in parts."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -140,7 +141,7 @@ def _group_norm(norm: GroupNorm, x: Tensor, silu: bool) -> Tensor:
     """The normalisation of x, activated if `silu`, by the fastest kernel."""
 
     def plain() -> Tensor:
-        y = nn.GroupNorm.forward(norm, x)
+        y = group_norm(norm, x)
         return F.silu(y, inplace=True) if silu else y
 
     if torch.compiler.is_dynamo_compiling() or not _ready(x, norm.weight, norm.bias):
