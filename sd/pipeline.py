@@ -115,8 +115,7 @@ class StableDiffusion(Adaptable, Cached, Hints):
         compile      compile the U-Net, which takes minutes at the first image of each size. For GPUs: on x86 CPUs it is
                      slower than without, and a UserWarning says so
         progress     called with (parameters in this weight, parameters in total) after each weight is read
-        options      the fields of `LoadOptions`: config, weights, prediction, vae, text_encoder, variant; and cache, a
-                     folder for weights that are ready for an x86 CPU (see `save_cache`)
+        options      the fields of `LoadOptions`: config, weights, prediction, vae, text_encoder, variant, cache
 
         `about` says what was detected and chosen. Raises CheckpointError for files that are not a checkpoint, damaged,
         dangerous, or of another model; ValueError for a device or precision that is not available.
@@ -206,7 +205,9 @@ class StableDiffusion(Adaptable, Cached, Hints):
         with self._use("unet") as unet:
             norm = getattr(unet, "norm_out", None)  # a layer whose weight is never packed
             dtype = norm.weight.dtype if isinstance(norm, nn.GroupNorm) else self.dtype
-            return wrap(self._fast_unet or unet)(x.to(dtype), t, conditioning.to(dtype=dtype))
+            if any(part is not None and part.dtype != dtype for part in conditioning):
+                conditioning = conditioning.to(dtype=dtype)
+            return wrap(self._fast_unet or unet)(x.to(dtype), t, conditioning)
 
     # ------------------------------------------------------------------------------------------- the three tasks
 

@@ -180,14 +180,14 @@ class Run(Iterator[Step]):
         return int(len(self) * self.params.guidance_until + 1e-9) if self.params.is_guided else 0  # as in `levels`
 
     def _network(self) -> Network:
-        """The network of one denoiser."""
-        params, predict = self.params, self.model.predict
-
-        def network() -> Network:
-            cached = DeepCache(predict, params.cache_interval) if params.cache_interval > 1 else predict
-            return circular(cached) if params.tileable else cached
-
-        return one_by_one([network() for _ in self.seeds]) if params.exact else network()
+        """The network of one denoiser; with `exact`, one for each image."""
+        params, network, images = self.params, self.model.predict, len(self.seeds) if self.params.exact else 1
+        networks: list[Network] = [network] * images
+        if params.cache_interval > 1:
+            networks = [DeepCache(network, params.cache_interval) for _ in networks]
+        if params.tileable:
+            networks = [circular(network) for network in networks]
+        return one_by_one(networks) if params.exact else networks[0]
 
     def encode(self, pixels: Tensor) -> Gaussian:
         """`StableDiffusion.encode`, with the edges of this run."""

@@ -188,9 +188,7 @@ class LoadOptions:
     vae: str | os.PathLike[str] | None = None  # another file or folder to take the VAE from, alone or whole
     text_encoder: str | os.PathLike[str] | None = None  # the same for the text encoder
     variant: str | None = None  # of a diffusers folder: "fp16", ..., which files to read
-    cache: str | os.PathLike[str] | None = (
-        None  # folder of weights in the form in which they are used (weights_cache.py)
-    )
+    cache: str | os.PathLike[str] | None = None  # a folder of weights that are ready to be used: weights_cache.py
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, Config | None):
