@@ -490,3 +490,8 @@ def test_kernels_of_a_model(capsys):
 def test_kernels_are_those_of_a_cpu(capsys):
     assert bench.main(["--kernels", "--device", "meta"]) != 0
     assert "device" in capsys.readouterr().err
+
+
+def test_two_rows_of_the_start_are_no_growth():
+    row = {"part": "start", "dtype": "float32", "size": 512, "batch": 1, "usual": True, "ours": 1.0}
+    assert report.growth_rows([row, {**row, "usual": False}]) == []

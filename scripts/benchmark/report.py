@@ -204,7 +204,7 @@ def growth_columns(peers: Sequence[str]) -> Columns:
 def growth_rows(rows: Sequence[Row]) -> list[Row]:
     """For each part and precision, one image at increasing sizes, then increasing batches at the native size."""
     grown = []
-    for part, dtype in dict.fromkeys((row["part"], row["dtype"]) for row in rows):
+    for part, dtype in dict.fromkeys((row["part"], row["dtype"]) for row in rows if row["part"] in TITLES):
         those = [row for row in rows if (row["part"], row["dtype"]) == (part, dtype)]
         native = next((row["size"] for row in those if row["usual"]), None)
         for series in ([row for row in those if row["batch"] == 1], [row for row in those if row["size"] == native]):

@@ -72,13 +72,18 @@ OURS = """
 sys.path.insert(0, args["root"])
 import sd
 from sd.conditioning import Conditioning
+from sd.runtime import kernel_choice
+kernels = args["cache"] and args["cache"] + "/kernels.json"
+if kernels:
+    kernel_choice.load(kernels)
 model = sd.StableDiffusion.load(args["ours"], device=device, dtype=dtype, cache=args["cache"])
 unet = model.unet
 step = lambda x, t, context: unet(x, t, Conditioning(context))
 """
 FILL = """
 if args["fill"]:
-    model.save_cache()
+    if model.save_cache():
+        kernel_choice.save(kernels)
 """
 DIFFUSERS = """
 from diffusers import StableDiffusionPipeline
