@@ -10,7 +10,7 @@
     vae      latents of one image to pixels
     text     two prompts
     picture  prompt to image, with --steps steps of DDIM and guidance
-    start    a new interpreter, imports, weights (ours from the cache, and once without), and the first step
+    start    a new interpreter, imports, weights (ours with and without the cache), and the first step
 
 Each implementation runs in its own process. After a warm-up, whose results are compared, ours and one peer alternate.
 Ratios are ours / theirs, of the medians. Peers: diffusers; diffusers with torch.compile ("compiled", without the start
@@ -22,8 +22,8 @@ At full size this needs 18 GB of memory and 12 GB of disk in the folder for temp
 
     python scripts/bench.py --device cuda --check
 
-shows in at most 7 minutes what works on a GPU and how fast: all checks that need one, then the times of 50 steps, ours
-and diffusers'. It writes gpu.json, or --json; the exit status is 1 if a check fails. With --tiny it tries the program
+checks in at most 7 minutes what works on a GPU, and measures how fast it is: 50 steps, ours and those of diffusers. It
+writes the results to gpu.json, or to --json; the exit status is 1 if a check fails. With --tiny it tries the program
 itself, also on a CPU.
 """
 
@@ -101,12 +101,12 @@ def parser() -> cli.Parser:
     parser.add_argument(
         "--kernels",
         action="store_true",
-        help="print which kernels are used on this CPU, and their times; nothing else",
+        help="only print which kernels are used on this CPU, and the time of each",
     )
     parser.add_argument(
-        "--check", action="store_true", help="what works on a GPU, and how fast, in minutes; takes --tiny too"
+        "--check", action="store_true", help="check what works on a GPU, and how fast it is; --tiny tries the program"
     )
-    parser.add_argument("--minutes", type=float, metavar="N", help=f"time that --check may take (default: {MINUTES:g})")
+    parser.add_argument("--minutes", type=float, metavar="N", help=f"time limit of --check (default: {MINUTES:g})")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     return parser
 
@@ -124,7 +124,7 @@ def bench(args: argparse.Namespace) -> int | None:
     record = report.read(args.show, CHECK_FORMAT) if args.show else measured(args)
     if record["format"] == CHECK_FORMAT:
         if earlier:
-            raise ValueError(f"{args.show} is a file of --check, which --compare does not compare")
+            raise ValueError(f"--compare cannot be used with {args.show}, a file of --check")
         print(results.text(record, args.markdown))
     else:
         print(report.text(record, args.markdown, earlier))
@@ -164,7 +164,7 @@ def check_gpu(args: argparse.Namespace) -> int:
 
 
 def free_name(name: str) -> Path:
-    """The name of a new file in the current folder: with a number if there is one."""
+    """The name of a new file in the current folder; with a number if the name is taken."""
     path, number = Path(name), 1
     while path.exists():
         number += 1
@@ -192,10 +192,10 @@ def measured(args: argparse.Namespace) -> report.Row:
 
 
 def kernel_table(args: argparse.Namespace) -> str:
-    """The kernels for a model in its precisions, as text."""
+    """The kernels for a model in the given precisions, as text."""
     device = find_device(args.device or "cpu")
     if device.type != "cpu":
-        raise ValueError(f"--kernels is about CPUs: no kernels are measured on {device.type}")
+        raise ValueError(f"--kernels is for CPUs: no kernels are measured on {device.type}")
     if args.threads:
         torch.set_num_threads(args.threads)
     config = find_config(args)

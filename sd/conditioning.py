@@ -70,4 +70,4 @@ class Composition(NamedTuple):
 
 
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x (B, C, h, w), t (B,), conditioning) -> (B, C, h, w)
-Wrapper = Callable[[Network], Network]
+Wrapper = Callable[[Network], Network]  # such as `DeepCache`: a network that calls another one

@@ -145,7 +145,7 @@ def rescaled(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
 
 
 def one_by_one(networks: Sequence[Network]) -> Network:
-    """A network for B images that calls another for each image alone, with all of its parts [uncond, cond, ...].
+    """A network for B images that calls the i-th network for image i alone, with all its parts [uncond, cond, ...].
 
     Kernels choose how they split their sums by the size of the batch, so in a batch an image is rounded differently
     than alone. With this wrapper it is bit-identical, and batches save no time.

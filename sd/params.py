@@ -64,11 +64,13 @@ class SamplingParams:
         0.0, "how far to rescale the guided prediction to its contrast without guidance, 0 to 1", Range(number, 0, 1)
     )
     guidance_until: float = setting(
-        1.0, "share of the steps, the noisiest, that have guidance; the others take half the time", Range(number, 0, 1)
+        1.0,
+        "fraction of the steps that use guidance, starting with the noisiest; the others take half the time",
+        Range(number, 0, 1),
     )
     cache_interval: int = setting(
         1,
-        "run the whole U-Net in every k-th evaluation only (DeepCache): faster, another image; 1 is all",
+        "DeepCache: run the whole U-Net only in every k-th evaluation; faster, but the image changes; 1 caches nothing",
         Range(whole, 1),
     )
     seed: int = setting(0, "0 to 2^64 - 1; image k of a request has seed + k (exceptions: noise.py)", SEED)
@@ -155,7 +157,7 @@ class ResolvedParams(SamplingParams):
 
     @property
     def is_guided(self) -> bool:
-        """Whether there is guidance in any step, apart from that of a `Composition`."""
+        """Whether any step uses guidance, apart from that of a `Composition`."""
         return self.guidance != 1 and self.guidance_until > 0
 
 

@@ -88,7 +88,7 @@ class StableDiffusion(Adaptable, Cached, Hints):
         self.is_inpainting = config.is_inpainting
         self._networks: Mapping[str, nn.Module] = {"text_encoder": text_encoder, "vae": vae, "unet": unet}
         self._adapters = Adapters(config, self.tokenizer, self._networks, self._keep)
-        weight = next(getattr(unet, "norm_out", unet).parameters())  # those of a norm are never packed
+        weight = next(getattr(unet, "norm_out", unet).parameters())  # a norm is never packed
         self.device, self.dtype = weight.device, weight.dtype
         # called in place of the U-Net: recorded or compiled
         self._fast_unet: Network | None = Recorded(unet) if self.device.type == "cuda" else None
@@ -200,7 +200,7 @@ class StableDiffusion(Adaptable, Cached, Hints):
         """The output (B, C, h, w) of the U-Net, recorded or compiled if it is, for x (B, C, h, w) and t (B,).
 
         It runs in the precision of its weights, which may have been cast: `model.unet.half()`.
-        With `wrap`, it is the output of what this makes of the U-Net, such as a `DeepCache`.
+        `wrap` makes another network of the U-Net, whose output is returned instead: see `DeepCache`.
         """
         with self._use("unet") as unet:
             norm = getattr(unet, "norm_out", None)  # a layer whose weight is never packed

@@ -126,9 +126,9 @@ class Run(Iterator[Step]):
         if params.guidance_until < 1 and params.guidance == 1:
             note("guidance_until has no effect at guidance 1")
         elif params.guidance_until < 1 and isinstance(self.guides[0].cond, Composition):
-            note("guidance_until saves no time: with AND, steps without guidance need the negative prompt, too")
+            note("guidance_until saves no time with AND: steps without guidance need the negative prompt, too")
         if params.is_guided and len(self) and not self._guided():
-            note(f"guidance_until {params.guidance_until:g} of {len(self)} steps is less than one: none has guidance")
+            note(f"guidance_until {params.guidance_until:g} of {len(self)} steps is less than one step: none is guided")
         if params.noise_seed_delta and not sampler.draws(params.options):
             note(f"noise_seed_delta has no effect: {sampler.label} draws no noise in its steps")
         if params.rng == "comfy" and self.source.images > 1:
@@ -164,7 +164,7 @@ class Run(Iterator[Step]):
         if params.tileable and any(side * config.vae.factor % even for side in shape[1:]):
             self.notes.append(f"tileable: the image repeats most evenly if its sides are multiples of {even}")
         guided = self._guided()
-        # of each step: its guide, and the scale of its guidance
+        # of each step: its guide and its guidance scale
         steps = [(guide, params.guidance if i < guided else 1.0) for i, guide in enumerate(self.guides)]
         made = {
             key: model.denoiser(
@@ -176,7 +176,7 @@ class Run(Iterator[Step]):
         return by_step([made[id(guide), scale] for guide, scale in steps], self.levels) if others else first
 
     def _guided(self) -> int:
-        """How many steps have guidance: a share of those that are taken, rounded down."""
+        """How many steps use guidance: a fraction of those that are taken, rounded down."""
         return int(len(self) * self.params.guidance_until + 1e-9) if self.params.is_guided else 0  # as in `levels`
 
     def _network(self) -> Network:

@@ -81,11 +81,11 @@ def test_the_time_of_a_part_and_of_everything(tmp_path):
     found, lines = ran(tmp_path, [doing("hangs", "ok", limit=0.2), doing("ok")])
     assert sum("a process starts" in line for line in lines) == 2  # none for what the time is not enough for
     assert [entry["status"] for entry in found["checks"]] == ["not run", "not run", "passed"]
-    assert {entry["message"] for entry in found["checks"][:2]} == {"the time of its part is used up"}
+    assert {entry["message"] for entry in found["checks"][:2]} == {"the time limit of its part was reached"}
     hanging = Part("slow", Doing, (), [Item("long", "hangs", limit=60)])
     found, _ = ran(tmp_path, [hanging, doing("ok", "ok")], seconds=1)
     assert {(entry["status"], entry["message"]) for entry in found["checks"]} == {
-        ("not run", "the time of everything is used up")
+        ("not run", "the time limit was reached")
     }
 
 

@@ -672,8 +672,8 @@ def test_programs_use_the_users_cache(ours, tmp_path, capsys, monkeypatch):
     said, first = program(ours, tmp_path / "out", capsys)
     (path,) = place.iterdir()
     assert said == (
-        f"for a faster start the next time, 0.1 GB were written to {path}: remove it at any time, or leave it out "
-        "with --no-cache\n"
+        f"for a faster start the next time, 0.1 GB were written to {path}: remove it at any time; "
+        "--no-cache turns this off\n"
     )
     if os.name == "posix":
         assert place.stat().st_mode & 0o777 == 0o700

@@ -1,7 +1,7 @@
-"""The kernels that this machine uses for each kind of call in a model, with their times (`--kernels`).
+"""The kernel that this machine uses for each kind of call in a model, with the times of all (`--kernels`).
 
-The networks run on the meta device, where only shapes are computed, to find the kinds that occur in one image. Each is
-then measured as it would be at its first call.
+The networks run on the meta device, where only shapes are computed, to find the kinds that occur when an image is
+generated. Each is then measured as it would be at its first call.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ PARTS = ("unet", "vae", "text")
 
 
 def measure_kernels(config: Config, dtype: torch.dtype) -> dict[str, kernel_choice.Measurement]:
-    """Measure the kinds of calls that generating an image of the native size takes on a CPU: `kernel_choice.table`.
+    """Measure the kinds of calls that occur for an image of the native size; returns `kernel_choice.table`.
 
-    Empty where PyTorch's kernels are the only ones.
+    It is empty where there are only PyTorch's kernels.
     """
     if dtype not in packing.onednn_dtypes():
         return {}
@@ -45,7 +45,7 @@ def measure_kernels(config: Config, dtype: torch.dtype) -> dict[str, kernel_choi
 
 
 def calls(config: Config) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
-    """The layers of the networks, with the shapes of their input x and context, in the order of their calls."""
+    """The layers of the networks in the order of their calls, each with its inputs x and context (on meta)."""
     found: list[tuple[Any, Tensor, Tensor | None]] = []
 
     def see(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -68,11 +68,11 @@ def calls(config: Config) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
 
 
 def text(table: dict[str, kernel_choice.Measurement]) -> str:
-    """The table as text: a line for each kind, with the milliseconds of each kernel, the one in use marked."""
+    """The table as text: a line for each kind, with the milliseconds of each kernel; * marks the one in use."""
     lines = [kernel_choice.machine(), ""]
     width = max((len(kind) for kind in table), default=0)
     for kind, (chosen, milliseconds, left_out) in sorted(table.items()):
         times = [f"{'*' if name == chosen else ' '}{name} {ms:.3f}" for name, ms in milliseconds.items()]
         wrong = [f" {name}: {why}" for name, why in left_out.items()]
         lines.append(f"{kind:<{width}}  {'  '.join([*times, *wrong])}")
-    return "\n".join(lines if table else [*lines, "PyTorch's kernels are the only ones here"])
+    return "\n".join(lines if table else [*lines, "there are only PyTorch's kernels here"])

@@ -117,7 +117,7 @@ def write(path: Path, record: Row) -> None:
 
 
 def read(path: Path, *others: str) -> Row:
-    """Read a file of `write`, in the format of this module or one of the others. ValueError for any other file."""
+    """Read a file of `write`, in this module's format or one of `others`. Raises ValueError for any other file."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):  # not JSON, not text

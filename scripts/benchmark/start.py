@@ -1,8 +1,8 @@
 """Start-up time: a new interpreter, imports, weights from a float16 file, one step of the U-Net.
 
 Each implementation reads its usual files: ours in our layout, diffusers a folder, OpenVINO converted networks. All
-three networks are loaded. Memory is that of the whole process. Where weights can be kept in a cache, ours takes them
-from there, as the programs do from their second start on; the warm-up writes them. A second row is without it.
+three networks are loaded. Memory is that of the whole process. Where the cache of weights has an effect, ours loads
+them from it, as the programs do from their second start on; the warm-up writes it. A second row is without the cache.
 """
 
 from __future__ import annotations
@@ -157,13 +157,13 @@ def measure_start(
 
 
 def measure_uncached(setup: Setup, runs: int, bar: tqdm) -> dict[str, Comparison]:
-    """Ours alone without the cache, from the files that `measure_start` has written."""
+    """Measure only ours, without the cache, from the files that `measure_start` has written."""
     calls = {"ours": partial(child, "ours", STEPS["ours"], arguments(setup, cached=False))}
     return {"": alternate(calls, runs, UNCACHED, bar)}
 
 
 def is_cached(setup: Setup) -> bool:
-    """Whether our weights can be kept in a cache on this device, in this precision."""
+    """Whether the cache of weights has an effect on this device in this precision."""
     large = weight_bytes("start", setup.config, setup.torch_dtype) >= weights_cache.SMALLEST
     return large and not weights_cache.unusable(setup.device, setup.torch_dtype, low_memory=False)
 
@@ -192,7 +192,7 @@ def arguments(setup: Setup, cached: bool) -> dict[str, Any]:
 def child(who: str, steps: str, options: dict[str, Any], keep: bool) -> Run:
     """Run a new interpreter and time it until it prints that it is ready; the result is not kept.
 
-    keep   whether it is the warm-up, which fills the cache before it is ready
+    keep   whether it is the warm-up, which also writes the cache
     """
     command = [sys.executable, "-c", CHILD.replace("{steps}", steps), json.dumps({**options, "fill": keep})]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}

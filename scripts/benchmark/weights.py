@@ -53,7 +53,7 @@ class Setup:
 class RandomWeights(Mapping[str, Tensor]):
     """Random weights for the state dict `meta`, each a function of its name and shape, generated on access.
 
-    device   where they are generated: a billion numbers take 6 s on a CPU core. Each kind of device has its own
+    device   where they are generated: a billion numbers take 6 s on a CPU core. The values depend on its type
     """
 
     def __init__(self, meta: Mapping[str, Tensor], device: torch.device = CPU) -> None:

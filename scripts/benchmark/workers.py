@@ -37,7 +37,7 @@ class Worker:
 
     name    its name in messages
     log     file for its output
-    limit   seconds that `make` may take; None for any number
+    limit   seconds that `make` may take; None for no limit
     Raises Failed if `make` or a method raises or takes too long, or the process dies.
     """
 
@@ -60,7 +60,7 @@ class Worker:
     def ask(self, method: str, *arguments: Any, limit: float | None = None) -> Any:
         """Call a method and return its result; both arguments and result must be picklable.
 
-        limit   seconds that it may take; None for any number. After that the process is killed, as it may be hanging
+        limit   seconds that the call may take, after which the process is killed; None for no limit
         """
         try:
             self._pipe.send((method, arguments))
@@ -70,7 +70,7 @@ class Worker:
 
     def _answer(self, limit: float | None) -> Any:
         try:
-            answered = self._pipe.poll(limit)  # None: for ever
+            answered = self._pipe.poll(limit)  # None: no limit
             result, failure = self._pipe.recv() if answered else (None, None)
         except (EOFError, OSError):
             raise self._died() from None

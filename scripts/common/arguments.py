@@ -152,8 +152,8 @@ def add_model_arguments(parser: Parser) -> None:
     )
     group.add_argument(
         "--no-cache", action="store_true",
-        help="on x86 CPUs, weights that are ready to be used are kept in the user's cache folder for a faster start "
-        "the next time: neither read nor write them",
+        help="do not use the user's cache folder, which keeps converted and packed weights (on x86 CPUs) and the "
+        "choice of kernels for a faster start",
     )  # fmt: skip
 
 
@@ -180,14 +180,14 @@ def add_sampling_arguments(parser: Parser, size: str = "the model's own") -> Non
         "zero terminal SNR (default: %(default)g)",
     )  # fmt: skip
     group.add_argument(
-        "--guidance-until", type=float, default=SamplingParams.guidance_until, metavar="SHARE",
-        help="the share of the steps, from the noisiest on, that have guidance; the others take half the time, so 0.6 "
-        "saves a fifth (default: %(default)g, all)",
+        "--guidance-until", type=float, default=SamplingParams.guidance_until, metavar="FRACTION",
+        help="fraction of the steps that use guidance, starting with the noisiest; the others take half the time, so "
+        "0.6 saves a fifth (default: %(default)g, all)",
     )  # fmt: skip
     group.add_argument(
         "--cache-interval", type=int, default=SamplingParams.cache_interval, metavar="K",
-        help="run the whole U-Net only in every Kth step, and its last block in those between (DeepCache): faster, but "
-        "the image changes (default: %(default)d, all)",
+        help="DeepCache: run the whole U-Net only in every Kth evaluation, and in between only its last block; "
+        "faster, but the image changes (default: %(default)d, which caches nothing)",
     )  # fmt: skip
     group.add_argument("--spacing", choices=SPACINGS, help="timestep spacing (default: the sampler's own)")
     for name, option in OPTIONS.items():

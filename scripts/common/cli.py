@@ -170,7 +170,7 @@ def run(
 ) -> int:
     """Parse, work, and report errors that are not the fault of the program in one line. Returns the exit status.
 
-    `work` may return one; None is 0.
+    `work` may return an exit status; None means 0.
     """
     with standard_streams():
         try:

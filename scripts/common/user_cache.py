@@ -1,7 +1,7 @@
-"""The user's cache folder: where programs keep what takes time to find out.
+"""The user's cache folder, where the programs keep what takes time to compute.
 
-These are weights that are ready to be used (sd/checkpoints/weights_cache.py), and which kernels are the fastest on this
-machine (sd/runtime/kernel_choice.py), so that they round alike every day.
+It holds converted and packed weights (sd/checkpoints/weights_cache.py), and the choice of the fastest kernels on this
+machine (sd/runtime/kernel_choice.py), so that rounding does not change from run to run.
 
 Linux     $XDG_CACHE_HOME/sd-from-scratch, by default ~/.cache/sd-from-scratch
 macOS     ~/Library/Caches/sd-from-scratch
@@ -39,14 +39,14 @@ def user_cache(environment: Mapping[str, str] = os.environ, platform: str = sys.
 
 
 def cache_folder(args: argparse.Namespace) -> Path | None:
-    """The folder to load a model with; None with --no-cache, or where it would have no effect."""
+    """The folder for the cache of weights; None with --no-cache, or where it would have no effect."""
     if args.no_cache or args.low_memory or args.ckpt is None or find_device(args.device).type != "cpu":
         return None
     return user_cache()
 
 
 def kernel_file(args: argparse.Namespace) -> Path | None:
-    """The file of this machine's kernels in the folder; None with --no-cache."""
+    """The file in the folder with the choice of kernels on this machine; None with --no-cache."""
     folder = None if args.no_cache else user_cache()
     if folder is None:
         return None
@@ -54,13 +54,13 @@ def kernel_file(args: argparse.Namespace) -> Path | None:
 
 
 def recall_kernels(args: argparse.Namespace) -> None:
-    """Use the kernels that were the fastest in earlier runs."""
+    """Use the kernels that were chosen in earlier runs."""
     if (file := kernel_file(args)) is not None:
         kernel_choice.load(file)
 
 
 def keep_kernels(args: argparse.Namespace) -> None:
-    """Write which kernels are the fastest, for `recall_kernels`, if new ones were measured. Never an error."""
+    """Write the choice of kernels for `recall_kernels`. Never an error."""
     file = kernel_file(args)
     if file is not None and kernel_choice.table() and kernel_choice.preferred() is None:
         with suppress(OSError):
@@ -69,12 +69,12 @@ def keep_kernels(args: argparse.Namespace) -> None:
 
 
 def keep_weights(model: sd.StableDiffusion) -> None:
-    """Write the weights of a model to its cache folder unless they are there, and say so on standard error."""
+    """Write the weights of a model to its cache folder unless they are there; prints the file to standard error."""
     size = model.save_cache(note=lambda text: warnings.warn(text, stacklevel=1))
     if size:
         print(
             f"for a faster start the next time, {size / 1e9:.1f} GB were written to {model.cache_file}: remove it at "
-            "any time, or leave it out with --no-cache",
+            "any time; --no-cache turns this off",
             file=sys.stderr,
             flush=True,
         )

@@ -156,7 +156,7 @@ def load_weights(
 
 
 def as_used(tensor: Tensor, dtype: torch.dtype, own: bool = False) -> Tensor:
-    """A weight on the CPU in the precision and layout in which `load_weights` places it there."""
+    """A weight on the CPU in the precision and layout that `load_weights` gives it there."""
     layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
     return _in_pages(tensor, dtype, layout, own)
 
@@ -188,7 +188,7 @@ class LoadOptions:
     vae: str | os.PathLike[str] | None = None  # another file or folder to take the VAE from, alone or whole
     text_encoder: str | os.PathLike[str] | None = None  # the same for the text encoder
     variant: str | None = None  # of a diffusers folder: "fp16", ..., which files to read
-    cache: str | os.PathLike[str] | None = None  # a folder of weights that are ready to be used: weights_cache.py
+    cache: str | os.PathLike[str] | None = None  # folder for converted and packed weights: weights_cache.py
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, Config | None):
@@ -215,8 +215,8 @@ class LoadOptions:
 class ModelFiles:
     """The open files of one model: its config, and the weights of each network. Close it, or use it in a `with`.
 
-    states   network -> its weights, each read when it is asked for
-    files    the model's own one first, then those of parts
+    states   network -> its weights, each read when it is accessed
+    files    the model's own file first, then those of the parts in `LoadOptions.others`
     """
 
     def __init__(self, path: str | os.PathLike[str], options: LoadOptions) -> None:

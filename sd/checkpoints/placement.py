@@ -27,7 +27,7 @@ class Placed(NamedTuple):
     networks: dict[str, nn.Module]
     used: Mapping[str, nn.Module]  # the networks, or an `Offload` through which they have to be used
     about: tuple[str, ...]  # what was detected and chosen, one line each
-    cache: WeightsCache | None = None  # the place of the weights in the cache folder of the options
+    cache: WeightsCache | None = None  # the file of these weights in the cache folder, if there is one
 
 
 def place(
@@ -84,7 +84,7 @@ def place(
 def _cache(
     files: ModelFiles, device: torch.device, dtype: torch.dtype, low_memory: bool, numbers: int
 ) -> tuple[WeightsCache | None, list[str]]:
-    """The place of the weights in the cache folder, where there is one and it has an effect; a line where not."""
+    """The weights' file in the cache folder; or None, with a line that says why if the folder has no effect."""
     if files.options.cache is None or numbers * dtype.itemsize < weights_cache.SMALLEST:
         return None, []
     if reason := weights_cache.unusable(device, dtype, low_memory):

@@ -1,26 +1,25 @@
-"""A cache of weights as they are used, so that a model starts without converting and packing them again.
+"""A cache of converted and packed weights, so that a model starts faster.
 
-On x86 CPUs most of a start is spent on converting the weights to the precision that is computed in, on measuring which
-kernels are faster, and on packing each weight for them at its first use (runtime/packing.py). What comes out depends
-on the model's files, the options of `load`, the processor and the version of torch. It can be kept in a file of a
-folder (weights_file.py), and the next start maps this file into memory.
+On x86 CPUs most of a start is spent on converting the weights to the precision of the networks, on measuring which
+kernels are faster, and on packing each weight for them at its first use (runtime/packing.py). The result depends on the
+model's files, the options of `load`, the processor, the number of threads and the version of torch. It is kept in a
+file of a cache folder (weights_file.py), and the next start maps this file into memory.
 
     model = StableDiffusion.load("v1-5.safetensors", cache="~/.cache/sd-from-scratch")
     model.txt2img("a horse")    # packs the weights
     model.save_cache()          # writes them, unless the folder has them
 
-The cache is never needed: where a file is missing, damaged or made for something else, the model is loaded as ever,
-and the file is replaced. Images are equal to the bit with and without it, and it pins the choice of kernels. A file is
-never changed, and can be removed at any time, also while a model uses it (except on Windows).
+The cache is optional: where a file is missing, damaged or made for something else, the model is loaded as usual, and
+`save_cache` replaces the file. Images are bit-identical with and without it, and it fixes the choice of packed layers.
+A file is never changed. It can be removed at any time, also while a model uses it (except on Windows).
 
-**Which file belongs to a model** is decided by a key of everything that the weights depend on (`facts`). The numbers of
-a model cannot all be looked at, which would take seconds. Instead, the key has for each of its files the size, the time
-of its last change and, on systems that have it, that of its inode, which no program can set back; and for each tensor
-its name, type, place and 64 bytes from its middle. No usual way of making another file keeps all of these.
+**The name of a model's file** contains a hash of everything that the weights depend on (`facts`). Hashing all numbers
+of a model would take seconds. Instead, the hash covers the size of each of its files, the time of the last change and,
+on POSIX systems, the time of the last change of the inode, which programs cannot set; and the name, type and position
+of each tensor, and 64 bytes from its middle. No usual way of making another file keeps all of these.
 
-**What is written** are the numbers of the model's files, read once more, not those that the model has by then: LoRAs
-that were merged and weights that were changed are not in it. From the model come only the layers' classes and the sizes
-that they were packed for.
+**What is written** are the weights of the model's files, read once more, not those in memory: merged LoRAs and changed
+weights are not in it. Only the layers' classes, and the sizes that they were packed for, are taken from the model.
 """
 
 from __future__ import annotations
@@ -53,10 +52,10 @@ from .loading import PATHS, LoadOptions, ModelFiles, Report, as_used
 from .weights_file import BadFile, WeightsFile, write
 
 SUFFIX = ".weights"
-SMALLEST = 200_000_000  # bytes of weights: a smaller model, such as the embedded one, starts as fast without
+SMALLEST = 200_000_000  # bytes of weights: a smaller model, such as the embedded one, starts as fast without a cache
 LIMIT = 20_000_000_000  # bytes of all files in the folder
 FREE = 0.1  # share of the disk that has to stay free
-INODE_TIMES = os.name == "posix"  # whether st_ctime is that of the last change; elsewhere that of the file's creation
+INODE_TIMES = os.name == "posix"  # whether st_ctime is the time of the last change; elsewhere it is the creation time
 SAMPLE = 64  # bytes of each tensor in the key
 ABANDONED = 24 * 3600  # seconds after which an unfinished file of a program that was stopped is removed
 
@@ -69,12 +68,12 @@ def machine() -> dict[str, Any]:
     return {
         "machine": kernel_choice.machine(),
         "threads": torch.get_num_threads(),
-        "kernels": kernel_choice.preferred(),  # those of `prefer` are kept apart
+        "kernels": kernel_choice.preferred(),  # so that `prefer` has files of its own
     }
 
 
 def fingerprint(files: ModelFiles) -> str:
-    """What the files' weights are known by: see the top of this file."""
+    """The hash of the weights of these files: see the top of this file."""
     digest = hashlib.sha256(files.config.to_json().encode())
     for checkpoint in files.files:
         for opened in checkpoint.files:
@@ -105,14 +104,14 @@ def unusable(device: torch.device, dtype: torch.dtype, low_memory: bool) -> str:
 
 @dataclass(frozen=True)
 class WeightsCache:
-    """The place of one model's weights in a cache folder.
+    """The file of one model's weights in a cache folder.
 
-    path     of the model, from whose files the weights are read again when they are written
-    options  of loading it
+    path     of the model, whose files are read again when the cache is written
+    options  with which it was loaded
     dtype    the precision of the networks
     facts    everything that the weights depend on
-    classes  network -> what `optimize` chose for its layers
-    used     whether the weights were taken from there
+    classes  network -> layer -> the class that `optimize` chose for it
+    used     whether the model's weights were loaded from the cache, or have been written to it
     """
 
     path: Path
@@ -124,7 +123,7 @@ class WeightsCache:
 
     @classmethod
     def of(cls, files: ModelFiles, dtype: torch.dtype) -> WeightsCache:
-        """That of an opened model in this precision."""
+        """The cache of an opened model in this precision."""
         facts = {**machine(), "dtype": dtype_name(dtype), "weights": fingerprint(files)}
         given = {name: getattr(files.options, name) for name in PATHS}
         absolute = {name: os.path.abspath(path) for name, path in given.items() if path is not None}
@@ -138,15 +137,15 @@ class WeightsCache:
 
     @property
     def file(self) -> Path:
-        """The file, whose name begins with the model's, for those who look into the folder."""
+        """The path of the file. Its name begins with the model's, so that people can recognise it."""
         key = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
         name = re.sub(r"[^A-Za-z0-9_-]+", "-", self.path.stem)[:40]
         return self.folder / f"{name}-{self.facts['dtype']}-{key[:24]}{SUFFIX}"
 
     def fill(self, networks: Mapping[str, nn.Module], report: Report) -> bool:
-        """Fill networks on the meta device with the weights in the cache; False, and all as before, if it has none.
+        """Fill networks on the meta device with the weights in the cache.
 
-        `report` is called as `load_weights` does.
+        Returns False, and leaves the networks as they were, if it has none. `report` is called as in `load_weights`.
         """
         try:
             with WeightsFile(self.file) as found:
@@ -154,7 +153,7 @@ class WeightsCache:
                     return False
                 taken = {name: found.tensor(name) for name in found.entries}
                 if not all(choose(network, found.classes[name]) for name, network in networks.items()):
-                    raise BadFile("its layers are others")
+                    raise BadFile("it was made for other layers")
                 _check_layers(taken, networks)
         except (OSError, BadFile, LookupError, TypeError, AttributeError):
             for network in networks.values():
@@ -163,15 +162,15 @@ class WeightsCache:
         for name, network in networks.items():
             _give(network.eval(), name, taken, report)
         with suppress(OSError):
-            os.utime(self.file)  # files that are used stay longest
+            os.utime(self.file)  # the least recently used file is removed first
         return True
 
     def loaded(self, networks: Mapping[str, nn.Module], used: bool) -> WeightsCache:
-        """With what was chosen for the networks, which were just loaded."""
+        """A copy with the layers chosen for these networks; `used`: whether they were loaded from the cache."""
         return replace(self, classes={name: chosen(network) for name, network in networks.items()}, used=used)
 
     def write(self, networks: Mapping[str, nn.Module], limit: int) -> int:
-        """Write the weights of the model's files, packed as those of the networks are; returns the file's size.
+        """Write the weights of the model's files, packed like those of the networks; returns the size in bytes.
 
         Raises CheckpointError if the model's files have changed; OSError for a folder that cannot be written to, or a
         disk that is too full.
@@ -189,7 +188,7 @@ class WeightsCache:
     def _weights(
         self, files: ModelFiles, networks: Mapping[str, nn.Module]
     ) -> Iterator[tuple[str, Tensor | PackedWeight]]:
-        """All weights, one by one: from the files, in the layout of the networks."""
+        """Name and weight, one by one: from the model's files, in the layout of the networks."""
         with torch.no_grad():
             for name, state in files.states.items():
                 modules = dict(networks[name].named_modules())
@@ -208,7 +207,7 @@ class WeightsCache:
 
 
 def _fits(found: WeightsFile, networks: Mapping[str, nn.Module], dtype: torch.dtype) -> bool:
-    """Whether a file has exactly the weights of these networks, in this precision."""
+    """Whether the file has exactly the weights of these networks, in this precision."""
     shapes = {
         f"{name}.{key}": tuple(weight.shape)
         for name, network in networks.items()
@@ -220,7 +219,7 @@ def _fits(found: WeightsFile, networks: Mapping[str, nn.Module], dtype: torch.dt
 
 
 def _check_layers(taken: Mapping[str, Tensor | PackedWeight], networks: Mapping[str, nn.Module]) -> None:
-    """BadFile if a weight is packed whose layer does not pack its weight."""
+    """Raise BadFile if a weight is packed but its layer is not a `PackedLayer`."""
     layers = {f"{name}.{path}": layer for name, network in networks.items() for path, layer in network.named_modules()}
     for key, weight in taken.items():
         if isinstance(weight, PackedWeight) and not isinstance(layers[key.removesuffix(".weight")], PackedLayer):
@@ -228,7 +227,7 @@ def _check_layers(taken: Mapping[str, Tensor | PackedWeight], networks: Mapping[
 
 
 def _give(network: nn.Module, name: str, taken: Mapping[str, Tensor | PackedWeight], report: Report) -> None:
-    """Give a network its weights. Its parameters are on the meta device, so none of them is packed."""
+    """Give a network on the meta device its weights."""
     for path, module in network.named_modules():
         parameters = module.__dict__["_parameters"]
         for leaf, meta in parameters.items():
@@ -246,9 +245,9 @@ def _give(network: nn.Module, name: str, taken: Mapping[str, Tensor | PackedWeig
 
 
 def make_room(file: Path, size: int, limit: int) -> None:
-    """Remove the files that were not used for the longest time until another one fits into the folder's limit.
+    """Remove the least recently used files until another one of `size` bytes fits into the folder's limit.
 
-    Raises OSError, and removes nothing, if the file alone is larger, or if the disk would become too full.
+    Raises OSError, and removes nothing, if the file alone exceeds the limit, or if the disk would become too full.
     """
     disk = shutil.disk_usage(file.parent)
     if disk.free - size < max(FREE * disk.total, 2 * size):
@@ -275,23 +274,23 @@ def make_room(file: Path, size: int, limit: int) -> None:
 class Cached:
     """A model whose weights can be kept in a cache folder: `StableDiffusion.load(..., cache=folder)`."""
 
-    _cache: WeightsCache | None = None  # None where it has no effect
+    _cache: WeightsCache | None = None  # None without a cache folder, or where it has no effect
     _networks: Mapping[str, nn.Module]
 
     @property
     def cache_file(self) -> Path | None:
-        """The file in the cache folder that this model's weights were taken from, or that `save_cache` writes."""
+        """The file in the cache folder that this model was loaded from, or that `save_cache` writes; or None."""
         return None if self._cache is None else self._cache.file
 
     def save_cache(self, *, limit: int = LIMIT, note: Note = warn) -> int:
         """Write the model's weights to its cache folder if they are not there; returns how many bytes were written.
 
-        limit   bytes that all files in the folder may have: those that were not used for the longest time are removed
+        limit   bytes that all files in the folder may have together: the least recently used ones are removed
 
-        Best called after the first image, when it is known what all weights have to be packed for. It takes seconds,
-        and reads the model's files once more: what was merged into the weights, or changed in them, is not written.
-        If it fails, the model is as before, nothing is left in the folder, and a `note` says why. Returns 0 where
-        there is nothing to do: without a cache folder, where it has no effect, and when the file is there.
+        Best called after the first image, when the sizes that the weights are packed for are known. It takes seconds,
+        and reads the model's files once more, so merged LoRAs and changed weights are not written. If it fails, the
+        model stays as it was, nothing is left in the folder, and a `note` says why. Returns 0 where there is nothing
+        to do: without a cache folder, where the cache has no effect, and if the file exists.
         """
         cache = self._cache
         if cache is None or cache.used:

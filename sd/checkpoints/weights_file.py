@@ -1,22 +1,22 @@
-"""A file of weights in the form in which they are used: in their precision, packed for oneDNN where a layer packs them.
+"""A file of weights ready for use: in the precision of the networks, and packed for oneDNN where layers pack them.
 
     8 bytes    MAGIC, with the version of this format
-    8 bytes    where the header starts, little-endian
+    8 bytes    the position of the header, little-endian
     32 bytes   SHA-256 of the header
-    ...        the tensors, each at a multiple of 64 bytes, large ones at the start of a page
+    ...        the tensors, each aligned to 64 bytes, large ones to a page
     to the end the header, JSON: {"facts", "classes", "tensors"}
 
-Large tensors are not read but mapped into memory (formats/mmap.py), so opening takes no time, and the system reads what
-is used. The mapping is private: no change of a weight reaches the file.
+Large tensors are not read but mapped into memory (formats/mmap.py), so opening takes no time, and the system reads only
+what is used. The mapping is private: changes of a weight never reach the file.
 
-What is checked: the header by its checksum, and before any memory is used, that all tensors lie before the header
-without overlapping. A truncated file has lost its header. The numbers have checksums too, which only `verify` looks
-at: reading and adding up 2 GB would take longer than the whole start. That is enough, since the file gets its name
-only when it is complete and on the disk, so what remains is a failing disk, from which no other weights file is
-protected either. Nothing is ever written into a file that has its name.
+When a file is opened, its header is verified by its checksum. All tensors must lie before the header, without
+overlapping. A truncated file has lost its header. The tensors have checksums too, which only `verify` reads, since
+checking 2 GB would take longer than the whole start. This is enough: a file gets its name only when it is complete and
+on the disk, and is never written to after that. Only a failing disk remains, and other weights files have no protection
+from that either.
 
-A layout of oneDNN is trusted once the checksum fits, so such a file is as dangerous as a program: files that belong to
-another user are not read.
+oneDNN trusts the layouts in the file, so a forged file is as dangerous as a program: files that belong to another user
+are not read.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from ..runtime.packing import PackedWeight
 from .formats.mmap import SMALL, FilePages
 
 MAGIC = b"sdlaid01"
-MAX_HEADER = 2**26  # bytes; of Stable Diffusion 1.x it has 1 MB
+MAX_HEADER = 2**26  # bytes; that of Stable Diffusion 1.x has 1 MB
 HEAD = 48  # bytes before the first tensor
 PAGE = 4096
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,10 +54,12 @@ class BadFile(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """Where the bytes of a tensor lie, and what they are.
+    """Where the bytes of a tensor are in the file, and how to interpret them.
 
-    shape, stride   of the tensor; of a packed one, its own shape, and no stride
-    layout          oneDNN's, of a packed one; else empty
+    shape, stride   of the tensor; a packed one has no stride, and its shape is that of the packed tensor
+    layout          oneDNN's description of a packed tensor; else empty
+    start, nbytes   position and length in the file, in bytes
+    crc             CRC-32 of these bytes
     """
 
     dtype: torch.dtype
@@ -75,17 +77,17 @@ class Place:
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Place:
-        """The same back. BadFile, or an error of Python's, for what cannot be right."""
+        """Parse `to_json`. Raises BadFile for impossible values; Python errors for wrong types or missing keys."""
         layout = base64.b64decode(entry["layout"], validate=True)
         shape, stride = tuple(entry["shape"]), tuple(entry["stride"])
         place = cls(TYPES[entry["dtype"]], shape, stride, layout, entry["start"], entry["nbytes"], entry["crc"])
         numbers = (*shape, *stride, place.start, place.nbytes, place.crc)
         if any(type(number) is not int or number < 0 for number in numbers) or place.nbytes == 0:
-            raise BadFile("a number in its header is impossible")
+            raise BadFile("a number in its header is out of range")
         if not layout:
             extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
             if min(shape, default=1) < 1 or extent * place.dtype.itemsize != place.nbytes:
-                raise BadFile("a tensor in its header is impossible")
+                raise BadFile("the shape of a tensor in its header does not fit its size")
             if math.prod(shape) != extent:
                 raise BadFile("a tensor in its header overlaps itself")
         return place
@@ -93,11 +95,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Entry:
-    """One weight: plain, or packed with the size of the inputs; `kept` is the plain one of some that are packed."""
+    """One weight, plain or packed.
+
+    packed_for      the size of the inputs that a packed weight is packed for (see `PackedWeight`); else None
+    shape, stride   of the plain weight, if it is packed
+    kept            the plain weight, where it cannot be computed from the packed one
+    """
 
     place: Place
     packed_for: tuple[int, int, int] | None = None
-    shape: tuple[int, ...] = ()  # of the plain weight of a packed one
+    shape: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
     kept: Place | None = None
 
@@ -108,7 +115,7 @@ class Entry:
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Entry:
-        """The same back."""
+        """Parse `to_json`; errors as in `Place.from_json`."""
         size, kept = entry["packed_for"], entry["kept"]
         place = Place.from_json(entry["place"])
         if (size is None) == bool(place.layout):
@@ -125,12 +132,12 @@ class Entry:
 
     @property
     def plain_shape(self) -> tuple[int, ...]:
-        """The shape of the weight, which may be packed."""
+        """The shape of the weight in its plain form."""
         return self.place.shape if self.packed_for is None else self.shape
 
     @property
     def places(self) -> list[Place]:
-        """All that it has in the file."""
+        """The tensors of this weight in the file."""
         return [self.place] if self.kept is None else [self.place, self.kept]
 
 
@@ -138,11 +145,11 @@ class Entry:
 
 
 class WeightsFile:
-    """An opened file. Close it when its weights have been taken: they stay valid.
+    """An opened file. Close it once its weights have been read: they stay valid.
 
-    facts    what it was made for
-    classes  network -> module -> name of the class that the layer had
-    entries  name of a weight -> what there is in the file
+    facts    what it was made for: see weights_cache.py
+    classes  network -> layer -> name of its class
+    entries  name of a weight -> its entry in the header
     """
 
     def __init__(self, path: Path) -> None:
@@ -162,17 +169,17 @@ class WeightsFile:
         self._pages = FilePages(self._stream)
 
     def _check_places(self, limit: int) -> None:
-        """Every tensor between the first bytes and the header, at its alignment, none over another."""
+        """Raise BadFile unless all tensors lie before `limit`, aligned and without overlapping."""
         end = HEAD
         for place in sorted((p for entry in self.entries.values() for p in entry.places), key=lambda p: p.start):
             if place.start < end or place.start % packed_memory.ALIGNMENT:
-                raise BadFile("tensors in it overlap, or are not aligned")
+                raise BadFile("its tensors overlap, or are not aligned")
             end = place.start + place.nbytes
         if end > limit:
-            raise BadFile("a tensor in it reaches into its header")
+            raise BadFile("one of its tensors overlaps its header")
 
     def _bytes(self, place: Place) -> Tensor:
-        """The bytes of a tensor (uint8): pages of the file if they are many, else memory of their own."""
+        """The bytes of a tensor (uint8): mapped pages of the file if it is large, else a copy."""
         lent = self._pages.lend(place.start, place.nbytes, torch.uint8)
         if lent is not None:
             return lent
@@ -183,7 +190,7 @@ class WeightsFile:
         return own
 
     def tensor(self, name: str) -> Tensor | PackedWeight:
-        """A weight, plain or packed, in memory of its own or in private pages of the file."""
+        """A weight, plain or packed, as a copy or in private pages of the file. Raises BadFile if it cannot be used."""
         entry = self.entries[name]
         if entry.packed_for is None:
             return self._plain(entry.place)
@@ -193,7 +200,7 @@ class WeightsFile:
         try:
             packed = packed_memory.on_memory(data, place.layout, place.shape, place.dtype)
         except (RuntimeError, ValueError) as error:
-            raise BadFile(f"a packed weight in it cannot be used: {error!s:.100}") from None
+            raise BadFile(f"one of its packed weights cannot be used: {error!s:.100}") from None
         kept = None if entry.kept is None else self._plain(entry.kept)
         return PackedWeight(packed, entry.packed_for, torch.Size(entry.shape), entry.stride, kept, data)
 
@@ -201,7 +208,7 @@ class WeightsFile:
         return self._bytes(place).view(place.dtype).as_strided(place.shape, place.stride)
 
     def damaged(self) -> list[str]:
-        """The names of weights whose numbers do not have the checksum that they were written with; reads all."""
+        """The names of weights whose bytes do not match their checksum; reads the whole file."""
         return [
             name
             for name, entry in self.entries.items()
@@ -209,7 +216,7 @@ class WeightsFile:
         ]
 
     def close(self) -> None:
-        """Close the file; pages that were lent stay."""
+        """Close the file; mapped weights stay valid."""
         self._stream.close()
 
     def __enter__(self) -> WeightsFile:
@@ -220,7 +227,7 @@ class WeightsFile:
 
 
 def _read_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
-    """The header, and where it starts; raises BadFile unless it is what was written."""
+    """The header and its position. Raises BadFile unless it is what was written."""
     status = os.fstat(stream.fileno())
     if hasattr(os, "getuid") and status.st_uid != os.getuid():
         raise BadFile("it belongs to another user")
@@ -229,16 +236,16 @@ def _read_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
     if len(head) < HEAD or head[:8] != MAGIC:
         raise BadFile("it is not a weights file of this version")
     if not HEAD <= start < status.st_size <= start + MAX_HEADER:
-        raise BadFile("its header has an impossible place")
+        raise BadFile("the position of its header is out of range")
     stream.seek(start)
     raw = stream.read()
     if hashlib.sha256(raw).digest() != head[16:]:
-        raise BadFile("its header does not have its checksum")
+        raise BadFile("its header does not match its checksum")
     return json.loads(raw), start
 
 
 def verify(path: Path) -> list[str]:
-    """The names of damaged weights in a file, which is read as a whole; BadFile if its header is damaged already."""
+    """The names of damaged weights; reads the whole file. Raises BadFile if the header is damaged."""
     with WeightsFile(path) as file:
         return file.damaged()
 
@@ -252,9 +259,9 @@ def write(
     classes: Mapping[str, Mapping[str, str]],
     tensors: Iterable[tuple[str, Tensor | PackedWeight]],
 ) -> int:
-    """Write a file, whole or not at all; returns its size in bytes. OSError if the disk is full, for example.
+    """Write a file, complete or not at all; returns its size in bytes. Raises OSError, for example if the disk is full.
 
-    The tensors are consumed one by one: no more than one needs to be in memory.
+    The tensors are consumed one by one, so only one of them needs to be in memory.
     """
     entries: dict[str, Entry] = {}
     with replaced_file(path) as partial, open(partial, "rb+") as stream:
@@ -272,7 +279,7 @@ def write(
 
 
 def _write_tensor(stream: BinaryIO, tensor: Tensor | PackedWeight) -> Entry:
-    """Write the bytes of a tensor to where the file ends; returns its entry in the header."""
+    """Append a tensor to the file; returns its entry in the header."""
     if isinstance(tensor, PackedWeight):
         packed = tensor.weight
         place = _write_bytes(stream, packed_memory.numbers(packed), packed, packed_memory.layout(packed))
@@ -282,7 +289,7 @@ def _write_tensor(stream: BinaryIO, tensor: Tensor | PackedWeight) -> Entry:
 
 
 def _write_plain(stream: BinaryIO, tensor: Tensor) -> Place:
-    """The numbers in the order of the memory, which has no holes."""
+    """Write the numbers in the order of their memory, which must be dense."""
     flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
     return _write_bytes(stream, flat, tensor, b"")
 

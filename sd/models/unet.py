@@ -199,7 +199,7 @@ class UNet(nn.Module):
         return x, F.silu(time), context  # every block would begin with this silu
 
     def contract(self, x: Tensor, time: Tensor, context: Tensor) -> list[Tensor]:
-        """The way down: the first features, and all that is kept after them."""
+        """The way down: the skip connections, from the first features to the input of the middle."""
         skips = [x]
         for stage in self.down:
             for i in range(len(stage.res)):
@@ -211,13 +211,13 @@ class UNet(nn.Module):
         return skips
 
     def bottom(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        """The middle, in U-Nets that have one."""
+        """The middle, if the U-Net has one: (B, C, H, W) -> (B, C, H, W)."""
         return x if self.mid is None else self.mid(x, time, context)
 
     def expand(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor, left: int = 0) -> Tensor:
-        """The way up: each block takes the last of `skips` out of the list, until so many are left.
+        """The way up: each block removes the last of `skips` and uses it, until `left` of them remain.
 
-        The block to begin with is the one that takes the last, so that the rest of the way can be a call of its own.
+        The number of skips decides which block comes first. So a second call can continue with those that remain.
         """
         blocks = [(stage, i) for stage in reversed(self.up) for i in range(len(stage.res))]  # one for each skip
         for stage, i in blocks[len(blocks) - len(skips) : len(blocks) - left]:
@@ -227,5 +227,5 @@ class UNet(nn.Module):
         return x
 
     def end(self, x: Tensor) -> Tensor:
-        """The last features -> the prediction."""
+        """The last features (B, C_0, H, W) -> the prediction (B, C, H, W)."""
         return self.conv_out(F.silu(self.norm_out(x), inplace=True))

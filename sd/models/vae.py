@@ -91,8 +91,8 @@ class Middle(nn.Module):
 class Stage(nn.Module):
     """Residual blocks at one resolution, then the step to the next one (`down` or `up`; None at the end).
 
-    Encoder and decoder call its `layers` one by one. A `forward` would keep the memory of its input until the end: 134
-    MB in the decoder of an image of 512x512 in half precision.
+    Encoder and decoder call its `layers` one by one. A `forward` would keep its input in memory until the end: 134 MB
+    when a 512x512 image is decoded in half precision.
     """
 
     def __init__(self, in_channels: int, channels: int, blocks: int) -> None:
@@ -103,7 +103,7 @@ class Stage(nn.Module):
         self.up: Upsample | None = None
 
     def layers(self) -> Iterator[nn.Module]:
-        """In their order: (B, C_in, H, W) -> (B, C, H, W), and at last the step to (B, C, H', W')."""
+        """In order: the blocks (B, C_in, H, W) -> (B, C, H, W), then the step to (B, C, H', W')."""
         yield from self.res
         yield from (step for step in (self.down, self.up) if step is not None)
 

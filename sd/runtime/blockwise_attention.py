@@ -1,14 +1,14 @@
-"""Attention on x86 CPUs by its formula, a block of queries at a time: on many processors faster than PyTorch's kernel.
+"""Attention on x86 CPUs, computed in blocks of queries: on many processors faster than PyTorch's kernel.
 
-On some, the fused kernel reaches a sixth of the peak with heads of width 40. Here a block of scores stays in the cache
-between two matrix products and the exponential. Which is faster, and with blocks of which size, is measured for each
-kind of call (kernel_choice.py). B batch, N tokens, M tokens of the context, d width of a head.
+On some processors, the fused kernel reaches a sixth of the peak with heads of width 40. Here a block of scores stays in
+the cache between the two matrix products and the exponential. Which kernel is faster, and which size of blocks, is
+measured for each kind of call (kernel_choice.py). B batch, N tokens, M tokens of the context, d width of a head.
 
     softmax(s) v = (exp(s) v) / (exp(s) 1)
 
-takes one pass over the scores instead of three: the sum is one more column of v, and a power of 2 is faster than one of
-e. Without subtracting the maximum, exp and the sums could overflow; |q| |k| bounds the scores, and where the bound is
-large (which is rare) the usual softmax is used.
+takes one pass over the scores instead of three: the sum is one more column of v, and powers of 2 are faster than powers
+of e. Without subtracting the maximum, exp and the sums could overflow; |q| |k| bounds the scores, and where the bound
+is large (which is rare) the usual softmax is used.
 
 In bfloat16, scores are rounded before the softmax: an error of 0.5 %, against 0.2 % in PyTorch's kernel, where they are
 about 1, and more where they are larger. A whole U-Net in bfloat16 is 1.4 % off either way.
@@ -43,7 +43,7 @@ class Blocks(NamedTuple):
     packed: bool  # whether oneDNN packs keys and values once for a head; if not, `bmm` takes some heads at a time
 
 
-# Where the keys are packed once, and not for each block, blocks can be smaller. In float32, `bmm` uses another library.
+# Blocks can be smaller where the keys are packed once instead of for each block. In float32, `bmm` would use MKL.
 KERNELS: dict[torch.dtype, dict[str, Blocks]] = {
     torch.bfloat16: {
         "blocks": Blocks(2**20, packed=False),
@@ -53,14 +53,14 @@ KERNELS: dict[torch.dtype, dict[str, Blocks]] = {
     },
     torch.float32: {"packed blocks": Blocks(2**20, packed=True)},
 }
-PACKED_FROM = 512  # keys from which packing them can pay
+PACKED_FROM = 512  # keys from which packing them is tried
 THREADS = 2, 4  # the thread count is clamped to this range: with fewer, calls cost more than the cache saves
-ROWS = 128  # queries at least, as each product reads all keys
+ROWS = 128  # at least, queries in a block, as each product reads all keys
 
 LARGEST_EXPONENT = 100.0  # numbers from 2^-100 to 2^100 are exact, as the smallest of float32 and bfloat16 is 2^-126
 LARGEST_SUM = 126.0  # and the largest 2^127: for the values, each times such a power, summed over all keys
-# Of the example of a kind: queries, so many that packing the keys pays as it would for all of them, and scores of all
-# heads. What takes longer to measure is not more telling.
+# Limits of the example of a kind: queries, enough that packing the keys pays off as for all queries, and scores of all
+# heads. Larger examples take longer and show nothing else.
 EXAMPLE_QUERIES, EXAMPLE_SCORES = 1024, 2**20
 
 
@@ -91,15 +91,15 @@ def names(M: int, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def kernel_for(heads: int, N: int, M: int, d: int, dtype: torch.dtype) -> str:
-    """The name of the kernel for this many heads in all, N queries and M keys of width d."""
+    """The name of the kernel for N queries and M keys of width d, with this many heads in the whole batch."""
     kind = kind_of(heads, N, M, d, dtype)
     return fastest(kind, names(M, dtype), partial(_example, kind))
 
 
 def kind_of(heads: int, N: int, M: int, d: int, dtype: torch.dtype) -> Kind:
-    """The kind of a call with this many heads in all; sizes are rounded up to powers of two, so that kinds are few.
+    """The kind of a call (see `kernel_for`): the sizes of its example.
 
-    It has the sizes of its example: of a large call, a part.
+    They are rounded up to powers of two, so that kinds are few, and limited, so that large calls have small examples.
     """
     heads, N, M = (2 ** (size - 1).bit_length() for size in (heads, N, M))
     N = min(N, max(EXAMPLE_QUERIES, EXAMPLE_SCORES // M))
@@ -129,7 +129,7 @@ def blockwise(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
     norms = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax() for x in (q, k)]
     bound = norms[0] * norms[1] * (d**-0.5 * math.log2(math.e))
     largest = torch.stack(torch.aminmax(v)).abs().amax().float().clamp(min=1)
-    # false if one is not a number
+    # False if there is a NaN
     small = bool((bound < LARGEST_EXPONENT) & (bound + torch.log2(M * largest) < LARGEST_SUM))
     q = q * (d**-0.5 * (math.log2(math.e) if small else 1.0))
     sums = v.new_zeros(B * heads, M, (d // LANES + 1) * LANES)  # v, a column of ones, zeros up to whole registers

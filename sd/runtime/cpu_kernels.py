@@ -5,7 +5,7 @@ On an x86 CPU, where a step of Stable Diffusion 1.x is 1,600 GFLOP, four choices
     convolutions   reorder their weights at every call     -> packed once, by oneDNN (`Conv2d`; 1x1 as linear layers)
     linear layers  the same; in float32 they go to MKL     -> packed once, and through oneDNN (`Linear`)
     attention      reaches a sixth of the processor's peak -> blocks of plain products (blockwise_attention.py)
-    GEGLU          writes 42 MB, and reads it again        -> rows in blocks that stay in the cache (`FeedForward`)
+    GEGLU          writes 42 MB and reads them again       -> rows in blocks that stay in the cache (`FeedForward`)
 
 `Upsample` saves arithmetic; `GroupNorm` is more accurate and saves time.
 
@@ -47,9 +47,9 @@ from .packing import (
     watched,
 )
 
-WIDE_FROM = 2**25  # bytes of the wide projection in `FeedForward`, from which few caches hold it
-WIDE_BLOCK = 2**22  # bytes of it at a time: they stay in the cache
-LEAST_ROWS = 256  # of the input at a time: fewer do not repay reading the weights
+WIDE_FROM = 2**25  # bytes of the wide projection in `FeedForward` from which blocks are used: few caches hold it
+WIDE_BLOCK = 2**22  # bytes of the projection in a block, which stay in the cache
+LEAST_ROWS = 256  # at least, in a block: each block reads all weights
 LARGE = 1024  # pixels from which PyTorch's GroupNorm takes another path, with sums that are too rough
 AT_ONCE = 64  # output channels whose kernels are added up together in `UpsampleConv2d`
 PART = 2**18  # how many numbers to add up at a time: 1 MB, which stays in the cache
@@ -175,10 +175,10 @@ class Attention(layers.Attention):
 
 
 class FeedForward(layers.FeedForward):
-    """`layers.FeedForward`, some rows at a time where the wide projection of all rows does not fit the cache.
+    """`layers.FeedForward`, in blocks of rows where the wide projection of all rows does not fit in the cache.
 
-    At the finest level of Stable Diffusion 1.x the projection has 42 MB in bfloat16. Written to memory and read again
-    twice, it takes up to four times as long as the arithmetic.
+    At the finest level of Stable Diffusion 1.x the projection has 42 MB in bfloat16. Writing it to memory and reading
+    it twice takes up to four times as long as the arithmetic.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def group_norm_kernel(C: int, pixels: int) -> str:
-    """The name of the kernel for group normalisation of C channels of so many pixels in bfloat16."""
+    """The name of the faster kernel for group normalisation in bfloat16 of C channels with this many pixels each."""
     kind = ("group norm", "bfloat16", *(2 ** (size - 1).bit_length() for size in (C, pixels)))
     return fastest(kind, (PLAIN, "in float32"), partial(_group_norm_example, kind))
 

@@ -44,7 +44,7 @@ WARM_UP = 2  # runs before a recording, in which libraries choose their kernels 
 
 Inputs = tuple[Tensor | None, ...]  # x, t, and the fields of a conditioning
 Replay = Callable[[], object]
-Part = Callable[[Any], nn.Module]  # a network -> a part of it, as a module
+Part = Callable[[Any], nn.Module]  # makes a module of a part of a network
 Record = Callable[[Callable[[], Tensor], torch.device], tuple[Replay, Tensor]]  # as `cuda_graph`
 
 
@@ -126,7 +126,7 @@ class Recorded:
         return self._network
 
     def part(self, part: Part) -> Recorded:
-        """A part of the network, recorded in the same way: what `part` makes of the network."""
+        """`part(network)`, recorded in the same way; the same object for the same `part`."""
         if part not in self._parts:
             self._parts[part] = Recorded(part(self._network), self._record)
         return self._parts[part]
@@ -169,7 +169,7 @@ class Recorded:
         return out
 
     def _drop(self, keep: int) -> None:
-        """Drop recordings but for the latest few, whose memory is freed: no replay, on any stream, may still use it."""
+        """Drop all but the latest `keep` recordings, once no replay on any stream uses their memory."""
         if len(self._recordings) > keep and self._done is not None:
             self._done.synchronize()
         while len(self._recordings) > keep:
@@ -214,7 +214,7 @@ class Compiled:
         return self._network
 
     def part(self, part: Part) -> Compiled:
-        """A part of the network, compiled in the same way: what `part` makes of the network."""
+        """`part(network)`, compiled in the same way; the same object for the same `part`."""
         if part not in self._parts:
             self._parts[part] = copy.copy(self)  # without the warning of `__init__`
             self._parts[part]._network = part(self._network)
@@ -227,7 +227,7 @@ class Compiled:
         if self._fast is None:
             self._fast = torch.compile(self._network, dynamic=False, mode=self._mode)
         try:
-            # compiled networks may replay CUDA graphs too, and the next replay overwrites the memory of this result
+            # compiled networks may replay CUDA graphs, too, and the next replay overwrites the memory of the result
             return self._fast(x, t, conditioning).clone()
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(getattr(error, "inner_exception", error)).partition("\n")[0]

@@ -1,17 +1,17 @@
 """Faster layers for GPUs with CUDA, with the interface of those they replace; see `optimize`.
 
-At batch 1, three choices of PyTorch cost what compilers for GPUs gain:
+At batch size 1, eager PyTorch loses time in three places, which compilers for GPUs save:
 
     group norm     makes plain copies of channels-last maps     -> one or two Triton kernels, with the SiLU that follows
     GEGLU          GELU and product in two kernels              -> one Triton kernel (triton_kernels.py)
     q, k, v        three products of one input                  -> one product, where the weights lie in one piece
 
-Which of them are used is measured at the first call of each kind, as on CPUs (kernel_choice.py). Until it has been
-measured on a GPU, what they gain there is not known.
+Which of them are used is measured at the first call of each kind, as on CPUs (kernel_choice.py). How much they gain on
+a GPU has not been measured yet.
 
-Everything that a fast layer cannot do is done by the plain one: gradients, transforms of functions, autocast,
-`torch.compile`, maps in another layout, and inner layers that have a hook, a patched `forward` or another class. So are
-all calls where triton is missing, but for q, k and v.
+The plain layer runs wherever the fast one cannot: with gradients, function transforms, autocast, `torch.compile`, maps
+in another layout, and inner layers that have a hook, a patched `forward` or another class. Without triton, only q, k
+and v have a fast layer.
 
 >>> layer = layers.ResBlock(32, 64, eps=1e-5).requires_grad_(False)
 >>> x = torch.randn(1, 32, 4, 4)
@@ -39,14 +39,14 @@ from .kernel_choice import PLAIN, Kind, fastest
 from .packing import for_inference, watched
 
 DTYPES = torch.float16, torch.bfloat16, torch.float32
-FEW = 1024  # pixels up to which one kernel for all of a group norm is considered: only few programs can share the work
+FEW = 1024  # pixels up to which a single kernel for group norm is tried: it has few programs to run in parallel
 
-_interpreted = False  # for tests: tensors of the CPU are taken for those of a GPU
+_interpreted = False  # for tests: tensors on the CPU count as tensors on a GPU
 _measured: set[Kind] = set()  # kinds of call that have been measured
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm, for channels-last maps by a Triton kernel where that is faster, else for large ones in parts."""
+    """nn.GroupNorm: for channels-last maps a Triton kernel where that is faster; else large maps in parts."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -76,9 +76,9 @@ class FeedForward(layers.FeedForward):
 class Attention(layers.Attention):
     """`layers.Attention`, with one product for q, k and v, or for k and v of a context, where that is faster.
 
-    `join` lays the three weights into one piece of memory, of which each parameter is a part. So they remain what they
-    were for all other code, and a change in place of one of them takes effect. Where a parameter has got other memory
-    since (a merged LoRA, another device, a copy of the network), there are three products again.
+    `join` copies the three weights into one tensor, of which each parameter becomes a view. Other code sees no
+    difference, and changing one of them in place takes effect. Where a parameter has been given other memory since (a
+    merged LoRA, another device, a copy of the network), there are three products again.
     """
 
     def forward(self, x: Tensor, context: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -114,9 +114,9 @@ CLASSES: dict[type[nn.Module], type[nn.Module]] = {  # plain class -> the one th
 
 
 def join(attention: layers.Attention) -> None:
-    """Lay the weights of q, k and v (of k and v, where the context has another width) into one piece of memory.
+    """Make the weights of q, k and v (of k and v, where the context has another width) views of one tensor.
 
-    Does nothing where they are not plain weights of a GPU, or where other code uses their memory.
+    Does nothing where they are not plain weights on a GPU, or where other code uses their memory.
     """
     parts = [attention.q, attention.k, attention.v]
     if attention.q.in_features != attention.k.in_features:
@@ -138,7 +138,7 @@ def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def _group_norm(norm: GroupNorm, x: Tensor, silu: bool) -> Tensor:
-    """The normalisation of x, activated if `silu`, by the fastest kernel."""
+    """x (B, C, H, W), normalised and, if `silu`, activated, by the fastest kernel."""
 
     def plain() -> Tensor:
         y = group_norm(norm, x)
@@ -177,7 +177,7 @@ def _geglu(x: Tensor) -> Tensor:
 
 @cache
 def _triton() -> ModuleType | None:
-    """The module of kernels; None where triton is missing or cannot be imported."""
+    """The module triton_kernels; None where triton is missing or cannot be imported."""
     try:
         from . import triton_kernels
     except (ImportError, AttributeError, OSError, RuntimeError):
@@ -186,7 +186,7 @@ def _triton() -> ModuleType | None:
 
 
 def _fastest(kind: Kind, x: Tensor, candidates: Mapping[str, Callable[[], Tensor]]) -> Tensor:
-    """The result of the fastest. Within the recording of a CUDA graph, nothing can be measured that was not before."""
+    """The result of the fastest candidate; of the plain one for new kinds while a CUDA graph is being recorded."""
     kind = *kind, dtype_name(x.dtype), _device_name(x.device)
     if kind not in _measured and x.is_cuda and torch.cuda.is_current_stream_capturing():
         return candidates[PLAIN]()
@@ -206,7 +206,7 @@ def _on_gpu(x: Tensor) -> bool:
 
 
 def _ready(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether kernels of our own can be used for x and these parameters."""
+    """Whether our own kernels can be used for x and these parameters."""
     return (
         type(x) is Tensor  # not a subclass, such as a fake tensor, or functorch's
         and _on_gpu(x)
@@ -230,7 +230,7 @@ def _alike(parameters: list[Tensor]) -> bool:
 
 
 def _can_be_joined(parameter: Tensor | None) -> bool:
-    """Whether a parameter is an ordinary one, of a GPU, whose memory nobody else uses."""
+    """Whether a parameter is an ordinary one, on a GPU, whose memory no other code uses."""
     if type(parameter) is not nn.Parameter or not for_inference(parameter):
         return False
     storage = parameter.untyped_storage()
@@ -247,7 +247,7 @@ def _can_be_joined(parameter: Tensor | None) -> bool:
 
 
 def _joined(parts: list[nn.Linear], x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of these layers as one, for inputs x; None where they do not lie in one piece of memory."""
+    """Weight and bias of these layers as one, for inputs x; None where they are not adjacent in memory."""
     if any(type(part) is not nn.Linear or watched(part) for part in parts):
         return None
     weights, biases = [part.weight for part in parts], [part.bias for part in parts]
@@ -267,7 +267,7 @@ def _one_piece(parts: Sequence[Tensor]) -> Tensor | None:
         if part.data_ptr() != end or part.shape[1:] != first.shape[1:]:
             return None
         end += part.nbytes
-    # addresses may be adjacent by chance: then the first storage ends before
+    # adjacent by chance, in different storages: then the first storage ends before `end`
     start = first.data_ptr() - first.storage_offset() * first.element_size()
     if start + first.untyped_storage().nbytes() < end:
         return None

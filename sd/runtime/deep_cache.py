@@ -1,14 +1,14 @@
-"""DeepCache: the deep features of the U-Net are computed in every k-th step only, and used again in those between.
+"""DeepCache: the deep features of the U-Net are computed in every k-th call only, and reused in between.
 
 Ma, Fang and Wang 2024, "DeepCache: accelerating diffusion models for free". What the U-Net computes at its coarse
-levels changes little from step to step. So a step in between runs only the outermost blocks on the new x, with the
-features F that entered the last block when the whole network ran last, at the noise level s:
+levels changes little from step to step. So the calls in between run only the first convolution and the last block on
+the new x_t, with cached features F_s: the input of the last block when the whole network last ran, at noise level s.
 
-    whole     F_s = all blocks but the last,     out = end(last block(F_s, conv_in(x_s)))
-    between                                      out = end(last block(F_s, conv_in(x_t)))
+    whole network     F_s = all blocks but the last,     out = end(last block(F_s, conv_in(x_s)))
+    in between                                           out = end(last block(F_s, conv_in(x_t)))
 
 This is the paper's uniform schedule with the outermost skip connection (cache_branch_id 0 of its code). It is an
-approximation: docs/performance.md has its error and what it saves.
+approximation: docs/performance.md has its error and the time that it saves.
 
 >>> from sd.config import UNetConfig
 >>> unet = UNet(UNetConfig(channels=(32, 64), heads=(2, 2), depth=(0, 1), blocks=1, context=16))
@@ -40,37 +40,38 @@ class Predict(Protocol):
 
 
 class Deep(nn.Module):
-    """All of a U-Net but its last block: a network whose output is the input of that block."""
+    """A U-Net without its last block: its output is the input of that block."""
 
     def __init__(self, unet: UNet) -> None:
         super().__init__()
         self.unet = unet
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """x (B, C, H, W), t (B,) and the conditioning -> features (B, C', H, W)."""
+        """x (B, C, H, W), t (B,) and the conditioning -> features (B, C', H, W), the input of the last block."""
         x, time, context = self.unet.begin(x, t, conditioning)
         skips = self.unet.contract(x, time, context)
         return self.unet.expand(self.unet.bottom(skips[-1], time, context), skips, time, context, left=1)
 
 
 def shallow(unet: UNet, x: Tensor, t: Tensor, conditioning: Conditioning, features: Tensor) -> Tensor:
-    """The last block of a U-Net, with the features that enter it: the whole prediction, for those of the same x."""
+    """The prediction (B, C, H, W) from the last block, with input `features`; exact if they are from the same x."""
     x, time, context = unet.begin(x, t, conditioning)
     return unet.end(unet.expand(features, [x], time, context))
 
 
 class DeepCache:
-    """A network that runs as a whole in every `interval`-th call, and with cached features in those between.
+    """A network that runs as a whole in every `interval`-th call, and with cached features in between.
 
-    Calls are counted, not steps: where a sampler evaluates twice in a step, its second evaluation may use the features
-    of the first. The features belong to the images and prompts of these calls, so each denoiser of a run needs a cache
-    of its own. A call with an x of another shape runs the whole network.
+    Calls are counted, not steps: where a sampler evaluates the network twice in a step, the second evaluation may use
+    the features of the first. The features belong to the images and prompts of these calls, so each denoiser of a run
+    needs its own `DeepCache`. A call with an x of another shape runs the whole network.
 
-    Recorded and compiled networks stay so for the deep part. The last block runs as it is: it launches few kernels.
+    With recorded and compiled networks, the deep part is recorded or compiled, too. The last block always runs eagerly:
+    it launches few kernels.
     """
 
     def __init__(self, predict: Predict, interval: int) -> None:
-        """`predict` is that of a model, or a function like it. Raises ValueError for an interval below 1."""
+        """`predict` is the method of a model, or a function like it. Raises ValueError for an interval below 1."""
         if interval < 1:
             raise ValueError(f"cache_interval must be at least 1, got {interval}")
         self._predict, self._interval = predict, interval
@@ -81,7 +82,7 @@ class DeepCache:
     def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The output of the network (B, C, H, W), exact or approximate.
 
-        Raises ValueError if the network is not a `UNet`, which could not be run in parts.
+        Raises ValueError if the network is not a `UNet`: others cannot be run in parts.
         """
         return self._predict(x, t, conditioning, wrap=self._around)
 

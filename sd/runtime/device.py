@@ -97,13 +97,13 @@ def explained(name: str, network: nn.Module, device: torch.device) -> Iterator[N
 
 @cache
 def processor_name() -> str:
-    """The name of the processor, as its maker calls it."""
+    """The name of the processor, as the system reports it."""
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 @cache
 def processor() -> str:
-    """What tells processors apart: name, model, and the instruction sets that torch knows."""
+    """A description that identifies the type of processor: name, model, and the instruction sets that torch knows."""
     facts = [f"{key} {value}" for key, value in _cpuinfo().items() if key in ("cpu family", "model", "stepping")]
     able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     sets = [torch.backends.cpu.get_cpu_capability(), *sorted(key for key, has in able.items() if has is True)]

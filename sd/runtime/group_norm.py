@@ -1,9 +1,9 @@
 """Group normalisation of large channels-last maps on a GPU, some groups at a time, which saves memory.
 
-PyTorch's kernel for GPUs works on plain maps: it copies a channels-last one, and gives a plain one, which the next
-convolution copies back. In the decoder of an image of 512x512 these copies are the largest tensors there are, 134 MB
-each in half precision. Groups are normalised on their own, so here they pass through that kernel in `PARTS`, and the
-result is written channels-last. It is the same, by the same kernel and with as much to read and write.
+PyTorch's kernel for GPUs works on contiguous maps (B, C, H, W): it copies a channels-last map, and returns a contiguous
+one, which the next convolution copies back. When a 512x512 image is decoded, these copies are the largest tensors, 134
+MB each in half precision. Groups are normalised independently, so they can pass through the kernel in `PARTS` parts,
+and the result is written channels-last. The result is the same, and as much is read and written.
 
 >>> norm = nn.GroupNorm(8, 32)
 >>> x = torch.randn(2, 32, 5, 7).contiguous(memory_format=torch.channels_last)
@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LARGE = 2**24  # numbers of a map; for smaller ones, more kernels would cost more than memory matters
-PARTS = 4  # then the copies of a part are no larger than the output of the convolution that follows
+LARGE = 2**24  # numbers in a map; for smaller ones, the memory is not worth the additional kernels
+PARTS = 4  # so the copies of a part are no larger than the output of the next convolution
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """x (B, C, ...), normalised; where it is large and channels-last, in parts, and so is the result."""
+    """x (B, C, ...), normalised; large channels-last maps in parts, and the result is channels-last, too."""
     if x.numel() >= LARGE and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return in_parts(norm, x)
     return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)

@@ -1,13 +1,14 @@
 """Which of several kernels is fastest: measured on the machine at hand, once for each kind of call, and remembered.
 
-What wins by a factor of two on one processor loses by five on another, so nothing is assumed from the processor's name.
-A kind is an operation with the sizes that its speed depends on, such as `("attention", "bfloat16", 4096, 4096, 40)`.
-For each, every kernel runs an example a few times. A kernel that fails, or whose result is not that of PyTorch's own
-operator ("plain") up to rounding, is left out with a warning; of the others, the fastest is used from then on.
+A kernel that is twice as fast on one processor can be five times slower on another, so nothing is assumed from the
+processor's name. A kind is an operation with its precision and the sizes that its speed depends on, such as
+`("attention", "bfloat16", 1, 1024, 4096, 40)`. For each kind, every kernel runs an example a few times. A kernel that
+fails, or whose result differs from that of PyTorch's own operator ("plain") by more than rounding, is left out with a
+warning; the fastest of the others is used from then on.
 
-The choice depends on the kind alone, not on what was called before: within a process, the same inputs always go through
-the same kernels. Between processes, close times may lead to different choices, which round differently. `save` and
-`load` pin them: with one table, one machine gives the same image to the bit every day.
+The choice depends on the kind and the number of threads, not on earlier calls: within a process, the same inputs always
+go through the same kernels. Between processes, close times may lead to different choices, which round differently.
+`save` and `load` fix the choices, so that a machine always generates the same image to the bit.
 
 >>> with prefer("fast"):  # for tests: without measuring
 ...     fastest(("a kind", 8), ("plain", "another"), lambda: {}.get)
@@ -35,19 +36,19 @@ PLAIN = "plain"
 Kind = tuple[str | int, ...]  # an operation, its precision and sizes
 Example = Callable[[str], Tensor]  # runs the kernel of this name on inputs of the kind
 
-# Calls of each kernel, alternating, until all of them took this long; the fastest counts, as other processes only ever
-# make calls slower
+# Calls of each kernel, alternating, until all together took this long; the fastest call of a kernel counts, as other
+# processes can only make calls slower
 LEAST_CALLS, MOST_CALLS = 3, 25
 SECONDS = 0.02
-QUEUED, PAUSE = 20, 10**7  # calls at a time on CUDA, and the pause before them, in clock cycles: about 5 ms
-TIE = 1.03  # times that are this close count as equal, and the first kernel in their order is used
-# Largest difference from the plain result, relative, in the root mean square: several roundings, but no wrong formula
+QUEUED, PAUSE = 20, 10**7  # calls per measurement on CUDA; the pause before them in clock cycles, about 5 ms
+TIE = 1.03  # times within this factor of the fastest count as equal; the first of these kernels is used
+# Largest relative L2 difference from the plain result: it allows several roundings, but no wrong formula
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 FORMAT = 1  # of saved tables
 
 
 class Measurement(NamedTuple):
-    """What was found for a kind: the kernel to use, milliseconds of each, and why others were left out."""
+    """The result for a kind: the kernel to use, the milliseconds of each, and the reasons why others were left out."""
 
     chosen: str
     milliseconds: Mapping[str, float]
@@ -61,12 +62,12 @@ _measuring = threading.RLock()
 
 @contextmanager
 def prefer(choice: str | None) -> Iterator[None]:
-    """Use certain kernels within this context, without measuring; None measures.
+    """Within this context, use these kernels without measuring; with None, measure.
 
     choice   "plain", "fast" (the first that is not plain), or the name of one; kinds that lack it use the plain one
 
-    For tests and comparisons. It holds for all threads of the process. Layers are chosen by `optimize`, so it has to
-    be called in the context; the other kernels are chosen at each call.
+    For tests and comparisons. It applies to all threads of the process. Packed layers are chosen by `optimize`, which
+    therefore has to run within the context; the other kernels are chosen at each call.
     """
     global _preferred
     before, _preferred = _preferred, choice
@@ -77,12 +78,12 @@ def prefer(choice: str | None) -> Iterator[None]:
 
 
 def preferred() -> str | None:
-    """The kernels that are used without measuring, as `prefer` was told; None where they are measured."""
+    """The `choice` of the current `prefer` context; None if kernels are measured."""
     return _preferred
 
 
 def fastest(kind: Kind, kernels: Sequence[str], example: Callable[[], Example]) -> str:
-    """The name of the fastest of these kernels for a kind of call: measured the first time.
+    """The name of the fastest of these kernels for a kind of call, which is measured the first time.
 
     kernels   their names: "plain" is PyTorch's own operator, and always one of them
     example   makes inputs of the kind; the function that it returns runs a kernel on them
@@ -104,7 +105,7 @@ def fastest(kind: Kind, kernels: Sequence[str], example: Callable[[], Example]) 
 
 
 def table() -> dict[str, Measurement]:
-    """All measurements of this process, by the words of their kind; the last word is the number of threads."""
+    """All measurements of this process. A key is the kind in words; the last word is the number of threads."""
     found = dict(_measured)
     return {" ".join(map(str, (*kind, f"threads={threads}"))): found[kind, threads] for kind, threads in found}
 
@@ -123,9 +124,9 @@ def save(path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> bool:
-    """Use the measurements that `save` wrote, in place of new ones; returns whether there were any.
+    """Use the measurements that `save` wrote instead of measuring; returns whether there were any.
 
-    A file that is missing or damaged, or of another machine or version of torch, is not used.
+    A file that is missing or damaged, or from another machine or version of torch, is not used.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -143,7 +144,7 @@ def load(path: str | os.PathLike[str]) -> bool:
 
 
 def machine() -> str:
-    """What the choices depend on: the processor, and the version of torch."""
+    """What the choices depend on: the processor and the version of torch."""
     return f"{processor()}, torch {torch.__version__}"
 
 
@@ -178,9 +179,9 @@ def _measure(kind: Kind, kernels: Sequence[str], run: Example) -> Measurement:
 
 
 def _seconds(run: Example, name: str, device: torch.device) -> float:
-    """How long a call takes; on CUDA, how long the device takes, as steps are recorded and launches then cost nothing.
+    """The seconds that a call takes; on CUDA the time on the device, since launches cost nothing in a recorded step.
 
-    There, some calls wait in the queue behind a pause, so that they run one right after the other.
+    On CUDA, `QUEUED` calls wait behind a pause, so that the device runs them without gaps between them.
     """
     if device.type != "cuda":
         start = perf_counter()
@@ -198,7 +199,7 @@ def _seconds(run: Example, name: str, device: torch.device) -> float:
 
 
 def _difference(result: Tensor, expected: Tensor) -> str | None:
-    """What is wrong with the result of a kernel; None if it is the plain one's up to rounding."""
+    """What is wrong with the result of a kernel; None if it equals the plain result up to rounding."""
     if result.shape != expected.shape or result.dtype != expected.dtype:
         return f"it returns {tuple(result.shape)} in {result.dtype}"
     error = float((result.float() - expected.float()).norm() / expected.float().norm())

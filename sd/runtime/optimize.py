@@ -1,9 +1,9 @@
 """The pass that makes networks fast on a device: it replaces layers with faster equivalents, and restores them.
 
-A layer is replaced by changing its class to a subclass of it: the network keeps its modules, their names, hooks
-and parameters. Layers with packed weights (cpu_kernels.py) replace plain ones where they are faster, which is measured
-by examples; where they are not, the plain layers stay. `GroupNorm`, `Attention` and `FeedForward` are always replaced
-on CPUs, and all of cuda_kernels.py on CUDA: they choose at each call.
+A layer is replaced by changing its class to a subclass: the network keeps its modules, their names, hooks and
+parameters. Layers with packed weights (cpu_kernels.py) replace plain ones where they are faster in a measurement on
+examples. `GroupNorm`, `Attention` and `FeedForward` are always replaced on CPUs, and those of cuda_kernels.py on CUDA:
+they choose a kernel at each call.
 
 >>> network = nn.Sequential(nn.Linear(4, 4), nn.SiLU())
 >>> with kernel_choice.prefer("fast"):
@@ -27,15 +27,15 @@ from ..models import layers
 from . import cpu_kernels, cuda_kernels, kernel_choice, packing
 from .device import DTYPES, dtype_name
 
-# Packed layers are compared with plain ones by examples of a few widths, which take about a millisecond each: that of a
-# layer is the smallest example that has as many weights, else the largest.
+# Packed layers are compared with plain ones on examples of a few widths, which take about a millisecond each. A layer
+# gets the smallest example with at least as many weights, else the largest.
 EXAMPLES: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda width: nn.Linear(width, width), (128, 512, 1280)),
     "convolution": (lambda channels: nn.Conv2d(channels, channels, 3, padding=1), (128, 512)),
     "upsampling": (layers.Upsample, (256,)),
 }
 TOKENS = 128  # rows of the input of linear layers
-SIDE = 8  # of the maps
+SIDE = 8  # height and width of the maps
 
 
 class MPSAttention(layers.Attention):
@@ -106,12 +106,12 @@ def chosen(network: nn.Module) -> dict[str, str]:
 
 
 def class_name(kind: type[nn.Module]) -> str:
-    """The name of a class of layers, with that of the file that defines it."""
+    """The name of a layer's class after that of its module: "cpu_kernels.Linear"."""
     return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
 
 
 def choose(network: nn.Module, choices: Mapping[str, str]) -> bool:
-    """Replace the layers as `chosen` said of a network like this one, without measuring; False if they do not fit."""
+    """Replace the layers as in a network of which `chosen` is given, without measuring; False if they do not fit."""
     classes = {class_name(fast): fast for fast in PLAIN_CLASS}
     modules = dict(network.named_modules())
     for name, choice in choices.items():
@@ -148,7 +148,7 @@ def _optimize_for_cpu(module: nn.Module) -> None:
 
 
 def packable(module: nn.Module) -> str | None:
-    """The operation of a layer that can have a packed weight; None if it is none.
+    """The operation (a key of `EXAMPLES`) of a layer whose weight can be packed; None for other layers.
 
     An `Upsample` comes before its convolution in `Module.modules`, which is no longer a plain one when it is packed.
     """
@@ -195,7 +195,7 @@ def _pack(module: nn.Module) -> None:
 
 
 def layer_kernel(operation: str, shape: Sequence[int], dtype: torch.dtype) -> str:
-    """The name of the kernel for layers with a weight of this shape; operations are those of `EXAMPLES`."""
+    """The name of the faster kernel, "plain" or "packed", for an operation of `EXAMPLES` and a weight of this shape."""
     _, widths = EXAMPLES[operation]
     width = next((width for width in widths if shape[0] * shape[1] <= width**2), widths[-1])
     kind = (operation, dtype_name(dtype), width)

@@ -1,9 +1,9 @@
-"""Packed weights as bytes, and packed weights made of bytes that are already in memory, without packing or copying.
+"""The bytes of packed weights, and packed weights on given memory, without packing or copying.
 
-oneDNN describes the layout of a packed weight in a few hundred bytes. With those and the numbers themselves, torch can
-make the same tensor again, on any memory: that of a mapped file, for example (checkpoints/weights_cache.py). The
-functions are those with which torch's ahead-of-time compiler (AOTInductor) loads its constants. They are internal to
-torch, so `available` tries them once; where they are missing or have changed, weights are packed as ever.
+oneDNN describes the layout of a packed weight in a few hundred bytes. From this description and the weight's own bytes,
+torch can make the same tensor again on any memory, for example that of a mapped file (checkpoints/weights_cache.py).
+The functions are those with which torch's ahead-of-time compiler (AOTInductor) loads its constants. They are internal
+to torch, so `available` tries them once; where they are missing or have changed, weights are packed as usual.
 
 >>> if available():
 ...     packed = packing.pack_linear(torch.eye(32))
@@ -28,13 +28,13 @@ from torch import Tensor
 
 from . import packing
 
-ALIGNMENT = 64  # bytes: of torch's own memory, a cache line and a vector register of AVX-512
+ALIGNMENT = 64  # bytes: of a cache line, an AVX-512 register, and memory from torch's allocator
 LIBRARY = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
 
 
 @cache
 def available() -> bool:
-    """Whether this torch can do all of it, tried on a small weight; on x86 CPUs only."""
+    """Whether this version of torch supports all of this, tried on a small weight; False except on x86 CPUs."""
     if not packing.onednn_dtypes():
         return False
     try:
@@ -68,8 +68,8 @@ def layout(packed: Tensor) -> bytes:
 def on_memory(data: Tensor, layout: bytes, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A packed weight on the memory of `data` (uint8), which has to be kept for as long as the weight is used.
 
-    layout   of a weight of this shape and precision, by a torch of the same version: see `layout`. It is trusted:
-             oneDNN reads where it says, so other bytes can end the program
+    layout   what `layout` returned for a weight of this shape and precision, with the same version of torch. It is not
+             checked: oneDNN reads where it says, so wrong bytes can crash the program
 
     Raises ValueError for bytes that are not aligned, or too few or many for the layout; RuntimeError if torch refuses.
     """
@@ -84,7 +84,7 @@ def on_memory(data: Tensor, layout: bytes, shape: Sequence[int], dtype: torch.dt
         ctypes.c_int32(codes["packed"]), layout, ctypes.c_int64(len(layout)),
     )  # fmt: skip
     if failed or not handle.value:
-        raise RuntimeError("torch does not take this layout of a packed weight")
+        raise RuntimeError("torch refuses this layout of a packed weight")
     made: Tensor = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(wrap(handle, None, None))
     if torch.ops.mkldnn._nbytes(made) != data.numel():
         raise ValueError("the layout of a packed weight does not fit its bytes")
@@ -93,7 +93,7 @@ def on_memory(data: Tensor, layout: bytes, shape: Sequence[int], dtype: torch.dt
 
 @cache
 def _functions() -> tuple[Any, Any, dict[Any, int]]:
-    """torch's C function that makes a tensor, Python's that wraps a pointer, and torch's numbers of types."""
+    """torch's C function that makes a tensor, Python's function that wraps a pointer, and torch's codes of types."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / LIBRARY))
     wrap = ctypes.pythonapi.PyCapsule_New
     wrap.restype, wrap.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]

@@ -117,7 +117,7 @@ def for_inference(*tensors: Tensor | None) -> bool:
 
 
 def watched(*modules: nn.Module) -> bool:
-    """Whether somebody follows the calls of these modules, by hooks or in place of their `forward`."""
+    """Whether other code sees the calls of these modules: they have hooks, or `forward` was replaced."""
     return _has_any_global_hook() or any(
         module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ for module in modules
     )
@@ -147,9 +147,7 @@ class PackedWeight(NamedTuple):
     shape: torch.Size  # the plain weight's
     stride: tuple[int, ...]
     plain: Tensor | None = None  # itself, where it cannot be computed from the packed one
-    memory: Tensor | None = (
-        None  # what the packed one lies in, where it does not own its memory: it has to live as long
-    )
+    memory: Tensor | None = None  # of a packed one that does not own its memory: kept alive here
 
     def restored(self) -> Tensor:
         """The plain weight, equal to the bit and with its strides."""
@@ -216,7 +214,7 @@ class PackedLayer(nn.Module):
             del self.__dict__["_packed"]  # last: an error on the way loses nothing
 
     def adopt(self, packed: PackedWeight) -> None:
-        """Take a weight that is packed already, in the place of the one that the layer has."""
+        """Replace the layer's weight with one that is already packed."""
         with _lock:
             self.__dict__["_parameters"]["weight"] = None
             self.__dict__["_packed"] = packed

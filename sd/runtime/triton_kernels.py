@@ -4,21 +4,22 @@
                    Wu and He 2018, "Group normalization"; mean and var over the pixels and channels of a group
     GEGLU          value * gate * (1 + erf(gate / sqrt(2))) / 2       Shazeer 2020, "GLU variants improve transformer"
 
-Both are limited by memory, so each number is read and written as few times as possible; all arithmetic is in float32.
+Both are limited by memory bandwidth, so each number is read and written as few times as possible; all arithmetic is in
+float32.
 
-Variance. The sum of squares loses all digits where the mean is large. So each part of a map subtracts the mean of its
-first rows, K, from every number: with s and q the sums of x - K and (x - K)^2 over n numbers, mean = K + s / n and
-n var = q - s^2 / n. As the first rows are 1/T of the part, (mean - K)^2 is at most T var: the difference loses a
-factor of T at most, however large the mean is. K is subtracted on its own in the end, too: near the mean that is exact,
-where K + s / n would be rounded. The parts are put together in the same way, in a fixed order: the same input always
-gives the same bits.
+Variance. With plain sums of squares, all digits cancel where the mean is large. So each part of a map subtracts K, the
+mean of its first rows, from every number: with s and q the sums of x - K and (x - K)^2 over n numbers, mean = K + s / n
+and n var = q - s^2 / n. As the first rows are 1/T of the part, (mean - K)^2 is at most T var: the difference loses a
+factor of T at most, however large the mean is. In the normalisation K is subtracted separately, too: near the mean this
+is exact, while K + s / n would be rounded. The parts are combined in the same way, in a fixed order, so the same input
+always gives the same bits.
 
-Layout. A map (B, C, H, W) is channels-last in memory, so its numbers are those of (B, H W, C). A program works on
-tiles of (rows, groups, lanes): pixels, a few adjacent groups, and the channels of a group, of which the lanes above
-C / groups are masked (sizes in Triton are powers of two, and groups of SD 1 have 10, 20, 30, 40, 60 or 80 channels).
+Layout. A map (B, C, H, W) is channels-last in memory, so it is a contiguous (B, H W, C). A program works on tiles of
+(rows, groups, lanes): pixels, a few adjacent groups, and the channels of a group. Lanes above C / groups are masked:
+sizes in Triton are powers of two, and the groups of SD 1 have 10, 20, 30, 40, 60 or 80 channels.
 
-This module imports triton, which comes with PyTorch on CUDA; nothing imports it before it is used. Triton compiles each
-kernel for each number of channels and each precision, once on a machine.
+This module imports triton, which comes with PyTorch on CUDA, so it is imported only when it is used. Triton compiles
+each kernel once per machine for each number of channels and each precision.
 """
 
 # mypy: allow-untyped-defs
@@ -31,25 +32,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Read by the kernels, so all of this is compiled into them.
-NUMBERS = tl.constexpr(4096)  # of a tile: 16 for each of 256 threads
+# The kernels read these two, so they are compiled in.
+NUMBERS = tl.constexpr(4096)  # in a tile: 16 for each of 256 threads
 PARTS_AT_ONCE = tl.constexpr(16)  # how many partial results are read together
-WARPS = 8  # of 32 threads each, in a program
-LANES = 128  # at most so many lanes in a row of a tile, if a group has not more on its own
-GROUPS = 8  # at most so many groups in a tile: every program reads the partial results of all of them
-PROGRAMS = 512  # as many as keep every GPU busy (an H100 has 132 multiprocessors); the rounding depends on it
-PARTS = 128  # at most so many parts of a map: every program of the second kernel reads the results of all of them
-COLUMNS = 1024  # of a block in GEGLU
+WARPS = 8  # in a program, of 32 threads each
+LANES = 128  # at most, in a row of a tile, unless a single group has more
+GROUPS = 8  # at most, in a tile: every program reads the partial results of all of them
+PROGRAMS = 512  # about as many as keep any GPU busy (an H100 has 132 multiprocessors); the rounding depends on it
+PARTS = 128  # at most, of a map: every program of the second kernel reads the results of all of them
+COLUMNS = 1024  # at most, of a block in GEGLU
 
 
 # ------------------------------------------------------------------------------------- kernels
-# A kernel takes its pointers and sizes one by one. Arguments in capitals are compiled in. So is a whole number that is
-# 1, which then has no methods of a tensor. Masks need the shape of the tile: conditions that are always true give it.
+# Kernels take pointers and sizes as separate arguments. Arguments in capitals are compiled in. So is an integer
+# argument that equals 1, which then has no tensor methods. A mask must have the shape of the tile: conditions such as
+# `group >= 0` are always true and only give it this shape.
 
 
 @triton.jit
 def _moments(x, first, last, CHANNELS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr):
-    """Of rows `first` to `last` of x, (HW, CHANNELS), for TILE groups: K, mean - K, the sum of (x - mean)^2."""
+    """K, mean - K and the sum of (x - mean)^2 of rows `first` to `last` of x (HW, CHANNELS), for TILE groups."""
     ROWS: tl.constexpr = NUMBERS // (TILE * LANES)
     row = tl.arange(0, ROWS)[:, None, None]
     group = tl.arange(0, TILE)[None, :, None]
@@ -116,13 +118,13 @@ def normalise_part(
     x, y, weight, bias, partial, pixels, share, eps,
     SILU: tl.constexpr, CHANNELS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Put the moments of all parts together, and normalise one of the parts."""
+    """Combine the moments of all parts, and normalise one part."""
     part, tile, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     parts = tl.num_programs(0)
     GROUPS: tl.constexpr = CHANNELS // SIZE
     group = tile * TILE + tl.arange(0, TILE)
     partial += image * parts * GROUPS * 3
-    shift = tl.load(partial + group * 3)  # K of the first part stands for that of all
+    shift = tl.load(partial + group * 3)  # the K of the first part, used for all
     sums = tl.zeros((PARTS_AT_ONCE, TILE), tl.float32)
     squares = tl.zeros((PARTS_AT_ONCE, TILE), tl.float32)
     for some in range(0, parts, PARTS_AT_ONCE):
@@ -153,7 +155,7 @@ def normalise_whole(
     x, y, weight, bias, pixels, eps,
     SILU: tl.constexpr, CHANNELS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Both in one kernel, for small maps: a program reads all rows of its groups twice."""
+    """Moments and normalisation in one kernel, for small maps: a program reads all rows of its groups twice."""
     tile, image = tl.program_id(0), tl.program_id(1)
     here = image.to(tl.int64) * pixels * CHANNELS + tile * TILE * SIZE
     shift, mean, squares = _moments(x + here, 0, pixels, CHANNELS, SIZE, TILE, LANES)
@@ -182,7 +184,7 @@ def gated(x, y, rows, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 def tile_of(channels: int, groups: int) -> tuple[int, int, int]:
-    """Channels of a group, groups of a tile and lanes of a group.
+    """Channels per group, groups per tile and lanes per group.
 
     At the finest level of SD 1, where a group has 10 channels, 8 groups are read together: 160 bytes in a row.
     """
@@ -199,8 +201,8 @@ def group_norm(
 ) -> Tensor:
     """F.group_norm, followed by SiLU if `silu`; weight and bias (C,) of the precision of x.
 
-    x        (B, C, H, W), channels-last and not empty; the result is, too
-    whole    one kernel instead of two: for maps of few pixels
+    x        (B, C, H, W), channels-last and not empty; the result is channels-last, too
+    whole    use one kernel instead of two: for maps of few pixels
     """
     B, C, H, W = x.shape
     size, tile, lanes = tile_of(C, groups)
@@ -222,7 +224,7 @@ def group_norm(
 
 
 def geglu(x: Tensor) -> Tensor:
-    """value * gelu(gate), where x = (value, gate), (..., 2 F), is contiguous and not empty -> (..., F)."""
+    """x = (value, gate) (..., 2 F), contiguous and not empty -> value * gelu(gate) (..., F)."""
     width = x.shape[-1] // 2
     rows = x.numel() // x.shape[-1]
     columns = min(width & -width, COLUMNS)  # a power of two that divides the width: no column is masked
@@ -235,5 +237,5 @@ def geglu(x: Tensor) -> Tensor:
 
 
 def _device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton starts its kernels on the current device, which may be another one than that of x."""
+    """A context in which the device of x is the current one, on which Triton launches its kernels."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

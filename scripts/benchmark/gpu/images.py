@@ -1,6 +1,6 @@
-"""Checks of whole images: whatever makes them faster or smaller must not change them.
+"""Checks of whole images: what saves time or memory must not change them.
 
-The reference model at full size runs in float16, as users run it; what is compared with the CPU is the embedded model.
+The reference model at full size runs in float16, as users run it. The embedded model is compared with the CPU.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ PROMPT, NEGATIVE = "a red house on a meadow", "grey"
 LEVELS = 2  # of 256, by which a pixel may differ from the CPU's in float32: rounding at most
 HALF_LEVELS = 4.0  # on average in float16, where rounding adds up over the steps
 ROUNDING = 2e-3  # relative, between two ways of running one network in float16
-BATCH = 5e-2  # relative, of latents after some guided steps: in a batch, kernels split their sums otherwise
+BATCH = 5e-2  # relative, of latents after some guided steps: in a batch, kernels split their sums differently
 PEAK = 2.6e9  # bytes for an image of 512x512, of which the weights are 2.13e9
 SIDES, TRIAL_SIDES = (64, 48), (8, 6)  # of latents: the native size and a smaller one
 
 
 def sides(models: Models) -> tuple[int, int]:
-    """Two sides of latents."""
+    """Two sizes of square latents, in latent pixels."""
     return TRIAL_SIDES if models.place.trial else SIDES
 
 
@@ -67,7 +67,7 @@ def latents(
 
 @contextmanager
 def no_warnings() -> Iterator[None]:
-    """Warnings, for example that the U-Net cannot be recorded, are errors."""
+    """Turn warnings into errors, for example that the U-Net cannot be recorded."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
@@ -99,7 +99,7 @@ def differences(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str,
 
 @check("images", "the same images as on the CPU, float32 without TF32")
 def same_as_on_the_cpu(models: Models) -> str:
-    """With noise in each step; images are guided, encoded, decoded and masked."""
+    """With noise in each step. Covers guidance, encoder, decoder and masks."""
     with exact():
         found = differences(tasks(models.embedded()), tasks(models.embedded("cpu")))
     worst = max(found, key=lambda task: found[task].max())
@@ -112,7 +112,7 @@ def same_as_on_the_cpu(models: Models) -> str:
 
 @check("images", "nearly the same images as on the CPU with the default precision")
 def close_to_the_cpu(models: Models) -> str:
-    """On average: in half precision some edges move."""
+    """Compares the mean difference, since edges can move in half precision."""
     model = models.embedded(dtype=models.place.dtype)
     found = differences(tasks(model), tasks(models.embedded("cpu")))
     worst = max(found, key=lambda task: found[task].mean())
@@ -122,7 +122,7 @@ def close_to_the_cpu(models: Models) -> str:
 
 @check("images", "an image of a batch is the image alone", needs=no_goldens)
 def batch_is_single(models: Models) -> str:
-    """To the bit if the request is exact; otherwise to rounding."""
+    """Bit-identical if the request is exact; otherwise up to rounding."""
     model = models.reference(models.place.dtype)
     batch, one = latents(models, model, 7, n=3), latents(models, model, 9)
     found = error(batch[2:], one)
@@ -137,7 +137,7 @@ def batch_is_single(models: Models) -> str:
 
 @check("images", "recorded steps give what the network gives", cuda=True, needs=no_goldens)
 def recorded_is_plain(models: Models) -> str:
-    """Two shapes that alternate, without a warning."""
+    """Two alternating shapes, and no warning."""
     model = models.reference(models.place.dtype)
     recording, worst = Recorded(model.unet), 0.0
     with no_warnings():
@@ -164,9 +164,9 @@ def lora(models: Models, model: StableDiffusion) -> str:
     return str(path)
 
 
-@check("images", "a LoRA that is merged after recording shows, and goes again", needs=no_goldens)
+@check("images", "a LoRA that is merged after recording takes effect, and can be removed", needs=no_goldens)
 def lora_after_recording(models: Models) -> str:
-    """Its weights have other addresses than the recorded ones."""
+    """Merging moves weights to other addresses than the recorded ones."""
     model = models.reference(models.place.dtype)
     given = inputs(models, 1, 2, sides(models)[0])
     network = Recorded(model.unet) if models.place.cuda else model.unet
@@ -198,9 +198,9 @@ def low_memory(models: Models) -> str:
     return f"at most {found[worst].mean():.2f} levels of 256 on average"
 
 
-@check("images", "two threads, each on a stream of its own, give the images of one", needs=no_goldens)
+@check("images", "two threads, each on its own stream, give the same images as one", needs=no_goldens)
 def threads(models: Models) -> str:
-    """They share a model and its recording."""
+    """The threads share a model and its recording."""
     model = models.reference(models.place.dtype)
     alone = [latents(models, model, seed, steps=6) for seed in range(4)]
     found: dict[int, Tensor] = {}
@@ -233,7 +233,7 @@ def threads(models: Models) -> str:
 
 @check("images", "nothing between two steps waits for the GPU, with every sampler", cuda=True)
 def no_waiting(models: Models) -> str:
-    """CUDA raises an error where the CPU would wait. The first step, which may set things up, is not watched."""
+    """CUDA raises an error where the CPU would wait. The first step may wait: it does the set-up."""
     model, waiting = models.embedded(dtype=models.place.dtype), []
     for sampler in SAMPLERS:
         run = model.prepare(TextToImage(PROMPT, SamplingParams(steps=4, sampler=sampler, seed=1), NEGATIVE))
@@ -250,7 +250,7 @@ def no_waiting(models: Models) -> str:
 
 @check("images", "peak memory of an image of 512x512 in float16 is at most 2.6 GB", cuda=True, needs=no_goldens)
 def peak_memory(models: Models) -> str:
-    """Of tensors. What the allocator reserved for them is said too; the context of CUDA itself comes on top."""
+    """Checks the memory of tensors and reports what the allocator reserved; the CUDA context comes on top."""
     model = models.reference(models.place.dtype)
     model.unet = model.unet  # without the recordings of other checks
     models.free()
@@ -260,9 +260,9 @@ def peak_memory(models: Models) -> str:
     return f"{tensors / 1e9:.2f} GB of tensors, {reserved / 1e9:.2f} GB reserved"
 
 
-@check("images", "CUDA's random numbers are those that rng nv computes without a GPU", cuda=True)
+@check("images", "rng nv computes the same random numbers as CUDA", cuda=True)
 def random_numbers(models: Models) -> str:
-    """As many as an image of 512x512 needs."""
+    """As many numbers as a 512x512 image needs."""
     torch.cuda.manual_seed(42)
     philox, worst = Philox(42), 0.0
     for _ in range(2):

@@ -1,10 +1,10 @@
-"""The registry of checks. A check is a function of the `Models` of its process that returns what it found, in a line.
+"""The registry of checks. A check is a function of the `Models` of its process that returns its result as a line.
 
     @check("images", "a batch gives the images of single runs")
     def batch_is_single(models: Models) -> str: ...
 
-It raises `Wrong` with one line if something is not as it should be. Any other exception counts as a failure too; the
-process is then started again, as an illegal memory access leaves CUDA unusable. tests/test_gpu.py runs the same checks.
+It raises `Wrong` with one line if the check fails. Any other exception counts as a failure, too; then a new process is
+started, since an illegal memory access leaves CUDA unusable. tests/test_gpu.py runs the same checks.
 
 >>> @check("doctest", "one and one are two")
 ... def sum_of_ones(models: object) -> str:
@@ -19,20 +19,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-LIMIT = 40.0  # seconds that a check may take, the generation of its weights included
+LIMIT = 40.0  # seconds that a check may take, including the generation of its weights
 
 
 class Wrong(ValueError):
-    """A check found something that is not as it should be."""
+    """A check failed; the message says why."""
 
 
 class Check(NamedTuple):
-    """A check, by the name of its function.
+    """A registered check; `name` is that of its function.
 
-    part   checks of a part share a process, and its models
+    part   checks of a part share a process and its models
     cuda   whether it needs a GPU
-    limit  seconds
-    needs  returns what it lacks here, in a line, or None
+    limit  the seconds that it may take
+    needs  returns a line that says what it needs and is missing here; None if nothing is
     """
 
     name: str
@@ -44,7 +44,7 @@ class Check(NamedTuple):
     needs: Callable[[], str | None] = lambda: None
 
 
-CHECKS: dict[str, Check] = {}  # in their order
+CHECKS: dict[str, Check] = {}  # in the order in which they run
 
 
 def check(

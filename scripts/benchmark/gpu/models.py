@@ -1,7 +1,7 @@
 """The models that checks use: Stable Diffusion 1.x with the reference weights, and the embedded model.
 
-The reference weights are a function of their names and shapes; the original code was run with them, and its outputs are
-recorded in tests/goldens. So both need a checkout of the project. A trial uses the tiny model of the tests.
+The reference weights are computed from their names and shapes. The original code was run with them, and its outputs
+are recorded in tests/goldens. So these checks need a checkout of the project. A trial uses the tiny model of the tests.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TESTS = Path(sd.__file__).resolve().parents[1] / "tests"
 
 @dataclass(frozen=True)
 class Place:
-    """Where everything runs: device ("cuda", "cuda:1", "cpu"), whether as a trial, threads, a folder for files."""
+    """Where checks run: device ("cuda", "cuda:1", "cpu"), trial (tiny models), CPU threads, temporary folder."""
 
     device: str
     trial: bool
@@ -48,18 +48,18 @@ class Place:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of images and times: float16, but on a CPU, which may have to emulate that, float32."""
+        """The precision of images and times: float16; float32 on a CPU, which may have to emulate float16."""
         return torch.float16 if self.cuda else torch.float32
 
 
 def no_goldens() -> str | None:
-    """What checks of the networks lack here; None if nothing."""
+    """A line that says what checks with recorded outputs need and is missing here; None if nothing is."""
     found = (TESTS / "goldens" / "unet_v1_64x64_b2.safetensors").is_file() and (TESTS / "common.py").is_file()
     return None if found else "needs the folder tests of a checkout of the project, with the recorded outputs"
 
 
 def recorded() -> ModuleType:
-    """tests/common.py, which reads the recorded outputs."""
+    """The module tests/common.py, which reads the recorded outputs."""
     if str(TESTS) not in sys.path:
         sys.path.insert(0, str(TESTS))
     import common
@@ -68,7 +68,7 @@ def recorded() -> ModuleType:
 
 
 class Models:
-    """Models on the device, each made when it is first used."""
+    """Models on the device, each created at its first use."""
 
     def __init__(self, place: Place) -> None:
         self.place, self.device = place, torch.device(place.device)
@@ -77,7 +77,7 @@ class Models:
 
     @property
     def config(self) -> Config:
-        """That of the reference model."""
+        """The config of the reference model."""
         return recorded().TINY if self.place.trial else SD1
 
     @cached_property
@@ -90,7 +90,7 @@ class Models:
             return convert(dict(zip(shapes, tensors, strict=True)), self.config)
 
     def reference(self, dtype: torch.dtype) -> StableDiffusion:
-        """The model with the reference weights; the previous one is dropped if its precision is another."""
+        """The model with the reference weights in a precision; only the last precision is kept."""
         if dtype != self._dtype or self._model is None:
             self._model = None
             networks: dict[str, Any] = {
@@ -103,11 +103,11 @@ class Models:
     def embedded(
         self, device: str | None = None, dtype: torch.dtype = torch.float32, **options: Any
     ) -> StableDiffusion:
-        """The embedded model, which was trained; by default on the device."""
+        """The embedded model, which is a trained one; by default on the device."""
         return StableDiffusion.load(device=device or self.place.device, dtype=dtype, **options)
 
     def free(self) -> None:
-        """Return unused memory of the device, and begin a new measurement of the peak."""
+        """Return unused memory of the device, and reset the peak."""
         if self.place.cuda:
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
@@ -123,7 +123,7 @@ class Checker:
         torch.set_grad_enabled(False)
 
     def do(self, name: str) -> tuple[str, str]:
-        """Run one check; returns "passed" or "failed", and what it found. Other errors than `Wrong` are raised."""
+        """Run one check; returns "passed" or "failed", and its message. Errors other than `Wrong` are raised."""
         try:
             return "passed", self._find(name)(self.models)
         except Wrong as wrong:
@@ -131,11 +131,11 @@ class Checker:
 
 
 def error(a: Tensor, b: Tensor) -> float:
-    """Relative L2 distance |a - b| / |b|, as in the tests; 0 if all bits are equal."""
+    """Relative L2 distance |a - b| / |b|, as in the tests; 0 if they are equal."""
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
     return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
 
 def said(value: float, dtype: torch.dtype) -> str:
-    """An error in words."""
+    """The relative error as text."""
     return f"{dtype_name(dtype)}: error {value:.1e}" if value else f"{dtype_name(dtype)}: bit-identical"

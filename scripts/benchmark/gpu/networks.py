@@ -1,7 +1,7 @@
 """Checks of each network against the recorded outputs of the original code, in every precision.
 
-The tolerances are those of tests/test_full.py for half precisions; float32 runs without TF32, in which cuDNN rounds the
-factors of convolutions to 10 bits.
+The tolerances for half precision are those of tests/test_full.py. float32 runs without TF32, with which cuDNN rounds
+the inputs of convolutions to 10 bits.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .items import check, require
 from .models import Models, error, no_goldens, recorded, said
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-STEPS_TOLERANCE = 5e-2  # of whole runs in half precision: guidance multiplies what is rounded
+STEPS_TOLERANCE = 5e-2  # of whole runs in half precision: guidance amplifies rounding errors
 
-Pair = tuple[str, Tensor, Tensor]  # of what, what the network gave, what is recorded
+Pair = tuple[str, Tensor, Tensor]  # name, output of the network, recorded output
 
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """Without TF32."""
+    """A context without TF32."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -37,7 +37,7 @@ def exact() -> Iterator[None]:
 
 
 def compared(models: Models, pairs: Callable[[Models, StableDiffusion], Iterator[Pair]], dtype: torch.dtype) -> str:
-    """Compare a network in one precision."""
+    """Compare a network with recorded outputs in one precision; returns the largest error as text."""
     model, errors = models.reference(dtype), {}
     with exact():
         for what, out, expected in pairs(models, model):
@@ -59,7 +59,7 @@ def text_encoder(models: Models, model: StableDiffusion) -> Iterator[Pair]:
 
 
 def vae(models: Models, model: StableDiffusion) -> Iterator[Pair]:
-    """Both directions."""
+    """Encoder and decoder."""
     for name in ("tiny_v1_components",) if models.place.trial else ("vae_256x320", "vae_64x64_b2"):
         golden = recorded().Golden(name)
         image = recorded().images(golden["image_u8"]).to(models.device, model.dtype)
@@ -100,7 +100,7 @@ def parity_float16(models: Models) -> str:
 
 @check("networks", "some steps with guidance against the original's, in the default precision", needs=no_goldens)
 def default_steps(models: Models) -> str:
-    """Through the public API, recorded where the pipeline records."""
+    """With the public API; steps are recorded where the pipeline records them."""
     model = models.reference(models.place.dtype)
     (found,) = [error(out, expected) for _, out, expected in steps(models, model)]
     require(found < STEPS_TOLERANCE, f"error {found:.1e}, expected below {STEPS_TOLERANCE:.0e}")

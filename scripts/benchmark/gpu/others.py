@@ -1,4 +1,4 @@
-"""The other tests of the suite that are marked gpu, for example of training: run by pytest where it is installed."""
+"""Runs the other tests marked gpu, such as those of training, with pytest where it is installed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ LIMIT = 60.0
 
 
 def no_pytest() -> str | None:
-    """What is missing; None if nothing."""
+    """A line that says what is missing; None if nothing is."""
     return no_goldens() or (None if find_spec("pytest") else "needs pytest (pip install pytest)")
 
 
 @check("others", "the other tests marked gpu, by pytest", cuda=True, limit=LIMIT, needs=no_pytest)
 def marked_gpu(models: Models) -> str:
-    """In a process of its own, which ends before the limit."""
+    """In its own process, which is stopped before the time limit."""
     command = [
         sys.executable,
         "-m",

@@ -1,7 +1,7 @@
-"""All parts of the check in their order, each in its own process and with its own share of the time.
+"""All parts of the check in order, each in its own process and with its own time limit.
 
-A part that fails, hangs, or whose process dies does not stop the others. What is most valuable comes first: whether
-everything works, then times for one image, then larger batches, and last what torch.compile takes minutes for.
+A part that fails, hangs, or whose process dies does not stop the others. The most important comes first: whether
+everything works, then times for one image, then larger batches, and last what torch.compile needs minutes for.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to do: `ask` is what the object of its part is given, `row` the row if it is a measurement."""
+    """A check or a measurement: `ask` is the argument of `do` in its process; `row` is set for a measurement."""
 
     title: str
     ask: Any
@@ -47,7 +47,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Part:
-    """Items that share a process, in which `make(*arguments)` is asked to `do` each. `limit` in seconds for all."""
+    """Items that share a process, in which `make(*arguments).do` runs each. `limit` is in seconds, for all items."""
 
     name: str
     make: Callable[..., Any]
@@ -57,7 +57,7 @@ class Part:
 
 
 def find(name: str) -> Callable[[Models], str]:
-    """A check by name, in the process of its part."""
+    """The function of a check; called in the process of its part."""
     return CHECKS[name].function
 
 
@@ -68,7 +68,7 @@ def checks_of(place: Place, part: str, limit: float) -> Part:
 
 
 def rows_of(place: Place, name: str, rows: Sequence[Row], limit: float, each: float = 40.0) -> Part:
-    """Rows of one program."""
+    """The measurements of one program; `limit` seconds for all, `each` for one."""
     program = rows[0].program
     device = torch.device(place.device)
 
@@ -84,7 +84,7 @@ def rows_of(place: Place, name: str, rows: Sequence[Row], limit: float, each: fl
 
 
 def all_parts(place: Place) -> list[Part]:
-    """Everything, in order."""
+    """All parts, in order."""
     batches = (4, 16)
 
     def steps(program: str, way: str, *numbers: int) -> list[Row]:
@@ -104,7 +104,7 @@ def all_parts(place: Place) -> list[Part]:
         rows_of(place, "times of ours", ours, 100),
         rows_of(place, "times of diffusers", theirs, 80),
     ]
-    # a process for each, as compiled code and its memory stay in a process
+    # one process each, since compiled code and its memory stay in a process
     for program, mode, number in (
         ("diffusers", OVERHEAD, 1), ("ours", OVERHEAD, 1), ("diffusers", AUTOTUNE, 1), ("ours", AUTOTUNE, 1),
         ("diffusers", OVERHEAD, 4), ("diffusers", OVERHEAD, 16),
@@ -117,12 +117,13 @@ def all_parts(place: Place) -> list[Part]:
 
 
 class Running:
-    """Does the parts one after the other.
+    """Runs the parts one after the other.
 
-    record   gets the results
-    folder   for the output of the processes
-    seconds  that everything may take
-    say      is called with a line for each result, `save` after each
+    record   receives the results
+    folder   for the log files of the processes
+    seconds  time limit for all parts
+    say      called with a line for each result
+    save     called after each result
     """
 
     def __init__(
@@ -131,10 +132,10 @@ class Running:
         self.record, self.folder, self.say, self.save = record, folder, say, save
         self.began = perf_counter()
         self.deadline = self.began + seconds
-        self.first: Any = None  # the first row that gave latents, and its latents
+        self.first: Any = None  # title and latents of the first row that has latents
 
     def all(self, parts: Sequence[Part]) -> None:
-        """Do all parts."""
+        """Run all parts."""
         for part in parts:
             self.part(part)
         self.record["targets"] = targets(self.record)
@@ -142,13 +143,13 @@ class Running:
         self.save()
 
     def part(self, part: Part) -> None:
-        """Do all items of a part; its process is started when it is needed, and again after a failure."""
+        """Run all items of a part. Its process starts at the first item that can run, and again after a failure."""
         worker: Worker | None = None
         refused: str | None = None  # why its process does not start
         ends = perf_counter() + part.limit
         for item in part.items:
             left = min(ends, self.deadline) - perf_counter()
-            gone = "the time of everything is used up" if self.deadline <= ends else "the time of its part is used up"
+            gone = "the time limit was reached" if self.deadline <= ends else "the time limit of its part was reached"
             reason = refused or self._not_run(item) or (gone if left <= 0 else None)
             if reason:
                 self.note(part, item, "not run", reason)
@@ -176,13 +177,13 @@ class Running:
             worker.close()
 
     def _not_run(self, item: Item) -> str | None:
-        """Why an item cannot run here."""
+        """Why an item cannot run here; None if it can."""
         if item.cuda and not self.record["cuda"]:
             return "needs CUDA"
         return item.needs()
 
     def done(self, part: Part, item: Item, answer: Any, seconds: float) -> None:
-        """Keep what an item gave."""
+        """Store the result of an item."""
         if item.row is None:
             status, message = answer
             self.note(part, item, status, message, seconds)
@@ -237,7 +238,7 @@ def new_record(place: Place, setup: Setup) -> Record:
 
 
 def gpu(device: torch.device) -> Record:
-    """What is known about a GPU: memory, capability, versions of driver, CUDA and cuDNN."""
+    """Memory (bytes), compute capability, versions of driver, CUDA and cuDNN of a GPU; {} for other devices."""
     if device.type != "cuda":
         return {}
     properties = torch.cuda.get_device_properties(device)

@@ -1,4 +1,4 @@
-"""The results of `bench.py --check`: whether the targets are reached, and the tables as text or Markdown."""
+"""The results of `bench.py --check`: the targets, and the tables as text or Markdown."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from ..report import gigabytes, grid, time
 
 CHECK_FORMAT = "sd gpu check 1"  # of the file
-MINUTES = 7.0  # for everything
-SECONDS, MEMORY = 0.45, 2.6e9  # of 50 steps on an H200; of an image of 512x512 in float16
+MINUTES = 7.0  # default time limit
+SECONDS, MEMORY = 0.45, 2.6e9  # targets: 50 steps on an H200; bytes for a 512x512 image in float16
 Record = dict[str, Any]
 
 
 def targets(record: Record) -> list[Record]:
-    """Each target: its name, the figure, and whether it is reached; None where it was not measured.
+    """Each target with its goal, the measured value, and whether it is reached; None where it was not measured.
 
-    Measured is the way in which the pipeline runs by default: recorded steps.
+    The values are those of the pipeline's default, recorded steps.
     """
     if record["settings"]["trial"] or not record["cuda"]:
         return []
@@ -48,7 +48,7 @@ def targets(record: Record) -> list[Record]:
 
 
 def figure(record: Record, what: str, program: str, way: str) -> Record | None:
-    """The row of one image; None if it was not measured."""
+    """The row of a measurement with one image; None if it was not measured."""
     return next(
         (
             row
@@ -78,7 +78,7 @@ def text(record: Record, markdown: bool) -> str:
         f"steps: {settings['steps']} of {settings['sampler'].upper()} with guidance",
     ]
     if settings["trial"]:
-        caption.append("a trial of the program with small networks: its times mean nothing")
+        caption.append("a trial of the program with small networks: its times are meaningless")
     blocks = [("; " if markdown else "\n").join(caption)]
     measured = [row for row in record["rows"] if row["status"] == "measured"]
     if measured:

@@ -1,8 +1,8 @@
 """The times: 50 steps of DDIM with guidance, a whole image, the decoder, the text encoder; ours and diffusers.
 
-All with random weights, the same for all, in float16 at the model's native size. Steps are measured from the initial
-noise to the last latents, without text encoder and decoder, with the device idle before and after. A row is the median
-of up to three runs after a warm-up, with the peak memory of warm-up and runs.
+All programs use the same random weights, in float16 at the model's native size. Steps are measured from the initial
+noise to the last latents, without text encoder and decoder; the device is synchronised before and after. A row is the
+median of up to three runs after a warm-up, with the peak memory of warm-up and runs.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from ..peak import timed
 from ..weights import Setup, load_networks
 from .models import Place
 
-RUNS, ENOUGH = 3, 12.0  # runs at most; no further one after so many seconds
+RUNS, ENOUGH = 3, 12.0  # runs at most; seconds after which no further run starts
 STEPS, TRIAL_STEPS, WARM_UP_STEPS = 50, 2, 2
 # "max-autotune" tries many kernels for each matrix product, which takes minutes
 OVERHEAD, AUTOTUNE = "reduce-overhead", "max-autotune"
 
 
 class Row(NamedTuple):
-    """One measurement: `what` of `images` images by a program ("ours", "diffusers") in a way ("eager", "recorded")."""
+    """A measurement of `what` for `images` images: program "ours" or "diffusers"; way "eager", "recorded", ..."""
 
     what: str
     images: int
@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
     @property
     def title(self) -> str:
-        """For people."""
+        """The row in words."""
         return f"{self.what}, {self.images} image{'s' if self.images > 1 else ''}: {self.program}, {self.way}"
 
 
@@ -57,7 +57,7 @@ def config_of(place: Place) -> Config:
 
 
 def steps_of(place: Place) -> int:
-    """How many steps a run has."""
+    """The number of steps of a run."""
     return TRIAL_STEPS if place.trial else STEPS
 
 
@@ -100,7 +100,7 @@ class Timer:
         }
 
     def free(self) -> None:
-        """Return memory, and begin a new measurement of the peak."""
+        """Return unused memory, and reset the peak."""
         gc.collect()
         if self.place.cuda:
             torch.cuda.synchronize(self.device)
@@ -108,11 +108,11 @@ class Timer:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def call(self, row: Row) -> Callable[[bool], Any]:
-        """What is measured, as a function of whether it is the warm-up, which may be shorter."""
+        """The function to measure. Its argument says whether it is the warm-up, which has fewer steps."""
         raise NotImplementedError
 
     def noise(self, images: int) -> Tensor:
-        """The same initial noise for all."""
+        """The initial noise (B, C, h, w), the same for all programs."""
         side = self.config.size // self.config.vae.factor
         return draw(generators(0, images), (self.config.vae.latent_channels, side, side), self.device)
 
@@ -122,7 +122,7 @@ class Timer:
 
 
 class Ours(Timer):
-    """This project. Ways: eager, recorded (the default on CUDA), the same with cuDNN's own choice, compiled."""
+    """This project. Ways: eager, recorded (the default on CUDA), recorded with cudnn.benchmark, compiled."""
 
     @cached_property
     def model(self) -> StableDiffusion:
@@ -156,10 +156,10 @@ class Ours(Timer):
 
 
 class Diffusers(Timer):
-    """diffusers' pipeline, with channels-last convolutions. Ways: eager, compiled (its U-Net)."""
+    """The pipeline of diffusers, with channels-last convolutions. Ways: eager, compiled (its U-Net)."""
 
     def build(self, setup: Setup) -> dict[str, Any]:
-        """Its networks with our weights."""
+        """The networks of diffusers with our weights."""
         references.libraries()
         return references.peers(super().build(setup), setup.config, setup.torch_dtype)
 
@@ -196,11 +196,11 @@ EXTRA = ("image", "decoder", "text")
 
 
 def without_peer() -> str | None:
-    """What the peer lacks here."""
+    """Why diffusers cannot run here; None if it can."""
     gone = references.missing()
     return f"{' and '.join(gone)} not installed (pip install {' '.join(gone)})" if gone else None
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:
-    """|a - b| / |b|, of final latents: rounding, multiplied by guidance and steps."""
+    """|a - b| / |b| of final latents: rounding, amplified by guidance and steps."""
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
