@@ -42,7 +42,7 @@ DTYPES = torch.float16, torch.bfloat16, torch.float32
 FEW = 1024  # pixels up to which one kernel for all of a group norm is considered: only few programs can share the work
 
 _interpreted = False  # for tests: tensors of the CPU are taken for those of a GPU
-_measured: set[Kind] = set()  # kinds of call that have been measured
+_used: dict[Kind, str] = {}  # kind of call -> the kernel of the last one that was not within a recording
 
 
 class GroupNorm(nn.GroupNorm):
@@ -186,12 +186,12 @@ def _triton() -> ModuleType | None:
 
 
 def _fastest(kind: Kind, x: Tensor, candidates: Mapping[str, Callable[[], Tensor]]) -> Tensor:
-    """The result of the fastest. Within the recording of a CUDA graph, nothing can be measured that was not before."""
+    """The result of the fastest. Within the recording of a CUDA graph, nothing can be measured, or compiled."""
     kind = *kind, dtype_name(x.dtype), _device_name(x.device)
-    if kind not in _measured and x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return candidates[PLAIN]()
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return candidates[_used.get(kind, PLAIN)]()
     name = fastest(kind, tuple(candidates), lambda: lambda name: candidates[name]())
-    _measured.add(kind)
+    _used[kind] = name
     return candidates[name]()
 
 

@@ -147,9 +147,7 @@ class PackedWeight(NamedTuple):
     shape: torch.Size  # the plain weight's
     stride: tuple[int, ...]
     plain: Tensor | None = None  # itself, where it cannot be computed from the packed one
-    memory: Tensor | None = (
-        None  # what the packed one lies in, where it does not own its memory: it has to live as long
-    )
+    memory: Tensor | None = None  # kept for as long as the packed weight lies in it, where that does not own its memory
 
     def restored(self) -> Tensor:
         """The plain weight, equal to the bit and with its strides."""
