@@ -417,6 +417,27 @@ def test_memory_of_a_recording_is_freed_when_no_replay_uses_it(unet):
     steps(*inputs(1, 10))
     assert log == [2, 2]
 
+    def broken(run, device):
+        raise RuntimeError("out of memory")
+
+    steps._done, steps._record = Event(), broken
+    with pytest.warns(UserWarning, match="cannot be recorded"):
+        steps(*inputs(1, 8))
+    assert log == [2, 2, 1] and not steps._recordings
+
+
+def test_a_part_is_seen_when_it_is_complete(unet):
+    """Several threads may ask for it: none may get the whole network in its place."""
+    for steps in (Recorded(unet, Tape()), Compiled(unet)):
+        seen = []
+
+        def part(network, steps=steps, seen=seen):
+            seen.append(list(steps._parts))
+            return network.conv_in
+
+        assert steps.part(part).plain is unet.conv_in and steps.part(part) is steps.part(part)
+        assert seen == [[]]
+
 
 @pytest.mark.exhaustive
 def test_what_cannot_be_compiled_is_said_in_a_line(unet, monkeypatch):

@@ -487,8 +487,8 @@ def test_whichever_is_the_fastest(as_gpu):
 
 
 def test_nothing_is_measured_while_a_graph_is_recorded(as_gpu, monkeypatch):
-    """A kind that was measured before takes its kernel; a new one takes the plain one."""
-    monkeypatch.setattr(cuda_kernels, "_measured", set())
+    """A kind that was called before takes its kernel; a new one takes the plain one."""
+    monkeypatch.setattr(cuda_kernels, "_used", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 
     class OnGpu(torch.Tensor):
@@ -504,7 +504,9 @@ def test_nothing_is_measured_while_a_graph_is_recorded(as_gpu, monkeypatch):
         cuda_kernels._fastest(("kind",), x, candidates)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         cuda_kernels._fastest(("kind",), x, candidates)
-    assert calls == ["plain", "fast", "fast"]
+        monkeypatch.setattr(cuda_kernels, "fastest", lambda *given: pytest.fail("measured"))
+        cuda_kernels._fastest(("kind",), x, candidates)
+    assert calls == ["plain", "fast", "fast", "fast"]
 
 
 def test_steps_are_recorded_with_the_kernels(as_gpu):

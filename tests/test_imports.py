@@ -26,7 +26,7 @@ ALLOWED = {
     "samplers": {"schedule"},
     "denoiser": {"conditioning", "samplers", "schedule"},
     "params": {"config", "messages", "samplers", "schedule", "settings", "spellings"},
-    "runtime": {"conditioning", "config", "models"},
+    "runtime": {"__version__", "conditioning", "config", "files", "models"},
     "models": {"conditioning", "config"},
     "text": {"messages", "resources"},
     "imaging": {"files", "messages"},

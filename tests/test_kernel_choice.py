@@ -13,6 +13,7 @@ from conftest import loaded
 from sd.conditioning import Conditioning
 from sd.runtime import blockwise_attention, cpu_kernels, kernel_choice, packing
 from sd.runtime.kernel_choice import fastest
+from sd.runtime.optimize import optimize
 
 KERNELS = ("plain", "one", "another")
 FORCED = ("plain", "fast", "packed", *blockwise_attention.KERNELS[torch.bfloat16])  # those of float32 are among them
@@ -109,6 +110,19 @@ def test_a_kernel_that_is_wrong_is_left_out(takes, result, reason):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
         assert fastest(("a kind", 1), KERNELS, example(one=result)) == "another"
+
+
+def test_a_result_of_zeros_is_right(takes):
+    takes(one=0.5)
+    assert fastest(("a kind", 1), KERNELS[:2], example(plain=torch.zeros(4), one=torch.zeros(4))) == "one"
+
+
+def test_what_overflows_is_not_judged(takes):
+    """As in the decoder in float16, which is then run in float32: the next image may fit."""
+    takes(one=0.5)
+    inf = torch.full((4,), torch.inf)
+    assert fastest(("a kind", 1), KERNELS[:2], example(plain=inf, one=inf)) == "plain" and kernel_choice.table() == {}
+    assert fastest(("a kind", 1), KERNELS[:2], example()) == "one"
 
 
 def test_where_plain_kernels_are_the_fastest_no_other_runs(takes, tiny, monkeypatch):
@@ -234,3 +248,23 @@ def test_attention_of_another_size_is_another_kind(takes):
     assert names == {"plain", "packed blocks"}  # 77 keys are not worth packing
     kinds = {blockwise_attention.kind_of(heads, 4096, 4096, 40, torch.float32) for heads in (2, 8, 16)}
     assert len(kinds) == 1  # of a large call, a part is measured
+
+
+@pytest.mark.skipif(not packing.onednn_dtypes(), reason="no packed kernels on this processor")
+@pytest.mark.parametrize("order", [(512, 300, 512), (300, 512)])
+def test_the_choice_does_not_depend_on_earlier_calls(takes, order):
+    """Calls of one kind have the same kernels to choose from."""
+    takes(packed_blocks=0.5)
+    taken = {blockwise_attention.kernel_for(16, 1024, M, 40, torch.float32) for M in order}
+    assert taken == {"packed blocks"} and len(kernel_choice.table()) == 1
+
+
+@pytest.mark.skipif(not packing.onednn_dtypes(), reason="no packed kernels on this processor")
+def test_examples_are_made_on_the_cpu():
+    """Whatever the default device of the program is."""
+    network = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Conv2d(8, 8, 3)).requires_grad_(False)
+    with torch.device("meta"):
+        optimize(network)
+        blockwise_attention.kernel_for(2, 16, 512, 8, torch.float32)
+        cpu_kernels.group_norm_kernel(32, 64)
+    assert len(kernel_choice.table()) == 4

@@ -312,8 +312,9 @@ OTHERS = {
     "prediction": {"prediction": "v"},
     "vae": {"vae": True},
     "threads": {"threads": 7},
-    "processor": {"processor": "another"},
-    "torch": {"torch": "2.14.0"},
+    "processor": {"machine": ("processor", lambda: "another")},
+    "torch": {"machine": ("torch.__version__", "2.99.0")},
+    "sd": {"machine": ("__version__", "99.0")},
     "kernels": {"kernels": "plain"},
 }
 
@@ -323,6 +324,12 @@ def test_what_was_made_for_something_else_is_not_used(what, original, folder, fi
     filled()
     options = dict(OTHERS[what])
     machine = weights_cache.machine()
+    if "machine" in options:
+        with monkeypatch.context() as other:
+            name, value = options["machine"]
+            other.setattr(f"sd.runtime.kernel_choice.{name}", value)
+            options["machine"] = kernel_choice.machine()
+        assert options["machine"] != machine["machine"]
     if options.keys() & machine.keys():
         changed, options = machine | options, {}
         monkeypatch.setattr(weights_cache, "machine", lambda: changed)
@@ -598,6 +605,17 @@ def test_a_full_disk_leaves_nothing_behind(original, folder, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, f=free, t=total: type(disk)(int(t), 0, int(f)))
         with pytest.warns(UserWarning, match="the disk would be too full with another 0.1 GB$"):
             assert model.save_cache() == 0
+    assert not list(folder.iterdir())
+
+
+def test_memory_that_is_full_leaves_nothing_behind(original, folder, monkeypatch):
+    def full(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nand more lines")
+
+    model = load(original, folder)
+    monkeypatch.setattr(weights_file, "_write_bytes", full)
+    with pytest.warns(UserWarning, match="^the weights are not kept .*: DefaultCPUAllocator: can't allocate memory$"):
+        assert model.save_cache() == 0
     assert not list(folder.iterdir())
 
 

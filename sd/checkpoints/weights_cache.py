@@ -2,7 +2,7 @@
 
 On x86 CPUs most of a start is spent on converting the weights to the precision of the networks, on measuring which
 kernels are faster, and on packing each weight for them at its first use (runtime/packing.py). The result depends on the
-model's files, the options of `load`, the processor, the number of threads and the version of torch. It is kept in a
+model's files, the options of `load`, the processor, the number of threads, and the versions of torch and sd. It is kept in a
 file of a cache folder (weights_file.py), and the next start maps this file into memory.
 
     model = StableDiffusion.load("v1-5.safetensors", cache="~/.cache/sd-from-scratch")
@@ -10,8 +10,8 @@ file of a cache folder (weights_file.py), and the next start maps this file into
     model.save_cache()          # writes them, unless the folder has them
 
 The cache is optional: where a file is missing, damaged or made for something else, the model is loaded as usual, and
-`save_cache` replaces the file. Images are bit-identical with and without it, and it fixes the choice of packed layers.
-A file is never changed. It can be removed at any time, also while a model uses it (except on Windows).
+`save_cache` replaces the file. It fixes the choice of packed layers; with the same choice, images are bit-identical
+with and without it. A file is never changed. It can be removed at any time, also while a model uses it (except on Windows).
 
 **The name of a model's file** contains a hash of everything that the weights depend on (`facts`). Hashing all numbers
 of a model would take seconds. Instead, the hash covers the size of each of its files, the time of the last change and,
@@ -176,7 +176,7 @@ class WeightsCache:
         disk that is too full.
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with ModelFiles(self.path, self.options) as files:
+        with ModelFiles(self.path, self.options) as files, torch.no_grad():
             if fingerprint(files) != self.facts["weights"]:
                 raise CheckpointError(f"{self.path}: has changed since it was loaded; load it again")
             numbers = sum(
@@ -189,21 +189,20 @@ class WeightsCache:
         self, files: ModelFiles, networks: Mapping[str, nn.Module]
     ) -> Iterator[tuple[str, Tensor | PackedWeight]]:
         """Name and weight, one by one: from the model's files, in the layout of the networks."""
-        with torch.no_grad():
-            for name, state in files.states.items():
-                modules = dict(networks[name].named_modules())
-                for key in state:
-                    weight = as_used(state[key], self.dtype)
-                    path, _, leaf = key.rpartition(".")
-                    layer = modules.get(path)
-                    size = None
-                    if leaf == "weight" and isinstance(layer, PackedLayer):
-                        as_chosen = class_name(type(layer)) == self.classes[name].get(path)
-                        size = layer.size_to_pack_for() if as_chosen else None
-                    if size is None or not isinstance(layer, PackedLayer):
-                        yield f"{name}.{key}", weight
-                    else:
-                        yield f"{name}.{key}", layer.pack(weight, size)
+        for name, state in files.states.items():
+            modules = dict(networks[name].named_modules())
+            for key in state:
+                weight = as_used(state[key], self.dtype)
+                path, _, leaf = key.rpartition(".")
+                layer = modules.get(path)
+                size = None
+                if leaf == "weight" and isinstance(layer, PackedLayer):
+                    as_chosen = class_name(type(layer)) == self.classes[name].get(path)
+                    size = layer.size_to_pack_for() if as_chosen else None
+                if size is None or not isinstance(layer, PackedLayer):
+                    yield f"{name}.{key}", weight
+                else:
+                    yield f"{name}.{key}", layer.pack(weight, size)
 
 
 def _fits(found: WeightsFile, networks: Mapping[str, nn.Module], dtype: torch.dtype) -> bool:
@@ -297,8 +296,9 @@ class Cached:
             return 0
         try:
             size = cache.write({name: unwrapped(network) for name, network in self._networks.items()}, limit)
-        except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: torch is out of memory, for example
+            strerror = error.strerror if isinstance(error, OSError) else None
+            why = strerror or str(error).partition("\n")[0]
             note(f"the weights are not kept in the cache folder {cache.folder}: {why}")
             return 0
         self.__dict__["_cache"] = replace(cache, used=True)

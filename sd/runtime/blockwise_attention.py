@@ -86,14 +86,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 @cache
 def names(M: int, dtype: torch.dtype) -> tuple[str, ...]:
-    """The kernels for M keys."""
+    """The kernels for M keys, which has to be that of a kind: all calls of a kind have the same kernels."""
     return PLAIN, *(name for name, blocks in KERNELS[dtype].items() if M >= PACKED_FROM or not blocks.packed)
 
 
 def kernel_for(heads: int, N: int, M: int, d: int, dtype: torch.dtype) -> str:
     """The name of the kernel for N queries and M keys of width d, with this many heads in the whole batch."""
     kind = kind_of(heads, N, M, d, dtype)
-    return fastest(kind, names(M, dtype), partial(_example, kind))
+    return fastest(kind, names(int(kind[4]), dtype), partial(_example, kind))
 
 
 def kind_of(heads: int, N: int, M: int, d: int, dtype: torch.dtype) -> Kind:
@@ -111,7 +111,7 @@ def _example(kind: Kind) -> Callable[[str], Tensor]:
     _, name, *sizes = kind
     dtype, (heads, N, M, d) = DTYPES[str(name)], map(int, sizes)
     rng = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, heads, n, d, generator=rng).to(dtype) for n in (N, M, M))
+    q, k, v = (torch.randn(1, heads, n, d, generator=rng, device="cpu").to(dtype) for n in (N, M, M))
 
     def run(name: str) -> Tensor:
         if name == PLAIN:

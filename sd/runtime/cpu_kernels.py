@@ -250,8 +250,8 @@ def _group_norm_in_float32(x: Tensor, groups: int, weight: Tensor, bias: Tensor,
 def _group_norm_example(kind: Kind) -> Callable[[str], Tensor]:
     _, _, C, pixels = kind
     rng = torch.Generator().manual_seed(0)
-    x = torch.randn(2, int(pixels), 1, int(C), generator=rng).to(torch.bfloat16).permute(0, 3, 1, 2)
-    weight, bias = torch.randn(2, int(C), generator=rng).to(torch.bfloat16)
+    x = torch.randn(2, int(pixels), 1, int(C), generator=rng, device="cpu").to(torch.bfloat16).permute(0, 3, 1, 2)
+    weight, bias = torch.randn(2, int(C), generator=rng, device="cpu").to(torch.bfloat16)
     groups = min(layers.GROUPS, int(C))
 
     def run(name: str) -> Tensor:

@@ -127,9 +127,8 @@ class Recorded:
 
     def part(self, part: Part) -> Recorded:
         """`part(network)`, recorded in the same way; the same object for the same `part`."""
-        if part not in self._parts:
-            self._parts[part] = Recorded(part(self._network), self._record)
-        return self._parts[part]
+        found = self._parts.get(part)
+        return found or self._parts.setdefault(part, Recorded(part(self._network), self._record))
 
     def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The output of the network."""
@@ -154,7 +153,7 @@ class Recorded:
             try:
                 recording = Recording.of(self._network, inputs, self._record)
             except RuntimeError as error:
-                self._recordings.clear()
+                self._drop(0)
                 self._failed = True
                 reason = str(error).partition("\n")[0]
                 warnings.warn(f"the U-Net cannot be recorded, so its steps take longer: {reason}", stacklevel=3)
@@ -215,10 +214,12 @@ class Compiled:
 
     def part(self, part: Part) -> Compiled:
         """`part(network)`, compiled in the same way; the same object for the same `part`."""
-        if part not in self._parts:
-            self._parts[part] = copy.copy(self)  # without the warning of `__init__`
-            self._parts[part]._network = part(self._network)
-        return self._parts[part]
+        found = self._parts.get(part)
+        if found is None:
+            compiled = copy.copy(self)  # without the warning of `__init__`
+            compiled._network = part(self._network)
+            found = self._parts.setdefault(part, compiled)  # another thread may have been faster
+        return found
 
     def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The output of the network."""

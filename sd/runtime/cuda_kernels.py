@@ -42,7 +42,7 @@ DTYPES = torch.float16, torch.bfloat16, torch.float32
 FEW = 1024  # pixels up to which a single kernel for group norm is tried: it has few programs to run in parallel
 
 _interpreted = False  # for tests: tensors on the CPU count as tensors on a GPU
-_measured: set[Kind] = set()  # kinds of call that have been measured
+_used: dict[Kind, str] = {}  # kind of call -> the kernel of the last one that was not within a recording
 
 
 class GroupNorm(nn.GroupNorm):
@@ -188,10 +188,10 @@ def _triton() -> ModuleType | None:
 def _fastest(kind: Kind, x: Tensor, candidates: Mapping[str, Callable[[], Tensor]]) -> Tensor:
     """The result of the fastest candidate; of the plain one for new kinds while a CUDA graph is being recorded."""
     kind = *kind, dtype_name(x.dtype), _device_name(x.device)
-    if kind not in _measured and x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return candidates[PLAIN]()
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return candidates[_used.get(kind, PLAIN)]()
     name = fastest(kind, tuple(candidates), lambda: lambda name: candidates[name]())
-    _measured.add(kind)
+    _used[kind] = name
     return candidates[name]()
 
 

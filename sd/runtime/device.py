@@ -20,6 +20,8 @@ from ..config import PRECISIONS, SHORT_PRECISIONS
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in PRECISIONS}
 DEVICES = ("cuda", "cpu", "mps", "xpu")
+# Entries of /proc/cpuinfo that tell processors apart: of x86, and of ARM, where it has no name
+MODEL = "cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant", "CPU revision"
 
 
 def best_device() -> torch.device:
@@ -104,7 +106,7 @@ def processor_name() -> str:
 @cache
 def processor() -> str:
     """A description that identifies the type of processor: name, model, and the instruction sets that torch knows."""
-    facts = [f"{key} {value}" for key, value in _cpuinfo().items() if key in ("cpu family", "model", "stepping")]
+    facts = [f"{key} {value}" for key, value in _cpuinfo().items() if key in MODEL]
     able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     sets = [torch.backends.cpu.get_cpu_capability(), *sorted(key for key, has in able.items() if has is True)]
     return ", ".join([processor_name(), *facts, " ".join(sets)])

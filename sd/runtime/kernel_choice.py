@@ -30,6 +30,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import __version__
+from ..files import replaced_file
 from .device import processor
 
 PLAIN = "plain"
@@ -100,7 +102,10 @@ def fastest(kind: Kind, kernels: Sequence[str], example: Callable[[], Example]) 
         with _measuring, torch.inference_mode(False), torch.no_grad():
             found = _measured.get(key)  # another thread may just have measured it
             if found is None or found.chosen not in kernels:
-                found = _measured[key] = _measure(kind, kernels, example())
+                found = _measure(kind, kernels, example())
+                if found is None:
+                    return PLAIN
+                _measured[key] = found
     return found.chosen
 
 
@@ -114,19 +119,14 @@ def save(path: str | os.PathLike[str]) -> None:
     """Write all measurements to a file, for `load`. Raises OSError if it cannot be written."""
     rows = [[list(kind), threads, *measurement] for (kind, threads), measurement in dict(_measured).items()]
     text = json.dumps({"format": FORMAT, "machine": machine(), "kernels": rows}, indent=1)
-    path = Path(path)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        scratch.write_text(text + "\n", encoding="utf-8")
-        os.replace(scratch, path)  # never half a file
-    finally:
-        scratch.unlink(missing_ok=True)
+    with replaced_file(Path(path)) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def load(path: str | os.PathLike[str]) -> bool:
     """Use the measurements that `save` wrote instead of measuring; returns whether there were any.
 
-    A file that is missing or damaged, or from another machine or version of torch, is not used.
+    A file that is missing or damaged, or of another machine or version of torch or of this package, is not used.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -144,13 +144,18 @@ def load(path: str | os.PathLike[str]) -> bool:
 
 
 def machine() -> str:
-    """What the choices depend on: the processor and the version of torch."""
-    return f"{processor()}, torch {torch.__version__}"
+    """What the choices depend on: the processor, and the versions of torch and of this package."""
+    return f"{processor()}, torch {torch.__version__}, sd {__version__}"
 
 
-def _measure(kind: Kind, kernels: Sequence[str], run: Example) -> Measurement:
-    """Time the kernels of a kind, and compare their results with the plain one."""
+def _measure(kind: Kind, kernels: Sequence[str], run: Example) -> Measurement | None:
+    """Time the kernels of a kind, and compare their results with the plain one.
+
+    None if that is not finite, as with an image that overflows in float16: then nothing can be compared.
+    """
     expected = run(PLAIN)
+    if not bool(expected.isfinite().all()):
+        return None
     working, left_out = [PLAIN], {}
     for name in kernels:
         if name == PLAIN:
@@ -202,7 +207,8 @@ def _difference(result: Tensor, expected: Tensor) -> str | None:
     """What is wrong with the result of a kernel; None if it equals the plain result up to rounding."""
     if result.shape != expected.shape or result.dtype != expected.dtype:
         return f"it returns {tuple(result.shape)} in {result.dtype}"
-    error = float((result.float() - expected.float()).norm() / expected.float().norm())
+    size = expected.float().norm().clamp(min=torch.finfo(torch.float32).tiny)  # of zeros, 0 / 0 is not a number
+    error = float((result.float() - expected.float()).norm() / size)
     if error <= TOLERANCE.get(expected.dtype, 0.0):
         return None
     return f"its result differs from PyTorch's by {error:.2g}"

@@ -212,12 +212,13 @@ def _example(kind: kernel_choice.Kind) -> Callable[[str], Tensor]:
     for layer in plain.modules():  # not `to_empty`, whose imports take half a second
         for key, parameter in layer.named_parameters(recurse=False):
             layout = torch.channels_last if parameter.dim() == 4 else torch.contiguous_format
-            values = torch.randn(parameter.shape, generator=rng).to(dtype).contiguous(memory_format=layout)
+            values = torch.randn(parameter.shape, generator=rng, device="cpu").to(dtype)
+            values = values.contiguous(memory_format=layout)
             setattr(layer, key, nn.Parameter(values, requires_grad=False))
     packed = copy.deepcopy(plain)
     _pack(packed)
     if operation == "linear":
-        x = torch.randn(TOKENS, width, generator=rng).to(dtype)
+        x = torch.randn(TOKENS, width, generator=rng, device="cpu").to(dtype)
     else:
-        x = torch.randn(1, SIDE, SIDE, width, generator=rng).to(dtype).permute(0, 3, 1, 2)
+        x = torch.randn(1, SIDE, SIDE, width, generator=rng, device="cpu").to(dtype).permute(0, 3, 1, 2)
     return lambda name: plain(x) if name == kernel_choice.PLAIN else packed(x)

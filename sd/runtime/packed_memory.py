@@ -95,8 +95,9 @@ def on_memory(data: Tensor, layout: bytes, shape: Sequence[int], dtype: torch.dt
 def _functions() -> tuple[Any, Any, dict[Any, int]]:
     """torch's C function that makes a tensor, Python's function that wraps a pointer, and torch's codes of types."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / LIBRARY))
-    wrap = ctypes.pythonapi.PyCapsule_New
-    wrap.restype, wrap.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    # a function object of our own: `ctypes.pythonapi.PyCapsule_New` is shared with other packages
+    prototype = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    wrap = prototype(("PyCapsule_New", ctypes.pythonapi))
     codes: dict[Any, int] = {
         torch.float32: library.aoti_torch_dtype_float32(),
         torch.bfloat16: library.aoti_torch_dtype_bfloat16(),
