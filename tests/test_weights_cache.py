@@ -312,8 +312,7 @@ OTHERS = {
     "prediction": {"prediction": "v"},
     "vae": {"vae": True},
     "threads": {"threads": 7},
-    "processor": {"processor": "another"},
-    "torch": {"torch": "2.14.0"},
+    "machine": {"machine": "another processor, torch 2.14.0"},
     "kernels": {"kernels": "plain"},
 }
 
