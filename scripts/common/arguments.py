@@ -152,8 +152,8 @@ def add_model_arguments(parser: Parser) -> None:
     )
     group.add_argument(
         "--no-cache", action="store_true",
-        help="on x86 CPUs, weights that are ready to be used are kept in the user's cache folder for a faster start "
-        "the next time: neither read nor write them",
+        help="neither read nor write the user's cache folder: it keeps which kernels are the fastest on this machine "
+        "and, on x86 CPUs, weights that are ready to be used, for a faster start the next time",
     )  # fmt: skip
 
 

@@ -60,7 +60,7 @@ def recall_kernels(args: argparse.Namespace) -> None:
 
 
 def keep_kernels(args: argparse.Namespace) -> None:
-    """Write which kernels are the fastest, for `recall_kernels`, if new ones were measured. Never an error."""
+    """Write which kernels are the fastest, for `recall_kernels`. Never an error: next time, they are measured again."""
     file = kernel_file(args)
     if file is not None and kernel_choice.table() and kernel_choice.preferred() is None:
         with suppress(OSError):
