@@ -33,8 +33,10 @@ import argparse
 import math
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 
 if not __package__:  # run as a file: see bootstrap.py
     import bootstrap
@@ -49,6 +51,7 @@ from sd.checkpoints.detect import identify
 from sd.config import POCKET, SD1, Config
 from sd.files import exists
 from sd.runtime.device import DTYPES, best_dtype, dtype_name, find_device
+from sd.runtime.kernel_choice import Measurement
 
 from .benchmark import kernels, report
 from .benchmark.cases import PARTS, Case, all_cases, usual_case
@@ -60,7 +63,9 @@ from .benchmark.start import TAKING_PART, UNCACHED, is_cached, measure_start, me
 from .benchmark.weights import Setup
 from .common import cli
 
-UNUSED_BY_CHECK = ("parts", "peers", "ckpt", "dtype", "steps", "runs", "sizes", "batches", "compare", "show", "kernels")
+UNUSED = ("parts", "peers", "steps", "runs", "sizes", "batches", "compare", "show")  # by --check and --kernels
+UNUSED_BY_CHECK = (*UNUSED, "ckpt", "dtype", "kernels")
+UNUSED_BY_KERNELS = (*UNUSED, "json", "markdown")
 
 
 def parser() -> cli.Parser:
@@ -101,7 +106,7 @@ def parser() -> cli.Parser:
     parser.add_argument(
         "--kernels",
         action="store_true",
-        help="only print which kernels are used on this CPU, and the time of each",
+        help="measure which kernels are the fastest on this CPU, and print their times; nothing else",
     )
     parser.add_argument(
         "--check", action="store_true", help="check what works on a GPU, and how fast it is; --tiny tries the program"
@@ -135,9 +140,8 @@ def check_gpu(args: argparse.Namespace) -> int:
     """--check: print each result as it comes, then the tables, and write them to a file. Returns the exit status."""
     from .benchmark.gpu import plan  # imports the checks
 
-    for name in UNUSED_BY_CHECK:
-        if getattr(args, name) != parser().get_default(name):
-            raise ValueError(f"--{name} has no effect with --check: leave it out")
+    start = perf_counter()
+    refuse(args, UNUSED_BY_CHECK, "--check")
     if args.minutes is not None and not 0 < args.minutes < math.inf:
         raise ValueError(f"--minutes must be above 0, got {args.minutes:g}")
     check(args)
@@ -155,12 +159,19 @@ def check_gpu(args: argparse.Namespace) -> int:
         plan.Running(
             record,
             place.folder,
-            60 * (args.minutes or MINUTES),
+            60 * (args.minutes or MINUTES) - (perf_counter() - start),
             lambda line: print(line, flush=True),
             lambda: report.write(file, record),
         ).all(plan.all_parts(place))
     print(f"\n{results.text(record, args.markdown)}\n\nwritten to {file}")
     return 1 if results.count(record, "failed") else 0
+
+
+def refuse(args: argparse.Namespace, names: Sequence[str], mode: str) -> None:
+    """Raise ValueError if one of these options was given, which have no effect in this mode."""
+    for name in names:
+        if getattr(args, name) != parser().get_default(name):
+            raise ValueError(f"--{name} has no effect with {mode}: leave it out")
 
 
 def free_name(name: str) -> Path:
@@ -193,14 +204,17 @@ def measured(args: argparse.Namespace) -> report.Row:
 
 def kernel_table(args: argparse.Namespace) -> str:
     """The kernels for a model in the given precisions, as text."""
+    refuse(args, UNUSED_BY_KERNELS, "--kernels")
+    check(args)
     device = find_device(args.device or "cpu")
     if device.type != "cpu":
-        raise ValueError(f"--kernels is for CPUs: no kernels are measured on {device.type}")
+        raise ValueError(f"--kernels is for CPUs, and the device is {device.type}: leave out --device")
     if args.threads:
         torch.set_num_threads(args.threads)
     config = find_config(args)
+    table: dict[str, Measurement] = {}
     for name in args.dtype or [dtype_name(best_dtype(device))]:
-        table = kernels.measure_kernels(config, DTYPES[name])
+        table |= kernels.measure_kernels(config, DTYPES[name])
     return kernels.text(table)
 
 
@@ -224,7 +238,7 @@ def find_config(args: argparse.Namespace) -> Config:
             config = identify(checkpoint).config
     else:
         config = POCKET if args.tiny else SD1
-    if "picture" in args.parts and config.is_inpainting:
+    if "picture" in args.parts and config.is_inpainting and not args.kernels:
         raise ValueError(f"{config.name} cannot generate from text alone: leave picture out of --parts")
     whole = config.vae.factor * 2 ** (len(config.unet.channels) - 1)  # divisible on all levels of both networks
     for size in args.sizes:

@@ -1,9 +1,11 @@
-"""Objects that tests/test_bench.py puts into processes: in a module without torch, so that the processes start fast."""
+"""Objects that test_bench.py and test_check.py put into processes: without torch, so that the processes start fast."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 
@@ -92,3 +94,14 @@ class Doing:
         if isinstance(how, dict):
             return how
         return "passed", f"item {self.done} of its process"
+
+
+class Starting(Doing):
+    """A worker that has started a process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+
+    def processes(self) -> tuple[int, int]:
+        return os.getpid(), self.other.pid

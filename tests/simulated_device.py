@@ -127,11 +127,20 @@ class Stream:
     def wait_stream(self, other: Stream) -> None:
         self.gpu.log.append(f"{self.name} waits for {other.name}")
 
-    def wait_event(self, event: str) -> None:
-        self.gpu.log.append(f"{self.name} waits for {event}")
+    def wait_event(self, event: Event) -> None:
+        self.gpu.log.append(f"{self.name} waits for an event of {event.stream.name}")
 
-    def record_event(self) -> str:
-        return f"an event of {self.name}"
+    def record_event(self) -> Event:
+        return Event(self)
+
+
+class Event(NamedTuple):
+    """Stands in for `torch.cuda.Event`: a point in the work of a stream."""
+
+    stream: Stream
+
+    def synchronize(self) -> None:
+        self.stream.gpu.wait(f"for an event of {self.stream.name}")
 
 
 class SimulatedGpu:

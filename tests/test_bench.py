@@ -21,8 +21,8 @@ from bench_workers import Dying, Echo
 from tqdm import tqdm
 
 from scripts import bench
+from scripts.benchmark import kernels, report, sides, start
 from scripts.benchmark import references as peers
-from scripts.benchmark import report, sides, start
 from scripts.benchmark.cases import Case, all_cases, flop, inputs, label, usual_case, weight_bytes
 from scripts.benchmark.interleave import Comparison, alternate, compared, measure
 from scripts.benchmark.peak import peak
@@ -32,7 +32,8 @@ from scripts.benchmark.workers import Failed, Worker
 from sd.config import POCKET, SD1, SD1_INPAINT
 from sd.models.build import build
 from sd.models.text_encoder import TextOutput
-from sd.runtime import packing
+from sd.pipeline import StableDiffusion
+from sd.runtime import kernel_choice, packing
 from sd.runtime.cuda_graphs import Recorded
 
 LABELS = {
@@ -487,11 +488,40 @@ def test_kernels_of_a_model(capsys):
     assert all("*" in line for line in lines if line)
 
 
-def test_kernels_are_those_of_a_cpu(capsys):
-    assert bench.main(["--kernels", "--device", "meta"]) != 0
-    assert "device" in capsys.readouterr().err
-
-
 def test_two_rows_of_the_start_are_no_growth():
     row = {"part": "start", "dtype": "float32", "size": 512, "batch": 1, "usual": True, "ours": 1.0}
     assert report.growth_rows([row, {**row, "usual": False}]) == []
+
+
+@pytest.mark.skipif(not packing.onednn_dtypes(), reason="PyTorch's kernels are the only ones here")
+def test_kernels_are_those_of_an_image():
+    """The kinds of calls that are found by shapes alone are those that are measured while an image is generated."""
+    with kernel_choice.prefer(None):
+        kernel_choice._measured.clear()
+        found = set(kernels.measure_kernels(POCKET, torch.float32))
+        kernel_choice._measured.clear()
+        StableDiffusion.load(device="cpu", dtype="float32").txt2img("a house", "grey", steps=1, guidance=4)
+        assert set(kernel_choice.table()) == found and len(found) > 3
+
+
+def test_a_table_of_some_precisions(capsys, monkeypatch):
+    """Also if the last has no other kernels."""
+    measured = {"a kind": kernel_choice.Measurement("plain", {"plain": 1.0}, {})}
+    monkeypatch.setattr(kernels, "measure_kernels", lambda config, dtype: measured if dtype == torch.float32 else {})
+    assert bench.main(["--kernels", "--tiny", "--dtype", "float32", "float16"]) == 0
+    assert "a kind  *plain 1.000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "meta"], "device"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--sizes", "64"], "--sizes has no effect with --kernels"),
+        (["--json", "new.json"], "--json has no effect with --kernels"),
+    ],
+)
+def test_what_the_table_of_kernels_does_not_take(capsys, options, message):
+    assert bench.main(["--kernels", "--tiny", *options]) == 1
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from bench_workers import Doing, Echo
+from bench_workers import Doing, Echo, Starting
 
 from scripts import bench
 from scripts.benchmark.gpu import plan, results
@@ -81,12 +86,14 @@ def test_the_time_of_a_part_and_of_everything(tmp_path):
     found, lines = ran(tmp_path, [doing("hangs", "ok", limit=0.2), doing("ok")])
     assert sum("a process starts" in line for line in lines) == 2  # none for what the time is not enough for
     assert [entry["status"] for entry in found["checks"]] == ["not run", "not run", "passed"]
-    assert {entry["message"] for entry in found["checks"][:2]} == {"the time limit of its part was reached"}
+    assert re.fullmatch(
+        r"stopped after \d+\.\d s: the time limit of its part was reached", found["checks"][0]["message"]
+    )
+    assert found["checks"][1]["message"] == "the time limit of its part was reached"
     hanging = Part("slow", Doing, (), [Item("long", "hangs", limit=60)])
     found, _ = ran(tmp_path, [hanging, doing("ok", "ok")], seconds=1)
-    assert {(entry["status"], entry["message"]) for entry in found["checks"]} == {
-        ("not run", "the time limit was reached")
-    }
+    assert {entry["status"] for entry in found["checks"]} == {"not run"}
+    assert all(entry["message"].endswith("the time limit was reached") for entry in found["checks"])
 
 
 def test_what_cannot_run_here_is_said(tmp_path):
@@ -104,10 +111,12 @@ def test_what_cannot_run_here_is_said(tmp_path):
 def test_rows_and_the_difference_of_their_results(tmp_path):
     ones = np.ones(4)
     measured = [figures(2.0, ones), figures(3.0, 1.01 * ones), figures(1.0, 2 * ones), figures(0.5)]
-    ways = ["recorded", "eager", "wrong", "other"]
+    measured.insert(0, figures(1.0, np.nan * ones))  # to which the others are not compared
+    ways = ["not finite", "recorded", "eager", "wrong", "other"]
     items = [Item(way, one, row=ROW._replace(way=way), cuda=True) for way, one in zip(ways, measured, strict=True)]
     found, _ = ran(tmp_path, [Part("times", Doing, (), items)])
-    rows = found["rows"]
+    first, *rows = found["rows"]
+    assert (first["status"], first["message"]) == ("failed", "its latents are not finite")
     assert [row["status"] for row in rows] == ["measured", "measured", "failed", "measured"]
     assert [row.get("difference") for row in rows] == [None, pytest.approx(0.01), pytest.approx(1.0), None]
     assert rows[2]["message"] == "its latents differ from those of (recorded) by 1: not comparable"
@@ -124,6 +133,56 @@ def test_a_worker_that_takes_too_long_is_killed(tmp_path):
         with pytest.raises(TooSlow, match=r"x failed: stopped after 0\.2 s, its time limit"):
             worker.ask("do", "hangs", limit=0.2)
         assert process.exitcode == -9
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process; one that has ended, but whose parent does not know it yet (Z), is none."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def ends(pid: int) -> bool:
+    """Whether a process ends in the next seconds."""
+    until = time.monotonic() + 20
+    while is_alive(pid) and time.monotonic() < until:
+        time.sleep(0.02)
+    return not is_alive(pid)
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from bench_workers import Starting
+from scripts.benchmark.workers import Worker
+if __name__ == "__main__":
+    worker = Worker("x", Path(sys.argv[1]), Starting)
+    print(*worker.ask("processes"), flush=True)
+    worker.ask("do", "hangs")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at the processes of Linux")
+def test_no_process_is_left(tmp_path):
+    """Neither when a worker is killed, with what it has started, nor when the program is killed that started it."""
+    with Worker("x", tmp_path / "log", Starting) as worker:
+        started = worker.ask("processes")
+        assert all(map(is_alive, started))
+        with pytest.raises(TooSlow):
+            worker.ask("do", "hangs", limit=0.1)
+        assert all(map(ends, started))
+    program = tmp_path / "program.py"
+    program.write_text(PARENT)
+    places = os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parent)))
+    with subprocess.Popen(
+        [sys.executable, str(program), str(tmp_path / "log")],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": places},
+    ) as parent:  # fmt: skip
+        started = list(map(int, parent.stdout.readline().split()))
+        assert len(started) == 2 and all(map(is_alive, started))
+        parent.kill()
+    assert all(map(ends, started))
 
 
 def row(way: str, seconds: float, what: str = "steps", program: str = "ours", **more: object) -> dict:

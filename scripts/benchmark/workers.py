@@ -1,7 +1,8 @@
 """Objects in other processes, called over a pipe.
 
 Each side has its own threads, allocator and peak memory: while one works, all others sleep. The output of a process
-goes to a file; its last line is shown if the process dies.
+goes to a file; its last line is shown if the process dies. A process that is killed, or whose parent has ended, takes
+the processes that it has started with it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -90,12 +93,15 @@ class Worker:
         return last_words(self._process.exitcode, lines)
 
     def close(self, patience: float = PATIENCE) -> None:
-        """End the process."""
+        """End the process; after `patience` seconds by force, with the processes that it has started."""
         self._pipe.close()
         self._process.join(patience)
         if self._process.exitcode is None:
+            if hasattr(os, "killpg") and self._process.pid:
+                with suppress(OSError):  # it has not made its group yet
+                    os.killpg(self._process.pid, signal.SIGKILL)
             self._process.kill()
-            self._process.join()
+            self._process.join(PATIENCE)  # not for ever: in a driver that hangs, a process does not even die
 
     def __enter__(self) -> Worker:
         return self
@@ -121,6 +127,9 @@ def last_words(code: int | None, lines: Sequence[str]) -> str:
 def _serve(pipe: Connection, log: Path, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """The main loop of the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # `Worker.close` ends the whole group
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
@@ -132,6 +141,16 @@ def _serve(pipe: Connection, log: Path, make: Callable[..., Any], arguments: tup
         except EOFError:
             return
         pipe.send(_attempt(getattr(made, method), arguments))
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of the parent process, however it ends, and end this process with those that it has started."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    if hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
 
 
 def _attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, str | None]:

@@ -2,16 +2,17 @@
 
 On x86 CPUs most of a start is spent on converting the weights to the precision of the networks, on measuring which
 kernels are faster, and on packing each weight for them at its first use (runtime/packing.py). The result depends on the
-model's files, the options of `load`, the processor, the number of threads, and the versions of torch and sd. It is kept in a
-file of a cache folder (weights_file.py), and the next start maps this file into memory.
+model's files, the options of `load`, the processor, the number of threads, and the versions of torch and of this
+package. It is kept in a file of a cache folder (weights_file.py), and the next start maps this file into memory.
 
     model = StableDiffusion.load("v1-5.safetensors", cache="~/.cache/sd-from-scratch")
     model.txt2img("a horse")    # packs the weights
     model.save_cache()          # writes them, unless the folder has them
 
 The cache is optional: where a file is missing, damaged or made for something else, the model is loaded as usual, and
-`save_cache` replaces the file. It fixes the choice of packed layers; with the same choice, images are bit-identical
-with and without it. A file is never changed. It can be removed at any time, also while a model uses it (except on Windows).
+`save_cache` replaces the file. It fixes the choice of packed layers; with the same choice of kernels, images are
+bit-identical with and without it. A file is never changed. It can be removed at any time, also while a model uses it
+(except on Windows).
 
 **The name of a model's file** contains a hash of everything that the weights depend on (`facts`). Hashing all numbers
 of a model would take seconds. Instead, the hash covers the size of each of its files, the time of the last change and,

@@ -25,6 +25,7 @@ from sd.pipeline import StableDiffusion
 from sd.runtime.cuda_graphs import Compiled, Recorded
 from sd.samplers import SAMPLERS
 
+from ..sides import no_compiler
 from .items import check, require
 from .models import Models, error, no_goldens, said
 from .networks import exact
@@ -272,7 +273,10 @@ def random_numbers(models: Models) -> str:
     return f"difference at most {worst:.0e}"
 
 
-@check("compiled", "compiled steps give what the network gives", limit=120, cuda=True)
+@check(
+    "compiled", "compiled steps give what the network gives", limit=120, cuda=True,
+    needs=lambda: no_compiler(torch.device("cuda")),
+)  # fmt: skip
 def compiled_is_plain(models: Models) -> str:
     """The embedded model, as compiling the full size takes minutes; results are kept, the last in another thread."""
     model = models.embedded(dtype=models.place.dtype)

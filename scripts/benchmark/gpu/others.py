@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from .items import check, require
 from .models import TESTS, Models, no_goldens
 
-LIMIT = 60.0
+LIMIT, START = 60.0, 20.0  # seconds for the tests, and before for the start of the process of their part
 
 
 def no_pytest() -> str | None:

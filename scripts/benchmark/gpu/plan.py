@@ -15,6 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 
 from .. import report
@@ -100,7 +101,7 @@ def all_parts(place: Place) -> list[Part]:
     parts = [
         checks_of(place, "networks", 100),
         checks_of(place, "images", 120),
-        checks_of(place, "others", 60),
+        checks_of(place, "others", 60 + others.START),
         rows_of(place, "times of ours", ours, 100),
         rows_of(place, "times of diffusers", theirs, 80),
     ]
@@ -136,6 +137,7 @@ class Running:
 
     def all(self, parts: Sequence[Part]) -> None:
         """Run all parts."""
+        self.save()  # before the minutes begin, as a folder may not be writable
         for part in parts:
             self.part(part)
         self.record["targets"] = targets(self.record)
@@ -147,34 +149,45 @@ class Running:
         worker: Worker | None = None
         refused: str | None = None  # why its process does not start
         ends = perf_counter() + part.limit
-        for item in part.items:
-            left = min(ends, self.deadline) - perf_counter()
-            gone = "the time limit was reached" if self.deadline <= ends else "the time limit of its part was reached"
-            reason = refused or self._not_run(item) or (gone if left <= 0 else None)
-            if reason:
-                self.note(part, item, "not run", reason)
-                continue
-            start = perf_counter()
-            try:
-                if worker is None:
-                    self.say(f"{self.clock()} {part.name}: a process starts")
-                    log = self.folder / f"{part.name.replace(' ', '-')}.log"
-                    worker = Worker(part.name, log, part.make, *part.arguments, limit=min(START, left))
-                left = min(ends, self.deadline) - perf_counter()
-                answer = worker.ask("do", item.ask, limit=max(min(item.limit, left), 0.0))
-            except Failed as failure:
-                cut = isinstance(failure, TooSlow) and left < (START if worker is None else item.limit)
-                if worker is not None:  # an illegal memory access, for example, leaves CUDA unusable in that process
-                    worker.close(patience=0)
-                    worker = None
-                elif not cut:
-                    refused = "the process of its part does not start, see above"
-                status, message = ("not run", gone) if cut else ("failed", failure.why)
-                self.note(part, item, status, message, perf_counter() - start)
-            else:
-                self.done(part, item, answer, perf_counter() - start)
+        gone = "the time limit was reached" if self.deadline <= ends else "the time limit of its part was reached"
+        ends = min(ends, self.deadline)
+        try:
+            for item in part.items:
+                reason = refused or self._not_run(item) or (gone if perf_counter() >= ends else None)
+                if reason:
+                    self.note(part, item, "not run", reason)
+                    continue
+                start = perf_counter()
+                limit, left = START, ends - start
+                try:
+                    if worker is None:
+                        worker = self._started(part, min(limit, left))
+                    limit, left = item.limit, max(0.0, ends - perf_counter())
+                    answer = worker.ask("do", item.ask, limit=min(limit, left))
+                except Failed as failure:
+                    took = perf_counter() - start
+                    if isinstance(failure, TooSlow) and left < limit:
+                        self.note(part, item, "not run", f"stopped after {took:.1f} s: {gone}", took)
+                    else:
+                        self.note(part, item, "failed", failure.why, took)
+                        refused = "the process of its part does not start, see above" if worker is None else None
+                    if worker is not None:  # an illegal memory access, for example, leaves CUDA unusable in its process
+                        worker.close(patience=0)
+                        worker = None
+                else:
+                    self.done(part, item, answer, perf_counter() - start)
+        except BaseException:
+            if worker is not None:
+                worker.close(patience=0)
+            raise
         if worker is not None:
             worker.close()
+
+    def _started(self, part: Part, limit: float) -> Worker:
+        """The process of a part."""
+        self.say(f"{self.clock()} {part.name}: a process starts")
+        log = self.folder / f"{part.name.replace(' ', '-')}.log"
+        return Worker(part.name, log, part.make, *part.arguments, limit=limit)
 
     def _not_run(self, item: Item) -> str | None:
         """Why an item cannot run here; None if it can."""
@@ -189,6 +202,9 @@ class Running:
             self.note(part, item, status, message, seconds)
             return
         result = answer.pop("result", None)
+        if result is not None and not np.isfinite(result).all():
+            self.note(part, item, "failed", "its latents are not finite", seconds, answer)
+            return
         if result is not None and self.first is None:
             self.first = item.title, result
         elif result is not None:

@@ -100,12 +100,17 @@ class Timer:
         }
 
     def free(self) -> None:
-        """Return unused memory, and reset the peak."""
+        """Return unused memory, that of the previous mode too, and reset the peak."""
+        self.forget()
         gc.collect()
         if self.place.cuda:
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
+
+    def forget(self) -> None:
+        """Drop what the previous way has recorded or compiled."""
+        raise NotImplementedError
 
     def call(self, row: Row) -> Callable[[bool], Any]:
         """The function to measure. Its argument says whether it is the warm-up, which has fewer steps."""
@@ -129,14 +134,18 @@ class Ours(Timer):
         """The pipeline."""
         return StableDiffusion(self.config, **self.networks)
 
+    def forget(self) -> None:
+        """See `Timer.forget`."""
+        self.model._fast_unet = None
+
     def call(self, row: Row) -> Callable[[bool], Any]:
         """See `Timer.call`."""
         model, way = self.model, row.way
         torch.backends.cudnn.benchmark = way == "recorded, cudnn.benchmark"
         if way in (OVERHEAD, AUTOTUNE):
             model._fast_unet = Compiled(model.unet, mode=way)
-        else:
-            model._fast_unet = Recorded(model.unet) if way.startswith("recorded") else None
+        elif way.startswith("recorded"):
+            model._fast_unet = Recorded(model.unet)
         x = self.noise(row.images)
         if row.what == "decoder":
             return lambda warm_up: model.decode(x)
@@ -163,10 +172,13 @@ class Diffusers(Timer):
         references.libraries()
         return references.peers(super().build(setup), setup.config, setup.torch_dtype)
 
+    def forget(self) -> None:
+        """See `Timer.forget`."""
+        self.networks["unet"].model._compiled_call_impl = None
+
     def call(self, row: Row) -> Callable[[bool], Any]:
         """See `Timer.call`."""
         text, vae, unet = (self.networks[name] for name in ("text_encoder", "vae", "unet"))
-        unet.model._compiled_call_impl = None
         if row.way in (OVERHEAD, AUTOTUNE):
             unet.model.compile(dynamic=False, mode=row.way)
         x, pipe = self.noise(row.images).to(self.place.dtype), references.pipeline(self.networks, self.config)
