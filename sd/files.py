@@ -81,14 +81,15 @@ def _umask(folder: Path) -> int:
 
 
 @contextmanager
-def replaced_file(path: Path) -> Iterator[Path]:
+def replaced_file(path: Path, private: bool = False) -> Iterator[Path]:
     """A temporary path to write to; at the end of the `with` block its file takes the place of `path`.
 
+    private   whether only its owner may read the file
     If the block fails, the program is killed or the disk fills up, the old file is as it was.
     """
     with _beside(path) as (partial, mode):
         yield partial
-        _to_disk(partial, mode)
+        _to_disk(partial, 0o600 if private else mode)
         os.replace(partial, path)
         if os.name == "posix":  # the change of names is on the disk too, not only the bytes
             folder = os.open(path.parent, os.O_RDONLY)

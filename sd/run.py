@@ -24,6 +24,7 @@ from .imaging.files import WHITE, flatten
 from .imaging.masks import Canvas, latent_mask, mask_channels, masked_image, prepare_mask, surroundings, widened
 from .imaging.tensors import Box, fit, frame, to_tensor
 from .latents import image_size, latent_shape
+from .messages import counted
 from .models.vae import Gaussian
 from .noise import NoiseSource
 from .params import ImageToImage, Inpaint, ResolvedParams, TextToImage
@@ -128,7 +129,8 @@ class Run(Iterator[Step]):
         elif params.guidance_until < 1 and isinstance(self.guides[0].cond, Composition):
             note("guidance_until saves no time with AND: steps without guidance need the negative prompt, too")
         if params.is_guided and len(self) and not self._guided():
-            note(f"guidance_until {params.guidance_until:g} of {len(self)} steps is less than one step: none is guided")
+            share = f"{params.guidance_until:g} of {counted(len(self), 'step')}"
+            note(f"guidance_until {share} is less than one: none is guided")
         if params.noise_seed_delta and not sampler.draws(params.options):
             note(f"noise_seed_delta has no effect: {sampler.label} draws no noise in its steps")
         if params.rng == "comfy" and self.source.images > 1:

@@ -94,7 +94,7 @@ def test_image_to_image_counts_the_steps_that_it_takes(tiny_sd, batches):
     assert batches(tiny_sd, ImageToImage.of("a", image=PHOTO, strength=0.5, **settings))[0] == [2, 2, 2, 1, 1]
     seen, result = batches(tiny_sd, ImageToImage.of("a", image=PHOTO, strength=0.1, **settings))
     assert seen == [1]
-    assert result.notes == ["guidance_until 0.6 of 1 steps is less than one step: none is guided"]
+    assert result.notes == ["guidance_until 0.6 of 1 step is less than one: none is guided"]
     assert batches(tiny_sd, ImageToImage.of("a", image=PHOTO, strength=0, **settings))[0] == []
 
 
@@ -146,7 +146,7 @@ def test_what_may_surprise_is_noted(tiny_sd):
 
     assert notes(guidance_until=0.5) == notes(guidance_until=0) == notes() == []
     assert notes(guidance_until=0.5, guidance=1) == ["guidance_until has no effect at guidance 1"]
-    assert notes(guidance_until=0.2) == ["guidance_until 0.2 of 4 steps is less than one step: none is guided"]
+    assert notes(guidance_until=0.2) == ["guidance_until 0.2 of 4 steps is less than one: none is guided"]
 
 
 def test_requests_keep_it_and_refuse_what_is_no_share():

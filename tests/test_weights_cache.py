@@ -634,7 +634,7 @@ def test_what_was_not_used_for_longest_is_removed(tmp_path):
         (tmp_path / f"{name}.weights").write_bytes(bytes(size))
         os.utime(tmp_path / f"{name}.weights", (10**9 - age, 10**9 - age))
     for name, age in ((".a.weights.01234567.part", 10**9), (".b.weights.01234567.part", None)):
-        (tmp_path / name).write_bytes(bytes(99))
+        (tmp_path / name).write_bytes(bytes(10))  # of programs that were killed, or are writing
         os.utime(tmp_path / name, age and (age, age))
     (tmp_path / "another").write_bytes(bytes(999))
 
@@ -643,12 +643,18 @@ def test_what_was_not_used_for_longest_is_removed(tmp_path):
 
     with pytest.raises(OSError, match="more than the limit"):
         weights_cache.make_room(tmp_path / "e.weights", 101, 100)
-    weights_cache.make_room(tmp_path / "d.weights", 40, 130)  # which it will replace
+    weights_cache.make_room(tmp_path / "d.weights", 40, 140)  # which it will replace
     assert names() == ".b.weights.01234567.part a another b c d"
-    weights_cache.make_room(tmp_path / "e.weights", 40, 130)
+    weights_cache.make_room(tmp_path / "d.weights", 40, 139)
     assert names() == ".b.weights.01234567.part another b c d"
-    weights_cache.make_room(tmp_path / "e.weights", 100, 130)
+    weights_cache.make_room(tmp_path / "e.weights", 100, 140)
     assert names() == ".b.weights.01234567.part another d"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of files are those of POSIX")
+def test_only_the_owner_may_read_a_file(filled):
+    """As the model's own file may be private, and the folder an open one."""
+    assert filled().stat().st_mode & 0o777 == 0o600
 
 
 def test_a_file_that_is_used_is_the_newest(original, folder, filled):

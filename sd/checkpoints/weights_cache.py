@@ -58,7 +58,7 @@ LIMIT = 20_000_000_000  # bytes of all files in the folder
 FREE = 0.1  # share of the disk that has to stay free
 INODE_TIMES = os.name == "posix"  # whether st_ctime is the time of the last change; elsewhere it is the creation time
 SAMPLE = 64  # bytes of each tensor in the key
-ABANDONED = 24 * 3600  # seconds after which an unfinished file of a program that was stopped is removed
+ABANDONED = 600  # seconds without a change after which an unfinished file belongs to a program that was killed
 
 
 # ------------------------------------------------------------------------------------- the key
@@ -260,8 +260,11 @@ def make_room(file: Path, size: int, limit: int) -> None:
             status = path.stat()
             if path.suffix == SUFFIX and path != file:
                 others.append((status.st_mtime, status.st_size, path))
-            elif path.suffix == ".part" and time.time() - status.st_mtime > ABANDONED:
-                path.unlink()
+            elif path.suffix == ".part":
+                if time.time() - status.st_mtime > ABANDONED:
+                    path.unlink()
+                else:
+                    size += status.st_size
     total = size + sum(length for _, length, _ in others)
     for _, length, path in sorted(others):
         if total <= limit:

@@ -264,7 +264,7 @@ def write(
     The tensors are consumed one by one, so only one of them needs to be in memory.
     """
     entries: dict[str, Entry] = {}
-    with replaced_file(path) as partial, open(partial, "rb+") as stream:
+    with replaced_file(path, private=True) as partial, open(partial, "rb+") as stream:
         stream.seek(HEAD)
         for name, tensor in tensors:
             entries[name] = _write_tensor(stream, tensor)

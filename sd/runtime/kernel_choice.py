@@ -116,8 +116,12 @@ def table() -> dict[str, Measurement]:
 
 
 def save(path: str | os.PathLike[str]) -> None:
-    """Write all measurements to a file, for `load`. Raises OSError if it cannot be written."""
-    rows = [[list(kind), threads, *measurement] for (kind, threads), measurement in dict(_measured).items()]
+    """Write the measurements to a file, for `load`. Raises OSError if it cannot be written.
+
+    Those in which a kernel was left out are not written: the reason may be gone next time.
+    """
+    found = {key: measurement for key, measurement in dict(_measured).items() if not measurement.left_out}
+    rows = [[list(kind), threads, *measurement] for (kind, threads), measurement in found.items()]
     text = json.dumps({"format": FORMAT, "machine": machine(), "kernels": rows}, indent=1)
     with replaced_file(Path(path)) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
