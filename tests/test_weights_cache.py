@@ -652,9 +652,10 @@ def test_what_was_not_used_for_longest_is_removed(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of files are those of POSIX")
-def test_only_the_owner_may_read_a_file(filled):
+def test_only_the_owner_may_read_a_file(original, folder):
     """As the model's own file may be private, and the folder an open one."""
-    assert filled().stat().st_mode & 0o777 == 0o600
+    model = load(original, folder)
+    assert model.save_cache() > 0 and model.cache_file.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_file_that_is_used_is_the_newest(original, folder, filled):
