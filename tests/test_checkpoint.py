@@ -368,7 +368,7 @@ def test_only_what_is_asked_for_is_read(tmp_path, kind):
         write(tmp_path / "a", {"state_dict": {**state, "part": state["layer.5"][10:12]}}, kind)
     with load_checkpoint(tmp_path / "a") as found:
         (file,) = found.files
-        file._stream = counted = Counted(file._stream)
+        file.stream = counted = Counted(file.stream)
         assert "layer.3" in found
         assert "layer.x" not in found
         assert shapes(found)["layer.3"] == (100, 13)
