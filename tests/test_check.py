@@ -267,7 +267,7 @@ def small(parts: list[Part]) -> list[Part]:
     ]
 
 
-@pytest.mark.parametrize("failing", [False, True])
+@pytest.mark.parametrize("failing", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_a_trial_on_the_cpu(tmp_path, monkeypatch, capsys, failing):
     """The real processes once; with a part that fails, the exit status is 1 and the file has all."""
     all_parts = plan.all_parts

@@ -199,7 +199,13 @@ def rehomed(net: torch.nn.Module) -> None:
         layer.adopt(packed._replace(weight=made, memory=data))
 
 
-@pytest.mark.parametrize("way", WAYS)
+# all of them for packed weights in general are in test_changed_weights.py
+OFTEN = "mul_", "zero_", "copy_", "state_dict", "load_state_dict", "optimizer", "there and back", "another layer"
+
+
+@pytest.mark.parametrize(
+    "way", [way if way in OFTEN else pytest.param(way, marks=pytest.mark.exhaustive) for way in WAYS]
+)
 @pytest.mark.parametrize("dtype", EACH)
 def test_all_changes_of_weights_take_effect(way, dtype):
     x = torch.linspace(-1, 1, 4 * 8 * 16, dtype=named(dtype)).view(1, 4, 8, 16)
