@@ -38,8 +38,8 @@ ALLOWED = {
     "noise": {"params"},
     "recipes": {"imaging", "messages", "params", "samplers", "text"},
     "run": {
-        "conditioning", "config", "denoiser", "imaging", "latents", "models", "noise", "params", "prompts", "runtime",
-        "samplers", "schedule",
+        "conditioning", "config", "denoiser", "imaging", "latents", "messages", "models", "noise", "params", "prompts",
+        "runtime", "samplers", "schedule",
     },
     "hires": {"config", "imaging", "latents", "params", "run", "samplers", "schedule"},
     "pipeline": {
