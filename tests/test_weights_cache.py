@@ -728,7 +728,7 @@ def test_a_program_without_a_place_for_the_cache(ours, tmp_path, capsys, monkeyp
 def test_the_users_cache_folder(monkeypatch):
     monkeypatch.setattr(os.path, "expanduser", lambda path: path.replace("~", os.path.abspath("/home/me")))
     home = Path(os.path.abspath("/home/me"))
-    place = Path(os.path.abspath("/tmp/c"))
+    place = Path(os.path.abspath("/home/me/elsewhere"))
     assert user_cache({"XDG_CACHE_HOME": str(place)}, "linux") == place / "sd-from-scratch"
     assert user_cache({"XDG_CACHE_HOME": "relative"}, "linux") == home / ".cache" / "sd-from-scratch"
     assert user_cache({}, "darwin") == home / "Library" / "Caches" / "sd-from-scratch"

@@ -90,12 +90,15 @@ def steps(models: Models, model: StableDiffusion) -> Iterator[Pair]:
     yield golden.name, last.x, golden["out"]
 
 
+def parity(models: Models, dtype: torch.dtype) -> str:
+    """Compare all networks in one precision; returns their largest errors as text."""
+    return "; ".join(f"{pairs.__name__} {compared(models, pairs, dtype)}" for pairs in (text_encoder, vae, unet))
+
+
 @check("networks", "text encoder, VAE and U-Net in float16 against the original's outputs", needs=no_goldens)
 def parity_float16(models: Models) -> str:
     """The usual precision on GPUs."""
-    return "; ".join(
-        f"{pairs.__name__} {compared(models, pairs, torch.float16)}" for pairs in (text_encoder, vae, unet)
-    )
+    return parity(models, torch.float16)
 
 
 @check("networks", "some steps with guidance against the original's, in the default precision", needs=no_goldens)
@@ -110,14 +113,10 @@ def default_steps(models: Models) -> str:
 @check("networks", "text encoder, VAE and U-Net in bfloat16 against the original's outputs", needs=no_goldens)
 def parity_bfloat16(models: Models) -> str:
     """The other half precision."""
-    return "; ".join(
-        f"{pairs.__name__} {compared(models, pairs, torch.bfloat16)}" for pairs in (text_encoder, vae, unet)
-    )
+    return parity(models, torch.bfloat16)
 
 
 @check("networks", "text encoder, VAE and U-Net in float32, without TF32, against the original's", needs=no_goldens)
 def parity_float32(models: Models) -> str:
     """If only half precision fails, the kernels are right and the precision is not enough."""
-    return "; ".join(
-        f"{pairs.__name__} {compared(models, pairs, torch.float32)}" for pairs in (text_encoder, vae, unet)
-    )
+    return parity(models, torch.float32)
