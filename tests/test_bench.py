@@ -321,7 +321,10 @@ def test_rows_and_tables():
     cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
     assert cells[0][2:5] == ["2.00 s", "2.00 s (2.00)", "4.00 s (0.50)"] and cells[0][-1] == "50%"
     assert cells[1][2:] == ["0.03 GB", "0.00 GB", "-", "0.00 GB"]
-    assert [row[2:6] for row in cells[2:]] == [["128x128", "1", "2.00 s", "1.00"], ["128x128", "2", "6.00 s", "3.00"]]
+    growth, memory = cells[2:4], cells[4:]
+    assert [row[2:6] for row in growth] == [["128x128", "1", "2.00 s", "1.00"], ["128x128", "2", "6.00 s", "3.00"]]
+    assert memory[0][2:] == ["128x128", "1", "0.03 GB", "0.00 GB", "-", "0.00 GB"]
+    assert memory[1][2:] == ["128x128", "2", "0.03 GB", "0.00 GB", "-", "-"]
     assert "compiled" not in text and "since" not in text
     assert len({line.count("|") for line in report.text(record, markdown=True).splitlines() if "U-Net" in line}) == 3
 

@@ -152,6 +152,9 @@ def text(record: Row, markdown: bool, earlier: Row | None = None) -> str:
     if grown:
         blocks.append("Growth of the cost with image size and batch size, relative to the first row")
         blocks.append(grid(grown, growth_columns(peers) | change, markdown))
+        if any(row["memory"] for row in grown):
+            blocks.append("Growth of peak memory, beside one copy of the weights")
+            blocks.append(grid(grown, series_columns() | figures(memory_columns(peers)), markdown))
     if notes := record.get("notes"):  # peers that are not in the tables, and why
         blocks.append("\n".join(notes))
     return "\n\n".join(blocks)
@@ -186,19 +189,25 @@ def memory_columns(peers: Sequence[str]) -> Columns:
 
 def growth_columns(peers: Sequence[str]) -> Columns:
     """Columns of the table of growth."""
-    columns = time_columns(peers)
+    columns = figures(time_columns(peers))
     del columns["GFLOP"]
-    first = {"part": lambda row: row["title"], "precision": columns.pop("precision")}
-    del columns["part"]
+    ours = columns.pop("ours")
+    return series_columns() | {"ours": ours, "growth": lambda row: f"{row['growth']:.2f}"} | columns
+
+
+def series_columns() -> Columns:
+    """Columns that say which row of `growth_rows` it is."""
     return {
-        **first,
+        "part": lambda row: row["title"],
+        "precision": lambda row: row["dtype"],
         "size": lambda row: f"{row['size']}x{row['size']}",
         "images": lambda row: str(row["batch"]),
-        "ours": columns.pop("ours"),
-        "growth": lambda row: f"{row['growth']:.2f}",
-        **columns,
-        "memory": lambda row: gigabytes(row["memory"]),
     }
+
+
+def figures(columns: Columns) -> Columns:
+    """The columns without those that say which row it is."""
+    return {title: cell for title, cell in columns.items() if title not in ("part", "precision")}
 
 
 def growth_rows(rows: Sequence[Row]) -> list[Row]:
