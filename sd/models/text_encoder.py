@@ -38,7 +38,7 @@ NORM_EPS = 1e-5  # every LayerNorm
 
 def quick_gelu(x: Tensor) -> Tensor:
     """OpenAI's approximation of GELU, x sigmoid(1.702 x), with which their CLIP was trained (CLIP model.py)."""
-    return F.silu(1.702 * x, inplace=True).div_(1.702)  # silu(x) = x sigmoid(x); in place: three times as fast on a CPU
+    return x * torch.sigmoid(1.702 * x)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
