@@ -35,6 +35,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -49,7 +50,7 @@ from tqdm import tqdm
 from sd.checkpoints.checkpoint import load_checkpoint, naming
 from sd.checkpoints.detect import identify
 from sd.config import POCKET, SD1, Config
-from sd.files import exists
+from sd.files import check_writable, exists
 from sd.runtime.device import DTYPES, best_dtype, dtype_name, find_device
 from sd.runtime.kernel_choice import Measurement
 
@@ -125,7 +126,9 @@ def bench(args: argparse.Namespace) -> int | None:
     if args.kernels:
         print(kernel_table(args))
         return None
-    earlier = report.read(args.compare) if args.compare else None
+    earlier = report.read(args.compare, CHECK_FORMAT) if args.compare else None
+    if earlier and earlier["format"] == CHECK_FORMAT:
+        raise ValueError(f"--compare {args.compare}: a file of --check; give one that was written without --check")
     record = report.read(args.show, CHECK_FORMAT) if args.show else measured(args)
     if record["format"] == CHECK_FORMAT:
         if earlier:
@@ -133,6 +136,8 @@ def bench(args: argparse.Namespace) -> int | None:
         print(results.text(record, args.markdown))
     else:
         print(report.text(record, args.markdown, earlier))
+        if args.json and not args.show:
+            report.write(args.json, record)  # after the tables, as the disk may be full
     return None
 
 
@@ -152,18 +157,28 @@ def check_gpu(args: argparse.Namespace) -> int:
             "to try the program itself without one, add --tiny"
         )
     file = args.json or free_name("gpu.json")
+    check_writable(file.parent)
     with tempfile.TemporaryDirectory(prefix="sd-check-", ignore_cleanup_errors=True) as folder:
         place = plan.Place(str(device), args.tiny, args.threads or torch.get_num_threads(), Path(folder))
         setup = Setup(POCKET if args.tiny else SD1, None, device, "float16", place.threads, Path(folder))
         record = plan.new_record(place, setup)
-        plan.Running(
+        say = partial(print, flush=True)
+        running = plan.Running(
             record,
             place.folder,
             60 * (args.minutes or MINUTES) - (perf_counter() - start),
-            lambda line: print(line, flush=True),
-            lambda: report.write(file, record),
-        ).all(plan.all_parts(place))
-    print(f"\n{results.text(record, args.markdown)}\n\nwritten to {file}")
+            say,
+            lambda: report.save(file, record, say),
+        )
+        try:
+            running.all(plan.all_parts(place))
+        except KeyboardInterrupt:
+            if file.exists():
+                say(f"the results so far are in {file}")
+            raise
+    print(f"\n{results.text(record, args.markdown)}\n")
+    report.write(file, record)
+    print(f"written to {file}")
     return 1 if results.count(record, "failed") else 0
 
 
@@ -227,8 +242,10 @@ def check(args: argparse.Namespace) -> None:
                 raise ValueError(f"--{name} must be at least 1, got {number}")
     if args.tiny and args.ckpt:
         raise ValueError("give --ckpt or --tiny, not both")
-    if args.json and args.json.exists():
-        raise exists(args.json)
+    if args.json:
+        if args.json.exists():
+            raise exists(args.json)
+        check_writable(args.json.parent)
 
 
 def find_config(args: argparse.Namespace) -> Config:
@@ -291,7 +308,7 @@ def measure_precision(args: argparse.Namespace, setup: Setup, peers: list[str], 
         report.hold_against(rows, peak)
         record["figures"] = done + rows
         if args.json:
-            report.write(args.json, record)
+            report.save(args.json, record, tqdm.write)
 
 
 def main(argv: list[str] | None = None) -> int:

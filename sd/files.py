@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -96,6 +97,24 @@ def replaced_file(path: Path, private: bool = False) -> Iterator[Path]:
             with suppress(OSError):  # some network file systems know no such thing
                 os.fsync(folder)
             os.close(folder)
+
+
+def check_ordinary(path: Path) -> None:
+    """Raise OSError unless this is an ordinary file: reading a pipe waits forever, and some devices never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not an ordinary file", str(path))
+
+
+def check_writable(folder: Path, size: int = 1) -> None:
+    """Raise OSError, with the name of the folder, if a file of `size` bytes cannot be written there."""
+    probe = folder / f".{secrets.token_hex(8)}"
+    try:
+        probe.write_bytes(bytes(size))
+    except OSError as error:  # writing does not tell the name
+        raise OSError(error.errno, error.strerror, str(folder)) from None
+    finally:
+        with suppress(OSError):
+            probe.unlink()
 
 
 def remove_partial(folder: Path) -> None:

@@ -124,7 +124,8 @@ def _finite(
         out = run(exact(), x.float())
     if not out.isfinite().all():
         raise ArithmeticError(
-            f"the {what} is not finite (NaN) even in float32: the checkpoint may be damaged, the guidance too "
-            "large, or the U-Net overflows in half precision: try float32 (--dtype)"
+            f"the {what} is not finite (NaN) even in float32: the checkpoint, or its copy in the cache folder, may be "
+            "damaged (try --no-cache), the guidance too large, or the U-Net overflows in half precision: try float32 "
+            "(--dtype)"
         )
     return out.float()

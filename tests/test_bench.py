@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -339,9 +340,26 @@ def test_comparing_with_an_earlier_run(tmp_path, capsys):
     assert bench.main(["--show", str(file), "--compare", str(earlier)]) == 0
     out = capsys.readouterr().out
     assert "the earlier run: threads was 64 and is 1\n" in out and out.count("since 2020-02-20") == 2
-    assert [line.split()[-1] for line in out.splitlines() if line.startswith("U-Net")] == ["+25%", "GB", "+25%", "-"]
+    last = [line.split()[-1] for line in out.splitlines() if line.startswith("U-Net")]
+    assert last == ["+25%", "GB", "+25%", "-", "GB", "-"]
     assert bench.main(["--show", str(file), "--compare", str(file)]) == 0
-    assert "+0%" in (out := capsys.readouterr().out) and "hard" not in out
+    out = capsys.readouterr().out
+    assert "+0%" in out and "hard" not in out
+
+
+def test_a_full_disk_does_not_stop_the_measuring(tmp_path, monkeypatch):
+    """It is said with the name of the file, not of the temporary one; the tables come at the end."""
+
+    def full(self, *args, **options):
+        raise OSError(28, "No space left on device")
+
+    file, said = tmp_path / "now.json", []
+    monkeypatch.setattr(Path, "write_text", full)
+    report.save(file, example(), said.append)
+    assert said == [f"warning: {file}: No space left on device; the tables will be printed at the end"]
+    with pytest.raises(OSError, match=re.escape(f"No space left on device: '{file}'")):
+        report.write(file, example())
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("content", [b"{}", b"[1]", b"\xff", b'{"machine": {}, "figures": []}', b"[" * 10**5])
@@ -361,6 +379,7 @@ def test_a_file_that_is_no_earlier_run(tmp_path, capsys, content):
         (["--ckpt", "x.ckpt"], "give --ckpt or --tiny, not both"),
         (["--device", "abacus"], "device 'abacus' is not available here"),
         (["--json", __file__], "there is such a file already"),
+        (["--json", "no/such/folder/new.json"], "no/such/folder: No such file"),
         (["--compare", "nowhere.json"], "nowhere.json: No such file"),
     ],
 )

@@ -229,6 +229,23 @@ def test_the_file_is_shown(tmp_path, capsys, markdown):
     assert ("| what " in shown) == markdown
     assert re.search(r"steps +(\| )?ours, recorded +(\| )? *1 +(\| +)?2\.00 s +(\| +)?0\.50", shown)
     assert bench.main(["--show", str(file), "--compare", str(file)]) == 1
+    assert f"error: --compare {file}: a file of --check; give one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("saved", [0, 1])
+def test_stopped_before_and_after_the_first_result(tmp_path, monkeypatch, capsys, saved):
+    """There is a file if there are results, and it is named."""
+
+    def stop(running, parts):
+        for _ in range(saved):
+            running.save()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Running, "all", stop)
+    monkeypatch.chdir(tmp_path)
+    assert bench.main(["--check", "--tiny", "--device", "cpu"]) == 130
+    assert len(list(tmp_path.iterdir())) == saved
+    assert ("the results so far are in gpu.json" in capsys.readouterr().out) == bool(saved)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 
 import pytest
@@ -232,6 +233,24 @@ def test_a_damaged_table_is_not_used(tmp_path, content):
     if content is not None:
         file.write_bytes(content)
     assert not kernel_choice.load(file)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no pipes")
+def test_what_is_not_a_file_is_not_read(tmp_path):
+    """A pipe would wait for its writer forever, a device might never end."""
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "device.json").symlink_to("/dev/zero")
+    for name in ("pipe.json", "device.json"):
+        assert not kernel_choice.load(tmp_path / name)
+
+
+def test_a_table_that_is_too_long_is_not_used(takes, tmp_path, monkeypatch):
+    takes(one=0.5)
+    fastest(("a kind", 1), KERNELS, example())
+    kernel_choice.save(tmp_path / "table.json")
+    assert kernel_choice.load(tmp_path / "table.json")
+    monkeypatch.setattr(kernel_choice, "MOST_TEXT", 100)
+    assert not kernel_choice.load(tmp_path / "table.json")
 
 
 def test_a_table_that_cannot_be_written_leaves_nothing(tmp_path):

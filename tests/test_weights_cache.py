@@ -515,6 +515,26 @@ def test_a_damaged_file_is_replaced(original, folder, filled, made):
     assert is_used(again := load(original, folder)) and image(again) == expected
 
 
+@posix
+def test_a_pipe_is_as_none(original, folder, filled, made):
+    """It would wait for its writer forever."""
+    path, expected = filled(), made["float32"][2]
+    path.unlink()
+    os.mkfifo(path)
+    model = load(original, folder)
+    assert not is_used(model) and image(model) == expected and model.save_cache() > 0
+    assert path.is_file() and is_used(load(original, folder))
+
+
+def test_a_folder_in_its_place_is_said_before_anything_is_written(original, folder, filled, monkeypatch):
+    path = filled()
+    path.unlink()
+    path.mkdir()
+    monkeypatch.setattr(weights_cache, "write", lambda *args: pytest.fail("written"))
+    with pytest.warns(UserWarning, match=f"there is a folder of the name {path.name}: remove it"):
+        assert load(original, folder).save_cache() == 0
+
+
 def test_verify_finds_damaged_numbers(small_file):
     raw = small_file.read_bytes()
     assert weights_file.verify(small_file) == []

@@ -111,9 +111,20 @@ def cpu_name() -> str:
 
 
 def write(path: Path, record: Row) -> None:
-    """Write all figures to a file for later comparison."""
-    with replaced_file(path) as file:
-        file.write_text(json.dumps({"format": FORMAT, **record}, indent=1) + "\n", encoding="utf-8")
+    """Write all figures to a file for later comparison. Raises OSError with the file's name."""
+    try:
+        with replaced_file(path) as file:
+            file.write_text(json.dumps({"format": FORMAT, **record}, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:  # names the temporary file, or none
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def save(path: Path, record: Row, note: Callable[[str], object]) -> None:
+    """`write` what is there so far; where that fails, `note` says so, and the measuring goes on."""
+    try:
+        write(path, record)
+    except OSError as error:
+        note(f"warning: {path}: {error.strerror}; the tables will be printed at the end")
 
 
 def read(path: Path, *others: str) -> Row:

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import re
-import secrets
 import tempfile
 import threading
 import warnings
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sd.files import exists, new_file
+from sd.files import check_writable, exists, new_file
 from sd.imaging.files import OTHER_SUFFIXES, SUFFIXES, png_bytes, save_animation, save_png
 
 
@@ -78,13 +77,7 @@ class Output:
                 f"--out {path}: {self.folder} cannot be created: part of its path is a file or a broken link; choose "
                 "another folder"
             ) from None
-        probe = self.folder / f".{secrets.token_hex(8)}"  # raises for an unwritable folder or a full disk
-        try:
-            probe.write_bytes(bytes(PROBE))
-        except OSError as error:  # writing does not tell the name
-            raise OSError(error.errno, error.strerror, str(self.folder)) from None
-        finally:
-            probe.unlink(missing_ok=True)
+        check_writable(self.folder, PROBE)  # raises for an unwritable folder or a full disk
         if named:
             limit = longest_name(self.folder)
             if (size := len(os.fsencode(path.name))) > limit:

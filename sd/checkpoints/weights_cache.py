@@ -7,7 +7,7 @@ package. It is kept in a file of a cache folder (weights_file.py), and the next 
 
     model = StableDiffusion.load("v1-5.safetensors", cache="~/.cache/sd-from-scratch")
     model.txt2img("a horse")    # packs the weights
-    model.save_cache()          # writes them, unless the folder has them
+    model.save_cache()          # writes them, unless they come from there
 
 The cache is optional: where a file is missing, damaged or made for something else, the model is loaded as usual, and
 `save_cache` replaces the file. It fixes the choice of packed layers; with the same choice of kernels, images are
@@ -247,8 +247,11 @@ def _give(network: nn.Module, name: str, taken: Mapping[str, Tensor | PackedWeig
 def make_room(file: Path, size: int, limit: int) -> None:
     """Remove the least recently used files until another one of `size` bytes fits into the folder's limit.
 
-    Raises OSError, and removes nothing, if the file alone exceeds the limit, or if the disk would become too full.
+    Raises OSError, and removes nothing, if the file alone exceeds the limit, if the disk would become too full, or if
+    there is a folder of its name.
     """
+    if file.is_dir():
+        raise OSError(errno.EISDIR, f"there is a folder of the name {file.name}: remove it")
     disk = shutil.disk_usage(file.parent)
     if disk.free - size < max(FREE * disk.total, 2 * size):
         raise OSError(errno.ENOSPC, f"the disk would be too full with another {size / 1e9:.1f} GB")
@@ -286,14 +289,14 @@ class Cached:
         return None if self._cache is None else self._cache.file
 
     def save_cache(self, *, limit: int = LIMIT, note: Note = warn) -> int:
-        """Write the model's weights to its cache folder if they are not there; returns how many bytes were written.
+        """Write the model's weights to its cache folder, unless they come from it; returns how many bytes were written.
 
         limit   bytes that all files in the folder may have together: the least recently used ones are removed
 
         Best called after the first image, when the sizes that the weights are packed for are known. It takes seconds,
         and reads the model's files once more, so merged LoRAs and changed weights are not written. If it fails, the
         model stays as it was, nothing is left in the folder, and a `note` says why. Returns 0 where there is nothing
-        to do: without a cache folder, where the cache has no effect, and if the file exists.
+        to do: without a cache folder, where the cache has no effect, and if the weights were loaded from it.
         """
         cache = self._cache
         if cache is None or cache.used:

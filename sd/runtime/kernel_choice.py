@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..files import replaced_file
+from ..files import check_ordinary, replaced_file
 from .device import processor
 
 PLAIN = "plain"
@@ -47,6 +47,7 @@ TIE = 1.03  # times within this factor of the fastest count as equal; the first 
 # Largest relative L2 difference from the plain result: it allows several roundings, but no wrong formula
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 FORMAT = 1  # of saved tables
+MOST_TEXT = 2**20  # characters of a saved table that are read; it has about 150 per kind
 
 
 class Measurement(NamedTuple):
@@ -133,7 +134,9 @@ def load(path: str | os.PathLike[str]) -> bool:
     A file that is missing or damaged, or of another machine or version of torch or of this package, is not used.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        check_ordinary(Path(path))
+        with open(path, encoding="utf-8") as file:
+            content = json.loads(file.read(MOST_TEXT))  # what is cut off is not valid
         if content["format"] != FORMAT or content["machine"] != machine():
             return False
         rows = {}

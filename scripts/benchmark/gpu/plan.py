@@ -137,7 +137,6 @@ class Running:
 
     def all(self, parts: Sequence[Part]) -> None:
         """Run all parts."""
-        self.save()  # before the minutes begin, as a folder may not be writable
         for part in parts:
             self.part(part)
         self.record["targets"] = targets(self.record)
