@@ -126,6 +126,8 @@ def bench(args: argparse.Namespace) -> int | None:
     if args.kernels:
         print(kernel_table(args))
         return None
+    if args.show and args.json:
+        raise ValueError("--json has no effect with --show: leave it out")
     earlier = report.read(args.compare, CHECK_FORMAT) if args.compare else None
     if earlier and earlier["format"] == CHECK_FORMAT:
         raise ValueError(f"--compare {args.compare}: a file of --check; give one that was written without --check")
@@ -136,7 +138,7 @@ def bench(args: argparse.Namespace) -> int | None:
         print(results.text(record, args.markdown))
     else:
         print(report.text(record, args.markdown, earlier))
-        if args.json and not args.show:
+        if args.json:
             report.write(args.json, record)  # after the tables, as the disk may be full
     return None
 
@@ -162,19 +164,19 @@ def check_gpu(args: argparse.Namespace) -> int:
         place = plan.Place(str(device), args.tiny, args.threads or torch.get_num_threads(), Path(folder))
         setup = Setup(POCKET if args.tiny else SD1, None, device, "float16", place.threads, Path(folder))
         record = plan.new_record(place, setup)
-        say = partial(print, flush=True)
         running = plan.Running(
             record,
             place.folder,
             60 * (args.minutes or MINUTES) - (perf_counter() - start),
-            say,
-            lambda: report.save(file, record, say),
+            partial(print, flush=True),
+            lambda: report.save(file, record, cli.say),
         )
         try:
             running.all(plan.all_parts(place))
         except KeyboardInterrupt:
+            print(f"\n{results.text(record, args.markdown)}\n")
             if file.exists():
-                say(f"the results so far are in {file}")
+                print(f"the results so far are in {file}", flush=True)
             raise
     print(f"\n{results.text(record, args.markdown)}\n")
     report.write(file, record)
@@ -234,7 +236,7 @@ def kernel_table(args: argparse.Namespace) -> str:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise ValueError for arguments that would fail later."""
+    """Raise ValueError or OSError for arguments that would fail later."""
     for name in ("steps", "runs", "threads", "sizes", "batches"):
         value = getattr(args, name)
         for number in value if isinstance(value, list) else [value]:
@@ -243,6 +245,8 @@ def check(args: argparse.Namespace) -> None:
     if args.tiny and args.ckpt:
         raise ValueError("give --ckpt or --tiny, not both")
     if args.json:
+        if args.json.is_dir():
+            raise ValueError(f"--json {args.json}: a folder; give the name of a new file")
         if args.json.exists():
             raise exists(args.json)
         check_writable(args.json.parent)
@@ -308,7 +312,7 @@ def measure_precision(args: argparse.Namespace, setup: Setup, peers: list[str], 
         report.hold_against(rows, peak)
         record["figures"] = done + rows
         if args.json:
-            report.save(args.json, record, tqdm.write)
+            report.save(args.json, record, cli.say)
 
 
 def main(argv: list[str] | None = None) -> int:

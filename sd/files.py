@@ -99,19 +99,19 @@ def replaced_file(path: Path, private: bool = False) -> Iterator[Path]:
             os.close(folder)
 
 
-def check_ordinary(path: Path) -> None:
-    """Raise OSError unless this is an ordinary file: reading a pipe waits forever, and some devices never end."""
+def check_regular(path: Path) -> None:
+    """Raise OSError unless this is a regular file: opening a pipe waits for its writer, and some devices never end."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "not an ordinary file", str(path))
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def check_writable(folder: Path, size: int = 1) -> None:
     """Raise OSError, with the name of the folder, if a file of `size` bytes cannot be written there."""
-    probe = folder / f".{secrets.token_hex(8)}"
+    probe = _partial_name(folder / "probe")
     try:
         probe.write_bytes(bytes(size))
     except OSError as error:  # writing does not tell the name
-        raise OSError(error.errno, error.strerror, str(folder)) from None
+        raise OSError(error.errno, error.strerror or str(error), str(folder)) from None
     finally:
         with suppress(OSError):
             probe.unlink()

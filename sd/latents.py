@@ -124,8 +124,8 @@ def _finite(
         out = run(exact(), x.float())
     if not out.isfinite().all():
         raise ArithmeticError(
-            f"the {what} is not finite (NaN) even in float32: the checkpoint, or its copy in the cache folder, may be "
-            "damaged (try --no-cache), the guidance too large, or the U-Net overflows in half precision: try float32 "
-            "(--dtype)"
+            f"the {what} is not finite (NaN) even in float32: the checkpoint or its copy in the cache folder is "
+            "damaged (try --no-cache), the guidance is too large, or the U-Net overflows in half precision (try "
+            "--dtype float32)"
         )
     return out.float()

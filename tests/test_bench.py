@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -347,7 +346,7 @@ def test_comparing_with_an_earlier_run(tmp_path, capsys):
     assert "+0%" in out and "hard" not in out
 
 
-def test_a_full_disk_does_not_stop_the_measuring(tmp_path, monkeypatch):
+def test_a_full_disk_does_not_stop_the_measuring(tmp_path, monkeypatch, capsys):
     """It is said with the name of the file, not of the temporary one; the tables come at the end."""
 
     def full(self, *args, **options):
@@ -356,10 +355,14 @@ def test_a_full_disk_does_not_stop_the_measuring(tmp_path, monkeypatch):
     file, said = tmp_path / "now.json", []
     monkeypatch.setattr(Path, "write_text", full)
     report.save(file, example(), said.append)
-    assert said == [f"warning: {file}: No space left on device; the tables will be printed at the end"]
-    with pytest.raises(OSError, match=re.escape(f"No space left on device: '{file}'")):
+    assert said == [f"{file}: No space left on device; the tables will be printed at the end"]
+    with pytest.raises(OSError, match="No space left on device") as raised:
         report.write(file, example())
-    assert list(tmp_path.iterdir()) == []
+    assert raised.value.filename == str(file)
+    monkeypatch.setattr(bench, "measured", lambda args: {"format": report.FORMAT, **example()})
+    assert bench.main([*TINY, "--json", str(file)]) == 1
+    out, err = capsys.readouterr()
+    assert "U-Net" in out and err == f"error: {file}: No space left on device\n" and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("content", [b"{}", b"[1]", b"\xff", b'{"machine": {}, "figures": []}', b"[" * 10**5])
@@ -379,7 +382,9 @@ def test_a_file_that_is_no_earlier_run(tmp_path, capsys, content):
         (["--ckpt", "x.ckpt"], "give --ckpt or --tiny, not both"),
         (["--device", "abacus"], "device 'abacus' is not available here"),
         (["--json", __file__], "there is such a file already"),
-        (["--json", "no/such/folder/new.json"], "no/such/folder: No such file"),
+        (["--json", "no/such/folder/new.json"], f"{Path('no/such/folder')}: No such file"),
+        (["--json", "."], "--json .: a folder; give the name of a new file"),
+        (["--json", "new.json", "--show", "old.json"], "--json has no effect with --show: leave it out"),
         (["--compare", "nowhere.json"], "nowhere.json: No such file"),
     ],
 )

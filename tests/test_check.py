@@ -230,6 +230,9 @@ def test_the_file_is_shown(tmp_path, capsys, markdown):
     assert re.search(r"steps +(\| )?ours, recorded +(\| )? *1 +(\| +)?2\.00 s +(\| +)?0\.50", shown)
     assert bench.main(["--show", str(file), "--compare", str(file)]) == 1
     assert f"error: --compare {file}: a file of --check; give one" in capsys.readouterr().err
+    earlier = Path(__file__).parents[1] / "docs" / "bench.json"
+    assert bench.main(["--show", str(file), "--compare", str(earlier)]) == 1
+    assert f"error: --compare cannot be used with {file}, a file of --check" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("saved", [0, 1])

@@ -116,7 +116,7 @@ def write(path: Path, record: Row) -> None:
         with replaced_file(path) as file:
             file.write_text(json.dumps({"format": FORMAT, **record}, indent=1) + "\n", encoding="utf-8")
     except OSError as error:  # names the temporary file, or none
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def save(path: Path, record: Row, note: Callable[[str], object]) -> None:
@@ -124,7 +124,7 @@ def save(path: Path, record: Row, note: Callable[[str], object]) -> None:
     try:
         write(path, record)
     except OSError as error:
-        note(f"warning: {path}: {error.strerror}; the tables will be printed at the end")
+        note(f"{path}: {error.strerror}; the tables will be printed at the end")
 
 
 def read(path: Path, *others: str) -> Row:
@@ -161,11 +161,11 @@ def text(record: Row, markdown: bool, earlier: Row | None = None) -> str:
             blocks.append("Peak memory, beside one copy of the weights; for the start, of the whole process")
             blocks.append(grid(usual, memory_columns(peers), markdown))
     if grown:
-        blocks.append("Growth of the cost with image size and batch size, relative to the first row")
+        blocks.append("Growth of the cost with image size and batch size, relative to the first row of each series")
         blocks.append(grid(grown, growth_columns(peers) | change, markdown))
         if any(row["memory"] for row in grown):
             blocks.append("Growth of peak memory, beside one copy of the weights")
-            blocks.append(grid(grown, series_columns() | figures(memory_columns(peers)), markdown))
+            blocks.append(grid(grown, series_columns() | without_names(memory_columns(peers)), markdown))
     if notes := record.get("notes"):  # peers that are not in the tables, and why
         blocks.append("\n".join(notes))
     return "\n\n".join(blocks)
@@ -200,7 +200,7 @@ def memory_columns(peers: Sequence[str]) -> Columns:
 
 def growth_columns(peers: Sequence[str]) -> Columns:
     """Columns of the table of growth."""
-    columns = figures(time_columns(peers))
+    columns = without_names(time_columns(peers))
     del columns["GFLOP"]
     ours = columns.pop("ours")
     return series_columns() | {"ours": ours, "growth": lambda row: f"{row['growth']:.2f}"} | columns
@@ -216,7 +216,7 @@ def series_columns() -> Columns:
     }
 
 
-def figures(columns: Columns) -> Columns:
+def without_names(columns: Columns) -> Columns:
     """The columns without those that say which row it is."""
     return {title: cell for title, cell in columns.items() if title not in ("part", "precision")}
 

@@ -69,7 +69,7 @@ def keep_kernels(args: argparse.Namespace) -> None:
 
 
 def keep_weights(model: sd.StableDiffusion) -> None:
-    """Write the weights of a model to its cache folder unless they are there; prints the file to standard error."""
+    """Write the weights of a model to its cache folder unless they come from there; prints its name."""
     size = model.save_cache(note=lambda text: warnings.warn(text, stacklevel=1))
     if size:
         print(

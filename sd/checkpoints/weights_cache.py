@@ -296,7 +296,8 @@ class Cached:
         Best called after the first image, when the sizes that the weights are packed for are known. It takes seconds,
         and reads the model's files once more, so merged LoRAs and changed weights are not written. If it fails, the
         model stays as it was, nothing is left in the folder, and a `note` says why. Returns 0 where there is nothing
-        to do: without a cache folder, where the cache has no effect, and if the weights were loaded from it.
+        to do: without a cache folder, where the cache has no effect, and if the weights were loaded from it or
+        have been written to it.
         """
         cache = self._cache
         if cache is None or cache.used:

@@ -35,7 +35,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..files import check_ordinary, replaced_file
+from ..files import check_regular, replaced_file
 from ..runtime import packed_memory
 from ..runtime.packing import PackedWeight
 from .formats.mmap import SMALL, FilePages
@@ -154,7 +154,7 @@ class WeightsFile:
 
     def __init__(self, path: Path) -> None:
         """Read and check the header. Raises BadFile, or OSError, for a file that cannot be used."""
-        check_ordinary(path)
+        check_regular(path)
         self._stream: BinaryIO = open(path, "rb")  # noqa: SIM115
         try:
             header, end = _read_header(self._stream)

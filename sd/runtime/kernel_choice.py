@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..files import check_ordinary, replaced_file
+from ..files import check_regular, replaced_file
 from .device import processor
 
 PLAIN = "plain"
@@ -134,7 +134,7 @@ def load(path: str | os.PathLike[str]) -> bool:
     A file that is missing or damaged, or of another machine or version of torch or of this package, is not used.
     """
     try:
-        check_ordinary(Path(path))
+        check_regular(Path(path))
         with open(path, encoding="utf-8") as file:
             content = json.loads(file.read(MOST_TEXT))  # what is cut off is not valid
         if content["format"] != FORMAT or content["machine"] != machine():
