@@ -16,7 +16,7 @@ from scripts import evaluate
 from scripts.evaluation import judge, probes
 from scripts.evaluation.scoring import ATTRIBUTES, Rate, tally, verdict, whole
 from scripts.toy_world import Scene, Thing, Told, draw, held_out, random_scene, tell
-from scripts.toy_world.scenes import COLOURS, GROUNDS, KINDS, STYLES, TIMES
+from scripts.toy_world.scenes import COLOURS, COLUMNS, GROUNDS, KINDS, STYLES, TIMES
 from scripts.toy_world.words import NOUNS
 
 CPU = torch.device("cpu")
@@ -96,6 +96,23 @@ def test_relations(relation: str, columns: tuple[str, str], right: bool) -> None
     said = Thing("house", "", "", ""), Thing("moon", "", "", "")
     seen = tuple(thing._replace(column=column) for thing, column in zip((HOUSE, MOON), columns, strict=True))
     assert verdict(told(*said, relation=relation), SCENE._replace(things=seen))["relation"] == [right]
+
+
+def test_the_number_of_equal_things_counts() -> None:
+    """Exactly as many as said; without a number, two or three; neither fewer nor more."""
+    tree = Thing("tree", "green", "small", "left")
+    of = [SCENE._replace(things=tuple(tree._replace(column=c) for c in COLUMNS[:n])) for n in range(4)]
+    two, three = (Told("", Scene("", "", "", (Thing("tree", "", "", ""),) * n), "", (n,)) for n in (2, 3))
+    assert wrong(two, of[2]) == wrong(three, of[3]) == set()
+    assert wrong(two, of[1]) == {"object", "number", "all"}
+    assert wrong(two, of[3]) == {"number", "all", "no more"}
+    assert wrong(three, of[2]) == {"object", "number", "all"}
+    some = two._replace(numbers=(2, 3))
+    assert wrong(some, of[2]) == wrong(some, of[3]) == set()
+    assert wrong(some, of[1]) == {"object", "number", "all"}
+    assert wrong(whole(of[2]), of[3]) == {"number", "all", "no more"}
+    mixed = of[2]._replace(things=(*of[2].things, HOUSE._replace(column="right")))
+    assert wrong(two, mixed) == {"no more"}
 
 
 def test_tally_counts_mentions() -> None:
@@ -218,7 +235,7 @@ def test_negative_prompts_are_counted() -> None:
 
         return generate
 
-    some = evaluate.prompts("seen", 40)
+    some = [each for each in evaluate.prompts("seen", 60) if not each.numbers][:40]
     names = ("thing", "another thing", "style", "things stay")
     for generate, expected in (
         (generator(True), [1, 0, 1, 1]),
@@ -346,6 +363,8 @@ def test_table_is_markdown() -> None:
     no_sizes = rates | {"size": Rate(0, 0)}
     assert "| size " not in evaluate.table({"a column": no_sizes}, "first")
     lines = evaluate.table({"a column": rates, "b": no_sizes}, "first").splitlines()
-    assert len({len(line) for line in lines}) == 1 and lines[0].startswith("| first") and len(lines) == 13
+    assert (
+        len({len(line) for line in lines}) == 1 and lines[0].startswith("| first") and len(lines) == len(ATTRIBUTES) + 3
+    )
     assert lines[1].split("|")[2].strip() == "-------:" and lines[2].split("|")[2].strip() == "33.3 %"
     assert {line.count("|") for line in lines} == {4}

@@ -29,6 +29,7 @@ from scripts.toy_world.scenes import (
     FLOATING,
     GROUNDS,
     KINDS,
+    SINGLE,
     SIZES,
     STANDING,
     STYLES,
@@ -43,8 +44,10 @@ from scripts.toy_world.words import (
     GROUND_WORDS,
     ISLAND_WORDS,
     JOINT_WORDS,
+    NUMBER_WORDS,
     OVER_WORDS,
     RELATION_WORDS,
+    ROW_WORDS,
     SIZE_WORDS,
     STYLE_PREFIXES,
     STYLE_SUFFIXES,
@@ -94,6 +97,44 @@ def test_scenes_keep_their_own_rules() -> None:
             assert high.floats and not low.floats and (low.size, high.size) != ("big", "big")
         elif len(scene.things) == 2:
             assert [thing.column for thing in scene.things] == ["left", "right"]
+        elif len(scene.things) == 3:
+            assert scene.grouped and scene.things[0].size == "small"
+            assert [thing.column for thing in scene.things] == ["left", "middle", "right"]
+        assert not (scene.grouped and kinds[0] in SINGLE)
+
+
+def test_groups_are_of_two_or_three_equal_things() -> None:
+    tree = Thing("tree", "green", "small", "left")
+    groups = [random_scene(Random(seed), "all") for seed in range(2000)]
+    numbers = [len(scene.things) for scene in groups if scene.grouped]
+    assert set(numbers) == {2, 3} and 0.1 < len(numbers) / len(groups) < 0.18
+    for other in (tree._replace(colour="red"), tree._replace(kind="house"), tree._replace(size="big")):
+        assert not Scene("flat", "day", "meadow", (tree, other._replace(column="right"))).grouped
+    assert not Scene("flat", "day", "meadow", (tree,)).grouped and not Scene("flat", "day", "meadow").grouped
+
+
+def test_plurals_are_said_with_and_without_their_number() -> None:
+    tree = Thing("tree", "green", "small", "left")
+    three = tuple(tree._replace(column=column) for column in COLUMNS)
+    texts = {}
+    for seed in range(400):
+        told = tell(Scene("flat", "day", "meadow", three), Random(seed))
+        assert "trees" in told.text.split() or "trees," in told.text.split()
+        assert len(told.said.things) == told.numbers[0] and told.said.things[0].kind == "tree"
+        texts[told.numbers] = texts.get(told.numbers, 0) + 1
+        assert told.numbers == (3,) if {"three", "3"} & set(told.text.split()) else told.numbers == (2, 3)
+    assert set(texts) == {(3,), (2, 3)} and min(texts.values()) > 80
+    assert tell(Scene("flat", "day", "meadow", three[:1]), Random(0)).numbers == ()
+
+
+def test_three_things_fit_into_the_image() -> None:
+    for style in ("flat", "pixel"):
+        empty = pixels(Scene(style, "cloudy", "snow"))
+        tree = Thing("castle", "red", "small", "left")
+        three = pixels(Scene(style, "cloudy", "snow", tuple(tree._replace(column=column) for column in COLUMNS)))
+        columns = np.nonzero((np.abs(three - empty).max(2) > 60).any(0))[0]
+        assert columns.min() > 2 and columns.max() < 125
+        assert all(((third := columns // 43) == i).sum() > 25 for i in range(3)) and set(third) == {0, 1, 2}
 
 
 def test_captions_name_every_thing_in_words_of_the_list() -> None:
@@ -113,7 +154,8 @@ def spoken_of(text: str) -> set[str]:
         ("style", STYLE_PREFIXES), ("style", STYLE_SUFFIXES), ("time", TIME_WORDS), ("time", TIME_NOUNS),
         ("ground", GROUND_WORDS), ("ground", OVER_WORDS), ("ground", GROUND_NOUNS), ("column", COLUMN_WORDS),
         ("size", SIZE_WORDS), ("relation", RELATION_WORDS), ("relation", {"above": ("above it",)}),
-        ("colour", {colour: (colour,) for colour in COLOURS}), ("ground", {"sea": ISLAND_WORDS}),
+        ("number", NUMBER_WORDS), ("row", ROW_WORDS), ("colour", {colour: (colour,) for colour in COLOURS}),
+        ("ground", {"sea": ISLAND_WORDS}),
         ("time ground", JOINT_WORDS), ("time ground", {0: [way[3:] for ways in JOINT_WORDS.values() for way in ways]}),
     ]  # fmt: skip
     ways = {way.strip(" ,:"): about for about, table in tables for several in table.values() for way in several}
@@ -133,11 +175,12 @@ def test_told_is_what_the_words_say() -> None:
         told = tell(scene, rng)
         said = {name for name in ("style", "time", "ground") if getattr(told.said, name)}
         said |= {name for thing in told.said.things for name in ("colour", "size", "column") if getattr(thing, name)}
-        assert spoken_of(told.text) == said | ({"relation"} if told.relation else set()), told
+        said |= {name for name, is_said in (("relation", told.relation), ("number", len(told.numbers) == 1)) if is_said}
+        assert spoken_of(told.text) - {"row"} == said, told
         relations.add(told.relation)
         for name in ("style", "time", "ground"):
             assert getattr(told.said, name) in ("", getattr(scene, name))
-        for thing, true in zip(told.said.things, scene.things, strict=True):
+        for thing, true in zip(told.said.things, scene.things, strict=not told.numbers):
             assert thing.kind == true.kind and all(a in ("", b) for a, b in zip(thing, true, strict=True))
     assert relations == {"", *RELATIONS}
 
@@ -222,12 +265,17 @@ def test_the_box_of_a_thing_has_it_inside() -> None:
 def test_counterparts_have_the_same_things_otherwise() -> None:
     """Never the scene itself, never one that training does not see, and drawn and told like any other."""
     rng = Random(6)
-    changed = {"column": 0, "colour": 0, "size": 0, "time": 0}
+    changed = {"number": 0, "column": 0, "colour": 0, "size": 0, "time": 0}
     for _ in range(600):
         scene = random_scene(rng, "train")
         other = counterpart(scene, rng)
         assert other != scene and not held_out(other)
         assert (other.style, other.ground) == (scene.style, scene.ground)
+        if scene.grouped:
+            assert other.grouped and {len(scene.things), len(other.things)} == {2, 3}
+            assert {t.kind for t in other.things} == {t.kind for t in scene.things}
+            changed["number"] += 1
+            continue
         assert sorted(t.kind for t in other.things) == sorted(t.kind for t in scene.things)
         if not scene.things:
             changed["time"] += other.time != scene.time

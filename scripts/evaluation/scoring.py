@@ -3,7 +3,8 @@
 Only attributes that the caption mentions count. Each thing of the caption is paired with a thing in the image, so that
 most kinds match, and then most other attributes; all attributes of a thing without partner are wrong.
 
-    object    the kind is present
+    object    the kind is present, as often as the caption says
+    number    of equal things: exactly as many as the caption says; for a plural without a number, two or three
     colour, size, place (its column)    of the paired thing
     relation  left of: in a column further left; below: on the ground, and the other one above it, in the same column;
               beside: in another column
@@ -21,7 +22,7 @@ from typing import NamedTuple
 from ..toy_world import Scene, Thing, Told
 from ..toy_world.scenes import COLUMNS
 
-ATTRIBUTES = ("object", "colour", "size", "place", "relation", "ground", "time", "style", "all", "no more")
+ATTRIBUTES = ("object", "number", "colour", "size", "place", "relation", "ground", "time", "style", "all", "no more")
 OF_THINGS = {"colour": "colour", "size": "size", "place": "column"}  # attribute -> field of Thing
 
 Verdict = dict[str, list[bool]]  # for each attribute, whether each mention of it is right
@@ -44,7 +45,7 @@ def verdict(told: Told, seen: Scene) -> Verdict:
         said = getattr(told.said, name)
         found[name] = [said == getattr(seen, name)] if said else []
     found["all"] = [all(right for mentions in found.values() for right in mentions)]
-    found["no more"] = [len(seen.things) <= len(told.said.things)]
+    found["no more"] = [len(seen.things) <= max(told.numbers, default=len(told.said.things))]
     return found
 
 
@@ -53,7 +54,9 @@ def _things(told: Told, seen: tuple[Thing, ...]) -> Verdict:
     said = told.said.things
     nothing: tuple[Thing | None, ...] = (None,) * len(said)
     verdicts = [_paired(told, pairing) for pairing in permutations((*seen, *nothing), len(said))]
-    return max(verdicts, key=lambda found: (sum(found["object"]), sum(map(sum, found.values()))))
+    best = max(verdicts, key=lambda found: (sum(found["object"]), sum(map(sum, found.values()))))
+    best["number"] = [sum(thing.kind == said[0].kind for thing in seen) in told.numbers] if told.numbers else []
+    return best
 
 
 def _paired(told: Told, pairing: tuple[Thing | None, ...]) -> Verdict:
@@ -88,4 +91,4 @@ def tally(told: Iterable[Told], seen: Iterable[Scene]) -> dict[str, Rate]:
 
 def whole(scene: Scene) -> Told:
     """A caption that mentions everything in a scene, to test the judge."""
-    return Told("", scene, "")
+    return Told("", scene, "", (len(scene.things),) if scene.grouped else ())

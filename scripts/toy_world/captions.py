@@ -1,8 +1,8 @@
 """Captions of scenes: many phrasings in plain English.
 
-A caption names every thing of the scene. All other attributes are optional: colours, sizes, positions, relations,
-ground, time and style; an image may show anything for an attribute that is not mentioned. `tell` returns a caption
-together with the attributes that it mentions, for evaluation.
+A caption names every thing of the scene; equal things in the plural, with or without their number. All other attributes
+are optional: colours, sizes, positions, relations, ground, time and style; an image may show anything for an attribute
+that is not mentioned. `tell` returns a caption together with the attributes that it mentions, for evaluation.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ from .words import (
     ISLAND_WORDS,
     JOINT_WORDS,
     NOUNS,
+    NUMBER_WORDS,
     OVER_WORDS,
     PLAIN_PREFIXES,
     RELATION_WORDS,
+    ROW_WORDS,
     SIZE_WORDS,
+    SOME_WORDS,
     STYLE_PREFIXES,
     STYLE_SUFFIXES,
     TIME_NOUNS,
     TIME_WORDS,
+    plural,
 )
 
 RELATIONS = ("left", "below", "beside")  # of a scene's first thing to its second
@@ -38,6 +42,7 @@ class Told(NamedTuple):
     text: str
     said: Scene  # with "" for attributes that are not mentioned; its things are in the order of the scene
     relation: str  # one of RELATIONS, or "" if none is mentioned
+    numbers: tuple[int, ...] = ()  # of equal things: how many there may be, (2,) or (3,), or (2, 3) for "trees"
 
 
 def caption(scene: Scene, rng: Random) -> str:
@@ -48,7 +53,7 @@ def caption(scene: Scene, rng: Random) -> str:
 def tell(scene: Scene, rng: Random) -> Told:
     """A random caption of the scene, with the attributes that it mentions."""
     teller = _Teller(scene, rng)
-    return Told(teller.text(), teller.said, teller.relation)
+    return Told(teller.text(), teller.said, teller.relation, teller.numbers)
 
 
 class _Teller:
@@ -58,6 +63,7 @@ class _Teller:
         self.scene, self.rng = scene, rng
         self.said = Scene("", "", "", tuple(Thing(thing.kind, "", "", "") for thing in scene.things))
         self.relation = ""
+        self.numbers: tuple[int, ...] = ()
 
     def text(self) -> str:
         """The caption."""
@@ -114,6 +120,8 @@ class _Teller:
 
     def arranged(self) -> str:
         """The things and where they are."""
+        if self.scene.grouped:
+            return self.group(row=0.2)
         if len(self.scene.things) == 1:
             return self.in_column(self.phrase(0, bare=0.2), 0.35)
         if self.scene.stacked:
@@ -146,11 +154,33 @@ class _Teller:
 
     def all_things(self, **shares: float) -> str:
         """The things without saying how they are arranged."""
+        if self.scene.grouped:
+            return self.group(**shares)
         return self.in_any_order(*(self.phrase(i, **shares) for i in range(len(self.scene.things))))
 
     def in_any_order(self, *things: str) -> str:
         """Phrases strung together."""
         return self.rng.choice((" and ", " and ", ", ")).join(self.rng.sample(things, len(things)))
+
+    def group(self, bare: float = 0.3, colour: float = 0.7, size: float = 0.2, row: float = 0.0) -> str:
+        """Equal things, such as "two red houses"; the shares are those without number, with colour, size and row."""
+        things, (thing, *_) = self.scene.things, self.scene.things
+        self.numbers = (2, 3) if self.happens(bare) else (len(things),)
+        words = [self.usual(SOME_WORDS if len(self.numbers) > 1 else NUMBER_WORDS[len(things)], 0.6)]
+        self.said = self.said._replace(things=self.said.things[: self.numbers[0]])
+        same = range(self.numbers[0])
+        if self.happens(size):
+            words.append(self.rng.choice(SIZE_WORDS[thing.size]))
+            for i in same:
+                self.note_thing(i, size=thing.size)
+        if self.happens(colour):
+            words.append(thing.colour)
+            for i in same:
+                self.note_thing(i, colour=thing.colour)
+        words.append(plural(self.usual(NOUNS[thing.kind], 0.8)))
+        if len(self.numbers) == 1 and self.happens(row):
+            words.append(self.rng.choice(ROW_WORDS[len(things)]))
+        return " ".join(word for word in words if word)
 
     def phrase(self, i: int, bare: float = 0.03, colour: float = 0.88, size: float = 0.35) -> str:
         """Thing i, such as "a small red house"; the numbers are the shares without article, with colour, with size."""

@@ -25,6 +25,7 @@ SIZE = 128  # pixels
 # Positions of things, in units of the image's side
 HALF = {"small": 0.14, "big": 0.22}  # half the larger side of a thing
 COLUMN_X = {"left": 0.27, "middle": 0.5, "right": 0.73}
+ROW_X = {"left": 0.19, "middle": 0.5, "right": 0.81}  # of three things
 GROUND_Y = 0.85  # of the feet of what stands
 SKY_Y = {"small": 0.19, "big": 0.25}  # of the middle of what floats
 SHADOW: Colour = (30, 24, 60)
@@ -41,12 +42,19 @@ def draw(scene: Scene, rng: Random, size: int = SIZE) -> Image.Image:
 
 
 def box(thing: Thing) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of a thing with its shadow and a small margin, as fractions of the side."""
+    """Left, top, right and bottom of a thing with its shadow and a small margin, as fractions of the side.
+
+    Not of a group of three, which has more room.
+    """
     r = HALF[thing.size]
     x, y = COLUMN_X[thing.column], SKY_Y[thing.size] if thing.floats else GROUND_Y - r
     room = 1.2 * r
     left, top, right, bottom = x - room, y - room, x + room, y + room
     return max(left, 0.0), max(top, 0.0), min(right, 1.0), min(bottom, 1.0)
+
+
+def _column_x(scene: Scene) -> dict[str, float]:
+    return ROW_X if len(scene.things) == 3 else COLUMN_X
 
 
 def _back_to_front(scene: Scene) -> list[Thing]:
@@ -58,7 +66,7 @@ def _paint_shapes(canvas: SceneryCanvas, scene: Scene, rng: Random, soft: bool) 
     paint_landscape(canvas, scene.ground, scene.time, rng)
     for thing in _back_to_front(scene):
         r = HALF[thing.size] * rng.uniform(0.97, 1.03)
-        x = COLUMN_X[thing.column] + rng.uniform(-0.012, 0.012)
+        x = _column_x(scene)[thing.column] + rng.uniform(-0.012, 0.012)
         y = (SKY_Y[thing.size] if thing.floats else GROUND_Y - r) + rng.uniform(-0.012, 0.012)
         swims = thing.swims(scene.ground)
         if not thing.floats and not swims:
@@ -127,7 +135,7 @@ def _pixel(scene: Scene, rng: Random, size: int) -> Image.Image:
     for thing in _back_to_front(scene):
         letters = sprite(thing.kind, thing.size)
         height, width = letters.shape
-        left = round(COLUMN_X[thing.column] * CELLS - width / 2)
+        left = round(_column_x(scene)[thing.column] * CELLS - width / 2)
         top = round(SKY_Y[thing.size] * CELLS - height / 2) if thing.floats else round(GROUND_Y * CELLS) - height
         middle, foot, half = (left + width / 2) / CELLS, (top + height) / CELLS, width / 2 / CELLS
         if thing.swims(scene.ground):

@@ -1,8 +1,9 @@
 """Scenes of the toy world, their random distribution, and the combinations that are excluded from training.
 
-A scene has a landscape (ground), a time, a style and up to two things. A thing stands on the ground or floats in the
-sky, in the left, middle or right column. Two things are side by side (left and right) or stacked (one above the other
-in the same column). A scene describes everything that an image shows on purpose, so that a judge can check it.
+A scene has a landscape (ground), a time, a style and up to two things, or a group of two or three equal ones. A thing
+stands on the ground or floats in the sky, in the left, middle or right column. Two things are side by side (left and
+right) or stacked (one above the other in the same column); a group of three fills all columns. A scene describes
+everything that an image shows on purpose, so that a judge can check it.
 
 Training excludes one in eight combinations of (kind, colour, ground), for example blue boats on the beach. For each
 kind and colour at most one ground is missing, and for each kind and ground exactly one colour. So training has all
@@ -24,6 +25,7 @@ SWIMMING = ("boat", "duck")  # at sea these need no island
 KINDS = STANDING + FLOATING
 SIZES = ("small", "big")
 COLUMNS = ("left", "middle", "right")
+SINGLE = ("sun", "moon")  # there are no two of these
 SPLITS = ("train", "unseen", "all")
 
 # The weight of a colour is 1; usual colours of a kind have more, so that "a tree" without a colour tends to be green.
@@ -59,9 +61,9 @@ class Thing(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """Words of STYLES, TIMES and GROUNDS and up to two things.
+    """Words of STYLES, TIMES and GROUNDS and up to two things, or a group of two or three that differ in column only.
 
-    Two things in the same column are stacked: the standing one comes first. Otherwise the left one comes first.
+    Two things in the same column are stacked: the standing one comes first. Otherwise things come from left to right.
     """
 
     style: str
@@ -73,6 +75,11 @@ class Scene(NamedTuple):
     def stacked(self) -> bool:
         """Whether the second thing is right above the first."""
         return len(self.things) == 2 and self.things[0].column == self.things[1].column
+
+    @property
+    def grouped(self) -> bool:
+        """Whether it has several equal things: "two trees"."""
+        return len(self.things) > 1 and len({thing._replace(column="") for thing in self.things}) == 1
 
 
 def held_out(scene: Scene) -> bool:
@@ -103,11 +110,14 @@ def random_scene(rng: Random, split: str = "train") -> Scene:
 def counterpart(scene: Scene, rng: Random) -> Scene:
     """A similar scene with the same content in another arrangement.
 
-    Two things swap their positions, colours or sizes; a single thing or a stack moves; without things the time changes.
-    The counterpart of a scene that training may use is one that training may use.
+    Two things swap their positions, colours or sizes; a single thing or a stack moves; of two equal things there are
+    then three, and the other way round; without things the time changes. The counterpart of a scene that training may
+    use is one that training may use.
     """
     if not scene.things:
         return scene._replace(time=rng.choice([time for time in TIMES if time != scene.time]))
+    if scene.grouped:
+        return scene._replace(things=_group(scene.things[0], 5 - len(scene.things)))
     one, *others = scene.things
     if not others or scene.stacked:
         column = rng.choice([column for column in COLUMNS if column != one.column])
@@ -128,9 +138,12 @@ def counterpart(scene: Scene, rng: Random) -> Scene:
 
 def _any_scene(rng: Random) -> Scene:
     style, time, ground = rng.choice(STYLES), rng.choice(TIMES), rng.choice(GROUNDS)
-    number = rng.choices((0, 1, 2), (5, 45, 50))[0]
+    number = rng.choices((0, 1, 2, 3), (4, 36, 46, 14))[0]
     if number == 0:
         return Scene(style, time, ground)
+    if number == 3:  # a group
+        several = tuple(kind for kind in rng.choices((STANDING, FLOATING), (8, 2))[0] if kind not in SINGLE)
+        return Scene(style, time, ground, _group(_thing(several, time, ground, "", rng), rng.choice((2, 3))))
     if number == 1:
         kinds = rng.choices((STANDING, FLOATING), (7, 3))[0]
         return Scene(style, time, ground, (_thing(kinds, time, ground, rng.choice(COLUMNS), rng),))
@@ -146,10 +159,17 @@ def _any_scene(rng: Random) -> Scene:
         columns = ("left", "right")
     while True:
         one, two = (_thing(kinds, time, ground, at, rng) for kinds, at in zip(both, columns, strict=True))
-        twins = one.kind == two.kind and (one.floats or one.colour == two.colour)
+        twins = one.kind == two.kind and (one.floats or one.colour == two.colour)  # see groups
         crowded = stacked and one.size == two.size == "big"
         if not twins and not crowded:
             return Scene(style, time, ground, (one, two))
+
+
+def _group(thing: Thing, number: int) -> tuple[Thing, ...]:
+    """Two things like this one, left and right; or three small ones, as there is no room for big ones."""
+    if number == 2:
+        return tuple(thing._replace(column=column) for column in ("left", "right"))
+    return tuple(thing._replace(column=column, size="small") for column in COLUMNS)
 
 
 def _thing(kinds: tuple[str, ...], time: str, ground: str, column: str, rng: Random) -> Thing:
@@ -160,7 +180,7 @@ def _thing(kinds: tuple[str, ...], time: str, ground: str, column: str, rng: Ran
 
 def _weight(kind: str, time: str, ground: str) -> float:
     """The weight of a kind: no sun at night; boats and ducks mostly at sea; the moon mostly at night."""
-    if kind in ("sun", "moon"):
+    if kind in SINGLE:
         return {"night": (0, 3), "sunset": (1, 1)}.get(time, (1.5, 0.5))[kind == "moon"]
     if kind in SWIMMING:
         return 4 if ground == "sea" else 0.7

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
-from .scenes import COLOURS
+from .scenes import COLOURS, SINGLE
 
 NOUNS = {  # the first one is the usual one
     "house": ("house", "cottage"),
@@ -22,6 +24,9 @@ NOUNS = {  # the first one is the usual one
     "sun": ("sun",),
     "moon": ("moon", "crescent moon"),
 }
+NUMBER_WORDS = {2: ("two", "a pair of", "2"), 3: ("three", "3")}  # of equal things; the first one is the usual one
+SOME_WORDS = ("", "some", "several")  # before a plural, for any number
+ROW_WORDS = {2: ("side by side", "next to each other"), 3: ("in a row", "side by side")}
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "big": ("big", "large", "huge")}
 COLUMN_WORDS = {
     "left": ("on the left", "on the left side"),
@@ -104,13 +109,20 @@ RELATION_WORDS = {  # of the thing named first to the one named after it
 FUNCTION_WORDS = ("a", "an", "and", "as", "at", "by", "during", "in", "it", "made", "of", "on", "the", "to", "with")
 
 
+def plural(noun: str) -> str:
+    """The plural of a noun of NOUNS: they are all regular."""
+    return f"{noun}s"
+
+
 def _words() -> tuple[str, ...]:
     """All content words of the tables above, in alphabetical order."""
-    ways = [*COLOURS, *ISLAND_WORDS, *PLAIN_PREFIXES]
-    for table in (
-        NOUNS, SIZE_WORDS, COLUMN_WORDS, TIME_WORDS, TIME_NOUNS, GROUND_WORDS, OVER_WORDS, GROUND_NOUNS, JOINT_WORDS,
-        STYLE_PREFIXES, STYLE_SUFFIXES, RELATION_WORDS,
-    ):  # fmt: skip
+    ways = [*COLOURS, *ISLAND_WORDS, *PLAIN_PREFIXES, *SOME_WORDS]
+    ways += [plural(noun) for kind, nouns in NOUNS.items() if kind not in SINGLE for noun in nouns]
+    tables: tuple[Mapping[Any, tuple[str, ...]], ...] = (
+        NOUNS, NUMBER_WORDS, ROW_WORDS, SIZE_WORDS, COLUMN_WORDS, TIME_WORDS, TIME_NOUNS, GROUND_WORDS, OVER_WORDS,
+        GROUND_NOUNS, JOINT_WORDS, STYLE_PREFIXES, STYLE_SUFFIXES, RELATION_WORDS,
+    )  # fmt: skip
+    for table in tables:
         ways += [way for several in table.values() for way in several]
     return tuple(sorted(set(re.findall(r"[\w-]+", " ".join(ways))) - set(FUNCTION_WORDS)))
 
