@@ -34,6 +34,7 @@ from sd.runtime.optimize import optimize
 from sd.schedule import Schedule
 from sd.study import (
     attention,
+    consistency,
     convergence,
     denoising,
     editing,
@@ -446,34 +447,54 @@ def test_predictions_are_what_guidance_is_made_of(tiny_sd):
     assert swept[1] != plain
 
 
+class GaussianModel:
+    """As much of a model as a run needs, of data with a standard deviation of 0.5, whose denoiser is known."""
+
+    schedule, device, dtype, is_inpainting = Schedule(), torch.device("cpu"), torch.float32, False
+    config = SD1
+    sample = StableDiffusion.sample
+
+    def encode_prompt(self, texts: list[str]) -> Tensor:
+        return torch.zeros(len(texts), 1, 1)
+
+    def latent_shape(self) -> tuple[int, int, int]:
+        return 4, 8, 8
+
+    def denoiser(self, *_: object):
+        return lambda x, level: gaussian_denoiser(0.5)(x.double(), level)
+
+
+class GaussianStudent(GaussianModel):
+    """The consistency function of the same data: curves keep their place in units of the standard deviation."""
+
+    def denoiser(self, *_: object):
+        return lambda x, level: 0.5 * x.double() / (0.25 * level.alpha**2 + level.sigma**2) ** 0.5
+
+
+def test_a_consistency_function_knows_the_end_of_the_curve():
+    """Exact functions: the student's is the end but for the steps of the curve, the teacher's is far while noisy."""
+    settings = replace(consistency.CURVE, steps=200, guidance=1.0)
+    seen = consistency.consistency(GaussianModel(), GaussianStudent(), "", settings, points=6)
+    teacher, student = seen.distances(seen.teacher), seen.distances(seen.student)
+    assert [level.t for level in seen.levels] == [999, 799, 599, 404, 204, 4]
+    assert max(student) < 0.02 and min(teacher[:3]) > 0.3 and teacher == sorted(teacher, reverse=True)
+    assert seen.x.shape == (6, 4, 8, 8) and seen.end.shape == (1, 4, 8, 8)
+    wrong = consistency.consistency(GaussianModel(), GaussianModel(), "", settings, points=6)
+    assert wrong.distances(wrong.student) == wrong.distances(wrong.teacher) == teacher
+
+
 def test_convergence_counts_and_converges():
     """With the exact denoiser of Gaussian data: errors fall by the method's order, and every evaluation is counted."""
-
-    class Model:
-        """As much of a model as a run needs."""
-
-        schedule, device, dtype, is_inpainting = Schedule(), torch.device("cpu"), torch.float32, False
-        sample = StableDiffusion.sample
-
-        def encode_prompt(self, texts: list[str]) -> Tensor:
-            return torch.zeros(len(texts), 1, 1)
-
-        def latent_shape(self) -> tuple[int, int, int]:
-            return 4, 8, 8
-
-        def denoiser(self, *_: object):
-            return lambda x, level: gaussian_denoiser(0.5)(x.double(), level)
-
     steps = (20, 40)
     results = convergence.convergence(
-        Model(), "", replace(convergence.REFERENCE, sampler="heun"), samplers=("ddim", "heun"), steps=steps
+        GaussianModel(), "", replace(convergence.REFERENCE, sampler="heun"), samplers=("ddim", "heun"), steps=steps
     )
     first, second = results
     assert (first.evaluations, second.evaluations) == ([20, 40], [39, 79])
     assert 1.6 < first.errors[0] / first.errors[1] < 2.6
     assert 3.0 < second.errors[0] / second.errors[1] < 5.5
     with pytest.raises(ValueError, match="euler_a: a stochastic sampler does not converge to one solution"):
-        convergence.convergence(Model(), "", samplers=("ddim", "euler_a"))
+        convergence.convergence(GaussianModel(), "", samplers=("ddim", "euler_a"))
 
 
 def test_grid_is_made_of_plain_images(tiny_sd):
@@ -778,3 +799,6 @@ def test_full_size():
     grids.draw_grid(grids.grid(model, PROMPT, grids.Axis("steps", (1, 2)), grids.Axis("seed", (1,)), settings))
     reference = replace(convergence.REFERENCE, steps=3)
     convergence.convergence(model, PROMPT, reference, samplers=("ddim",), steps=(1, 2), n=1)
+    seen = consistency.consistency(model, model, PROMPT, settings, points=2)
+    consistency.draw_consistency(model, seen)
+    consistency.draw_distances([seen])

@@ -11,6 +11,7 @@ also the order of docs/:
     influence     which parts of the image a word changes
     denoising     the reverse process: x_t and x0, as a strip and as an animation
     convergence   samplers compared with the exact solution
+    consistency   few-step models: the prediction at every point of a curve
     guidance      sweeps; both predictions side by side
     grids         images over any two settings
     mixing        interpolation between two prompts and between two noises
