@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-import sys
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import reference_weights as reference
 import torch
-from common import error
+from common import TINY, error
+from PIL import Image
 
 from sd.config import ScheduleConfig
+from sd.imaging.tensors import to_tensor
+from sd.params import HighRes, ImageToImage, Inpaint, TextToImage
 from sd.samplers import SAMPLERS, euler, euler_a, find_sampler, lcm, tcd
 from sd.samplers.few_step import boundary
 from sd.schedule import CLEAN, Schedule
@@ -37,14 +41,16 @@ def draws(seed=3):
 @pytest.fixture
 def scheduler(monkeypatch):
     """(name, prediction, options) -> a scheduler of diffusers in float64, which draws the noise of `draws`."""
-    diffusers = pytest.importorskip("diffusers", reason="compares with diffusers, which is not installed")
+    pytest.importorskip("diffusers", reason="compares with diffusers, which is not installed")
 
     def make(name, prediction, **options):
+        file = {"LCM": "lcm", "TCD": "tcd", "EulerDiscrete": "euler_discrete"}.get(name, "euler_ancestral_discrete")
+        module = importlib.import_module(f"diffusers.schedulers.scheduling_{file}")
         words = {"eps": "epsilon", "v": "v_prediction"}
-        other = getattr(diffusers, f"{name}Scheduler")(prediction_type=words[prediction], **BETAS, **options)
+        other = getattr(module, f"{name}Scheduler")(prediction_type=words[prediction], **BETAS, **options)
         other.alphas_cumprod = torch.from_numpy(schedule.alpha_bar)
         draw = draws()
-        monkeypatch.setattr(sys.modules[type(other).__module__], "randn_tensor", lambda *_, **__: draw(), raising=False)
+        monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: draw(), raising=False)
         return other
 
     return make
@@ -326,3 +332,107 @@ def test_too_many_steps(n, strength, message):
     with pytest.raises(ValueError) as refusal:
         schedule.levels(n, "lcm", strength)
     assert str(refusal.value) == "the spacing lcm has 50 timesteps" + message
+
+
+# ----------------------------------------------------------------------------------------------------- in the model
+
+SIZE = {"height": 64, "width": 64, "seed": 3}
+PHOTO = Image.effect_noise((64, 64), 60).convert("RGB")
+MASK = Image.new("L", (64, 64))
+MASK.paste(255, (16, 16, 48, 48))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Runs a request; gives (timestep, rows) of each call of the network, and the run."""
+
+    def run(model, request):
+        seen, predict = [], model.predict
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                model, "predict", lambda x, t, c, **more: seen.append((float(t[0]), len(x))) or predict(x, t, c, **more)
+            )
+            made = model.prepare(request)
+            made.result()
+        return seen, made
+
+    return run
+
+
+@pytest.mark.parametrize("sampler", ["lcm", "tcd"])
+@pytest.mark.parametrize("name", ["tiny_sd", "tiny_inpaint"])
+def test_all_tasks(request, asked, name, sampler):
+    """Whatever the strength, as many steps are taken as are asked for, and none at 0; two rows are guided."""
+    model = request.getfixturevalue(name)
+    settings = {"sampler": sampler, "steps": 2, **SIZE}
+    whole, lower = [(999, 2), (499, 2)], [(499, 2), (259, 2)]
+    assert asked(model, TextToImage.of("a", **settings))[0] == whole
+    for kind, more in ((ImageToImage, {}), (Inpaint, {"mask": MASK})):
+        for strength, expected in ((1, whole), (0.5, lower), (0, [])):
+            seen, run = asked(model, kind.of("a", image=PHOTO, strength=strength, **more, **settings))
+            assert seen == expected and len(run) == len(expected)
+            assert strength or run.notes == []
+    with pytest.raises(ValueError, match=r"of which strength 0\.02 leaves 1, too few for 2 steps"):
+        model.prepare(ImageToImage.of("a", image=PHOTO, strength=0.02, **settings))
+
+
+@pytest.mark.parametrize("sampler", ["lcm", "tcd"])
+def test_the_unmasked_part_is_kept(tiny_sd, sampler):
+    """To the bit in pixels, and in the latents of the last step."""
+    given = {"sampler": sampler, "mask": MASK, "posterior": "mode", **SIZE}
+    run = tiny_sd.prepare(Inpaint.of("a", image=PHOTO, strength=0.5, **given))
+    (image,) = run.result().images
+    kept = np.asarray(MASK) == 0
+    assert np.array_equal(np.asarray(image)[kept], np.asarray(PHOTO)[kept])
+    assert not np.array_equal(np.asarray(image)[~kept], np.asarray(PHOTO)[~kept])
+    z = tiny_sd.encode(to_tensor(PHOTO)).mode()
+    level = CLEAN if sampler == "lcm" else schedule.level(0)  # what is left there is the noise of that level
+    assert (run.x - level.alpha * z)[..., :2, :].abs().max() < 6 * level.sigma + 1e-4
+
+
+@pytest.mark.parametrize("sampler", ["lcm", "tcd"])
+def test_with_settings_that_count_steps(tiny_sd, asked, sampler):
+    """guidance_until and prompts that change go by the step; DeepCache by the call of the network."""
+    settings = {"sampler": sampler, "web_ui_prompts": True, "guidance_until": 0.5, **SIZE}
+    request = ImageToImage.of("a [cat:dog:0.5]", image=PHOTO, strength=0.5, **settings)
+    seen, run = asked(tiny_sd, request)
+    assert seen == [(499, 2), (379, 2), (259, 1), (139, 1)]
+    assert [guide is run.guides[0] for guide in run.guides] == [True, True, True, False]  # as the web UI counts them
+    whole, forward = [], tiny_sd.unet.bottom
+    tiny_sd.unet.bottom = lambda *inputs: whole.append(1) or forward(*inputs)
+    try:
+        tiny_sd.prepare(TextToImage.of("a", sampler=sampler, cache_interval=2, guidance=1, **SIZE)).result()
+    finally:
+        del tiny_sd.unet.bottom
+    assert len(whole) == 2
+
+
+@pytest.mark.parametrize(
+    "steps, strength, expected", [(None, 0.5, [499, 379, 259, 139]), (2, 0.5, [499, 259]), (1, 1.0, [999]), (3, 0, [])]
+)
+def test_second_pass(tiny_sd, asked, steps, strength, expected):
+    """It takes hires_steps, or as many steps as the first, of the part of the grid below its strength."""
+    request = HighRes.of(
+        "a", hires=1.5, hires_strength=strength, hires_steps=steps, hires_upscaler="latent", sampler="lcm", **SIZE
+    )
+    seen, run = asked(tiny_sd, request)
+    assert [t for t, _ in seen] == [999, 759, 499, 259, *expected] and len(run) == 4 + len(expected)
+    with pytest.raises(ValueError, match=r"of which strength 0\.1 leaves 5, too few for 6 steps"):
+        tiny_sd.prepare(HighRes.of("a", hires_strength=0.1, hires_steps=6, sampler="lcm", **SIZE))
+
+
+def test_gamma_is_a_setting_of_tcd():
+    params = TextToImage.of("a", gamma=0.5).params.resolved(TINY)
+    assert (params.sampler, params.spacing, params.steps, params.options) == ("tcd", "lcm", 4, {"gamma": 0.5})
+    with pytest.raises(ValueError, match=r"^gamma must be in \[0, 1\], got 1.5$"):
+        TextToImage.of("a", sampler="tcd", gamma=1.5)
+    with pytest.raises(ValueError, match=r"^gamma is a setting of tcd, not of LCM$"):
+        TextToImage.of("a", sampler="lcm", gamma=0.5)
+
+
+def test_gamma_0_draws_nothing(tiny_sd):
+    """So a seed of its noise has no effect, and this is noted."""
+    settings = {"sampler": "tcd", "noise_seed_delta": 1, "guidance": 1, **SIZE}
+    assert tiny_sd.prepare(TextToImage.of("a", **settings)).notes == []
+    (note,) = tiny_sd.prepare(TextToImage.of("a", gamma=0, **settings)).notes
+    assert note == "noise_seed_delta has no effect: TCD draws no noise in its steps"
