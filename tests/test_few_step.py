@@ -121,7 +121,7 @@ def test_grid_of_lcm(scheduler):
             schedule.levels(int(50 * strength) + 1, "lcm", strength)
 
 
-TURBO = {"timestep_spacing": "trailing", "steps_offset": 1}  # as in the scheduler of SD-Turbo and of SDXL-Lightning
+TURBO = {"timestep_spacing": "trailing", "steps_offset": 1}  # as in the scheduler of SD-Turbo
 
 
 @pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # tensors to arrays in diffusers

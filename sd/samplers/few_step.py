@@ -31,12 +31,12 @@ from torch import Tensor
 from ..schedule import Levels
 from .step import Denoise, Noise, Step, move
 
-SIGMA_DATA = 0.5  # standard deviation of the data in the boundary condition: Luo et al. 2023, appendix D
+SIGMA_DATA = 0.5  # standard deviation of the data in the boundary condition, as in the code of Luo et al.
 TIMESTEP_SCALING = 10.0  # factor of t there
 
 
 def lcm(denoise: Denoise, x: Tensor, levels: Levels, *, noise: Noise) -> Iterator[Step]:
-    """Multistep latent consistency sampling, Luo et al. 2023, algorithm 3: predict x0, and add the noise of level b.
+    """Multistep latent consistency sampling (Luo et al. 2023): predict x0, and add the noise of level b.
 
         x0  <- c_skip x + c_out x0                      see `boundary`
         x_b = alpha_b x0 + sigma_b noise
@@ -55,7 +55,7 @@ def lcm(denoise: Denoise, x: Tensor, levels: Levels, *, noise: Noise) -> Iterato
 
 
 def boundary(t: float) -> tuple[float, float]:
-    """(c_skip, c_out) at timestep t, which make x0 equal to x at t = 0: Luo et al. 2023, eq. 9 and appendix D.
+    """(c_skip, c_out) at timestep t, which make x0 equal to x at t = 0, as the consistency function is there.
 
     c_skip = s² / (T² + s²), c_out = T / sqrt(T² + s²) with T = 10 t and s = 0.5: next to 0 and 1 for all other t.
     """
@@ -66,7 +66,7 @@ def boundary(t: float) -> tuple[float, float]:
 def tcd(
     denoise: Denoise, x: Tensor, levels: Levels, *, gamma: float = 0.3, noise: Noise | None = None
 ) -> Iterator[Step]:
-    """Strategic stochastic sampling, Zheng et al. 2024, algorithm 4: DDIM down to s, then noise up to b.
+    """Strategic stochastic sampling (Zheng et al. 2024): DDIM down to s, then noise up to b.
 
         s   = (1 - gamma) t_b, rounded down to a whole timestep
         x_s = alpha_s x0 + sigma_s eps
