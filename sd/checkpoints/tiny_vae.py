@@ -86,9 +86,12 @@ def is_tiny(layout: str) -> bool:
 def tiny_config(
     known: VAEConfig | TinyVAEConfig, layout: str, prefix: str, found: Container[str]
 ) -> VAEConfig | TinyVAEConfig:
-    """The config of the autoencoder in a file of these keys; `known` itself if the layout is not that of a tiny one."""
+    """The config of the autoencoder in a file of these keys and this layout.
+
+    known   what the model has, so far: a whole VAE in the file is taken to be this, or Stable Diffusion's
+    """
     if not is_tiny(layout):
-        return known
+        return VAEConfig() if isinstance(known, TinyVAEConfig) else known
     tiny = known if isinstance(known, TinyVAEConfig) else TinyVAEConfig()
     first = prefix + HALVES[layout][0] + ("conv_in" if layout == OWN else "0")
     return replace(tiny, encoder=f"{first}.weight" in found)
