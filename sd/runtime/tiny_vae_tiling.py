@@ -5,6 +5,7 @@ each side for every 3x3 convolution. Only the full resolution is computed in str
 with a quarter of the numbers, are kept whole. Within `CircularPadding` the rows beyond an edge are those at the
 opposite one.
 
+>>> from sd.config import TinyVAEConfig
 >>> vae, z = TinyVAE(TinyVAEConfig()), torch.randn(1, 4, 24, 16)
 >>> with torch.no_grad():
 ...     torch.allclose(decode_tiny_in_strips(vae, z), vae.decode(z), atol=1e-4)
