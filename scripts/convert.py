@@ -8,7 +8,8 @@
 
 The input is a file in the original layout or in ours, or a diffusers folder. The output has this project's names and
 carries its config, so it loads without flags; `--layout original` writes the names of the original code, for other
-tools, `--layout diffusers` a folder. Weights are copied bit for bit unless --dtype changes their precision.
+tools, `--layout diffusers` a folder. Weights are copied bit for bit unless --dtype changes their precision. A tiny
+autoencoder (TAESD) can be converted alone; its original layout is a folder with taesd_encoder and taesd_decoder.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +37,9 @@ from sd.checkpoints.convert import WEIGHTS, StateDict
 from sd.checkpoints.detect import identify
 from sd.checkpoints.inspect import inspect
 from sd.checkpoints.layouts import AVERAGE, NETWORKS, find_layouts
-from sd.config import PRECISIONS, PREDICTIONS, SHORT_PRECISIONS
+from sd.checkpoints.tiny_files import check_writable, tiny_files, tiny_texts
+from sd.checkpoints.tiny_vae import describe_tiny, is_tiny, notes_on_tiny
+from sd.config import PRECISIONS, PREDICTIONS, SHORT_PRECISIONS, TinyVAEConfig, VAEConfig
 from sd.files import exists, new_file, new_folder
 from sd.messages import printable
 
@@ -100,9 +104,12 @@ def work(args: argparse.Namespace) -> None:
 
 def rewrite(args: argparse.Namespace) -> None:
     """Convert the input; the output is written completely or not at all."""
-    folder = args.layout == "diffusers"
+    tiny = is_tiny_alone(args)
+    folder = args.layout == "diffusers" or (tiny and args.layout == "original")
     if folder and args.output.suffix in (".safetensors", ".ckpt"):
-        raise ValueError(f"{args.output}: --layout diffusers writes a folder; give a name without {args.output.suffix}")
+        raise ValueError(
+            f"{args.output}: --layout {args.layout} writes a folder here; give a name without {args.output.suffix}"
+        )
     if not folder and args.output.suffix != ".safetensors":
         raise ValueError(f"{args.output}: only .safetensors files are written, as they cannot run code")
     if args.output.exists():
@@ -111,14 +118,55 @@ def rewrite(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.output.parent}: no such folder")
     # an unwritable folder is an error before the work
     with (new_folder if folder else new_file)(args.output) as partial:
-        count, config = write(args, partial)
+        count, name = write_tiny(args, partial) if tiny else write(args, partial)
     files = [file for file in args.output.rglob("*") if file.is_file()] if folder else [args.output]
     size = sum(file.stat().st_size for file in files)
-    print(f"{args.output}: {config.name}, {count} weights, {size / 1e9:.2f} GB")
+    print(f"{args.output}: {name}, {count} weights, {size / 1e9:.2f} GB")
 
 
-def write(args: argparse.Namespace, path: Path) -> tuple[int, sd.Config]:
-    """Convert all weights and write them to `path`; returns their number and the model."""
+def is_tiny_alone(args: argparse.Namespace) -> bool:
+    """Whether the input is a tiny autoencoder (TAESD) and nothing else."""
+    with sd.load_checkpoint(args.input, args.variant) as checkpoint:
+        layouts = find_layouts(checkpoint)
+    return layouts.keys() == {"vae"} and is_tiny(layouts["vae"].name)
+
+
+def write_tiny(args: argparse.Namespace, path: Path) -> tuple[int, str]:
+    """Convert a tiny autoencoder alone; returns the number of its weights and what it is."""
+    from safetensors.torch import save_file
+
+    from sd.checkpoints.finite import FiniteCheck
+    from sd.checkpoints.loading import with_part
+    from sd.runtime.device import find_dtype
+
+    given = [name for name in ("keep_ema", "prediction", "vae", "text_encoder") if getattr(args, name)]
+    given += [name for name in ("weights", "model") if getattr(args, name) != "auto"]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{args.input} is a tiny autoencoder (TAESD) alone, without a model: leave out {options}")
+    dtype = find_dtype(args.dtype) if args.dtype else None
+    with sd.load_checkpoint(args.input, args.variant) as checkpoint, naming(args.input):
+        config = with_part(sd.SD1, "vae", checkpoint).vae
+        assert isinstance(config, TinyVAEConfig)
+        check_writable(config, args.layout, alone=True)
+        state = sd.convert(checkpoint, replace(sd.SD1, vae=config), parts=["vae"])["vae"]
+        check, read = FiniteCheck(dtype), dict[str, "Tensor"]()
+        for key, tensor in state.items():
+            check.look(state.origin(key), tensor)
+            read[key] = cast(key, tensor, dtype)
+        check.finish()
+        notes = [*checkpoint.notes, *state.notes, *notes_on_tiny(VAEConfig(), [file.path for file in checkpoint.files])]
+    for line in notes:
+        print(printable(line))
+    for name, tensors in tiny_files(args.layout, read, config).items():
+        save_file(contiguous(tensors), path / name if name else path, {"format": "pt"})
+    for name, text in (tiny_texts(config) if args.layout == "diffusers" else {}).items():
+        (path / name).write_text(text, encoding="utf-8")
+    return len(read), describe_tiny(config)
+
+
+def write(args: argparse.Namespace, path: Path) -> tuple[int, str]:
+    """Convert all weights and write them to `path`; returns their number and the name of the model."""
     from sd.checkpoints.finite import FiniteCheck
     from sd.runtime.device import find_dtype
 
@@ -126,6 +174,7 @@ def write(args: argparse.Namespace, path: Path) -> tuple[int, sd.Config]:
     with ExitStack() as files:
         opened = open_all(args, files)
         config, states = find_all(args, opened)
+        check_writable(config.vae, args.layout)
         count = sum(map(len, states.values()))
         with tqdm(total=count, desc="reading", unit="weight", disable=None, leave=False) as bar, naming(args.input):
             read: dict[str, dict[str, Tensor]] = {}
@@ -143,7 +192,7 @@ def write(args: argparse.Namespace, path: Path) -> tuple[int, sd.Config]:
         save(args.layout, path, read, config, more)
     except SafetensorError as error:
         raise OSError(f"{args.output}: cannot be written: {error}") from None
-    return count, config
+    return count, config.name
 
 
 def open_all(args: argparse.Namespace, files: ExitStack) -> dict[str, Checkpoint]:
@@ -188,7 +237,7 @@ def find_all(args: argparse.Namespace, opened: Mapping[str, Checkpoint]) -> tupl
             cpu = torch.device("cpu")
             found = probed(found, load_weights(build(config)["unet"], states["unet"], cpu, best_dtype(cpu)))
         config = like(found.config, config)
-    lines = [*main.notes, *describe(main, found, weights, config)]
+    lines = [*main.notes, *describe(main, found, weights, config, opened["vae"])]
     for file in {id(file): file for file in opened.values() if file is not main}.values():
         lines += [printable(f"{file.path}: {note}") for note in file.notes]
     lines += [printable(note) for state in states.values() for note in state.notes]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from sd.checkpoints.detect import CONFIG_KEY
-from sd.config import Config
+from sd.config import Config, VAEConfig
 from sd.files import replaced_file
 from sd.imaging.tensors import grid, to_pil
 from sd.models.vae import VAE
@@ -169,6 +169,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         config = models.find_config(args.model or "pocket")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
+            assert isinstance(config.vae, VAEConfig)
             vae = VAE(config.vae)
             initialise_vae(vae)
             vae.to(device)
@@ -193,6 +194,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     def write() -> str:
         present = models.with_weights(vae, trainer.weights(), "vae.")
         psnr, decoded = evaluate(present, held_out)
+        assert isinstance(config.vae, VAEConfig)
         scale = config.vae.scale if args.decoder_only else round(measured_scale(present, held_out), 4)
         both = torch.stack([held_out[:SHOWN], decoded[:SHOWN]], 1).flatten(0, 1)
         with replaced_file(args.out / "vae.png") as partial:

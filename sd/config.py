@@ -17,30 +17,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-GROUPS = 32  # groups of every GroupNorm: every channel count is a multiple of it
+from .vae_config import GROUPS, TinyVAEConfig, VAEConfig
+from .vae_config import check as _check
+from .vae_config import check_sizes as _check_sizes
+
 END = 49407  # id of CLIP's end token
 PUBLISHED_LAYERS = {768: 12, 1024: 24, 1280: 32}  # of ViT-L/14, ViT-H/14 and ViT-bigG/14, by width
 MAX_WORDS, MAX_WORD = 10_000, 200  # added to a tokenizer; letters of each
-
-
-def _check(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
-
-
-def _check_sizes(owner: Any, *names: str, limit: int = 1 << 17) -> None:
-    """Raise ValueError for a size that is not a sensible whole number: sizes may come from a file's metadata."""
-    per_level = {f.name for f in fields(owner) if str(f.type).startswith("tuple")}
-    for name in names:
-        value = getattr(owner, name)
-        values = value if isinstance(value, tuple) and name in per_level else (value,)
-        good = bool(values) and all(type(size) is int and 0 < size <= limit for size in values)
-        _check(good, f"{type(owner).__name__}.{name}: got {value!r:.100}, expected whole numbers from 1 to {limit}")
 
 
 class Word(NamedTuple):
@@ -118,32 +105,6 @@ class TextConfig:
         different = len({word.text for word in words}) == len({word.id for word in words}) == len(words)
         _check(different, "TextConfig.words: a word or an id occurs twice")
         object.__setattr__(self, "words", tuple(words))
-
-
-@dataclass(frozen=True)
-class VAEConfig:
-    """The autoencoder between images and latents (kl-f8 of the original code)."""
-
-    channels: tuple[int, ...] = (128, 256, 512, 512)  # one entry a level; each level but the last halves the size
-    blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
-    latent_channels: int = 4
-    image_channels: int = 3
-    scale: float = 0.18215  # factor of the latents: it brings their standard deviation to about 1
-
-    def __post_init__(self) -> None:
-        _check_sizes(self, "channels", "blocks", "latent_channels", "image_channels")
-        _check(self.image_channels == 3, f"VAEConfig.image_channels: got {self.image_channels}, images have 3")
-        _check(len(self.channels) <= 8 and self.blocks <= 16, "VAEConfig: more than 8 levels or 16 blocks a level")
-        _check(
-            all(width % GROUPS == 0 for width in self.channels),
-            f"VAEConfig.channels: got {self.channels}, expected multiples of {GROUPS}",
-        )
-        _check(type(self.scale) is float and 0 < self.scale < 1e4, f"VAEConfig.scale: got {self.scale!r}")
-
-    @cached_property
-    def factor(self) -> int:
-        """Image pixels per latent pixel, in each direction: 8 for Stable Diffusion."""
-        return 2 ** (len(self.channels) - 1)
 
 
 @dataclass(frozen=True)
@@ -270,7 +231,7 @@ class Config:
     guidance: float = 7.5
     sampler: str = "dpmpp_2m"  # the default one, a key of `samplers.SAMPLERS`
     text: tuple[TextConfig, ...] = (TextConfig(),)
-    vae: VAEConfig = field(default_factory=VAEConfig)
+    vae: VAEConfig | TinyVAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
@@ -326,6 +287,8 @@ class Config:
         parts: dict[str, Any] = {"vae": VAEConfig, "unet": UNetConfig, "schedule": ScheduleConfig}
         try:
             raw = _upgraded(json.loads(text))
+            if "width" in raw.get("vae", {}):
+                parts["vae"] = TinyVAEConfig
             values = {name: _part(parts[name], value) if name in parts else value for name, value in raw.items()}
             if "text" in raw:
                 values["text"] = tuple(_part(TextConfig, value) for value in raw["text"])

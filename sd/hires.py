@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .config import Config
 from .imaging.tensors import resize, to_tensor
-from .latents import latent_shape
+from .latents import check_encoder, latent_shape
 from .params import HighRes, ResolvedParams
 from .run import Result, Run, Start, text_to_image
 from .samplers import Step
@@ -86,6 +86,8 @@ def enlarged_shape(config: Config, request: HighRes) -> tuple[int, int, int]:
 
 def high_res(model: StableDiffusion, request: HighRes) -> HighResRun:
     """Begin the first pass, and plan the second."""
+    if request.hires_upscaler != "latent":
+        check_encoder(model.config)
     first, factor = text_to_image(model, request), model.config.vae.factor
     shape = enlarged_shape(model.config, request)
     params, strength = second_pass(request, first.params, model.schedule.steps)

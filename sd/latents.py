@@ -12,23 +12,32 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .config import Config
+from .config import Config, TinyVAEConfig, VAEConfig
 from .imaging.tensors import to_pil
-from .models.vae import VAE, Gaussian
+from .models.build import Autoencoder
+from .models.taesd import NO_ENCODER
+from .models.vae import Gaussian
 from .runtime.device import dtype_name
+from .runtime.tiny_vae_tiling import decode_tiny_in_strips, encode_tiny_in_strips
 from .runtime.vae_tiling import decode_in_strips, encode_in_strips
 from .settings import whole
 from .text.tokenizer import Note
 
 LARGE = 1024 * 1024  # pixels above which the VAE works in strips
 MAX_SIDE = 16384  # pixels
+ENCODE_IN_STRIPS: Mapping[type, Callable[..., Gaussian]] = {
+    VAEConfig: encode_in_strips, TinyVAEConfig: encode_tiny_in_strips,
+}  # fmt: skip
+DECODE_IN_STRIPS: Mapping[type, Callable[..., Tensor]] = {
+    VAEConfig: decode_in_strips, TinyVAEConfig: decode_tiny_in_strips,
+}  # fmt: skip
 
 
 def latent_shape(config: Config, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
@@ -81,20 +90,26 @@ def image_size(
     return height, width
 
 
+def check_encoder(config: Config) -> None:
+    """Raise ValueError for a model whose VAE can only decode, before that is found out in the middle of a run."""
+    if isinstance(config.vae, TinyVAEConfig) and not config.vae.encoder:
+        raise ValueError(NO_ENCODER)
+
+
 @torch.no_grad()
-def encode(vae: VAE, pixels: Tensor, note: Note) -> Gaussian:
+def encode(vae: Autoencoder, pixels: Tensor, note: Note) -> Gaussian:
     """pixels (B, 3, H, W) in [-1, 1] -> Gaussian over the latents (B, C, h, w) in float32. See `decode`."""
     large = pixels.shape[-2] * pixels.shape[-1] > LARGE
 
-    def run(vae: VAE, x: Tensor) -> Tensor:
-        return torch.stack(encode_in_strips(vae, x) if large else vae.encode(x))
+    def run(vae: Autoencoder, x: Tensor) -> Tensor:
+        return torch.stack(ENCODE_IN_STRIPS[type(vae.config)](vae, x) if large else vae.encode(x))
 
     mean, std = _finite("latent", run, vae, lambda: copy.deepcopy(vae).float(), pixels, note)
     return Gaussian(mean, std)
 
 
 @torch.no_grad()
-def decode(vae: VAE, z: Tensor, note: Note) -> list[Image.Image]:
+def decode(vae: Autoencoder, z: Tensor, note: Note) -> list[Image.Image]:
     """Latents (B, C, h, w) -> RGB images, one at a time, which needs the memory of one.
 
     Images of more than `LARGE` pixels are decoded in strips, which saves memory and changes only rounding. `note`
@@ -104,20 +119,25 @@ def decode(vae: VAE, z: Tensor, note: Note) -> list[Image.Image]:
 
     # in float32, if it is needed: one copy for all images, as other threads may be using the VAE
     exact = cache(lambda: copy.deepcopy(vae).float())
-    images = []
-    for one in z.split(1):
-        pixels = _finite(
-            "image", lambda vae, x: decode_in_strips(vae, x) if large else vae.decode(x), vae, exact, one, note
-        )
-        images += to_pil(pixels)
-    return images
+
+    def run(vae: Autoencoder, x: Tensor) -> Tensor:
+        return DECODE_IN_STRIPS[type(vae.config)](vae, x) if large else vae.decode(x)
+
+    return [image for one in z.split(1) for image in to_pil(_finite("image", run, vae, exact, one, note))]
 
 
 def _finite(
-    what: str, run: Callable[[VAE, Tensor], Tensor], vae: VAE, exact: Callable[[], VAE], x: Tensor, note: Note
+    what: str,
+    run: Callable[[Autoencoder, Tensor], Tensor],
+    vae: Autoencoder,
+    exact: Callable[[], Autoencoder],
+    x: Tensor,
+    note: Note,
 ) -> Tensor:
     """The output of the VAE in float32; computed by the `exact` one if it is not finite in half precision."""
-    dtype = vae.decoder.norm_out.weight.dtype  # not of the first weight, which may be packed (runtime/packing.py)
+    bias = vae.decoder.conv_out.bias  # a weight may be packed (runtime/packing.py), a bias never is
+    assert bias is not None
+    dtype = bias.dtype
     out = run(vae, x.to(dtype))
     if dtype != torch.float32 and not out.isfinite().all():
         note(f"the {what} is not finite in {dtype_name(dtype)}: computing it again in float32")

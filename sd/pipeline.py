@@ -53,7 +53,7 @@ from .imaging.masks import mask_channels
 from .imaging.tensors import to_tensor
 from .models.text_encoder import TextEncoder, layer_of_clip_skip
 from .models.unet import UNet
-from .models.vae import VAE, Gaussian
+from .models.vae import Gaussian
 from .params import HighRes, ImageToImage, Inpaint, TextToImage
 from .resources import resource
 from .run import Run, Sampling, image_to_image, inpaint, text_to_image
@@ -79,7 +79,7 @@ class StableDiffusion(Adaptable, Cached, Hints):
     """A checkpoint on one device in one precision: networks, tokenizer, schedule and adapters."""
 
     def __init__(
-        self, config: Config, text_encoder: TextEncoder, vae: VAE, unet: UNet, about: Sequence[str] = ()
+        self, config: Config, text_encoder: TextEncoder, vae: latents.Autoencoder, unet: UNet, about: Sequence[str] = ()
     ) -> None:
         self.config = config
         self.about = tuple(about)  # what was detected and chosen in loading, one line each
@@ -146,9 +146,9 @@ class StableDiffusion(Adaptable, Cached, Hints):
         self._replace("text_encoder", network)
 
     @property
-    def vae(self) -> VAE:
+    def vae(self) -> latents.Autoencoder:
         """Images <-> latents."""
-        return cast(VAE, self._networks["vae"])
+        return cast(latents.Autoencoder, self._networks["vae"])
 
     @vae.setter
     def vae(self, network: nn.Module) -> None:
@@ -371,12 +371,12 @@ class StableDiffusion(Adaptable, Cached, Hints):
         if pixels.dim() != 4 or pixels.shape[1] != self.config.vae.image_channels:
             raise ValueError(f"expected an RGB image or (B, 3, H, W), got {tuple(pixels.shape)}")
         with self._use("vae") as vae:
-            return latents.encode(cast(VAE, vae), pixels.to(self.device), note)
+            return latents.encode(cast(latents.Autoencoder, vae), pixels.to(self.device), note)
 
     def decode(self, z: Tensor, note: Note = warn) -> list[Image.Image]:
         """Decode latents (B, C, h, w) to RGB images, one at a time. See `latents.decode`."""
         with self._use("vae") as vae:
-            return latents.decode(cast(VAE, vae), z, note)
+            return latents.decode(cast(latents.Autoencoder, vae), z, note)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, h, w) of the latents of an image, with the native size for a side that is None."""

@@ -23,8 +23,9 @@ from .imaging.colours import match_colours
 from .imaging.files import WHITE, flatten
 from .imaging.masks import Canvas, latent_mask, mask_channels, masked_image, prepare_mask, surroundings, widened
 from .imaging.tensors import Box, fit, frame, to_tensor
-from .latents import image_size, latent_shape
+from .latents import decode, image_size, latent_shape
 from .messages import counted
+from .models.build import Autoencoder
 from .models.vae import Gaussian
 from .noise import NoiseSource
 from .params import ImageToImage, Inpaint, ResolvedParams, TextToImage
@@ -196,9 +197,11 @@ class Run(Iterator[Step]):
         with self.edges():
             return self.model.encode(pixels, self.notes.append)
 
-    def decode(self, x0: Tensor) -> list[Image.Image]:
-        """`StableDiffusion.decode`, with the edges of this run."""
+    def decode(self, x0: Tensor, vae: Autoencoder | None = None) -> list[Image.Image]:
+        """`StableDiffusion.decode`, with the edges of this run; by another VAE than the model's if one is given."""
         with self.edges():
+            if vae is not None:
+                return decode(vae, x0, self.notes.append)
             return self.model.decode(x0, self.notes.append)
 
     def __len__(self) -> int:
@@ -210,9 +213,12 @@ class Run(Iterator[Step]):
         self.x, self._taken = step.x, self._taken + 1
         return step
 
-    def preview(self, x0: Tensor) -> list[Image.Image]:
-        """Decode latents of a step (B, C, h, w), for example `step.x0`, and finish them like the result."""
-        return [self.start.finish(image) for image in self.decode(x0)]
+    def preview(self, x0: Tensor, vae: Autoencoder | None = None) -> list[Image.Image]:
+        """Decode latents of a step (B, C, h, w), for example `step.x0`, and finish them like the result.
+
+        vae   decodes them in place of the model's own: a tiny one is many times as fast (`load_tiny_vae`)
+        """
+        return [self.start.finish(image) for image in self.decode(x0, vae)]
 
     def result(self) -> Result:
         """Take the remaining steps, decode and finish. Raises RuntimeError if a step failed or was interrupted."""
@@ -240,7 +246,7 @@ class Unchanged(Run):
         self.seeds = self.source.seeds
         self.begin(Start(torch.empty(0), lambda x, level: x))
 
-    def preview(self, x0: Tensor) -> list[Image.Image]:
+    def preview(self, x0: Tensor, vae: Autoencoder | None = None) -> list[Image.Image]:
         """The image, once for each seed."""
         return [self.image.copy() for _ in self.seeds]
 

@@ -47,7 +47,7 @@ OTHER_SETTINGS = [
           "use_post_quant_conv": False, "shift_factor": 0.1159, "latents_mean": [0.1] * 4, "latents_std": [2.0] * 4,
           "out_channels": 4, "down_block_types": ["AttnDownEncoderBlock2D"],
       }.items()),
-    ("vae", {"_class_name": "AutoencoderTiny"}, "a tiny autoencoder (TAESD)"),
+    ("vae", {"_class_name": "AutoencoderTiny"}, "vae/config.json has scaling_factor 0.18215, which is not supported"),
     ("vae", {"_class_name": "VQModel"}, "another autoencoder than Stable Diffusion's VAE"),
     ("text_encoder", {"hidden_act": "gelu_new"}, "text_encoder/config.json has hidden_act 'gelu_new'"),
     ("text_encoder", {"layer_norm_eps": 1e-6}, "text_encoder/config.json has layer_norm_eps 1e-06"),
@@ -162,7 +162,7 @@ def test_settings_count_whatever_model_is_given(tmp_path, part, changes, words):
 
 @pytest.mark.parametrize(
     "part, changes",
-    [("vae", {"_class_name": "AutoencoderTiny"}), ("text_encoder", {"max_position_embeddings": 248})],
+    [("vae", {"_class_name": "VQModel"}), ("text_encoder", {"max_position_embeddings": 248})],
 )
 def test_another_file_in_place_of_what_is_not_supported(tmp_path, part, changes):
     """What the message says to do works."""

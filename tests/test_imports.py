@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # is new in a folder needs no line here; a new layer does.
 ALLOWED = {
     "conditioning": set(),
-    "config": set(),
+    "config": {"vae_config"},
     "files": set(),
     "hints": set(),
     "messages": set(),
@@ -23,6 +23,7 @@ ALLOWED = {
     "schedule": {"config"},
     "settings": set(),
     "spellings": set(),
+    "vae_config": set(),
     "samplers": {"schedule"},
     "denoiser": {"conditioning", "samplers", "schedule"},
     "params": {"config", "messages", "samplers", "schedule", "settings", "spellings"},
@@ -30,7 +31,9 @@ ALLOWED = {
     "models": {"conditioning", "config"},
     "text": {"messages", "resources"},
     "imaging": {"files", "messages"},
-    "checkpoints": {"conditioning", "config", "files", "messages", "models", "runtime", "schedule", "text"},
+    "checkpoints": {
+        "conditioning", "config", "files", "messages", "models", "runtime", "schedule", "text", "vae_config",
+    },
     "adapters": {"checkpoints", "config", "files", "messages", "models", "runtime", "settings", "text"},
     "training": {"conditioning", "config", "denoiser", "models", "schedule"},
     "latents": {"config", "imaging", "models", "runtime", "settings", "text"},

@@ -173,13 +173,15 @@ OTHER_WEIGHTS = [
     ("16 latent channels", {"decoder.conv_in.weight": (512, 16, 3, 3), "encoder.conv_in.weight": (128, 3, 3, 3)}),
     ("32 latent channels", {"decoder.conv_in.weight": (512, 32, 3, 3), "encoder.conv_in.weight": (128, 3, 3, 3)}),
     ("a VQ autoencoder", {"quantize.embedding.weight": (8192, 3), "decoder.conv_in.weight": (512, 3, 3, 3)}),
-    ("this is a tiny decoder (TAESD), not", {"1.weight": (64, 4, 3, 3), "3.conv.0.weight": (64, 64, 3, 3)}),
-    ("this is a tiny decoder (TAESD), not", {
+    ("this is a tiny autoencoder (TAESD): give it with --vae", {"18.conv.0.weight": (64, 64, 3, 3)}),
+    ("a tiny autoencoder (TAESD) with most of its weights missing", {
         "decoder.layers.0.weight": (64, 4, 3, 3), "encoder.layers.0.weight": (64, 3, 3, 3),
     }),
     ("another family (SD3 or FLUX.1: 16", {"1.weight": (64, 16, 3, 3)}),
     ("another family (FLUX.2: 32 latent channels)", {"1.weight": (64, 32, 3, 3), "3.pool.1.weight": (256,)}),
-    ("a tiny encoder", {"0.weight": (64, 3, 3, 3), "1.conv.0.weight": (64, 64, 3, 3)}),
+    ("another family (Sana: 32 latent channels", {"1.weight": (256, 32, 3, 3)}),
+    ("another family (not 4 latent channels)", {"taesd_decoder.1.weight": (64, 12, 3, 3)}),
+    ("the encoder of a tiny autoencoder (TAESD)", {"0.weight": (64, 3, 3, 3), "1.conv.0.weight": (64, 64, 3, 3)}),
     ("a safety checker", {"concept_embeds": (17, 768), "vision_model.patch_embedding.weight": (8, 3, 14, 14)}),
     ("an image encoder (CLIP vision)", {f"vision_model.{i}": (1280,) for i in range(9)}),
     ("a T5 text encoder", {"encoder.block.0.layer.0.SelfAttention.q.weight": (4096, 4096)}),
@@ -204,7 +206,7 @@ def test_weights_of_something_else_are_named(words, shapes):
 @pytest.mark.parametrize(
     "option, words, shapes",
     [
-        ("vae", "of another family (FLUX.2: 32 latent channels), not supported", {"1.weight": (64, 32, 3, 3)}),
+        ("vae", "of another family (FLUX.2: 32 latent channels), not of Stable", {"1.weight": (64, 32, 3, 3)}),
         ("vae", "16 latent channels", {
             "decoder.mid.block_1.norm1.weight": (512,), "decoder.conv_in.weight": (512, 16, 3, 3),
         }),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sd.checkpoints.diffusers_config import unet_to_diffusers, vae_to_diffusers
 from sd.checkpoints.key_maps import diffusers_sources
 from sd.conditioning import Conditioning
-from sd.config import Config
+from sd.config import Config, TinyVAEConfig
 
 REQUIRED = ("diffusers", "transformers")
 LAYOUTS = {"channels_last": torch.channels_last, "default": torch.contiguous_format}
@@ -38,7 +38,7 @@ class ReferenceUNet(nn.Module):
 
 
 class ReferenceVAE(nn.Module):
-    """diffusers' AutoencoderKL with the signature of ours, which includes the scale factor."""
+    """diffusers' AutoencoderKL, or its AutoencoderTiny, with the signature of ours, which includes the scale factor."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -166,9 +166,10 @@ def _unet(config: Config) -> Any:
 
 
 def _vae(config: Config) -> Any:
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, AutoencoderTiny
 
-    return AutoencoderKL(**vae_to_diffusers(config))
+    kind = AutoencoderTiny if isinstance(config.vae, TinyVAEConfig) else AutoencoderKL
+    return kind(**vae_to_diffusers(config))
 
 
 def _text_encoder(config: Config) -> Any:

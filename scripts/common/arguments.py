@@ -301,9 +301,21 @@ def add_output_arguments(parser: Parser) -> None:
         help="how to preview steps: with the decoder, or with a linear map, fast and coarse (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
+        "--preview-vae", type=file_path, metavar="FILE",
+        help="decode the steps, not the image, with this tiny autoencoder (TAESD), a file or folder: nearly as good",
+    )  # fmt: skip
+    group.add_argument(
         "--animation", choices=ANIMATIONS, default=ANIMATIONS[0], help="format of the animation (default: %(default)s)"
     )
     group.add_argument("--no-metadata", action="store_true", help="do not write prompt and settings into the PNG files")
+
+
+def check_previews(args: argparse.Namespace) -> None:
+    """Raise ValueError for options of previews that do not go together."""
+    if args.preview_vae is not None and not args.save_steps:
+        raise ValueError("--preview-vae decodes the steps that --save-steps saves: give both or leave it out")
+    if args.preview_vae is not None and args.preview != STEP_MODES[0]:
+        raise ValueError(f"--preview {args.preview} decodes with no VAE: leave out it or --preview-vae")
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:

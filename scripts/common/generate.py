@@ -19,11 +19,13 @@ from tqdm import tqdm
 import sd
 from sd import recipes
 from sd.checkpoints.folders import model_name
+from sd.checkpoints.tiny_loading import load_tiny_vae
 from sd.hires import enlarged_shape, second_pass
 from sd.imaging.files import ImageFile
 from sd.imaging.previews import LinearDecoder
 from sd.imaging.tensors import grid
 from sd.messages import one_line
+from sd.models.taesd import TinyVAE
 from sd.models.text_encoder import layer_of_clip_skip
 from sd.params import HighRes, ImageToImage, Inpaint, SamplingParams, TextToImage
 from sd.pipeline import EMBEDDED
@@ -35,7 +37,7 @@ from sd.text.prompt_syntax import check_prompt, chunks, texts_of
 
 from . import like
 from .adapter_args import AddOns
-from .arguments import NICKNAMES
+from .arguments import NICKNAMES, check_previews
 from .cli import describe, keep_freed_memory, said
 from .output import ModelHash, Output
 from .prompt_loras import PromptLoras, prompt_texts, without_lora_tags
@@ -101,6 +103,13 @@ def load(args: argparse.Namespace) -> sd.StableDiffusion:
     return model
 
 
+def load_previews(args: argparse.Namespace, model: sd.StableDiffusion) -> TinyVAE | None:
+    """The tiny autoencoder of --preview-vae, if there is one, which decodes the steps."""
+    if args.preview_vae is None:
+        return None
+    return load_tiny_vae(args.preview_vae, model.config, model.device, model.dtype)
+
+
 class StepRecorder:
     """Runs the steps with a progress bar, and keeps the x0 predicted in each, for previews."""
 
@@ -116,9 +125,12 @@ class StepRecorder:
             if self._keep and ((step.i + 1) % every == 0 or step.i + 1 == count):
                 self._x0.append(step.x0.cpu())
 
-    def frames(self, i: int, mode: str) -> list[Image.Image]:
-        """The steps of the i-th image of the batch, decoded, or mapped to colours linearly (fast and coarse)."""
-        model, finish, decode = self._run.model, self._run.start.finish, self._run.decode
+    def frames(self, i: int, mode: str, vae: TinyVAE | None) -> list[Image.Image]:
+        """The steps of the i-th image of the batch, decoded, or mapped to colours linearly (fast and coarse).
+
+        vae   decodes them in place of the model's own
+        """
+        model, finish, decode = self._run.model, self._run.start.finish, partial(self._run.decode, vae=vae)
         x0 = [step[i : i + 1].to(model.device) for step in self._x0]
         if not x0:
             return []
@@ -189,6 +201,7 @@ def generate(args: argparse.Namespace, params: SamplingParams, openers: Sequence
     For exact images, kernels are not chosen by measuring: the choice could be another one in the next run of the
     program.
     """
+    check_previews(args)
     lines = read_prompts(args.prompt, args.from_file)
     params = replace(params, **like.carried(args, SamplingParams))
     skipped: list[str] = []
@@ -235,7 +248,8 @@ def _generate(args: argparse.Namespace, plan: Plan, addons: AddOns, output: Outp
     metadata = None if digest is None else Metadata(args, model, addons, digest, {})
 
     rounds = args.n_iter * getattr(args, "loopback", 1) * plan.total
-    work = Work(args, model, addons, output, metadata, rounds * sum(request.params.n for request in plan.requests))
+    total = rounds * sum(request.params.n for request in plan.requests)
+    work = Work(args, model, addons, output, metadata, total, load_previews(args, model))
     for number, source in enumerate(plan.sources):
         try:
             for line in plan.lines:
@@ -288,6 +302,7 @@ class Work:
     output: Output
     metadata: Metadata | None
     total: int
+    previews: TinyVAE | None = None  # decodes the steps, if it is not the model's own VAE
     done: int = 0
     kept: list[Image.Image] = field(default_factory=list)  # for the grid
 
@@ -330,7 +345,7 @@ class Work:
             path = self.output.save(image, text, name=name)
             varied = f", variation seed {run.source.variation_seeds[i]}" if run.source.variation_seeds else ""
             print(f"{path}  seed {seed}{varied}", flush=True)
-            if frames := recorder.frames(i, args.preview):
+            if frames := recorder.frames(i, args.preview, self.previews):
                 try:
                     print(self.output.save_steps(frames, path, args.animation), flush=True)
                 except OSError as error:  # the other images of the batch are not lost for it

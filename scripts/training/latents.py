@@ -12,7 +12,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd.imaging.masks import latent_mask, mask_channels, masked_image
-from sd.models.vae import VAE
 from sd.pipeline import StableDiffusion
 from sd.text.tokenizer import Tokenizer
 from sd.training import drop_prompts, random_masks
@@ -91,7 +90,7 @@ class Batches:
     ) -> None:
         """`trained` is the number of trained parameters, which need memory; `group` consecutive items stay together."""
         self.data = fitting(data, processes.device, trained)
-        self.vae: VAE = model.vae
+        self.vae = model.vae
         self.steps, self.factor = model.schedule.steps, model.config.vae.factor
         self.recipe, self.processes, self.drop, self.inpaint = recipe, processes, drop, inpaint
         self.group, self.order = group, Order(len(data["mean"]) // group, recipe.seed)

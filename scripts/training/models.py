@@ -17,7 +17,7 @@ from sd.checkpoints.detect import CONFIG_KEY, detect
 from sd.checkpoints.export import to_own
 from sd.checkpoints.layouts import find_layouts
 from sd.checkpoints.loading import load_weights, with_part
-from sd.config import MODELS, Config
+from sd.config import MODELS, Config, TinyVAEConfig
 from sd.models.build import build
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
@@ -78,6 +78,10 @@ def load_vae(
             raise ValueError(f"a VAE alone: give the model that it belongs to (--model {', '.join(MODELS)})")
         config = find_config(model) if model else goes_with if alone and goes_with else detect(checkpoint)
         config = with_part(config, "vae", checkpoint)
+        if isinstance(config.vae, TinyVAEConfig):
+            raise CheckpointError(
+                "a tiny autoencoder (TAESD), which is for decoding: models are trained with a whole VAE (give that one)"
+            )
         state = convert(checkpoint, config, parts=["vae"])["vae"]
         vae = load_weights(build(config)["vae"], state, device, torch.float32)
         return config, cast(VAE, vae)

@@ -97,7 +97,9 @@ def convert(
     found, expected = shapes(tensors), expected_shapes(config)
     layouts = match_layouts(found, config)
     of_unet = choose_weights(tensors, weights) if "unet" in parts else "unet"
-    tables = {name: layout.sources(config, expected[name], found) for name, layout in layouts.items()}
+    tables = {
+        name: layout.sources(config, expected[name], found) for name, layout in layouts.items() if layout.fits(config)
+    }
     used = {source.key for table in tables.values() for source in table.values()}
     wanted = {part: of_unet if part == "unet" else part for part in parts}
     for name in wanted.values():

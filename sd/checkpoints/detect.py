@@ -26,6 +26,8 @@ from .matching import match_layouts
 from .names import plainly_named
 from .other_models import NOT_SUPPORTED, OTHER_CONTEXTS, OTHER_INPUTS, refuse_alone, refuse_others
 from .prediction import decide, predicting, read_beside, read_table, stored_schedule
+from .tiny_vae import NAME as TINY
+from .tiny_vae import is_tiny, tiny_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,6 +113,7 @@ def identify(
     config = config or _by_any_shapes(found)
     layouts = match_layouts(found, config)
     config = with_form(with_vocabulary(config, found, layouts), found, layouts)
+    config = with_autoencoder(config, found, layouts)
     return Identity(*decide(tensors, config, prediction, by_folder="unet" in configs))
 
 
@@ -120,7 +123,8 @@ def _as_given(tensors: Mapping[str, Tensor], config: Config, replaced: Collectio
     refuse_others(found, replaced)
     layouts = find_layouts(found)
     config = smaller(config, found, layouts["unet"]) if "unet" in layouts else config
-    config = with_form(config, found, match_layouts(found, config))
+    layouts = match_layouts(found, config)
+    config = with_autoencoder(with_form(config, found, layouts), found, layouts)
     reason = "as given"
     usual = ScheduleConfig(steps=config.schedule.steps, prediction=config.schedule.prediction)
     if config.schedule == usual:
@@ -155,6 +159,8 @@ def _check_unet(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layo
 
 def no_unet(layouts: Mapping[str, Layout]) -> str:
     """What a file without a U-Net is, by the networks that it does hold, and what to do with it."""
+    if layouts.keys() == {"vae"} and is_tiny(layouts["vae"].name):
+        return f"this is {TINY}: give it with --vae, beside a checkpoint (--ckpt)"
     return f"this is {ALONE.get(frozenset(layouts), 'no whole model: it has no U-Net')}"
 
 
@@ -245,6 +251,12 @@ def with_form(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Map
         linear = any(len(found.get(source.key, ())) == 2 for source in projections)
         config = replace(config, unet=replace(config.unet, linear_projections=linear))
     return config
+
+
+def with_autoencoder(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> Config:
+    """The config with a tiny autoencoder, if that is the VAE in the file."""
+    layout = layouts.get("vae")
+    return config if layout is None else replace(config, vae=tiny_config(config.vae, layout.name, layout.prefix, found))
 
 
 def damaged_position_ids(tensors: Mapping[str, Tensor]) -> str | None:

@@ -15,12 +15,25 @@ from typing import Any
 
 import numpy as np
 
-from ..config import END, GROUPS, MODELS, SMALL, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, Word
+from ..config import (
+    END,
+    GROUPS,
+    MODELS,
+    SMALL,
+    Config,
+    ScheduleConfig,
+    TextConfig,
+    TinyVAEConfig,
+    UNetConfig,
+    VAEConfig,
+    Word,
+)
 from ..schedule import to_zero_snr
 from . import supported_settings as settings
 from .checkpoint import CheckpointError
 from .other_models import OTHER_INPUTS
 from .supported_settings import Supported, check_kind, check_supported
+from .tiny_files import CLASS, tiny_from_diffusers, tiny_to_diffusers
 from .tokenizer_files import pad_token, words_to_diffusers
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}  # theirs -> ours
@@ -85,8 +98,7 @@ def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
         schedule = schedule_from_diffusers(configs.get("scheduler", {}))
         config = Config("diffusers model", size, text=(text,), vae=vae, unet=unet, schedule=schedule)
     text = replace(text, vocab=TextConfig().vocab, words=(), pad=min(text.pad, END))  # fine-tuning may have added words
-    # the scale is measured when a VAE is trained, so it says nothing about the kind of model
-    same = [known for known in MODELS.values() if (known.text, replace(known.vae, scale=vae.scale)) == ((text,), vae)]
+    same = [known for known in MODELS.values() if known.text == (text,) and _like_vae(known.vae, vae)]
     same = [known for known in same if unet.is_part_of(known.unet)]
     # a U-Net in full before one in part; and there are SD 1.x that predict v
     same.sort(key=lambda known: (known.unet != unet, known.schedule.prediction != schedule.prediction))
@@ -94,6 +106,12 @@ def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
         return config
     name = same[0].name + (SMALL if same[0].unet != unet else "")
     return replace(config, name=name, guidance=same[0].guidance, sampler=same[0].sampler)
+
+
+def _like_vae(known: VAEConfig | TinyVAEConfig, vae: VAEConfig | TinyVAEConfig) -> bool:
+    """Whether a model with the VAE `known` may be one with `vae`, whose scale was measured, or with a tiny one."""
+    tiny = isinstance(vae, TinyVAEConfig)
+    return tiny or (isinstance(known, VAEConfig) and replace(known, scale=vae.scale) == vae)
 
 
 @contextmanager
@@ -175,8 +193,10 @@ def _uniform(raw: Mapping[str, Any], key: str, default: int) -> Any:
 
 
 @_described()
-def vae_from_diffusers(raw: Mapping[str, Any]) -> VAEConfig:
+def vae_from_diffusers(raw: Mapping[str, Any]) -> VAEConfig | TinyVAEConfig:
     """The VAE described by a `vae/config.json`. Raises CheckpointError if it is not supported."""
+    if raw.get("_class_name") == CLASS:
+        return tiny_from_diffusers(raw)
     down, up = raw.get("down_block_types", ["DownEncoderBlock2D"]), raw.get("up_block_types", ["UpDecoderBlock2D"])
     check_kind("vae", raw)
     blocks: Supported = {
@@ -273,6 +293,8 @@ def schedule_from_diffusers(raw: Mapping[str, Any]) -> ScheduleConfig:
 def to_diffusers_configs(config: Config, version: str = "0.30.0") -> dict[str, dict[str, Any]]:
     """Path in the folder -> contents, for every JSON file except the tokenizer's vocabulary."""
     text, schedule = config.text[0], config.schedule
+    tiny = isinstance(config.vae, TinyVAEConfig)
+    vae = {"_class_name": CLASS if tiny else "AutoencoderKL", **vae_to_diffusers(config)}
     pipeline = "StableDiffusionInpaintPipeline" if config.is_inpainting else "StableDiffusionPipeline"
     end = "!" if text.pad == 0 else "<|endoftext|>"
     if text.pad > END:
@@ -294,12 +316,12 @@ def to_diffusers_configs(config: Config, version: str = "0.30.0") -> dict[str, d
             "feature_extractor": [None, None], "image_encoder": [None, None], "safety_checker": [None, None],
             "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
+            "vae": ["diffusers", vae["_class_name"]],
         },
         "unet/config.json": {
             "_class_name": "UNet2DConditionModel", "_diffusers_version": version, **unet_to_diffusers(config),
         },
-        "vae/config.json": {"_class_name": "AutoencoderKL", "_diffusers_version": version, **vae_to_diffusers(config)},
+        "vae/config.json": {**vae, "_diffusers_version": version},
         "text_encoder/config.json": {
             "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": text.vocab,
             "hidden_size": text.width, "intermediate_size": 4 * text.width, "num_hidden_layers": text.layers,
@@ -347,8 +369,10 @@ def unet_to_diffusers(config: Config) -> dict[str, Any]:
 
 
 def vae_to_diffusers(config: Config) -> dict[str, Any]:
-    """The arguments of diffusers' AutoencoderKL."""
+    """The arguments of diffusers' AutoencoderKL, or of its AutoencoderTiny."""
     cfg = config.vae
+    if isinstance(cfg, TinyVAEConfig):
+        return tiny_to_diffusers(cfg)
     return {
         "in_channels": cfg.image_channels,
         "out_channels": cfg.image_channels,

@@ -24,6 +24,7 @@ from ..messages import listed
 from .formats.pickles import RefusedFile
 from .hub_cache import cached_models, dangling, snapshot
 from .other_files import other_folder
+from .tiny_vae import half_files
 from .tokenizer_files import read_tokenizer
 
 MAX_JSON = 1 << 20  # bytes; an index has less than 200 KB
@@ -43,7 +44,7 @@ CONFIGS = {
     "tokenizer": "tokenizer/tokenizer_config.json",
 }
 CLASSES = {
-    "UNet2DConditionModel": "unet", "AutoencoderKL": "vae",
+    "UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "AutoencoderTiny": "vae",
     **dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"), "text_encoder"),
 }  # fmt: skip
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of files of weights
@@ -155,6 +156,9 @@ def _single_part(folder: Path, variant: str | None) -> Parts:
     stems = tuple(dict.fromkeys(stem for stems in STEMS.values() for stem in stems))
     variants = _variants(folder, stems)
     if not variants:
+        if halves := half_files([file.name for file in _weights_in(folder)]):
+            parts = tuple(_part(f"{half}.", folder / name) for half, name in halves.items())
+            return Parts("folder of a tiny autoencoder", parts, {}, ())
         raise RefusedFile(_no_model(folder))
     chosen = _choose(variants, variant)
     if variant is not None and chosen != variant:

@@ -23,7 +23,7 @@ from ..config import SD1, SD2, Config
 from ..messages import listed, one_line, printable
 from .checkpoint import Checkpoint, CheckpointError, shapes
 from .convert import FLAGS
-from .detect import damaged_position_ids, identify
+from .detect import damaged_position_ids, identify, with_autoencoder
 from .layouts import AVERAGE, NETWORKS, TOKENS, find_layouts, usual_layout
 from .matching import NAMES, copies, describe_copies, expected_shapes, match_layouts, unrun
 from .names import ignored
@@ -105,6 +105,7 @@ def inspect(tensors: Checkpoint, config: Config | None = None, *, sha256: bool |
         # a network alone: compared with the model that it most likely belongs to
         wide = any(shape[-1:] == (SD2.text[0].width,) and "token_embedding" in key for key, shape in found.items())
         config = config or (SD2 if wide else SD1)
+        config = with_autoencoder(config, found, match_layouts(found, config))
     _count(out, tensors, config)
     if damaged := damaged_position_ids(tensors):
         out.notes.append(

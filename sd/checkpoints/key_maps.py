@@ -27,7 +27,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from ..config import Config, TextConfig
+from ..config import Config, TextConfig, TinyVAEConfig, VAEConfig
+from .tiny_vae import OWN as OWN_TINY
+from .tiny_vae import tiny_layers
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -154,6 +156,7 @@ def spaced_unet_blocks(config: Config) -> Iterator[BlockPair]:
 def vae_blocks(config: Config) -> Iterator[BlockPair]:
     """The VAE's blocks. The original counts the decoder's levels from the finest, as here."""
     cfg = config.vae
+    assert isinstance(cfg, VAEConfig)
     last = len(cfg.channels) - 1
     yield from (("quant", "quant_conv", THIS), ("post_quant", "post_quant_conv", THIS))
     for half, direction, blocks in (("encoder", "down", cfg.blocks), ("decoder", "up", cfg.blocks + 1)):
@@ -216,6 +219,7 @@ def diffusers_unet_blocks(config: Config) -> Iterator[BlockPair]:
 def diffusers_vae_blocks(config: Config) -> Iterator[BlockPair]:
     """The VAE's blocks in diffusers' AutoencoderKL. Its attention has had two sets of names (`SAME_BLOCK`)."""
     cfg = config.vae
+    assert isinstance(cfg, VAEConfig)
     last = len(cfg.channels) - 1
     yield from (("quant", "quant_conv", THIS), ("post_quant", "post_quant_conv", THIS))
     for half, direction, blocks in (("encoder", "down", cfg.blocks), ("decoder", "up", cfg.blocks + 1)):
@@ -262,7 +266,9 @@ def text_sources(layout: str, text: TextConfig, prefix: str) -> Callable[[str], 
 
 
 def vae_sources(layout: str, config: Config, prefix: str) -> Callable[[str], Source]:
-    """The same for the VAE. `layout` "original" or "diffusers"."""
+    """The same for the VAE. `layout` "original" or "diffusers"; of a tiny one, one of `tiny_vae.HALVES`."""
+    if isinstance(config.vae, TinyVAEConfig):
+        return _sources({ours: prefix + theirs for ours, theirs in tiny_layers(layout, config.vae).items()})
     if layout == "original":
         return _sources(_layers(vae_blocks(config), prefix), VAE_POINTWISE)
     return _sources(_layers(diffusers_vae_blocks(config), prefix))
@@ -300,7 +306,7 @@ def sources(network: str, layout: str, config: Config, prefix: str, keys: Iterab
     layout   "own", "own-0.1" (as written by version 0.1), or one that the network's function above knows
     prefix   the prefix of every key in that layout
     """
-    if layout == "own":
+    if layout in ("own", OWN_TINY):
         return {key: Source(prefix + key) for key in keys}
     if layout == "own-0.1":
         return {key: Source(prefix + OWN.sub(r"\1.block.", key)) for key in keys}
@@ -369,7 +375,10 @@ def diffusers_sources(config: Config, keys: Mapping[str, Iterable[str]]) -> dict
     These are UNet2DConditionModel, AutoencoderKL and transformers 5's CLIPTextModel, also for OpenCLIP; earlier
     versions of transformers put "text_model." before every key. `keys` as for `original_sources`.
     """
-    layout = {"text_encoder": "clip"}
+    layout = {
+        "text_encoder": "clip",
+        "vae": "taesd-diffusers" if isinstance(config.vae, TinyVAEConfig) else "diffusers",
+    }
     return {
         network: sources(network, layout.get(network, "diffusers"), config, "", of_network)
         for network, of_network in keys.items()

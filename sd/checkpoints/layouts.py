@@ -11,6 +11,7 @@ single weights may have the names of another layout (`Layout.sources`), and a fi
                    openclip       positional_embedding, without ".weight"       OpenCLIP; SD 2.x
     vae            original       decoder.mid.block_1.norm1.weight              CompVis
                    diffusers      decoder.mid_block.resnets.0.norm1.weight      diffusers
+    vae            taesd...       decoder.3.conv.0.weight, ...: tiny_vae.py     tiny autoencoders (TAESD)
     unet           original       input_blocks.2.0...: a block or a step        CompVis
                    ema            input_blocks10in_layers0weight                its moving average: no dots
                    diffusers      down_blocks.0.resnets.0.norm1.weight          diffusers
@@ -26,8 +27,10 @@ import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from ..config import Config
+from ..config import Config, TinyVAEConfig
 from .key_maps import CLIP, CLIP_OLD, EMA, OPENCLIP, TEXT, UNET, VAE, Source, every_name, original_unet, sources
+from .tiny_vae import MARKS, is_tiny
+from .tiny_vae import OWN as OWN_TINY
 
 NETWORKS = ("text_encoder", "vae", "unet")
 AVERAGE = "unet_ema"  # moving average of the U-Net, which a training checkpoint has in addition
@@ -67,6 +70,7 @@ LAYOUTS: Mapping[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
         ("own", "decoder.mid.res.0.norm1.weight", ("vae.",)),
         ("original", "decoder.mid.block_1.norm1.weight", VAE_PREFIXES),
         ("diffusers", "decoder.mid_block.resnets.0.norm1.weight", VAE_PREFIXES),
+        *((name, mark, ("vae.",) if name == OWN_TINY else VAE_PREFIXES) for name, mark in MARKS.items()),
     ),
     "unet": (
         ("own-0.1", OLD_TRANSFORMER, ("unet.",)),
@@ -114,9 +118,13 @@ class Layout(NamedTuple):
                 missing = [key for key in missing if key not in others]
         return table
 
+    def fits(self, config: Config) -> bool:
+        """Whether the layout is one of the kind of network that a model of this config has: a tiny VAE or another."""
+        return self.network != "vae" or is_tiny(self.name) == isinstance(config.vae, TinyVAEConfig)
+
     def other_names(self, config: Config) -> Iterator[Callable[[str], Source | None]]:
         """The names that weights may have instead, after the same prefix. Files of ours have none."""
-        if self.name not in ("own", "own-0.1", "ema"):
+        if self.name not in ("own", "own-0.1", "ema") and not is_tiny(self.name):
             yield from every_name(self.network.removesuffix("_ema"), config, self.prefix)
 
     def unrun_layer(self, key: str, layers: int) -> bool:
@@ -177,7 +185,7 @@ def usual_layout(network: str, config: Config) -> Layout:
     names = config.text[0].names
     return {
         "text_encoder": Layout(network, names, TEXT[names]),
-        "vae": Layout(network, "original", VAE),
+        "vae": Layout(network, "taesd" if isinstance(config.vae, TinyVAEConfig) else "original", VAE),
         "unet": Layout(network, original_unet(config), UNET),
         AVERAGE: Layout(network, "ema", EMA),
     }[network]

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import END, Config, TextConfig
+from ..config import END, Config, TextConfig, TinyVAEConfig
 from ..files import user_path
 from ..messages import printable
 from ..runtime.optimize import optimize
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming, shapes
 from .convert import FLAGS, StateDict, convert, describe_weights
-from .detect import CONFIG_KEY, Identity, damaged_position_ids, identify, with_form, with_vocabulary
+from .detect import CONFIG_KEY, Identity, damaged_position_ids, identify, with_autoencoder, with_form, with_vocabulary
 from .diffusers_config import check_text_encoder, vae_from_diffusers
 from .finite import FiniteCheck
 from .formats.mmap import fresh
@@ -36,6 +36,7 @@ from .matching import NAMES, match_layouts, shape_text
 from .other_models import refuse_alone, refuse_others, refuse_part
 from .prediction import predicting, probe
 from .supported_settings import ignored_settings
+from .tiny_vae import describe_tiny, notes_on_tiny
 from .tokenizer_files import describe_words
 
 PATHS = ("vae", "text_encoder", "cache")  # options that are paths
@@ -69,8 +70,16 @@ def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
         layouts = match_layouts(found, plain)
         return with_form(with_vocabulary(plain, found, layouts), found, layouts)
     if written is not None:
-        return replace(config, vae=Config.from_json(written).vae)
-    return config if folder is None else replace(config, vae=vae_from_diffusers(folder))
+        config = replace(config, vae=Config.from_json(written).vae)
+    elif folder is not None:
+        vae = vae_from_diffusers(folder)
+        if vae.latent_channels != config.unet.out_channels:
+            raise CheckpointError(
+                f"an autoencoder of another family ({vae.latent_channels} latent channels; this model has "
+                f"{config.unet.out_channels}): give another one with --vae"
+            )
+        config = replace(config, vae=vae)
+    return with_autoencoder(config, found, match_layouts(found, config))
 
 
 def like(known: Config, config: Config) -> Config:
@@ -89,8 +98,14 @@ def probed(found: Identity, unet: nn.Module) -> Identity:
     )
 
 
-def describe(tensors: Checkpoint, found: Identity, weights: str, config: Config) -> list[str]:
-    """What was found out about a file and chosen, as lines of text; `config` includes parts from other files."""
+def describe(
+    tensors: Checkpoint, found: Identity, weights: str, config: Config, vae: Checkpoint | None = None
+) -> list[str]:
+    """What was found out about a file and chosen, as lines of text.
+
+    config   includes parts from other files
+    vae      the file that the VAE comes from; by default this one
+    """
     lines = [f"predicts {found.config.schedule.prediction}: {found.reason}"] if found.reason else []
     if taken := describe_weights(tensors, weights):
         lines.append(taken)
@@ -100,7 +115,10 @@ def describe(tensors: Checkpoint, found: Identity, weights: str, config: Config)
         )
     lines += ignored_settings(tensors.configs)
     scale, usual = config.vae.scale, found.config.vae.scale
-    if scale != usual:
+    if isinstance(config.vae, TinyVAEConfig):
+        lines.append(f"VAE: {describe_tiny(config.vae)}")
+        lines += notes_on_tiny(found.config.vae, [file.path for file in (vae or tensors).files])
+    elif scale != usual:
         lines.append(f"the VAE that is given has the scale {scale:g}, the model's own {usual:g}: it may not fit")
     lines += describe_words(config.text[0])
     return list(map(printable, lines))
@@ -237,7 +255,7 @@ class ModelFiles:
                 with naming(options.others[name]):
                     self.config = with_part(self.config, name, file)
                     self.states |= convert(file, self.config, parts=[name])
-            self.files = [self._main, *parts.values()]
+            self._parts, self.files = parts, [self._main, *parts.values()]
             self._stack = files.pop_all()
 
     def read(
@@ -273,7 +291,7 @@ class ModelFiles:
         return (
             *self._main.notes,
             *(printable(f"{path}: {note}") for path, given in notes.items() for note in given),
-            *describe(self._main, self._found, self.options.weights, self.config),
+            *describe(self._main, self._found, self.options.weights, self.config, self._parts.get("vae")),
             *(printable(note) for state in self.states.values() for note in state.notes),
         )
 

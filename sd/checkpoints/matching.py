@@ -37,6 +37,7 @@ def match_layouts(found: Shapes, config: Config) -> dict[str, Layout]:
     """The layout of each network in a file of these shapes: of several the first complete one, else the fullest."""
     layouts = {}
     for network, several in all_layouts(found).items():
+        several = [layout for layout in several if layout.fits(config)] or several[:1]
         if len(several) > 1:
             expected = expected_shapes(config)[network]
             several.sort(key=lambda layout: sum(map(len, faults(found, layout, config, expected))))
@@ -75,6 +76,8 @@ def copies(others: Collection[str], config: Config) -> dict[Layout, list[str]]:
                 if not any(key.startswith(prefix) for key in left):
                     continue
                 layout = Layout(network, name, prefix)
+                if not layout.fits(config):
+                    continue
                 keys = _all_keys(layout, config)
                 if here := [key for key in others if key in left & keys]:
                     copied[layout] = here

@@ -28,6 +28,7 @@ IGNORED_PREFIXES = (
 )  # fmt: skip
 IGNORED_SUFFIXES = (
     "position_ids", "logit_scale", "logit_bias", "text_projection", "text_projection.weight", "attn_mask",
+    "vae_scale", "vae_shift",
 )  # fmt: skip
 # The part for images of a whole CLIP, in transformers and in OpenCLIP, wherever the text encoder stands.
 IGNORED_PARTS = re.compile(r"(?<![^.])(?:vision_model|visual_projection|visual)\.")

@@ -39,6 +39,11 @@ GUIDANCE = (
 )
 DIFFUSION_TRANSFORMER = f"this is a diffusion transformer (PixArt, Sana, Lumina, Wan, LTX, ...), {NOT_SUPPORTED}"
 
+# The first convolution of a tiny decoder (tiny_vae.py)
+TINY_DECODER = r"^(first_stage_model\.|vae\.)?(((taesd_)?decoder\.)?1|decoder\.layers\.0)\.weight$"
+TINY = "this is a tiny autoencoder (TAESD) of another family"
+TINY_OF_SD = "not of Stable Diffusion 1.x or 2.x: give theirs, called taesd"
+
 # Text encoders and autoencoders with the names of Stable Diffusion's, of which another file may be taken instead.
 OTHER_TEXTS: tuple[Other, ...] = (
     Other(r"positional_embedding_res$|position_embedding_res\b", LONG_CLIP),
@@ -50,6 +55,10 @@ OTHER_VAES: tuple[Other, ...] = (
     Other(r"\bdecoder\.conv_in\.weight$", "this is the VAE of another family (FLUX.2: 32 latent channels), not of "
           "Stable Diffusion 1.x or 2.x", "512x32x3x3"),
     Other(r"\bquantize\.embedding\.", "this has a VQ autoencoder, not the VAE of Stable Diffusion"),
+    Other(TINY_DECODER, f"{TINY} (SD3 or FLUX.1: 16 latent channels), {TINY_OF_SD}", "64x16x3x3"),
+    Other(TINY_DECODER, f"{TINY} (FLUX.2: 32 latent channels), {TINY_OF_SD}", "64x32x3x3"),
+    Other(TINY_DECODER, f"{TINY} (Sana: 32 latent channels, 32x32 pixels each), {TINY_OF_SD}", "256x32x3x3"),
+    Other(TINY_DECODER, f"{TINY} (not 4 latent channels), {TINY_OF_SD}", r"64x(?!4x)\d+x3x3"),
 )  # fmt: skip
 
 # In whatever file; the first match counts.
@@ -89,17 +98,15 @@ OTHERS: tuple[Other, ...] = (
     Other(r"^conv_first\.|^params_ema\.|^model\.0\.weight$", "this is an image upscaler (ESRGAN), not a checkpoint"),
 )  # fmt: skip
 
-TINY_DECODER = r"^(vae\.)?(decoder\.(layers\.)?)?[01]\.weight$"
-TINY = "not supported: give a whole VAE with --vae"
-OTHER_FAMILY = "this is a tiny decoder (TAESD) of another family"
 UPSCALER = "this is an image upscaler (SwinIR, HAT, DAT, Real-ESRGAN), not a checkpoint"
 ENCODER = "not a CLIP text encoder: give one with --text-encoder, beside a checkpoint (--ckpt)"
 # In a file in which no network that is known here was found; the first match counts.
 ALONE: tuple[Other, ...] = (
-    Other(TINY_DECODER, f"this is a tiny decoder (TAESD), {TINY}", "64x4x3x3"),
-    Other(TINY_DECODER, f"{OTHER_FAMILY} (SD3 or FLUX.1: 16 latent channels), {TINY}", "64x16x3x3"),
-    Other(TINY_DECODER, f"{OTHER_FAMILY} (FLUX.2: 32 latent channels), {TINY}", "64x32x3x3"),
-    Other(r"^(vae\.)?(encoder\.(layers\.)?)?0\.weight$", f"this is a tiny encoder (TAESD), {TINY}", "64x3x3x3"),
+    Other(TINY_DECODER, "this is the decoder of a tiny autoencoder (TAESD) with most of its weights missing: download "
+          "it again", "64x4x3x3"),
+    Other(r"^(first_stage_model\.|vae\.)?((taesd_)?encoder\.(layers\.)?)?0\.weight$", "this is the encoder of a tiny "
+          "autoencoder (TAESD), which cannot decode: give its decoder's file, or a folder with both, with --vae",
+          "(64|32)x3x3x3"),
     Other(r"\b(concept_embeds|special_care_embeds)$", "this is a safety checker, not a checkpoint: none is used here"),
     Other(r"\bresidual_group\.blocks\.|^layers\.0\.blocks\.0\.attn", UPSCALER),
     Other(r"^(params\.)?body\.\d+\.(weight|rdb1\.)", UPSCALER),

@@ -40,6 +40,11 @@ VAE: Supported = {
     "use_quant_conv": (True,), "use_post_quant_conv": (True,),
     "shift_factor": (0,), "latents_mean": (0,), "latents_std": (1,),
 }  # fmt: skip
+TINY_VAE: Supported = {  # of AutoencoderTiny
+    "act_fn": ("relu",), "upsample_fn": ("nearest",), "upsampling_scaling_factor": (2,),
+    "in_channels": (3,), "out_channels": (3,), "latent_magnitude": (3,), "latent_shift": (0.5,),
+    "scaling_factor": (1,), "shift_factor": (0,),
+}  # fmt: skip
 TEXT: Supported = {
     "hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,), "model_type": ("clip_text_model", "clip"),
     "max_position_embeddings": (77,),
@@ -58,7 +63,9 @@ FREE = {
         dtype from_pt use_memory_efficient_attention split_head_dim
         decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup""",
     "vae": """sample_size in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block
-        latent_channels scaling_factor force_upcast dtype from_pt""",
+        latent_channels scaling_factor force_upcast dtype from_pt
+        encoder_block_out_channels decoder_block_out_channels num_encoder_blocks num_decoder_blocks
+        upsample_fn upsampling_scaling_factor latent_magnitude latent_shift""",
 }
 
 
@@ -92,10 +99,8 @@ KINDS = (
     Kind("unet", "encoder_hid_dim", ANY, "a model whose text encoder is another one (DeepFloyd, Kolors), which is not "
          "supported"),
     Kind("unet", "attention_type", "^gated", "a GLIGEN model, which is not supported"),
-    Kind("vae", "_class_name", "AutoencoderTiny", "a tiny autoencoder (TAESD), which is not supported: give a whole "
-         "VAE with --vae"),
-    Kind("vae", "_class_name", "^(?!(Flax)?AutoencoderKL$)", "another autoencoder than Stable Diffusion's VAE, which "
-         "is not supported: give one with --vae"),
+    Kind("vae", "_class_name", "^(?!(Flax)?AutoencoderKL$|AutoencoderTiny$)", "another autoencoder than Stable "
+         "Diffusion's VAE, which is not supported: give one with --vae"),
     Kind("text_encoder", "max_position_embeddings", "^248$", "a text encoder with 248 positions (Long-CLIP), which is "
          "not supported: prompts have 77; give another one with --text-encoder"),
     Kind("text_encoder", "architectures", r"^(?!\['(Flax|TF)?CLIP(TextModel|TextModelWithProjection|Model)'\]$)",

@@ -17,11 +17,14 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..config import Config
+from ..config import Config, TinyVAEConfig, VAEConfig
+from .taesd import TinyVAE
 from .text_encoder import TextEncoder
 from .unet import UNet
 from .vae import VAE
 
+Autoencoder = VAE | TinyVAE
+AUTOENCODERS: Mapping[type, Callable[[Any], Autoencoder]] = {VAEConfig: VAE, TinyVAEConfig: TinyVAE}
 Shapes = Mapping[str, tuple[int, ...]]  # name of a weight -> its shape, in the order of the network
 
 
@@ -44,7 +47,7 @@ def build(config: Config) -> dict[str, nn.Module]:
     """
     with torch.device("meta"), _SkipInit():
         texts = {name: TextEncoder(text) for name, text in zip(config.text_names, config.text, strict=True)}
-        return {**texts, "vae": VAE(config.vae), "unet": UNet(config.unet)}
+        return {**texts, "vae": AUTOENCODERS[type(config.vae)](config.vae), "unet": UNet(config.unet)}
 
 
 @lru_cache(maxsize=16)

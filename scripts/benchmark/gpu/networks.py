@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from sd.conditioning import Conditioning
+from sd.models.vae import VAE
 from sd.pipeline import StableDiffusion
 from sd.runtime.device import dtype_name
 
@@ -63,7 +65,8 @@ def vae(models: Models, model: StableDiffusion) -> Iterator[Pair]:
     for name in ("tiny_v1_components",) if models.place.trial else ("vae_256x320", "vae_64x64_b2"):
         golden = recorded().Golden(name)
         image = recorded().images(golden["image_u8"]).to(models.device, model.dtype)
-        yield f"{name}, encoder", torch.cat(model.vae.moments(image), dim=1), golden["moments"]
+        network = cast(VAE, model.vae)
+        yield f"{name}, encoder", torch.cat(network.moments(image), dim=1), golden["moments"]
         yield f"{name}, decoder", model.vae.decode(golden["latent"].to(models.device, model.dtype)), golden["decoded"]
 
 
