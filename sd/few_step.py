@@ -44,7 +44,7 @@ class FewStep:
 
     def described(self, what: str) -> str:
         """The kind with an article: "an LCM LoRA"."""
-        return f"{'an' if self.label == 'LCM' else 'a'} {self.label} {what}"
+        return f"{'an' if self.label[:2] in ('LC', 'SD') else 'a'} {self.label} {what}"
 
     def settings(self) -> str:
         """The settings as text."""
@@ -82,7 +82,7 @@ TCD = FewStep("TCD", "tcd", "lcm", 4, (2, 20), 1.0, (1.0, 2.0))
 HYPER = FewStep("Hyper-SD", "ddim", "trailing", 4, (2, 8), 1.0, (1.0, 1.0))
 HYPER_ONE = replace(HYPER, sampler="tcd", spacing="lcm", steps=1, range=(1, 8))
 HYPER_GUIDED = replace(HYPER, guidance=5.0, guidances=(5.0, 8.0))
-TURBO = FewStep("Turbo", "euler_a", "trailing", 1, (1, 4), 1.0, (1.0, 1.0))
+TURBO = FewStep("SD-Turbo", "euler_a", "trailing", 1, (1, 4), 1.0, (1.0, 1.0))
 
 STEPS = re.compile(r"(?<!\d)(\d{1,2})[ _-]?steps?(?![a-z])")
 # A name's words and the kind that they mean. Digits may stand beside a word: "dreamshaper_8LCM".

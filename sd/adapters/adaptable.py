@@ -20,19 +20,27 @@ class Adaptable:
     config: Config
 
     @property
+    def few_step_loras(self) -> dict[str, FewStep]:
+        """The few-step LoRAs that are merged with a weight above 0, and their kinds; the last one sets the defaults."""
+        return self._adapters.few_step
+
+    @property
     def few_step(self) -> tuple[str, FewStep] | None:
-        """What makes this a model of few steps, and its kind: the LoRA that was added last, or the model itself."""
-        if (found := self._adapters.few_step) is not None and self.config.unet.guidance is None:
-            name, kind = found
+        """What makes this a model of few steps, as text, and its kind; None for an ordinary model."""
+        if self.few_step_loras and self.config.unet.guidance is None:
+            name, kind = [*self.few_step_loras.items()][-1]
             return f"{name}, {kind.described('LoRA')},", kind
         own = of_config(self.config)
         return None if own is None else (f"this model, {own.described('model')},", own)
 
     @property
     def defaults(self) -> Config:
-        """The config, whose default settings are those of a few-step LoRA while one is merged (few_step.py)."""
-        found = self._adapters.few_step
-        return self.config if found is None or self.config.unet.guidance is not None else found[1].applied(self.config)
+        """The config, whose default settings are those of a few-step LoRA while one is merged (few_step.py).
+
+        A network that is told its guidance keeps its own: it is one for few steps already.
+        """
+        kinds = [] if self.config.unet.guidance is not None else [*self.few_step_loras.values()]
+        return kinds[-1].applied(self.config) if kinds else self.config
 
     @property
     def loras(self) -> dict[str, float]:

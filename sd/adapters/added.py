@@ -45,9 +45,9 @@ class Adapters:
         self._few_step: list[tuple[str, FewStep, bool]] = []  # name of a LoRA, its kind, whether it can be removed
 
     @property
-    def few_step(self) -> tuple[str, FewStep] | None:
-        """The few-step LoRA that was added last: its name and kind."""
-        return self._few_step[-1][:2] if self._few_step else None
+    def few_step(self) -> dict[str, FewStep]:
+        """The few-step LoRAs, by name, in the order in which they were added."""
+        return {name: kind for name, kind, _ in self._few_step}
 
     def add_loras(self, files: Sequence[LoraFile], removable: bool = True, note: Note = warn) -> list[str]:
         """See `StableDiffusion.add_loras`."""
