@@ -89,8 +89,8 @@ def test_contexts_of_unequal_length_are_refused_in_a_line():
 
 def test_all_of_a_conditioning_goes_together():
     """Moved, expanded, repeated and concatenated as one; what some have and others lack is refused."""
-    whole = Conditioning(torch.ones(1, 3, 2), torch.ones(1, 5), torch.ones(1, 4, 6, 7))
-    assert [x.shape[0] for x in concatenate([whole], batch=3)] == [3, 3, 3]
+    whole = Conditioning(torch.ones(1, 3, 2), torch.ones(1, 5), torch.ones(1, 4, 6, 7), torch.ones(1))
+    assert [x.shape[0] for x in concatenate([whole], batch=3)] == [3, 3, 3, 3]
     assert concatenate([whole], batch=3).batch == 3
     assert [x.shape[0] for x in whole.repeat(2)] == [2, 2, 2]
     assert {x.dtype for x in whole.to(dtype=torch.float64)} == {torch.float64}
