@@ -56,7 +56,9 @@ class SamplingParams:
 
     sampler: str | None = setting(None, "a key of `samplers.SAMPLERS`, or the name of a sampler in another tool")
     steps: int | None = setting(
-        None, "steps of the whole grid, 1 to 1000; strength below 1 takes only the last ones", Range(whole, 1)
+        None,
+        "steps of the whole grid, 1 to 1000; strength below 1 takes only the last ones. With lcm 1 to 50, all taken",
+        Range(whole, 1),
     )
     spacing: str | None = setting(None, f"grid of the noise levels: {', '.join(SPACINGS)}", OneOf(SPACINGS))
     guidance: float | None = setting(None, "how strongly to follow the prompt; 0 ignores it, 1 is no guidance", number)
@@ -95,7 +97,7 @@ class SamplingParams:
     )
     tileable: bool = setting(False, "the image repeats without seams: convolutions wrap around its edges", flag)
     options: Mapping[str, float] = field(
-        default_factory=dict, hash=False, metadata={"help": "of the sampler, such as eta"}
+        default_factory=dict, hash=False, metadata={"help": "of the sampler, such as eta or gamma"}
     )
 
     def __post_init__(self) -> None:
@@ -295,7 +297,9 @@ class HighRes(TextToImage):
         0.55, "of the second pass: 0 only enlarges, 1 keeps next to nothing of the first", Range(number, 0, 1)
     )
     hires_steps: int | None = setting(
-        None, "steps that the second pass takes; None is hires_strength times steps", Range(whole, 1)
+        None,
+        "steps that the second pass takes; None is hires_strength times steps, with the spacing lcm all",
+        Range(whole, 1),
     )
     hires_upscaler: str = setting(
         "lanczos", f"{UPSCALERS[0]} enlarges the pixels, {UPSCALERS[1]} the latents", OneOf(UPSCALERS)
@@ -317,7 +321,9 @@ class _FromImage(TextToImage):
         "sample", "latents of the image: a random sample, as in the original code, or the mean", OneOf(POSTERIORS)
     )
     strength: float = setting(
-        1.0, "this share of the steps is taken; 0 keeps the image, 1 starts from pure noise", Range(number, 0, 1)
+        1.0,
+        "this share of the steps is taken (spacing lcm: all); 0 keeps the image, 1 starts from pure noise",
+        Range(number, 0, 1),
     )
 
     def __post_init__(self) -> None:
@@ -335,7 +341,9 @@ class ImageToImage(_FromImage):
     kind: ClassVar[str] = "img2img"
 
     strength: float = setting(
-        0.75, "this share of the steps is taken; 0 keeps the image, 1 starts from pure noise", Range(number, 0, 1)
+        0.75,
+        "this share of the steps is taken (spacing lcm: all); 0 keeps the image, 1 starts from pure noise",
+        Range(number, 0, 1),
     )
     fit: str = setting(
         "crop", "how to reach the size generated at: crop the image, or pad it with its edge pixels", OneOf(FITS)

@@ -37,7 +37,7 @@ ALLOWED = {
     "latents": {"config", "imaging", "models", "runtime", "settings", "text"},
     "prompts": {"conditioning", "params", "text"},
     "noise": {"params"},
-    "recipes": {"imaging", "messages", "params", "samplers", "text"},
+    "recipes": {"imaging", "messages", "params", "samplers", "schedule", "text"},
     "run": {
         "conditioning", "config", "denoiser", "few_step", "imaging", "latents", "messages", "models", "noise", "params",
         "prompts", "runtime", "samplers", "schedule",

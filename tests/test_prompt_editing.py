@@ -308,7 +308,7 @@ def images(model: StableDiffusion, prompt, negative="", **given) -> list[bytes]:
     return [image.tobytes() for image in made]
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpm2", "dpmpp_sde", "plms", "unipc"])
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpm2", "dpmpp_sde", "plms", "unipc", "tcd"])
 def test_each_step_has_the_context_of_its_text(tiny_sd, sampler, monkeypatch):
     """Whatever the sampler evaluates: each text has the context it has alone, and is encoded once."""
     seen: list[tuple[float, torch.Tensor]] = []

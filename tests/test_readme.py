@@ -37,6 +37,7 @@ def sampler_table() -> str:
     ]
     for key, entry in SAMPLERS.items():
         random = "yes" if entry.stochastic else "with `--eta`" if "eta" in entry.options else "no"
+        random = "unless `--gamma 0`" if "gamma" in entry.options else random
         cells = [
             f"`{key}`",
             entry.label,

@@ -55,6 +55,10 @@ PROGRAMS = {
     "Easy Diffusion, a bracket": (EASY | {"prompt": "{a|b} cat"}, {"prompt": "{a|b} cat", "seed": 5}, ""),
     "Easy Diffusion, lines": ({"parameters": LINES}, ALL | {"negative": "", "sampler": "euler_a"}, ""),
     "Draw Things, EXIF": ({"parameters": json.dumps(DRAW)}, ONE | {"rng": "nv"}, ""),
+    "TCD in Draw Things": (
+        {"parameters": json.dumps(DRAW | {"sampler": "TCD", "v2": {"stochasticSamplingGamma": 0.5}})},
+        {"sampler": "tcd", "options": {"gamma": 0.5}}, "",
+    ),
     "Draw Things, XMP": ({"XML:com.adobe.xmp": XMP}, ONE | {"rng": "nv"}, ""),
     "InvokeAI": ({"invokeai_metadata": json.dumps(INVOKE)}, {"sampler": "dpm2_a", "kind": "txt2img"}, ""),
     "SwarmUI, no name": (

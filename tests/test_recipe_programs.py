@@ -62,6 +62,21 @@ TEXTS = {
     "DDIM has its own grid": (web("DDIM", ", Schedule type: Karras, Version: v1.10.1"), {"spacing": "leading"}, ""),
     "UniPC, too": (web("UniPC", ", Schedule type: Karras, Version: f2.0.1v1.10.1"), {"spacing": "linspace"}, ""),
     "but not in ComfyUI": (web("ddim", ", Schedule type: karras, Version: ComfyUI"), {"spacing": "karras"}, ""),
+    "LCM in the web UI": (web("LCM"), {"sampler": "lcm", "spacing": "linspace"}, "linspace is close"),
+    "and with a grid": (
+        web("LCM", ", Schedule type: SGM Uniform, Version: v1.10.1"), {"sampler": "lcm", "spacing": "trailing"},
+        "grid SGM Uniform: trailing is close",
+    ),
+    "LCM with a grid in its name": (web("LCM Karras"), {"sampler": "lcm", "spacing": "karras"}, ""),
+    "LCM in SD.Next": (web("LCM", ", App: SD.Next"), {"sampler": "lcm"}, "SD.Next writes no RNG"),
+    "TCD in SD.Next": (web("TCD", ", App: SD.Next"), {"sampler": "tcd"}, "SD.Next writes no RNG"),
+    "LCM in stable-diffusion.cpp": (
+        web("lcm", ", Version: stable-diffusion.cpp"), {"sampler": "lcm", "spacing": None}, "",
+    ),
+    "LCM in Fooocus": (
+        web("lcm", ", Scheduler: lcm, Version: Fooocus v2.5.0"), {"sampler": "lcm", "spacing": "lcm"},
+        "grid lcm: lcm is close, but not the same",
+    ),
     "the API's strength": (web(more=", Denoising strength: 0"), {"kind": "txt2img"}, ""),
     "a strength of 0": (web(more=", Init image hash: a, Denoising strength: 0"), {"kind": "img2img"}, ""),
     "first pass": (f"{FIRST}1280x896, First pass size: 640x448", {"width": 640, "height": 448, "hires": 2.0}, ""),
@@ -310,6 +325,34 @@ GRAPHS = {
             n61=node("AlignYourStepsScheduler", steps=10),
         ),
         {"sampler": "euler_a", "steps": 10, "seed": 3}, "grid AlignYourStepsScheduler is not available",
+    ),
+    "LCM": (
+        graph(
+            n3={"model": ["30", 0], "sampler_name": "lcm", "scheduler": "simple", "steps": 4},
+            n30=node("ModelSamplingDiscrete", sampling="lcm", zsnr=False, model=["4", 0]),
+        ),
+        {"sampler": "lcm", "spacing": "lcm", "steps": 4}, "",
+    ),
+    "LCM with another grid": (
+        graph(
+            n3={"model": ["30", 0], "sampler_name": "lcm", "scheduler": "sgm_uniform"},
+            n30=node("ModelSamplingDiscrete", sampling="lcm", zsnr=False, model=["4", 0]),
+        ),
+        {"sampler": "lcm", "spacing": "lcm"}, "grid sgm_uniform: lcm is close, but not the same",
+    ),
+    "other timesteps": (
+        graph(
+            n3={"model": ["30", 0], "sampler_name": "lcm", "scheduler": "sgm_uniform"},
+            n30=node("ModelSamplingDiscrete", sampling="v_prediction", zsnr=False, model=["4", 0]),
+        ),
+        {"sampler": "lcm", "spacing": "trailing"}, "not reproduced: the nodes ModelSamplingDiscrete",
+    ),
+    "TCD": (
+        graph(
+            n3=node("SamplerCustom", **CUSTOM | {"model": ["60", 0], "sampler": ["60", 1], "sigmas": ["60", 2]}),
+            n60=node("TCDModelSamplingDiscrete", steps=4, scheduler="simple", denoise=1.0, eta=0.8, model=["4", 0]),
+        ),
+        {"sampler": "tcd", "spacing": "lcm", "steps": 4, "options": {"gamma": 0.8}, "model": "v1-5"}, "",
     ),
     "saved by another node": (graph(n9=node("Image Save", images=["8", 0])), BOTH, ""),
     "two samplers of one image": (

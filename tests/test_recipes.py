@@ -142,6 +142,13 @@ VALUES = [
     ((", Eta DDIM: 0.5", "DDIM"), {"options": {"eta": 0.5}}, ""),
     ((", Eta: 0.5", "Euler a"), {"options": {}}, "has no such setting"),
     (
+        (", Gamma: 0.5, Schedule type: Lcm, Version: sd 1.0", "TCD"),
+        {"sampler": "tcd", "spacing": "lcm", "options": {"gamma": 0.5}},
+        "",
+    ),
+    ((", Gamma: 1.5", "TCD"), {"options": {}}, "Gamma is left out: gamma must be in [0, 1], got 1.5"),
+    ((", Gamma: 0.5", "LCM"), {"options": {}}, "Gamma 0.5 is left out: LCM has no such setting"),
+    (
         (", Version: f2.0.1v1.10.1-previous-224-g90019688, Module 1: vae", "Euler"),
         {"rng": "nv"},
         "not reproduced: Module 1",

@@ -257,3 +257,21 @@ def test_picture(tiny_sd, theirs):
     difference = np.abs(np.asarray(ours, dtype=int) - np.asarray(other, dtype=int))
     assert ours.size == other.size == (96, 64) and difference.max() <= 1 and difference.mean() < 0.01
     assert np.asarray(ours).std() > 20  # there is something in the picture to differ
+
+
+@pytest.mark.parametrize("kind, gamma", [("LCM", None), ("TCD", 0.3), ("TCD", 0.0)])
+def test_picture_in_few_steps(tiny_sd, theirs, kind, gamma):
+    """The noise of their steps, too, comes from the generator of the initial noise."""
+    pipe = pipeline(theirs, TINY)
+    pipe.scheduler = scheduler(TINY, f"{kind}Scheduler")
+    ids = tiny_sd.tokenizer(["a red house", ""])
+    context, uncond = (theirs["text_encoder"](row[None]) for row in ids)
+    (other,) = pipe(
+        prompt_embeds=context, negative_prompt_embeds=uncond, num_inference_steps=4, guidance_scale=2.0,
+        height=64, width=96, generator=torch.Generator().manual_seed(11), eta=gamma or 0.0,
+    ).images  # fmt: skip
+    options = {} if gamma is None else {"gamma": gamma}
+    (ours,) = tiny_sd.txt2img("a red house", guidance=2.0, height=64, width=96, seed=11, sampler=kind, **options)
+    difference = np.abs(np.asarray(ours, dtype=int) - np.asarray(other, dtype=int))
+    assert difference.max() <= 1 and difference.mean() < 0.01
+    assert np.asarray(ours).std() > 20

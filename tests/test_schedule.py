@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sd.config import ScheduleConfig
 from sd.samplers import posterior
-from sd.schedule import CLEAN, SPACINGS, Schedule, ratios
+from sd.schedule import ALL_STEPS, CLEAN, SPACINGS, Schedule, ratios
 
 SCHEDULES = json.loads((GOLDENS / "schedules.json").read_text())
 schedule = Schedule()
@@ -93,7 +93,10 @@ def test_range_of_the_model():
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_numbers_of_steps(spacing, every):
     """Right length, falling all the way, inside the schedule, spread over it, ending (nearly) clean."""
+    most = 50 if spacing == "lcm" else 1000
     for n in range(1, 1001) if every else (*range(1, 41), 50, 63, 100, 250, 333, 499, 500, 501, 998, 999, 1000):
+        if n > most:
+            break
         levels = schedule.levels(n, spacing)
         assert len(levels) == n + 1
         assert all(a.sigma > b.sigma for a, b in pairwise(levels)), n
@@ -103,7 +106,7 @@ def test_numbers_of_steps(spacing, every):
         assert all(math.isclose(a.alpha**2 + a.sigma**2, 1.0) for a in levels), n
 
 
-@given(st.integers(1, 1000), st.floats(0, 1), st.sampled_from(SPACINGS))
+@given(st.integers(1, 1000), st.floats(0, 1), st.sampled_from([name for name in SPACINGS if name not in ALL_STEPS]))
 def test_strength_keeps_the_last_steps(n, strength, spacing):
     whole, part = schedule.levels(n, spacing), schedule.levels(n, spacing, strength)
     assert len(part) == int(n * strength + 1e-9) + 1

@@ -20,6 +20,7 @@ them, 1e-7 is all there is.
     dpmpp_sde     DPMSolverSDE                  3e-7    theirs draws from a Brownian path: the noise of a step goes
                                                         on from that of its middle, ours is drawn anew
     unipc         UniPCMultistep, bh2           3e-15   unless a run of 15 steps or more ends with noise, see below
+    lcm, tcd      LCM, TCD                      see test_few_step.py
 
 What else differs:
 
@@ -226,6 +227,7 @@ def each(sampler: str, scheduler: str, tolerance: float, *options: dict[str, Any
 
 AGREE = [
     *each("ddim", "DDIM", 1e-14, TO_TIMESTEP_0, TRAILING),
+    *each("ddim", "DDIM", 1e-14, TRAILING, steps=(1, 2, 4)),  # Hyper-SD
     *each("ddpm", "DDPM", 3e-14, {}, LINSPACE),
     *each("ddpm", "DDPM", 1e-9, TRAILING),
     *each("lms", "LMSDiscrete", 1e-13, {}, KARRAS),

@@ -79,7 +79,8 @@ def add_image_arguments(parser: Parser, strength: float) -> argparse._ArgumentGr
     group.add_argument("--init-img", "--init_img", "--image", type=home, metavar="FILE", help="the image to start from")
     group.add_argument(
         "--strength", "--denoising-strength", type=float, default=strength, metavar="S",
-        help="0 keeps the image, 1 starts from pure noise; this share of the steps is taken (default: %(default)s)",
+        help="0 keeps the image, 1 starts from pure noise; this share of the steps is taken, with --spacing "
+        "lcm all of them (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--posterior", choices=POSTERIORS, default=POSTERIORS[0],
@@ -247,7 +248,10 @@ def add_hires_arguments(parser: Parser) -> None:
         f"{HighRes.hires_strength:g})",
     )  # fmt: skip
     group.add_argument(
-        "--hires-steps", type=int, metavar="N", help="steps of the refinement (default: its strength times --steps)"
+        "--hires-steps",
+        type=int,
+        metavar="N",
+        help="steps of the refinement (default: its strength times --steps; with --spacing lcm all --steps)",
     )
     group.add_argument(
         "--hires-upscaler", choices=UPSCALERS,

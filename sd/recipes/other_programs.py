@@ -148,6 +148,8 @@ def read_draw_things(values: Mapping[str, Any]) -> Recipe:
     put(draft, values, {"steps": "steps", "guidance": "scale", "seed": "seed"})
     if name := text_in(values, "sampler"):
         draft.sampler(name, UNIFORM)
+    if draft.settings.get("sampler") == "tcd":
+        put(draft, more, {"gamma": "stochasticSamplingGamma"})
     if found := re.fullmatch(r"(\d{1,6})x(\d{1,6})", text_in(values, "size"), re.ASCII):
         draft.size(found[1], found[2])
     mode = str(values.get("seed_mode", more.get("seedMode", ""))).lower()

@@ -13,7 +13,7 @@ The steps are those that the web UI takes, oddities included, so that its prompt
 * It counts the steps from 0, and changes after the step of number `when`: [a:b:3] takes "a" in the steps 0 to 3, which
   are four, and [a|b] begins with "a" twice: a, a, b, a, b, ...
 * In image to image the shares are those of the steps of the whole grid, but the count begins with the first step that
-  is taken: at strength 0.5, [a:b:0.5] never reaches "b".
+  is taken: at strength 0.5, [a:b:0.5] never reaches "b". With the spacing lcm all steps are taken, and it does.
 * When the image of a first pass is refined at a higher resolution, the count of steps goes on: after a first pass of 20
   steps, whole numbers above 20 and shares above 1.0 belong to the second.
 * Brackets that are not closed, colons too many and the like are text. But a `|` outside of [a|b] turns everything else
