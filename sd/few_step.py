@@ -118,16 +118,16 @@ def first_named(names: Iterable[tuple[str, str]]) -> tuple[FewStep, str] | None:
 
 def of_config(config: Config) -> FewStep | None:
     """The kind of a model, by the defaults in its config; None for an ordinary model."""
-    if config.unet.guidance is not None:
-        return replace(LCM_GUIDED, sampler=config.sampler, steps=config.steps or LCM_GUIDED.steps)
-    kind = next((kind for kind in (LCM, TCD) if kind.sampler == config.sampler), None)
+    kind = LCM_GUIDED if config.unet.guidance is not None else None
+    kind = kind or next((kind for kind in (LCM, TCD) if kind.sampler == config.sampler), None)
     if kind is None:
         if config.steps is None or config.steps > MOST_STEPS:
             return None
-        kind = replace(TURBO, label="few-step", sampler=config.sampler)
+        kind = replace(TURBO, label="few-step")
     steps, (least, most), (low, high) = config.steps or kind.steps, kind.range, kind.guidances
     return replace(
         kind,
+        sampler=config.sampler,
         steps=steps,
         range=(min(least, steps), max(most, steps)),
         guidance=config.guidance,

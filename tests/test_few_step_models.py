@@ -34,10 +34,8 @@ from sd.models.unet import UNet
 from sd.params import SamplingParams, TextToImage
 from sd.runtime.cuda_graphs import Recorded
 from sd.runtime.deep_cache import DeepCache
-from sd.samplers import SAMPLERS
 from sd.study.network import trace
 
-NEEDS_LCM = pytest.mark.skipif("lcm" not in SAMPLERS, reason="the sampler lcm is not there yet")
 TOLD = replace(TINY, name="tiny told", guidance=8.0, unet=replace(TINY.unet, guidance=16))
 LORA = {
     "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 64),
@@ -367,6 +365,8 @@ def test_kinds_of_configs():
     assert of_config(replace(SD1, sampler="euler", steps=4)).described("model") == "a few-step model"
     kind = of_config(replace(SD1, unet=replace(SD1.unet, guidance=256)))
     assert (kind.label, kind.guidances) == ("LCM", (3.0, 13.0))
+    kind = of_config(replace(TOLD, guidance=2.0, sampler="lcm", steps=3))
+    assert (kind.settings(), kind.guidances) == ("3 steps, sampler lcm, guidance 2", (2.0, 13.0))
 
 
 def test_what_is_said_of_settings():
@@ -497,14 +497,12 @@ def test_settings_far_from_customary_are_said_and_done(generate):
     assert "Steps: 12" in text and "CFG scale: 7.5" in text
 
 
-@NEEDS_LCM
 def test_lcm_on_an_ordinary_model_is_said(generate):
     status, _, err, _ = generate("a cat", "--sampler", "lcm", "--guidance", "1")
     assert status == 0 and len(err) == 1
     assert err[0].startswith("warning: the sampler lcm is for models of few steps, and nothing says that this is one")
 
 
-@NEEDS_LCM
 def test_an_lcm_lora_from_end_to_end(generate, folder):
     status, out, err, image = generate("a cat", "--lora", "lcm-lora-sdv1-5.safetensors")
     assert (status, err) == (0, []) and out[2] == "lcm-lora-sdv1-5 is an LCM LoRA: 4 steps, sampler lcm, guidance 1"
