@@ -89,13 +89,13 @@ def test_contexts_of_unequal_length_are_refused_in_a_line():
 
 def test_all_of_a_conditioning_goes_together():
     """Moved, expanded, repeated and concatenated as one; what some have and others lack is refused."""
-    whole = Conditioning(torch.ones(1, 3, 2), torch.ones(1, 5), torch.ones(1, 4, 6, 7))
-    assert [x.shape[0] for x in concatenate([whole], batch=3)] == [3, 3, 3]
+    whole = Conditioning(torch.ones(1, 3, 2), torch.ones(1, 5), torch.ones(1, 4, 6, 7), torch.ones(1))
+    assert [x.shape[0] for x in concatenate([whole], batch=3)] == [3, 3, 3, 3]
     assert concatenate([whole], batch=3).batch == 3
-    assert [x.shape[0] for x in whole.repeat(2)] == [2, 2, 2]
-    assert {x.dtype for x in whole.to(dtype=torch.float64)} == {torch.float64}
+    assert [x.shape[0] for x in whole.repeat(2)] == [2, 2, 2, 2]
+    assert [x.dtype for x in whole.to(dtype=torch.float64)] == [torch.float64] * 3 + [torch.float32]
     both = concatenate([whole, whole.each(torch.zeros_like).repeat(2)])
-    assert [tuple(x.shape) for x in both] == [(3, 3, 2), (3, 5), (3, 4, 6, 7)]
+    assert [tuple(x.shape) for x in both] == [(3, 3, 2), (3, 5), (3, 4, 6, 7), (3,)]
     assert all(x[0].min() == 1 and x[1:].max() == 0 for x in both)
     assert concatenate([Conditioning(whole.context)] * 2).vector is None
     with pytest.raises(ValueError, match="1 of 2 conditionings have a vector"):

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = {
     "conditioning": set(),
     "config": {"vae_config"},
+    "few_step": {"config"},
     "files": set(),
     "hints": set(),
     "messages": set(),
@@ -32,17 +33,18 @@ ALLOWED = {
     "text": {"messages", "resources"},
     "imaging": {"files", "messages"},
     "checkpoints": {
-        "conditioning", "config", "files", "messages", "models", "runtime", "schedule", "text", "vae_config",
+        "conditioning", "config", "few_step", "files", "messages", "models", "runtime", "schedule", "text",
+        "vae_config",
     },
-    "adapters": {"checkpoints", "config", "files", "messages", "models", "runtime", "settings", "text"},
+    "adapters": {"checkpoints", "config", "few_step", "files", "messages", "models", "runtime", "settings", "text"},
     "training": {"conditioning", "config", "denoiser", "models", "schedule"},
     "latents": {"config", "imaging", "models", "runtime", "settings", "text"},
     "prompts": {"conditioning", "params", "text"},
     "noise": {"params"},
     "recipes": {"imaging", "messages", "params", "samplers", "schedule", "text"},
     "run": {
-        "conditioning", "config", "denoiser", "imaging", "latents", "messages", "models", "noise", "params", "prompts",
-        "runtime", "samplers", "schedule",
+        "conditioning", "config", "denoiser", "few_step", "imaging", "latents", "messages", "models", "noise", "params",
+        "prompts", "runtime", "samplers", "schedule",
     },
     "hires": {"config", "imaging", "latents", "params", "run", "samplers", "schedule"},
     "pipeline": {

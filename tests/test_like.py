@@ -198,7 +198,9 @@ def test_what_looks_like_a_tag_in_our_prompts_is_text(tags, tiny):
     """Only the LoRAs that were merged are read back from the metadata."""
     request = TextToImage.of("a <lora:ink:1>", "b <lora:ink:1>", steps=2, sampler="ddim", spacing="leading", guidance=3)
     params = request.params.resolved(TINY)
-    run = SimpleNamespace(request=request, params=params, guides=[], source=SimpleNamespace(variation_seeds=()))
+    run = SimpleNamespace(
+        request=request, params=params, is_guided=True, guides=[], source=SimpleNamespace(variation_seeds=())
+    )
     addons = SimpleNamespace(tags=lambda: tags, about=lambda model, request: {})
     args = txt2img.parser().parse_args(["a cat"])
     model, digest = StableDiffusion(TINY, **tiny), SimpleNamespace(digits=lambda: "")

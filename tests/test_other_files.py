@@ -154,8 +154,6 @@ def test_an_unfinished_download_in_the_cache(folder, tmp_path):
 
 SPATIAL = "down_blocks.0.attentions.0.transformer_blocks.0"
 OTHER_WEIGHTS = [
-    ("guidance embedding", {"time_embedding.cond_proj.weight": (320, 256), "conv_in.weight": (320, 4, 3, 3)}),
-    ("guidance embedding", {"unet.time_embedding.cond_proj.weight": (320, 256)}),
     ("248 positions (Long-CLIP)", {"text_model.embeddings.position_embedding.weight": (248, 768)}),
     ("248 positions (Long-CLIP)", {"positional_embedding": (77, 768), "positional_embedding_res": (248, 768)}),
     ("quantised", {"down_blocks.0.resnets.0.conv1.weight": (8, 8), f"{SPATIAL}.attn1.to_q.SCB": (320,)}),

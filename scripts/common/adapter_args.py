@@ -21,7 +21,7 @@ from sd.text.prompt_syntax import plain, texts_of
 
 from .cli import Parser, file_path, home
 from .output import ModelHash
-from .prompt_loras import PromptLoras, check_folder, prompt_texts, tag_name
+from .prompt_loras import PromptLoras, check_folder, merge_loras, prompt_texts, tag_name
 
 RENAMED = ("--weighted-prompts", "--long-prompts")  # of earlier versions, each a part of --web-ui-prompts
 
@@ -134,9 +134,7 @@ class AddOns:
         """Merge the LoRAs, add the words and print them. `hashes` computes the hashes for the metadata."""
         files = [LoraFile(*file, name) for file, name in zip(self._loras, self._aliases, strict=True)]
         known = model.words
-        self._names = model.add_loras(files, removable=False)
-        for name, (_, weight) in zip(self._names, self._loras, strict=True):
-            print(f"LoRA {name}, weight {weight:g}", flush=True)
+        self._names = merge_loras(model, files, removable=False)
         for bundled in [word for word in model.words if word not in known]:  # in LoRA files
             print(f"embedding {bundled}, vectors: {model.words[bundled]}", flush=True)
         for file, word in self._embeddings:

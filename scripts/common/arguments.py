@@ -169,7 +169,10 @@ def add_sampling_arguments(parser: Parser, size: str = "the model's own") -> Non
     for name in ("plms", "dpm_solver"):  # switches of the original's scripts
         group.add_argument(f"--{name}", dest="sampler", action="store_const", const=name, help=argparse.SUPPRESS)
     defaults = ", ".join(f"{name} {entry.steps}" for name, entry in SAMPLERS.items())
-    group.add_argument("--steps", "--ddim_steps", type=int, metavar="N", help=f"default: {defaults}")
+    group.add_argument(
+        "--steps", "--ddim_steps", type=int, metavar="N",
+        help=f"default: that of a model or LoRA for few steps, or by sampler: {defaults}",
+    )  # fmt: skip
     group.add_argument(
         "--guidance", "--scale", "--cfg-scale", type=float, metavar="G",
         help="how strongly to follow the prompt; 1 is no guidance, and twice as fast (default: by model: 7.5 "
@@ -190,7 +193,7 @@ def add_sampling_arguments(parser: Parser, size: str = "the model's own") -> Non
         help="DeepCache: run the whole U-Net only in every Kth evaluation, and in between only its last block; "
         "faster, but the image changes (default: %(default)d, which caches nothing)",
     )  # fmt: skip
-    group.add_argument("--spacing", choices=SPACINGS, help="timestep spacing (default: the sampler's own)")
+    group.add_argument("--spacing", choices=SPACINGS, help="timestep spacing (default: by model or sampler)")
     for name, option in OPTIONS.items():
         having = [key for key, entry in SAMPLERS.items() if name in entry.options]
         group.add_argument(

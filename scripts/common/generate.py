@@ -155,7 +155,7 @@ class Metadata:
         assert not isinstance(run.request.prompt, torch.Tensor)
         (prompt,) = run.request.prompt
         digits = self.digest.digits()
-        guided = run.params.is_guided or any(guide.uncond is not None for guide in run.guides)
+        guided = run.is_guided or any(guide.uncond is not None for guide in run.guides)
         (negative,) = prompt_texts(run.request.negative if guided else "")  # else it has no effect
         batch, params = len(result.images), replace(run.params, seed=seed)
         if run.source.variation_seeds:
@@ -232,19 +232,17 @@ def _generate(args: argparse.Namespace, plan: Plan, addons: AddOns, output: Outp
     for text in model.about:
         print(text, flush=True)
     like.compare_model(args, file, digest)
-    for line, request in zip(plan.lines, plan.requests, strict=True):
-        try:
-            check_for_model(model, request)
-        except ValueError as error:
-            raise line.at(error) from None
-    spacings = {request.params.resolved(model.config).spacing for request in plan.requests}
+    check_all(model, plan)
+    addons.give(model, hashes=digest is not None)
+    if model.few_step_loras:  # other default settings
+        check_all(model, plan)
+    spacings = {request.params.resolved(model.defaults).spacing for request in plan.requests}
     if model.config.schedule.to_noise and spacings - {"trailing", "linspace", "lcm"}:
         warnings.warn(
             "this model starts from pure noise (zero terminal SNR), which this spacing does not give: "
             "--spacing trailing does; --guidance-rescale 0.7 takes back the contrast that guidance adds",
             stacklevel=1,
         )
-    addons.give(model, hashes=digest is not None)
     metadata = None if digest is None else Metadata(args, model, addons, digest, {})
 
     rounds = args.n_iter * getattr(args, "loopback", 1) * plan.total
@@ -364,9 +362,18 @@ def check_prompts(request: TextToImage) -> None:
             check_prompt(text, negative=True)
 
 
+def check_all(model: sd.StableDiffusion, plan: Plan) -> None:
+    """`check_for_model` for every prompt; errors name its line."""
+    for line, request in zip(plan.lines, plan.requests, strict=True):
+        try:
+            check_for_model(model, request)
+        except ValueError as error:
+            raise line.at(error) from None
+
+
 def check_for_model(model: sd.StableDiffusion, request: TextToImage) -> None:
     """Raise the ValueError that settings of a request lead to with this model, before the first image."""
-    params = request.params.resolved(model.config)
+    params = request.params.resolved(model.defaults)
     strength = request.strength if isinstance(request, ImageToImage | Inpaint) else 1.0
     model.schedule.levels(params.steps, params.spacing, strength)
     model.latent_shape(params.height, params.width)

@@ -6,12 +6,14 @@ import difflib
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import sd
 from sd.adapters.adapter_files import lora_name
+from sd.adapters.added import LoraFile
 from sd.checkpoints.folders import ENDINGS
 from sd.messages import listed, one_line, printable
 from sd.params import TextToImage
@@ -178,10 +180,29 @@ class PromptLoras:
         if self._merged:
             model.remove_lora(*self._merged)
         self._current, self._merged = [], []
-        self._merged = model.add_loras([(lora.path, lora.weight) for lora in wanted])
+        files = [LoraFile(lora.path, lora.weight) for lora in wanted]
+        self._merged = merge_loras(model, files, [printable(lora.name) for lora in wanted])
         self._current = wanted
-        for lora in wanted:
-            print(f"LoRA {printable(lora.name)}, weight {lora.weight:g}", flush=True)
+
+
+def merge_loras(
+    model: sd.StableDiffusion, files: Sequence[LoraFile], names: Sequence[str] = (), *, removable: bool = True
+) -> list[str]:
+    """Merge LoRAs and print them, with the default settings that one for few steps brings; returns their names.
+
+    names   to print them under; by default those that the model gives them
+    """
+    notes: list[str] = []
+    merged = model.add_loras(files, removable=removable, note=notes.append)
+    for name, printed, file in zip(merged, names or merged, files, strict=True):
+        print(f"LoRA {printed}, weight {file.weight:g}", flush=True)
+        kind = model.few_step_loras.get(name)
+        if kind is not None and kind.introduced(name) in notes:
+            notes.remove(kind.introduced(name))
+            print(printable(kind.introduced(printed)), flush=True)
+    for text in notes:
+        warnings.warn(text, stacklevel=2)
+    return merged
 
 
 def without_lora_tags(request: TextToImage) -> TextToImage:

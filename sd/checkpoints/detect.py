@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..config import MODELS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SMALL, Config, ScheduleConfig, UNetConfig
+from ..few_step import TURBO
 from .checkpoint import CheckpointError, shapes
 from .diffusers_config import from_diffusers, refuse_other_pipelines, supported_parts
+from .few_step_files import own_defaults, with_defaults, with_guidance
 from .layouts import AVERAGE, TOKENS, Layout, all_layouts, find_layouts, first_convolution
 from .matching import match_layouts
 from .names import plainly_named
@@ -49,11 +51,13 @@ class Identity:
     config    the model; if not `decided`, its prediction is a guess that `probe` should check
     decided   whether it is known what the U-Net predicts
     reason    how it is known; empty for a file of ours, which carries its config
+    few_step  a line on the default settings of a model of few steps; empty for any other
     """
 
     config: Config
     decided: bool = True
     reason: str = ""
+    few_step: str = ""
 
 
 def detect(tensors: Mapping[str, Tensor]) -> Config:
@@ -104,17 +108,21 @@ def identify(
         except ValueError as error:
             raise CheckpointError(f"the file's own model config is damaged: {error}") from None
         said, why = (prediction, "as given") if prediction else read_beside(tensors)[:2]
-        return Identity(predicting(config, said), reason=why if said else "")
+        return Identity(predicting(config, said), reason=why if said else "", few_step=own_defaults(config))
     found = shapes(tensors)
     refuse_others(found, replaced)
     if "unet" in configs:
         config = from_diffusers(configs)
     _check_unet(found, find_layouts(found))
-    config = config or _by_any_shapes(found)
+    config = with_guidance(config or _by_any_shapes(found), found, find_layouts(found))
     layouts = match_layouts(found, config)
     config = with_form(with_vocabulary(config, found, layouts), found, layouts)
     config = with_autoencoder(config, found, layouts)
-    return Identity(*decide(tensors, config, prediction, by_folder="unet" in configs))
+    config, decided, reason = decide(tensors, config, prediction, by_folder="unet" in configs)
+    config, line = with_defaults(tensors, config)
+    if not decided and config.steps == TURBO.steps and config.sampler == TURBO.sampler:
+        decided, reason = True, "SD-Turbo does"
+    return Identity(config, decided, reason, line)
 
 
 def _as_given(tensors: Mapping[str, Tensor], config: Config, replaced: Collection[str]) -> Identity:
@@ -124,8 +132,9 @@ def _as_given(tensors: Mapping[str, Tensor], config: Config, replaced: Collectio
     layouts = find_layouts(found)
     config = smaller(config, found, layouts["unet"]) if "unet" in layouts else config
     layouts = match_layouts(found, config)
-    config = with_autoencoder(with_form(config, found, layouts), found, layouts)
-    reason = "as given"
+    config = with_form(with_guidance(config, found, layouts), found, layouts)
+    config = with_autoencoder(config, found, layouts)
+    reason, line = "as given", ""
     usual = ScheduleConfig(steps=config.schedule.steps, prediction=config.schedule.prediction)
     if config.schedule == usual:
         table, why = stored_schedule(tensors, config.schedule)
@@ -134,7 +143,9 @@ def _as_given(tensors: Mapping[str, Tensor], config: Config, replaced: Collectio
             config = replace(config, schedule=replace(config.schedule, **table))
         except ValueError as error:
             raise CheckpointError(str(error)) from None
-    return Identity(config, reason=reason)
+    if config.steps is None and config.spacing is None:
+        config, line = with_defaults(tensors, config)
+    return Identity(config, reason=reason, few_step=line)
 
 
 # ----------------------------------------------------------------------------------------------------- which model

@@ -31,6 +31,7 @@ from ..config import (
 from ..schedule import to_zero_snr
 from . import supported_settings as settings
 from .checkpoint import CheckpointError
+from .few_step_files import scheduler_to_diffusers
 from .other_models import OTHER_INPUTS
 from .supported_settings import Supported, check_kind, check_supported
 from .tiny_files import CLASS, tiny_from_diffusers, tiny_to_diffusers
@@ -98,13 +99,14 @@ def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
         schedule = schedule_from_diffusers(configs.get("scheduler", {}))
         config = Config("diffusers model", size, text=(text,), vae=vae, unet=unet, schedule=schedule)
     text = replace(text, vocab=TextConfig().vocab, words=(), pad=min(text.pad, END))  # fine-tuning may have added words
+    plain = replace(unet, guidance=None)
     same = [known for known in MODELS.values() if known.text == (text,) and _like_vae(known.vae, vae)]
-    same = [known for known in same if unet.is_part_of(known.unet)]
+    same = [known for known in same if plain.is_part_of(known.unet)]
     # a U-Net in full before one in part; and there are SD 1.x that predict v
-    same.sort(key=lambda known: (known.unet != unet, known.schedule.prediction != schedule.prediction))
+    same.sort(key=lambda known: (known.unet != plain, known.schedule.prediction != schedule.prediction))
     if not same:
         return config
-    name = same[0].name + (SMALL if same[0].unet != unet else "")
+    name = same[0].name + (SMALL if same[0].unet != plain else "")
     return replace(config, name=name, guidance=same[0].guidance, sampler=same[0].sampler)
 
 
@@ -151,6 +153,7 @@ def _unet(raw: Mapping[str, Any]) -> UNetConfig:
         middle_depth=depths[-1] if raw.get("mid_block_type", MIDDLE) is not None else None,
         blocks=_uniform(raw, "layers_per_block", 2),
         context=_uniform(raw, "cross_attention_dim", 1280),
+        guidance=raw.get("time_cond_proj_dim"),
         linear_projections=raw.get("use_linear_projection") or False,
     )
 
@@ -296,6 +299,7 @@ def to_diffusers_configs(config: Config, version: str = "0.30.0") -> dict[str, d
     tiny = isinstance(config.vae, TinyVAEConfig)
     vae = {"_class_name": CLASS if tiny else "AutoencoderKL", **vae_to_diffusers(config)}
     pipeline = "StableDiffusionInpaintPipeline" if config.is_inpainting else "StableDiffusionPipeline"
+    sampling = {"_class_name": "DDIMScheduler", **scheduler_to_diffusers(config)}
     end = "!" if text.pad == 0 else "<|endoftext|>"
     if text.pad > END:
         end = next((word.text for word in text.words if word.id == text.pad), end)
@@ -314,7 +318,7 @@ def to_diffusers_configs(config: Config, version: str = "0.30.0") -> dict[str, d
         "model_index.json": {
             "_class_name": pipeline, "_diffusers_version": version, "requires_safety_checker": False,
             "feature_extractor": [None, None], "image_encoder": [None, None], "safety_checker": [None, None],
-            "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
+            "scheduler": ["diffusers", sampling["_class_name"]], "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", vae["_class_name"]],
         },
@@ -330,11 +334,11 @@ def to_diffusers_configs(config: Config, version: str = "0.30.0") -> dict[str, d
             "pad_token_id": text.pad, "projection_dim": text.width,
         },
         "scheduler/scheduler_config.json": {
-            "_class_name": "DDIMScheduler", "_diffusers_version": version, "num_train_timesteps": schedule.steps,
+            "_diffusers_version": version, "num_train_timesteps": schedule.steps,
             "beta_start": schedule.beta_start, "beta_end": schedule.beta_end, "beta_schedule": "scaled_linear", **betas,
             "prediction_type": {ours: theirs for theirs, ours in PREDICTIONS.items()}[schedule.prediction],
             "rescale_betas_zero_snr": schedule.zero_snr, "clip_sample": False, "set_alpha_to_one": False,
-            "steps_offset": 1, "timestep_spacing": "trailing" if schedule.zero_snr else "leading",
+            "steps_offset": 1, "timestep_spacing": "trailing" if schedule.zero_snr else "leading", **sampling,
         },
         "tokenizer/tokenizer_config.json": {
             **special, "tokenizer_class": "CLIPTokenizer", "model_max_length": text.length, "do_lower_case": True,
@@ -365,6 +369,7 @@ def unet_to_diffusers(config: Config) -> dict[str, Any]:
         "attention_head_dim": cfg.heads[0] if len(set(cfg.heads)) == 1 else list(cfg.heads),
         "norm_num_groups": GROUPS,
         "use_linear_projection": cfg.linear_projections,
+        "time_cond_proj_dim": cfg.guidance,
     }
 
 

@@ -24,6 +24,7 @@ from ..messages import listed, one_line, printable
 from .checkpoint import Checkpoint, CheckpointError, shapes
 from .convert import FLAGS
 from .detect import damaged_position_ids, identify, with_autoencoder
+from .few_step_files import notes_on_scheduler
 from .layouts import AVERAGE, NETWORKS, TOKENS, find_layouts, usual_layout
 from .matching import NAMES, copies, describe_copies, expected_shapes, match_layouts, unrun
 from .names import ignored
@@ -87,7 +88,7 @@ def inspect(tensors: Checkpoint, config: Config | None = None, *, sha256: bool |
     files = [file.path for file in tensors.files]
     size = sum(path.stat().st_size for path in files)
     out = Report(tensors.path, tensors.kind, size, len(tensors), "", supported=False)
-    out.notes += [*tensors.notes, *ignored_settings(tensors.configs)]
+    out.notes += [*tensors.notes, *ignored_settings(tensors.configs), *notes_on_scheduler(tensors.configs)]
     out.metadata = {key: one_line(value, 60) for key, value in tensors.metadata.items() if not key.startswith("sd.")}
     try:
         identity = identify(tensors, config)
@@ -96,6 +97,7 @@ def inspect(tensors: Checkpoint, config: Config | None = None, *, sha256: bool |
         said = f"{config.schedule.prediction}: {identity.reason or 'its own config says so'}"
         open_question = "eps or v: nothing says which; the U-Net is run once at loading to tell (--prediction sets it)"
         out.prediction = said if identity.decided else open_question
+        out.notes += [identity.few_step] if identity.few_step else []
         inpaints = config.is_inpainting
         out.channels = f"{config.unet.in_channels} ({'inpainting' if inpaints else 'text to image'})"
     except CheckpointError as error:

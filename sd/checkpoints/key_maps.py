@@ -113,6 +113,8 @@ def unet_blocks(config: Config, places: int | None = None) -> Iterator[BlockPair
     last = len(cfg.channels) - 1
     places = places or cfg.blocks + 1
     yield from (("time.0", "time_embed.0", THIS), ("time.2", "time_embed.2", THIS))
+    if cfg.guidance is not None:  # the original has no such layer: this is the name in published single files
+        yield "guidance", "time_embed.cond_proj", THIS
     yield from (("conv_in", "input_blocks.0.0", THIS), ("norm_out", "out.0", THIS), ("conv_out", "out.2", THIS))
     # the original numbers the blocks of a direction consecutively, on the way down with the steps between levels
     for level in range(last + 1):
@@ -198,6 +200,8 @@ def diffusers_unet_blocks(config: Config) -> Iterator[BlockPair]:
     cfg = config.unet
     last = len(cfg.channels) - 1
     yield from (("time.0", "time_embedding.linear_1", THIS), ("time.2", "time_embedding.linear_2", THIS))
+    if cfg.guidance is not None:
+        yield "guidance", "time_embedding.cond_proj", THIS
     yield from (("conv_in", "conv_in", THIS), ("norm_out", "conv_norm_out", THIS), ("conv_out", "conv_out", THIS))
     if cfg.middle_depth is not None:
         for i in range(2):

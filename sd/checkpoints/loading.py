@@ -29,6 +29,7 @@ from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming, sh
 from .convert import FLAGS, StateDict, convert, describe_weights
 from .detect import CONFIG_KEY, Identity, damaged_position_ids, identify, with_autoencoder, with_form, with_vocabulary
 from .diffusers_config import check_text_encoder, vae_from_diffusers
+from .few_step_files import notes_on_scheduler
 from .finite import FiniteCheck
 from .formats.mmap import fresh
 from .layouts import NETWORKS, find_layouts
@@ -93,9 +94,8 @@ def probed(found: Identity, unet: nn.Module) -> Identity:
     if answer is None:
         return replace(found, reason=f"{found.reason}, and when run once, it gave NaN; set it with --prediction")
     config = predicting(found.config, answer)
-    return Identity(
-        config, reason=f"{found.reason}; run once, its U-Net behaves like such a model (--prediction overrides)"
-    )
+    reason = f"{found.reason}; run once, its U-Net behaves like such a model (--prediction overrides)"
+    return replace(found, config=config, decided=True, reason=reason)
 
 
 def describe(
@@ -109,11 +109,12 @@ def describe(
     lines = [f"predicts {found.config.schedule.prediction}: {found.reason}"] if found.reason else []
     if taken := describe_weights(tensors, weights):
         lines.append(taken)
+    lines += [found.few_step] if found.few_step else []
     if damaged := damaged_position_ids(tensors):
         lines.append(
             f"{damaged} is damaged, as happens in merging; it is not used here, but other programs may misread prompts"
         )
-    lines += ignored_settings(tensors.configs)
+    lines += [*ignored_settings(tensors.configs), *notes_on_scheduler(tensors.configs)]
     scale, usual = config.vae.scale, found.config.vae.scale
     if isinstance(config.vae, TinyVAEConfig):
         lines.append(f"VAE: {describe_tiny(config.vae)}")

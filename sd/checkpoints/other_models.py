@@ -33,10 +33,6 @@ LONG_CLIP = (
     "this has a text encoder with 248 positions (Long-CLIP), which is not supported: prompts have 77; give another one "
     "with --text-encoder"
 )
-GUIDANCE = (
-    "this is a U-Net with a guidance embedding (a latent consistency model), which is not supported: give the model "
-    "that it was distilled from, with its LCM LoRA (--lora)"
-)
 DIFFUSION_TRANSFORMER = f"this is a diffusion transformer (PixArt, Sana, Lumina, Wan, LTX, ...), {NOT_SUPPORTED}"
 
 # The first convolution of a tiny decoder (tiny_vae.py)
@@ -92,7 +88,6 @@ OTHERS: tuple[Other, ...] = (
     Other(r"^cond_stage_model\.roberta\.|\.roberta\.encoder", f"this is AltDiffusion, {NOT_SUPPORTED}"),
     Other(r"^effnet\.|^prior\.|^generator\.down_blocks|\bclip_txt_mapper\.",
           f"this is Stable Cascade, {NOT_SUPPORTED}"),
-    Other(r"\btime_embedding\.cond_proj\.|\btime_embed\.cond_proj\.", GUIDANCE),
     Other(r"\bstylegan_decoder\.|\bft_layers\.\d+\.",
           "this is a network that restores faces (GFPGAN, CodeFormer), not a checkpoint"),
     Other(r"^conv_first\.|^params_ema\.|^model\.0\.weight$", "this is an image upscaler (ESRGAN), not a checkpoint"),

@@ -56,9 +56,10 @@ def predicting(config: Config, prediction: str | None) -> Config:
     plain = tuple(
         replace(text, vocab=usual.vocab, names=usual.names, words=(), pad=min(text.pad, END)) for text in config.text
     )
-    unet = replace(config.unet, linear_projections=SD2.unet.linear_projections)
+    unet = replace(config.unet, linear_projections=SD2.unet.linear_projections, guidance=None)
     small = SMALL if config.name.endswith(SMALL) and unet.is_part_of(SD2.unet) else ""
     full = replace(config, name=config.name.removesuffix(small), unet=SD2.unet if small else unet, text=plain)
+    full = replace(full, guidance=SD2.guidance, sampler=SD2.sampler, steps=None, spacing=None)
     named = {SD2: SD2_V, SD2_V: SD2}.get(full)
     size, name = (named.size, named.name + small) if named else (config.size, config.name)
     try:
@@ -268,7 +269,8 @@ def probe(unet: Callable[[Tensor, Tensor, Conditioning], Tensor], config: Config
     context = torch.full((1, 2, config.unet.context), 0.5).to(like)
     t = torch.full((1,), config.schedule.steps - 1.0, device=like.device)
     with torch.no_grad():
-        out = unet(x, t, Conditioning(context)).double()
+        told = None if config.unet.guidance is None else torch.full((1,), config.guidance, device=like.device)
+        out = unet(x, t, Conditioning(context, guidance=told)).double()
     noise = x[:, : config.unet.out_channels].double()
     share = float((out * noise).sum() / (noise * noise).sum())
     if not np.isfinite(share):

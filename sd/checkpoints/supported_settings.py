@@ -88,8 +88,6 @@ KINDS = (
     Kind("unet", "_class_name", "^(?!(Flax)?UNet2DConditionModel$)", "another network than Stable Diffusion's U-Net, "
          "which is not supported"),
     Kind("unet", "addition_embed_type", "^text_time$", "an SDXL model, which is not supported"),
-    Kind("unet", "time_cond_proj_dim", ANY, "a U-Net with a guidance embedding (a latent consistency model), which is "
-         "not supported: give the model that it was distilled from, with its LCM LoRA (--lora)"),
     *(
         Kind("unet", name, ANY, "an upscaling, unCLIP or other class-conditional model, which is not supported")
         for name in ("class_embed_type", "num_class_embeds")

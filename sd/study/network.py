@@ -102,7 +102,8 @@ def trace(unet: UNet, height: int, width: int, tokens: int = 77) -> list[Part]:
     try:
         with torch.no_grad():
             x = weight.new_zeros(1, unet.config.in_channels, height, width)
-            conditioning = Conditioning(weight.new_zeros(1, tokens, unet.config.context))
+            told = None if unet.guidance is None else torch.ones(1, device=weight.device)
+            conditioning = Conditioning(weight.new_zeros(1, tokens, unet.config.context), guidance=told)
             unet(x, torch.zeros(1, device=weight.device), conditioning)
     finally:
         for handle in handles:
