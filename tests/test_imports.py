@@ -32,7 +32,7 @@ ALLOWED = {
     "imaging": {"files", "messages"},
     "checkpoints": {"conditioning", "config", "files", "messages", "models", "runtime", "schedule", "text"},
     "adapters": {"checkpoints", "config", "files", "messages", "models", "runtime", "settings", "text"},
-    "training": {"conditioning", "config", "denoiser", "models", "schedule"},
+    "training": {"checkpoints", "conditioning", "config", "denoiser", "models", "samplers", "schedule"},
     "latents": {"config", "imaging", "models", "runtime", "settings", "text"},
     "prompts": {"conditioning", "params", "text"},
     "noise": {"params"},

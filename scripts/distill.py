@@ -1,0 +1,318 @@
+"""Distil a model into one that needs a few steps and no guidance: all its weights, or a LoRA.
+
+    python scripts/distill.py --out outputs/few-steps                                    the embedded model
+    python scripts/distill.py --lora-rank 16 --out outputs/few-steps-lora                the same as a LoRA
+    python scripts/distill.py --ckpt v1-5.ckpt --data photos --lora-rank 64 --out outputs/lcm
+    python scripts/distill.py --out outputs/few-steps --resume                           continue a stopped run
+
+The checkpoint is the teacher, and what the student starts from. In each training step, one step of a DDIM solver with
+the teacher's guidance leads from a noisy latent to a less noisy one, and the student learns to say the same of both
+(sd/training/distillation.py). The images of the data are only noised, and their captions are the prompts.
+
+Writes OUT/model.safetensors, a model with few steps as its default, or OUT/lora.safetensors, which other programs read
+as well. Also writes log.jsonl, loss.png, samples-STEP.png, state.pt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+if not __package__:  # run as a file: see bootstrap.py
+    import bootstrap
+
+    __package__ = bootstrap.PACKAGE
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sd.checkpoints.convert import WEIGHTS
+from sd.conditioning import Conditioning, Network
+from sd.config import PRECISIONS, SHORT_PRECISIONS, Config
+from sd.models.unet import UNet
+from sd.params import SamplingParams
+from sd.pipeline import StableDiffusion
+from sd.runtime.device import find_dtype
+from sd.schedule import Schedule
+from sd.training import (
+    TrainableLora,
+    channels_last,
+    checkpoint_activations,
+    consistency_loss,
+    guided,
+    level_batch,
+    lora_layers,
+    lora_metadata,
+    lora_tensors,
+    solver_step,
+    solver_timesteps,
+    trajectory_loss,
+)
+
+from .common import cli
+from .training import loop, models
+from .training.data import add_data_arguments, find_source, generator
+from .training.latents import Batches, latents
+from .training.processes import Processes
+from .training.samples import add_sample_arguments, sample_prompts, some_captions, write_sheet
+from .training.state import save_tensors
+
+# for the embedded model, and for a checkpoint
+RECIPE = loop.Recipe(steps=4000, batch=32, lr=2e-4, weight_decay=0.0, ema=0.99, log_every=50)
+FINE_TUNING = loop.Recipe(steps=1000, batch=4, lr=1e-5, weight_decay=0.0, ema=0.95, save_every=250)
+LORA_LR = 1e-4  # of a checkpoint's LoRA (Luo et al. 2023, "LCM-LoRA")
+METHODS = {"lcm": "consistency distillation (Luo et al. 2023)", "tcd": "trajectory consistency (Zheng et al. 2024)"}
+STEPS = 4  # default of a distilled model
+
+
+def parser() -> cli.Parser:
+    """The arguments; the defaults are the recipe of the embedded model."""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=cli.file_path, default=Path("outputs/few-steps"), help="output folder (default: %(default)s)")
+    add("--ckpt", type=cli.file_path, metavar="FILE", help="the teacher (default: the embedded model)")
+    add("--model", type=cli.home, metavar="NAME", help="a name, or a JSON file with a config (default: detected)")
+    add("--weights", choices=WEIGHTS, default="auto", help="of a checkpoint with both: plain or averaged (EMA) U-Net")
+    add("--export-dtype", choices=(*PRECISIONS, *SHORT_PRECISIONS), default="float16", help="default: %(default)s")
+    add("--phrasings", type=int, default=8, help="captions per drawn scene (default: %(default)s)")
+    add = parser.add_argument_group("distillation").add_argument
+    methods = "; ".join(f"{name}: {text}" for name, text in METHODS.items())
+    add("--method", choices=METHODS, default="lcm", help=f"{methods} (default: %(default)s)")
+    add(
+        "--guidance", type=float, nargs="+", metavar="G",
+        help="of the teacher; two numbers: at random between them for each image (default: the model's own)",
+    )  # fmt: skip
+    add("--solver-steps", type=int, default=50, metavar="N", help="steps of the teacher's grid (default: %(default)s)")
+    add(
+        "--huber", type=float, default=1e-3, metavar="H", help="differences below it are squared (default: %(default)s)"
+    )
+    add(
+        "--target", choices=("student", "average"), default="student",
+        help="what the student agrees with: itself, or the average of its weights (--ema) (default: %(default)s)",
+    )  # fmt: skip
+    add("--lora-rank", type=int, metavar="R", help="train a LoRA of this rank (default: all weights of the U-Net)")
+    add("--lora-alpha", type=float, metavar="A", help="of the LoRA, whose scale is A / R (default: R)")
+    add_sample_arguments(parser, steps=STEPS)
+    add_data_arguments(parser, scenes=24000)
+    loop.add_loop_arguments(parser, RECIPE, with_ckpt=FINE_TUNING)
+    return parser
+
+
+class Student(nn.Module):
+    """A U-Net to train, or a frozen one with a LoRA to train."""
+
+    def __init__(self, unet: UNet, lora: TrainableLora | None = None) -> None:
+        super().__init__()
+        self.unet, self.lora = unet, lora
+        unet.requires_grad_(lora is None)
+
+    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The U-Net's prediction."""
+        return self.unet(x, t, conditioning)
+
+    def teacher(self) -> Network:
+        """What the student is before it is trained: a copy, or the U-Net without the LoRA."""
+        if self.lora is None:
+            return copy.deepcopy(self.unet).requires_grad_(False)
+        unet, lora = self.unet, self.lora
+
+        def without(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+            with lora.disabled():
+                return unet(x, t, conditioning)
+
+        return without
+
+
+class Objective(nn.Module):
+    """The student with the loss of a method; text encoder and teacher are frozen."""
+
+    def __init__(self, student: Student, model: StableDiffusion, method: str, huber: float) -> None:
+        super().__init__()
+        self.student, self.text_encoder = student, model.text_encoder
+        self.schedule: Schedule = model.schedule
+        self.method, self.huber = method, huber
+        self.average: Mapping[str, Tensor] | None = None  # weights of the target; None: the student's
+        self.networks = {"teacher": student.teacher()}  # not a submodule: it is neither trained nor saved
+        with torch.no_grad():
+            self.uncond = Conditioning(self.text_encoder(model.tokenizer([""]).to(model.device)).hidden)
+
+    def target(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The prediction that the student has to agree with."""
+        if self.average is None:
+            return self.student(x, t, conditioning)
+        own = {key.removeprefix("student."): value for key, value in self.average.items()}
+        return functional_call(self.student, own, (x, t, conditioning))
+
+    def forward(
+        self,
+        x0: Tensor,
+        ids: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        u: Tensor,
+        s: Tensor,
+        guidance: Tensor,
+        concat: Tensor | None = None,
+    ) -> Tensor:
+        """x0, noise (B, C, h, w), ids (B, M), t, u, s and guidance (B,), concat (B, 5, h, w) or None -> a scalar."""
+        with torch.no_grad():
+            cond = Conditioning(self.text_encoder(ids).hidden, concat=concat)
+            teacher = guided(self.networks["teacher"], self.uncond, guidance)
+            x_t = self.schedule.add_noise(x0, noise, level_batch(self.schedule, t))
+            points = solver_step(teacher, self.schedule, x_t, t, u, cond)
+        if self.method == "tcd":
+            return trajectory_loss(self.student, self.target, self.schedule, points, s, cond, self.huber)
+        return consistency_loss(self.student, self.target, self.schedule, points, cond, self.huber)
+
+
+class SolverBatches:
+    """The batches of each step, with times on the grid of the solver and the teacher's guidance."""
+
+    def __init__(self, batches: Batches, grid: tuple[int, ...], guidance: tuple[float, float]) -> None:
+        self.batches, self.guidance = batches, guidance
+        self.grid = torch.tensor(grid, device=batches.processes.device)
+
+    def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
+        """The parts of a step for this process: see `Objective.forward`."""
+        batches, (low, high) = self.batches, self.guidance
+        device = batches.processes.device
+        rng = generator(device, batches.recipe.seed, "distillation", step)
+        uniform = torch.rand(2, batches.total, generator=rng, device=device)
+        for k, part in enumerate(batches(step)):
+            of_guidance, of_s = uniform[:, batches.share(k)]
+            index = part.pop("t") * (len(self.grid) - 1) // batches.steps  # of u; each step is as likely
+            s = (of_s * (index + 1)).long()  # from clean data to u itself
+            part |= {"t": self.grid[index + 1], "u": self.grid[index], "s": self.grid[s]}
+            yield {**part, "guidance": low + (high - low) * of_guidance}
+
+
+def few_steps(config: Config, method: str) -> Config:
+    """The config of the distilled model: a few steps with the sampler of the method, without guidance."""
+    few = {name: STEPS for name in ("steps",) if hasattr(config, name)}  # TODO
+    return replace(config, name=f"{config.name} {method.upper()}"[:100], sampler=method, guidance=1.0, **few)
+
+
+def find_teacher(args: argparse.Namespace, device: torch.device) -> StableDiffusion:
+    """The model of the checkpoint."""
+    config = models.find_config(args.model) if args.model else None
+    model = StableDiffusion.load(args.ckpt, config=config, weights=args.weights, device=device, dtype="float32")
+    if model.config.sampler in METHODS:
+        raise ValueError(f"{model.config.name} needs only a few steps already: give the model that it was made of")
+    return model
+
+
+def guidance_range(args: argparse.Namespace, model: StableDiffusion) -> tuple[float, float]:
+    """The lowest and the highest guidance of the teacher."""
+    given = args.guidance or [model.config.guidance]
+    if len(given) > 2 or given != sorted(given) or not all(math.isfinite(g) and 0 <= g <= 100 for g in given):
+        raise ValueError(f"--guidance must be one number from 0 to 100, or two, the lower first, got {given}")
+    return given[0], given[-1]
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for options out of range."""
+    if args.phrasings < 1 or args.samples < 0 or not 0 < args.huber < math.inf:
+        raise ValueError("--phrasings must be at least 1, --samples at least 0, --huber above 0")
+    if args.lora_rank is None and args.lora_alpha is not None:
+        raise ValueError("--lora-alpha goes with --lora-rank")
+    if args.lora_rank is not None and not (args.lora_rank >= 1 and (args.lora_alpha or 1) > 0):
+        raise ValueError("--lora-rank must be at least 1, --lora-alpha above 0")
+    if args.target == "average" and args.ema == 0:
+        raise ValueError("--target average needs an average of the weights: --ema above 0")
+    SamplingParams(steps=args.sample_steps)
+
+
+def train(args: argparse.Namespace, processes: Processes) -> None:
+    """Run the distillation."""
+    check(args)
+    if args.lora_rank and args.ckpt and args.lr is None:
+        args.lr = LORA_LR
+    recipe = loop.Recipe.of(args)
+    prompts = sample_prompts(args)
+    device = processes.device
+    model = find_teacher(args, device)
+    grid = solver_timesteps(model.schedule, args.solver_steps)
+    guidance = guidance_range(args, model)
+    size = args.size or model.config.size
+    model.latent_shape(size, size)  # refuses what cannot be
+    path = args.out / "cache" / "latents.safetensors"
+    data = latents(path, find_source(args, size), model, processes, args.workers, keep_pixels=model.is_inpainting)
+    if unknown := models.unknown_words(model, data["ids"]):
+        warnings.warn(f"the model does not know these words: {unknown}", stacklevel=1)
+    if args.samples and not prompts:
+        prompts = some_captions(args.samples, model, data)
+
+    unet, lora = model.unet, None
+    if args.lora_rank:
+        lora = TrainableLora(unet, lora_layers(unet), args.lora_rank, args.lora_alpha, recipe.seed)
+        lora.attach(unet)
+    objective = Objective(Student(unet, lora), model, args.method, args.huber)
+    channels_last(objective, device)
+    if args.checkpointing:
+        checkpoint_activations(unet)
+    if args.compile:
+        unet.compile()
+    trainer = loop.Trainer(objective, recipe, processes, args)
+    if args.target == "average":
+        assert trainer.ema is not None
+        objective.average = trainer.ema.average
+    trained = sum(p.numel() for p in trainer.trained.values())
+    batches = Batches(data, model, recipe, processes, inpaint=model.is_inpainting, trained=trained)
+    config = few_steps(model.config, args.method)
+    written = args.out / ("lora.safetensors" if lora else "model.safetensors")
+
+    def weights() -> tuple[dict[str, Tensor], TrainableLora | None]:
+        """The averaged weights by networks, and the averaged LoRA."""
+        found = {key.removeprefix("student."): value for key, value in trainer.weights().items()}
+        return found, None if lora is None else averaged_lora(lora, unet, found)
+
+    def present() -> StableDiffusion:
+        """The student as it would be saved now."""
+        found, average = weights()
+        if average is not None:
+            plain = {key.removeprefix("unet."): value for key, value in found.items() if key.startswith("unet.")}
+            found |= {f"unet.{key}": value for key, value in average.merged(plain).items()}
+        now = models.averaged(model, found)
+        return StableDiffusion(config, now.text_encoder, now.vae, now.unet)
+
+    def write() -> str:
+        dtype, average = find_dtype(args.export_dtype), weights()[1]
+        if average is None:
+            models.write_model(present(), written, dtype)
+        else:
+            save_tensors(lora_tensors({"unet": average}, model.config, dtype), written, lora_metadata(average))
+        return ""
+
+    def show(step: int) -> None:
+        write_sheet(args.out / f"samples-{step:06d}.png", present(), prompts, size, steps=args.sample_steps)
+
+    trainer.describe(f"{config.name}{f', LoRA of rank {lora.rank}' if lora else ''}", len(data["mean"]))
+    trainer.run(
+        SolverBatches(batches, grid, guidance), write, (size // model.config.vae.factor) ** 2, show if prompts else None
+    )
+    if processes.main:
+        what = "a LoRA of the U-Net, for --lora" if lora else f"{config.name}, for --ckpt"
+        print(f"{written}: {what} of every program")
+
+
+def averaged_lora(lora: TrainableLora, unet: UNet, weights: Mapping[str, Tensor]) -> TrainableLora:
+    """A LoRA like this one with other weights, those whose names begin with "lora."; not attached."""
+    other = TrainableLora(unet, lora.names, lora.rank, lora.alpha)
+    other.load_state_dict({key.removeprefix("lora."): v for key, v in weights.items() if key.startswith("lora.")})
+    return other.requires_grad_(False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return loop.main(train, parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
