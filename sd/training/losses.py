@@ -32,7 +32,7 @@ from ..schedule import Level, Schedule
 
 @lru_cache(maxsize=16)
 def _level_table(schedule: Schedule, device: torch.device) -> Tensor:
-    """alpha and sigma of clean data, then of all timesteps, (2, 1 + steps): cached, so that no step needs a transfer."""
+    """alpha and sigma of clean data, then of all timesteps, (2, 1 + steps): cached, as a step shall not transfer it."""
     alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.from_numpy(schedule.alpha_bar)])
     return torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()]).to(device, torch.float32)
 
