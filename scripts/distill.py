@@ -36,6 +36,7 @@ from torch.func import functional_call
 from sd.checkpoints.convert import WEIGHTS
 from sd.conditioning import Conditioning, Network
 from sd.config import PRECISIONS, SHORT_PRECISIONS, Config
+from sd.few_step import LCM, TCD, of_config
 from sd.models.unet import UNet
 from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion
@@ -43,6 +44,7 @@ from sd.runtime.device import find_dtype
 from sd.schedule import Schedule
 from sd.training import (
     TrainableLora,
+    add_guidance_input,
     channels_last,
     checkpoint_activations,
     consistency_loss,
@@ -67,9 +69,9 @@ from .training.state import save_tensors
 # for the embedded model, and for a checkpoint
 RECIPE = loop.Recipe(steps=4000, batch=32, lr=2e-4, weight_decay=0.0, ema=0.99, log_every=50)
 FINE_TUNING = loop.Recipe(steps=1000, batch=4, lr=1e-5, weight_decay=0.0, ema=0.95, save_every=250)
+GUIDANCE_WIDTH = 256  # of its embedding (Luo et al. 2023)
 LORA_LR = 1e-4  # of a checkpoint's LoRA (Luo et al. 2023, "LCM-LoRA")
-METHODS = {"lcm": "consistency distillation (Luo et al. 2023)", "tcd": "trajectory consistency (Zheng et al. 2024)"}
-STEPS = 4  # default of a distilled model
+METHODS = {"lcm": LCM, "tcd": TCD}
 
 
 def parser() -> cli.Parser:
@@ -83,11 +85,13 @@ def parser() -> cli.Parser:
     add("--export-dtype", choices=(*PRECISIONS, *SHORT_PRECISIONS), default="float16", help="default: %(default)s")
     add("--phrasings", type=int, default=8, help="captions per drawn scene (default: %(default)s)")
     add = parser.add_argument_group("distillation").add_argument
-    methods = "; ".join(f"{name}: {text}" for name, text in METHODS.items())
-    add("--method", choices=METHODS, default="lcm", help=f"{methods} (default: %(default)s)")
+    add(
+        "--method", choices=METHODS, default="lcm",
+        help="consistency distillation (Luo et al. 2023), or of trajectories (Zheng et al. 2024) (default: %(default)s)",
+    )  # fmt: skip
     add(
         "--guidance", type=float, nargs="+", metavar="G",
-        help="of the teacher; two numbers: at random between them for each image (default: the model's own)",
+        help="of the teacher (default: its own); two numbers: between them for each image, and the student is told it",
     )  # fmt: skip
     add("--solver-steps", type=int, default=50, metavar="N", help="steps of the teacher's grid (default: %(default)s)")
     add(
@@ -99,47 +103,43 @@ def parser() -> cli.Parser:
     )  # fmt: skip
     add("--lora-rank", type=int, metavar="R", help="train a LoRA of this rank (default: all weights of the U-Net)")
     add("--lora-alpha", type=float, metavar="A", help="of the LoRA, whose scale is A / R (default: R)")
-    add_sample_arguments(parser, steps=STEPS)
+    add_sample_arguments(parser, steps=LCM.steps)
     add_data_arguments(parser, scenes=24000)
     loop.add_loop_arguments(parser, RECIPE, with_ckpt=FINE_TUNING)
     return parser
 
 
 class Student(nn.Module):
-    """A U-Net to train, or a frozen one with a LoRA to train."""
+    """A U-Net to train, or a frozen one with a LoRA to train, which is attached."""
 
     def __init__(self, unet: UNet, lora: TrainableLora | None = None) -> None:
         super().__init__()
-        self.unet, self.lora = unet, lora
-        unet.requires_grad_(lora is None)
+        self.unet, self.lora = unet.requires_grad_(lora is None), lora
+        if lora is not None:
+            lora.attach(unet)
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The U-Net's prediction."""
         return self.unet(x, t, conditioning)
 
-    def teacher(self) -> Network:
-        """What the student is before it is trained: a copy, or the U-Net without the LoRA."""
-        if self.lora is None:
-            return copy.deepcopy(self.unet).requires_grad_(False)
-        unet, lora = self.unet, self.lora
-
-        def without(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-            with lora.disabled():
-                return unet(x, t, conditioning)
-
-        return without
+    def without_lora(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """What the U-Net predicts as it was."""
+        assert self.lora is not None
+        with self.lora.disabled():
+            return self.unet(x, t, conditioning)
 
 
 class Objective(nn.Module):
     """The student with the loss of a method; text encoder and teacher are frozen."""
 
-    def __init__(self, student: Student, model: StableDiffusion, method: str, huber: float) -> None:
+    def __init__(self, student: Student, teacher: Network, model: StableDiffusion, method: str, huber: float) -> None:
         super().__init__()
         self.student, self.text_encoder = student, model.text_encoder
         self.schedule: Schedule = model.schedule
         self.method, self.huber = method, huber
         self.average: Mapping[str, Tensor] | None = None  # weights of the target; None: the student's
-        self.networks = {"teacher": student.teacher()}  # not a submodule: it is neither trained nor saved
+        self.networks = {"teacher": teacher}  # not a submodule: it is neither trained nor saved
+        self.is_told = student.unet.config.guidance is not None
         with torch.no_grad():
             self.uncond = Conditioning(self.text_encoder(model.tokenizer([""]).to(model.device)).hidden)
 
@@ -167,6 +167,8 @@ class Objective(nn.Module):
             teacher = guided(self.networks["teacher"], self.uncond, guidance)
             x_t = self.schedule.add_noise(x0, noise, level_batch(self.schedule, t))
             points = solver_step(teacher, self.schedule, x_t, t, u, cond)
+        if self.is_told:
+            cond = cond._replace(guidance=guidance)
         if self.method == "tcd":
             return trajectory_loss(self.student, self.target, self.schedule, points, s, cond, self.huber)
         return consistency_loss(self.student, self.target, self.schedule, points, cond, self.huber)
@@ -193,17 +195,20 @@ class SolverBatches:
             yield {**part, "guidance": low + (high - low) * of_guidance}
 
 
-def few_steps(config: Config, method: str) -> Config:
-    """The config of the distilled model: a few steps with the sampler of the method, without guidance."""
-    few = {name: STEPS for name in ("steps",) if hasattr(config, name)}  # TODO
-    return replace(config, name=f"{config.name} {method.upper()}"[:100], sampler=method, guidance=1.0, **few)
+def distilled(config: Config, method: str, guidance: float | None) -> Config:
+    """The config of the distilled model: the method's sampler and steps. `guidance`: of a student that is told it."""
+    kind = METHODS[method]
+    config = kind.applied(replace(config, name=f"{config.name} {kind.label}"[:100]))
+    if guidance is None:
+        return config
+    return replace(config, guidance=guidance, unet=replace(config.unet, guidance=GUIDANCE_WIDTH))
 
 
 def find_teacher(args: argparse.Namespace, device: torch.device) -> StableDiffusion:
     """The model of the checkpoint."""
     config = models.find_config(args.model) if args.model else None
     model = StableDiffusion.load(args.ckpt, config=config, weights=args.weights, device=device, dtype="float32")
-    if model.config.sampler in METHODS:
+    if of_config(model.config) is not None:
         raise ValueError(f"{model.config.name} needs only a few steps already: give the model that it was made of")
     return model
 
@@ -249,23 +254,32 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     if args.samples and not prompts:
         prompts = some_captions(args.samples, model, data)
 
-    unet, lora = model.unet, None
+    teacher, lora, told = model.unet, None, None
     if args.lora_rank:
-        lora = TrainableLora(unet, lora_layers(unet), args.lora_rank, args.lora_alpha, recipe.seed)
-        lora.attach(unet)
-    objective = Objective(Student(unet, lora), model, args.method, args.huber)
+        lora = TrainableLora(teacher, lora_layers(teacher), args.lora_rank, args.lora_alpha, recipe.seed)
+        student = Student(teacher, lora)
+    elif guidance[0] < guidance[1]:
+        told = min(max(model.config.guidance, guidance[0]), guidance[1])
+        student = Student(add_guidance_input(teacher, GUIDANCE_WIDTH))
+    else:
+        student = Student(copy.deepcopy(teacher))
+    unet = student.unet
+    objective = Objective(student, student.without_lora if lora else teacher, model, args.method, args.huber)
+    channels_last(teacher, device)
     channels_last(objective, device)
     if args.checkpointing:
         checkpoint_activations(unet)
     if args.compile:
         unet.compile()
+        teacher.compile()
     trainer = loop.Trainer(objective, recipe, processes, args)
     if args.target == "average":
         assert trainer.ema is not None
         objective.average = trainer.ema.average
     trained = sum(p.numel() for p in trainer.trained.values())
     batches = Batches(data, model, recipe, processes, inpaint=model.is_inpainting, trained=trained)
-    config = few_steps(model.config, args.method)
+    config = distilled(model.config, args.method, told)
+    title = f"{config.name} LoRA"  # by which programs see what it is (sd/few_step.py)
     written = args.out / ("lora.safetensors" if lora else "model.safetensors")
 
     def weights() -> tuple[dict[str, Tensor], TrainableLora | None]:
@@ -279,21 +293,20 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         if average is not None:
             plain = {key.removeprefix("unet."): value for key, value in found.items() if key.startswith("unet.")}
             found |= {f"unet.{key}": value for key, value in average.merged(plain).items()}
-        now = models.averaged(model, found)
-        return StableDiffusion(config, now.text_encoder, now.vae, now.unet)
+        return StableDiffusion(config, model.text_encoder, model.vae, models.with_weights(unet, found, "unet."))
 
     def write() -> str:
         dtype, average = find_dtype(args.export_dtype), weights()[1]
         if average is None:
             models.write_model(present(), written, dtype)
         else:
-            save_tensors(lora_tensors({"unet": average}, model.config, dtype), written, lora_metadata(average))
+            save_tensors(lora_tensors({"unet": average}, model.config, dtype), written, lora_metadata(average, title))
         return ""
 
     def show(step: int) -> None:
         write_sheet(args.out / f"samples-{step:06d}.png", present(), prompts, size, steps=args.sample_steps)
 
-    trainer.describe(f"{config.name}{f', LoRA of rank {lora.rank}' if lora else ''}", len(data["mean"]))
+    trainer.describe(f"{title} of rank {lora.rank}" if lora else config.name, len(data["mean"]))
     trainer.run(
         SolverBatches(batches, grid, guidance), write, (size // model.config.vae.factor) ** 2, show if prompts else None
     )

@@ -3,6 +3,8 @@
     context    encoded prompt: the vectors that cross-attention attends to
     vector     added to the embedding of the timestep: SDXL's pooled text and sizes (no such file can be loaded yet)
     concat     channels concatenated to x: mask and masked latent of inpainting models
+    guidance   the guidance scale, for networks that are told it: U-Nets of latent consistency models. One evaluation of
+               them is what takes others two (Meng et al. 2023, "On distillation of guided diffusion models")
 
 Everything is batch first, so that a conditioning is moved, cast and repeated as one; denoiser.py concatenates several.
 
@@ -13,18 +15,22 @@ torch.Size([2, 77, 16])
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 
 class Conditioning(NamedTuple):
-    """Context (B, M, D), vector (B, V) and concat (B, E, h, w) for a batch of B; None where the model takes none."""
+    """Context (B, M, D), vector (B, V), concat (B, E, h, w) and guidance (B,) for a batch of B.
+
+    All but the context are None where the model takes none.
+    """
 
     context: Tensor
     vector: Tensor | None = None
     concat: Tensor | None = None
+    guidance: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -37,8 +43,12 @@ class Conditioning(NamedTuple):
         return Conditioning(*changed)
 
     def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        """Move to a device, cast to a precision; None leaves it unchanged."""
-        return self.each(lambda x: x.to(device=device, dtype=dtype))
+        """Move to a device, cast to a precision; None leaves it unchanged.
+
+        The guidance stays in float32, like a timestep: in bfloat16, 7.3 would be 7.3125.
+        """
+        guidance = None if self.guidance is None else self.guidance.to(device)
+        return self.each(lambda x: x.to(device=device, dtype=dtype))._replace(guidance=guidance)
 
     def of_images(self, chosen: slice) -> Conditioning:
         """That of some images of the batch."""
@@ -47,6 +57,10 @@ class Conditioning(NamedTuple):
     def with_concat(self, concat: Tensor) -> Conditioning:
         """The same with these channels."""
         return self._replace(concat=concat)
+
+    def with_guidance(self, scale: float) -> Conditioning:
+        """The same with this guidance scale for every image."""
+        return self._replace(guidance=torch.full((self.batch,), scale, device=self.context.device, dtype=torch.float32))
 
     def repeat(self, times: int) -> Conditioning:
         """Repeat the whole batch."""
@@ -67,6 +81,26 @@ class Composition(NamedTuple):
     def with_concat(self, concat: Tensor) -> Composition:
         """The same with these channels for every part."""
         return self._replace(parts=tuple(part.with_concat(concat) for part in self.parts))
+
+    def with_guidance(self, scale: float) -> Composition:
+        """The same with this guidance scale for every part."""
+        return self._replace(parts=tuple(part.with_guidance(scale) for part in self.parts))
+
+
+@overload
+def with_inputs(conditioning: Conditioning, concat: Tensor | None, guidance: float | None) -> Conditioning: ...
+
+
+@overload
+def with_inputs(conditioning: Composition, concat: Tensor | None, guidance: float | None) -> Composition: ...
+
+
+def with_inputs(
+    conditioning: Conditioning | Composition, concat: Tensor | None, guidance: float | None
+) -> Conditioning | Composition:
+    """The same with these channels and this guidance scale, each unless it is None."""
+    conditioning = conditioning if concat is None else conditioning.with_concat(concat)
+    return conditioning if guidance is None else conditioning.with_guidance(guidance)
 
 
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x (B, C, h, w), t (B,), conditioning) -> (B, C, h, w)

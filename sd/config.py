@@ -159,14 +159,16 @@ class UNetConfig:
     blocks: int = 2  # residual blocks per level on the way down; one more on the way up
     context: int = 768  # width D of the text context
     vector: int | None = None  # width V of a vector added to the timestep embedding; None: no such vector
+    guidance: int | None = None  # width of the guidance scale's embedding, for networks that are told it; None: others
     linear_projections: bool = False  # whether files have linear layers around transformers, not 1x1 convolutions
 
     def __post_init__(self) -> None:
         _check_sizes(self, "in_channels", "out_channels", "channels", "heads", "blocks", "context")
         if self.middle_depth is not None:
             _check_sizes(self, "middle_depth", limit=32)
-        if self.vector is not None:
-            _check_sizes(self, "vector")
+        _check_sizes(self, *(name for name in ("vector", "guidance") if getattr(self, name) is not None))
+        odd = self.guidance is not None and (self.guidance < 4 or self.guidance % 2 > 0)
+        _check(not odd, f"UNetConfig.guidance: got {self.guidance}, expected an even number from 4")
         flag = self.linear_projections
         _check(type(flag) is bool, f"UNetConfig.linear_projections: got {flag!r:.100}, expected true or false")
         whole = isinstance(self.depth, tuple) and all(type(n) is int and 0 <= n <= 32 for n in self.depth)
@@ -259,8 +261,9 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole model: name, native image size in pixels, default guidance and sampler, and its parts.
+    """A whole model: name, native image size in pixels, default settings, and its parts.
 
+    steps, spacing   the default ones of a model that was distilled to few steps (few_step.py); None: its sampler's
     text   one text encoder, or several side by side, whose hidden states together are as wide as the U-Net's context
            (prepared for SDXL: the converter still refuses several)
     """
@@ -269,6 +272,8 @@ class Config:
     size: int = 512
     guidance: float = 7.5
     sampler: str = "dpmpp_2m"  # the default one, a key of `samplers.SAMPLERS`
+    steps: int | None = None
+    spacing: str | None = None  # one of `schedule.SPACINGS`
     text: tuple[TextConfig, ...] = (TextConfig(),)
     vae: VAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -288,7 +293,10 @@ class Config:
         _check_sizes(self, "size")
         number = type(self.guidance) in (int, float) and abs(self.guidance) <= 1000
         _check(number, f"Config.guidance: got {self.guidance!r:.100}, expected a number up to 1000")
-        _check(isinstance(self.sampler, str) and len(self.sampler) <= 100, "Config.sampler: expected a name")
+        for name, value in (("sampler", self.sampler), ("spacing", "" if self.spacing is None else self.spacing)):
+            _check(isinstance(value, str) and len(value) <= 100, f"Config.{name}: expected a name")
+        if self.steps is not None:
+            _check_sizes(self, "steps", limit=1000)
         named = isinstance(self.name, str) and len(self.name) <= 100 and self.name.isprintable()
         _check(named, "Config.name: expected at most 100 printable characters")
         _check(
@@ -312,9 +320,10 @@ class Config:
     def to_json(self) -> str:
         """One line of JSON from which `from_json` makes an equal config."""
         values = asdict(self)
-        for text in values["text"]:
-            if not text["words"]:  # versions that know no words can read it
-                del text["words"]
+        parts = [(text, "words") for text in values["text"]]
+        for part, name in (*parts, (values["unet"], "guidance"), (values, "steps"), (values, "spacing")):
+            if not part[name]:  # versions that do not know this entry can read it
+                del part[name]
         return json.dumps(values)
 
     @classmethod
@@ -386,10 +395,5 @@ SMALL = ", small U-Net"  # after the name of a known model: its U-Net in part, d
 LEGACY_SAMPLERS = {POCKET.name: POCKET.sampler}
 
 MODELS = {
-    "sd1": SD1,
-    "sd1-inpaint": SD1_INPAINT,
-    "sd2": SD2,
-    "sd2-v": SD2_V,
-    "sd2-inpaint": SD2_INPAINT,
-    "pocket": POCKET,
-}
+    "sd1": SD1, "sd1-inpaint": SD1_INPAINT, "sd2": SD2, "sd2-v": SD2_V, "sd2-inpaint": SD2_INPAINT, "pocket": POCKET,
+}  # fmt: skip

@@ -52,7 +52,8 @@ class Denoiser:
     cond       the prompts, for B images, or for one if all images share it; or a `Composition` of several for each
     uncond     the empty or negative prompt, likewise; its context has the same length. Not needed at guidance 1,
                except with a `Composition`
-    guidance   0 ignores the prompt, 1 is the plain prediction (at half the cost), above 1 exaggerates the prompt
+    guidance   0 ignores the prompt, 1 is the plain prediction (at half the cost), above 1 exaggerates the prompt. A
+               network that is told its guidance (`Conditioning.guidance`) has it in the prediction: 1 here
     rescale    phi, 0 to 1: the share of the contrast that guidance adds to take back
 
     Raises ValueError for guidance without `uncond`, and if `cond` and `uncond` do not match.
@@ -106,7 +107,7 @@ def concatenate(parts: Sequence[Conditioning], batch: int | None = None) -> Cond
     batch   expand each part to this many images first: a part with one image is shared by all, without a copy
 
     Raises ValueError if a part has another number of images, if contexts differ in length, or if only some
-    parts have a vector or a concat.
+    parts have a vector, a concat or a guidance.
     """
     fields: list[Tensor | None] = []
     for name, values in zip(Conditioning._fields, zip(*parts, strict=True), strict=True):
@@ -114,8 +115,8 @@ def concatenate(parts: Sequence[Conditioning], batch: int | None = None) -> Cond
         shapes = [x.shape[1:] for x in given]
         if given and len(given) < len(parts):
             raise ValueError(f"{len(given)} of {len(parts)} conditionings have a {name}: give it to all or none")
-        lengths = [shape[0] for shape in shapes]
-        if name == "context" and len(set(lengths)) > 1:
+        lengths = [shape[0] for shape in shapes] if name == "context" else []
+        if len(set(lengths)) > 1:
             raise ValueError(
                 f"contexts must be of one length, got {' and '.join(map(str, lengths))}: pad the shorter ones with the "
                 "empty prompt's (StableDiffusion.same_length)"
@@ -129,9 +130,9 @@ def concatenate(parts: Sequence[Conditioning], batch: int | None = None) -> Cond
                     raise ValueError(f"a {name} for {x.shape[0]} images, but there are {batch}")
             given = [x.expand(batch, *x.shape[1:]) for x in given]
         fields.append(torch.cat(given) if given else None)
-    context, vector, concat = fields
+    context, *others = fields
     assert context is not None
-    return Conditioning(context, vector, concat)
+    return Conditioning(context, *others)
 
 
 def rescaled(guided: Tensor, cond: Tensor, phi: float) -> Tensor:

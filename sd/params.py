@@ -121,7 +121,7 @@ class SamplingParams:
         return Range(whole if isinstance(option.default, int) else number, option.low, option.high)(name, value)
 
     def resolved(self, config: Config) -> ResolvedParams:
-        """The same for a model, with its default sampler and guidance, and the sampler's default spacing and steps."""
+        """The same for a model, with its defaults, and with its sampler's spacing and steps where it has none."""
         name = self.sampler or config.sampler
         spacing = None
         if name not in SAMPLERS:  # the config of a file may have another tool's name
@@ -134,8 +134,8 @@ class SamplingParams:
             name, spacing = having[0], None
         own = vars(self) | {
             "sampler": name,
-            "steps": SAMPLERS[name].steps if self.steps is None else self.steps,
-            "spacing": self.spacing or spacing or SAMPLERS[name].spacing,
+            "steps": self.steps or config.steps or SAMPLERS[name].steps,
+            "spacing": self.spacing or spacing or config.spacing or SAMPLERS[name].spacing,
             "guidance": config.guidance if self.guidance is None else self.guidance,
         }
         return ResolvedParams(**own)

@@ -43,7 +43,7 @@ from .adapters.textual_inversion import tokenizer_for
 from .checkpoints.loading import LoadOptions, ModelFiles
 from .checkpoints.placement import place
 from .checkpoints.weights_cache import Cached
-from .conditioning import Composition, Conditioning, Network, Wrapper
+from .conditioning import Composition, Conditioning, Network, Wrapper, with_inputs
 from .config import Config
 from .denoiser import Denoiser
 from .files import user_path
@@ -333,16 +333,16 @@ class StableDiffusion(Adaptable, Cached, Hints):
         network    called instead of the model's U-Net (in its recorded or compiled form, if it has one)
         rescale    how far to rescale the guided prediction to its contrast without guidance, 0 to 1 (denoiser.py)
         """
-        cond = Conditioning(context) if isinstance(context, Tensor) else context
+        guidance = self.defaults.guidance if guidance is None else guidance
+        told = guidance if self.config.unet.guidance is not None else None  # what the network itself is told
+        cond = with_inputs(Conditioning(context) if isinstance(context, Tensor) else context, concat, told)
         other = Conditioning(uncond) if isinstance(uncond, Tensor) else uncond
-        if concat is not None:
-            cond, other = cond.with_concat(concat), None if other is None else other.with_concat(concat)
+        other = None if other is None else with_inputs(other, concat, told)
         if (cond.concat is None) == self.is_inpainting:
             need = "needs `concat`, mask and masked image (blank_concat)" if self.is_inpainting else "takes no `concat`"
             raise ValueError(f"a U-Net of {self.config.unet.in_channels} input channels {need}")
         network = self.predict if network is None else network
-        guidance = self.config.guidance if guidance is None else guidance
-        return Denoiser(network, self.schedule, cond, other, guidance, rescale)
+        return Denoiser(network, self.schedule, cond, other, guidance if told is None else 1.0, rescale)
 
     def sample(
         self,
@@ -360,7 +360,7 @@ class StableDiffusion(Adaptable, Cached, Hints):
         noise     the random numbers of stochastic samplers: independent unit normal noise in each call
         options   of the sampler (`Sampler.options`), such as eta
         """
-        return Sampling(denoise, x, levels, find_sampler(sampler or self.config.sampler), noise, options)
+        return Sampling(denoise, x, levels, find_sampler(sampler or self.defaults.sampler), noise, options)
 
     def encode(self, image: Image.Image | Tensor, note: Note = warn) -> Gaussian:
         """Encode an RGB image, or (B, 3, H, W) in [-1, 1], with sides that are multiples of 8.

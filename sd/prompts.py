@@ -71,13 +71,18 @@ def guides(
         prompts, negatives = plan.first_texts()
     cond = prompts if isinstance(prompts, Tensor) else encode(prompts)
     uncond = None
-    if params.is_guided:
+    if params.is_guided and model.config.unet.guidance is None:
         uncond = negatives if isinstance(negatives, Tensor) else encode(negatives)
         if uncond.shape[1] != cond.shape[1]:
             cond, uncond = model.same_length(cond, uncond, clip_skip=request.clip_skip)
         if len(uncond) > 1:  # one for each prompt
             uncond = uncond.repeat_interleave(params.n, dim=0)
     return [Guide(cond.repeat_interleave(params.n, dim=0), uncond)] * max(run.taken, 1)
+
+
+def is_empty(prompts: str | Sequence[str] | Tensor | None) -> bool:
+    """Whether there is no prompt, or only empty texts."""
+    return not isinstance(prompts, Tensor) and not any(prompts or ())
 
 
 def _read(
@@ -129,7 +134,7 @@ class _Plan:
 
     def guides(self, taken: int, encode: Encode) -> list[Guide]:
         """The guide of each step."""
-        guided = self._params.is_guided or self._composed
+        guided = (self._params.is_guided and self._model.config.unet.guidance is None) or self._composed
         keys = [
             (_texts_at(self._prompts, step), _texts_at(self._negatives, step) if guided else None)
             for step in range(max(taken, 1))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .conditioning import Composition, Network
 from .denoiser import by_step, keep_known, one_by_one
+from .few_step import unsuited
 from .imaging.colours import match_colours
 from .imaging.files import WHITE, flatten
 from .imaging.masks import Canvas, latent_mask, mask_channels, masked_image, prepare_mask, surroundings, widened
@@ -28,7 +29,7 @@ from .messages import counted
 from .models.vae import Gaussian
 from .noise import NoiseSource
 from .params import ImageToImage, Inpaint, ResolvedParams, TextToImage
-from .prompts import Pass, guides
+from .prompts import Pass, guides, is_empty
 from .runtime.circular import CircularPadding, circular
 from .runtime.deep_cache import DeepCache
 from .samplers import BROWNIAN, SAMPLERS, Denoise, Noise, Sampler, Step
@@ -122,13 +123,15 @@ class Run(Iterator[Step]):
     def _note_settings(self) -> None:
         """Note settings that have no effect here, or not the expected one."""
         params, sampler, note = self.params, SAMPLERS[self.params.sampler], self.notes.append
-        if params.guidance_rescale > 0 and params.guidance == 1:
-            note("guidance_rescale has no effect at guidance 1")
-        if params.guidance_until < 1 and params.guidance == 1:
-            note("guidance_until has no effect at guidance 1")
+        told = self.model.config.unet.guidance is not None
+        where = "with this model, which is told the guidance" if told else "at guidance 1"
+        if params.guidance_rescale > 0 and (told or params.guidance == 1):
+            note(f"guidance_rescale has no effect {where}")
+        if params.guidance_until < 1 and (told or params.guidance == 1):
+            note(f"guidance_until has no effect {where}")
         elif params.guidance_until < 1 and isinstance(self.guides[0].cond, Composition):
             note("guidance_until saves no time with AND: steps without guidance need the negative prompt, too")
-        if params.is_guided and len(self) and not self._guided():
+        if self.is_guided and len(self) and not self._guided():
             share = f"{params.guidance_until:g} of {counted(len(self), 'step')}"
             note(f"guidance_until {share} is less than one: none is guided")
         if params.noise_seed_delta and not sampler.draws(params.options):
@@ -138,6 +141,11 @@ class Run(Iterator[Step]):
                 f"with rng comfy, the {self.source.images} images of this batch share the generator of seed "
                 f"{params.seed}: to reproduce one, generate the whole batch again"
             )
+        if text := unsuited(self.model.few_step, params.sampler, params.steps, params.guidance):
+            note(text)
+        by_default = told or (self.model.few_step is not None and self.request.params.guidance is None)
+        if by_default and all(guide.uncond is None for guide in self.guides) and not is_empty(self.request.negative):
+            note(f"the negative prompt has no effect {where}")
         if params.rng != "torch-cpu" and params.sampler in BROWNIAN:
             note(f"{sampler.label}: other programs draw its step noise differently, so only the initial noise matches")
 
@@ -167,7 +175,8 @@ class Run(Iterator[Step]):
             self.notes.append(f"tileable: the image repeats most evenly if its sides are multiples of {even}")
         guided = self._guided()
         # of each step: its guide and its guidance scale
-        steps = [(guide, params.guidance if i < guided else 1.0) for i, guide in enumerate(self.guides)]
+        told = config.unet.guidance is not None
+        steps = [(guide, params.guidance if told or i < guided else 1.0) for i, guide in enumerate(self.guides)]
         made = {
             key: model.denoiser(
                 guide.cond, guide.uncond, scale, concat, network=self._network(), rescale=params.guidance_rescale
@@ -177,9 +186,14 @@ class Run(Iterator[Step]):
         first, *others = made.values()
         return by_step([made[id(guide), scale] for guide, scale in steps], self.levels) if others else first
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether any step is evaluated without the prompt as well, apart from those of a `Composition`."""
+        return self.params.is_guided and self.model.config.unet.guidance is None
+
     def _guided(self) -> int:
         """How many steps use guidance: a fraction of those that are taken, rounded down."""
-        return int(len(self) * self.params.guidance_until + 1e-9) if self.params.is_guided else 0  # as in `levels`
+        return int(len(self) * self.params.guidance_until + 1e-9) if self.is_guided else 0  # as in `levels`
 
     def _network(self) -> Network:
         """The network of one denoiser; with `exact`, one for each image."""
@@ -250,7 +264,7 @@ class Unchanged(Run):
 
 def text_to_image(model: StableDiffusion, request: TextToImage) -> Run:
     """Start from pure noise: unit noise, as in the original code, because sigma is close to 1 at the first level."""
-    params = request.params.resolved(model.config)
+    params = request.params.resolved(model.defaults)
     shape = latent_shape(model.config, params.height, params.width)
     run = Run(model, request, params, [])
     return run.begin(Start(run.source.initial(shape), run.denoiser(shape)))
@@ -258,7 +272,7 @@ def text_to_image(model: StableDiffusion, request: TextToImage) -> Run:
 
 def image_to_image(model: StableDiffusion, request: ImageToImage) -> Run:
     """Start from the latents of the image, with the noise of the first level added."""
-    params = request.params.resolved(model.config)
+    params = request.params.resolved(model.defaults)
     image, _ = _rgb_and_alpha(request.image)
     height, width = image_size(model.config, image.size, params.height, params.width, up=request.fit == "pad")
     shape = latent_shape(model.config, height, width)
@@ -293,7 +307,7 @@ def inpaint(model: StableDiffusion, request: Inpaint) -> Run:
     A model of 9 channels receives the mask and the masked image as input; for any other, x0 is held to the known part
     of the image (`keep_known`).
     """
-    params, notes, factor = request.params.resolved(model.config), list[str](), model.config.vae.factor
+    params, notes, factor = request.params.resolved(model.defaults), list[str](), model.config.vae.factor
     image, mask = _image_and_mask(request, notes.append)
     whole_image = region = Box(0, 0, *image.size)
     if request.margin is not None:

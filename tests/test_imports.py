@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = {
     "conditioning": set(),
     "config": set(),
+    "few_step": {"config"},
     "files": set(),
     "hints": set(),
     "messages": set(),
@@ -30,16 +31,16 @@ ALLOWED = {
     "models": {"conditioning", "config"},
     "text": {"messages", "resources"},
     "imaging": {"files", "messages"},
-    "checkpoints": {"conditioning", "config", "files", "messages", "models", "runtime", "schedule", "text"},
-    "adapters": {"checkpoints", "config", "files", "messages", "models", "runtime", "settings", "text"},
+    "checkpoints": {"conditioning", "config", "few_step", "files", "messages", "models", "runtime", "schedule", "text"},
+    "adapters": {"checkpoints", "config", "few_step", "files", "messages", "models", "runtime", "settings", "text"},
     "training": {"checkpoints", "conditioning", "config", "denoiser", "models", "samplers", "schedule"},
     "latents": {"config", "imaging", "models", "runtime", "settings", "text"},
     "prompts": {"conditioning", "params", "text"},
     "noise": {"params"},
     "recipes": {"imaging", "messages", "params", "samplers", "text"},
     "run": {
-        "conditioning", "config", "denoiser", "imaging", "latents", "messages", "models", "noise", "params", "prompts",
-        "runtime", "samplers", "schedule",
+        "conditioning", "config", "denoiser", "few_step", "imaging", "latents", "messages", "models", "noise", "params",
+        "prompts", "runtime", "samplers", "schedule",
     },
     "hires": {"config", "imaging", "latents", "params", "run", "samplers", "schedule"},
     "pipeline": {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from ..config import Config
+from ..few_step import FewStep, of_config
 from ..files import user_path
 from ..settings import number
 from ..text.tokenizer import Note, warn
@@ -15,6 +17,22 @@ class Adaptable:
     """A model with `Adapters`."""
 
     _adapters: Adapters
+    config: Config
+
+    @property
+    def few_step(self) -> tuple[str, FewStep] | None:
+        """What makes this a model of few steps, and its kind: the LoRA that was added last, or the model itself."""
+        if (found := self._adapters.few_step) is not None and self.config.unet.guidance is None:
+            name, kind = found
+            return f"{name}, {kind.described('LoRA')},", kind
+        own = of_config(self.config)
+        return None if own is None else (f"this model, {own.described('model')},", own)
+
+    @property
+    def defaults(self) -> Config:
+        """The config, whose default settings are those of a few-step LoRA while one is merged (few_step.py)."""
+        found = self._adapters.few_step
+        return self.config if found is None or self.config.unet.guidance is not None else found[1].applied(self.config)
 
     @property
     def loras(self) -> dict[str, float]:
@@ -29,7 +47,8 @@ class Adaptable:
         path   a file, or a folder with one, as written by diffusers, PEFT or the hub's cache
         name   that of the LoRA from then on. By default the file's; its folder's or repository's, if tools call every
                file so; with a number if another file has that name
-        note   receives lines on the parts of the file that have no effect; by default they are UserWarnings
+        note   receives lines on the parts of the file that have no effect, and on the settings that a few-step LoRA
+               makes the defaults while it has a weight above 0; they are UserWarnings if it is not given
 
         Raises CheckpointError for a file that is not a LoRA, or one for another model; ValueError if the name is
         taken, if the file is merged already, or if weights were changed after others were merged into them.

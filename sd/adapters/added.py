@@ -10,6 +10,7 @@ from typing import NamedTuple, cast
 from torch import nn
 
 from ..config import Config
+from ..few_step import FewStep, named
 from ..models.text_encoder import TextEncoder
 from ..text.tokenizer import Note, Tokenizer, warn
 from .adapter_files import EMBEDDING_FILES, adapter_file
@@ -41,6 +42,12 @@ class Adapters:
         self.merged = Merged(networks)
         self.words = Words(tokenizer, cast(TextEncoder, networks["text_encoder"]))
         self._words_of: dict[str, list[str]] = {}  # name of a LoRA -> words that were in its file
+        self._few_step: list[tuple[str, FewStep, bool]] = []  # name of a LoRA, its kind, whether it can be removed
+
+    @property
+    def few_step(self) -> tuple[str, FewStep] | None:
+        """The few-step LoRA that was added last: its name and kind."""
+        return self._few_step[-1][:2] if self._few_step else None
 
     def add_loras(self, files: Sequence[LoraFile], removable: bool = True, note: Note = warn) -> list[str]:
         """See `StableDiffusion.add_loras`."""
@@ -63,6 +70,11 @@ class Adapters:
             raise
         if removable:
             self._words_of |= words
+        for lora, file in zip(loras, files, strict=True):
+            kind = lora.few_step or named(lora.name)
+            if kind is not None and file.weight > 0 and lora.name not in idle:
+                self._few_step.append((lora.name, kind, removable))
+                notes.append(kind.introduced(lora.name))
         notes += [f"the LoRA {name} changes nothing: its weight is 0, or all its values are 0" for name in idle]
         for text in notes:
             note(text)
@@ -82,6 +94,7 @@ class Adapters:
         """Remove these, or all if there are no names."""
         names = _known(names, self.merged.weights, "LoRA")
         self.merged.remove(*names)
+        self._few_step = [entry for entry in self._few_step if entry[0] not in names or not entry[2]]
         self._remove_words([word for name in names for word in self._words_of.pop(name, [])])
 
     def _remove_words(self, words: Sequence[str]) -> None:
@@ -92,6 +105,7 @@ class Adapters:
     def forget_loras(self) -> None:
         """See `StableDiffusion.forget_loras`."""
         self.merged.forget()
+        self._few_step = [(name, kind, False) for name, kind, _ in self._few_step]
         self._words_of.clear()
 
     def add_embedding(self, path: str | os.PathLike[str], word: str | None = None) -> list[str]:

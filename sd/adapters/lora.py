@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..few_step import FewStep
 from ..runtime.offload import fingerprint
 from .changes import Change
 
@@ -37,6 +38,7 @@ class Lora:
     words   embeddings in the file: word -> vectors (n, D)
     notes   what of the file has no effect
     file    the file itself, with all links resolved
+    few_step   the kind of few-step LoRA that it is, by its name or metadata; None for an ordinary one
     """
 
     name: str
@@ -44,6 +46,7 @@ class Lora:
     words: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     file: Path | None = None
+    few_step: FewStep | None = None
 
 
 class Merged:

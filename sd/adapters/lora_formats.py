@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming
 from ..checkpoints.finite import check_numbers
+from ..checkpoints.folders import model_name
 from ..config import Config
+from ..few_step import TITLES, named
 from ..messages import listed, one_line, printable
 from .adapter_files import LORA_FILES, adapter_file, lora_name
 from .changes import Change, Shape
@@ -224,7 +226,9 @@ class _Contents:
         if not used and not words:
             self._refuse(unknown)
         changes = dict(self._changes(used))
-        return Lora(lora_name(path), changes, words, self._notes(path), Path(os.path.realpath(path)))
+        name, titles = lora_name(path), (self._file.metadata.get(title, "") for title in TITLES)
+        few_step = next(filter(None, map(named, (name, model_name(path), *titles))), None)
+        return Lora(name, changes, words, self._notes(path), Path(os.path.realpath(path)), few_step)
 
     def _changes(self, used: Mapping[Layer, LayerParts]) -> Iterator[tuple[Target, Change]]:
         settings, wrong = read_settings(self._file), list[str]()

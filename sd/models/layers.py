@@ -4,6 +4,7 @@
     feed-forward         out(value * gelu(gate))            Shazeer 2020, "GLU variants improve transformer" (GEGLU)
     residual block       x + conv(silu(norm(conv(silu(norm(x))) + time)))       Ho et al. 2020, appendix B
     timestep embedding   cos(t w_i), sin(t w_i)             Ho et al. 2020; w_i = 10000^(-i / half)
+    guidance embedding   sin(g w_i), cos(g w_i)             g = 1000 (guidance - 1); w_i = 10000^(-i / (half - 1))
 
 B batch, C channels, H height, W width, N tokens, M tokens of the context, D width of a token, d width of a head.
 
@@ -133,3 +134,16 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     index = torch.arange(half, dtype=torch.float32, device=t.device)
     angles = t.float()[:, None] * torch.exp(index * (-math.log(10000) / half))  # (B, half)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
+    """Sinusoids of the guidance scale, sines first: guidance (B,) -> (B, width) in float32; width is even.
+
+    As in latent consistency models (Luo et al. 2023; the function is that of Kingma et al. 2021, "Variational diffusion
+    models"). Their w is guidance - 1, which is 0 without guidance, and is multiplied by 1000. Unlike those of the
+    timestep, the frequencies decrease to 1/10000 itself.
+    """
+    half = width // 2
+    index = torch.arange(half, dtype=torch.float32, device=guidance.device)
+    angles = 1000 * (guidance.float()[:, None] - 1) * torch.exp(index * (-math.log(10000) / (half - 1)))  # (B, half)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..conditioning import Conditioning
 from ..config import GROUPS, UNetConfig
-from .layers import Attention, FeedForward, ResBlock, Upsample, module_list, timestep_embedding
+from .layers import Attention, FeedForward, ResBlock, Upsample, guidance_embedding, module_list, timestep_embedding
 
 NORM_EPS = 1e-5  # residual blocks, norm_out and LayerNorms
 TRANSFORMER_NORM_EPS = 1e-6  # of the GroupNorm before a transformer: the original makes it with another helper
@@ -119,6 +119,9 @@ class UNet(nn.Module):
         first, last = config.channels[0], config.channels[-1]
         time_width = 4 * first
         self.time = nn.Sequential(nn.Linear(first, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
+        self.guidance: nn.Linear | None = None
+        if config.guidance is not None:
+            self.guidance = nn.Linear(config.guidance, first, bias=False)
         self.vector: nn.Sequential | None = None
         if config.vector is not None:
             self.vector = nn.Sequential(
@@ -164,13 +167,14 @@ class UNet(nn.Module):
     ) -> Tensor:
         """x (B, C, H, W), t (B,) in [0, steps), whole or fractional, and the conditioning -> (B, C_out, H, W).
 
-        conditioning   context (B, M, D); vector (B, V) if the config has one; concat (B, E, H, W), which is appended to
-                       the channels of x: C + E is the config's `in_channels`. A bare tensor is the context
+        conditioning   context (B, M, D); vector (B, V) and guidance (B,) if the config has one; concat (B, E, H, W),
+                       which is appended to the channels of x: C + E is the config's `in_channels`. A bare tensor is
+                       the context
         down, middle   residuals of control networks: added to the skip connections, in the order of the way down, and
                        to the output of the middle block, or where it would be. The pipeline passes none yet
                        (docs/extending.md)
 
-        Raises ValueError if a vector is missing or unexpected, and for a wrong number of `down` residuals.
+        Raises ValueError if a vector or guidance is missing or unexpected, and for a wrong number of `down` residuals.
         """
         x, time, context = self.begin(x, t, conditioning)
         skips = self.contract(x, time, context)
@@ -189,10 +193,14 @@ class UNet(nn.Module):
         """The first features (B, C_0, H, W), the embedded time (B, T) and the context (B, M, D)."""
         if isinstance(conditioning, Tensor):
             conditioning = Conditioning(conditioning)
-        context, vector, concat = conditioning
-        if (vector is None) != (self.vector is None):
-            raise ValueError(f"this U-Net {'takes no' if self.vector is None else 'needs a'} vector as conditioning")
-        time = self.time(timestep_embedding(t, self.config.channels[0]).to(x.dtype))
+        context, vector, concat, guidance = conditioning
+        for name, given, layer in (("vector", vector, self.vector), ("guidance", guidance, self.guidance)):
+            if (given is None) != (layer is None):
+                raise ValueError(f"this U-Net {'takes no' if layer is None else 'needs a'} {name} as conditioning")
+        embedded = timestep_embedding(t, self.config.channels[0]).to(x.dtype)
+        if self.guidance is not None and guidance is not None:
+            embedded = embedded + self.guidance(guidance_embedding(guidance, self.guidance.in_features).to(x.dtype))
+        time = self.time(embedded)
         if self.vector is not None and vector is not None:
             time = time + self.vector(vector.to(x.dtype))
         x = self.conv_in(x if concat is None else torch.cat([x, concat.to(x.dtype)], dim=1))

@@ -84,9 +84,9 @@ class Recording(NamedTuple):
         """Record the network on buffers of its own, which can be written to inside and outside of `inference_mode`."""
         with torch.inference_mode(False), torch.no_grad():
             own = tuple(None if x is None else x.clone() for x in inputs)
-            x, t, context, vector, concat = own
+            x, t, context, *others = own
             assert x is not None and context is not None
-            conditioning = Conditioning(context, vector, concat)
+            conditioning = Conditioning(context, *others)
             return cls(own, *record(lambda: network(x, t, conditioning), x.device))
 
     def __call__(self, inputs: Inputs) -> Tensor:

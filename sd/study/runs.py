@@ -57,7 +57,7 @@ def spacing_of(sampler: str | Sampler, usual: str | None) -> str | None:
 
 def guidance_of(model: StableDiffusion, settings: SamplingParams = SETTINGS) -> float:
     """The guidance scale of the settings, or else the default of the model."""
-    return model.config.guidance if settings.guidance is None else settings.guidance
+    return model.defaults.guidance if settings.guidance is None else settings.guidance
 
 
 def denoiser(

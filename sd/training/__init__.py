@@ -18,7 +18,7 @@ from .distillation import (
     trajectory_loss,
 )
 from .ema import EMA
-from .initialization import initialise_text_encoder, initialise_unet, initialise_vae, widen_input
+from .initialization import add_guidance_input, initialise_text_encoder, initialise_unet, initialise_vae, widen_input
 from .lora import TrainableLora, lora_layers, lora_metadata, lora_tensors
 from .losses import contrastive_loss, diffusion_loss, level_batch, min_snr_weight, vae_loss, velocity_weight
 from .memory import channels_last, checkpoint_activations
@@ -29,6 +29,7 @@ __all__ = [
     "Muon",
     "Points",
     "TrainableLora",
+    "add_guidance_input",
     "channels_last",
     "checkpoint_activations",
     "consistency",

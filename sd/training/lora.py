@@ -185,10 +185,11 @@ def lora_tensors(
     return tensors
 
 
-def lora_metadata(lora: TrainableLora) -> dict[str, str]:
-    """The metadata of a LoRA file that kohya's scripts write and other programs show."""
+def lora_metadata(lora: TrainableLora, title: str) -> dict[str, str]:
+    """The metadata of a LoRA file, as kohya's scripts write it and other programs show it; `title` names the LoRA."""
     return {
         "format": "pt",
+        "modelspec.title": title,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(lora.rank),
         "ss_network_alpha": str(lora.alpha),

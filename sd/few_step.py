@@ -1,0 +1,153 @@
+"""Models and LoRAs that were distilled to few steps: the settings they are made for, and how they are recognised.
+
+Nothing in the weights of a distilled LoRA or model says that it is one, apart from an embedding of the guidance scale
+in the U-Net. So what remains is what people and tools write about them: metadata, a folder's scheduler, file names.
+
+    LCM        consistency distillation. Luo et al. 2023, "Latent consistency models" (arXiv:2310.04378: the guidance is
+               an input of the network) and "LCM-LoRA" (arXiv:2311.05556: it is in the weights)
+    TCD        Zheng et al. 2024, "Trajectory consistency distillation" (arXiv:2402.19159)
+    Hyper-SD   Ren et al. 2024 (arXiv:2404.13686): one LoRA for each number of steps; "CFG" in the name keeps guidance
+    SD-Turbo   Sauer et al. 2023, "Adversarial diffusion distillation" (arXiv:2311.17042): SD 2.1 for 1 to 4 steps
+
+Guidance is counted as everywhere here: 1 is none, which diffusers also writes as 0.
+
+>>> kind = named("Hyper-SD15-8steps-CFG-lora")
+>>> kind.described("LoRA"), kind.settings()
+('a Hyper-SD LoRA', '8 steps, sampler ddim, guidance 5')
+>>> named("pixel-art") is None
+True
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from .config import Config
+
+DISTILLED = ("lcm", "tcd")  # samplers that suit only such models
+MOST_STEPS = 12  # a model whose default is more steps than these is none of few steps
+
+
+@dataclass(frozen=True)
+class FewStep:
+    """The customary settings of one kind of few-step model."""
+
+    label: str
+    sampler: str  # a key of `samplers.SAMPLERS`
+    spacing: str  # one of `schedule.SPACINGS`
+    steps: int
+    range: tuple[int, int]  # of the steps it is made for
+    guidance: float
+    guidances: tuple[float, float]  # the range of guidance it is made for
+
+    def described(self, what: str) -> str:
+        """The kind with an article: "an LCM LoRA"."""
+        return f"{'an' if self.label == 'LCM' else 'a'} {self.label} {what}"
+
+    def settings(self) -> str:
+        """The settings as text."""
+        return f"{_counted(self.steps)}, sampler {self.sampler}, guidance {self.guidance:g}"
+
+    def introduced(self, name: str) -> str:
+        """What is said of a LoRA of this name."""
+        return f"{name} is {self.described('LoRA')}: {self.settings()}"
+
+    def applied(self, config: Config) -> Config:
+        """The config with these settings as its defaults."""
+        return replace(
+            config, sampler=self.sampler, spacing=self.spacing, steps=self.steps, guidance=float(self.guidance)
+        )
+
+    def far(self, steps: int, guidance: float) -> str | None:
+        """What is customary, as text, if steps or guidance are outside of it."""
+        (least, most), (low, high) = self.range, self.guidances
+        if least <= steps <= most and low <= guidance <= high:
+            return None
+        count = _counted(most) if least == most else f"{least} to {_counted(most)}"
+        return f"{count} and guidance {low:g}" + (f" to {high:g}" if high > low else "")
+
+
+def _counted(steps: int) -> str:
+    return f"{steps} step{'s' if steps != 1 else ''}"
+
+
+# The model cards of latent-consistency/lcm-lora-sdv1-5 (2 to 8 steps, guidance 1 to 2), SimianLuo/LCM_Dreamshaper_v7
+# (1 to 8 steps, guidance 8; diffusers' guide: it was trained with 3 to 13), h1t/TCD-SD15-LoRA (4 steps, and more
+# improve the image), ByteDance/Hyper-SD (guidance 5 to 8 with "CFG") and stabilityai/sd-turbo (1 to 4 steps).
+LCM = FewStep("LCM", "lcm", "lcm", 4, (2, 8), 1.0, (1.0, 2.0))
+LCM_GUIDED = FewStep("LCM", "lcm", "lcm", 4, (1, 8), 8.0, (3.0, 13.0))
+TCD = FewStep("TCD", "tcd", "lcm", 4, (2, 20), 1.0, (1.0, 2.0))
+HYPER = FewStep("Hyper-SD", "ddim", "trailing", 4, (2, 8), 1.0, (1.0, 1.0))
+HYPER_ONE = replace(HYPER, sampler="tcd", spacing="lcm", steps=1, range=(1, 8))
+HYPER_GUIDED = replace(HYPER, guidance=5.0, guidances=(5.0, 8.0))
+TURBO = FewStep("Turbo", "euler_a", "trailing", 1, (1, 4), 1.0, (1.0, 1.0))
+
+STEPS = re.compile(r"(?<!\d)(\d{1,2})[ _-]?steps?(?![a-z])")
+# A name's words and the kind that they mean. Digits may stand beside a word: "dreamshaper_8LCM".
+WORDS = (
+    (re.compile(r"hyper[ _-]?sd"), HYPER),
+    (re.compile(r"(?<![a-z])tcd(?![a-z])"), TCD),
+    (re.compile(r"(?<![a-z])lcm(?![a-z])"), LCM),
+    (re.compile(r"(?<![a-z])sd[ _-]?turbo(?![a-z])"), TURBO),
+)
+TITLES = ("modelspec.title", "ss_output_name")  # entries of metadata that hold a model's name
+
+
+def named(name: str) -> FewStep | None:
+    """The kind of few-step model that a name means, with the number of steps in it; None for any other name."""
+    name = name.lower()
+    kind = next((kind for pattern, kind in WORDS if pattern.search(name)), None)
+    found = STEPS.search(name)
+    steps = int(found[1]) if found else 0
+    if kind is HYPER:
+        kind = HYPER_GUIDED if re.search(r"(?<![a-z])cfg(?![a-z])", name) else HYPER_ONE if steps == 1 else HYPER
+    if kind is None or not 1 <= steps <= MOST_STEPS:
+        return kind
+    return replace(kind, steps=steps, range=(min(steps, kind.range[0]), max(steps, kind.range[1])))
+
+
+def first_named(names: Iterable[tuple[str, str]]) -> tuple[FewStep, str] | None:
+    """The kind that the first telling name means, and where that name was found; `names` are (place, name)."""
+    for place, name in names:
+        if (kind := named(name)) is not None:
+            return kind, place
+    return None
+
+
+def of_config(config: Config) -> FewStep | None:
+    """The kind of a model, by the defaults in its config; None for an ordinary model."""
+    if config.unet.guidance is not None:
+        return replace(LCM_GUIDED, sampler=config.sampler, steps=config.steps or LCM_GUIDED.steps)
+    kind = next((kind for kind in (LCM, TCD) if kind.sampler == config.sampler), None)
+    if kind is None:
+        if config.steps is None or config.steps > MOST_STEPS:
+            return None
+        kind = replace(TURBO, label="few-step", sampler=config.sampler)
+    steps, (least, most), (low, high) = config.steps or kind.steps, kind.range, kind.guidances
+    return replace(
+        kind,
+        steps=steps,
+        range=(min(least, steps), max(most, steps)),
+        guidance=config.guidance,
+        guidances=(min(low, config.guidance), max(high, config.guidance)),
+    )
+
+
+def unsuited(found: tuple[str, FewStep] | None, sampler: str, steps: int, guidance: float) -> str | None:
+    """What to say about settings that do not suit a model; None if they do.
+
+    found   what makes it a model of few steps, and its kind; None for an ordinary model
+    """
+    if found is None:
+        if sampler not in DISTILLED:
+            return None
+        return (
+            f"the sampler {sampler} is for models of few steps, and nothing says that this is one: images of an "
+            "ordinary model are blurred; add an LCM or TCD LoRA, or use another sampler"
+        )
+    what, kind = found
+    customary = kind.far(steps, guidance)
+    given = f"{_counted(steps)} and guidance {guidance:g}"
+    return None if customary is None else f"{given}: {what} is made for {customary}"
