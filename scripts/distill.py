@@ -87,7 +87,7 @@ def parser() -> cli.Parser:
     add = parser.add_argument_group("distillation").add_argument
     add(
         "--method", choices=METHODS, default="lcm",
-        help="consistency distillation (Luo et al. 2023), or of trajectories (Zheng et al. 2024) (default: %(default)s)",
+        help="consistency (Luo et al. 2023) or trajectory distillation (Zheng et al. 2024) (default: %(default)s)",
     )  # fmt: skip
     add(
         "--guidance", type=float, nargs="+", metavar="G",
@@ -227,8 +227,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--phrasings must be at least 1, --samples at least 0, --huber above 0")
     if args.lora_rank is None and args.lora_alpha is not None:
         raise ValueError("--lora-alpha goes with --lora-rank")
-    if args.lora_rank is not None and not (args.lora_rank >= 1 and (args.lora_alpha or 1) > 0):
+    if args.lora_rank is not None and not (args.lora_rank >= 1 and (args.lora_alpha is None or args.lora_alpha > 0)):
         raise ValueError("--lora-rank must be at least 1, --lora-alpha above 0")
+    if args.lora_rank is not None and len(args.guidance or ()) > 1:
+        raise ValueError("a LoRA cannot be told the guidance: give one --guidance, or leave out --lora-rank")
     if args.target == "average" and args.ema == 0:
         raise ValueError("--target average needs an average of the weights: --ema above 0")
     SamplingParams(steps=args.sample_steps)
