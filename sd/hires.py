@@ -30,7 +30,7 @@ from .latents import latent_shape
 from .params import HighRes, ResolvedParams
 from .run import Result, Run, Start, text_to_image
 from .samplers import Step
-from .schedule import Levels
+from .schedule import ALL_STEPS, Levels
 
 if TYPE_CHECKING:
     from .pipeline import StableDiffusion
@@ -106,6 +106,8 @@ def second_pass(request: HighRes, params: ResolvedParams, most: int) -> tuple[Re
     strength = request.hires_strength
     if request.hires_steps is None or strength == 0:
         return params, strength
+    if params.spacing in ALL_STEPS:
+        return replace(params, steps=request.hires_steps), strength
     grid = int(request.hires_steps / strength)  # rounded down, as in the web UI
     if grid > most:
         raise ValueError(

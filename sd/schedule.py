@@ -73,7 +73,9 @@ class Levels(list[Level]):
 
 CLEAN = Level(t=-1.0, alpha=1.0, sigma=0.0)  # one step before timestep 0, as in the original's alphas_cumprod_prev
 
-SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential")
+SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential", "lcm")
+ALL_STEPS = ("lcm",)  # spacings of which `strength` limits the timesteps, and all steps are taken among these
+LCM_TIMESTEPS = 50  # on the grid that LCMs are distilled on: Luo et al. 2023, whose skipping step k is 20
 # Samplers divide by alpha, so a schedule that ends in pure noise is clamped here, at sigma / alpha = 4519, as in other
 # tools.
 MIN_ALPHA_BAR = 4.8973451890853435e-08
@@ -152,7 +154,7 @@ class Schedule:
         """The grid of an n-step run: n levels to evaluate, noisiest first, and the final level.
 
         n in 1..steps. `strength` in [0, 1] keeps the last int(n * strength) steps, for image to image; 0 leaves only
-        the final level. Spacings:
+        the final level. With lcm it limits the timesteps, and all n steps are taken among these. Spacings:
 
         leading      ..., 1 + steps/n, 1, then timestep 0, which is not quite clean: as in the original DDIM if n
                      divides 1000. If not, it takes too many steps or reads past the end; here strides stay even.
@@ -160,6 +162,9 @@ class Schedule:
         linspace     steps - 1 to 0 inclusive, with fractional timesteps (k-diffusion's get_sigmas), to clean
         karras       evenly spaced in ratio^(1/7) over the range of the schedule, to clean (Karras et al. 2022)
         exponential  evenly spaced in ln(ratio) over the same range, to clean
+        lcm          n of the 50 timesteps that latent consistency models are distilled on (19, 39, ..., 999), to clean.
+                     `strength` keeps the lowest int(50 * strength) of these, as LCMScheduler of diffusers does (Luo et
+                     al. 2023). Raises ValueError if they are fewer than n
         """
         if not isinstance(n, (int, np.integer)) or not 1 <= n <= self.steps:
             raise ValueError(f"steps must be a whole number from 1 to {self.steps}, got {n}")
@@ -167,6 +172,8 @@ class Schedule:
             raise ValueError(f"strength must be in [0, 1], got {strength}")
         if spacing not in SPACINGS:
             raise ValueError(f"unknown spacing {spacing!r}, expected one of {', '.join(SPACINGS)}")
+        if spacing == "lcm":
+            return Levels([*map(self.level, self._lcm_timesteps(n, strength)), CLEAN], self)
         end = CLEAN
         if spacing == "leading":
             # timesteps 1, 1 + steps/n, ..., ending at 0, one below the first; all one lower if n = steps, because
@@ -175,7 +182,7 @@ class Schedule:
             levels = [self.level(i * self.steps // n + offset) for i in reversed(range(n))]
             end = self.level(offset - 1)
         elif spacing == "trailing":
-            levels = [self.level(round(i * self.steps / n) - 1) for i in range(n, 0, -1)]
+            levels = [self.level(t) for t in self._trailing(n)]
         elif spacing == "linspace":
             levels = [self.level(t) for t in np.linspace(self.steps - 1, 0, n).tolist()]
         else:
@@ -184,6 +191,23 @@ class Schedule:
             levels = [self.level_of_ratio(ratio) for ratio in ratios(n, low, high, rho)]
         kept = int(n * strength + 1e-9)  # 0.7 * 10 is 6.999...
         return Levels([*levels[n - kept :], end], self)
+
+    def _trailing(self, n: int) -> list[int]:
+        """n timesteps in even strides, from the last one downwards."""
+        return [round(i * self.steps / n) - 1 for i in range(n, 0, -1)]
+
+    def _lcm_timesteps(self, n: int, strength: float) -> list[int]:
+        """n timesteps of the grid of LCMs, evenly spaced in it, from its part up to this strength."""
+        grid = self._trailing(min(LCM_TIMESTEPS, self.steps))
+        kept = int(len(grid) * strength + 1e-9)  # as in `levels`
+        if n > (kept if strength > 0 else len(grid)):
+            part = f", of which strength {strength:g} leaves {kept}" if 0 < strength < 1 else ""
+            more = "more strength, " if part else ""
+            raise ValueError(
+                f"the spacing lcm has {len(grid)} timesteps{part}, too few for {n} step{'s' * (n > 1)}: use fewer "
+                f"steps, {more}or the spacing trailing"
+            )
+        return [grid[len(grid) - kept + i * kept // n] for i in range(n)] if kept else []
 
     def add_noise(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
         """x_t of clean x0 and unit normal noise of the same shape: alpha x0 + sigma noise."""

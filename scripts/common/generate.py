@@ -225,7 +225,7 @@ def _generate(args: argparse.Namespace, plan: Plan, addons: AddOns, output: Outp
         except ValueError as error:
             raise line.at(error) from None
     spacings = {request.params.resolved(model.config).spacing for request in plan.requests}
-    if model.config.schedule.to_noise and spacings - {"trailing", "linspace"}:
+    if model.config.schedule.to_noise and spacings - {"trailing", "linspace", "lcm"}:
         warnings.warn(
             "this model starts from pure noise (zero terminal SNR), which this spacing does not give: "
             "--spacing trailing does; --guidance-rescale 0.7 takes back the contrast that guidance adds",
@@ -352,11 +352,13 @@ def check_prompts(request: TextToImage) -> None:
 def check_for_model(model: sd.StableDiffusion, request: TextToImage) -> None:
     """Raise the ValueError that settings of a request lead to with this model, before the first image."""
     params = request.params.resolved(model.config)
-    model.schedule.levels(params.steps, params.spacing)
+    strength = request.strength if isinstance(request, ImageToImage | Inpaint) else 1.0
+    model.schedule.levels(params.steps, params.spacing, strength)
     model.latent_shape(params.height, params.width)
     if isinstance(request, HighRes):
         enlarged_shape(model.config, request)
-        second_pass(request, params, model.schedule.steps)
+        second, strength = second_pass(request, params, model.schedule.steps)
+        model.schedule.levels(second.steps, second.spacing, strength)
     if request.clip_skip is not None:
         layer_of_clip_skip(model.config.text[0], request.clip_skip, note=lambda text: None)
 

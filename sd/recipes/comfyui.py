@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..messages import one_line
+from ..schedule import ALL_STEPS
 from .comfyui_nodes import DRAWN, MAX_NODES, PIPES, TEXTS, Entry, Node, is_link, lora_entries, plain, reads_tags
 from .containers import MAX_TEXT
 from .infotext import loras_in
@@ -40,8 +41,9 @@ KNOWN = {
 }  # fmt: skip
 SAMPLER_NODES = {  # nodes that are one sampler
     "SamplerEulerAncestral": "euler_a", "SamplerDPMPP_2M_SDE": "dpmpp_2m_sde", "SamplerDPMPP_SDE": "dpmpp_sde",
-    "SamplerLMS": "lms", "SamplerDPMPP_2S_Ancestral": "dpmpp_2s_a",
+    "SamplerLMS": "lms", "SamplerDPMPP_2S_Ancestral": "dpmpp_2s_a", "TCDModelSamplingDiscrete": "tcd",
 }  # fmt: skip
+TCD, DISCRETE = "TCDModelSamplingDiscrete", "ModelSamplingDiscrete"
 MASKS = ("VAEEncodeForInpaint", "SetLatentNoiseMask", "InpaintModelConditioning")
 # what the web UI's syntax and ComfyUI's read differently
 READ_DIFFERENTLY = re.compile(r"[(\[#]|\bAND\b|\bBREAK\b|:\s*[\d.]+\s*\Z")
@@ -211,11 +213,14 @@ class Graph:
                 draft.put(name, value)
         if name := SAMPLER_NODES.get(chosen.kind) or self.value(chosen, "sampler_name"):
             draft.sampler(name)
-        if chosen.kind in SAMPLER_NODES and self.value(chosen, "eta") not in (None, 1):
+        if chosen.kind == TCD:
+            draft.put("gamma", self.value(chosen, "eta"), "eta")
+        elif chosen.kind in SAMPLER_NODES and self.value(chosen, "eta") not in (None, 1):
             draft.note(f"eta {one_line(self.value(chosen, 'eta'))} is not available: 1 is used")
         grid = SIGMAS.get(sigmas.kind) or self.value(sigmas, "scheduler") or (sigmas.kind if sigmas != node else "")
         if grid:
-            draft.grid(grid, draft.settings.get("steps"))
+            of_lcm = any(map(self._of_lcm, self.upstream(guider.links("model") + node.links("sigmas"))))
+            draft.grid(grid, draft.settings.get("steps"), of_lcm)
         start, end = self.value(node, "start_at_step"), self.value(node, "end_at_step")
         steps = draft.settings.get("steps", 0)
         if (isinstance(start, int) and start > 0) or (isinstance(end, int) and end < steps):
@@ -225,10 +230,15 @@ class Graph:
         denoise = self.value(sigmas, "denoise")
         if isinstance(denoise, int | float) and denoise < 1:
             draft.put("strength", denoise, "denoise")
+        if isinstance(denoise, int | float) and denoise < 1 and draft.settings.get("spacing") not in ALL_STEPS:
             draft.note(
                 f"ComfyUI runs all {steps} steps at denoise {denoise:g}, here only that share of them is run: "
                 f"--steps {round(steps / max(denoise, 0.01))} comes closest"
             )
+
+    def _of_lcm(self, node: Node) -> bool:
+        """Whether a node gives the model the timesteps of LCMs, and so to all its grids."""
+        return node.kind == TCD or (node.kind == DISCRETE and self.value(node, "sampling") == "lcm")
 
     def _start(self, draft: Draft, node: Node, chain: list[Node]) -> None:
         """Where the latents come from: empty ones, or an image."""
@@ -332,7 +342,7 @@ class Graph:
                 draft.model = Addon(file_name(name))
             elif not entries and above.kind == "RescaleCFG":
                 draft.put("guidance_rescale", self.value(above, "multiplier") or 0.0)
-            elif not entries and not isinstance(name, str):
+            elif not entries and not isinstance(name, str) and not self._of_lcm(above):
                 self._passing(above)
         for name in sorted(self.encoder_loras - in_unet):
             draft.note(f"LoRA {name} changes only the text encoder in this graph: it is left out")

@@ -20,7 +20,7 @@ from .recipe import WEIGHTED, Addon, Draft, Recipe, clean, file_name, short_list
 # InvokeAI's names of samplers end in "_k" for Karras' grid; all others have the grid of diffusers' models
 INVOKE_GRID = {"lms": "leading", "euler": "leading", "euler_a": "leading", "heun": "leading", "dpm2": "leading"}
 INVOKE_GRID |= dict.fromkeys(("dpm2_a", "dpmpp_2s_a", "dpmpp_2m", "dpmpp_sde", "dpmpp_2m_sde", "unipc"), "leading")
-INVOKE_GRID |= dict.fromkeys(("ddim", "ddpm", "plms"), "leading")
+INVOKE_GRID |= dict.fromkeys(("ddim", "ddpm", "plms"), "leading") | dict.fromkeys(("lcm", "tcd"), "lcm")
 INVOKE_HARMLESS = {
     "app_version", "generation_mode", "positive_prompt", "negative_prompt", "width", "height", "seed", "rand_device",
     "cfg_scale", "cfg_rescale_multiplier", "steps", "scheduler", "seamless_x", "seamless_y", "clip_skip", "model",

@@ -38,9 +38,10 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line 
 GRIDS = {
     "uniform": "linspace", "normal": "linspace", "karras": "karras", "exponential": "exponential",
     "polyexponential": "exponential", "simple": "trailing", "ddim": "leading", "ddimuniform": "leading",
-    "leading": "leading", "trailing": "trailing", "linspace": "linspace", "discrete": "linspace",
+    "leading": "leading", "trailing": "trailing", "linspace": "linspace", "discrete": "linspace", "lcm": "lcm",
 }  # fmt: skip
-NEAR = {"sgmuniform": "trailing"}  # not the same, but close
+NEAR = {"sgmuniform": "trailing", "tcd": "lcm"}  # not the same, but close
+OF_LCM = {"simple": "lcm", "sgmuniform": "lcm"}  # of the timesteps of LCMs: the first is exactly ours
 MISSING = {"beta"}  # not available; it stands at the end of names of samplers, too
 
 
@@ -203,12 +204,14 @@ class Draft:
                 f"{SAMPLERS[found].label}: other programs draw its noise from a Brownian tree, so the image will differ"
             )
 
-    def grid(self, name: object, steps: object = None) -> None:
-        """The grid of noise levels by its name in any program."""
+    def grid(self, name: object, steps: object = None, lcm: bool = False) -> None:
+        """The grid of noise levels by its name in any program; `lcm` if it is made of the timesteps of LCMs."""
         plain = re.sub(r"[^a-z]", "", str(name)[:NAME].lower())
         if plain in GRIDS or plain in NEAR:
-            self.settings["spacing"] = {**GRIDS, **NEAR}[plain]
-        if plain in NEAR or (plain == "simple" and isinstance(steps, int) and steps > 0 and 1000 % steps):
+            self.settings["spacing"] = {**GRIDS, **NEAR, **(OF_LCM if lcm else {})}[plain]
+        uneven = plain == "simple" and not lcm and isinstance(steps, int) and steps > 0 and 1000 % steps
+        near = plain in NEAR or (plain == "lcm" and self.program.startswith("Fooocus"))  # it is "sgm_uniform" there
+        if near or uneven:
             self.note(f"grid {one_line(name)}: {self.settings['spacing']} is close, but not the same")
         elif plain not in GRIDS:
             self.note(f"grid {one_line(name)} is not available: the default of the sampler is used")

@@ -185,6 +185,8 @@ def _sampling(draft: Draft, pairs: Mapping[str, str], ours: bool) -> None:
     if "sampler" in pairs:
         automatic = schedule.lower() == "automatic"
         draft.sampler(pairs["sampler"], {} if ours or next_ else AUTOMATIC if automatic else UNIFORM)
+        if draft.settings.get("sampler") == "lcm" and (automatic or not schedule):
+            _grid_of_lcm(draft)
     if draft.program.startswith(("the web UI", "Forge")) and draft.settings.get("sampler") in TIMESTEPS:
         schedule = ""
     if schedule and schedule.lower() not in ("automatic", "default", "use same scheduler"):
@@ -204,6 +206,13 @@ def _sampling(draft: Draft, pairs: Mapping[str, str], ours: bool) -> None:
             draft.note("SD.Next writes no RNG if it is its default, the GPU's: that is assumed")
     if "batch size" in pairs and (ours or draft.settings.get("rng") == "comfy"):
         _batch(draft, pairs)
+
+
+def _grid_of_lcm(draft: Draft) -> None:
+    """The web UI's own grid for LCM is even from timestep 999 to 19 (its sd_samplers_lcm.py)."""
+    if draft.program.startswith(("the web UI", "Forge")) and "spacing" not in draft.settings:
+        draft.settings["spacing"] = "linspace"
+        draft.note("the web UI's grid for LCM ends at timestep 19: linspace is close, but not the same")
 
 
 def _batch(draft: Draft, pairs: Mapping[str, str]) -> None:

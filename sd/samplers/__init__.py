@@ -8,11 +8,12 @@
     multistep.py     PLMS, LMS
     karras.py        Euler, Heun, DPM2, and the ancestral Euler a, DPM2 a
     dpm_solver.py    DPM++ 2S a, SDE, 2M, 2M SDE, and UniPC
+    few_step.py      LCM and TCD, for distilled models
 
 To add a sampler, write such a generator (it takes `noise`, even if it draws none), import it here and add an entry to
 `SAMPLERS`, and to `ALIASES` if other tools have another name for it: the command line, the Python API and the metadata
 of images read its name, options and defaults from there. An option whose default is an int takes whole numbers. If a
-sampler draws noise only for some values of an option, that option has to be called `eta`: see `Sampler.draws`.
+sampler draws no noise where an option is 0, name that option in `AMOUNTS`: see `Sampler.draws`.
 
 >>> import torch
 >>> from sd.schedule import Schedule
@@ -33,6 +34,7 @@ from typing import NamedTuple
 from ..schedule import SPACINGS
 from .ddim import ddim, ddpm, posterior
 from .dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_a, dpmpp_sde, unipc
+from .few_step import lcm, tcd
 from .karras import ancestral, dpm2, dpm2_a, euler, euler_a, heun
 from .multistep import ADAMS_BASHFORTH, lms, multistep_weights, plms
 from .step import Denoise, Noise, Step, eps_of, move
@@ -40,8 +42,8 @@ from .step import Denoise, Noise, Step, eps_of, move
 __all__ = [
     "ADAMS_BASHFORTH", "ALIASES", "SAMPLERS", "Denoise", "Noise", "Option", "Sampler", "Step", "ancestral", "ddim",
     "ddpm", "dpm2", "dpm2_a", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s_a", "dpmpp_sde", "eps_of", "euler", "euler_a",
-    "find_sampler", "heun", "lms", "move", "multistep_weights", "plms", "posterior", "sampler_key", "spacing_in",
-    "unipc",
+    "find_sampler", "heun", "lcm", "lms", "move", "multistep_weights", "plms", "posterior", "sampler_key", "spacing_in",
+    "tcd", "unipc",
 ]  # fmt: skip
 
 
@@ -54,6 +56,9 @@ class Option(NamedTuple):
     help: str
 
 
+AMOUNTS = ("eta", "gamma")  # options that are amounts of fresh noise: at 0 their samplers draw none
+
+
 class Sampler(NamedTuple):
     """A sampler and its description, from which --help and the table in docs are generated."""
 
@@ -62,17 +67,19 @@ class Sampler(NamedTuple):
     paper: str
     order: int
     evaluations: int  # of the network per step
-    stochastic: bool  # whether it draws noise; a sampler with the option eta also does if eta is above 0
+    stochastic: bool  # whether it draws noise, if its options have their defaults
     spacing: str  # default, one of SPACINGS
     steps: int  # default number of steps
     options: Mapping[str, Option] = MappingProxyType({})  # keyword arguments of `run`
 
     def draws(self, options: Mapping[str, float] = MappingProxyType({})) -> bool:
         """Whether a run with these options draws noise."""
-        return self.stochastic or options.get("eta", 0.0) > 0
+        amounts = [options.get(name, option.default) for name, option in self.options.items() if name in AMOUNTS]
+        return max(amounts) > 0 if amounts else self.stochastic
 
 
 ETA = Option(0.0, 0.0, 1.0, "amount of fresh noise in each step, from 0 (none) to 1 (as much as DDPM)")
+GAMMA = Option(0.3, 0.0, 1.0, "share of fresh noise in each step, from 0 (none) to 1 (all)")
 ORDER = Option(4, 1, 4, "number of previous steps that it extrapolates from")
 
 HO, LIU, KARRAS = "Ho et al. 2020", "Liu et al. 2022", "Karras et al. 2022"
@@ -92,6 +99,8 @@ SAMPLERS = {
     "dpmpp_sde": Sampler("DPM++ SDE", dpmpp_sde, LU_B, 1, 2, True, "karras", 20),
     "dpmpp_2m_sde": Sampler("DPM++ 2M SDE", dpmpp_2m_sde, LU_B, 1, 1, True, "karras", 25),
     "unipc": Sampler("UniPC", unipc, "Zhao et al. 2023", 3, 1, False, "karras", 30),
+    "lcm": Sampler("LCM", lcm, "Luo et al. 2023", 1, 1, True, "lcm", 4),
+    "tcd": Sampler("TCD", tcd, "Zheng et al. 2024", 1, 1, True, "lcm", 4, MappingProxyType({"gamma": GAMMA})),
 }
 
 # names in the original's scripts, k-diffusion, A1111, ComfyUI and SD.Next, and diffusers' classes without "Scheduler"
@@ -137,10 +146,8 @@ def find_sampler(name: str | Sampler) -> Sampler:
     if isinstance(name, Sampler):
         return name
     plain = _plain(name).removesuffix("scheduler")
-    for spacing in SPACINGS:
-        found = NAMES.get(plain.removesuffix(spacing))
-        if found is not None and plain.endswith(spacing):
-            return found._replace(spacing=spacing)
+    if (spacing := spacing_in(name)) is not None:
+        return NAMES[plain.removesuffix(spacing)]._replace(spacing=spacing)
     if plain not in NAMES:
         raise ValueError(
             f"unknown sampler {name!r}, expected one of {', '.join(SAMPLERS)}, "
@@ -158,6 +165,7 @@ def sampler_key(entry: Sampler) -> str:
 
 
 def spacing_in(name: str | Sampler) -> str | None:
-    """The spacing at the end of a sampler's name, if there is one: "karras" in "DPM++ 2M Karras"."""
+    """The spacing at the end of a sampler's name, if there is one: "karras" in "DPM++ 2M Karras", none in "LCM"."""
     plain = _plain(name).removesuffix("scheduler") if isinstance(name, str) else ""
-    return next((spacing for spacing in SPACINGS if plain.endswith(spacing)), None)
+    ends = (spacing for spacing in SPACINGS if plain.endswith(spacing) and plain.removesuffix(spacing) in NAMES)
+    return next(ends, None)

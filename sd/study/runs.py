@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -25,8 +24,8 @@ from ..denoiser import Denoiser
 from ..noise import draw, generators
 from ..params import SamplingParams
 from ..pipeline import StableDiffusion
-from ..samplers import Denoise, Sampler, Step, find_sampler
-from ..schedule import SPACINGS, Levels
+from ..samplers import Denoise, Sampler, Step, spacing_in
+from ..schedule import Levels
 
 # fast, deterministic, and from pure noise to clean data
 SETTINGS = SamplingParams(sampler="ddim", steps=20, spacing="trailing", seed=1)
@@ -51,8 +50,7 @@ def spacing_of(sampler: str | Sampler, usual: str | None) -> str | None:
     >>> spacing_of("DPM++ 2M Karras", "trailing"), spacing_of("dpmpp_2m", "trailing")
     ('karras', 'trailing')
     """
-    asked = isinstance(sampler, str) and not {*re.split(r"[\s_]+", sampler.lower())}.isdisjoint(SPACINGS)
-    return find_sampler(sampler).spacing if asked else usual
+    return spacing_in(sampler) or usual
 
 
 def guidance_of(model: StableDiffusion, settings: SamplingParams = SETTINGS) -> float:
