@@ -128,6 +128,33 @@ class Student(nn.Module):
         with self.lora.disabled():
             return self.unet(x, t, conditioning)
 
+    def trained_lora(self, weights: Mapping[str, Tensor]) -> TrainableLora:
+        """The LoRA with these weights of an objective; attached to no network."""
+        assert self.lora is not None
+        other = TrainableLora(self.unet, self.lora.names, self.lora.rank, self.lora.alpha)
+        other.load_state_dict(part(weights, "student.lora."))
+        return other.requires_grad_(False)
+
+    def network(self, weights: Mapping[str, Tensor]) -> UNet:
+        """A U-Net for inference with these weights of an objective; a LoRA is merged into it."""
+        own = part(weights, "student.unet.")
+        own = own if self.lora is None else self.trained_lora(weights).merged(own)
+        return models.with_weights(self.unet, own, "")
+
+
+def part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights whose names begin with a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def make_student(args: argparse.Namespace, teacher: UNet, guidance: tuple[float, float], seed: int) -> Student:
+    """The student that the options ask for, equal to the teacher."""
+    if args.lora_rank:
+        return Student(teacher, TrainableLora(teacher, lora_layers(teacher), args.lora_rank, args.lora_alpha, seed))
+    if guidance[0] < guidance[1]:
+        return Student(add_guidance_input(teacher, GUIDANCE_WIDTH))
+    return Student(copy.deepcopy(teacher))
+
 
 class Objective(nn.Module):
     """The student with the loss of a method; text encoder and teacher are frozen."""
@@ -195,13 +222,18 @@ class SolverBatches:
             yield {**part, "guidance": low + (high - low) * of_guidance}
 
 
-def distilled(config: Config, method: str, guidance: float | None) -> Config:
-    """The config of the distilled model: the method's sampler and steps. `guidance`: of a student that is told it."""
+def distilled(config: Config, method: str, guidance: tuple[float, float]) -> Config:
+    """The config of the distilled model: the method's sampler and steps, no guidance.
+
+    A student that is told its guidance has as default the teacher's, or what is nearest to it in the range.
+    """
     kind = METHODS[method]
-    config = kind.applied(replace(config, name=f"{config.name} {kind.label}"[:100]))
-    if guidance is None:
-        return config
-    return replace(config, guidance=guidance, unet=replace(config.unet, guidance=GUIDANCE_WIDTH))
+    made = kind.applied(replace(config, name=f"{config.name} {kind.label}"[:100]))
+    low, high = guidance
+    if low == high:
+        return made
+    told = replace(config.unet, guidance=GUIDANCE_WIDTH)
+    return replace(made, unet=told, guidance=min(max(config.guidance, low), high))
 
 
 def find_teacher(args: argparse.Namespace, device: torch.device) -> StableDiffusion:
@@ -256,16 +288,9 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     if args.samples and not prompts:
         prompts = some_captions(args.samples, model, data)
 
-    teacher, lora, told = model.unet, None, None
-    if args.lora_rank:
-        lora = TrainableLora(teacher, lora_layers(teacher), args.lora_rank, args.lora_alpha, recipe.seed)
-        student = Student(teacher, lora)
-    elif guidance[0] < guidance[1]:
-        told = min(max(model.config.guidance, guidance[0]), guidance[1])
-        student = Student(add_guidance_input(teacher, GUIDANCE_WIDTH))
-    else:
-        student = Student(copy.deepcopy(teacher))
-    unet = student.unet
+    teacher = model.unet
+    student = make_student(args, teacher, guidance, recipe.seed)
+    unet, lora = student.unet, student.lora
     objective = Objective(student, student.without_lora if lora else teacher, model, args.method, args.huber)
     channels_last(teacher, device)
     channels_last(objective, device)
@@ -280,29 +305,20 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         objective.average = trainer.ema.average
     trained = sum(p.numel() for p in trainer.trained.values())
     batches = Batches(data, model, recipe, processes, inpaint=model.is_inpainting, trained=trained)
-    config = distilled(model.config, args.method, told)
+    config = distilled(model.config, args.method, guidance)
     title = f"{config.name} LoRA"  # by which programs see what it is (sd/few_step.py)
     written = args.out / ("lora.safetensors" if lora else "model.safetensors")
 
-    def weights() -> tuple[dict[str, Tensor], TrainableLora | None]:
-        """The averaged weights by networks, and the averaged LoRA."""
-        found = {key.removeprefix("student."): value for key, value in trainer.weights().items()}
-        return found, None if lora is None else averaged_lora(lora, unet, found)
-
     def present() -> StableDiffusion:
-        """The student as it would be saved now."""
-        found, average = weights()
-        if average is not None:
-            plain = {key.removeprefix("unet."): value for key, value in found.items() if key.startswith("unet.")}
-            found |= {f"unet.{key}": value for key, value in average.merged(plain).items()}
-        return StableDiffusion(config, model.text_encoder, model.vae, models.with_weights(unet, found, "unet."))
+        return StableDiffusion(config, model.text_encoder, model.vae, student.network(trainer.weights()))
 
     def write() -> str:
-        dtype, average = find_dtype(args.export_dtype), weights()[1]
-        if average is None:
+        dtype = find_dtype(args.export_dtype)
+        if lora is None:
             models.write_model(present(), written, dtype)
         else:
-            save_tensors(lora_tensors({"unet": average}, model.config, dtype), written, lora_metadata(average, title))
+            found = student.trained_lora(trainer.weights())
+            save_tensors(lora_tensors({"unet": found}, model.config, dtype), written, lora_metadata(found, title))
         return ""
 
     def show(step: int) -> None:
@@ -315,13 +331,6 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     if processes.main:
         what = "a LoRA of the U-Net, for --lora" if lora else f"{config.name}, for --ckpt"
         print(f"{written}: {what} of every program")
-
-
-def averaged_lora(lora: TrainableLora, unet: UNet, weights: Mapping[str, Tensor]) -> TrainableLora:
-    """A LoRA like this one with other weights, those whose names begin with "lora."; not attached."""
-    other = TrainableLora(unet, lora.names, lora.rank, lora.alpha)
-    other.load_state_dict({key.removeprefix("lora."): v for key, v in weights.items() if key.startswith("lora.")})
-    return other.requires_grad_(False)
 
 
 def main(argv: list[str] | None = None) -> int:

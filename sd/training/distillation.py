@@ -44,11 +44,10 @@ from torch import Tensor
 from ..conditioning import Conditioning, Network
 from ..denoiser import concatenate
 from ..samplers import move
+from ..samplers.few_step import SIGMA_DATA, TIMESTEP_SCALING
 from ..schedule import Schedule
 from .losses import level_batch
 
-SIGMA_DATA = 0.5  # d: standard deviation of the data that Song et al. 2023 assume
-TIMESTEP_SCALING = 10.0  # c: of the code of Luo et al. 2023; f is almost x0 but for the last timesteps
 HUBER = 1e-3  # h: of the code of Luo et al. 2023
 
 
@@ -99,7 +98,7 @@ def solver_step(teacher: Network, schedule: Schedule, x_t: Tensor, t: Tensor, u:
 
 
 def boundary_scalings(t: Tensor) -> tuple[Tensor, Tensor]:
-    """c_skip and c_out (B, 1, 1, 1) of timesteps t (B,); at t = 0 they are 1 and 0."""
+    """c_skip and c_out (B, 1, 1, 1) of timesteps t (B,), as in the sampler (samplers/few_step.py)."""
     scaled = TIMESTEP_SCALING * t.float()[:, None, None, None]
     squares = scaled.square() + SIGMA_DATA**2
     return SIGMA_DATA**2 / squares, scaled * squares.rsqrt()
