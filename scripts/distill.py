@@ -94,6 +94,7 @@ def parser() -> cli.Parser:
         help="of the teacher (default: its own); two numbers: between them for each image, and the student is told it",
     )  # fmt: skip
     add("--solver-steps", type=int, default=50, metavar="N", help="steps of the teacher's grid (default: %(default)s)")
+    add("--skip", type=int, default=1, metavar="K", help="places on it that a solver step goes (default: %(default)s)")
     add(
         "--huber", type=float, default=1e-3, metavar="H", help="differences below it are squared (default: %(default)s)"
     )
@@ -202,10 +203,13 @@ class Objective(nn.Module):
 
 
 class SolverBatches:
-    """The batches of each step, with times on the grid of the solver and the teacher's guidance."""
+    """The batches of each step, with times on the grid of the solver and the teacher's guidance.
 
-    def __init__(self, batches: Batches, grid: tuple[int, ...], guidance: tuple[float, float]) -> None:
-        self.batches, self.guidance = batches, guidance
+    From t to u it is `skip` places on the grid, or what is left of it.
+    """
+
+    def __init__(self, batches: Batches, grid: tuple[int, ...], guidance: tuple[float, float], skip: int = 1) -> None:
+        self.batches, self.guidance, self.skip = batches, guidance, skip
         self.grid = torch.tensor(grid, device=batches.processes.device)
 
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
@@ -216,9 +220,10 @@ class SolverBatches:
         uniform = torch.rand(2, batches.total, generator=rng, device=device)
         for k, part in enumerate(batches(step)):
             of_guidance, of_s = uniform[:, batches.share(k)]
-            index = part.pop("t") * (len(self.grid) - 1) // batches.steps  # of u; each step is as likely
-            s = (of_s * (index + 1)).long()  # from clean data to u itself
-            part |= {"t": self.grid[index + 1], "u": self.grid[index], "s": self.grid[s]}
+            index = 1 + part.pop("t") * (len(self.grid) - 1) // batches.steps  # of t; all are as likely
+            to = (index - self.skip).clamp(min=0)
+            s = (of_s * (to + 1)).long()  # from clean data to u itself
+            part |= {"t": self.grid[index], "u": self.grid[to], "s": self.grid[s]}
             yield {**part, "guidance": low + (high - low) * of_guidance}
 
 
@@ -255,8 +260,8 @@ def guidance_range(args: argparse.Namespace, model: StableDiffusion) -> tuple[fl
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for options out of range."""
-    if args.phrasings < 1 or args.samples < 0 or not 0 < args.huber < math.inf:
-        raise ValueError("--phrasings must be at least 1, --samples at least 0, --huber above 0")
+    if args.phrasings < 1 or args.skip < 1 or args.samples < 0 or not 0 < args.huber < math.inf:
+        raise ValueError("--phrasings and --skip must be at least 1, --samples at least 0, --huber above 0")
     if args.lora_rank is None and args.lora_alpha is not None:
         raise ValueError("--lora-alpha goes with --lora-rank")
     if args.lora_rank is not None and not (args.lora_rank >= 1 and (args.lora_alpha is None or args.lora_alpha > 0)):
@@ -325,9 +330,8 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         write_sheet(args.out / f"samples-{step:06d}.png", present(), prompts, size, steps=args.sample_steps)
 
     trainer.describe(f"{title} of rank {lora.rank}" if lora else config.name, len(data["mean"]))
-    trainer.run(
-        SolverBatches(batches, grid, guidance), write, (size // model.config.vae.factor) ** 2, show if prompts else None
-    )
+    timed = SolverBatches(batches, grid, guidance, args.skip)
+    trainer.run(timed, write, (size // model.config.vae.factor) ** 2, show if prompts else None)
     if processes.main:
         what = "a LoRA of the U-Net, for --lora" if lora else f"{config.name}, for --ckpt"
         print(f"{written}: {what} of every program")

@@ -28,11 +28,11 @@ from sd.training import TrainableLora, lora_layers, solver_timesteps
 KINDS = {
     "weights": (),
     "lora": ("--lora-rank", 2, "--method", "tcd", "--target", "average", "--accumulate", 2),
-    "told": ("--guidance", 2, 6, "--huber", 0.01, "--solver-steps", 100),
+    "told": ("--guidance", 2, 6, "--huber", 0.01, "--solver-steps", 100, "--skip", 2),
 }
 
 
-def model_of(config, spread: float = 1.0) -> StableDiffusion:
+def model_of(config) -> StableDiffusion:
     torch.manual_seed(0)
     parts = TextEncoder(config.text[0]), VAE(config.vae), UNet(config.unet)
     return StableDiffusion(config, *(part.requires_grad_(False).eval() for part in parts))
@@ -47,7 +47,7 @@ def teacher(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def options(teacher, photos):  # noqa: F811
-    return ("--ckpt", teacher, "--data", photos, *QUICK, "--samples", 0, "--export-dtype", "float32")
+    return ("--ckpt", teacher, "--data", photos, *QUICK, "--log-every", 4, "--samples", 0, "--export-dtype", "float32")
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,16 @@ def test_a_lora_is_for_the_teacher(teacher, options, start, tmp_path):  # noqa: 
     assert sum(not torch.equal(before[key], value) for key, value in expected.items()) == len(lora.names)
 
 
+@pytest.mark.exhaustive
+def test_an_inpainting_model_stays_one(photos, start, tmp_path):  # noqa: F811
+    """Mask and masked latent go to the teacher, with and without the prompt, and to the student."""
+    config = replace(SMALL, guidance=3.0, unet=replace(SMALL.unet, in_channels=9))
+    write_model(model_of(config), tmp_path / "inpaint.safetensors", torch.float32)
+    given = ["--ckpt", tmp_path / "inpaint.safetensors", "--data", photos, *QUICK, "--samples", 0, "--steps", 2]
+    assert start(distill, *given, "--out", tmp_path / "out")[0] == 0
+    assert StableDiffusion.load(tmp_path / "out" / "model.safetensors", device="cpu").is_inpainting
+
+
 def test_a_range_of_guidance_is_told_to_the_student(options, start, tmp_path):  # noqa: F811
     assert start(distill, *options, *KINDS["told"], "--steps", 2, "--lr", 1e-2, "--out", tmp_path)[0] == 0
     model = StableDiffusion.load(tmp_path / "model.safetensors", device="cpu", dtype="float32")
@@ -132,20 +142,20 @@ class Parts:
         yield from ({"t": t[self.share(k)]} for k in range(2))
 
 
-def test_times_of_a_step():
-    """t and u are neighbours on the grid, all as likely; s is uniform from clean data to u, guidance in its range."""
+@pytest.mark.parametrize("skip", [1, 3])
+def test_times_of_a_step(skip):
+    """All t of the grid are as likely; u is `skip` places lower; s is uniform up to u, guidance in its range."""
     grid = solver_timesteps(model_of(SMALL).schedule, 10)
-    batches = distill.SolverBatches(Parts(Processes(torch.device("cpu"))), grid, (2.0, 6.0))
+    batches = distill.SolverBatches(Parts(Processes(torch.device("cpu"))), grid, (2.0, 6.0), skip)
     parts = [part for step in range(4) for part in batches(step)]
     t, u, s, guidance = (torch.cat([part[name] for part in parts]) for name in ("t", "u", "s", "guidance"))
-    assert len(t) == 4000 and set(t.tolist()) == set(grid[1:]) and set(u.tolist()) == set(grid[:-1])
-    assert (t - u == 100).all() and (s <= u).all() and set(s.tolist()) == set(grid[:-1])
+    assert len(t) == 4000 and set(t.tolist()) == set(grid[1:])
     assert all(abs((t == each).sum() - 400) < 90 for each in grid[1:])
+    assert torch.equal(u, (t - 100 * skip).clamp(min=-1))
+    assert (s <= u).all() and set(s.tolist()) == set(grid[: 11 - skip])
     top = s[t == 999]
-    assert all(abs((top == each).sum() - len(top) / 10) < 30 for each in grid[:-1])
-    assert (
-        2 <= guidance.min() < 2.1 and 5.9 < guidance.max() <= 6 and guidance.mean().item() == pytest.approx(4, abs=0.1)
-    )
+    assert all(abs((top == each).sum() - len(top) / (11 - skip)) < 30 for each in grid[: 11 - skip])
+    assert 2 <= guidance.min() < 2.1 and 5.9 < guidance.max() <= 6 and abs(guidance.mean() - 4) < 0.1
     assert same(list(batches(1)), list(batches(1))) and not same(list(batches(1)), list(batches(2)))
 
 
@@ -161,6 +171,7 @@ def test_times_of_a_step():
         (("--lora-alpha", 2), "--lora-alpha goes with --lora-rank"),
         (("--lora-rank", 4, "--guidance", 2, 6), "a LoRA cannot be told the guidance"),
         (("--huber", 0), "--huber above 0"),
+        (("--skip", 0), "--phrasings and --skip must be at least 1"),
         (("--target", "average", "--ema", 0), "--target average needs an average of the weights: --ema above 0"),
         (("--method", "turbo"), "--method"),
         (("--data", "nowhere"), "--data nowhere: no such folder"),

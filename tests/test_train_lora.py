@@ -193,7 +193,8 @@ def test_diffusers_reads_the_lora_and_makes_the_same_latents(tmp_path):
         return last.x
 
     plain = ours()
-    model.add_lora(path)
+    with pytest.warns(UserWarning, match="lcm is an LCM LoRA"):
+        model.add_lora(path)
     pipe.load_lora_weights(str(tmp_path), weight_name=path.name)
     draw, x = rng(5), noise
     scheduler.set_timesteps(4)
