@@ -67,7 +67,7 @@ from .training.samples import add_sample_arguments, sample_prompts, some_caption
 from .training.state import save_tensors
 
 # for the embedded model, and for a checkpoint
-RECIPE = loop.Recipe(steps=4000, batch=32, lr=2e-4, weight_decay=0.0, ema=0.99, log_every=50)
+RECIPE = loop.Recipe(steps=4000, batch=32, lr=2e-4, weight_decay=0.0, ema=0.95, log_every=50)
 FINE_TUNING = loop.Recipe(steps=1000, batch=4, lr=1e-5, weight_decay=0.0, ema=0.95, save_every=250)
 GUIDANCE_WIDTH = 256  # of its embedding (Luo et al. 2023)
 LORA_LR = 1e-4  # of a checkpoint's LoRA (Luo et al. 2023, "LCM-LoRA")
@@ -99,7 +99,7 @@ def parser() -> cli.Parser:
         "--huber", type=float, default=1e-3, metavar="H", help="differences below it are squared (default: %(default)s)"
     )
     add(
-        "--target", choices=("student", "average"), default="student",
+        "--target", choices=("student", "average"), default="average",
         help="what the student agrees with: itself, or the average of its weights (--ema) (default: %(default)s)",
     )  # fmt: skip
     add("--lora-rank", type=int, metavar="R", help="train a LoRA of this rank (default: all weights of the U-Net)")
@@ -269,7 +269,7 @@ def check(args: argparse.Namespace) -> None:
     if args.lora_rank is not None and len(args.guidance or ()) > 1:
         raise ValueError("a LoRA cannot be told the guidance: give one --guidance, or leave out --lora-rank")
     if args.target == "average" and args.ema == 0:
-        raise ValueError("--target average needs an average of the weights: --ema above 0")
+        raise ValueError("--target average needs an average of the weights: --ema above 0, or --target student")
     SamplingParams(steps=args.sample_steps)
 
 

@@ -27,8 +27,8 @@ from sd.training import TrainableLora, lora_layers, solver_timesteps
 
 KINDS = {
     "weights": (),
-    "lora": ("--lora-rank", 2, "--method", "tcd", "--target", "average", "--accumulate", 2),
-    "told": ("--guidance", 2, 6, "--huber", 0.01, "--solver-steps", 100, "--skip", 2),
+    "lora": ("--lora-rank", 2, "--method", "tcd", "--accumulate", 2),
+    "told": ("--target", "student", "--guidance", 2, 6, "--huber", 0.01, "--solver-steps", 100, "--skip", 2),
 }
 
 
@@ -172,7 +172,7 @@ def test_times_of_a_step(skip):
         (("--lora-rank", 4, "--guidance", 2, 6), "a LoRA cannot be told the guidance"),
         (("--huber", 0), "--huber above 0"),
         (("--skip", 0), "--phrasings and --skip must be at least 1"),
-        (("--target", "average", "--ema", 0), "--target average needs an average of the weights: --ema above 0"),
+        (("--target", "average", "--ema", 0), "--target average needs an average of the weights: --ema above 0, or"),
         (("--method", "turbo"), "--method"),
         (("--data", "nowhere"), "--data nowhere: no such folder"),
         (("--ckpt", "nowhere.safetensors"), "nowhere.safetensors"),

@@ -21,7 +21,7 @@ changes disabled it computes what it did, to the bit. sd/adapters reads and merg
 >>> unet = UNet(UNetConfig(channels=(32, 64), heads=(2, 2), depth=(0, 1), blocks=1, context=16))
 >>> lora = TrainableLora(unet, lora_layers(unet), rank=4)
 >>> len(lora.names), sum(p.numel() for p in lora.parameters()) < sum(p.numel() for p in unet.parameters()) / 4
-(55, True)
+(79, True)
 """
 
 from __future__ import annotations
