@@ -11,7 +11,7 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "sd" / "__init__.py").read
 if not (ROOT / "weights" / "pocket.safetensors").is_file():
     raise SystemExit("weights/pocket.safetensors is missing: a package without the embedded model generates nothing")
 
-REFERENCES = ["diffusers>=0.30", "transformers>=4.40", "accelerate", "openvino>=2024.6"]
+REFERENCES = ["diffusers>=0.30", "transformers>=4.40", "accelerate", "peft>=0.13", "openvino>=2024.6"]
 STUDY = ["matplotlib>=3.8"]
 TESTS = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.5", "mypy>=1.11", *STUDY, *REFERENCES]
 
@@ -49,6 +49,7 @@ setup(
             "sd-train = sd.scripts.installed:train",
             "sd-train-text = sd.scripts.installed:train_text",
             "sd-train-vae = sd.scripts.installed:train_vae",
+            "sd-distill = sd.scripts.installed:distill",
             "sd-evaluate = sd.scripts.installed:evaluate",
             "sd-bench = sd.scripts.installed:bench",
             "sd-study = sd.scripts.installed:study",

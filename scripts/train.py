@@ -31,8 +31,6 @@ from torch import Tensor, nn
 from sd.checkpoints.convert import WEIGHTS
 from sd.conditioning import Conditioning
 from sd.config import PRECISIONS, PREDICTIONS, SHORT_PRECISIONS
-from sd.files import replaced_file
-from sd.imaging.tensors import grid
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.params import SamplingParams
@@ -43,9 +41,10 @@ from sd.training import channels_last, checkpoint_activations, diffusion_loss, m
 
 from .common import cli
 from .training import loop, models
-from .training.data import add_data_arguments, find_source, read_lines
+from .training.data import add_data_arguments, find_source
 from .training.latents import Batches, latents
 from .training.processes import Processes
+from .training.samples import add_sample_arguments, sample_prompts, some_captions, write_sheet
 
 # for the embedded model, and for fine-tuning a checkpoint
 RECIPE = loop.Recipe(
@@ -80,14 +79,7 @@ def parser() -> cli.Parser:
     add("--weighting", choices=("none", *WEIGHTINGS), default="none", help="loss weight of timesteps (default: none)")
     add("--drop", type=float, default=0.1, help="share of dropped prompts, for guidance (default: %(default)s)")
     add("--phrasings", type=int, default=8, help="captions per drawn scene (default: %(default)s)")
-    add("--samples", type=int, default=12, help="images in a sample sheet; 0 for none (default: %(default)s)")
-    add(
-        "--sample-prompts",
-        type=cli.file_path,
-        metavar="FILE",
-        help="one prompt per line (default: captions of the data)",
-    )
-    add("--sample-steps", type=int, default=25, help="default: %(default)s")
+    add_sample_arguments(parser, steps=25)
     add("--sample-guidance", type=float, help="default: the model's own")
     models.add_model_arguments(parser)
     add_data_arguments(parser, scenes=24000)
@@ -126,25 +118,6 @@ def find_model(args: argparse.Namespace, seed: int, device: torch.device) -> Sta
     if model.is_inpainting:
         raise ValueError(f"{model.config.name} has a U-Net of 9 channels: train it with --inpaint")
     return model
-
-
-def sample_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of --sample-prompts, one per line; none without the option."""
-    if not args.sample_prompts or not args.samples:
-        return []
-    if not args.sample_prompts.is_file():
-        raise ValueError(f"--sample-prompts {args.sample_prompts}: no such file")
-    prompts = [line.strip() for line in read_lines(args.sample_prompts) if line.strip()]
-    if not prompts:
-        raise ValueError(f"--sample-prompts {args.sample_prompts}: no prompts in it")
-    return prompts
-
-
-def some_captions(n: int, model: StableDiffusion, data: dict[str, Tensor]) -> list[str]:
-    """n captions spread over the data, or as many as there are images."""
-    n = min(n, len(data["first"]))
-    chosen = [i * len(data["first"]) // n for i in range(n)]
-    return [model.tokenizer.decode(data["ids"][data["first"][i]]) for i in chosen]
 
 
 def train(args: argparse.Namespace, processes: Processes) -> None:
@@ -190,14 +163,8 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
 
     def show(step: int) -> None:
         present = models.averaged(model, trainer.weights())
-        images = [  # one at a time, because training needs the memory
-            present.txt2img(
-                prompt, height=size, width=size, steps=args.sample_steps, guidance=args.sample_guidance, seed=seed
-            )[0]
-            for seed, prompt in enumerate(prompts)
-        ]
-        with replaced_file(args.out / f"samples-{step:06d}.png") as partial:
-            grid(images).save(partial, "PNG")
+        settings = {"steps": args.sample_steps, "guidance": args.sample_guidance}
+        write_sheet(args.out / f"samples-{step:06d}.png", present, prompts, size, **settings)
 
     trainer.describe(model.config.name, len(data["mean"]))
     trainer.run(batches, write, (size // model.config.vae.factor) ** 2, show if prompts else None)

@@ -37,7 +37,7 @@ ALLOWED = {
         "vae_config",
     },
     "adapters": {"checkpoints", "config", "few_step", "files", "messages", "models", "runtime", "settings", "text"},
-    "training": {"conditioning", "config", "denoiser", "models", "schedule"},
+    "training": {"checkpoints", "conditioning", "config", "denoiser", "models", "samplers", "schedule"},
     "latents": {"config", "imaging", "models", "runtime", "settings", "text"},
     "prompts": {"conditioning", "params", "text"},
     "noise": {"params"},

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = ROOT / "docs"
 PROGRAMS = (
-    *("txt2img", "img2img", "inpaint", "convert", "train_vae", "train_text", "train"),
+    *("txt2img", "img2img", "inpaint", "convert", "train_vae", "train_text", "train", "distill"),
     *("evaluate", "study", "bench"),
 )
 CODE = [

@@ -107,11 +107,20 @@ class Batches:
         rng = generator(self.processes.device, self.recipe.seed, "mask", step, item)
         return random_masks(1, height, width, rng)
 
+    @property
+    def total(self) -> int:
+        """Items of a step, in all parts of all processes."""
+        return self.recipe.batch * self.recipe.accumulate * self.processes.count
+
+    def share(self, part: int) -> slice:
+        """The items of a part of a step that are this process's."""
+        start = (part * self.processes.count + self.processes.rank) * self.recipe.batch
+        return slice(start, start + self.recipe.batch)
+
     @torch.no_grad()
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
         """The parts of a step for this process. Random numbers are drawn for all parts of all processes."""
-        recipe, device = self.recipe, self.processes.device
-        total = recipe.batch * recipe.accumulate * self.processes.count
+        recipe, device, total = self.recipe, self.processes.device, self.total
         rng = generator(device, recipe.seed, "step", step)
         groups = self.order(step * total // self.group, total // self.group)
         chosen = (groups[:, None] * self.group + torch.arange(self.group)).flatten()
@@ -122,14 +131,13 @@ class Batches:
         caption = self._take("first", chosen) + (phrasing * self._take("count", chosen)).long()
         ids = drop_prompts(self._take("ids", caption).long(), self.empty, self.drop, rng)
         for k in range(recipe.accumulate):
-            start = (k * self.processes.count + self.processes.rank) * recipe.batch
-            mine = slice(start, start + recipe.batch)
+            mine = self.share(k)
             x0 = self._take("mean", chosen[mine]).float() + self._take("std", chosen[mine]).float() * sampled[mine]
             part = {"x0": x0, "ids": ids[mine], "t": t[mine], "noise": noise[mine]}
             if self.inpaint:
                 images = to_floats(self._take("pixels", chosen[mine]))
                 height, width = images.shape[2:]
-                masks = torch.cat([self._mask(step, start + i, height, width) for i in range(recipe.batch)])
+                masks = torch.cat([self._mask(step, mine.start + i, height, width) for i in range(recipe.batch)])
                 masked = self.vae.encode(masked_image(images, masks)).mode()
                 part["concat"] = mask_channels(latent_mask(masks, self.factor), masked)
             yield part

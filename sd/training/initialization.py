@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -84,3 +86,17 @@ def widen_input(unet: UNet, config: UNetConfig) -> UNet:
     state["conv_in.weight"] = F.pad(known, (0, 0, 0, 0, 0, config.in_channels - known.shape[1]))
     wider.load_state_dict(state, assign=True)
     return wider
+
+
+def add_guidance_input(unet: UNet, width: int = 256) -> UNet:
+    """A U-Net that is told the guidance scale as well, by an embedding of this width that has no effect yet.
+
+    A latent consistency model starts this way from its teacher (Luo et al. 2023; 256 is their width). The other weights
+    are copies.
+    """
+    with torch.device("meta"):
+        told = UNet(replace(unet.config, guidance=width))
+    state = {key: value.clone() for key, value in unet.state_dict().items()}
+    state["guidance.weight"] = unet.conv_in.weight.new_zeros(unet.config.channels[0], width)
+    told.load_state_dict(state, assign=True)
+    return told

@@ -32,20 +32,21 @@ from ..schedule import Level, Schedule
 
 @lru_cache(maxsize=16)
 def _level_table(schedule: Schedule, device: torch.device) -> Tensor:
-    """alpha and sigma of all timesteps, (2, steps): cached on the device, so that training steps need no transfer."""
-    alpha_bar = torch.from_numpy(schedule.alpha_bar)
+    """alpha and sigma of clean data, then of all timesteps, (2, 1 + steps): cached, as a step shall not transfer it."""
+    alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.from_numpy(schedule.alpha_bar)])
     return torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()]).to(device, torch.float32)
 
 
 def _alpha_sigma(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and sigma (B,) of integer timesteps t (B,), float32."""
-    alpha, sigma = _level_table(schedule, t.device)[:, t]
+    """alpha and sigma (B,) of integer timesteps t (B,), float32; t = -1 is clean data."""
+    alpha, sigma = _level_table(schedule, t.device)[:, t + 1]
     return alpha, sigma
 
 
 def level_batch(schedule: Schedule, t: Tensor) -> Level:
     """The levels of integer timesteps t (B,) as one level: alpha and sigma are (B, 1, 1, 1), float32, on t's device.
 
+    t is in [-1, steps - 1]; -1 is clean data, as in `Schedule.level`.
     `Schedule.add_noise` and `Schedule.target` accept it like any other level, and broadcast.
     """
     values = (t, *(x[:, None, None, None] for x in _alpha_sigma(schedule, t)))
