@@ -45,6 +45,7 @@ CONTENTS = ("original", "fill", "noise")  # of the masked part, before noise is 
 RENAMED = {"weighted_prompts": "web_ui_prompts", "long_prompts": "web_ui_prompts"}  # earlier names of settings
 UPSCALERS = ("lanczos", "latent")
 LARGEST_HIRES = 4.0
+STRENGTH = "this share of the steps is taken (spacing lcm: all); 0 keeps the image, 1 starts from pure noise"
 RNGS = ("torch-cpu", "nv", "comfy")
 SEED = Range(whole, 0, MAX_SEED, "from 0 to 2^64 - 1")
 OPTIONS = {name: option for entry in SAMPLERS.values() for name, option in entry.options.items()}
@@ -134,10 +135,12 @@ class SamplingParams:
             if not having:
                 raise ValueError(f"no sampler has all of {', '.join(self.options)}")
             name, spacing = having[0], None
+        # the model's grid is for its own sampler; a few-step model knows no other levels
+        own_grid = config.spacing if config.steps is not None or name == config.sampler else None
         own = vars(self) | {
             "sampler": name,
             "steps": self.steps or config.steps or SAMPLERS[name].steps,
-            "spacing": self.spacing or spacing or config.spacing or SAMPLERS[name].spacing,
+            "spacing": self.spacing or spacing or own_grid or SAMPLERS[name].spacing,
             "guidance": config.guidance if self.guidance is None else self.guidance,
         }
         return ResolvedParams(**own)
@@ -320,11 +323,7 @@ class _FromImage(TextToImage):
     posterior: str = setting(
         "sample", "latents of the image: a random sample, as in the original code, or the mean", OneOf(POSTERIORS)
     )
-    strength: float = setting(
-        1.0,
-        "this share of the steps is taken (spacing lcm: all); 0 keeps the image, 1 starts from pure noise",
-        Range(number, 0, 1),
-    )
+    strength: float = setting(1.0, STRENGTH, Range(number, 0, 1))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -340,14 +339,8 @@ class ImageToImage(_FromImage):
 
     kind: ClassVar[str] = "img2img"
 
-    strength: float = setting(
-        0.75,
-        "this share of the steps is taken (spacing lcm: all); 0 keeps the image, 1 starts from pure noise",
-        Range(number, 0, 1),
-    )
-    fit: str = setting(
-        "crop", "how to reach the size generated at: crop the image, or pad it with its edge pixels", OneOf(FITS)
-    )
+    strength: float = setting(0.75, STRENGTH, Range(number, 0, 1))
+    fit: str = setting("crop", "how to reach the size generated at: crop, or pad with the pixels of edges", OneOf(FITS))
     match_colours: bool = setting(False, "give the result the mean and covariance of the colours of the image", flag)
 
 

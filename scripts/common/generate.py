@@ -20,31 +20,27 @@ import sd
 from sd import recipes
 from sd.checkpoints.folders import model_name
 from sd.checkpoints.tiny_loading import load_tiny_vae
-from sd.hires import enlarged_shape, second_pass
 from sd.imaging.files import ImageFile
 from sd.imaging.previews import LinearDecoder
 from sd.imaging.tensors import grid
-from sd.messages import one_line
 from sd.models.taesd import TinyVAE
-from sd.models.text_encoder import layer_of_clip_skip
-from sd.params import HighRes, ImageToImage, Inpaint, SamplingParams, TextToImage
+from sd.params import ImageToImage, Inpaint, SamplingParams, TextToImage
 from sd.pipeline import EMBEDDED
 from sd.resources import resource
 from sd.run import Result, Run
 from sd.runtime import kernel_choice
 from sd.runtime.device import dtype_name
-from sd.text.prompt_syntax import check_prompt, chunks, texts_of
 
 from . import like
 from .adapter_args import AddOns
 from .arguments import NICKNAMES, check_previews
+from .checks import check_all, check_prompts, warn_of_unknown_words
 from .cli import describe, keep_freed_memory, said
 from .output import ModelHash, Output
 from .prompt_loras import PromptLoras, prompt_texts, without_lora_tags
 from .prompts import Line, Make, read_prompts
 from .user_cache import cache_folder, keep_kernels, keep_weights, recall_kernels
 
-UNKNOWN = 200  # characters of unknown words that are shown
 FRAMES = 100  # at most: of a longer run, some steps are skipped
 
 
@@ -232,10 +228,10 @@ def _generate(args: argparse.Namespace, plan: Plan, addons: AddOns, output: Outp
     for text in model.about:
         print(text, flush=True)
     like.compare_model(args, file, digest)
-    check_all(model, plan)
+    check_all(model, plan.lines, plan.requests)
     addons.give(model, hashes=digest is not None)
     if model.few_step_loras:  # other default settings
-        check_all(model, plan)
+        check_all(model, plan.lines, plan.requests)
     spacings = {request.params.resolved(model.defaults).spacing for request in plan.requests}
     if model.config.schedule.to_noise and spacings - {"trailing", "linspace", "lcm"}:
         warnings.warn(
@@ -351,54 +347,3 @@ class Work:
         self.done += len(result.images)
         self.kept += result.images if args.grid else []
         return result.images
-
-
-def check_prompts(request: TextToImage) -> None:
-    """Raise the ValueError that the prompts of a request lead to, before a large model is loaded."""
-    if request.web_ui_prompts:
-        for text in prompt_texts(request.prompt):
-            check_prompt(text)
-        for text in prompt_texts(request.negative):
-            check_prompt(text, negative=True)
-
-
-def check_all(model: sd.StableDiffusion, plan: Plan) -> None:
-    """`check_for_model` for every prompt; errors name its line."""
-    for line, request in zip(plan.lines, plan.requests, strict=True):
-        try:
-            check_for_model(model, request)
-        except ValueError as error:
-            raise line.at(error) from None
-
-
-def check_for_model(model: sd.StableDiffusion, request: TextToImage) -> None:
-    """Raise the ValueError that settings of a request lead to with this model, before the first image."""
-    params = request.params.resolved(model.defaults)
-    strength = request.strength if isinstance(request, ImageToImage | Inpaint) else 1.0
-    model.schedule.levels(params.steps, params.spacing, strength)
-    model.latent_shape(params.height, params.width)
-    if isinstance(request, HighRes):
-        enlarged_shape(model.config, request)
-        second, strength = second_pass(request, params, model.schedule.steps)
-        model.schedule.levels(second.steps, second.spacing, strength)
-    if request.clip_skip is not None:
-        layer_of_clip_skip(model.config.text[0], request.clip_skip, note=lambda text: None)
-
-
-def warn_of_unknown_words(model: sd.StableDiffusion, args: argparse.Namespace, request: TextToImage) -> None:
-    """Warn of words in the prompts without a vector: those of words that did not occur in training were set to 0."""
-    who = "this model" if args.ckpt else "the embedded model"
-    hint = "" if args.ckpt else " (its words: weights/README.md; another model: --ckpt)"
-    for given, where in ((request.prompt, ""), (request.negative, " in the negative prompt")):
-        read: list[int] = []
-        for prompt in prompt_texts(given):
-            if request.web_ui_prompts:
-                read += [i for text in texts_of(prompt) for chunk in chunks(model.tokenizer, text) for i in chunk.ids]
-            else:
-                read += model.tokenizer.encode(prompt)[: model.tokenizer.length - 2]
-        ids = torch.tensor(read, device=model.device, dtype=torch.long)
-        missing = model.text_encoder.token(ids).abs().sum(dim=-1) == 0
-        if words := dict.fromkeys(model.tokenizer.decode(ids[missing].tolist()).split()):
-            warnings.warn(
-                f"{who} does not know these words{where}: {one_line(' '.join(words), UNKNOWN)}{hint}", stacklevel=1
-            )

@@ -28,8 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from ..config import Config, TextConfig, TinyVAEConfig, VAEConfig
-from .tiny_vae import OWN as OWN_TINY
-from .tiny_vae import tiny_layers
+from . import tiny_vae
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -272,7 +271,7 @@ def text_sources(layout: str, text: TextConfig, prefix: str) -> Callable[[str], 
 def vae_sources(layout: str, config: Config, prefix: str) -> Callable[[str], Source]:
     """The same for the VAE. `layout` "original" or "diffusers"; of a tiny one, one of `tiny_vae.HALVES`."""
     if isinstance(config.vae, TinyVAEConfig):
-        return _sources({ours: prefix + theirs for ours, theirs in tiny_layers(layout, config.vae).items()})
+        return _sources({ours: prefix + theirs for ours, theirs in tiny_vae.tiny_layers(layout, config.vae).items()})
     if layout == "original":
         return _sources(_layers(vae_blocks(config), prefix), VAE_POINTWISE)
     return _sources(_layers(diffusers_vae_blocks(config), prefix))
@@ -310,7 +309,7 @@ def sources(network: str, layout: str, config: Config, prefix: str, keys: Iterab
     layout   "own", "own-0.1" (as written by version 0.1), or one that the network's function above knows
     prefix   the prefix of every key in that layout
     """
-    if layout in ("own", OWN_TINY):
+    if layout in ("own", tiny_vae.OWN):
         return {key: Source(prefix + key) for key in keys}
     if layout == "own-0.1":
         return {key: Source(prefix + OWN.sub(r"\1.block.", key)) for key in keys}
@@ -379,10 +378,8 @@ def diffusers_sources(config: Config, keys: Mapping[str, Iterable[str]]) -> dict
     These are UNet2DConditionModel, AutoencoderKL and transformers 5's CLIPTextModel, also for OpenCLIP; earlier
     versions of transformers put "text_model." before every key. `keys` as for `original_sources`.
     """
-    layout = {
-        "text_encoder": "clip",
-        "vae": "taesd-diffusers" if isinstance(config.vae, TinyVAEConfig) else "diffusers",
-    }
+    tiny = {"vae": "taesd-diffusers"} if isinstance(config.vae, TinyVAEConfig) else {}
+    layout = {"text_encoder": "clip"} | tiny
     return {
         network: sources(network, layout.get(network, "diffusers"), config, "", of_network)
         for network, of_network in keys.items()
