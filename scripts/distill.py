@@ -94,7 +94,7 @@ def parser() -> cli.Parser:
         help="of the teacher (default: its own); two numbers: between them for each image, and the student is told it",
     )  # fmt: skip
     add("--solver-steps", type=int, default=50, metavar="N", help="steps of the teacher's grid (default: %(default)s)")
-    add("--skip", type=int, default=1, metavar="K", help="places on it that a solver step goes (default: %(default)s)")
+    add("--skip", type=int, default=5, metavar="K", help="places on it that a solver step goes (default: %(default)s)")
     add(
         "--huber", type=float, default=1e-3, metavar="H", help="differences below it are squared (default: %(default)s)"
     )
