@@ -67,7 +67,7 @@ from .training.samples import add_sample_arguments, sample_prompts, some_caption
 from .training.state import save_tensors
 
 # for the embedded model, and for a checkpoint
-RECIPE = loop.Recipe(steps=4000, batch=32, lr=2e-4, weight_decay=0.0, ema=0.95, log_every=50)
+RECIPE = loop.Recipe(steps=4000, batch=32, lr=1e-4, weight_decay=0.0, ema=0.95, log_every=50)
 FINE_TUNING = loop.Recipe(steps=1000, batch=4, lr=1e-5, weight_decay=0.0, ema=0.95, save_every=250)
 GUIDANCE_WIDTH = 256  # of its embedding (Luo et al. 2023)
 LORA_LR = 1e-4  # of a checkpoint's LoRA (Luo et al. 2023, "LCM-LoRA")
