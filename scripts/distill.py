@@ -67,7 +67,7 @@ from .training.samples import add_sample_arguments, sample_prompts, some_caption
 from .training.state import save_tensors
 
 # for the embedded model, and for a checkpoint
-RECIPE = loop.Recipe(steps=4000, batch=32, lr=2e-4, weight_decay=0.0, ema=0.95, log_every=50)
+RECIPE = loop.Recipe(steps=4000, batch=32, lr=1e-4, weight_decay=0.0, ema=0.95, log_every=50)
 FINE_TUNING = loop.Recipe(steps=1000, batch=4, lr=1e-5, weight_decay=0.0, ema=0.95, save_every=250)
 GUIDANCE_WIDTH = 256  # of its embedding (Luo et al. 2023)
 LORA_LR = 1e-4  # of a checkpoint's LoRA (Luo et al. 2023, "LCM-LoRA")
@@ -94,7 +94,7 @@ def parser() -> cli.Parser:
         help="of the teacher (default: its own); two numbers: between them for each image, and the student is told it",
     )  # fmt: skip
     add("--solver-steps", type=int, default=50, metavar="N", help="steps of the teacher's grid (default: %(default)s)")
-    add("--skip", type=int, default=1, metavar="K", help="places on it that a solver step goes (default: %(default)s)")
+    add("--skip", type=int, default=5, metavar="K", help="places on it that a solver step goes (default: %(default)s)")
     add(
         "--huber", type=float, default=1e-3, metavar="H", help="differences below it are squared (default: %(default)s)"
     )

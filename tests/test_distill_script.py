@@ -127,6 +127,30 @@ def test_a_range_of_guidance_is_told_to_the_student(options, start, tmp_path):  
     assert not torch.equal(low, high)
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_the_target_is_the_average_and_the_teacher_stays(rank, teacher):
+    """Of a student that has learned: its average is neither it nor the teacher."""
+    model = StableDiffusion.load(teacher, device="cpu", dtype="float32")
+    x, t, cond = torch.randn(2, 4, 8, 8), torch.tensor([20, 900]), Conditioning(torch.randn(2, 77, 32))
+    before = model.unet(x, t, cond)
+    args = distill.parser().parse_args(["--lora-rank", "2"] if rank else [])
+    student = distill.make_student(args, model.unet, (3.0, 3.0), seed=0)
+    of_teacher = student.without_lora if rank else model.unet
+    objective = distill.Objective(student, of_teacher, model, "lcm", 1e-3)
+    torch.testing.assert_close(objective.target(x, t, cond), before, rtol=1e-3, atol=1e-4)  # at first all are the same
+    with torch.no_grad():
+        for p in student.parameters():
+            p += 0.02 * p.requires_grad
+    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    assert all(name.startswith("student.lora." if rank else "student.unet.") for name in trained)
+    objective.average = {name: p + 0.01 for name, p in trained.items()}
+    expected = student.network({**objective.state_dict(), **objective.average})(x, t, cond)
+    torch.testing.assert_close(objective.target(x, t, cond), expected, rtol=1e-3, atol=1e-4)
+    for other in (student(x, t, cond), before):
+        assert not torch.allclose(other, expected, atol=1e-2)
+    torch.testing.assert_close(objective.networks["teacher"](x, t, cond), before, rtol=1e-3, atol=1e-4)
+
+
 class Parts:
     """Batches without data."""
 
