@@ -95,6 +95,7 @@ def parser() -> cli.Parser:
     )  # fmt: skip
     add("--solver-steps", type=int, default=50, metavar="N", help="steps of the teacher's grid (default: %(default)s)")
     add("--skip", type=int, default=5, metavar="K", help="places on it that a solver step goes (default: %(default)s)")
+    add("--substeps", type=int, default=1, metavar="N", help="of the teacher in a solver step (default: %(default)s)")
     add(
         "--huber", type=float, default=1e-3, metavar="H", help="differences below it are squared (default: %(default)s)"
     )
@@ -160,11 +161,19 @@ def make_student(args: argparse.Namespace, teacher: UNet, guidance: tuple[float,
 class Objective(nn.Module):
     """The student with the loss of a method; text encoder and teacher are frozen."""
 
-    def __init__(self, student: Student, teacher: Network, model: StableDiffusion, method: str, huber: float) -> None:
+    def __init__(
+        self,
+        student: Student,
+        teacher: Network,
+        model: StableDiffusion,
+        method: str,
+        huber: float,
+        substeps: int = 1,
+    ) -> None:
         super().__init__()
         self.student, self.text_encoder = student, model.text_encoder
         self.schedule: Schedule = model.schedule
-        self.method, self.huber = method, huber
+        self.method, self.huber, self.substeps = method, huber, substeps
         self.average: Mapping[str, Tensor] | None = None  # weights of the target; None: the student's
         self.networks = {"teacher": teacher}  # not a submodule: it is neither trained nor saved
         self.is_told = student.unet.config.guidance is not None
@@ -194,7 +203,7 @@ class Objective(nn.Module):
             cond = Conditioning(self.text_encoder(ids).hidden, concat=concat)
             teacher = guided(self.networks["teacher"], self.uncond, guidance)
             x_t = self.schedule.add_noise(x0, noise, level_batch(self.schedule, t))
-            points = solver_step(teacher, self.schedule, x_t, t, u, cond)
+            points = solver_step(teacher, self.schedule, x_t, t, u, cond, self.substeps)
         if self.is_told:
             cond = cond._replace(guidance=guidance)
         if self.method == "tcd":
@@ -260,8 +269,8 @@ def guidance_range(args: argparse.Namespace, model: StableDiffusion) -> tuple[fl
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for options out of range."""
-    if args.phrasings < 1 or args.skip < 1 or args.samples < 0 or not 0 < args.huber < math.inf:
-        raise ValueError("--phrasings and --skip must be at least 1, --samples at least 0, --huber above 0")
+    if min(args.phrasings, args.skip, args.substeps) < 1 or args.samples < 0 or not 0 < args.huber < math.inf:
+        raise ValueError("--phrasings, --skip and --substeps must be at least 1, --samples at least 0, --huber above 0")
     if args.lora_rank is None and args.lora_alpha is not None:
         raise ValueError("--lora-alpha goes with --lora-rank")
     if args.lora_rank is not None and not (args.lora_rank >= 1 and (args.lora_alpha is None or args.lora_alpha > 0)):
@@ -296,7 +305,9 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     teacher = model.unet
     student = make_student(args, teacher, guidance, recipe.seed)
     unet, lora = student.unet, student.lora
-    objective = Objective(student, student.without_lora if lora else teacher, model, args.method, args.huber)
+    objective = Objective(
+        student, student.without_lora if lora else teacher, model, args.method, args.huber, args.substeps
+    )
     channels_last(teacher, device)
     channels_last(objective, device)
     if args.checkpointing:

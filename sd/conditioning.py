@@ -15,7 +15,7 @@ torch.Size([2, 77, 16])
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,22 +85,6 @@ class Composition(NamedTuple):
     def with_guidance(self, scale: float) -> Composition:
         """The same with this guidance scale for every part."""
         return self._replace(parts=tuple(part.with_guidance(scale) for part in self.parts))
-
-
-@overload
-def with_inputs(conditioning: Conditioning, concat: Tensor | None, guidance: float | None) -> Conditioning: ...
-
-
-@overload
-def with_inputs(conditioning: Composition, concat: Tensor | None, guidance: float | None) -> Composition: ...
-
-
-def with_inputs(
-    conditioning: Conditioning | Composition, concat: Tensor | None, guidance: float | None
-) -> Conditioning | Composition:
-    """The same with these channels and this guidance scale, each unless it is None."""
-    conditioning = conditioning if concat is None else conditioning.with_concat(concat)
-    return conditioning if guidance is None else conditioning.with_guidance(guidance)
 
 
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x (B, C, h, w), t (B,), conditioning) -> (B, C, h, w)

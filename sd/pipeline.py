@@ -43,7 +43,7 @@ from .adapters.textual_inversion import tokenizer_for
 from .checkpoints.loading import LoadOptions, ModelFiles
 from .checkpoints.placement import place
 from .checkpoints.weights_cache import Cached
-from .conditioning import Composition, Conditioning, Network, Wrapper, with_inputs
+from .conditioning import Composition, Conditioning, Network, Wrapper
 from .config import Config
 from .denoiser import Denoiser
 from .files import user_path
@@ -326,23 +326,24 @@ class StableDiffusion(Adaptable, Cached, Hints):
     ) -> Denoiser:
         """The U-Net with guidance, as samplers take it.
 
-        context    encoded prompt (B, M, D), a whole `Conditioning`, or a `Composition` of several
-        uncond     the empty or negative prompt, in the same form
+        context    encoded prompt (B, M, D), a `Conditioning`, or a `Composition`; `uncond` the empty or negative one
         guidance   the default of the model if None
-        concat     (B, 5, h, w), further channels of an inpainting model: mask and masked image (see `blank_concat`)
+        concat     (B, 5, h, w), further channels of an inpainting model (see `blank_concat`)
         network    called instead of the model's U-Net (in its recorded or compiled form, if it has one)
         rescale    how far to rescale the guided prediction to its contrast without guidance, 0 to 1 (denoiser.py)
         """
         guidance = self.defaults.guidance if guidance is None else guidance
-        told = guidance if self.config.unet.guidance is not None else None  # what the network itself is told
-        cond = with_inputs(Conditioning(context) if isinstance(context, Tensor) else context, concat, told)
+        is_told = self.config.unet.guidance is not None  # the network itself, which then is called once
+        cond = Conditioning(context) if isinstance(context, Tensor) else context
         other = Conditioning(uncond) if isinstance(uncond, Tensor) else uncond
-        other = None if other is None else with_inputs(other, concat, told)
+        if concat is not None:
+            cond, other = cond.with_concat(concat), None if other is None else other.with_concat(concat)
+        if is_told:
+            cond, other = cond.with_guidance(guidance), None if other is None else other.with_guidance(guidance)
         if (cond.concat is None) == self.is_inpainting:
             need = "needs `concat`, mask and masked image (blank_concat)" if self.is_inpainting else "takes no `concat`"
             raise ValueError(f"a U-Net of {self.config.unet.in_channels} input channels {need}")
-        network = self.predict if network is None else network
-        return Denoiser(network, self.schedule, cond, other, guidance if told is None else 1.0, rescale)
+        return Denoiser(network or self.predict, self.schedule, cond, other, 1.0 if is_told else guidance, rescale)
 
     def sample(
         self,

@@ -142,7 +142,8 @@ class Run(Iterator[Step]):
                 f"with rng comfy, the {self.source.images} images of this batch share the generator of seed "
                 f"{params.seed}: to reproduce one, generate the whole batch again"
             )
-        if text := unsuited(self.model.few_step, params.sampler, params.steps, params.guidance):
+        text = unsuited(self.model.few_step, params.sampler, params.steps, params.guidance)
+        if text is not None and len(self):
             note(text)
         by_default = told or (self.model.few_step is not None and self.request.params.guidance is None)
         if by_default and all(guide.uncond is None for guide in self.guides) and not is_empty(self.request.negative):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -224,6 +225,26 @@ class Lines(nn.Module):
         i = t // self.stride
         x0 = self.a[i][:, None, None, None] * x + self.b[i][:, None, None, None]
         return said(self.schedule, x0, x, level_batch(self.schedule, t))
+
+
+def test_substeps_follow_the_curve(schedule):
+    """From one grid point to the next in n steps: what the sampler does there; closer to the curve with more."""
+    n, t, u = 8, 999, 749
+    teacher = guided(gaussian(schedule), mean(UNCOND), torch.full((n,), GUIDANCE))
+    denoise = Denoiser(gaussian(schedule), schedule, mean(COND), mean(UNCOND), GUIDANCE)
+    x = torch.randn(n, 1, 1, 1, generator=rng(11))
+
+    def end(substeps: int, u: int = u) -> torch.Tensor:
+        times = torch.full((n,), t), torch.full((n,), u)
+        return solver_step(teacher, schedule, x, *times, mean(COND, n), substeps).x_u
+
+    levels = Levels([schedule.level(t) for t in (999, 916, 833, 749)], schedule)
+    *_, last = ddim(denoise, x, levels)
+    assert torch.allclose(end(3), last.x, atol=1e-5)
+    errors = [(end(k) - end(250)).abs().max() for k in (1, 2, 4, 8)]
+    assert all(a > 1.7 * b for a, b in pairwise(errors))
+    assert torch.allclose(end(5, 998), end(1, 998))  # one timestep cannot be divided
+    assert end(4, -1).isfinite().all()
 
 
 @torch.enable_grad()

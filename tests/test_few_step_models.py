@@ -25,7 +25,7 @@ from sd.checkpoints.few_step_files import notes_on_scheduler, own_defaults, sche
 from sd.checkpoints.inspect import inspect
 from sd.checkpoints.key_maps import diffusers_sources
 from sd.checkpoints.prediction import probe
-from sd.conditioning import Composition, Conditioning, with_inputs
+from sd.conditioning import Composition, Conditioning
 from sd.config import SD1, SD2, Config, ScheduleConfig
 from sd.denoiser import concatenate, one_by_one
 from sd.few_step import HYPER, LCM, LCM_GUIDED, TCD, TURBO, named, of_config, unsuited
@@ -97,7 +97,7 @@ def test_a_conditioning_carries_the_guidance():
     assert other.repeat(3).guidance.shape == (3,)
     with pytest.raises(ValueError, match="1 of 2 conditionings have a guidance"):
         concatenate([one, Conditioning(torch.ones(2, 3, 4))])
-    parts = with_inputs(Composition((other, other), torch.ones(2, 1)), None, 3.0)
+    parts = Composition((other, other), torch.ones(2, 1)).with_guidance(3.0)
     assert [part.guidance.item() for part in parts.parts] == [3.0, 3.0]
 
 

@@ -27,6 +27,7 @@ PROGRAMS = (
     "train",
     "train_text",
     "train_vae",
+    "distill",
     "evaluate",
     "bench",
     "study",

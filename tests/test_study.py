@@ -451,7 +451,7 @@ class GaussianModel:
     """As much of a model as a run needs, of data with a standard deviation of 0.5, whose denoiser is known."""
 
     schedule, device, dtype, is_inpainting = Schedule(), torch.device("cpu"), torch.float32, False
-    config = SD1
+    config = defaults = SD1
     sample = StableDiffusion.sample
 
     def encode_prompt(self, texts: list[str]) -> Tensor:

@@ -14,6 +14,7 @@ from common import TINY, TINY_V2, error, tiny_state
 from conftest import loaded
 
 from sd import latents as models
+from sd.config import VAEConfig
 from sd.models.layers import ResBlock
 from sd.runtime import vae_tiling as strips
 from sd.runtime.vae_tiling import decode_in_strips, encode_in_strips
@@ -101,9 +102,9 @@ def test_memory_is_that_of_strips(vaes, monkeypatch):
 def test_the_model_takes_strips_for_large_pictures(tiny_sd, monkeypatch):
     """Above a megapixel, in both directions; what is painted is the same."""
     used = []
-    for name in ("decode_in_strips", "encode_in_strips"):
-        function = getattr(models, name)
-        monkeypatch.setattr(models, name, lambda *a, f=function: used.append(f.__name__) or f(*a))
+    for table in (models.DECODE_IN_STRIPS, models.ENCODE_IN_STRIPS):
+        function = table[VAEConfig]
+        monkeypatch.setitem(table, VAEConfig, lambda *a, f=function: used.append(f.__name__) or f(*a))
     z = latents(8, 8)
     picture = reference.normal("picture", (1, 3, 64, 64)).clamp(-1, 1)
     (whole,), latent = tiny_sd.decode(z), tiny_sd.encode(picture)

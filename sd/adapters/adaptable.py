@@ -27,8 +27,9 @@ class Adaptable:
     @property
     def few_step(self) -> tuple[str, FewStep] | None:
         """What makes this a model of few steps, as text, and its kind; None for an ordinary model."""
-        if self.few_step_loras and self.config.unet.guidance is None:
-            name, kind = [*self.few_step_loras.items()][-1]
+        loras = self._adapters.few_step
+        if loras and self.config.unet.guidance is None:
+            name, kind = [*loras.items()][-1]
             return f"{name}, {kind.described('LoRA')},", kind
         own = of_config(self.config)
         return None if own is None else (f"this model, {own.described('model')},", own)
@@ -39,7 +40,7 @@ class Adaptable:
 
         A network that is told its guidance keeps its own: it is one for few steps already.
         """
-        kinds = [] if self.config.unet.guidance is not None else [*self.few_step_loras.values()]
+        kinds = [] if self.config.unet.guidance is not None else [*self._adapters.few_step.values()]
         return kinds[-1].applied(self.config) if kinds else self.config
 
     @property

@@ -42,12 +42,8 @@ class Adapters:
         self.merged = Merged(networks)
         self.words = Words(tokenizer, cast(TextEncoder, networks["text_encoder"]))
         self._words_of: dict[str, list[str]] = {}  # name of a LoRA -> words that were in its file
-        self._few_step: list[tuple[str, FewStep, bool]] = []  # name of a LoRA, its kind, whether it can be removed
-
-    @property
-    def few_step(self) -> dict[str, FewStep]:
-        """The few-step LoRAs, by name, in the order in which they were added."""
-        return {name: kind for name, kind, _ in self._few_step}
+        self.few_step: dict[str, FewStep] = {}  # the few-step LoRAs, in the order in which they were added
+        self._permanent: set[str] = set()  # those of them that cannot be removed
 
     def add_loras(self, files: Sequence[LoraFile], removable: bool = True, note: Note = warn) -> list[str]:
         """See `StableDiffusion.add_loras`."""
@@ -73,7 +69,8 @@ class Adapters:
         for lora, file in zip(loras, files, strict=True):
             kind = lora.few_step or named(lora.name)
             if kind is not None and file.weight > 0 and lora.name not in idle:
-                self._few_step.append((lora.name, kind, removable))
+                self.few_step[lora.name] = kind
+                self._permanent |= set() if removable else {lora.name}
                 notes.append(kind.introduced(lora.name))
         notes += [f"the LoRA {name} changes nothing: its weight is 0, or all its values are 0" for name in idle]
         for text in notes:
@@ -94,7 +91,8 @@ class Adapters:
         """Remove these, or all if there are no names."""
         names = _known(names, self.merged.weights, "LoRA")
         self.merged.remove(*names)
-        self._few_step = [entry for entry in self._few_step if entry[0] not in names or not entry[2]]
+        for name in {*names} - self._permanent:
+            self.few_step.pop(name, None)
         self._remove_words([word for name in names for word in self._words_of.pop(name, [])])
 
     def _remove_words(self, words: Sequence[str]) -> None:
@@ -105,7 +103,7 @@ class Adapters:
     def forget_loras(self) -> None:
         """See `StableDiffusion.forget_loras`."""
         self.merged.forget()
-        self._few_step = [(name, kind, False) for name, kind, _ in self._few_step]
+        self._permanent |= {*self.few_step}
         self._words_of.clear()
 
     def add_embedding(self, path: str | os.PathLike[str], word: str | None = None) -> list[str]:

@@ -90,11 +90,21 @@ def guided(network: Network, uncond: Conditioning, guidance: Tensor) -> Network:
 
 
 @torch.no_grad()
-def solver_step(teacher: Network, schedule: Schedule, x_t: Tensor, t: Tensor, u: Tensor, cond: Conditioning) -> Points:
-    """One DDIM step of the teacher from x_t (B, C, h, w) at t (B,) to u (B,), below t; -1 is clean data."""
-    level = level_batch(schedule, t)
-    x0 = schedule.to_x0(teacher(x_t, t, cond).float(), x_t, level)
-    return Points(x_t, t, move(x_t, x0, level, level_batch(schedule, u)), u)
+def solver_step(
+    teacher: Network, schedule: Schedule, x_t: Tensor, t: Tensor, u: Tensor, cond: Conditioning, substeps: int = 1
+) -> Points:
+    """Follow the teacher by DDIM from x_t (B, C, h, w) at t (B,) to u (B,), below t; -1 is clean data.
+
+    substeps   steps on the way, evenly spaced in whole timesteps; more of them follow the curve more closely
+    """
+    x, now = x_t, t
+    for i in range(1, substeps + 1):
+        following = t - (t - u) * i // substeps
+        a, b = level_batch(schedule, now), level_batch(schedule, following)
+        there = now > following  # there may be fewer timesteps than substeps
+        moved = move(x, schedule.to_x0(teacher(x, now.clamp(min=0), cond).float(), x, a), a, b)
+        x, now = torch.where(there[:, None, None, None], moved, x), following
+    return Points(x_t, t, x, u)
 
 
 def boundary_scalings(t: Tensor) -> tuple[Tensor, Tensor]:
