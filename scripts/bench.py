@@ -2,15 +2,19 @@
 
     python scripts/bench.py
     python scripts/bench.py --dtype bfloat16 float32 --parts unet vae --peers openvino
+    python scripts/bench.py --parts vae taesd lcm lcm-taesd
     python scripts/bench.py --ckpt v1-5-pruned-emaonly.safetensors --json bench.json
     python scripts/bench.py --compare bench.json
     python scripts/bench.py --kernels
 
-    unet     one step: the network on a batch of two, which is one image with guidance
-    vae      latents of one image to pixels
-    text     two prompts
-    picture  prompt to image, with --steps steps of DDIM and guidance
-    start    a new interpreter, imports, weights (ours with and without the cache), and the first step
+    unet       one step: the network on a batch of two, which is one image with guidance
+    vae        latents of one image to pixels
+    taesd      the same with a tiny autoencoder
+    text       two prompts
+    picture    prompt to image, with --steps steps of DDIM and guidance
+    lcm        prompt to image, with --steps steps of LCM without guidance, as few-step models need it
+    lcm-taesd  the same with a tiny autoencoder
+    start      a new interpreter, imports, weights (ours with and without the cache), and the first step
 
 Each implementation runs in its own process. After a warm-up, whose results are compared, ours and one peer alternate.
 Ratios are ours / theirs, of the medians. Peers: diffusers; diffusers with torch.compile ("compiled", without the start
@@ -53,9 +57,10 @@ from sd.config import POCKET, SD1, Config
 from sd.files import check_writable, exists
 from sd.runtime.device import DTYPES, best_dtype, dtype_name, find_device
 from sd.runtime.kernel_choice import Measurement
+from sd.schedule import LCM_TIMESTEPS
 
 from .benchmark import kernels, report
-from .benchmark.cases import PARTS, Case, all_cases, usual_case
+from .benchmark.cases import FEW_STEPS, IMAGES, PARTS, TINY_VAE, Case, all_cases, config_of, usual_case
 from .benchmark.gpu import results
 from .benchmark.gpu.results import CHECK_FORMAT, MINUTES
 from .benchmark.interleave import measure
@@ -89,7 +94,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--device", help="cuda, cpu, mps (default: the best available)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="precisions (default: the device's best)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps of picture (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps of an image (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="measured runs (default: %(default)s)")
     parser.add_argument(
         "--sizes", nargs="+", type=int, default=[], metavar="N", help="also images of N x N pixels: U-Net and VAE"
@@ -259,13 +264,28 @@ def find_config(args: argparse.Namespace) -> Config:
             config = identify(checkpoint).config
     else:
         config = POCKET if args.tiny else SD1
-    if "picture" in args.parts and config.is_inpainting and not args.kernels:
-        raise ValueError(f"{config.name} cannot generate from text alone: leave picture out of --parts")
+    if not args.kernels:
+        check_parts(args, config)
     whole = config.vae.factor * 2 ** (len(config.unet.channels) - 1)  # divisible on all levels of both networks
     for size in args.sizes:
         if size % whole:
             raise ValueError(f"--sizes must be multiples of {whole}, got {size}")
     return config
+
+
+def check_parts(args: argparse.Namespace, config: Config) -> None:
+    """Raise ValueError for parts that this model, or this number of steps, cannot have."""
+
+    def refuse_any(parts: Sequence[str], reason: str) -> None:
+        if those := [part for part in parts if part in args.parts]:
+            raise ValueError(f"{reason}: leave {', '.join(those)} out of --parts")
+
+    if config.is_inpainting:
+        refuse_any(IMAGES, f"{config.name} cannot generate from text alone")
+    if config.vae.factor != config_of("taesd", config).vae.factor:
+        refuse_any(TINY_VAE, f"the tiny autoencoder does not fit {config.name}, whose latents have another size")
+    if args.steps > LCM_TIMESTEPS:
+        refuse_any(FEW_STEPS, f"LCM takes at most {LCM_TIMESTEPS} steps, and --steps is {args.steps}")
 
 
 def cases(args: argparse.Namespace, config: Config, part: str) -> list[Case]:
@@ -306,8 +326,9 @@ def measure_precision(args: argparse.Namespace, setup: Setup, peers: list[str], 
                 rows.append({**report.row(case, setup, alone), "label": UNCACHED})
         else:
             those = cases(args, setup.config, part)
-            by_case, reached = measure(setup, part, those, peers, args.runs, bar, note)
-            rows += [report.row(case, setup, comparison) for case, comparison in by_case.items()]
+            its = setup.of_part(part)
+            by_case, reached = measure(its, part, those, peers, args.runs, bar, note)
+            rows += [report.row(case, its, comparison) for case, comparison in by_case.items()]
             peak = max(peak, reached)  # of several, as other programs may use the machine
         report.hold_against(rows, peak)
         record["figures"] = done + rows

@@ -23,14 +23,28 @@ from tqdm import tqdm
 from scripts import bench
 from scripts.benchmark import kernels, report, sides, start
 from scripts.benchmark import references as peers
-from scripts.benchmark.cases import Case, all_cases, flop, inputs, label, usual_case, weight_bytes
+from scripts.benchmark.cases import (
+    IMAGES,
+    PARTS,
+    Case,
+    all_cases,
+    config_of,
+    flop,
+    inner_cases,
+    inputs,
+    label,
+    usual_case,
+    weight_bytes,
+)
 from scripts.benchmark.interleave import Comparison, alternate, compared, measure
+from scripts.benchmark.openvino_networks import model_file
 from scripts.benchmark.peak import peak
 from scripts.benchmark.runner import Run, settle
-from scripts.benchmark.weights import WEIGHT_STD, RandomWeights, Setup
+from scripts.benchmark.weights import WEIGHT_STD, RandomWeights, Setup, load_networks
 from scripts.benchmark.workers import Failed, Worker
-from sd.config import POCKET, SD1, SD1_INPAINT
+from sd.config import POCKET, SD1, SD1_INPAINT, TinyVAEConfig, VAEConfig
 from sd.models.build import build
+from sd.models.taesd import TinyVAE
 from sd.models.text_encoder import TextOutput
 from sd.pipeline import StableDiffusion
 from sd.runtime import kernel_choice, packing
@@ -39,8 +53,11 @@ from sd.runtime.cuda_graphs import Recorded
 LABELS = {
     "unet": "U-Net step, 2 x 16x16",
     "vae": "VAE decode, 128x128",
+    "taesd": "TAESD decode, 128x128",
     "text": "text encoder, 2 prompts",
     "picture": "picture, 2 steps, 128x128",
+    "lcm": "LCM picture, 2 steps, 128x128",
+    "lcm-taesd": "LCM with TAESD, 2 steps, 128x128",
     "start": "start to first step",
 }
 TINY = ["--tiny", "--device", "cpu", "--runs", "1", "--steps", "2", "--threads", "1"]
@@ -78,7 +95,7 @@ def check_figures(record: dict, parts: list[str], dtypes: list[str], names: list
         for its in row["peers"].values():
             assert its["ratio"] == pytest.approx(its["ours"] / its["seconds"])
             assert its["difference"] is None or 0 <= its["difference"] < (0.1 if row["dtype"] == "bfloat16" else 1e-4)
-            assert (its["difference"] is None) == (row["part"] in ("picture", "start"))
+            assert (its["difference"] is None) == (row["part"] in (*IMAGES, "start"))
         if row["part"] == "start":
             assert row["gflop"] is None and 1e8 < row["memory"] < 4e9 and row["ours"] > 0.2
         else:
@@ -143,7 +160,11 @@ class InThisProcess:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("peer", "parts"),
-    [("diffusers", ["text", "picture", "start"]), ("openvino", ["unet", "picture", "start"]), ("compiled", ["text"])],
+    [
+        ("diffusers", ["taesd", "text", "picture", "lcm", "lcm-taesd", "start"]),
+        ("openvino", ["unet", "taesd", "picture", "lcm", "lcm-taesd", "start"]),
+        ("compiled", ["text"]),
+    ],
 )
 def test_every_peer(tmp_path, peer, parts):
     needs(*peers.REQUIRED, *(["openvino"] if peer == "openvino" else []))
@@ -178,6 +199,67 @@ def test_cases():
     grown = all_cases("unet", SD1, 4, [768, 256], [4, 2])
     assert grown == [Case("unet", *more) for more in ((256,), (512,), (512, 2), (768,), (512, 4))]
     assert label(grown[2], SD1) == "U-Net step, 4 x 64x64" and label(grown[3], SD1) == "U-Net step, 2 x 96x96"
+
+
+def test_cases_of_few_steps():
+    """Without guidance: one prompt and one item a step, so half the arithmetic of the U-Net; the decoder is smaller."""
+    config = config_of("lcm-taesd", POCKET)
+    assert config == replace(POCKET, vae=TinyVAEConfig()) and config_of("lcm", POCKET) == POCKET
+    case = usual_case("lcm-taesd", POCKET, 4)
+    assert case == Case("lcm-taesd", 128, steps=4, guided=False)
+    assert all_cases("lcm-taesd", POCKET, 4, [64], [2]) == [case]
+    shapes = {part: inputs(inner, POCKET)[0].shape for part, inner in inner_cases(case, POCKET).items()}
+    assert shapes == {"text": (1, 77), "unet": (1, 4, 16, 16), "vae": (1, 4, 16, 16)}
+    x, t, context = inputs(inner_cases(case, POCKET)["unet"], POCKET)
+    assert len(x) == len(t) == len(context) == 1 and len(inputs(usual_case("unet", POCKET), POCKET)[0]) == 2
+    step, text = (flop(usual_case(part, POCKET), POCKET) / 2 for part in ("unet", "text"))
+    decoders = flop(usual_case("vae", POCKET), POCKET), flop(usual_case("taesd", config), config)
+    for part, its, decoder in zip(("lcm", "lcm-taesd"), (POCKET, config), decoders, strict=True):
+        assert flop(usual_case(part, its, 4), its) == pytest.approx(4 * step + decoder + text)
+    # every convolution of TAESD's decoder, the 3x3 kernels of 9 weights, counted by hand
+    h = 16 * 16
+    blocks = 2 * 9 * 64 * 64 * (9 * (1 + 4 + 16) + 3 * 64 + 4 + 16 + 64) * h
+    assert decoders[1] == pytest.approx(blocks + 2 * 9 * 64 * (4 + 3 * 64) * h)
+
+
+def test_networks_of_few_steps():
+    """The tiny autoencoder takes the place of the VAE, in its files too; its weights are random beside a checkpoint."""
+    for part in PARTS:
+        tiny = part in ("taesd", "lcm-taesd")
+        setup = SETUP.of_part(part)
+        assert isinstance(setup.config.vae, TinyVAEConfig if tiny else VAEConfig) and setup.trial
+        assert model_file(setup, "vae").name == ("taesd-float32.xml" if tiny else "vae-float32.xml")
+        assert model_file(setup, "unet").name == "unet-float32.xml"
+    drawn = load_networks(SETUP.of_part("taesd"), ["vae"])["vae"]
+    beside = load_networks(replace(SETUP, ckpt=Path("nowhere.ckpt")).of_part("taesd"), ["vae"])["vae"]
+    assert isinstance(drawn, TinyVAE) and isinstance(beside, TinyVAE)
+    assert torch.equal(drawn.decoder.conv_in.weight, beside.decoder.conv_in.weight)
+
+
+def test_settings_of_an_image(monkeypatch):
+    """LCM without guidance, which needs one evaluation of the U-Net a step, or DDIM with guidance."""
+    found = []
+    monkeypatch.setattr(StableDiffusion, "txt2img", lambda model, *prompts, **settings: found.append(settings))
+    for part in IMAGES:
+        side = object.__new__(sides.Side)
+        side.setup, side.networks = SETUP.of_part(part), build(SETUP.of_part(part).config)
+        side.call(usual_case(part, POCKET, 4))()
+    few = {"steps": 4, "guidance": 1, "sampler": "lcm"}
+    assert found == [{"steps": 4, "guidance": 7.5, "sampler": "ddim"}, few, few]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", [sides.Side, sides.Diffusers])
+def test_an_image_of_few_steps(kind):
+    """One evaluation a step, of one item, at the timesteps of LCM; diffusers' image is of AutoencoderTiny as well."""
+    needs(*peers.REQUIRED)
+    side, found = kind(SETUP.of_part("lcm-taesd"), "lcm-taesd"), []
+    unet = getattr(side.networks["unet"], "model", side.networks["unet"])
+    unet.register_forward_pre_hook(lambda _, given: found.append((len(given[0]), float(given[1]))))
+    (image,) = side.call(usual_case("lcm-taesd", POCKET, 4))()
+    assert image.size == (128, 128) and found == [(1, 999.0), (1, 759.0), (1, 499.0), (1, 259.0)]
+    if kind is sides.Diffusers:
+        assert type(side.networks["vae"].model).__name__ == "AutoencoderTiny"
 
 
 def test_inputs_are_the_same_every_time():
@@ -329,6 +411,16 @@ def test_rows_and_tables():
     assert len({line.count("|") for line in report.text(record, markdown=True).splitlines() if "U-Net" in line}) == 3
 
 
+def test_the_share_of_the_tiny_decoder():
+    """Only where both decoders were measured in a precision."""
+    record, times = example(), {("vae", "float32"): 4.0, ("taesd", "float32"): 0.3, ("taesd", "bfloat16"): 1.0}
+    first = record["figures"][0]
+    record["figures"] = [{**first, "part": part, "dtype": dtype, "ours": took} for (part, dtype), took in times.items()]
+    line = "The tiny autoencoder decodes in 7.5% (float32) of the VAE's time"
+    assert line in report.text(record, markdown=False).splitlines()
+    assert "tiny autoencoder" not in report.text(example(), markdown=False)
+
+
 def test_comparing_with_an_earlier_run(tmp_path, capsys):
     file, earlier = tmp_path / "now.json", tmp_path / "then.json"
     report.write(file, example())
@@ -379,6 +471,10 @@ def test_a_file_that_is_no_earlier_run(tmp_path, capsys, content):
         (["--runs", "0"], "--runs must be at least 1, got 0"),
         (["--batches", "2", "0"], "--batches must be at least 1, got 0"),
         (["--sizes", "100"], "--sizes must be multiples of 16, got 100"),
+        (
+            ["--parts", "lcm", "lcm-taesd", "--steps", "51"],
+            "LCM takes at most 50 steps, and --steps is 51: leave lcm, lcm-taesd out of --parts",
+        ),
         (["--ckpt", "x.ckpt"], "give --ckpt or --tiny, not both"),
         (["--device", "abacus"], "device 'abacus' is not available here"),
         (["--json", __file__], "there is such a file already"),

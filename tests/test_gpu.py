@@ -11,6 +11,7 @@ import torch
 from scripts.benchmark.gpu import images, networks, others, plan  # noqa: F401 (they register their checks)
 from scripts.benchmark.gpu.items import CHECKS, Wrong
 from scripts.benchmark.gpu.models import Models, Place, error
+from scripts.benchmark.gpu.table import PROGRAMS, Row, without_peer
 from sd.noise import Philox
 from sd.runtime import packing
 from sd.runtime.cuda_graphs import Recorded
@@ -74,6 +75,39 @@ def test_a_network_that_computes_something_else_is_found(trial, network):
     layer.weight.mul_(1.001)
     with pytest.raises(Wrong, match=r"error .* in float32, expected below 1e-04"):
         CHECKS["parity_float32"].function(trial)
+
+
+def test_a_tiny_autoencoder_that_computes_something_else_is_found(trial, monkeypatch):
+    tiny_vae = trial.tiny_vae
+
+    def other(dtype):
+        vae = tiny_vae(dtype)
+        vae.decoder.conv_out.weight.mul_(1.001)
+        return vae
+
+    monkeypatch.setattr(trial, "tiny_vae", other)
+    with pytest.raises(Wrong, match=r"decoder: error .* in float32, expected below 1e-04"):
+        CHECKS["parity_taesd"].function(trial)
+
+
+@pytest.mark.parametrize("program", ["ours", pytest.param("diffusers", marks=pytest.mark.exhaustive)])
+@torch.no_grad()
+def test_images_of_few_steps_are_measured(tmp_path, program):
+    """Each decodes with its own autoencoder; the warm-up has fewer steps."""
+    if program == "diffusers" and (reason := without_peer()):
+        pytest.skip(reason)
+    timer = PROGRAMS[program](Place("cpu", True, 1, tmp_path))
+    calls = {"vae": 0, "tiny": 0, "unet": 0}
+    watched = {"vae": timer.networks["vae"], "tiny": timer.tiny["vae"], "unet": timer.networks["unet"]}
+    for name, network in watched.items():
+        plain = getattr(network, "model", network)
+        counted = plain if name == "unet" else plain.decoder
+        counted.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    expected = {"image, LCM": (2, 0, 2 + 4), "image, LCM and TAESD": (0, 2, 2 + 4), "TAESD decoder": (0, 2, 0)}
+    for what, counts in expected.items():
+        calls.update(dict.fromkeys(calls, 0))
+        assert timer.do(Row(what, 1, program, "eager"))["seconds"] > 0
+        assert tuple(calls.values()) == counts, what
 
 
 def test_numbers_that_are_not_finite_are_found(trial):

@@ -1,17 +1,23 @@
 """The cases: the parts of generating an image, their inputs and their number of operations.
 
-    unet     one step: the network on two items per image, for guidance
-    vae      latents to pixels, one image at a time as in all programs, so only its size matters
-    text     two prompts
-    picture  prompt to image, with some steps of DDIM and guidance
-    start    a new interpreter, imports, weights from files, and the first step (start.py)
+    unet       one step: the network on two items per image, for guidance
+    vae        latents to pixels, one image at a time as in all programs, so only its size matters
+    taesd      the same with a tiny autoencoder (TAESD)
+    text       two prompts
+    picture    prompt to image, with some steps of DDIM and guidance
+    lcm        prompt to image, with some steps of LCM: no guidance, so one prompt, and one item in a step
+    lcm-taesd  the same with a tiny autoencoder
+    start      a new interpreter, imports, weights from files, and the first step (start.py)
 
 Growth of the cost is measured for the U-Net over image size and batch size, and for the VAE over image size.
+Latent consistency models have the networks of the models that they are distilled from, or LoRAs that are merged into
+these, so any weights show their speed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -21,13 +27,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sd.checkpoints.layouts import NETWORKS
 from sd.conditioning import Conditioning
-from sd.config import Config
+from sd.config import Config, TinyVAEConfig
 from sd.models.build import build
 from sd.text.tokenizer import Tokenizer
 
-PARTS = ("unet", "vae", "text", "picture", "start")
-NEEDED = {"unet": ("unet",), "vae": ("vae",), "text": ("text_encoder",), "picture": NETWORKS, "start": NETWORKS}
-TITLES = {"unet": "U-Net step", "vae": "VAE decode", "text": "text encoder", "picture": "picture"}
+PARTS = ("unet", "vae", "taesd", "text", "picture", "lcm", "lcm-taesd", "start")
+FEW_STEPS = ("lcm", "lcm-taesd")  # without guidance
+IMAGES = ("picture", *FEW_STEPS)  # from prompt to image
+TINY_VAE = ("taesd", "lcm-taesd")  # with a tiny autoencoder in place of the VAE
+NEEDED: dict[str, tuple[str, ...]] = {"unet": ("unet",), "vae": ("vae",), "taesd": ("vae",), "text": ("text_encoder",)}
+NEEDED |= dict.fromkeys((*IMAGES, "start"), NETWORKS)
+TITLES = {
+    "unet": "U-Net step", "vae": "VAE decode", "taesd": "TAESD decode", "text": "text encoder", "picture": "picture",
+    "lcm": "LCM picture", "lcm-taesd": "LCM with TAESD",
+}  # fmt: skip
 
 PROMPTS = ("a photograph of an astronaut riding a horse", "")  # prompt and negative prompt
 GUIDANCE = 7.5
@@ -35,12 +48,13 @@ TIMESTEP = 500.0
 
 
 class Case(NamedTuple):
-    """A part with image size (size x size pixels), batch size, and for "picture" the number of steps."""
+    """A part with image size (size x size pixels), batch size, for images the number of steps; and whether guided."""
 
     part: str
     size: int
     batch: int = 1
     steps: int = 1
+    guided: bool = True
 
 
 def all_cases(part: str, config: Config, steps: int, sizes: Sequence[int], batches: Sequence[int]) -> list[Case]:
@@ -56,33 +70,47 @@ def all_cases(part: str, config: Config, steps: int, sizes: Sequence[int], batch
 
 def usual_case(part: str, config: Config, steps: int = 1) -> Case:
     """One image of the model's native size."""
-    return Case(part, config.size, steps=steps if part == "picture" else 1)
+    return Case(part, config.size, steps=steps if part in IMAGES else 1, guided=part not in FEW_STEPS)
+
+
+def inner_cases(case: Case, config: Config) -> dict[str, Case]:
+    """For a part of `IMAGES`: what each network does for one image, by "text", "unet" (one step) and "vae"."""
+    return {part: usual_case(part, config)._replace(guided=case.guided) for part in ("text", "unet", "vae")}
+
+
+def config_of(part: str, config: Config) -> Config:
+    """The config of a part's networks: that of the model, for `TINY_VAE` with a tiny autoencoder."""
+    if part not in TINY_VAE:
+        return config
+    return replace(config, vae=TinyVAEConfig(latent_channels=config.vae.latent_channels))
 
 
 def label(case: Case, config: Config) -> str:
     """The label of a row in the table."""
     side, size = case.size // config.vae.factor, f"{case.size}x{case.size}"
-    details = {
-        "unet": f"{2 * case.batch} x {side}x{side}",
-        "vae": size,
-        "text": f"{len(PROMPTS)} prompts",
-        "picture": f"{case.steps} step{'s' if case.steps > 1 else ''}, {size}",
-    }
-    return f"{TITLES[case.part]}, {details[case.part]}"
+    details = {"unet": f"{items(case)} x {side}x{side}", "text": f"{len(PROMPTS)} prompts"}
+    details |= dict.fromkeys(IMAGES, f"{case.steps} step{'s' if case.steps > 1 else ''}, {size}")
+    return f"{TITLES[case.part]}, {details.get(case.part, size)}"
+
+
+def items(case: Case) -> int:
+    """How many items a step of the U-Net computes: with guidance two for each image."""
+    return (2 if case.guided else 1) * case.batch
 
 
 def inputs(case: Case, config: Config) -> tuple[Tensor, ...]:
     """The input tensors of a part's network: the same values every time, on the CPU, in float32 (tokens: int64).
 
-    unet (x (2B, C, h, w), t (2B,), context (2B, M, D)); vae (z (B, C, h, w),); text (ids (2, M),).
+    unet (x (B, C, h, w), t (B,), context (B, M, D)) of B `items`; vae, taesd (z (B, C, h, w),); text (ids (B, M),).
     """
     if case.part == "text":
-        return (Tokenizer(length=config.text[0].length, pad=config.text[0].pad)(list(PROMPTS)),)
+        prompts = PROMPTS if case.guided else PROMPTS[:1]
+        return (Tokenizer(length=config.text[0].length, pad=config.text[0].pad)(list(prompts)),)
     rng = torch.Generator().manual_seed(0)
     side = case.size // config.vae.factor
-    if case.part == "vae":
+    if NEEDED[case.part] == ("vae",):
         return (torch.randn(case.batch, config.vae.latent_channels, side, side, generator=rng),)
-    B = 2 * case.batch
+    B = items(case)
     x = torch.randn(B, config.unet.in_channels, side, side, generator=rng)
     shape = (B, config.text[0].length, config.unet.context)
     context = torch.randn(shape, generator=rng)  # of unit size, as the encoder's
@@ -99,16 +127,16 @@ def arguments(case: Case, given: Sequence[Tensor]) -> tuple[Any, ...]:
 
 @cache
 def flop(case: Case, config: Config) -> float:
-    """Floating-point operations of the plain formulas, counted on the meta device.
+    """Floating-point operations of the plain formulas, counted on the meta device; `config` is that of `config_of`.
 
     Operations that a faster kernel saves still count, for all implementations.
     """
-    if case.part == "picture":
-        once = {part: flop(usual_case(part, config), config) for part in ("unet", "vae", "text")}
+    if case.part in IMAGES:
+        once = {part: flop(inner, config) for part, inner in inner_cases(case, config).items()}
         return case.steps * once["unet"] + once["vae"] + once["text"]
     (name,) = NEEDED[case.part]
     network: Any = build(config)[name]
-    call = network.decode if case.part == "vae" else network
+    call = network.decode if name == "vae" else network
     given = [tensor.to("meta") for tensor in inputs(case, config)]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call(*arguments(case, given))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sd.conditioning import Conditioning
+from sd.config import TinyVAEConfig
 
 from .cases import NEEDED, inputs, usual_case
 from .references import peers
@@ -59,6 +60,8 @@ class PlainUNet(nn.Module):
 
 def model_file(setup: Setup, network: str) -> Path:
     """The path of the converted network, which `write_models` writes."""
+    if network == "vae" and isinstance(setup.config.vae, TinyVAEConfig):
+        network = "taesd"
     return setup.folder / f"{network}-{'float32' if setup.dtype == 'float32' else 'float16'}.xml"
 
 

@@ -157,6 +157,8 @@ def text(record: Row, markdown: bool, earlier: Row | None = None) -> str:
     blocks = [("; " if markdown else "\n").join(caption)]
     if usual:
         blocks.append(grid(usual, time_columns(peers) | change, markdown))
+        if shares := decoder_shares(usual):
+            blocks.append(f"The tiny autoencoder decodes in {', '.join(shares)} of the VAE's time")
         if any(row["memory"] for row in usual):
             blocks.append("Peak memory, beside one copy of the weights; for the start, of the whole process")
             blocks.append(grid(usual, memory_columns(peers), markdown))
@@ -232,6 +234,16 @@ def growth_rows(rows: Sequence[Row]) -> list[Row]:
             if len(ordered) > 1:
                 grown += [{**row, "title": TITLES[part], "growth": row["ours"] / ordered[0]["ours"]} for row in ordered]
     return grown
+
+
+def decoder_shares(rows: Sequence[Row]) -> list[str]:
+    """Our time of the tiny decoder as a share of the VAE's, for each precision in which both were measured."""
+    seconds = {(row["part"], row["dtype"]): row["ours"] for row in rows}
+    return [
+        f"{took / seconds['vae', dtype]:.1%} ({dtype})"
+        for (part, dtype), took in seconds.items()
+        if part == "taesd" and ("vae", dtype) in seconds
+    ]
 
 
 def changes(earlier: Sequence[Row]) -> Callable[[Row], str]:

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 from sd.conditioning import Conditioning
 from sd.denoiser import Denoiser
-from sd.latents import LARGE
+from sd.latents import DECODE_IN_STRIPS, LARGE
 from sd.pipeline import StableDiffusion
 from sd.runtime.cuda_graphs import Recorded
-from sd.runtime.vae_tiling import decode_in_strips
-from sd.samplers import ddim
+from sd.samplers import ddim, lcm
 from sd.schedule import Schedule
 
 from . import references
-from .cases import GUIDANCE, NEEDED, PROMPTS, Case, arguments, inputs, usual_case
+from .cases import GUIDANCE, IMAGES, NEEDED, PROMPTS, Case, arguments, inner_cases, inputs, usual_case
 from .openvino_networks import PRECISIONS, Network, openvino
 from .weights import Setup, load_networks
 
@@ -49,7 +48,7 @@ class Side:
 
     def call(self, case: Case) -> Callable[[], Any]:
         """The function to measure; it returns a tensor or images."""
-        if case.part == "picture":
+        if case.part in IMAGES:
             return self.generate(case)
         return partial(self.function(case), *arguments(case, self.inputs(case)))
 
@@ -61,9 +60,10 @@ class Side:
     def function(self, case: Case) -> Callable[..., Tensor]:
         """The network of a part, as a function of its inputs."""
         network: Any
-        (network,) = self.networks.values()
-        if case.part == "vae":  # as Model.decode does it
-            return partial(decode_in_strips, network) if case.size**2 > LARGE else network.decode
+        ((name, network),) = self.networks.items()
+        if name == "vae":  # as Model.decode does it
+            in_strips = DECODE_IN_STRIPS[type(network.config)]
+            return partial(in_strips, network) if case.size**2 > LARGE else network.decode
         if case.part == "unet" and self.setup.device.type == "cuda":  # as Model does it
             return Recorded(network)
         if case.part == "text":
@@ -74,7 +74,10 @@ class Side:
         """From prompts to an image."""
         networks: dict[str, Any] = dict(self.networks)
         model = StableDiffusion(self.setup.config, **networks)
-        return lambda: model.txt2img(PROMPTS[0], PROMPTS[1], steps=case.steps, guidance=GUIDANCE, sampler="ddim")
+        settings: dict[str, Any] = {"steps": case.steps, "guidance": GUIDANCE, "sampler": "ddim"}
+        if not case.guided:
+            settings |= {"guidance": 1.0, "sampler": "lcm"}
+        return lambda: model.txt2img(*PROMPTS, **settings)
 
 
 class Diffusers(Side):
@@ -92,19 +95,23 @@ class Diffusers(Side):
     def function(self, case: Case) -> Callable[..., Tensor]:
         """The network of a part."""
         network: Any
-        (network,) = self.networks.values()
-        return network.decode if case.part == "vae" else network
+        ((name, network),) = self.networks.items()
+        return network.decode if name == "vae" else network
 
     def generate(self, case: Case) -> Callable[[], Any]:
         """With its pipeline."""
-        pipe = references.pipeline(self.networks, self.setup.config)
-        (ids,) = self.inputs(usual_case("text", self.setup.config))
+        config = self.setup.config
+        pipe = references.pipeline(self.networks, config)
+        if not case.guided:
+            pipe.scheduler = references.scheduler(config, "LCMScheduler")
+        (ids,) = self.inputs(inner_cases(case, config)["text"])
 
         def run() -> Any:
-            cond, uncond = self.networks["text_encoder"](ids).chunk(2)
+            cond, *uncond = self.networks["text_encoder"](ids).split(1)
             return pipe(
-                prompt_embeds=cond, negative_prompt_embeds=uncond, num_inference_steps=case.steps,
-                guidance_scale=GUIDANCE, height=case.size, width=case.size, generator=torch.Generator().manual_seed(0),
+                prompt_embeds=cond, negative_prompt_embeds=uncond[0] if uncond else None,
+                num_inference_steps=case.steps, guidance_scale=GUIDANCE if case.guided else 1.0,
+                height=case.size, width=case.size, generator=torch.Generator().manual_seed(0),
             ).images  # fmt: skip
 
         return run
@@ -144,15 +151,19 @@ class OpenVINO(Side):
 
     def generate(self, case: Case) -> Callable[[], Any]:
         """With our sampling loop, as OpenVINO has none."""
-        cases = {part: usual_case(part, self.setup.config) for part in ("text", "unet", "vae")}
+        cases = inner_cases(case, self.setup.config)
         networks = {part: self.function(case) for part, case in cases.items()}
         (ids,), (noise,) = self.inputs(cases["text"]), inputs(cases["vae"], self.setup.config)
         schedule = Schedule(self.setup.config.schedule)
 
         def run() -> Tensor:
-            cond, uncond = networks["text"](ids).chunk(2)
-            denoise = Denoiser(networks["unet"], schedule, Conditioning(cond), Conditioning(uncond), GUIDANCE)
-            *_, last = ddim(denoise, noise, schedule.levels(case.steps))
+            cond, *uncond = (Conditioning(context) for context in networks["text"](ids).split(1))
+            if uncond:
+                denoise = Denoiser(networks["unet"], schedule, cond, uncond[0], GUIDANCE)
+                *_, last = ddim(denoise, noise, schedule.levels(case.steps))
+            else:
+                denoise = Denoiser(networks["unet"], schedule, cond)
+                *_, last = lcm(denoise, noise, schedule.levels(case.steps, "lcm"), noise=torch.randn_like)
             return networks["vae"](last.x)
 
         return run

@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from sd.checkpoints.checkpoint import load_checkpoint, naming
 from sd.checkpoints.convert import convert
 from sd.checkpoints.loading import load_weights
-from sd.config import POCKET, Config
+from sd.config import POCKET, Config, TinyVAEConfig
 from sd.models.build import build
 from sd.runtime.device import DTYPES
+
+from .cases import config_of
 
 CPU = torch.device("cpu")
 WEIGHT_STD = 0.7  # of random weights, times sqrt(fan-in): below 1, so that half precision never overflows
@@ -47,7 +49,11 @@ class Setup:
     @property
     def trial(self) -> bool:
         """Whether this is a trial of the program (--tiny): a small network with random weights."""
-        return self.ckpt is None and self.config == POCKET
+        return self.ckpt is None and self.config.unet == POCKET.unet
+
+    def of_part(self, part: str) -> Setup:
+        """The same with the config of a part's networks, which may have a tiny autoencoder."""
+        return replace(self, config=config_of(part, self.config))
 
 
 class RandomWeights(Mapping[str, Tensor]):
@@ -75,14 +81,20 @@ class RandomWeights(Mapping[str, Tensor]):
 
 
 def load_networks(setup: Setup, names: Collection[str]) -> dict[str, nn.Module]:
-    """Our networks of these names with the shared weights; no others are read or generated."""
+    """Our networks of these names with the shared weights; no others are read or generated.
+
+    The weights of a tiny autoencoder are random, as those of a checkpoint are for its VAE.
+    """
     built = build(setup.config)
+    given = [] if setup.ckpt is None else list(names)
+    if "vae" in given and isinstance(setup.config.vae, TinyVAEConfig):
+        given.remove("vae")
+    device = setup.device if setup.device.type == "cuda" else CPU
+    states: dict[str, Mapping[str, Tensor]] = {
+        name: RandomWeights(built[name].state_dict(), device) for name in names if name not in given
+    }
     with ExitStack() as files:
-        states: Mapping[str, Mapping[str, Tensor]]
-        if setup.ckpt is None:
-            device = setup.device if setup.device.type == "cuda" else CPU
-            states = {name: RandomWeights(built[name].state_dict(), device) for name in names}
-        else:
+        if given and setup.ckpt is not None:
             files.enter_context(naming(setup.ckpt))
-            states = convert(files.enter_context(load_checkpoint(setup.ckpt)), setup.config, parts=names)
+            states |= convert(files.enter_context(load_checkpoint(setup.ckpt)), setup.config, parts=given)
         return {name: load_weights(built[name], states[name], setup.device, setup.torch_dtype) for name in names}

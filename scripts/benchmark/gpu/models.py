@@ -10,11 +10,11 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ from torch import Tensor
 import sd
 from sd.checkpoints.convert import convert
 from sd.checkpoints.loading import load_weights
-from sd.config import SD1, Config
+from sd.config import SD1, Config, TinyVAEConfig
 from sd.models.build import build
+from sd.models.taesd import TinyVAE
 from sd.pipeline import StableDiffusion
 from sd.runtime.device import dtype_name
 
@@ -99,6 +100,17 @@ class Models:
             }
             self._dtype, self._model = dtype, StableDiffusion(self.config, **networks)
         return self._model
+
+    def tiny_vae(self, dtype: torch.dtype) -> TinyVAE:
+        """The tiny autoencoder with the reference weights in a precision."""
+        tests, config = recorded(), replace(self.config, vae=TinyVAEConfig())
+        state = {
+            f"{half}.{key}": tensor
+            for half in ("encoder", "decoder")
+            for key, tensor in tests.reference.make_state_dict(tests.manifest(f"taesd-{half}")).items()
+        }
+        weights = convert(state, config, parts=["vae"])["vae"]
+        return cast(TinyVAE, load_weights(build(config)["vae"], weights, self.device, dtype))
 
     def embedded(
         self, device: str | None = None, dtype: torch.dtype = torch.float32, **options: Any

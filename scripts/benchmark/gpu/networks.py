@@ -123,3 +123,20 @@ def parity_bfloat16(models: Models) -> str:
 def parity_float32(models: Models) -> str:
     """If only half precision fails, the kernels are right and the precision is not enough."""
     return parity(models, torch.float32)
+
+
+@check("networks", "a tiny autoencoder (TAESD) in every precision against the original's outputs", needs=no_goldens)
+def parity_taesd(models: Models) -> str:
+    """Encoder and decoder. The latents are far enough from zero that their clamp shows."""
+    golden, results = recorded().Golden("taesd_128x72"), []
+    image, z = golden["image_u8"].float() / 127.5 - 1, 2 * golden.normal("latent", (1, 4, 16, 9))
+    for dtype, limit in TOLERANCES.items():
+        vae = models.tiny_vae(dtype)
+        with exact():
+            encoded = vae.encode(image.to(models.device, dtype)).mean
+            decoded = (vae.decode(z.to(models.device, dtype)) + 1) / 2
+        errors = {"encoder": error(encoded, golden["encoded"]), "decoder": error(decoded, golden["decoded"])}
+        for half, found in errors.items():
+            require(found < limit, f"{half}: error {found:.1e} in {dtype_name(dtype)}, expected below {limit:.0e}")
+        results.append(said(max(errors.values()), dtype))
+    return "; ".join(results)

@@ -27,7 +27,7 @@ from . import images, networks, others  # noqa: F401 (they register their checks
 from .items import CHECKS
 from .models import Checker, Models, Place
 from .results import CHECK_FORMAT, targets
-from .table import AUTOTUNE, EXTRA, OVERHEAD, PROGRAMS, Row, config_of, difference, steps_of, without_peer
+from .table import AUTOTUNE, EXTRA, IMAGES, OVERHEAD, PROGRAMS, Row, config_of, difference, steps_of, without_peer
 
 START = 60.0  # seconds that the start of a process may take: imports, the context of CUDA, weights
 Record = dict[str, Any]
@@ -92,7 +92,7 @@ def all_parts(place: Place) -> list[Part]:
         return [Row("steps", n, program, way) for n in numbers]
 
     def extra(program: str, way: str) -> list[Row]:
-        return [Row(what, 1, program, "eager" if what != "image" else way) for what in EXTRA]
+        return [Row(what, 1, program, way if what in IMAGES else "eager") for what in EXTRA]
 
     ours = [*steps("ours", "recorded", 1), *steps("ours", "eager", 1), *steps("ours", "recorded, cudnn.benchmark", 1)]
     way = "recorded" if place.cuda else "eager"

@@ -1,14 +1,15 @@
 """The times: 50 steps of DDIM with guidance, a whole image, the decoder, the text encoder; ours and diffusers.
 
-All programs use the same random weights, in float16 at the model's native size. Steps are measured from the initial
-noise to the last latents, without text encoder and decoder; the device is synchronised before and after. A row is the
-median of up to three runs after a warm-up, with the peak memory of warm-up and runs.
+Images by 4 steps of LCM without guidance, with the VAE and with a tiny autoencoder (TAESD), and the decoder of the
+latter come with them. All programs use the same random weights, in float16 at the model's native size. Steps are
+measured from the initial noise to the last latents, without text encoder and decoder; the device is synchronised before
+and after. A row is the median of up to three runs after a warm-up, with the peak memory of warm-up and runs.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from statistics import median
 from time import perf_counter
@@ -27,12 +28,18 @@ from sd.runtime.device import dtype_name
 
 from .. import references
 from ..cases import GUIDANCE, PROMPTS
+from ..cases import config_of as config_of_part
 from ..peak import timed
 from ..weights import Setup, load_networks
 from .models import Place
 
 RUNS, ENOUGH = 3, 12.0  # runs at most; seconds after which no further run starts
 STEPS, TRIAL_STEPS, WARM_UP_STEPS = 50, 2, 2
+LCM_STEPS = 4  # and no guidance
+LCM = ("image, LCM", "image, LCM and TAESD")  # `LCM_STEPS` without guidance
+IMAGES, DECODERS = ("image", *LCM), ("decoder", "TAESD decoder")
+TINY = ("image, LCM and TAESD", "TAESD decoder")  # with the tiny autoencoder
+EXTRA = ("image", "decoder", "text", *LCM, "TAESD decoder")
 # "max-autotune" tries many kernels for each matrix product, which takes minutes
 OVERHEAD, AUTOTUNE = "reduce-overhead", "max-autotune"
 
@@ -70,11 +77,12 @@ class Timer:
         torch.set_grad_enabled(False)
         dtype = dtype_name(place.dtype)
         setup = Setup(self.config, None, self.device, dtype, place.threads, place.folder)
-        self.networks: dict[str, Any] = self.build(setup)
+        self.networks: dict[str, Any] = self.build(setup, NETWORKS)
+        self.tiny: dict[str, Any] = self.build(setup.of_part("taesd"), ["vae"])  # the tiny autoencoder
 
-    def build(self, setup: Setup) -> dict[str, Any]:
-        """The three networks on the device."""
-        return dict(load_networks(setup, NETWORKS))
+    def build(self, setup: Setup, names: Sequence[str]) -> dict[str, Any]:
+        """Networks on the device."""
+        return dict(load_networks(setup, names))
 
     def do(self, row: Row) -> dict[str, Any]:
         """Seconds of each run, peak memory in bytes (None on CPUs), and the final latents of one image's steps."""
@@ -121,9 +129,9 @@ class Timer:
         side = self.config.size // self.config.vae.factor
         return draw(generators(0, images), (self.config.vae.latent_channels, side, side), self.device)
 
-    def steps(self, warm_up: bool) -> int:
+    def steps(self, warm_up: bool, what: str = "steps") -> int:
         """How many steps to take."""
-        return WARM_UP_STEPS if warm_up else steps_of(self.place)
+        return WARM_UP_STEPS if warm_up else LCM_STEPS if what in LCM else steps_of(self.place)
 
 
 class Ours(Timer):
@@ -134,26 +142,32 @@ class Ours(Timer):
         """The pipeline."""
         return StableDiffusion(self.config, **self.networks)
 
+    @cached_property
+    def with_tiny_vae(self) -> StableDiffusion:
+        """The same with the tiny autoencoder."""
+        return StableDiffusion(config_of_part("taesd", self.config), **self.networks | self.tiny)
+
     def forget(self) -> None:
         """See `Timer.forget`."""
-        self.model._fast_unet = None
+        self.model._fast_unet = self.with_tiny_vae._fast_unet = None
 
     def call(self, row: Row) -> Callable[[bool], Any]:
         """See `Timer.call`."""
-        model, way = self.model, row.way
+        model, way = self.with_tiny_vae if row.what in TINY else self.model, row.way
         torch.backends.cudnn.benchmark = way == "recorded, cudnn.benchmark"
         if way in (OVERHEAD, AUTOTUNE):
             model._fast_unet = Compiled(model.unet, mode=way)
         elif way.startswith("recorded"):
             model._fast_unet = Recorded(model.unet)
         x = self.noise(row.images)
-        if row.what == "decoder":
+        if row.what in DECODERS:
             return lambda warm_up: model.decode(x)
         if row.what == "text":
             return lambda warm_up: model.encode_prompt(PROMPTS)
-        if row.what == "image":
+        if row.what in IMAGES:
             settings: dict[str, Any] = {"n": row.images, "guidance": GUIDANCE, "sampler": "ddim", "seed": 0}
-            return lambda warm_up: model.txt2img(*PROMPTS, steps=self.steps(warm_up), **settings)
+            settings |= {"guidance": 1.0, "sampler": "lcm"} if row.what in LCM else {}
+            return lambda warm_up: model.txt2img(*PROMPTS, steps=self.steps(warm_up, row.what), **settings)
         cond, uncond = model.encode_prompt(PROMPTS).chunk(2)
         denoise = model.denoiser(cond, uncond, GUIDANCE)
 
@@ -167,10 +181,10 @@ class Ours(Timer):
 class Diffusers(Timer):
     """The pipeline of diffusers, with channels-last convolutions. Ways: eager, compiled (its U-Net)."""
 
-    def build(self, setup: Setup) -> dict[str, Any]:
+    def build(self, setup: Setup, names: Sequence[str]) -> dict[str, Any]:
         """The networks of diffusers with our weights."""
         references.libraries()
-        return references.peers(super().build(setup), setup.config, setup.torch_dtype)
+        return references.peers(super().build(setup, names), setup.config, setup.torch_dtype)
 
     def forget(self) -> None:
         """See `Timer.forget`."""
@@ -178,33 +192,38 @@ class Diffusers(Timer):
 
     def call(self, row: Row) -> Callable[[bool], Any]:
         """See `Timer.call`."""
-        text, vae, unet = (self.networks[name] for name in ("text_encoder", "vae", "unet"))
+        networks, few = self.networks | (self.tiny if row.what in TINY else {}), row.what in LCM
+        text, vae, unet = (networks[name] for name in ("text_encoder", "vae", "unet"))
         if row.way in (OVERHEAD, AUTOTUNE):
             unet.model.compile(dynamic=False, mode=row.way)
-        x, pipe = self.noise(row.images).to(self.place.dtype), references.pipeline(self.networks, self.config)
+        x, pipe = self.noise(row.images).to(self.place.dtype), references.pipeline(networks, self.config)
+        if few:
+            pipe.scheduler = references.scheduler(self.config, "LCMScheduler")
         from sd.text.tokenizer import Tokenizer
 
         tokenizer = Tokenizer(length=self.config.text[0].length, pad=self.config.text[0].pad)
-        if row.what == "decoder":
+        if row.what in DECODERS:
             return lambda warm_up: pipe.image_processor.postprocess(vae.decode(x), output_type="pil")
         if row.what == "text":
             return lambda warm_up: text(tokenizer(list(PROMPTS)).to(self.device))
 
+        prompts = list(PROMPTS[:1] if few else PROMPTS)
+
         def run(warm_up: bool, encoded: Tensor | None = None, kind: str = "pil") -> Any:
-            encoded = text(tokenizer(list(PROMPTS)).to(self.device)) if encoded is None else encoded
-            cond, uncond = (part.expand(row.images, -1, -1) for part in encoded.chunk(2))
+            encoded = text(tokenizer(prompts).to(self.device)) if encoded is None else encoded
+            cond, *uncond = (part.expand(row.images, -1, -1) for part in encoded.split(1))
             return pipe(
-                prompt_embeds=cond, negative_prompt_embeds=uncond, num_inference_steps=self.steps(warm_up),
-                guidance_scale=GUIDANCE, height=self.config.size, width=self.config.size, latents=x, output_type=kind,
+                prompt_embeds=cond, negative_prompt_embeds=None if few else uncond[0],
+                num_inference_steps=self.steps(warm_up, row.what), guidance_scale=1.0 if few else GUIDANCE,
+                height=self.config.size, width=self.config.size, latents=x, output_type=kind,
             ).images  # fmt: skip
 
-        if row.what == "image":
+        if row.what in IMAGES:
             return run
         return partial(run, encoded=text(tokenizer(list(PROMPTS)).to(self.device)), kind="latent")
 
 
 PROGRAMS: dict[str, type[Timer]] = {"ours": Ours, "diffusers": Diffusers}
-EXTRA = ("image", "decoder", "text")
 
 
 def without_peer() -> str | None:
