@@ -280,6 +280,8 @@ def check_parts(args: argparse.Namespace, config: Config) -> None:
         if those := [part for part in parts if part in args.parts]:
             raise ValueError(f"{reason}: leave {', '.join(those)} out of --parts")
 
+    if config.unet.guidance is not None:
+        raise ValueError(f"{config.name} takes the guidance as an input, which is not measured: give a model without")
     if config.is_inpainting:
         refuse_any(IMAGES, f"{config.name} cannot generate from text alone")
     if config.vae.factor != config_of("taesd", config).vae.factor:

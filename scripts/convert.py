@@ -77,7 +77,9 @@ def parser() -> cli.Parser:
     )
     parser.add_argument("--model", choices=("auto", *sd.MODELS), default="auto", help="the model (default: detected)")
     parser.add_argument("--prediction", choices=PREDICTIONS, help="what the U-Net predicts (default: detected)")
-    parser.add_argument("--vae", type=cli.file_path, metavar="FILE", help="take the VAE from this file or folder")
+    parser.add_argument(
+        "--vae", type=cli.file_path, metavar="FILE", help="take the VAE from this file or folder; also TAESD"
+    )
     parser.add_argument("--text-encoder", type=cli.file_path, metavar="FILE", help="the same for the text encoder")
     parser.add_argument("--variant", metavar="NAME", help="of a diffusers folder: which files to read, fp16, ...")
     return parser
@@ -158,8 +160,11 @@ def write_tiny(args: argparse.Namespace, path: Path) -> tuple[int, str]:
         notes = [*checkpoint.notes, *state.notes, *notes_on_tiny(VAEConfig(), [file.path for file in checkpoint.files])]
     for line in notes:
         print(printable(line))
-    for name, tensors in tiny_files(args.layout, read, config).items():
-        save_file(contiguous(tensors), path / name if name else path, {"format": "pt"})
+    try:
+        for name, tensors in tiny_files(args.layout, read, config).items():
+            save_file(contiguous(tensors), path / name if name else path, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{args.output}: cannot be written: {error}") from None
     for name, text in (tiny_texts(config) if args.layout == "diffusers" else {}).items():
         (path / name).write_text(text, encoding="utf-8")
     return len(read), describe_tiny(config)

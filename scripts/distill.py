@@ -41,7 +41,7 @@ from sd.models.unet import UNet
 from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion
 from sd.runtime.device import find_dtype
-from sd.schedule import Schedule
+from sd.schedule import LCM_TIMESTEPS, Schedule
 from sd.training import (
     TrainableLora,
     add_guidance_input,
@@ -91,17 +91,34 @@ def parser() -> cli.Parser:
     )  # fmt: skip
     add(
         "--guidance", type=float, nargs="+", metavar="G",
-        help="of the teacher (default: its own); two numbers: between them for each image, and the student is told it",
+        help="guidance of the teacher (default: its own); two numbers: drawn from this range for each image, and given "
+        "to the student as an input",
     )  # fmt: skip
-    add("--solver-steps", type=int, default=50, metavar="N", help="steps of the teacher's grid (default: %(default)s)")
-    add("--skip", type=int, default=5, metavar="K", help="places on it that a solver step goes (default: %(default)s)")
-    add("--substeps", type=int, default=1, metavar="N", help="of the teacher in a solver step (default: %(default)s)")
     add(
-        "--huber", type=float, default=1e-3, metavar="H", help="differences below it are squared (default: %(default)s)"
+        "--solver-steps",
+        type=int,
+        default=LCM_TIMESTEPS,
+        metavar="N",
+        help="steps of the teacher's grid (default: %(default)s)",
+    )
+    add("--skip", type=int, default=5, metavar="K", help="timesteps of the grid per solver step (default: %(default)s)")
+    add(
+        "--substeps",
+        type=int,
+        default=1,
+        metavar="N",
+        help="DDIM steps of the teacher per solver step (default: %(default)s)",
+    )
+    add(
+        "--huber",
+        type=float,
+        default=1e-3,
+        metavar="H",
+        help="pseudo-Huber loss: differences below H count quadratically, larger ones linearly (default: %(default)s)",
     )
     add(
         "--target", choices=("student", "average"), default="average",
-        help="what the student agrees with: itself, or the average of its weights (--ema) (default: %(default)s)",
+        help="network that the student has to match: itself, or its moving average (--ema) (default: %(default)s)",
     )  # fmt: skip
     add("--lora-rank", type=int, metavar="R", help="train a LoRA of this rank (default: all weights of the U-Net)")
     add("--lora-alpha", type=float, metavar="A", help="of the LoRA, whose scale is A / R (default: R)")
@@ -236,13 +253,15 @@ class SolverBatches:
             yield {**part, "guidance": low + (high - low) * of_guidance}
 
 
-def distilled(config: Config, method: str, guidance: tuple[float, float]) -> Config:
+def distilled(config: Config, method: str, guidance: tuple[float, float], solver_steps: int) -> Config:
     """The config of the distilled model: the method's sampler and steps, no guidance.
 
     A student that is told its guidance has as default the teacher's, or what is nearest to it in the range.
     """
     kind = METHODS[method]
     made = kind.applied(replace(config, name=f"{config.name} {kind.label}"[:100]))
+    if solver_steps % LCM_TIMESTEPS:  # the timesteps of the spacing lcm were not trained
+        made = replace(made, spacing="trailing")
     low, high = guidance
     if low == high:
         return made
@@ -255,7 +274,7 @@ def find_teacher(args: argparse.Namespace, device: torch.device) -> StableDiffus
     config = models.find_config(args.model) if args.model else None
     model = StableDiffusion.load(args.ckpt, config=config, weights=args.weights, device=device, dtype="float32")
     if of_config(model.config) is not None:
-        raise ValueError(f"{model.config.name} needs only a few steps already: give the model that it was made of")
+        raise ValueError(f"{model.config.name} is already a few-step model: give the ordinary model with --ckpt")
     return model
 
 
@@ -276,7 +295,7 @@ def check(args: argparse.Namespace) -> None:
     if args.lora_rank is not None and not (args.lora_rank >= 1 and (args.lora_alpha is None or args.lora_alpha > 0)):
         raise ValueError("--lora-rank must be at least 1, --lora-alpha above 0")
     if args.lora_rank is not None and len(args.guidance or ()) > 1:
-        raise ValueError("a LoRA cannot be told the guidance: give one --guidance, or leave out --lora-rank")
+        raise ValueError("a LoRA has no input for a range of guidance: give one --guidance, or leave out --lora-rank")
     if args.target == "average" and args.ema == 0:
         raise ValueError("--target average needs an average of the weights: --ema above 0, or --target student")
     SamplingParams(steps=args.sample_steps)
@@ -321,7 +340,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         objective.average = trainer.ema.average
     trained = sum(p.numel() for p in trainer.trained.values())
     batches = Batches(data, model, recipe, processes, inpaint=model.is_inpainting, trained=trained)
-    config = distilled(model.config, args.method, guidance)
+    config = distilled(model.config, args.method, guidance, args.solver_steps)
     title = f"{config.name} LoRA"  # by which programs see what it is (sd/few_step.py)
     written = args.out / ("lora.safetensors" if lora else "model.safetensors")
 

@@ -61,8 +61,8 @@ def parser() -> cli.Parser:
     add("--prompts", type=int, default=500, metavar="N", help="per split; 0: only the judge (default: %(default)s)")
     add("--split", choices=(*SPLITS, "both"), default="both", help="default: %(default)s")
     add("--guidance", type=float, nargs="+", metavar="G", help="one or more (default: the model's own)")
-    add("--sampler", default="ddim", metavar="NAME", help="default: %(default)s")
-    add("--steps", type=int, metavar="N", help="default: the sampler's")
+    add("--sampler", metavar="NAME", help="default: the model's own")
+    add("--steps", type=int, metavar="N", help="default: the model's own, or the sampler's")
     add("--seed", type=int, default=0, metavar="N", help="seed of the first image (default: %(default)s)")
     add("--batch-size", type=int, default=16, metavar="N", help="images per batch (default: %(default)s)")
     add("--probes", type=int, default=100, metavar="N", help="prompts per probe; 0: none (default: %(default)s)")
@@ -170,10 +170,11 @@ def evaluate(args: argparse.Namespace) -> None:
     """Test the judge, generate images, judge them, and print the results."""
     check(args)
     model = generate.load(args)
-    args.guidance = args.guidance or [model.config.guidance]
+    args.guidance = args.guidance or [model.defaults.guidance]
     judged_by = judge.find(args.judge, model.device)
     report: list[str] = []
-    figures: dict[str, Any] = {"checkpoint": str(args.ckpt or "embedded"), "sampler": args.sampler, "seed": args.seed}
+    sampler = args.sampler or model.defaults.sampler
+    figures: dict[str, Any] = {"checkpoint": str(args.ckpt or "embedded"), "sampler": sampler, "seed": args.seed}
 
     def say(text: str) -> None:
         print(text, end="\n\n", flush=True)
@@ -188,7 +189,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if weak:
         say(f"This judge errs in more than {100 - 100 * TRUSTED:.0f} % of: {', '.join(weak)}. Train another one.")
     if args.prompts:
-        generator = Generator(model, args.sampler, args.steps, args.seed, args.batch_size)
+        generator = Generator(model, sampler, args.steps, args.seed, args.batch_size)
         figures["scores"] = scores = {}
         for split in SPLITS if args.split == "both" else (args.split,):
             told = prompts(split, args.prompts)

@@ -20,6 +20,7 @@ True
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from dataclasses import dataclass, replace
 from .config import Config
 
 DISTILLED = ("lcm", "tcd")  # samplers that suit only such models
-MOST_STEPS = 12  # a model whose default is more steps than these is none of few steps
+MOST_STEPS = 12  # a model with more default steps than this is not a few-step model
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class FewStep:
         if least <= steps <= most and low <= guidance <= high:
             return None
         count = _counted(most) if least == most else f"{least} to {_counted(most)}"
-        return f"{count} and guidance {low:g}" + (f" to {high:g}" if high > low else "")
+        more = " or more" if math.isinf(high) else f" to {high:g}" if high > low else ""
+        return f"{count} and guidance {low:g}{more}"
 
 
 def _counted(steps: int) -> str:
@@ -82,7 +84,7 @@ TCD = FewStep("TCD", "tcd", "lcm", 4, (2, 20), 1.0, (1.0, 2.0))
 HYPER = FewStep("Hyper-SD", "ddim", "trailing", 4, (2, 8), 1.0, (1.0, 1.0))
 HYPER_ONE = replace(HYPER, sampler="tcd", spacing="lcm", steps=1, range=(1, 8))
 HYPER_GUIDED = replace(HYPER, guidance=5.0, guidances=(5.0, 8.0))
-TURBO = FewStep("SD-Turbo", "euler_a", "trailing", 1, (1, 4), 1.0, (1.0, 1.0))
+TURBO = FewStep("SD-Turbo", "euler", "trailing", 1, (1, 4), 1.0, (1.0, 1.0))
 
 STEPS = re.compile(r"(?<!\d)(\d{1,2})[ _-]?steps?(?![a-z])")
 # A name's words and the kind that they mean. Digits may stand beside a word: "dreamshaper_8LCM".
@@ -123,7 +125,10 @@ def of_config(config: Config) -> FewStep | None:
     if kind is None:
         if config.steps is None or config.steps > MOST_STEPS:
             return None
-        kind = replace(TURBO, label="few-step")
+        scales = (1.0, 1.0) if config.guidance == 1 else (config.guidance, math.inf)  # how far up is not known
+        kind = replace(TURBO, label="few-step", guidances=scales)
+    elif kind is LCM_GUIDED and config.sampler == TCD.sampler:
+        kind = replace(kind, label=TCD.label)
     steps, (least, most), (low, high) = config.steps or kind.steps, kind.range, kind.guidances
     return replace(
         kind,
@@ -144,10 +149,14 @@ def unsuited(found: tuple[str, FewStep] | None, sampler: str, steps: int, guidan
         if sampler not in DISTILLED:
             return None
         return (
-            f"the sampler {sampler} is for models of few steps, and nothing says that this is one: images of an "
-            "ordinary model are blurred; add an LCM or TCD LoRA, or use another sampler"
+            f"the sampler {sampler} needs a few-step model, and this model is not recognised as one: images of an "
+            "ordinary model are blurred. Add an LCM or TCD LoRA (if its file has another name: --lora lcm=FILE), or "
+            "choose another sampler"
         )
     what, kind = found
     customary = kind.far(steps, guidance)
     given = f"{_counted(steps)} and guidance {guidance:g}"
-    return None if customary is None else f"{given}: {what} is made for {customary}"
+    if customary is None:
+        return None
+    none = "; guidance 0 ignores the prompt, 1 is no guidance" if guidance == 0 else ""
+    return f"{what} is made for {customary}, not for {given}: the image may be worse{none}"

@@ -125,7 +125,7 @@ class Run(Iterator[Step]):
         """Note settings that have no effect here, or not the expected one."""
         params, sampler, note = self.params, SAMPLERS[self.params.sampler], self.notes.append
         told = self.model.config.unet.guidance is not None
-        where = "with this model, which is told the guidance" if told else "at guidance 1"
+        where = "with this model, whose U-Net takes the guidance scale as an input" if told else "at guidance 1"
         if params.guidance_rescale > 0 and (told or params.guidance == 1):
             note(f"guidance_rescale has no effect {where}")
         if params.guidance_until < 1 and (told or params.guidance == 1):

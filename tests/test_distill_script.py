@@ -82,7 +82,7 @@ def test_weights_are_a_model_of_few_steps(teacher, options, start, tmp_path):  #
     # a distilled model is no teacher
     again = ["--ckpt", tmp_path / "model.safetensors", *options[2:], "--steps", 1, "--out", tmp_path / "again"]
     status, _, err = start(distill, *again)
-    assert status == 1 and "small LCM needs only a few steps already" in err[-1]
+    assert status == 1 and "small LCM is already a few-step model" in err[-1]
 
 
 def test_a_lora_is_for_the_teacher(teacher, options, start, tmp_path):  # noqa: F811
@@ -193,7 +193,7 @@ def test_times_of_a_step(skip):
         (("--lora-rank", 0), "--lora-rank must be at least 1, --lora-alpha above 0"),
         (("--lora-rank", 4, "--lora-alpha", 0), "--lora-rank must be at least 1, --lora-alpha above 0"),
         (("--lora-alpha", 2), "--lora-alpha goes with --lora-rank"),
-        (("--lora-rank", 4, "--guidance", 2, 6), "a LoRA cannot be told the guidance"),
+        (("--lora-rank", 4, "--guidance", 2, 6), "a LoRA has no input for a range of guidance"),
         (("--huber", 0), "--huber above 0"),
         (("--skip", 0), "--phrasings, --skip and --substeps must be at least 1"),
         (("--substeps", 0), "--phrasings, --skip and --substeps must be at least 1"),

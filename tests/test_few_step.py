@@ -434,6 +434,6 @@ def test_gamma_0_draws_nothing(tiny_sd):
     """So a seed of its noise has no effect, and this is noted."""
     settings = {"sampler": "tcd", "noise_seed_delta": 1, "guidance": 1, **SIZE}
     (blurred,) = tiny_sd.prepare(TextToImage.of("a", **settings)).notes
-    assert "the sampler tcd is for models of few steps" in blurred
+    assert "the sampler tcd needs a few-step model" in blurred
     note, _ = tiny_sd.prepare(TextToImage.of("a", gamma=0, **settings)).notes
     assert note == "noise_seed_delta has no effect: TCD draws no noise in its steps"

@@ -159,7 +159,7 @@ def test_settings_without_effect_are_noted(told):
     run = told.prepare(TextToImage.of("a cat", **settings, **other))
     assert all(guide.uncond is None for guide in run.guides) and not run.is_guided
     found = run.result()
-    where = "has no effect with this model, which is told the guidance"
+    where = "has no effect with this model, whose U-Net takes the guidance scale as an input"
     assert sorted(found.notes) == [
         f"guidance_rescale {where}", f"guidance_until {where}", f"the negative prompt {where}",
     ]  # fmt: skip
@@ -167,7 +167,8 @@ def test_settings_without_effect_are_noted(told):
     stronger = told.prepare(TextToImage.of("a cat", **settings, guidance=14.0)).result()
     assert stronger.images[0].tobytes() != plain.images[0].tobytes()
     assert stronger.notes == [
-        "2 steps and guidance 14: this model, an LCM model, is made for 1 to 8 steps and guidance 3 to 13"
+        "this model (an LCM model) is made for 1 to 8 steps and guidance 3 to 13, not for 2 steps and guidance 14: "
+        "the image may be worse"
     ]
 
 
@@ -259,7 +260,7 @@ NAMES = [
     ("Hyper-SD15-2steps-lora", "a Hyper-SD LoRA", "2 steps, sampler ddim, guidance 1"),
     ("hypersd15_8steps", "a Hyper-SD LoRA", "8 steps, sampler ddim, guidance 1"),
     ("Hyper-SD15-12steps-CFG-lora", "a Hyper-SD LoRA", "12 steps, sampler ddim, guidance 5"),
-    ("sd_turbo", "an SD-Turbo LoRA", "1 step, sampler euler_a, guidance 1"),
+    ("sd_turbo", "an SD-Turbo LoRA", "1 step, sampler euler, guidance 1"),
 ]
 
 
@@ -294,14 +295,14 @@ RECOGNISED = [
     (scheduler("LCMScheduler"), SD1, ("lcm", 4, "lcm", 1.0), "its scheduler_config.json says so"),
     (scheduler("TCDScheduler"), SD1, ("tcd", 4, "lcm", 1.0), "a TCD model (its scheduler_config.json says so)"),
     (scheduler(EULER, **TRAILING), SD2, ("euler", 1, "trailing", 1.0), "an SD-Turbo model (its scheduler_config.json"),
-    (scheduler(EULER_A, **TRAILING), SD2, ("euler_a", 1, "trailing", 1.0), "1 step, sampler euler_a, guidance 1"),
+    (scheduler(EULER_A, **TRAILING), SD2, ("euler_a", 1, "trailing", 1.0), "1 step, sampler euler, guidance 1"),
     (scheduler(EULER, **TRAILING), SD1, ("euler", None, "trailing", 7.5), "euler with trailing timesteps"),
     (scheduler("DDIMScheduler", **TRAILING), SD2, ("ddim", None, "trailing", 7.5), "ddim with trailing timesteps"),
     (scheduler(EULER, **TRAILING), V, ("euler", None, "trailing", 7.5), "euler with trailing timesteps"),
-    (Given("models/sd_turbo.safetensors"), SD2, ("euler_a", 1, "trailing", 1.0), "(its name says so)"),
-    (Given("models--stabilityai--sd-turbo/snapshots/1a"), SD2, ("euler_a", 1, "trailing", 1.0), "its repository says"),
+    (Given("models/sd_turbo.safetensors"), SD2, ("euler", 1, "trailing", 1.0), "(its name says so)"),
+    (Given("models--stabilityai--sd-turbo/snapshots/1a"), SD2, ("euler", 1, "trailing", 1.0), "its repository says"),
     (Given(metadata={"modelspec.title": "My LCM"}), SD1, ("lcm", 4, "lcm", 1.0), "metadata (modelspec.title) says so"),
-    (Given(unet={"_name_or_path": "stabilityai/sd-turbo"}), SD2, ("euler_a", 1, "trailing", 1.0), "unet settings says"),
+    (Given(unet={"_name_or_path": "stabilityai/sd-turbo"}), SD2, ("euler", 1, "trailing", 1.0), "unet settings says"),
     (Given("Hyper-SD15-4steps.ckpt"), SD1, ("ddim", 4, "trailing", 1.0), "a Hyper-SD model (its name says so)"),
 ]  # fmt: skip
 
@@ -342,9 +343,12 @@ def test_defaults_go_through_a_folder(config):
 
 def test_schedulers_that_are_unknown_are_said():
     (line,) = notes_on_scheduler({"scheduler": {"_class_name": "NewScheduler"}})
-    assert line == "scheduler/scheduler_config.json names 'NewScheduler', which is unknown: the usual sampler is used"
+    assert (
+        line
+        == "scheduler/scheduler_config.json names 'NewScheduler', which is unknown: using the model's default sampler"
+    )
     (line,) = notes_on_scheduler({"scheduler": {"_class_name": "LCMScheduler", "original_inference_steps": 100}})
-    assert "original_inference_steps 100, which is ignored: 50 are" in line
+    assert "original_inference_steps 100, which is not supported: using 50" in line
     assert list(notes_on_scheduler({"scheduler": {"_class_name": "PNDMScheduler"}})) == []
     assert list(notes_on_scheduler({})) == []
 
@@ -373,15 +377,16 @@ def test_what_is_said_of_settings():
     found = ("lcm-lora, an LCM LoRA,", LCM)
     assert unsuited(found, "lcm", 4, 1.0) is None and unsuited(found, "lcm", 8, 2.0) is None
     assert unsuited(found, "lcm", 50, 7.5) == (
-        "50 steps and guidance 7.5: lcm-lora, an LCM LoRA, is made for 2 to 8 steps and guidance 1 to 2"
+        "lcm-lora (an LCM LoRA) is made for 2 to 8 steps and guidance 1 to 2, not for 50 steps and guidance 7.5: the "
+        "image may be worse"
     )
     assert (
-        unsuited(("x,", HYPER), "ddim", 20, 1.0)
-        == "20 steps and guidance 1: x, is made for 2 to 8 steps and guidance 1"
+        unsuited(("x", HYPER), "ddim", 20, 1.0)
+        == "x is made for 2 to 8 steps and guidance 1, not for 20 steps and guidance 1: the image may be worse"
     )
     assert unsuited(None, "ddim", 50, 7.5) is None
     for name in ("lcm", "tcd"):
-        assert f"the sampler {name} is for models of few steps" in unsuited(None, name, 4, 1.0)
+        assert f"the sampler {name} needs a few-step model" in unsuited(None, name, 4, 1.0)
         assert unsuited(found, name, 4, 1.0) is None
 
 
@@ -413,7 +418,8 @@ def test_a_lora_brings_its_defaults(adaptable, folder):
     assert run.notes == []
     run = adaptable.prepare(TextToImage.of("a cat", negative="a dog", steps=20, **SIZE))
     assert run.notes == [
-        "20 steps and guidance 1: Hyper-SD15-2steps-lora, a Hyper-SD LoRA, is made for 2 to 8 steps and guidance 1",
+        "Hyper-SD15-2steps-lora (a Hyper-SD LoRA) is made for 2 to 8 steps and guidance 1, not for 20 steps and "
+        "guidance 1: the image may be worse",
         "the negative prompt has no effect at guidance 1",
     ]
     assert adaptable.denoiser(adaptable.encode_prompt("a cat")).guidance == 1.0
@@ -490,8 +496,8 @@ def test_settings_far_from_customary_are_said_and_done(generate):
         "a cat", "--lora", "Hyper-SD15-2steps-lora.safetensors", "--steps", "12", "--guidance", "7.5"
     )
     assert status == 0 and err == [
-        "warning: 12 steps and guidance 7.5: Hyper-SD15-2steps-lora, a Hyper-SD LoRA, is made for 2 to 8 steps and "
-        "guidance 1"
+        "warning: Hyper-SD15-2steps-lora (a Hyper-SD LoRA) is made for 2 to 8 steps and guidance 1, not for 12 steps "
+        "and guidance 7.5: the image may be worse"
     ]
     text = Image.open(image).text["parameters"]
     assert "Steps: 12" in text and "CFG scale: 7.5" in text
@@ -500,7 +506,7 @@ def test_settings_far_from_customary_are_said_and_done(generate):
 def test_lcm_on_an_ordinary_model_is_said(generate):
     status, _, err, _ = generate("a cat", "--sampler", "lcm", "--guidance", "1")
     assert status == 0 and len(err) == 1
-    assert err[0].startswith("warning: the sampler lcm is for models of few steps, and nothing says that this is one")
+    assert err[0].startswith("warning: the sampler lcm needs a few-step model, and this model is not recognised as one")
 
 
 def test_an_lcm_lora_from_end_to_end(generate, folder):

@@ -355,7 +355,7 @@ def test_previews_leave_the_image_as_it_is(edit, files, tmp_path):  # noqa: F811
     steps = [pixels(made(tmp_path, f"0000{i}-steps/002.png")) for i in (1, 2)]
     assert np.abs(steps[0] - steps[1]).mean() > 5
     for more, words in (
-        (("--preview", "linear"), "--preview linear decodes with no VAE"),
+        (("--preview", "linear"), "--preview linear uses no VAE"),
         (("--preview-vae", files["model.safetensors"]), "this is a whole VAE"),
     ):
         status, _, err, _ = edit(txt2img, "a", *args, "--preview-vae", files["two"], *more)

@@ -134,7 +134,9 @@ def add_model_arguments(parser: Parser) -> None:
     group.add_argument(
         "--prediction", choices=PREDICTIONS, help="what the U-Net predicts: noise or velocity (default: detected)"
     )
-    group.add_argument("--vae", type=file_path, metavar="FILE", help="load the VAE from this file or folder")
+    group.add_argument(
+        "--vae", type=file_path, metavar="FILE", help="take the VAE from this file or folder; also TAESD"
+    )
     group.add_argument("--text-encoder", type=file_path, metavar="FILE", help="text encoder from this file or folder")
     group.add_argument("--variant", metavar="NAME", help="variant of a diffusers folder: fp16, ...")
     group.add_argument("--device", help="cuda, cpu, mps (default: the best available)")
@@ -305,7 +307,8 @@ def add_output_arguments(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--preview-vae", type=file_path, metavar="FILE",
-        help="decode the steps, not the image, with this tiny autoencoder (TAESD), a file or folder: nearly as good",
+        help="decode the steps of --save-steps with this tiny autoencoder (TAESD; file or folder): much faster, with "
+        "less detail; the final image is unchanged",
     )  # fmt: skip
     group.add_argument(
         "--animation", choices=ANIMATIONS, default=ANIMATIONS[0], help="format of the animation (default: %(default)s)"
@@ -316,9 +319,9 @@ def add_output_arguments(parser: Parser) -> None:
 def check_previews(args: argparse.Namespace) -> None:
     """Raise ValueError for options of previews that do not go together."""
     if args.preview_vae is not None and not args.save_steps:
-        raise ValueError("--preview-vae decodes the steps that --save-steps saves: give both or leave it out")
+        raise ValueError("--preview-vae decodes the steps that --save-steps saves: add --save-steps, or leave it out")
     if args.preview_vae is not None and args.preview != STEP_MODES[0]:
-        raise ValueError(f"--preview {args.preview} decodes with no VAE: leave out it or --preview-vae")
+        raise ValueError(f"--preview {args.preview} uses no VAE: leave out --preview or --preview-vae")
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:

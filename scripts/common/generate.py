@@ -228,10 +228,8 @@ def _generate(args: argparse.Namespace, plan: Plan, addons: AddOns, output: Outp
     for text in model.about:
         print(text, flush=True)
     like.compare_model(args, file, digest)
+    addons.give(model, hashes=digest is not None)  # first: a few-step LoRA has other default settings
     check_all(model, plan.lines, plan.requests)
-    addons.give(model, hashes=digest is not None)
-    if model.few_step_loras:  # other default settings
-        check_all(model, plan.lines, plan.requests)
     spacings = {request.params.resolved(model.defaults).spacing for request in plan.requests}
     if model.config.schedule.to_noise and spacings - {"trailing", "linspace", "lcm"}:
         warnings.warn(

@@ -61,7 +61,7 @@ def labels(scene: Scene) -> list[int]:
 
 
 def scene_of(answers: Sequence[int]) -> Scene:
-    """The scene with these labels. An image of poor quality may have more than the two things of a valid scene."""
+    """The scene with these labels. An image of poor quality may have more things than a valid scene."""
     words = [choices[answer] for choices, answer in zip(QUESTIONS, answers, strict=True)]
     style, time, ground, *rest = words
     triples = zip(rest[::3], rest[1::3], rest[2::3], SLOTS, strict=True)

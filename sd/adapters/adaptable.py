@@ -27,12 +27,12 @@ class Adaptable:
     @property
     def few_step(self) -> tuple[str, FewStep] | None:
         """What makes this a model of few steps, as text, and its kind; None for an ordinary model."""
-        loras = self._adapters.few_step
+        loras = [*self._adapters.few_step.items()]  # a copy: another thread may remove one
         if loras and self.config.unet.guidance is None:
-            name, kind = [*loras.items()][-1]
-            return f"{name}, {kind.described('LoRA')},", kind
+            name, kind = loras[-1]
+            return f"{name} ({kind.described('LoRA')})", kind
         own = of_config(self.config)
-        return None if own is None else (f"this model, {own.described('model')},", own)
+        return None if own is None else (f"this model ({own.described('model')})", own)
 
     @property
     def defaults(self) -> Config:

@@ -69,6 +69,7 @@ class Adapters:
         for lora, file in zip(loras, files, strict=True):
             kind = lora.few_step or named(lora.name)
             if kind is not None and file.weight > 0 and lora.name not in idle:
+                self.few_step.pop(lora.name, None)  # it would keep its place
                 self.few_step[lora.name] = kind
                 self._permanent |= set() if removable else {lora.name}
                 notes.append(kind.introduced(lora.name))

@@ -31,6 +31,7 @@ from .layouts import AVERAGE
 from .matching import match_layouts
 from .names import EXTRA
 from .prediction import PREDICTION_KEY
+from .tiny_files import check_writable
 
 States = Mapping[str, Mapping[str, Tensor]]  # network -> weights under our names; the networks, and maybe "unet_ema"
 AVERAGE_SCALARS = ("decay", "num_updates")
@@ -81,6 +82,7 @@ def to_original(states: States, config: Config, more: Mapping[str, Tensor] | Non
     Weights are bit-identical. Models with transformers' names get the `position_ids` that old tools require, those with
     an unusual noise schedule `alphas_cumprod`. `more` are extras by their original names.
     """
+    check_writable(config.vae, "original")
     more = {key: tensor for key, tensor in (more or {}).items() if AVERAGE in states or not key.startswith(EMA)}
     written: dict[str, dict[str, Tensor]] = {}
     for network, table in original_sources(config, states).items():
@@ -127,6 +129,7 @@ def to_diffusers(
     The text encoder's names are those of transformers before 5.6, which later versions read as well. With a moving
     average, the average is the main file and the U-Net as trained the variant "non_ema", as in published folders.
     """
+    check_writable(config.vae, "diffusers")
     files: dict[str, dict[str, Tensor]] = {}
     for network, state in states.items():
         part = network.removesuffix("_ema")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 KEY = "guidance.weight"  # our name of the layer in the U-Net
 LCM_WIDTH = 256  # of the embedding in published models
+SCHEDULER = "scheduler/scheduler_config.json"
 GRID = 50  # steps of the grid that latent consistency models were trained on, diffusers' original_inference_steps
 
 # diffusers' classes that say which sampler a model was distilled for, ...
@@ -58,7 +59,9 @@ def with_defaults(tensors: Mapping[str, Tensor], config: Config) -> tuple[Config
     """The config with the defaults of a few-step model, and a line that says them; the same and "" for another."""
     scheduler = getattr(tensors, "configs", {}).get("scheduler", {})
     if config.unet.guidance is not None:
-        return _with(LCM_GUIDED, config, "its U-Net takes the guidance scale as an input")
+        said = DISTILLED.get(str(scheduler.get("_class_name")), LCM)
+        guided = replace(LCM_GUIDED, label=said.label, sampler=said.sampler)
+        return _with(guided, config, "its U-Net takes the guidance scale as an input")
     kind = _by_scheduler(scheduler, config)
     if kind is not None:
         return _with(kind, config, "its scheduler_config.json says so")
@@ -122,10 +125,10 @@ def notes_on_scheduler(configs: Mapping[str, Mapping[str, Any]]) -> Iterator[str
     raw = configs.get("scheduler", {})
     name = raw.get("_class_name")
     if name is not None and name not in (*DISTILLED, *TRAILING, *USUAL):
-        yield f"scheduler/scheduler_config.json names {str(name)!r:.100}, which is unknown: the usual sampler is used"
+        yield f"{SCHEDULER} names {str(name)!r:.100}, which is unknown: using the model's default sampler"
     grid = raw.get("original_inference_steps", GRID)
     if name in DISTILLED and grid != GRID:
-        yield f"scheduler/scheduler_config.json has original_inference_steps {grid!r:.50}, which is ignored: {GRID} are"
+        yield f"{SCHEDULER} has original_inference_steps {grid!r:.50}, which is not supported: using {GRID}"
 
 
 def scheduler_to_diffusers(config: Config) -> dict[str, Any]:

@@ -16,14 +16,21 @@ import torch
 
 from ..config import Config, TinyVAEConfig
 from ..files import user_path
+from ..messages import printable
 from ..models.taesd import TinyVAE
+from ..text.tokenizer import Note, warn
 from .checkpoint import CheckpointError, load_checkpoint, naming
 from .convert import convert
 from .loading import load_weights, with_part
+from .tiny_vae import notes_on_tiny
 
 
-def load_tiny_vae(path: str | os.PathLike[str], config: Config, device: torch.device, dtype: torch.dtype) -> TinyVAE:
+def load_tiny_vae(
+    path: str | os.PathLike[str], config: Config, device: torch.device, dtype: torch.dtype, note: Note = warn
+) -> TinyVAE:
     """The tiny autoencoder in a file or folder, for the latents of a model of this config.
+
+    note   receives lines on what is doubtful; they are UserWarnings if it is not given
 
     Raises CheckpointError for a file of something else, damaged, or of a tiny autoencoder that does not fit the model.
     """
@@ -38,6 +45,8 @@ def load_tiny_vae(path: str | os.PathLike[str], config: Config, device: torch.de
                 f"{config.vae.factor} x {config.vae.factor}: give another one"
             )
         state = convert(file, found, parts=["vae"])["vae"]
+        for line in (*file.notes, *state.notes, *notes_on_tiny(config.vae, [part.path for part in file.files])):
+            note(printable(line))
         with torch.device("meta"):
             tiny = TinyVAE(found.vae)
         return cast(TinyVAE, load_weights(tiny, state, device, dtype))

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from ..vae_config import TinyVAEConfig, VAEConfig
 from .formats.pickles import RefusedFile
+from .hub_cache import repository
 
 # layout -> what its names begin with, in the encoder and in the decoder
 HALVES: Mapping[str, tuple[str, str]] = {
@@ -109,7 +110,8 @@ def notes_on_tiny(own: VAEConfig | TinyVAEConfig, paths: list[Path]) -> list[str
     paths   the files of the tiny one
     """
     lines = []
-    if names := [path.name for path in paths if XL.search(path.name)]:
+    called = [name for path in paths for name in (path.name, path.parent.name, repository(path) or "")]
+    if names := [name for name in called if XL.search(name)]:
         lines.append(
             f"{names[0]}: its name says that it is for SDXL, whose latents are others: expect wrong colours; that of "
             "Stable Diffusion 1.x and 2.x is called taesd (the weights themselves cannot tell)"

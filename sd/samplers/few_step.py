@@ -41,16 +41,14 @@ def lcm(denoise: Denoise, x: Tensor, levels: Levels, *, noise: Noise) -> Iterato
         x0  <- c_skip x + c_out x0                      see `boundary`
         x_b = alpha_b x0 + sigma_b noise
 
-    x (B, C, h, w) at levels[0]. One evaluation and one draw of noise a step; none where the next level is clean, so the
-    last step gives x0. Grids that evaluate timestep 0 (linspace, karras, exponential) waste this evaluation: there the
-    boundary condition makes x0 equal to x.
+    x (B, C, h, w) at levels[0]. One evaluation and one draw of noise a step; none in the last step, which gives x0
+    even if its level is not clean (the spacing leading). Grids that evaluate timestep 0 (linspace, karras, exponential)
+    waste this evaluation: there the boundary condition makes x0 equal to x.
     """
     for i, (a, b) in enumerate(pairwise(levels)):
         c_skip, c_out = boundary(a.t)
         x0 = c_skip * x + c_out * denoise(x, a)
-        x = b.alpha * x0
-        if b.sigma > 0:
-            x = x + b.sigma * noise(x)
+        x = x0 if i == len(levels) - 2 else b.alpha * x0 + b.sigma * noise(x)
         yield Step(i, b, x, x0)
 
 

@@ -79,7 +79,7 @@ def draw_consistency(model: StableDiffusion, seen: Consistency, width: int = 132
     names = [f"t = {level.t:.0f}" for level in seen.levels]
     return figure(
         "The consistency function: the same image from every point of a curve",
-        strip(rows, names, ("x_{t}", "x_{0}: 50 steps", "x_{0}: few steps"), width),
+        strip(rows, names, ("x_{t}", "x_{0}: ordinary", "x_{0}: few steps"), width),
         "Top: the state of a run of the ordinary model. Middle: the clean image that it predicts from this state. "
         "Bottom: what the model distilled from it predicts from the same state.",
     )
