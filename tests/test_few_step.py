@@ -254,6 +254,21 @@ def test_tcd_without_noise_is_ddim_to_timestep_0():
     assert all(torch.equal(a.x, b.x) and a.level == b.level for a, b in zip(own, ddim, strict=True))
 
 
+def test_lcm_ends_at_x0_on_every_grid():
+    """Without noise, even where the last level is not clean, and without a draw there."""
+    drawn = []
+    levels = schedule.levels(3, "leading")
+    assert levels[-1].sigma > 0
+
+    def noise(x):
+        drawn.append(x.shape)
+        return torch.randn_like(x)
+
+    x0 = torch.full((1, 4, 8, 8), 0.5)
+    *_, last = lcm(lambda x, level: x0, torch.randn(1, 4, 8, 8), levels, noise=noise)
+    assert torch.equal(last.x, last.x0) and error(last.x, x0) < 0.01 and len(drawn) == 2
+
+
 def test_grids_that_evaluate_timestep_0():
     """LCM's boundary condition leaves x as it is there; TCD goes on to clean data."""
     assert boundary(0.0) == (1.0, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -295,7 +296,7 @@ RECOGNISED = [
     (scheduler("LCMScheduler"), SD1, ("lcm", 4, "lcm", 1.0), "its scheduler_config.json says so"),
     (scheduler("TCDScheduler"), SD1, ("tcd", 4, "lcm", 1.0), "a TCD model (its scheduler_config.json says so)"),
     (scheduler(EULER, **TRAILING), SD2, ("euler", 1, "trailing", 1.0), "an SD-Turbo model (its scheduler_config.json"),
-    (scheduler(EULER_A, **TRAILING), SD2, ("euler_a", 1, "trailing", 1.0), "1 step, sampler euler, guidance 1"),
+    (scheduler(EULER_A, **TRAILING), SD2, ("euler_a", 1, "trailing", 1.0), "1 step, sampler euler_a, guidance 1"),
     (scheduler(EULER, **TRAILING), SD1, ("euler", None, "trailing", 7.5), "euler with trailing timesteps"),
     (scheduler("DDIMScheduler", **TRAILING), SD2, ("ddim", None, "trailing", 7.5), "ddim with trailing timesteps"),
     (scheduler(EULER, **TRAILING), V, ("euler", None, "trailing", 7.5), "euler with trailing timesteps"),
@@ -366,7 +367,11 @@ def test_kinds_of_configs():
     assert of_config(SD1) is None and own_defaults(SD1) == "" and of_config(replace(SD1, steps=25)) is None
     distilled = replace(SD1, sampler="lcm", steps=2, spacing="lcm", guidance=1.0)
     assert own_defaults(distilled) == "an LCM model: 2 steps, sampler lcm, guidance 1"
-    assert of_config(replace(SD1, sampler="euler", steps=4)).described("model") == "a few-step model"
+    some = of_config(replace(SD1, sampler="euler", steps=4))  # how much guidance it takes is not known
+    assert some.described("model") == "a few-step model" and some.far(4, 99.0) is None
+    assert some.far(20, 7.5) == "1 to 4 steps and guidance 7.5 or more"
+    assert of_config(replace(SD1, sampler="euler", steps=1, guidance=1.0)).guidances == (1.0, 1.0)
+    assert of_config(replace(TOLD, sampler="tcd", steps=4)).described("model") == "a TCD model"
     kind = of_config(replace(SD1, unet=replace(SD1.unet, guidance=256)))
     assert (kind.label, kind.guidances) == ("LCM", (3.0, 13.0))
     kind = of_config(replace(TOLD, guidance=2.0, sampler="lcm", steps=3))
@@ -374,7 +379,7 @@ def test_kinds_of_configs():
 
 
 def test_what_is_said_of_settings():
-    found = ("lcm-lora, an LCM LoRA,", LCM)
+    found = ("lcm-lora (an LCM LoRA)", LCM)
     assert unsuited(found, "lcm", 4, 1.0) is None and unsuited(found, "lcm", 8, 2.0) is None
     assert unsuited(found, "lcm", 50, 7.5) == (
         "lcm-lora (an LCM LoRA) is made for 2 to 8 steps and guidance 1 to 2, not for 50 steps and guidance 7.5: the "
@@ -449,7 +454,7 @@ def test_the_last_of_several_counts_and_those_without_weight_do_not(adaptable, f
 def test_a_model_that_is_told_its_guidance_keeps_it(folder):
     model = sd.StableDiffusion(TOLD, **loaded(told_state(), TOLD))
     model.add_loras([folder / "lcm-lora-sdv1-5.safetensors"], removable=False, note=[].append)
-    assert model.defaults is TOLD and model.few_step[0] == "this model, an LCM model,"
+    assert model.defaults is TOLD and model.few_step[0] == "this model (an LCM model)"
 
 
 # ---------------------------------------------------------------------------------------------------- programs
@@ -464,10 +469,25 @@ def generate(folder, tmp_path, capsys, monkeypatch):
         size = ["--height", "64", "--width", "64", "--seed", "1", "--dtype", "float32", "--device", "cpu"]
         status = txt2img.main([*args, *size, "--ckpt", "tiny.safetensors", "--out", str(tmp_path / "out")])
         printed = capsys.readouterr()
-        made = sorted((tmp_path / "out").glob("*.png")) if (tmp_path / "out").is_dir() else [None]
+        made = sorted((tmp_path / "out").glob("*.png")) or [None]
         return status, printed.out.splitlines(), printed.err.splitlines(), made[-1]
 
     return run
+
+
+def test_the_last_added_counts_even_if_one_of_its_name_stayed(adaptable, folder):
+    files = [folder / f"{name}.safetensors" for name in ("lcm-lora-sdv1-5", "mine")]
+    model = sd.StableDiffusion(
+        TINY, *(copy.deepcopy(getattr(adaptable, name)) for name in ("text_encoder", "vae", "unet"))
+    )
+    model.add_loras([(files[0], 1.0)], note=[].append)
+    model.forget_loras()
+    model.add_loras([(files[1], 0.5)], note=[].append)
+    assert model.defaults.sampler == "tcd"
+    model.add_lora(files[0], 0.5, note=[].append)
+    assert model.defaults.sampler == "lcm"
+    model.remove_lora()
+    assert model.defaults.sampler == "lcm"  # the first one stays for good
 
 
 LINE = "Hyper-SD15-2steps-lora is a Hyper-SD LoRA: 2 steps, sampler ddim, guidance 1"
@@ -489,6 +509,15 @@ def test_a_lora_in_a_prompt(generate):
     status, out, err, image = generate(*prompts)
     assert (status, err) == (0, []) and out[1:3] == ["LoRA Hyper-SD15-2steps-lora, weight 1", LINE]
     assert "Steps: 2, Sampler: DDIM" in Image.open(image).text["parameters"]
+
+
+def test_settings_are_checked_with_the_defaults_of_the_lora(generate):
+    """The model's own 25 steps would be too many for half of the grid: refused without the LoRA, fine with it."""
+    half = ("--spacing", "lcm", "--hires", "1.5", "--hires-strength", "0.3")
+    status, _, err, _ = generate("a cat", *half)
+    assert status == 1 and "too few for 25 steps" in err[-1]
+    status, _, err, _ = generate("a cat", "--lora", "lcm-lora-sdv1-5.safetensors", *half)
+    assert status == 0, err
 
 
 def test_settings_far_from_customary_are_said_and_done(generate):

@@ -21,10 +21,11 @@ from torch import nn
 from scripts import convert, img2img, inpaint, txt2img
 from sd import SD1, HighRes, ImageToImage, Inpaint, SamplingParams, StableDiffusion, TextToImage
 from sd.checkpoints.checkpoint import CheckpointError
+from sd.checkpoints.export import to_diffusers, to_original
 from sd.checkpoints.loading import LoadOptions, ModelFiles
 from sd.checkpoints.tiny_files import tiny_to_diffusers
 from sd.checkpoints.tiny_loading import load_tiny_vae
-from sd.checkpoints.tiny_vae import tiny_config
+from sd.checkpoints.tiny_vae import notes_on_tiny, tiny_config
 from sd.config import Config, TinyVAEConfig, VAEConfig
 from sd.latents import decode, encode
 from sd.models.taesd import TinyVAE, from_bytes, to_bytes
@@ -345,11 +346,25 @@ def test_the_programs_with_a_tiny_autoencoder(edit, files, tmp_path):  # noqa: F
     assert status == 1 and len(err) == 1 and err[0].startswith("error: the tiny autoencoder has no encoder, which")
 
 
+def test_a_model_with_a_tiny_autoencoder_has_no_original_layout():
+    config = replace(SD1, vae=TinyVAEConfig())
+    with pytest.raises(ValueError, match="original"):
+        to_original({"vae": {}}, config)
+    with pytest.raises(ValueError, match="encoder"):
+        to_diffusers({"vae": {}}, replace(SD1, vae=TinyVAEConfig(encoder=False)))
+
+
+def test_the_name_of_a_folder_counts():
+    for path in ("taesdxl/diffusion_pytorch_model.safetensors", "a/taesdxl_decoder.pth"):
+        assert "it is for SDXL" in notes_on_tiny(VAEConfig(), [Path(path)])[0]
+    assert notes_on_tiny(VAEConfig(), [Path("taesd/diffusion_pytorch_model.safetensors")]) == []
+
+
 def test_previews_leave_the_image_as_it_is(edit, files, tmp_path):  # noqa: F811
     args = ("--save-steps", "--no-metadata")
     assert edit(txt2img, "a", *args)[0] == 0
     status, _, err, _ = edit(txt2img, "a", *args, "--preview-vae", files["taesd_decoder.pth"])
-    assert (status, err) == (0, [])
+    assert status == 0 and len(err) == 1 and "this model has another one: expect wrong images" in err[0]
     plain, previewed = ((tmp_path / f"out/0000{i}.png").read_bytes() for i in (1, 2))
     assert plain == previewed
     steps = [pixels(made(tmp_path, f"0000{i}-steps/002.png")) for i in (1, 2)]
