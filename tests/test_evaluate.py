@@ -165,8 +165,8 @@ def test_judge_learns(monkeypatch) -> None:
     """After few steps, without degradations, style, time and ground are well above chance; things take longer."""
     batches = []
     monkeypatch.setattr(judge, "worn", lambda x, rng: batches.append(x.shape) or x)
-    trained = judge.train(CPU, 600, 50, 24)
-    assert batches == [(24, 3, 128, 128)] * 50
+    trained = judge.train(CPU, 600, 100, 24)
+    assert batches == [(24, 3, 128, 128)] * 100
     pixels, scenes = judge.renderings(100, "test")
     rates = tally([whole(scene) for scene in scenes], trained.look(judge.to_floats(pixels)))
     for name, chance in (("style", 1 / 3), ("time", 1 / 4), ("ground", 1 / 5)):
