@@ -82,12 +82,12 @@ def test_readme_is_short():
 
 def test_tables_of_the_benchmark():
     """What was measured last, as `bench.py --show FILE --markdown` prints it."""
-    tables, growing = (
+    tables, few, growing = (
         report.text(report.read(ROOT / "docs" / file), markdown=True).split("\n\n")
-        for file in ("bench.json", "bench-growth.json")
+        for file in ("bench.json", "bench-few-steps.json", "bench-growth.json")
     )
     benchmark, page = ((DOCS / name).read_text(encoding="utf-8") for name in ("benchmark.md", "performance.md"))
-    assert all(table in benchmark for table in tables)
+    assert all(table in benchmark for table in (*tables, *few))
     assert growing[0] in page and growing[-1] in page  # machine and date; how cost grows
     if (ROOT / "docs" / "gpu.json").exists():  # once `bench.py --check` has run on a GPU
         found = report.read(ROOT / "docs" / "gpu.json", results.CHECK_FORMAT)
