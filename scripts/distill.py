@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sd.checkpoints.convert import WEIGHTS
+from sd.checkpoints.few_step_files import LCM_WIDTH
 from sd.conditioning import Conditioning, Network
 from sd.config import PRECISIONS, SHORT_PRECISIONS, Config
 from sd.few_step import LCM, TCD, of_config
@@ -57,6 +58,7 @@ from sd.training import (
     solver_timesteps,
     trajectory_loss,
 )
+from sd.training.distillation import HUBER
 
 from .common import cli
 from .training import loop, models
@@ -69,7 +71,6 @@ from .training.state import save_tensors
 # for the embedded model, and for a checkpoint
 RECIPE = loop.Recipe(steps=4000, batch=32, lr=1e-4, weight_decay=0.0, ema=0.95, log_every=50)
 FINE_TUNING = loop.Recipe(steps=1000, batch=4, lr=1e-5, weight_decay=0.0, ema=0.95, save_every=250)
-GUIDANCE_WIDTH = 256  # of its embedding (Luo et al. 2023)
 LORA_LR = 1e-4  # of a checkpoint's LoRA (Luo et al. 2023, "LCM-LoRA")
 METHODS = {"lcm": LCM, "tcd": TCD}
 
@@ -112,7 +113,7 @@ def parser() -> cli.Parser:
     add(
         "--huber",
         type=float,
-        default=1e-3,
+        default=HUBER,
         metavar="H",
         help="pseudo-Huber loss: differences below H count quadratically, larger ones linearly (default: %(default)s)",
     )
@@ -171,7 +172,7 @@ def make_student(args: argparse.Namespace, teacher: UNet, guidance: tuple[float,
     if args.lora_rank:
         return Student(teacher, TrainableLora(teacher, lora_layers(teacher), args.lora_rank, args.lora_alpha, seed))
     if guidance[0] < guidance[1]:
-        return Student(add_guidance_input(teacher, GUIDANCE_WIDTH))
+        return Student(add_guidance_input(teacher, LCM_WIDTH))
     return Student(copy.deepcopy(teacher))
 
 
@@ -265,7 +266,7 @@ def distilled(config: Config, method: str, guidance: tuple[float, float], solver
     low, high = guidance
     if low == high:
         return made
-    told = replace(config.unet, guidance=GUIDANCE_WIDTH)
+    told = replace(config.unet, guidance=LCM_WIDTH)
     return replace(made, unet=told, guidance=min(max(config.guidance, low), high))
 
 

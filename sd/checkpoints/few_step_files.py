@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import SD2, Config
 from ..few_step import LCM, LCM_GUIDED, TCD, TITLES, TURBO, FewStep, first_named, of_config
+from ..schedule import LCM_TIMESTEPS
 from .folders import model_name
 from .hub_cache import repository
 from .layouts import AVERAGE, Layout
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 KEY = "guidance.weight"  # our name of the layer in the U-Net
 LCM_WIDTH = 256  # of the embedding in published models
 SCHEDULER = "scheduler/scheduler_config.json"
-GRID = 50  # steps of the grid that latent consistency models were trained on, diffusers' original_inference_steps
 
 # diffusers' classes that say which sampler a model was distilled for, ...
 DISTILLED = {"LCMScheduler": LCM, "TCDScheduler": TCD}
@@ -126,16 +126,21 @@ def notes_on_scheduler(configs: Mapping[str, Mapping[str, Any]]) -> Iterator[str
     name = raw.get("_class_name")
     if name is not None and name not in (*DISTILLED, *TRAILING, *USUAL):
         yield f"{SCHEDULER} names {str(name)!r:.100}, which is unknown: using the model's default sampler"
-    grid = raw.get("original_inference_steps", GRID)
-    if name in DISTILLED and grid != GRID:
-        yield f"{SCHEDULER} has original_inference_steps {grid!r:.50}, which is not supported: using {GRID}"
+    grid = raw.get("original_inference_steps", LCM_TIMESTEPS)  # diffusers' name of the number of these
+    if name in DISTILLED and grid != LCM_TIMESTEPS:
+        yield f"{SCHEDULER} has original_inference_steps {grid!r:.50}, which is not supported: using {LCM_TIMESTEPS}"
 
 
 def scheduler_to_diffusers(config: Config) -> dict[str, Any]:
     """The entries of a scheduler_config.json that `with_defaults` reads, for the default sampler of a config."""
     name = next((name for name, kind in DISTILLED.items() if kind.sampler == config.sampler), None)
     if name is not None:
-        own = {"original_inference_steps": GRID, "set_alpha_to_one": True, "steps_offset": 0, "timestep_scaling": 10.0}
+        own = {
+            "original_inference_steps": LCM_TIMESTEPS,
+            "set_alpha_to_one": True,
+            "steps_offset": 0,
+            "timestep_scaling": 10.0,
+        }
         return {"_class_name": name, **own}
     trailing = {sampler: name for name, sampler in TRAILING.items()}
     if config.spacing == "trailing" and config.sampler in trailing:

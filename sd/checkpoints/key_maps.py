@@ -378,8 +378,7 @@ def diffusers_sources(config: Config, keys: Mapping[str, Iterable[str]]) -> dict
     These are UNet2DConditionModel, AutoencoderKL and transformers 5's CLIPTextModel, also for OpenCLIP; earlier
     versions of transformers put "text_model." before every key. `keys` as for `original_sources`.
     """
-    tiny = {"vae": "taesd-diffusers"} if isinstance(config.vae, TinyVAEConfig) else {}
-    layout = {"text_encoder": "clip"} | tiny
+    layout = {"text_encoder": "clip"} | ({"vae": "taesd-diffusers"} if isinstance(config.vae, TinyVAEConfig) else {})
     return {
         network: sources(network, layout.get(network, "diffusers"), config, "", of_network)
         for network, of_network in keys.items()
