@@ -37,7 +37,7 @@ from sd.checkpoints.convert import WEIGHTS
 from sd.checkpoints.few_step_files import LCM_WIDTH
 from sd.conditioning import Conditioning, Network
 from sd.config import PRECISIONS, SHORT_PRECISIONS, Config
-from sd.few_step import LCM, TCD, of_config
+from sd.few_step import LCM, SETTINGS, TCD, of_config
 from sd.models.unet import UNet
 from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion
@@ -342,7 +342,10 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     trained = sum(p.numel() for p in trainer.trained.values())
     batches = Batches(data, model, recipe, processes, inpaint=model.is_inpainting, trained=trained)
     config = distilled(model.config, args.method, guidance, args.solver_steps)
-    title = f"{config.name} LoRA"  # by which programs see what it is (sd/few_step.py)
+    title = f"{config.name} LoRA"
+    kind = of_config(config)
+    assert kind is not None
+    settings = {SETTINGS: kind.to_json()}  # by which programs see what the LoRA is (sd/few_step.py)
     written = args.out / ("lora.safetensors" if lora else "model.safetensors")
 
     def present() -> StableDiffusion:
@@ -354,7 +357,8 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
             models.write_model(present(), written, dtype)
         else:
             found = student.trained_lora(trainer.weights())
-            save_tensors(lora_tensors({"unet": found}, model.config, dtype), written, lora_metadata(found, title))
+            metadata = lora_metadata(found, title) | settings
+            save_tensors(lora_tensors({"unet": found}, model.config, dtype), written, metadata)
         return ""
 
     def show(step: int) -> None:

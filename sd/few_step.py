@@ -2,6 +2,7 @@
 
 Nothing in the weights of a distilled LoRA or model says that it is one, apart from an embedding of the guidance scale
 in the U-Net. So what remains is what people and tools write about them: metadata, a folder's scheduler, file names.
+scripts/distill.py writes the settings themselves into the metadata: `FewStep.to_json`, `from_json`.
 
     LCM        consistency distillation. Luo et al. 2023, "Latent consistency models" (arXiv:2310.04378: the guidance is
                an input of the network) and "LCM-LoRA" (arXiv:2311.05556: it is in the weights)
@@ -20,6 +21,7 @@ True
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -61,6 +63,10 @@ class FewStep:
             config, sampler=self.sampler, spacing=self.spacing, steps=self.steps, guidance=float(self.guidance)
         )
 
+    def to_json(self) -> str:
+        """The settings for the metadata of a LoRA, under SETTINGS; `from_json` reads them."""
+        return json.dumps({name: getattr(self, name) for name in WRITTEN})
+
     def far(self, steps: int, guidance: float) -> str | None:
         """What is customary, as text, if steps or guidance are outside of it."""
         (least, most), (low, high) = self.range, self.guidances
@@ -95,6 +101,25 @@ WORDS = (
     (re.compile(r"(?<![a-z])sd[ _-]?turbo(?![a-z])"), TURBO),
 )
 TITLES = ("modelspec.title", "ss_output_name")  # entries of metadata that hold a model's name
+SETTINGS = "sd.few_step"  # the entry of metadata that holds the settings of a LoRA
+WRITTEN = ("sampler", "spacing", "steps", "guidance")  # those in it
+
+
+def from_json(text: str, config: Config) -> FewStep:
+    """The kind of a LoRA for a model by the settings that `FewStep.to_json` wrote.
+
+    Raises ValueError for anything else. Names of samplers and spacings are checked when an image is generated.
+    """
+    try:
+        found = json.loads(text)
+        if not isinstance(found, dict) or found.keys() != {*WRITTEN}:
+            raise ValueError(f"expected {', '.join(WRITTEN)}")
+        kind = of_config(replace(config, **found))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{SETTINGS} in its metadata cannot be read: {error!s:.200}") from None
+    if kind is None:
+        raise ValueError(f"{SETTINGS} in its metadata has {found['steps']!r:.50} steps, expected 1 to {MOST_STEPS}")
+    return kind
 
 
 def named(name: str) -> FewStep | None:
@@ -133,6 +158,7 @@ def of_config(config: Config) -> FewStep | None:
     return replace(
         kind,
         sampler=config.sampler,
+        spacing=config.spacing or kind.spacing,
         steps=steps,
         range=(min(least, steps), max(most, steps)),
         guidance=config.guidance,

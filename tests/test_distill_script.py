@@ -87,7 +87,7 @@ def test_weights_are_a_model_of_few_steps(teacher, options, start, tmp_path):  #
 
 def test_a_lora_is_for_the_teacher(teacher, options, start, tmp_path):  # noqa: F811
     """Merged into it, it is what the run had: W + B A of the averaged A and B in its state."""
-    given = ["--lora-rank", 2, "--lora-alpha", 1, "--method", "tcd", "--steps", 2]
+    given = ["--lora-rank", 2, "--lora-alpha", 1, "--method", "tcd", "--steps", 2, "--solver-steps", 8]
     status, out, _ = start(distill, *options, *given, "--out", tmp_path)
     assert status == 0 and out[-1].endswith("lora.safetensors: a LoRA of the U-Net, for --lora of every program")
     assert not (tmp_path / "model.safetensors").exists()
@@ -102,6 +102,7 @@ def test_a_lora_is_for_the_teacher(teacher, options, start, tmp_path):  # noqa: 
     before = {key: value.clone() for key, value in model.unet.state_dict().items()}
     with pytest.warns(UserWarning, match="lora is a TCD LoRA: 4 steps, sampler tcd, guidance 1"):
         model.add_lora(tmp_path / "lora.safetensors")
+    assert model.defaults.spacing == "trailing"  # not the spacing of most TCD LoRAs: the grid has 8 timesteps
     for key, weight in model.unet.state_dict().items():
         torch.testing.assert_close(weight, expected[key], rtol=1e-4, atol=1e-6)
     assert sum(not torch.equal(before[key], value) for key, value in expected.items()) == len(lora.names)

@@ -29,7 +29,7 @@ from sd.checkpoints.prediction import probe
 from sd.conditioning import Composition, Conditioning
 from sd.config import SD1, SD2, Config, ScheduleConfig
 from sd.denoiser import concatenate, one_by_one
-from sd.few_step import HYPER, LCM, LCM_GUIDED, TCD, TURBO, named, of_config, unsuited
+from sd.few_step import HYPER, LCM, LCM_GUIDED, SETTINGS, TCD, TURBO, named, of_config, unsuited
 from sd.models.layers import guidance_embedding
 from sd.models.unet import UNet
 from sd.params import SamplingParams, TextToImage
@@ -432,6 +432,36 @@ def test_a_lora_brings_its_defaults(adaptable, folder):
     assert adaptable.defaults is adaptable.config and adaptable.few_step is None
     params = adaptable.prepare(TextToImage.of("a cat", **SIZE)).params
     assert (params.steps, params.sampler, params.guidance) == (25, "dpmpp_2m", 7.5)
+
+
+def test_settings_in_the_metadata_of_a_lora_come_first(adaptable, tmp_path):
+    """Those that training wrote, also where the name means others: a LoRA can be trained on another grid than LCM's."""
+    path = tmp_path / "lcm.safetensors"
+    written = replace(LCM, spacing="trailing", steps=2)
+    save_file(LORA, path, {SETTINGS: written.to_json(), "modelspec.title": "a TCD LoRA"})
+    notes = []
+    adaptable.add_lora(path, note=notes.append)
+    assert notes == ["lcm is an LCM LoRA: 2 steps, sampler lcm, guidance 1"]
+    params = adaptable.prepare(TextToImage.of("a cat", **SIZE)).params
+    assert (params.steps, params.sampler, params.spacing, params.guidance) == (2, "lcm", "trailing", 1.0)
+    adaptable.remove_lora()
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", "{", "[" * 100_000, '{"sampler": "lcm", "steps": 4}', '"lcm"', "null",
+    TCD.to_json().replace('"tcd"', "[1]"), TCD.to_json().replace('"tcd"', '"tcd", "noise": 1'),
+    TCD.to_json().replace(": 4", ": 0"), TCD.to_json().replace("1.0", "NaN"), HYPER.to_json().replace(": 4", ": 50"),
+    HYPER.to_json().replace(": 4", ': "4"'),
+])  # fmt: skip
+def test_settings_that_cannot_be_read_are_said_and_the_name_counts(adaptable, tmp_path, text):
+    path = tmp_path / "Hyper-SD15-2steps-lora.safetensors"
+    save_file(LORA, path, {SETTINGS: text})
+    notes = []
+    adaptable.add_lora(path, note=notes.append)
+    adaptable.remove_lora()
+    assert len(notes) == 2 and notes[1] == LINE
+    assert notes[0].startswith("the LoRA Hyper-SD15-2steps-lora: sd.few_step in its metadata ")
+    assert len(notes[0]) < 400 and notes[0].isprintable()
 
 
 def test_the_last_of_several_counts_and_those_without_weight_do_not(adaptable, folder):

@@ -27,7 +27,7 @@ from ..checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoin
 from ..checkpoints.finite import check_numbers
 from ..checkpoints.folders import model_name
 from ..config import Config
-from ..few_step import TITLES, named
+from ..few_step import SETTINGS, TITLES, FewStep, from_json, named
 from ..messages import listed, one_line, printable
 from .adapter_files import LORA_FILES, adapter_file, lora_name
 from .changes import Change, Shape
@@ -226,9 +226,20 @@ class _Contents:
         if not used and not words:
             self._refuse(unknown)
         changes = dict(self._changes(used))
-        name, titles = lora_name(path), (self._file.metadata.get(title, "") for title in TITLES)
-        few_step = next(filter(None, map(named, (name, model_name(path), *titles))), None)
-        return Lora(name, changes, words, self._notes(path), Path(os.path.realpath(path)), few_step)
+        few_step, unread = self._few_step(path)
+        notes = (*self._notes(path), *map(printable, unread))
+        return Lora(lora_name(path), changes, words, notes, Path(os.path.realpath(path)), few_step)
+
+    def _few_step(self, path: Path) -> tuple[FewStep | None, list[str]]:
+        """The kind of few-step LoRA by its settings, else by what it is called, and a note on settings not read."""
+        metadata, unread = self._file.metadata, list[str]()
+        if SETTINGS in metadata:
+            try:
+                return from_json(metadata[SETTINGS], self._config), []
+            except ValueError as error:
+                unread = [f"the LoRA {lora_name(path)}: {error}"]
+        names = (lora_name(path), model_name(path), *(metadata.get(title, "") for title in TITLES))
+        return next(filter(None, map(named, names)), None), unread
 
     def _changes(self, used: Mapping[Layer, LayerParts]) -> Iterator[tuple[Target, Change]]:
         settings, wrong = read_settings(self._file), list[str]()
