@@ -8,8 +8,9 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "sd" / "__init__.py").read_text(), re.MULTILINE).group(1)
 
-if not (ROOT / "weights" / "pocket.safetensors").is_file():
-    raise SystemExit("weights/pocket.safetensors is missing: a package without the embedded model generates nothing")
+for name in ("pocket", "pocket-lcm"):
+    if not (ROOT / "weights" / f"{name}.safetensors").is_file():
+        raise SystemExit(f"weights/{name}.safetensors is missing: it is the embedded model, or its LoRA for few steps")
 
 REFERENCES = ["diffusers>=0.30", "transformers>=4.40", "accelerate", "peft>=0.13", "openvino>=2024.6"]
 STUDY = ["matplotlib>=3.8"]
@@ -29,7 +30,10 @@ setup(
     # data/ and weights/ stand beside the package in a checkout, and inside of it in a wheel (sd/resources.py)
     packages=[*PACKAGES, "sd.data", "sd.weights", *SCRIPTS],
     package_dir={"sd": "sd", "sd.data": "data", "sd.weights": "weights", "sd.scripts": "scripts"},
-    package_data={"sd.data": ["*.gz", "*.md", "sample*.png"], "sd.weights": ["pocket.safetensors", "README.md"]},
+    package_data={
+        "sd.data": ["*.gz", "*.md", "sample*.png"],
+        "sd.weights": ["pocket.safetensors", "pocket-lcm.safetensors", "README.md"],
+    },
     install_requires=[
         "torch>=2.4",
         "numpy>=1.26",

@@ -55,7 +55,7 @@ from .models.text_encoder import TextEncoder, layer_of_clip_skip
 from .models.unet import UNet
 from .models.vae import Gaussian
 from .params import HighRes, ImageToImage, Inpaint, TextToImage
-from .resources import resource
+from .resources import EMBEDDED, resource
 from .run import Run, Sampling, image_to_image, inpaint, text_to_image
 from .runtime.cuda_graphs import Compiled, Recorded
 from .runtime.device import best_dtype, explained, find_device, find_dtype
@@ -68,8 +68,6 @@ from .text.tokenizer import Note, warn
 
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11
-
-EMBEDDED = "weights/pocket.safetensors"  # the model that comes with the project
 
 Prompt = str | Sequence[str] | Tensor
 Progress = Callable[[Run], Iterable[Step]]

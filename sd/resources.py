@@ -1,9 +1,9 @@
-"""Where the files that travel with the package lie: the merges table of the tokenizer, the embedded model.
+"""Where the files that travel with the package lie: the merges table of the tokenizer, the embedded model, its LoRA.
 
 In a checkout they stand beside the package (`data/`, `weights/`); a built wheel carries them inside of it
 (`sd/data/`, `sd/weights/`). Nothing else needs to know.
 
->>> resource("weights/pocket.safetensors").is_file()
+>>> resource(EMBEDDED).is_file() and resource(EMBEDDED_LORA).is_file()
 True
 """
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
+EMBEDDED = "weights/pocket.safetensors"  # the model that comes with the project, ...
+EMBEDDED_LORA = "weights/pocket-lcm.safetensors"  # ... and the LoRA with which it needs few steps (few_step.py)
 
 
 def resource(name: str) -> Path:

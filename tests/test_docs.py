@@ -13,8 +13,7 @@ import torch
 from toy_world_words import strange_words
 
 from scripts.figures import commands
-from sd.pipeline import EMBEDDED
-from sd.resources import resource
+from sd.resources import EMBEDDED, resource
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

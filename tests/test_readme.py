@@ -11,8 +11,7 @@ import pytest
 
 from scripts.benchmark import report
 from scripts.benchmark.gpu import results
-from sd.pipeline import EMBEDDED
-from sd.resources import resource
+from sd.resources import EMBEDDED, resource
 from sd.samplers import SAMPLERS
 
 ROOT = Path(__file__).resolve().parents[1]

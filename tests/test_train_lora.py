@@ -18,8 +18,7 @@ from sd.denoiser import Denoiser
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.models.vae import VAE
-from sd.pipeline import EMBEDDED
-from sd.resources import resource
+from sd.resources import EMBEDDED, resource
 from sd.samplers import lcm
 from sd.training import TrainableLora, lora_layers, lora_metadata, lora_tensors
 

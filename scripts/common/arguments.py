@@ -166,7 +166,8 @@ def add_sampling_arguments(parser: Parser, size: str = "the model's own") -> Non
     group.add_argument(
         "--sampler", metavar="NAME",
         help=f"{', '.join(SAMPLERS)}; other tools' names work too, optionally ending in a grid (default: by model: "
-        f"{sd.SD1.sampler} for Stable Diffusion, {sd.MODELS['pocket'].sampler} for the embedded model)",
+        f"{sd.SD1.sampler} for Stable Diffusion; the embedded model: lcm with its LoRA for few steps, else "
+        f"{sd.MODELS['pocket'].sampler})",
     )  # fmt: skip
     for name in ("plms", "dpm_solver"):  # switches of the original's scripts
         group.add_argument(f"--{name}", dest="sampler", action="store_const", const=name, help=argparse.SUPPRESS)
@@ -178,7 +179,8 @@ def add_sampling_arguments(parser: Parser, size: str = "the model's own") -> Non
     group.add_argument(
         "--guidance", "--scale", "--cfg-scale", type=float, metavar="G",
         help="how strongly to follow the prompt; 1 is no guidance, and twice as fast (default: by model: 7.5 "
-        f"for Stable Diffusion, {sd.MODELS['pocket'].guidance:g} for the embedded model)",
+        "for Stable Diffusion; the embedded model: 1 with its LoRA for few steps, else "
+        f"{sd.MODELS['pocket'].guidance:g})",
     )  # fmt: skip
     group.add_argument(
         "--guidance-rescale", type=float, default=SamplingParams.guidance_rescale, metavar="PHI",

@@ -25,8 +25,7 @@ from sd.imaging.previews import LinearDecoder
 from sd.imaging.tensors import grid
 from sd.models.taesd import TinyVAE
 from sd.params import ImageToImage, Inpaint, SamplingParams, TextToImage
-from sd.pipeline import EMBEDDED
-from sd.resources import resource
+from sd.resources import EMBEDDED, resource
 from sd.run import Result, Run
 from sd.runtime import kernel_choice
 from sd.runtime.device import dtype_name
@@ -36,6 +35,7 @@ from .adapter_args import AddOns
 from .arguments import NICKNAMES, check_previews
 from .checks import check_all, check_prompts, warn_of_unknown_words
 from .cli import describe, keep_freed_memory, said
+from .few_steps import default_lora
 from .output import ModelHash, Output
 from .prompt_loras import PromptLoras, prompt_texts, without_lora_tags
 from .prompts import Line, Make, read_prompts
@@ -212,6 +212,7 @@ def generate(args: argparse.Namespace, params: SamplingParams, openers: Sequence
             check_prompts(without_lora_tags(request))
         except ValueError as error:
             raise line.at(error) from None
+    args.lora += default_lora(args, requests, loras)
     addons = AddOns(args, requests, loras)
     output = Output(args.out)
     plan = Plan(params, lines, requests, chain([first], sources), len(openers), skipped)

@@ -31,6 +31,7 @@ from sd.samplers import SAMPLERS
 from .adapter_args import split_embedding, split_lora, split_name
 from .arguments import colour
 from .cli import Parser, file_path
+from .few_steps import embedded_lora
 from .output import ModelHash
 from .prompt_loras import LoraFolder, tag_name
 
@@ -176,11 +177,12 @@ def _loras(args: argparse.Namespace, recipe: Recipe) -> None:
             if not weighted and name.casefold() in weights:
                 args.lora[i] = f"{text}:{weights[name.casefold()]}"
         return
-    if args.lora_dir is None:
-        return
-    folder = LoraFolder(args.lora_dir)
+    folder = None if args.lora_dir is None else LoraFolder(args.lora_dir)
     for lora in recipe.loras:
-        if (file := find_lora(folder, lora)) is not None:
+        file = None if folder is None else find_lora(folder, lora)
+        if file is None and args.ckpt is None:
+            file = embedded_lora(recipe, lora)
+        if file is not None:
             args.lora.append(f"{file}:{weights[_name(lora)]}")
 
 
