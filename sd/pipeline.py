@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from typing import Self  # Python 3.11
 
 EMBEDDED = "weights/pocket.safetensors"  # the model that comes with the project
+EMBEDDED_LORA = "weights/pocket-lcm.safetensors"  # with it, that model needs a few steps
 
 Prompt = str | Sequence[str] | Tensor
 Progress = Callable[[Run], Iterable[Step]]
