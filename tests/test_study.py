@@ -493,11 +493,8 @@ def test_images_in_few_steps_are_plain_images(tiny, tiny_sd):
         for n in (2, 3)
     )
     assert (seen.teacher[1], seen.many) == (two, three) and two != three
-    assert seen.student[1] == student.txt2img(PROMPT, steps=2, seed=FEW.seed)[0]
-    assert (
-        seen.student[1]
-        == tiny_sd.txt2img(PROMPT, steps=2, sampler="lcm", spacing="lcm", guidance=1.0, seed=FEW.seed)[0]
-    )
+    own = student.txt2img(PROMPT, steps=2, sampler="lcm", spacing="lcm", guidance=1.0, seed=FEW.seed)[0]
+    assert seen.student[1] == own != two
     assert (seen.steps, seen.most, len(seen.teacher), len(seen.student)) == ((1, 2), 3, 2, 2)
 
 

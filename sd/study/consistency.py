@@ -136,4 +136,9 @@ def draw_few_steps(seen: FewSteps, prompt: str, width: int = 128) -> Image.Image
     """Two rows: the teacher in few steps and in many, the student in few."""
     columns = [f"{n} step{'s' if n > 1 else ''}" for n in (*seen.steps, seen.most)]
     rows = [[*seen.teacher, seen.many], seen.student]
-    return figure(f'Few steps: "{prompt}"', strip(rows, columns, ("ordinary", "few steps"), width))
+    return figure(
+        f'Few steps: "{prompt}"',
+        strip(rows, columns, ("ordinary", "few steps"), width),
+        "All images begin with the same noise. With guidance, a step of the ordinary model is two evaluations of the "
+        "U-Net.",
+    )
