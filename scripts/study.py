@@ -4,6 +4,7 @@ python scripts/study.py attention --prompt "a pink cat to the left of a white du
 python scripts/study.py grid --x steps=4,8,16 --y sampler=ddim,heun,dpmpp_2m
 python scripts/study.py all --out docs/figures
 python scripts/study.py reverse --ckpt v1-5-pruned-emaonly.ckpt --prompt "a photograph of an astronaut riding a horse"
+python scripts/study.py few-steps --ckpt v1-5-pruned-emaonly.ckpt --lora lcm-lora-sdv1-5.safetensors
 
 docs/ explains each figure. The default --dtype is float32. Existing files of the same name in --out are overwritten.
 """
@@ -14,6 +15,7 @@ import argparse
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +36,8 @@ from sd.study import runs, text
 from sd.study.drawing import matplotlib_module
 
 from .common import arguments, cli, generate
-from .figures.commands import AXES, FIGURES, Job, axes
+from .figures.commands import AXES, FIGURES, WITH_STUDENT, Job, axes
+from .figures.student import NEEDED, find_lora
 from .figures.world import OTHER
 
 OUT = Path("outputs/study")
@@ -78,6 +81,10 @@ def parser() -> cli.Parser:
         default="webp",
         help="reverse: format of the animation; mp4 needs ffmpeg",
     )
+    parser.add_argument(
+        "--lora", type=cli.home, metavar="[NAME=]FILE[:WEIGHT]",
+        help="consistency, few-steps: a few-step LoRA for --ckpt (default: that of the embedded model)",
+    )  # fmt: skip
     settings = runs.SETTINGS
     group = parser.add_argument_group("sampling")
     group.add_argument("--steps", type=int, default=settings.steps, metavar="N", help="default: %(default)s")
@@ -132,6 +139,21 @@ def save_film(frames: list[Image.Image], path: Path) -> None:
         raise OSError(f"{path}: ffmpeg: {done.stderr.decode(errors='replace')[:200]}")
 
 
+def chosen_figures(args: argparse.Namespace) -> list[str]:
+    """The names of the figures to make; "all" leaves out those whose LoRA is missing.
+
+    Raises ValueError if it is missing for the only figure, and for a LoRA that cannot be used.
+    """
+    chosen = list(FIGURES) if args.figure == "all" else [args.figure]
+    missing = [name for name in chosen if name in WITH_STUDENT]
+    if not missing or find_lora(args) is not None:
+        return chosen
+    if args.figure != "all":
+        raise ValueError(f"{args.figure}: {NEEDED}")
+    warnings.warn(f"left out: {', '.join(missing)}; for these, {NEEDED}", stacklevel=1)
+    return [name for name in chosen if name not in missing]
+
+
 def study(args: argparse.Namespace) -> None:
     """Check the arguments, load the model, generate and save the figures."""
     if args.film == "mp4" and shutil.which("ffmpeg") is None:
@@ -147,6 +169,7 @@ def study(args: argparse.Namespace) -> None:
     if args.compile:
         raise ValueError("--compile: a compiled U-Net skips the hooks of the studies; remove the option")
     axes(args)
+    chosen = chosen_figures(args)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -166,7 +189,6 @@ def study(args: argparse.Namespace) -> None:
         flush=True,
     )
     job = Job(model, settings, args)
-    chosen = list(FIGURES) if args.figure == "all" else [args.figure]
     with tqdm(unit=" evaluations", disable=None, leave=False, file=sys.stderr) as bar:
         counting = model.unet.register_forward_hook(lambda *_: bar.update() and None)
         try:

@@ -17,7 +17,7 @@ from sd.resources import EMBEDDED, resource
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-CHAPTERS = sorted(DOCS.glob("[1-9]-*.md"))
+CHAPTERS = sorted(DOCS.glob("[1-9]*-*.md"), key=lambda path: int(path.name.split("-")[0]))
 REFERENCE = ["cli.md", "python.md", "samplers.md", "training.md", "benchmark.md", "performance.md", "verification.md"]
 TEXTS = {
     path.name: path.read_text(encoding="utf-8")
@@ -51,10 +51,10 @@ def test_code_of_a_chapter_runs(path, tmp_path, monkeypatch, capsys):
 
 
 def test_reading_order():
-    """Nine chapters; the contents list them in order, and each leads to the next."""
+    """Ten chapters; the contents list them in order, and each leads to the next."""
     names = [path.name for path in CHAPTERS]
-    assert len(names) == 9
-    assert re.findall(r"^\d\. \[.*?\]\((.*?)\)", TEXTS["README.md"], re.MULTILINE) == names
+    assert len(names) == 10
+    assert re.findall(r"^\d+\. \[.*?\]\((.*?)\)", TEXTS["README.md"], re.MULTILINE) == names
     assert all(f"]({name})" in TEXTS["README.md"] for name in REFERENCE)
     for name, following in pairwise(names):
         assert "Next: [" in TEXTS[name].splitlines()[-1]

@@ -18,6 +18,7 @@ from torch import Tensor
 from scripts.toy_world import Thing, box
 from sd.conditioning import Conditioning
 from sd.config import SD1
+from sd.few_step import LCM
 from sd.imaging.tensors import to_tensor
 from sd.models.layers import Attention
 from sd.models.text_encoder import TextEncoder
@@ -481,6 +482,20 @@ def test_a_consistency_function_knows_the_end_of_the_curve():
     assert seen.x.shape == (6, 4, 8, 8) and seen.end.shape == (1, 4, 8, 8)
     wrong = consistency.consistency(GaussianModel(), GaussianModel(), "", settings, points=6)
     assert wrong.distances(wrong.student) == wrong.distances(wrong.teacher) == teacher
+
+
+def test_images_in_few_steps_are_plain_images(tiny, tiny_sd):
+    """Of the teacher with the given settings, of the student with its own."""
+    student = StableDiffusion(LCM.applied(tiny_sd.config), **tiny)
+    seen = consistency.few_steps(tiny_sd, student, PROMPT, FEW, steps=(1, 2), many=3)
+    two, three = (
+        tiny_sd.txt2img(PROMPT, steps=n, sampler="ddim", spacing="trailing", guidance=3.0, seed=FEW.seed)[0]
+        for n in (2, 3)
+    )
+    assert (seen.teacher[1], seen.many) == (two, three) and two != three
+    own = student.txt2img(PROMPT, steps=2, sampler="lcm", spacing="lcm", guidance=1.0, seed=FEW.seed)[0]
+    assert seen.student[1] == own != two
+    assert (seen.steps, seen.most, len(seen.teacher), len(seen.student)) == ((1, 2), 3, 2, 2)
 
 
 def test_convergence_counts_and_converges():

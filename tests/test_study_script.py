@@ -11,11 +11,18 @@ import pytest
 import torch
 from matplotlib import colormaps
 from PIL import Image, ImageChops, ImageStat
+from safetensors.torch import load_file, save_file
 from toy_world_words import strange_words
 
 from scripts import study
+from scripts.common import generate
 from scripts.figures import commands
-from sd.study import attention, convergence, drawing, editing, latent, noising, text
+from scripts.figures.student import load_student
+from sd.config import POCKET
+from sd.few_step import LCM
+from sd.pipeline import EMBEDDED, EMBEDDED_LORA
+from sd.resources import resource
+from sd.study import attention, consistency, convergence, drawing, editing, latent, noising, text
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {  # what each subcommand makes
@@ -36,7 +43,12 @@ FILES = {  # what each subcommand makes
     "mixing": {"mixing.webp"},
     "editing": {"editing.webp"},
     "steering": {"steering.webp"},
+    "consistency": {"consistency.webp", "consistency-distances.png"},
+    "few-steps": {"few-steps.webp"},
 }
+
+
+EMBEDDED_FILE = str(resource(EMBEDDED))
 
 
 @pytest.fixture
@@ -65,6 +77,10 @@ def test_a_figure(name, run, tmp_path, monkeypatch):
     """Its files are images with content; a second run replaces them. The model knows all words of its prompts."""
     monkeypatch.setattr(convergence, "STEPS", (2, 3))
     monkeypatch.setattr(convergence, "REFERENCE", replace(convergence.REFERENCE, steps=6))
+    monkeypatch.setattr(consistency, "CURVE", replace(consistency.CURVE, steps=3))
+    monkeypatch.setattr(commands, "CURVES", 2)
+    monkeypatch.setattr(consistency, "STEPS", (1, 2))
+    monkeypatch.setattr(consistency, "MANY", 3)
     strange = strange_words(monkeypatch)
     arguments = ["--x", "steps=1,2", "--y", "strength=0.5"] if name == "grid" else []
     for _ in range(2 if name in ("schedule", "reverse") else 1):
@@ -98,6 +114,9 @@ def test_a_figure(name, run, tmp_path, monkeypatch):
         (["forward", "--t", "half"], "argument --t: invalid float value: 'half'"),
         (["grid", "--x", "seed=1", "--y", "seed=2"], "a grid needs two different axes, got seed twice"),
         (["grid", "--x", "steps=1,0"], "steps must be at least 1, got 0"),
+        (["consistency", "--ckpt", EMBEDDED_FILE], "consistency: give a few-step LoRA for this checkpoint, such as"),
+        (["few-steps", "--lora", "missing.safetensors"], "missing.safetensors"),
+        (["few-steps", "--lora", "lcm=:1"], "--lora :1: no file before the colon"),
         (["attention", "--compile"], "--compile: a compiled U-Net skips the hooks of the studies; remove the option"),
     ],
 )
@@ -124,6 +143,45 @@ def test_out_is_a_folder(below, tmp_path, capsys):
 def test_all_makes_them_one_after_the_other(run, monkeypatch):
     monkeypatch.setattr(study, "FIGURES", {name: study.FIGURES[name] for name in ("tokens", "schedule")})
     assert run("all") == (0, "", {"tokens.png", "schedule.png"})
+
+
+def test_all_leaves_out_what_needs_a_lora():
+    """Of another checkpoint, if none is given."""
+
+    def chosen(*args: str) -> list[str]:
+        return study.chosen_figures(study.parser().parse_args(["all", *args]))
+
+    assert chosen() == list(study.FIGURES)
+    assert chosen("--ckpt", "v1-5.ckpt", "--lora", str(resource(EMBEDDED_LORA))) == list(study.FIGURES)
+    with pytest.warns(UserWarning, match="left out: consistency, few-steps; for these, give a few-step LoRA for this"):
+        assert set(study.FIGURES) - set(chosen("--ckpt", "v1-5.ckpt")) == {"consistency", "few-steps"}
+
+
+def test_a_lora_of_ones_own(run, tmp_path, monkeypatch):
+    """It has to be one for few steps, by its name or metadata; then the model with it has the size of the ordinary."""
+    file = tmp_path / "style.safetensors"
+    save_file(load_file(resource(EMBEDDED_LORA)), file)  # without its metadata
+    status, errors, files = run("few-steps", "--lora", str(file))
+    assert (status, files) == (1, set())
+    assert errors == f"error: {file} is not known as a few-step LoRA: if it is one, write --lora lcm={file}\n"
+
+    seen = []
+    monkeypatch.setattr(consistency, "few_steps", lambda *models, **_: seen.extend(models[:2]))
+    monkeypatch.setattr(consistency, "draw_few_steps", lambda *_: Image.new("RGB", (8, 8)))
+    assert run("few-steps", "--lora", f"lcm={file}:0.5")[0] == 0
+    teacher, student = seen
+    assert (teacher.few_step, teacher.defaults.sampler) == (None, teacher.config.sampler)
+    assert (student.defaults.sampler, student.defaults.guidance, student.config.size) == ("lcm", 1.0, 64)
+    assert list(student.few_step_loras) == ["lcm"] and student.unet is not teacher.unet
+
+
+def test_the_ordinary_model_is_not_for_few_steps(monkeypatch):
+    class Distilled:
+        config = LCM.applied(POCKET)
+
+    monkeypatch.setattr(generate, "load", lambda _: pytest.fail("loaded first"))
+    with pytest.raises(ValueError, match="pocket is already a few-step model: give the ordinary model with --ckpt"):
+        load_student(study.parser().parse_args(["few-steps"]), Distilled())
 
 
 def test_default_axes():

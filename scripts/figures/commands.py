@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from random import Random
 
 from PIL import Image
@@ -18,6 +19,7 @@ from sd.imaging.tensors import fit
 from sd.params import SamplingParams
 from sd.study import (
     attention,
+    consistency,
     convergence,
     denoising,
     editing,
@@ -33,9 +35,12 @@ from sd.study import (
 )
 
 from ..toy_world import Scene, draw
+from .student import load_student
 from .world import EDITS, EXCHANGED, LONG, OPEN, OTHER, PROMPT, THINGS, boxes_of_words
 
 AXES = ("steps=2,4,8,16,32", "sampler=ddim,euler_a,heun,dpmpp_2m")  # x and y of a grid by default
+CURVES = 4  # whose mean distances `consistency` shows
+WITH_STUDENT = ("consistency", "few-steps")  # figures that need a few-step model: see student.py
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,11 @@ class Job:
     def prompt(self, default: str = PROMPT) -> str:
         """--prompt, or the default of the figure."""
         return default if self.args.prompt is None else str(self.args.prompt)
+
+    @cached_property
+    def student(self) -> StableDiffusion:
+        """The model with the few-step LoRA, loaded when a figure first needs it."""
+        return load_student(self.args, self.model)
 
     def image(self) -> Image.Image:
         """--image at the model's size, or a drawn scene."""
@@ -259,3 +269,23 @@ def steer(job: Job) -> Figures:
         job.model, prompt, steering.colour_loss(-1.0, -1.0, 1.0), (0.0, 3.0, 10.0, 30.0, 100.0), job.settings
     )
     yield "steering.webp", steering.draw_steering(result, prompt, "make it blue")
+
+
+@named("consistency")
+def consistent(job: Job) -> Figures:
+    """what a few-step model (--lora) predicts along a curve of the ordinary one"""
+    prompt = job.prompt(OPEN)
+    curve = replace(consistency.CURVE, guidance=job.settings.guidance)
+    seeds = [(job.settings.seed + i) % 2**64 for i in range(CURVES)]
+    seen = [consistency.consistency(job.model, job.student, prompt, replace(curve, seed=seed)) for seed in seeds]
+    yield "consistency.webp", consistency.draw_consistency(job.model, seen[0])
+    yield "consistency-distances.png", consistency.draw_distances(seen)
+
+
+@named("few-steps")
+def few_steps(job: Job) -> Figures:
+    """images of the ordinary model and of a few-step model (--lora) in 1 to 8 steps"""
+    prompt = job.prompt(OTHER)
+    steps, many = consistency.STEPS, consistency.MANY
+    seen = consistency.few_steps(job.model, job.student, prompt, job.settings, steps=steps, many=many)
+    yield "few-steps.webp", consistency.draw_few_steps(seen, prompt)

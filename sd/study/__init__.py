@@ -11,12 +11,12 @@ also the order of docs/:
     influence     which parts of the image a word changes
     denoising     the reverse process: x_t and x0, as a strip and as an animation
     convergence   samplers compared with the exact solution
-    consistency   few-step models: the prediction at every point of a curve
     guidance      sweeps; both predictions side by side
     grids         images over any two settings
     mixing        interpolation between two prompts and between two noises
     editing       prompt-to-prompt: different words, same layout
     steering      guidance by the gradient of a loss on the image
+    consistency   few-step models: the prediction at every point of a curve, images in few steps
     runs, drawing shared sampling and plotting code
 
 `python scripts/study.py all` makes every figure.

@@ -1,4 +1,4 @@
-"""Few-step models: what they predict along the way from noise to an image, beside an ordinary model.
+"""Few-step models beside an ordinary one: what they predict along a curve from noise to data, and their images.
 
 A sampler of many steps follows a curve from noise to data, the solution of the probability flow ODE (Song et al. 2021,
 "Score-based generative modeling through stochastic differential equations", eq. 13). From a point x_t of the curve an
@@ -15,6 +15,9 @@ much noise. A consistency model predicts the end of the curve, the same image fr
 ([999, 499, 249], torch.Size([3, 4, 16, 16]))
 >>> torch.equal(seen.teacher, seen.student)
 True
+>>> images = few_steps(model, model, "a red house", steps=(1, 2), many=3)
+>>> len(images.teacher), len(images.student), images.many.size
+(2, 2, (128, 128))
 """
 
 from __future__ import annotations
@@ -29,12 +32,14 @@ from torch import Tensor
 
 from ..params import SamplingParams
 from ..pipeline import StableDiffusion
+from ..samplers import find_sampler
 from ..schedule import Level
 from .denoising import spread, trajectory
 from .drawing import Axes, Curve, above, figure, plot, strip
-from .runs import SETTINGS, denoiser
+from .runs import SETTINGS, denoiser, generate
 
-CURVE = replace(SETTINGS, steps=50)  # close enough to the exact curve for the eye
+STEPS, MANY = (1, 2, 4, 8), 50
+CURVE = replace(SETTINGS, steps=MANY)  # close enough to the exact curve for the eye
 
 
 class Consistency(NamedTuple):
@@ -97,3 +102,43 @@ def draw_distances(seen: Sequence[Consistency]) -> Image.Image:
     axes = Axes(x_label="timestep t", y_label="|x_{0} - end| / |end|")
     body = plot(curves, (520, 300), axes)
     return figure("How far a prediction is from the end of the curve", above([body]), f"Mean of {len(seen)} runs.")
+
+
+class FewSteps(NamedTuple):
+    """Images of one prompt and one noise: of both models in each number of `steps`, of the teacher also in `many`."""
+
+    steps: Sequence[int]
+    teacher: list[Image.Image]
+    student: list[Image.Image]
+    most: int  # the steps of `many`
+    many: Image.Image
+
+
+def few_steps(
+    teacher: StableDiffusion,
+    student: StableDiffusion,
+    prompt: str,
+    settings: SamplingParams = SETTINGS,
+    *,
+    steps: Sequence[int] = STEPS,
+    many: int = MANY,
+) -> FewSteps:
+    """Generate the images. The settings are the teacher's; the student has its own sampler, spacing and guidance."""
+    usual = student.defaults
+    spacing = usual.spacing or find_sampler(usual.sampler).spacing
+    own = replace(settings, sampler=usual.sampler, spacing=spacing, guidance=None, options={})
+    images = [generate(teacher, [prompt], replace(settings, steps=n))[0] for n in (*steps, many)]
+    of_student = [generate(student, [prompt], replace(own, steps=n))[0] for n in steps]
+    return FewSteps(steps, images[:-1], of_student, many, images[-1])
+
+
+def draw_few_steps(seen: FewSteps, prompt: str, width: int = 128) -> Image.Image:
+    """Two rows: the teacher in few steps and in many, the student in few."""
+    columns = [f"{n} step{'s' if n > 1 else ''}" for n in (*seen.steps, seen.most)]
+    rows = [[*seen.teacher, seen.many], seen.student]
+    return figure(
+        f'Few steps: "{prompt}"',
+        strip(rows, columns, ("ordinary", "few steps"), width),
+        "All images begin with the same noise. With guidance, a step of the ordinary model is two evaluations of the "
+        "U-Net.",
+    )
