@@ -475,12 +475,12 @@ class GaussianStudent(GaussianModel):
 def test_a_consistency_function_knows_the_end_of_the_curve():
     """Exact functions: the student's is the end but for the steps of the curve, the teacher's is far while noisy."""
     settings = replace(consistency.CURVE, steps=200, guidance=1.0)
-    seen = consistency.consistency(GaussianModel(), GaussianStudent(), "", settings, points=6)
+    seen = consistency.consistency(GaussianModel(), GaussianStudent(), "", settings, points=8)
     teacher, student = seen.distances(seen.teacher), seen.distances(seen.student)
-    assert [level.t for level in seen.levels] == [999, 799, 599, 404, 204, 4]
+    assert [level.t for level in seen.levels] == [999, 874, 749, 624, 499, 374, 249, 124]
     assert max(student) < 0.02 and min(teacher[:3]) > 0.3 and teacher == sorted(teacher, reverse=True)
-    assert seen.x.shape == (6, 4, 8, 8) and seen.end.shape == (1, 4, 8, 8)
-    wrong = consistency.consistency(GaussianModel(), GaussianModel(), "", settings, points=6)
+    assert seen.x.shape == (8, 4, 8, 8) and seen.end.shape == (1, 4, 8, 8)
+    wrong = consistency.consistency(GaussianModel(), GaussianModel(), "", settings, points=8)
     assert wrong.distances(wrong.student) == wrong.distances(wrong.teacher) == teacher
 
 

@@ -20,8 +20,7 @@ from scripts.figures import commands
 from scripts.figures.student import load_student
 from sd.config import POCKET
 from sd.few_step import LCM
-from sd.pipeline import EMBEDDED, EMBEDDED_LORA
-from sd.resources import resource
+from sd.resources import EMBEDDED, EMBEDDED_LORA, resource
 from sd.study import attention, consistency, convergence, drawing, editing, latent, noising, text
 
 ROOT = Path(__file__).resolve().parents[1]
