@@ -11,6 +11,7 @@ import struct
 import tarfile
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -155,8 +156,8 @@ def field(data: bytes, header: bytes, which: int, offset: int, value: bytes) -> 
     return data[: at + offset] + value + data[at + offset + len(value) :]
 
 
-# id -> (bytes of the file, words of the message)
-REFUSED = {
+# id -> (bytes of the file, or what makes them where that takes long, words of the message)
+REFUSED: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     # other kinds of files
     "empty": (b"", "empty file"),
     "web page": (b"<!DOCTYPE html><html>login</html>", "web page"),
@@ -186,13 +187,16 @@ REFUSED = {
     "safetensors header of a petabyte": (safe({"a": f32(0, 8)}, length=1 << 50), "1125899906842624 bytes"),
     "safetensors header of 2^64 bytes": (b"\xff" * 8 + b"{" + bytes(40), "18446744073709551615 bytes"),
     "safetensors header of 200 MB": (safe(b"{}", length=200_000_000), "200000000 bytes"),
-    "safetensors header of 9 MB of nothing": (safe(b"{" + b" " * 9_000_000 + b"}"), "file not fully covered"),
+    "safetensors header of 9 MB of nothing": (lambda: safe(b"{" + b" " * 9_000_000 + b"}"), "file not fully covered"),
     "safetensors header of half a million texts": (
-        safe({"__metadata__": {f"{i:x}": "" for i in range(250_000)}, "a": f32(0, 8)}),
+        lambda: safe({"__metadata__": {f"{i:x}": "" for i in range(250_000)}, "a": f32(0, 8)}),
         "has 500006 texts, more than the limit of 400000",
     ),
-    "safetensors header of 5 MB of lists": (safe(b"{" + b'"a":[],' * 800_000 + b'"b":1}'), "not valid as safetensors"),
-    "safetensors of 20,001 tensors": (safe({str(i): f32(0, 0) for i in range(20_001)}, b""), "20001 tensors"),
+    "safetensors header of 5 MB of lists": (
+        lambda: safe(b"{" + b'"a":[],' * 800_000 + b'"b":1}'),
+        "not valid as safetensors",
+    ),
+    "safetensors of 20,001 tensors": (lambda: safe({str(i): f32(0, 0) for i in range(20_001)}, b""), "20001 tensors"),
     "safetensors header no JSON": (safe(b"{not json}"), "JSON"),
     "safetensors header no text": (safe(b'{"\xff\xfe": 1}'), "JSON"),
     "safetensors header deep": (safe(b'{"a":' + b"[" * 200_000), "JSON"),
@@ -208,7 +212,7 @@ REFUSED = {
     "safetensors unknown type": (safe({"a": f32(0, 8, [2], "X99")}), "X99"),
     "safetensors complex": (safe({"a": f32(0, 8, [1], "C64")}), "C64, expected one of F64"),
     "safetensors of 17 dimensions": (safe({"a": f32(0, 4, [1] * 17)}, bytes(4)), "17 dimensions"),
-    "safetensors of a million dimensions": (safe({"a": f32(0, 4, [1] * 10**6)}, bytes(4)), "1000000 dimensions"),
+    "safetensors of a million dimensions": (lambda: safe({"a": f32(0, 4, [1] * 10**6)}, bytes(4)), "1000000 dim"),
     "safetensors of nothing": (safe({}, b""), "0 tensors"),
     "safetensors of metadata": (safe({"__metadata__": {"a": "b"}}, b""), "0 tensors"),
     # pickles that want to run something
@@ -235,9 +239,12 @@ REFUSED = {
     "empty pickle in the zip": (archive({}, data=b""), "broken pickle"),
     "a million steps": (archive({}, data=b"N0" * 500_001 + b"}."), "1,000,000 steps"),
     "a quarter of a million sets": (archive({}, data=b"\x8f" * 250_001 + b"}."), "1,000,000 steps"),
-    "10,001 names": (archive({}, data=b"".join(b"ca\nb%d\n" % i for i in range(10_001)) + b"}."), "than 10,000 names"),
+    "10,001 names": (
+        lambda: archive({}, data=b"".join(b"ca\nb%d\n" % i for i in range(10_001)) + b"}."),
+        "than 10,000 names",
+    ),
     "a name of 11 parts": (archive({**GOOD, "b": Name("a b" + ".b" * 10)}), "a name of 11 parts"),
-    "a text of 5 MB": (archive({**GOOD, "b": "x" * 5_000_000}), "a piece of 5000000 bytes"),
+    "a text of 5 MB": (lambda: archive({**GOOD, "b": "x" * 5_000_000}), "a piece of 5000000 bytes"),
     "unknown persistent id": (archive({"a": Stored("what", 1, 2, 3, 4)}), "reference to unknown data"),
     "text as persistent id": (archive({"a": b"Pstorage\n"}), "reference to unknown data"),
     "storage of size -1": (archive({"a": tensor(numel=-1)}), "reference to unknown data"),
@@ -259,7 +266,7 @@ REFUSED = {
     "shape of a float": (archive({"a": tensor((2.0,))}), "impossible shape"),
     "shape of True": (archive({"a": tensor((True,))}), "impossible shape"),
     "shape and stride of different length": (archive({"a": tensor((2, 2), (1,))}), "impossible shape"),
-    "20,001 tensors": (archive({str(i): tensor() for i in range(20_001)}), "20001 tensors, expected 1 to 20000"),
+    "20,001 tensors": (lambda: archive({str(i): tensor() for i in range(20_001)}), "20001 tensors, expected 1 to"),
     "many views of the same numbers": (
         archive({str(i): tensor((30_000,), numel=30_000, key="1") for i in range(20)}, ("x/data/1", bytes(120_000))),
         "its tensors have 2400000 bytes, the numbers that they are views of only 120000",
@@ -295,7 +302,10 @@ REFUSED = {
     "two pickles but for case": (archive(GOOD, ("x/DATA.pkl", b"N.")), "2 files"),
     "one pickle of another case": (archive(GOOD).replace(b"x/data.pkl", b"x/Data.pkl"), "could be its data.pkl"),
     "a name twice but for case": (archive(GOOD, ("x/DATA/0", DATA)), "two members of one name"),
-    "a zip directory of 3 MB": (archive(GOOD, *((f"{i:060000}", b"") for i in range(50))), "than the limit of 2 MB"),
+    "a zip directory of 3 MB": (
+        lambda: archive(GOOD, *((f"{i:060000}", b"") for i in range(50))),
+        "than the limit of 2 MB",
+    ),
     "zip with 70 KB of zeros behind": (archive(GOOD) + bytes(70_000), "ends with nothing but zeros"),
     "a path upwards": (archive(GOOD, ("x/../../etc/passwd", b"")), "out of the archive"),
     "an absolute path": (archive(GOOD, ("/etc/passwd", b"")), "out of the archive"),
@@ -366,7 +376,7 @@ def test_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     data, words = REFUSED[name]
     path = tmp_path / "model.ckpt"
-    path.write_bytes(data)
+    path.write_bytes(data() if callable(data) else data)
     start = time.process_time()
     assert words in refusal(path)
     assert time.process_time() - start < 10

@@ -55,10 +55,21 @@ class Tape:
         return replay, out
 
 
+@pytest.fixture(scope="module")
+def models() -> list[StableDiffusion]:
+    """Models of 4 and of 9 channels, of this module: other tests leave hooks in the shared ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "onednn_dtypes", frozenset)  # this comes before `weights_stay_plain`
+        return [
+            StableDiffusion(config, **loaded(tiny_state(name), config))
+            for name, config in (("tiny-v1", TINY), ("tiny-v1-inpainting", TINY_INPAINT))
+        ]
+
+
 @pytest.fixture
-def unet():
-    """Of its own: other tests leave hooks in the shared one."""
-    return loaded(tiny_state(), TINY)["unet"]
+def unet(models) -> UNet:
+    """A network that a test may change."""
+    return copy.deepcopy(models[0].unet)
 
 
 def inputs(seed: int, size: int = 8, B: int = 2) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
@@ -330,7 +341,7 @@ assert set(SAMPLERS) > USUAL
 @pytest.mark.parametrize(
     "sampler", [pytest.param(name, marks=() if name in USUAL else pytest.mark.exhaustive) for name in SAMPLERS]
 )
-def test_no_step_waits_for_the_device(sampler):
+def test_no_step_waits_for_the_device(models, sampler):
     """With guidance, noise, a mask: nothing between the first step and the last asks for a result."""
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
         bool(torch.ones(1) > 0)
@@ -342,10 +353,6 @@ def test_no_step_waits_for_the_device(sampler):
     settings = {"height": 64, "width": 64, "steps": 3, "seed": 3, "sampler": sampler, "progress": watching}
     photo, mask = Image.new("RGB", (64, 64)), Image.new("L", (64, 64), 255)
     mask.paste(0, (0, 0, 30, 64))
-    models = [
-        StableDiffusion(config, **loaded(tiny_state(name), config))
-        for name, config in (("tiny-v1", TINY), ("tiny-v1-inpainting", TINY_INPAINT))
-    ]
     models[0].txt2img("a cat", n=2, **settings)
     for sd in models:
         sd.inpaint("a cat", photo, mask, strength=0.9, **settings)

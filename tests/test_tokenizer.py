@@ -476,6 +476,21 @@ def test_missing_files(tmp_path, monkeypatch):
         Tokenizer()
 
 
+def test_tokenizers_share_the_table_and_not_their_words():
+    """The table is read once, and nobody can change it; a word that is added belongs to one tokenizer."""
+    one, other = Tokenizer(), Tokenizer(pad=0)
+    assert one._merges is other._merges and one._tokens is other._tokens
+    one.add("<toy>", [TOKENIZER.end + 1])
+    assert one.encode("<toy>") == [TOKENIZER.end + 1]
+    assert other.encode("<toy>") == TOKENIZER.encode("<toy>") != one.encode("<toy>")
+    with pytest.raises(TypeError):
+        one.vocab["cat</w>"] = 0
+    vocab, merges = one.tables()
+    vocab.clear()
+    merges.clear()
+    assert one.tables() == other.tables() and len(other.tables()[0]) == 49408
+
+
 def test_copies_for_other_processes():
     tokenizer = Tokenizer(length=12, pad=0, allow_special=False, html_unescape=False)
     for twin in (pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):

@@ -92,9 +92,16 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
+PLOT = Log.plot
+
+
 @pytest.fixture
-def start(capsys):
-    """Runs a training program; gives its status and the lines it printed to stdout and stderr."""
+def start(capsys, monkeypatch):
+    """Runs a training program; gives its status and the lines it printed to stdout and stderr.
+
+    It draws no curve of the loss, which takes a sixth of a short run: a test that looks at the curve puts `PLOT` back.
+    """
+    monkeypatch.setattr(Log, "plot", lambda log: None)
 
     def run(program, *args: object) -> tuple[int, list[str], list[str]]:
         capsys.readouterr()
@@ -134,24 +141,25 @@ def same(a: object, b: object) -> bool:
 def test_resumed_training_equals_uninterrupted_training(name, optimizer, new, photos, start, tmp_path, monkeypatch):
     """Stopped by Ctrl-C between two lines of the log, resumed with no options but the folder: all is the same."""
     program = {"train": train, "train_text": train_text, "train_vae": train_vae}[name]
-    options = ["--data", photos, "--steps", 6, *QUICK, "--accumulate", 2, "--save-every", 100]
+    options = ["--data", photos, "--steps", 4, *QUICK, "--accumulate", 2, "--save-every", 100]
     options += {"train": [*new, "--samples", 0], "train_text": new, "train_vae": [*new[:2], "--crop", 32]}[name]
     options += ["--optimizer", optimizer]
     assert start(program, *options, "--out", tmp_path / "whole")[0] == 0
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 3)
+        interrupt_at(patch, 1)
         status, _, err = start(program, *options, "--out", tmp_path / "parts")
     assert status == 130 and err[-1] == "stopped"
-    assert load_state(tmp_path / "parts" / "state.pt")["step"] == 4
+    assert load_state(tmp_path / "parts" / "state.pt")["step"] == 2
     with open(tmp_path / "parts" / "log.jsonl", "a") as file:  # as if it had gone on a little and then been killed
-        file.write('{"step": 5, "loss": 9.0, "lr": 0, "norm": 0, "seconds": 1.0}\n{"step": 6, "lo')
+        file.write('{"step": 3, "loss": 9.0, "lr": 0, "norm": 0, "seconds": 1.0}\n{"step": 4, "lo')
+    monkeypatch.setattr(Log, "plot", PLOT)
     assert start(program, "--out", tmp_path / "parts", "--resume")[0] == 0
 
     whole, parts = (load_state(tmp_path / folder / "state.pt") for folder in ("whole", "parts"))
     assert same(whole, parts)
-    assert whole["step"] == 6
+    assert whole["step"] == 4
     logs = [read_log(tmp_path / folder / "log.jsonl") for folder in ("whole", "parts")]
-    assert [line["step"] for line in logs[0]] == [2, 4, 6]
+    assert [line["step"] for line in logs[0]] == [2, 4]
     for line, again in zip(*logs, strict=True):
         assert {**line, "seconds": 0} == {**again, "seconds": 0}
     written = {"train": "model", "train_text": "text_encoder", "train_vae": "vae"}[name] + ".safetensors"

@@ -53,9 +53,8 @@ from .vocabulary import (
     END_OF_WORD,
     MERGES,
     SPECIAL,
-    SYMBOLS,
-    check_vocab,
-    read_merges,
+    bundled_tables,
+    read_tables,
 )
 
 # Needs the `regex` package for \p{L} (letters of any script) and \p{N} (digits). As in CLIP, case is ignored: after
@@ -191,14 +190,9 @@ class Tokenizer:
         self._again = partial(  # for `__reduce__`
             type(self), length=length, pad=pad, merges=merges, allow_special=allow_special, html_unescape=html_unescape
         )
-        left, right = read_merges(path / "merges.txt" if path.is_dir() else path)
-        self._tokens = [*SYMBOLS, *(s + END_OF_WORD for s in SYMBOLS), *map(str.__add__, left, right), *SPECIAL]
-        vocab = {token: i for i, token in enumerate(self._tokens)}
-        if path.is_dir():
-            check_vocab(path / "vocab.json", vocab)
-        self.vocab = MappingProxyType(vocab)
-        # A pair is one integer: this many tuples would trigger a full garbage collection, which takes longest of all.
-        self._merges = {vocab[a] << 16 | vocab[b]: 512 + i for i, (a, b) in enumerate(zip(left, right, strict=True))}
+        # all tokenizers share the tables of the file in data/, and none changes them: reading them takes longest
+        found = bundled_tables(path) if merges is None else read_tables(path)
+        self._tokens, self._merges, self.vocab = found.tokens, found.merges, MappingProxyType(found.vocab)
         self._cached = lru_cache(maxsize=1 << 14)(self._encode_word)
         self.added: dict[str, tuple[int, ...]] = {}  # registered words, cleaned unless they are exact -> ids
         self._rules: dict[str, Rule] = {}  # by word, where they are not the usual ones

@@ -18,7 +18,9 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 MERGES = 48894
 MERGES_CRC32 = 0x3FC60DFD  # of the merges' lines, joined by "\n": the same in OpenAI's and in Hugging Face's file
@@ -32,6 +34,32 @@ SYMBOLS = [chr(byte) if i < len(PRINTABLE) else chr(0x100 + i - len(PRINTABLE)) 
 BYTE_OF_SYMBOL = dict(zip(SYMBOLS, BYTES, strict=True))
 
 MAX_FILE = 1 << 21  # bytes read of a file: vocab.json has 1 MB, and CLIP's merges end after 0.5 MB of OpenAI's 3.2
+
+
+class Tables(NamedTuple):
+    """The vocabulary as a tokenizer uses it."""
+
+    tokens: list[str]  # by id, as the table writes them; 49,408 entries
+    vocab: dict[str, int]  # token -> id, in the order of the ids
+    merges: dict[int, int]  # left id << 16 | right id -> id of the two together
+
+
+def read_tables(path: Path) -> Tables:
+    """The tables of a merges file, or of a folder with vocab.json and merges.txt. Raises as `read_merges` does."""
+    left, right = read_merges(path / "merges.txt" if path.is_dir() else path)
+    tokens = [*SYMBOLS, *(s + END_OF_WORD for s in SYMBOLS), *map(str.__add__, left, right), *SPECIAL]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if path.is_dir():
+        check_vocab(path / "vocab.json", vocab)
+    # A pair is one integer: this many tuples would trigger a full garbage collection, which takes longest of all.
+    merges = {vocab[a] << 16 | vocab[b]: 512 + i for i, (a, b) in enumerate(zip(left, right, strict=True))}
+    return Tables(tokens, vocab, merges)
+
+
+@lru_cache(maxsize=1)
+def bundled_tables(path: Path) -> Tables:
+    """`read_tables`, once: for the file that comes with the package. Callers share the tables and leave them alone."""
+    return read_tables(path)
 
 
 def read_merges(path: Path) -> tuple[list[str], list[str]]:
