@@ -225,7 +225,7 @@ def test_samplers_by_the_names_people_type(generate, tmp_path, args, label):
 
 
 def test_the_embedded_model_says_which_words_it_does_not_know(tmp_path, capsys):
-    args = ["--steps", "2", "--device", "cpu", "--out", str(tmp_path), "--seed", "0"]
+    args = ["--steps", "1", "--device", "cpu", "--out", str(tmp_path), "--seed", "0"]
     assert txt2img.main(["a dog in the snow", *args]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: the embedded model does not know these words: dog (")

@@ -35,7 +35,7 @@ from .adapter_args import AddOns
 from .arguments import NICKNAMES, check_previews
 from .checks import check_all, check_prompts, warn_of_unknown_words
 from .cli import describe, keep_freed_memory, said
-from .few_steps import default_lora
+from .default_lora import default_lora
 from .output import ModelHash, Output
 from .prompt_loras import PromptLoras, prompt_texts, without_lora_tags
 from .prompts import Line, Make, read_prompts
@@ -166,7 +166,7 @@ class Metadata:
             **({"Batch size": batch, "Batch pos": i} if batch > 1 else {}),
             **self.more,
             **({"Model hash": digits} if digits else {}),
-            "Model": model_name(args.ckpt) if args.ckpt else "pocket",
+            "Model": model_name(args.ckpt or resource(EMBEDDED)),
             **({"Weights": args.weights} if args.weights != "auto" else {}),
             **({"Variant": args.variant} if args.variant else {}),
             **({"Prediction": self.model.config.schedule.prediction} if chosen else {}),
@@ -212,7 +212,7 @@ def generate(args: argparse.Namespace, params: SamplingParams, openers: Sequence
             check_prompts(without_lora_tags(request))
         except ValueError as error:
             raise line.at(error) from None
-    args.lora += default_lora(args, requests, loras)
+    args.lora = [*args.lora, *default_lora(args, requests, loras)]
     addons = AddOns(args, requests, loras)
     output = Output(args.out)
     plan = Plan(params, lines, requests, chain([first], sources), len(openers), skipped)

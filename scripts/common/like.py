@@ -31,7 +31,7 @@ from sd.samplers import SAMPLERS
 from .adapter_args import split_embedding, split_lora, split_name
 from .arguments import colour
 from .cli import Parser, file_path
-from .few_steps import embedded_lora
+from .default_lora import BROUGHT, decides_anew, embedded_lora
 from .output import ModelHash
 from .prompt_loras import LoraFolder, tag_name
 
@@ -70,6 +70,8 @@ def take(args: argparse.Namespace, kind: type[TextToImage]) -> None:
         recipe = recipe._replace(request=replace(recipe.request, params=_alone(recipe)))
     settings = _settings(args, recipe, kind)
     given = args.named
+    if decides_anew(args, recipe):
+        settings = {name: value for name, value in settings.items() if name not in BROUGHT}
     taken = {
         name: value for name, value in settings.items()
         if ARGUMENTS.get(name, name) not in given and not given.intersection(RIVALS.get(name, ()))
@@ -180,10 +182,10 @@ def _loras(args: argparse.Namespace, recipe: Recipe) -> None:
     folder = None if args.lora_dir is None else LoraFolder(args.lora_dir)
     for lora in recipe.loras:
         file = None if folder is None else find_lora(folder, lora)
-        if file is None and args.ckpt is None:
+        if file is None and args.ckpt is None and not decides_anew(args, recipe):
             file = embedded_lora(recipe, lora)
         if file is not None:
-            args.lora.append(f"{file}:{weights[_name(lora)]}")
+            args.lora = [*args.lora, f"{file}:{weights[_name(lora)]}"]
 
 
 def find_lora(folder: LoraFolder, lora: Addon) -> Path | None:
@@ -212,7 +214,10 @@ def _notes(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage]) ->
     if recipe.kind in ("img2img", "inpaint") and recipe.kind != kind.kind:
         notes.append(f"{one_line(args.like.name)}: made by {recipe.kind}, and {kind.kind} will give a different image")
     files = {name.casefold(): path for name, path, _ in map(_given, args.lora)}
-    missing = [lora for lora in recipe.loras if _name(lora) not in files]
+    given = [lora for lora in recipe.loras if _name(lora) in files]
+    if decides_anew(args, recipe):
+        given += [lora for lora in recipe.loras if embedded_lora(recipe, lora) is not None]
+    missing = [lora for lora in recipe.loras if lora not in given]
     for lora in missing[:MAX_SHOWN]:
         notes.append(f"LoRA {lora.name}, weight {text_of(lora.weight)}: give its file with --lora")
     if len(missing) > MAX_SHOWN:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import sd
 from scripts import img2img, inpaint, txt2img
-from scripts.common.few_steps import suits
-from sd.params import HighRes, TextToImage
+from scripts.common.default_lora import SPACING, suits
+from sd.checkpoints.checkpoint import load_checkpoint
+from sd.config import POCKET
+from sd.few_step import LCM, SETTINGS, from_json
+from sd.params import HighRes, ImageToImage, Inpaint, TextToImage
 from sd.resources import EMBEDDED, EMBEDDED_LORA, resource
 
 LINES = ["LoRA pocket-lcm, weight 1", "pocket-lcm is an LCM LoRA: 4 steps, sampler lcm, guidance 1"]
@@ -44,25 +49,35 @@ def parameters(file) -> str:
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"steps": 1}, {"steps": 8}, {"guidance": 1}, {"sampler": "lcm"}, {"spacing": "trailing"}, {"negative": ""},
+    {}, {"steps": 2}, {"steps": 8}, {"prompt": "a (cat:1.2), a house", "web_ui_prompts": True},
+    {"guidance": 1}, {"sampler": "lcm"}, {"spacing": "trailing"}, {"negative": ""},
     {"n": 3, "height": 192, "width": 128, "seed": 3, "exact": True, "tileable": True, "rng": "nv"},
     {"variation_seed": 3, "variation_strength": 0.2},
 ])  # fmt: skip
 def test_settings_of_few_steps(settings):
-    assert suits(TextToImage.of("a cat", **settings))
+    assert suits(TextToImage.of(**{"prompt": "a cat", **settings}))
 
 
 @pytest.mark.parametrize("settings", [
-    {"steps": 9}, {"steps": 50}, {"guidance": 4}, {"guidance": 0}, {"guidance": 1.5}, {"sampler": "ddim"},
+    {"steps": 1}, {"steps": 9}, {"steps": 50}, {"guidance": 4}, {"guidance": 0}, {"guidance": 1.5}, {"sampler": "ddim"},
     {"sampler": "tcd"}, {"spacing": "lcm"}, {"negative": "a dog"}, {"negative": ["", "a dog"]}, {"eta": 0.5},
     {"cache_interval": 3}, {"guidance_rescale": 0.5}, {"guidance_until": 0.5},
+    *({"prompt": text, "web_ui_prompts": True} for text in ("[a cat:a duck:10]", "a [cat|duck]", "a cat AND a duck")),
 ])  # fmt: skip
 def test_settings_of_the_model_by_itself(settings):
-    assert not suits(TextToImage.of(["a cat", "a dog"], **settings))
+    assert not suits(TextToImage.of(**{"prompt": ["a cat", "a dog"], **settings}))
 
 
-def test_an_enlarged_image_can_have_few_steps():
-    assert suits(HighRes.of("a cat", hires=2.0)) and not suits(HighRes.of("a cat", hires=2.0, guidance=4))
+def test_what_takes_a_part_of_the_steps_does_not_suit():
+    """Of 4 steps, a strength of 0.7 would take 2, and one of 0.2 none."""
+    image = Image.new("RGB", (64, 64))
+    assert not suits(HighRes.of("a cat", hires=2.0))
+    assert not suits(ImageToImage.of("a cat", image=image)) and not suits(Inpaint.of("a cat", image=image, mask=image))
+
+
+def test_the_lora_says_what_is_asked_for_here():
+    with load_checkpoint(resource(EMBEDDED_LORA)) as file:
+        assert from_json(file.metadata[SETTINGS], POCKET) == replace(LCM, spacing=SPACING)
 
 
 def test_the_default_takes_four_steps(run):
@@ -108,13 +123,16 @@ def test_all_lines_of_a_file_have_the_same_model(run, tmp_path):
     assert LINES[0] in out
 
 
-def test_image_to_image_and_inpainting_use_it(run, tmp_path):
+def test_image_to_image_and_inpainting_do_without_it(run, tmp_path):
     Image.new("RGB", (64, 64), "green").save(tmp_path / "init.png")
     Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
-    out, (image,) = run(img2img, "a red house", "init.png", "--seed", 7)
-    assert out[1:3] == LINES and "Steps: 4, Sampler: LCM" in parameters(image)
-    out, (image, _) = run(inpaint, "a red house", "init.png", "mask.png", "--seed", 7)
-    assert out[1:3] == LINES and "Steps: 4, Sampler: LCM" in parameters(image)
+    out, (image,) = run(img2img, "a red house", "init.png", "--strength", 0.3, "--steps", 8, "--seed", 7)
+    assert not any("LoRA" in line for line in out) and "CFG scale: 4," in parameters(image)
+    out, _ = run(inpaint, "a red house", "init.png", "mask.png", "--steps", 2, "--seed", 7)
+    assert not any("LoRA" in line for line in out)
+    _, (made, *_) = run(txt2img, "a red house", *SIZE)
+    out, (image, *_) = run(img2img, "--like", made, "--init-img", "init.png", "--steps", 4)
+    assert not any(line in out for line in LINES) and "CFG scale: 4," in parameters(image)
 
 
 @pytest.mark.parametrize("settings", [["--steps", 2], ["--steps", 2, "--guidance", 4]], ids=["with", "without"])
@@ -125,9 +143,31 @@ def test_like_repeats_it_with_and_without(run, settings):
     assert pixels(first) == pixels(again) and (LINES[0] in out) == (len(settings) == 2)
 
 
-def test_like_without_it_stays_without_it(run):
-    """Settings for few steps on the model by itself, which --lora with weight 0 asks for."""
-    _, (first,) = run(txt2img, "a red house", "--lora", f"{resource(EMBEDDED_LORA)}:0", "--guidance", 1, *SIZE)
-    assert "Sampler: LCM" not in parameters(first)
-    _, (again, _) = run(txt2img, "--like", first)
-    assert pixels(first) == pixels(again)
+@pytest.mark.parametrize("more, merged", [
+    (["--seed", 9], True), (["--steps", 8], True), (["--negative", "a tree"], False), (["--guidance", 4], False),
+    (["--sampler", "ddim"], False), (["--steps", 12], False),
+], ids=str)  # fmt: skip
+def test_other_settings_beside_like_decide_anew(run, more, merged):
+    """A negative prompt is not lost because the image was made without guidance."""
+    _, (first,) = run(txt2img, "a red house", *SIZE)
+    steps = [] if "--steps" in more or merged else ["--steps", 2]
+    out, (again, _) = run(txt2img, "--like", first, *more, *steps)
+    assert (LINES[0] in out) == merged
+    assert f"CFG scale: {1 if merged else 4}," in parameters(again)
+    assert ("Negative prompt: a tree" in parameters(again)) == ("a tree" in more)
+
+
+def test_a_lora_beside_like_takes_its_place(run, tmp_path):
+    _, (first,) = run(txt2img, "a red house", *SIZE)
+    save_file(load_file(resource(EMBEDDED_LORA)), tmp_path / "style.safetensors")  # not known as one for few steps
+    out, (again, _) = run(txt2img, "--like", first, "--lora", "style.safetensors", "--steps", 2)
+    assert [line for line in out if line.startswith("LoRA")] == ["LoRA style, weight 1"]
+    assert "CFG scale: 4," in parameters(again)
+
+
+def test_a_recipe_without_it_stays_without_it(run, tmp_path):
+    """Also where its settings are those of few steps."""
+    text = "a red house\nSteps: 2, Sampler: LCM, Schedule type: Trailing, CFG scale: 1, Seed: 7, Version: sd 0.2"
+    (tmp_path / "recipe.txt").write_text(text, encoding="utf-8")
+    out, (image,) = run(txt2img, "--like", "recipe.txt")
+    assert not any(line in out for line in LINES) and "Sampler: LCM" in parameters(image)
