@@ -41,6 +41,7 @@ from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion
 
 from .common import arguments, cli, generate
+from .common.adapter_args import lora_file
 from .evaluation import judge
 from .evaluation.probes import PROBES, Generator
 from .evaluation.scoring import ATTRIBUTES, Rate, tally, verdict, whole
@@ -73,7 +74,10 @@ def parser() -> cli.Parser:
     add("--renderings", type=int, default=2000, metavar="N", help="test images of the judge (default: %(default)s)")
     add("--markdown", type=cli.file_path, metavar="FILE", help="write the tables to a file, for a model card")
     add("--json", type=cli.file_path, metavar="FILE", help="write all figures to a file")
-    add("--lora", type=cli.file_path, metavar="FILE", help="merge a LoRA, such as one that distill.py wrote")
+    add(
+        "--lora", type=cli.home, action="append", default=[], metavar="[NAME=]FILE[:WEIGHT]",
+        help="merge a LoRA, such as one that distill.py wrote; can be given several times",
+    )  # fmt: skip
     add("--wrong", type=cli.file_path, metavar="FOLDER", help="write the images with errors, and a list of the errors")
     arguments.add_model_arguments(parser)
     return parser
@@ -170,15 +174,15 @@ def table(columns: dict[str, Rates], first: str) -> str:
 def evaluate(args: argparse.Namespace) -> None:
     """Test the judge, generate images, judge them, and print the results."""
     check(args)
+    loras = [lora_file(text) for text in args.lora]
     model = generate.load(args)
-    if args.lora is not None:
-        model.add_lora(args.lora, note=lambda text: print(text, flush=True))
+    model.add_loras(loras, removable=False, note=lambda text: print(text, flush=True))
     args.guidance = args.guidance or [model.defaults.guidance]
     judged_by = judge.find(args.judge, model.device)
     report: list[str] = []
     sampler = args.sampler or model.defaults.sampler
     figures: dict[str, Any] = {"checkpoint": str(args.ckpt or "embedded"), "sampler": sampler, "seed": args.seed}
-    figures |= {"lora": str(args.lora)} if args.lora else {}
+    figures |= {"lora": ", ".join(args.lora)} if args.lora else {}
 
     def say(text: str) -> None:
         print(text, end="\n\n", flush=True)

@@ -146,6 +146,8 @@ def chosen_figures(args: argparse.Namespace) -> list[str]:
     """
     chosen = list(FIGURES) if args.figure == "all" else [args.figure]
     missing = [name for name in chosen if name in WITH_STUDENT]
+    if args.lora is not None and not missing:
+        raise ValueError(f"--lora is for {', '.join(WITH_STUDENT)}: {args.figure} shows the model without it")
     if not missing or find_lora(args) is not None:
         return chosen
     if args.figure != "all":
@@ -189,6 +191,8 @@ def study(args: argparse.Namespace) -> None:
         flush=True,
     )
     job = Job(model, settings, args)
+    if args.lora is not None:
+        _ = job.student  # raises for a LoRA that is not one for few steps, before any figure is made
     with tqdm(unit=" evaluations", disable=None, leave=False, file=sys.stderr) as bar:
         counting = model.unet.register_forward_hook(lambda *_: bar.update() and None)
         try:

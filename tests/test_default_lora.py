@@ -112,6 +112,16 @@ def test_other_models_and_loras_come_without_it(run, tmp_path):
     assert [line for line in lines if line.startswith("LoRA")] == ["LoRA other, weight 0.5"]
 
 
+def test_no_lora_is_the_model_by_itself(run):
+    """With settings that the LoRA is made for, and beside a recipe that was made with it."""
+    out, (first,) = run(txt2img, "a red house", "--no-lora", *SIZE, "--steps", 2)
+    assert not any("LoRA" in line for line in out) and "CFG scale: 4," in parameters(first)
+    out, (made, *_) = run(txt2img, "a red house", *SIZE)
+    assert LINES[0] in out
+    out, (image, *_) = run(txt2img, "--like", made, "--no-lora", "--steps", 2)
+    assert not any("LoRA" in line for line in out) and pixels(image) == pixels(first)
+
+
 def test_all_lines_of_a_file_have_the_same_model(run, tmp_path):
     """One line that asks for guidance is enough: all are made by the model by itself."""
     lines = [{"prompt": "a cat"}, {"prompt": "a duck", "guidance": 4}]

@@ -358,6 +358,13 @@ def test_wrong_arguments_are_one_line(options, message, capsys) -> None:
     assert message in error and error.count("\n") == 1
 
 
+def test_a_wrong_lora_fails_before_the_model_is_loaded(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(evaluate.generate, "load", lambda args: pytest.fail("loaded first"))
+    for value, message in (("missing.safetensors:0.5", "missing.safetensors"), ("lcm=:1", "no file before the colon")):
+        assert evaluate.main(["--lora", value]) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_table_is_markdown() -> None:
     rates = {name: Rate(1, 3) for name in ATTRIBUTES}
     no_sizes = rates | {"size": Rate(0, 0)}

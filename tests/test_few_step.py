@@ -17,7 +17,7 @@ from sd.config import ScheduleConfig
 from sd.imaging.tensors import to_tensor
 from sd.params import HighRes, ImageToImage, Inpaint, TextToImage
 from sd.samplers import SAMPLERS, euler, euler_a, find_sampler, lcm, tcd
-from sd.samplers.few_step import boundary
+from sd.samplers.consistency import boundary
 from sd.schedule import CLEAN, Schedule
 
 schedule = Schedule()

@@ -116,6 +116,7 @@ def test_a_figure(name, run, tmp_path, monkeypatch):
         (["consistency", "--ckpt", EMBEDDED_FILE], "consistency: give a few-step LoRA for this checkpoint, such as"),
         (["few-steps", "--lora", "missing.safetensors"], "missing.safetensors"),
         (["few-steps", "--lora", "lcm=:1"], "--lora :1: no file before the colon"),
+        (["attention", "--lora", EMBEDDED_FILE], "--lora is for consistency, few-steps: attention shows the model"),
         (["attention", "--compile"], "--compile: a compiled U-Net skips the hooks of the studies; remove the option"),
     ],
 )
@@ -172,6 +173,13 @@ def test_a_lora_of_ones_own(run, tmp_path, monkeypatch):
     assert (teacher.few_step, teacher.defaults.sampler) == (None, teacher.config.sampler)
     assert (student.defaults.sampler, student.defaults.guidance, student.config.size) == ("lcm", 1.0, 64)
     assert list(student.few_step_loras) == ["lcm"] and student.unet is not teacher.unet
+
+
+def test_an_unknown_lora_fails_before_all_figures(run, tmp_path):
+    file = tmp_path / "style.safetensors"
+    save_file(load_file(resource(EMBEDDED_LORA)), file)  # without its metadata
+    status, errors, files = run("all", "--lora", str(file))
+    assert (status, files) == (1, set()) and "is not known as a few-step LoRA" in errors
 
 
 def test_the_ordinary_model_is_not_for_few_steps(monkeypatch):

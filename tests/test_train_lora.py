@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 
 import pytest
@@ -18,7 +19,7 @@ from sd.denoiser import Denoiser
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.models.vae import VAE
-from sd.resources import EMBEDDED, resource
+from sd.resources import EMBEDDED, EMBEDDED_LORA, resource
 from sd.samplers import lcm
 from sd.training import TrainableLora, lora_layers, lora_metadata, lora_tensors
 
@@ -169,15 +170,19 @@ def test_names_and_shapes_are_kohyas(unet):
     assert tensors["lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight"].shape == (4, 128)
 
 
-def test_diffusers_reads_the_lora_and_makes_the_same_latents(tmp_path):
+@pytest.mark.parametrize("shipped", [False, True], ids=["trained here", "shipped"])
+def test_diffusers_reads_the_lora_and_makes_the_same_latents(shipped, tmp_path):
     """The embedded model with a LoRA, four steps of LCM on both sides from the same noise."""
     diffusers = pytest.importorskip("diffusers", reason="compares with diffusers, which is not installed")
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
     model = StableDiffusion.load(device="cpu", dtype="float32")
-    lora = trained(model.unet, rank=4)
     path = tmp_path / "lcm.safetensors"
-    save_tensors(lora_tensors({"unet": lora}, model.config), path, lora_metadata(lora, "pocket LCM LoRA"))
+    if shipped:
+        shutil.copy(resource(EMBEDDED_LORA), path)
+    else:
+        lora = trained(model.unet, rank=4)
+        save_tensors(lora_tensors({"unet": lora}, model.config), path, lora_metadata(lora, "pocket LCM LoRA"))
     assert convert.main([str(resource(EMBEDDED)), str(tmp_path / "folder"), "--layout", "diffusers"]) == 0
     options = {"local_files_only": True, "torch_dtype": torch.float32}
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "folder", **options)

@@ -27,13 +27,14 @@ RENAMED = ("--weighted-prompts", "--long-prompts")  # of earlier versions, each 
 
 
 def add_addon_arguments(parser: Parser) -> None:
-    """--lora, --lora-dir, --embedding, --web-ui-prompts, --clip-skip."""
+    """--lora, --no-lora, --lora-dir, --embedding, --web-ui-prompts, --clip-skip."""
     group = parser.add_argument_group("add-ons")
     group.add_argument(
         "--lora", type=home, action="append", default=[], metavar="[NAME=]FILE[:WEIGHT]",
         help="merge a LoRA or LyCORIS file, or a folder with one, into the model; can be given several times (default "
         "weight: 1)",
     )  # fmt: skip
+    group.add_argument("--no-lora", action="store_true", help="use the embedded model without its LoRA for few steps")
     group.add_argument(
         "--lora-dir", type=file_path, metavar="DIR",
         help="folder of the LoRA files that prompts name (<lora:name:0.8>, with --web-ui-prompts) or --like needs",
@@ -100,6 +101,18 @@ def split_embedding(text: str) -> tuple[Path, str | None]:
     return Path(head), tail
 
 
+def lora_file(text: str) -> LoraFile:
+    """The LoRA of one value of --lora, [NAME=]FILE[:WEIGHT].
+
+    Raises ValueError for a wrong value, and CheckpointError for a file that is missing or not a weight file.
+    """
+    name, rest = split_name(text)
+    path, weight = split_lora(rest)
+    file = LoraFile(adapter_file(path, LORA_FILES), weight, name)
+    sd.load_checkpoint(file.path).close()
+    return file
+
+
 class AddOns:
     """The adapters given as arguments or named in prompts: checked before the model is loaded, then added to it."""
 
@@ -111,20 +124,17 @@ class AddOns:
                 "--lora-dir has no effect here: add --web-ui-prompts, with which prompts name LoRA files, or --like"
             )
         self._texts = [text for request in requests for text in _texts(request)]
-        named = [split_name(text) for text in args.lora]
-        given = [split_lora(file) for _, file in named]
-        self._loras = [(adapter_file(path, LORA_FILES), weight) for path, weight in given]
-        self._aliases = [name for name, _ in named]
+        self._loras = [lora_file(text) for text in args.lora]
         words = [split_embedding(text) for text in args.embedding]
         self._embeddings = [(adapter_file(path, EMBEDDING_FILES), word) for path, word in words]
         self.of_prompts = of_prompts
         named_in_prompts = {os.path.realpath(path) for path in of_prompts.paths}
-        for path, _ in self._loras:
-            if os.path.realpath(path) in named_in_prompts:
-                raise ValueError(f"{path} is given with --lora and named in a prompt: take one of them out")
+        for lora in self._loras:
+            if os.path.realpath(lora.path) in named_in_prompts:
+                raise ValueError(f"{lora.path} is given with --lora and named in a prompt: take one of them out")
         for path, _ in self._embeddings:
             refuse_image(path)
-        for path in (*(path for path, _ in (*self._loras, *self._embeddings)), *self.of_prompts.paths):
+        for path in (*(path for path, _ in self._embeddings), *self.of_prompts.paths):
             sd.load_checkpoint(path).close()  # raises for a wrong name before a large model is loaded
         self._names: list[str] = []  # of the LoRAs
         self._words: dict[str, Path] = {}  # word in prompts -> file
@@ -132,9 +142,8 @@ class AddOns:
 
     def give(self, model: sd.StableDiffusion, hashes: bool) -> None:
         """Merge the LoRAs, add the words and print them. `hashes` computes the hashes for the metadata."""
-        files = [LoraFile(*file, name) for file, name in zip(self._loras, self._aliases, strict=True)]
         known = model.words
-        self._names = merge_loras(model, files, removable=False)
+        self._names = merge_loras(model, self._loras, removable=False)
         for bundled in [word for word in model.words if word not in known]:  # in LoRA files
             print(f"embedding {bundled}, vectors: {model.words[bundled]}", flush=True)
         for file, word in self._embeddings:
@@ -145,10 +154,14 @@ class AddOns:
                 print(f"embedding {' or '.join(names)}, vectors: {model.words[names[0]]}", flush=True)
         self._warn_of_unused(model)
         if hashes:
-            loras = [*(file for file, _ in self._loras), *self.of_prompts.paths]
+            loras = [*self._files(), *self.of_prompts.paths]
             hashed = [(file, file.suffix == ".safetensors") for file in loras]
             hashed += [(file, False) for file, _ in self._embeddings]
             self._hashes = {file: ModelHash(file, digits=12, tensors_only=only) for file, only in hashed}
+
+    def _files(self) -> list[Path]:
+        """Those of --lora."""
+        return [Path(lora.path) for lora in self._loras]
 
     def _warn_of_unused(self, model: sd.StableDiffusion) -> None:
         """Warn of embeddings that were added, but that no prompt uses."""
@@ -163,7 +176,7 @@ class AddOns:
 
     def tags(self) -> list[str]:
         """The merged LoRAs for the metadata, in the syntax of other tools."""
-        named = [(name, weight) for name, (_, weight) in zip(self._names, self._loras, strict=True)]
+        named = [(name, lora.weight) for name, lora in zip(self._names, self._loras, strict=True)]
         named += [(lora.name, lora.weight) for lora in self.of_prompts.current]
         return [f"<lora:{tag_name(name)}:{text_of(weight)}>" for name, weight in named]
 
@@ -172,7 +185,7 @@ class AddOns:
         texts = _texts(request)
         used = {i for text in texts for i in model.tokenizer.encode(text)} if self._words else set()
         words = [(word, file) for word, file in self._words.items() if used & set(model.tokenizer.added[word])]
-        loras = [(tag_name(name), file) for name, (file, _) in zip(self._names, self._loras, strict=True)]
+        loras = [(tag_name(name), file) for name, file in zip(self._names, self._files(), strict=True)]
         loras += [(tag_name(lora.name), lora.path) for lora in self.of_prompts.current]
         values = {
             name: ", ".join(f"{re.sub('[:,]', '', word)}: {self._hashes[file].digits()}" for word, file in found)

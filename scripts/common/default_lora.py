@@ -30,8 +30,8 @@ FREE = {
 BROUGHT = {"sampler", "spacing", "steps", "guidance"}
 # ... and arguments that decide anew whether it is merged: then these settings are not repeated
 DECIDING = BROUGHT | {
-    "negative", "lora", "ckpt", "guidance_rescale", "guidance_until", "cache_interval", "hires", "web_ui_prompts",
-    *OPTIONS,
+    "negative", "lora", "no_lora", "ckpt", "guidance_rescale", "guidance_until", "cache_interval", "hires",
+    "web_ui_prompts", *OPTIONS,
 }  # fmt: skip
 
 
@@ -40,8 +40,8 @@ def default_lora(args: argparse.Namespace, requests: Sequence[TextToImage], name
 
     A recipe (--like) says itself which LoRAs its image was made with, unless other arguments decide it anew.
     """
-    free = args.recipe is None or decides_anew(args, args.recipe)
-    ours = free and args.ckpt is None and not args.lora and not named.paths
+    free = args.recipe is None or args.anew
+    ours = free and args.ckpt is None and not (args.lora or args.no_lora or named.paths)
     return [str(resource(EMBEDDED_LORA))] if ours and all(map(suits, requests)) else []
 
 

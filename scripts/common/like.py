@@ -63,6 +63,7 @@ def add_like_argument(parser: Parser) -> None:
 def take(args: argparse.Namespace, kind: type[TextToImage]) -> None:
     """Set the arguments that were not given to the values of the recipe; print what was taken, warn of the rest."""
     args.recipe = args.carried = None
+    args.anew = False
     if args.like is None:
         return
     recipe = read_request(args.like)
@@ -70,7 +71,8 @@ def take(args: argparse.Namespace, kind: type[TextToImage]) -> None:
         recipe = recipe._replace(request=replace(recipe.request, params=_alone(recipe)))
     settings = _settings(args, recipe, kind)
     given = args.named
-    if decides_anew(args, recipe):
+    args.anew = decides_anew(args, recipe)
+    if args.anew:
         settings = {name: value for name, value in settings.items() if name not in BROUGHT}
     taken = {
         name: value for name, value in settings.items()
@@ -182,7 +184,7 @@ def _loras(args: argparse.Namespace, recipe: Recipe) -> None:
     folder = None if args.lora_dir is None else LoraFolder(args.lora_dir)
     for lora in recipe.loras:
         file = None if folder is None else find_lora(folder, lora)
-        if file is None and args.ckpt is None and not decides_anew(args, recipe):
+        if file is None and args.ckpt is None and not args.anew:
             file = embedded_lora(recipe, lora)
         if file is not None:
             args.lora = [*args.lora, f"{file}:{weights[_name(lora)]}"]
@@ -215,7 +217,7 @@ def _notes(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage]) ->
         notes.append(f"{one_line(args.like.name)}: made by {recipe.kind}, and {kind.kind} will give a different image")
     files = {name.casefold(): path for name, path, _ in map(_given, args.lora)}
     given = [lora for lora in recipe.loras if _name(lora) in files]
-    if decides_anew(args, recipe):
+    if args.anew:
         given += [lora for lora in recipe.loras if embedded_lora(recipe, lora) is not None]
     missing = [lora for lora in recipe.loras if lora not in given]
     for lora in missing[:MAX_SHOWN]:

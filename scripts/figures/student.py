@@ -7,13 +7,12 @@ import argparse
 from tqdm import tqdm
 
 import sd
-from sd.adapters.adapter_files import LORA_FILES, adapter_file
 from sd.adapters.added import LoraFile
 from sd.few_step import of_config
 from sd.resources import EMBEDDED_LORA, resource
 
 from ..common import generate
-from ..common.adapter_args import split_lora, split_name
+from ..common.adapter_args import lora_file
 
 NEEDED = "give a few-step LoRA for this checkpoint, such as lcm-lora-sdv1-5.safetensors, with --lora FILE"
 
@@ -25,11 +24,7 @@ def find_lora(args: argparse.Namespace) -> LoraFile | None:
     """
     if args.lora is None:
         return LoraFile(resource(EMBEDDED_LORA)) if args.ckpt is None else None
-    name, text = split_name(args.lora)
-    path, weight = split_lora(text)
-    file = LoraFile(adapter_file(path, LORA_FILES), weight, name)
-    sd.load_checkpoint(file.path).close()
-    return file
+    return lora_file(args.lora)
 
 
 def load_student(args: argparse.Namespace, teacher: sd.StableDiffusion) -> sd.StableDiffusion:

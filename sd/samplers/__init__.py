@@ -32,9 +32,9 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from ..schedule import SPACINGS
+from .consistency import lcm, tcd
 from .ddim import ddim, ddpm, posterior
 from .dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_a, dpmpp_sde, unipc
-from .few_step import lcm, tcd
 from .karras import ancestral, dpm2, dpm2_a, euler, euler_a, heun
 from .multistep import ADAMS_BASHFORTH, lms, multistep_weights, plms
 from .step import Denoise, Noise, Step, eps_of, move

@@ -44,7 +44,7 @@ from torch import Tensor
 from ..conditioning import Conditioning, Network
 from ..denoiser import concatenate
 from ..samplers import move
-from ..samplers.few_step import SIGMA_DATA, TIMESTEP_SCALING
+from ..samplers.consistency import SIGMA_DATA, TIMESTEP_SCALING
 from ..schedule import Schedule
 from .losses import level_batch
 
