@@ -30,13 +30,13 @@ LCM_WIDTH = 256  # of the embedding in published models
 SCHEDULER = "scheduler/scheduler_config.json"
 
 # diffusers' classes that say which sampler a model was distilled for, ...
-DISTILLED = {"LCMScheduler": LCM, "TCDScheduler": TCD}
+FEW_STEP_SCHEDULERS = {"LCMScheduler": LCM, "TCDScheduler": TCD}
 # ... those that say it with trailing timesteps, and the sampler that each is here, ...
-TRAILING = {
+TRAILING_SCHEDULERS = {
     "EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "euler_a", "DDIMScheduler": "ddim",
 }  # fmt: skip
 # ... and others, which choose a sampler for any model. That is the caller's choice here.
-USUAL = (
+OTHER_SCHEDULERS = (
     "DDIMParallelScheduler", "DDIMInverseScheduler", "DDPMScheduler", "DDPMParallelScheduler", "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverMultistepInverseScheduler",
     "DPMSolverSDEScheduler", "HeunDiscreteScheduler", "IPNDMScheduler", "KDPM2AncestralDiscreteScheduler",
@@ -59,7 +59,7 @@ def with_defaults(tensors: Mapping[str, Tensor], config: Config) -> tuple[Config
     """The config with the defaults of a few-step model, and a line that says them; the same and "" for another."""
     scheduler = getattr(tensors, "configs", {}).get("scheduler", {})
     if config.unet.guidance is not None:
-        said = DISTILLED.get(str(scheduler.get("_class_name")), LCM)
+        said = FEW_STEP_SCHEDULERS.get(str(scheduler.get("_class_name")), LCM)
         guided = replace(LCM_GUIDED, label=said.label, sampler=said.sampler)
         return _with(guided, config, "its U-Net takes the guidance scale as an input")
     kind = _by_scheduler(scheduler, config)
@@ -69,7 +69,7 @@ def with_defaults(tensors: Mapping[str, Tensor], config: Config) -> tuple[Config
     if named is not None and (named[0].label != TURBO.label or _is_sd2_base(config)):
         return _with(named[0], config, f"{named[1]} says so")
     if _is_trailing(scheduler, config):
-        config = replace(config, sampler=TRAILING[scheduler["_class_name"]], spacing="trailing")
+        config = replace(config, sampler=TRAILING_SCHEDULERS[scheduler["_class_name"]], spacing="trailing")
         return config, f"its scheduler_config.json asks for the sampler {config.sampler} with trailing timesteps"
     return config, ""
 
@@ -86,17 +86,17 @@ def _with(kind: FewStep, config: Config, why: str) -> tuple[Config, str]:
 
 def _by_scheduler(raw: Mapping[str, Any], config: Config) -> FewStep | None:
     """The kind that a folder's scheduler means. Trailing timesteps alone are SD-Turbo's only for a network like its."""
-    if (kind := DISTILLED.get(str(raw.get("_class_name")))) is not None:
+    if (kind := FEW_STEP_SCHEDULERS.get(str(raw.get("_class_name")))) is not None:
         return kind
     if _is_trailing(raw, config) and raw["_class_name"] != "DDIMScheduler" and _is_sd2_base(config):
-        return replace(TURBO, sampler=TRAILING[raw["_class_name"]])
+        return replace(TURBO, sampler=TRAILING_SCHEDULERS[raw["_class_name"]])
     return None
 
 
 def _is_trailing(raw: Mapping[str, Any], config: Config) -> bool:
     """Whether timesteps are trailing, and not because the noise schedule ends in pure noise."""
     return (
-        str(raw.get("_class_name")) in TRAILING
+        str(raw.get("_class_name")) in TRAILING_SCHEDULERS
         and raw.get("timestep_spacing") == "trailing"
         and not config.schedule.to_noise
     )
@@ -124,16 +124,16 @@ def notes_on_scheduler(configs: Mapping[str, Mapping[str, Any]]) -> Iterator[str
     """One line for a scheduler that is unknown here, and for a training grid that another one is used for."""
     raw = configs.get("scheduler", {})
     name = raw.get("_class_name")
-    if name is not None and name not in (*DISTILLED, *TRAILING, *USUAL):
+    if name is not None and name not in (*FEW_STEP_SCHEDULERS, *TRAILING_SCHEDULERS, *OTHER_SCHEDULERS):
         yield f"{SCHEDULER} names {str(name)!r:.100}, which is unknown: using the model's default sampler"
     grid = raw.get("original_inference_steps", LCM_TIMESTEPS)  # diffusers' name of the number of these
-    if name in DISTILLED and grid != LCM_TIMESTEPS:
+    if name in FEW_STEP_SCHEDULERS and grid != LCM_TIMESTEPS:
         yield f"{SCHEDULER} has original_inference_steps {grid!r:.50}, which is not supported: using {LCM_TIMESTEPS}"
 
 
 def scheduler_to_diffusers(config: Config) -> dict[str, Any]:
     """The entries of a scheduler_config.json that `with_defaults` reads, for the default sampler of a config."""
-    name = next((name for name, kind in DISTILLED.items() if kind.sampler == config.sampler), None)
+    name = next((name for name, kind in FEW_STEP_SCHEDULERS.items() if kind.sampler == config.sampler), None)
     if name is not None:
         own = {
             "original_inference_steps": LCM_TIMESTEPS,
@@ -142,7 +142,7 @@ def scheduler_to_diffusers(config: Config) -> dict[str, Any]:
             "timestep_scaling": 10.0,
         }
         return {"_class_name": name, **own}
-    trailing = {sampler: name for name, sampler in TRAILING.items()}
+    trailing = {sampler: name for name, sampler in TRAILING_SCHEDULERS.items()}
     if config.spacing == "trailing" and config.sampler in trailing:
         return {"_class_name": trailing[config.sampler], "timestep_spacing": "trailing"}
     return {}

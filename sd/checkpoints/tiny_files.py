@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..vae_config import TinyVAEConfig, VAEConfig
 from .supported_settings import TINY_VAE, Supported, check_supported
-from .tiny_vae import USUAL, tiny_layers
+from .tiny_vae import PREFIX, tiny_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +69,7 @@ def tiny_files(layout: str, state: Mapping[str, Tensor], config: TinyVAEConfig) 
         return {"diffusion_pytorch_model.safetensors": out}
     halves = [half for half in ("encoder", "decoder") if half == "decoder" or config.encoder]
     return {
-        f"{USUAL}{half}.safetensors": {
+        f"{PREFIX}{half}.safetensors": {
             key.removeprefix(f"{half}."): tensor for key, tensor in out.items() if key.startswith(f"{half}.")
         }
         for half in halves

@@ -42,7 +42,7 @@ MARKS = {  # layout -> a key that only this layout has
     "taesd-own": "decoder.up.0.blocks.0.conv1.weight",
 }
 HALF_FILE = re.compile(r"(|\w*tae\w*[_-])(encoder|decoder)(\.[\w-]+)?")  # the stem of a half's file
-USUAL = "taesd_"  # the first part of such a name
+PREFIX = "taesd_"  # the first part of such a name
 XL = re.compile(r"tae\w*xl", re.IGNORECASE)  # in a file's name: for SDXL
 NAME = "a tiny autoencoder (TAESD)"
 
@@ -138,7 +138,7 @@ def half_files(names: list[str]) -> dict[str, str]:
         match = HALF_FILE.fullmatch(Path(name).stem.lower())
         if match:
             sets.setdefault(match[1], {}).setdefault(match[2], name)
-    if len(sets) > 1 and USUAL not in sets:
+    if len(sets) > 1 and PREFIX not in sets:
         known = ", ".join(sorted(name.rstrip("_-") or "encoder and decoder" for name in sets))
         raise RefusedFile(f"a folder with several tiny autoencoders ({known}); give the decoder's file of one")
-    return sets[USUAL] if USUAL in sets else next(iter(sets.values()), {})
+    return sets[PREFIX] if PREFIX in sets else next(iter(sets.values()), {})
