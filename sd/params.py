@@ -46,6 +46,7 @@ RENAMED = {"weighted_prompts": "web_ui_prompts", "long_prompts": "web_ui_prompts
 UPSCALERS = ("lanczos", "latent")
 LARGEST_HIRES = 4.0
 STRENGTH = "this share of the steps is taken (spacing lcm: all); 0 keeps the image, 1 starts from pure noise"
+OF_MODEL = "this model's default, or its few-step LoRA's"  # what an error says of a setting that is not the caller's
 RNGS = ("torch-cpu", "nv", "comfy")
 SEED = Range(whole, 0, MAX_SEED, "from 0 to 2^64 - 1")
 OPTIONS = {name: option for entry in SAMPLERS.values() for name, option in entry.options.items()}
@@ -124,11 +125,17 @@ class SamplingParams:
         return Range(whole if isinstance(option.default, int) else number, option.low, option.high)(name, value)
 
     def resolved(self, config: Config) -> ResolvedParams:
-        """The same for a model, with its defaults, and with its sampler's spacing and steps where it has none."""
+        """The same for a model, with its defaults, and with its sampler's spacing and steps where it has none.
+
+        Raises ValueError for a sampler or spacing of the model that is unknown, unless others are given.
+        """
         name = self.sampler or config.sampler
         spacing = None
         if name not in SAMPLERS:  # the config of a file may have another tool's name
-            name, spacing = sampler_key(find_sampler(name)), spacing_in(name)
+            try:
+                name, spacing = sampler_key(find_sampler(name)), spacing_in(name)
+            except ValueError as error:
+                raise ValueError(f"{OF_MODEL}: {error}. Choose one yourself") from None
         if self.sampler is None and not self.options.keys() <= SAMPLERS[name].options.keys():
             # an option without a sampler selects one that has it: the original's --ddim_eta, for example
             having = [key for key, entry in SAMPLERS.items() if self.options.keys() <= entry.options.keys()]
@@ -143,6 +150,11 @@ class SamplingParams:
             "spacing": self.spacing or spacing or own_grid or SAMPLERS[name].spacing,
             "guidance": config.guidance if self.guidance is None else self.guidance,
         }
+        if own["spacing"] not in SPACINGS:
+            raise ValueError(
+                f"{OF_MODEL}: unknown spacing {own['spacing']!r:.50}, expected one of {', '.join(SPACINGS)}. "
+                "Choose one yourself"
+            )
         return ResolvedParams(**own)
 
     def batch(self, first: int, n: int) -> Self:

@@ -464,6 +464,18 @@ def test_settings_that_cannot_be_read_are_said_and_the_name_counts(adaptable, tm
     assert len(notes[0]) < 400 and notes[0].isprintable()
 
 
+@pytest.mark.parametrize("entry", ["sampler", "spacing"])
+def test_an_unknown_sampler_or_spacing_of_a_lora_is_said_to_be_its_own(adaptable, tmp_path, entry):
+    path = tmp_path / "lcm.safetensors"
+    save_file(LORA, path, {SETTINGS: replace(LCM, **{entry: "magic"}).to_json()})
+    adaptable.add_lora(path, note=[].append)
+    message = f"^this model's default, or its few-step LoRA's: unknown {entry} 'magic', expected one of .*Choose one"
+    with pytest.raises(ValueError, match=message):
+        adaptable.prepare(TextToImage.of("a cat", **SIZE))
+    adaptable.prepare(TextToImage.of("a cat", **SIZE, **{entry: "lcm"}))
+    adaptable.remove_lora()
+
+
 def test_the_last_of_several_counts_and_those_without_weight_do_not(adaptable, folder):
     files = [folder / f"{name}.safetensors" for name in ("lcm-lora-sdv1-5", "Hyper-SD15-2steps-lora", "mine")]
     first, _, third = adaptable.add_loras([(files[0], 1.0), (files[1], 0.0), (files[2], 0.5)], note=[].append)
