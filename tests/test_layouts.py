@@ -599,8 +599,11 @@ def test_sd2_by_its_shapes():
 
 
 def test_files_of_version_0_1(tmp_path):
-    """A transformer's only block was called "block"; the embedded model is such a file."""
-    path = resource("weights/pocket.safetensors")
+    """A transformer's only block was called "block", as in the first edition of the embedded model."""
+    path = tmp_path / "old.safetensors"
+    with load_checkpoint(resource("weights/pocket.safetensors")) as file:
+        old = {re.sub(r"(?<=attn)((\.\d+)?)\.blocks\.0\.", r"\1.block.", key): file[key].clone() for key in file}
+    save_file(old, path, {key: text for key, text in metadata(POCKET).items() if key != "sd.format"})
     with load_checkpoint(path) as file:
         assert find_layouts(file)["unet"].name == "own-0.1" and "sd.format" not in file.metadata
         states = convert(file)

@@ -113,7 +113,7 @@ def test_no_seam_is_seen():
     model = StableDiffusion.load(device="cpu", dtype="float32")
 
     def seam(tileable: bool) -> float:
-        image = pixels(model.txt2img("a red house on a meadow", seed=4, steps=8, tileable=tileable)[0])
+        image = pixels(model.txt2img("a red house on a meadow", seed=1, steps=8, tileable=tileable)[0])
         steps = [abs(np.diff(image, axis=axis)).mean() for axis in (0, 1)]
         ends = [abs(image[0] - image[-1]).mean(), abs(image[:, 0] - image[:, -1]).mean()]
         return max(end / step for end, step in zip(ends, steps, strict=True))
