@@ -644,7 +644,7 @@ def test_editing_keeps_what_the_prompt_alone_changes(embedded):
     settings = replace(runs.SETTINGS, seed=11)
     edit = editing.prompt_to_prompt(embedded, "a boat on the sea", "a duck on the sea", settings)
     source, alone, edited = (np.asarray(image, float) for image in edit)
-    assert 4 < np.abs(edited - source).mean() < 0.7 * np.abs(alone - source).mean()
+    assert 5 < np.abs(edited - source).mean() < 0.5 * np.abs(alone - source).mean()
 
 
 def test_new_words_keep_their_own_attention():
