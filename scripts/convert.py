@@ -36,7 +36,7 @@ from sd.checkpoints.checkpoint import Checkpoint, naming
 from sd.checkpoints.convert import WEIGHTS, StateDict
 from sd.checkpoints.detect import identify
 from sd.checkpoints.inspect import inspect
-from sd.checkpoints.layouts import AVERAGE, NETWORKS, find_layouts
+from sd.checkpoints.layouts import AVERAGE, find_layouts
 from sd.checkpoints.tiny_files import check_writable, tiny_files, tiny_texts
 from sd.checkpoints.tiny_vae import describe_tiny, is_tiny, notes_on_tiny
 from sd.config import PRECISIONS, PREDICTIONS, SHORT_PRECISIONS, TinyVAEConfig, VAEConfig
@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # torch is slow to import: functions that need it do so, and 
     from torch import Tensor
 
 LAYOUTS = ("sd", "original", "diffusers")
+PARTS = ("vae", "text_encoder", "text_encoder_2")  # options that take a network from another file
 
 
 def parser() -> cli.Parser:
@@ -81,6 +82,9 @@ def parser() -> cli.Parser:
         "--vae", type=cli.file_path, metavar="FILE", help="take the VAE from this file or folder; also TAESD"
     )
     parser.add_argument("--text-encoder", type=cli.file_path, metavar="FILE", help="the same for the text encoder")
+    parser.add_argument(
+        "--text-encoder-2", type=cli.file_path, metavar="FILE", help="the same for SDXL's second text encoder"
+    )
     parser.add_argument("--variant", metavar="NAME", help="of a diffusers folder: which files to read, fp16, ...")
     return parser
 
@@ -90,7 +94,7 @@ def work(args: argparse.Namespace) -> None:
     if args.info:
         if args.output is not None:
             raise ValueError("--info writes nothing: leave out the output")
-        others = ("dtype", "keep_ema", "prediction", "vae", "text_encoder")
+        others = ("dtype", "keep_ema", "prediction", *PARTS)
         if given := [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)]:
             raise ValueError(f"--info says what is in the input, as it is: leave out {', '.join(given)}")
         with sd.load_checkpoint(args.input, args.variant) as checkpoint, naming(args.input):
@@ -141,7 +145,7 @@ def write_tiny(args: argparse.Namespace, path: Path) -> tuple[int, str]:
     from sd.checkpoints.loading import with_part
     from sd.runtime.device import find_dtype
 
-    given = [name for name in ("keep_ema", "prediction", "vae", "text_encoder") if getattr(args, name)]
+    given = [name for name in ("keep_ema", "prediction", *PARTS) if getattr(args, name)]
     given += [name for name in ("weights", "model") if getattr(args, name) != "auto"]
     if given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -202,7 +206,7 @@ def write(args: argparse.Namespace, path: Path) -> tuple[int, str]:
 
 def open_all(args: argparse.Namespace, files: ExitStack) -> dict[str, Checkpoint]:
     """Network -> the opened file or folder that it comes from."""
-    given = {"unet": args.input, "vae": args.vae or args.input, "text_encoder": args.text_encoder or args.input}
+    given = {"unet": args.input, **{name: getattr(args, name) or args.input for name in PARTS}}
     paths = {
         path: files.enter_context(sd.load_checkpoint(path, args.variant)) for path in dict.fromkeys(given.values())
     }
@@ -220,7 +224,10 @@ def find_all(args: argparse.Namespace, opened: Mapping[str, Checkpoint]) -> tupl
     main, weights = opened["unet"], args.weights
     with naming(main.path):
         found = identify(main, None if args.model == "auto" else sd.MODELS[args.model], args.prediction)
-        parts = [name for name in NETWORKS if opened[name] is main]
+        networks = found.config.networks
+        if "text_encoder_2" not in networks and args.text_encoder_2:
+            raise ValueError(f"{found.config.name} has one text encoder: leave out --text-encoder-2")
+        parts = [name for name in networks if opened[name] is main]
         if args.keep_ema:
             if weights != "auto":
                 raise ValueError("--keep-ema writes both U-Nets: leave out --weights")
@@ -231,7 +238,7 @@ def find_all(args: argparse.Namespace, opened: Mapping[str, Checkpoint]) -> tupl
             parts, weights = [*parts, AVERAGE], "raw"
         states = sd.convert(main, found.config, weights, parts)
     config = found.config
-    for name in NETWORKS:
+    for name in networks:
         if name not in states:
             with naming(opened[name].path):
                 config = with_part(config, name, opened[name])
@@ -247,17 +254,20 @@ def find_all(args: argparse.Namespace, opened: Mapping[str, Checkpoint]) -> tupl
         lines += [printable(f"{file.path}: {note}") for note in file.notes]
     lines += [printable(note) for state in states.values() for note in state.notes]
     print("\n".join(lines), end="\n" if lines else "")
-    return config, {name: states[name] for name in (*NETWORKS, AVERAGE) if name in states}
+    return config, {name: states[name] for name in (*networks, AVERAGE) if name in states}
 
 
 def read_extras(opened: Mapping[str, Checkpoint], config: sd.Config) -> dict[str, Tensor]:
     """The tensors beside the networks that are kept, by their original names."""
     from sd.checkpoints.export import extras
+    from sd.checkpoints.key_maps import original_text
 
     read = {}
-    for name in ("unet", "text_encoder"):
+    prefixes = {name: original_text(config, name)[1] for name in config.text_names}
+    for name in ("unet", *config.text_names):
         for key, original in extras(opened[name], config):
-            if original.startswith("cond_stage_model.") == (name == "text_encoder"):
+            owner = next((text for text, prefix in prefixes.items() if original.startswith(prefix)), "unet")
+            if owner == name:
                 read[original] = opened[name][key]
     return read
 

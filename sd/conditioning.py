@@ -1,7 +1,7 @@
 """The inputs of a network besides x and t, as one value.
 
     context    encoded prompt: the vectors that cross-attention attends to
-    vector     added to the embedding of the timestep: SDXL's pooled text and sizes (no such file can be loaded yet)
+    vector     added to the embedding of the timestep: SDXL's pooled text and sizes (prompts.py)
     concat     channels concatenated to x: mask and masked latent of inpainting models
     guidance   the guidance scale, for networks that are told it: U-Nets of latent consistency models. One evaluation of
                them is what takes others two (Meng et al. 2023, "On distillation of guided diffusion models")
@@ -14,11 +14,18 @@ torch.Size([2, 77, 16])
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class TextOutput(NamedTuple):
+    """What text encoders say about a batch of texts."""
+
+    hidden: Tensor  # (B, M, D), one vector per token
+    pooled: Tensor | None = None  # (B, P), or (B, D) where nothing projects it: one vector per text
 
 
 class Conditioning(NamedTuple):
@@ -65,6 +72,17 @@ class Conditioning(NamedTuple):
     def repeat(self, times: int) -> Conditioning:
         """Repeat the whole batch."""
         return self.each(lambda x: x.repeat(times, *[1] * (x.dim() - 1)))
+
+    def repeat_each(self, times: int) -> Conditioning:
+        """Repeat every image of the batch."""
+        return self.each(lambda x: x.repeat_interleave(times, dim=0))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Conditioning]) -> Conditioning:
+        """Those of several batches as one; all have the same kinds of tensors, and contexts of one length."""
+        columns = zip(*parts, strict=True)
+        joined: Any = (None if column[0] is None else torch.cat(column) for column in columns)
+        return cls(*joined)
 
 
 class Composition(NamedTuple):

@@ -5,7 +5,8 @@ else, so a new variant is a `replace(...)` of an existing one and never an `if` 
 this project carries its config as JSON (`Config.to_json`), so it loads without flags.
 
 Sources: Stable Diffusion 1.x, `configs/stable-diffusion/v1-inference.yaml` of CompVis/stable-diffusion; 2.x,
-`configs/stable-diffusion/v2-inference(-v).yaml` of Stability-AI/stablediffusion; CLIP ViT-L/14 and OpenCLIP ViT-H/14.
+`configs/stable-diffusion/v2-inference(-v).yaml` of Stability-AI/stablediffusion; XL, `sd_xl_base.yaml` and
+`sd_xl_refiner.yaml` of Stability-AI/generative-models; CLIP ViT-L/14, OpenCLIP ViT-H/14 and ViT-bigG/14.
 
 >>> SD1.vae.factor, SD1_INPAINT.unet.in_channels, POCKET.size
 (8, 9, 128)
@@ -19,92 +20,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
+from .text_config import END as END
+from .text_config import TextConfig
+from .text_config import Word as Word
 from .vae_config import GROUPS, TinyVAEConfig, VAEConfig
 from .vae_config import check as _check
 from .vae_config import check_sizes as _check_sizes
-
-END = 49407  # id of CLIP's end token
-PUBLISHED_LAYERS = {768: 12, 1024: 24, 1280: 32}  # of ViT-L/14, ViT-H/14 and ViT-bigG/14, by width
-MAX_WORDS, MAX_WORD = 10_000, 200  # added to a tokenizer; letters of each
-
-
-class Word(NamedTuple):
-    """A word that a tokenizer knows besides CLIP's tokens, for one row of the token table."""
-
-    text: str
-    id: int
-    exact: bool = False  # matches only as it is written; else in upper or lower case
-    alone: bool = False  # matches only where no letter or digit is beside it
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """A CLIP text transformer; the defaults are those of ViT-L/14 in Stable Diffusion 1.x.
-
-    SDXL's two encoders, of which only the second gives a pooled vector (no file of SDXL can be loaded yet):
-
-        TextConfig(layers=11, hidden_norm=False)
-        TextConfig(1280, 32, 20, "gelu", pad=0, names="openclip", hidden_layer=-2, hidden_norm=False, pooled=True,
-                   projection=1280)
-    """
-
-    width: int = 768  # D
-    layers: int = 12  # layers that are run; fewer than were trained is "clip skip"
-    heads: int = 12
-    activation: str = "quick_gelu"  # OpenAI's CLIP: x * sigmoid(1.702 x); OpenCLIP: "gelu", the exact one
-    pad: int = END  # id after the end token: the end token again (OpenAI's CLIP at Hugging Face) or 0 (OpenCLIP)
-    vocab: int = 49408
-    length: int = 77  # M, tokens with start and end
-    names: str = "clip"  # of its weights in original checkpoints: "clip" (transformers' names) or "openclip"
-    hidden_layer: int = -1  # layer whose output is `hidden`, counted from the last one: -1, -2, ...
-    hidden_norm: bool = True  # whether `hidden` passes through the final normalisation
-    pooled: bool = False  # whether the normalised output at the end token is also returned
-    projection: int | None = None  # width P of the linear layer that the pooled output passes through; None: no layer
-    words: tuple[Word, ...] = ()  # besides CLIP's tokens; those whose id is below `vocab` can be used
-
-    def __post_init__(self) -> None:
-        _check_sizes(self, "width", "layers", "heads", "vocab", "length")
-        _check(self.layers <= 256, f"TextConfig.layers: got {self.layers}, expected at most 256")
-        _check(self.length >= 3, f"TextConfig.length: got {self.length}, expected room for start, a token and end")
-        _check(self.vocab >= 49408, f"TextConfig.vocab: got {self.vocab}, CLIP has 49408 tokens")
-        _check(self.width % self.heads == 0, f"TextConfig: {self.heads} heads do not divide width {self.width}")
-        for name, known in (("activation", ("quick_gelu", "gelu")), ("names", ("clip", "openclip"))):
-            value = getattr(self, name)
-            _check(value in known, f"TextConfig.{name}: got {value!r:.100}, expected one of {known}")
-        _check(type(self.pad) is int and 0 <= self.pad < self.vocab, f"TextConfig.pad: got {self.pad!r}, not an id")
-        self._check_words()
-        which = self.hidden_layer
-        _check(
-            type(which) is int and -self.layers <= which <= -1,
-            f"TextConfig.hidden_layer: got {which!r:.100}, expected {-self.layers} to -1",
-        )
-        for name in ("hidden_norm", "pooled"):
-            value = getattr(self, name)
-            _check(type(value) is bool, f"TextConfig.{name}: got {value!r:.100}, expected true or false")
-        if self.projection is not None:
-            _check_sizes(self, "projection")
-            _check(self.pooled, "TextConfig.projection: projects the pooled output, which is not asked for (pooled)")
-
-    @property
-    def published_layers(self) -> int:
-        """The layers of the encoder as it was published: SD 2 leaves out the last of them, which it does not use."""
-        return self.layers + (PUBLISHED_LAYERS.get(self.width) == self.layers + 1)
-
-    def _check_words(self) -> None:
-        _check(isinstance(self.words, tuple) and len(self.words) <= MAX_WORDS, "TextConfig.words: expected a list")
-        words = []
-        for entry in self.words:
-            _check(isinstance(entry, list | tuple) and len(entry) == 4, f"TextConfig.words: got {entry!r:.100}")
-            word = Word(*entry)  # JSON has lists
-            text = isinstance(word.text, str) and word.text.isprintable() and 0 < len(word.text.strip()) <= MAX_WORD
-            kinds = type(word.id) is int and type(word.exact) is bool and type(word.alone) is bool
-            _check(text and kinds and word.id > END, f"TextConfig.words: got {entry!r:.100}")
-            words.append(word)
-        different = len({word.text for word in words}) == len({word.id for word in words}) == len(words)
-        _check(different, "TextConfig.words: a word or an id occurs twice")
-        object.__setattr__(self, "words", tuple(words))
 
 
 @dataclass(frozen=True)
@@ -116,7 +39,10 @@ class UNetConfig:
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     heads: tuple[int, ...] = (8, 8, 8, 8)  # the last entry is also the middle block's
     depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks after each residual block; 0: no attention at this level
-    middle_depth: int | None = 1  # the same for the middle block; None: no middle block (small distilled U-Nets)
+    # on the way up, where it differs: for each level, finest first, one number for each block (SSD-1B)
+    up_depth: tuple[tuple[int, ...], ...] | None = None
+    # the same for the middle block. 0: one residual block alone; None: no middle block (small distilled U-Nets)
+    middle_depth: int | None = 1
     blocks: int = 2  # residual blocks per level on the way down; one more on the way up
     context: int = 768  # width D of the text context
     vector: int | None = None  # width V of a vector added to the timestep embedding; None: no such vector
@@ -125,7 +51,7 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         _check_sizes(self, "in_channels", "out_channels", "channels", "heads", "blocks", "context")
-        if self.middle_depth is not None:
+        if self.middle_depth != 0 and self.middle_depth is not None:
             _check_sizes(self, "middle_depth", limit=32)
         _check_sizes(self, *(name for name in ("vector", "guidance") if getattr(self, name) is not None))
         odd = self.guidance is not None and (self.guidance < 4 or self.guidance % 2 > 0)
@@ -143,18 +69,35 @@ class UNetConfig:
             f"UNetConfig: {levels} channels, {len(self.heads)} heads and {len(self.depth)} depths: "
             "expected one of each per level, at most 8 levels and 16 blocks a level",
         )
-        transformers = sum(self.depth) * (2 * self.blocks + 1) + (self.middle_depth or 0)  # SDXL has 70
+        if self.up_depth is not None:
+            per_block = isinstance(self.up_depth, tuple) and len(self.up_depth) == levels
+            good = per_block and all(
+                isinstance(level, tuple) and len(level) == self.blocks + 1 and all(type(n) is int for n in level)
+                for level in self.up_depth
+            )
+            _check(
+                good and all(0 <= n <= 32 and (n > 0) == (level[0] > 0) for level in self.up_depth for n in level),
+                f"UNetConfig.up_depth: got {self.up_depth!r:.100}, expected for each of {levels} levels "
+                f"{self.blocks + 1} whole numbers, from 1 to 32 or all 0",
+            )
+        up = sum(sum(self.depths_up(level)) for level in range(levels))
+        transformers = sum(self.depth) * self.blocks + up + (self.middle_depth or 0)  # SDXL has 70
         _check(transformers <= 500, f"UNetConfig: {transformers} transformer blocks, expected at most 500")
         _check(
             all(width % GROUPS == 0 for width in self.channels),
             f"UNetConfig.channels: got {self.channels}, expected multiples of {GROUPS}",
         )
         middle = (self.channels[-1], self.heads[-1], self.middle_depth)
-        attending = [*zip(self.channels, self.heads, self.depth, strict=True), middle]
+        depths = [depth + sum(self.depths_up(level)) for level, depth in enumerate(self.depth)]
+        attending = [*zip(self.channels, self.heads, depths, strict=True), middle]
         _check(
             all(width % heads == 0 for width, heads, depth in attending if depth),
             f"UNetConfig.heads: {self.heads} do not divide the channels {self.channels}",
         )
+
+    def depths_up(self, level: int) -> tuple[int, ...]:
+        """The number of transformer blocks after each residual block of a level on the way up."""
+        return (self.depth[level],) * (self.blocks + 1) if self.up_depth is None else self.up_depth[level]
 
     def is_part_of(self, full: UNetConfig) -> bool:
         """Whether this is `full` with fewer levels, blocks or transformers, or without its middle: a distilled one."""
@@ -166,12 +109,19 @@ class UNetConfig:
             channels=full.channels[levels],
             heads=full.heads[levels],
             depth=self.depth,
+            up_depth=self.up_depth,
             middle_depth=self.middle_depth,
             blocks=self.blocks,
         )
         fewer = self.blocks <= full.blocks and all(a <= b for a, b in zip(self.depth, full.depth, strict=False))
-        return same and fewer and self.middle_depth in (None, full.middle_depth)
+        return same and fewer and (self.middle_depth or 0) <= (full.middle_depth or 0)
 
+
+# What SDXL is told about the size of an image, in pixels: that of the original, where it was cropped, and its own
+BASE_SIZES = ("original_height", "original_width", "crop_top", "crop_left", "target_height", "target_width")
+REFINER_SIZES = (*BASE_SIZES[:4], "aesthetic_score")
+SIZES = (*BASE_SIZES, "aesthetic_score")
+SIZE_WIDTH = 256  # of the embedding of each of these numbers
 
 PRECISIONS = ("float32", "float16", "bfloat16")  # torch's names of the data types that networks may have
 SHORT_PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -225,8 +175,10 @@ class Config:
     """A whole model: name, native image size in pixels, default settings, and its parts.
 
     steps, spacing   the default ones of a model that was distilled to few steps (few_step.py); None: its sampler's
-    text   one text encoder, or several side by side, whose hidden states together are as wide as the U-Net's context
-           (prepared for SDXL: the converter still refuses several)
+    text         one text encoder, or several side by side, whose hidden states together are as wide as the context of
+                 the U-Net. The last one may have a pooled output, with which the U-Net's vector begins
+    sizes        the numbers of which embeddings follow in the vector, some of SIZES: SDXL's size conditioning
+    zero_empty   whether an empty negative prompt is a context and a pooled output of zeros, as in training
     """
 
     name: str = "Stable Diffusion 1.x"
@@ -239,11 +191,18 @@ class Config:
     vae: VAEConfig | TinyVAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    sizes: tuple[str, ...] = ()
+    zero_empty: bool = False
 
     @property
     def text_names(self) -> tuple[str, ...]:
         """The names of the text encoders among the networks: "text_encoder", "text_encoder_2", and so on."""
         return ("text_encoder", *(f"text_encoder_{i}" for i in range(2, len(self.text) + 1)))
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The names of all networks: those of the text encoders, "vae" and "unet"."""
+        return (*self.text_names, "vae", "unet")
 
     @property
     def is_inpainting(self) -> bool:
@@ -277,12 +236,27 @@ class Config:
             self.unet.context == width,
             f"Config: the U-Net expects a context {self.unet.context} wide, the text encoders' is {width}",
         )
+        self._check_vector()
+
+    def _check_vector(self) -> None:
+        known = isinstance(self.sizes, tuple) and all(name in SIZES for name in self.sizes)
+        _check(known and len(set(self.sizes)) == len(self.sizes), f"Config.sizes: got {self.sizes!r:.100}")
+        _check(type(self.zero_empty) is bool, f"Config.zero_empty: got {self.zero_empty!r:.100}")
+        pooled = [text.pooled_width for text in self.text]
+        _check(not any(pooled[:-1]), "Config.text: only the last text encoder may have a pooled output")
+        width = pooled[-1] + SIZE_WIDTH * len(self.sizes) or None
+        _check(
+            self.unet.vector == width,
+            f"Config: the U-Net expects a vector {self.unet.vector} wide, that of the text and the sizes is {width}",
+        )
 
     def to_json(self) -> str:
         """One line of JSON from which `from_json` makes an equal config."""
         values = asdict(self)
         parts = [(text, "words") for text in values["text"]]
-        for part, name in (*parts, (values["unet"], "guidance"), (values, "steps"), (values, "spacing")):
+        parts += [(values["unet"], name) for name in ("guidance", "up_depth")]
+        parts += [(values, name) for name in ("steps", "spacing", "sizes", "zero_empty")]
+        for part, name in parts:
             if not part[name]:  # versions that do not know this entry can read it
                 del part[name]
         return json.dumps(values)
@@ -298,7 +272,9 @@ class Config:
             raw = _upgraded(json.loads(text))
             if "width" in raw.get("vae", {}):
                 parts["vae"] = TinyVAEConfig
-            values = {name: _part(parts[name], value) if name in parts else value for name, value in raw.items()}
+            values = {
+                name: _part(parts[name], value) if name in parts else _tuple(value) for name, value in raw.items()
+            }
             if "text" in raw:
                 values["text"] = tuple(_part(TextConfig, value) for value in raw["text"])
             return cls(**values)
@@ -307,8 +283,13 @@ class Config:
 
 
 def _part(kind: Callable[..., Any], raw: Mapping[str, Any]) -> Any:
-    """One of the dataclasses above from its JSON object, which has lists for tuples."""
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
+    """One of the dataclasses above from its JSON object."""
+    return kind(**{name: _tuple(value) for name, value in raw.items()})
+
+
+def _tuple(value: Any) -> Any:
+    """A value of JSON, which has lists for tuples."""
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value
 
 
 def _upgraded(raw: dict[str, Any]) -> dict[str, Any]:
@@ -341,6 +322,39 @@ SD2 = Config(
 SD2_V = replace(SD2, name="Stable Diffusion 2.x 768-v", size=768, schedule=replace(SD2.schedule, prediction="v"))
 SD2_INPAINT = replace(SD2, name="Stable Diffusion 2.x inpainting", unet=replace(SD2.unet, in_channels=9))
 
+SDXL = Config(
+    name="SDXL base",
+    size=1024,
+    guidance=5.0,
+    # the output of the last layer but one of OpenAI's ViT-L/14 and OpenCLIP's ViT-bigG/14, not normalised
+    text=(
+        TextConfig(layers=11, hidden_norm=False),
+        TextConfig(
+            1280, 32, 20, "gelu", pad=0, names="openclip", hidden_layer=-2, hidden_norm=False, pooled=True,
+            projection=1280,
+        ),
+    ),
+    vae=VAEConfig(scale=0.13025),
+    unet=UNetConfig(
+        channels=(320, 640, 1280), heads=(5, 10, 20), depth=(0, 2, 10), middle_depth=10, context=2048, vector=2816,
+        linear_projections=True,
+    ),
+    sizes=BASE_SIZES,
+    zero_empty=True,
+)  # fmt: skip
+SDXL_INPAINT = replace(SDXL, name="SDXL inpainting", unet=replace(SDXL.unet, in_channels=9))
+SDXL_REFINER = replace(
+    SDXL,
+    name="SDXL refiner",
+    text=SDXL.text[1:],
+    unet=replace(
+        SDXL.unet, channels=(384, 768, 1536, 1536), heads=(6, 12, 24, 24), depth=(0, 4, 4, 0), middle_depth=4,
+        context=1280, vector=2560,
+    ),
+    sizes=REFINER_SIZES,
+    zero_empty=False,
+)  # fmt: skip
+
 # The embedded model: a small Stable Diffusion 1.x, trained from scratch on drawn scenes (weights/README.md)
 POCKET = Config(
     name="pocket",
@@ -358,5 +372,6 @@ SMALL = ", small U-Net"  # after the name of a known model: its U-Net in part, d
 LEGACY_SAMPLERS = {POCKET.name: POCKET.sampler}
 
 MODELS = {
-    "sd1": SD1, "sd1-inpaint": SD1_INPAINT, "sd2": SD2, "sd2-v": SD2_V, "sd2-inpaint": SD2_INPAINT, "pocket": POCKET,
+    "sd1": SD1, "sd1-inpaint": SD1_INPAINT, "sd2": SD2, "sd2-v": SD2_V, "sd2-inpaint": SD2_INPAINT,
+    "sdxl": SDXL, "sdxl-inpaint": SDXL_INPAINT, "sdxl-refiner": SDXL_REFINER, "pocket": POCKET,
 }  # fmt: skip

@@ -93,7 +93,7 @@ def high_res(model: StableDiffusion, request: HighRes) -> HighResRun:
     params, strength = second_pass(request, first.params, model.schedule.steps)
     params = replace(params, height=shape[1] * factor, width=shape[2] * factor)
     notes: list[str] = []
-    second = Run(model, request, params, notes, strength, first_pass=first.params.steps)
+    second = Run(model, request, params, notes, shape, strength, first_pass=first.params.steps)
     if len(second):
         first.notes += notes
     else:

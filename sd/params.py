@@ -17,9 +17,7 @@ True
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -30,7 +28,6 @@ from .messages import counted
 from .samplers import SAMPLERS, Sampler, find_sampler, sampler_key, spacing_in
 from .schedule import SPACINGS
 from .settings import OneOf, Range, check_settings, flag, number, setting, whole, with_default
-from .spellings import OURS, nearest, snake_case
 
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11
@@ -39,6 +36,12 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**64 - 1
 MAX_IMAGES = 10**6  # of a prompt in one request, which holds their seeds and latents
+OF_MODEL = "this model's default, or its few-step LoRA's"  # what an error says of a setting that is not the caller's
+RNGS = ("torch-cpu", "nv", "comfy")
+SEED = Range(whole, 0, MAX_SEED, "from 0 to 2^64 - 1")
+PIXELS = Range(whole, 0, 100_000)
+OWN = "in pixels; None is the size generated at"
+OPTIONS = {name: option for entry in SAMPLERS.values() for name, option in entry.options.items()}
 FITS = ("crop", "pad")
 POSTERIORS = ("sample", "mode")
 CONTENTS = ("original", "fill", "noise")  # of the masked part, before noise is added
@@ -46,10 +49,6 @@ RENAMED = {"weighted_prompts": "web_ui_prompts", "long_prompts": "web_ui_prompts
 UPSCALERS = ("lanczos", "latent")
 LARGEST_HIRES = 4.0
 STRENGTH = "this share of the steps is taken (spacing lcm: all); 0 keeps the image, 1 starts from pure noise"
-OF_MODEL = "this model's default, or its few-step LoRA's"  # what an error says of a setting that is not the caller's
-RNGS = ("torch-cpu", "nv", "comfy")
-SEED = Range(whole, 0, MAX_SEED, "from 0 to 2^64 - 1")
-OPTIONS = {name: option for entry in SAMPLERS.values() for name, option in entry.options.items()}
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,15 @@ class SamplingParams:
         0.0, "0 is the noise of the seed, 1 that of variation_seed; between, a mixture", Range(number, 0, 1)
     )
     tileable: bool = setting(False, "the image repeats without seams: convolutions wrap around its edges", flag)
+    # what SDXL is told about an image (config.SIZES)
+    original_height: int | None = setting(None, f"SDXL: of the original image, {OWN}", PIXELS)
+    original_width: int | None = setting(None, f"SDXL: of the original image, {OWN}", PIXELS)
+    crop_top: int = setting(0, "SDXL: pixels of the original image that are cut off at its top", PIXELS)
+    crop_left: int = setting(0, "SDXL: pixels of the original image that are cut off at its left", PIXELS)
+    target_height: int | None = setting(None, f"SDXL: of the image, {OWN}", PIXELS)
+    target_width: int | None = setting(None, f"SDXL: of the image, {OWN}", PIXELS)
+    aesthetic_score: float = setting(6.0, "SDXL's refiner: how beautiful the image is, about 2 to 7", number)
+    negative_aesthetic_score: float = setting(2.5, "the same for the negative prompt", number)
     options: Mapping[str, float] = field(
         default_factory=dict, hash=False, metadata={"help": "of the sampler, such as eta or gamma"}
     )
@@ -277,28 +285,16 @@ class TextToImage:
                 raise TypeError(f"{name} is now {RENAMED[name]}, one option for weights and long prompts")
             else:
                 known = {f.name for f in (*fields(cls), *fields(SamplingParams))} - {"params", "options"}
+                from .request_json import hint_for
+
                 raise TypeError(f"{cls.kind} has no setting {name!r}: {hint_for(name, known)}")
         return cls(prompt=prompt, negative=negative, params=SamplingParams(**shared, options=options), **own)
 
     def to_dict(self) -> dict[str, Any]:
         """The request as JSON values, images as PNG in base64. Raises ValueError if a prompt is not text."""
-        for name in ("prompt", "negative"):
-            if isinstance(getattr(self, name), Tensor):
-                raise ValueError(f"a request cannot be serialised if its {name} is a context and not a text")
-        found: dict[str, Any] = {"kind": self.kind}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, SamplingParams):
-                value = {g.name: getattr(value, g.name) for g in fields(SamplingParams)}
-            elif isinstance(value, Image.Image):
-                buffer = io.BytesIO()
-                in_png = value.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
-                (value if in_png else value.convert("RGB")).save(buffer, "PNG")
-                value = base64.b64encode(buffer.getvalue()).decode("ascii")
-            elif isinstance(value, tuple):
-                value = list(value)
-            found[f.name] = value
-        return found
+        from .request_json import to_dict
+
+        return to_dict(self)
 
 
 @dataclass(frozen=True)
@@ -384,29 +380,8 @@ Request = TextToImage | HighRes | ImageToImage | Inpaint
 REQUESTS: dict[str, type[TextToImage]] = {cls.kind: cls for cls in (TextToImage, HighRes, ImageToImage, Inpaint)}
 
 
-def hint_for(name: str, known: Collection[str]) -> str:
-    """What to write in the place of a setting that is none of the known ones of a request."""
-    usual = OURS.get(snake_case(name), snake_case(name))
-    if usual.startswith("hires_") and usual in HighRes.__dataclass_fields__:
-        return "it goes with hires"
-    kinds = [kind for kind, cls in REQUESTS.items() if usual in cls.__dataclass_fields__]
-    if kinds and usual not in {"params", *known}:
-        return f"it is a setting of {'txt2img' if kinds == [HighRes.kind] else ' and '.join(kinds)}"
-    if near := nearest(name, {"prompt", *known, *OPTIONS}):
-        return f"did you mean {near!r}?"
-    return f"it has {', '.join(sorted({*known, *OPTIONS}))}"
-
-
 def from_dict(values: Mapping[str, Any]) -> TextToImage:
     """The request that `to_dict` serialised. Raises ValueError for anything else: it may come from a file."""
-    try:
-        kind = REQUESTS[values["kind"]]
-        given = {name: value for name, value in values.items() if name != "kind"}
-        given["params"] = SamplingParams(**given.get("params", {}))
-        for name in (f.name for f in fields(kind) if f.metadata.get("image")):
-            if given.get(name) is not None:
-                png = io.BytesIO(base64.b64decode(given[name], validate=True))
-                given[name] = Image.open(png, formats=["PNG"]).copy()
-        return kind(**given)
-    except (TypeError, KeyError, AttributeError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not a request: {error!s:.200}") from None
+    from .request_json import from_dict
+
+    return from_dict(values)

@@ -51,10 +51,11 @@ from .hints import Hints
 from .hires import high_res
 from .imaging.masks import mask_channels
 from .imaging.tensors import to_tensor
-from .models.text_encoder import TextEncoder, layer_of_clip_skip
+from .models.text_encoder import TextEncoder
 from .models.unet import UNet
 from .models.vae import Gaussian
 from .params import HighRes, ImageToImage, Inpaint, TextToImage
+from .prompts import TextEncoding
 from .resources import EMBEDDED, resource
 from .run import Run, Sampling, image_to_image, inpaint, text_to_image
 from .runtime.cuda_graphs import Compiled, Recorded
@@ -63,8 +64,7 @@ from .runtime.offload import Offload
 from .runtime.optimize import unwrapped
 from .samplers import Denoise, Noise, Sampler, Step, find_sampler
 from .schedule import Levels, Schedule
-from .text.prompt_syntax import emphasised, rows, same_length, single_text
-from .text.tokenizer import Note, warn
+from .text.tokenizer import Note, Tokenizer, warn
 
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11
@@ -73,18 +73,28 @@ Prompt = str | Sequence[str] | Tensor
 Progress = Callable[[Run], Iterable[Step]]
 
 
-class StableDiffusion(Adaptable, Cached, Hints):
+class StableDiffusion(Adaptable, TextEncoding, Cached, Hints):
     """A checkpoint on one device in one precision: networks, tokenizer, schedule and adapters."""
 
     def __init__(
-        self, config: Config, text_encoder: TextEncoder, vae: latents.Autoencoder, unet: UNet, about: Sequence[str] = ()
+        self,
+        config: Config,
+        text_encoder: TextEncoder,
+        vae: latents.Autoencoder,
+        unet: UNet,
+        about: Sequence[str] = (),
+        text_encoder_2: TextEncoder | None = None,
     ) -> None:
+        """The networks are those of the config; a second text encoder is there if it has one."""
         self.config = config
         self.about = tuple(about)  # what was detected and chosen in loading, one line each
-        self.tokenizer = tokenizer_for(config.text[0])
+        self._text_names = config.text_names
+        self.tokenizers = tuple(map(tokenizer_for, config.text))
         self.schedule = Schedule(config.schedule)
         self.is_inpainting = config.is_inpainting
         self._networks: Mapping[str, nn.Module] = {"text_encoder": text_encoder, "vae": vae, "unet": unet}
+        if text_encoder_2 is not None:
+            self._networks = {**self._networks, "text_encoder_2": text_encoder_2}
         self._adapters = Adapters(config, self.tokenizer, self._networks, self._keep)
         weight = next(getattr(unet, "norm_out", unet).parameters())  # a norm is never packed
         self.device, self.dtype = weight.device, weight.dtype
@@ -132,6 +142,11 @@ class StableDiffusion(Adaptable, Cached, Hints):
             model._fast_unet = Compiled(networks["unet"]) if compile else None
         return model
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the first text encoder."""
+        return self.tokenizers[0]
+
     # ------------------------------------------------------------------------------------------------- networks
 
     @property
@@ -142,6 +157,15 @@ class StableDiffusion(Adaptable, Cached, Hints):
     @text_encoder.setter
     def text_encoder(self, network: nn.Module) -> None:
         self._replace("text_encoder", network)
+
+    @property
+    def text_encoder_2(self) -> TextEncoder:
+        """SDXL's second text encoder. KeyError for a model of one."""
+        return cast(TextEncoder, self._networks["text_encoder_2"])
+
+    @text_encoder_2.setter
+    def text_encoder_2(self, network: nn.Module) -> None:
+        self._replace("text_encoder_2", network)
 
     @property
     def vae(self) -> latents.Autoencoder:
@@ -270,48 +294,6 @@ class StableDiffusion(Adaptable, Cached, Hints):
         return text_to_image(self, request)
 
     # ------------------------------------------------------------------------------------------------- the parts
-
-    def encode_prompt(
-        self,
-        prompts: str | Sequence[str],
-        *,
-        web_ui_prompts: bool = False,
-        clip_skip: int | None = None,
-        note: Note = warn,
-    ) -> Tensor:
-        """Encode one text, or B texts -> context (B, M, D). Tokens beyond M are dropped, with a `note`.
-
-        web_ui_prompts   the web UI's syntax (text/prompt_syntax.py): nothing is dropped, contexts are (B, k M, D).
-                         Raises ValueError for AND and prompt editing, with which a prompt has several contexts
-        clip_skip        layer of the text encoder, counted from its end; None is the model's own
-        """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if web_ui_prompts:
-            return self.encode_weighted([single_text(p, note) for p in prompts], clip_skip=clip_skip, note=note)
-        return self._encode(self.tokenizer(prompts, note), clip_skip, note)
-
-    def encode_weighted(self, texts: Sequence[str], *, clip_skip: int | None = None, note: Note = warn) -> Tensor:
-        """Encode B texts with weights, `(word:1.2)`, `(word)`, `[word]`, and BREAKs -> context (B, k M, D).
-
-        There are as many chunks k as the longest text needs; shorter ones are padded with those of the empty text.
-        """
-        ids, weights = rows(self.tokenizer, texts)
-        context = self._encode(ids, clip_skip, note)
-        if (weights != 1).any():
-            context = emphasised(context, weights.to(self.device))
-        return context.reshape(len(texts), -1, context.shape[-1]) if texts else context
-
-    def _encode(self, ids: Tensor, clip_skip: int | None, note: Note) -> Tensor:
-        """Token ids (B, M) -> context (B, M, D)."""
-        layer = () if clip_skip is None else (layer_of_clip_skip(self.config.text[0], clip_skip, note),)
-        if self.tokenizer.added:
-            self._adapters.words.keep()
-        with torch.no_grad(), self._use("text_encoder") as encoder:  # one of your own need not know about layers
-            return cast(TextEncoder, encoder)(ids.to(self.device), *layer).hidden
-
-    def same_length(self, *contexts: Tensor, clip_skip: int | None = None) -> list[Tensor]:
-        """Pad contexts (B, k M, D) of different k to the length of the longest, with that of the empty text."""
-        return same_length(contexts, lambda: self.encode_prompt([""], clip_skip=clip_skip, note=lambda message: None))
 
     def denoiser(
         self,

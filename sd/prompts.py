@@ -1,35 +1,191 @@
-"""From the prompts of a request to what guides each step of a run: contexts, encoded once, before the first step.
+"""From the prompts of a request to what guides each step of a run: encoded once, before the first step.
 
-    prompts -> texts of every step (text/prompt_syntax.py) -> contexts, one for each text -> `Guide` of every step
+    prompts -> texts of every step (text/prompt_syntax.py) -> conditionings, one for each text -> `Guide` of every step
 
 Without the web UI's syntax, and with it as long as no prompt changes or has an AND, all steps have the same guide.
+
+What a network is told about a text (`TextEncoding`):
+
+    context   the hidden states of all text encoders, side by side
+    vector    for SDXL: the pooled output of the last one, then the size conditioning, for each of the numbers in
+              `Config.sizes` an embedding like that of a timestep (Podell et al. 2023, "SDXL", section 2.2)
+
+>>> size_embedding(torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]])).shape
+torch.Size([1, 1536])
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .conditioning import Composition, Conditioning
-from .params import ResolvedParams, TextToImage
+from .adapters.added import Adapters
+from .conditioning import Composition, Conditioning, TextOutput
+from .config import SIZE_WIDTH, Config
+from .models.layers import timestep_embedding
+from .models.text_encoder import TextEncoder, layers_of_clip_skip
+from .params import ResolvedParams, SamplingParams, TextToImage
 from .text.prompt_editing import text_at
-from .text.prompt_syntax import Subprompt, read_negative, read_prompt
+from .text.prompt_syntax import Subprompt, emphasised, read_negative, read_prompt, rows, same_length, single_text
+from .text.tokenizer import Note, Tokenizer, warn
 
 if TYPE_CHECKING:
     from .pipeline import StableDiffusion
 
-Encode = Callable[[Sequence[str]], Tensor]  # B texts -> (B, M, D)
+Encode = Callable[[Sequence[str], bool], Conditioning]  # B texts, and whether they are negative -> for B images
 Texts = tuple[tuple[str, ...], ...]  # of a step: for each prompt, those between its ANDs
 
 
-class Guide(NamedTuple):
-    """What a denoiser is guided by: contexts (B, M, D), or a composition of several, and the negative ones."""
+def sizes_for(config: Config, params: SamplingParams, height: int, width: int, negative: bool = False) -> list[float]:
+    """The numbers of `Config.sizes` for an image of this size in pixels."""
+    own = {"original_height": height, "original_width": width, "target_height": height, "target_width": width}
+    found = []
+    for name in config.sizes:
+        setting = f"negative_{name}" if negative and name == "aesthetic_score" else name
+        value = getattr(params, setting)
+        found.append(float(own[name] if value is None else value))
+    return found
 
-    cond: Tensor | Composition
-    uncond: Tensor | None  # (1, M, D) for all images, or (B, M, D); None if the guidance needs none
+
+def size_embedding(sizes: Tensor) -> Tensor:
+    """Each of n numbers embedded on its own: (B, n) -> (B, n * 256) in float32."""
+    return timestep_embedding(sizes.flatten(), SIZE_WIDTH).reshape(len(sizes), -1)
+
+
+class TextEncoding:
+    """The methods of `StableDiffusion` that encode texts."""
+
+    config: Config
+    _text_names: tuple[str, ...]
+    tokenizers: tuple[Tokenizer, ...]  # one for each text encoder: they pad differently
+    device: torch.device
+    dtype: torch.dtype
+    _adapters: Adapters
+
+    def _use(self, name: str) -> AbstractContextManager[nn.Module]:
+        raise NotImplementedError
+
+    def encode_prompt(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        web_ui_prompts: bool = False,
+        clip_skip: int | None = None,
+        note: Note = warn,
+    ) -> Tensor:
+        """Encode one text, or B texts -> context (B, M, D). Tokens beyond M are dropped, with a `note`.
+
+        web_ui_prompts   the web UI's syntax (text/prompt_syntax.py): nothing is dropped, contexts are (B, k M, D).
+                         Raises ValueError for AND and prompt editing, with which a prompt has several contexts
+        clip_skip        layer of the text encoder, counted from its end; None is the model's own
+
+        SDXL's network also takes a vector: see `conditioning`.
+        """
+        return self.encode_texts(prompts, web_ui_prompts=web_ui_prompts, clip_skip=clip_skip, note=note).hidden
+
+    def encode_texts(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        web_ui_prompts: bool = False,
+        clip_skip: int | None = None,
+        note: Note = warn,
+    ) -> TextOutput:
+        """The same, and the pooled output (B, P) of the last text encoder, if it has one: that of the first chunk."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if web_ui_prompts:
+            return self.encode_weighted([single_text(p, note) for p in prompts], clip_skip=clip_skip, note=note)
+        first, *others = self.tokenizers
+        # what does not fit is said once
+        ids = [first(prompts, note), *(tokenizer(prompts, lambda message: None) for tokenizer in others)]
+        outputs = self._encode(ids, clip_skip, note)
+        return _side_by_side(outputs) if len(outputs) > 1 else outputs[0]
+
+    def encode_weighted(self, texts: Sequence[str], *, clip_skip: int | None = None, note: Note = warn) -> TextOutput:
+        """Encode B texts with weights, `(word:1.2)`, `(word)`, `[word]`, and BREAKs; contexts are (B, k M, D).
+
+        There are as many chunks k as the longest text needs; shorter ones are padded with those of the empty text.
+        """
+        read = [rows(tokenizer, texts) for tokenizer in self.tokenizers]
+        outputs = []
+        for output, (_, weights) in zip(self._encode([ids for ids, _ in read], clip_skip, note), read, strict=True):
+            context, pooled = output
+            if (weights != 1).any():
+                context = emphasised(context, weights.to(self.device))
+            if texts:
+                context = context.reshape(len(texts), -1, context.shape[-1])
+                pooled = None if pooled is None else pooled[:: len(pooled) // len(texts)]
+            outputs.append(TextOutput(context, pooled))
+        return _side_by_side(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _encode(self, ids: Sequence[Tensor], clip_skip: int | None, note: Note) -> list[TextOutput]:
+        """Token ids (B, M) for each text encoder -> what it says."""
+        config = self.config
+        layers = None if clip_skip is None else layers_of_clip_skip(config.text, clip_skip, note)
+        if self.tokenizers[0].added:
+            self._adapters.words.keep()
+        outputs = []
+        for i, name in enumerate(self._text_names):
+            layer = () if layers is None else (layers[i],)  # an encoder of one's own need not know about layers
+            with torch.no_grad(), self._use(name) as encoder:
+                outputs.append(cast(TextEncoder, encoder)(ids[i].to(self.device), *layer))
+        return outputs
+
+    def conditioning(
+        self,
+        prompts: str | Sequence[str],
+        sizes: Sequence[float] | None = None,
+        *,
+        web_ui_prompts: bool = False,
+        clip_skip: int | None = None,
+        note: Note = warn,
+    ) -> Conditioning:
+        """What the network is told about one text, or about B texts; further arguments as for `encode_prompt`.
+
+        sizes   the numbers of `Config.sizes`; by default those of an image of the native size
+        """
+        text = self.encode_texts(prompts, web_ui_prompts=web_ui_prompts, clip_skip=clip_skip, note=note)
+        return self.with_sizes(text, sizes)
+
+    def with_sizes(self, text: TextOutput, sizes: Sequence[float] | None = None) -> Conditioning:
+        """The conditioning of encoded texts; `sizes` as for `conditioning`."""
+        config = self.config
+        if text.pooled is None:
+            return Conditioning(text.hidden)
+        if sizes is None:
+            sizes = sizes_for(config, SamplingParams(), config.size, config.size)
+        numbers = torch.tensor([sizes], dtype=torch.float32, device="cpu")
+        embedded = size_embedding(numbers).to(text.pooled).expand(len(text.pooled), -1)
+        return Conditioning(text.hidden, torch.cat([text.pooled, embedded], dim=-1))
+
+    def zeroed(self, cond: Conditioning, empty: Sequence[bool]) -> Conditioning:
+        """A conditioning (B) with zeros in place of context and pooled text where `empty`; its sizes stay."""
+        keep = ~torch.tensor(empty, device=self.device)
+        context, vector = cond.context * keep[:, None, None], cond.vector
+        if vector is not None:
+            pooled = self.config.text[-1].pooled_width
+            vector = torch.cat([vector[:, :pooled] * keep[:, None], vector[:, pooled:]], dim=-1)
+        return cond._replace(context=context, vector=vector)
+
+    def same_length(self, *contexts: Tensor, clip_skip: int | None = None) -> list[Tensor]:
+        """Pad contexts (B, k M, D) of different k to the length of the longest, with that of the empty text."""
+        return same_length(contexts, lambda: self.encode_prompt([""], clip_skip=clip_skip, note=lambda message: None))
+
+
+def _side_by_side(outputs: Sequence[TextOutput]) -> TextOutput:
+    """What several text encoders say about the same texts: hidden states side by side, and the last pooled output."""
+    return TextOutput(torch.cat([output.hidden for output in outputs], dim=-1), outputs[-1].pooled)
+
+
+class Guide(NamedTuple):
+    """What a denoiser is guided by: the prompts, each one or a composition of several, and the negative ones."""
+
+    cond: Conditioning | Composition  # for B images
+    uncond: Conditioning | None  # for B images, or one for all; None if the guidance needs none
 
 
 class Pass(NamedTuple):
@@ -38,6 +194,7 @@ class Pass(NamedTuple):
     steps: int  # of the whole grid
     taken: int  # of these: the last ones
     first_pass: int = 0  # steps of the pass whose image this one refines, 0 if there is none
+    size: tuple[int, int] = (0, 0)  # (height, width) of the images, in pixels
 
 
 def guides(
@@ -49,12 +206,15 @@ def guides(
     that do not fit the model.
     """
 
-    def encode(texts: Sequence[str]) -> Tensor:
-        kind = model.encode_weighted if request.web_ui_prompts else model.encode_prompt
-        if not params.exact:
-            return kind(texts, clip_skip=request.clip_skip, note=note)
-        each = [kind([text], clip_skip=request.clip_skip, note=note) for text in texts]
-        return torch.cat(model.same_length(*each, clip_skip=request.clip_skip))
+    def encode(texts: Sequence[str], negative: bool) -> Conditioning:
+        if params.exact and len(texts) > 1:
+            each = [encode([text], negative) for text in texts]
+            return Conditioning.joined(_same_length(model, each, request.clip_skip))
+        kind = model.encode_weighted if request.web_ui_prompts else model.encode_texts
+        text = kind(texts, clip_skip=request.clip_skip, note=note)
+        if text.pooled is None:
+            return Conditioning(text.hidden)
+        return model.with_sizes(text, sizes_for(model.config, params, *run.size, negative=negative))
 
     prompts, negatives = request.prompt, request.negative
     assert negatives is not None  # a request makes "" of None
@@ -69,15 +229,23 @@ def guides(
             plan.note_late_edits(run, note)
             return plan.guides(run.taken, encode)
         prompts, negatives = plan.first_texts()
-    cond = prompts if isinstance(prompts, Tensor) else encode(prompts)
+    cond = Conditioning(prompts) if isinstance(prompts, Tensor) else encode(prompts, False)
     uncond = None
     if params.is_guided and model.config.unet.guidance is None:
-        uncond = negatives if isinstance(negatives, Tensor) else encode(negatives)
-        if uncond.shape[1] != cond.shape[1]:
-            cond, uncond = model.same_length(cond, uncond, clip_skip=request.clip_skip)
-        if len(uncond) > 1:  # one for each prompt
-            uncond = uncond.repeat_interleave(params.n, dim=0)
-    return [Guide(cond.repeat_interleave(params.n, dim=0), uncond)] * max(run.taken, 1)
+        uncond = Conditioning(negatives) if isinstance(negatives, Tensor) else encode(negatives, True)
+        if uncond.context.shape[1] != cond.context.shape[1]:
+            cond, uncond = _same_length(model, [cond, uncond], request.clip_skip)
+        if model.config.zero_empty and not isinstance(negatives, Tensor):
+            uncond = model.zeroed(uncond, [not text.strip() for text in negatives])
+        if len(uncond.context) > 1:  # one for each prompt
+            uncond = uncond.repeat_each(params.n)
+    return [Guide(cond.repeat_each(params.n) if params.n > 1 else cond, uncond)] * max(run.taken, 1)
+
+
+def _same_length(model: StableDiffusion, parts: Sequence[Conditioning], clip_skip: int | None) -> list[Conditioning]:
+    """Conditionings whose contexts have the length of the longest."""
+    contexts = model.same_length(*(part.context for part in parts), clip_skip=clip_skip)
+    return [part._replace(context=context) for part, context in zip(parts, contexts, strict=True)]
 
 
 def is_empty(prompts: str | Sequence[str] | Tensor | None) -> bool:
@@ -112,7 +280,7 @@ class _Plan:
         self._given = [x if isinstance(x, Tensor) else None for x in (prompts, negatives)]
         self._prompts, self._negatives = ([] if isinstance(x, Tensor) else x for x in (prompts, negatives))
         self._composed = any(len(parts) > 1 or parts[0].weight != 1 for parts in self._prompts)
-        self._contexts: dict[str, Tensor] = {}  # of each text, (1, M, D)
+        self._conds: dict[tuple[str, bool], Conditioning] = {}  # of each text, and whether it is negative
 
     @property
     def is_plain(self) -> bool:
@@ -139,19 +307,28 @@ class _Plan:
             (_texts_at(self._prompts, step), _texts_at(self._negatives, step) if guided else None)
             for step in range(max(taken, 1))
         ]
-        texts = dict.fromkeys(text for key in keys for side in key for parts in side or () for text in parts)
-        given = [context for context in self._given if context is not None]
+        texts = dict.fromkeys(
+            (text, negative)
+            for key in keys
+            for negative, side in enumerate(key)
+            for parts in side or ()
+            for text in parts
+        )
+        given = [Conditioning(context) for context in self._given if context is not None]
         # one by one, so that a text has the same context whatever stands beside it
-        each = [encode([text]) for text in texts]
-        padded = iter(self._model.same_length(*given, *each, clip_skip=self._request.clip_skip))
-        self._given = [None if context is None else next(padded) for context in self._given]
-        self._contexts = dict(zip(texts, padded, strict=True))
+        each = [encode([text], bool(negative)) for text, negative in texts]
+        padded = iter(_same_length(self._model, [*given, *each], self._request.clip_skip))
+        self._given = [None if context is None else next(padded).context for context in self._given]
+        for (text, negative), cond in zip(texts, padded, strict=True):
+            if negative and self._model.config.zero_empty:
+                cond = self._model.zeroed(cond, [not text.strip()])
+            self._conds[text, bool(negative)] = cond
         made = {key: Guide(self._cond(key[0]), self._uncond(key[1])) for key in dict.fromkeys(keys)}
         return [made[key] for key in keys]
 
-    def _cond(self, texts: Texts) -> Tensor | Composition:
+    def _cond(self, texts: Texts) -> Conditioning | Composition:
         if self._given[0] is not None:
-            return self._given[0].repeat_interleave(self._params.n, dim=0)
+            return Conditioning(self._given[0]).repeat_each(self._params.n)
         if not self._composed:
             return self._stacked(texts)
         # a prompt with fewer parts than another one repeats its first, with the weight 0
@@ -159,18 +336,18 @@ class _Plan:
         conds = [self._stacked([parts[k : k + 1] or parts for parts in texts]) for k in range(count)]
         weights = [[parts[k].weight if k < len(parts) else 0.0 for parts in self._prompts] for k in range(count)]
         table = torch.tensor(weights, device="cpu").repeat_interleave(self._params.n, dim=1).to(self._model.device)
-        return Composition(tuple(map(Conditioning, conds)), table)
+        return Composition(tuple(conds), table)
 
-    def _uncond(self, texts: Texts | None) -> Tensor | None:
+    def _uncond(self, texts: Texts | None) -> Conditioning | None:
         if texts is None:
             return None
         if (context := self._given[1]) is not None:
-            return context.repeat_interleave(self._params.n, dim=0) if len(context) > 1 else context
-        return self._stacked(texts) if len(texts) > 1 else self._contexts[texts[0][0]]
+            return Conditioning(context).repeat_each(self._params.n) if len(context) > 1 else Conditioning(context)
+        return self._stacked(texts, negative=True) if len(texts) > 1 else self._conds[texts[0][0], True]
 
-    def _stacked(self, texts: Sequence[Sequence[str]]) -> Tensor:
-        """The contexts of the first text of each prompt, for all of its images."""
-        return torch.cat([self._contexts[parts[0]] for parts in texts]).repeat_interleave(self._params.n, dim=0)
+    def _stacked(self, texts: Sequence[Sequence[str]], negative: bool = False) -> Conditioning:
+        """The conditionings of the first text of each prompt, for all of its images."""
+        return Conditioning.joined([self._conds[parts[0], negative] for parts in texts]).repeat_each(self._params.n)
 
 
 def _own_context(model: StableDiffusion, name: str, context: Tensor) -> Tensor:
@@ -178,6 +355,8 @@ def _own_context(model: StableDiffusion, name: str, context: Tensor) -> Tensor:
 
     Raises ValueError for a tensor that is not a context of this model.
     """
+    if model.config.unet.vector is not None:
+        raise ValueError(f"{name} must be a text for this model: its U-Net takes a pooled vector beside the context")
     M, D = model.config.text[0].length, model.config.unet.context
     shape, dtype = tuple(context.shape), str(context.dtype).removeprefix("torch.")
     if len(shape) != 3 or 0 in shape or shape[1] % M or shape[2] != D or not context.is_floating_point():

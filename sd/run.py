@@ -103,18 +103,21 @@ class Run(Iterator[Step]):
         request: TextToImage,
         params: ResolvedParams,
         notes: list[str],
+        shape: tuple[int, int, int],
         strength: float = 1.0,
         first_pass: int = 0,
     ) -> None:
         """Encode the prompts and plan the steps. The run starts from what `begin` is given.
 
+        shape        (C, h, w) of the latents
         first_pass   steps of the pass whose image this run refines, from which its prompts go on counting; 0: none
         """
         self.model, self.request, self.params, self.notes = model, request, params, notes
         self.levels = model.schedule.levels(params.steps, params.spacing, strength)
         if strength > 0 and len(self.levels) == 1:
             notes.append(f"strength {strength:g} of {params.steps} steps is less than one step: nothing is generated")
-        taken = Pass(params.steps, len(self), first_pass)
+        size = (shape[1] * model.config.vae.factor, shape[2] * model.config.vae.factor)
+        taken = Pass(params.steps, len(self), first_pass, size)
         self.guides = guides(model, request, params, taken, notes.append)
         self.source = NoiseSource(params, len(request.prompt) * params.n, model.device)
         self.edges: Callable[[], AbstractContextManager[object]] = CircularPadding if params.tileable else nullcontext
@@ -273,7 +276,7 @@ def text_to_image(model: StableDiffusion, request: TextToImage) -> Run:
     """Start from pure noise: unit noise, as in the original code, because sigma is close to 1 at the first level."""
     params = request.params.resolved(model.defaults)
     shape = latent_shape(model.config, params.height, params.width)
-    run = Run(model, request, params, [])
+    run = Run(model, request, params, [], shape)
     return run.begin(Start(run.source.initial(shape), run.denoiser(shape)))
 
 
@@ -283,7 +286,7 @@ def image_to_image(model: StableDiffusion, request: ImageToImage) -> Run:
     image, _ = _rgb_and_alpha(request.image)
     height, width = image_size(model.config, image.size, params.height, params.width, up=request.fit == "pad")
     shape = latent_shape(model.config, height, width)
-    run = Run(model, request, params, [], request.strength)
+    run = Run(model, request, params, [], shape, request.strength)
     inside = Box(0, 0, width, height)
     if request.fit == "pad":
         image, inside = frame(image, width, height)
@@ -326,8 +329,9 @@ def inpaint(model: StableDiffusion, request: Inpaint) -> Run:
         notes.append("the mask is empty (all black): nothing is generated")
         return Unchanged(model, request, params, notes, image)
 
-    run = Run(model, request, params, notes, request.strength)
-    canvas, shape = Canvas.of(image, mask, region, width, height), latent_shape(model.config, height, width)
+    shape = latent_shape(model.config, height, width)
+    run = Run(model, request, params, notes, shape, request.strength)
+    canvas = Canvas.of(image, mask, region, width, height)
     check_tileable(run, canvas.inside if region == whole_image else None, width, height)
     known = concat = None
     if not model.is_inpainting or request.strength < 1:

@@ -73,7 +73,7 @@ class Levels(list[Level]):
 
 CLEAN = Level(t=-1.0, alpha=1.0, sigma=0.0)  # one step before timestep 0, as in the original's alphas_cumprod_prev
 
-SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential", "lcm")
+SPACINGS = ("leading", "trailing", "linspace", "sgm", "karras", "exponential", "lcm")
 ALL_STEPS = ("lcm",)  # spacings of which `strength` limits the timesteps, and all steps are taken among these
 LCM_TIMESTEPS = 50  # on the grid that LCMs are distilled on: Luo et al. 2023, whose skipping step k is 20
 # Samplers divide by alpha, so a schedule that ends in pure noise is clamped here, at sigma / alpha = 4519, as in other
@@ -160,6 +160,8 @@ class Schedule:
                      divides 1000. If not, it takes too many steps or reads past the end; here strides stay even.
         trailing     steps - 1 downwards in even strides, to clean (Lin et al. 2024, "Common diffusion noise schedules")
         linspace     steps - 1 to 0 inclusive, with fractional timesteps (k-diffusion's get_sigmas), to clean
+        sgm          steps - 1 downwards in even strides that would end at 0 after n steps, rounded down to whole
+                     timesteps, to clean: generative-models, with which SDXL was made
         karras       evenly spaced in ratio^(1/7) over the range of the schedule, to clean (Karras et al. 2022)
         exponential  evenly spaced in ln(ratio) over the same range, to clean
         lcm          n of the 50 timesteps that latent consistency models are distilled on (19, 39, ..., 999), to clean.
@@ -185,6 +187,8 @@ class Schedule:
             levels = [self.level(t) for t in self._trailing(n)]
         elif spacing == "linspace":
             levels = [self.level(t) for t in np.linspace(self.steps - 1, 0, n).tolist()]
+        elif spacing == "sgm":
+            levels = [self.level(int(t)) for t in np.linspace(self.steps - 1, 0, n, endpoint=False)]
         else:
             low, high = math.exp(self._log_ratio[0]), math.exp(self._log_ratio[-1])
             rho = KARRAS_RHO if spacing == "karras" else math.inf

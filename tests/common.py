@@ -25,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sd.checkpoints.key_maps import BlockPair, unet_blocks
-from sd.config import Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from sd.config import SDXL, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from sd.schedule import Level
 
 HERE = Path(__file__).resolve().parent
@@ -57,6 +57,24 @@ TINY_V2 = Config(
     ),
     schedule=ScheduleConfig(prediction="v"),
 )
+
+# tiny-sdxl: SDXL in small, whose second text encoder gives 96 pooled numbers
+TINY_XL = replace(
+    SDXL,
+    name="tiny sdxl",
+    size=128,
+    text=(
+        TextConfig(width=64, layers=2, heads=4, hidden_norm=False),
+        TextConfig(
+            96, 4, 3, "gelu", pad=0, names="openclip", hidden_layer=-2, hidden_norm=False, pooled=True, projection=96
+        ),
+    ),
+    vae=VAEConfig(channels=(64, 64, 128, 128), blocks=1, scale=0.13025),
+    unet=UNetConfig(
+        channels=(64, 128, 192), heads=(2, 4, 6), depth=(0, 1, 2), middle_depth=2, context=160, vector=1632,
+        linear_projections=True,
+    ),
+)  # fmt: skip
 
 
 class Golden:

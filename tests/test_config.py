@@ -107,7 +107,7 @@ def altered(path: str, value: object) -> str:
         (altered("unet.depth", [1, 1, -1, 0]), "depth"),
         (altered("unet.depth", [1, 1, 10**6, 0]), "depth"),
         (altered("unet.depth", [32] * 4), "641 transformer blocks"),
-        (altered("unet.middle_depth", 0), "middle_depth"),
+        (altered("unet.middle_depth", -1), "middle_depth"),
         (altered("unet.vector", 0), "vector"),
         (altered("unet.vector", [127, 255]), "vector"),
         (altered("unet.context", [2, 3]), "context"),

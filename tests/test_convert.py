@@ -146,7 +146,6 @@ def v2() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "state, word",
     [
-        ({"conditioner.embedders.1.model.ln_final.weight": torch.empty(1280), **meta("sd-v1")}, "SDXL"),
         ({"model.diffusion_model.double_blocks.0.img_attn.norm.query_norm.scale": torch.empty(1)}, "Flux"),
         (with_channels(5), "depth"),
         (with_channels(7), "upscaling"),

@@ -322,8 +322,6 @@ def inputs(name: str, n: int) -> dict[str, torch.Tensor]:
 
 
 OTHERS = {
-    "SDXL": {**Said("sd-v2-base"), **keys("conditioner.embedders.1.model.ln_final.weight")},
-    "SDXL's U-Net": keys("add_embedding.linear_1.weight", "down_blocks.0.resnets.0.conv1.weight"),
     "SD3": keys("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"),
     "Flux": keys("double_blocks.0.img_attn.norm.query_norm.scale"),
     "depth": inputs("sd-v2-base", 5),

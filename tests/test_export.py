@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import reference_weights as reference
 import torch
-from common import TINY, TINY_INPAINT, TINY_V2, Golden, error, manifest, tiny_state
+from common import TINY, TINY_INPAINT, TINY_V2, TINY_XL, Golden, error, manifest, tiny_state
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -26,7 +26,10 @@ from sd.runtime.device import find_dtype
 from sd.schedule import Schedule, to_zero_snr
 from sd.text.tokenizer import Tokenizer
 
-FAMILIES = {"tiny-v1": TINY, "tiny-v1-full-ema": TINY, "tiny-v1-inpainting": TINY_INPAINT, "tiny-v2-v": TINY_V2}
+FAMILIES = {
+    "tiny-v1": TINY, "tiny-v1-full-ema": TINY, "tiny-v1-inpainting": TINY_INPAINT, "tiny-v2-v": TINY_V2,
+    "tiny-sdxl": TINY_XL,
+}  # fmt: skip
 ZERO_SNR = torch.from_numpy(to_zero_snr(Schedule().alpha_bar)).float()
 
 

@@ -20,7 +20,7 @@ from scripts import convert as convert_script
 from scripts import txt2img
 from sd.checkpoints.checkpoint import load_checkpoint
 from sd.checkpoints.detect import CONFIG_KEY, identify
-from sd.checkpoints.diffusers_config import to_diffusers_configs, unet_to_diffusers
+from sd.checkpoints.diffusers_export import to_diffusers_configs, unet_to_diffusers
 from sd.checkpoints.export import to_original, to_own
 from sd.checkpoints.few_step_files import notes_on_scheduler, own_defaults, scheduler_to_diffusers, with_defaults
 from sd.checkpoints.inspect import inspect

@@ -14,7 +14,8 @@ from test_folders import edit, write_folder
 from sd import StableDiffusion
 from sd.checkpoints import supported_settings
 from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint
-from sd.checkpoints.diffusers_config import from_diffusers, schedule_from_diffusers, to_diffusers_configs
+from sd.checkpoints.diffusers_config import from_diffusers, schedule_from_diffusers
+from sd.checkpoints.diffusers_export import to_diffusers_configs
 from sd.checkpoints.inspect import inspect as inspect_file
 from sd.checkpoints.supported_settings import ignored_settings
 from sd.config import SD1, Config

@@ -67,7 +67,7 @@ def test_no_guidance_needs_no_negative_prompt(tiny_sd):
         tiny_sd.prepare(TextToImage.of("a", long, web_ui_prompts=True, steps=2, **SIZE, **settings))
         for settings in ({"guidance_until": 0}, {"guidance": 1})
     )
-    assert none.guides[0].uncond is None and none.guides[0].cond.equal(one.guides[0].cond)
+    assert none.guides[0].uncond is None and none.guides[0].cond.context.equal(one.guides[0].cond.context)
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2s_a", "dpmpp_sde", "plms"])

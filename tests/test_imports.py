@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # is new in a folder needs no line here; a new layer does.
 ALLOWED = {
     "conditioning": set(),
-    "config": {"vae_config"},
+    "config": {"text_config", "vae_config"},
     "few_step": {"config"},
     "files": set(),
     "hints": set(),
@@ -24,22 +24,24 @@ ALLOWED = {
     "schedule": {"config"},
     "settings": set(),
     "spellings": set(),
+    "text_config": {"vae_config"},
     "vae_config": set(),
     "samplers": {"schedule"},
     "denoiser": {"conditioning", "samplers", "schedule"},
-    "params": {"config", "messages", "samplers", "schedule", "settings", "spellings"},
+    "params": {"config", "messages", "request_json", "samplers", "schedule", "settings"},
+    "request_json": {"params", "spellings"},
     "runtime": {"__version__", "conditioning", "config", "files", "models"},
     "models": {"conditioning", "config"},
     "text": {"messages", "resources"},
     "imaging": {"files", "messages"},
     "checkpoints": {
         "conditioning", "config", "few_step", "files", "messages", "models", "runtime", "schedule", "text",
-        "vae_config",
+        "text_config", "vae_config",
     },
     "adapters": {"checkpoints", "config", "few_step", "files", "messages", "models", "runtime", "settings", "text"},
     "training": {"checkpoints", "conditioning", "config", "denoiser", "models", "samplers", "schedule"},
     "latents": {"config", "imaging", "models", "runtime", "settings", "text"},
-    "prompts": {"conditioning", "params", "text"},
+    "prompts": {"adapters", "conditioning", "config", "models", "params", "text"},
     "noise": {"params"},
     "recipes": {"imaging", "messages", "params", "samplers", "schedule", "text"},
     "run": {
@@ -49,7 +51,7 @@ ALLOWED = {
     "hires": {"config", "imaging", "latents", "params", "run", "samplers", "schedule"},
     "pipeline": {
         "adapters", "checkpoints", "conditioning", "config", "denoiser", "files", "hints", "hires", "imaging",
-        "latents", "models", "params", "resources", "run", "runtime", "samplers", "schedule", "text",
+        "latents", "models", "params", "prompts", "resources", "run", "runtime", "samplers", "schedule", "text",
     },
     "study": None,  # stands on top of everything: nothing may import it
 }  # fmt: skip

@@ -324,7 +324,7 @@ def test_each_step_has_the_context_of_its_text(tiny_sd, sampler, monkeypatch):
     assert sorted(text for texts in calls for text in texts) == ["", "a cat x", "a dog x", "a dog y"]
     assert len(calls) == 4 and not seen
     run.result()
-    expected = [encode([text])[0] for text in ("a cat x", "a cat x", "a dog y", "a dog x", "a dog y")]
+    expected = [encode([text]).hidden[0] for text in ("a cat x", "a cat x", "a dog y", "a dog x", "a dog y")]
     assert len(seen) >= 5 + (SAMPLERS[sampler].evaluations == 2) * 4
     for t, context in seen:
         step = max(i for i in range(5) if run.levels[i].t >= t - 1e-3)  # which is float32
@@ -388,7 +388,7 @@ def test_lengths_and_weights_go_with_editing_and_and(tiny_sd):
     empty = tiny_sd.encode_prompt([""])
     cat = tiny_sd.encode_prompt(["(cat:1.5)"], web_ui_prompts=True)
     assert torch.equal(first.cond.parts[0].context, torch.cat([cat, empty], dim=1))
-    assert last.cond.parts[0].context.shape == first.uncond.shape == (1, 154, 64)
+    assert last.cond.parts[0].context.shape == first.uncond.context.shape == (1, 154, 64)
     assert run.guides[0] is run.guides[1]
 
 
@@ -403,7 +403,7 @@ def test_guidance_1_needs_the_negative_prompt_with_and(tiny_sd):
 def test_contexts_with_an_edited_negative_prompt(tiny_sd):
     context = torch.cat([tiny_sd.encode_prompt(["a cat"]), tiny_sd.encode_prompt([""])], dim=1)
     run = tiny_sd.prepare(TextToImage.of(context, "[blue|red]", web_ui_prompts=True, steps=3, n=2, **SIZE))
-    assert len({id(guide) for guide in run.guides}) == 2 and run.guides[0].cond.equal(context.repeat(2, 1, 1))
+    assert len({id(guide) for guide in run.guides}) == 2 and run.guides[0].cond.context.equal(context.repeat(2, 1, 1))
     assert len(run.result().images) == 2
 
 

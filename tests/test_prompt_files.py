@@ -67,7 +67,7 @@ def test_settings_of_a_line():
     "line, words",
     [
         ('{"prompt": "a", "step": 3}', "txt2img has no setting 'step': did you mean 'steps'?"),
-        ('{"prompt": "a", "frobnicate": 3}', "txt2img has no setting 'frobnicate': it has cache_interval, "),
+        ('{"prompt": "a", "frobnicate": 3}', "txt2img has no setting 'frobnicate': it has aesthetic_score, "),
         ('{"prompt": "a", "strength": 0.5}', "txt2img has no setting 'strength'"),
         ('{"prompt": "a", "options": {"eta": 1}}', "no setting 'options'"),
         ('{"prompt": "a", "params": {}}', "no setting 'params'"),

@@ -137,7 +137,7 @@ def test_every_weight_of_the_peers_is_one_of_ours(name):
 )
 def test_places(config, network, ours, key):
     assert diffusers_sources(config, {n: [ours] if n == network else [] for n in build(config)})[network][ours] == (
-        (key, None, 0)
+        (key, None, 0, False)
     )
 
 

@@ -18,7 +18,8 @@ from sd import StableDiffusion
 from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint
 from sd.checkpoints.convert import convert
 from sd.checkpoints.detect import identify
-from sd.checkpoints.diffusers_config import from_diffusers, to_diffusers_configs
+from sd.checkpoints.diffusers_config import from_diffusers
+from sd.checkpoints.diffusers_export import to_diffusers_configs
 from sd.checkpoints.export import to_diffusers, to_original, to_own
 from sd.checkpoints.inspect import inspect
 from sd.checkpoints.key_maps import UNET, sources

@@ -14,7 +14,7 @@ from sd.checkpoints.convert import convert
 from sd.checkpoints.key_maps import diffusers_sources
 from sd.config import END, SD1, SD2, TextConfig
 from sd.models.build import build
-from sd.models.text_encoder import TextEncoder, TextOutput, layer_of_clip_skip
+from sd.models.text_encoder import TextEncoder, TextOutput, layers_of_clip_skip
 from sd.params import TextToImage, from_dict
 from sd.pipeline import StableDiffusion
 
@@ -56,9 +56,8 @@ def with_weights_of_transformers(config: TextConfig):
             torch.nn.init.normal_(weight, float(name.endswith("weight")), 0.3)
     encoder = TextEncoder(config)
     keys = [key for key in encoder.state_dict() if key != "projection.weight"]
-    table = diffusers_sources(
-        replace(TINY, text=(config,), unet=replace(TINY.unet, context=32)), {"text_encoder": keys}
-    )
+    unet = replace(TINY.unet, context=32, vector=config.pooled_width or None)
+    table = diffusers_sources(replace(TINY, text=(config,), unet=unet), {"text_encoder": keys})
     state = {name.removeprefix("text_model."): weight for name, weight in theirs.state_dict().items()}
     own = {key: state[source.key] for key, source in table["text_encoder"].items()}
     encoder.load_state_dict(own | ({"projection.weight": state["text_projection.weight"]} if config.projection else {}))
@@ -95,7 +94,7 @@ def test_clip_skip_is_a_layer_of_transformers(config):
         expected, usual = theirs(ids, output_hidden_states=True), encoder(ids)
         for clip_skip in range(1, config.layers + 1):
             runs.clear()
-            out = encoder(ids, layer_of_clip_skip(config, clip_skip, note=pytest.fail))
+            out = encoder(ids, *layers_of_clip_skip([config], clip_skip, note=pytest.fail))
             hidden = expected.hidden_states[-clip_skip]
             assert error(out.hidden, encoder.norm(hidden) if config.hidden_norm else hidden) < 1e-5
             assert len(runs) == (config.layers if config.pooled else config.layers - clip_skip + 1)
@@ -107,15 +106,15 @@ def test_clip_skip_counts_the_published_layers():
     """SD 2 has 23 of 24: 2 is its own layer, in a file with all of them as in a folder; 1 is said to have no effect."""
     notes: list[str] = []
     (own,) = SD2.text
-    assert [layer_of_clip_skip(own, n, notes.append) for n in (2, 3, 24)] == [-1, -2, -23] and not notes
-    assert layer_of_clip_skip(own, 1, notes.append) == -1
+    assert [layers_of_clip_skip([own], n, notes.append)[0] for n in (2, 3, 24)] == [-1, -2, -23] and not notes
+    assert layers_of_clip_skip([own], 1, notes.append) == (-1,)
     assert notes == ["clip skip 1 has no effect: this model lacks that layer and uses clip skip 2"]
     whole = replace(own, layers=24, hidden_layer=-2)
-    assert [layer_of_clip_skip(whole, n, pytest.fail) for n in (1, 2, 24)] == [-1, -2, -24]
-    assert [layer_of_clip_skip(SD1.text[0], n, pytest.fail) for n in (1, 2, 12)] == [-1, -2, -12]
+    assert [layers_of_clip_skip([whole], n, pytest.fail)[0] for n in (1, 2, 24)] == [-1, -2, -24]
+    assert [layers_of_clip_skip([SD1.text[0]], n, pytest.fail)[0] for n in (1, 2, 12)] == [-1, -2, -12]
     for text, n, most in ((own, 25, 24), (SD1.text[0], 13, 12), (SMALL, 5, 4), (SMALL, 0, 4)):
         with pytest.raises(ValueError, match=rf"from 1 \(the last layer\) to {most}, .*; got {n}"):
-            layer_of_clip_skip(text, n, notes.append)
+            layers_of_clip_skip([text], n, notes.append)
 
 
 def test_clip_skip_in_a_run(tiny_sd, tmp_path):
@@ -127,7 +126,7 @@ def test_clip_skip_in_a_run(tiny_sd, tmp_path):
     assert torch.equal(tiny_sd.encode_prompt("a cat", clip_skip=1), tiny_sd.encode_prompt("a cat"))
     request = TextToImage.of("a cat", "blue " * 80, web_ui_prompts=True, clip_skip=2, **settings)
     (guide, _) = tiny_sd.prepare(request).guides
-    assert error(guide.cond, torch.cat([cat, empty], dim=1)) < 1e-5
+    assert error(guide.cond.context, torch.cat([cat, empty], dim=1)) < 1e-5
     images = [tiny_sd.txt2img("a cat", clip_skip=n, **settings)[0].tobytes() for n in (None, 1, 2, None)]
     assert images[0] == images[1] == images[3] != images[2]
     (changing,) = tiny_sd.txt2img("[a cat|a cat]", clip_skip=2, web_ui_prompts=True, **settings)
@@ -165,10 +164,12 @@ def test_stable_diffusion_has_nothing_pooled():
 def test_two_encoders_side_by_side():
     """Their widths add up to the context's; each is a network of its own."""
     pair = (SMALL, replace(OPENCLIP, hidden_layer=-2, hidden_norm=False, pooled=True, projection=24))
-    config = replace(TINY, text=pair, unet=replace(TINY.unet, context=64))
+    config = replace(TINY, text=pair, unet=replace(TINY.unet, context=64, vector=24))
     assert list(build(config)) == ["text_encoder", "text_encoder_2", "vae", "unet"]
     assert type(config).from_json(config.to_json()) == config
-    with pytest.raises(CheckpointError, match="has 2 text encoders, which is not supported yet"):
-        convert({}, config)
+    with pytest.raises(CheckpointError, match="no text encoder and no second text encoder and no vae"):
+        convert({"unet.conv_in.weight": torch.ones(1), "unet.down.0.res.0.norm1.weight": torch.ones(1)}, config)
+    with pytest.raises(ValueError, match="only the last text encoder may have a pooled output"):
+        replace(config, text=pair[::-1])
     with pytest.raises(ValueError, match="context 32 wide, the text encoders' is 64"):
-        replace(config, unet=replace(TINY.unet, context=32))
+        replace(config, unet=replace(config.unet, context=32))

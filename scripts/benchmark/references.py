@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sd.checkpoints.diffusers_config import unet_to_diffusers, vae_to_diffusers
-from sd.checkpoints.key_maps import diffusers_sources
+from sd.checkpoints.diffusers_export import unet_to_diffusers, vae_to_diffusers
+from sd.checkpoints.key_maps import diffusers_sources, text_of
 from sd.conditioning import Conditioning
-from sd.config import Config, TinyVAEConfig
+from sd.config import Config, TextConfig, TinyVAEConfig
 
 REQUIRED = ("diffusers", "transformers")
 LAYOUTS = {"channels_last": torch.channels_last, "default": torch.contiguous_format}
@@ -32,9 +32,12 @@ class ReferenceUNet(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """x (B, C, H, W), t (B,), context (B, M, D) and extra channels -> (B, C_out, H, W)."""
+        """x (B, C, H, W), t (B,), context (B, M, D), vector and extra channels -> (B, C_out, H, W)."""
         x = x if conditioning.concat is None else torch.cat([x, conditioning.concat], dim=1)
-        return self.model(x, t, conditioning.context, return_dict=False)[0]
+        added = None
+        if conditioning.vector is not None:  # the sizes in it are embedded already (`_unet`)
+            added = {"text_embeds": conditioning.vector[:, :1], "time_ids": conditioning.vector[:, 1:]}
+        return self.model(x, t, conditioning.context, added_cond_kwargs=added, return_dict=False)[0]
 
 
 class ReferenceVAE(nn.Module):
@@ -57,13 +60,15 @@ class ReferenceVAE(nn.Module):
 class ReferenceTextEncoder(nn.Module):
     """transformers' CLIPTextModel, which returns the hidden state alone."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, config: TextConfig) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.config = model, config
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, M) -> hidden (B, M, D)."""
-        return self.model(ids).last_hidden_state
+        if self.config.hidden_norm:
+            return self.model(ids).last_hidden_state
+        return self.model(ids, output_hidden_states=True).hidden_states[self.config.hidden_layer]
 
 
 def missing() -> list[str]:
@@ -93,7 +98,7 @@ def libraries() -> None:
 def peers(
     networks: Mapping[str, nn.Module], config: Config, dtype: torch.dtype, layout: str = "channels_last"
 ) -> dict[str, nn.Module]:
-    """Reference networks for ours ("text_encoder", "vae", "unet"), with their weights, on their device, in `dtype`.
+    """Reference networks for ours (`Config.networks`), with their weights, on their device, in `dtype`.
 
     layout   of convolution kernels: "channels_last" like ours, or "default" as diffusers loads them
 
@@ -102,27 +107,29 @@ def peers(
     require()
     states = {name: network.state_dict() for name, network in networks.items()}
     sources = diffusers_sources(config, states)
-    makers = {"text_encoder": _text_encoder, "vae": _vae, "unet": _unet}
+    makers = {"vae": _vae, "unet": _unet}
+    texts = {name: text_of(config, name) for name in config.text_names if name in networks}
     with torch.device("meta"):
-        built = {name: makers[name](config) for name in networks}
+        built = {name: _text_encoder(texts[name]) if name in texts else makers[name](config) for name in networks}
     for name, model in built.items():
-        before = "text_model." if any(key.startswith("text_model.") for key in model.state_dict()) else ""
+        has = model.state_dict()
         state = {}
         for key, source in sources[name].items():
             tensor = states[name][key].to(dtype)
             tensor = tensor.reshape(tensor.shape + (1,) * source.ones)
             kind = LAYOUTS[layout] if tensor.dim() == 4 else torch.contiguous_format
-            state[before + source.key] = tensor.contiguous(memory_format=kind)
+            key = source.key if source.key in has else f"text_model.{source.key}"
+            state[key] = tensor.contiguous(memory_format=kind)
         model.load_state_dict(state, strict=True, assign=True)
         model.requires_grad_(False).eval()
-    if "text_encoder" in built:  # its position ids are on the meta device and not in the state dict
-        embeddings = next(module for module in built["text_encoder"].modules() if hasattr(module, "position_ids"))
-        device = next(iter(states["text_encoder"].values())).device
-        embeddings.position_ids = torch.arange(config.text[0].length, device=device).unsqueeze(0)
-    adapters: dict[str, Callable[[Any], nn.Module]] = {
-        "text_encoder": ReferenceTextEncoder, "vae": ReferenceVAE, "unet": ReferenceUNet,
-    }  # fmt: skip
-    return {name: adapters[name](model).eval() for name, model in built.items()}
+    for name, text in texts.items():  # their position ids are on the meta device and not in the state dict
+        embeddings = next(module for module in built[name].modules() if hasattr(module, "position_ids"))
+        device = next(iter(states[name].values())).device
+        embeddings.position_ids = torch.arange(text.length, device=device).unsqueeze(0)
+    wrapped: dict[str, nn.Module] = {name: ReferenceTextEncoder(built[name], text) for name, text in texts.items()}
+    kinds: dict[str, Callable[[Any], nn.Module]] = {"vae": ReferenceVAE, "unet": ReferenceUNet}
+    wrapped |= {name: kinds[name](model) for name, model in built.items() if name in kinds}
+    return {name: wrapped[name].eval() for name in built}
 
 
 def scheduler(config: Config, kind: str = "DDIMScheduler", **options: Any) -> Any:
@@ -162,7 +169,10 @@ def pipeline(built: Mapping[str, nn.Module], config: Config) -> Any:
 def _unet(config: Config) -> Any:
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(**unet_to_diffusers(config))
+    model: Any = UNet2DConditionModel(**unet_to_diffusers(config))
+    if config.unet.vector is not None:
+        model.add_time_proj = nn.Identity()  # ours is told the embedded sizes
+    return model
 
 
 def _vae(config: Config) -> Any:
@@ -172,11 +182,11 @@ def _vae(config: Config) -> Any:
     return kind(**vae_to_diffusers(config))
 
 
-def _text_encoder(config: Config) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
+def _text_encoder(cfg: TextConfig) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    cfg = config.text[0]
-    return CLIPTextModel(
+    kind = CLIPTextModelWithProjection if cfg.projection else CLIPTextModel
+    return kind(
         CLIPTextConfig(
             vocab_size=cfg.vocab,
             hidden_size=cfg.width,
@@ -185,5 +195,6 @@ def _text_encoder(config: Config) -> Any:
             num_attention_heads=cfg.heads,
             max_position_embeddings=cfg.length,
             hidden_act=cfg.activation,
+            projection_dim=cfg.projection or cfg.width,
         )
     )

@@ -11,7 +11,7 @@ import torch
 import sd
 from sd.hires import enlarged_shape, second_pass
 from sd.messages import one_line
-from sd.models.text_encoder import layer_of_clip_skip
+from sd.models.text_encoder import layers_of_clip_skip
 from sd.params import HighRes, ImageToImage, Inpaint, TextToImage
 from sd.text.prompt_syntax import check_prompt, chunks, texts_of
 
@@ -50,7 +50,7 @@ def check_for_model(model: sd.StableDiffusion, request: TextToImage) -> None:
         second, strength = second_pass(request, params, model.schedule.steps)
         model.schedule.levels(second.steps, second.spacing, strength)
     if request.clip_skip is not None:
-        layer_of_clip_skip(model.config.text[0], request.clip_skip, note=lambda text: None)
+        layers_of_clip_skip(model.config.text, request.clip_skip, note=lambda text: None)
 
 
 def warn_of_unknown_words(model: sd.StableDiffusion, args: argparse.Namespace, request: TextToImage) -> None:

@@ -235,7 +235,7 @@ def _notes(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage]) ->
     for embedding in recipe.embeddings:
         if embedding.name.lower() not in words:
             notes.append(f"embedding {embedding.name}: give its file with --embedding")
-    for key, name in (("VAE", "vae"), ("Text encoder", "text_encoder")):
+    for key, name in (("VAE", "vae"), ("Text encoder", "text_encoder"), ("Text encoder 2", "text_encoder_2")):
         if (
             (value := recipe.info.get(key))
             and getattr(args, name) is None

@@ -22,7 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sd.params import OPTIONS, HighRes, SamplingParams, TextToImage, hint_for
+from sd.params import OPTIONS, HighRes, SamplingParams, TextToImage
+from sd.request_json import hint_for
 
 PROMPT_FILE_LIMIT = 16 << 20  # bytes
 JSON_LINES = (".jsonl", ".ndjson")

@@ -24,7 +24,7 @@ from ..messages import counted, listed
 from .checkpoint import CheckpointError, shapes
 from .detect import identify, no_unet
 from .key_maps import EMA, Source
-from .layouts import AVERAGE, NETWORKS, TOKENS, Layout, find_layouts, usual_layout
+from .layouts import AVERAGE, SECOND, TOKENS, Layout, alone_as, find_layouts, usual_layout
 from .matching import NAMES, copies, describe_copies, expected_shapes, match_layouts, table_faults, unrun, where
 from .matching import shape_text as shape_text
 from .matching import squeezed as squeezed
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS = ("auto", "raw", "ema")  # which of the two U-Nets of a training checkpoint to take
-FLAGS = {"text_encoder": "--text-encoder", "vae": "--vae"}  # options that supply a network missing from a file
+# Options that supply a network missing from a file
+FLAGS = {"text_encoder": "--text-encoder", SECOND: "--text-encoder-2", "vae": "--vae"}
 
 
 class StateDict(Mapping[str, "Tensor"]):
@@ -62,6 +63,8 @@ class StateDict(Mapping[str, "Tensor"]):
         tensor = self._tensors[source.key]
         if source.third is not None:
             tensor = tensor.chunk(3)[source.third].clone()  # a view would keep all three in memory
+        elif source.transposed:
+            tensor = tensor.T.contiguous()
         elif key == TOKENS:
             tensor = tensor[: self._shapes[key][0]]
         return tensor.reshape(self._shapes[key])
@@ -77,25 +80,27 @@ def convert(
     tensors: Mapping[str, Tensor],
     config: Config | None = None,
     weights: str = "auto",
-    parts: Collection[str] = NETWORKS,
+    parts: Collection[str] | None = None,
 ) -> dict[str, StateDict]:
-    """Checkpoint -> {"text_encoder", "vae", "unet"}: state dicts under our names, complete and of the right shapes.
+    """Checkpoint -> {"text_encoder", "vae", "unet", ...}: state dicts under our names, complete, of the right shapes.
 
     tensors   a `Checkpoint` (weights are read on demand) or any mapping of names to tensors, in one of the layouts of
               layouts.py
     config    the model in the file; by default `identify` finds out
     weights   a training checkpoint may hold the U-Net twice: as trained ("raw") and its moving average ("ema"). "auto"
               takes what other tools take: raw from a file, ema from a diffusers folder, or the only one there is
-    parts     the networks to convert, of `NETWORKS` and "unet_ema", the moving average; the others are ignored
+    parts     the networks to convert, of `Config.networks` and "unet_ema", the moving average; the others are ignored.
+              By default all networks
 
     Raises CheckpointError that counts and names what is missing, unknown or of the wrong shape.
     """
     tensors = plainly_named(tensors)
     config = config or identify(tensors).config
-    if len(config.text) > 1:
-        raise CheckpointError(f"{config.name} has {len(config.text)} text encoders, which is not supported yet")
+    parts = config.networks if parts is None else parts
     found, expected = shapes(tensors), expected_shapes(config)
     layouts = match_layouts(found, config)
+    if list(parts) == [SECOND]:
+        layouts = alone_as(SECOND, layouts)
     of_unet = choose_weights(tensors, weights) if "unet" in parts else "unet"
     tables = {
         name: layout.sources(config, expected[name], found) for name, layout in layouts.items() if layout.fits(config)
@@ -113,8 +118,9 @@ def convert(
     left = [key for key in left if key not in empty]
     _check_complete(found, {name: tables[name] for name in wanted.values()}, config, layouts, left)
     others = [layout.prefix for name, layout in layouts.items() if name not in wanted.values() and layout.prefix]
-    others += [usual_layout(name, config).prefix for name in NETWORKS if name not in parts]
-    extra = [key for key in left if not key.startswith(tuple(others)) and not unrun(key, config.text[0].layers)]
+    others += [usual_layout(name, config).prefix for name in config.networks if name not in parts]
+    fewest = min(text.layers for text in config.text)
+    extra = [key for key in left if not key.startswith(tuple(others)) and not unrun(key, fewest)]
     copied = copies(extra, config) if extra else {}
     known = {key for keys in copied.values() for key in keys}
     if unknown := [key for key in extra if key not in known]:

@@ -30,6 +30,7 @@ from .other_models import NOT_SUPPORTED, OTHER_CONTEXTS, OTHER_INPUTS, refuse_al
 from .prediction import decide, predicting, read_beside, read_table, stored_schedule
 from .tiny_vae import NAME as TINY
 from .tiny_vae import is_tiny, tiny_config
+from .xl_models import vector_width, xl_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -198,7 +199,10 @@ def _by_shapes(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layou
             f"no Stable Diffusion U-Net: its first convolution is {first}, its context {sorted(widths)}"
         )
     channels, context = first[1], widths.pop()
-    if any(key.startswith(f"{unet.prefix}label_emb.") for key in found):
+    if vector_width(found, unet) is not None:
+        config = None if channels in OTHER_INPUTS else xl_config(found, unet, channels, context)
+        if config is not None:
+            return config
         other = OTHER_INPUTS.get(channels) or OTHER_CONTEXTS.get(context) or "an unCLIP"
         raise CheckpointError(f"this is {other} model (it has label_emb), {NOT_SUPPORTED}")
     if channels in OTHER_INPUTS:
@@ -239,12 +243,13 @@ def smaller(config: Config, found: Mapping[str, tuple[int, ...]], layout: Layout
 
 def with_vocabulary(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> Config:
     """The config with the vocabulary size of the file: fine-tuning may add words after CLIP's own."""
-    if (layout := layouts.get("text_encoder")) is None:
-        return config
-    (source,) = layout.sources(config, [TOKENS], found).values()
-    text, *others = config.text
-    text = replace(text, vocab=max(text.vocab, found.get(source.key, (0,))[0]))
-    return replace(config, text=(text, *others))
+    texts = []
+    for network, text in zip(config.text_names, config.text, strict=True):
+        if (layout := layouts.get(network)) is not None:
+            (source,) = layout.sources(config, [TOKENS], found).values()
+            text = replace(text, vocab=max(text.vocab, found.get(source.key, (0,))[0]))
+        texts.append(text)
+    return replace(config, text=tuple(texts))
 
 
 def with_form(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> Config:
@@ -253,9 +258,12 @@ def with_form(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Map
     Such a file names its text encoder as transformers or as OpenCLIP does, and has linear layers or 1x1 convolutions as
     projections. Other layouts have the same form for all models.
     """
-    text, unet = layouts.get("text_encoder"), layouts.get("unet")
-    if text is not None and text.prefix.startswith(ORIGINAL_TEXT):
-        config = replace(config, text=(replace(config.text[0], names=text.name), *config.text[1:]))
+    unet, texts = layouts.get("unet"), []
+    for network, text in zip(config.text_names, config.text, strict=True):
+        layout = layouts.get(network)
+        original = layout is not None and layout.prefix.startswith(ORIGINAL_TEXT)
+        texts.append(replace(text, names=layout.name) if layout is not None and original else text)
+    config = replace(config, text=tuple(texts))
     if unet is not None and unet.name.startswith("original"):
         keys = [f"down.{level}.attn.0.proj_in.weight" for level, depth in enumerate(config.unet.depth) if depth]
         projections = unet.sources(config, keys or ["mid.attn.proj_in.weight"], found).values()

@@ -1,4 +1,4 @@
-"""Conversion between a config and the JSON files of a diffusers folder.
+"""The config that the JSON files of a diffusers folder describe. The way back is in diffusers_export.py.
 
 Some of their names mislead. `attention_head_dim` is the number of heads; `layers_per_block` counts the encoder's blocks
 (the decoder has one more); `beta_schedule` "scaled_linear" is what the original calls "linear"; `num_hidden_layers` is
@@ -7,7 +7,6 @@ the number of layers that are run, 23 of 24 in SD 2. Unsupported settings are re
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from ..config import (
+    BASE_SIZES,
     END,
-    GROUPS,
     MODELS,
+    REFINER_SIZES,
+    SIZE_WIDTH,
     SMALL,
     Config,
     ScheduleConfig,
@@ -31,22 +32,23 @@ from ..config import (
 from ..schedule import to_zero_snr
 from . import supported_settings as settings
 from .checkpoint import CheckpointError
-from .few_step_files import scheduler_to_diffusers
+from .folders import SECOND
 from .other_models import OTHER_INPUTS
 from .supported_settings import Supported, check_kind, check_supported
-from .tiny_files import CLASS, tiny_from_diffusers, tiny_to_diffusers
-from .tokenizer_files import pad_token, words_to_diffusers
+from .tiny_files import CLASS, tiny_from_diffusers
+from .tokenizer_files import pad_token
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}  # theirs -> ours
 MAX_TIMESTEPS = 100_000
-MIDDLE = "UNetMidBlock2DCrossAttn"  # `mid_block_type`; null: no middle block
+MIDDLE, PLAIN_MIDDLE = "UNetMidBlock2DCrossAttn", "UNetMidBlock2D"  # `mid_block_type`; null: no middle block
 
 # unsupported pipelines, by a part of their class name
 OTHER_PIPELINES = {
-    "XL": "SDXL", "StableDiffusion3": "Stable Diffusion 3", "Flux": "Flux", "Depth2Img": "depth-to-image",
+    "StableDiffusion3": "Stable Diffusion 3", "Flux": "Flux", "Depth2Img": "depth-to-image",
     "Upscale": "upscaling", "InstructPix2Pix": "instruct-pix2pix", "UnCLIP": "unCLIP",
     "ImageVariation": "image variation",
     "LDMTextToImage": "LDM text2img-large", "AltDiffusion": "AltDiffusion", "ControlNet": "ControlNet",
+    "Kolors": "Kolors",
 }  # fmt: skip
 
 
@@ -73,7 +75,7 @@ def supported_parts(
     Raises CheckpointError for another network that is not supported.
     """
     kept = dict(configs)
-    checks = {"unet": _unet, "vae": vae_from_diffusers, "text_encoder": _check_text}
+    checks = {"unet": _unet, "vae": vae_from_diffusers, "text_encoder": _check_text, SECOND: _check_text}
     for name in configs.keys() & checks.keys():
         try:
             with _described():
@@ -93,14 +95,19 @@ def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
     with _described():
         unet = _unet(configs["unet"])
         vae = vae_from_diffusers(configs["vae"]) if "vae" in configs else VAEConfig()
-        text = _text(configs, unet)
+        texts = _texts(configs, unet)
         size = configs["unet"].get("sample_size") or 64
         size = (max(size) if isinstance(size, list) else int(size)) * vae.factor
         schedule = schedule_from_diffusers(configs.get("scheduler", {}))
-        config = Config("diffusers model", size, text=(text,), vae=vae, unet=unet, schedule=schedule)
-    text = replace(text, vocab=TextConfig().vocab, words=(), pad=min(text.pad, END))  # fine-tuning may have added words
+        sizes, zero = _sizes(unet, texts), False
+        if sizes:  # with a default of its class that the refiner's folder overrides
+            zero = bool(configs.get("index", {}).get("force_zeros_for_empty_prompt", sizes == BASE_SIZES))
+        config = Config(
+            "diffusers model", size, text=texts, vae=vae, unet=unet, schedule=schedule, sizes=sizes, zero_empty=zero
+        )
+    plain_texts = tuple(_plain(text) for text in texts)
     plain = replace(unet, guidance=None)
-    same = [known for known in MODELS.values() if known.text == (text,) and _like_vae(known.vae, vae)]
+    same = [known for known in MODELS.values() if known.text == plain_texts and _like_vae(known.vae, vae)]
     same = [known for known in same if plain.is_part_of(known.unet)]
     # a U-Net in full before one in part; and there are SD 1.x that predict v
     same.sort(key=lambda known: (known.unet != plain, known.schedule.prediction != schedule.prediction))
@@ -108,6 +115,25 @@ def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
         return config
     name = same[0].name + (SMALL if same[0].unet != plain else "")
     return replace(config, name=name, guidance=same[0].guidance, sampler=same[0].sampler)
+
+
+def _plain(text: TextConfig) -> TextConfig:
+    """A text encoder without what fine-tuning may have changed: it may have added words."""
+    return replace(text, vocab=TextConfig().vocab, words=(), pad=min(text.pad, END))
+
+
+def _sizes(unet: UNetConfig, texts: Sequence[TextConfig]) -> tuple[str, ...]:
+    """The numbers that follow the pooled text in the U-Net's vector. CheckpointError if they are not SDXL's."""
+    if unet.vector is None:
+        return ()
+    left = unet.vector - texts[-1].pooled_width
+    for sizes in (BASE_SIZES, REFINER_SIZES):
+        if left == SIZE_WIDTH * len(sizes):
+            return sizes
+    raise CheckpointError(
+        f"unet/config.json has projection_class_embeddings_input_dim {unet.vector}, which is not supported: expected "
+        f"{texts[-1].pooled_width} for the text and {SIZE_WIDTH} for each of 5 or 6 numbers"
+    )
 
 
 def _like_vae(known: VAEConfig | TinyVAEConfig, vae: VAEConfig | TinyVAEConfig) -> bool:
@@ -140,7 +166,7 @@ def _unet(raw: Mapping[str, Any]) -> UNetConfig:
     down = raw.get("down_block_types", ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",))
     _check_blocks(raw, down)
     check_supported("unet", raw, settings.UNET | {"time_embedding_dim": (4 * channels[0],)})
-    depths = _per_level(raw, "transformer_layers_per_block", 1, len(channels))
+    depths, up_depth = _depths(raw, down)
     heads = _per_level(
         raw, "num_attention_heads" if raw.get("num_attention_heads") else "attention_head_dim", 8, len(down)
     )
@@ -150,12 +176,38 @@ def _unet(raw: Mapping[str, Any]) -> UNetConfig:
         channels=channels,
         heads=heads,
         depth=tuple(depth if name.startswith("Cross") else 0 for depth, name in zip(depths, down, strict=True)),
-        middle_depth=depths[-1] if raw.get("mid_block_type", MIDDLE) is not None else None,
+        up_depth=up_depth,
+        middle_depth={MIDDLE: depths[-1], PLAIN_MIDDLE: 0}.get(raw.get("mid_block_type", MIDDLE)),
         blocks=_uniform(raw, "layers_per_block", 2),
         context=_uniform(raw, "cross_attention_dim", 1280),
+        vector=raw.get("projection_class_embeddings_input_dim") if raw.get("addition_embed_type") else None,
         guidance=raw.get("time_cond_proj_dim"),
         linear_projections=raw.get("use_linear_projection") or False,
     )
+
+
+def _depths(raw: Mapping[str, Any], down: Sequence[str]) -> tuple[list[int], tuple[tuple[int, ...], ...] | None]:
+    """The transformer blocks of each level; and of each block on the way up, if a file gives these apart."""
+    key, levels, blocks = "transformer_layers_per_block", len(down), raw.get("layers_per_block", 2)
+    value = raw.get(key, 1)
+    depths = []
+    for entry in value if isinstance(value, list) else [value] * levels:
+        of_blocks = entry if isinstance(entry, list) else [entry]
+        if not of_blocks or len(set(of_blocks)) > 1 or type(of_blocks[0]) is not int:
+            raise ValueError(f"{key} is {value!r:.100}, expected whole numbers, the same for all blocks of a level")
+        depths.append(of_blocks[0])
+    if len(depths) != levels:
+        raise ValueError(f"{key} is {value!r:.100}, expected one for each of {levels} levels")
+    back = raw.get("reverse_transformer_layers_per_block")
+    if back is None:
+        return depths, None
+    if not isinstance(back, list) or len(back) != levels or type(blocks) is not int:
+        raise ValueError(f"reverse_{key} is {back!r:.100}, expected one entry for each of {levels} levels")
+    up = [tuple(entry) if isinstance(entry, list) else (entry,) * (blocks + 1) for entry in reversed(back)]
+    crossing = [name.startswith("Cross") for name in down]
+    up_depth = tuple(of_level if cross else (0,) * (blocks + 1) for of_level, cross in zip(up, crossing, strict=True))
+    plain = [(depth if cross else 0,) * (blocks + 1) for depth, cross in zip(depths, crossing, strict=True)]
+    return depths, None if list(up_depth) == plain else up_depth
 
 
 def _check_blocks(raw: Mapping[str, Any], down: Sequence[str]) -> None:
@@ -218,26 +270,42 @@ def vae_from_diffusers(raw: Mapping[str, Any]) -> VAEConfig | TinyVAEConfig:
     )
 
 
-def _text(configs: Mapping[str, Mapping[str, Any]], unet: UNetConfig) -> TextConfig:
-    """The text encoder described by a folder; without a text_encoder/config.json, the one that fits the U-Net.
-
-    A folder does not tell how an original checkpoint names the weights: those with the exact GELU are OpenCLIP's.
-    """
-    if "text_encoder" not in configs:
-        known = next((model.text[0] for model in MODELS.values() if model.unet.context == unet.context), None)
+def _texts(configs: Mapping[str, Mapping[str, Any]], unet: UNetConfig) -> tuple[TextConfig, ...]:
+    """The text encoders described by a folder; without a text_encoder/config.json, those that fit the U-Net."""
+    names = [name for name in ("text_encoder", SECOND) if name in configs]
+    known = next((model.text for model in MODELS.values() if model.unet.context == unet.context), None)
+    if not names or (known is not None and len(names) < len(known)):
         if known is None:
             raise ValueError(f"no text_encoder/config.json beside a U-Net with context {unet.context}")
         return known
-    raw = configs["text_encoder"]
+    end = {"text_encoder": "", SECOND: "_2"}
+    texts = [
+        _text(configs[name], configs.get(f"tokenizer{end[name]}", {}), configs.get(f"words{end[name]}", {}))
+        for name in names
+    ]
+    if unet.vector is None:
+        return tuple(texts)
+    # SDXL takes the output of the last layer but one of both, not normalised; only of the second is the rest needed
+    first, last = texts[:-1], texts[-1]
+    projection = configs[names[-1]].get("projection_dim", 512)
+    last = replace(last, hidden_layer=-2, hidden_norm=False, pooled=True, projection=projection)
+    return (*(replace(text, layers=text.layers - 1, hidden_norm=False) for text in first), last)
+
+
+def _text(raw: Mapping[str, Any], tokenizer: Mapping[str, Any], added: Mapping[str, Any]) -> TextConfig:
+    """The text encoder described by its config.json, the tokenizer's, and the words that the tokenizer knows.
+
+    A folder does not tell how an original checkpoint names the weights: those with the exact GELU are OpenCLIP's.
+    """
     width = raw.get("hidden_size", 512)
     _check_text(raw)
     check_supported("text_encoder", raw, {"intermediate_size": (4 * width,)})
     activation = raw.get("hidden_act", "quick_gelu")
     vocab = raw.get("vocab_size", 49408)
-    words: tuple[Word, ...] = tuple(configs.get("words", {}).get("words", ()))
+    words: tuple[Word, ...] = tuple(added.get("words", ()))
     ids = {"!": 0, "<|endoftext|>": 49407} | {word.text: word.id for word in words if word.id < vocab}
     # the token "!" has the id 0; OpenCLIP, which has the exact GELU, pads with it
-    padding = ids.get(str(pad_token(configs.get("tokenizer", {}))), 0 if activation == "gelu" else 49407)
+    padding = ids.get(str(pad_token(tokenizer)), 0 if activation == "gelu" else 49407)
     return TextConfig(
         width=width,
         layers=raw.get("num_hidden_layers", 12),
@@ -291,102 +359,3 @@ def schedule_from_diffusers(raw: Mapping[str, Any]) -> ScheduleConfig:
         )
     alpha_bar = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))
     return replace(own, alpha_bar=tuple((to_zero_snr(alpha_bar) if zero else alpha_bar).tolist()))
-
-
-def to_diffusers_configs(config: Config, version: str = "0.30.0") -> dict[str, dict[str, Any]]:
-    """Path in the folder -> contents, for every JSON file except the tokenizer's vocabulary."""
-    text, schedule = config.text[0], config.schedule
-    tiny = isinstance(config.vae, TinyVAEConfig)
-    vae = {"_class_name": CLASS if tiny else "AutoencoderKL", **vae_to_diffusers(config)}
-    pipeline = "StableDiffusionInpaintPipeline" if config.is_inpainting else "StableDiffusionPipeline"
-    sampling = {"_class_name": "DDIMScheduler", **scheduler_to_diffusers(config)}
-    end = "!" if text.pad == 0 else "<|endoftext|>"
-    if text.pad > END:
-        end = next((word.text for word in text.words if word.id == text.pad), end)
-    added = words_to_diffusers(text.words)
-    special = {
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "pad_token": end,
-    }
-    betas: dict[str, Any] = {"trained_betas": None}
-    if schedule.alpha_bar is not None:
-        before = (1.0, *schedule.alpha_bar[:-1])
-        betas["trained_betas"] = [1.0 - a / b for a, b in zip(schedule.alpha_bar, before, strict=True)]
-    return {
-        "model_index.json": {
-            "_class_name": pipeline, "_diffusers_version": version, "requires_safety_checker": False,
-            "feature_extractor": [None, None], "image_encoder": [None, None], "safety_checker": [None, None],
-            "scheduler": ["diffusers", sampling["_class_name"]], "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", vae["_class_name"]],
-        },
-        "unet/config.json": {
-            "_class_name": "UNet2DConditionModel", "_diffusers_version": version, **unet_to_diffusers(config),
-        },
-        "vae/config.json": {**vae, "_diffusers_version": version},
-        "text_encoder/config.json": {
-            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": text.vocab,
-            "hidden_size": text.width, "intermediate_size": 4 * text.width, "num_hidden_layers": text.layers,
-            "num_attention_heads": text.heads, "max_position_embeddings": text.length, "hidden_act": text.activation,
-            "layer_norm_eps": 1e-5, "attention_dropout": 0.0, "bos_token_id": 49406, "eos_token_id": 49407,
-            "pad_token_id": text.pad, "projection_dim": text.width,
-        },
-        "scheduler/scheduler_config.json": {
-            "_diffusers_version": version, "num_train_timesteps": schedule.steps,
-            "beta_start": schedule.beta_start, "beta_end": schedule.beta_end, "beta_schedule": "scaled_linear", **betas,
-            "prediction_type": {ours: theirs for theirs, ours in PREDICTIONS.items()}[schedule.prediction],
-            "rescale_betas_zero_snr": schedule.zero_snr, "clip_sample": False, "set_alpha_to_one": False,
-            "steps_offset": 1, "timestep_spacing": "trailing" if schedule.zero_snr else "leading", **sampling,
-        },
-        "tokenizer/tokenizer_config.json": {
-            **special, "tokenizer_class": "CLIPTokenizer", "model_max_length": text.length, "do_lower_case": True,
-            "add_prefix_space": False, "errors": "replace", **({"added_tokens_decoder": added} if added else {}),
-        },
-        **({"tokenizer/added_tokens.json": {word.text: word.id for word in text.words}} if added else {}),
-        "tokenizer/special_tokens_map.json": special,
-    }  # fmt: skip
-
-
-def unet_to_diffusers(config: Config) -> dict[str, Any]:
-    """The arguments of diffusers' UNet2DConditionModel."""
-    cfg = config.unet
-    middle = cfg.depth[-1] if cfg.middle_depth is None else cfg.middle_depth
-    layers = [max(depth, 1) for depth in (*cfg.depth[:-1], middle)]  # the last entry is also the middle's
-    return {
-        "sample_size": math.ceil(config.size / config.vae.factor),
-        "in_channels": cfg.in_channels,
-        "out_channels": cfg.out_channels,
-        "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in cfg.depth],
-        "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(cfg.depth)],
-        "block_out_channels": list(cfg.channels),
-        "layers_per_block": cfg.blocks,
-        "transformer_layers_per_block": layers if max(layers) > 1 else 1,
-        "mid_block_type": MIDDLE if cfg.middle_depth is not None else None,
-        "cross_attention_dim": cfg.context,
-        # the number of heads: an old misnomer of diffusers
-        "attention_head_dim": cfg.heads[0] if len(set(cfg.heads)) == 1 else list(cfg.heads),
-        "norm_num_groups": GROUPS,
-        "use_linear_projection": cfg.linear_projections,
-        "time_cond_proj_dim": cfg.guidance,
-    }
-
-
-def vae_to_diffusers(config: Config) -> dict[str, Any]:
-    """The arguments of diffusers' AutoencoderKL, or of its AutoencoderTiny."""
-    cfg = config.vae
-    if isinstance(cfg, TinyVAEConfig):
-        return tiny_to_diffusers(cfg)
-    return {
-        "in_channels": cfg.image_channels,
-        "out_channels": cfg.image_channels,
-        "down_block_types": ["DownEncoderBlock2D"] * len(cfg.channels),
-        "up_block_types": ["UpDecoderBlock2D"] * len(cfg.channels),
-        "block_out_channels": list(cfg.channels),
-        "layers_per_block": cfg.blocks,
-        "latent_channels": cfg.latent_channels,
-        "norm_num_groups": GROUPS,
-        "scaling_factor": cfg.scale,
-        "sample_size": config.size,
-    }

@@ -24,9 +24,9 @@ from ..schedule import Schedule
 from ..text.tokenizer import Tokenizer
 from .checkpoint import shapes
 from .detect import CONFIG_KEY, FORMAT, FORMAT_KEY
-from .diffusers_config import to_diffusers_configs
+from .diffusers_export import text_folders, to_diffusers_configs
 from .folders import EXTRA_FILE, RAW_VARIANT
-from .key_maps import CLIP, EMA, OPENCLIP, TEXT, diffusers_sources, original_sources
+from .key_maps import EMA, OPENCLIP, diffusers_sources, original_sources, original_text, text_of
 from .layouts import AVERAGE
 from .matching import match_layouts
 from .names import EXTRA
@@ -36,7 +36,6 @@ from .tiny_files import check_writable
 States = Mapping[str, Mapping[str, Tensor]]  # network -> weights under our names; the networks, and maybe "unet_ema"
 AVERAGE_SCALARS = ("decay", "num_updates")
 DIFFUSERS_FILES = {
-    "text_encoder": "text_encoder/model.safetensors",
     "vae": "vae/diffusion_pytorch_model.safetensors",
     "unet": "unet/diffusion_pytorch_model.safetensors",
 }
@@ -45,14 +44,18 @@ DIFFUSERS_FILES = {
 def extras(tensors: Mapping[str, Tensor], config: Config) -> list[tuple[str, str]]:
     """The tensors of a file beside its networks that are kept: (key in the file, key in an original file)."""
     kept = [(key, key.removeprefix(EXTRA)) for key in tensors if key.startswith(EXTRA)]
-    text = match_layouts(shapes(tensors), config).get("text_encoder")
-    if text is not None and text.name == config.text[0].names:
-        usual = TEXT[text.name]
-        names = (f"{text.prefix}logit_scale", f"{text.prefix}text_projection")
+    layouts = match_layouts(shapes(tensors), config)
+    for network, text in zip(config.text_names, config.text, strict=True):
+        layout = layouts.get(network)
+        if layout is None or layout.name != text.names:
+            continue
+        _, usual = original_text(config, network)
+        unused = ("logit_scale",) if text.projection else ("logit_scale", "text_projection")
+        names = [layout.prefix + name for name in unused if layout.name == "openclip"]
         kept += [
-            (key, usual + key.removeprefix(text.prefix))
+            (key, usual + key.removeprefix(layout.prefix))
             for key in tensors
-            if text.unrun_layer(key, config.text[0].layers) or (text.name == "openclip" and key in names)
+            if layout.unrun_layer(key, text.layers) or key in names
         ]
     if has_own_schedule(config) and "alphas_cumprod" in tensors:
         kept.append(("alphas_cumprod", "alphas_cumprod"))
@@ -90,16 +93,22 @@ def to_original(states: States, config: Config, more: Mapping[str, Tensor] | Non
         fused: dict[str, list[Tensor]] = {}
         for key, source in table.items():
             tensor = states[network][key]
-            if source.third is None:
+            if source.transposed:
+                out[source.key] = tensor.T.contiguous()
+            elif source.third is None:
                 out[source.key] = tensor.reshape(tensor.shape + (1,) * source.ones)
             else:
                 fused.setdefault(source.key, []).append(tensor)  # q, k, v in this order in the network
         out |= {key: torch.cat(parts) for key, parts in fused.items()}
-    if config.text[0].names == "clip" and "text_encoder" in written:
-        written["text_encoder"][CLIP + "embeddings.position_ids"] = torch.arange(config.text[0].length).unsqueeze(0)
+    for network, text in zip(config.text_names, config.text, strict=True):
+        if text.names == "clip" and network in written:
+            _, prefix = original_text(config, network)
+            written[network][prefix + "embeddings.position_ids"] = torch.arange(text.length).unsqueeze(0)
     if has_own_schedule(config) and "alphas_cumprod" not in more:
         more["alphas_cumprod"] = torch.from_numpy(Schedule(config.schedule).alpha_bar).float()
-    order = ("unet", AVERAGE, "vae", "text_encoder")  # the original's
+    order = ("unet", AVERAGE, "vae", *config.text_names)  # the original's
+    if config.sizes:
+        order = ("unet", AVERAGE, *config.text_names, "vae")
     return {key: tensor for network in order for key, tensor in written.get(network, {}).items()} | more
 
 
@@ -109,6 +118,8 @@ def unrun_layer(out: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     They load one more layer, which they never run: it becomes a copy of the last one, the projection the identity, and
     the scale OpenCLIP's initial value (1 / 0.07).
     """
+    if config.sizes:  # SDXL's files have no such layer
+        return {}
     text, stem = config.text[0], f"{OPENCLIP}transformer.resblocks."
     last, after = f"{stem}{text.layers - 1}.", f"{stem}{text.layers}."
     first = OPENCLIP + "token_embedding.weight"
@@ -131,19 +142,49 @@ def to_diffusers(
     """
     check_writable(config.vae, "diffusers")
     files: dict[str, dict[str, Tensor]] = {}
+    folders = dict(zip(config.text_names, text_folders(config), strict=True))
+    names = DIFFUSERS_FILES | {name: f"{folder}/model.safetensors" for name, folder in folders.items()}
+    more = dict(more or {})
     for network, state in states.items():
         part = network.removesuffix("_ema")
-        name = DIFFUSERS_FILES[part]
+        name = names[part]
         if network == "unet" and AVERAGE in states:
             name = name.replace(".safetensors", f".{RAW_VARIANT}.safetensors")
-        before = "text_model." if part == "text_encoder" else ""
         table = diffusers_sources(config, {part: state})[part]
         files[name] = {
-            before + source.key: state[key].reshape(state[key].shape + (1,) * source.ones)
+            _before(part, key) + source.key: state[key].reshape(state[key].shape + (1,) * source.ones)
             for key, source in table.items()
         }
-    kept = {EXTRA + key: tensor for key, tensor in (more or {}).items() if AVERAGE in states or not key.startswith(EMA)}
+        if config.sizes and part in config.text_names:
+            files[name] |= _last_layer(files[name], config, part, more)
+    kept = {EXTRA + key: tensor for key, tensor in more.items() if AVERAGE in states or not key.startswith(EMA)}
     return files | ({EXTRA_FILE: kept} if kept else {})
+
+
+def _last_layer(file: Mapping[str, Tensor], config: Config, network: str, more: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The last layer of SDXL's first text encoder, which diffusers loads and never uses: taken from the extras.
+
+    If they lack it, it becomes a copy of the layer before.
+    """
+    text = text_of(config, network)
+    if text.pooled:
+        return {}
+    _, prefix = original_text(config, network)
+    stem = f"encoder.layers.{text.layers}."
+    here = [key for key in more if key.startswith(prefix + stem)]
+    if here and text.names == "clip":
+        return {"text_model." + key.removeprefix(prefix): more.pop(key) for key in here}
+    before = f"text_model.encoder.layers.{text.layers - 1}."
+    return {
+        f"text_model.{stem}{key.removeprefix(before)}": tensor.clone()
+        for key, tensor in file.items()
+        if key.startswith(before)
+    }
+
+
+def _before(network: str, key: str) -> str:
+    """What transformers before 5.6 puts before the name of a weight."""
+    return "text_model." if network.startswith("text_encoder") and key != "projection.weight" else ""
 
 
 def diffusers_texts(config: Config) -> dict[str, str]:
@@ -151,6 +192,8 @@ def diffusers_texts(config: Config) -> dict[str, str]:
     configs: dict[str, dict[str, Any]] = to_diffusers_configs(config)
     texts = {path: json.dumps(content, indent=2) + "\n" for path, content in configs.items()}
     vocab, merges = Tokenizer().tables()
-    texts["tokenizer/vocab.json"] = json.dumps(vocab, ensure_ascii=False) + "\n"
-    texts["tokenizer/merges.txt"] = "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges)
+    for folder in text_folders(config):
+        tokenizer = folder.replace("text_encoder", "tokenizer")
+        texts[f"{tokenizer}/vocab.json"] = json.dumps(vocab, ensure_ascii=False) + "\n"
+        texts[f"{tokenizer}/merges.txt"] = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)
     return texts

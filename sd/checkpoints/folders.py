@@ -5,6 +5,7 @@
               diffusion_pytorch_model.safetensors          or .bin; or .fp16.safetensors, .non_ema.safetensors: variants
     vae/      the same
     text_encoder/  config.json, model.safetensors or pytorch_model.bin
+    text_encoder_2/  the same: SDXL's second one
     scheduler/scheduler_config.json     noise schedule, and what the U-Net predicts
 
 This is how diffusers saves a pipeline. One of its parts may be given alone. A large file may be sharded: the
@@ -28,10 +29,12 @@ from .tiny_vae import half_files
 from .tokenizer_files import read_tokenizer
 
 MAX_JSON = 1 << 20  # bytes; an index has less than 200 KB
+SECOND = "text_encoder_2"  # of SDXL; SDXL's refiner has no other one
 STEMS = {
     "unet": ("diffusion_pytorch_model",),
     "vae": ("diffusion_pytorch_model",),
     "text_encoder": ("model", "pytorch_model"),
+    SECOND: ("model", "pytorch_model"),
 }
 RAW_VARIANT = "non_ema"  # if present, the file without a variant is the moving average
 EXTRA_FILE = "sd_extra.safetensors"  # ours: tensors that only an original file has
@@ -40,8 +43,10 @@ CONFIGS = {
     "unet": "unet/config.json",
     "vae": "vae/config.json",
     "text_encoder": "text_encoder/config.json",
+    SECOND: f"{SECOND}/config.json",
     "scheduler": "scheduler/scheduler_config.json",
     "tokenizer": "tokenizer/tokenizer_config.json",
+    "tokenizer_2": "tokenizer_2/tokenizer_config.json",
 }
 CLASSES = {
     "UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "AutoencoderTiny": "vae",
@@ -81,10 +86,14 @@ def find_parts(folder: Path, variant: str | None = None) -> Parts:
     if not inside and not (folder / CONFIGS["index"]).is_file():
         return _single_part(folder, variant)
     configs = {
-        name: _text_part(_read_json(folder / file)) if name == "text_encoder" else _read_json(folder / file)
+        name: _text_part(_read_json(folder / file)) if name.startswith("text_encoder") else _read_json(folder / file)
         for name, file in CONFIGS.items()
         if (folder / file).is_file()
     }
+    only_second = SECOND in inside and "text_encoder" not in inside
+    if only_second:  # it is the first one here
+        for first, second in (("text_encoder", SECOND), ("tokenizer", "tokenizer_2")):
+            configs |= {first: configs.pop(second)} if second in configs else {}
     parts: list[Part] = []
     notes: list[str] = []
     available: set[str | None] = set()
@@ -106,7 +115,8 @@ def find_parts(folder: Path, variant: str | None = None) -> Parts:
         if variant is None and chosen is not None:
             notes.append(f"the {chosen} files are read, as there are no others")
         averaged = name == "unet" and chosen is None and RAW_VARIANT in variants
-        parts.append(_part(f"{name}_ema." if averaged else f"{name}.", variants[chosen]))
+        named = "text_encoder" if name == SECOND and only_second else name
+        parts.append(_part(f"{named}_ema." if averaged else f"{named}.", variants[chosen]))
         if averaged:
             parts.append(_part(f"{name}.", variants[RAW_VARIANT]))
     if not matched:
@@ -116,9 +126,11 @@ def find_parts(folder: Path, variant: str | None = None) -> Parts:
         raise RefusedFile(what)
     if not parts and "index" not in configs:
         raise RefusedFile(_no_model(folder))
-    if (folder / "tokenizer").is_dir():
-        configs["words"], unused = read_tokenizer(folder / "tokenizer", configs.get("tokenizer", {}), _read_json)
-        notes += unused
+    for words, tokenizer in (("words", "tokenizer"), ("words_2", "tokenizer_2")):
+        place = folder / ("tokenizer_2" if only_second else tokenizer)
+        if place.is_dir() and not (only_second and words == "words_2"):
+            configs[words], unused = read_tokenizer(place, configs.get(tokenizer, {}), _read_json)
+            notes += unused
     notes += _unused(folder, inside)
     if (folder / EXTRA_FILE).is_file():
         parts.append(Part("", (folder / EXTRA_FILE,)))
@@ -219,7 +231,7 @@ def _no_model(folder: Path) -> str:
 
 def _is_model(folder: Path) -> bool:
     """Whether a folder looks like that of a diffusers model."""
-    return (folder / CONFIGS["index"]).is_file() or all((folder / name).is_dir() for name in STEMS)
+    return (folder / CONFIGS["index"]).is_file() or all((folder / name).is_dir() for name in ("unet", "vae"))
 
 
 def _weights_in(folder: Path) -> list[Path]:

@@ -19,13 +19,13 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..config import SD1, SD2, Config
+from ..config import SD1, SD2, SDXL, SDXL_REFINER, Config
 from ..messages import listed, one_line, printable
 from .checkpoint import Checkpoint, CheckpointError, shapes
 from .convert import FLAGS
 from .detect import damaged_position_ids, identify, with_autoencoder
 from .few_step_files import notes_on_scheduler
-from .layouts import AVERAGE, NETWORKS, TOKENS, find_layouts, usual_layout
+from .layouts import AVERAGE, SECOND, TOKENS, find_layouts, usual_layout
 from .matching import NAMES, copies, describe_copies, expected_shapes, match_layouts, unrun
 from .names import ignored
 from .supported_settings import ignored_settings
@@ -105,8 +105,9 @@ def inspect(tensors: Checkpoint, config: Config | None = None, *, sha256: bool |
         if not layouts:
             return _hashed(out, files, sha256)
         # a network alone: compared with the model that it most likely belongs to
-        wide = any(shape[-1:] == (SD2.text[0].width,) and "token_embedding" in key for key, shape in found.items())
-        config = config or (SD2 if wide else SD1)
+        widths = {shape[-1] for key, shape in found.items() if "token_embedding" in key and shape}
+        likely = {model.text[0].width: model for model in (SDXL_REFINER, SD2)}
+        config = config or (SDXL if SECOND in layouts else next((likely[w] for w in widths if w in likely), SD1))
         config = with_autoencoder(config, found, match_layouts(found, config))
     _count(out, tensors, config)
     if damaged := damaged_position_ids(tensors):
@@ -120,7 +121,7 @@ def _count(out: Report, tensors: Checkpoint, config: Config) -> None:
     found, expected = shapes(tensors), expected_shapes(config)
     layouts = match_layouts(found, config)
     used: set[str] = set()
-    for name in (*NETWORKS, AVERAGE):
+    for name in (*config.networks, AVERAGE):
         layout = layouts.get(name)
         if layout is None:
             if name != AVERAGE:
@@ -143,12 +144,12 @@ def _count(out: Report, tensors: Checkpoint, config: Config) -> None:
             out.missing.append(f"of the {NAMES[name]} {len(gone)} of {len(keys)} weights: {_listed(gone)}")
     if AVERAGE not in layouts and any(key.startswith("model_ema.") for key in found):
         out.ema = "no, only its counters"
-    encoder = layouts.get("text_encoder")
-    if encoder is not None:
-        (source,) = encoder.sources(config, [TOKENS], found).values()
-        words = config.text[0]
-        out.notes += describe_words(replace(words, vocab=found[source.key][0]) if source.key in found else words)
-    left = [key for key in found if key not in used and not ignored(key) and not unrun(key, config.text[0].layers)]
+    for name, words in zip(config.text_names, config.text, strict=True):
+        if (encoder := layouts.get(name)) is not None:
+            (source,) = encoder.sources(config, [TOKENS], found).values()
+            out.notes += describe_words(replace(words, vocab=found[source.key][0]) if source.key in found else words)
+    fewest = min(text.layers for text in config.text)
+    left = [key for key in found if key not in used and not ignored(key) and not unrun(key, fewest)]
     copied = copies(left, config) if left else {}
     out.notes += [line for name in layouts for line in describe_copies(layouts, name, config, copied)]
     known = {key for keys in copied.values() for key in keys}

@@ -35,7 +35,9 @@ VAE = "first_stage_model."
 CLIP = "cond_stage_model.transformer.text_model."
 CLIP_OLD = "cond_stage_model.transformer."  # some fine-tunes lack "text_model."
 OPENCLIP = "cond_stage_model.model."
-TEXT = {"clip": CLIP, "openclip": OPENCLIP}  # the prefix of an original text encoder, by `TextConfig.names`
+# The prefixes of original text encoders, by `TextConfig.names`; of SDXL and its refiner, with the number of the encoder
+TEXT = {"clip": CLIP, "openclip": OPENCLIP}
+TEXT_XL = {"clip": "conditioner.embedders.{}.transformer.text_model.", "openclip": "conditioner.embedders.{}.model."}
 EMA = "model_ema."
 
 
@@ -45,6 +47,7 @@ class Source(NamedTuple):
     key: str
     third: int | None = None
     ones: int = 0  # dimensions of size 1 that it has in addition: 2 where our linear layer is a 1x1 convolution
+    transposed: bool = False  # whether rows and columns are exchanged
 
 
 Rules = dict[str, str]  # our layer within a block -> their layer within their block
@@ -114,6 +117,8 @@ def unet_blocks(config: Config, places: int | None = None) -> Iterator[BlockPair
     yield from (("time.0", "time_embed.0", THIS), ("time.2", "time_embed.2", THIS))
     if cfg.guidance is not None:  # the original has no such layer: this is the name in published single files
         yield "guidance", "time_embed.cond_proj", THIS
+    if cfg.vector is not None:
+        yield from (("vector.0", "label_emb.0.0", THIS), ("vector.2", "label_emb.0.2", THIS))
     yield from (("conv_in", "input_blocks.0.0", THIS), ("norm_out", "out.0", THIS), ("conv_out", "out.2", THIS))
     # the original numbers the blocks of a direction consecutively, on the way down with the steps between levels
     for level in range(last + 1):
@@ -126,16 +131,17 @@ def unet_blocks(config: Config, places: int | None = None) -> Iterator[BlockPair
             yield f"down.{level}.down", f"input_blocks.{first + places - 1}.0.op", THIS
     if cfg.middle_depth is not None:
         yield "mid.res.0", "middle_block.0", RESBLOCK
+    if cfg.middle_depth:
         yield "mid.attn", "middle_block.1", transformer(cfg.middle_depth)
         yield "mid.res.1", "middle_block.2", RESBLOCK
     for level in reversed(range(last + 1)):
-        first = (last - level) * places
-        for i in range(cfg.blocks + 1):
+        first, depths = (last - level) * places, cfg.depths_up(level)
+        for i, depth in enumerate(depths):
             yield f"up.{level}.res.{i}", f"output_blocks.{first + i}.0", RESBLOCK
-            if depth := cfg.depth[level]:
+            if depth:
                 yield f"up.{level}.attn.{i}", f"output_blocks.{first + i}.1", transformer(depth)
         if level > 0:  # the last layer of the level's last block
-            index = 2 if cfg.depth[level] else 1
+            index = 2 if depths[-1] else 1
             yield f"up.{level}.up.conv", f"output_blocks.{first + places - 1}.{index}.conv", THIS
 
 
@@ -201,17 +207,21 @@ def diffusers_unet_blocks(config: Config) -> Iterator[BlockPair]:
     yield from (("time.0", "time_embedding.linear_1", THIS), ("time.2", "time_embedding.linear_2", THIS))
     if cfg.guidance is not None:
         yield "guidance", "time_embedding.cond_proj", THIS
+    if cfg.vector is not None:
+        yield from (("vector.0", "add_embedding.linear_1", THIS), ("vector.2", "add_embedding.linear_2", THIS))
     yield from (("conv_in", "conv_in", THIS), ("norm_out", "conv_norm_out", THIS), ("conv_out", "conv_out", THIS))
     if cfg.middle_depth is not None:
-        for i in range(2):
-            yield f"mid.res.{i}", f"mid_block.resnets.{i}", DIFFUSERS_RESBLOCK
+        yield "mid.res.0", "mid_block.resnets.0", DIFFUSERS_RESBLOCK
+    if cfg.middle_depth:
+        yield "mid.res.1", "mid_block.resnets.1", DIFFUSERS_RESBLOCK
         yield "mid.attn", "mid_block.attentions.0", transformer(cfg.middle_depth)
     for level in range(last + 1):
         down, up = f"down_blocks.{level}", f"up_blocks.{last - level}"
-        for ours, theirs, blocks in ((f"down.{level}", down, cfg.blocks), (f"up.{level}", up, cfg.blocks + 1)):
-            for i in range(blocks):
+        depths_down, depths_up = (cfg.depth[level],) * cfg.blocks, cfg.depths_up(level)
+        for ours, theirs, depths in ((f"down.{level}", down, depths_down), (f"up.{level}", up, depths_up)):
+            for i, depth in enumerate(depths):
                 yield f"{ours}.res.{i}", f"{theirs}.resnets.{i}", DIFFUSERS_RESBLOCK
-                if depth := cfg.depth[level]:
+                if depth:
                     yield f"{ours}.attn.{i}", f"{theirs}.attentions.{i}", transformer(depth)
         if level < last:
             yield f"down.{level}.down", f"{down}.downsamplers.0.conv", THIS
@@ -250,14 +260,17 @@ def _layers(blocks: Iterable[BlockPair], prefix: str = "") -> dict[str, str]:
 
 
 def text_sources(layout: str, text: TextConfig, prefix: str) -> Callable[[str], Source]:
-    """The sources of the text encoder's weights, by our key. `layout` "clip" (transformers' names) or "openclip"."""
+    """The sources of a text encoder's weights, by our key. `layout` "clip" (transformers' names) or "openclip"."""
     blocks = openclip_blocks if layout == "openclip" else clip_blocks
-    plain = _sources(_layers(blocks(text), prefix))
-    if layout == "clip":
-        return plain
+    layers = _layers(blocks(text), prefix)
+    if layout == "clip":  # transformers' CLIPTextModelWithProjection has the layer beside its `text_model`
+        return _sources({"projection": prefix.removesuffix("text_model.") + "text_projection", **layers})
+    plain = _sources(layers)
 
     def source(key: str) -> Source:
         layer, _, leaf = key.rpartition(".")
+        if layer == "projection":  # a bare matrix, by which vectors are multiplied from the right
+            return Source(prefix + "text_projection", transposed=True)
         block, _, name = layer.rpartition(".attn.")
         if layer == "position":
             return Source(prefix + "positional_embedding")
@@ -304,7 +317,7 @@ def original_unet(config: Config) -> str:
 
 
 def sources(network: str, layout: str, config: Config, prefix: str, keys: Iterable[str]) -> dict[str, Source]:
-    """The sources of a network's weights ("text_encoder", "vae", "unet") in a layout, by our keys.
+    """The sources of a network's weights ("text_encoder", "text_encoder_2", "vae", "unet") in a layout, by our keys.
 
     layout   "own", "own-0.1" (as written by version 0.1), or one that the network's function above knows
     prefix   the prefix of every key in that layout
@@ -313,8 +326,8 @@ def sources(network: str, layout: str, config: Config, prefix: str, keys: Iterab
         return {key: Source(prefix + key) for key in keys}
     if layout == "own-0.1":
         return {key: Source(prefix + OWN.sub(r"\1.block.", key)) for key in keys}
-    if network == "text_encoder":
-        source = text_sources(layout, config.text[0], prefix)
+    if network in config.text_names:
+        source = text_sources(layout, text_of(config, network), prefix)
     else:
         source = {"vae": vae_sources, "unet": unet_sources}[network](layout, config, prefix)
     return {key: source(key) for key in keys}
@@ -326,14 +339,16 @@ def every_name(network: str, config: Config, prefix: str) -> Iterator[Callable[[
     That includes blocks whose layers are named as in another layout, such as `mid.attn_1.to_q`. The result of a
     callable is None for a weight that has no name of this kind.
     """
-    walks: dict[str, tuple[Iterable[BlockPair], ...]] = {
-        "text_encoder": (clip_blocks(config.text[0]), openclip_blocks(config.text[0])),
-        "vae": (vae_blocks(config), diffusers_vae_blocks(config)),
-        "unet": (unet_blocks(config), diffusers_unet_blocks(config)),
-    }
-    if network == "text_encoder":
-        yield text_sources("openclip", config.text[0], prefix)  # has names that are not in a table
-    for pairs in map(list, walks[network]):
+    walks: tuple[Iterable[BlockPair], ...]
+    if network in config.text_names:
+        text = text_of(config, network)
+        walks = (clip_blocks(text), openclip_blocks(text))
+        yield text_sources("openclip", text, prefix)  # has names that are not in a table
+    elif network == "vae":
+        walks = (vae_blocks(config), diffusers_vae_blocks(config))
+    else:
+        walks = (unet_blocks(config), diffusers_unet_blocks(config))
+    for pairs in map(list, walks):
         for number in range(max(map(len, SAME_BLOCK))):
             yield _known(_layers([(ours, theirs, _rules(rules, number)) for ours, theirs, rules in pairs], prefix))
 
@@ -357,15 +372,26 @@ def from_own_0_1(key: str) -> str:
     return OWN_0_1.sub(r"\1.blocks.0.", key)
 
 
+def text_of(config: Config, network: str) -> TextConfig:
+    """The text encoder of this name ("text_encoder", "text_encoder_2")."""
+    return config.text[config.text_names.index(network)]
+
+
+def original_text(config: Config, network: str) -> tuple[str, str]:
+    """The layout of a text encoder in an original checkpoint of this config, and its prefix."""
+    number = config.text_names.index(network)
+    names = config.text[number].names
+    return names, (TEXT_XL if config.sizes else TEXT)[names].format(number)
+
+
 def original_sources(config: Config, keys: Mapping[str, Iterable[str]]) -> dict[str, dict[str, Source]]:
     """Per network, the sources of our weights in an original checkpoint of this config.
 
     keys   per network ("text_encoder", "vae", "unet", "unet_ema"), our names of its weights
     """
-    style = config.text[0].names
-    text = (style, TEXT[style])
     unet = (original_unet(config), UNET)
-    where = {"text_encoder": text, "vae": ("original", VAE), "unet": unet, "unet_ema": ("ema", EMA)}
+    where = {"vae": ("original", VAE), "unet": unet, "unet_ema": ("ema", EMA)}
+    where |= {network: original_text(config, network) for network in config.text_names}
     return {
         network: sources(network.removesuffix("_ema"), where[network][0], config, where[network][1], of_network)
         for network, of_network in keys.items()
@@ -378,7 +404,9 @@ def diffusers_sources(config: Config, keys: Mapping[str, Iterable[str]]) -> dict
     These are UNet2DConditionModel, AutoencoderKL and transformers 5's CLIPTextModel, also for OpenCLIP; earlier
     versions of transformers put "text_model." before every key. `keys` as for `original_sources`.
     """
-    layout = {"text_encoder": "clip"} | ({"vae": "taesd-diffusers"} if isinstance(config.vae, TinyVAEConfig) else {})
+    layout = dict.fromkeys(config.text_names, "clip") | (
+        {"vae": "taesd-diffusers"} if isinstance(config.vae, TinyVAEConfig) else {}
+    )
     return {
         network: sources(network, layout.get(network, "diffusers"), config, "", of_network)
         for network, of_network in keys.items()

@@ -9,6 +9,7 @@ single weights may have the names of another layout (`Layout.sources`), and a fi
     network        layout         characteristic key                            written by
     text_encoder   clip           embeddings.token_embedding.weight             transformers' CLIPTextModel; SD 1.x
                    openclip       positional_embedding, without ".weight"       OpenCLIP; SD 2.x
+    text_encoder_2 clip, openclip the same, SDXL's second one                 transformers, OpenCLIP
     vae            original       decoder.mid.block_1.norm1.weight              CompVis
                    diffusers      decoder.mid_block.resnets.0.norm1.weight      diffusers
     vae            taesd...       decoder.3.conv.0.weight, ...: tiny_vae.py     tiny autoencoders (TAESD)
@@ -28,11 +29,24 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from ..config import Config, TinyVAEConfig
-from .key_maps import CLIP, CLIP_OLD, EMA, OPENCLIP, TEXT, UNET, VAE, Source, every_name, original_unet, sources
+from .key_maps import (
+    CLIP,
+    CLIP_OLD,
+    EMA,
+    OPENCLIP,
+    UNET,
+    VAE,
+    Source,
+    every_name,
+    original_text,
+    original_unet,
+    sources,
+)  # fmt: skip
 from .tiny_vae import MARKS, is_tiny
 from .tiny_vae import OWN as OWN_TINY
 
 NETWORKS = ("text_encoder", "vae", "unet")
+SECOND = "text_encoder_2"
 AVERAGE = "unet_ema"  # moving average of the U-Net, which a training checkpoint has in addition
 TOKENS = "token.weight"  # our name of the text encoder's table of tokens
 
@@ -49,6 +63,13 @@ CLIP_PREFIXES = (
     *(prefix + inner for prefix in TEXT_PREFIXES for inner in ("text_model.", "")),
 )  # fmt: skip
 OPENCLIP_PREFIXES = (OPENCLIP, CLIP_OLD, "cond_stage_model.", *TEXT_PREFIXES, "text.", "model.text.")
+# Of SDXL's second text encoder
+SECOND_PREFIXES = (
+    f"{SECOND}.", "conditioner.embedders.1.transformer.", "conditioner.embedders.1.",
+    "text_encoders.clip_g.transformer.", "text_encoders.clip_g.", "clip_g.transformer.", "clip_g.", "te2.",
+)  # fmt: skip
+SECOND_CLIP_PREFIXES = tuple(prefix + inner for prefix in SECOND_PREFIXES for inner in ("text_model.", ""))
+SECOND_OPENCLIP_PREFIXES = ("conditioner.embedders.1.model.", *SECOND_PREFIXES)
 VAE_PREFIXES = (VAE, "vae.", "")
 UNET_PREFIXES = (UNET, "unet.", "diffusion_model.", "model.", "")
 
@@ -65,6 +86,11 @@ LAYOUTS: Mapping[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
         ("own", TOKENS, ("text_encoder.",)),
         ("clip", "embeddings.token_embedding.weight", CLIP_PREFIXES),
         ("openclip", "positional_embedding", OPENCLIP_PREFIXES),
+    ),
+    SECOND: (
+        ("own", TOKENS, (f"{SECOND}.",)),
+        ("clip", "embeddings.token_embedding.weight", SECOND_CLIP_PREFIXES),
+        ("openclip", "positional_embedding", SECOND_OPENCLIP_PREFIXES),
     ),
     "vae": (
         ("own", "decoder.mid.res.0.norm1.weight", ("vae.",)),
@@ -119,8 +145,10 @@ class Layout(NamedTuple):
         return table
 
     def fits(self, config: Config) -> bool:
-        """Whether the layout is one of the kind of network that a model of this config has: a tiny VAE or another."""
-        return self.network != "vae" or is_tiny(self.name) == isinstance(config.vae, TinyVAEConfig)
+        """Whether a model of this config has such a network: a second text encoder, a tiny VAE or another."""
+        if self.network == "vae":
+            return is_tiny(self.name) == isinstance(config.vae, TinyVAEConfig)
+        return self.network in (*config.networks, AVERAGE)
 
     def other_names(self, config: Config) -> Iterator[Callable[[str], Source | None]]:
         """The names that weights may have instead, after the same prefix. Files of ours have none."""
@@ -180,11 +208,18 @@ def find_layouts(found: Container[str]) -> dict[str, Layout]:
     return {network: several[0] for network, several in all_layouts(found).items()}
 
 
+def alone_as(network: str, layouts: Mapping[str, Layout]) -> dict[str, Layout]:
+    """The layouts of a file to take a network from: its only text encoder may be the second one of a model."""
+    if network == SECOND and network not in layouts and "text_encoder" in layouts:
+        return {**layouts, network: layouts["text_encoder"]._replace(network=network)}
+    return dict(layouts)
+
+
 def usual_layout(network: str, config: Config) -> Layout:
     """The layout of a network of this config in an original checkpoint."""
-    names = config.text[0].names
+    if network in config.text_names:
+        return Layout(network, *original_text(config, network))
     return {
-        "text_encoder": Layout(network, names, TEXT[names]),
         "vae": Layout(network, "taesd" if isinstance(config.vae, TinyVAEConfig) else "original", VAE),
         "unet": Layout(network, original_unet(config), UNET),
         AVERAGE: Layout(network, "ema", EMA),

@@ -32,7 +32,7 @@ from .diffusers_config import check_text_encoder, vae_from_diffusers
 from .few_step_files import notes_on_scheduler
 from .finite import FiniteCheck
 from .formats.mmap import fresh
-from .layouts import NETWORKS, find_layouts
+from .layouts import alone_as, find_layouts
 from .matching import NAMES, match_layouts, shape_text
 from .other_models import refuse_alone, refuse_others, refuse_part
 from .prediction import predicting, probe
@@ -40,7 +40,7 @@ from .supported_settings import ignored_settings
 from .tiny_vae import describe_tiny, notes_on_tiny
 from .tokenizer_files import describe_words
 
-PATHS = ("vae", "text_encoder", "cache")  # options that are paths
+PATHS = ("vae", "text_encoder", "text_encoder_2", "cache")  # options that are paths
 Report = Callable[[int], object]  # called with the number of elements of each weight that was read
 
 
@@ -50,25 +50,28 @@ def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
     Raises CheckpointError for a file without that network, or with one that does not fit the model.
     """
     found = shapes(tensors)
-    layouts = find_layouts(tensors)
+    layouts = alone_as(network, find_layouts(tensors))
     if network not in layouts:
         refuse_others(found)
         if not layouts:
             refuse_alone(found)
         raise CheckpointError(f"the file has no {NAMES[network]}: give another one with {FLAGS[network]}")
-    refuse_part(network, found)
+    refuse_part(network, found, bool(config.sizes))
     written, folder = tensors.metadata.get(CONFIG_KEY), tensors.configs.get(network)
-    if network == "text_encoder":
+    if network in config.text_names:
+        number = config.text_names.index(network)
+        text = config.text[number]
         if folder is not None:
-            check_text_encoder(folder, config.text[0])
-        words, pad = tuple(tensors.configs.get("words", {}).get("words", ())), min(config.text[0].pad, END)
+            check_text_encoder(folder, text)
+        words, pad = tuple(tensors.configs.get("words", {}).get("words", ())), min(text.pad, END)
         if written is not None:
-            own = Config.from_json(written).text[0]
+            others = Config.from_json(written).text
+            own = others[min(number, len(others) - 1)]
             words, pad = own.words, own.pad if own.pad > END else pad
-        vocab = max([TextConfig().vocab, pad + 1])
-        text = replace(config.text[0], vocab=vocab, words=words, pad=pad)
-        plain = replace(config, text=(text, *config.text[1:]))
-        layouts = match_layouts(found, plain)
+        text = replace(text, vocab=max([TextConfig().vocab, pad + 1]), words=words, pad=pad)
+        plain = replace(config, text=(*config.text[:number], text, *config.text[number + 1 :]))
+        layouts = alone_as(network, match_layouts(found, plain))
+        layouts = {name: layout for name, layout in layouts.items() if name == network}
         return with_form(with_vocabulary(plain, found, layouts), found, layouts)
     if written is not None:
         config = replace(config, vae=Config.from_json(written).vae)
@@ -121,7 +124,7 @@ def describe(
         lines += notes_on_tiny(found.config.vae, [file.path for file in (vae or tensors).files])
     elif scale != usual:
         lines.append(f"the VAE that is given has the scale {scale:g}, the model's own {usual:g}: it may not fit")
-    lines += describe_words(config.text[0])
+    lines += [line for text in config.text for line in describe_words(text)]
     return list(map(printable, lines))
 
 
@@ -206,6 +209,7 @@ class LoadOptions:
     prediction: str | None = None  # "eps" or "v": what the U-Net predicts
     vae: str | os.PathLike[str] | None = None  # another file or folder to take the VAE from, alone or whole
     text_encoder: str | os.PathLike[str] | None = None  # the same for the text encoder
+    text_encoder_2: str | os.PathLike[str] | None = None  # the same for SDXL's second text encoder
     variant: str | None = None  # of a diffusers folder: "fp16", ..., which files to read
     cache: str | os.PathLike[str] | None = None  # folder for converted and packed weights: weights_cache.py
 
@@ -227,7 +231,7 @@ class LoadOptions:
     @property
     def others(self) -> dict[str, str | os.PathLike[str]]:
         """Networks that come from other files: name -> path."""
-        given = {"vae": self.vae, "text_encoder": self.text_encoder}
+        given = {"vae": self.vae, "text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
         return {name: path for name, path in given.items() if path is not None}
 
 
@@ -249,7 +253,11 @@ class ModelFiles:
             }
             with naming(path):
                 self._found = identify(self._main, options.config, options.prediction, parts)
-                missing = [name for name in NETWORKS if name not in parts]
+                networks = self._found.config.networks
+                if extra := sorted(parts.keys() - set(networks)):
+                    name, what = self._found.config.name, NAMES[extra[0]]
+                    raise CheckpointError(f"{name} has no {what}: leave out {FLAGS[extra[0]]}")
+                missing = [name for name in networks if name not in parts]
                 self.states = convert(self._main, self._found.config, options.weights, missing)
             self.config = self._found.config
             for name, file in parts.items():

@@ -14,13 +14,33 @@ from functools import lru_cache
 from ..config import Config
 from ..messages import counted
 from .key_maps import Source
-from .layouts import AVERAGE, CLIP_PREFIXES, LAYOUTS, NETWORKS, OPENCLIP_PREFIXES, TOKENS, Layout, all_layouts
+from .layouts import (
+    AVERAGE,
+    CLIP_PREFIXES,
+    LAYOUTS,
+    OPENCLIP_PREFIXES,
+    SECOND,
+    SECOND_CLIP_PREFIXES,
+    SECOND_OPENCLIP_PREFIXES,
+    TOKENS,
+    Layout,
+    all_layouts,
+)  # fmt: skip
 
-NAMES = {"text_encoder": "text encoder", "vae": "vae", "unet": "U-Net", AVERAGE: "moving average (EMA) of the U-Net"}
+NAMES = {
+    "text_encoder": "text encoder",
+    SECOND: "second text encoder",
+    "vae": "vae",
+    "unet": "U-Net",
+    AVERAGE: "moving average (EMA) of the U-Net",
+}
 
 # A weight in one of the text encoder's layers: prefix, layout's name of the layers, number.
 TEXT_LAYER = re.compile(r"(.*?)(encoder\.layers|transformer\.resblocks)\.(\d{1,4})\.")
-LAYER_PREFIXES = {"encoder.layers": CLIP_PREFIXES, "transformer.resblocks": OPENCLIP_PREFIXES}
+LAYER_PREFIXES = {
+    "encoder.layers": CLIP_PREFIXES + SECOND_CLIP_PREFIXES,
+    "transformer.resblocks": OPENCLIP_PREFIXES + SECOND_OPENCLIP_PREFIXES,
+}
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -38,7 +58,7 @@ def match_layouts(found: Shapes, config: Config) -> dict[str, Layout]:
     layouts = {}
     for network, several in all_layouts(found).items():
         several = [layout for layout in several if layout.fits(config)] or several[:1]
-        if len(several) > 1:
+        if len(several) > 1 and several[0].fits(config):
             expected = expected_shapes(config)[network]
             several.sort(key=lambda layout: sum(map(len, faults(found, layout, config, expected))))
         layouts[network] = several[0]
@@ -60,6 +80,8 @@ def table_faults(found: Shapes, table: Mapping[str, Source], expected: Shapes) -
             continue
         if source.third is not None:
             want = (3 * want[0], *want[1:])
+        if source.transposed:
+            want = want[::-1]
         if key == TOKENS and len(have) == 2 and have[0] > want[0]:
             have = (want[0], have[1])  # fine-tuning added words that no prompt can contain
         if squeezed(have) != squeezed(want):
@@ -70,7 +92,7 @@ def table_faults(found: Shapes, table: Mapping[str, Source], expected: Shapes) -
 def copies(others: Collection[str], config: Config) -> dict[Layout, list[str]]:
     """The keys among `others`, which are not used, that name weights of the config's networks in any layout."""
     left, copied = set(others), {}
-    for network in (*NETWORKS, AVERAGE):
+    for network in (*config.networks, AVERAGE):
         for name, _, prefixes in LAYOUTS[network]:
             for prefix in sorted(prefixes, key=len, reverse=True):
                 if not any(key.startswith(prefix) for key in left):

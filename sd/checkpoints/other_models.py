@@ -1,4 +1,4 @@
-"""Files that are not Stable Diffusion 1.x or 2.x, recognised by their keys so that they can be refused by name.
+"""Files that are not Stable Diffusion 1.x, 2.x or XL, recognised by their keys so that they can be refused by name.
 
 Two tables: what makes a file another model or an addition, whatever else is in it; and what a file without a known
 network is. A row may also ask for the shape of the weight that its key matches.
@@ -23,7 +23,7 @@ class Other(NamedTuple):
     shape: str = ""
 
 
-NOT_SUPPORTED = "which is not supported (only Stable Diffusion 1.x and 2.x)"
+NOT_SUPPORTED = "which is not supported (only Stable Diffusion 1.x, 2.x and XL)"
 ADDITION = "an addition to a checkpoint, not a checkpoint"
 UNSUPPORTED_ADDITION = f"{ADDITION}, and not supported"
 EMBEDDING = f"this is a textual inversion embedding, {ADDITION}: give it with --embedding"
@@ -73,7 +73,6 @@ OTHERS: tuple[Other, ...] = (
     Other(r"^(adapter\.)?body\.\d+\.(in_conv|block[12]|resnets)\b", f"this is a T2I-Adapter, {UNSUPPORTED_ADDITION}"),
     Other(r"^image_proj\.|^ip_adapter\.|\bto_[kv]_ip\.", f"this is an IP-Adapter, {UNSUPPORTED_ADDITION}"),
     Other(r"motion_modules\.", f"this is a motion module (AnimateDiff), {UNSUPPORTED_ADDITION}"),
-    Other(SDXL, f"this is an SDXL model, {NOT_SUPPORTED}"),
     Other(r"joint_blocks\.\d+\.|^transformer\.joint_", f"this is an SD3 model, {NOT_SUPPORTED}"),
     Other(r"double_blocks\.\d+\.|single_transformer_blocks\.\d+\.", f"this is a Flux model, {NOT_SUPPORTED}"),
     Other(r"time_stack\.|temporal_transformer_blocks", f"this is a video model, {NOT_SUPPORTED}"),
@@ -114,7 +113,7 @@ ALONE: tuple[Other, ...] = (
     Other(r"^(320|640|768|1024|1280)\.", f"this is a hypernetwork, {UNSUPPORTED_ADDITION}"),
 )  # fmt: skip
 OTHER_INPUTS = {5: "a depth-to-image", 7: "an upscaling", 8: "an instruct-pix2pix"}
-OTHER_CONTEXTS = {1280: "LDM text2img-large or an SDXL refiner", 2048: "an SDXL"}
+OTHER_CONTEXTS = {1280: "LDM text2img-large or another SDXL refiner", 2048: "another SDXL"}
 
 
 def is_sdxl(found: Shapes) -> bool:
@@ -123,7 +122,7 @@ def is_sdxl(found: Shapes) -> bool:
 
 
 def refuse_others(found: Shapes, replaced: Collection[str] = ()) -> None:
-    """Raise CheckpointError, which names the kind of file, for what is not Stable Diffusion 1.x or 2.x.
+    """Raise CheckpointError, which names the kind of file, for what is not Stable Diffusion 1.x, 2.x or XL.
 
     replaced   networks that are taken from other files: "text_encoder", "vae"
     """
@@ -139,10 +138,10 @@ def refuse_alone(found: Shapes) -> None:
     _refuse(found, ALONE)
 
 
-def refuse_part(network: str, found: Shapes) -> None:
+def refuse_part(network: str, found: Shapes, for_sdxl: bool) -> None:
     """The same for a file to take a text encoder or a VAE from: one with other positions or other latents."""
-    _refuse(found, {"text_encoder": OTHER_TEXTS, "vae": OTHER_VAES}[network])
-    if network == "vae" and is_sdxl(found):
+    _refuse(found, OTHER_VAES if network == "vae" else OTHER_TEXTS)
+    if network == "vae" and is_sdxl(found) and not for_sdxl:
         raise CheckpointError("the VAE of an SDXL model, which makes other latents: give another one with --vae")
 
 

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ..config import GROUPS
+from ..config import GROUPS, SIZE_WIDTH
 from .checkpoint import CheckpointError
 
 Supported = dict[str, tuple[Any, ...]]  # setting -> the values that this project's network has
@@ -30,10 +30,11 @@ UNET: Supported = {
     "time_embedding_type": ("positional",), "time_embedding_act_fn": (), "timestep_post_act": (),
     "resnet_time_scale_shift": ("default",), "resnet_skip_time_act": (False,), "resnet_out_scale_factor": (1,),
     "conv_in_kernel": (3,), "conv_out_kernel": (3,), "downsample_padding": (1,),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",), "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"), "mid_block_scale_factor": (1,),
     "only_cross_attention": (False,), "mid_block_only_cross_attention": (False,), "dual_cross_attention": (False,),
-    "cross_attention_norm": (), "reverse_transformer_layers_per_block": (), "attention_type": ("default",),
-    "class_embeddings_concat": (False,), "addition_embed_type": (), "encoder_hid_dim_type": (),
+    "cross_attention_norm": (), "attention_type": ("default",),
+    "class_embeddings_concat": (False,), "encoder_hid_dim_type": (),
+    "addition_embed_type": ("text_time",), "addition_time_embed_dim": (SIZE_WIDTH,),
 }  # fmt: skip
 VAE: Supported = {
     "act_fn": ("silu", "swish"), "norm_num_groups": (GROUPS,), "mid_block_add_attention": (True,),
@@ -58,7 +59,7 @@ NOT_NULL = ("norm_num_groups",)
 FREE = {
     "unet": """sample_size in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block
         cross_attention_dim transformer_layers_per_block attention_head_dim num_attention_heads use_linear_projection
-        dropout upcast_attention addition_time_embed_dim addition_embed_type_num_heads time_embedding_dim
+        dropout upcast_attention reverse_transformer_layers_per_block addition_embed_type_num_heads time_embedding_dim
         projection_class_embeddings_input_dim class_embed_type num_class_embeds encoder_hid_dim time_cond_proj_dim
         dtype from_pt use_memory_efficient_attention split_head_dim
         decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup""",
@@ -87,13 +88,12 @@ KINDS = (
     Kind("unet", "_class_name", "UNet3D|Motion|SpatioTemporal|I2VGen", "a video model, which is not supported"),
     Kind("unet", "_class_name", "^(?!(Flax)?UNet2DConditionModel$)", "another network than Stable Diffusion's U-Net, "
          "which is not supported"),
-    Kind("unet", "addition_embed_type", "^text_time$", "an SDXL model, which is not supported"),
     *(
         Kind("unet", name, ANY, "an upscaling, unCLIP or other class-conditional model, which is not supported")
         for name in ("class_embed_type", "num_class_embeds")
     ),
-    Kind("unet", "addition_embed_type", ANY, "a model conditioned on images or a second text (Kandinsky, DeepFloyd), "
-         "which is not supported"),
+    Kind("unet", "addition_embed_type", "^(?!text_time$)", "a model conditioned on images or a second text "
+         "(Kandinsky, DeepFloyd), which is not supported"),
     Kind("unet", "encoder_hid_dim", ANY, "a model whose text encoder is another one (DeepFloyd, Kolors), which is not "
          "supported"),
     Kind("unet", "attention_type", "^gated", "a GLIGEN model, which is not supported"),

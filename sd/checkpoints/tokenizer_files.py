@@ -21,8 +21,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..config import END, MAX_WORD, MAX_WORDS, TextConfig, Word
 from ..text.vocabulary import MERGES, MERGES_CRC32, SPECIAL
+from ..text_config import END, MAX_WORD, MAX_WORDS, TextConfig, Word
 
 MAX_TOKENIZER = 1 << 24  # bytes of tokenizer.json, which has 3.6 MB with CLIP's tables
 VOCAB_CRC32 = 0xCF5F2F3E  # of CLIP's tokens in the order of their ids, joined by "\n"

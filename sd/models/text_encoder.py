@@ -11,7 +11,9 @@ masking it changes the image.
     pooled = projection(norm(x at the end token)), after the last layer
 
 What differs between models is in `TextConfig`. Stable Diffusion 1.x takes `hidden` from the last layer of OpenAI's
-ViT-L/14, 2.x from the last but one of OpenCLIP's ViT-H/14, both normalised; neither uses `pooled`.
+ViT-L/14, 2.x from the last but one of OpenCLIP's ViT-H/14, both normalised; neither uses `pooled`. SDXL has two
+encoders, ViT-L/14 and OpenCLIP's ViT-bigG/14: it takes `hidden` of both from the last layer but one, not normalised,
+and `pooled` of the second.
 
 B batch, M tokens (77), D width, P width of the projection.
 
@@ -23,13 +25,13 @@ B batch, M tokens (77), D width, P width of the projection.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..conditioning import TextOutput as TextOutput
 from ..config import END, TextConfig
 from .layers import Attention, module_list
 
@@ -62,31 +64,28 @@ class TextBlock(nn.Module):
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 
 
-def layer_of_clip_skip(config: TextConfig, clip_skip: int, note: Callable[[str], object]) -> int:
-    """The `hidden_layer` of `TextEncoder.forward` that a "clip skip" of the web UIs means.
+def layers_of_clip_skip(
+    configs: Sequence[TextConfig], clip_skip: int, note: Callable[[str], object]
+) -> tuple[int, ...]:
+    """The `hidden_layer` of `TextEncoder.forward` for each text encoder that a "clip skip" of the web UIs means.
 
-    It counts the layers of the encoder as it was published, from its end: 1 is the last. SD 2 was trained with the last
-    but one, number 2, and has no last one. There the web UI ignores the setting, whose default is 1; here, too, 1 means
-    the model's own layer, and `note` says so. Raises ValueError for a number below 1 or above that of the layers.
+    It counts the layers of an encoder as it was published, from its end: 1 is the last. SD 2 and SDXL were trained with
+    the last but one, number 2, and SD 2 and an encoder of SDXL have no last one. There the web UI ignores the setting,
+    whose default is 1; here, too, 1 means the model's own layers, and `note` says so. Raises ValueError for a number
+    below 1 or above that of the layers.
     """
-    if not 1 <= clip_skip <= config.published_layers:
+    most = min(config.published_layers for config in configs)
+    if not 1 <= clip_skip <= most:
         raise ValueError(
-            f"clip_skip must be from 1 (the last layer) to {config.published_layers}, the number of layers of this "
-            f"model's text encoder; got {clip_skip}"
+            f"clip_skip must be from 1 (the last layer) to {most}, the number of layers of this model's text encoder"
+            f"; got {clip_skip}"
         )
-    layer = config.published_layers - config.layers - clip_skip
-    if layer >= 0:
-        own = config.published_layers - config.layers - config.hidden_layer
+    layers = [config.published_layers - config.layers - clip_skip for config in configs]
+    if max(layers) >= 0 or any(-layer > config.layers for layer, config in zip(layers, configs, strict=True)):
+        own = configs[0].published_layers - configs[0].layers - configs[0].hidden_layer
         note(f"clip skip {clip_skip} has no effect: this model lacks that layer and uses clip skip {own}")
-        return config.hidden_layer
-    return layer
-
-
-class TextOutput(NamedTuple):
-    """What the text encoder says about a batch of texts."""
-
-    hidden: Tensor  # (B, M, D), one vector per token
-    pooled: Tensor | None = None  # (B, P), or (B, D) where nothing projects it: one vector per text
+        return tuple(config.hidden_layer for config in configs)
+    return tuple(layers)
 
 
 class TextEncoder(nn.Module):

@@ -77,30 +77,34 @@ class SpatialTransformer(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, transformer, residual block at the coarsest level."""
+    """Residual block, transformer, residual block at the coarsest level; of depth 0, the first one alone."""
 
     def __init__(self, config: UNetConfig, depth: int, time_width: int) -> None:
         super().__init__()
         channels, heads = config.channels[-1], config.heads[-1]
-        self.res = module_list(ResBlock(channels, channels, NORM_EPS, time_width) for _ in range(2))
-        self.attn = SpatialTransformer(channels, heads, config.context, depth)
+        self.res = module_list(ResBlock(channels, channels, NORM_EPS, time_width) for _ in range(2 if depth else 1))
+        self.attn = SpatialTransformer(channels, heads, config.context, depth) if depth else None
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         """x (B, C, H, W), time (B, T), context (B, M, D) -> (B, C, H, W)."""
-        return self.res[1](self.attn(self.res[0](x, time), context), time)
+        x = self.res[0](x, time)
+        return x if self.attn is None else self.res[1](self.attn(x, context), time)
 
 
 class Stage(nn.Module):
-    """One resolution: residual blocks, each followed by a transformer where the level's depth is not 0.
+    """One resolution: residual blocks, each followed by a transformer unless the depths are 0.
 
-    `widths` are the input channels of each block. `down` or `up` is the step to the next level, None at the end.
+    `widths` are the input channels of each block, and `depths` the transformer blocks after each. `down` or `up` is the
+    step to the next level, None at the end.
     """
 
-    def __init__(self, config: UNetConfig, level: int, widths: list[int], time_width: int) -> None:
+    def __init__(
+        self, config: UNetConfig, level: int, widths: Sequence[int], depths: Sequence[int], time_width: int
+    ) -> None:
         super().__init__()
-        channels, heads, depth = config.channels[level], config.heads[level], config.depth[level]
+        channels, heads, context = config.channels[level], config.heads[level], config.context
         self.res = module_list(ResBlock(width, channels, NORM_EPS, time_width) for width in widths)
-        self.attn = module_list(SpatialTransformer(channels, heads, config.context, depth) for _ in widths if depth > 0)
+        self.attn = module_list(SpatialTransformer(channels, heads, context, depth) for depth in depths if depth)
         self.down: nn.Conv2d | None = None
         self.up: Upsample | None = None
 
@@ -133,7 +137,7 @@ class UNet(nn.Module):
         skips = [first]  # channels of what is kept on the way down
         for i, channels in enumerate(config.channels):
             widths = [skips[-1]] + [channels] * (config.blocks - 1)
-            stage = Stage(config, i, widths, time_width)
+            stage = Stage(config, i, widths, [config.depth[i]] * config.blocks, time_width)
             skips += [channels] * config.blocks
             if i < len(config.channels) - 1:
                 stage.down = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
@@ -147,7 +151,7 @@ class UNet(nn.Module):
         width = last  # channels of the output of the coarser level
         for i, channels in reversed(list(enumerate(config.channels))):
             widths = [before + skips.pop() for before in [width] + [channels] * config.blocks]
-            stage = Stage(config, i, widths, time_width)
+            stage = Stage(config, i, widths, config.depths_up(i), time_width)
             if i > 0:
                 stage.up = Upsample(channels)
             up.append(stage)
