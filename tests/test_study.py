@@ -35,6 +35,7 @@ from sd.runtime.optimize import optimize
 from sd.schedule import Schedule
 from sd.study import (
     attention,
+    attention_figures,
     consistency,
     convergence,
     denoising,
@@ -792,7 +793,7 @@ def test_full_size():
         *(("down", level) for level in (0, 1, 2)), ("mid", 3), *(("up", level) for level in (0, 1, 2)),
     }  # fmt: skip
     assert len(seen.maps.sites) == 16
-    attention.draw_breakdown(seen, 2)
+    attention_figures.draw_breakdown(seen, 2)
     run = denoising.trajectory(model, PROMPT, settings)
     denoising.draw_trajectory(model, run)
     image = Image.new("RGB", (64, 64), "red")
@@ -806,7 +807,7 @@ def test_full_size():
     network.draw_network(network.trace(model.unet, 8, 8), model.unet, config.name)
     network.draw_table(network.trace(model.unet, 8, 8), 4)
     places = [(0.5, 0.5)]
-    attention.draw_self_maps(*attention.self_maps(model, PROMPT, places, settings), places)
+    attention_figures.draw_self_maps(*attention.self_maps(model, PROMPT, places, settings), places)
     text.draw_word_order(text.word_order(model, PROMPT, "a red meadow on a house", settings))
     similar = text.token_similarity(model.text_encoder, model.tokenizer, ["red", "blue"])
     text.draw_embeddings(similar, ["red", "blue"], text.position_similarity(model.text_encoder))
