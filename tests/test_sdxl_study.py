@@ -64,7 +64,9 @@ def test_a_run_is_that_of_the_pipeline(xl, negative):
 def test_a_context_alone_is_refused_in_one_line(xl):
     with pytest.raises(ValueError, match=r"^tiny sdxl needs a vector .*model.conditioning\(prompts\) has both$"):
         runs.run(xl, xl.encode_prompt([PROMPT]), FEW)
-    with pytest.raises(ValueError, match="expected a conditioning"):
+    with pytest.raises(
+        ValueError, match=r"^expected contexts \(B, M, D\) of encode_prompt, or a conditioning, got str$"
+    ):
         runs.run(xl, "a house", FEW)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -456,8 +457,8 @@ class GaussianModel:
     config = defaults = SD1
     sample = StableDiffusion.sample
 
-    def encode_prompt(self, texts: list[str]) -> Tensor:
-        return torch.zeros(len(texts), 1, 1)
+    def conditioning(self, texts: list[str], sizes: Sequence[float] | None = None) -> Conditioning:
+        return Conditioning(torch.zeros(len(texts), 1, 1))
 
     def latent_shape(self) -> tuple[int, int, int]:
         return 4, 8, 8

@@ -114,7 +114,7 @@ def run(
     context = cond.context if isinstance(cond, Conditioning) else cond
     if not isinstance(context, Tensor) or context.dim() != 3:
         got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
-        raise ValueError(f"expected a conditioning, or contexts (B, M, D) of encode_prompt, got {got}")
+        raise ValueError(f"expected contexts (B, M, D) of encode_prompt, or a conditioning, got {got}")
     if isinstance(cond, Tensor) and model.config.unet.vector is not None:
         raise ValueError(f"{model.config.name} needs a vector beside the context: model.conditioning(prompts) has both")
     x = noise(model, settings, context.shape[0]) if x is None else x
