@@ -2,7 +2,7 @@
 
     python scripts/train.py --vae outputs/vae/vae.safetensors --text outputs/text/text_encoder.safetensors \
         --out outputs/pocket                                                                    the embedded model
-    python scripts/train.py --ckpt v1-5.ckpt --data photos --out outputs/mine                   fine-tuning
+    python scripts/train.py --ckpt v1-5.ckpt --data photos --out outputs/mine                   fine-tuning; or SDXL
     python scripts/train.py --ckpt v1-5.ckpt --data photos --inpaint --out outputs/inpainting   9 channels
     python scripts/train.py --out outputs/mine --resume                                         continue a stopped run
     torchrun --nproc-per-node 4 scripts/train.py ...                                            on four GPUs
@@ -72,7 +72,7 @@ def parser() -> cli.Parser:
     add("--text", type=cli.file_path, metavar="FILE", help="new model: file of train_text.py (default: a new encoder)")
     add("--weights", choices=WEIGHTS, default="auto", help="of a checkpoint with both: plain or averaged (EMA) U-Net")
     add("--prediction", choices=PREDICTIONS, help="new model: predict the noise or the velocity")
-    add("--train-text", action="store_true", help="train the text encoder too; always on for a new model")
+    add("--train-text", action="store_true", help="train the text encoders too; always on for a new model")
     add("--inpaint", action="store_true", help="train a U-Net of 9 channels for inpainting, on random masks")
     add("--weighting", choices=("none", *WEIGHTINGS), default="none", help="loss weight of timesteps (default: none)")
     add("--drop", type=float, default=0.1, help="share of dropped prompts, for guidance (default: %(default)s)")

@@ -18,9 +18,12 @@ from scripts import study
 from sd import StableDiffusion
 from sd.checkpoints.detect import CONFIG_KEY
 from sd.checkpoints.export import to_own
-from sd.config import SD1, SDXL, SDXL_REFINER, Config, UNetConfig
+from sd.config import REFINER_SIZES, SD1, SDXL, SDXL_REFINER, Config, UNetConfig
+from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
+from sd.models.vae import VAE
 from sd.params import SamplingParams, TextToImage
+from sd.prompts import size_embedding
 from sd.study import (
     attention,
     attention_figures,
@@ -59,6 +62,22 @@ def test_a_run_is_that_of_the_pipeline(xl, negative):
     for _ in run:
         pass
     assert error(ours, run.x) < 1e-5
+
+
+def test_a_refiner():
+    """One text encoder and aesthetic scores, another one for the negative prompt; the studies that need one work."""
+    config = replace(
+        TINY_XL, name="tiny refiner", size=64, text=TINY_XL.text[1:], sizes=REFINER_SIZES, zero_empty=False,
+        unet=replace(TINY_XL.unet, context=96, vector=96 + 5 * 256),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    parts = TextEncoder(config.text[0]), VAE(config.vae), UNet(config.unet)
+    model = StableDiffusion(config, *(part.requires_grad_(False).eval() for part in parts))
+    cond, uncond = model.conditioning([""]), runs.unconditional(model)
+    assert torch.equal(cond.context, uncond.context) and torch.equal(cond.vector[:, :-256], uncond.vector[:, :-256])
+    scores = [sizes[:, -256:] for sizes in (cond.vector, uncond.vector)]
+    assert torch.equal(torch.cat(scores), size_embedding(torch.tensor([[6.0], [2.5]])))
+    assert attention.word_maps(model, PROMPT, FEW).maps.network == "tiny refiner"
 
 
 def test_a_context_alone_is_refused_in_one_line(xl):

@@ -9,17 +9,17 @@ import pytest
 import torch
 from common import TINY_XL, error, tiny_state
 from conftest import loaded
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_train_scripts import QUICK, SMALL, photos, start  # noqa: F401
 
-from scripts import distill, train, train_text
+from scripts import convert, distill, train, train_text
 from scripts.training.captions import Captions, padded
 from scripts.training.models import write_model
 from scripts.training.state import save_tensors
 from sd import StableDiffusion
 from sd.checkpoints.detect import CONFIG_KEY
 from sd.conditioning import Conditioning
-from sd.config import BASE_SIZES, SDXL, Config, TextConfig, UNetConfig
+from sd.config import BASE_SIZES, MODELS, SDXL, Config, TextConfig, UNetConfig
 from sd.models.build import build
 from sd.models.unet import UNet
 from sd.models.vae import VAE
@@ -118,6 +118,35 @@ def test_a_lora_learns():
     assert len(tensors) == 3 * len(lora.names)
     deep = "lora_unet_mid_block_attentions_0_transformer_blocks_1_attn2_to_k.lora_down.weight"
     assert tensors[deep].shape == (4, 160)
+
+
+def test_diffusers_reads_the_lora(tmp_path, monkeypatch):
+    """Its U-Net with the trained LoRA predicts what ours does: the names are found, those of the second blocks too."""
+    diffusers = pytest.importorskip("diffusers", reason="compares with diffusers, which is not installed")
+    pytest.importorskip("peft")
+    model = xl()
+    lora = TrainableLora(model.unet, lora_layers(model.unet), rank=2)
+    with torch.no_grad():
+        for layer in lora.layers:
+            layer.up.copy_(0.2 * torch.randn(layer.up.shape, generator=rng(1)))
+    save_tensors(lora_tensors({"unet": lora}, model.config), tmp_path / "lora.safetensors", {"format": "pt"})
+    save_file(tiny_state("tiny-sdxl"), tmp_path / "tiny.safetensors")
+    monkeypatch.setitem(MODELS, "tiny-sdxl", TINY_XL)
+    arguments = (tmp_path / "tiny.safetensors", tmp_path / "folder", "--layout", "diffusers", "--model", "tiny-sdxl")
+    assert convert.main([*map(str, arguments)]) == 0
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "folder", add_watermarker=False)
+    _, t, noise, cond = batch(model)
+    added = {"text_embeds": cond.vector[:, :96], "time_ids": torch.tensor([[128.0, 128, 0, 0, 128, 128]] * 2)}
+
+    def theirs() -> torch.Tensor:
+        return pipe.unet(noise, t, cond.context, added_cond_kwargs=added).sample
+
+    plain = model.unet(noise, t, cond)
+    assert error(theirs(), plain) < 1e-5
+    pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
+    lora.attach(model.unet)
+    found = model.unet(noise, t, cond)
+    assert error(theirs(), found) < 1e-5 and error(found, plain) > 0.1
 
 
 def test_distillation_has_the_vector():
