@@ -15,7 +15,7 @@ from test_train_scripts import QUICK, SMALL, photos, start  # noqa: F401
 from scripts import convert, distill, train, train_text
 from scripts.training.captions import Captions, padded
 from scripts.training.models import write_model
-from scripts.training.state import save_tensors
+from scripts.training.state import load_state, save_tensors
 from sd import StableDiffusion
 from sd.checkpoints.detect import CONFIG_KEY
 from sd.conditioning import Conditioning
@@ -250,6 +250,10 @@ def test_fine_tuning(more, networks, checkpoint, photos, start, tmp_path):  # no
         assert model.config.unet.in_channels == 9 and model.config.sizes == BASE_SIZES
     else:
         assert model.config == SMALL_XL and changed(checkpoint, written) == networks
+        # a layer without a gradient must not be among the trained ones: DistributedDataParallel refuses that
+        kept = load_state(tmp_path / "state.pt")["networks"]
+        assert "text_encoder.norm.weight" not in kept
+        assert ("text_encoder_2.norm.weight" in kept) == ("text_encoder_2" in networks)
     assert (tmp_path / "samples-000002.png").exists()
 
 
