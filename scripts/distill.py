@@ -62,6 +62,7 @@ from sd.training.distillation import HUBER
 
 from .common import cli
 from .training import loop, models
+from .training.captions import Captions, text_encoders
 from .training.data import add_data_arguments, find_source, generator
 from .training.latents import Batches, latents
 from .training.processes import Processes
@@ -177,7 +178,7 @@ def make_student(args: argparse.Namespace, teacher: UNet, guidance: tuple[float,
 
 
 class Objective(nn.Module):
-    """The student with the loss of a method; text encoder and teacher are frozen."""
+    """The student with the loss of a method; text encoders and teacher are frozen."""
 
     def __init__(
         self,
@@ -187,16 +188,20 @@ class Objective(nn.Module):
         method: str,
         huber: float,
         substeps: int = 1,
+        size: int | None = None,
     ) -> None:
+        """`size` of the images in pixels, by default the model's own; other arguments are those of the options."""
         super().__init__()
-        self.student, self.text_encoder = student, model.text_encoder
+        self.student, self.captions = student, Captions(model, size or model.config.size)
+        for name, encoder in text_encoders(model).items():
+            self.add_module(name, encoder)
         self.schedule: Schedule = model.schedule
         self.method, self.huber, self.substeps = method, huber, substeps
         self.average: Mapping[str, Tensor] | None = None  # weights of the target; None: the student's
         self.networks = {"teacher": teacher}  # not a submodule: it is neither trained nor saved
         self.is_told = student.unet.config.guidance is not None
         with torch.no_grad():
-            self.uncond = Conditioning(self.text_encoder(model.tokenizer([""]).to(model.device)).hidden)
+            self.uncond = self.captions(self.captions.empty)
 
     def target(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The prediction that the student has to agree with."""
@@ -218,7 +223,7 @@ class Objective(nn.Module):
     ) -> Tensor:
         """x0, noise (B, C, h, w), ids (B, M), t, u, s and guidance (B,), concat (B, 5, h, w) or None -> a scalar."""
         with torch.no_grad():
-            cond = Conditioning(self.text_encoder(ids).hidden, concat=concat)
+            cond = self.captions(ids, concat)
             teacher = guided(self.networks["teacher"], self.uncond, guidance)
             x_t = self.schedule.add_noise(x0, noise, level_batch(self.schedule, t))
             points = solver_step(teacher, self.schedule, x_t, t, u, cond, self.substeps)
@@ -326,7 +331,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     student = make_student(args, teacher, guidance, recipe.seed)
     unet, lora = student.unet, student.lora
     objective = Objective(
-        student, student.without_lora if lora else teacher, model, args.method, args.huber, args.substeps
+        student, student.without_lora if lora else teacher, model, args.method, args.huber, args.substeps, size
     )
     channels_last(teacher, device)
     channels_last(objective, device)
@@ -349,7 +354,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     written = args.out / ("lora.safetensors" if lora else "model.safetensors")
 
     def present() -> StableDiffusion:
-        return StableDiffusion(config, model.text_encoder, model.vae, student.network(trainer.weights()))
+        return models.with_networks(model, config, unet=student.network(trainer.weights()))
 
     def write() -> str:
         dtype = find_dtype(args.export_dtype)

@@ -44,6 +44,7 @@ OUT = Path("outputs/study")
 FRAME_SECONDS = 0.15
 LAST_FRAME_REPEATS = 8  # of an MP4
 QUALITY = 90  # of WebP
+FEW_COLOURS = 4096  # a figure with more shows images
 OUT_OF_MEMORY = "out of memory: try a smaller --size, --dtype float16 or bfloat16, --low-memory, or --device cpu"
 
 
@@ -115,8 +116,8 @@ def save(figure: Image.Image | list[Image.Image], path: Path) -> None:
         save_film(figure, path)
         return
     with replaced_file(path) as partial:
-        if path.suffix == ".webp":
-            figure.save(partial, "WEBP", quality=QUALITY, method=6)
+        if path.suffix == ".webp":  # without loss, a drawing takes less space than with it
+            figure.save(partial, "WEBP", quality=QUALITY, method=6, lossless=bool(figure.getcolors(FEW_COLOURS)))
         else:
             figure.save(partial, "PNG", optimize=True)
 

@@ -2,7 +2,7 @@
 
     python scripts/train.py --vae outputs/vae/vae.safetensors --text outputs/text/text_encoder.safetensors \
         --out outputs/pocket                                                                    the embedded model
-    python scripts/train.py --ckpt v1-5.ckpt --data photos --out outputs/mine                   fine-tuning
+    python scripts/train.py --ckpt v1-5.ckpt --data photos --out outputs/mine                   fine-tuning; or SDXL
     python scripts/train.py --ckpt v1-5.ckpt --data photos --inpaint --out outputs/inpainting   9 channels
     python scripts/train.py --out outputs/mine --resume                                         continue a stopped run
     torchrun --nproc-per-node 4 scripts/train.py ...                                            on four GPUs
@@ -29,10 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from sd.checkpoints.convert import WEIGHTS
-from sd.conditioning import Conditioning
 from sd.config import PRECISIONS, PREDICTIONS, SHORT_PRECISIONS
-from sd.models.text_encoder import TextEncoder
-from sd.models.unet import UNet
 from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion
 from sd.runtime.device import find_dtype
@@ -41,6 +38,7 @@ from sd.training import channels_last, checkpoint_activations, diffusion_loss, m
 
 from .common import cli
 from .training import loop, models
+from .training.captions import Captions, text_encoders
 from .training.data import add_data_arguments, find_source
 from .training.latents import Batches, latents
 from .training.processes import Processes
@@ -74,7 +72,7 @@ def parser() -> cli.Parser:
     add("--text", type=cli.file_path, metavar="FILE", help="new model: file of train_text.py (default: a new encoder)")
     add("--weights", choices=WEIGHTS, default="auto", help="of a checkpoint with both: plain or averaged (EMA) U-Net")
     add("--prediction", choices=PREDICTIONS, help="new model: predict the noise or the velocity")
-    add("--train-text", action="store_true", help="train the text encoder too; always on for a new model")
+    add("--train-text", action="store_true", help="train the text encoders too; always on for a new model")
     add("--inpaint", action="store_true", help="train a U-Net of 9 channels for inpainting, on random masks")
     add("--weighting", choices=("none", *WEIGHTINGS), default="none", help="loss weight of timesteps (default: none)")
     add("--drop", type=float, default=0.1, help="share of dropped prompts, for guidance (default: %(default)s)")
@@ -88,18 +86,22 @@ def parser() -> cli.Parser:
 
 
 class Objective(nn.Module):
-    """Text encoder and U-Net with the diffusion loss, as one module for DistributedDataParallel."""
+    """Text encoders and U-Net with the diffusion loss, as one module for DistributedDataParallel.
 
-    def __init__(self, text_encoder: TextEncoder, unet: UNet, schedule: Schedule, weighting: str) -> None:
+    size   of the images in pixels
+    """
+
+    def __init__(self, model: StableDiffusion, size: int, weighting: str) -> None:
         super().__init__()
-        self.text_encoder, self.unet = text_encoder, unet
-        self.schedule, self.weight = schedule, WEIGHTINGS.get(weighting)
+        for name, encoder in text_encoders(model).items():
+            self.add_module(name, encoder)
+        self.unet, self.captions = model.unet, Captions(model, size)
+        self.schedule, self.weight = model.schedule, WEIGHTINGS.get(weighting)
 
     def forward(self, x0: Tensor, ids: Tensor, t: Tensor, noise: Tensor, concat: Tensor | None = None) -> Tensor:
         """x0 and noise (B, C, h, w), ids (B, M), t (B,), for 9 channels `concat` (B, 5, h, w) -> a scalar."""
         weight = self.weight(self.schedule, t) if self.weight else None
-        conditioning = Conditioning(self.text_encoder(ids).hidden, concat=concat)
-        return diffusion_loss(self.unet, self.schedule, x0, conditioning, t, noise, weight)
+        return diffusion_loss(self.unet, self.schedule, x0, self.captions(ids, concat), t, noise, weight)
 
 
 def find_model(args: argparse.Namespace, seed: int, device: torch.device) -> StableDiffusion:
@@ -140,18 +142,22 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         warnings.warn(f"the model does not know these words: {unknown} (--train-text learns them)", stacklevel=1)
     model.unet.requires_grad_(True)
     if args.train_text or not args.ckpt:
-        model.text_encoder.requires_grad_(True)
+        for encoder in text_encoders(model).values():
+            encoder.requires_grad_(True)
+            if not (encoder.config.hidden_norm or encoder.config.pooled):  # nothing uses it: SDXL's first encoder
+                encoder.norm.requires_grad_(False)
     if not args.ckpt:
         if args.text:
             model.text_encoder.load_state_dict(models.load_text_encoder(args.text, model).state_dict())
         models.forget_unused(model.text_encoder, torch.cat([data["ids"].long(), model.tokenizer([""])]))
-    objective = Objective(model.text_encoder, model.unet, model.schedule, args.weighting)
+    objective = Objective(model, size, args.weighting)
     channels_last(objective, device)
     if args.checkpointing:
         checkpoint_activations(objective)
     if args.compile:
         model.unet.compile()
-        model.text_encoder.compile()
+        for encoder in text_encoders(model).values():
+            encoder.compile()
     trainer = loop.Trainer(objective, recipe, processes, args)
     trained = sum(p.numel() for p in trainer.trained.values())
     batches = Batches(data, model, recipe, processes, args.drop, args.inpaint, trained)

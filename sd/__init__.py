@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from .checkpoints.convert import convert
 from .checkpoints.detect import detect, identify
-from .config import MODELS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, Config
+from .config import MODELS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, SDXL, SDXL_INPAINT, SDXL_REFINER, Config
 from .schedule import Level, Schedule
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ __all__ = [
     "SD2",
     "SD2_INPAINT",
     "SD2_V",
+    "SDXL",
+    "SDXL_INPAINT",
+    "SDXL_REFINER",
     "VAE",
     "Checkpoint",
     "CheckpointError",

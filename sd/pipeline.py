@@ -13,8 +13,8 @@ These methods build a request and return its images. `prepare` returns the run i
 
 A run only combines the other modules, which can also be used one by one:
 
-    context = model.encode_prompt(["a horse"])                                  models/text_encoder.py
-    denoise = model.denoiser(context, model.encode_prompt([""]), guidance=7.5)  denoiser.py
+    cond = model.conditioning(["a horse"])                                      prompts.py
+    denoise = model.denoiser(cond, model.conditioning([""]), guidance=7.5)      denoiser.py
     levels = model.schedule.levels(20, "leading")                               schedule.py
     x = draw(generators(7, 1), model.latent_shape(), model.device)              noise.py
     for step in model.sample(denoise, x, levels, "ddim"): ...                   samplers/

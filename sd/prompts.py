@@ -162,9 +162,9 @@ class TextEncoding:
         embedded = size_embedding(numbers).to(text.pooled).expand(len(text.pooled), -1)
         return Conditioning(text.hidden, torch.cat([text.pooled, embedded], dim=-1))
 
-    def zeroed(self, cond: Conditioning, empty: Sequence[bool]) -> Conditioning:
+    def zeroed(self, cond: Conditioning, empty: Sequence[bool] | Tensor) -> Conditioning:
         """A conditioning (B) with zeros in place of context and pooled text where `empty`; its sizes stay."""
-        keep = ~torch.tensor(empty, device=self.device)
+        keep = ~torch.as_tensor(empty, device=self.device)
         context, vector = cond.context * keep[:, None, None], cond.vector
         if vector is not None:
             pooled = self.config.text[-1].pooled_width

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -35,6 +36,7 @@ from sd.runtime.optimize import optimize
 from sd.schedule import Schedule
 from sd.study import (
     attention,
+    attention_figures,
     consistency,
     convergence,
     denoising,
@@ -455,8 +457,8 @@ class GaussianModel:
     config = defaults = SD1
     sample = StableDiffusion.sample
 
-    def encode_prompt(self, texts: list[str]) -> Tensor:
-        return torch.zeros(len(texts), 1, 1)
+    def conditioning(self, texts: list[str], sizes: Sequence[float] | None = None) -> Conditioning:
+        return Conditioning(torch.zeros(len(texts), 1, 1))
 
     def latent_shape(self) -> tuple[int, int, int]:
         return 4, 8, 8
@@ -792,7 +794,7 @@ def test_full_size():
         *(("down", level) for level in (0, 1, 2)), ("mid", 3), *(("up", level) for level in (0, 1, 2)),
     }  # fmt: skip
     assert len(seen.maps.sites) == 16
-    attention.draw_breakdown(seen, 2)
+    attention_figures.draw_breakdown(seen, 2)
     run = denoising.trajectory(model, PROMPT, settings)
     denoising.draw_trajectory(model, run)
     image = Image.new("RGB", (64, 64), "red")
@@ -806,7 +808,7 @@ def test_full_size():
     network.draw_network(network.trace(model.unet, 8, 8), model.unet, config.name)
     network.draw_table(network.trace(model.unet, 8, 8), 4)
     places = [(0.5, 0.5)]
-    attention.draw_self_maps(*attention.self_maps(model, PROMPT, places, settings), places)
+    attention_figures.draw_self_maps(*attention.self_maps(model, PROMPT, places, settings), places)
     text.draw_word_order(text.word_order(model, PROMPT, "a red meadow on a house", settings))
     similar = text.token_similarity(model.text_encoder, model.tokenizer, ["red", "blue"])
     text.draw_embeddings(similar, ["red", "blue"], text.position_similarity(model.text_encoder))

@@ -21,7 +21,7 @@ from scripts.figures.student import load_student
 from sd.config import POCKET
 from sd.few_step import LCM
 from sd.resources import EMBEDDED, EMBEDDED_LORA, resource
-from sd.study import attention, consistency, convergence, drawing, editing, latent, noising, text
+from sd.study import attention, attention_figures, consistency, convergence, drawing, editing, latent, noising, text
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {  # what each subcommand makes
@@ -32,6 +32,7 @@ FILES = {  # what each subcommand makes
     "schedule": {"schedule.png"},
     "forward": {"forward.webp"},
     "unet": {"unet.png", "unet-parts.png"},
+    "unets": {"unets.webp"},
     "attention": {"attention.webp", "attention-word.webp"},
     "influence": {"influence.webp"},
     "self-attention": {"self-attention.webp"},
@@ -238,8 +239,10 @@ def distance(a, b):
 def test_custom_prompts(run, monkeypatch):
     """No boxes, because the positions of the things are unknown; edits that work for any prompt."""
     seen = {}
-    draw_maps, draw_edits = attention.draw_word_maps, editing.draw_edits
-    monkeypatch.setattr(attention, "draw_word_maps", lambda *args: seen.update(notes=args[2:]) or draw_maps(*args))
+    draw_maps, draw_edits = attention_figures.draw_word_maps, editing.draw_edits
+    monkeypatch.setattr(
+        attention_figures, "draw_word_maps", lambda *args: seen.update(notes=args[2:]) or draw_maps(*args)
+    )
     monkeypatch.setattr(editing, "draw_edits", lambda edits: seen.update(edits=edits) or draw_edits(edits))
     for name in ("attention", "editing"):
         assert run(name, "--prompt", "a cat in the snow", "--other", "a duck in the snow", "--word", "cat")[0] == 0

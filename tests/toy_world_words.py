@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 
 import pytest
-from torch import Tensor
 
 from scripts.toy_world.words import FUNCTION_WORDS, WORDS
+from sd.conditioning import TextOutput
 from sd.pipeline import StableDiffusion
 
 KNOWN = {*WORDS, *FUNCTION_WORDS}
@@ -17,11 +17,12 @@ KNOWN = {*WORDS, *FUNCTION_WORDS}
 def strange_words(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """A set that gets every word of the prompts encoded from now on which that world does not know."""
     found: set[str] = set()
-    encode = StableDiffusion.encode_prompt
+    encode = StableDiffusion.encode_texts  # which `encode_prompt`, `conditioning` and runs call
 
-    def heard(model: StableDiffusion, prompts: Sequence[str], **options: object) -> Tensor:
-        found.update(word for prompt in prompts for word in re.findall(r"[\w-]+", prompt) if word not in KNOWN)
+    def heard(model: StableDiffusion, prompts: str | Sequence[str], **options: object) -> TextOutput:
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        found.update(word for text in texts for word in re.findall(r"[\w-]+", text) if word not in KNOWN)
         return encode(model, prompts, **options)
 
-    monkeypatch.setattr(StableDiffusion, "encode_prompt", heard)
+    monkeypatch.setattr(StableDiffusion, "encode_texts", heard)
     return found

@@ -11,14 +11,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from random import Random
 
+import torch
 from PIL import Image
 
 from sd import StableDiffusion
+from sd.config import SD1, SDXL
 from sd.imaging.files import read_image
 from sd.imaging.tensors import fit
+from sd.models.unet import UNet
 from sd.params import SamplingParams
 from sd.study import (
     attention,
+    attention_figures,
     consistency,
     convergence,
     denoising,
@@ -83,10 +87,18 @@ def named(name: str) -> Callable[[Callable[[Job], Figures]], Callable[[Job], Fig
     return register
 
 
+def encoders(job: Job, file: str, of_second: str) -> Iterator[tuple[str, str, int]]:
+    """A file name, the end of a title, and the number, for each text encoder of the model."""
+    yield file, "", 0
+    if len(job.model.config.text) > 1:
+        yield file.replace(".", "-2."), of_second, 1
+
+
 @named("tokens")
 def tokens(job: Job) -> Figures:
     """the tokens of the prompt: ids, padding, truncation"""
-    yield "tokens.png", text.draw_tokens(job.model.tokenizer, [job.prompt(), LONG])
+    for file, of, i in encoders(job, "tokens.png", ", second text encoder"):
+        yield file, text.draw_tokens(job.model.tokenizers[i], [job.prompt(), LONG], of=of)
 
 
 @named("embeddings")
@@ -97,9 +109,10 @@ def embeddings(job: Job) -> Figures:
         *("house", "castle", "tree", "flower", "car", "boat", "cat", "duck", "balloon", "kite"),
         *("meadow", "beach", "desert", "snow", "sea", "day", "sunset", "night"),
     ]
-    text_encoder = job.model.text_encoder
-    similar = text.token_similarity(text_encoder, job.model.tokenizer, names)
-    yield "embeddings.png", text.draw_embeddings(similar, names, text.position_similarity(text_encoder))
+    for file, of, i in encoders(job, "embeddings.png", ", the second one"):
+        text_encoder = job.model.text_encoder_2 if i else job.model.text_encoder
+        similar = text.token_similarity(text_encoder, job.model.tokenizers[i], names)
+        yield file, text.draw_embeddings(similar, names, text.position_similarity(text_encoder), of)
 
 
 @named("words")
@@ -139,6 +152,18 @@ def unet(job: Job) -> Figures:
     yield "unet-parts.png", network.draw_table(parts, len(model.config.unet.channels))
 
 
+@named("unets")
+def unets(job: Job) -> Figures:
+    """the U-Nets of Stable Diffusion 1.x and SDXL compared, whatever the model"""
+    seen = {}
+    for config in (SD1, SDXL):
+        with torch.device("meta"):  # shapes without numbers
+            unet = UNet(config.unet)
+        side = config.size // config.vae.factor
+        seen[config.name] = network.trace(unet, side, side, config.text[0].length), unet
+    yield "unets.webp", network.draw_networks(seen)
+
+
 @named("attention")
 def cross_attention(job: Job) -> Figures:
     """cross-attention map of each word; one word by step, level and head"""
@@ -149,7 +174,7 @@ def cross_attention(job: Job) -> Figures:
     maps = [seen.of(i) for i in range(len(seen.words))]
     yield (
         "attention.webp",
-        attention.draw_word_maps(
+        attention_figures.draw_word_maps(
             seen, prompt, *boxes_of_words(prompt, job.model.config, "attention", seen.words, maps)
         ),
     )
@@ -158,7 +183,7 @@ def cross_attention(job: Job) -> Figures:
         word = next((w.text for w in seen.words if w.text in THINGS), seen.words[-1].text)
     positions = text.find_word(job.model.tokenizer, prompt, word)
     number = next(i for i, each in enumerate(seen.words) if each.positions == positions)
-    yield "attention-word.webp", attention.draw_breakdown(seen, number)
+    yield "attention-word.webp", attention_figures.draw_breakdown(seen, number)
 
 
 @named("influence")
@@ -180,7 +205,7 @@ def self_attention(job: Job) -> Figures:
     points = job.args.point or [(0.3, 0.7), (0.73, 0.55), (0.5, 0.12), (0.5, 0.93)]
     yield (
         "self-attention.webp",
-        attention.draw_self_maps(*attention.self_maps(job.model, job.prompt(), points, job.settings), points),
+        attention_figures.draw_self_maps(*attention.self_maps(job.model, job.prompt(), points, job.settings), points),
     )
 
 

@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint, named, naming
 from sd.checkpoints.convert import convert
@@ -99,7 +99,15 @@ def find_new(args: argparse.Namespace, seed: int, device: torch.device) -> Stabl
 
 
 def new_model(config: Config, vae: VAE, seed: int, device: torch.device) -> StableDiffusion:
-    """Text encoder and U-Net with initial weights, a function of the seed, and a trained VAE."""
+    """Text encoder and U-Net with initial weights, a function of the seed, and a trained VAE.
+
+    Raises ValueError for a config of two text encoders, which train_text.py cannot train.
+    """
+    if len(config.text) > 1:
+        raise ValueError(
+            f"{config.name} has {len(config.text)} text encoders, and a new model can have one: fine-tune a checkpoint "
+            "with train.py --ckpt"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder, unet = TextEncoder(config.text[0]), UNet(config.unet)
@@ -150,10 +158,16 @@ def whole_model(path: Path, model: str | None) -> StableDiffusion | None:
     return StableDiffusion.load(path, config=find_config(model) if model else None, device="cpu", dtype="float32")
 
 
+def with_networks(model: StableDiffusion, config: Config, **networks: nn.Module) -> StableDiffusion:
+    """A model of this config with the networks of another, except those that are given."""
+    parts: dict[str, Any] = {name: getattr(model, name) for name in model.config.networks}
+    return StableDiffusion(config, **(parts | networks))
+
+
 def with_vae(model: StableDiffusion, path: Path) -> StableDiffusion:
     """The model with the VAE of train_vae.py or of another checkpoint."""
     trained, vae = load_vae(path, model.device, goes_with=model.config)
-    return StableDiffusion(replace(model.config, vae=trained.vae), model.text_encoder, vae, model.unet)
+    return with_networks(model, replace(model.config, vae=trained.vae), vae=vae)
 
 
 def for_inpainting(model: StableDiffusion) -> StableDiffusion:
@@ -162,7 +176,7 @@ def for_inpainting(model: StableDiffusion) -> StableDiffusion:
         return model
     unet_config = replace(model.config.unet, in_channels=2 * model.config.vae.latent_channels + 1)
     config = replace(model.config, name=f"{model.config.name} inpainting"[:100], unet=unet_config)
-    return StableDiffusion(config, model.text_encoder, model.vae, widen_input(model.unet, unet_config))
+    return with_networks(model, config, unet=widen_input(model.unet, unet_config))
 
 
 def with_weights(network: Network, weights: Mapping[str, Tensor], prefix: str) -> Network:
@@ -176,8 +190,9 @@ def with_weights(network: Network, weights: Mapping[str, Tensor], prefix: str) -
 
 def averaged(model: StableDiffusion, weights: Mapping[str, Tensor]) -> StableDiffusion:
     """The model with trained weights, "unet.conv_in.weight" and so on."""
-    text_encoder = with_weights(model.text_encoder, weights, "text_encoder.")
-    return StableDiffusion(model.config, text_encoder, model.vae, with_weights(model.unet, weights, "unet."))
+    trained: dict[str, TextEncoder] = {name: getattr(model, name) for name in model.config.text_names}
+    encoders = {name: with_weights(encoder, weights, f"{name}.") for name, encoder in trained.items()}
+    return with_networks(model, model.config, unet=with_weights(model.unet, weights, "unet."), **encoders)
 
 
 def write_model(model: StableDiffusion, path: Path, dtype: torch.dtype) -> None:
@@ -186,7 +201,7 @@ def write_model(model: StableDiffusion, path: Path, dtype: torch.dtype) -> None:
     A model with weights beyond 65504, the maximum of float16, is written in float32. Raises ArithmeticError if weights
     are not finite.
     """
-    networks = {"text_encoder": model.text_encoder, "vae": model.vae, "unet": model.unet}
+    networks = {name: getattr(model, name) for name in model.config.networks}
     tensors = to_own({name: network.state_dict() for name, network in networks.items()})
     written = {key: tensor.detach().to("cpu", dtype) for key, tensor in tensors.items()}
     if not all(bool(tensor.isfinite().all()) for tensor in written.values()):

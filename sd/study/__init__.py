@@ -7,7 +7,8 @@ also the order of docs/:
     latent        the channels of the latent, the round trip through the VAE
     noising       the forward process, the curves of the schedule
     network       the parts of the U-Net: shapes, parameters, FLOPs
-    attention     maps of cross-attention and self-attention; the hook that `editing` uses too
+    attention     maps of cross-attention and self-attention, which attention_figures draws; the hook that `editing`
+                  uses too
     influence     which parts of the image a word changes
     denoising     the reverse process: x_t and x0, as a strip and as an animation
     convergence   samplers compared with the exact solution

@@ -15,13 +15,13 @@ the hook returns another one. Leaving the block removes the hooks. CUDA graphs (
 replayed while there is a hook, and offloaded networks (runtime/offload.py) keep their hooks.
 
     with recording(model.unet, tokens=find_word(model.tokenizer, prompt, "red")) as maps:
-        for step in run(model, model.encode_prompt([prompt])): ...
+        for step in run(model, model.conditioning([prompt])): ...
     heat = maps.mean().sum(0)                                           # (h, w)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -34,12 +34,10 @@ from ..models.layers import Attention
 from ..models.unet import TransformerBlock, UNet
 from ..params import SamplingParams
 from ..pipeline import StableDiffusion
-from .drawing import above, beside, boxed, captioned, dotted, figure, overlay, scaled, strip
 from .runs import SETTINGS, last, run
 from .text import Word, words
 
 KINDS = ("cross", "self")
-COLUMNS = 7  # maps per row of a figure
 
 
 class Site(NamedTuple):
@@ -50,6 +48,7 @@ class Site(NamedTuple):
     level: int  # 0 is the finest; the middle's is the coarsest
     kind: str  # "cross" (to the text) or "self" (among positions)
     heads: int
+    block: int = 0  # place in its transformer, which for SDXL has up to ten blocks one after another
 
 
 class Call(NamedTuple):
@@ -101,11 +100,11 @@ def sites(unet: UNet) -> list[tuple[Site, Attention]]:
     found: list[tuple[Site, Attention]] = []
     for path, module in unet.named_modules():
         if isinstance(module, TransformerBlock):
-            name = path.rpartition(".blocks.")[0]
+            name, _, block = path.rpartition(".blocks.")
             part = name.split(".")[0]
             level = len(unet.config.channels) - 1 if part == "mid" else int(name.split(".")[1])
             for kind, layer in (("self", module.attn1), ("cross", module.attn2)):
-                found.append((Site(name, part, level, kind, layer.heads), layer))
+                found.append((Site(name, part, level, kind, layer.heads, int(block)), layer))
     # the decoder runs from the coarsest level to the finest, but its stages are numbered from the finest
     order = {"down": 0, "mid": 1, "up": 2}
     return sorted(found, key=lambda pair: (order[pair[0].part], pair[0].level * (-1 if pair[0].part == "up" else 1)))
@@ -152,7 +151,8 @@ class Record(NamedTuple):
 class AttentionMaps:
     """The maps that `recording` collected, by layer and by forward pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: str = "") -> None:
+        self.network = network  # name of the model that the U-Net is of, for figures
         self.records: list[Record] = []
         self.size = (0, 0)  # height and width of the latent
 
@@ -172,6 +172,7 @@ class AttentionMaps:
         site: str | None = None,
         parts: Collection[str] | None = None,
         levels: Collection[int] | None = None,
+        blocks: Collection[int] | None = None,
         heads: Collection[int] | None = None,
         calls: Collection[int] | None = None,
     ) -> Tensor:
@@ -182,6 +183,7 @@ class AttentionMaps:
             if (site is None or record.site.name == site)
             and (parts is None or record.site.part in parts)
             and (levels is None or record.site.level in levels)
+            and (blocks is None or record.site.block in blocks)
             and (calls is None or record.call in calls)
         ]
         if not matching:
@@ -204,19 +206,22 @@ def recording(
     tokens: Sequence[int] | None = None,
     points: Sequence[tuple[float, float]] = ((0.5, 0.5),),
     item: int = -1,
+    network: str = "",
 ) -> Iterator[AttentionMaps]:
     """Record the attention maps of every forward pass of the U-Net inside a `with` block.
 
     kind    "cross": one map for each of `tokens` (positions in the prompt; default: all), where it is attended to
             "self": one map for each of `points` (x, y as fractions of width and height), where it attends
     item    index into the batch; with guidance the batch is [uncond, cond], so the last item, -1, has the prompt
+    network name of the model, which figures show
 
-    Memory: one float32 per token or point, head and position, for each layer and forward pass.
+    Memory: one float32 per token or point, head and position, for each layer and forward pass: of SDXL at 1024x1024,
+    7 MB for each token and forward pass.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of attention {kind!r}, expected one of {', '.join(KINDS)}")
     check_plain(unet)
-    maps = AttentionMaps()
+    maps = AttentionMaps(network)
     call_number, timestep = -1, 0.0  # of the current forward pass
 
     def before(unet: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
@@ -280,8 +285,9 @@ class WordMaps(NamedTuple):
 def word_maps(model: StableDiffusion, prompt: str, settings: SamplingParams = SETTINGS) -> WordMaps:
     """Generate an image and record its cross-attention."""
     found = words(model.tokenizer, prompt)
-    with recording(model.unet, tokens=range(max((max(word.positions) for word in found), default=0) + 1)) as maps:
-        x = last(run(model, model.encode_prompt([prompt]), settings))
+    tokens = range(max((max(word.positions) for word in found), default=0) + 1)
+    with recording(model.unet, tokens=tokens, network=model.config.name) as maps:
+        x = last(run(model, model.conditioning([prompt]), settings))
     return WordMaps(model.decode(x)[0], found, maps)
 
 
@@ -289,112 +295,6 @@ def self_maps(
     model: StableDiffusion, prompt: str, points: Sequence[tuple[float, float]], settings: SamplingParams = SETTINGS
 ) -> tuple[Image.Image, AttentionMaps]:
     """Generate an image and record the self-attention of points (x, y as fractions of width and height)."""
-    with recording(model.unet, "self", points=points) as maps:
-        x = last(run(model, model.encode_prompt([prompt]), settings))
+    with recording(model.unet, "self", points=points, network=model.config.name) as maps:
+        x = last(run(model, model.conditioning([prompt]), settings))
     return model.decode(x)[0], maps
-
-
-def places(maps: AttentionMaps) -> list[tuple[str, int]]:
-    """Parts and levels with attention, in the order of the forward pass: ("down", 1), ("mid", 1), ..."""
-    return list(dict.fromkeys((site.part, site.level) for site in maps.sites))
-
-
-def _grid_size(maps: AttentionMaps, level: int) -> str:
-    h, w = (-(-side // 2**level) for side in maps.size)
-    return f"{h}x{w}"
-
-
-def draw_words(
-    image: Image.Image,
-    names: Sequence[str],
-    maps: Sequence[Tensor],
-    title: str,
-    note: str,
-    boxes: Mapping[int, tuple[float, float, float, float]] | None = None,
-    width: int = 150,
-) -> Image.Image:
-    """The image, then one named heat map (h, w) per word; `boxes` maps the index of a word to a box drawn on its map.
-
-    Each map has its own scale: brightness compares places, not words.
-    """
-    cells = [captioned(scaled(image, width), "image")]
-    for i, (name, values) in enumerate(zip(names, maps, strict=True)):
-        heat = overlay(image, values, width)
-        cells.append(captioned(boxed(heat, boxes[i]) if boxes and i in boxes else heat, name))
-    lines = -(-len(cells) // COLUMNS)
-    columns = -(-len(cells) // lines)
-    rows = [beside(cells[i : i + columns], gap=10) for i in range(0, len(cells), columns)]
-    return figure(title, above(rows, gap=14), note)
-
-
-def draw_word_maps(
-    seen: WordMaps,
-    prompt: str,
-    notes: Mapping[int, str] | None = None,
-    boxes: Mapping[int, tuple[float, float, float, float]] | None = None,
-) -> Image.Image:
-    """The image and the attention map of each word; `notes` maps the index of a word to a line below its name."""
-    return draw_words(
-        seen.image,
-        noted(seen.words, notes),
-        [seen.of(i) for i in range(len(seen.words))],
-        "Cross-attention: where each word is attended to",
-        f'"{prompt}": mean over all steps, layers and heads. Each map runs from zero (dark) to its maximum (light).',
-        boxes,
-    )
-
-
-def noted(words: Sequence[Word], notes: Mapping[int, str] | None) -> list[str]:
-    """The words, each followed by its note if there is one."""
-    return [word.text + (f"\n{notes[i]}" if notes and i in notes else "") for i, word in enumerate(words)]
-
-
-def draw_breakdown(seen: WordMaps, word: int, moments: int = 5, width: int = 110) -> Image.Image:
-    """The maps of one word by step and by head (columns), for each part and level of the U-Net (rows)."""
-    calls = seen.maps.calls
-    moments = min(moments, calls)
-    chunks = [range(i * calls // moments, (i + 1) * calls // moments) for i in range(moments)]
-    rows = places(seen.maps)
-    names = [f"{part}, level {level}\n{_grid_size(seen.maps, level)}" for part, level in rows]
-
-    def cell(**which: Any) -> Image.Image:
-        return overlay(seen.image, seen.of(word, **which), width)
-
-    by_step = [[cell(parts=(part,), levels=(level,), calls=chunk) for chunk in chunks] for part, level in rows]
-    heads = min(max(site.heads for site in seen.maps.sites), 8)
-    own = {(site.part, site.level): site.heads for site in seen.maps.sites}
-    by_head = [
-        [cell(parts=(part,), levels=(level,), heads=(head,)) for head in range(min(own[part, level], heads))]
-        for part, level in rows
-    ]
-    body = above(
-        [
-            strip(by_step, [f"steps {chunk[0] + 1} to {chunk[-1] + 1}" for chunk in chunks], names, width),
-            strip(by_head, [f"head {head + 1}" for head in range(heads)], names, width),
-        ],
-        gap=26,
-    )
-    return figure(
-        f'One word, "{seen.words[word].text}", by step, level and head',
-        body,
-        "Top: mean over the heads, early steps on the left. Bottom: mean over the steps for each head; the heads of a "
-        "layer attend to different things.",
-    )
-
-
-def draw_self_maps(
-    image: Image.Image, maps: AttentionMaps, points: Sequence[tuple[float, float]], width: int = 150
-) -> Image.Image:
-    """For each point (columns), the image with a ring around it, then its map for each part and level of the U-Net."""
-    rows = [[dotted(scaled(image, width), point) for point in points]]
-    names = ["point"]
-    for part, level in places(maps):
-        mean = maps.mean(parts=(part,), levels=(level,))
-        rows.append([dotted(overlay(image, mean[i], width), point) for i, point in enumerate(points)])
-        names.append(f"{part}, level {level}\n{_grid_size(maps, level)}")
-    return figure(
-        "Self-attention: where a point attends",
-        strip(rows, [f"point {i + 1}" for i in range(len(points))], names, width),
-        "Every position attends to all positions. Light areas get most attention from the ringed point: mean over all "
-        "steps and heads, at each level of the U-Net.",
-    )

@@ -74,7 +74,7 @@ def consistency(
     run = trajectory(teacher, prompt, settings)
     count = min(points, len(run.x0))
     chosen = [i * len(run.x0) // count for i in range(count)]
-    ask = denoiser(student, student.encode_prompt([prompt]), replace(settings, guidance=None))
+    ask = denoiser(student, student.conditioning([prompt]), replace(settings, guidance=None))
     with torch.no_grad():
         said = [ask(run.x[i : i + 1].to(student.device), run.levels[i]) for i in chosen]
     return Consistency(

@@ -61,7 +61,7 @@ def convergence(
     stochastic = [name for name in samplers if SAMPLERS[name].stochastic]
     if stochastic:
         raise ValueError(f"{', '.join(stochastic)}: a stochastic sampler does not converge to one solution")
-    denoise = denoiser(model, model.encode_prompt([prompt]), reference)
+    denoise = denoiser(model, model.conditioning([prompt]), reference)
     x = draw(generators(reference.seed, n), model.latent_shape(), model.device)
     calls = 0
 

@@ -44,7 +44,7 @@ def trajectory(
     """All states and predictions of a run that starts from x (1, C, h, w), by default the noise of the seed."""
     x = noise(model, settings) if x is None else x
     states, predicted = [x], []
-    for step in run(model, model.encode_prompt([prompt]), settings, x, negative):
+    for step in run(model, model.conditioning([prompt]), settings, x, negative):
         states.append(step.x.clone())
         predicted.append(step.x0.clone())
     return Trajectory(levels(model, settings), torch.cat(states), torch.cat(predicted))

@@ -109,12 +109,12 @@ def prompt_to_prompt(
             edited = edited * scale
         return call.output(torch.cat([weights[:-1], edited[None]]))
 
-    context = model.encode_prompt([source, target])
-    plain = model.decode(last(run(model, context, settings)))
+    cond = model.conditioning([source, target])
+    plain = model.decode(last(run(model, cond, settings)))
     handle = model.unet.register_forward_pre_hook(before)
     try:
         with watching(model.unet, see):
-            changed = model.decode(last(run(model, context, settings)))
+            changed = model.decode(last(run(model, cond, settings)))
     finally:
         handle.remove()
     return Edited(plain[0], plain[1], changed[1])

@@ -25,7 +25,7 @@ from ..pipeline import StableDiffusion
 from ..schedule import Level
 from .denoising import spread
 from .drawing import figure, heat, strip
-from .runs import SETTINGS, denoiser, guidance_of, last, noise, sample
+from .runs import SETTINGS, denoiser, guidance_of, last, noise, sample, unconditional
 
 GUIDANCES = (0.0, 1.0, 2.0, 4.0, 7.5, 12.0, 20.0)
 
@@ -43,11 +43,11 @@ def sweep(
     model: StableDiffusion, prompt: str, guidances: Sequence[float] = GUIDANCES, settings: SamplingParams = SETTINGS
 ) -> list[Image.Image]:
     """Generate the prompt at each guidance scale, from the same noise."""
-    context, x = model.encode_prompt([prompt]), noise(model, settings)
+    cond, x = model.conditioning([prompt]), noise(model, settings)
     images = []
     for guidance in guidances:
         each = replace(settings, guidance=guidance)
-        images += model.decode(last(sample(model, denoiser(model, context, each), x, each)))
+        images += model.decode(last(sample(model, denoiser(model, cond, each), x, each)))
     return images
 
 
@@ -56,8 +56,8 @@ def predictions(
 ) -> list[Predictions]:
     """The predictions without and with the prompt, and the guided one, at every state of a guided run."""
     plain = replace(settings, guidance=1.0)
-    cond = denoiser(model, model.encode_prompt([prompt]), plain)
-    uncond = denoiser(model, model.encode_prompt([negative]), plain)
+    cond = denoiser(model, model.conditioning([prompt]), plain)
+    uncond = denoiser(model, unconditional(model, negative), plain)
     scale = guidance_of(model, settings)
     seen: list[Predictions] = []
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..params import SamplingParams
 from ..pipeline import StableDiffusion
-from .attention import draw_words, noted
+from .attention_figures import draw_words, noted
 from .denoising import trajectory
 from .runs import SETTINGS, denoiser
 from .text import Word, words
@@ -51,7 +51,7 @@ def influence(model: StableDiffusion, prompt: str, settings: SamplingParams = SE
     run = trajectory(model, prompt, settings)
     plain = replace(settings, guidance=1.0)
     prompts = [prompt, *(without(found, i) for i in range(len(found)))]
-    denoise = denoiser(model, model.encode_prompt(prompts), plain)
+    denoise = denoiser(model, model.conditioning(prompts), plain)
     total = torch.zeros(len(found), *run.x.shape[-2:], device=run.x.device)
     with torch.no_grad():
         for x, level in zip(run.x[:-1], run.levels[:-1], strict=True):
@@ -66,7 +66,7 @@ def draw_influence(
     notes: Mapping[int, str] | None = None,
     boxes: Mapping[int, tuple[float, float, float, float]] | None = None,
 ) -> Image.Image:
-    """The image and the map of each word; `notes` and `boxes` as in `attention.draw_words`."""
+    """The image and the map of each word; `notes` and `boxes` as in `attention_figures.draw_words`."""
     return draw_words(
         result.image,
         noted(result.words, notes),

@@ -4,9 +4,9 @@ Linear interpolation
 
     lerp(a, b, p) = (1 - p) a + p b
 
-works for the contexts of prompts. Gaussian noise in many dimensions lies close to a sphere of radius sqrt(dimensions),
-and halfway on the line its length is only 0.7 times that: the network was never trained on such noise. Spherical
-interpolation stays on the sphere (Shoemake 1985, "Animating rotation with quaternion curves"):
+works for the contexts of prompts, and for SDXL's pooled text. Gaussian noise in many dimensions lies close to a sphere
+of radius sqrt(dimensions), and halfway on the line its length is only 0.7 times that: the network was never trained on
+such noise. Spherical interpolation stays on the sphere (Shoemake 1985, "Animating rotation with quaternion curves"):
 
     slerp(a, b, p) = (sin((1 - p) w) a + sin(p w) b) / sin(w),   w the angle between a and b
 """
@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..conditioning import Conditioning
 from ..params import SamplingParams
 from ..pipeline import StableDiffusion
 from .drawing import figure, strip
@@ -78,9 +79,24 @@ def parts(n: int) -> list[float]:
 def mix_prompts(
     model: StableDiffusion, one: str, other: str, n: int = 7, settings: SamplingParams = SETTINGS, how: Mix = lerp
 ) -> list[Image.Image]:
-    """n images from one prompt to another, from the same noise; the vector of each token is interpolated."""
-    a, b = model.encode_prompt([one]), model.encode_prompt([other])
-    return generate(model, torch.cat([how(a, b, part) for part in parts(n)]), settings)
+    """n images from one prompt to another, from the same noise."""
+    a, b = model.conditioning([one]), model.conditioning([other])
+    pooled = model.config.text[-1].pooled_width
+    return generate(
+        model, Conditioning.joined([between_prompts(a, b, part, pooled, how) for part in parts(n)]), settings
+    )
+
+
+def between_prompts(a: Conditioning, b: Conditioning, part: float, pooled: int = 0, how: Mix = lerp) -> Conditioning:
+    """The conditioning at `part`, 0 to 1, of the way from a to b; each token's vector and the pooled text interpolated.
+
+    pooled   width of the pooled text, with which the vectors begin (`TextConfig.pooled_width`). The sizes after it are
+             not of the text and stay those of a
+    """
+    vector = a.vector
+    if vector is not None and b.vector is not None:
+        vector = torch.cat([how(vector[:, :pooled], b.vector[:, :pooled], part), vector[:, pooled:]], dim=-1)
+    return a._replace(context=how(a.context, b.context, part), vector=vector)
 
 
 def between_noises(a: Tensor, b: Tensor, n: int, how: Mix = slerp) -> Tensor:
@@ -101,10 +117,10 @@ def mixing(
         rows[f"prompts, {name}"] = mix_prompts(model, one, other, n, settings, how)
     a = noise(model, settings)
     b = noise(model, SamplingParams(seed=seed))
-    context = model.encode_prompt([other])
+    cond = model.conditioning([other]).repeat(n)
     for name, how in (("line", lerp), ("arc", slerp)):
         x = between_noises(a, b, n, how)
-        rows[f"noise, {name}"] = generate(model, context.expand(n, -1, -1), settings, x)
+        rows[f"noise, {name}"] = generate(model, cond, settings, x)
         lengths[f"noise, {name}"] = (x.flatten(1).norm(dim=1) / x[0].numel() ** 0.5).tolist()
     return Mixed(parts(n), rows, lengths)
 

@@ -16,7 +16,7 @@ These are the operations of the formulas; runtime/cpu_kernels.py computes some c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from ..conditioning import Conditioning
 from ..models.layers import Attention
-from ..models.unet import UNet
+from ..models.unet import SpatialTransformer, UNet
 from .attention import check_plain
-from .drawing import INK, MUTED, PAPER, SMALL, above, figure, table, write
+from .drawing import INK, MUTED, PAPER, SIZE, SMALL, above, figure, paragraph, table, text_width, write
 
 
 class Part(NamedTuple):
@@ -38,6 +38,7 @@ class Part(NamedTuple):
     shape: tuple[int, ...]  # of its output, (B, C, H, W)
     parameters: int
     flops: int
+    depth: int = 0  # transformer blocks in it, one after another
 
 
 def _flops(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> int:
@@ -54,12 +55,13 @@ def _flops(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> int:
 
 def blocks(unet: UNet) -> list[str]:
     """Names of the blocks, in the order of the forward pass."""
-    names = ["time", "conv_in"]
+    names = ["time", *["vector"] * (unet.vector is not None), "conv_in"]
     stages = [("down", i) for i in range(len(unet.down))] + [("mid", 0)] * (unet.mid is not None)
     stages += [("up", i) for i in reversed(range(len(unet.up)))]
     for part, i in stages:
         if part == "mid":
-            names += ["mid.res.0", "mid.attn", "mid.res.1"]
+            attends = unet.config.middle_depth != 0
+            names += ["mid.res.0", "mid.attn", "mid.res.1"] if attends else ["mid.res.0"]
             continue
         stage: Any = unet.get_submodule(f"{part}.{i}")
         for k in range(len(stage.res)):
@@ -103,7 +105,8 @@ def trace(unet: UNet, height: int, width: int, tokens: int = 77) -> list[Part]:
         with torch.no_grad():
             x = weight.new_zeros(1, unet.config.in_channels, height, width)
             told = None if unet.guidance is None else torch.ones(1, device=weight.device)
-            conditioning = Conditioning(weight.new_zeros(1, tokens, unet.config.context), guidance=told)
+            vector = None if unet.config.vector is None else weight.new_zeros(1, unet.config.vector)
+            conditioning = Conditioning(weight.new_zeros(1, tokens, unet.config.context), vector, guidance=told)
             unet(x, torch.zeros(1, device=weight.device), conditioning)
     finally:
         for handle in handles:
@@ -111,8 +114,9 @@ def trace(unet: UNet, height: int, width: int, tokens: int = 77) -> list[Part]:
     parts = []
     for name in names:
         part = unet.get_submodule(name)
-        kind = "MLP" if name == "time" else type(part).__name__
-        parts.append(Part(name, kind, shapes[name], sum(p.numel() for p in part.parameters()), flops[name]))
+        kind = "MLP" if name in ("time", "vector") else type(part).__name__
+        depth = len(part.blocks) if isinstance(part, SpatialTransformer) else 0
+        parts.append(Part(name, kind, shapes[name], sum(p.numel() for p in part.parameters()), flops[name], depth))
     return parts
 
 
@@ -139,10 +143,15 @@ def count(number: float) -> str:
     return f"{number:.3g}"
 
 
+def _class(part: Part) -> str:
+    """The class of a part, and the depth of a transformer of several blocks."""
+    return f"{part.kind}, {part.depth} blocks" if part.depth > 1 else part.kind
+
+
 def rows(parts: Sequence[Part], levels: int) -> list[list[str]]:
     """The parts as rows of a table, with the total in the last row."""
     body = [
-        [part.name, part.kind, " x ".join(map(str, part.shape[1:])), count(part.parameters), count(part.flops)]
+        [part.name, _class(part), " x ".join(map(str, part.shape[1:])), count(part.parameters), count(part.flops)]
         for part in parts
     ]
     total = ["all", "", "", count(sum(part.parameters for part in parts)), count(sum(part.flops for part in parts))]
@@ -172,7 +181,9 @@ def draw_u(parts: Sequence[Part], unet: UNet) -> Image.Image:
     def wide(boxes: Sequence[Part]) -> int:
         return len(boxes) * (box[0] + gap)
 
-    label = 150
+    sizes = [next(p for p in down[i] if p.kind == "ResBlock").shape[1:] for i in range(levels)]
+    names = [f"{h} x {w}, {c} channels" for c, h, w in sizes]
+    label = max(150, *(text_width(name, SMALL) + 12 for name in names))
     indent = 36
     half = max(wide(down[i]) + i * indent for i in range(levels))
     other = max(wide(up[i]) + i * indent for i in range(levels))
@@ -187,7 +198,10 @@ def draw_u(parts: Sequence[Part], unet: UNet) -> Image.Image:
             letters = {"ResBlock": "res", "SpatialTransformer": "attn", "Upsample": "up", "Conv2d": "conv"}[part.kind]
             if part.name.endswith(".down"):
                 letters = "down"
-            write(sheet, (x + box[0] / 2, y + box[1] / 2), letters, SMALL, INK, "middle")
+            deep = part.depth > 1
+            write(sheet, (x + box[0] / 2, y + box[1] / 2 - (8 if deep else 0)), letters, SMALL, INK, "middle")
+            if deep:
+                write(sheet, (x + box[0] / 2, y + box[1] / 2 + 9), f"x {part.depth}", SMALL, INK, "middle")
             write(sheet, (x + box[0] / 2, y + box[1] + 12), count(part.parameters), 11, MUTED, "middle")
             x += box[0] + gap
 
@@ -197,9 +211,8 @@ def draw_u(parts: Sequence[Part], unet: UNet) -> Image.Image:
         left, right = label + i * indent, sheet.width - 10 - i * indent - wide(up[i])
         starts.append(left)
         ends.append(right)
-        c, h, w = next(p for p in down[i] if p.kind == "ResBlock").shape[1:]
         write(sheet, (0, y + box[1] / 2 - 10), f"level {i}", SMALL, INK, bold=True)
-        write(sheet, (0, y + box[1] / 2 + 9), f"{h} x {w}, {c} channels", SMALL, MUTED)
+        write(sheet, (0, y + box[1] / 2 + 9), names[i], SMALL, MUTED)
         end = left + wide(down[i])
         for x in range(end + 6, right - 10, 12):  # the skips
             pen.line((x, y + box[1] / 2, x + 6, y + box[1] / 2), fill=(150, 156, 166), width=2)
@@ -207,14 +220,9 @@ def draw_u(parts: Sequence[Part], unet: UNet) -> Image.Image:
             [(right - 4, y + box[1] / 2), (right - 11, y + box[1] / 2 - 4), (right - 11, y + box[1] / 2 + 4)], MUTED
         )
         if i == 0:
-            write(
-                sheet,
-                ((end + right) / 2, y + box[1] / 2 - 12),
-                "skip connections: outputs passed to the decoder",
-                SMALL,
-                MUTED,
-                "middle",
-            )
+            skips = "skip connections: outputs passed to the decoder"
+            skips = skips if text_width(skips, SMALL) < right - end else "skip connections"
+            write(sheet, ((end + right) / 2, y + box[1] / 2 - 12), skips, SMALL, MUTED, "middle")
         place(down[i], left, y)
         place(up[i], right, y)
     y = levels * row + 10
@@ -251,8 +259,38 @@ def draw_u(parts: Sequence[Part], unet: UNet) -> Image.Image:
     return sheet
 
 
+DEEP = "; x 2: of two blocks one after another, and so on"
+
+
 def draw_network(parts: Sequence[Part], unet: UNet, name: str = "") -> Image.Image:
     """The U, and a table of the cost of each level."""
+    return figure(
+        f"The U-Net of {name or 'this model'}",
+        above([draw_u(parts, unet), draw_costs(parts, unet)], gap=26),
+        "One forward pass for one image. Parameter counts are below the boxes. res: residual block; attn: transformer "
+        f"(self-attention, cross-attention to the text, feed-forward){DEEP if _is_deep(parts) else ''}.",
+    )
+
+
+def draw_networks(networks: Mapping[str, tuple[Sequence[Part], UNet]]) -> Image.Image:
+    """Several U-Nets, each with the table of its costs, one below the other; the keys are their names."""
+    sheets: list[Image.Image] = []
+    for name, (parts, unet) in networks.items():
+        sheets += [paragraph(name, None, SIZE, INK), draw_u(parts, unet), draw_costs(parts, unet)]
+    return figure(
+        " and ".join(networks),
+        above(sheets, gap=22),
+        "U-Nets, each for one image of its native size. Parameter counts are below the boxes. res: residual block; "
+        f"attn: transformer (self-attention, cross-attention to the text, feed-forward){DEEP}.",
+    )
+
+
+def _is_deep(parts: Sequence[Part]) -> bool:
+    return any(part.depth > 1 for part in parts)
+
+
+def draw_costs(parts: Sequence[Part], unet: UNet) -> Image.Image:
+    """A table of the cost of each level."""
     levels = len(unet.config.channels)
     total = sum(part.flops for part in parts)
     lines = []
@@ -270,17 +308,11 @@ def draw_network(parts: Sequence[Part], unet: UNet, name: str = "") -> Image.Ima
             ]
         )
     lines.append(["all", count(sum(part.parameters for part in parts)), count(total), "100%", ""])
-    costs = table(
+    return table(
         ["", "parameters", "FLOPs", "share", "of it in transformers"],
         lines,
         ["left", *["right"] * 4],
         shaded=[levels],
-    )
-    return figure(
-        f"The U-Net of {name or 'this model'}",
-        above([draw_u(parts, unet), costs], gap=26),
-        "One forward pass for one image. Parameter counts are below the boxes. res: residual block; attn: transformer "
-        "(self-attention, cross-attention to the text, feed-forward).",
     )
 
 

@@ -2,7 +2,7 @@
 
 >>> model = StableDiffusion.load()
 >>> settings = replace(SETTINGS, steps=2, seed=3)  # guidance: the model's own
->>> for step in run(model, model.encode_prompt(["a red house", "a blue house"]), settings):
+>>> for step in run(model, model.conditioning(["a red house", "a blue house"]), settings):
 ...     print(step.i, tuple(step.x.shape))
 0 (2, 4, 16, 16)
 1 (2, 4, 16, 16)
@@ -10,6 +10,9 @@
 (128, 128)
 
 `StableDiffusion.txt2img` gives each image of a batch its own seed; here they share one.
+
+SDXL is told more than a context (prompts.py), so the studies pass on what `StableDiffusion.conditioning` returns. The
+contexts of `encode_prompt` do for other models.
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ from dataclasses import replace
 from PIL import Image
 from torch import Tensor
 
+from ..conditioning import Conditioning
 from ..denoiser import Denoiser
 from ..noise import draw, generators
 from ..params import SamplingParams
 from ..pipeline import StableDiffusion
+from ..prompts import sizes_for
 from ..samplers import Denoise, Sampler, Step, spacing_in
 from ..schedule import Levels
 
@@ -58,14 +63,25 @@ def guidance_of(model: StableDiffusion, settings: SamplingParams = SETTINGS) -> 
     return model.defaults.guidance if settings.guidance is None else settings.guidance
 
 
+def unconditional(model: StableDiffusion, negative: str = "") -> Conditioning:
+    """What guidance leads away from, for one image: the conditioning of the negative prompt.
+
+    As in a run of the pipeline, an empty one is zeros for models that were trained so (`Config.zero_empty`).
+    """
+    size = model.config.size
+    cond = model.conditioning([negative], sizes_for(model.config, SamplingParams(), size, size, negative=True))
+    return model.zeroed(cond, [not negative.strip()]) if model.config.zero_empty else cond
+
+
 def denoiser(
-    model: StableDiffusion, context: Tensor, settings: SamplingParams = SETTINGS, negative: str = ""
+    model: StableDiffusion, cond: Tensor | Conditioning, settings: SamplingParams = SETTINGS, negative: str = ""
 ) -> Denoiser:
-    """The guided denoiser for contexts (B, M, D)."""
+    """The guided denoiser for contexts (B, M, D), or for conditionings of B prompts."""
     scale = guidance_of(model, settings)
-    uncond = model.encode_prompt([negative]) if scale != 1.0 else None
+    uncond = unconditional(model, negative) if scale != 1.0 else None
     concat = model.blank_concat(model.latent_shape()) if model.is_inpainting else None
-    return model.denoiser(context.to(model.device, model.dtype), uncond, scale, concat)
+    cond = Conditioning(cond) if isinstance(cond, Tensor) else cond
+    return model.denoiser(cond.to(model.device, model.dtype), uncond, scale, concat)
 
 
 def sample(model: StableDiffusion, denoise: Denoise, x: Tensor, settings: SamplingParams = SETTINGS) -> Iterator[Step]:
@@ -84,17 +100,25 @@ def sample(model: StableDiffusion, denoise: Denoise, x: Tensor, settings: Sampli
 
 def run(
     model: StableDiffusion,
-    context: Tensor,
+    cond: Tensor | Conditioning,
     settings: SamplingParams = SETTINGS,
     x: Tensor | None = None,
     negative: str = "",
 ) -> Iterator[Step]:
-    """The sampling steps for contexts (B, M, D) of `encode_prompt`, from the same noise or from x (B, C, h, w)."""
+    """The sampling steps for what `conditioning` says of B prompts, from the same noise or from x (B, C, h, w).
+
+    cond   or their contexts (B, M, D) of `encode_prompt` alone, which is all that models other than SDXL are told
+
+    Raises ValueError for anything else.
+    """
+    context = cond.context if isinstance(cond, Conditioning) else cond
     if not isinstance(context, Tensor) or context.dim() != 3:
         got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
-        raise ValueError(f"expected contexts (B, M, D) of encode_prompt, got {got}")
+        raise ValueError(f"expected contexts (B, M, D) of encode_prompt, or a conditioning, got {got}")
+    if isinstance(cond, Tensor) and model.config.unet.vector is not None:
+        raise ValueError(f"{model.config.name} needs a vector beside the context: model.conditioning(prompts) has both")
     x = noise(model, settings, context.shape[0]) if x is None else x
-    return sample(model, denoiser(model, context, settings, negative), x, settings)
+    return sample(model, denoiser(model, cond, settings, negative), x, settings)
 
 
 def last(steps: Iterator[Step]) -> Tensor:
@@ -109,10 +133,10 @@ def last(steps: Iterator[Step]) -> Tensor:
 
 def generate(
     model: StableDiffusion,
-    prompts: str | Sequence[str] | Tensor,
+    prompts: str | Sequence[str] | Tensor | Conditioning,
     settings: SamplingParams = SETTINGS,
     x: Tensor | None = None,
 ) -> list[Image.Image]:
-    """Generate images of prompts or contexts (B, M, D), all from the same noise or from x (B, C, h, w)."""
-    context = prompts if isinstance(prompts, Tensor) else model.encode_prompt(prompts)
-    return model.decode(last(run(model, context, settings, x)))
+    """Generate images of prompts, conditionings or contexts (B, M, D), from the same noise or from x (B, C, h, w)."""
+    cond = prompts if isinstance(prompts, Tensor | Conditioning) else model.conditioning(prompts)
+    return model.decode(last(run(model, cond, settings, x)))

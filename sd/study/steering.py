@@ -87,7 +87,7 @@ def steering(
     model: StableDiffusion, prompt: str, loss: Loss, scales: Sequence[float], settings: SamplingParams = SETTINGS
 ) -> Steered:
     """Generate a prompt with guidance by a loss on the decoded x0, once for each scale."""
-    denoise = denoiser(model, model.encode_prompt([prompt]), settings)
+    denoise = denoiser(model, model.conditioning([prompt]), settings)
     images, losses = [], []
 
     def load_unet(gradient: Tensor) -> None:

@@ -115,9 +115,15 @@ def position_similarity(text_encoder: TextEncoder) -> Tensor:
     return vectors @ vectors.T
 
 
-def context_distance(model: StableDiffusion, one: str, other: str) -> list[float]:
-    """Relative distance |a - b| / |a| between the context vectors of two prompts, at each position."""
-    a, b = model.encode_prompt([one, other]).float()
+def context_distance(model: StableDiffusion, one: str, other: str, encoder: int | None = None) -> list[float]:
+    """Relative distance |a - b| / |a| between the context vectors of two prompts, at each position.
+
+    encoder   only the part of the context of this text encoder, counted from 0: SDXL has two side by side
+    """
+    context = model.encode_prompt([one, other]).float()
+    if encoder is not None:
+        context = context.split([text.width for text in model.config.text], dim=-1)[encoder]
+    a, b = context
     return ((a - b).norm(dim=-1) / a.norm(dim=-1)).tolist()
 
 
@@ -128,12 +134,15 @@ class WordOrder(NamedTuple):
     tokens: tuple[list[Token], list[Token]]
     distances: list[float]  # between the contexts, at each position
     images: list[Image.Image]
+    each: list[list[float]]  # the same of each text encoder alone
 
 
 def word_order(model: StableDiffusion, one: str, other: str, settings: SamplingParams = SETTINGS) -> WordOrder:
     """Compare contexts and images of two prompts that differ in the order of their words."""
     rows = tokens(model.tokenizer, one), tokens(model.tokenizer, other)
-    return WordOrder((one, other), rows, context_distance(model, one, other), generate(model, [one, other], settings))
+    each = [context_distance(model, one, other, encoder) for encoder in range(len(model.config.text))]
+    images = generate(model, [one, other], settings)
+    return WordOrder((one, other), rows, context_distance(model, one, other), images, each)
 
 
 # ------------------------------------------------------------------------------------- drawings
@@ -175,8 +184,8 @@ def token_row(row: Sequence[Token], width: int = 960) -> Image.Image:
     return above([beside(boxes, gap=4) for boxes in rows], gap=4)
 
 
-def draw_tokens(tokenizer: Tokenizer, prompts: Sequence[str], width: int = 960) -> Image.Image:
-    """The tokens of each prompt: start, text, end, padding, and the truncated rest."""
+def draw_tokens(tokenizer: Tokenizer, prompts: Sequence[str], width: int = 960, of: str = "") -> Image.Image:
+    """The tokens of each prompt: start, text, end, padding, and the truncated rest; `of` continues the title."""
     blocks = []
     for prompt in prompts:
         lost, tail = tokenizer.cut(prompt)
@@ -186,7 +195,7 @@ def draw_tokens(tokenizer: Tokenizer, prompts: Sequence[str], width: int = 960) 
             blocks.append(paragraph(f'truncated, {lost} tokens: "{tail}"', width, SMALL, (170, 40, 40)))
         blocks.append(Image.new("RGB", (1, 10), PAPER))
     return figure(
-        f"Tokens: a prompt as {tokenizer.length} numbers",
+        f"Tokens: a prompt as {tokenizer.length} numbers{of}",
         above(blocks[:-1], gap=8),
         "A dot ends a word. A frequent word is one token, a rare word several. Ids are below the tokens. Every prompt "
         f"is padded or truncated to {tokenizer.length} tokens.",
@@ -208,8 +217,8 @@ def _labelled(values: Tensor, names: Sequence[str], cell: int = 26) -> Image.Ima
     return sheet
 
 
-def draw_embeddings(similar: Tensor, names: Sequence[str], positions: Tensor) -> Image.Image:
-    """Similarity of token embeddings and of position embeddings."""
+def draw_embeddings(similar: Tensor, names: Sequence[str], positions: Tensor, of: str = "") -> Image.Image:
+    """Similarity of token embeddings and of position embeddings; `of` continues the title."""
     left = captioned(_labelled(similar, names), "token embeddings: cosine between words")
     side = max(left.height - 30, 200)
     right = captioned(
@@ -217,7 +226,7 @@ def draw_embeddings(similar: Tensor, names: Sequence[str], positions: Tensor) ->
     )
     body = above([beside([left, right], gap=40, align="end"), scale_bar("-1", "1", diverging=True)], gap=16)
     return figure(
-        "Embeddings: the input of the text encoder",
+        f"Embeddings: the input of the text encoder{of}",
         body,
         "Each token and each position has a learned vector. Red: two vectors point in the same direction; blue: in "
         "opposite directions; white: they are orthogonal.",
@@ -228,17 +237,20 @@ def draw_word_order(order: WordOrder, width: int = 300) -> Image.Image:
     """The tokens of both prompts, the distances between their contexts, and the images."""
     end = max(sum(token.role in ("start", "text") for token in row) for row in order.tokens) + 1
     columns = []
-    top = max(order.distances[:end]) or 1.0
-    for a, b, distance in zip(order.tokens[0][:end], order.tokens[1][:end], order.distances, strict=False):
+    measured = order.each if len(order.each) > 1 else [order.distances]  # a row of each text encoder
+    tops = [max(distances[:end]) or 1.0 for distances in measured]
+    for a, b, *values in zip(order.tokens[0][:end], order.tokens[1][:end], *measured, strict=False):
         names = ["<start>" if t.role == "start" else "<end>" if t.role == "end" else t.symbols.removesuffix(END_OF_WORD)
                  for t in (a, b)]  # fmt: skip
         wide = max(text_width(name, SMALL) for name in [*names, "0.00"]) + 18
-        red, green, blue = (int(c) for c in coloured(np.array(0.5 + 0.4 * distance / top), DIVERGING))
         same = (250, 250, 250) if a.id == b.id else (255, 233, 196)
         boxes = [_cell([names[0]], same, wide, 38), _cell([names[1]], same, wide, 38)]
-        boxes.append(_cell([f"{distance:.2f}"], (red, green, blue), wide, 38))
+        for distance, top in zip(values, tops, strict=True):
+            red, green, blue = (int(c) for c in coloured(np.array(0.5 + 0.4 * distance / top), DIVERGING))
+            boxes.append(_cell([f"{distance:.2f}"], (red, green, blue), wide, 38))
         columns.append(above(boxes, gap=4))
-    labels = above([_cell([name], PAPER, 150, 38) for name in ("first prompt", "second prompt", "distance")], gap=4)
+    which = [f"distance, encoder {i}" for i in range(1, len(measured) + 1)] if len(measured) > 1 else ["distance"]
+    labels = above([_cell([name], PAPER, 150, 38) for name in ("first prompt", "second prompt", *which)], gap=4)
     images = [
         captioned(scaled(image, width), f'"{prompt}"')
         for image, prompt in zip(order.images, order.prompts, strict=True)

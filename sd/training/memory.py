@@ -20,11 +20,21 @@ def checkpoint_activations(network: nn.Module) -> None:
     """Make residual blocks and transformers drop their activations and recompute them in the backward pass.
 
     Chen et al. 2016, "Training deep nets with sublinear memory cost": about a third more computation for a fraction of
-    the memory, and the same gradients. Only the blocks of this network are wrapped; their classes do not change.
+    the memory, and the same gradients. Only the blocks of this network are wrapped; their classes do not change. A
+    transformer of several blocks (SDXL has ten) is recomputed block by block: else the activations of all its blocks
+    would be in memory at once.
     """
     for module in network.modules():
-        if isinstance(module, (ResBlock, SpatialTransformer, TextBlock)):
-            vars(module)["forward"] = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+        if isinstance(module, SpatialTransformer) and len(module.blocks) > 1:
+            for block in module.blocks:
+                _recompute(block)
+        elif isinstance(module, (ResBlock, SpatialTransformer, TextBlock)):
+            _recompute(module)
+
+
+def _recompute(module: nn.Module) -> None:
+    """Make one module drop its activations."""
+    vars(module)["forward"] = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def channels_last(network: Network, device: torch.device) -> Network:
