@@ -95,6 +95,8 @@ class StableDiffusion(Adaptable, TextEncoding, Cached, Hints):
         self._networks: Mapping[str, nn.Module] = {"text_encoder": text_encoder, "vae": vae, "unet": unet}
         if text_encoder_2 is not None:
             self._networks = {**self._networks, "text_encoder_2": text_encoder_2}
+        if missing := [name for name in config.text_names if name not in self._networks]:
+            raise ValueError(f"{config.name} has {len(config.text)} text encoders: give {', '.join(missing)} as well")
         self._adapters = Adapters(config, self.tokenizers, self._networks, self._keep)
         weight = next(getattr(unet, "norm_out", unet).parameters())  # a norm is never packed
         self.device, self.dtype = weight.device, weight.dtype

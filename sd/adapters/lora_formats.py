@@ -236,9 +236,9 @@ class _Contents:
             if any(re.match(pattern, key) for key in unknown):
                 raise CheckpointError(f"a LoRA for {model}, {NOT_SUPPORTED}")
         pattern, model = NOT_XL if self._config.sizes else XL
-        if found := next((key for key in unknown if re.match(pattern, key)), None):
+        if (key := next((key for key in unknown if re.match(pattern, key)), None)) is not None:
             raise CheckpointError(
-                f"a LoRA for {model} ({found}), not for this model ({self._config.name}): take one that was made for it"
+                f"a LoRA for {model} ({key}), not for this model ({self._config.name}): take one that was made for it"
             )
         if found := [key for key in self._file if ADALORA.search(key)]:
             raise CheckpointError(f"an AdaLoRA of PEFT ({found[0]}), which is not supported")

@@ -10,7 +10,8 @@ one of them in its own way, after words of its own:
     diffusers      unet.down_blocks.0..., text_encoder.text_model..., text_encoder_2.text_model...;
                    also ...attn1.processor.to_q_lora
     PEFT           base_model.model.down_blocks.0...
-    ComfyUI        diffusion_model.input_blocks.1.1..., text_encoders.clip_l.transformer.text_model..., clip_l...., clip_g....
+    ComfyUI        diffusion_model.input_blocks.1.1..., text_encoders.clip_l.transformer.text_model..., clip_l....,
+                   clip_g....
     torch.compile  _orig_mod. at any place
     cloneofsimo    unet:0, text_encoder:7: the linear layers of attentions, counted
 

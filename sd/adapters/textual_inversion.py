@@ -118,7 +118,9 @@ def _vectors_in(file: Checkpoint, path: Path) -> dict[str, tuple[int, ...]]:
     lora = any(ADAPTER_KEY.search(key) for key in shapes)
     bad = [] if lora else [key for key, shape in shapes.items() if len(shape) not in (1, 2) or 0 in shape]
     if bad or lora or len(shapes) > MAX_WORDS:
-        few = f"{bad[0]} is {shape_text(shapes[bad[0]])}" if bad else f"{len(shapes)} tensors, {next(iter(shapes))}, ..."
+        few = (
+            f"{bad[0]} is {shape_text(shapes[bad[0]])}" if bad else f"{len(shapes)} tensors, {next(iter(shapes))}, ..."
+        )
         raise CheckpointError(f"not an embedding ({few}): a checkpoint is given with --ckpt, a LoRA file with --lora")
     return shapes
 
@@ -153,10 +155,10 @@ def _side_by_side(
     """The vectors (n, D) of a file that has some for each text encoder of SDXL, by `parts`."""
     needed = " and ".join(f"{name} ({width} wide)" for name, width in widths.items())
     if not parts:
-        key = next(iter(file))
-        family = FAMILIES.get(file.shape(key)[-1], "another model")
+        found = file.shape(next(iter(file)))[-1]
+        family = FAMILIES.get(found, "another model")
         raise CheckpointError(
-            f"an embedding for {family}: its vectors are {file.shape(key)[-1]} wide, and one for this model has {needed}"
+            f"an embedding for {family}: its vectors are {found} wide, and one for this model has {needed}"
         )
     if missing := [name for name in widths if name not in parts]:
         raise CheckpointError(f"has no vectors for {missing[0]}: an embedding for this model has {needed}")
@@ -165,8 +167,8 @@ def _side_by_side(
         _check_width(shapes[name], width, f" of {name}")
     counts = {name: shape[0] if len(shape) == 2 else 1 for name, shape in shapes.items()}
     if len(set(counts.values())) > 1:
-        found = " and ".join(f"{count} for {name}" for name, count in counts.items())
-        raise CheckpointError(f"holds {found}: a word needs as many vectors for each text encoder")
+        each = " and ".join(f"{count} for {name}" for name, count in counts.items())
+        raise CheckpointError(f"holds {each}: a word needs as many vectors for each text encoder")
     return torch.cat([_read(file, parts[name], model_name(path), room) for name in widths], dim=1)
 
 
@@ -199,9 +201,7 @@ def _part(key: str) -> str | None:
 def _check_width(shape: tuple[int, ...], width: int, of: str = "") -> None:
     if shape[-1] != width:
         family = FAMILIES.get(shape[-1], "another model")
-        raise CheckpointError(
-            f"an embedding for {family}: its vectors{of} are {shape[-1]} wide, this model's {width}"
-        )
+        raise CheckpointError(f"an embedding for {family}: its vectors{of} are {shape[-1]} wide, this model's {width}")
 
 
 def _read(file: Checkpoint, key: str, name: str, room: int) -> Tensor:

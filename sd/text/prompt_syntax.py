@@ -284,7 +284,10 @@ class Rows(NamedTuple):
 
 
 def rows(tokenizer: Tokenizer, texts: Sequence[str], at_least: int = 1) -> Rows:
-    """The tokens and weights of B texts, k chunks each, k from `at_least`: shorter ones are padded with empty chunks."""
+    """The tokens and weights of B texts, k chunks each: shorter ones are padded with chunks of the empty text.
+
+    k is what the longest text needs, and no less than `at_least`.
+    """
     split = [chunks(tokenizer, text) for text in texts]
     count = max([at_least, *map(len, split)])
     padded = [chunk for found in split for chunk in (*found, *[Chunk([], [])] * (count - len(found)))]
