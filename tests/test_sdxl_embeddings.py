@@ -92,6 +92,17 @@ def test_embeddings_of_two_tensors(form, n, model, tmp_path):
     assert not any(isinstance(token, WordTable) for token in before)
 
 
+def test_what_is_beside_the_vectors(model, tmp_path):
+    """Said if it has no effect; and the word of a file is checked as for other models."""
+    save_file(two(1) | {"name": torch.zeros(3, 9)}, tmp_path / "style.safetensors")
+    with pytest.warns(UserWarning, match="style.safetensors: tensors for no text encoder are not used: name"):
+        assert model.add_embedding(tmp_path / "style.safetensors") == ["style"]
+    save_file(two(1), tmp_path / "style.safetensors")
+    for word in ("a\nb", "a" * 201):
+        with pytest.raises(CheckpointError, match="is not a word; give one"):
+            model.add_embedding(tmp_path / "style.safetensors", word)
+
+
 def test_a_pair_of_files(model, tmp_path):
     """As diffusers' training script for SDXL writes them."""
     for name, width in (("learned_embeds", 64), ("learned_embeds_2", 96)):

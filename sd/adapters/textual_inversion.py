@@ -101,7 +101,12 @@ def read_embedding(
             if ENCODERS[1] in parts:
                 raise CheckpointError("an embedding for SDXL, whose text encoders are others: take one for this model")
             return _words(file, path, shapes, width, room, word)
-        return {word or embedding_word(path): _side_by_side(file, path, parts, width, room)}
+        if not parts:
+            _refuse_width(shapes, width)
+        if isinstance(width, Mapping) and len(width) > 1 and (more := [key for key in shapes if _part(key) is None]):
+            warn(f"{path.name}: tensors for no text encoder are not used: {listed(more, most=5)}")
+        name = _checked(word or embedding_word(path))
+        return {name: _side_by_side(file, name, parts, width, room)}
 
 
 def _vectors_in(file: Checkpoint, path: Path) -> dict[str, tuple[int, ...]]:
@@ -143,25 +148,16 @@ def _words(
         name = word or key.removeprefix(PARAMETERS)
         if word is None and (key in nameless or (len(shapes) == 1 and key.startswith(PARAMETERS))):
             name = embedding_word(path)
-        if not name.isprintable() or len(name) > MAX_LETTERS:
-            raise CheckpointError(f"{name[:50]!r} is not a word; give one (word=..., --embedding FILE:WORD)")
-        found[name] = _read(file, key, name, room)
+        found[_checked(name)] = _read(file, key, name, room)
     return found
 
 
 def _side_by_side(
-    file: Checkpoint, path: Path, parts: Mapping[str | None, str], widths: Mapping[str, int], room: int
+    file: Checkpoint, word: str, parts: Mapping[str | None, str], widths: Mapping[str, int], room: int
 ) -> Tensor:
     """The vectors (n, D) of a file that has some for each text encoder of SDXL, by `parts`."""
-    needed = " and ".join(f"{name} ({width} wide)" for name, width in widths.items())
-    if not parts:
-        found = file.shape(next(iter(file)))[-1]
-        family = FAMILIES.get(found, "another model")
-        raise CheckpointError(
-            f"an embedding for {family}: its vectors are {found} wide, and one for this model has {needed}"
-        )
     if missing := [name for name in widths if name not in parts]:
-        raise CheckpointError(f"has no vectors for {missing[0]}: an embedding for this model has {needed}")
+        raise CheckpointError(f"has no vectors for {missing[0]}: an embedding for this model has {_needed(widths)}")
     shapes = {name: file.shape(parts[name]) for name in widths}
     for name, width in widths.items():
         _check_width(shapes[name], width, f" of {name}")
@@ -169,7 +165,20 @@ def _side_by_side(
     if len(set(counts.values())) > 1:
         each = " and ".join(f"{count} for {name}" for name, count in counts.items())
         raise CheckpointError(f"holds {each}: a word needs as many vectors for each text encoder")
-    return torch.cat([_read(file, parts[name], model_name(path), room) for name in widths], dim=1)
+    return torch.cat([_read(file, parts[name], word, room) for name in widths], dim=1)
+
+
+def _refuse_width(shapes: Mapping[str, tuple[int, ...]], widths: Mapping[str, int]) -> None:
+    """Raise CheckpointError for vectors that are for one text encoder, where a model has those of SDXL."""
+    found = next((shape[-1] for shape in shapes.values()), 0)
+    family = FAMILIES.get(found, "another model")
+    raise CheckpointError(
+        f"an embedding for {family}: its vectors are {found} wide, and one for this model has {_needed(widths)}"
+    )
+
+
+def _needed(widths: Mapping[str, int]) -> str:
+    return " and ".join(f"{name} ({width} wide)" for name, width in widths.items())
 
 
 def _joined(one: Path, two: Path, widths: tuple[int, ...], room: int, word: str | None) -> dict[str, Tensor]:
@@ -180,7 +189,7 @@ def _joined(one: Path, two: Path, widths: tuple[int, ...], room: int, word: str 
         raise CheckpointError(f"{two}: has other words, or another number of vectors, than {one.name} beside it")
     if word is not None and len(first) > 1:
         raise CheckpointError(f"{one}: holds {len(first)} words ({listed(first, most=5)}): leave out the word")
-    return {word or name: torch.cat([vectors, second[name]], dim=1) for name, vectors in first.items()}
+    return {_checked(word or name): torch.cat([vectors, second[name]], dim=1) for name, vectors in first.items()}
 
 
 def _second_file(path: Path) -> Path | None:
@@ -202,6 +211,13 @@ def _check_width(shape: tuple[int, ...], width: int, of: str = "") -> None:
     if shape[-1] != width:
         family = FAMILIES.get(shape[-1], "another model")
         raise CheckpointError(f"an embedding for {family}: its vectors{of} are {shape[-1]} wide, this model's {width}")
+
+
+def _checked(word: str) -> str:
+    """The word. CheckpointError for what cannot be one."""
+    if not word.isprintable() or len(word) > MAX_LETTERS:
+        raise CheckpointError(f"{word[:50]!r} is not a word; give one (word=..., --embedding FILE:WORD)")
+    return word
 
 
 def _read(file: Checkpoint, key: str, name: str, room: int) -> Tensor:
