@@ -8,7 +8,10 @@ scripts/distill.py writes the settings themselves into the metadata: `FewStep.to
                an input of the network) and "LCM-LoRA" (arXiv:2311.05556: it is in the weights)
     TCD        Zheng et al. 2024, "Trajectory consistency distillation" (arXiv:2402.19159)
     Hyper-SD   Ren et al. 2024 (arXiv:2404.13686): one LoRA for each number of steps; "CFG" in the name keeps guidance
-    SD-Turbo   Sauer et al. 2023, "Adversarial diffusion distillation" (arXiv:2311.17042): SD 2.1 for 1 to 4 steps
+    SD-Turbo   Sauer et al. 2023, "Adversarial diffusion distillation" (arXiv:2311.17042): SD 2.1 for 1 to 4 steps, and
+               SDXL-Turbo
+    Lightning  Lin et al. 2024, "SDXL-Lightning" (arXiv:2402.13929): one LoRA for each number of steps
+    DMD2       Yin et al. 2024, "Improved distribution matching distillation" (arXiv:2405.14867)
 
 Guidance is counted as everywhere here: 1 is none, which diffusers also writes as 0.
 
@@ -83,7 +86,10 @@ def _counted(steps: int) -> str:
 
 # The model cards of latent-consistency/lcm-lora-sdv1-5 (2 to 8 steps, guidance 1 to 2), SimianLuo/LCM_Dreamshaper_v7
 # (1 to 8 steps, guidance 8; diffusers' guide: it was trained with 3 to 13), h1t/TCD-SD15-LoRA (4 steps, and more
-# improve the image), ByteDance/Hyper-SD (guidance 5 to 8 with "CFG") and stabilityai/sd-turbo (1 to 4 steps).
+# improve the image), ByteDance/Hyper-SD (guidance 5 to 8 with "CFG") and stabilityai/sd-turbo (1 to 4 steps). Those for
+# SDXL are used alike: latent-consistency/lcm-lora-sdxl, h1t/TCD-SDXL-LoRA, Hyper-SDXL, sdxl-turbo. ByteDance's
+# SDXL-Lightning has LoRAs for 2, 4 and 8 steps (Euler, trailing, no guidance), tianweiy/DMD2 one for 4 (LCM on the
+# timesteps 999, 749, 499, 249, no guidance), with which up to 8 are customary.
 LCM = FewStep("LCM", "lcm", "lcm", 4, (2, 8), 1.0, (1.0, 2.0))
 LCM_GUIDED = FewStep("LCM", "lcm", "lcm", 4, (1, 8), 8.0, (3.0, 13.0))
 TCD = FewStep("TCD", "tcd", "lcm", 4, (2, 20), 1.0, (1.0, 2.0))
@@ -91,6 +97,9 @@ HYPER = FewStep("Hyper-SD", "ddim", "trailing", 4, (2, 8), 1.0, (1.0, 1.0))
 HYPER_ONE = replace(HYPER, sampler="tcd", spacing="lcm", steps=1, range=(1, 8))
 HYPER_GUIDED = replace(HYPER, guidance=5.0, guidances=(5.0, 8.0))
 TURBO = FewStep("SD-Turbo", "euler", "trailing", 1, (1, 4), 1.0, (1.0, 1.0))
+TURBO_XL = replace(TURBO, label="SDXL-Turbo")
+LIGHTNING = FewStep("SDXL-Lightning", "euler", "trailing", 4, (2, 8), 1.0, (1.0, 1.0))
+DMD = FewStep("DMD2", "lcm", "trailing", 4, (4, 8), 1.0, (1.0, 1.0))
 
 STEPS = re.compile(r"(?<!\d)(\d{1,2})[ _-]?steps?(?![a-z])")
 # A name's words and the kind that they mean. Digits may stand beside a word: "dreamshaper_8LCM".
@@ -99,6 +108,15 @@ WORDS = (
     (re.compile(r"(?<![a-z])tcd(?![a-z])"), TCD),
     (re.compile(r"(?<![a-z])lcm(?![a-z])"), LCM),
     (re.compile(r"(?<![a-z])sd[ _-]?turbo(?![a-z])"), TURBO),
+    (re.compile(r"(?<![a-z])sd[ _-]?xl[ _-]?turbo(?![a-z])"), TURBO_XL),
+    # "lightning" alone is also a subject of ordinary LoRAs
+    (
+        re.compile(
+            r"(?<![a-z])sd[ _-]?xl[ _-]?lightning(?![a-z])|(?<![a-z])lightning[ _-]?\d{1,2}[ _-]?steps?(?![a-z])"
+        ),
+        LIGHTNING,
+    ),
+    (re.compile(r"(?<![a-z])dmd2(?!\d)"), DMD),
 )
 TITLES = ("modelspec.title", "ss_output_name")  # entries of metadata that hold a model's name
 SETTINGS = "sd.few_step"  # the entry of metadata that holds the settings of a LoRA

@@ -95,7 +95,9 @@ class StableDiffusion(Adaptable, TextEncoding, Cached, Hints):
         self._networks: Mapping[str, nn.Module] = {"text_encoder": text_encoder, "vae": vae, "unet": unet}
         if text_encoder_2 is not None:
             self._networks = {**self._networks, "text_encoder_2": text_encoder_2}
-        self._adapters = Adapters(config, self.tokenizer, self._networks, self._keep)
+        if missing := [name for name in config.text_names if name not in self._networks]:
+            raise ValueError(f"{config.name} has {len(config.text)} text encoders: give {', '.join(missing)} as well")
+        self._adapters = Adapters(config, self.tokenizers, self._networks, self._keep)
         weight = next(getattr(unet, "norm_out", unet).parameters())  # a norm is never packed
         self.device, self.dtype = weight.device, weight.dtype
         # called in place of the U-Net: recorded or compiled
@@ -202,7 +204,7 @@ class StableDiffusion(Adaptable, TextEncoding, Cached, Hints):
         if wrapped is not plain[name] and name != "vae":  # adapters change the other two
             if self.loras or self.words:
                 raise ValueError("remove LoRAs and embeddings before a network is replaced: it does not have them")
-            self._adapters = Adapters(self.config, self.tokenizer, plain | {name: wrapped}, self._keep)
+            self._adapters = Adapters(self.config, self.tokenizers, plain | {name: wrapped}, self._keep)
         self._networks = {**self._networks, name: network}
 
     def _keep(self, *names: str) -> None:

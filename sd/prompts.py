@@ -108,9 +108,13 @@ class TextEncoding:
     def encode_weighted(self, texts: Sequence[str], *, clip_skip: int | None = None, note: Note = warn) -> TextOutput:
         """Encode B texts with weights, `(word:1.2)`, `(word)`, `[word]`, and BREAKs; contexts are (B, k M, D).
 
-        There are as many chunks k as the longest text needs; shorter ones are padded with those of the empty text.
+        There are as many chunks k as the longest text needs; shorter ones are padded with those of the empty text. With
+        several text encoders that is so for each, as a word of one tokenizer may be several tokens of another.
         """
         read = [rows(tokenizer, texts) for tokenizer in self.tokenizers]
+        most = max(len(ids) for ids, _ in read) // max(len(texts), 1)
+        if any(len(ids) < most * len(texts) for ids, _ in read):
+            read = [rows(tokenizer, texts, most) for tokenizer in self.tokenizers]
         outputs = []
         for output, (_, weights) in zip(self._encode([ids for ids, _ in read], clip_skip, note), read, strict=True):
             context, pooled = output
@@ -126,7 +130,7 @@ class TextEncoding:
         """Token ids (B, M) for each text encoder -> what it says."""
         config = self.config
         layers = None if clip_skip is None else layers_of_clip_skip(config.text, clip_skip, note)
-        if self.tokenizers[0].added:
+        if any(tokenizer.added for tokenizer in self.tokenizers):
             self._adapters.words.keep()
         outputs = []
         for i, name in enumerate(self._text_names):

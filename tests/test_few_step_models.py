@@ -262,6 +262,19 @@ NAMES = [
     ("hypersd15_8steps", "a Hyper-SD LoRA", "8 steps, sampler ddim, guidance 1"),
     ("Hyper-SD15-12steps-CFG-lora", "a Hyper-SD LoRA", "12 steps, sampler ddim, guidance 5"),
     ("sd_turbo", "an SD-Turbo LoRA", "1 step, sampler euler, guidance 1"),
+    ("lcm-lora-sdxl", "an LCM LoRA", "4 steps, sampler lcm, guidance 1"),
+    ("sdxl_lcm_lora", "an LCM LoRA", "4 steps, sampler lcm, guidance 1"),
+    ("TCD-SDXL-LoRA", "a TCD LoRA", "4 steps, sampler tcd, guidance 1"),
+    ("Hyper-SDXL-1step-lora", "a Hyper-SD LoRA", "1 step, sampler tcd, guidance 1"),
+    ("Hyper-SDXL-8steps-lora", "a Hyper-SD LoRA", "8 steps, sampler ddim, guidance 1"),
+    ("sdxl_hyper_sd_4step_lora", "a Hyper-SD LoRA", "4 steps, sampler ddim, guidance 1"),
+    ("Hyper-SDXL-8steps-CFG-lora", "a Hyper-SD LoRA", "8 steps, sampler ddim, guidance 5"),
+    ("sdxl_lightning_2step_lora", "an SDXL-Lightning LoRA", "2 steps, sampler euler, guidance 1"),
+    ("sdxl_lightning_8step_lora", "an SDXL-Lightning LoRA", "8 steps, sampler euler, guidance 1"),
+    ("SDXL-Lightning", "an SDXL-Lightning LoRA", "4 steps, sampler euler, guidance 1"),
+    ("Lightning-4steps", "an SDXL-Lightning LoRA", "4 steps, sampler euler, guidance 1"),
+    ("dmd2_sdxl_4step_lora_fp16", "a DMD2 LoRA", "4 steps, sampler lcm, guidance 1"),
+    ("sd_xl_turbo_lora_v1", "an SDXL-Turbo LoRA", "1 step, sampler euler, guidance 1"),
 ]
 
 
@@ -272,7 +285,8 @@ def test_names(name, what, settings):
     assert kind.range[0] <= kind.steps <= kind.range[1]
 
 
-@pytest.mark.parametrize("name", ["calcmap", "film-lcmx", "turbo", "hyper-realism", "style-4steps", "tcdd", ""])
+@pytest.mark.parametrize("name", ["calcmap", "film-lcmx", "turbo", "hyper-realism", "style-4steps", "tcdd", "",
+                                  "lightning", "xl_lightning_bolts", "dmd", "dmd20"])  # fmt: skip
 def test_other_names(name):
     assert named(name) is None
 

@@ -395,7 +395,10 @@ GOOD = {f"{NAME}.lora_down.weight": torch.ones(4, 128), f"{NAME}.lora_up.weight"
         (cross_attention(2048) | {"lora_te2_x.lora_down.weight": torch.zeros(1)}, "made for SDXL, .* 2048 wide"),
         (cross_attention(99), "made for another model, whose"),
         (text_width(1024), "made for Stable Diffusion 2.x, whose text encoder is 1024 wide, not 64"),
-        (GOOD | {"lora_te2_text_model_x.alpha": torch.zeros(1)}, "a LoRA for SDXL, which is not supported"),
+        (
+            GOOD | {"lora_te2_text_model_x.alpha": torch.zeros(1)},
+            r"a LoRA for SDXL .lora_te2_text_model_x.alpha., not for this model .tiny v1.: take one that",
+        ),
         ({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.zeros(4, 4)}, "a LoRA for Flux"),
         ({"transformer.single_transformer_blocks.0.x.lora_A.weight": torch.zeros(4, 4)}, "a LoRA for Flux or Hun"),
         (GOOD | {f"{NAME}.lora_up.weight": torch.ones(99, 4)}, "1 of 1 layers have the wrong shape: .* is for 99x128"),

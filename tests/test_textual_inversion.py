@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from test_tokenizer import write_folder
 from torch import nn
 
-from sd.adapters.textual_inversion import WordTable, read_embedding
+from sd.adapters.textual_inversion import read_embedding
+from sd.adapters.words import WordTable
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.pipeline import StableDiffusion
 from sd.text.tokenizer import Tokenizer

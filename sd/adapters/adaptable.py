@@ -51,7 +51,7 @@ class Adaptable:
     def add_lora(
         self, path: str | os.PathLike[str], weight: float = 1.0, name: str | None = None, *, note: Note = warn
     ) -> str:
-        """Merge a LoRA or LyCORIS file into U-Net and text encoder, and add the embeddings in it; returns its name.
+        """Merge a LoRA or LyCORIS file into U-Net and text encoders, and add the embeddings in it; returns its name.
 
         path   a file, or a folder with one, as written by diffusers, PEFT or the hub's cache
         name   that of the LoRA from then on. By default the file's; its folder's or repository's, if tools call every
@@ -102,6 +102,8 @@ class Adaptable:
 
     def add_embedding(self, path: str | os.PathLike[str], word: str | None = None) -> list[str]:
         """Add the words of a textual inversion file to prompts; returns them in lower case, as prompts are read.
+
+        For SDXL, a word has vectors for both text encoders.
 
         path   a file, or a folder with one, as written by diffusers or the hub's cache
         word   the name of the word; if None, the word in the file, and the file's name without its suffix

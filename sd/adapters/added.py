@@ -16,7 +16,8 @@ from ..text.tokenizer import Note, Tokenizer, warn
 from .adapter_files import EMBEDDING_FILES, adapter_file
 from .lora import Lora, Merged
 from .lora_formats import read_lora
-from .textual_inversion import Words, other_word, read_embedding
+from .textual_inversion import other_word, read_embedding, widths_of
+from .words import Words
 
 
 class LoraFile(NamedTuple):
@@ -35,12 +36,16 @@ class Adapters:
     """
 
     def __init__(
-        self, config: Config, tokenizer: Tokenizer, networks: Mapping[str, nn.Module], keep: Callable[..., object]
+        self,
+        config: Config,
+        tokenizers: Sequence[Tokenizer],
+        networks: Mapping[str, nn.Module],
+        keep: Callable[..., object],
     ) -> None:
-        """`networks` has the "text_encoder" and the "unet"."""
+        """`networks` has the text encoders, to each of which a tokenizer belongs, and the "unet"."""
         self._config, self._keep = config, keep
         self.merged = Merged(networks)
-        self.words = Words(tokenizer, cast(TextEncoder, networks["text_encoder"]))
+        self.words = Words(tokenizers, [cast(TextEncoder, networks[name]) for name in config.text_names])
         self._words_of: dict[str, list[str]] = {}  # name of a LoRA -> words that were in its file
         self.few_step: dict[str, FewStep] = {}  # the few-step LoRAs, in the order in which they were added
         self._permanent: set[str] = set()  # those of them that cannot be removed
@@ -109,10 +114,9 @@ class Adapters:
 
     def add_embedding(self, path: str | os.PathLike[str], word: str | None = None) -> list[str]:
         """See `StableDiffusion.add_embedding`."""
-        text = self._config.text[0]
         file = adapter_file(Path(path), EMBEDDING_FILES)
-        words = read_embedding(file, text.width, text.length - 2, word)
-        self._keep("text_encoder")
+        words = read_embedding(file, widths_of(self._config), self._config.text[0].length - 2, word)
+        self._keep(*self._config.text_names)
         added = self.words.add(words)
         name = other_word(file, words) if word is None else None
         second = None if name is None else self.words.alias(added[0], name)

@@ -28,14 +28,14 @@ from ..few_step import FewStep
 from ..runtime.offload import fingerprint
 from .changes import Change
 
-Target = tuple[str, str]  # network ("unet", "text_encoder") and our name of a parameter in it
+Target = tuple[str, str]  # network ("unet", "text_encoder", "text_encoder_2") and our name of a parameter in it
 
 
 @dataclass(frozen=True)
 class Lora:
     """The contents of a LoRA file that fits a model.
 
-    words   embeddings in the file: word -> vectors (n, D)
+    words   embeddings in the file: word -> vectors (n, D), those of several text encoders side by side
     notes   what of the file has no effect
     file    the file itself, with all links resolved
     few_step   the kind of few-step LoRA that it is, by its name or metadata; None for an ordinary one

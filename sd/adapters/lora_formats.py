@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming
 from ..checkpoints.finite import check_numbers
 from ..checkpoints.folders import model_name
+from ..checkpoints.other_models import NOT_SUPPORTED
 from ..config import Config
 from ..few_step import SETTINGS, TITLES, FewStep, from_json, named
 from ..messages import listed, one_line, printable
@@ -35,6 +36,7 @@ from .lora import Lora, Target
 from .lora_names import NUMBERED, Layer, LayerNames, flat, numbered_layers
 from .lora_parts import ADAPTER_KEY, ONE_NUMBER, LayerParts, Misfit, plain_number, read_number, split_key
 from .lora_settings import alpha_of, lokr_scale, read_settings
+from .textual_inversion import encoder_names
 
 LAYERS = 32  # of the largest text encoder (bigG): files may have layers after the last one that is run
 LISTED = 3  # names in a message at most: they are long
@@ -47,7 +49,8 @@ NO_LAYER = "of layers that this model does not have"
 NO_PART = "of no known kind of adapter"
 OTHER_WORDS = "of words for another text encoder"
 
-# The embeddings of a file: kohya's "bundle_emb.word.string_to_param.*", cloneofsimo's "<s1>".
+# The embeddings of a file: kohya's "bundle_emb.word.string_to_param.*", SDXL's ".clip_l" and ".clip_g"; cloneofsimo's
+# "<s1>".
 BUNDLED, BUNDLED_ENDS = "bundle_emb.", (".string_to_param.*", ".emb_params", ".clip_l")
 # Unsupported kinds of adapters, and unsupported models, by patterns of keys.
 OTHER_KINDS = (
@@ -66,9 +69,19 @@ OTHER_MODELS = (
     (r"(.*[._])?(double|single)(_transformer)?_blocks[._]", "Flux or HunyuanVideo"),
     (r"lora_transformer_|transformer\.", "SD 3 or Flux, or another diffusion transformer"),
     (r"lora_prior_unet_|prior\.", "Stable Cascade"),
-    (r"lora_te2_|te2[._]|text_encoder_2\.|(text_encoders\.)?clip_g\.|lora_te2\.|.*transformer_blocks[._]1[._]"
-     r"|.*label_emb|.*add_embedding|conditioner\.embedders\.1\.", "SDXL"),
 )  # fmt: skip
+# A family and its layers that the other one does not have: SDXL has a second text encoder and a vector; Stable
+# Diffusion 1.x and 2.x have a fourth level, and attention in the first.
+XL = (
+    r"lora_te2_|te2[._]|text_encoder_2\.|(text_encoders\.)?clip_g\.|lora_te2\.|.*transformer_blocks[._]1[._]"
+    r"|.*label_emb|.*add_embedding|conditioner\.embedders\.1\.",
+    "SDXL",
+)
+NOT_XL = (
+    r"(.*[._])?(down_blocks[._]0[._]attentions|up_blocks[._]3[._]attentions|input_blocks[._][12][._]1"
+    r"|output_blocks[._](9|10|11)[._]1)[._]",
+    "Stable Diffusion 1.x or 2.x",
+)
 # The same in a file of which nothing is understood. Beside layers of the model, such layers are left out.
 OTHER_MODELS_ALONE = (
     (r"(.*[._])?motion_modules[._]", "the motion module of AnimateDiff"),
@@ -78,12 +91,13 @@ OTHER_MODELS_ALONE = (
      "a diffusion transformer (Lumina, Z-Image)"),
     (r"(base_model\.model\.)?model\.layers\.\d+\.", "a language model"),
 )  # fmt: skip
-# by width of the text encoder
+# by width of the context, or of the text encoder
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 1280: "SDXL"}
+REFINER = "SDXL's refiner"  # its context has the width of SDXL's second text encoder
 
 
 def read_lora(path: str | os.PathLike[str], config: Config, networks: Mapping[str, nn.Module]) -> Lora:
-    """Read a LoRA file for a model of this config, with these networks ("unet", "text_encoder").
+    """Read a LoRA file for a model of this config, with these networks ("unet" and the text encoders).
 
     path   of the file, or of a folder as written by diffusers, PEFT or the hub's cache
 
@@ -92,7 +106,7 @@ def read_lora(path: str | os.PathLike[str], config: Config, networks: Mapping[st
     path = adapter_file(Path(path), LORA_FILES)
     shapes = {
         (network, key): tuple(weight.shape)
-        for network in ("unet", "text_encoder")
+        for network in ("unet", *config.text_names)
         for key, weight in networks[network].named_parameters()
     }
     _check_plain(shapes)
@@ -124,6 +138,7 @@ class _Contents:
         self._file, self._config, self._shapes = file, config, shapes
         layers = layers_of(list(shapes))
         self._names, self._unrun = LayerNames(config, layers), _unrun_layers(config, layers)
+        self._word_ends = (*BUNDLED_ENDS, *(f".{name}" for name in encoder_names(config)))
         self.parts: dict[Layer, LayerParts] = {}
         self.words: dict[str, list[str]] = {}  # word -> its keys
         self.rest: dict[str, list[str]] = {}  # reason -> the keys that have no effect for it
@@ -140,7 +155,7 @@ class _Contents:
                 self.rest.setdefault(reason, []).append(key)
 
     def _add(self, key: str) -> None:
-        if word := _word(key):
+        if word := _word(key, self._word_ends):
             self.words.setdefault(word, []).append(key)
             return
         found = split_key(key)
@@ -219,7 +234,12 @@ class _Contents:
         unknown = [key for reason in (NO_LAYER, NO_PART) for key in self.rest.get(reason, [])]
         for pattern, model in OTHER_MODELS if used else OTHER_MODELS + OTHER_MODELS_ALONE:
             if any(re.match(pattern, key) for key in unknown):
-                raise CheckpointError(f"a LoRA for {model}, which is not supported (only Stable Diffusion 1.x and 2.x)")
+                raise CheckpointError(f"a LoRA for {model}, {NOT_SUPPORTED}")
+        pattern, model = NOT_XL if self._config.sizes else XL
+        if (key := next((key for key in unknown if re.match(pattern, key)), None)) is not None:
+            raise CheckpointError(
+                f"a LoRA for {model} ({key}), not for this model ({self._config.name}): take one that was made for it"
+            )
         if found := [key for key in self._file if ADALORA.search(key)]:
             raise CheckpointError(f"an AdaLoRA of PEFT ({found[0]}), which is not supported")
         words = dict(self._read_words())
@@ -266,17 +286,28 @@ class _Contents:
             raise CheckpointError(f"made for another model: {what}: {listed(wrong, '; ', LISTED)}")
 
     def _read_words(self) -> Iterator[tuple[str, Tensor]]:
-        """The words in the file that fit the text encoder, and their vectors (n, D) in float32."""
-        text = self._config.text[0]
+        """The words in the file that fit the text encoders, and their vectors (n, D) as `read_embedding` has them."""
+        texts = self._config.text
+        names = encoder_names(self._config) or ("",)
         for word, keys in self.words.items():
-            shape = self._file.shape(keys[0])
-            count = shape[0] if len(shape) == 2 else 1
-            if len(keys) > 1 or len(shape) not in (1, 2) or shape[-1] != text.width or not 0 < count <= text.length - 2:
+            if names != ("",):  # SDXL: one tensor for each text encoder
+                by_end = {key.rpartition(".")[2]: key for key in keys}
+                found = [by_end[name] for name in names if name in by_end]
+            else:
+                found = keys
+            shapes = [self._file.shape(key) for key in found]
+            counts = {shape[0] if len(shape) == 2 else 1 for shape in shapes}
+            fits = len(found) == len(texts) and len(counts) == 1 and 0 < counts.pop() <= texts[0].length - 2
+            fits = fits and all(len(shape) in (1, 2) for shape in shapes)
+            if not fits or [shape[-1] for shape in shapes] != [text.width for text in texts]:
                 self.rest.setdefault(OTHER_WORDS, []).extend(keys)
                 continue
-            vectors = self._file[keys[0]]
-            check_numbers(keys[0], vectors)
-            yield word, vectors.reshape(-1, text.width).float()
+            vectors = []
+            for key, text in zip(found, texts, strict=True):
+                tensor = self._file[key]
+                check_numbers(key, tensor)
+                vectors.append(tensor.reshape(-1, text.width).float())
+            yield word, torch.cat(vectors, dim=1)
 
     def _notes(self, path: Path) -> tuple[str, ...]:
         """What of the file has no effect, or another one than in some programs: a line for each."""
@@ -310,22 +341,22 @@ class _Contents:
 
 
 def _unrun_layers(config: Config, layers: Sequence[Layer]) -> LayerNames:
-    """The names of layers of the text encoder after the last one that is run."""
-    text = config.text[0]
-    first = [name for network, name in layers if network == "text_encoder" and name.startswith("blocks.0.")]
+    """The names of layers of the text encoders after the last one that is run."""
+    deeper = tuple(replace(text, layers=max(LAYERS, text.layers)) for text in config.text)
     more = [
-        ("text_encoder", name.replace("blocks.0.", f"blocks.{i}.", 1))
+        (network, name.replace("blocks.0.", f"blocks.{i}.", 1))
+        for network, text in zip(config.text_names, config.text, strict=True)
         for i in range(text.layers, LAYERS)
-        for name in first
+        for of, name in layers
+        if of == network and name.startswith("blocks.0.")
     ]
-    deeper = replace(text, layers=max(LAYERS, text.layers))
-    return LayerNames(replace(config, text=(deeper, *config.text[1:])), more)
+    return LayerNames(replace(config, text=deeper), more)
 
 
-def _word(key: str) -> str | None:
-    """The word whose vectors a tensor has."""
+def _word(key: str, ends: Sequence[str]) -> str | None:
+    """The word whose vectors a tensor has; `ends` of the keys of bundled ones."""
     if key.startswith(BUNDLED):
-        end = next((end for end in BUNDLED_ENDS if key.endswith(end)), None)
+        end = next((end for end in ends if key.endswith(end)), None)
         return key.removeprefix(BUNDLED).removesuffix(end) if end else None
     return key if re.fullmatch("<[^<>]+>", key) else None
 
@@ -346,7 +377,10 @@ def _check_family(layer: Layer, parts: LayerParts) -> None:
     made, ours = parts.shape_made(), parts.weight[1]
     if made is not None and len(made) > 1 and made[1] != ours:
         what = "U-Net expects texts" if network == "unet" else "text encoder is"
+        family = FAMILIES.get(made[1], "another model")
+        if network == "unet" and made[1] == 1280:
+            family = REFINER
         raise CheckpointError(
-            f"made for {FAMILIES.get(made[1], 'another model')}, whose {what} {made[1]} wide, not {ours} as in "
+            f"made for {family}, whose {what} {made[1]} wide, not {ours} as in "
             f"this model ({parts.keys[min(parts.keys)]})"
         )

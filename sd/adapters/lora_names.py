@@ -4,16 +4,20 @@ A layer has a path in diffusers' modules, one in the original's, and a place in 
 one of them in its own way, after words of its own:
 
     kohya          lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q, lora_te_text_model_encoder_...;
-                   lora_te1_, and the original's paths, lora_unet_input_blocks_1_1_...
+                   for SDXL lora_te1_, lora_te2_, and the original's paths, lora_unet_input_blocks_4_1_...
     LyCORIS        lycoris_ in place of lora_unet_
     OneTrainer     lora_unet.down_blocks.0..., lora_te.text_model...
-    diffusers      unet.down_blocks.0..., text_encoder.text_model...; also ...attn1.processor.to_q_lora
+    diffusers      unet.down_blocks.0..., text_encoder.text_model..., text_encoder_2.text_model...;
+                   also ...attn1.processor.to_q_lora
     PEFT           base_model.model.down_blocks.0...
-    ComfyUI        diffusion_model.input_blocks.1.1..., text_encoders.clip_l.transformer.text_model..., clip_l....
+    ComfyUI        diffusion_model.input_blocks.1.1..., text_encoders.clip_l.transformer.text_model..., clip_l....,
+                   clip_g....
     torch.compile  _orig_mod. at any place
     cloneofsimo    unet:0, text_encoder:7: the linear layers of attentions, counted
 
-So names are compared with "_" in place of all points and colons, after the words of the tools were taken off.
+So names are compared with "_" in place of all points and colons, after the words of the tools were taken off. Layers of
+SDXL's two text encoders have the same paths, and only these words tell them apart: a text encoder without a number is
+the first.
 
 >>> from sd.config import SD1
 >>> names = LayerNames(SD1, [("unet", "mid.attn.blocks.0.attn1.out"), ("text_encoder", "blocks.5.fc2")])
@@ -33,17 +37,19 @@ from itertools import chain
 from ..checkpoints.key_maps import UNET, diffusers_sources, original_sources
 from ..config import Config
 
-Layer = tuple[str, str]  # network ("unet", "text_encoder") and our name of a layer in it
+Layer = tuple[str, str]  # network ("unet", "text_encoder", "text_encoder_2") and our name of a layer in it
 
-# Words that tools put before a path -> the network that a word is about.
+# Words that tools put before a path -> the network that a word is about; TEXT is a text encoder, whichever it is.
+TEXT = "text"
 WORDS = {
     "lora_": None, "lycoris_": None, "base_model_": None, "model_": None, "module_": None,
     "unet_": "unet", "diffusion_model_": "unet",
-    "te_": "text_encoder", "te1_": "text_encoder", "text_encoder_": "text_encoder", "text_encoders_": "text_encoder",
-    "clip_l_": "text_encoder", "clip_h_": "text_encoder", "clip_": "text_encoder", "transformer_": "text_encoder",
-    "cond_stage_model_": "text_encoder", "text_model_": "text_encoder",
+    **dict.fromkeys(("te_", "text_encoder_", "text_encoders_", "clip_h_", "clip_", "transformer_", "cond_stage_model_",
+                     "text_model_"), TEXT),
 }  # fmt: skip
-LONGEST_FIRST = sorted(WORDS, key=len, reverse=True)
+# The same for OpenAI's ViT-L/14, and for SDXL's second text encoder, OpenCLIP's ViT-bigG/14.
+FIRST_WORDS = ("te1_", "clip_l_")
+SECOND_WORDS = ("te2_", "text_encoder_2_", "clip_g_")
 COMPILED = "_orig_mod_"
 # In attention processors of diffusers before PEFT, the layers of an attention have other names.
 PROCESSORS = {
@@ -72,27 +78,41 @@ def flat(name: str) -> str:
     return re.sub("[.:]", "_", name).replace(COMPILED, "")
 
 
+def words_of(config: Config) -> dict[str, str | None]:
+    """The words that may stand before paths in a LoRA file for a model, and the network that each is about.
+
+    The only text encoder of SDXL's refiner is SDXL's second one, and is called so.
+    """
+    is_refiner = bool(config.sizes) and len(config.text) == 1
+    first = {} if is_refiner else dict.fromkeys(FIRST_WORDS, config.text_names[0])
+    second = dict.fromkeys(SECOND_WORDS, config.text_names[-1]) if config.sizes else {}
+    return {**WORDS, **first, **second}
+
+
 class LayerNames:
     """Finds layers by the names that LoRA files use for them."""
 
     def __init__(self, config: Config, layers: Iterable[Layer]) -> None:
-        keys: dict[str, list[str]] = {"unet": [], "vae": [], "text_encoder": []}
+        keys: dict[str, list[str]] = {network: [] for network in config.networks}
         for network, layer in layers:
             keys[network].append(f"{layer}.weight")
         try:
             diffusers = diffusers_sources(config, keys)
-            original = original_sources(config, {**keys, "text_encoder": []})
+            original = original_sources(config, {**keys, **{network: [] for network in config.text_names}})
         except KeyError as error:
             raise ValueError(
                 f"the network has a layer {error.args[0]!r} that does not belong to this model, so no LoRA can be "
                 "merged: use the plain network, without wrappers or added layers"
             ) from None
-        self.paths: dict[str, Layer] = {}  # flat path -> layer
+        self.first_text = config.text_names[0]
+        self.words = words_of(config)
+        self.longest_first = sorted(self.words, key=len, reverse=True)
+        self.paths: dict[str, dict[str, Layer]] = {}  # flat path -> network -> layer
         for network, theirs in chain(diffusers.items(), original.items()):
             for key, source in theirs.items():
                 path = source.key.removesuffix(".weight").removeprefix(UNET)
                 for name in _ways(flat(path).removeprefix("text_model_")):
-                    self.paths[name] = network, key.removesuffix(".weight")
+                    self.paths.setdefault(name, {})[network] = network, key.removesuffix(".weight")
 
     def find(self, name: str) -> Layer | None:
         """The layer of this name, without the ending that says which part of an adapter a tensor is."""
@@ -101,12 +121,22 @@ class LayerNames:
             name = name.removesuffix(end)
         network = None
         while name not in self.paths:
-            word = next((word for word in LONGEST_FIRST if name.startswith(word)), None)
-            if word is None or (network and WORDS[word] not in (None, network)):
+            word = next((word for word in self.longest_first if name.startswith(word)), None)
+            if word is None or not _agree(network, about := self.words[word]):
                 return None
-            network, name = WORDS[word] or network, name.removeprefix(word)
-        layer = self.paths[name]
-        return layer if network in (None, layer[0]) else None
+            network = about if network is None or (network == TEXT and about) else network
+            name = name.removeprefix(word)
+        found = self.paths[name]
+        if network is None:
+            network = "unet" if "unet" in found else TEXT
+        return found.get(self.first_text if network == TEXT else network)
+
+
+def _agree(one: str | None, other: str | None) -> bool:
+    """Whether two words can be about the same network."""
+    if one is None or other is None or one == other:
+        return True
+    return TEXT in (one, other) and "unet" not in (one, other)
 
 
 def _ways(path: str) -> Iterator[str]:

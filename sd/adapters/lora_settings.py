@@ -34,7 +34,7 @@ def read_settings(file: Checkpoint) -> dict[str, Any]:
     except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"the settings of its adapter cannot be read: {error!s:.100}") from None
     settings = found if isinstance(found, dict) else {}
-    for network in ("", "unet.", "text_encoder."):
+    for network in ("", "unet.", "text_encoder.", "text_encoder_2."):
         start = settings.get(f"{network}init_lora_weights")
         if isinstance(start, str) and start.lower().startswith(CHANGE_THE_MODEL):
             what = f"the settings of its adapter say init_lora_weights {start!r:.50}"

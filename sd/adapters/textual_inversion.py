@@ -9,11 +9,16 @@ may have several vectors, and takes as many of the 75 tokens of a prompt.
     diffusers' .bin             {"<the-word>": (D,) or (n, D)}; in .safetensors as well
     .safetensors of others      emb_params: (n, D); further names: `is_nameless`
     OneTrainer's                emp_params, and emp_params_out: output vectors, which are not used here
+    SDXL's                      clip_l: (n, 768) and clip_g: (n, 1280), one for each text encoder; also called
+                                text_encoders_0 and text_encoders_1, or in two files, learned_embeds and
+                                learned_embeds_2
 
 The file's name is always a word for its vectors, as in the web UIs; a word in the file is one, too. A file with a
 tool's fixed name is named after its folder.
 
-D is the width of the text encoder, so a file fits one family of models: 768 Stable Diffusion 1.x, 1024 2.x.
+D is the width of the text encoder, so a file fits one family of models: 768 Stable Diffusion 1.x, 1024 2.x. A file for
+1.x has vectors for SDXL's first text encoder only and was trained for another U-Net, so it is refused there; the web UI
+skips it as well. SDXL's refiner has the second encoder alone, and takes its vectors.
 """
 
 from __future__ import annotations
@@ -26,16 +31,16 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..checkpoints.checkpoint import CheckpointError, load_checkpoint, naming
+from ..checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming
 from ..checkpoints.convert import shape_text
 from ..checkpoints.finite import check_numbers
 from ..checkpoints.folders import model_name
+from ..checkpoints.other_models import NOT_SUPPORTED
 from ..checkpoints.tokenizer_files import usable_words
-from ..config import TextConfig
+from ..config import Config, TextConfig
 from ..messages import listed
-from ..models.text_encoder import TextEncoder
 from ..text.tokenizer import Rule, Tokenizer, warn
 from .adapter_files import EMBEDDING_FILES, adapter_file, embedding_word, is_no_word
 from .lora_parts import ADAPTER_KEY
@@ -48,17 +53,34 @@ TECHNICAL = frozenset({
     "token", "transformer", "vector", "vectors", "weight", "weights",
 })  # fmt: skip
 OUTPUTS = ("_out", ".out")  # endings of keys of output vectors
+ENCODERS = ("clip_l", "clip_g")  # keys of the vectors for SDXL's text encoders, ...
+OTHER_NAMES = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}  # ... and in diffusers' scripts
+PAIR = ("learned_embeds", "learned_embeds_2")  # how diffusers' scripts begin the names of a file for each of the two
 SD3 = "Flux or Stable Diffusion 3"
-OTHERS = {"clip_g": "SDXL", "text_encoders_1": "SDXL", "t5": SD3, "t5xxl": SD3, "text_encoders_2": SD3}
+OTHERS = {"t5": SD3, "t5xxl": SD3, "text_encoders_2": SD3}
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL"}
 MAX_WORDS = 100  # in one file
 MAX_LETTERS = 200  # of a word
 
 
-def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: str | None = None) -> dict[str, Tensor]:
+def encoder_names(config: Config) -> tuple[str, ...]:
+    """What SDXL's text encoders are called in files, also the refiner's only one; none for other models."""
+    return ENCODERS[-len(config.text) :] if config.sizes else ()
+
+
+def widths_of(config: Config) -> int | dict[str, int]:
+    """The width of a text encoder's vectors; for SDXL, those of its text encoders, by their names in files."""
+    widths = [text.width for text in config.text]
+    return dict(zip(encoder_names(config), widths, strict=True)) if config.sizes else widths[0]
+
+
+def read_embedding(
+    path: str | os.PathLike[str], width: int | Mapping[str, int], room: int, word: str | None = None
+) -> dict[str, Tensor]:
     """The words of an embedding file and their vectors, (n, width) each, in float32.
 
-    width   of the text encoder's vectors
+    width   of the text encoder's vectors; for SDXL a `Mapping` as from `widths_of`, and the vectors of a word for its
+            text encoders are side by side: (n, 768 + 1280)
     room    number of tokens in a prompt, the maximum number of vectors of a word
     path    of the file, or of a folder as written by diffusers or the hub's cache
     word    name of the word; by default the one in the file, or the file's name without its ending
@@ -67,57 +89,145 @@ def read_embedding(path: str | os.PathLike[str], width: int, room: int, word: st
     """
     path = adapter_file(Path(path), EMBEDDING_FILES)
     refuse_image(path)
+    if isinstance(width, Mapping) and len(width) > 1 and (second := _second_file(path)) is not None:
+        return _joined(path, second, tuple(width.values()), room, word)
     with load_checkpoint(path) as file, naming(path):
         if other := next((model for key, model in OTHERS.items() if key in file), None):
-            raise CheckpointError(
-                f"an embedding for {other}, which is not supported (only Stable Diffusion 1.x and 2.x)"
-            )
-        shapes = {key: file.shape(key) for key in file if not is_output(key)}
-        if len(shapes) < len(file):
-            if not shapes:
-                raise CheckpointError("holds output vectors only, which are not used here")
-            warn(f"{path.name}: its output vectors are not used, only those of the word")
-        single = [key for key, shape in shapes.items() if math.prod(shape) == 1]
-        if single and len(single) < len(shapes):
-            warn(f"{path.name}: tensors with a single number are not used: {listed(single)}")
-            shapes = {key: shape for key, shape in shapes.items() if key not in single}
-        lora = any(ADAPTER_KEY.search(key) for key in shapes)
-        bad = [] if lora else [key for key, shape in shapes.items() if len(shape) not in (1, 2) or 0 in shape]
-        if bad or lora or len(shapes) > MAX_WORDS:
-            few = (
-                f"{bad[0]} is {shape_text(shapes[bad[0]])}"
-                if bad
-                else f"{len(shapes)} tensors, {next(iter(shapes))}, ..."
-            )
-            raise CheckpointError(
-                f"not an embedding ({few}): a checkpoint is given with --ckpt, a LoRA file with --lora"
-            )
-        if word is not None and len(shapes) > 1:
-            raise CheckpointError(
-                f"holds {len(shapes)} words ({listed(shapes, most=5)}): leave out the word (word=, FILE:WORD)"
-            )
-        nameless = [key for key in shapes if is_nameless(key.removeprefix(PARAMETERS))]
-        if word is None and len(nameless) > 1:
-            what = f"holds {len(nameless)} unnamed embeddings"
-            raise CheckpointError(f"{what} ({listed(nameless, most=5)}): give a file with one")
-        found = {}
-        for key, shape in shapes.items():
-            if shape[-1] != width:
-                family = FAMILIES.get(shape[-1], "another model")
-                raise CheckpointError(
-                    f"an embedding for {family}: its vectors are {shape[-1]} wide, this model's {width}"
-                )
-            name = word or key.removeprefix(PARAMETERS)
-            if word is None and (key in nameless or (len(shapes) == 1 and key.startswith(PARAMETERS))):
-                name = embedding_word(path)
-            if not name.isprintable() or len(name) > MAX_LETTERS:
-                raise CheckpointError(f"{name[:50]!r} is not a word; give one (word=..., --embedding FILE:WORD)")
-            if len(shape) == 2 and shape[0] > room:
-                raise CheckpointError(f"{name!r} has {shape[0]} vectors, but a prompt has room for {room}")
-            vectors = file[key]
-            check_numbers(key, vectors)
-            found[name] = vectors.reshape(-1, width).float()
-        return found
+            raise CheckpointError(f"an embedding for {other}, {NOT_SUPPORTED}")
+        shapes = _vectors_in(file, path)
+        parts = {_part(key): key for key in shapes if _part(key) is not None}
+        if isinstance(width, int) or (not parts and len(width) == 1):
+            (width,) = (width,) if isinstance(width, int) else width.values()
+            if ENCODERS[1] in parts:
+                raise CheckpointError("an embedding for SDXL, whose text encoders are others: take one for this model")
+            return _words(file, path, shapes, width, room, word)
+        if not parts:
+            _refuse_width(shapes, width)
+        if isinstance(width, Mapping) and len(width) > 1 and (more := [key for key in shapes if _part(key) is None]):
+            warn(f"{path.name}: tensors for no text encoder are not used: {listed(more, most=5)}")
+        name = _checked(word or embedding_word(path))
+        return {name: _side_by_side(file, name, parts, width, room)}
+
+
+def _vectors_in(file: Checkpoint, path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a file that can be vectors of words, by key. CheckpointError if it has others."""
+    shapes = {key: file.shape(key) for key in file if not is_output(key)}
+    if len(shapes) < len(file):
+        if not shapes:
+            raise CheckpointError("holds output vectors only, which are not used here")
+        warn(f"{path.name}: its output vectors are not used, only those of the word")
+    single = [key for key, shape in shapes.items() if math.prod(shape) == 1]
+    if single and len(single) < len(shapes):
+        warn(f"{path.name}: tensors with a single number are not used: {listed(single)}")
+        shapes = {key: shape for key, shape in shapes.items() if key not in single}
+    lora = any(ADAPTER_KEY.search(key) for key in shapes)
+    bad = [] if lora else [key for key, shape in shapes.items() if len(shape) not in (1, 2) or 0 in shape]
+    if bad or lora or len(shapes) > MAX_WORDS:
+        few = (
+            f"{bad[0]} is {shape_text(shapes[bad[0]])}" if bad else f"{len(shapes)} tensors, {next(iter(shapes))}, ..."
+        )
+        raise CheckpointError(f"not an embedding ({few}): a checkpoint is given with --ckpt, a LoRA file with --lora")
+    return shapes
+
+
+def _words(
+    file: Checkpoint, path: Path, shapes: Mapping[str, tuple[int, ...]], width: int, room: int, word: str | None
+) -> dict[str, Tensor]:
+    """The words of a file for one text encoder."""
+    if word is not None and len(shapes) > 1:
+        raise CheckpointError(
+            f"holds {len(shapes)} words ({listed(shapes, most=5)}): leave out the word (word=, FILE:WORD)"
+        )
+    nameless = [key for key in shapes if is_nameless(key.removeprefix(PARAMETERS))]
+    if word is None and len(nameless) > 1:
+        what = f"holds {len(nameless)} unnamed embeddings"
+        raise CheckpointError(f"{what} ({listed(nameless, most=5)}): give a file with one")
+    found = {}
+    for key, shape in shapes.items():
+        _check_width(shape, width)
+        name = word or key.removeprefix(PARAMETERS)
+        if word is None and (key in nameless or (len(shapes) == 1 and key.startswith(PARAMETERS))):
+            name = embedding_word(path)
+        found[_checked(name)] = _read(file, key, name, room)
+    return found
+
+
+def _side_by_side(
+    file: Checkpoint, word: str, parts: Mapping[str | None, str], widths: Mapping[str, int], room: int
+) -> Tensor:
+    """The vectors (n, D) of a file that has some for each text encoder of SDXL, by `parts`."""
+    if missing := [name for name in widths if name not in parts]:
+        raise CheckpointError(f"has no vectors for {missing[0]}: an embedding for this model has {_needed(widths)}")
+    shapes = {name: file.shape(parts[name]) for name in widths}
+    for name, width in widths.items():
+        _check_width(shapes[name], width, f" of {name}")
+    counts = {name: shape[0] if len(shape) == 2 else 1 for name, shape in shapes.items()}
+    if len(set(counts.values())) > 1:
+        each = " and ".join(f"{count} for {name}" for name, count in counts.items())
+        raise CheckpointError(f"holds {each}: a word needs as many vectors for each text encoder")
+    return torch.cat([_read(file, parts[name], word, room) for name in widths], dim=1)
+
+
+def _refuse_width(shapes: Mapping[str, tuple[int, ...]], widths: Mapping[str, int]) -> None:
+    """Raise CheckpointError for vectors that are for one text encoder, where a model has those of SDXL."""
+    found = next((shape[-1] for shape in shapes.values()), 0)
+    family = FAMILIES.get(found, "another model")
+    raise CheckpointError(
+        f"an embedding for {family}: its vectors are {found} wide, and one for this model has {_needed(widths)}"
+    )
+
+
+def _needed(widths: Mapping[str, int]) -> str:
+    return " and ".join(f"{name} ({width} wide)" for name, width in widths.items())
+
+
+def _joined(one: Path, two: Path, widths: tuple[int, ...], room: int, word: str | None) -> dict[str, Tensor]:
+    """The words of two files, one for each text encoder of SDXL."""
+    first, second = (read_embedding(path, width, room) for path, width in zip((one, two), widths, strict=True))
+    counts = [{name: len(vectors) for name, vectors in words.items()} for words in (first, second)]
+    if counts[0] != counts[1]:
+        raise CheckpointError(f"{two}: has other words, or another number of vectors, than {one.name} beside it")
+    if word is not None and len(first) > 1:
+        raise CheckpointError(f"{one}: holds {len(first)} words ({listed(first, most=5)}): leave out the word")
+    return {_checked(word or name): torch.cat([vectors, second[name]], dim=1) for name, vectors in first.items()}
+
+
+def _second_file(path: Path) -> Path | None:
+    """The file for SDXL's second text encoder beside the one for the first, as diffusers' scripts write them."""
+    first, second = PAIR
+    if not path.name.startswith(first) or path.name.startswith(second):
+        return None
+    beside = path.with_name(second + path.name.removeprefix(first))
+    return beside if beside.is_file() else None
+
+
+def _part(key: str) -> str | None:
+    """Which of `ENCODERS` a key is the vectors of."""
+    key = key.removeprefix(PARAMETERS)
+    return OTHER_NAMES.get(key, key if key in ENCODERS else None)
+
+
+def _check_width(shape: tuple[int, ...], width: int, of: str = "") -> None:
+    if shape[-1] != width:
+        family = FAMILIES.get(shape[-1], "another model")
+        raise CheckpointError(f"an embedding for {family}: its vectors{of} are {shape[-1]} wide, this model's {width}")
+
+
+def _checked(word: str) -> str:
+    """The word. CheckpointError for what cannot be one."""
+    if not word.isprintable() or len(word) > MAX_LETTERS:
+        raise CheckpointError(f"{word[:50]!r} is not a word; give one (word=..., --embedding FILE:WORD)")
+    return word
+
+
+def _read(file: Checkpoint, key: str, name: str, room: int) -> Tensor:
+    """The vectors (n, D) of a key, in float32."""
+    shape = file.shape(key)
+    if len(shape) == 2 and shape[0] > room:
+        raise CheckpointError(f"{name!r} has {shape[0]} vectors, but a prompt has room for {room}")
+    vectors = file[key]
+    check_numbers(key, vectors)
+    return vectors.reshape(-1, shape[-1]).float()
 
 
 def tokenizer_for(text: TextConfig) -> Tokenizer:
@@ -155,7 +265,8 @@ def is_nameless(key: str) -> bool:
 
 def is_output(key: str) -> bool:
     """Whether a key is that of output vectors, which OneTrainer trains beside those of a nameless word."""
-    return any(key.endswith(end) and is_nameless(key.removesuffix(end)) for end in OUTPUTS)
+    names = [key.removesuffix(end) for end in OUTPUTS if key.endswith(end)]
+    return any(name in ENCODERS or is_nameless(name) for name in names)
 
 
 def other_word(path: Path, words: Mapping[str, Tensor]) -> str | None:
@@ -163,123 +274,3 @@ def other_word(path: Path, words: Mapping[str, Tensor]) -> str | None:
     (word, *more), name = words, model_name(path)
     usable = name.isprintable() and 0 < len(name.strip()) <= MAX_LETTERS and not is_no_word(path)
     return name if not more and usable and name.lower() != word.lower() else None
-
-
-class WordTable(nn.Embedding):
-    """The text encoder's token embedding with more rows at its end; the original table is shared, not copied."""
-
-    def __init__(self, table: nn.Embedding, more: Tensor) -> None:
-        """`more` (n, D): the vectors of the ids from `len(table)` on."""
-        super().__init__(table.num_embeddings, table.embedding_dim, device="meta", dtype=table.weight.dtype)
-        self.weight = table.weight
-        self._original = (table,)  # in a tuple, which is no submodule
-        self.more: Tensor
-        self.register_buffer("more", more.to(table.weight), persistent=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (...) -> vectors (..., D)."""
-        new = (ids - self.num_embeddings).clamp(min=0)
-        known = super().forward(ids.clamp(max=self.num_embeddings - 1))
-        return torch.where((ids >= self.num_embeddings)[..., None], nn.functional.embedding(new, self.more), known)
-
-    def without_words(self) -> nn.Embedding:
-        """The original table, with the weight that this one has now: `load_state_dict` may have assigned another."""
-        (table,) = self._original
-        if table.weight is not self.weight:
-            table.weight = self.weight
-        return table
-
-
-class Words:
-    """The words added to a tokenizer and a text encoder; without words both are unchanged."""
-
-    def __init__(self, tokenizer: Tokenizer, text_encoder: TextEncoder) -> None:
-        self._tokenizer, self._text_encoder = tokenizer, text_encoder
-        self._vectors: dict[str, Tensor] = {}  # by word, as the tokenizer knows it
-        self._aliases: dict[str, str] = {}  # a second word -> the one whose vectors it has
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Word -> number of its vectors."""
-        counts = {word: len(vectors) for word, vectors in self._vectors.items()}
-        return counts | {alias: counts[word] for alias, word in self._aliases.items()}
-
-    def alias(self, word: str, name: str) -> str | None:
-        """A second word for the vectors of one that was added; None where it is taken."""
-        try:
-            added = self._tokenizer.add(name, self._tokenizer.added[word])
-        except ValueError:
-            return None
-        self._aliases[added] = word
-        return added
-
-    def add(self, words: Mapping[str, Tensor]) -> list[str]:
-        """Add words with their vectors (n, D); returns them as the tokenizer knows them. ValueError if one is taken."""
-        added = []
-        self._look()
-        try:
-            for word, vectors in words.items():
-                added.append(self._tokenizer.add(word, range(self._next, self._next + len(vectors))))
-                self._vectors[added[-1]] = vectors
-        except ValueError:
-            self.remove(*added)
-            raise
-        self._rebuild()
-        return added
-
-    def remove(self, *words: str) -> None:
-        """Remove words that were added, each with the other word for its vectors. KeyError for others."""
-        self._look()
-        aliases, self._aliases = self._aliases, {}
-        for alias in aliases:
-            self._tokenizer.remove(alias)
-        for word in {aliases.get(word, word) for word in words}:
-            del self._vectors[word]
-            self._tokenizer.remove(word)
-        kept, self._vectors = self._vectors, {}
-        for word, vectors in kept.items():  # close the gaps
-            self._tokenizer.remove(word)
-            self._tokenizer.add(word, range(self._next, self._next + len(vectors)))
-            self._vectors[word] = vectors
-        for alias, word in aliases.items():
-            if word in self._vectors:
-                self.alias(word, alias)
-        self._rebuild()
-
-    @property
-    def _table(self) -> nn.Embedding:
-        """The encoder's table without words: looked up each time, because it may have been replaced."""
-        token = getattr(self._text_encoder, "token", None)
-        if not isinstance(token, nn.Embedding):
-            raise ValueError("embeddings need a text encoder whose token table is an nn.Embedding named `token`")
-        return token.without_words() if isinstance(token, WordTable) else token
-
-    @property
-    def _next(self) -> int:
-        return self._table.num_embeddings + sum(map(len, self._vectors.values()))
-
-    def keep(self) -> None:
-        """Add the words again if the table was replaced. ValueError if it has another size."""
-        if not self._vectors or isinstance(getattr(self._text_encoder, "token", None), WordTable):
-            return
-        first = min(min(self._tokenizer.added[word]) for word in self._vectors)
-        if self._table.num_embeddings != first:
-            raise ValueError(
-                f"the table of tokens has {self._table.num_embeddings} rows, and had {first} when words were added: "
-                "call remove_embedding() first"
-            )
-        self._rebuild()
-
-    def _look(self) -> None:
-        """Keep vectors that were changed in the table."""
-        token = getattr(self._text_encoder, "token", None)
-        counts = [len(vectors) for vectors in self._vectors.values()]
-        if isinstance(token, WordTable) and len(token.more) == sum(counts):
-            for word, now in zip(self._vectors, token.more.split(counts), strict=True):
-                if not torch.equal(now, self._vectors[word].to(now)):
-                    self._vectors[word] = now.detach().clone()
-
-    def _rebuild(self) -> None:
-        vectors = [vector.to("cpu", torch.float32) for vector in self._vectors.values()]
-        table = self._table
-        self._text_encoder.token = WordTable(table, torch.cat(vectors)) if vectors else table

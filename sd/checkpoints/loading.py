@@ -63,7 +63,11 @@ def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
         text = config.text[number]
         if folder is not None:
             check_text_encoder(folder, text)
-        words, pad = tuple(tensors.configs.get("words", {}).get("words", ())), min(text.pad, END)
+        known = tensors.configs.get("words", {})
+        known = (
+            tensors.configs.get("words_2", known) if number else known
+        )  # a folder with one encoder has one tokenizer
+        words, pad = tuple(known.get("words", ())), min(text.pad, END)
         if written is not None:
             others = Config.from_json(written).text
             own = others[min(number, len(others) - 1)]

@@ -283,10 +283,13 @@ class Rows(NamedTuple):
     weights: Tensor  # (B k, M)
 
 
-def rows(tokenizer: Tokenizer, texts: Sequence[str]) -> Rows:
-    """The tokens and weights of B texts, k chunks each: shorter ones are padded with chunks of the empty text."""
+def rows(tokenizer: Tokenizer, texts: Sequence[str], at_least: int = 1) -> Rows:
+    """The tokens and weights of B texts, k chunks each: shorter ones are padded with chunks of the empty text.
+
+    k is what the longest text needs, and no less than `at_least`.
+    """
     split = [chunks(tokenizer, text) for text in texts]
-    count = max(map(len, split), default=1)
+    count = max([at_least, *map(len, split)])
     padded = [chunk for found in split for chunk in (*found, *[Chunk([], [])] * (count - len(found)))]
     weights = torch.ones(len(padded), tokenizer.length, device="cpu")
     for row, chunk in zip(weights, padded, strict=True):

@@ -16,6 +16,9 @@ changes disabled it computes what it did, to the bit. sd/adapters reads and merg
                                                                         .lora_up.weight      B (out, r)
                                                                         .alpha               a number
 
+For SDXL, as there, the U-Net's layers have the names of the original, lora_unet_input_blocks_4_1_..., and the two text
+encoders begin with lora_te1_ and lora_te2_.
+
 >>> from sd.config import UNetConfig
 >>> from sd.models.unet import UNet
 >>> unet = UNet(UNetConfig(channels=(32, 64), heads=(2, 2), depth=(0, 1), blocks=1, context=16))
@@ -36,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..checkpoints.key_maps import diffusers_sources
+from ..checkpoints.key_maps import UNET, Source, diffusers_sources, original_sources
 from ..config import Config
 from ..models.layers import module_list
 
@@ -46,7 +49,6 @@ ATTENTION = (".attn.q", ".attn.k", ".attn.v", ".attn.out", ".fc1", ".fc2")  # of
 TRANSFORMER = tuple(f".{attn}.{name}" for attn in ("attn1", "attn2") for name in ("q", "k", "v", "out"))
 TRANSFORMER += (".ff.proj", ".ff.out", ".proj_in", ".proj_out", *ATTENTION)
 CONVOLUTIONS = (".conv1", ".conv2", ".skip", ".time", ".down", ".up.conv")
-PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}  # kohya's words before diffusers' names
 
 
 class LoraLayer(nn.Module):
@@ -168,21 +170,31 @@ def lora_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of a LoRA file: kohya's names, for diffusers, ComfyUI, the web UI and this project.
 
-    loras    by network: "unet", "text_encoder"
+    loras    by network: "unet", "text_encoder", "text_encoder_2"
     config   of the model: where its files have 1x1 convolutions for linear layers, so has the LoRA
     dtype    of A and B; alpha is float32
     """
     tensors: dict[str, Tensor] = {}
-    keys = {network: [f"{name}.weight" for name in lora.names] for network, lora in loras.items()}
-    for network, table in diffusers_sources(config, keys).items():
-        lora = loras[network]
-        for source, layer in zip(table.values(), lora.layers, strict=True):
-            name = PREFIXES[network] + source.key.removesuffix(".weight").replace(".", "_")
+    for network, lora in loras.items():
+        for source, layer in zip(_kohya(network, lora.names, config), lora.layers, strict=True):
+            name = source.key.removesuffix(".weight").replace(".", "_")
             for part in ("down", "up"):
                 tensor = getattr(layer, part).detach().to("cpu", dtype)
                 tensors[f"{name}.lora_{part}.weight"] = tensor.reshape(tensor.shape + (1,) * source.ones)
             tensors[f"{name}.alpha"] = torch.tensor(lora.alpha)
     return tensors
+
+
+def _kohya(network: str, names: Sequence[str], config: Config) -> list[Source]:
+    """The sources of some layers of a network in kohya's LoRA files, with its words before their paths."""
+    keys = {network: [f"{name}.weight" for name in names]}
+    is_xl = bool(config.sizes)
+    if network == "unet":
+        found = original_sources(config, keys) if is_xl else diffusers_sources(config, keys)
+        return [s._replace(key=f"lora_unet_{s.key.removeprefix(UNET)}") for s in found[network].values()]
+    number = 2 - len(config.text) + config.text_names.index(network) + 1 if is_xl else ""  # the refiner has the second
+    found = diffusers_sources(config, keys)
+    return [s._replace(key=f"lora_te{number}_text_model_{s.key}") for s in found[network].values()]
 
 
 def lora_metadata(lora: TrainableLora, title: str) -> dict[str, str]:
