@@ -116,7 +116,7 @@ def test_a_lora_learns():
     assert abs(float(diffusion_loss(model.unet, model.schedule, x0, moved, t, noise)) - losses[-1]) > 1e-4
     tensors = lora_tensors({"unet": lora}, model.config)
     assert len(tensors) == 3 * len(lora.names)
-    deep = "lora_unet_mid_block_attentions_0_transformer_blocks_1_attn2_to_k.lora_down.weight"
+    deep = "lora_unet_middle_block_1_transformer_blocks_1_attn2_to_k.lora_down.weight"
     assert tensors[deep].shape == (4, 160)
 
 
