@@ -53,14 +53,14 @@ from tqdm import tqdm
 
 from sd.checkpoints.checkpoint import load_checkpoint, naming
 from sd.checkpoints.detect import identify
-from sd.config import POCKET, SD1, Config
+from sd.config import MODELS, POCKET, SD1, Config
 from sd.files import check_writable, exists
 from sd.runtime.device import DTYPES, best_dtype, dtype_name, find_device
 from sd.runtime.kernel_choice import Measurement
 from sd.schedule import LCM_TIMESTEPS
 
 from .benchmark import kernels, report
-from .benchmark.cases import FEW_STEPS, IMAGES, PARTS, TINY_VAE, Case, all_cases, config_of, usual_case
+from .benchmark.cases import FEW_STEPS, IMAGES, NETWORK_PARTS, PARTS, TINY_VAE, Case, all_cases, config_of, usual_case
 from .benchmark.gpu import results
 from .benchmark.gpu.results import CHECK_FORMAT, MINUTES
 from .benchmark.interleave import measure
@@ -90,6 +90,7 @@ def parser() -> cli.Parser:
         metavar="FILE",
         help="checkpoint (default: Stable Diffusion 1.x with random weights)",
     )
+    parser.add_argument("--model", choices=tuple(MODELS), help="this model, with random weights")
     parser.add_argument("--tiny", action="store_true", help="a small network with random weights, to try this program")
     parser.add_argument("--device", help="cuda, cpu, mps (default: the best available)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="precisions (default: the device's best)")
@@ -247,8 +248,8 @@ def check(args: argparse.Namespace) -> None:
         for number in value if isinstance(value, list) else [value]:
             if number is not None and number < 1:
                 raise ValueError(f"--{name} must be at least 1, got {number}")
-    if args.tiny and args.ckpt:
-        raise ValueError("give --ckpt or --tiny, not both")
+    if (args.tiny and args.ckpt) or (args.model and (args.tiny or args.ckpt)):
+        raise ValueError("give one of --ckpt, --model and --tiny")
     if args.json:
         if args.json.is_dir():
             raise ValueError(f"--json {args.json}: a folder; give the name of a new file")
@@ -263,7 +264,9 @@ def find_config(args: argparse.Namespace) -> Config:
         with load_checkpoint(args.ckpt) as checkpoint, naming(args.ckpt):
             config = identify(checkpoint).config
     else:
-        config = POCKET if args.tiny else SD1
+        config = POCKET if args.tiny else MODELS[args.model or "sd1"]
+    if len(config.text) > 1 and args.parts == PARTS:
+        args.parts = NETWORK_PARTS
     if not args.kernels:
         check_parts(args, config)
     whole = config.vae.factor * 2 ** (len(config.unet.channels) - 1)  # divisible on all levels of both networks
@@ -282,6 +285,9 @@ def check_parts(args: argparse.Namespace, config: Config) -> None:
 
     if config.unet.guidance is not None:
         raise ValueError(f"{config.name} takes the guidance as an input, which is not measured: give a model without")
+    if len(config.text) > 1:
+        others = [part for part in PARTS if part not in NETWORK_PARTS]
+        refuse_any(others, f"of {config.name} the networks are measured, not the text encoders or whole images")
     if config.is_inpainting:
         refuse_any(IMAGES, f"{config.name} cannot generate from text alone")
     if config.vae.factor != config_of("taesd", config).vae.factor:

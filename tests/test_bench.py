@@ -28,6 +28,7 @@ from scripts.benchmark.cases import (
     PARTS,
     Case,
     all_cases,
+    arguments,
     config_of,
     flop,
     inner_cases,
@@ -42,7 +43,7 @@ from scripts.benchmark.peak import peak
 from scripts.benchmark.runner import Run, settle
 from scripts.benchmark.weights import WEIGHT_STD, RandomWeights, Setup, load_networks
 from scripts.benchmark.workers import Failed, Worker
-from sd.config import POCKET, SD1, SD1_INPAINT, TinyVAEConfig, VAEConfig
+from sd.config import POCKET, SD1, SD1_INPAINT, SDXL, TinyVAEConfig, VAEConfig
 from sd.models.build import build
 from sd.models.taesd import TinyVAE
 from sd.models.text_encoder import TextOutput
@@ -475,7 +476,7 @@ def test_a_file_that_is_no_earlier_run(tmp_path, capsys, content):
             ["--parts", "lcm", "lcm-taesd", "--steps", "51"],
             "LCM takes at most 50 steps, and --steps is 51: leave lcm, lcm-taesd out of --parts",
         ),
-        (["--ckpt", "x.ckpt"], "give --ckpt or --tiny, not both"),
+        (["--ckpt", "x.ckpt"], "give one of --ckpt, --model and --tiny"),
         (["--device", "abacus"], "device 'abacus' is not available here"),
         (["--json", __file__], "there is such a file already"),
         (["--json", "no/such/folder/new.json"], f"{Path('no/such/folder')}: No such file"),
@@ -648,3 +649,14 @@ def test_what_the_table_of_kernels_does_not_take(capsys, options, message):
     assert bench.main(["--kernels", "--tiny", *options]) == 1
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+
+
+def test_sdxl_is_told_a_vector(capsys):
+    """Its U-Net takes one, and of its two text encoders no part is measured."""
+    case = Case("unet", 64)
+    given = inputs(case, SDXL)
+    assert [tuple(x.shape) for x in given] == [(2, 4, 8, 8), (2,), (2, 77, 2048), (2, 2816)]
+    conditioning = arguments(case, given)[2]
+    assert conditioning.vector is given[3] and flop(case, SDXL) > 2 * flop(case, SD1)
+    assert bench.main(["--model", "sdxl", "--parts", "text", "--peers"]) == 1
+    assert "of SDXL base the networks are measured" in capsys.readouterr().err

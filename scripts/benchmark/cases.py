@@ -37,6 +37,7 @@ IMAGES = ("picture", *FEW_STEPS)  # from prompt to image
 TINY_VAE = ("taesd", "lcm-taesd")  # with a tiny autoencoder in place of the VAE
 NEEDED: dict[str, tuple[str, ...]] = {"unet": ("unet",), "vae": ("vae",), "taesd": ("vae",), "text": ("text_encoder",)}
 NEEDED |= dict.fromkeys((*IMAGES, "start"), NETWORKS)
+NETWORK_PARTS = ("unet", "vae", "taesd")  # those of a model with two text encoders that are measured
 TITLES = {
     "unet": "U-Net step", "vae": "VAE decode", "taesd": "TAESD decode", "text": "text encoder", "picture": "picture",
     "lcm": "LCM picture", "lcm-taesd": "LCM with TAESD",
@@ -101,7 +102,8 @@ def items(case: Case) -> int:
 def inputs(case: Case, config: Config) -> tuple[Tensor, ...]:
     """The input tensors of a part's network: the same values every time, on the CPU, in float32 (tokens: int64).
 
-    unet (x (B, C, h, w), t (B,), context (B, M, D)) of B `items`; vae, taesd (z (B, C, h, w),); text (ids (B, M),).
+    unet (x (B, C, h, w), t (B,), context (B, M, D)) of B `items`, for SDXL with a vector (B, V) as well;
+    vae, taesd (z (B, C, h, w),); text (ids (B, M),).
     """
     if case.part == "text":
         prompts = PROMPTS if case.guided else PROMPTS[:1]
@@ -114,15 +116,17 @@ def inputs(case: Case, config: Config) -> tuple[Tensor, ...]:
     x = torch.randn(B, config.unet.in_channels, side, side, generator=rng)
     shape = (B, config.text[0].length, config.unet.context)
     context = torch.randn(shape, generator=rng)  # of unit size, as the encoder's
-    return x, torch.full((B,), TIMESTEP), context
+    width = config.unet.vector
+    vector = () if width is None else (torch.randn(B, width, generator=rng),)
+    return x, torch.full((B,), TIMESTEP), context, *vector
 
 
 def arguments(case: Case, given: Sequence[Tensor]) -> tuple[Any, ...]:
     """The arguments of the part's network from the tensors of `inputs`: the U-Net takes a Conditioning."""
     if case.part != "unet":
         return tuple(given)
-    x, t, context = given
-    return x, t, Conditioning(context)
+    x, t, *told = given
+    return x, t, Conditioning(*told)
 
 
 @cache

@@ -53,9 +53,9 @@ class PlainUNet(nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """x (B, C, H, W), t (B,), context (B, M, D) -> (B, C_out, H, W)."""
-        return self.unet(x, t, Conditioning(context))
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, vector: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W), t (B,), context (B, M, D), for SDXL vector (B, V) -> (B, C_out, H, W)."""
+        return self.unet(x, t, Conditioning(context, vector))
 
 
 def model_file(setup: Setup, network: str) -> Path:
@@ -102,7 +102,8 @@ class Network:
         self._request = core.compile_model(model, "CPU", options(setup)).create_infer_request()
 
     def __call__(self, *inputs: Tensor | Conditioning) -> Tensor:
-        """Inputs in the order and shapes of the constructor, a Conditioning for its context -> float32."""
-        tensors = [x.context if isinstance(x, Conditioning) else x for x in inputs]
+        """Inputs in the order and shapes of the constructor, a Conditioning for its context and vector -> float32."""
+        split = [x[:2] if isinstance(x, Conditioning) else (x,) for x in inputs]
+        tensors = [x for several in split for x in several if x is not None]
         arrays = [(x.float() if x.is_floating_point() else x).numpy() for x in tensors]
         return torch.from_numpy(self._request.infer(arrays)[0])
