@@ -143,17 +143,17 @@ def _finite(
     assert bias is not None
     dtype = bias.dtype
     known = dtype == torch.float16 and what in vae.overflows
-    out = None if known else run(vae, x.to(dtype), LARGE)
-    if out is None or (dtype != torch.float32 and not out.isfinite().all()):
-        if not known:
-            note(f"the {what} is not finite in {dtype_name(dtype)}: computing it again in float32")
-        out = run(exact(), x.float(), LARGE // 2)  # in float32 maps are twice as large
-        if dtype == torch.float16 and out.isfinite().all():
-            vae.overflows.add(what)
+    out = run(exact(), x.float(), LARGE // 2) if known else run(vae, x.to(dtype), LARGE)
+    again = not known and dtype != torch.float32 and not out.isfinite().all()
+    if again:
+        note(f"the {what} is not finite in {dtype_name(dtype)}: computing it again in float32")
+        out = run(exact(), x.float(), LARGE // 2)  # in float32, maps are twice as large
     if not out.isfinite().all():
         raise ArithmeticError(
             f"the {what} is not finite (NaN) even in float32: the checkpoint or its copy in the cache folder is "
             "damaged (try --no-cache), the guidance is too large, or the U-Net overflows in half precision (try "
             "--dtype float32)"
         )
+    if again and dtype == torch.float16:
+        vae.overflows.add(what)
     return out.float()

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from common import TINY_XL, manifest, tiny_state
@@ -15,7 +16,7 @@ from test_few_step_models import TRAILING, Given, scheduler
 from test_inspect import info, sparse_file
 
 from scripts import convert as convert_script
-from sd import StableDiffusion
+from sd import StableDiffusion, latents
 from sd.checkpoints.checkpoint import CheckpointError, load_checkpoint
 from sd.checkpoints.convert import convert
 from sd.checkpoints.detect import CONFIG_KEY, identify
@@ -34,6 +35,7 @@ from sd.config import MODELS, REFINER_SIZES, SD1, SD2, SDXL, SDXL_INPAINT, SDXL_
 from sd.few_step import of_config
 from sd.models.build import weight_shapes
 from sd.params import SamplingParams, TextToImage
+from sd.runtime.vae_tiling import decode_in_strips
 
 TINY_XL_INPAINT = replace(TINY_XL, name="tiny sdxl inpainting", unet=replace(TINY_XL.unet, in_channels=9))
 TINY_REFINER = replace(
@@ -296,8 +298,8 @@ WHOSE = [
     (vae_header(metadata={"modelspec.architecture": "stable-diffusion-v1/vae"}), (False, True)),
     (vae_header(metadata={"ss_base_model_version": "sdxl_base_v1-0"}), (True, True)),
     (vae_header(metadata={CONFIG_KEY: SDXL.to_json()}), (True, True)),
-    (vae_header(vae={"scaling_factor": 0.13025}), (True, True)),
-    (vae_header("sdxl/vae.safetensors", vae={"scaling_factor": 0.18215}), (False, True)),
+    (vae_header(vae={"scaling_factor": 0.13025}), (True, False)),
+    (vae_header("sdxl/vae.safetensors", vae={"scaling_factor": 0.18215}), (False, False)),
     (vae_header(index={"_class_name": "StableDiffusionXLPipeline"}), (True, True)),
     (vae_header(index={"_class_name": "StableDiffusionPipeline"}), (False, True)),
     (vae_header(more={key: shape for key, (shape, _) in manifest("sdxl-base").items()}), (True, True)),
@@ -321,7 +323,8 @@ def test_whose_vae_it_is(file, expected):
             ):
                 with_part(config, "vae", file)
             continue
-        assert with_part(config, "vae", file).vae.scale == config.vae.scale  # kept, whatever the file is called
+        if "vae" not in file.configs:  # which says its scale
+            assert with_part(config, "vae", file).vae.scale == config.vae.scale  # kept, whatever the file is called
         notes = list(notes_on_vae(file, config))
         assert len(notes) == int(expected is None or not fits)
         assert all(("nothing tells" if expected is None else "expect wrong colours") in note for note in notes)
@@ -334,6 +337,30 @@ def test_a_scale_that_a_folder_does_not_say_is_the_model_s():
     assert with_part(SD1, "vae", vae_header(vae=raw)).vae == SD1.vae
     other = with_part(SDXL, "vae", vae_header(vae=raw | {"scaling_factor": 0.2}))
     assert other.vae.scale == 0.2  # of a VAE that someone has trained
+
+
+def test_what_is_said_of_a_vae_from_another_file(tmp_path):
+    """Full-size files without their numbers, and a VAE under three names."""
+    main = {
+        False: sparse_file(tmp_path / "sd.safetensors", "sd-v1"),
+        True: sparse_file(tmp_path / "xl.safetensors", "sdxl-base"),
+    }
+    for name, place, words in (
+        ("plain", tmp_path, "nothing tells whether"),
+        ("sdxl_vae", tmp_path / "a", "an SDXL model"),
+    ):
+        place.mkdir(exist_ok=True)
+        vae = sparse_file(place / f"{name}.safetensors", "kl-f8-vae")
+        for for_xl, path in main.items():
+            with ModelFiles(path, LoadOptions(vae=vae)) as found:
+                said = [line for line in found.about() if line.startswith(str(vae))]
+                assert found.config.vae == (SDXL if for_xl else SD1).vae
+            assert len(said) == (1 if name == "plain" or not for_xl else 0)
+            assert all(words in line for line in said)
+    for for_xl, path in main.items():
+        with pytest.raises(CheckpointError) as caught:
+            ModelFiles(path, LoadOptions(vae=main[not for_xl]))
+        assert str(caught.value).startswith(f"{main[not for_xl]}: the VAE of a{'' if for_xl else 'n'} S")
 
 
 @pytest.fixture(scope="module")
@@ -487,6 +514,22 @@ def test_an_overflow_is_remembered():
     with pytest.raises(ArithmeticError):
         model.decode(torch.full_like(z, float("nan")), notes.append)
     assert not model.vae.overflows
+
+
+def test_in_float32_it_works_in_strips_sooner(monkeypatch):
+    """As its maps are twice as large: an image as large as fits at once in float16 does not in float32."""
+    model = StableDiffusion(TINY_XL, **loaded(tiny_state("tiny-sdxl"), TINY_XL, torch.float16))
+    model.vae.overflows = {"image"}
+    z, in_strips = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), []
+    (whole,) = model.decode(z)
+    monkeypatch.setattr(latents, "LARGE", 64 * 64)
+    monkeypatch.setitem(
+        latents.DECODE_IN_STRIPS, VAEConfig, lambda vae, x: in_strips.append(x.dtype) or decode_in_strips(vae, x)
+    )
+    (strips,) = model.decode(z)
+    model.vae.overflows = set()
+    model.decode(z)
+    assert in_strips == [torch.float32] and np.abs(np.asarray(whole, int) - np.asarray(strips, int)).max() <= 1
 
 
 def test_the_original_vae_is_not_even_tried(tmp_path, files):

@@ -148,7 +148,7 @@ def describe(
         lines += notes_on_tiny(found.config.vae, [file.path for file in (vae or tensors).files], bool(config.sizes))
     elif scale != usual:
         lines.append(f"the VAE that is given has the scale {scale:g}, the model's own {usual:g}: it may not fit")
-    elif vae is not None and vae is not tensors:
+    if vae is not None and vae is not tensors:
         lines += notes_on_vae(vae, config)
     lines += [line for text in config.text for line in describe_words(text)]
     return list(map(printable, lines))

@@ -45,7 +45,7 @@ ATTENTION = re.compile(r"attn2\.(to_)?k\.weight$")
 
 
 class Whose(NamedTuple):
-    """Whose VAE it is, how that is known, and whether that is certain: what a file is called is not."""
+    """Whose VAE it is, how that is known, and whether that is certain, as neither a name nor a scale is."""
 
     for_xl: bool
     why: str
@@ -68,7 +68,7 @@ def whose_vae(tensors: Checkpoint) -> Whose | None:
     scale = tensors.configs.get("vae", {}).get("scaling_factor")
     for model in (SDXL, SD1):
         if isinstance(scale, float) and math.isclose(scale, model.vae.scale, rel_tol=1e-4):
-            return Whose(model is SDXL, f"vae/config.json has scaling_factor {scale:g}")
+            return Whose(model is SDXL, f"vae/config.json has scaling_factor {scale:g}", certain=False)
     for entry in ARCHITECTURES:
         said = str(tensors.metadata.get(entry, "")).lower()
         if XL_ARCHITECTURE.search(said) or SD_ARCHITECTURE.search(said):
@@ -98,7 +98,7 @@ def notes_on_vae(tensors: Checkpoint, config: Config) -> Iterator[str]:
         yield f"{tensors.path}: {UNKNOWN}: it is taken to be that of {own}"
     elif whose.for_xl != bool(config.sizes):
         yield (
-            f"{tensors.path}: this is the VAE of {FAMILIES[whose.for_xl]} {whose.why}, whose latents are others than "
+            f"{tensors.path}: this is the VAE of {FAMILIES[whose.for_xl]} ({whose.why}), whose latents are others than "
             f"those of {own}: expect wrong colours (the weights themselves cannot tell)"
         )
 
