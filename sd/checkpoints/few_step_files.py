@@ -22,7 +22,7 @@ from ..schedule import LCM_TIMESTEPS
 from .folders import model_name
 from .hub_cache import repository
 from .layouts import AVERAGE, Layout
-from .xl_few_step import TURBO_SIZE, XL_TURBO, first_xl_named, is_xl_base
+from .xl_few_step import TURBO_SIZE, XL_ONLY, XL_TURBO, first_xl_named, is_xl_base
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,6 +72,8 @@ def with_defaults(tensors: Mapping[str, Tensor], config: Config) -> tuple[Config
         config, line = _with(kind, replace(config, size=size or config.size), f"{place} says so")
         return config, line + remark
     named = first_named(_names(tensors))
+    if named is not None and named[0].label in XL_ONLY:
+        named = None  # of another family than this model's
     if named is not None and (named[0].label != TURBO.label or _is_sd2_base(config)):
         return _with(named[0], config, f"{named[1]} says so")
     if _is_trailing(scheduler, config):

@@ -30,6 +30,7 @@ TURBO_SIZE = 512  # pixels, the native size of SDXL-Turbo
 XL_TURBO = FewStep("SDXL-Turbo", "euler", "trailing", 1, (1, 4), 1.0, (1.0, 1.0))
 LIGHTNING = FewStep("SDXL-Lightning", "euler", "trailing", 4, (2, 8), 1.0, (1.0, 1.0))
 DMD2 = FewStep("DMD2", "lcm", "trailing", 4, (4, 8), 1.0, (1.0, 1.0))
+XL_ONLY = (XL_TURBO.label, LIGHTNING.label)  # which no other family has
 MERGED = FewStep("Turbo or Lightning", "dpmpp_sde", "karras", 8, (4, 8), 2.0, (1.0, 3.0))
 
 MERGE = re.compile(r"((?<![A-Za-z])(?i:turbo|lightning)|(?<=[a-z])(Turbo|Lightning)|(?i:xl(turbo|lightning)))(?![a-z])")
