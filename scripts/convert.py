@@ -38,8 +38,8 @@ from sd.checkpoints.detect import identify
 from sd.checkpoints.inspect import inspect
 from sd.checkpoints.layouts import AVERAGE, find_layouts
 from sd.checkpoints.tiny_files import check_writable, tiny_files, tiny_texts
-from sd.checkpoints.tiny_vae import describe_tiny, is_tiny, notes_on_tiny
-from sd.config import PRECISIONS, PREDICTIONS, SHORT_PRECISIONS, TinyVAEConfig, VAEConfig
+from sd.checkpoints.tiny_vae import describe_tiny, is_tiny
+from sd.config import PRECISIONS, PREDICTIONS, SHORT_PRECISIONS, TinyVAEConfig
 from sd.files import exists, new_file, new_folder
 from sd.messages import printable
 
@@ -161,7 +161,7 @@ def write_tiny(args: argparse.Namespace, path: Path) -> tuple[int, str]:
             check.look(state.origin(key), tensor)
             read[key] = cast(key, tensor, dtype)
         check.finish()
-        notes = [*checkpoint.notes, *state.notes, *notes_on_tiny(VAEConfig(), [file.path for file in checkpoint.files])]
+        notes = [*checkpoint.notes, *state.notes]
     for line in notes:
         print(printable(line))
     try:

@@ -1,7 +1,8 @@
 """Images and their latents: sizes, and the VAE for images of any size in any precision.
 
 Large images pass through the VAE in strips. Its activations can exceed float16, so an output that is not finite is
-computed again in float32: a black image is never returned.
+computed again in float32: a black image is never returned. What has exceeded it once is computed in float32 from then
+on (`VAE.overflows`): SDXL's original VAE always does.
 
 >>> from sd.config import SD1
 >>> latent_shape(SD1), latent_shape(SD1, height=768), image_size(SD1, (1000, 700))
@@ -99,10 +100,10 @@ def check_encoder(config: Config) -> None:
 @torch.no_grad()
 def encode(vae: Autoencoder, pixels: Tensor, note: Note) -> Gaussian:
     """pixels (B, 3, H, W) in [-1, 1] -> Gaussian over the latents (B, C, h, w) in float32. See `decode`."""
-    large = pixels.shape[-2] * pixels.shape[-1] > LARGE
+    count = pixels.shape[-2] * pixels.shape[-1]
 
-    def run(vae: Autoencoder, x: Tensor) -> Tensor:
-        return torch.stack(ENCODE_IN_STRIPS[type(vae.config)](vae, x) if large else vae.encode(x))
+    def run(vae: Autoencoder, x: Tensor, most: int) -> Tensor:
+        return torch.stack(ENCODE_IN_STRIPS[type(vae.config)](vae, x) if count > most else vae.encode(x))
 
     mean, std = _finite("latent", run, vae, lambda: copy.deepcopy(vae).float(), pixels, note)
     return Gaussian(mean, std)
@@ -115,37 +116,44 @@ def decode(vae: Autoencoder, z: Tensor, note: Note) -> list[Image.Image]:
     Images of more than `LARGE` pixels are decoded in strips, which saves memory and changes only rounding. `note`
     receives a line if an image is computed again in float32. Raises ArithmeticError if it is not finite even then.
     """
-    large = z.shape[-2] * z.shape[-1] * vae.config.factor**2 > LARGE
+    count = z.shape[-2] * z.shape[-1] * vae.config.factor**2
 
     # in float32, if it is needed: one copy for all images, as other threads may be using the VAE
     exact = cache(lambda: copy.deepcopy(vae).float())
 
-    def run(vae: Autoencoder, x: Tensor) -> Tensor:
-        return DECODE_IN_STRIPS[type(vae.config)](vae, x) if large else vae.decode(x)
+    def run(vae: Autoencoder, x: Tensor, most: int) -> Tensor:
+        return DECODE_IN_STRIPS[type(vae.config)](vae, x) if count > most else vae.decode(x)
 
     return [image for one in z.split(1) for image in to_pil(_finite("image", run, vae, exact, one, note))]
 
 
 def _finite(
     what: str,
-    run: Callable[[Autoencoder, Tensor], Tensor],
+    run: Callable[[Autoencoder, Tensor, int], Tensor],
     vae: Autoencoder,
     exact: Callable[[], Autoencoder],
     x: Tensor,
     note: Note,
 ) -> Tensor:
-    """The output of the VAE in float32; computed by the `exact` one if it is not finite in half precision."""
+    """The output of the VAE in float32; computed by the `exact` one if it is not finite in half precision.
+
+    run   the VAE, its input, the number of pixels above which it works in strips -> its output
+    """
     bias = vae.decoder.conv_out.bias  # a weight may be packed (runtime/packing.py), a bias never is
     assert bias is not None
     dtype = bias.dtype
-    out = run(vae, x.to(dtype))
-    if dtype != torch.float32 and not out.isfinite().all():
+    known = dtype == torch.float16 and what in vae.overflows
+    out = run(exact(), x.float(), LARGE // 2) if known else run(vae, x.to(dtype), LARGE)
+    again = not known and dtype != torch.float32 and not out.isfinite().all()
+    if again:
         note(f"the {what} is not finite in {dtype_name(dtype)}: computing it again in float32")
-        out = run(exact(), x.float())
+        out = run(exact(), x.float(), LARGE // 2)  # in float32, maps are twice as large
     if not out.isfinite().all():
         raise ArithmeticError(
             f"the {what} is not finite (NaN) even in float32: the checkpoint or its copy in the cache folder is "
             "damaged (try --no-cache), the guidance is too large, or the U-Net overflows in half precision (try "
             "--dtype float32)"
         )
+    if again and dtype == torch.float16:
+        vae.overflows.add(what)
     return out.float()

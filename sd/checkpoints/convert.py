@@ -99,8 +99,8 @@ def convert(
     parts = config.networks if parts is None else parts
     found, expected = shapes(tensors), expected_shapes(config)
     layouts = match_layouts(found, config)
-    if list(parts) == [SECOND]:
-        layouts = alone_as(SECOND, layouts)
+    if len(parts) == 1:
+        layouts = alone_as(next(iter(parts)), layouts, found, config)
     of_unet = choose_weights(tensors, weights) if "unet" in parts else "unet"
     tables = {
         name: layout.sources(config, expected[name], found) for name, layout in layouts.items() if layout.fits(config)
@@ -112,7 +112,7 @@ def convert(
             layouts[name] = usual_layout(name, config)
             tables[name] = layouts[name].sources(config, expected[name], found)
     if of_unet in wanted.values() and not any(source.key in found for source in tables[of_unet].values()):
-        raise CheckpointError(no_unet(find_layouts(tensors)))
+        raise CheckpointError(no_unet(find_layouts(tensors), found))
     left = [key for key in found if key not in used and not ignored(key)]
     empty = [key for key in left if 0 in found[key]]
     left = [key for key in left if key not in empty]

@@ -18,19 +18,31 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..config import MODELS, SD1, SD1_INPAINT, SD2, SD2_INPAINT, SMALL, Config, ScheduleConfig, UNetConfig
+from ..config import (
+    MODELS,
+    SD1,
+    SD1_INPAINT,
+    SD2,
+    SD2_INPAINT,
+    SDXL,
+    SMALL,
+    Config,
+    ScheduleConfig,
+    TinyVAEConfig,
+    UNetConfig,
+)
 from ..few_step import TURBO
 from .checkpoint import CheckpointError, shapes
 from .diffusers_config import from_diffusers, refuse_other_pipelines, supported_parts
 from .few_step_files import own_defaults, with_defaults, with_guidance
-from .layouts import AVERAGE, TOKENS, Layout, all_layouts, find_layouts, first_convolution
-from .matching import match_layouts
+from .layouts import AVERAGE, SECOND, TOKENS, Layout, all_layouts, find_layouts, first_convolution, token_width
+from .matching import TEXTS, match_layouts
 from .names import plainly_named
 from .other_models import NOT_SUPPORTED, OTHER_CONTEXTS, OTHER_INPUTS, refuse_alone, refuse_others
 from .prediction import decide, predicting, read_beside, read_table, stored_schedule
 from .tiny_vae import NAME as TINY
 from .tiny_vae import is_tiny, tiny_config
-from .xl_models import vector_width, xl_config
+from .xl_models import refuse_other_schedules, usual_vae, vector_width, with_depths, xl_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +54,11 @@ ALONE = {
     frozenset({"vae"}): "a VAE alone: give it with --vae, beside a checkpoint (--ckpt)",
     frozenset({"text_encoder"}): "a text encoder alone: give it with --text-encoder, beside a checkpoint (--ckpt)",
     frozenset({"vae", "text_encoder"}): "a text encoder and a VAE, but no U-Net: give the checkpoint",
+    frozenset({SECOND}): f"SDXL's second text encoder ({TEXTS[1280]}) alone: give it with --text-encoder-2, or for the "
+    "refiner with --text-encoder, beside a checkpoint (--ckpt)",
+    frozenset({"text_encoder", SECOND}): "SDXL's two text encoders without the rest: give the file with --text-encoder "
+    "and with --text-encoder-2, beside a checkpoint (--ckpt)",
+    frozenset({"vae", "text_encoder", SECOND}): "SDXL's text encoders and a VAE, but no U-Net: give the checkpoint",
 }
 
 
@@ -116,6 +133,8 @@ def identify(
         config = from_diffusers(configs)
     _check_unet(found, find_layouts(found))
     config = with_guidance(config or _by_any_shapes(found), found, find_layouts(found))
+    if config.sizes:
+        refuse_other_schedules(found)
     layouts = match_layouts(found, config)
     config = with_form(with_vocabulary(config, found, layouts), found, layouts)
     config = with_autoencoder(config, found, layouts)
@@ -130,8 +149,11 @@ def _as_given(tensors: Mapping[str, Tensor], config: Config, replaced: Collectio
     """The config given by the caller; a noise schedule in the file replaces the usual one."""
     found = shapes(tensors)
     refuse_others(found, replaced)
+    if config.sizes:
+        refuse_other_schedules(found)
     layouts = find_layouts(found)
-    config = smaller(config, found, layouts["unet"]) if "unet" in layouts else config
+    if "unet" in layouts:
+        config = (with_depths if config.sizes else smaller)(config, found, layouts["unet"])
     layouts = match_layouts(found, config)
     config = with_form(with_guidance(config, found, layouts), found, layouts)
     config = with_autoencoder(config, found, layouts)
@@ -156,7 +178,7 @@ def _check_unet(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layo
     if "unet" in layouts or AVERAGE in layouts:
         return
     if layouts:
-        raise CheckpointError(no_unet(layouts))
+        raise CheckpointError(no_unet(layouts, found))
     refuse_alone(found)
     half = next(
         (half for half in ("decoder", "encoder") if any(key.startswith(f"{half}.conv_in.") for key in found)), None
@@ -169,8 +191,10 @@ def _check_unet(found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layo
     raise CheckpointError(f"no Stable Diffusion U-Net among its {len(found)} tensors ({some}, ...)")
 
 
-def no_unet(layouts: Mapping[str, Layout]) -> str:
+def no_unet(layouts: Mapping[str, Layout], found: Mapping[str, tuple[int, ...]]) -> str:
     """What a file without a U-Net is, by the networks that it does hold, and what to do with it."""
+    if layouts.keys() == {"text_encoder"} and token_width(layouts["text_encoder"], found, SDXL) == SDXL.text[1].width:
+        layouts = {SECOND: layouts["text_encoder"]}
     if layouts.keys() == {"vae"} and is_tiny(layouts["vae"].name):
         return f"this is {TINY}: give it with --vae, beside a checkpoint (--ckpt)"
     return f"this is {ALONE.get(frozenset(layouts), 'no whole model: it has no U-Net')}"
@@ -275,7 +299,12 @@ def with_form(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Map
 def with_autoencoder(config: Config, found: Mapping[str, tuple[int, ...]], layouts: Mapping[str, Layout]) -> Config:
     """The config with a tiny autoencoder, if that is the VAE in the file."""
     layout = layouts.get("vae")
-    return config if layout is None else replace(config, vae=tiny_config(config.vae, layout.name, layout.prefix, found))
+    if layout is None:
+        return config
+    vae = tiny_config(config.vae, layout.name, layout.prefix, found)
+    if config.sizes and isinstance(config.vae, TinyVAEConfig) and not isinstance(vae, TinyVAEConfig):
+        vae = usual_vae(config)
+    return replace(config, vae=vae)
 
 
 def damaged_position_ids(tensors: Mapping[str, Tensor]) -> str | None:

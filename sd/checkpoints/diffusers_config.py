@@ -94,7 +94,7 @@ def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
     """
     with _described():
         unet = _unet(configs["unet"])
-        vae = vae_from_diffusers(configs["vae"]) if "vae" in configs else VAEConfig()
+        vae = vae_from_diffusers(configs["vae"]) if "vae" in configs else _usual_vae(unet)
         texts = _texts(configs, unet)
         size = configs["unet"].get("sample_size") or 64
         size = (max(size) if isinstance(size, list) else int(size)) * vae.factor
@@ -115,6 +115,13 @@ def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
         return config
     name = same[0].name + (SMALL if same[0].unet != plain else "")
     return replace(config, name=name, guidance=same[0].guidance, sampler=same[0].sampler)
+
+
+def _usual_vae(unet: UNetConfig) -> VAEConfig | TinyVAEConfig:
+    """The VAE of the known models with such a U-Net, for a folder without one: SDXL's has a scale of its own."""
+    kind = (unet.context, unet.vector)
+    known = [model.vae for model in MODELS.values() if (model.unet.context, model.unet.vector) == kind]
+    return known[0] if unet.vector is not None and known else VAEConfig()
 
 
 def _plain(text: TextConfig) -> TextConfig:

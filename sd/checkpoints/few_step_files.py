@@ -6,7 +6,8 @@ In order of precedence:
     the scheduler        of a folder: LCM's or TCD's, or one with trailing timesteps, as Turbo and Hyper-SD use
     what it is called    title in the metadata, name of the file, folder or repository: few_step.py has the words
 
-SD-Turbo has the keys and shapes of Stable Diffusion 2.1, and merged LoRAs leave no trace at all.
+SD-Turbo has the keys and shapes of Stable Diffusion 2.1, SDXL-Turbo and SDXL-Lightning those of SDXL, and merged LoRAs
+leave no trace at all. xl_few_step.py has the names of SDXL's.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import SD2, Config
-from ..few_step import LCM, LCM_GUIDED, TCD, TITLES, TURBO, FewStep, first_named, of_config
+from ..few_step import LCM, LCM_GUIDED, TCD, TITLES, TURBO, TURBO_XL, FewStep, first_named, of_config
 from ..schedule import LCM_TIMESTEPS
 from .folders import model_name
 from .hub_cache import repository
 from .layouts import AVERAGE, Layout
+from .xl_few_step import TURBO_SIZE, XL_ONLY, first_xl_named, is_xl_base
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +67,13 @@ def with_defaults(tensors: Mapping[str, Tensor], config: Config) -> tuple[Config
     kind = _by_scheduler(scheduler, config)
     if kind is not None:
         return _with(kind, config, "its scheduler_config.json says so")
+    if is_xl_base(config) and (found := first_xl_named(_names(tensors))) is not None:
+        (kind, size, remark), place = found
+        config, line = _with(kind, replace(config, size=size or config.size), f"{place} says so")
+        return config, line + remark
     named = first_named(_names(tensors))
+    if named is not None and named[0].label in XL_ONLY:
+        named = None  # of another family than this model's
     if named is not None and (named[0].label != TURBO.label or _is_sd2_base(config)):
         return _with(named[0], config, f"{named[1]} says so")
     if _is_trailing(scheduler, config):
@@ -85,11 +93,17 @@ def _with(kind: FewStep, config: Config, why: str) -> tuple[Config, str]:
 
 
 def _by_scheduler(raw: Mapping[str, Any], config: Config) -> FewStep | None:
-    """The kind that a folder's scheduler means. Trailing timesteps alone are SD-Turbo's only for a network like its."""
+    """The kind that a folder's scheduler means. Trailing timesteps alone are Turbo's only for a network like its.
+
+    SDXL-Turbo's has a native size of 512 pixels (`sample_size`), SDXL's 1024.
+    """
     if (kind := FEW_STEP_SCHEDULERS.get(str(raw.get("_class_name")))) is not None:
         return kind
-    if _is_trailing(raw, config) and raw["_class_name"] != "DDIMScheduler" and _is_sd2_base(config):
-        return replace(TURBO, sampler=TRAILING_SCHEDULERS[raw["_class_name"]])
+    if _is_trailing(raw, config) and raw["_class_name"] != "DDIMScheduler":
+        turbo = (
+            TURBO if _is_sd2_base(config) else TURBO_XL if is_xl_base(config) and config.size == TURBO_SIZE else None
+        )
+        return turbo and replace(turbo, sampler=TRAILING_SCHEDULERS[raw["_class_name"]])
     return None
 
 

@@ -29,7 +29,9 @@ from .layouts import AVERAGE, SECOND, TOKENS, find_layouts, usual_layout
 from .matching import NAMES, copies, describe_copies, expected_shapes, match_layouts, unrun
 from .names import ignored
 from .supported_settings import ignored_settings
+from .tiny_vae import is_tiny
 from .tokenizer_files import describe_words
+from .vae_files import describe_whose
 
 SMALL = 256 << 20  # bytes: their SHA-256 takes less than half a second
 SHORT_HASH = (0x100000, 0x10000)  # "model hash" of older tools: 64 KB after the first megabyte
@@ -75,7 +77,7 @@ class Report:
                 self.sha256 or ("" if not self.short_hash else "not computed: reads all of the file (--sha256)"),
             ),
         ]
-        return [printable(f"{name + ':':<14}{value}") for name, value in rows if value]
+        return [printable(f"{name + ':':<13} {value}") for name, value in rows if value]
 
 
 def inspect(tensors: Checkpoint, config: Config | None = None, *, sha256: bool | None = None) -> Report:
@@ -109,6 +111,8 @@ def inspect(tensors: Checkpoint, config: Config | None = None, *, sha256: bool |
         likely = {model.text[0].width: model for model in (SDXL_REFINER, SD2)}
         config = config or (SDXL if SECOND in layouts else next((likely[w] for w in widths if w in likely), SD1))
         config = with_autoencoder(config, found, match_layouts(found, config))
+        if layouts.keys() == {"vae"} and not is_tiny(layouts["vae"].name):
+            out.notes.append(describe_whose(tensors))
     _count(out, tensors, config)
     if damaged := damaged_position_ids(tensors):
         out.notes.append(

@@ -67,6 +67,7 @@ OPENCLIP_PREFIXES = (OPENCLIP, CLIP_OLD, "cond_stage_model.", *TEXT_PREFIXES, "t
 SECOND_PREFIXES = (
     f"{SECOND}.", "conditioner.embedders.1.transformer.", "conditioner.embedders.1.",
     "text_encoders.clip_g.transformer.", "text_encoders.clip_g.", "clip_g.transformer.", "clip_g.", "te2.",
+    "cond_stage_model.1.transformer.", "cond_stage_model.1.",
 )  # fmt: skip
 SECOND_CLIP_PREFIXES = tuple(prefix + inner for prefix in SECOND_PREFIXES for inner in ("text_model.", ""))
 SECOND_OPENCLIP_PREFIXES = ("conditioner.embedders.1.model.", *SECOND_PREFIXES)
@@ -208,11 +209,29 @@ def find_layouts(found: Container[str]) -> dict[str, Layout]:
     return {network: several[0] for network, several in all_layouts(found).items()}
 
 
-def alone_as(network: str, layouts: Mapping[str, Layout]) -> dict[str, Layout]:
-    """The layouts of a file to take a network from: its only text encoder may be the second one of a model."""
-    if network == SECOND and network not in layouts and "text_encoder" in layouts:
-        return {**layouts, network: layouts["text_encoder"]._replace(network=network)}
-    return dict(layouts)
+def alone_as(
+    network: str, layouts: Mapping[str, Layout], found: Mapping[str, tuple[int, ...]], config: Config
+) -> dict[str, Layout]:
+    """The layouts of a file to take a network from, of which a text encoder may be there as another one.
+
+    A file's only text encoder may be the second one of a model, and the second one of SDXL is the refiner's only one:
+    of several, the first that is as wide as the model's.
+    """
+    if network not in config.text_names:
+        return dict(layouts)
+    names = [name for name in (network, "text_encoder", SECOND) if name in layouts]
+    width = config.text[config.text_names.index(network)].width
+    fits = [name for name in names if token_width(layouts[name], found, config) == width]
+    if not names or (chosen := (fits or names)[0]) == network:
+        return dict(layouts)
+    swapped = {chosen: layouts[network]._replace(network=chosen)} if network in layouts else {}
+    return {**layouts, **swapped, network: layouts[chosen]._replace(network=network)}
+
+
+def token_width(layout: Layout, found: Mapping[str, tuple[int, ...]], config: Config) -> int:
+    """The width of the text encoder in a file, by its table of tokens; 0 if it has none."""
+    (source,) = layout._replace(network="text_encoder").sources(config, [TOKENS]).values()
+    return found.get(source.key, (0,))[-1]
 
 
 def usual_layout(network: str, config: Config) -> Layout:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import END, Config, TextConfig, TinyVAEConfig
+from ..config import END, Config, TextConfig, TinyVAEConfig, VAEConfig
 from ..files import user_path
 from ..messages import printable
 from ..runtime.optimize import optimize
@@ -32,13 +32,15 @@ from .diffusers_config import check_text_encoder, vae_from_diffusers
 from .few_step_files import notes_on_scheduler
 from .finite import FiniteCheck
 from .formats.mmap import fresh
-from .layouts import alone_as, find_layouts
-from .matching import NAMES, match_layouts, shape_text
+from .layouts import SECOND, alone_as, find_layouts, token_width
+from .matching import NAMES, TEXTS, match_layouts, shape_text
 from .other_models import refuse_alone, refuse_others, refuse_part
 from .prediction import predicting, probe
 from .supported_settings import ignored_settings
 from .tiny_vae import describe_tiny, notes_on_tiny
 from .tokenizer_files import describe_words
+from .vae_files import notes_on_vae, overflows, refuse_other_vae
+from .xl_models import usual_vae
 
 PATHS = ("vae", "text_encoder", "text_encoder_2", "cache")  # options that are paths
 Report = Callable[[int], object]  # called with the number of elements of each weight that was read
@@ -50,37 +52,42 @@ def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
     Raises CheckpointError for a file without that network, or with one that does not fit the model.
     """
     found = shapes(tensors)
-    layouts = alone_as(network, find_layouts(tensors))
+    own_layouts = find_layouts(tensors)
+    layouts = alone_as(network, own_layouts, found, config)
     if network not in layouts:
         refuse_others(found)
         if not layouts:
             refuse_alone(found)
         raise CheckpointError(f"the file has no {NAMES[network]}: give another one with {FLAGS[network]}")
-    refuse_part(network, found, bool(config.sizes))
-    written, folder = tensors.metadata.get(CONFIG_KEY), tensors.configs.get(network)
+    refuse_part(network, found)
+    written = tensors.metadata.get(CONFIG_KEY)
     if network in config.text_names:
         number = config.text_names.index(network)
         text = config.text[number]
-        if folder is not None:
+        _check_width(token_width(layouts[network], found, config), network, config)
+        # the name that it has there: a second one alone is called the first one
+        there = next(name for name, layout in own_layouts.items() if layout.prefix == layouts[network].prefix)
+        if (folder := tensors.configs.get(there)) is not None:
             check_text_encoder(folder, text)
-        known = tensors.configs.get("words", {})
-        known = (
-            tensors.configs.get("words_2", known) if number else known
-        )  # a folder with one encoder has one tokenizer
-        words, pad = tuple(known.get("words", ())), min(text.pad, END)
+        words_there = "words_2" if there == SECOND else "words"
+        words, pad = tuple(tensors.configs.get(words_there, {}).get("words", ())), min(text.pad, END)
         if written is not None:
             others = Config.from_json(written).text
-            own = others[min(number, len(others) - 1)]
+            own = others[min(int(there == SECOND), len(others) - 1)]
             words, pad = own.words, own.pad if own.pad > END else pad
         text = replace(text, vocab=max([TextConfig().vocab, pad + 1]), words=words, pad=pad)
         plain = replace(config, text=(*config.text[:number], text, *config.text[number + 1 :]))
-        layouts = alone_as(network, match_layouts(found, plain))
+        layouts = alone_as(network, match_layouts(found, plain), found, plain)
         layouts = {name: layout for name, layout in layouts.items() if name == network}
         return with_form(with_vocabulary(plain, found, layouts), found, layouts)
+    refuse_other_vae(tensors, config)
     if written is not None:
         config = replace(config, vae=Config.from_json(written).vae)
-    elif folder is not None:
+    elif (folder := tensors.configs.get(network)) is not None:
         vae = vae_from_diffusers(folder)
+        if isinstance(vae, VAEConfig) and "scaling_factor" not in folder:
+            own_scale = config.vae.scale if isinstance(config.vae, VAEConfig) else usual_vae(config).scale
+            vae = replace(vae, scale=own_scale)
         if vae.latent_channels != config.unet.out_channels:
             raise CheckpointError(
                 f"an autoencoder of another family ({vae.latent_channels} latent channels; this model has "
@@ -88,6 +95,19 @@ def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
             )
         config = replace(config, vae=vae)
     return with_autoencoder(config, found, match_layouts(found, config))
+
+
+def _check_width(width: int, network: str, config: Config) -> None:
+    """Raise CheckpointError for a text encoder of another width than the model's. 0 is for one without its table."""
+    expected = config.text[config.text_names.index(network)].width
+    if width in (0, expected):
+        return
+    there, here = (f"{TEXTS[size]} ({size} wide)" if size in TEXTS else f"{size} wide" for size in (width, expected))
+    fits = [name for name, text in zip(config.text_names, config.text, strict=True) if text.width == width]
+    do = f"give it with {FLAGS[fits[0]]}" if fits else f"give another one with {FLAGS[network]}"
+    raise CheckpointError(
+        f"a text encoder that does not fit: it is {there}, the {NAMES[network]} of {config.name} {here}: {do}"
+    )
 
 
 def like(known: Config, config: Config) -> Config:
@@ -125,9 +145,11 @@ def describe(
     scale, usual = config.vae.scale, found.config.vae.scale
     if isinstance(config.vae, TinyVAEConfig):
         lines.append(f"VAE: {describe_tiny(config.vae)}")
-        lines += notes_on_tiny(found.config.vae, [file.path for file in (vae or tensors).files])
+        lines += notes_on_tiny(found.config.vae, [file.path for file in (vae or tensors).files], bool(config.sizes))
     elif scale != usual:
         lines.append(f"the VAE that is given has the scale {scale:g}, the model's own {usual:g}: it may not fit")
+    if vae is not None and vae is not tensors:
+        lines += notes_on_vae(vae, config)
     lines += [line for text in config.text for line in describe_words(text)]
     return list(map(printable, lines))
 
@@ -287,6 +309,11 @@ class ModelFiles:
             check.look(state.origin(key), state[key])
         with naming(self.options.others.get(name, self.path)):
             check.finish()
+
+    @property
+    def overflows(self) -> str:
+        """How it is known that the VAE overflows in float16; empty if it is not."""
+        return overflows(self._parts.get("vae", self._main), self.config)
 
     @property
     def decided(self) -> bool:

@@ -35,6 +35,9 @@ NAMES = {
     AVERAGE: "moving average (EMA) of the U-Net",
 }
 
+# Published text encoders, by their width
+TEXTS = {768: "CLIP ViT-L/14", 1024: "OpenCLIP ViT-H/14", 1280: "OpenCLIP ViT-bigG/14"}
+
 # A weight in one of the text encoder's layers: prefix, layout's name of the layers, number.
 TEXT_LAYER = re.compile(r"(.*?)(encoder\.layers|transformer\.resblocks)\.(\d{1,4})\.")
 LAYER_PREFIXES = {

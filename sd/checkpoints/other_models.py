@@ -137,11 +137,12 @@ def refuse_alone(found: Shapes) -> None:
     _refuse(found, ALONE)
 
 
-def refuse_part(network: str, found: Shapes, for_sdxl: bool) -> None:
-    """The same for a file to take a text encoder or a VAE from: one with other positions or other latents."""
+def refuse_part(network: str, found: Shapes) -> None:
+    """The same for a file to take a text encoder or a VAE from: one with other positions or of another family.
+
+    vae_files.py tells Stable Diffusion's VAE from SDXL's.
+    """
     _refuse(found, OTHER_VAES if network == "vae" else OTHER_TEXTS)
-    if network == "vae" and is_sdxl(found) and not for_sdxl:
-        raise CheckpointError("the VAE of an SDXL model, which makes other latents: give another one with --vae")
 
 
 def _refuse(found: Shapes, table: Sequence[Other]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..config import Config
 from ..models.build import build
+from ..models.vae import VAE
 from ..runtime.offload import Offload
 from . import weights_cache
 from .loading import ModelFiles
@@ -72,13 +73,22 @@ def place(
         if not files.decided:
             with used.use("unet") if isinstance(used, Offload) else nullcontext(used["unet"]) as unet:
                 files.probe(unet)
-        about = (*files.about(), *reason)
+        about = (*files.about(), *_overflowing(files, networks["vae"], dtype), *reason)
     except BaseException:
         files.close()
         raise
     if not reread:
         files.close()
     return Placed(files.config, networks, used, about, cache)
+
+
+def _overflowing(files: ModelFiles, vae: nn.Module, dtype: torch.dtype) -> list[str]:
+    """Mark a VAE that is known to overflow in this precision, so that it is not tried; a line that says so."""
+    if dtype != torch.float16 or not (why := files.overflows):
+        return []
+    if isinstance(vae, VAE):
+        vae.overflows |= {"image", "latent"}
+    return [f"VAE: computed in float32, as SDXL's original one overflows in float16 ({why})"]
 
 
 def _cache(

@@ -8,6 +8,7 @@ sources of this information, in order of precedence; the result comes with the r
     (for a diffusers folder's U-Net given alone, the folder's scheduler_config.json)
     the folder's scheduler_config.json, the file's metadata or marker keys      prediction_type, v_pred, alphas_cumprod
     the U-Net itself, run once (`probe`)                                        SD 2.x with 4 channels only
+    the name of an SDXL model's file, in the metadata or on disk                "vpred", "v-pred"
     eps                                                                         everything else
 """
 
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..config import END, SD2, SD2_V, SMALL, Config, ScheduleConfig
+from ..few_step import TITLES
 from ..schedule import Schedule
 from .checkpoint import Checkpoint, CheckpointError
 from .diffusers_config import schedule_from_diffusers
@@ -40,6 +42,8 @@ PREDICTIONS = {
     "v": "v", "velocity": "v", "v_prediction": "v", "v-prediction": "v", "vpred": "v", "v_pred": "v",
     "eps": "eps", "epsilon": "eps", "noise": "eps",
 }  # fmt: skip
+OTHER_PREDICTIONS = ("x0", "sample", "edm", "flow", "flow_prediction", "rectified_flow")
+CALLED_V = re.compile(r"(?<![a-z])v[ _-]?pred(iction)?(?![a-z])", re.IGNORECASE)
 MAX_SIDECAR = 1 << 20  # bytes
 MAX_TABLE = 100_000  # numbers
 SAY_PREDICTION = ("parameterization", "prediction_type", PREDICTION_KEY, "v_parameterization")  # entries of sidecars
@@ -83,7 +87,9 @@ def decide(
     if not by_folder and "scheduler" in configs:
         schedule = schedule_from_diffusers(configs["scheduler"])
     table, why_table = stored_schedule(tensors, schedule)
-    zero = table.get("zero_snr") or zero_beside or "ztsnr" in tensors or schedule.zero_snr
+    marked = table.get("zero_snr") or zero_beside or "ztsnr" in tensors or schedule.zero_snr
+    # kohya's trainer writes it for eps, too, where it is of no use
+    zero = marked or (inside != "eps" and _says_zero_snr(getattr(tensors, "metadata", {})))
     to_noise = zero or table.get("alpha_bar", (1.0,))[-1] < 1e-7
     if "scheduler" in configs and not inside:
         inside, why_inside = schedule.prediction, "scheduler_config.json says so"
@@ -92,13 +98,14 @@ def decide(
         (beside, why_beside),
         (inside, why_inside),
         ("v" if to_noise else None, "its noise schedule ends in noise alone (zero terminal SNR)"),
+        _called(tensors) if config.sizes else (None, ""),
     ]
     said, reason = next(((said, why) for said, why in found if said), (None, ""))
     decided = said is not None or config.unet.context != SD2.unet.context or config.unet.in_channels != 4
     if said is None:
         said = "eps"
-        inpaints = config.is_inpainting
-        kind = "inpainting models do" if inpaints else "Stable Diffusion 1.x does"
+        kind = "SDXL does" if config.sizes else "Stable Diffusion 1.x does"
+        kind = "inpainting models do" if config.is_inpainting else kind
         reason = f"as {kind}, and nothing about this one says otherwise" if decided else "nothing says what it predicts"
     try:
         # in one call, because zero terminal SNR is only valid with v
@@ -177,12 +184,29 @@ def _inside(tensors: Mapping[str, Tensor]) -> tuple[str | None, str]:
         word = str(metadata.get(name, "")).lower()
         if word in PREDICTIONS:
             return PREDICTIONS[word], f"its metadata says so ({name})"
+        if word in OTHER_PREDICTIONS:
+            raise CheckpointError(f"its metadata ({name}) says that it predicts {word!r}: only eps and v are supported")
     flag = str(metadata.get("ss_v_parameterization", "")).lower()
     if flag in ("true", "false"):
         return "v" if flag == "true" else "eps", "its metadata says so (ss_v_parameterization)"
     if "v_pred" in tensors:
         return "v", 'it has the key "v_pred"'
     return None, ""
+
+
+def _says_zero_snr(metadata: Mapping[str, str]) -> bool:
+    """Whether a file's metadata says that terminal SNR is zero, as kohya's trainer writes it."""
+    names = (*SAY_ZERO_SNR, *(f"ss_{name}" for name in SAY_ZERO_SNR))
+    return any(str(metadata.get(name, "")).lower() == "true" for name in names)
+
+
+def _called(tensors: Mapping[str, Tensor]) -> tuple[str | None, str]:
+    """The prediction that a model's name means, which fine-tunes of SDXL for v have in it, and where the name is."""
+    metadata, path = getattr(tensors, "metadata", {}), getattr(tensors, "path", None)
+    places = [(f"its metadata ({title})", str(metadata.get(title, ""))) for title in TITLES]
+    places += [("its name", model_name(path))] if path is not None else []
+    place = next((place for place, name in places if CALLED_V.search(name)), None)
+    return ("v", f"{place} says so (--prediction overrides)") if place else (None, "")
 
 
 def stored_schedule(tensors: Mapping[str, Tensor], schedule: ScheduleConfig) -> tuple[dict[str, Any], str]:
@@ -268,9 +292,10 @@ def probe(unet: Callable[[Tensor, Tensor, Conditioning], Tensor], config: Config
     x = torch.randn((1, config.unet.in_channels, 16, 16), generator=rng).to(like)
     context = torch.full((1, 2, config.unet.context), 0.5).to(like)
     t = torch.full((1,), config.schedule.steps - 1.0, device=like.device)
+    vector = None if config.unet.vector is None else torch.zeros((1, config.unet.vector)).to(like)
     with torch.no_grad():
         told = None if config.unet.guidance is None else torch.full((1,), config.guidance, device=like.device)
-        out = unet(x, t, Conditioning(context, guidance=told)).double()
+        out = unet(x, t, Conditioning(context, vector, guidance=told)).double()
     noise = x[:, : config.unet.out_channels].double()
     share = float((out * noise).sum() / (noise * noise).sum())
     if not np.isfinite(share):

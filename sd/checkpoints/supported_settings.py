@@ -99,6 +99,8 @@ KINDS = (
     Kind("unet", "attention_type", "^gated", "a GLIGEN model, which is not supported"),
     Kind("vae", "_class_name", "^(?!(Flax)?AutoencoderKL$|AutoencoderTiny$)", "another autoencoder than Stable "
          "Diffusion's VAE, which is not supported: give one with --vae"),
+    Kind("vae", "latents_mean", r"^\[(-?[\d.]+), (?!\1[,\]])", "the VAE of Playground v2.5 or another one that shifts "
+         "each channel, which is not supported"),
     Kind("text_encoder", "max_position_embeddings", "^248$", "a text encoder with 248 positions (Long-CLIP), which is "
          "not supported: prompts have 77; give another one with --text-encoder"),
     Kind("text_encoder", "architectures", r"^(?!\['(Flax|TF)?CLIP(TextModel|TextModelWithProjection|Model)'\]$)",

@@ -45,7 +45,8 @@ def load_tiny_vae(
                 f"{config.vae.factor} x {config.vae.factor}: give another one"
             )
         state = convert(file, found, parts=["vae"])["vae"]
-        for line in (*file.notes, *state.notes, *notes_on_tiny(config.vae, [part.path for part in file.files])):
+        paths = [part.path for part in file.files]
+        for line in (*file.notes, *state.notes, *notes_on_tiny(config.vae, paths, bool(config.sizes))):
             note(printable(line))
         with torch.device("meta"):
             tiny = TinyVAE(found.vae)

@@ -44,6 +44,8 @@ MARKS = {  # layout -> a key that only this layout has
 HALF_FILE = re.compile(r"(|\w*tae\w*[_-])(encoder|decoder)(\.[\w-]+)?")  # the stem of a half's file
 PREFIX = "taesd_"  # the first part of such a name
 XL = re.compile(r"tae\w*xl", re.IGNORECASE)  # in a file's name: for SDXL
+TAESD = re.compile(r"(?<![a-z])taesd(?!xl)", re.IGNORECASE)  # for Stable Diffusion 1.x and 2.x
+XL_SCALE = 0.13025  # of SDXL's VAE
 NAME = "a tiny autoencoder (TAESD)"
 
 
@@ -103,23 +105,31 @@ def describe_tiny(config: TinyVAEConfig) -> str:
     return NAME if config.encoder else f"{NAME}, only its decoder"
 
 
-def notes_on_tiny(own: VAEConfig | TinyVAEConfig, paths: list[Path]) -> list[str]:
+def notes_on_tiny(own: VAEConfig | TinyVAEConfig, paths: list[Path], for_xl: bool = False) -> list[str]:
     """What is doubtful about a tiny autoencoder, one line each.
 
-    own     the autoencoder that the model itself has
-    paths   the files of the tiny one
+    own      the autoencoder that the model itself has
+    paths    the files of the tiny one
+    for_xl   whether the model is SDXL
     """
     lines = []
     called = [name for path in paths for name in (path.name, path.parent.name, repository(path) or "")]
-    if names := [name for name in called if XL.search(name)]:
+    names, others = ([name for name in called if pattern.search(name)] for pattern in (XL, TAESD))
+    if for_xl and others and not names:
+        lines.append(
+            f"{others[0]}: its name says that it is for Stable Diffusion 1.x and 2.x, whose latents are others: expect "
+            "wrong colours; that of SDXL is called taesdxl (the weights themselves cannot tell)"
+        )
+    if names and not for_xl:
         lines.append(
             f"{names[0]}: its name says that it is for SDXL, whose latents are others: expect wrong colours; that of "
             "Stable Diffusion 1.x and 2.x is called taesd (the weights themselves cannot tell)"
         )
-    if own not in (VAEConfig(), TinyVAEConfig(), TinyVAEConfig(encoder=False)):
+    usual = VAEConfig(scale=XL_SCALE) if for_xl else VAEConfig()
+    if own not in (usual, TinyVAEConfig(), TinyVAEConfig(encoder=False)):
+        family = "SDXL" if for_xl else "Stable Diffusion"
         lines.append(
-            f"{NAME} is made for the latents of Stable Diffusion's VAE, and this model has another one: expect wrong "
-            "images"
+            f"{NAME} is made for the latents of {family}'s VAE, and this model has another one: expect wrong images"
         )
     return lines
 

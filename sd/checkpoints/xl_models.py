@@ -6,10 +6,10 @@ Smaller ones have fewer transformer blocks, some of them a different number for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from ..config import SDXL, SDXL_INPAINT, SDXL_REFINER, SMALL, Config, UNetConfig
+from ..config import SDXL, SDXL_INPAINT, SDXL_REFINER, SMALL, Config, UNetConfig, VAEConfig
 from .checkpoint import CheckpointError
 from .layouts import Layout
 
@@ -20,7 +20,26 @@ MOST = 12  # transformer blocks after one residual block that are looked for: SD
 KNOWN = {  # input channels, width of the context, width of the vector
     (4, 2048, 2816): SDXL, (9, 2048, 2816): SDXL_INPAINT, (4, 1280, 2560): SDXL_REFINER,
 }  # fmt: skip
+# Tensors beside the networks of models with an SDXL network and a noise schedule of their own
+OTHER_SCHEDULES = {"edm_mean": "Playground v2.5", "edm_std": "Playground v2.5", "edm_vpred.": "CosXL"}
 OTHERS = {5632: "a Kolors"}  # models with such a U-Net and another text encoder, by the width of the vector
+
+
+def usual_vae(config: Config) -> VAEConfig:
+    """The published VAE of the family of a model."""
+    return SDXL.vae if config.sizes and isinstance(SDXL.vae, VAEConfig) else VAEConfig()
+
+
+def refuse_other_schedules(found: Iterable[str]) -> None:
+    """Raise CheckpointError, by name, for an SDXL network that was trained with the continuous noise levels of EDM."""
+    for key in found:
+        if (
+            name := next((OTHER_SCHEDULES[start] for start in OTHER_SCHEDULES if key.startswith(start)), None)
+        ) is not None:
+            raise CheckpointError(
+                f"this is a {name} model (it has {key}), which is not supported: its noise levels are those of EDM, "
+                "not Stable Diffusion's"
+            )
 
 
 def vector_width(found: Shapes, layout: Layout) -> int | None:

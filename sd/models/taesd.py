@@ -121,6 +121,7 @@ class TinyVAE(nn.Module):
     def __init__(self, config: TinyVAEConfig) -> None:
         super().__init__()
         self.config = config
+        self.overflows: set[str] = set()  # what is not finite in half precision (latents.py): "image", "latent"
         self.encoder = TinyEncoder(config) if config.encoder else None
         self.decoder = TinyDecoder(config)
 

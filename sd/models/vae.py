@@ -160,6 +160,7 @@ class VAE(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
+        self.overflows: set[str] = set()  # what is not finite in half precision (latents.py): "image", "latent"
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quant = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
