@@ -283,10 +283,13 @@ class Rows(NamedTuple):
     weights: Tensor  # (B k, M)
 
 
-def rows(tokenizer: Tokenizer, texts: Sequence[str]) -> Rows:
-    """The tokens and weights of B texts, k chunks each: shorter ones are padded with chunks of the empty text."""
+def rows(tokenizer: Tokenizer, texts: Sequence[str], least: int = 1) -> Rows:
+    """The tokens and weights of B texts, k chunks each: shorter ones are padded with chunks of the empty text.
+
+    least   there are at least so many chunks
+    """
     split = [chunks(tokenizer, text) for text in texts]
-    count = max(map(len, split), default=1)
+    count = max(least, *map(len, split)) if split else least
     padded = [chunk for found in split for chunk in (*found, *[Chunk([], [])] * (count - len(found)))]
     weights = torch.ones(len(padded), tokenizer.length, device="cpu")
     for row, chunk in zip(weights, padded, strict=True):
