@@ -56,7 +56,7 @@ from .models.unet import UNet
 from .models.vae import Gaussian
 from .params import HighRes, ImageToImage, Inpaint, TextToImage
 from .prompts import TextEncoding
-from .refiner import check_fit, with_refiner
+from .refiner import check_fit, notes_on, with_refiner
 from .resources import EMBEDDED, resource
 from .run import Run, Sampling, image_to_image, inpaint, text_to_image
 from .runtime.cuda_graphs import Compiled, Recorded
@@ -65,7 +65,6 @@ from .runtime.offload import Offload
 from .runtime.optimize import unwrapped
 from .samplers import Denoise, Noise, Sampler, Step, find_sampler
 from .schedule import Levels, Schedule
-from .size_conditioning import without_effect
 from .text.tokenizer import Note, Tokenizer, warn
 
 if TYPE_CHECKING:
@@ -306,8 +305,7 @@ class StableDiffusion(Adaptable, TextEncoding, Cached, Hints):
             run = inpaint(self, request)
         else:
             run = text_to_image(self, request)
-        told = [model.config for model in (self, refiner) if model is not None]
-        run.notes += without_effect(request.params, told)
+        run.notes += notes_on(request, [model.config for model in (self, refiner) if model is not None])
         return run if refiner is None else with_refiner(run, refiner)
 
     # ------------------------------------------------------------------------------------------------- the parts

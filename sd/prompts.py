@@ -10,7 +10,8 @@ What a network is told about a text (`TextEncoding`):
     vector    for SDXL: the pooled output of the last one, then the size conditioning, for each of the numbers in
               `Config.sizes` an embedding like that of a timestep (size_conditioning.py)
 
->>> _texts_at([[Subprompt([Stage(4, "a red dog"), Stage(10, "a blue dog")], 1.0)]], step=4)
+>>> from sd.text.prompt_editing import Stage
+>>> _texts_at([[Subprompt([Stage(4, "a red dog"), Stage(10, "a blue dog")], 1.0)]], step=5)
 (('a blue dog',),)
 """
 

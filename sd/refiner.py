@@ -18,16 +18,18 @@ With `low_memory`, the networks of both models take turns on the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .config import Config
+from .config import REFINER_SIZES, Config
 from .denoiser import by_step
 from .hires import HighResRun, second_pass
 from .messages import counted
-from .params import HighRes, ImageToImage, Inpaint
+from .params import HighRes, ImageToImage, Inpaint, TextToImage
 from .run import Run, Start
 from .runtime.offload import Offload
 from .second_prompts import for_refiner
+from .size_conditioning import without_effect
 
 if TYPE_CHECKING:
     from .pipeline import StableDiffusion
@@ -54,6 +56,18 @@ def check_fit(base: Config, refiner: Config) -> None:
             )
     if any(getattr(base.schedule, name) != getattr(refiner.schedule, name) for name in NOISES):
         raise ValueError("the refiner does not fit the model: it was trained with another noise schedule")
+
+
+def notes_on(request: TextToImage, configs: Sequence[Config]) -> list[str]:
+    """Notes on what a request asks of SDXL models: of the model, and of its refiner if there is one."""
+    notes = without_effect(request.params, configs)
+    from_noise = not isinstance(request, ImageToImage | Inpaint) or request.strength == 1
+    if from_noise and configs[0].sizes == REFINER_SIZES:
+        notes.append(
+            f"{configs[0].name} was trained on low noise only: an image that it makes of noise alone does not look "
+            "right. It is for image to image at a low strength, and for the last steps of another model"
+        )
+    return notes
 
 
 def with_refiner(run: Run, refiner: StableDiffusion) -> Run:

@@ -6,6 +6,7 @@ training, the numbers are the size of the original image, where it was cropped, 
 for a subject that is cut off. The refiner has an aesthetic score in place of the last size: one for the prompt, and a
 lower one for the negative prompt.
 
+>>> import torch
 >>> size_embedding(torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]])).shape
 torch.Size([1, 1536])
 """

@@ -54,11 +54,13 @@ ALLOWED = {
         "prompts", "runtime", "samplers", "schedule",
     },
     "hires": {"config", "imaging", "latents", "params", "run", "samplers", "schedule"},
-    "refiner": {"config", "denoiser", "hires", "messages", "params", "run", "runtime", "second_prompts"},
+    "refiner": {
+        "config", "denoiser", "hires", "messages", "params", "run", "runtime", "second_prompts", "size_conditioning",
+    },
     "pipeline": {
         "adapters", "checkpoints", "conditioning", "config", "denoiser", "files", "hints", "hires", "imaging",
         "latents", "models", "params", "prompts", "refiner", "resources", "run", "runtime", "samplers", "schedule",
-        "size_conditioning", "text",
+        "text",
     },
     "study": None,  # stands on top of everything: nothing may import it
 }  # fmt: skip

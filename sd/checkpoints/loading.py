@@ -39,6 +39,7 @@ from .prediction import predicting, probe
 from .supported_settings import ignored_settings
 from .tiny_vae import describe_tiny, notes_on_tiny
 from .tokenizer_files import describe_words
+from .xl_models import describe_empty
 
 PATHS = ("vae", "text_encoder", "text_encoder_2", "cache")  # options that are paths
 Report = Callable[[int], object]  # called with the number of elements of each weight that was read
@@ -124,6 +125,8 @@ def describe(
         lines += notes_on_tiny(found.config.vae, [file.path for file in (vae or tensors).files])
     elif scale != usual:
         lines.append(f"the VAE that is given has the scale {scale:g}, the model's own {usual:g}: it may not fit")
+    if config.sizes:
+        lines.append(describe_empty(config, tensors.configs))
     lines += [line for text in config.text for line in describe_words(text)]
     return list(map(printable, lines))
 

@@ -51,8 +51,9 @@ HARMLESS = {
     "init image hash", "init image size", "inpaint area", "long prompts", "lora hashes", "lora networks",
     "lora tags", "lora weights", "loras",
     "mask", "mask hash", "mask mode", "model", "model hash", "negative", "operations", "pad conds", "parser",
-    "pipeline", "precision", "prediction", "prompt", "refine", "rng", "sampler", "sampler sigma", "sampler spacing",
-    "schedule", "schedule type", "scheduler", "sd_model", "size", "source identifier", "styles", "te", "text encoder",
+    "pipeline", "precision", "prediction", "prompt", "refine", "refiner", "rng", "sampler", "sampler sigma",
+    "sampler spacing", "schedule", "schedule type", "scheduler", "sd_model", "size", "source identifier", "styles",
+    "te", "text encoder",
     "ti", "ti hashes", "unet", "used embeddings", "user", "vae", "vae decoder", "vae encoder", "vae hash", "version",
     "web ui prompts", "weights",
 }  # fmt: skip
