@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from PIL import Image
 from torch import Tensor
@@ -228,13 +228,13 @@ class TextToImage:
         if not isinstance(self.prompt, Tensor):
             texts = (self.prompt,) if isinstance(self.prompt, str) else prompt_checks.texts("prompt", self.prompt)
             put(self, "prompt", texts)
-        prompts = prompt_checks.count(cast(Sequence[str] | Tensor, self.prompt))
         if self.negative is None:
             put(self, "negative", "")
         elif not isinstance(self.negative, str):
-            put(self, "negative", prompt_checks.negatives(self.negative, prompts))
+            put(self, "negative", prompt_checks.negatives(self.negative, self.prompt))
         for name in ("prompt_2", "negative_2"):
-            put(self, name, prompt_checks.second(name, getattr(self, name), prompts))
+            if (second := getattr(self, name)) is not None and not isinstance(second, str):
+                put(self, name, prompt_checks.second(name, second, self.prompt))
 
     @classmethod
     def of(

@@ -54,7 +54,7 @@ from .imaging.tensors import to_tensor
 from .models.text_encoder import TextEncoder
 from .models.unet import UNet
 from .models.vae import Gaussian
-from .params import HighRes, ImageToImage, Inpaint, TextToImage
+from .params import HighRes, ImageToImage, Inpaint, SamplingParams, TextToImage
 from .prompts import TextEncoding
 from .refiner import check_fit, notes_on, with_refiner
 from .resources import EMBEDDED, resource
@@ -65,6 +65,7 @@ from .runtime.offload import Offload
 from .runtime.optimize import unwrapped
 from .samplers import Denoise, Noise, Sampler, Step, find_sampler
 from .schedule import Levels, Schedule
+from .size_conditioning import NUMBERS
 from .text.tokenizer import Note, Tokenizer, warn
 
 if TYPE_CHECKING:
@@ -305,7 +306,9 @@ class StableDiffusion(Adaptable, TextEncoding, Cached, Hints):
             run = inpaint(self, request)
         else:
             run = text_to_image(self, request)
-        run.notes += notes_on(request, [model.config for model in (self, refiner) if model is not None])
+        numbers = any(getattr(request.params, name) != getattr(SamplingParams, name) for name in NUMBERS)
+        if self.config.sizes or numbers:
+            run.notes += notes_on(request, [model.config for model in (self, refiner) if model is not None])
         return run if refiner is None else with_refiner(run, refiner)
 
     # ------------------------------------------------------------------------------------------------- the parts

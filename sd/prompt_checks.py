@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -35,8 +36,9 @@ def count(prompts: Sequence[str] | Tensor) -> int:
     return len(prompts) if not isinstance(prompts, Tensor) or prompts.dim() else 0
 
 
-def negatives(negative: object, prompts: int) -> tuple[str, ...] | Tensor:
-    """Several negatives: one text for each of so many prompts, or one context for all. Raises ValueError."""
+def negatives(negative: object, prompt: Any) -> tuple[str, ...] | Tensor:
+    """Several negatives: one text or context for each prompt, or one context for all. Raises ValueError."""
+    prompts = count(prompt)
     found = negative if isinstance(negative, Tensor) else texts("negative", negative)
     if count(found) != prompts and not (isinstance(found, Tensor) and count(found) == 1):
         kind = "context" if isinstance(found, Tensor) else "text"
@@ -47,10 +49,9 @@ def negatives(negative: object, prompts: int) -> tuple[str, ...] | Tensor:
     return found
 
 
-def second(name: str, value: object, prompts: int) -> str | tuple[str, ...] | None:
-    """What a second text encoder reads: one text for all prompts, or one for each. Raises ValueError, with the name."""
-    if value is None or isinstance(value, str):
-        return value
+def second(name: str, value: object, prompt: Any) -> tuple[str, ...]:
+    """The texts that a second text encoder reads, one for each prompt. Raises ValueError, with the name."""
+    prompts = count(prompt)
     if isinstance(value, Tensor):
         raise ValueError(f"{name} must be a text or a list of texts, got a tensor {tuple(value.shape)}")
     found = texts(name, value)

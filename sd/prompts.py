@@ -227,26 +227,29 @@ def guides(
         prompts = _own_context(model, "prompt", prompts)
     if isinstance(negatives, Tensor):
         negatives = _own_context(model, "negative", negatives)
-    second = SecondTexts.of(model.config, request, note)
+    second = None
+    if request.prompt_2 is not None or request.negative_2 is not None:
+        second = SecondTexts.of(model.config, request, note)
     if request.web_ui_prompts:
         plan = _Plan(model, request, params, _read(prompts, run, note), _read(negatives, run, note, negative=True))
         if not plan.is_plain:
-            second.check_unused()
+            if second is not None:
+                second.check_unused()
             plan.note_late_edits(run, note)
             return plan.guides(run.taken, encode)
         prompts, negatives = plan.first_texts()
-    cond = Conditioning(prompts) if isinstance(prompts, Tensor) else encode(*second.beside(prompts, False))
+    others: list[list[str] | None] = [None, None]
+    if second is not None:
+        prompts, others[0] = second.beside(prompts, negative=False)
+        negatives, others[1] = second.beside(negatives, negative=True)
+    cond = Conditioning(prompts) if isinstance(prompts, Tensor) else encode(prompts, False, others[0])
     uncond = None
     if params.is_guided and model.config.unet.guidance is None:
-        if isinstance(negatives, Tensor):
-            uncond = Conditioning(negatives)
-        else:
-            negatives, _, others = second.beside(negatives, True)
-            uncond = encode(negatives, True, others)
+        uncond = Conditioning(negatives) if isinstance(negatives, Tensor) else encode(negatives, True, others[1])
         if uncond.context.shape[1] != cond.context.shape[1]:
             cond, uncond = _same_length(model, [cond, uncond], request.clip_skip)
         if model.config.zero_empty and not isinstance(negatives, Tensor):
-            both = zip(negatives, others or negatives, strict=True)
+            both = zip(negatives, others[1] or negatives, strict=True)
             uncond = model.zeroed(uncond, [not (text + other).strip() for text, other in both])
         if len(uncond.context) > 1:  # one for each prompt
             uncond = uncond.repeat_each(params.n)

@@ -1,7 +1,7 @@
 """Second prompts: what SDXL's second text encoder reads in place of the prompt (`prompt_2`, `negative_2`).
 
 >>> SecondTexts(("a red house",), None).beside(["a house", "a tower"], negative=False)
-(['a house', 'a tower'], False, ['a red house', 'a red house'])
+(['a house', 'a tower'], ['a red house', 'a red house'])
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
+
+from torch import Tensor
 
 from .config import Config
 from .params import TextToImage
@@ -44,14 +46,14 @@ class SecondTexts(NamedTuple):
             if texts is not None:
                 raise ValueError(f"{name} cannot be combined with AND, [a:b:0.5], [a|b] or a weight at a prompt's end")
 
-    def beside(self, texts: Sequence[str], negative: bool) -> tuple[list[str], bool, list[str] | None]:
-        """The texts of the first encoder, whether they are negative, and as many of the second: arguments to encode."""
+    def beside(self, texts: Sequence[str] | Tensor, negative: bool) -> tuple[Sequence[str] | Tensor, list[str] | None]:
+        """The texts of the first encoder, and as many of the second, None where it reads the same."""
         second = self.negative if negative else self.prompt
-        if second is None:
-            return list(texts), negative, None
+        if second is None or isinstance(texts, Tensor):
+            return texts, None
         count = max(len(texts), len(second))
         first = list(texts) if len(texts) == count else list(texts) * count
-        return first, negative, list(second) if len(second) == count else list(second) * count
+        return first, list(second) if len(second) == count else list(second) * count
 
 
 def for_refiner(request: TextToImage, config: Config) -> TextToImage:

@@ -14,7 +14,6 @@ torch.Size([1, 1536])
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 from torch import Tensor
 
@@ -22,6 +21,8 @@ from .config import SIZE_WIDTH, SIZES, Config
 from .messages import listed
 from .models.layers import timestep_embedding
 from .params import SamplingParams
+
+NUMBERS = (*SIZES, "negative_aesthetic_score")  # the settings
 
 
 def sizes_for(config: Config, params: SamplingParams, height: int, width: int, negative: bool = False) -> list[float]:
@@ -44,9 +45,7 @@ def without_effect(params: SamplingParams, configs: Sequence[Config]) -> list[st
     """A note, if there are numbers given that none of the models of a run is told."""
     told = {name for config in configs for name in config.sizes}
     told |= {f"negative_{name}" for name in told if name == "aesthetic_score"}
-    default = {f.name: f.default for f in fields(SamplingParams)}
-    names = [name for name in (*SIZES, "negative_aesthetic_score") if getattr(params, name) != default[name]]
-    names = [name for name in names if name not in told]
+    names = [name for name in NUMBERS if name not in told and getattr(params, name) != getattr(SamplingParams, name)]
     if not names:
         return []
     verb = "has" if len(names) == 1 else "have"

@@ -60,7 +60,7 @@ ALLOWED = {
     "pipeline": {
         "adapters", "checkpoints", "conditioning", "config", "denoiser", "files", "hints", "hires", "imaging",
         "latents", "models", "params", "prompts", "refiner", "resources", "run", "runtime", "samplers", "schedule",
-        "text",
+        "size_conditioning", "text",
     },
     "study": None,  # stands on top of everything: nothing may import it
 }  # fmt: skip

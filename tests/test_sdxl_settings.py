@@ -149,8 +149,8 @@ def pixels(path: Path) -> np.ndarray:
 
 
 ALL = (
-    "--exact", "--refiner-from", "0.6", "--prompt-2", "a watercolour, of a cat", "--negative-2", "red", "--negative", "fog",
-    "--original-size", "200x300", "--crop", "5x6", "--target-size", "70x80", "--aesthetic-score", "7.5",
+    "--exact", "--refiner-from", "0.6", "--negative", "fog", "--prompt-2", "a watercolour, of a cat", "--negative-2",
+    "red", "--original-size", "200x300", "--crop", "5x6", "--target-size", "70x80", "--aesthetic-score", "7.5",
     "--negative-aesthetic-score", "1.5",
 )  # fmt: skip
 
