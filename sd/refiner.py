@@ -11,7 +11,8 @@ the prompts with its own text encoders, and is told its own sizes.
 The fraction is one of the whole grid, whatever the strength: then each network sees the noise levels that it was
 trained for, also in image to image, where it may take all of the steps. On an even grid this is diffusers'
 `denoising_end`, and the web UI's "Refiner switch at", which both cut at a timestep. In high resolution the refiner
-takes the last steps of the second pass, which is the web UI's default.
+takes the last steps of the second pass, which is the web UI's default. In inpainting it keeps what is known as the
+base does; after a base of 9 channels it is given no mask, and what is kept of the image is pasted into the result.
 
 With `low_memory`, the networks of both models take turns on the device.
 """

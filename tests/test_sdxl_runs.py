@@ -240,7 +240,7 @@ def test_image_to_image_as_diffusers(base, refiner, refiner_states, pipes):
         assert error(run.x, latents) < 1e-4
 
 
-def test_inpainting_of_nine_channels_as_diffusers(pipes):
+def test_inpainting_of_nine_channels_as_diffusers(pipes, refiner):
     import diffusers
 
     states = {name: dict(weights) for name, weights in convert(tiny_state("tiny-sdxl"), TINY_XL).items()}
@@ -262,7 +262,12 @@ def test_inpainting_of_nine_channels_as_diffusers(pipes):
         PROMPT, negative_prompt="blurry", image=photo(), mask_image=half_mask(), strength=1.0, latents=noise, **THEIRS
     ).images
     assert error(run.x, latents) < 1e-4
-    assert run.result().images[0].crop((32, 0, 64, 64)).tobytes() == photo().crop((32, 0, 64, 64)).tobytes()
+    known = (32, 0, 64, 64)
+    assert run.result().images[0].crop(known).tobytes() == photo().crop(known).tobytes()
+    # a refiner of four channels continues it, and what is known is pasted
+    refined = model.prepare(Inpaint(PROMPT, params(), image=photo(), mask=half_mask()), refiner)
+    image = refined.result().images[0]
+    assert refined.notes == [] and image.crop(known).tobytes() == photo().crop(known).tobytes()
 
 
 def test_second_prompts_as_diffusers(base, pipes):

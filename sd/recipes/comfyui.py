@@ -190,7 +190,7 @@ class Graph:
         texts = [self._prompt(draft, node, name) for name in ("positive", "negative")]
         self._model(draft, node)
         if at is not None:
-            read_refiner(draft, self, chain, at)
+            read_refiner(draft, self, chain, texts)
         for later in chain[1 if at is None else 2 :]:
             draft.note(self._pass(later))
         left = [kind for kind in self.passed if kind not in KNOWN]

@@ -72,28 +72,39 @@ def continued_at(graph: Graph, chain: Sequence[Node]) -> int | None:
     steps, end = graph.value(first, "steps"), graph.value(first, "end_at_step")
     same = steps == graph.value(second, "steps") and end == graph.value(second, "start_at_step")
     direct = first.key in second.links(*LATENTS) and {first.kind, second.kind} == {"KSamplerAdvanced"}
-    silent = second.inputs.get("add_noise") in ("disable", False)
+    silent = second.inputs.get("add_noise") in ("disable", False) and _model(graph, second)
     if not (direct and same and silent and isinstance(steps, int) and isinstance(end, int) and 0 < end < steps):
         return None
     return end
 
 
-def read_refiner(draft: Draft, graph: Graph, chain: Sequence[Node], at: int) -> None:
-    """Put down the model of the second sampler as the refiner, from this step on."""
+def read_refiner(draft: Draft, graph: Graph, chain: Sequence[Node], texts: Sequence[str]) -> None:
+    """Put down the model of the second sampler as the refiner, and note what it has of its own.
+
+    texts   the prompt and the negative prompt of the first sampler
+    """
     first, second = chain[:2]
-    loader = next((node for node in graph.upstream(second.links("model")) if _checkpoint(graph, node)), None)
-    name = "" if loader is None else file_name(_checkpoint(graph, loader))
-    if name == draft.model.name:
-        return  # the same model takes all steps
-    draft.put("refiner_from", at / graph.value(first, "steps"))
-    draft.info["Refiner"] = name
     others = [key for key in ALIKE if graph.value(first, key) != graph.value(second, key)]
     for key in others:
-        draft.note(f"not reproduced: {key} {one_line(graph.value(second, key))} of the refiner alone")
-    for side in ("positive", "negative"):
-        node = graph.first(second, (side,), *ENCODERS)
-        if node is not None and (score := graph.value(node, "ascore")) is not None:
+        draft.note(f"not reproduced: {key} {one_line(graph.value(second, key))} of the second sampler alone")
+    for side, text in zip(("positive", "negative"), texts, strict=True):
+        node = graph.first(second, (side,), *ENCODERS, "CLIPTextEncode")
+        if node is None:
+            continue
+        if (score := graph.value(node, "ascore")) is not None:
             draft.put(SCORES[side], score, "ascore")
+        own = next((found for key in ("text", "text_g") if (found := graph.text(node.inputs.get(key), side, key))), "")
+        if own.strip() not in (text.strip(), draft.settings.get(SECOND[side], text).strip()):
+            draft.note(f"not reproduced: the {side} prompt of the second sampler, {one_line(own)!r}")
+    if (name := _model(graph, second)) != draft.model.name:  # else the same model takes all steps
+        draft.put("refiner_from", graph.value(first, "end_at_step") / graph.value(first, "steps"))
+        draft.info["Refiner"] = name
+
+
+def _model(graph: Graph, sampler: Node) -> str:
+    """The name of the model that a sampler has, "" if it is not known."""
+    names = (_checkpoint(graph, node) for node in graph.upstream(sampler.links("model")))
+    return file_name(next((name for name in names if name), ""))
 
 
 def _checkpoint(graph: Graph, node: Node) -> Any:
