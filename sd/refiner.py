@@ -9,10 +9,13 @@ the prompts with its own text encoders, and is told its own sizes.
                int(refiner_from * steps) ... steps       refiner
 
 The fraction is one of the whole grid, whatever the strength: then each network sees the noise levels that it was
-trained for, also in image to image, where it may take all of the steps. On an even grid this is diffusers'
-`denoising_end`, and the web UI's "Refiner switch at", which both cut at a timestep. In high resolution the refiner
-takes the last steps of the second pass, which is the web UI's default. In inpainting it keeps what is known as the
-base does; after a base of 9 channels it is given no mask, and what is kept of the image is pasted into the result.
+trained for, also in image to image, where it may take all of the steps. On a grid that is even in timesteps this is
+diffusers' `denoising_end` and the web UI's "Refiner switch at", which both cut at a timestep. On that of Karras the
+last fifth of the steps are at timesteps below 20; the 200 lowest, on which the refiner was trained, are two fifths.
+
+In high resolution the refiner takes the last steps of the second pass, which is the web UI's default. In inpainting it
+keeps what is known as the base does; after a base of 9 channels it is given no mask, and what is kept of the image is
+pasted into the result.
 
 With `low_memory`, the networks of both models take turns on the device.
 """
@@ -35,6 +38,7 @@ from .size_conditioning import without_effect
 if TYPE_CHECKING:
     from .pipeline import StableDiffusion
 
+TRAINED = 200  # timesteps of the noise levels that SDXL's refiner was trained on
 NOISES = ("steps", "beta_start", "beta_end", "zero_snr", "alpha_bar")  # what makes a noise level of a timestep
 
 
@@ -85,11 +89,19 @@ def with_refiner(run: Run, refiner: StableDiffusion) -> Run:
         strength = request.strength
     if not len(target):
         return run
-    steps = len(model.schedule.levels(target.params.steps, target.params.spacing)) - 1
+    whole = model.schedule.levels(target.params.steps, target.params.spacing)
+    steps = len(whole) - 1
     first = max(int(steps * params.refiner_from + 1e-9) - (steps - len(target)), 0)  # of the steps that are taken
     if first >= len(target):
         run.notes.append(f"refiner_from {params.refiner_from:g} of {counted(steps, 'step')} leaves none to the refiner")
         return run
+    t = target.levels[first].t
+    if refiner.config.sizes == REFINER_SIZES and t < TRAINED / 2:
+        share = sum(level.t >= TRAINED for level in whole[:-1]) / steps
+        run.notes.append(
+            f"with the spacing {target.params.spacing}, refiner_from {params.refiner_from:g} leaves the refiner the "
+            f"timesteps up to {t:.0f}; it was trained on those below {TRAINED}, which refiner_from {share:.2g} gives it"
+        )
     if not first:
         run.notes.append(f"all {counted(len(target), 'step')} that are taken are the refiner's")
     C, h, w = run.shape if isinstance(run, HighResRun) else run.start.x.shape[1:]

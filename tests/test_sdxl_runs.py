@@ -123,6 +123,16 @@ def test_every_task_can_be_refined(task, base, refiner):
         assert images[0].crop(known).tobytes() == photo().crop(known).tobytes()
 
 
+def test_a_switch_below_what_the_refiner_was_trained_on_is_said(base, refiner):
+    """The fraction in the note gives it those timesteps."""
+    settings = {"sampler": "dpmpp_2m", "spacing": "karras", "steps": 20}
+    (note,) = base.prepare(TextToImage(PROMPT, params(**settings)), refiner).notes
+    assert "the timesteps up to 15; it was trained on those below 200, which refiner_from 0.6 gives it" in note
+    run = base.prepare(TextToImage(PROMPT, params(**settings, refiner_from=0.6)), refiner)
+    assert run.notes == [] and run.levels[11].t >= 200 > run.levels[12].t
+    assert base.prepare(TextToImage(PROMPT, params(**settings)), base).notes == []  # was trained on all
+
+
 def test_in_high_resolution_the_second_pass_is_refined(base, refiner, monkeypatch):
     first, last = timesteps(base, monkeypatch), timesteps(refiner, monkeypatch)
     finish(base.prepare(HighRes(PROMPT, params(), hires=1.5, hires_strength=0.5), refiner))

@@ -310,6 +310,27 @@ def test_refiner_of_the_web_ui():
     assert recipe.info["Refiner"] == "sd_xl_refiner_1.0 [7440042bbd]" and recipe.notes == ()
 
 
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        ("Schedule type: Karras, Refiner switch at: 0.8, Version: v1.8.0", 0.8),
+        ("Schedule type: Karras, Refiner switch at: 0.8, Version: v1.10.1", 0.6),
+        ("Schedule type: Uniform, Refiner switch at: 0.8, Version: v1.9.0", 0.8),
+        (
+            "Schedule type: Karras, Refiner switch at: 0.8, Refiner switch by sampling steps: True, Version: v1.10.1",
+            0.8,
+        ),
+        ("Schedule type: Karras, Refiner switch at: 0.8, Version: sd 0.2.0", 0.8),
+    ],
+)
+def test_what_the_web_ui_switches_by(more, wanted):
+    """From 1.9 on by a timestep, before by steps."""
+    recipe = read_parameters(
+        f"a cat\nSteps: 20, Sampler: DPM++ 2M, CFG scale: 7, Seed: 1, Size: 64x64, Refiner: x, {more}"
+    )
+    assert recipe.request.params.refiner_from == wanted and recipe.notes == ()
+
+
 def test_refiner_of_fooocus():
     recipe = read_fooocus(
         {"prompt": "a cat", "steps": 30, "refiner_model": "sd_xl_refiner_1.0.safetensors", "refiner_switch": 0.6}

@@ -26,6 +26,7 @@ from sd.imaging.tensors import grid
 from sd.models.taesd import TinyVAE
 from sd.params import ImageToImage, Inpaint, SamplingParams, TextToImage
 from sd.recipes.fields import key, text_of
+from sd.recipes.refiner_switch import BY_STEPS
 from sd.resources import EMBEDDED, resource
 from sd.run import Result, Run
 from sd.runtime import kernel_choice
@@ -188,7 +189,8 @@ class Metadata:
         """The entries about the refiner, as the web UI writes them."""
         digits = self.refiner.digits() if self.refiner else None
         name = model_name(self.args.refiner) + (f" [{digits}]" if digits else "")
-        return {"Refiner": name, key("refiner_from"): text_of(params.refiner_from)}
+        share = text_of(params.refiner_from)
+        return {"Refiner": name, key("refiner_from"): share, BY_STEPS.capitalize(): True}
 
 
 class Plan(NamedTuple):
