@@ -24,7 +24,7 @@ if not __package__:  # run as a file: see bootstrap.py
 from sd.imaging.files import OTHER_SUFFIXES, SUFFIXES, read_image
 from sd.params import ImageToImage
 
-from .common import adapter_args, arguments, cli, like
+from .common import adapter_args, arguments, cli, like, xl_args
 from .common.generate import Source, about_init, generate
 
 
@@ -44,6 +44,7 @@ def parser() -> cli.Parser:
         help="give the result the colours (mean and covariance) of the initial image",
     )  # fmt: skip
     arguments.add_sampling_arguments(parser, size="from the image")
+    xl_args.add_xl_arguments(parser)
     arguments.add_output_arguments(parser)
     arguments.add_model_arguments(parser)
     adapter_args.add_addon_arguments(parser)

@@ -17,7 +17,7 @@ if not __package__:  # run as a file: see bootstrap.py
 
 from sd.params import HighRes, TextToImage
 
-from .common import adapter_args, arguments, cli, like
+from .common import adapter_args, arguments, cli, like, xl_args
 from .common.generate import Source, generate
 
 
@@ -28,6 +28,7 @@ def parser() -> cli.Parser:
     like.add_like_argument(parser)
     arguments.add_sampling_arguments(parser)
     arguments.add_hires_arguments(parser)
+    xl_args.add_xl_arguments(parser)
     arguments.add_output_arguments(parser)
     arguments.add_model_arguments(parser)
     adapter_args.add_addon_arguments(parser)

@@ -14,7 +14,7 @@ distribution, so that the first random numbers of the second pass are its initia
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,7 @@ class HighResRun(Run):
         self.source, self.seeds, self.guides, self.edges = first.source, first.seeds, first.guides, first.edges
         second.notes = first.notes
         self.first, self.second, self.upscaler, self.shape = first, second, upscaler, shape
+        self.refine: Callable[[Start], Start] = lambda start: start  # of the second pass: refiner.py
         self.levels = Levels([*first.levels, *second.levels[1:]], first.levels.schedule)
         self.start, self.x, self._taken = first.start._replace(finish=self._to_size), first.x, 0
         self._steps, self._enlarged = self._both(), False  # `begin` is not called: the two passes have their own
@@ -58,7 +59,7 @@ class HighResRun(Run):
         noise = self.second.source.initial(self.shape)
         if len(self.second):
             z = self.model.schedule.add_noise(z, noise, self.second.levels[0])
-        self.second.begin(Start(z, self.second.denoiser(self.shape), finish=self._to_size))
+        self.second.begin(self.refine(Start(z, self.second.denoiser(self.shape), finish=self._to_size)))
         self.start, self.x, self._enlarged = self.second.start, self.second.x, True
         for step in self.second:
             yield step._replace(i=len(self.first) + step.i)

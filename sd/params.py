@@ -19,12 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from PIL import Image
 from torch import Tensor
 
-from .messages import counted
+from . import prompt_checks
 from .samplers import SAMPLERS, Sampler, find_sampler, sampler_key, spacing_in
 from .schedule import SPACINGS
 from .settings import OneOf, Range, check_settings, flag, number, setting, whole, with_default
@@ -40,6 +40,7 @@ OF_MODEL = "this model's default, or its few-step LoRA's"  # what an error says 
 RNGS = ("torch-cpu", "nv", "comfy")
 SEED = Range(whole, 0, MAX_SEED, "from 0 to 2^64 - 1")
 PIXELS = Range(whole, 0, 100_000)
+SHARE = Range(number, 0, 1)
 OWN = "in pixels; None is the size generated at"
 OPTIONS = {name: option for entry in SAMPLERS.values() for name, option in entry.options.items()}
 FITS = ("crop", "pad")
@@ -106,6 +107,9 @@ class SamplingParams:
     target_width: int | None = setting(None, f"SDXL: of the image, {OWN}", PIXELS)
     aesthetic_score: float = setting(6.0, "SDXL's refiner: how beautiful the image is, about 2 to 7", number)
     negative_aesthetic_score: float = setting(2.5, "the same for the negative prompt", number)
+    refiner_from: float = setting(
+        0.8, "fraction of the steps of the whole grid after which the refiner continues, if one is given", SHARE
+    )
     options: Mapping[str, float] = field(
         default_factory=dict, hash=False, metadata={"help": "of the sampler, such as eta or gamma"}
     )
@@ -192,28 +196,6 @@ def _with_pixels(name: str, image: Image.Image) -> None:
         raise ValueError(f"{name} has no pixels: its size is {image.width}x{image.height}")
 
 
-def _texts(name: str, value: object) -> tuple[str, ...]:
-    """A list of texts, which is not empty; raises ValueError, with the name, for anything else."""
-    if isinstance(context := getattr(value, "context", None), Tensor):
-        raise ValueError(
-            f"{name} must be a text, a list of texts or a context, got a {type(value).__name__}: give its "
-            f".context {tuple(context.shape)}"
-        )
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence) or not value:
-        raise ValueError(f"{name} must be a text, a list of texts or a context, got {value!r:.100}")
-    for text in value:
-        if not isinstance(text, str):
-            is_context = isinstance(text, Tensor)
-            found = f"a tensor {tuple(text.shape)}; join contexts with torch.cat" if is_context else f"{text!r:.100}"
-            raise ValueError(f"{name} must be a text, a list of texts or a context, got a list with {found}")
-    return tuple(value)
-
-
-def _count(prompts: Sequence[str] | Tensor) -> int:
-    """The number of texts or contexts."""
-    return len(prompts) if not isinstance(prompts, Tensor) or prompts.dim() else 0
-
-
 @dataclass(frozen=True)
 class TextToImage:
     """Generate images from text: `params.n` for each prompt, in the order of the prompts."""
@@ -235,29 +217,24 @@ class TextToImage:
         "layer of the text encoder to use, counted from its end: 1 is the last; None is the model's own",
         Range(whole, 1),
     )
+    prompt_2: str | Sequence[str] | None = setting(
+        None, "SDXL: what its second text encoder reads in place of the prompt, one text for all or one for each"
+    )
+    negative_2: str | Sequence[str] | None = setting(None, "the same for the negative prompt")
 
     def __post_init__(self) -> None:
         check_settings(self)
+        put = object.__setattr__
         if not isinstance(self.prompt, Tensor):
-            texts = (self.prompt,) if isinstance(self.prompt, str) else _texts("prompt", self.prompt)
-            object.__setattr__(self, "prompt", texts)
+            texts = (self.prompt,) if isinstance(self.prompt, str) else prompt_checks.texts("prompt", self.prompt)
+            put(self, "prompt", texts)
         if self.negative is None:
-            object.__setattr__(self, "negative", "")
+            put(self, "negative", "")
         elif not isinstance(self.negative, str):
-            self._check_negatives(self.negative)
-
-    def _check_negatives(self, negative: Sequence[str] | Tensor) -> None:
-        """Several negatives: one for each prompt, or one context for all."""
-        if not isinstance(negative, Tensor):
-            negative = _texts("negative", negative)
-            object.__setattr__(self, "negative", negative)
-        prompts = _count(cast(Sequence[str] | Tensor, self.prompt))
-        if _count(negative) != prompts and not (isinstance(negative, Tensor) and _count(negative) == 1):
-            kind = "context" if isinstance(negative, Tensor) else "text"
-            raise ValueError(
-                "negative must be one text for all prompts, or as many as there are prompts: "
-                f"got {counted(_count(negative), kind)} for {counted(prompts, 'prompt')}"
-            )
+            put(self, "negative", prompt_checks.negatives(self.negative, self.prompt))
+        for name in ("prompt_2", "negative_2"):
+            if (second := getattr(self, name)) is not None and not isinstance(second, str):
+                put(self, name, prompt_checks.second(name, second, self.prompt))
 
     @classmethod
     def of(

@@ -54,8 +54,9 @@ from .imaging.tensors import to_tensor
 from .models.text_encoder import TextEncoder
 from .models.unet import UNet
 from .models.vae import Gaussian
-from .params import HighRes, ImageToImage, Inpaint, TextToImage
+from .params import HighRes, ImageToImage, Inpaint, SamplingParams, TextToImage
 from .prompts import TextEncoding
+from .refiner import check_fit, notes_on, with_refiner
 from .resources import EMBEDDED, resource
 from .run import Run, Sampling, image_to_image, inpaint, text_to_image
 from .runtime.cuda_graphs import Compiled, Recorded
@@ -64,6 +65,7 @@ from .runtime.offload import Offload
 from .runtime.optimize import unwrapped
 from .samplers import Denoise, Noise, Sampler, Step, find_sampler
 from .schedule import Levels, Schedule
+from .size_conditioning import NUMBERS
 from .text.tokenizer import Note, Tokenizer, warn
 
 if TYPE_CHECKING:
@@ -236,18 +238,25 @@ class StableDiffusion(Adaptable, TextEncoding, Cached, Hints):
     # ------------------------------------------------------------------------------------------- the three tasks
 
     def txt2img(
-        self, prompt: Prompt, negative: Prompt | None = "", *, progress: Progress | None = None, **settings: Any
+        self,
+        prompt: Prompt,
+        negative: Prompt | None = "",
+        *,
+        refiner: Self | None = None,
+        progress: Progress | None = None,
+        **settings: Any,
     ) -> list[Image.Image]:
         """Generate images from text; settings are those of `TextToImage` and `SamplingParams`, and sampler options.
 
         One `negative` is for all prompts, several are one for each; contexts of `encode_prompt` are taken as well.
         With `hires`, for example 2, images are enlarged and refined; further settings are then those of `HighRes`.
+        `refiner` is another model, for the last steps (refiner.py): `txt2img(..., refiner=other, refiner_from=0.8)`.
         `progress` wraps the iterator over the steps, for example `tqdm`. Notes are issued as warnings here; `prepare`
         returns them. Raises ValueError for values out of range, TypeError for unknown settings.
         """
         kind = TextToImage if settings.get("hires") is None else HighRes
         given = {name: value for name, value in settings.items() if value is not None or name != "hires"}
-        return self._generate(kind.of(prompt, negative, **given), progress)
+        return self._generate(kind.of(prompt, negative, **given), refiner, progress)
 
     def img2img(
         self,
@@ -255,11 +264,12 @@ class StableDiffusion(Adaptable, TextEncoding, Cached, Hints):
         image: Image.Image,
         negative: Prompt | None = "",
         *,
+        refiner: Self | None = None,
         progress: Progress | None = None,
         **settings: Any,
     ) -> list[Image.Image]:
         """Generate images from text and an initial image; settings as for `txt2img`, and those of `ImageToImage`."""
-        return self._generate(ImageToImage.of(prompt, negative, image=image, **settings), progress)
+        return self._generate(ImageToImage.of(prompt, negative, image=image, **settings), refiner, progress)
 
     def inpaint(
         self,
@@ -268,16 +278,17 @@ class StableDiffusion(Adaptable, TextEncoding, Cached, Hints):
         mask: Image.Image | None = None,
         negative: Prompt | None = "",
         *,
+        refiner: Self | None = None,
         progress: Progress | None = None,
         **settings: Any,
     ) -> list[Image.Image]:
         """Generate the masked part of an image anew; settings as for `txt2img`, and those of `Inpaint`."""
-        return self._generate(Inpaint.of(prompt, negative, image=image, mask=mask, **settings), progress)
+        return self._generate(Inpaint.of(prompt, negative, image=image, mask=mask, **settings), refiner, progress)
 
-    def _generate(self, request: TextToImage, progress: Progress | None) -> list[Image.Image]:
+    def _generate(self, request: TextToImage, refiner: Self | None, progress: Progress | None) -> list[Image.Image]:
         if not callable(progress) and progress is not None:
             raise TypeError(f"progress must wrap an iterator, as tqdm does, got {progress!r:.100}")
-        run = self.prepare(request)
+        run = self.prepare(request, refiner)
         for _ in (progress or iter)(run):
             pass
         result = run.result()
@@ -285,15 +296,22 @@ class StableDiffusion(Adaptable, TextEncoding, Cached, Hints):
             warnings.warn(note, stacklevel=3)
         return result.images
 
-    def prepare(self, request: TextToImage) -> Run:
-        """Encode, draw noise and plan: a run that can be iterated. Nothing in the model is changed."""
+    def prepare(self, request: TextToImage, refiner: Self | None = None) -> Run:
+        """Encode, draw noise and plan a run that can be iterated; `refiner` is the model of its last steps."""
+        if refiner is not None:
+            check_fit(self.config, refiner.config)
         if isinstance(request, HighRes):
-            return high_res(self, request)
-        if isinstance(request, ImageToImage):
-            return image_to_image(self, request)
-        if isinstance(request, Inpaint):
-            return inpaint(self, request)
-        return text_to_image(self, request)
+            run: Run = high_res(self, request)
+        elif isinstance(request, ImageToImage):
+            run = image_to_image(self, request)
+        elif isinstance(request, Inpaint):
+            run = inpaint(self, request)
+        else:
+            run = text_to_image(self, request)
+        numbers = any(getattr(request.params, name) != getattr(SamplingParams, name) for name in NUMBERS)
+        if self.config.sizes or numbers:
+            run.notes += notes_on(request, [model.config for model in (self, refiner) if model is not None])
+        return run if refiner is None else with_refiner(run, refiner)
 
     # ------------------------------------------------------------------------------------------------- the parts
 

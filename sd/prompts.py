@@ -8,10 +8,11 @@ What a network is told about a text (`TextEncoding`):
 
     context   the hidden states of all text encoders, side by side
     vector    for SDXL: the pooled output of the last one, then the size conditioning, for each of the numbers in
-              `Config.sizes` an embedding like that of a timestep (Podell et al. 2023, "SDXL", section 2.2)
+              `Config.sizes` an embedding like that of a timestep (size_conditioning.py)
 
->>> size_embedding(torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]])).shape
-torch.Size([1, 1536])
+>>> from sd.text.prompt_editing import Stage
+>>> _texts_at([[Subprompt([Stage(4, "a red dog"), Stage(10, "a blue dog")], 1.0)]], step=5)
+(('a blue dog',),)
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from torch import Tensor, nn
 
 from .adapters.added import Adapters
 from .conditioning import Composition, Conditioning, TextOutput
-from .config import SIZE_WIDTH, Config
-from .models.layers import timestep_embedding
+from .config import Config
 from .models.text_encoder import TextEncoder, layers_of_clip_skip
 from .params import ResolvedParams, SamplingParams, TextToImage
+from .second_prompts import SecondTexts
+from .size_conditioning import size_embedding, sizes_for
 from .text.prompt_editing import text_at
 from .text.prompt_syntax import Subprompt, emphasised, read_negative, read_prompt, rows, same_length, single_text
 from .text.tokenizer import Note, Tokenizer, warn
@@ -38,22 +40,6 @@ if TYPE_CHECKING:
 
 Encode = Callable[[Sequence[str], bool], Conditioning]  # B texts, and whether they are negative -> for B images
 Texts = tuple[tuple[str, ...], ...]  # of a step: for each prompt, those between its ANDs
-
-
-def sizes_for(config: Config, params: SamplingParams, height: int, width: int, negative: bool = False) -> list[float]:
-    """The numbers of `Config.sizes` for an image of this size in pixels."""
-    own = {"original_height": height, "original_width": width, "target_height": height, "target_width": width}
-    found = []
-    for name in config.sizes:
-        setting = f"negative_{name}" if negative and name == "aesthetic_score" else name
-        value = getattr(params, setting)
-        found.append(float(own[name] if value is None else value))
-    return found
-
-
-def size_embedding(sizes: Tensor) -> Tensor:
-    """Each of n numbers embedded on its own: (B, n) -> (B, n * 256) in float32."""
-    return timestep_embedding(sizes.flatten(), SIZE_WIDTH).reshape(len(sizes), -1)
 
 
 class TextEncoding:
@@ -91,30 +77,44 @@ class TextEncoding:
         self,
         prompts: str | Sequence[str],
         *,
+        second: Sequence[str] | None = None,
         web_ui_prompts: bool = False,
         clip_skip: int | None = None,
         note: Note = warn,
     ) -> TextOutput:
-        """The same, and the pooled output (B, P) of the last text encoder, if it has one: that of the first chunk."""
+        """The same, and the pooled output (B, P) of the last text encoder, if it has one: that of the first chunk.
+
+        second   B texts for the second text encoder, if they are others
+        """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if web_ui_prompts:
-            return self.encode_weighted([single_text(p, note) for p in prompts], clip_skip=clip_skip, note=note)
+            prompts = [single_text(p, note) for p in prompts]
+            return self.encode_weighted(prompts, second=second, clip_skip=clip_skip, note=note)
         first, *others = self.tokenizers
-        # what does not fit is said once
-        ids = [first(prompts, note), *(tokenizer(prompts, lambda message: None) for tokenizer in others)]
+        note_others: Note = (lambda message: None) if second is None else note  # what does not fit is said once
+        ids = [first(prompts, note), *(tokenizer(second or prompts, note_others) for tokenizer in others)]
         outputs = self._encode(ids, clip_skip, note)
         return _side_by_side(outputs) if len(outputs) > 1 else outputs[0]
 
-    def encode_weighted(self, texts: Sequence[str], *, clip_skip: int | None = None, note: Note = warn) -> TextOutput:
+    def encode_weighted(
+        self,
+        texts: Sequence[str],
+        *,
+        second: Sequence[str] | None = None,
+        clip_skip: int | None = None,
+        note: Note = warn,
+    ) -> TextOutput:
         """Encode B texts with weights, `(word:1.2)`, `(word)`, `[word]`, and BREAKs; contexts are (B, k M, D).
 
         There are as many chunks k as the longest text needs; shorter ones are padded with those of the empty text. With
         several text encoders that is so for each, as a word of one tokenizer may be several tokens of another.
         """
-        read = [rows(tokenizer, texts) for tokenizer in self.tokenizers]
-        most = max(len(ids) for ids, _ in read) // max(len(texts), 1)
-        if any(len(ids) < most * len(texts) for ids, _ in read):
-            read = [rows(tokenizer, texts, most) for tokenizer in self.tokenizers]
+        first, *others = self.tokenizers
+        of_each = [(first, texts), *((tokenizer, second or texts) for tokenizer in others)]
+        read = [rows(tokenizer, own) for tokenizer, own in of_each]
+        most = max(len(ids) for ids, _ in read)
+        if any(len(ids) < most for ids, _ in read):
+            read = [rows(tokenizer, own, most // len(own)) for tokenizer, own in of_each]
         outputs = []
         for output, (_, weights) in zip(self._encode([ids for ids, _ in read], clip_skip, note), read, strict=True):
             context, pooled = output
@@ -210,12 +210,13 @@ def guides(
     that do not fit the model.
     """
 
-    def encode(texts: Sequence[str], negative: bool) -> Conditioning:
+    def encode(texts: Sequence[str], negative: bool, second: Sequence[str] | None = None) -> Conditioning:
         if params.exact and len(texts) > 1:
-            each = [encode([text], negative) for text in texts]
+            pairs = zip(texts, [None] * len(texts) if second is None else [[text] for text in second], strict=True)
+            each = [encode([text], negative, other) for text, other in pairs]
             return Conditioning.joined(_same_length(model, each, request.clip_skip))
         kind = model.encode_weighted if request.web_ui_prompts else model.encode_texts
-        text = kind(texts, clip_skip=request.clip_skip, note=note)
+        text = kind(texts, second=second, clip_skip=request.clip_skip, note=note)
         if text.pooled is None:
             return Conditioning(text.hidden)
         return model.with_sizes(text, sizes_for(model.config, params, *run.size, negative=negative))
@@ -227,20 +228,30 @@ def guides(
         prompts = _own_context(model, "prompt", prompts)
     if isinstance(negatives, Tensor):
         negatives = _own_context(model, "negative", negatives)
+    second = None
+    if request.prompt_2 is not None or request.negative_2 is not None:
+        second = SecondTexts.of(model.config, request, note)
     if request.web_ui_prompts:
         plan = _Plan(model, request, params, _read(prompts, run, note), _read(negatives, run, note, negative=True))
         if not plan.is_plain:
+            if second is not None:
+                second.check_unused()
             plan.note_late_edits(run, note)
             return plan.guides(run.taken, encode)
         prompts, negatives = plan.first_texts()
-    cond = Conditioning(prompts) if isinstance(prompts, Tensor) else encode(prompts, False)
+    others: list[list[str] | None] = [None, None]
+    if second is not None:
+        prompts, others[0] = second.beside(prompts, negative=False)
+        negatives, others[1] = second.beside(negatives, negative=True)
+    cond = Conditioning(prompts) if isinstance(prompts, Tensor) else encode(prompts, False, others[0])
     uncond = None
     if params.is_guided and model.config.unet.guidance is None:
-        uncond = Conditioning(negatives) if isinstance(negatives, Tensor) else encode(negatives, True)
+        uncond = Conditioning(negatives) if isinstance(negatives, Tensor) else encode(negatives, True, others[1])
         if uncond.context.shape[1] != cond.context.shape[1]:
             cond, uncond = _same_length(model, [cond, uncond], request.clip_skip)
         if model.config.zero_empty and not isinstance(negatives, Tensor):
-            uncond = model.zeroed(uncond, [not text.strip() for text in negatives])
+            both = zip(negatives, others[1] or negatives, strict=True)
+            uncond = model.zeroed(uncond, [not (text + other).strip() for text, other in both])
         if len(uncond.context) > 1:  # one for each prompt
             uncond = uncond.repeat_each(params.n)
     return [Guide(cond.repeat_each(params.n) if params.n > 1 else cond, uncond)] * max(run.taken, 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -85,6 +86,7 @@ class Start(NamedTuple):
     denoise: Denoise
     blend: Callable[[Tensor], Tensor] = lambda z: z  # applied to the final latents
     finish: Callable[[Image.Image], Image.Image] = lambda image: image  # applied to each decoded image
+    hold: Callable[[Denoise], Denoise] = lambda denoise: denoise  # what `denoise` has around the model's own
 
 
 class Run(Iterator[Step]):
@@ -350,8 +352,8 @@ def inpaint(model: StableDiffusion, request: Inpaint) -> Run:
     denoise = run.denoiser(shape, concat)
     if model.is_inpainting or known is None:
         return run.begin(Start(x, denoise, finish=canvas.paste))
-    z = known
-    return run.begin(Start(x, keep_known(denoise, z, hole), lambda last: torch.lerp(z, last, hole), canvas.paste))
+    z, hold = known, partial(keep_known, known=known, mask=hole)
+    return run.begin(Start(x, hold(denoise), lambda last: torch.lerp(z, last, hole), canvas.paste, hold))
 
 
 def _latents(run: Run, pixels: Tensor, posterior: str) -> Tensor:

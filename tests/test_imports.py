@@ -28,7 +28,8 @@ ALLOWED = {
     "vae_config": set(),
     "samplers": {"schedule"},
     "denoiser": {"conditioning", "samplers", "schedule"},
-    "params": {"config", "messages", "request_json", "samplers", "schedule", "settings"},
+    "prompt_checks": {"messages"},
+    "params": {"config", "prompt_checks", "request_json", "samplers", "schedule", "settings"},
     "request_json": {"params", "spellings"},
     "runtime": {"__version__", "conditioning", "config", "files", "models"},
     "models": {"conditioning", "config"},
@@ -41,7 +42,11 @@ ALLOWED = {
     "adapters": {"checkpoints", "config", "few_step", "files", "messages", "models", "runtime", "settings", "text"},
     "training": {"checkpoints", "conditioning", "config", "denoiser", "models", "samplers", "schedule"},
     "latents": {"config", "imaging", "models", "runtime", "settings", "text"},
-    "prompts": {"adapters", "conditioning", "config", "models", "params", "text"},
+    "prompts": {
+        "adapters", "conditioning", "config", "models", "params", "second_prompts", "size_conditioning", "text",
+    },
+    "second_prompts": {"config", "params", "text"},
+    "size_conditioning": {"config", "messages", "models", "params"},
     "noise": {"params"},
     "recipes": {"imaging", "messages", "params", "samplers", "schedule", "text"},
     "run": {
@@ -49,14 +54,18 @@ ALLOWED = {
         "prompts", "runtime", "samplers", "schedule",
     },
     "hires": {"config", "imaging", "latents", "params", "run", "samplers", "schedule"},
+    "refiner": {
+        "config", "denoiser", "hires", "messages", "params", "run", "runtime", "second_prompts", "size_conditioning",
+    },
     "pipeline": {
         "adapters", "checkpoints", "conditioning", "config", "denoiser", "files", "hints", "hires", "imaging",
-        "latents", "models", "params", "prompts", "resources", "run", "runtime", "samplers", "schedule", "text",
+        "latents", "models", "params", "prompts", "refiner", "resources", "run", "runtime", "samplers", "schedule",
+        "size_conditioning", "text",
     },
     "study": None,  # stands on top of everything: nothing may import it
 }  # fmt: skip
 # imported under TYPE_CHECKING only: a run is one of a model
-ANNOTATED = {"prompts": {"pipeline"}, "run": {"pipeline"}, "hires": {"pipeline"}}
+ANNOTATED = {"prompts": {"pipeline"}, "run": {"pipeline"}, "hires": {"pipeline"}, "refiner": {"pipeline"}}
 FILES = sorted(path for path in (ROOT / "sd").rglob("*.py") if path != ROOT / "sd" / "__init__.py")
 
 

@@ -241,6 +241,25 @@ def test_on_a_gpu_only_what_was_changed_is_copied_back():
         assert torch.equal(offload["unet"].weight, 2**i * weight)
 
 
+def test_two_models_take_turns():
+    """The network of one leaves when one of the other is asked for, with its changes; copies are apart again."""
+    first, second = (
+        Counted({name: torch.nn.Linear(3, 2).requires_grad_(False) for name in NAMES}, torch.device("cpu"))
+        for _ in range(2)
+    )
+    first.take_turns_with(second)
+    second.take_turns_with(first)  # already do
+    weight = first["unet"].weight.clone()
+    first["unet"].weight.mul_(2)
+    assert (first._here, second._here, first.back) == ("unet", None, 0)
+    assert second["vae"] is second._networks["vae"]
+    assert (first._here, second._here, first.back) == (None, "vae", 6)
+    assert torch.equal(first["unet"].weight, 2 * weight) and second._here is None
+    assert first._lock is second._lock
+    other = copy.deepcopy(first)
+    assert other["vae"] is not None and first._here == "unet"
+
+
 @pytest.mark.parametrize("read", [True, False], ids=["read again", "moved"])
 @pytest.mark.parametrize("when", range(4))
 def test_a_move_that_is_interrupted_is_undone(read, when):

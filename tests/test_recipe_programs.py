@@ -55,7 +55,7 @@ TEXTS = {
     "a grid in another case": (web("Euler Simple"), {"sampler": "euler", "spacing": "trailing"}, ""),
     "any grid after a name": (web("euler_ddim"), {"sampler": "euler", "spacing": "leading"}, ""),
     "a grid that is not here": (web("euler_beta"), {"sampler": "euler"}, "grid beta is not available"),
-    "a grid of two words": (web("dpmpp_2m_sgm_uniform"), {"sampler": "dpmpp_2m", "spacing": "trailing"}, "close"),
+    "a grid of two words": (web("dpmpp_2m_sgm_uniform"), {"sampler": "dpmpp_2m", "spacing": "sgm"}, "close"),
     "gpu and grid": (web("dpmpp_2m_sde_gpu_karras"), {"sampler": "dpmpp_2m_sde", "spacing": "karras"}, "Brownian"),
     "names of SD.Next": (web("KDPM2 a"), {"sampler": "dpm2_a"}, ""),
     "another name of SD.Next": (web("DPM2++ 2M"), {"sampler": "dpmpp_2m"}, ""),
@@ -64,8 +64,8 @@ TEXTS = {
     "but not in ComfyUI": (web("ddim", ", Schedule type: karras, Version: ComfyUI"), {"spacing": "karras"}, ""),
     "LCM in the web UI": (web("LCM"), {"sampler": "lcm", "spacing": "linspace"}, "linspace is close"),
     "and with a grid": (
-        web("LCM", ", Schedule type: SGM Uniform, Version: v1.10.1"), {"sampler": "lcm", "spacing": "trailing"},
-        "grid SGM Uniform: trailing is close",
+        web("LCM", ", Schedule type: SGM Uniform, Version: v1.10.1"), {"sampler": "lcm", "spacing": "sgm"},
+        "grid SGM Uniform: sgm is close",
     ),
     "LCM with a grid in its name": (web("LCM Karras"), {"sampler": "lcm", "spacing": "karras"}, ""),
     "LCM in SD.Next": (web("LCM", ", App: SD.Next"), {"sampler": "lcm"}, "SD.Next writes no RNG"),
@@ -345,7 +345,7 @@ GRAPHS = {
             n3={"model": ["30", 0], "sampler_name": "lcm", "scheduler": "sgm_uniform"},
             n30=node("ModelSamplingDiscrete", sampling="v_prediction", zsnr=False, model=["4", 0]),
         ),
-        {"sampler": "lcm", "spacing": "trailing"}, "not reproduced: the nodes ModelSamplingDiscrete",
+        {"sampler": "lcm", "spacing": "sgm"}, "not reproduced: the nodes ModelSamplingDiscrete",
     ),
     "TCD": (
         graph(

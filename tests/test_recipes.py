@@ -124,7 +124,7 @@ VALUES = [
     ((", Schedule type: Automatic", "DPM++ 2M SDE"), {"spacing": "exponential"}, "Brownian"),
     ((", Schedule type: Exponential", "DPM++ 2M"), {"spacing": "exponential"}, ""),
     ((", Schedule type: Simple", "Euler"), {"spacing": "trailing"}, ""),
-    ((", Schedule type: SGM Uniform", "Euler"), {"spacing": "trailing"}, "close"),
+    ((", Schedule type: SGM Uniform", "Euler"), {"spacing": "sgm"}, "close"),
     ((", Schedule type: Align Your Steps", "Euler"), {"spacing": "linspace"}, "grid Align Your Steps is not available"),
     (("", "DPM++ 3M SDE"), {"sampler": None}, "sampler DPM++ 3M SDE is not available"),
     (("", "PLMS"), {"sampler": "plms", "spacing": "leading"}, ""),
@@ -168,7 +168,11 @@ VALUES = [
         "not reproduced: ADetailer, NGMS",
     ),
     ((', ControlNet 0: "Module: x, Model: y"', "Euler"), {}, "not reproduced: ControlNet 0"),
-    ((", Face restoration: CodeFormer, Refiner: xl", "Euler"), {}, "not reproduced: Face restoration, Refiner"),
+    (
+        (", Face restoration: CodeFormer, Refiner: xl", "Euler"),
+        {"refiner_from": 0.8},
+        "not reproduced: Face restoration",
+    ),
     (
         (", Denoising strength: 0.4, Hires upscale: 1, Hires steps: 3", "Euler"),
         {"width": 512},

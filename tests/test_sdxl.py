@@ -25,8 +25,8 @@ from sd.conditioning import Conditioning
 from sd.config import BASE_SIZES, MODELS, REFINER_SIZES, SDXL, SDXL_INPAINT, SDXL_REFINER
 from sd.models.build import weight_shapes
 from sd.params import SamplingParams, TextToImage
-from sd.prompts import size_embedding
 from sd.schedule import Schedule
+from sd.size_conditioning import size_embedding
 
 
 def numbers(case: dict, names: Sequence[str] = BASE_SIZES) -> list[float]:

@@ -20,6 +20,7 @@ from sd.samplers import SAMPLERS
 from sd.schedule import SPACINGS
 
 from .cli import TEXT, Parser, file_path, home, readable
+from .xl_args import xl_params
 
 # other names of precisions; "autocast" in the original's scripts is the best for the device
 NICKNAMES = {**SHORT_PRECISIONS, "full": "float32", "autocast": None}
@@ -354,6 +355,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
         variation_seed=args.variation[0] if args.variation else None,
         variation_strength=args.variation[1] if args.variation else 0.0,
         tileable=args.tileable,
+        **xl_params(args),
         options={name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None},
     )
 

@@ -28,6 +28,8 @@ def check_prompts(request: TextToImage) -> None:
             check_prompt(text)
         for text in prompt_texts(request.negative):
             check_prompt(text, negative=True)
+        for text in (*prompt_texts(request.prompt_2 or ()), *prompt_texts(request.negative_2 or ())):
+            check_prompt(text)
 
 
 def check_all(model: sd.StableDiffusion, lines: Sequence[Line], requests: Sequence[TextToImage]) -> None:

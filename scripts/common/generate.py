@@ -25,6 +25,8 @@ from sd.imaging.previews import LinearDecoder
 from sd.imaging.tensors import grid
 from sd.models.taesd import TinyVAE
 from sd.params import ImageToImage, Inpaint, SamplingParams, TextToImage
+from sd.recipes.fields import key, text_of
+from sd.recipes.refiner_switch import BY_STEPS
 from sd.resources import EMBEDDED, resource
 from sd.run import Result, Run
 from sd.runtime import kernel_choice
@@ -40,6 +42,7 @@ from .output import ModelHash, Output
 from .prompt_loras import PromptLoras, prompt_texts, without_lora_tags
 from .prompts import Line, Make, read_prompts
 from .user_cache import cache_folder, keep_kernels, keep_weights, recall_kernels
+from .xl_args import check_refiner, load_refiner
 
 FRAMES = 100  # at most: of a longer run, some steps are skipped
 
@@ -145,6 +148,7 @@ class Metadata:
     addons: AddOns
     digest: ModelHash  # of the checkpoint
     more: Mapping[str, object]  # about the initial image and the mask
+    refiner: ModelHash | None = None  # of the checkpoint of the refiner, if there is one
 
     def describe(self, run: Run, result: Result, i: int) -> str:
         """The text of image i of a run. Everything that the pixels depend on is in it: `sd.read_request` reads it."""
@@ -173,12 +177,20 @@ class Metadata:
             **({"Prediction": self.model.config.schedule.prediction} if chosen else {}),
             **({"VAE": model_name(args.vae)} if args.vae else {}),
             **({"Text encoder": model_name(args.text_encoder)} if args.text_encoder else {}),
+            **(self._refiner(run.params) if args.refiner else {}),
             **({"Text encoder 2": model_name(args.text_encoder_2)} if args.text_encoder_2 else {}),
             **self.addons.about(self.model, run.request if guided else replace(run.request, negative="")),
             "Precision": dtype_name(self.model.dtype),
             "Version": f"sd {sd.__version__}",
         }
         return recipes.written(prompt, negative, values, self.addons.tags())
+
+    def _refiner(self, params: SamplingParams) -> dict[str, object]:
+        """The entries about the refiner, as the web UI writes them."""
+        digits = self.refiner.digits() if self.refiner else None
+        name = model_name(self.args.refiner) + (f" [{digits}]" if digits else "")
+        share = text_of(params.refiner_from)
+        return {"Refiner": name, key("refiner_from"): share, BY_STEPS.capitalize(): True}
 
 
 class Plan(NamedTuple):
@@ -214,6 +226,7 @@ def generate(args: argparse.Namespace, params: SamplingParams, openers: Sequence
             check_prompts(without_lora_tags(request))
         except ValueError as error:
             raise line.at(error) from None
+    check_refiner(args)
     args.lora = [*args.lora, *default_lora(args, requests, loras)]
     addons = AddOns(args, requests, loras)
     output = Output(args.out)
@@ -230,7 +243,7 @@ def _generate(args: argparse.Namespace, plan: Plan, addons: AddOns, output: Outp
     print(f"{model.config.name} on {model.device}, {dtype_name(model.dtype)}, first seed {args.seed}", flush=True)
     for text in model.about:
         print(text, flush=True)
-    like.compare_model(args, file, digest)
+    like.compare_model(args, file, digest, model.config)
     addons.give(model, hashes=digest is not None)  # first: a few-step LoRA has other default settings
     check_all(model, plan.lines, plan.requests)
     spacings = {request.params.resolved(model.defaults).spacing for request in plan.requests}
@@ -240,11 +253,13 @@ def _generate(args: argparse.Namespace, plan: Plan, addons: AddOns, output: Outp
             "--spacing trailing does; --guidance-rescale 0.7 takes back the contrast that guidance adds",
             stacklevel=1,
         )
-    metadata = None if digest is None else Metadata(args, model, addons, digest, {})
+    hashes = None if args.refiner is None or digest is None else ModelHash(args.refiner)
+    metadata = None if digest is None else Metadata(args, model, addons, digest, {}, hashes)
 
     rounds = args.n_iter * getattr(args, "loopback", 1) * plan.total
     total = rounds * sum(request.params.n for request in plan.requests)
-    work = Work(args, model, addons, output, metadata, total, load_previews(args, model))
+    refiner = load_refiner(args, model)
+    work = Work(args, model, addons, output, metadata, total, refiner, load_previews(args, model))
     for number, source in enumerate(plan.sources):
         try:
             for line in plan.lines:
@@ -284,7 +299,8 @@ def opened(openers: Sequence[Opener], skipped: list[str]) -> Iterator[Source]:
 def _complete(make: Make, args: argparse.Namespace) -> Make:
     """With the settings of the command line that all requests have."""
     more = like.carried(args, TextToImage)
-    return partial(make, negative=args.negative, web_ui_prompts=args.web_ui_prompts, clip_skip=args.clip_skip, **more)
+    names = ("negative", "prompt_2", "negative_2", "web_ui_prompts", "clip_skip")
+    return partial(make, **{name: getattr(args, name) for name in names}, **more)
 
 
 @dataclass
@@ -297,6 +313,7 @@ class Work:
     output: Output
     metadata: Metadata | None
     total: int
+    refiner: sd.StableDiffusion | None = None  # takes the last steps
     previews: TinyVAE | None = None  # decodes the steps, if it is not the model's own VAE
     done: int = 0
     kept: list[Image.Image] = field(default_factory=list)  # for the grid
@@ -328,7 +345,7 @@ class Work:
     def batch(self, request: TextToImage, about: Mapping[str, object], name: str | None) -> list[Image.Image]:
         """The images of one request, saved."""
         args = self.args
-        run = self.model.prepare(request)
+        run = self.model.prepare(request, self.refiner)
         recorder = StepRecorder(f"image {self.done + 1} of {self.total}", run, args.save_steps)
         recorder.take_steps()
         result = run.result()

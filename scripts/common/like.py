@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -18,7 +19,7 @@ from typing import Any
 
 from sd.adapters.adapter_files import EMBEDDING_FILES, LORA_FILES, adapter_file, embedding_word, lora_name
 from sd.checkpoints.convert import WEIGHTS
-from sd.config import PREDICTIONS
+from sd.config import PREDICTIONS, Config
 from sd.imaging.files import SUFFIXES
 from sd.messages import counted, one_line
 from sd.params import MAX_SEED, SamplingParams, TextToImage
@@ -34,6 +35,7 @@ from .cli import Parser, file_path
 from .default_lora import BROUGHT, decides_anew, embedded_lora
 from .output import ModelHash
 from .prompt_loras import LoraFolder, tag_name
+from .xl_args import PAIRS
 
 OWN_VAE = ("", "none", "automatic", "default", "baked", "baked vae")  # values that name no file
 ARGUMENTS = {"blur": "mask_blur"}  # setting -> the argument, where the names differ
@@ -42,6 +44,7 @@ RIVALS = {
     "spacing": ("sampler",),  # another sampler has its own grid
     "variation_seed": ("variation",),
     "variation_strength": ("variation",),
+    **{setting: (argument,) for argument, settings in PAIRS.items() for setting in settings},
 }
 # our key -> the argument and how its value is read, for settings of the program and not of the request
 PROGRAM = {
@@ -138,6 +141,8 @@ def _prompt(args: argparse.Namespace, recipe: Recipe) -> None:
     ]
     if "prompt" not in args.named and args.from_file is None and all(named):
         (args.prompt,) = recipe.request.prompt
+    elif "prompt_2" not in args.named:  # the recipe's goes with its prompt
+        args.prompt_2 = None
 
 
 def _program(args: argparse.Namespace, recipe: Recipe) -> None:
@@ -235,12 +240,14 @@ def _notes(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage]) ->
     for embedding in recipe.embeddings:
         if embedding.name.lower() not in words:
             notes.append(f"embedding {embedding.name}: give its file with --embedding")
-    for key, name in (("VAE", "vae"), ("Text encoder", "text_encoder"), ("Text encoder 2", "text_encoder_2")):
+    files_of = {"VAE": "vae", "Text encoder": "text_encoder", "Text encoder 2": "text_encoder_2", "Refiner": "refiner"}
+    for key, name in files_of.items():
         if (
             (value := recipe.info.get(key))
             and getattr(args, name) is None
             and value.partition("(")[0].strip().lower() not in OWN_VAE
         ):
+            value = re.sub(r" \[\w{1,64}\]\Z", "", value)  # the web UI's digits of a refiner
             notes.append(f"{key} {file_name(value)}: give its file with --{name.replace('_', '-')}")
     return notes
 
@@ -272,11 +279,13 @@ def compare(args: argparse.Namespace, more: Mapping[str, object]) -> None:
             warnings.warn(f"the {what} is not the same file as that of {one_line(args.like.name)}", stacklevel=1)
 
 
-def compare_model(args: argparse.Namespace, path: Path, digest: ModelHash | None) -> None:
+def compare_model(args: argparse.Namespace, path: Path, digest: ModelHash | None, config: Config) -> None:
     """Warn if the checkpoint is another one than the recipe's, or if that cannot be known."""
     if args.recipe is None:
         return
     model, name = args.recipe.model, one_line(args.like.name)
+    if args.recipe.program.startswith("Fooocus") and not config.sizes:
+        warnings.warn("Fooocus generates with SDXL models: the size and the settings are meant for one", stacklevel=1)
     described = " ".join(filter(None, [model.name, model.digest and f"({model.digest})"]))
     if not model.digest:
         if model.name and (args.ckpt is None or file_name(path.name) != model.name):

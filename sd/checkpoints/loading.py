@@ -40,7 +40,7 @@ from .supported_settings import ignored_settings
 from .tiny_vae import describe_tiny, notes_on_tiny
 from .tokenizer_files import describe_words
 from .vae_files import notes_on_vae, overflows, refuse_other_vae
-from .xl_models import usual_vae
+from .xl_models import describe_empty, usual_vae
 
 PATHS = ("vae", "text_encoder", "text_encoder_2", "cache")  # options that are paths
 Report = Callable[[int], object]  # called with the number of elements of each weight that was read
@@ -150,6 +150,8 @@ def describe(
         lines.append(f"the VAE that is given has the scale {scale:g}, the model's own {usual:g}: it may not fit")
     if vae is not None and vae is not tensors:
         lines += notes_on_vae(vae, config)
+    if config.sizes:
+        lines.append(describe_empty(config, tensors.configs))
     lines += [line for text in config.text for line in describe_words(text)]
     return list(map(printable, lines))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from ..config import SDXL, SDXL_INPAINT, SDXL_REFINER, SMALL, Config, UNetConfig, VAEConfig
 from .checkpoint import CheckpointError
@@ -16,6 +17,7 @@ from .layouts import Layout
 Shapes = Mapping[str, tuple[int, ...]]
 
 VECTOR = "vector.0.weight"  # of the layer that only U-Nets with a vector have
+FORCE_ZEROS = "force_zeros_for_empty_prompt"  # in a folder's model_index.json
 MOST = 12  # transformer blocks after one residual block that are looked for: SDXL has at most 10
 KNOWN = {  # input channels, width of the context, width of the vector
     (4, 2048, 2816): SDXL, (9, 2048, 2816): SDXL_INPAINT, (4, 1280, 2560): SDXL_REFINER,
@@ -89,6 +91,16 @@ def with_depths(config: Config, found: Shapes, layout: Layout) -> Config:
     except ValueError:
         return config
     return config if unet == full else replace(config, name=config.name + SMALL, unet=unet)
+
+
+def describe_empty(config: Config, configs: Mapping[str, Mapping[str, Any]]) -> str:
+    """What an SDXL model is told in place of an empty negative prompt, and why; `configs` are those of its folder."""
+    what = "is zeros, not the encoded empty text" if config.zero_empty else "is encoded like any text, not zeros"
+    if FORCE_ZEROS in configs.get("index", {}):
+        why = f"as {FORCE_ZEROS} in its model_index.json says"
+    else:
+        why = "as in its training and in the web UI" if config.zero_empty else "as in its training"
+    return f"an empty negative prompt {what}, {why}"
 
 
 def _has(config: Config, unet: UNetConfig, found: Shapes, layout: Layout, name: str) -> bool:

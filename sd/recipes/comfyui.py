@@ -20,6 +20,7 @@ from typing import Any
 from ..messages import one_line
 from ..schedule import ALL_STEPS
 from .comfyui_nodes import DRAWN, MAX_NODES, PIPES, TEXTS, Entry, Node, is_link, lora_entries, plain, reads_tags
+from .comfyui_xl import ENCODERS, SECOND, continued_at, read_encoder, read_refiner, read_texts
 from .containers import MAX_TEXT
 from .infotext import loras_in
 from .recipe import WEIGHTED, Addon, Draft, Recipe, file_name, short_list
@@ -34,7 +35,7 @@ SIGMAS = {"KarrasScheduler": "karras", "ExponentialScheduler": "exponential", "P
 KNOWN = {
     *SAVES, *DRAWN, *SIGMAS, "VAEDecode", "VAEDecodeTiled", "VAEEncode", "VAEEncodeForInpaint", "VAELoader",
     "EmptyLatentImage", "LoraLoader", "LoraLoaderModelOnly", "CheckpointLoaderSimple", "CheckpointLoader",
-    "CLIPTextEncode",
+    "CLIPTextEncode", *ENCODERS,
     "CLIPSetLastLayer", "BasicScheduler", "KSamplerSelect", "RandomNoise", "CFGGuider", "BasicGuider", "RescaleCFG",
     "LoadImage", "Reroute", "PrimitiveNode", "PrimitiveInt", "PrimitiveFloat", "PrimitiveString", "Note", "UNETLoader",
     "CLIPLoader", "ConditioningZeroOut", "PrimitiveStringMultiline", "unCLIPCheckpointLoader",
@@ -183,11 +184,14 @@ class Graph:
         draft.settings |= {"rng": "comfy", **WEIGHTED}
         if images > 1:
             draft.note(f"the graph saves {images} images: these are the settings of the one with most samplers")
-        self._sampling(draft, node)
+        at = continued_at(self, chain)
+        self._sampling(draft, node, whole=at is not None)
         self._start(draft, node, chain)
         texts = [self._prompt(draft, node, name) for name in ("positive", "negative")]
         self._model(draft, node)
-        for later in chain[1:]:
+        if at is not None:
+            read_refiner(draft, self, chain, texts)
+        for later in chain[1 if at is None else 2 :]:
             draft.note(self._pass(later))
         left = [kind for kind in self.passed if kind not in KNOWN]
         if left:
@@ -198,8 +202,8 @@ class Graph:
             )
         return draft.recipe(*texts)
 
-    def _sampling(self, draft: Draft, node: Node) -> None:
-        """Steps, guidance, seed, sampler and grid, from the sampler or the nodes above it."""
+    def _sampling(self, draft: Draft, node: Node, whole: bool) -> None:
+        """Steps, guidance, seed, sampler and grid, from the sampler or the nodes above it; `whole` if all are run."""
         guider = self.first(node, ("guider",), "CFGGuider", "BasicGuider") or node
         sigmas = self.nearest(node, ("sigmas",), "steps") or node
         noise = self.first(node, ("noise",), "RandomNoise") or node
@@ -223,7 +227,7 @@ class Graph:
             draft.grid(grid, draft.settings.get("steps"), of_lcm)
         start, end = self.value(node, "start_at_step"), self.value(node, "end_at_step")
         steps = draft.settings.get("steps", 0)
-        if (isinstance(start, int) and start > 0) or (isinstance(end, int) and end < steps):
+        if (isinstance(start, int) and start > 0) or (isinstance(end, int) and end < steps and not whole):
             draft.note(f"the sampler runs only steps {start} to {end} of {steps}: here all of them are run")
         if node.inputs.get("add_noise") in ("disable", False):
             draft.note("the sampler adds no noise at its start, which is not reproduced")
@@ -289,8 +293,11 @@ class Graph:
             if not above.encodes(name):
                 self._passing(above)
                 continue
+            read_encoder(draft, self, above, name)
             keys = (name, "populated_text", "text", "text_g", "text_l", "prompt")
-            found = (self.text(above.inputs.get(key), name, key) for key in keys)
+            found = [self.text(above.inputs.get(key), name, key) for key in keys]
+            of_both = read_texts(draft, above, name, dict(zip(keys, found, strict=True)).get)
+            found = [of_both, *found]
             text, loras, notes = loras_in(next((text for text in found if text is not None), ""), False)
             texts.append(text)
             if reads_tags(above):
@@ -305,6 +312,7 @@ class Graph:
         if zeros and texts:
             draft.note(f"the {name} prompt has a part of zeros, ConditioningZeroOut, which is left out")
         if len(texts) > 1:
+            draft.settings.pop(SECOND[name], None)
             draft.note(f"the {name} prompt consists of {len(texts)} parts, which are joined here")
         joined = ", ".join(text.strip() for text in texts if text.strip())
         words = dict.fromkeys(found.name for found in draft.embeddings)

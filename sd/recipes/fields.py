@@ -44,6 +44,7 @@ KEYS = {
     "content": ("Masked content",),
     "margin": ("Masked area padding",),
     "web_ui_prompts": ("Web UI prompts",),
+    "refiner_from": ("Refiner switch at", "refiner start"),
     "hires": ("Hires upscale", "hires scale"),
     "hires_strength": ("Denoising strength", "hires strength"),
     "hires_steps": ("Hires steps",),

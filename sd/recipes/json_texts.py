@@ -90,11 +90,11 @@ def read_fooocus(values: Mapping[str, Any]) -> Recipe:
             draft.lora(entry[0], entry[1], one_line(digest, 64))
     digest = one_line(text_in(values, "base_model_hash"), 64)
     draft.model = Addon(file_name(text_in(values, "base_model")), digest=digest)
-    draft.note("Fooocus generates with SDXL models: the size and the settings are meant for one")
     if text_in(values, "styles") not in ("", "[]"):
         draft.note(f"not reproduced: the styles {one_line(values['styles'])}, which Fooocus adds to the prompt")
     if text_in(values, "refiner_model") not in ("", "None"):
-        draft.note(f"not reproduced: the refiner {file_name(values['refiner_model'])}")
+        draft.info["Refiner"] = file_name(values["refiner_model"])
+        put(draft, values, {"refiner_from": "refiner_switch"})
     effects = [
         name for name in ("sharpness", "adm_guidance", "adaptive_cfg", "freeu", "inpaint_method") if values.get(name)
     ]

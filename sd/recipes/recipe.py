@@ -39,8 +39,9 @@ GRIDS = {
     "uniform": "linspace", "normal": "linspace", "karras": "karras", "exponential": "exponential",
     "polyexponential": "exponential", "simple": "trailing", "ddim": "leading", "ddimuniform": "leading",
     "leading": "leading", "trailing": "trailing", "linspace": "linspace", "discrete": "linspace", "lcm": "lcm",
+    "sgm": "sgm",
 }  # fmt: skip
-NEAR = {"sgmuniform": "trailing", "tcd": "lcm"}  # not the same, but close
+NEAR = {"sgmuniform": "sgm", "tcd": "lcm"}  # not the same, but close
 OF_LCM = {"simple": "lcm", "sgmuniform": "lcm"}  # of the timesteps of LCMs: the first is exactly ours
 MISSING = {"beta"}  # not available; it stands at the end of names of samplers, too
 
@@ -237,6 +238,7 @@ class Draft:
             cls = TextToImage
         names = {f.name for f in fields(cls)} | PARAMS | set(OPTIONS)
         main = {name: value for name, value in self.settings.items() if name in names}
+        main |= {name: clean(main[name]) for name in ("prompt_2", "negative_2") if name in main}
         return Recipe(
             request=cls.of(clean(prompt), clean(negative), **main),
             kind=self.kind,

@@ -19,6 +19,7 @@ from ..params import MAX_SEED, OPTIONS, REQUESTS, SamplingParams
 from .fields import keys_read, settings_of
 from .infotext import digests, loras_in, parse
 from .recipe import MAX_BATCH, PARAMS, WEIGHTED, Addon, Draft, Recipe, file_name, short_list
+from .refiner_switch import BY_STEPS, read_switch
 
 # the grids of samplers if "Schedule type" is "Automatic" (from 1.9 on), and if there is none, as in earlier versions
 LINEAR = dict.fromkeys(("lms", "euler", "euler_a", "heun", "unipc", "ddpm"), "linspace") | dict.fromkeys(
@@ -51,8 +52,10 @@ HARMLESS = {
     "init image hash", "init image size", "inpaint area", "long prompts", "lora hashes", "lora networks",
     "lora tags", "lora weights", "loras",
     "mask", "mask hash", "mask mode", "model", "model hash", "negative", "operations", "pad conds", "parser",
-    "pipeline", "precision", "prediction", "prompt", "refine", "rng", "sampler", "sampler sigma", "sampler spacing",
-    "schedule", "schedule type", "scheduler", "sd_model", "size", "source identifier", "styles", "te", "text encoder",
+    "pipeline", "precision", "prediction", "prompt", "refine", "refiner",
+    BY_STEPS, "rng", "sampler", "sampler sigma",
+    "sampler spacing", "schedule", "schedule type", "scheduler", "sd_model", "size", "source identifier", "styles",
+    "te", "text encoder",
     "ti", "ti hashes", "unet", "used embeddings", "user", "vae", "vae decoder", "vae encoder", "vae hash", "version",
     "web ui prompts", "weights",
 }  # fmt: skip
@@ -119,6 +122,7 @@ def read_parameters(text: str, fallback: str = "the web UI") -> Recipe:
         if given is not None:
             draft.put(name, given)
     _sampling(draft, pairs, ours)
+    read_switch(draft, pairs)
     _prompt_syntax(draft, pairs, parsed.prompt + parsed.negative, ours)
     _size(draft, pairs, ours)
     if draft.kind == "inpaint":

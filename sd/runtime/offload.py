@@ -16,6 +16,7 @@ such as the CPU, reads them from their file each time, and drops them afterwards
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -50,6 +51,29 @@ class Offload(Mapping[str, nn.Module]):
         # of the network on the device, by id: each tensor, its fingerprint on arrival, and the copy in CPU memory
         self._copies: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._lock = threading.RLock()
+        self._others: list[weakref.ref[Offload]] = []  # with which it shares the device
+
+    def take_turns_with(self, other: Offload) -> None:
+        """From now on, only one network of both is on the device: two models that are used together."""
+        with self._lock, other._lock:
+            if other is self or any(known() is other for known in self._others):
+                return
+            both = [offload for each in (self, other) for offload in (each, *each._partners())]
+            for offload in both:
+                offload._lock = self._lock
+                offload._others = [weakref.ref(partner) for partner in both if partner is not offload]
+
+    def _partners(self) -> list[Offload]:
+        return [partner for known in self._others if (partner := known()) is not None]
+
+    def _leave(self) -> None:
+        """Free the memory of the network on the device, which another model needs."""
+        if self._here is not None and self._here not in self._kept:
+            self._complete = False
+            self._put_away(self._here)
+            if self._here not in self._kept:
+                self._here = None
+            self._complete = True
 
     @contextmanager
     def use(self, name: str) -> Iterator[nn.Module]:
@@ -58,7 +82,7 @@ class Offload(Mapping[str, nn.Module]):
             yield self._get(name)
 
     def __getstate__(self) -> dict[str, Any]:  # for copying: a copy has its own lock
-        return self.__dict__ | {"_lock": None}
+        return self.__dict__ | {"_lock": None, "_others": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
@@ -75,6 +99,8 @@ class Offload(Mapping[str, nn.Module]):
             self._complete = False
             if self._here is not None and self._here not in self._kept:
                 self._put_away(self._here)
+            for partner in self._partners():
+                partner._leave()
             if name not in self._kept:  # else it has just turned out to be changed
                 self._here = name  # set before the move: if it fails, the next move undoes it
                 self._bring(name)
