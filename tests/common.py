@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sd.checkpoints.key_maps import BlockPair, unet_blocks
+from sd.checkpoints.block_names import BlockPair, unet_blocks
 from sd.config import SDXL, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from sd.schedule import Level
 
