@@ -249,7 +249,7 @@ def check(args: argparse.Namespace) -> None:
             if number is not None and number < 1:
                 raise ValueError(f"--{name} must be at least 1, got {number}")
     if (args.tiny and args.ckpt) or (args.model and (args.tiny or args.ckpt)):
-        raise ValueError("give one of --ckpt, --model and --tiny")
+        raise ValueError("give only one of --ckpt, --model and --tiny")
     if args.json:
         if args.json.is_dir():
             raise ValueError(f"--json {args.json}: a folder; give the name of a new file")
@@ -287,7 +287,9 @@ def check_parts(args: argparse.Namespace, config: Config) -> None:
         raise ValueError(f"{config.name} takes the guidance as an input, which is not measured: give a model without")
     if len(config.text) > 1:
         others = [part for part in PARTS if part not in NETWORK_PARTS]
-        refuse_any(others, f"of {config.name} the networks are measured, not the text encoders or whole images")
+        refuse_any(
+            others, f"of {config.name} only the U-Net and the VAEs are measured, not the text encoders or whole images"
+        )
     if config.is_inpainting:
         refuse_any(IMAGES, f"{config.name} cannot generate from text alone")
     if config.vae.factor != config_of("taesd", config).vae.factor:

@@ -226,7 +226,7 @@ def find_all(args: argparse.Namespace, opened: Mapping[str, Checkpoint]) -> tupl
         found = identify(main, None if args.model == "auto" else sd.MODELS[args.model], args.prediction)
         networks = found.config.networks
         if "text_encoder_2" not in networks and args.text_encoder_2:
-            raise ValueError(f"{found.config.name} has one text encoder: leave out --text-encoder-2")
+            raise ValueError(f"{found.config.name} has only one text encoder: leave out --text-encoder-2")
         parts = [name for name in networks if opened[name] is main]
         if args.keep_ema:
             if weights != "auto":

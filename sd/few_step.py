@@ -8,8 +8,8 @@ scripts/distill.py writes the settings themselves into the metadata: `FewStep.to
                an input of the network) and "LCM-LoRA" (arXiv:2311.05556: it is in the weights)
     TCD        Zheng et al. 2024, "Trajectory consistency distillation" (arXiv:2402.19159)
     Hyper-SD   Ren et al. 2024 (arXiv:2404.13686): one LoRA for each number of steps; "CFG" in the name keeps guidance
-    SD-Turbo   Sauer et al. 2023, "Adversarial diffusion distillation" (arXiv:2311.17042): SD 2.1 for 1 to 4 steps, and
-               SDXL-Turbo
+    SD-Turbo   Sauer et al. 2023, "Adversarial diffusion distillation" (arXiv:2311.17042): SD 2.1 for 1 to 4 steps;
+               SDXL-Turbo is SDXL for as many
     Lightning  Lin et al. 2024, "SDXL-Lightning" (arXiv:2402.13929): one LoRA for each number of steps
     DMD2       Yin et al. 2024, "Improved distribution matching distillation" (arXiv:2405.14867)
 
@@ -87,9 +87,9 @@ def _counted(steps: int) -> str:
 # The model cards of latent-consistency/lcm-lora-sdv1-5 (2 to 8 steps, guidance 1 to 2), SimianLuo/LCM_Dreamshaper_v7
 # (1 to 8 steps, guidance 8; diffusers' guide: it was trained with 3 to 13), h1t/TCD-SD15-LoRA (4 steps, and more
 # improve the image), ByteDance/Hyper-SD (guidance 5 to 8 with "CFG") and stabilityai/sd-turbo (1 to 4 steps). Those for
-# SDXL are used alike: latent-consistency/lcm-lora-sdxl, h1t/TCD-SDXL-LoRA, Hyper-SDXL, sdxl-turbo. ByteDance's
-# SDXL-Lightning has LoRAs for 2, 4 and 8 steps (Euler, trailing, no guidance), tianweiy/DMD2 one for 4 (LCM on the
-# timesteps 999, 749, 499, 249, no guidance), with which up to 8 are customary.
+# SDXL are used in the same way: latent-consistency/lcm-lora-sdxl, h1t/TCD-SDXL-LoRA, Hyper-SDXL, sdxl-turbo.
+# ByteDance's SDXL-Lightning has LoRAs for 2, 4 and 8 steps (Euler, trailing, no guidance), tianweiy/DMD2 one for 4 (LCM
+# on the timesteps 999, 749, 499, 249, no guidance), with which up to 8 are customary.
 LCM = FewStep("LCM", "lcm", "lcm", 4, (2, 8), 1.0, (1.0, 2.0))
 LCM_GUIDED = FewStep("LCM", "lcm", "lcm", 4, (1, 8), 8.0, (3.0, 13.0))
 TCD = FewStep("TCD", "tcd", "lcm", 4, (2, 20), 1.0, (1.0, 2.0))

@@ -41,7 +41,7 @@ RNGS = ("torch-cpu", "nv", "comfy")
 SEED = Range(whole, 0, MAX_SEED, "from 0 to 2^64 - 1")
 PIXELS = Range(whole, 0, 100_000)
 SHARE = Range(number, 0, 1)
-OWN = "in pixels; None is the size generated at"
+OWN = "in pixels; None: that of the generated image"
 OPTIONS = {name: option for entry in SAMPLERS.values() for name, option in entry.options.items()}
 FITS = ("crop", "pad")
 POSTERIORS = ("sample", "mode")
@@ -99,12 +99,12 @@ class SamplingParams:
     )
     tileable: bool = setting(False, "the image repeats without seams: convolutions wrap around its edges", flag)
     # what SDXL is told about an image (config.SIZES)
-    original_height: int | None = setting(None, f"SDXL: of the original image, {OWN}", PIXELS)
-    original_width: int | None = setting(None, f"SDXL: of the original image, {OWN}", PIXELS)
-    crop_top: int = setting(0, "SDXL: pixels of the original image that are cut off at its top", PIXELS)
-    crop_left: int = setting(0, "SDXL: pixels of the original image that are cut off at its left", PIXELS)
-    target_height: int | None = setting(None, f"SDXL: of the image, {OWN}", PIXELS)
-    target_width: int | None = setting(None, f"SDXL: of the image, {OWN}", PIXELS)
+    original_height: int | None = setting(None, f"SDXL: height of the original image, {OWN}", PIXELS)
+    original_width: int | None = setting(None, f"SDXL: width of the original image, {OWN}", PIXELS)
+    crop_top: int = setting(0, "SDXL: pixels cropped off the top of the resized original", PIXELS)
+    crop_left: int = setting(0, "SDXL: pixels cropped off the left of the resized original", PIXELS)
+    target_height: int | None = setting(None, f"SDXL: height of the training image, {OWN}", PIXELS)
+    target_width: int | None = setting(None, f"SDXL: width of the training image, {OWN}", PIXELS)
     aesthetic_score: float = setting(6.0, "SDXL's refiner: how beautiful the image is, about 2 to 7", number)
     negative_aesthetic_score: float = setting(2.5, "the same for the negative prompt", number)
     refiner_from: float = setting(

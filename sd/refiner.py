@@ -1,9 +1,10 @@
 """Base and refiner as one run: the last steps of a run are taken by another model, SDXL's refiner.
 
-Podell et al. 2023, "SDXL", section 2.5: a second model, trained on the low noise levels only, finishes the latents of
-the first. Both have the same latent space and noise schedule, so they are one denoiser that is another network in the
-last steps (`by_step`): the sampler keeps its history, and the noise of stochastic samplers goes on. Each model encodes
-the prompts with its own text encoders, and is told its own sizes.
+Podell et al. 2023, "SDXL", section 2.5: a second model, trained on the low noise levels only, improves the images of
+the first. There it adds noise to finished latents and removes it; here it can also take over the last steps. Both have
+the same latent space and noise schedule, so they are one denoiser that is another network in the last steps
+(`by_step`): the sampler keeps its history, and the noise of stochastic samplers goes on. Each model encodes the prompts
+with its own text encoders, and is told its own sizes.
 
     levels     0 ... int(refiner_from * steps)           base
                int(refiner_from * steps) ... steps       refiner
@@ -46,7 +47,7 @@ def check_fit(base: Config, refiner: Config) -> None:
     """Raise ValueError if a model of one config cannot continue the run of another."""
     for config, what in ((base, "the model"), (refiner, "the refiner")):
         if not config.sizes:
-            raise ValueError(f"a refiner continues a run of SDXL, and {what} is {config.name}: leave the refiner out")
+            raise ValueError(f"a refiner continues a run of an SDXL model, but {what} is {config.name}: leave it out")
     if refiner.is_inpainting:
         raise ValueError(
             f"the refiner is {refiner.name}, whose U-Net needs a mask in every step: use one with "
@@ -55,9 +56,9 @@ def check_fit(base: Config, refiner: Config) -> None:
     for name in ("latent_channels", "factor", "scale"):
         ours, theirs = getattr(base.vae, name), getattr(refiner.vae, name)
         if ours != theirs:
-            label = {"latent_channels": "channels", "factor": "reduction"}.get(name, name)
+            label = {"latent_channels": "number of channels", "factor": "reduction"}.get(name, name)
             raise ValueError(
-                f"the refiner does not fit the model: its latents have the {label} {theirs:g}, the model's {ours:g}"
+                f"the refiner does not fit the model: the {label} of its latents is {theirs:g}, of the model's {ours:g}"
             )
     if any(getattr(base.schedule, name) != getattr(refiner.schedule, name) for name in NOISES):
         raise ValueError("the refiner does not fit the model: it was trained with another noise schedule")
@@ -69,8 +70,8 @@ def notes_on(request: TextToImage, configs: Sequence[Config]) -> list[str]:
     from_noise = not isinstance(request, ImageToImage | Inpaint) or request.strength == 1
     if from_noise and configs[0].sizes == REFINER_SIZES:
         notes.append(
-            f"{configs[0].name} was trained on low noise only: an image that it makes of noise alone does not look "
-            "right. It is for image to image at a low strength, and for the last steps of another model"
+            f"{configs[0].name} was trained on low noise only: an image that it makes from pure noise does not look "
+            "right. Use it for image to image at a low strength, or for the last steps of another model"
         )
     return notes
 
@@ -93,17 +94,19 @@ def with_refiner(run: Run, refiner: StableDiffusion) -> Run:
     steps = len(whole) - 1
     first = max(int(steps * params.refiner_from + 1e-9) - (steps - len(target)), 0)  # of the steps that are taken
     if first >= len(target):
-        run.notes.append(f"refiner_from {params.refiner_from:g} of {counted(steps, 'step')} leaves none to the refiner")
+        run.notes.append(
+            f"refiner_from {params.refiner_from:g} of {counted(steps, 'step')} leaves no steps to the refiner"
+        )
         return run
     t = target.levels[first].t
     if refiner.config.sizes == REFINER_SIZES and t < TRAINED / 2:
         share = sum(level.t >= TRAINED for level in whole[:-1]) / steps
         run.notes.append(
-            f"with the spacing {target.params.spacing}, refiner_from {params.refiner_from:g} leaves the refiner the "
-            f"timesteps up to {t:.0f}; it was trained on those below {TRAINED}, which refiner_from {share:.2g} gives it"
+            f"with spacing {target.params.spacing}, refiner_from {params.refiner_from:g} leaves the refiner only "
+            f"timesteps up to {t:.0f}; it was trained on all below {TRAINED}, for which refiner_from is {share:.2g}"
         )
     if not first:
-        run.notes.append(f"all {counted(len(target), 'step')} that are taken are the refiner's")
+        run.notes.append(f"the refiner takes all {counted(len(target), 'step')}")
     C, h, w = run.shape if isinstance(run, HighResRun) else run.start.x.shape[1:]
     notes: list[str] = []
     theirs = for_refiner(request, refiner.config)

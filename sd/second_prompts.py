@@ -33,7 +33,7 @@ class SecondTexts(NamedTuple):
         for name in NAMES:
             given = getattr(request, name)
             if given is not None and len(config.text) < 2:
-                raise ValueError(f"{name} is for a second text encoder, and {config.name} has one: leave it out")
+                raise ValueError(f"{name} is for a second text encoder, but {config.name} has only one: leave it out")
             texts = (given,) if isinstance(given, str) else given
             if texts is not None and request.web_ui_prompts:
                 texts = tuple(_single(name, text, note) for text in texts)
@@ -71,5 +71,5 @@ def _single(name: str, text: str, note: Callable[[str], object]) -> str:
     """A text of the web UI's syntax that is the same in all steps, without comments. Raises ValueError for others."""
     parts = read_prompt(text, 1, note=note)
     if len(parts) > 1 or parts[0].weight != 1 or changes(text):
-        raise ValueError(f"{name}: AND, [a:b:0.5], [a|b] and a weight at the end are for the prompt: leave them out")
+        raise ValueError(f"{name} cannot have AND, [a:b:0.5], [a|b] or a weight at its end: leave them out")
     return parts[0].stages[0].text

@@ -1,10 +1,10 @@
 """Size conditioning: what SDXL is told about the size of an image, and its refiner about how beautiful it is.
 
-Podell et al. 2023, "SDXL: improving latent diffusion models for high-resolution image synthesis", section 2.2. In
-training, the numbers are the size of the original image, where it was cropped, and the size it was resized to, each as
-(height, width) or (top, left), in pixels. So a small original size asks for the look of an enlarged photo, and a crop
-for a subject that is cut off. The refiner has an aesthetic score in place of the last size: one for the prompt, and a
-lower one for the negative prompt.
+Podell et al. 2023, "SDXL: improving latent diffusion models for high-resolution image synthesis", sections 2.2 and 2.3.
+In training, the numbers are the size of the original image, how much was cropped off the top and the left after
+resizing, and the size that all images of the batch had, each as (height, width) or (top, left), in pixels. So a small
+original size asks for the look of an enlarged photo, and a crop for a subject that is cut off. The refiner has an
+aesthetic score in place of the last size: one for the prompt, and a lower one for the negative prompt.
 
 >>> import torch
 >>> size_embedding(torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]])).shape

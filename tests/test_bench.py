@@ -476,7 +476,7 @@ def test_a_file_that_is_no_earlier_run(tmp_path, capsys, content):
             ["--parts", "lcm", "lcm-taesd", "--steps", "51"],
             "LCM takes at most 50 steps, and --steps is 51: leave lcm, lcm-taesd out of --parts",
         ),
-        (["--ckpt", "x.ckpt"], "give one of --ckpt, --model and --tiny"),
+        (["--ckpt", "x.ckpt"], "give only one of --ckpt, --model and --tiny"),
         (["--device", "abacus"], "device 'abacus' is not available here"),
         (["--json", __file__], "there is such a file already"),
         (["--json", "no/such/folder/new.json"], f"{Path('no/such/folder')}: No such file"),
@@ -659,4 +659,4 @@ def test_sdxl_is_told_a_vector(capsys):
     conditioning = arguments(case, given)[2]
     assert conditioning.vector is given[3] and flop(case, SDXL) > 2 * flop(case, SD1)
     assert bench.main(["--model", "sdxl", "--parts", "text", "--peers"]) == 1
-    assert "of SDXL base the networks are measured" in capsys.readouterr().err
+    assert "of SDXL base only the U-Net and the VAEs are measured" in capsys.readouterr().err

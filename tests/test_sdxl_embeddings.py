@@ -95,7 +95,7 @@ def test_embeddings_of_two_tensors(form, n, model, tmp_path):
 def test_what_is_beside_the_vectors(model, tmp_path):
     """Said if it has no effect; and the word of a file is checked as for other models."""
     save_file(two(1) | {"name": torch.zeros(3, 9)}, tmp_path / "style.safetensors")
-    with pytest.warns(UserWarning, match="style.safetensors: tensors for no text encoder are not used: name"):
+    with pytest.warns(UserWarning, match="style.safetensors: tensors that belong to no text encoder are not used: name"):
         assert model.add_embedding(tmp_path / "style.safetensors") == ["style"]
     save_file(two(1), tmp_path / "style.safetensors")
     for word in ("a\nb", "a" * 201):
@@ -160,7 +160,7 @@ def test_embeddings_that_do_not_fit(content, message, model, tmp_path):
 def test_other_models_and_embeddings_of_sdxl(tmp_path, tiny_sd):
     """SD 1.x refuses them; the refiner takes the vectors of its encoder, also of a file that has no others."""
     save_file(two(2), tmp_path / "style.safetensors")
-    with pytest.raises(CheckpointError, match="an embedding for SDXL, whose text encoders are others: take one for"):
+    with pytest.raises(CheckpointError, match="an embedding for SDXL, which has other text encoders: take one for"):
         tiny_sd.add_embedding(tmp_path / "style.safetensors")
     for content in (two(2), {"clip_g": vectors(2, 96)}, {"emb_params": vectors(2, 96)}):
         save_file(content, tmp_path / "style.safetensors")

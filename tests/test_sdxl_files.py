@@ -334,9 +334,9 @@ def test_info_of_parts(tmp_path, capsys):
     one = said("u.safetensors", vae, first, second)
     assert one["model"] == "SDXL base, 1024x1024" and one["missing"].count("gives it") == 3
     one = said("vae.safetensors", unet, first, second)
-    assert "a VAE alone" in one["model"] and one["note"].startswith("nothing tells whether this is the VAE of an SDXL")
+    assert "a VAE alone" in one["model"] and one["note"].startswith("nothing shows whether this is the VAE of an SDXL")
     one = said("sdxl_vae.safetensors", unet, first, second)
-    assert one["note"] == "this is the VAE of an SDXL model (by the name sdxl_vae)"
+    assert one["note"] == "this is the VAE of an SDXL model (going by the name sdxl_vae)"
 
 
 # -------------------------------------------------------------------------------------------------- there and back

@@ -78,7 +78,7 @@ def test_whose_vae_it_is(file, expected):
         fits = expected is None or expected[0] == bool(config.sizes)
         if expected is not None and expected[1] and not fits:
             with pytest.raises(
-                CheckpointError, match=r"^the VAE of an? .*, which makes other latents than .* with --vae$"
+                CheckpointError, match=r"^the VAE of an? .*, whose latents differ from those of .* with --vae$"
             ):
                 with_part(config, "vae", file)
             continue
@@ -86,7 +86,7 @@ def test_whose_vae_it_is(file, expected):
             assert with_part(config, "vae", file).vae.scale == config.vae.scale  # kept, whatever the file is called
         notes = list(notes_on_vae(file, config))
         assert len(notes) == int(expected is None or not fits)
-        assert all(("nothing tells" if expected is None else "expect wrong colours") in note for note in notes)
+        assert all(("nothing shows" if expected is None else "expect wrong colours") in note for note in notes)
 
 
 def test_a_scale_that_a_folder_does_not_say_is_the_model_s():
@@ -105,7 +105,7 @@ def test_what_is_said_of_a_vae_from_another_file(tmp_path):
         True: sparse_file(tmp_path / "xl.safetensors", "sdxl-base"),
     }
     for name, place, words in (
-        ("plain", tmp_path, "nothing tells whether"),
+        ("plain", tmp_path, "nothing shows whether"),
         ("sdxl_vae", tmp_path / "a", "an SDXL model"),
     ):
         place.mkdir(exist_ok=True)
@@ -235,7 +235,7 @@ def test_tiny_autoencoders_of_both_families():
 
 
 def test_which_vaes_are_known_to_overflow():
-    assert overflows(vae_header("m/sd_xl_base_1.0.safetensors"), SDXL) == "by the name sd_xl_base_1.0"
+    assert overflows(vae_header("m/sd_xl_base_1.0.safetensors"), SDXL) == "going by the name sd_xl_base_1.0"
     assert overflows(vae_header("m/sd_xl_refiner_1.0.safetensors"), SDXL_REFINER)
     assert overflows(vae_header(vae={"force_upcast": True}), SDXL) == "vae/config.json says so (force_upcast)"
     for file in (
@@ -297,7 +297,9 @@ def test_the_original_vae_is_not_even_tried(tmp_path, files):
     path.write_bytes((files / "whole.safetensors").read_bytes())
     options = {"config": TINY_XL, "device": "cpu"}
     model = StableDiffusion.load(path, dtype="float16", **options)
-    line = "VAE: computed in float32, as SDXL's original one overflows in float16 (by the name sd_xl_base_1.0)"
+    line = (
+        "VAE: computed in float32, because SDXL's original one overflows in float16 (going by the name sd_xl_base_1.0)"
+    )
     assert line in model.about
     runs, notes = counted(model), []
     model.decode(torch.randn(1, 4, 8, 8), notes.append)

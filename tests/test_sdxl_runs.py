@@ -70,10 +70,10 @@ def timesteps(model: StableDiffusion, monkeypatch) -> list[float]:
         ({"steps": 4}, (3, 1), ""),
         ({"steps": 3, "refiner_from": 0.7}, (2, 1), ""),
         ({"refiner_from": 0.7}, (7, 3), ""),  # 0.7 * 10 is 7 also in floating point
-        ({"refiner_from": 0}, (0, 10), "all 10 steps that are taken are the refiner's"),
-        ({"refiner_from": 1}, (10, 0), "leaves none to the refiner"),
+        ({"refiner_from": 0}, (0, 10), "the refiner takes all 10 steps"),
+        ({"refiner_from": 1}, (10, 0), "leaves no steps to the refiner"),
         ({"strength": 0.5}, (3, 2), ""),  # of the whole grid: the refiner sees the same noise levels
-        ({"strength": 0.2}, (0, 2), "all 2 steps that are taken are the refiner's"),
+        ({"strength": 0.2}, (0, 2), "the refiner takes all 2 steps"),
     ],
 )
 def test_the_refiner_takes_the_last_steps(settings, counts, note, base, refiner, monkeypatch):

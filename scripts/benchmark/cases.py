@@ -37,7 +37,7 @@ IMAGES = ("picture", *FEW_STEPS)  # from prompt to image
 TINY_VAE = ("taesd", "lcm-taesd")  # with a tiny autoencoder in place of the VAE
 NEEDED: dict[str, tuple[str, ...]] = {"unet": ("unet",), "vae": ("vae",), "taesd": ("vae",), "text": ("text_encoder",)}
 NEEDED |= dict.fromkeys((*IMAGES, "start"), NETWORKS)
-NETWORK_PARTS = ("unet", "vae", "taesd")  # those of a model with two text encoders that are measured
+NETWORK_PARTS = ("unet", "vae", "taesd")  # what is measured of a model with two text encoders
 TITLES = {
     "unet": "U-Net step", "vae": "VAE decode", "taesd": "TAESD decode", "text": "text encoder", "picture": "picture",
     "lcm": "LCM picture", "lcm-taesd": "LCM with TAESD",

@@ -139,7 +139,9 @@ def add_model_arguments(parser: Parser) -> None:
         "--vae", type=file_path, metavar="FILE", help="take the VAE from this file or folder; also TAESD"
     )
     group.add_argument("--text-encoder", type=file_path, metavar="FILE", help="text encoder from this file or folder")
-    group.add_argument("--text-encoder-2", type=file_path, metavar="FILE", help="SDXL's second text encoder likewise")
+    group.add_argument(
+        "--text-encoder-2", type=file_path, metavar="FILE", help="the same for SDXL's second text encoder"
+    )
     group.add_argument("--variant", metavar="NAME", help="variant of a diffusers folder: fp16, ...")
     group.add_argument("--device", help="cuda, cpu, mps (default: the best available)")
     group.add_argument(

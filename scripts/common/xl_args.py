@@ -33,7 +33,7 @@ def add_xl_arguments(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--refiner-from", type=float, default=SamplingParams.refiner_from, metavar="FRACTION",
-        help="fraction of the steps after which the refiner continues; 1 is never (default: %(default)g)",
+        help="fraction of the steps after which the refiner takes over; 1: never (default: %(default)g)",
     )  # fmt: skip
     group.add_argument(
         "--prompt-2", metavar=TEXT, help="what the second text encoder reads (default: the same as the first)"
@@ -41,20 +41,19 @@ def add_xl_arguments(parser: Parser) -> None:
     group.add_argument("--negative-2", metavar=TEXT, help="the same for the negative prompt")
     group.add_argument(
         "--original-size", type=pair, metavar="WIDTHxHEIGHT",
-        help="what the model is told as the size of the original; small ones look enlarged (default: that of the "
-        "image)",
+        help="size of the original that the model is told; a small one looks enlarged (default: the image's)",
     )  # fmt: skip
     group.add_argument(
         "--crop", type=pair, metavar="LEFTxTOP",
-        help="what the model is told as cut off from the original, in pixels (default: 0x0)",
+        help="crop that the model is told, in pixels (default: 0x0)",
     )  # fmt: skip
     group.add_argument(
         "--target-size", type=pair, metavar="WIDTHxHEIGHT",
-        help="what the model is told as the size of the image (default: that of the image)",
+        help="target size that the model is told (default: the image's)",
     )  # fmt: skip
     group.add_argument(
         "--aesthetic-score", type=float, default=SamplingParams.aesthetic_score, metavar="SCORE",
-        help="what the refiner is told: how beautiful the image is, about 2 to 7 (default: %(default)g)",
+        help="aesthetic score that the refiner is told, about 2 to 7 (default: %(default)g)",
     )  # fmt: skip
     group.add_argument(
         "--negative-aesthetic-score", type=float, default=SamplingParams.negative_aesthetic_score, metavar="SCORE",

@@ -99,12 +99,12 @@ def read_embedding(
         if isinstance(width, int) or (not parts and len(width) == 1):
             (width,) = (width,) if isinstance(width, int) else width.values()
             if ENCODERS[1] in parts:
-                raise CheckpointError("an embedding for SDXL, whose text encoders are others: take one for this model")
+                raise CheckpointError("an embedding for SDXL, which has other text encoders: take one for this model")
             return _words(file, path, shapes, width, room, word)
         if not parts:
             _refuse_width(shapes, width)
         if isinstance(width, Mapping) and len(width) > 1 and (more := [key for key in shapes if _part(key) is None]):
-            warn(f"{path.name}: tensors for no text encoder are not used: {listed(more, most=5)}")
+            warn(f"{path.name}: tensors that belong to no text encoder are not used: {listed(more, most=5)}")
         name = _checked(word or embedding_word(path))
         return {name: _side_by_side(file, name, parts, width, room)}
 

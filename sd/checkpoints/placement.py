@@ -88,7 +88,7 @@ def _overflowing(files: ModelFiles, vae: nn.Module, dtype: torch.dtype) -> list[
         return []
     if isinstance(vae, VAE):
         vae.overflows |= {"image", "latent"}
-    return [f"VAE: computed in float32, as SDXL's original one overflows in float16 ({why})"]
+    return [f"VAE: computed in float32, because SDXL's original one overflows in float16 ({why})"]
 
 
 def _cache(

@@ -117,13 +117,13 @@ def notes_on_tiny(own: VAEConfig | TinyVAEConfig, paths: list[Path], for_xl: boo
     names, others = ([name for name in called if pattern.search(name)] for pattern in (XL, TAESD))
     if for_xl and others and not names:
         lines.append(
-            f"{others[0]}: its name says that it is for Stable Diffusion 1.x and 2.x, whose latents are others: expect "
-            "wrong colours; that of SDXL is called taesdxl (the weights themselves cannot tell)"
+            f"{others[0]}: its name says that it is for Stable Diffusion 1.x and 2.x, whose latents are different: "
+            "expect wrong colours; SDXL's is called taesdxl (the weights themselves cannot show it)"
         )
     if names and not for_xl:
         lines.append(
-            f"{names[0]}: its name says that it is for SDXL, whose latents are others: expect wrong colours; that of "
-            "Stable Diffusion 1.x and 2.x is called taesd (the weights themselves cannot tell)"
+            f"{names[0]}: its name says that it is for SDXL, whose latents are different: expect wrong colours; that "
+            "of Stable Diffusion 1.x and 2.x is called taesd (the weights themselves cannot show it)"
         )
     usual = VAEConfig(scale=XL_SCALE) if for_xl else VAEConfig()
     if own not in (usual, TinyVAEConfig(), TinyVAEConfig(encoder=False)):

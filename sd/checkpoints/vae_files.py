@@ -31,8 +31,8 @@ from .other_models import is_sdxl
 
 FAMILIES = {True: "an SDXL model", False: "a Stable Diffusion 1.x or 2.x model"}  # by whether it is SDXL's
 UNKNOWN = (
-    f"nothing tells whether this is the VAE of {FAMILIES[True]} or of {FAMILIES[False]}, which have the same names and "
-    "shapes and other latents"
+    f"nothing shows whether this is the VAE of {FAMILIES[True]} or of {FAMILIES[False]}, which have the same names and "
+    "shapes but different latents"
 )
 ARCHITECTURES = ("modelspec.architecture", "ss_base_model_version")  # entries of metadata
 XL_ARCHITECTURE, SD_ARCHITECTURE = re.compile(r"xl"), re.compile(r"^(stable-diffusion-|sd_)v[12]")
@@ -59,12 +59,12 @@ def whose_vae(tensors: Checkpoint) -> Whose | None:
         return Whose(bool(Config.from_json(written).sizes), "the file's own config")
     pipeline = str(tensors.configs.get("index", {}).get("_class_name") or "")
     if "StableDiffusion" in pipeline:
-        return Whose("XL" in pipeline, f"of a {pipeline:.60}")
+        return Whose("XL" in pipeline, f"its folder is a {pipeline:.60}")
     widths = {shape[1] for key, shape in found.items() if ATTENTION.search(key) and len(shape) == 2}
     if is_sdxl(found) or SECOND in find_layouts(found) or widths & {SDXL.unet.context, SDXL_REFINER.unet.context}:
-        return Whose(True, "the rest of the file is SDXL's")
+        return Whose(True, "from the rest of the file")
     if widths & {SD1.unet.context, SD2.unet.context} or any(key.startswith("cond_stage_model.") for key in found):
-        return Whose(False, "the rest of the file is theirs")
+        return Whose(False, "from the rest of the file")
     scale = tensors.configs.get("vae", {}).get("scaling_factor")
     for model in (SDXL, SD1):
         if isinstance(scale, float) and math.isclose(scale, model.vae.scale, rel_tol=1e-4):
@@ -75,7 +75,7 @@ def whose_vae(tensors: Checkpoint) -> Whose | None:
             return Whose(bool(XL_ARCHITECTURE.search(said)), f"its metadata says so ({entry})")
     for name in _names(tensors):
         if XL_NAME.search(name) or SD_NAME.search(name):
-            return Whose(bool(XL_NAME.search(name)), f"by the name {name}", certain=False)
+            return Whose(bool(XL_NAME.search(name)), f"going by the name {name}", certain=False)
     return None
 
 
@@ -84,7 +84,7 @@ def refuse_other_vae(tensors: Checkpoint, config: Config) -> None:
     whose = whose_vae(tensors)
     if whose is not None and whose.certain and whose.for_xl != bool(config.sizes):
         raise CheckpointError(
-            f"the VAE of {FAMILIES[whose.for_xl]} ({whose.why}), which makes other latents than that of "
+            f"the VAE of {FAMILIES[whose.for_xl]} ({whose.why}), whose latents differ from those of "
             f"{FAMILIES[bool(config.sizes)]}: give another one with --vae"
         )
 
@@ -98,8 +98,8 @@ def notes_on_vae(tensors: Checkpoint, config: Config) -> Iterator[str]:
         yield f"{tensors.path}: {UNKNOWN}: it is taken to be that of {own}"
     elif whose.for_xl != bool(config.sizes):
         yield (
-            f"{tensors.path}: this is the VAE of {FAMILIES[whose.for_xl]} ({whose.why}), whose latents are others than "
-            f"those of {own}: expect wrong colours (the weights themselves cannot tell)"
+            f"{tensors.path}: this is the VAE of {FAMILIES[whose.for_xl]} ({whose.why}), whose latents differ "
+            f"from those of {own}: expect wrong colours (the weights themselves cannot show it)"
         )
 
 
@@ -120,9 +120,9 @@ def overflows(tensors: Checkpoint, config: Config) -> str:
         return ""
     asked = tensors.configs.get("vae", {}).get("force_upcast")  # diffusers' wish to compute it in float32
     if asked is not None:
-        return "vae/config.json says so (force_upcast)" if asked else ""
+        return "force_upcast in its vae/config.json" if asked else ""
     name = next((name for name in _names(tensors) if ORIGINAL.search(name)), None)
-    return f"by the name {name}" if name else ""
+    return f"going by the name {name}" if name else ""
 
 
 def _names(tensors: Checkpoint) -> Iterator[str]:
