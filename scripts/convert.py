@@ -50,6 +50,10 @@ if TYPE_CHECKING:  # torch is slow to import: functions that need it do so, and 
     from torch import Tensor
 
 LAYOUTS = ("sd", "original", "diffusers")
+COPIED = (
+    "{} not in the input, which other programs expect and never use: the text encoder's last layer is a copy of the "
+    "one before it"
+)
 PARTS = ("vae", "text_encoder", "text_encoder_2")  # options that take a network from another file
 
 
@@ -278,7 +282,15 @@ def save(
     """Write the networks in a layout, to a file or a folder."""
     from safetensors.torch import save_file
 
-    from sd.checkpoints.export import diffusers_texts, metadata, to_diffusers, to_original, to_own, unrun_layer
+    from sd.checkpoints.export import (
+        diffusers_texts,
+        lacks_last_layer,
+        metadata,
+        to_diffusers,
+        to_original,
+        to_own,
+        unrun_layer,
+    )
 
     if layout == "diffusers":
         for name, text in diffusers_texts(config).items():
@@ -286,15 +298,13 @@ def save(
             (path / name).write_text(text, encoding="utf-8")
         for name, tensors in to_diffusers(read, config, more).items():
             save_file(contiguous(tensors), path / name, {"format": "pt"})
+        if lacks_last_layer(config, more):
+            warnings.warn(COPIED.format("the text encoder's last layer was"), stacklevel=1)
         return
     tensors = to_own(read, more) if layout == "sd" else to_original(read, config, more)
     if layout == "original" and (made := unrun_layer(tensors, config)):
         tensors |= made
-        warnings.warn(
-            f"{len(made)} weights that other programs expect and never use were not in the input: the text encoder's "
-            "last layer is a copy of the one before it",
-            stacklevel=1,
-        )
+        warnings.warn(COPIED.format(f"{len(made)} weights were"), stacklevel=1)
     save_file(contiguous(tensors), path, metadata(config))
 
 

@@ -21,7 +21,7 @@ from sd.checkpoints.convert import convert
 from sd.checkpoints.detect import identify
 from sd.checkpoints.diffusers_config import from_diffusers
 from sd.checkpoints.diffusers_export import unet_to_diffusers
-from sd.checkpoints.export import to_original
+from sd.checkpoints.export import metadata, to_original, to_own
 from sd.checkpoints.few_step_files import with_defaults
 from sd.checkpoints.inspect import inspect
 from sd.checkpoints.key_maps import diffusers_sources, original_sources
@@ -97,6 +97,9 @@ NAMED = [
     ("dmd2_sdxl_1step_unet_fp16", ("lcm", 1, "trailing", 1.0, 1024), "made for timestep 399"),
     ("my_lcm_sdxl", ("lcm", 4, "lcm", 1.0, 1024), "an LCM model"),
     ("juggernautXL_v9Rdphoto2Lightning", ("dpmpp_sde", 8, "karras", 2.0, 1024), "a Turbo or Lightning model"),
+    ("Stable Diffusion XL Turbo", ("euler", 1, "trailing", 1.0, 512), "an SDXL-Turbo model"),
+    ("stable-diffusion-xl-1.0-turbo", ("euler", 1, "trailing", 1.0, 512), "an SDXL-Turbo model"),
+    ("Juggernaut_RunDiffusionPhoto2_Lightning_4Steps", ("dpmpp_sde", 4, "karras", 2.0, 1024), "4 steps"),
     ("dreamshaperXL_v21TurboDPMSDE", ("dpmpp_sde", 8, "karras", 2.0, 1024), "sampler dpmpp_sde, guidance 2"),
 ]  # fmt: skip
 
@@ -380,3 +383,69 @@ def test_a_folder_of_ours_for_diffusers(tmp_path, config):
     pipe = kind.from_pretrained(tmp_path / "out", add_watermarker=False)
     assert pipe.unet.config.in_channels == config.unet.in_channels
     assert (pipe.text_encoder is None) == (config is TINY_REFINER)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("illustrij_vPredV1", True), ("novaAnimeXL_vpredV10", True), ("obsessionIllustrious_vPredV11", True),
+        ("someVpredModel", True), ("NoobAI-XL-v-prediction", True), ("vpredator", False), ("improvPredicate", False),
+    ],
+)  # fmt: skip
+def test_v_prediction_in_a_name(name, said):
+    found = identify(header(path=f"{name}.safetensors")).config.schedule.prediction
+    assert found == ("v" if said else "eps")
+
+
+def test_a_given_model_does_not_say_what_it_predicts():
+    """There is one sdxl: the file's own marker decides, unless the caller gives the prediction."""
+    file = header(v_pred=(0,))
+    assert identify(file, SDXL).config.schedule.prediction == "v"
+    assert identify(file, SDXL, "eps").config.schedule.prediction == "eps"
+
+
+def test_a_projection_of_transformers_in_an_original_file():
+    """As diffusers' converter writes it: a linear layer, whose rows and columns are not exchanged."""
+    state = tiny_state("tiny-sdxl")
+    key = "conditioner.embedders.1.model.text_projection"
+    other = {k: x for k, x in state.items() if k != key} | {f"{key}.weight": state[key].T.contiguous()}
+    ours, theirs = (convert(x, TINY_XL)["text_encoder_2"]["projection.weight"] for x in (state, other))
+    assert torch.equal(ours, theirs)
+
+
+def test_markers_of_v_prediction_are_written(tmp_path):
+    """ComfyUI knows v-prediction of an SDXL file by these alone."""
+    markers = {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
+    state = {k: x.contiguous() for k, x in tiny_state("tiny-sdxl").items()} | markers
+    save_file(state, tmp_path / "a.safetensors")
+    for i, layout in enumerate(("diffusers", "original")):
+        path = tmp_path / ("folder" if layout == "diffusers" else "b.safetensors")
+        given = (tmp_path / "a.safetensors", path, "--layout", layout, "--model", "tiny-xl")
+        given = given if i == 0 else (tmp_path / "folder", path, "--layout", layout)
+        assert convert_script.main([*map(str, given)]) == 0
+    back = load_file(tmp_path / "b.safetensors")
+    assert back.keys() == state.keys()
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_a_layer_that_is_not_there_is_made_and_said(tmp_path, layout, capsys):
+    """Of CLIP-L, as other programs load it; a file of ours that was trained here lacks it."""
+    states = convert({k: x for k, x in tiny_state("tiny-sdxl").items() if ".layers.2." not in k}, TINY_XL)
+    save_file(to_own({n: dict(state) for n, state in states.items()}), tmp_path / "a.safetensors", metadata(TINY_XL))
+    path = tmp_path / ("out" if layout == "diffusers" else "out.safetensors")
+    assert convert_script.main([str(tmp_path / "a.safetensors"), str(path), "--layout", layout]) == 0
+    assert "the text encoder's last layer is a copy of the one before it" in capsys.readouterr().err
+    file, stem = path, "conditioner.embedders.0.transformer.text_model.encoder.layers."
+    if layout == "diffusers":
+        file, stem = path / "text_encoder" / "model.safetensors", "text_model.encoder.layers."
+    found = load_file(file)
+    assert torch.equal(found[f"{stem}2.mlp.fc1.weight"], found[f"{stem}1.mlp.fc1.weight"])
+
+
+def test_a_second_text_encoder_that_the_model_does_not_have():
+    """Weights of another network are unknown ones, not left out in silence."""
+    sd1 = {key: shape for key, (shape, _) in manifest("sd-v1").items()}
+    more = {key: shape for key, (shape, _) in manifest("sdxl-base").items() if "embedders.1" in key}
+    state = {key: torch.empty(shape, device="meta") for key, shape in (sd1 | more).items()}
+    with pytest.raises(CheckpointError, match=r"weights in the file that Stable Diffusion 1\.x does not have"):
+        convert(state, SD1)

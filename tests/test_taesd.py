@@ -247,7 +247,7 @@ BAD = {
     "sd3": (halves()[1] | {"1.weight": torch.zeros(64, 16, 3, 3)}, "(SD3 or FLUX.1: 16 latent channels), not of"),
     "flux2": (
         halves()[1] | {"1.weight": torch.zeros(64, 32, 3, 3), "3.pool.1.weight": torch.zeros(256)},
-        "of another family (FLUX.2: 32 latent channels), not of Stable Diffusion 1.x or 2.x: give theirs",
+        "of another family (FLUX.2: 32 latent channels), not of Stable Diffusion: give taesd (1.x, 2.x)",
     ),
     "missing": ({k: w for k, w in halves()[1].items() if not k.startswith("5.")}, "6 weights of 67 missing from the"),
     "shape": (halves()[1] | {"7.weight": torch.zeros(64, 32, 3, 3)}, "1 weight of the wrong shape: 7.weight is 64x32"),

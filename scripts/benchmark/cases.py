@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sd.checkpoints.layouts import NETWORKS
 from sd.conditioning import Conditioning
 from sd.config import Config, TinyVAEConfig
 from sd.models.build import build
@@ -35,6 +34,7 @@ PARTS = ("unet", "vae", "taesd", "text", "picture", "lcm", "lcm-taesd", "start")
 FEW_STEPS = ("lcm", "lcm-taesd")  # without guidance
 IMAGES = ("picture", *FEW_STEPS)  # from prompt to image
 TINY_VAE = ("taesd", "lcm-taesd")  # with a tiny autoencoder in place of the VAE
+NETWORKS = ("text_encoder", "vae", "unet")  # of a model with one text encoder
 NEEDED: dict[str, tuple[str, ...]] = {"unet": ("unet",), "vae": ("vae",), "taesd": ("vae",), "text": ("text_encoder",)}
 NEEDED |= dict.fromkeys((*IMAGES, "start"), NETWORKS)
 NETWORK_PARTS = ("unet", "vae", "taesd")  # what is measured of a model with two text encoders

@@ -117,7 +117,11 @@ def convert(
     empty = [key for key in left if 0 in found[key]]
     left = [key for key in left if key not in empty]
     _check_complete(found, {name: tables[name] for name in wanted.values()}, config, layouts, left)
-    others = [layout.prefix for name, layout in layouts.items() if name not in wanted.values() and layout.prefix]
+    others = [
+        layout.prefix
+        for name, layout in layouts.items()
+        if name not in wanted.values() and layout.prefix and (layout.fits(config) or len(parts) == 1)
+    ]
     others += [usual_layout(name, config).prefix for name in config.networks if name not in parts]
     fewest = min(text.layers for text in config.text)
     extra = [key for key in left if not key.startswith(tuple(others)) and not unrun(key, fewest)]

@@ -114,7 +114,7 @@ def identify(
     configs = supported_parts(getattr(tensors, "configs", {}), replaced)
     refuse_other_pipelines(configs)
     if config is not None:
-        return _as_given(tensors, predicting(config, prediction), replaced)
+        return _as_given(tensors, predicting(config, prediction), replaced, said=prediction is not None)
     metadata = getattr(tensors, "metadata", {})
     written = metadata.get(CONFIG_KEY)
     if written is not None:
@@ -145,8 +145,11 @@ def identify(
     return Identity(config, decided, reason, line)
 
 
-def _as_given(tensors: Mapping[str, Tensor], config: Config, replaced: Collection[str]) -> Identity:
-    """The config given by the caller; a noise schedule in the file replaces the usual one."""
+def _as_given(tensors: Mapping[str, Tensor], config: Config, replaced: Collection[str], said: bool) -> Identity:
+    """The config given by the caller; a noise schedule in the file replaces the usual one.
+
+    said   whether the caller gave the prediction as well: the name of an SDXL model does not say it
+    """
     found = shapes(tensors)
     refuse_others(found, replaced)
     if config.sizes:
@@ -159,7 +162,9 @@ def _as_given(tensors: Mapping[str, Tensor], config: Config, replaced: Collectio
     config = with_autoencoder(config, found, layouts)
     reason, line = "as given", ""
     usual = ScheduleConfig(steps=config.schedule.steps, prediction=config.schedule.prediction)
-    if config.schedule == usual:
+    if config.sizes and not said and config.schedule == ScheduleConfig():
+        config, _, reason = decide(tensors, config, None, by_folder=False)
+    elif config.schedule == usual:
         table, why = stored_schedule(tensors, config.schedule)
         reason += f"; {why}" if why else ""
         try:

@@ -34,6 +34,7 @@ from .prediction import PREDICTION_KEY
 from .tiny_files import check_writable
 
 States = Mapping[str, Mapping[str, Tensor]]  # network -> weights under our names; the networks, and maybe "unet_ema"
+V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"  # empty tensors that say what an SDXL model predicts, and its schedule
 AVERAGE_SCALARS = ("decay", "num_updates")
 DIFFUSERS_FILES = {
     "vae": "vae/diffusion_pytorch_model.safetensors",
@@ -83,7 +84,8 @@ def to_original(states: States, config: Config, more: Mapping[str, Tensor] | Non
     """Per-network state dicts under our names -> one state dict in the original layout.
 
     Weights are bit-identical. Models with transformers' names get the `position_ids` that old tools require, those with
-    an unusual noise schedule `alphas_cumprod`. `more` are extras by their original names.
+    an unusual noise schedule `alphas_cumprod`; SDXL that predicts v gets ComfyUI's markers. `more` are extras by their
+    original names.
     """
     check_writable(config.vae, "original")
     more = {key: tensor for key, tensor in (more or {}).items() if AVERAGE in states or not key.startswith(EMA)}
@@ -104,7 +106,9 @@ def to_original(states: States, config: Config, more: Mapping[str, Tensor] | Non
         if text.names == "clip" and network in written:
             _, prefix = original_text(config, network)
             written[network][prefix + "embeddings.position_ids"] = torch.arange(text.length).unsqueeze(0)
-    if has_own_schedule(config) and "alphas_cumprod" not in more:
+    if config.sizes and config.schedule.prediction == "v":  # by which other programs know it
+        more |= {key: torch.empty(0) for key in (V_MARKER, *([ZERO_SNR_MARKER] if config.schedule.zero_snr else []))}
+    if has_own_schedule(config) and "alphas_cumprod" not in more and ZERO_SNR_MARKER not in more:
         more["alphas_cumprod"] = torch.from_numpy(Schedule(config.schedule).alpha_bar).float()
     order = ("unet", AVERAGE, "vae", *config.text_names)  # the original's
     if config.sizes:
@@ -113,13 +117,13 @@ def to_original(states: States, config: Config, more: Mapping[str, Tensor] | Non
 
 
 def unrun_layer(out: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """What other programs expect of an OpenCLIP text encoder and `out`, an original state dict, lacks.
+    """What other programs expect of a text encoder and `out`, an original state dict, lacks.
 
-    They load one more layer, which they never run: it becomes a copy of the last one, the projection the identity, and
-    the scale OpenCLIP's initial value (1 / 0.07).
+    They load one more layer, which they never run, of SD 2's OpenCLIP and of SDXL's CLIP-L: it becomes a copy of the
+    last one; SD 2's projection becomes the identity, and its scale OpenCLIP's initial value (1 / 0.07).
     """
-    if config.sizes:  # SDXL's files have no such layer
-        return {}
+    if config.sizes:
+        return _made_layer(out, config)
     text, stem = config.text[0], f"{OPENCLIP}transformer.resblocks."
     last, after = f"{stem}{text.layers - 1}.", f"{stem}{text.layers}."
     first = OPENCLIP + "token_embedding.weight"
@@ -156,30 +160,49 @@ def to_diffusers(
             for key, source in table.items()
         }
         if config.sizes and part in config.text_names:
-            files[name] |= _last_layer(files[name], config, part, more)
+            files[name] |= _last_layer(config, part, more) or _made_last_layer(files[name], config, part)
     kept = {EXTRA + key: tensor for key, tensor in more.items() if AVERAGE in states or not key.startswith(EMA)}
     return files | ({EXTRA_FILE: kept} if kept else {})
 
 
-def _last_layer(file: Mapping[str, Tensor], config: Config, network: str, more: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The last layer of SDXL's first text encoder, which diffusers loads and never uses: taken from the extras.
+def lacks_last_layer(config: Config, more: Mapping[str, Tensor]) -> bool:
+    """Whether the extras lack the last layer of SDXL's first text encoder, so that a folder gets a copy for it."""
+    if not config.sizes or config.text[0].pooled:
+        return False
+    _, prefix = original_text(config, "text_encoder")
+    return not any(key.startswith(f"{prefix}encoder.layers.{config.text[0].layers}.") for key in more)
 
-    If they lack it, it becomes a copy of the layer before.
-    """
+
+def _last_layer(config: Config, network: str, more: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The last layer of SDXL's first text encoder, which diffusers loads and never uses: taken from the extras."""
     text = text_of(config, network)
-    if text.pooled:
-        return {}
     _, prefix = original_text(config, network)
-    stem = f"encoder.layers.{text.layers}."
-    here = [key for key in more if key.startswith(prefix + stem)]
-    if here and text.names == "clip":
-        return {"text_model." + key.removeprefix(prefix): more.pop(key) for key in here}
-    before = f"text_model.encoder.layers.{text.layers - 1}."
-    return {
-        f"text_model.{stem}{key.removeprefix(before)}": tensor.clone()
-        for key, tensor in file.items()
-        if key.startswith(before)
-    }
+    here = [key for key in more if key.startswith(f"{prefix}encoder.layers.{text.layers}.")]
+    return {"text_model." + key.removeprefix(prefix): more.pop(key) for key in here}
+
+
+def _made_last_layer(file: Mapping[str, Tensor], config: Config, network: str) -> dict[str, Tensor]:
+    """The same as a copy of the layer before, for a folder's file of this text encoder."""
+    text = text_of(config, network)
+    return {} if text.pooled else _copied(file, "text_model.encoder.layers.", text.layers)
+
+
+def _made_layer(out: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """The same for an original file of SDXL."""
+    made: dict[str, Tensor] = {}
+    for network, text in zip(config.text_names, config.text, strict=True):
+        names, prefix = original_text(config, network)
+        stem = prefix + {"clip": "encoder.layers.", "openclip": "transformer.resblocks."}[names]
+        if not text.pooled and not any(key.startswith(f"{stem}{text.layers}.") for key in out):
+            made |= _copied(out, stem, text.layers)
+    return made
+
+
+def _copied(out: Mapping[str, Tensor], stem: str, layers: int) -> dict[str, Tensor]:
+    """The layer with this number as a copy of the one before it."""
+    last = f"{stem}{layers - 1}."
+    keys = [key for key in out if key.startswith(last)]
+    return {f"{stem}{layers}.{key.removeprefix(last)}": out[key].clone() for key in keys}
 
 
 def _before(network: str, key: str) -> str:

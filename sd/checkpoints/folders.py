@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 from ..messages import listed
 from .formats.pickles import RefusedFile
 from .hub_cache import cached_models, dangling, snapshot
+from .layouts import SECOND
 from .other_files import other_folder
 from .tiny_vae import half_files
 from .tokenizer_files import read_tokenizer
 
 MAX_JSON = 1 << 20  # bytes; an index has less than 200 KB
-SECOND = "text_encoder_2"  # of SDXL; SDXL's refiner has no other one
 STEMS = {
     "unet": ("diffusion_pytorch_model",),
     "vae": ("diffusion_pytorch_model",),

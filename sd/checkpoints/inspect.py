@@ -151,11 +151,13 @@ def _count(out: Report, tensors: Checkpoint, config: Config) -> None:
     for name, words in zip(config.text_names, config.text, strict=True):
         if (encoder := layouts.get(name)) is not None:
             (source,) = encoder.sources(config, [TOKENS], found).values()
-            out.notes += describe_words(replace(words, vocab=found[source.key][0]) if source.key in found else words)
+            own = replace(words, vocab=found[source.key][0]) if source.key in found else words
+            out.notes += [line for line in describe_words(own) if line not in out.notes]  # of both encoders, once
     fewest = min(text.layers for text in config.text)
     left = [key for key in found if key not in used and not ignored(key) and not unrun(key, fewest)]
     copied = copies(left, config) if left else {}
-    out.notes += [line for name in layouts for line in describe_copies(layouts, name, config, copied)]
+    named = (*config.networks, AVERAGE)
+    out.notes += [line for name in named for line in describe_copies(layouts, name, config, copied)]
     known = {key for keys in copied.values() for key in keys}
     out.unknown = [key for key in left if key not in known]
 

@@ -165,6 +165,8 @@ def every_name(network: str, config: Config, prefix: str) -> Iterator[Callable[[
         text = text_of(config, network)
         walks = (clip_blocks(text), openclip_blocks(text))
         yield text_sources("openclip", text, prefix)  # has names that are not in a table
+        # diffusers' converter of SDXL left it as the linear layer of transformers in an original file
+        yield lambda key: Source(prefix + "text_projection.weight") if key == "projection.weight" else None
     elif network == "vae":
         walks = (vae_blocks(config), diffusers_vae_blocks(config))
     else:

@@ -45,7 +45,6 @@ from .key_maps import (
 from .tiny_vae import MARKS, is_tiny
 from .tiny_vae import OWN as OWN_TINY
 
-NETWORKS = ("text_encoder", "vae", "unet")
 SECOND = "text_encoder_2"
 AVERAGE = "unet_ema"  # moving average of the U-Net, which a training checkpoint has in addition
 TOKENS = "token.weight"  # our name of the text encoder's table of tokens

@@ -152,7 +152,7 @@ def describe(
         lines += notes_on_vae(vae, config)
     if config.sizes:
         lines.append(describe_empty(config, tensors.configs))
-    lines += [line for text in config.text for line in describe_words(text)]
+    lines += dict.fromkeys(line for text in config.text for line in describe_words(text))  # of both encoders, once
     return list(map(printable, lines))
 
 

@@ -38,7 +38,7 @@ DIFFUSION_TRANSFORMER = f"this is a diffusion transformer (PixArt, Sana, Lumina,
 # The first convolution of a tiny decoder (tiny_vae.py)
 TINY_DECODER = r"^(first_stage_model\.|vae\.)?(((taesd_)?decoder\.)?1|decoder\.layers\.0)\.weight$"
 TINY = "this is a tiny autoencoder (TAESD) of another family"
-TINY_OF_SD = "not of Stable Diffusion 1.x or 2.x: give theirs, called taesd"
+TINY_OF_SD = "not of Stable Diffusion: give taesd (1.x, 2.x) or taesdxl (XL)"
 
 # Text encoders and autoencoders with the names of Stable Diffusion's, of which another file may be taken instead.
 OTHER_TEXTS: tuple[Other, ...] = (
@@ -47,9 +47,9 @@ OTHER_TEXTS: tuple[Other, ...] = (
 )
 OTHER_VAES: tuple[Other, ...] = (
     Other(r"\bdecoder\.conv_in\.weight$", "this is the VAE of another family (SD3, FLUX.1: 16 latent channels), not of "
-          "Stable Diffusion 1.x or 2.x", "512x16x3x3"),
+          "Stable Diffusion 1.x, 2.x or XL", "512x16x3x3"),
     Other(r"\bdecoder\.conv_in\.weight$", "this is the VAE of another family (FLUX.2: 32 latent channels), not of "
-          "Stable Diffusion 1.x or 2.x", "512x32x3x3"),
+          "Stable Diffusion 1.x, 2.x or XL", "512x32x3x3"),
     Other(r"\bquantize\.embedding\.", "this has a VQ autoencoder, not the VAE of Stable Diffusion"),
     Other(TINY_DECODER, f"{TINY} (SD3 or FLUX.1: 16 latent channels), {TINY_OF_SD}", "64x16x3x3"),
     Other(TINY_DECODER, f"{TINY} (FLUX.2: 32 latent channels), {TINY_OF_SD}", "64x32x3x3"),

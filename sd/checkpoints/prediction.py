@@ -43,7 +43,8 @@ PREDICTIONS = {
     "eps": "eps", "epsilon": "eps", "noise": "eps",
 }  # fmt: skip
 OTHER_PREDICTIONS = ("x0", "sample", "edm", "flow", "flow_prediction", "rectified_flow")
-CALLED_V = re.compile(r"(?<![a-z])v[ _-]?pred(iction)?(?![a-z])", re.IGNORECASE)
+# "model_vpred", "modelVPred", "vPredV1"; a capital letter begins a word
+CALLED_V = re.compile(r"(?<![A-Za-z])[vV][ _-]?(?i:pred(iction)?)(?![a-z])|(?<=[a-z])V[ _-]?[Pp]red(iction)?(?![a-z])")
 MAX_SIDECAR = 1 << 20  # bytes
 MAX_TABLE = 100_000  # numbers
 SAY_PREDICTION = ("parameterization", "prediction_type", PREDICTION_KEY, "v_parameterization")  # entries of sidecars

@@ -21,6 +21,7 @@ from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from ..config import SD1, SDXL
 from ..vae_config import TinyVAEConfig, VAEConfig
 from .formats.pickles import RefusedFile
 from .hub_cache import repository
@@ -45,7 +46,6 @@ HALF_FILE = re.compile(r"(|\w*tae\w*[_-])(encoder|decoder)(\.[\w-]+)?")  # the s
 PREFIX = "taesd_"  # the first part of such a name
 XL = re.compile(r"tae\w*xl", re.IGNORECASE)  # in a file's name: for SDXL
 TAESD = re.compile(r"(?<![a-z])taesd(?!xl)", re.IGNORECASE)  # for Stable Diffusion 1.x and 2.x
-XL_SCALE = 0.13025  # of SDXL's VAE
 NAME = "a tiny autoencoder (TAESD)"
 
 
@@ -125,7 +125,7 @@ def notes_on_tiny(own: VAEConfig | TinyVAEConfig, paths: list[Path], for_xl: boo
             f"{names[0]}: its name says that it is for SDXL, whose latents are different: expect wrong colours; that "
             "of Stable Diffusion 1.x and 2.x is called taesd (the weights themselves cannot show it)"
         )
-    usual = VAEConfig(scale=XL_SCALE) if for_xl else VAEConfig()
+    usual = SDXL.vae if for_xl else SD1.vae
     if own not in (usual, TinyVAEConfig(), TinyVAEConfig(encoder=False)):
         family = "SDXL" if for_xl else "Stable Diffusion"
         lines.append(

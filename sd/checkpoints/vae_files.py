@@ -36,8 +36,12 @@ UNKNOWN = (
 )
 ARCHITECTURES = ("modelspec.architecture", "ss_base_model_version")  # entries of metadata
 XL_ARCHITECTURE, SD_ARCHITECTURE = re.compile(r"xl"), re.compile(r"^(stable-diffusion-|sd_)v[12]")
-XL_NAME = re.compile(r"sd[ _.-]?xl|(?<![a-z])xl|xl(?![a-z])", re.IGNORECASE)
-SD_NAME = re.compile(r"ft[ _-](mse|ema)|kl-f8|(?<![a-z])sd[ _-]?v?(1|2)(?!\d\d)", re.IGNORECASE)
+XL_NAME = re.compile(r"(?i:sd[ _.-]?xl)|(?<![A-Za-z])(?i:xl)|(?<=[a-z])XL|(?i:xl)(?![a-z])")
+SD_NAME = re.compile(
+    r"ft[ _-](mse|ema)|kl-f8|(?<![a-z])sd[ _-]?v?(1|2)(?!\d\d)|stable[ _-]diffusion[ _-]v?[12](?!\d)"
+    r"|(?<![a-z\d])v(1-[1-5]|2-[01])(?!\d)",
+    re.IGNORECASE,
+)
 # Official files with the original VAE inside; that of sdxl_vae.safetensors may be the fixed one, which is called so too
 ORIGINAL = re.compile(r"sd_xl_(base|refiner|turbo)_", re.IGNORECASE)
 FIXED = re.compile(r"fp16[ _.-]?(vae)?[ _.-]?fix|fix[ _.-]?fp16", re.IGNORECASE)

@@ -31,10 +31,11 @@ XL_ONLY = (TURBO_XL.label, LIGHTNING.label, DMD.label)  # which no other family 
 MERGED = FewStep("Turbo or Lightning", "dpmpp_sde", "karras", 8, (4, 8), 2.0, (1.0, 3.0))
 
 MERGE = re.compile(r"((?<![A-Za-z])(?i:turbo|lightning)|(?<=[a-z])(Turbo|Lightning)|(?i:xl(turbo|lightning)))(?![a-z])")
+NAME = r"(sd|stable[ _-]?diffusion)[ _-]?xl([ _-]v?\d[._]\d)?"
 # A name's words and the kind that they mean; the first match counts. Merges have names such as "v9Rdphoto2Lightning".
 XL_WORDS = (
-    (re.compile(r"sd[ _-]?xl[ _-]?turbo(?![a-z])", re.IGNORECASE), TURBO_XL),
-    (re.compile(r"sd[ _-]?xl[ _-]?lightning(?![a-z])", re.IGNORECASE), LIGHTNING),
+    (re.compile(NAME + r"[ _-]?turbo(?![a-z])", re.IGNORECASE), TURBO_XL),
+    (re.compile(NAME + r"[ _-]?lightning(?![a-z])", re.IGNORECASE), LIGHTNING),
     (re.compile(r"(?<![a-z])dmd2(?![a-z\d])", re.IGNORECASE), DMD),
     (MERGE, MERGED),
 )
@@ -75,7 +76,7 @@ def xl_named(name: str) -> XLFewStep | None:
         return XLFewStep(other, remark=_one_step(800) if HYPER.search(name) and steps == 1 else "")
     if kind is DMD and steps == 1:
         return XLFewStep(replace(kind, steps=1, range=(1, 1)), remark=_one_step(399))
-    if kind is not MERGED and 1 <= steps <= MOST_STEPS:
+    if 1 <= steps <= MOST_STEPS:
         kind = replace(kind, steps=steps, range=(min(steps, kind.range[0]), max(steps, kind.range[1])))
     return XLFewStep(kind, TURBO_SIZE if kind.label == TURBO_XL.label else None)
 
@@ -86,8 +87,10 @@ def _one_step(timestep: int) -> str:
 
 
 def first_xl_named(names: Iterable[tuple[str, str]]) -> tuple[XLFewStep, str] | None:
-    """The kind that the first telling name means, and where that name was found; `names` are (place, name)."""
-    for place, name in names:
-        if (kind := xl_named(name)) is not None:
-            return kind, place
-    return None
+    """The kind that the first telling name means, and where that name was found; `names` are (place, name).
+
+    A merge is what a name means that no other one is more exact about: "Turbo" in a title may be SDXL-Turbo itself.
+    """
+    found = [(kind, place) for place, name in names if (kind := xl_named(name)) is not None]
+    found.sort(key=lambda entry: entry[0].kind.label == MERGED.label)
+    return found[0] if found else None

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sd.checkpoints.layouts import NETWORKS
 from sd.config import POCKET, SD1, Config
 from sd.noise import draw, generators
 from sd.pipeline import StableDiffusion
@@ -27,7 +26,7 @@ from sd.runtime.cuda_graphs import Compiled, Recorded
 from sd.runtime.device import dtype_name
 
 from .. import references
-from ..cases import GUIDANCE, PROMPTS
+from ..cases import GUIDANCE, NETWORKS, PROMPTS
 from ..cases import config_of as config_of_part
 from ..peak import timed
 from ..weights import Setup, load_networks
