@@ -95,7 +95,9 @@ def test_embeddings_of_two_tensors(form, n, model, tmp_path):
 def test_what_is_beside_the_vectors(model, tmp_path):
     """Said if it has no effect; and the word of a file is checked as for other models."""
     save_file(two(1) | {"name": torch.zeros(3, 9)}, tmp_path / "style.safetensors")
-    with pytest.warns(UserWarning, match="style.safetensors: tensors that belong to no text encoder are not used: name"):
+    with pytest.warns(
+        UserWarning, match="style.safetensors: tensors that belong to no text encoder are not used: name"
+    ):
         assert model.add_embedding(tmp_path / "style.safetensors") == ["style"]
     save_file(two(1), tmp_path / "style.safetensors")
     for word in ("a\nb", "a" * 201):

@@ -237,7 +237,7 @@ def test_tiny_autoencoders_of_both_families():
 def test_which_vaes_are_known_to_overflow():
     assert overflows(vae_header("m/sd_xl_base_1.0.safetensors"), SDXL) == "going by the name sd_xl_base_1.0"
     assert overflows(vae_header("m/sd_xl_refiner_1.0.safetensors"), SDXL_REFINER)
-    assert overflows(vae_header(vae={"force_upcast": True}), SDXL) == "vae/config.json says so (force_upcast)"
+    assert overflows(vae_header(vae={"force_upcast": True}), SDXL) == "force_upcast in its vae/config.json"
     for file in (
         vae_header("m/sdxl_vae.safetensors"),  # may be the fixed one
         vae_header("sdxl-vae-fp16-fix/sd_xl_base_1.0.safetensors"),

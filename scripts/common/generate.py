@@ -189,8 +189,9 @@ class Metadata:
         """The entries about the refiner, as the web UI writes them."""
         digits = self.refiner.digits() if self.refiner else None
         name = model_name(self.args.refiner) + (f" [{digits}]" if digits else "")
-        share = text_of(params.refiner_from)
-        return {"Refiner": name, key("refiner_from"): share, BY_STEPS.capitalize(): True}
+        if params.refiner_from is None:  # a run of no steps
+            return {"Refiner": name}
+        return {"Refiner": name, key("refiner_from"): text_of(params.refiner_from), BY_STEPS.capitalize(): True}
 
 
 class Plan(NamedTuple):

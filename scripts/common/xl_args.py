@@ -32,8 +32,9 @@ def add_xl_arguments(parser: Parser) -> None:
         help="SDXL's refiner, or another SDXL model: takes the last steps (file or folder, as for --ckpt)",
     )  # fmt: skip
     group.add_argument(
-        "--refiner-from", type=float, default=SamplingParams.refiner_from, metavar="FRACTION",
-        help="fraction of the steps after which the refiner takes over; 1: never (default: %(default)g)",
+        "--refiner-from", type=float, metavar="FRACTION",
+        help="fraction of the steps after which the refiner takes over; 1: never (default: at the timesteps below 200 "
+        "that SDXL's refiner was trained on, 0.8 for other models)",
     )  # fmt: skip
     group.add_argument(
         "--prompt-2", metavar=TEXT, help="what the second text encoder reads (default: the same as the first)"
