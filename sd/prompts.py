@@ -221,6 +221,11 @@ def guides(
             return Conditioning(text.hidden)
         return model.with_sizes(text, sizes_for(model.config, params, *run.size, negative=negative))
 
+    def nothing(like: Conditioning, count: int) -> Conditioning:
+        hidden = like.context.new_zeros(count, *like.context.shape[1:])
+        pooled = None if like.vector is None else hidden.new_zeros(count, model.config.text[-1].pooled_width)
+        return model.with_sizes(TextOutput(hidden, pooled), sizes_for(model.config, params, *run.size, negative=True))
+
     prompts, negatives = request.prompt, request.negative
     assert negatives is not None  # a request makes "" of None
     negatives = [negatives] if isinstance(negatives, str) else negatives
@@ -237,7 +242,7 @@ def guides(
             if second is not None:
                 second.check_unused()
             plan.note_late_edits(run, note)
-            return plan.guides(run.taken, encode)
+            return plan.guides(run.taken, encode, nothing)
         prompts, negatives = plan.first_texts()
     others: list[list[str] | None] = [None, None]
     if second is not None:
@@ -246,12 +251,17 @@ def guides(
     cond = Conditioning(prompts) if isinstance(prompts, Tensor) else encode(prompts, False, others[0])
     uncond = None
     if params.is_guided and model.config.unet.guidance is None:
-        uncond = Conditioning(negatives) if isinstance(negatives, Tensor) else encode(negatives, True, others[1])
+        zeros: list[bool] = []  # which of them are zeros in place of the encoded empty text
+        if model.config.zero_empty and not isinstance(negatives, Tensor):
+            zeros = [not "".join(texts).strip() for texts in zip(negatives, others[1] or negatives, strict=True)]
+        if zeros and all(zeros):
+            uncond = nothing(cond, len(zeros))
+        else:
+            uncond = Conditioning(negatives) if isinstance(negatives, Tensor) else encode(negatives, True, others[1])
         if uncond.context.shape[1] != cond.context.shape[1]:
             cond, uncond = _same_length(model, [cond, uncond], request.clip_skip)
-        if model.config.zero_empty and not isinstance(negatives, Tensor):
-            both = zip(negatives, others[1] or negatives, strict=True)
-            uncond = model.zeroed(uncond, [not (text + other).strip() for text, other in both])
+        if any(zeros) and not all(zeros):
+            uncond = model.zeroed(uncond, zeros)
         if len(uncond.context) > 1:  # one for each prompt
             uncond = uncond.repeat_each(params.n)
     return [Guide(cond.repeat_each(params.n) if params.n > 1 else cond, uncond)] * max(run.taken, 1)
@@ -315,8 +325,8 @@ class _Plan:
             if 0 < run.taken < run.steps and part.stages[-1].text != text_at(part.stages, run.taken - 1):
                 note(f"{run.taken} of {run.steps} steps are taken, and an edit of the prompt comes after them")
 
-    def guides(self, taken: int, encode: Encode) -> list[Guide]:
-        """The guide of each step."""
+    def guides(self, taken: int, encode: Encode, nothing: Callable[[Conditioning, int], Conditioning]) -> list[Guide]:
+        """The guide of each step; `nothing` makes zeros with the length of another conditioning."""
         guided = (self._params.is_guided and self._model.config.unet.guidance is None) or self._composed
         keys = [
             (_texts_at(self._prompts, step), _texts_at(self._negatives, step) if guided else None)
@@ -331,13 +341,15 @@ class _Plan:
         )
         given = [Conditioning(context) for context in self._given if context is not None]
         # one by one, so that a text has the same context whatever stands beside it
-        each = [encode([text], bool(negative)) for text, negative in texts]
-        padded = iter(_same_length(self._model, [*given, *each], self._request.clip_skip))
+        empty = [key for key in texts if key[1] and self._model.config.zero_empty and not key[0].strip()]
+        each = [encode([text], bool(negative)) for text, negative in texts if (text, negative) not in empty]
+        alike = _same_length(self._model, [*given, *each], self._request.clip_skip)
+        padded = iter(alike)
         self._given = [None if context is None else next(padded).context for context in self._given]
-        for (text, negative), cond in zip(texts, padded, strict=True):
-            if negative and self._model.config.zero_empty:
-                cond = self._model.zeroed(cond, [not text.strip()])
-            self._conds[text, bool(negative)] = cond
+        for text, negative in texts:
+            if (text, negative) not in empty:
+                self._conds[text, bool(negative)] = next(padded)
+        self._conds |= {(text, True): nothing(alike[0], 1) for text, _ in empty}
         made = {key: Guide(self._cond(key[0]), self._uncond(key[1])) for key in dict.fromkeys(keys)}
         return [made[key] for key in keys]
 

@@ -55,7 +55,8 @@ ALLOWED = {
     },
     "hires": {"config", "imaging", "latents", "params", "run", "samplers", "schedule"},
     "refiner": {
-        "config", "denoiser", "hires", "messages", "params", "run", "runtime", "second_prompts", "size_conditioning",
+        "config", "denoiser", "hires", "messages", "params", "run", "runtime", "schedule", "second_prompts",
+        "size_conditioning",
     },
     "pipeline": {
         "adapters", "checkpoints", "conditioning", "config", "denoiser", "files", "hints", "hires", "imaging",

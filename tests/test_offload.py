@@ -12,8 +12,8 @@ import torch
 from common import TINY, TINY_INPAINT, tiny_state
 from PIL import Image
 from safetensors.torch import save_file
-from torch import nn
 from test_lora import SCHEMES, lora_file, saved
+from torch import nn
 
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.pipeline import StableDiffusion

@@ -378,6 +378,33 @@ def test_weights_and_long_prompts(base):
     assert torch.isfinite(finish(base.prepare(TextToImage("a cat, " * 60, params(), web_ui_prompts=True)))).all()
 
 
+def test_an_empty_negative_prompt_is_not_encoded(base):
+    """It is zeros; with one that is not empty beside it, and one that becomes empty, only those are."""
+    heard = []
+    encoders = (base.text_encoder, base.text_encoder_2)
+    hooks = [
+        encoder.register_forward_hook(lambda module, args, out: heard.append(len(args[0]))) for encoder in encoders
+    ]
+    for request, counts in (
+        (TextToImage("a cat", params()), [1, 1]),
+        (TextToImage("a cat", params(), " ", web_ui_prompts=True), [1, 1]),
+        (TextToImage(["a cat", "a dog"], params(exact=True), ["", ""]), [1, 1, 1, 1]),
+        (TextToImage(["a cat", "a dog"], params(), ["", "fog"]), [2, 2, 2, 2]),
+        (TextToImage("a [cat:dog:0.5]", params(), "[fog::0.5]", web_ui_prompts=True), [1] * 6),
+        (TextToImage("a cat", params(), "", negative_2="fog"), [1] * 4),
+    ):
+        heard.clear()
+        guides = base.prepare(request).guides
+        assert heard == counts
+        unconds = [guides[0].uncond, guides[-1].uncond]
+        assert [bool(uncond.context[0].any()) for uncond in unconds] == {
+            "[fog::0.5]": [True, False], "": [request.negative_2 is not None] * 2,
+        }.get(request.negative, [False, False])  # fmt: skip
+        assert unconds[-1].context.shape[1:] == (77, 160) and unconds[-1].vector[0, 96:].any()
+    for hook in hooks:
+        hook.remove()
+
+
 def test_cached_features(base, refiner):
     """The first evaluation is whole, the second reuses it; both models of a run have their own cache."""
     whole, cached = (list(base.prepare(TextToImage("a cat", params(cache_interval=k)))) for k in (1, 2))

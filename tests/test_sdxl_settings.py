@@ -201,6 +201,35 @@ def test_another_prompt_is_not_given_the_second_one_of_a_recipe(files, tmp_path)
     assert (request.prompt, request.prompt_2) == (("a cow",), None)
 
 
+def test_another_negative_prompt_is_not_given_the_second_one_of_a_recipe(files, tmp_path):
+    """As for the prompt; a second one that is given stays."""
+    model = ("--ckpt", str(files["base"]))
+    first = ("a cat", "--negative", "fog", "--negative-2", "red", *model, *SMALL_ARGS)
+    assert txt2img.main([*first, "--out", str(tmp_path / "a.png")]) == 0
+    like = ("--like", str(tmp_path / "a.png"), *model)
+    for i, (more, wanted) in enumerate(
+        (
+            ((), ("fog", "red")),
+            (("--negative", "mist"), ("mist", None)),
+            (("--negative", "mist", "--negative-2", "blue"), ("mist", "blue")),
+        )
+    ):
+        assert txt2img.main([*like, *more, "--out", str(tmp_path / f"{i}.png")]) == 0
+        request = read_request(tmp_path / f"{i}.png").request
+        assert (request.negative, request.negative_2) == wanted
+
+
+def test_second_prompts_that_are_empty_are_kept(files, tmp_path):
+    """They say that the second text encoder reads nothing."""
+    model, first, again = ("--ckpt", str(files["base"])), tmp_path / "a.png", tmp_path / "b.png"
+    arguments = ("a cat", "--negative", "fog", "--prompt-2", "", "--negative-2", "", *model, *SMALL_ARGS)
+    assert txt2img.main([*arguments, "--out", str(first)]) == 0
+    request = read_request(first).request
+    assert (request.prompt_2, request.negative_2) == ("", "")
+    assert txt2img.main(["--like", str(first), *model, "--out", str(again)]) == 0
+    assert np.array_equal(pixels(first), pixels(again))
+
+
 def test_lines_of_settings(files, tmp_path):
     lines = tmp_path / "prompts.jsonl"
     line = {"prompt": "a cat", "prompt_2": "a dog", "crop_left": 9, "refiner_from": 0.5}

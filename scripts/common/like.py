@@ -143,6 +143,8 @@ def _prompt(args: argparse.Namespace, recipe: Recipe) -> None:
         (args.prompt,) = recipe.request.prompt
     elif "prompt_2" not in args.named:  # the recipe's goes with its prompt
         args.prompt_2 = None
+    if "negative" in args.named and "negative_2" not in args.named:
+        args.negative_2 = None
 
 
 def _program(args: argparse.Namespace, recipe: Recipe) -> None:
