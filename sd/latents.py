@@ -106,7 +106,8 @@ def encode(vae: Autoencoder, pixels: Tensor, note: Note) -> Gaussian:
     def run(vae: Autoencoder, x: Tensor, most: int) -> Tensor:
         return torch.stack(ENCODE_IN_STRIPS[type(vae.config)](vae, x) if count > most else vae.encode(x))
 
-    _note_known("latent", vae, note)
+    if vae.overflows:
+        _note_known("latent", vae, note)
     mean, std = _finite("latent", run, vae, lambda: copy.deepcopy(vae).float(), pixels, note)
     return Gaussian(mean, std)
 
@@ -126,24 +127,16 @@ def decode(vae: Autoencoder, z: Tensor, note: Note) -> list[Image.Image]:
     def run(vae: Autoencoder, x: Tensor, most: int) -> Tensor:
         return DECODE_IN_STRIPS[type(vae.config)](vae, x) if count > most else vae.decode(x)
 
-    _note_known("image", vae, note)
+    if vae.overflows:
+        _note_known("image", vae, note)
     return [image for one in z.split(1) for image in to_pil(_finite("image", run, vae, exact, one, note))]
-
-
-def _dtype(vae: Autoencoder) -> torch.dtype:
-    bias = vae.decoder.conv_out.bias  # a weight may be packed (runtime/packing.py), a bias never is
-    assert bias is not None
-    return bias.dtype
-
-
-def _is_known(what: str, vae: Autoencoder) -> bool:
-    """Whether an output of the VAE is known to overflow."""
-    return what in vae.overflows and _dtype(vae) == torch.float16
 
 
 def _note_known(what: str, vae: Autoencoder, note: Note) -> None:
     """Say that an output is computed in float32, if that was found out in a run and not in loading, which says so."""
-    if _is_known(what, vae) and not (isinstance(vae, VAE) and vae.known_to_overflow):
+    found_out = not (isinstance(vae, VAE) and vae.known_to_overflow)
+    bias = vae.decoder.conv_out.bias
+    if found_out and what in vae.overflows and bias is not None and bias.dtype == torch.float16:
         note(f"the {what} is computed in float32: an earlier one was not finite in float16")
 
 
@@ -159,8 +152,10 @@ def _finite(
 
     run   the VAE, its input, the number of pixels above which it works in strips -> its output
     """
-    dtype = _dtype(vae)
-    known = _is_known(what, vae)
+    bias = vae.decoder.conv_out.bias  # a weight may be packed (runtime/packing.py), a bias never is
+    assert bias is not None
+    dtype = bias.dtype
+    known = dtype == torch.float16 and what in vae.overflows
     out = run(exact(), x.float(), LARGE // 2) if known else run(vae, x.to(dtype), LARGE)
     again = not known and dtype != torch.float32 and not out.isfinite().all()
     if again:

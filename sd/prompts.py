@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from . import prompt_checks
 from .adapters.added import Adapters
 from .conditioning import Composition, Conditioning, TextOutput
 from .config import Config
@@ -90,6 +91,8 @@ class TextEncoding:
         if web_ui_prompts:
             prompts = [single_text(p, note) for p in prompts]
             return self.encode_weighted(prompts, second=second, clip_skip=clip_skip, note=note)
+        if second is not None:
+            second = prompt_checks.second("second", second, prompts)
         first, *others = self.tokenizers
         note_others: Note = (lambda message: None) if second is None else note  # what does not fit is said once
         ids = [first(prompts, note), *(tokenizer(second or prompts, note_others) for tokenizer in others)]
@@ -109,6 +112,8 @@ class TextEncoding:
         There are as many chunks k as the longest text needs; shorter ones are padded with those of the empty text. With
         several text encoders that is so for each, as a word of one tokenizer may be several tokens of another.
         """
+        if second is not None:
+            second = prompt_checks.second("second", second, texts)
         first, *others = self.tokenizers
         of_each = [(first, texts), *((tokenizer, second or texts) for tokenizer in others)]
         read = [rows(tokenizer, own) for tokenizer, own in of_each]
@@ -273,11 +278,6 @@ def _same_length(model: StableDiffusion, parts: Sequence[Conditioning], clip_ski
     return [part._replace(context=context) for part, context in zip(parts, contexts, strict=True)]
 
 
-def is_empty(prompts: str | Sequence[str] | Tensor | None) -> bool:
-    """Whether there is no prompt, or only empty texts."""
-    return not isinstance(prompts, Tensor) and not any(prompts or ())
-
-
 def _read(
     texts: Sequence[str] | Tensor, run: Pass, note: Callable[[str], object], negative: bool = False
 ) -> list[list[Subprompt]] | Tensor:
@@ -384,10 +384,7 @@ def _own_context(model: StableDiffusion, name: str, context: Tensor) -> Tensor:
     """
     if model.config.unet.vector is not None:
         raise ValueError(f"{name} must be a text for this model: its U-Net takes a pooled vector beside the context")
-    M, D = model.config.text[0].length, model.config.unet.context
-    shape, dtype = tuple(context.shape), str(context.dtype).removeprefix("torch.")
-    if len(shape) != 3 or 0 in shape or shape[1] % M or shape[2] != D or not context.is_floating_point():
-        raise ValueError(f"{name} must be a context (B, k x {M}, {D}) of this model, got {shape} in {dtype}")
+    prompt_checks.context(name, context, model.config.text[0].length, model.config.unet.context)
     return context.to(model.device, model.dtype)
 
 

@@ -11,7 +11,9 @@ import torch
 from common import TINY_XL, error, tiny_state
 from conftest import loaded
 from PIL import Image
+from safetensors.torch import save_file
 from sdxl_common import TINY_REFINER, finish, guide_of, model_of, params, random_weights
+from test_sdxl_adapters import two
 
 from scripts import convert as convert_script
 from scripts import img2img, txt2img
@@ -190,6 +192,28 @@ def test_all_settings_and_their_metadata(files, base, refiner, tmp_path, capsys)
     assert "Refiner refiner: give its file with --refiner" in capsys.readouterr().err
     other = read_request(tmp_path / "x.png").request
     assert (other.params.crop_left, other.params.crop_top, other.params.original_width) == (0, 0, 200)
+
+
+def test_a_refiner_is_loaded_as_the_model_is(files, tmp_path, capsys, monkeypatch):
+    """With the same progress bar and copy in the cache folder; what was detected is said, and what it cannot read."""
+    options, load = [], StableDiffusion.load
+
+    def seen(path, **given):
+        options.append(given)
+        return load(path, **given)
+
+    monkeypatch.setattr(StableDiffusion, "load", seen)
+    save_file(two(2), tmp_path / "style.safetensors")
+    models = ("--ckpt", str(files["base"]), "--refiner", str(files["refiner"]))
+    words = ("--embedding", str(tmp_path / "style.safetensors"))
+    assert txt2img.main(["a style cat", *models, *words, *SMALL_ARGS, "--out", str(tmp_path / "a.png")]) == 0
+    said = capsys.readouterr()
+    assert all(given.keys() >= {"progress", "cache", "low_memory", "compile"} for given in options)
+    assert options[0]["cache"] == options[1]["cache"] and "variant" not in options[1]  # it is a file
+    assert "refiner: an empty negative prompt is encoded like any text" in said.out
+    assert "the refiner reads style as plain text: embeddings are added to the model alone" in said.err
+    assert txt2img.main(["a cat", *models, *words, *SMALL_ARGS, "--out", str(tmp_path / "b.png")]) == 0
+    assert "the refiner reads" not in capsys.readouterr().err
 
 
 def test_another_prompt_is_not_given_the_second_one_of_a_recipe(files, tmp_path):
