@@ -409,6 +409,7 @@ def comfy(**changed) -> dict:
         "7": ("EmptyLatentImage", {**size, "batch_size": 1}),
         "8": ("KSamplerAdvanced", {
             **sampler, "add_noise": "enable", "start_at_step": 0, "end_at_step": 20, "model": ["1", 0],
+            "return_with_leftover_noise": "enable",
             "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["7", 0],
         }),
         "9": ("KSamplerAdvanced", {
@@ -438,11 +439,16 @@ def test_base_and_refiner_of_comfyui():
     ("changed", "settings", "note"),
     [
         (
-            {node: {"width": 4096, "crop_w": 9, "crop_h": 8, "target_height": 512} for node in ("n3", "n4")},
+            {
+                **{node: {"width": 4096, "crop_w": 9, "crop_h": 8, "target_height": 512} for node in ("n3", "n4")},
+                **{node: {"width": 4096} for node in ("n5", "n6")},
+            },
             {"original_width": 4096, "crop_left": 9, "crop_top": 8, "target_height": 512, "original_height": None},
             "",
         ),
         ({"n4": {"height": 300}}, {"original_height": None}, "not reproduced: height 300 of the negative prompt alone"),
+        ({"n5": {"height": 768}}, {"original_height": None}, "not reproduced: height 768 of the refiner alone"),
+        ({"n8": {"return_with_leftover_noise": "disable"}}, {"refiner_from": None}, "only steps 0 to 20 of 25"),
         ({"n9": {"cfg": 5.0}}, {"refiner_from": 0.8}, "not reproduced: cfg 5.0 of the second sampler alone"),
         ({"n6": {"text": "mist"}}, {"refiner_from": 0.8}, "the negative prompt of the second sampler, 'mist'"),
         ({"n2": {"ckpt_name": "sd_xl_base_1.0.safetensors"}}, {"refiner_from": None, "steps": 25}, ""),
@@ -456,6 +462,27 @@ def test_graphs_of_comfyui(changed, settings, note):
     recipe = read_graph(comfy(**changed))
     assert {name: getattr(recipe.request.params, name) for name in settings} == settings
     assert (note in " ".join(recipe.notes)) if note else recipe.notes == ()
+
+
+def test_an_empty_negative_prompt_of_comfyui_is_encoded(files, tmp_path, capsys):
+    """Which is said of a model for which it is zeros, unless they are zeros in the graph as well."""
+    nothing = {"text_l": "", "text_g": ""}
+    zeros = {"class_type": "ConditioningZeroOut", "inputs": {"conditioning": ["4", 0]}}
+    for i, (graph, base, said) in enumerate(
+        (
+            (comfy(n4=nothing, n6={"text": ""}), "base", True),
+            (comfy(n4=nothing, n6={"text": ""}), "refiner", False),
+            (comfy(n4=nothing, n6={"text": ""}, n8={"negative": ["12", 0]}) | {"12": zeros}, "base", False),
+            (comfy(), "base", False),
+        )
+    ):
+        (tmp_path / f"{i}.json").write_text(json.dumps(graph))
+        like = ("--like", str(tmp_path / f"{i}.json"), "--ckpt", str(files[base]), "--sampler", "ddim")
+        more = () if base == "base" else ("--prompt-2", "")
+        status = txt2img.main([*like, *SMALL_ARGS, "--guidance", "2", "--out", str(tmp_path / f"{i}.png"), *more])
+        err = capsys.readouterr().err
+        assert base == "refiner" or status == 0, err
+        assert ("ComfyUI encodes the empty negative prompt" in err) is said
 
 
 def test_the_grid_of_sgm_has_a_name_everywhere():
