@@ -76,7 +76,7 @@ def test_an_empty_negative_prompt_with_a_second_one_is_not_zeros(base):
         ({"prompt_2": 3}, "prompt_2 must be"),
         ({"negative_2": torch.zeros(1, 77, 160)}, "negative_2 must be a text or a list of texts, got a tensor"),
         ({"prompt_2": "a [b:c:0.5]", "web_ui_prompts": True}, "prompt_2 cannot have AND, "),
-        ({"negative_2": "a AND b", "web_ui_prompts": True}, "negative_2 cannot have AND, "),
+        ({"negative_2": "a [b|c]", "web_ui_prompts": True}, "negative_2 cannot have "),
         ({"prompt": "a AND b", "prompt_2": "c", "web_ui_prompts": True}, "prompt_2 cannot be combined with AND"),
     ],
 )
