@@ -1,8 +1,9 @@
 """Images and their latents: sizes, and the VAE for images of any size in any precision.
 
 Large images pass through the VAE in strips. Its activations can exceed float16, so an output that is not finite is
-computed again in float32: a black image is never returned. What has exceeded it once is computed in float32 from then
-on (`VAE.overflows`): SDXL's original VAE always does.
+computed again in float32: a black image is never returned. SDXL's original VAE always exceeds it: what has exceeded it
+once is computed in float32 from then on (`VAE.overflows`). The VAE of Stable Diffusion is tried again each time, as it
+only does for few images.
 
 >>> from sd.config import SD1
 >>> latent_shape(SD1), latent_shape(SD1, height=768), image_size(SD1, (1000, 700))
@@ -20,11 +21,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .config import Config, TinyVAEConfig, VAEConfig
+from .config import SDXL, Config, TinyVAEConfig, VAEConfig
 from .imaging.tensors import to_pil
 from .models.build import Autoencoder
 from .models.taesd import NO_ENCODER
-from .models.vae import Gaussian
+from .models.vae import VAE, Gaussian
 from .runtime.device import dtype_name
 from .runtime.tiny_vae_tiling import decode_tiny_in_strips, encode_tiny_in_strips
 from .runtime.vae_tiling import decode_in_strips, encode_in_strips
@@ -105,6 +106,8 @@ def encode(vae: Autoencoder, pixels: Tensor, note: Note) -> Gaussian:
     def run(vae: Autoencoder, x: Tensor, most: int) -> Tensor:
         return torch.stack(ENCODE_IN_STRIPS[type(vae.config)](vae, x) if count > most else vae.encode(x))
 
+    if vae.overflows:
+        _note_known("latent", vae, note)
     mean, std = _finite("latent", run, vae, lambda: copy.deepcopy(vae).float(), pixels, note)
     return Gaussian(mean, std)
 
@@ -124,7 +127,17 @@ def decode(vae: Autoencoder, z: Tensor, note: Note) -> list[Image.Image]:
     def run(vae: Autoencoder, x: Tensor, most: int) -> Tensor:
         return DECODE_IN_STRIPS[type(vae.config)](vae, x) if count > most else vae.decode(x)
 
+    if vae.overflows:
+        _note_known("image", vae, note)
     return [image for one in z.split(1) for image in to_pil(_finite("image", run, vae, exact, one, note))]
+
+
+def _note_known(what: str, vae: Autoencoder, note: Note) -> None:
+    """Say that an output is computed in float32, if that was found out in a run and not in loading, which says so."""
+    found_out = not (isinstance(vae, VAE) and vae.known_to_overflow)
+    bias = vae.decoder.conv_out.bias
+    if found_out and what in vae.overflows and bias is not None and bias.dtype == torch.float16:
+        note(f"the {what} is computed in float32: an earlier one was not finite in float16")
 
 
 def _finite(
@@ -154,6 +167,6 @@ def _finite(
             "damaged (try --no-cache), the guidance is too large, or the U-Net overflows in half precision (try "
             "--dtype float32)"
         )
-    if again and dtype == torch.float16:
+    if again and dtype == torch.float16 and isinstance(vae.config, VAEConfig) and vae.config.scale == SDXL.vae.scale:
         vae.overflows.add(what)
     return out.float()

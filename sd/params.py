@@ -107,8 +107,11 @@ class SamplingParams:
     target_width: int | None = setting(None, f"SDXL: width of the training image, {OWN}", PIXELS)
     aesthetic_score: float = setting(6.0, "SDXL's refiner: how beautiful the image is, about 2 to 7", number)
     negative_aesthetic_score: float = setting(2.5, "the same for the negative prompt", number)
-    refiner_from: float = setting(
-        0.8, "fraction of the steps of the whole grid after which the refiner continues, if one is given", SHARE
+    refiner_from: float | None = setting(
+        None,
+        "fraction of the steps of the whole grid after which the refiner continues, if one is given; None: SDXL's "
+        "refiner at the first timestep below 200, on which it was trained, other models after 0.8",
+        SHARE,
     )
     options: Mapping[str, float] = field(
         default_factory=dict, hash=False, metadata={"help": "of the sampler, such as eta or gamma"}

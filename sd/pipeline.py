@@ -56,7 +56,7 @@ from .models.unet import UNet
 from .models.vae import Gaussian
 from .params import HighRes, ImageToImage, Inpaint, SamplingParams, TextToImage
 from .prompts import TextEncoding
-from .refiner import check_fit, notes_on, with_refiner
+from .refiner import check_models, notes_on, with_refiner
 from .resources import EMBEDDED, resource
 from .run import Run, Sampling, image_to_image, inpaint, text_to_image
 from .runtime.cuda_graphs import Compiled, Recorded
@@ -127,8 +127,7 @@ class StableDiffusion(Adaptable, TextEncoding, Cached, Hints):
         compile      compile the U-Net, which takes minutes at the first image of each size. For GPUs: on x86 CPUs it is
                      slower than without, and a UserWarning says so
         progress     called with (parameters in this weight, parameters in total) after each weight is read
-        options      the fields of `LoadOptions`: config, weights, prediction, vae, text_encoder, variant, cache
-
+        options      the fields of `LoadOptions`: config, weights, prediction, vae, text_encoder, ...
         `about` says what was detected and chosen. Raises CheckpointError for files that are not a checkpoint, damaged,
         dangerous, or of another model; ValueError for a device or precision that is not available.
         """
@@ -299,7 +298,7 @@ class StableDiffusion(Adaptable, TextEncoding, Cached, Hints):
     def prepare(self, request: TextToImage, refiner: Self | None = None) -> Run:
         """Encode, draw noise and plan a run that can be iterated; `refiner` is the model of its last steps."""
         if refiner is not None:
-            check_fit(self.config, refiner.config)
+            check_models(self, refiner)
         if isinstance(request, HighRes):
             run: Run = high_res(self, request)
         elif isinstance(request, ImageToImage):

@@ -17,6 +17,8 @@ from .messages import counted
 def texts(name: str, value: object) -> tuple[str, ...]:
     """A list of texts, which is not empty; raises ValueError, with the name, for anything else."""
     if isinstance(context := getattr(value, "context", None), Tensor):
+        if getattr(value, "vector", None) is not None:  # which a request has no place for
+            raise ValueError(f"{name} must be a text or a list of texts, got a {type(value).__name__}: give the text")
         raise ValueError(
             f"{name} must be a text, a list of texts or a context, got a {type(value).__name__}: give its "
             f".context {tuple(context.shape)}"
@@ -31,9 +33,21 @@ def texts(name: str, value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
+def is_empty(prompts: str | Sequence[str] | Tensor | None) -> bool:
+    """Whether there is no prompt, or only empty texts."""
+    return not isinstance(prompts, Tensor) and not any(prompts or ())
+
+
 def count(prompts: Sequence[str] | Tensor) -> int:
     """The number of texts or contexts."""
     return len(prompts) if not isinstance(prompts, Tensor) or prompts.dim() else 0
+
+
+def context(name: str, value: Tensor, length: int, width: int) -> None:
+    """Raise ValueError, with the name, for a tensor that is not a context (B, k x length, width)."""
+    shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+    if len(shape) != 3 or 0 in shape or shape[1] % length or shape[2] != width or not value.is_floating_point():
+        raise ValueError(f"{name} must be a context (B, k x {length}, {width}) of this model, got {shape} in {dtype}")
 
 
 def negatives(negative: object, prompt: Any) -> tuple[str, ...] | Tensor:

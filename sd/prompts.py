@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from . import prompt_checks
 from .adapters.added import Adapters
 from .conditioning import Composition, Conditioning, TextOutput
 from .config import Config
@@ -90,6 +91,8 @@ class TextEncoding:
         if web_ui_prompts:
             prompts = [single_text(p, note) for p in prompts]
             return self.encode_weighted(prompts, second=second, clip_skip=clip_skip, note=note)
+        if second is not None:
+            second = prompt_checks.second("second", second, prompts)
         first, *others = self.tokenizers
         note_others: Note = (lambda message: None) if second is None else note  # what does not fit is said once
         ids = [first(prompts, note), *(tokenizer(second or prompts, note_others) for tokenizer in others)]
@@ -109,6 +112,8 @@ class TextEncoding:
         There are as many chunks k as the longest text needs; shorter ones are padded with those of the empty text. With
         several text encoders that is so for each, as a word of one tokenizer may be several tokens of another.
         """
+        if second is not None:
+            second = prompt_checks.second("second", second, texts)
         first, *others = self.tokenizers
         of_each = [(first, texts), *((tokenizer, second or texts) for tokenizer in others)]
         read = [rows(tokenizer, own) for tokenizer, own in of_each]
@@ -221,6 +226,11 @@ def guides(
             return Conditioning(text.hidden)
         return model.with_sizes(text, sizes_for(model.config, params, *run.size, negative=negative))
 
+    def nothing(like: Conditioning, count: int) -> Conditioning:
+        hidden = like.context.new_zeros(count, *like.context.shape[1:])
+        pooled = None if like.vector is None else hidden.new_zeros(count, model.config.text[-1].pooled_width)
+        return model.with_sizes(TextOutput(hidden, pooled), sizes_for(model.config, params, *run.size, negative=True))
+
     prompts, negatives = request.prompt, request.negative
     assert negatives is not None  # a request makes "" of None
     negatives = [negatives] if isinstance(negatives, str) else negatives
@@ -237,7 +247,7 @@ def guides(
             if second is not None:
                 second.check_unused()
             plan.note_late_edits(run, note)
-            return plan.guides(run.taken, encode)
+            return plan.guides(run.taken, encode, nothing)
         prompts, negatives = plan.first_texts()
     others: list[list[str] | None] = [None, None]
     if second is not None:
@@ -246,12 +256,17 @@ def guides(
     cond = Conditioning(prompts) if isinstance(prompts, Tensor) else encode(prompts, False, others[0])
     uncond = None
     if params.is_guided and model.config.unet.guidance is None:
-        uncond = Conditioning(negatives) if isinstance(negatives, Tensor) else encode(negatives, True, others[1])
+        zeros: list[bool] = []  # which of them are zeros in place of the encoded empty text
+        if model.config.zero_empty and not isinstance(negatives, Tensor):
+            zeros = [not "".join(texts).strip() for texts in zip(negatives, others[1] or negatives, strict=True)]
+        if zeros and all(zeros):
+            uncond = nothing(cond, len(zeros))
+        else:
+            uncond = Conditioning(negatives) if isinstance(negatives, Tensor) else encode(negatives, True, others[1])
         if uncond.context.shape[1] != cond.context.shape[1]:
             cond, uncond = _same_length(model, [cond, uncond], request.clip_skip)
-        if model.config.zero_empty and not isinstance(negatives, Tensor):
-            both = zip(negatives, others[1] or negatives, strict=True)
-            uncond = model.zeroed(uncond, [not (text + other).strip() for text, other in both])
+        if any(zeros) and not all(zeros):
+            uncond = model.zeroed(uncond, zeros)
         if len(uncond.context) > 1:  # one for each prompt
             uncond = uncond.repeat_each(params.n)
     return [Guide(cond.repeat_each(params.n) if params.n > 1 else cond, uncond)] * max(run.taken, 1)
@@ -261,11 +276,6 @@ def _same_length(model: StableDiffusion, parts: Sequence[Conditioning], clip_ski
     """Conditionings whose contexts have the length of the longest."""
     contexts = model.same_length(*(part.context for part in parts), clip_skip=clip_skip)
     return [part._replace(context=context) for part, context in zip(parts, contexts, strict=True)]
-
-
-def is_empty(prompts: str | Sequence[str] | Tensor | None) -> bool:
-    """Whether there is no prompt, or only empty texts."""
-    return not isinstance(prompts, Tensor) and not any(prompts or ())
 
 
 def _read(
@@ -315,8 +325,8 @@ class _Plan:
             if 0 < run.taken < run.steps and part.stages[-1].text != text_at(part.stages, run.taken - 1):
                 note(f"{run.taken} of {run.steps} steps are taken, and an edit of the prompt comes after them")
 
-    def guides(self, taken: int, encode: Encode) -> list[Guide]:
-        """The guide of each step."""
+    def guides(self, taken: int, encode: Encode, nothing: Callable[[Conditioning, int], Conditioning]) -> list[Guide]:
+        """The guide of each step; `nothing` makes zeros with the length of another conditioning."""
         guided = (self._params.is_guided and self._model.config.unet.guidance is None) or self._composed
         keys = [
             (_texts_at(self._prompts, step), _texts_at(self._negatives, step) if guided else None)
@@ -331,13 +341,15 @@ class _Plan:
         )
         given = [Conditioning(context) for context in self._given if context is not None]
         # one by one, so that a text has the same context whatever stands beside it
-        each = [encode([text], bool(negative)) for text, negative in texts]
-        padded = iter(_same_length(self._model, [*given, *each], self._request.clip_skip))
+        empty = [key for key in texts if key[1] and self._model.config.zero_empty and not key[0].strip()]
+        each = [encode([text], bool(negative)) for text, negative in texts if (text, negative) not in empty]
+        alike = _same_length(self._model, [*given, *each], self._request.clip_skip)
+        padded = iter(alike)
         self._given = [None if context is None else next(padded).context for context in self._given]
-        for (text, negative), cond in zip(texts, padded, strict=True):
-            if negative and self._model.config.zero_empty:
-                cond = self._model.zeroed(cond, [not text.strip()])
-            self._conds[text, bool(negative)] = cond
+        for text, negative in texts:
+            if (text, negative) not in empty:
+                self._conds[text, bool(negative)] = next(padded)
+        self._conds |= {(text, True): nothing(alike[0], 1) for text, _ in empty}
         made = {key: Guide(self._cond(key[0]), self._uncond(key[1])) for key in dict.fromkeys(keys)}
         return [made[key] for key in keys]
 
@@ -372,10 +384,7 @@ def _own_context(model: StableDiffusion, name: str, context: Tensor) -> Tensor:
     """
     if model.config.unet.vector is not None:
         raise ValueError(f"{name} must be a text for this model: its U-Net takes a pooled vector beside the context")
-    M, D = model.config.text[0].length, model.config.unet.context
-    shape, dtype = tuple(context.shape), str(context.dtype).removeprefix("torch.")
-    if len(shape) != 3 or 0 in shape or shape[1] % M or shape[2] != D or not context.is_floating_point():
-        raise ValueError(f"{name} must be a context (B, k x {M}, {D}) of this model, got {shape} in {dtype}")
+    prompt_checks.context(name, context, model.config.text[0].length, model.config.unet.context)
     return context.to(model.device, model.dtype)
 
 

@@ -31,7 +31,8 @@ from .models.build import Autoencoder
 from .models.vae import Gaussian
 from .noise import NoiseSource
 from .params import ImageToImage, Inpaint, ResolvedParams, TextToImage
-from .prompts import Pass, guides, is_empty
+from .prompt_checks import is_empty
+from .prompts import Pass, guides
 from .runtime.circular import CircularPadding, circular
 from .runtime.deep_cache import DeepCache
 from .samplers import BROWNIAN, SAMPLERS, Denoise, Noise, Sampler, Step
@@ -253,12 +254,7 @@ class Unchanged(Run):
     """The run of a request that changes nothing, as its mask is empty: no steps, and copies of the image."""
 
     def __init__(
-        self,
-        model: StableDiffusion,
-        request: TextToImage,
-        params: ResolvedParams,
-        notes: list[str],
-        image: Image.Image,
+        self, model: StableDiffusion, request: TextToImage, params: ResolvedParams, notes: list[str], image: Image.Image
     ) -> None:
         self.model, self.request, self.params, self.notes, self.image = model, request, params, notes, image
         self.levels = Levels([], model.schedule)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .config import Config
 from .params import TextToImage
 from .text.prompt_editing import changes
-from .text.prompt_syntax import read_prompt
+from .text.prompt_syntax import read_negative, read_prompt
 
 NAMES = ("prompt_2", "negative_2")
 
@@ -69,6 +69,11 @@ def for_refiner(request: TextToImage, config: Config) -> TextToImage:
 
 def _single(name: str, text: str, note: Callable[[str], object]) -> str:
     """A text of the web UI's syntax that is the same in all steps, without comments. Raises ValueError for others."""
+    if name == "negative_2":  # whose rules are others: AND is a word, and there is no weight at its end
+        stages = read_negative(text, 1, note=note)
+        if changes(text):
+            raise ValueError(f"{name} cannot have [a:b:0.5] or [a|b]: leave them out")
+        return stages[0].text
     parts = read_prompt(text, 1, note=note)
     if len(parts) > 1 or parts[0].weight != 1 or changes(text):
         raise ValueError(f"{name} cannot have AND, [a:b:0.5], [a|b] or a weight at its end: leave them out")

@@ -43,7 +43,8 @@ ALLOWED = {
     "training": {"checkpoints", "conditioning", "config", "denoiser", "models", "samplers", "schedule"},
     "latents": {"config", "imaging", "models", "runtime", "settings", "text"},
     "prompts": {
-        "adapters", "conditioning", "config", "models", "params", "second_prompts", "size_conditioning", "text",
+        "adapters", "conditioning", "config", "models", "params", "prompt_checks", "second_prompts",
+        "size_conditioning", "text",
     },
     "second_prompts": {"config", "params", "text"},
     "size_conditioning": {"config", "messages", "models", "params"},
@@ -51,11 +52,12 @@ ALLOWED = {
     "recipes": {"imaging", "messages", "params", "samplers", "schedule", "text"},
     "run": {
         "conditioning", "config", "denoiser", "few_step", "imaging", "latents", "messages", "models", "noise", "params",
-        "prompts", "runtime", "samplers", "schedule",
+        "prompt_checks", "prompts", "runtime", "samplers", "schedule",
     },
     "hires": {"config", "imaging", "latents", "params", "run", "samplers", "schedule"},
     "refiner": {
-        "config", "denoiser", "hires", "messages", "params", "run", "runtime", "second_prompts", "size_conditioning",
+        "config", "denoiser", "hires", "messages", "params", "run", "runtime", "schedule", "second_prompts",
+        "size_conditioning",
     },
     "pipeline": {
         "adapters", "checkpoints", "conditioning", "config", "denoiser", "files", "hints", "hires", "imaging",

@@ -13,6 +13,7 @@ from common import TINY, TINY_INPAINT, tiny_state
 from PIL import Image
 from safetensors.torch import save_file
 from test_lora import SCHEMES, lora_file, saved
+from torch import nn
 
 from sd.checkpoints.checkpoint import CheckpointError
 from sd.pipeline import StableDiffusion
@@ -258,6 +259,56 @@ def test_two_models_take_turns():
     assert first._lock is second._lock
     other = copy.deepcopy(first)
     assert other["vae"] is not None and first._here == "unet"
+
+
+class Waiting:
+    """A lock that one thread gets only after an event: as if another thread had been before it."""
+
+    def __init__(self, name: str) -> None:
+        self._lock, self._name = threading.RLock(), name
+        self.waits, self.free = threading.Event(), threading.Event()
+
+    def __enter__(self) -> None:
+        if threading.current_thread().name == self._name:
+            self.waits.set()
+            assert self.free.wait(10)
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+
+def test_a_thread_that_waits_while_two_models_are_joined():
+    """It waits for the lock that both have then: the other model must not drop the weights it uses."""
+    with torch.device("meta"):
+        layers = [{"unet": nn.Linear(4, 4)} for _ in range(2)]
+    read = lambda name, network: network.to_empty(device="cpu")  # noqa: E731
+    one, other = (Offload(networks, torch.device("cpu"), read) for networks in layers)
+    other._lock = lock = Waiting("user")
+    inside, done, seen = threading.Event(), threading.Event(), []
+
+    def use() -> None:
+        with other.use("unet") as network:
+            inside.set()
+            done.wait(10)
+            seen.append(network.weight.is_meta)
+
+    def take() -> None:
+        with one.use("unet"):
+            seen.append("the turn of the other")
+
+    user, taker = threading.Thread(target=use, name="user"), threading.Thread(target=take)
+    user.start()
+    assert lock.waits.wait(10)
+    one.take_turns_with(other)
+    lock.free.set()
+    assert inside.wait(10)
+    taker.start()
+    taker.join(0.2)
+    done.set()
+    user.join(10)
+    taker.join(10)
+    assert seen == [False, "the turn of the other"]
 
 
 @pytest.mark.parametrize("read", [True, False], ids=["read again", "moved"])

@@ -170,7 +170,7 @@ VALUES = [
     ((', ControlNet 0: "Module: x, Model: y"', "Euler"), {}, "not reproduced: ControlNet 0"),
     (
         (", Face restoration: CodeFormer, Refiner: xl", "Euler"),
-        {"refiner_from": 0.8},
+        {"refiner_from": None},
         "not reproduced: Face restoration",
     ),
     (

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import TINY_XL, manifest, tiny_state
+from common import TINY, TINY_XL, manifest, tiny_state
 from conftest import loaded
 from safetensors.torch import save_file
 from test_few_step_models import Given
@@ -241,7 +241,7 @@ def test_tiny_autoencoders_of_both_families():
 def test_which_vaes_are_known_to_overflow():
     assert overflows(vae_header("m/sd_xl_base_1.0.safetensors"), SDXL) == "going by the name sd_xl_base_1.0"
     assert overflows(vae_header("m/sd_xl_refiner_1.0.safetensors"), SDXL_REFINER)
-    assert overflows(vae_header(vae={"force_upcast": True}), SDXL) == "vae/config.json says so (force_upcast)"
+    assert overflows(vae_header(vae={"force_upcast": True}), SDXL) == "force_upcast in its vae/config.json"
     for file in (
         vae_header("m/sdxl_vae.safetensors"),  # may be the fixed one
         vae_header("sdxl-vae-fp16-fix/sd_xl_base_1.0.safetensors"),
@@ -260,7 +260,7 @@ def counted(model: StableDiffusion) -> list[torch.dtype]:
 
 
 def test_an_overflow_is_remembered():
-    """One decode in vain for a model, not for an image; the note comes once; the images are those of float32."""
+    """One decode in vain for a model, not for an image; later ones say so; the images are those of float32."""
     model = StableDiffusion(TINY_XL, **loaded(tiny_state("tiny-sdxl"), TINY_XL, torch.float16))
     with torch.no_grad():  # beyond float16 inside of the decoder, not at its ends
         model.vae.decoder.conv_in.weight.mul_(3e4)
@@ -269,7 +269,8 @@ def test_an_overflow_is_remembered():
     assert runs == [torch.float16, torch.float32, torch.float32]
     assert notes == ["the image is not finite in float16: computing it again in float32"]
     again = model.decode(z, notes.append)
-    assert runs[3:] == [torch.float32] * 2 and len(notes) == 1
+    assert runs[3:] == [torch.float32] * 2
+    assert notes[1:] == ["the image is computed in float32: an earlier one was not finite in float16"]
     assert [image.tobytes() for image in again] == [image.tobytes() for image in first]
     assert next(model.vae.parameters()).dtype == torch.float16 and model.vae.overflows == {"image"}
     # latents that are not finite say nothing about the VAE
@@ -277,6 +278,21 @@ def test_an_overflow_is_remembered():
     with pytest.raises(ArithmeticError):
         model.decode(torch.full_like(z, float("nan")), notes.append)
     assert not model.vae.overflows
+
+
+def test_an_overflow_of_stable_diffusions_vae_is_one_of_the_image():
+    """It is tried in float16 again."""
+    model = StableDiffusion(TINY, **loaded(tiny_state(), TINY, torch.float16))
+    weight = model.vae.decoder.conv_in.weight.clone()
+    with torch.no_grad():
+        model.vae.decoder.conv_in.weight.mul_(3e4)
+    z, runs, notes = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), counted(model), []
+    model.decode(z, notes.append)
+    assert runs == [torch.float16, torch.float32] and not model.vae.overflows
+    with torch.no_grad():
+        model.vae.decoder.conv_in.weight.copy_(weight)
+    model.decode(z, notes.append)
+    assert runs[2:] == [torch.float16] and len(notes) == 1
 
 
 def test_in_float32_it_works_in_strips_sooner(monkeypatch):

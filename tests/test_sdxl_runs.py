@@ -26,7 +26,7 @@ from scripts import convert as convert_script
 from sd import StableDiffusion
 from sd.checkpoints.convert import convert
 from sd.conditioning import Composition, Conditioning
-from sd.config import SDXL, SDXL_REFINER
+from sd.config import SDXL, SDXL_REFINER, TinyVAEConfig
 from sd.params import HighRes, ImageToImage, Inpaint, TextToImage
 from sd.refiner import check_fit
 from sd.size_conditioning import size_embedding
@@ -126,11 +126,53 @@ def test_every_task_can_be_refined(task, base, refiner):
 def test_a_switch_below_what_the_refiner_was_trained_on_is_said(base, refiner):
     """The fraction in the note gives it those timesteps."""
     settings = {"sampler": "dpmpp_2m", "spacing": "karras", "steps": 20}
-    (note,) = base.prepare(TextToImage(PROMPT, params(**settings)), refiner).notes
-    assert "the timesteps up to 15; it was trained on those below 200, which refiner_from 0.6 gives it" in note
+    (note,) = base.prepare(TextToImage(PROMPT, params(**settings, refiner_from=0.8)), refiner).notes
+    assert "only timesteps up to 15; it was trained on all below 200, for which refiner_from is 0.6" in note
     run = base.prepare(TextToImage(PROMPT, params(**settings, refiner_from=0.6)), refiner)
     assert run.notes == [] and run.levels[11].t >= 200 > run.levels[12].t
-    assert base.prepare(TextToImage(PROMPT, params(**settings)), base).notes == []  # was trained on all
+    assert base.prepare(TextToImage(PROMPT, params(**settings, refiner_from=0.8)), base).notes == []  # trained on all
+
+
+def test_by_default_the_refiner_takes_what_it_was_trained_on(base, refiner, monkeypatch):
+    """On the grid of Karras as well; the fraction is put into the parameters, and gives the same run."""
+    first, last = timesteps(base, monkeypatch), timesteps(refiner, monkeypatch)
+    settings = {"sampler": "dpmpp_2m", "spacing": "karras", "steps": 25}
+    run = base.prepare(TextToImage(PROMPT, params(**settings)), refiner)
+    assert run.notes == [] and run.params.refiner_from == 16 / 25
+    x = finish(run)
+    assert (len(first), len(last)) == (16, 9) and first[-1] >= 200 > last[0]
+    again = base.prepare(TextToImage(PROMPT, params(**settings, refiner_from=run.params.refiner_from)), refiner)
+    assert torch.equal(finish(again), x)
+    assert base.prepare(TextToImage(PROMPT, params(**settings)), base).params.refiner_from == 0.8  # another model
+
+
+def test_the_base_begins_where_there_is_noise_alone(base, refiner):
+    """Unless the refiner is asked to, which is said to be none of its tasks."""
+    run = base.prepare(TextToImage(PROMPT, params(steps=1, refiner_from=0.8)), refiner)
+    assert run.notes == ["refiner_from 0.8 of 1 step leaves no steps to the refiner"]
+    run = base.prepare(TextToImage(PROMPT, params(steps=3, refiner_from=0.3)), refiner)
+    assert "all" not in " ".join(run.notes) and "low noise only" not in " ".join(run.notes)
+    run = base.prepare(TextToImage(PROMPT, params(steps=3, refiner_from=0)), refiner)
+    assert "tiny sdxl refiner was trained on low noise only" in run.notes[0]
+    later = ImageToImage(PROMPT, params(refiner_from=0), image=photo(), strength=0.5)
+    assert base.prepare(later, refiner).notes == ["the refiner takes all 5 steps"]
+
+
+def test_what_is_no_refiner_is_said_before_anything_is_encoded(base, refiner, monkeypatch):
+    monkeypatch.setattr(base, "_encode", None)
+    with pytest.raises(ValueError, match=r"refiner must be a model, .* got 'refiner.safetensors'"):
+        base.txt2img("a cat", refiner="refiner.safetensors")
+    monkeypatch.setitem(refiner.__dict__, "device", torch.device("meta"))
+    with pytest.raises(ValueError, match="the refiner is on meta, the model on cpu"):
+        base.prepare(TextToImage("a cat"), refiner)
+
+
+def test_a_tiny_vae_has_the_latents_of_the_unet():
+    """Of a base with a tiny VAE, whose scale says nothing of its U-Net."""
+    tiny = TinyVAEConfig()
+    assert tiny.factor == SDXL.vae.factor and tiny.scale != SDXL.vae.scale
+    check_fit(replace(SDXL, vae=tiny), SDXL_REFINER)
+    check_fit(SDXL, replace(SDXL_REFINER, vae=tiny))
 
 
 def test_in_high_resolution_the_second_pass_is_refined(base, refiner, monkeypatch):
@@ -159,8 +201,11 @@ def test_each_model_is_told_its_own_sizes(base, refiner, monkeypatch):
         (TINY, TINY_REFINER, "the model is tiny v1"),
         (TINY_XL, TINY, "the refiner is tiny v1"),
         (TINY_XL, TINY_XL_INPAINT, "needs a mask in every step: use one with 4 input channels"),
-        (TINY_XL, replace(TINY_REFINER, vae=replace(TINY_XL.vae, scale=0.18215)), "latents have the scale 0.18215"),
-        (TINY_XL, replace(TINY_REFINER, vae=replace(TINY_XL.vae, channels=(64, 64, 128))), "the reduction 4"),
+        (TINY_XL, replace(TINY_REFINER, vae=replace(TINY_XL.vae, scale=0.18215)), "scale of its latents is 0.18215"),
+        (
+            TINY_XL, replace(TINY_REFINER, vae=replace(TINY_XL.vae, channels=(64, 64, 128))),
+            "the reduction of its latents is 4",
+        ),
         (
             TINY_XL, replace(TINY_REFINER, schedule=replace(SDXL.schedule, prediction="v", zero_snr=True)),
             "another noise schedule",
@@ -333,11 +378,48 @@ def test_weights_and_long_prompts(base):
     assert torch.isfinite(finish(base.prepare(TextToImage("a cat, " * 60, params(), web_ui_prompts=True)))).all()
 
 
-def test_cached_features(base):
+def test_an_empty_negative_prompt_is_not_encoded(base):
+    """It is zeros; with one that is not empty beside it, and one that becomes empty, only those are."""
+    heard = []
+    encoders = (base.text_encoder, base.text_encoder_2)
+    hooks = [
+        encoder.register_forward_hook(lambda module, args, out: heard.append(len(args[0]))) for encoder in encoders
+    ]
+    for request, counts in (
+        (TextToImage("a cat", params()), [1, 1]),
+        (TextToImage("a cat", params(), " ", web_ui_prompts=True), [1, 1]),
+        (TextToImage(["a cat", "a dog"], params(exact=True), ["", ""]), [1, 1, 1, 1]),
+        (TextToImage(["a cat", "a dog"], params(), ["", "fog"]), [2, 2, 2, 2]),
+        (TextToImage("a [cat:dog:0.5]", params(), "[fog::0.5]", web_ui_prompts=True), [1] * 6),
+        (TextToImage("a cat", params(), "", negative_2="fog"), [1] * 4),
+    ):
+        heard.clear()
+        guides = base.prepare(request).guides
+        assert heard == counts
+        unconds = [guides[0].uncond, guides[-1].uncond]
+        assert [bool(uncond.context[0].any()) for uncond in unconds] == {
+            "[fog::0.5]": [True, False], "": [request.negative_2 is not None] * 2,
+        }.get(request.negative, [False, False])  # fmt: skip
+        assert unconds[-1].context.shape[1:] == (77, 160) and unconds[-1].vector[0, 96:].any()
+    for hook in hooks:
+        hook.remove()
+
+
+def test_cached_features(base, refiner):
     """The first evaluation is whole, the second reuses it; both models of a run have their own cache."""
     whole, cached = (list(base.prepare(TextToImage("a cat", params(cache_interval=k)))) for k in (1, 2))
     assert torch.equal(whole[0].x0, cached[0].x0) and error(cached[1].x0, whole[1].x0) > 1e-6
     assert error(cached[-1].x, whole[-1].x) < 0.5
+    deep = []  # whose lowest blocks run: they are what is reused
+    hooks = [
+        model.unet.mid.register_forward_hook(lambda *_, name=name: deep.append(name))
+        for model, name in ((base, "base"), (refiner, "refiner"))
+    ]
+    # the base takes three steps; after the third, it would reuse its features
+    finish(base.prepare(TextToImage("a cat", params(cache_interval=2, steps=5, refiner_from=0.6)), refiner))
+    for hook in hooks:
+        hook.remove()
+    assert deep == ["base", "base", "refiner"]
 
 
 def test_tiles(base):

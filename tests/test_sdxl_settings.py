@@ -11,7 +11,9 @@ import torch
 from common import TINY_XL, error, tiny_state
 from conftest import loaded
 from PIL import Image
+from safetensors.torch import save_file
 from sdxl_common import TINY_REFINER, finish, guide_of, model_of, params, random_weights
+from test_sdxl_adapters import two
 
 from scripts import convert as convert_script
 from scripts import img2img, txt2img
@@ -74,7 +76,7 @@ def test_an_empty_negative_prompt_with_a_second_one_is_not_zeros(base):
         ({"prompt_2": 3}, "prompt_2 must be"),
         ({"negative_2": torch.zeros(1, 77, 160)}, "negative_2 must be a text or a list of texts, got a tensor"),
         ({"prompt_2": "a [b:c:0.5]", "web_ui_prompts": True}, "prompt_2 cannot have AND, "),
-        ({"negative_2": "a AND b", "web_ui_prompts": True}, "negative_2 cannot have AND, "),
+        ({"negative_2": "a [b|c]", "web_ui_prompts": True}, "negative_2 cannot have "),
         ({"prompt": "a AND b", "prompt_2": "c", "web_ui_prompts": True}, "prompt_2 cannot be combined with AND"),
     ],
 )
@@ -85,7 +87,9 @@ def test_second_prompts_that_cannot_be(settings, message, base):
 
 def test_second_prompts_of_models_with_one_text_encoder(tiny_sd, base, refiner):
     for model in (tiny_sd, refiner):
-        with pytest.raises(ValueError, match=f"prompt_2 is for a second text encoder, and {model.config.name} has one"):
+        with pytest.raises(
+            ValueError, match=f"prompt_2 is for a second text encoder, but {model.config.name} has only one"
+        ):
             model.prepare(TextToImage("a cat", params(), prompt_2="a dog"))
     # beside a base, the refiner's encoder reads what the second one of the base does
     with_two = base.prepare(TextToImage(["a cat", "a cow"], params(), prompt_2="a dog", negative_2="fog"), refiner)
@@ -190,6 +194,28 @@ def test_all_settings_and_their_metadata(files, base, refiner, tmp_path, capsys)
     assert (other.params.crop_left, other.params.crop_top, other.params.original_width) == (0, 0, 200)
 
 
+def test_a_refiner_is_loaded_as_the_model_is(files, tmp_path, capsys, monkeypatch):
+    """With the same progress bar and copy in the cache folder; what was detected is said, and what it cannot read."""
+    options, load = [], StableDiffusion.load
+
+    def seen(path, **given):
+        options.append(given)
+        return load(path, **given)
+
+    monkeypatch.setattr(StableDiffusion, "load", seen)
+    save_file(two(2), tmp_path / "style.safetensors")
+    models = ("--ckpt", str(files["base"]), "--refiner", str(files["refiner"]))
+    words = ("--embedding", str(tmp_path / "style.safetensors"))
+    assert txt2img.main(["a style cat", *models, *words, *SMALL_ARGS, "--out", str(tmp_path / "a.png")]) == 0
+    said = capsys.readouterr()
+    assert all(given.keys() >= {"progress", "cache", "low_memory", "compile"} for given in options)
+    assert options[0]["cache"] == options[1]["cache"] and "variant" not in options[1]  # it is a file
+    assert "refiner: an empty negative prompt is encoded like any text" in said.out
+    assert "the refiner reads style as plain text: embeddings are added to the model alone" in said.err
+    assert txt2img.main(["a cat", *models, *words, *SMALL_ARGS, "--out", str(tmp_path / "b.png")]) == 0
+    assert "the refiner reads" not in capsys.readouterr().err
+
+
 def test_another_prompt_is_not_given_the_second_one_of_a_recipe(files, tmp_path):
     out = ("--out", str(tmp_path / "a.png"))
     assert txt2img.main(["a cat", "--ckpt", str(files["base"]), *SMALL_ARGS, "--prompt-2", "a dog", *out]) == 0
@@ -197,6 +223,35 @@ def test_another_prompt_is_not_given_the_second_one_of_a_recipe(files, tmp_path)
     assert txt2img.main(["a cow", *like]) == 0
     request = read_request(tmp_path / "b.png").request
     assert (request.prompt, request.prompt_2) == (("a cow",), None)
+
+
+def test_another_negative_prompt_is_not_given_the_second_one_of_a_recipe(files, tmp_path):
+    """As for the prompt; a second one that is given stays."""
+    model = ("--ckpt", str(files["base"]))
+    first = ("a cat", "--negative", "fog", "--negative-2", "red", *model, *SMALL_ARGS)
+    assert txt2img.main([*first, "--out", str(tmp_path / "a.png")]) == 0
+    like = ("--like", str(tmp_path / "a.png"), *model)
+    for i, (more, wanted) in enumerate(
+        (
+            ((), ("fog", "red")),
+            (("--negative", "mist"), ("mist", None)),
+            (("--negative", "mist", "--negative-2", "blue"), ("mist", "blue")),
+        )
+    ):
+        assert txt2img.main([*like, *more, "--out", str(tmp_path / f"{i}.png")]) == 0
+        request = read_request(tmp_path / f"{i}.png").request
+        assert (request.negative, request.negative_2) == wanted
+
+
+def test_second_prompts_that_are_empty_are_kept(files, tmp_path):
+    """They say that the second text encoder reads nothing."""
+    model, first, again = ("--ckpt", str(files["base"])), tmp_path / "a.png", tmp_path / "b.png"
+    arguments = ("a cat", "--negative", "fog", "--prompt-2", "", "--negative-2", "", *model, *SMALL_ARGS)
+    assert txt2img.main([*arguments, "--out", str(first)]) == 0
+    request = read_request(first).request
+    assert (request.prompt_2, request.negative_2) == ("", "")
+    assert txt2img.main(["--like", str(first), *model, "--out", str(again)]) == 0
+    assert np.array_equal(pixels(first), pixels(again))
 
 
 def test_lines_of_settings(files, tmp_path):
@@ -216,14 +271,17 @@ def test_a_refiner_is_an_image_to_image_model(files, tmp_path):
     assert img2img.main([*arguments, *SMALL_ARGS, "--out", str(tmp_path / "a.png")]) == 0
     both = ("--ckpt", str(files["base"]), "--refiner", str(files["refiner"]), "--strength", "0.6")
     assert img2img.main(["a cat", str(photo), *both, *SMALL_ARGS, "--out", str(tmp_path / "b.png")]) == 0
-    assert "Refiner switch at: 0.8" in text_of(tmp_path / "b.png")
+    assert "Refiner switch at: 0.6" in text_of(tmp_path / "b.png")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--refiner", "REFINER"), "a refiner continues a run of an SDXL model, but the model is pocket: leave it out"),
-        (("--ckpt", "BASE", "--refiner", "POCKET"), "and the refiner is pocket"),
+        (
+            ("--ckpt", "BASE", "--refiner", "POCKET"),
+            "a refiner continues a run of an SDXL model, but the refiner is pocket",
+        ),
         (("--ckpt", "BASE", "--refiner", "nowhere.safetensors"), "nowhere.safetensors"),
         (
             ("--ckpt", "BASE", "--refiner", "REFINER", "--refiner-from", "1.5"),
@@ -241,13 +299,10 @@ def test_wrong_arguments(arguments, message, files, tmp_path, capsys, monkeypatc
 
     monkeypatch.setattr(StableDiffusion, "load", no_loading if "--prompt-2" not in arguments else StableDiffusion.load)
     paths = {"BASE": files["base"], "REFINER": files["refiner"], "POCKET": resource("weights/pocket.safetensors")}
-    with pytest.MonkeyPatch.context():
-        try:
-            status = txt2img.main(
-                ["a cat", *(str(paths.get(a, a)) for a in arguments), "--out", str(tmp_path / "a.png")]
-            )
-        except SystemExit as error:
-            status = error.code
+    try:
+        status = txt2img.main(["a cat", *(str(paths.get(a, a)) for a in arguments), "--out", str(tmp_path / "a.png")])
+    except SystemExit as error:
+        status = error.code
     said = capsys.readouterr().err
     assert status != 0 and message in said and len(said.strip().split("\n")) == 1, said
 
@@ -354,6 +409,7 @@ def comfy(**changed) -> dict:
         "7": ("EmptyLatentImage", {**size, "batch_size": 1}),
         "8": ("KSamplerAdvanced", {
             **sampler, "add_noise": "enable", "start_at_step": 0, "end_at_step": 20, "model": ["1", 0],
+            "return_with_leftover_noise": "enable",
             "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["7", 0],
         }),
         "9": ("KSamplerAdvanced", {
@@ -383,17 +439,22 @@ def test_base_and_refiner_of_comfyui():
     ("changed", "settings", "note"),
     [
         (
-            {node: {"width": 4096, "crop_w": 9, "crop_h": 8, "target_height": 512} for node in ("n3", "n4")},
+            {
+                **{node: {"width": 4096, "crop_w": 9, "crop_h": 8, "target_height": 512} for node in ("n3", "n4")},
+                **{node: {"width": 4096} for node in ("n5", "n6")},
+            },
             {"original_width": 4096, "crop_left": 9, "crop_top": 8, "target_height": 512, "original_height": None},
             "",
         ),
         ({"n4": {"height": 300}}, {"original_height": None}, "not reproduced: height 300 of the negative prompt alone"),
+        ({"n5": {"height": 768}}, {"original_height": None}, "not reproduced: height 768 of the refiner alone"),
+        ({"n8": {"return_with_leftover_noise": "disable"}}, {"refiner_from": None}, "only steps 0 to 20 of 25"),
         ({"n9": {"cfg": 5.0}}, {"refiner_from": 0.8}, "not reproduced: cfg 5.0 of the second sampler alone"),
         ({"n6": {"text": "mist"}}, {"refiner_from": 0.8}, "the negative prompt of the second sampler, 'mist'"),
-        ({"n2": {"ckpt_name": "sd_xl_base_1.0.safetensors"}}, {"refiner_from": 0.8, "steps": 25}, ""),
-        ({"n2": {"ckpt_name": ""}}, {"refiner_from": 0.8}, "a later pass is not reproduced"),
+        ({"n2": {"ckpt_name": "sd_xl_base_1.0.safetensors"}}, {"refiner_from": None, "steps": 25}, ""),
+        ({"n2": {"ckpt_name": ""}}, {"refiner_from": None}, "a later pass is not reproduced"),
         ({"n8": {"end_at_step": 10}, "n9": {"start_at_step": 10}}, {"refiner_from": 0.4}, ""),
-        ({"n9": {"start_at_step": 15}}, {"refiner_from": 0.8}, "a later pass is not reproduced"),
+        ({"n9": {"start_at_step": 15}}, {"refiner_from": None}, "a later pass is not reproduced"),
         ({"n9": {"add_noise": "enable"}}, {"aesthetic_score": 6.0}, "the sampler runs only steps 0 to 20 of 25"),
     ],
 )
@@ -401,6 +462,24 @@ def test_graphs_of_comfyui(changed, settings, note):
     recipe = read_graph(comfy(**changed))
     assert {name: getattr(recipe.request.params, name) for name in settings} == settings
     assert (note in " ".join(recipe.notes)) if note else recipe.notes == ()
+
+
+def test_an_empty_negative_prompt_of_comfyui_is_encoded(files, tmp_path, capsys):
+    """Which is said of a model for which it is zeros, unless they are zeros in the graph as well."""
+    empty = {"n3": {"text_l": "a cat"}, "n4": {"text_l": "", "text_g": ""}, "n6": {"text": ""}}
+    zeros = {"12": {"class_type": "ConditioningZeroOut", "inputs": {"conditioning": ["4", 0]}}}
+    for i, (graph, model, said) in enumerate(
+        (
+            (comfy(**empty), "base", True),
+            (comfy(**empty), "refiner", False),
+            (comfy(**empty, n8={"negative": ["12", 0]}) | zeros, "base", False),
+            (comfy(), "base", False),
+        )
+    ):
+        (tmp_path / f"{i}.json").write_text(json.dumps(graph))
+        like = ("--like", str(tmp_path / f"{i}.json"), "--ckpt", str(files[model]), "--spacing", "trailing")
+        assert txt2img.main([*like, *SMALL_ARGS, "--out", str(tmp_path / f"{i}.png")]) == 0
+        assert ("ComfyUI encodes the empty negative prompt" in capsys.readouterr().err) is said
 
 
 def test_the_grid_of_sgm_has_a_name_everywhere():

@@ -23,7 +23,7 @@ from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.models.vae import VAE
 from sd.params import SamplingParams, TextToImage
-from sd.prompts import size_embedding
+from sd.size_conditioning import size_embedding
 from sd.study import (
     attention,
     attention_figures,

@@ -21,7 +21,7 @@ from sd.text.prompt_syntax import plain, texts_of
 
 from .cli import Parser, file_path, home
 from .output import ModelHash
-from .prompt_loras import PromptLoras, check_folder, merge_loras, prompt_texts, tag_name
+from .prompt_loras import PromptLoras, all_texts, check_folder, merge_loras, tag_name
 
 RENAMED = ("--weighted-prompts", "--long-prompts")  # of earlier versions, each a part of --web-ui-prompts
 
@@ -174,6 +174,15 @@ class AddOns:
                     stacklevel=1,
                 )
 
+    def warn_of_refiner(self, model: sd.StableDiffusion) -> None:
+        """Warn of embeddings that prompts use: the refiner, whose text encoder is another one, reads their words."""
+        ids = {i for text in self._texts for i in model.tokenizer.encode(text)} if self._words else set()
+        if used := [word for word in self._words if ids & set(model.tokenizer.added[word])]:
+            warnings.warn(
+                f"the refiner reads {' or '.join(used)} as plain text: embeddings are added to the model alone",
+                stacklevel=1,
+            )
+
     def tags(self) -> list[str]:
         """The merged LoRAs for the metadata, in the syntax of other tools."""
         named = [(name, lora.weight) for name, lora in zip(self._names, self._loras, strict=True)]
@@ -201,5 +210,5 @@ class AddOns:
 
 def _texts(request: TextToImage) -> list[str]:
     """What the prompts of a request say, the negative ones included, without the web UI's syntax."""
-    prompts = [text for given in (request.prompt, request.negative) for text in prompt_texts(given)]
+    prompts = [text for texts in all_texts(request) for text in texts]
     return [plain(text) for prompt in prompts for text in texts_of(prompt)] if request.web_ui_prompts else prompts

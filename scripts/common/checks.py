@@ -15,7 +15,7 @@ from sd.models.text_encoder import layers_of_clip_skip
 from sd.params import HighRes, ImageToImage, Inpaint, TextToImage
 from sd.text.prompt_syntax import check_prompt, chunks, texts_of
 
-from .prompt_loras import prompt_texts
+from .prompt_loras import all_texts, prompt_texts
 from .prompts import Line
 
 UNKNOWN = 200  # characters of unknown words that are shown
@@ -24,12 +24,11 @@ UNKNOWN = 200  # characters of unknown words that are shown
 def check_prompts(request: TextToImage) -> None:
     """Raise the ValueError that the prompts of a request lead to, before a large model is loaded."""
     if request.web_ui_prompts:
-        for text in prompt_texts(request.prompt):
+        prompts, negatives = all_texts(request)
+        for text in prompts:
             check_prompt(text)
-        for text in prompt_texts(request.negative):
+        for text in negatives:
             check_prompt(text, negative=True)
-        for text in (*prompt_texts(request.prompt_2 or ()), *prompt_texts(request.negative_2 or ())):
-            check_prompt(text)
 
 
 def check_all(model: sd.StableDiffusion, lines: Sequence[Line], requests: Sequence[TextToImage]) -> None:

@@ -38,10 +38,11 @@ from .arguments import NICKNAMES, check_previews
 from .checks import check_all, check_prompts, warn_of_unknown_words
 from .cli import describe, keep_freed_memory, said
 from .default_lora import default_lora
+from .loading import load_model
 from .output import ModelHash, Output
 from .prompt_loras import PromptLoras, prompt_texts, without_lora_tags
 from .prompts import Line, Make, read_prompts
-from .user_cache import cache_folder, keep_kernels, keep_weights, recall_kernels
+from .user_cache import keep_kernels, keep_weights, recall_kernels
 from .xl_args import check_refiner, load_refiner
 
 FRAMES = 100  # at most: of a longer run, some steps are skipped
@@ -75,29 +76,10 @@ def load(args: argparse.Namespace) -> sd.StableDiffusion:
     if args.ckpt is None and args.model not in ("auto", "pocket"):
         raise ValueError(f"--model {args.model} says which model the file is: give the file with --ckpt")
     config = None if args.model == "auto" else sd.MODELS[args.model]
-    with tqdm(desc="loading", unit=" weights", unit_scale=True, disable=None, leave=False, file=sys.stderr) as bar:
-
-        def progress(numbers: int, total: int) -> None:
-            bar.total = total
-            bar.update(numbers)
-
-        recall_kernels(args)
-        model = sd.StableDiffusion.load(
-            args.ckpt,
-            config=config,
-            device=args.device,
-            dtype=dtype,
-            weights=args.weights,
-            prediction=args.prediction,
-            vae=args.vae,
-            text_encoder=args.text_encoder,
-            text_encoder_2=args.text_encoder_2,
-            variant=args.variant,
-            low_memory=args.low_memory,
-            compile=args.compile,
-            progress=progress,
-            cache=cache_folder(args),
-        )
+    recall_kernels(args)
+    names = ("device", "weights", "prediction", "vae", "text_encoder", "text_encoder_2", "variant")
+    options = {name: getattr(args, name) for name in names}
+    model = load_model(args, args.ckpt, "loading", config=config, dtype=dtype, **options)
     if model.device.type == "cpu" and not args.low_memory:
         keep_freed_memory()
     return model
@@ -179,7 +161,9 @@ class Metadata:
             **({"Text encoder": model_name(args.text_encoder)} if args.text_encoder else {}),
             **(self._refiner(run.params) if args.refiner else {}),
             **({"Text encoder 2": model_name(args.text_encoder_2)} if args.text_encoder_2 else {}),
-            **self.addons.about(self.model, run.request if guided else replace(run.request, negative="")),
+            **self.addons.about(
+                self.model, run.request if guided else replace(run.request, negative="", negative_2=None)
+            ),
             "Precision": dtype_name(self.model.dtype),
             "Version": f"sd {sd.__version__}",
         }
@@ -189,8 +173,9 @@ class Metadata:
         """The entries about the refiner, as the web UI writes them."""
         digits = self.refiner.digits() if self.refiner else None
         name = model_name(self.args.refiner) + (f" [{digits}]" if digits else "")
-        share = text_of(params.refiner_from)
-        return {"Refiner": name, key("refiner_from"): share, BY_STEPS.capitalize(): True}
+        if params.refiner_from is None:  # a run of no steps
+            return {"Refiner": name}
+        return {"Refiner": name, key("refiner_from"): text_of(params.refiner_from), BY_STEPS.capitalize(): True}
 
 
 class Plan(NamedTuple):
@@ -259,6 +244,8 @@ def _generate(args: argparse.Namespace, plan: Plan, addons: AddOns, output: Outp
     rounds = args.n_iter * getattr(args, "loopback", 1) * plan.total
     total = rounds * sum(request.params.n for request in plan.requests)
     refiner = load_refiner(args, model)
+    if refiner is not None:
+        addons.warn_of_refiner(model)
     work = Work(args, model, addons, output, metadata, total, refiner, load_previews(args, model))
     for number, source in enumerate(plan.sources):
         try:

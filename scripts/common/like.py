@@ -24,6 +24,7 @@ from sd.imaging.files import SUFFIXES
 from sd.messages import counted, one_line
 from sd.params import MAX_SEED, SamplingParams, TextToImage
 from sd.recipes import Addon, Recipe, read_request
+from sd.recipes.comfyui_xl import EMPTY_NEGATIVE
 from sd.recipes.fields import text_of
 from sd.recipes.recipe import MAX_SHOWN, file_name
 from sd.runtime.device import DTYPES
@@ -143,6 +144,8 @@ def _prompt(args: argparse.Namespace, recipe: Recipe) -> None:
         (args.prompt,) = recipe.request.prompt
     elif "prompt_2" not in args.named:  # the recipe's goes with its prompt
         args.prompt_2 = None
+    if "negative" in args.named and "negative_2" not in args.named:
+        args.negative_2 = None
 
 
 def _program(args: argparse.Namespace, recipe: Recipe) -> None:
@@ -286,6 +289,12 @@ def compare_model(args: argparse.Namespace, path: Path, digest: ModelHash | None
     model, name = args.recipe.model, one_line(args.like.name)
     if args.recipe.program.startswith("Fooocus") and not config.sizes:
         warnings.warn("Fooocus generates with SDXL models: the size and the settings are meant for one", stacklevel=1)
+    if config.zero_empty and args.recipe.info.get(EMPTY_NEGATIVE) == "encoded" and not args.negative:
+        warnings.warn(
+            f"{name}: ComfyUI encodes the empty negative prompt, which is zeros here, as in the training of SDXL: the "
+            "image will differ",
+            stacklevel=1,
+        )
     described = " ".join(filter(None, [model.name, model.digest and f"({model.digest})"]))
     if not model.digest:
         if model.name and (args.ckpt is None or file_name(path.name) != model.name):

@@ -117,7 +117,7 @@ class PromptLoras:
         self._merged: list[str] = []  # the names under which the model has them
 
     def look_up(self, request: TextToImage) -> None:
-        """Find the files that the prompt of a request names.
+        """Find the files that the prompts of a request name, that of the second text encoder included.
 
         A prompt has tags if it is one of `web_ui_prompts`; otherwise, a tag is refused. Raises ValueError for a tag
         without a folder, a name that is not in it or is that of several files, and a wrong weight.
@@ -130,11 +130,11 @@ class PromptLoras:
             path, weight = self._files.find(tag.name), lora_weight(tag)
             before = found.get(path)  # one that is named twice
             found[path] = NamedLora(tag.name, path, weight) if before is None else before.plus(weight)
-        self._loras[request.prompt] = [*found.values()]
+        self._loras[request.prompt, request.prompt_2] = [*found.values()]
 
     def _tags(self, request: TextToImage, folder: Path | None) -> list[Tag]:
         """The tags in the prompt of a request, after checking that they can be used, and those in the negative one."""
-        prompts, negatives = prompt_texts(request.prompt), prompt_texts(request.negative)
+        prompts, negatives = all_texts(request)
         for text in (*prompts, *negatives):
             web_ui = request.web_ui_prompts
             for tag in take_loras(text if web_ui else text.replace("#", " "))[1]:  # "#" begins a comment
@@ -170,7 +170,7 @@ class PromptLoras:
 
     def of(self, request: TextToImage) -> list[NamedLora]:
         """Those that the prompt of a request names."""
-        return self._loras[request.prompt]
+        return self._loras[request.prompt, request.prompt_2]
 
     def merge(self, model: sd.StableDiffusion, request: TextToImage) -> None:
         """Merge the LoRAs of a request, print them, and remove those of the one before."""
@@ -209,10 +209,30 @@ def without_lora_tags(request: TextToImage) -> TextToImage:
     """The same request without the tags of LoRAs in its prompts, if it is one with `web_ui_prompts`."""
     if not request.web_ui_prompts:
         return request
-    prompt, negative = (
-        tuple(take_loras(text)[0] for text in prompt_texts(given)) for given in (request.prompt, request.negative)
+
+    def without(given: object) -> tuple[str, ...]:
+        return tuple(take_loras(text)[0] for text in prompt_texts(given))
+
+    def second(given: object) -> str | tuple[str, ...] | None:
+        return None if given is None else without(given)[0] if isinstance(given, str) else without(given)
+
+    negative = without(request.negative)
+    return replace(
+        request,
+        prompt=without(request.prompt),
+        negative=negative[0] if len(negative) == 1 else negative,
+        prompt_2=second(request.prompt_2),
+        negative_2=second(request.negative_2),
     )
-    return replace(request, prompt=prompt, negative=negative[0] if len(negative) == 1 else negative)
+
+
+def all_texts(request: TextToImage) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The texts of the prompts and of the negative prompts of a request, those of the second encoder included."""
+    prompts, negatives = (
+        prompt_texts(first) + prompt_texts(() if second is None else second)
+        for first, second in ((request.prompt, request.prompt_2), (request.negative, request.negative_2))
+    )
+    return prompts, negatives
 
 
 def prompt_texts(prompts: object) -> tuple[str, ...]:

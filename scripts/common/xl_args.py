@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sd.params import SamplingParams
@@ -32,8 +31,9 @@ def add_xl_arguments(parser: Parser) -> None:
         help="SDXL's refiner, or another SDXL model: takes the last steps (file or folder, as for --ckpt)",
     )  # fmt: skip
     group.add_argument(
-        "--refiner-from", type=float, default=SamplingParams.refiner_from, metavar="FRACTION",
-        help="fraction of the steps after which the refiner takes over; 1: never (default: %(default)g)",
+        "--refiner-from", type=float, metavar="FRACTION",
+        help="fraction of the steps after which the refiner takes over; 1: never (default: at the timesteps below 200 "
+        "that SDXL's refiner was trained on, 0.8 for other models)",
     )  # fmt: skip
     group.add_argument(
         "--prompt-2", metavar=TEXT, help="what the second text encoder reads (default: the same as the first)"
@@ -87,7 +87,7 @@ def check_refiner(args: argparse.Namespace) -> None:
     from sd.resources import EMBEDDED, resource
 
     configs = []
-    for path, options in ((args.ckpt or resource(EMBEDDED), base_options(args)), (args.refiner, {})):
+    for path, options in ((args.ckpt or resource(EMBEDDED), base_options(args)), (args.refiner, refiner_options(args))):
         with ModelFiles(path, LoadOptions(**options)) as files:
             configs.append(files.config)
     check_fit(*configs)
@@ -106,8 +106,16 @@ def load_refiner(args: argparse.Namespace, model: sd.StableDiffusion) -> sd.Stab
     """The model of --refiner on the device of the base, in its precision; None without that argument."""
     if args.refiner is None:
         return None
-    refiner = type(model).load(
-        args.refiner, device=model.device, dtype=model.dtype, low_memory=args.low_memory, compile=args.compile
-    )
-    print(f"refiner: {refiner.config.name}, {Path(args.refiner).name}", flush=True)
+    from .loading import load_model
+
+    options = {"device": model.device, "dtype": model.dtype, **refiner_options(args)}
+    refiner = load_model(args, args.refiner, "loading the refiner", **options)
+    print(f"refiner: {refiner.config.name}, {args.refiner.name}", flush=True)
+    for text in refiner.about:
+        print(f"refiner: {text}", flush=True)
     return refiner
+
+
+def refiner_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the refiner: --variant says which files of a folder to read."""
+    return {"variant": args.variant} if args.refiner.is_dir() else {}

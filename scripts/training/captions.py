@@ -9,7 +9,7 @@ from sd.conditioning import Conditioning, TextOutput
 from sd.models.text_encoder import TextEncoder
 from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion
-from sd.prompts import sizes_for
+from sd.size_conditioning import sizes_for
 from sd.text_config import END
 
 

@@ -88,6 +88,7 @@ def _overflowing(files: ModelFiles, vae: nn.Module, dtype: torch.dtype) -> list[
         return []
     if isinstance(vae, VAE):
         vae.overflows |= {"image", "latent"}
+        vae.known_to_overflow = True
     return [f"VAE: computed in float32, because SDXL's original one overflows in float16 ({why})"]
 
 

@@ -317,8 +317,8 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def parameters(prompt: str, negative: str, settings: Mapping[str, object]) -> str:
-    """The text of the "parameters" chunk; values with a comma, colon or line break are quoted as
-    JSON, as readers expect.
+    """The text of the "parameters" chunk; values with a comma, colon or line break, and those that
+    are empty, are quoted as JSON, as readers expect.
 
     >>> print(parameters("a red house", "clouds", {"Steps": 20, "Sampler": "DDIM"}))
     a red house
@@ -328,7 +328,7 @@ def parameters(prompt: str, negative: str, settings: Mapping[str, object]) -> st
     pairs = []
     for name, value in settings.items():
         text = str(value)
-        if text != text.strip() or not text.isprintable() or any(c in text for c in ',:"'):
+        if not text or text != text.strip() or not text.isprintable() or any(c in text for c in ',:"'):
             text = json.dumps(text, ensure_ascii=False)
         pairs.append(f"{name}: {text}")
     lines = [prompt, *([f"Negative prompt: {negative}"] if negative else []), ", ".join(pairs)]

@@ -161,6 +161,7 @@ class VAE(nn.Module):
         super().__init__()
         self.config = config
         self.overflows: set[str] = set()  # what is not finite in half precision (latents.py): "image", "latent"
+        self.known_to_overflow = False  # from its file, when the model was loaded
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quant = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)

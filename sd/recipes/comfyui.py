@@ -20,7 +20,7 @@ from typing import Any
 from ..messages import one_line
 from ..schedule import ALL_STEPS
 from .comfyui_nodes import DRAWN, MAX_NODES, PIPES, TEXTS, Entry, Node, is_link, lora_entries, plain, reads_tags
-from .comfyui_xl import ENCODERS, SECOND, continued_at, read_encoder, read_refiner, read_texts
+from .comfyui_xl import EMPTY_NEGATIVE, ENCODERS, SECOND, continued_at, read_encoder, read_refiner, read_texts
 from .containers import MAX_TEXT
 from .infotext import loras_in
 from .recipe import WEIGHTED, Addon, Draft, Recipe, file_name, short_list
@@ -315,6 +315,8 @@ class Graph:
             draft.settings.pop(SECOND[name], None)
             draft.note(f"the {name} prompt consists of {len(texts)} parts, which are joined here")
         joined = ", ".join(text.strip() for text in texts if text.strip())
+        if name == "negative" and texts and not (joined or zeros):
+            draft.info[EMPTY_NEGATIVE] = "encoded"  # which matters for SDXL
         words = dict.fromkeys(found.name for found in draft.embeddings)
         words |= dict.fromkeys(map(file_name, re.findall(r"embedding:([^\s,()\[\]:]{1,200})", joined)))
         draft.embeddings = [Addon(word) for word in words]

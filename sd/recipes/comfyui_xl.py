@@ -2,7 +2,8 @@
 
     CLIPTextEncodeSDXL          text_l, text_g; width, height; crop_w, crop_h; target_width, target_height
     CLIPTextEncodeSDXLRefiner   text; width, height; ascore
-    KSamplerAdvanced            end_at_step of the base is start_at_step of the refiner, which adds no noise
+    KSamplerAdvanced            end_at_step of the base, which leaves its noise, is start_at_step of the refiner, which
+                                adds none
 
 Sources: comfy_extras/nodes_clip_sdxl.py, comfy/model_base.py (SDXL, SDXLRefiner) and nodes.py of ComfyUI.
 """
@@ -27,6 +28,7 @@ SIZES = {
 }  # fmt: skip
 SCORES = {"positive": "aesthetic_score", "negative": "negative_aesthetic_score"}
 SECOND = {"positive": "prompt_2", "negative": "negative_2"}
+EMPTY_NEGATIVE = "Empty negative"  # entry of the recipe: "encoded" where no ConditioningZeroOut makes it zeros
 ALIKE = ("cfg", "sampler_name", "scheduler")  # inputs in which a refiner has to agree with its base
 
 Text = Callable[[str], str | None]  # name of an input -> its text
@@ -72,8 +74,11 @@ def continued_at(graph: Graph, chain: Sequence[Node]) -> int | None:
     steps, end = graph.value(first, "steps"), graph.value(first, "end_at_step")
     same = steps == graph.value(second, "steps") and end == graph.value(second, "start_at_step")
     direct = first.key in second.links(*LATENTS) and {first.kind, second.kind} == {"KSamplerAdvanced"}
+    noisy = first.inputs.get("return_with_leftover_noise") in ("enable", True)  # else its last step removes all of it
     silent = second.inputs.get("add_noise") in ("disable", False) and _model(graph, second)
-    if not (direct and same and silent and isinstance(steps, int) and isinstance(end, int) and 0 < end < steps):
+    if not (
+        direct and same and noisy and silent and isinstance(steps, int) and isinstance(end, int) and 0 < end < steps
+    ):
         return None
     return end
 
@@ -93,6 +98,10 @@ def read_refiner(draft: Draft, graph: Graph, chain: Sequence[Node], texts: Seque
             continue
         if (score := graph.value(node, "ascore")) is not None:
             draft.put(SCORES[side], score, "ascore")
+        for name in ("width", "height") if node.kind == "CLIPTextEncodeSDXLRefiner" else ():
+            told, value = draft.settings.get(f"original_{name}", draft.settings.get(name)), graph.value(node, name)
+            if value not in (None, told):
+                draft.note(f"not reproduced: {name} {one_line(value)} of the refiner alone")
         own = next((found for key in ("text", "text_g") if (found := graph.text(node.inputs.get(key), side, key))), "")
         if own.strip() not in (text.strip(), draft.settings.get(SECOND[side], text).strip()):
             draft.note(f"not reproduced: the {side} prompt of the second sampler, {one_line(own)!r}")

@@ -55,13 +55,33 @@ class Offload(Mapping[str, nn.Module]):
 
     def take_turns_with(self, other: Offload) -> None:
         """From now on, only one network of both is on the device: two models that are used together."""
-        with self._lock, other._lock:
-            if other is self or any(known() is other for known in self._others):
-                return
-            both = [offload for each in (self, other) for offload in (each, *each._partners())]
-            for offload in both:
-                offload._lock = self._lock
-                offload._others = [weakref.ref(partner) for partner in both if partner is not offload]
+        while True:
+            locks = self._lock, other._lock
+            first, second = sorted(locks, key=id)  # the same order in every thread
+            with first, second:
+                if locks == (self._lock, other._lock):  # else another thread has just joined one of them
+                    self._share_with(other)
+                    return
+
+    def _share_with(self, other: Offload) -> None:
+        """One lock for both and all that share the device with them. Needs the locks of both."""
+        if other is self or other in self._partners():
+            return
+        both = [offload for each in (self, other) for offload in (each, *each._partners())]
+        lock = self._lock
+        for offload in both:
+            offload._lock = lock
+            offload._others = [weakref.ref(partner) for partner in both if partner is not offload]
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Holds the lock: that which it has when it is free, not the one it had when the waiting began."""
+        while True:
+            lock = self._lock
+            with lock:
+                if lock is self._lock:
+                    yield
+                    return
 
     def _partners(self) -> list[Offload]:
         return [partner for known in self._others if (partner := known()) is not None]
@@ -78,7 +98,7 @@ class Offload(Mapping[str, nn.Module]):
     @contextmanager
     def use(self, name: str) -> Iterator[nn.Module]:
         """The network, which no other thread can move within the block."""
-        with self._lock:
+        with self._locked():
             yield self._get(name)
 
     def __getstate__(self) -> dict[str, Any]:  # for copying: a copy has its own lock
@@ -88,7 +108,7 @@ class Offload(Mapping[str, nn.Module]):
         self.__dict__.update(state, _lock=threading.RLock())
 
     def __getitem__(self, name: str) -> nn.Module:
-        with self._lock:
+        with self._locked():
             network = self._get(name)
             if self._read is not None and name not in self._kept and self._handed_out is None:
                 self._handed_out = fingerprints(network)  # whoever asked for it may change it
@@ -114,7 +134,7 @@ class Offload(Mapping[str, nn.Module]):
         """
         if self._read is None:
             return
-        with self._lock:
+        with self._locked():
             for name in set(names) - self._kept:
                 if name != self._here or not self._complete:
                     self._bring(name)

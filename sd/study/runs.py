@@ -28,9 +28,9 @@ from ..denoiser import Denoiser
 from ..noise import draw, generators
 from ..params import SamplingParams
 from ..pipeline import StableDiffusion
-from ..prompts import sizes_for
 from ..samplers import Denoise, Sampler, Step, spacing_in
 from ..schedule import Levels
+from ..size_conditioning import sizes_for
 
 # fast, deterministic, and from pure noise to clean data
 SETTINGS = SamplingParams(sampler="ddim", steps=20, spacing="trailing", seed=1)
