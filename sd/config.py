@@ -205,6 +205,11 @@ class Config:
         return (*self.text_names, "vae", "unet")
 
     @property
+    def is_refiner(self) -> bool:
+        """Whether it is SDXL's refiner, which is told an aesthetic score."""
+        return self.sizes == REFINER_SIZES
+
+    @property
     def is_inpainting(self) -> bool:
         """Whether it is an inpainting model: its U-Net takes a mask and a masked image besides x."""
         return self.unet.in_channels != self.vae.latent_channels

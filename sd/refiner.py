@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .config import REFINER_SIZES, Config, VAEConfig
+from .config import Config, VAEConfig
 from .denoiser import by_step
 from .hires import HighResRun, second_pass
 from .messages import counted
@@ -85,7 +85,7 @@ def notes_on(request: TextToImage, configs: Sequence[Config]) -> list[str]:
     """Notes on what a request asks of SDXL models: of the model, and of its refiner if there is one."""
     notes = without_effect(request.params, configs)
     from_noise = not isinstance(request, ImageToImage | Inpaint) or request.strength == 1
-    if from_noise and configs[0].sizes == REFINER_SIZES:
+    if from_noise and configs[0].is_refiner:
         notes.append(_from_noise(configs[0]))
     return notes
 
@@ -100,7 +100,7 @@ def _from_noise(config: Config) -> str:
 def switch_after(levels: Levels, fraction: float | None, refiner: Config) -> int:
     """How many steps of a whole grid the base takes; `fraction` is `refiner_from`."""
     steps = len(levels) - 1
-    if fraction is None and refiner.sizes == REFINER_SIZES:
+    if fraction is None and refiner.is_refiner:
         return min(_not_trained_on(levels), steps - 1)
     return int(steps * (SWITCH if fraction is None else fraction) + 1e-9)
 
@@ -135,13 +135,13 @@ def with_refiner(run: Run, refiner: StableDiffusion) -> Run:
         run.notes.append(f"refiner_from {share:g} of {counted(steps, 'step')} leaves no steps to the refiner")
         return run
     t, trained = target.levels[first].t, _not_trained_on(whole)
-    if refiner.config.sizes == REFINER_SIZES and t < TRAINED / 2 and switch > trained:
+    if refiner.config.is_refiner and t < TRAINED / 2 and switch > trained:
         run.notes.append(
             f"with spacing {target.params.spacing}, refiner_from {share:g} leaves the refiner only timesteps up to "
             f"{t:.0f}; it was trained on all below {TRAINED}, for which refiner_from is "
             f"{trained / steps:.2g}"
         )
-    if not first and strength == 1 and refiner.config.sizes == REFINER_SIZES:
+    if not first and strength == 1 and refiner.config.is_refiner:
         run.notes.append(_from_noise(refiner.config))
     if not first:
         run.notes.append(f"the refiner takes all {counted(len(target), 'step')}")

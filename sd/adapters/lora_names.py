@@ -83,7 +83,7 @@ def words_of(config: Config) -> dict[str, str | None]:
 
     The only text encoder of SDXL's refiner is SDXL's second one, and is called so.
     """
-    is_refiner = bool(config.sizes) and len(config.text) == 1
+    is_refiner = config.is_refiner
     first = {} if is_refiner else dict.fromkeys(FIRST_WORDS, config.text_names[0])
     second = dict.fromkeys(SECOND_WORDS, config.text_names[-1]) if config.sizes else {}
     return {**WORDS, **first, **second}

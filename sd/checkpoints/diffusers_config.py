@@ -101,7 +101,7 @@ def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
         schedule = schedule_from_diffusers(configs.get("scheduler", {}))
         sizes, zero = _sizes(unet, texts), False
         if sizes:  # with a default of its class that the refiner's folder overrides
-            zero = bool(configs.get("index", {}).get("force_zeros_for_empty_prompt", sizes == BASE_SIZES))
+            zero = bool(configs.get("index", {}).get(settings.FORCE_ZEROS, sizes == BASE_SIZES))
         config = Config(
             "diffusers model", size, text=texts, vae=vae, unet=unet, schedule=schedule, sizes=sizes, zero_empty=zero
         )

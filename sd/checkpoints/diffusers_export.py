@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..config import END, GROUPS, REFINER_SIZES, SIZE_WIDTH, Config, TextConfig, TinyVAEConfig
+from ..config import END, GROUPS, SIZE_WIDTH, Config, TextConfig, TinyVAEConfig
 from .diffusers_config import MIDDLE, PLAIN_MIDDLE, PREDICTIONS
 from .few_step_files import scheduler_to_diffusers
 from .folders import SECOND
+from .supported_settings import FORCE_ZEROS
 from .tiny_files import CLASS, tiny_to_diffusers
 from .tokenizer_files import words_to_diffusers
 
@@ -26,18 +27,18 @@ def to_diffusers_configs(config: Config, version: str = "0.30.0") -> dict[str, d
     tiny = isinstance(config.vae, TinyVAEConfig)
     vae = {"_class_name": CLASS if tiny else "AutoencoderKL", **vae_to_diffusers(config)}
     pipeline = PIPELINES[bool(config.sizes), config.is_inpainting]
-    if config.sizes == REFINER_SIZES:
+    if config.is_refiner:
         pipeline = "StableDiffusionXLImg2ImgPipeline"
     sampling = {"_class_name": "DDIMScheduler", **scheduler_to_diffusers(config)}
     texts = dict(zip(text_folders(config), config.text, strict=True))
     xl: dict[str, Any] = {}
     if config.sizes:
         xl = {
-            "force_zeros_for_empty_prompt": config.zero_empty,
+            FORCE_ZEROS: config.zero_empty,
             "text_encoder": [None, None],  # the refiner has none
             "tokenizer": [None, None],
         }
-        xl |= {"requires_aesthetics_score": True} if config.sizes == REFINER_SIZES else {}
+        xl |= {"requires_aesthetics_score": True} if config.is_refiner else {}
     betas: dict[str, Any] = {"trained_betas": None}
     if schedule.alpha_bar is not None:
         before = (1.0, *schedule.alpha_bar[:-1])
@@ -68,7 +69,7 @@ def to_diffusers_configs(config: Config, version: str = "0.30.0") -> dict[str, d
 
 def text_folders(config: Config) -> tuple[str, ...]:
     """The folder of each text encoder: that of SDXL's refiner is called the second."""
-    return (SECOND,) if config.sizes == REFINER_SIZES else config.text_names
+    return (SECOND,) if config.is_refiner else config.text_names
 
 
 def _tokenizer(name: str) -> str:

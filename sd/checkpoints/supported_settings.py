@@ -79,6 +79,7 @@ class Kind(NamedTuple):
     what: str
 
 
+FORCE_ZEROS = "force_zeros_for_empty_prompt"  # in model_index.json: `Config.zero_empty`
 ANY = "."
 KINDS = (
     Kind("unet", "quantization_config", ANY, "a quantised model, which is not supported: give its float weights"),

@@ -13,11 +13,11 @@ from typing import Any
 from ..config import SDXL, SDXL_INPAINT, SDXL_REFINER, SMALL, Config, UNetConfig, VAEConfig
 from .checkpoint import CheckpointError
 from .layouts import Layout
+from .supported_settings import FORCE_ZEROS
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 VECTOR = "vector.0.weight"  # of the layer that only U-Nets with a vector have
-FORCE_ZEROS = "force_zeros_for_empty_prompt"  # in a folder's model_index.json
 MOST = 12  # transformer blocks after one residual block that are looked for: SDXL has at most 10
 KNOWN = {  # input channels, width of the context, width of the vector
     (4, 2048, 2816): SDXL, (9, 2048, 2816): SDXL_INPAINT, (4, 1280, 2560): SDXL_REFINER,
