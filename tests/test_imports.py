@@ -68,7 +68,7 @@ ALLOWED = {
     "study": None,  # stands on top of everything: nothing may import it
 }  # fmt: skip
 # imported under TYPE_CHECKING only: a run is one of a model
-ANNOTATED = dict.fromkeys(("changing_prompts", "prompts", "run", "hires", "refiner"), {"pipeline"})
+ANNOTATED = {name: {"pipeline"} for name in ("changing_prompts", "prompts", "run", "hires", "refiner")}
 FILES = sorted(path for path in (ROOT / "sd").rglob("*.py") if path != ROOT / "sd" / "__init__.py")
 
 
