@@ -105,5 +105,12 @@ class Composition(NamedTuple):
         return self._replace(parts=tuple(part.with_guidance(scale) for part in self.parts))
 
 
+class Guide(NamedTuple):
+    """What a denoiser is guided by: the prompts, each one or a composition of several, and the negative ones."""
+
+    cond: Conditioning | Composition  # for B images
+    uncond: Conditioning | None  # for B images, or one for all; None if the guidance needs none
+
+
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x (B, C, h, w), t (B,), conditioning) -> (B, C, h, w)
 Wrapper = Callable[[Network], Network]  # such as `DeepCache`: a network that calls another one

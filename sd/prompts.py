@@ -1,8 +1,9 @@
 """From the prompts of a request to what guides each step of a run: encoded once, before the first step.
 
-    prompts -> texts of every step (text/prompt_syntax.py) -> conditionings, one for each text -> `Guide` of every step
+    prompts -> texts of every step -> conditionings, one for each text -> `Guide` of every step
 
-Without the web UI's syntax, and with it as long as no prompt changes or has an AND, all steps have the same guide.
+Without the web UI's syntax, and with it as long as no prompt changes or has an AND, all steps have the same guide;
+changing_prompts.py has the others.
 
 What a network is told about a text (`TextEncoding`):
 
@@ -10,9 +11,8 @@ What a network is told about a text (`TextEncoding`):
     vector    for SDXL: the pooled output of the last one, then the size conditioning, for each of the numbers in
               `Config.sizes` an embedding like that of a timestep (size_conditioning.py)
 
->>> from sd.text.prompt_editing import Stage
->>> _texts_at([[Subprompt([Stage(4, "a red dog"), Stage(10, "a blue dog")], 1.0)]], step=5)
-(('a blue dog',),)
+A run encodes all of its texts in one call of `encode_batches`: with `low_memory` each text encoder takes its turn on
+the device once, however many texts there are.
 """
 
 from __future__ import annotations
@@ -26,21 +26,30 @@ from torch import Tensor, nn
 
 from . import prompt_checks
 from .adapters.added import Adapters
-from .conditioning import Composition, Conditioning, TextOutput
+from .changing_prompts import Pass, Plan, of_one_length
+from .conditioning import Conditioning, Guide, TextOutput
 from .config import Config
 from .models.text_encoder import TextEncoder, layers_of_clip_skip
 from .params import ResolvedParams, SamplingParams, TextToImage
 from .second_prompts import SecondTexts
 from .size_conditioning import size_embedding, sizes_for
-from .text.prompt_editing import text_at
-from .text.prompt_syntax import Subprompt, emphasised, read_negative, read_prompt, rows, same_length, single_text
+from .text.prompt_syntax import Rows, emphasised, rows, same_length, single_text
 from .text.tokenizer import Note, Tokenizer, warn
 
 if TYPE_CHECKING:
     from .pipeline import StableDiffusion
 
-Encode = Callable[[Sequence[str], bool], Conditioning]  # B texts, and whether they are negative -> for B images
-Texts = tuple[tuple[str, ...], ...]  # of a step: for each prompt, those between its ANDs
+
+class TextBatch(NamedTuple):
+    """Texts that are encoded together."""
+
+    texts: Sequence[str]
+    second: Sequence[str] | None = None  # as many for the second text encoder, if they are others
+
+    def singly(self) -> list[TextBatch]:
+        """Each text as a batch of its own."""
+        second = [None] * len(self.texts) if self.second is None else [[text] for text in self.second]
+        return [TextBatch([text], other) for text, other in zip(self.texts, second, strict=True)]
 
 
 class TextEncoding:
@@ -90,14 +99,11 @@ class TextEncoding:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if web_ui_prompts:
             prompts = [single_text(p, note) for p in prompts]
-            return self.encode_weighted(prompts, second=second, clip_skip=clip_skip, note=note)
         if second is not None:
             second = prompt_checks.second("second", second, prompts)
-        first, *others = self.tokenizers
-        note_others: Note = (lambda message: None) if second is None else note  # what does not fit is said once
-        ids = [first(prompts, note), *(tokenizer(second or prompts, note_others) for tokenizer in others)]
-        outputs = self._encode(ids, clip_skip, note)
-        return _side_by_side(outputs) if len(outputs) > 1 else outputs[0]
+        if web_ui_prompts:
+            return self.encode_weighted(prompts, second=second, clip_skip=clip_skip, note=note)
+        return self.encode_batches([TextBatch(prompts, second)], clip_skip=clip_skip, note=note)[0]
 
     def encode_weighted(
         self,
@@ -114,35 +120,71 @@ class TextEncoding:
         """
         if second is not None:
             second = prompt_checks.second("second", second, texts)
-        first, *others = self.tokenizers
-        of_each = [(first, texts), *((tokenizer, second or texts) for tokenizer in others)]
-        read = [rows(tokenizer, own) for tokenizer, own in of_each]
-        most = max(len(ids) for ids, _ in read)
-        if any(len(ids) < most for ids, _ in read):
-            read = [rows(tokenizer, own, most // len(own)) for tokenizer, own in of_each]
-        outputs = []
-        for output, (_, weights) in zip(self._encode([ids for ids, _ in read], clip_skip, note), read, strict=True):
-            context, pooled = output
-            if (weights != 1).any():
-                context = emphasised(context, weights.to(self.device))
-            if texts:
-                context = context.reshape(len(texts), -1, context.shape[-1])
-                pooled = None if pooled is None else pooled[:: len(pooled) // len(texts)]
-            outputs.append(TextOutput(context, pooled))
-        return _side_by_side(outputs) if len(outputs) > 1 else outputs[0]
+        return self.encode_batches([TextBatch(texts, second)], weighted=True, clip_skip=clip_skip, note=note)[0]
 
-    def _encode(self, ids: Sequence[Tensor], clip_skip: int | None, note: Note) -> list[TextOutput]:
-        """Token ids (B, M) for each text encoder -> what it says."""
+    def encode_batches(
+        self, batches: Sequence[TextBatch], *, weighted: bool = False, clip_skip: int | None = None, note: Note = warn
+    ) -> list[TextOutput]:
+        """Encode several batches of texts, each as one, in one turn of each text encoder.
+
+        weighted   as `encode_weighted`, and the contexts of all batches have the length of the longest
+        """
+        if not batches:
+            return []
+        read: list[list[Rows]] = []
+        if weighted:
+            read = self._rows(batches)
+            ids = [[tokens for tokens, _ in each] for each in read]
+        else:  # what does not fit is said once, or for each of two texts
+            ids = [
+                [
+                    tokenizer(texts if i == 0 else second or texts, note if i == 0 or second else _silent)
+                    for i, tokenizer in enumerate(self.tokenizers)
+                ]
+                for texts, second in batches
+            ]
+        outputs = self._encode(ids, clip_skip, note)
+        if weighted:
+            outputs = [
+                [self._emphasised(output, row.weights, len(texts)) for output, row in zip(own, each, strict=True)]
+                for (texts, _), own, each in zip(batches, outputs, read, strict=True)
+            ]
+        return [_side_by_side(own) if len(own) > 1 else own[0] for own in outputs]
+
+    def _rows(self, batches: Sequence[TextBatch], chunks: int = 1) -> list[list[Rows]]:
+        """The tokens of each batch and their weights, for each text encoder: equally many chunks of all texts."""
+        found = [
+            [rows(tokenizer, second or texts if i else texts, chunks) for i, tokenizer in enumerate(self.tokenizers)]
+            for texts, second in batches
+        ]
+        counts = {
+            len(ids) // len(b.texts) for b, each in zip(batches, found, strict=True) for ids, _ in each if b.texts
+        }
+        return found if len(counts) < 2 else self._rows(batches, max(counts))
+
+    def _encode(self, batches: Sequence[Sequence[Tensor]], clip_skip: int | None, note: Note) -> list[list[TextOutput]]:
+        """For each batch the token ids (B, M) for each text encoder -> what each of them says."""
         config = self.config
         layers = None if clip_skip is None else layers_of_clip_skip(config.text, clip_skip, note)
         if any(tokenizer.added for tokenizer in self.tokenizers):
             self._adapters.words.keep()
-        outputs = []
+        outputs: list[list[TextOutput]] = [[] for _ in batches]
         for i, name in enumerate(self._text_names):
             layer = () if layers is None else (layers[i],)  # an encoder of one's own need not know about layers
             with torch.no_grad(), self._use(name) as encoder:
-                outputs.append(cast(TextEncoder, encoder)(ids[i].to(self.device), *layer))
+                for ids, found in zip(batches, outputs, strict=True):
+                    found.append(cast(TextEncoder, encoder)(ids[i].to(self.device), *layer))
         return outputs
+
+    def _emphasised(self, output: TextOutput, weights: Tensor, count: int) -> TextOutput:
+        """What an encoder says about the chunks of `count` texts, weighted -> about these texts."""
+        context, pooled = output
+        if (weights != 1).any():
+            context = emphasised(context, weights.to(self.device))
+        if not count:
+            return output
+        chunks = len(context) // count
+        return TextOutput(context.reshape(count, -1, context.shape[-1]), None if pooled is None else pooled[::chunks])
 
     def conditioning(
         self,
@@ -182,7 +224,7 @@ class TextEncoding:
 
     def same_length(self, *contexts: Tensor, clip_skip: int | None = None) -> list[Tensor]:
         """Pad contexts (B, k M, D) of different k to the length of the longest, with that of the empty text."""
-        return same_length(contexts, lambda: self.encode_prompt([""], clip_skip=clip_skip, note=lambda message: None))
+        return same_length(contexts, lambda: self.encode_prompt([""], clip_skip=clip_skip, note=_silent))
 
 
 def _side_by_side(outputs: Sequence[TextOutput]) -> TextOutput:
@@ -190,20 +232,8 @@ def _side_by_side(outputs: Sequence[TextOutput]) -> TextOutput:
     return TextOutput(torch.cat([output.hidden for output in outputs], dim=-1), outputs[-1].pooled)
 
 
-class Guide(NamedTuple):
-    """What a denoiser is guided by: the prompts, each one or a composition of several, and the negative ones."""
-
-    cond: Conditioning | Composition  # for B images
-    uncond: Conditioning | None  # for B images, or one for all; None if the guidance needs none
-
-
-class Pass(NamedTuple):
-    """What prompts that change during the steps need to know of a run."""
-
-    steps: int  # of the whole grid
-    taken: int  # of these: the last ones
-    first_pass: int = 0  # steps of the pass whose image this one refines, 0 if there is none
-    size: tuple[int, int] = (0, 0)  # (height, width) of the images, in pixels
+def _silent(message: str) -> None:
+    """A note that nobody needs."""
 
 
 def guides(
@@ -215,16 +245,23 @@ def guides(
     that do not fit the model.
     """
 
-    def encode(texts: Sequence[str], negative: bool, second: Sequence[str] | None = None) -> Conditioning:
-        if params.exact and len(texts) > 1:
-            pairs = zip(texts, [None] * len(texts) if second is None else [[text] for text in second], strict=True)
-            each = [encode([text], negative, other) for text, other in pairs]
-            return Conditioning.joined(_same_length(model, each, request.clip_skip))
-        kind = model.encode_weighted if request.web_ui_prompts else model.encode_texts
-        text = kind(texts, second=second, clip_skip=request.clip_skip, note=note)
-        if text.pooled is None:
-            return Conditioning(text.hidden)
-        return model.with_sizes(text, sizes_for(model.config, params, *run.size, negative=negative))
+    def encode(wanted: Sequence[tuple[TextBatch, bool]]) -> list[Conditioning]:
+        """For each batch of texts, which are negative or not, its conditioning; contexts of one length."""
+        if params.exact and any(len(batch.texts) > 1 for batch, _ in wanted):
+            each = iter(encode([(one, negative) for batch, negative in wanted for one in batch.singly()]))
+            return [Conditioning.joined([next(each) for _ in batch.texts]) for batch, _ in wanted]
+        found = model.encode_batches(
+            [batch for batch, _ in wanted], weighted=request.web_ui_prompts, clip_skip=request.clip_skip, note=note
+        )
+        if model.config.unet.vector is None:
+            return [Conditioning(text.hidden) for text in found]
+        return [
+            model.with_sizes(text, sizes_for(model.config, params, *run.size, negative=negative))
+            for text, (_, negative) in zip(found, wanted, strict=True)
+        ]
+
+    def encode_alone(texts: Sequence[tuple[str, bool]]) -> list[Conditioning]:
+        return encode([(TextBatch([text]), negative) for text, negative in texts])
 
     def nothing(like: Conditioning, count: int) -> Conditioning:
         hidden = like.context.new_zeros(count, *like.context.shape[1:])
@@ -242,139 +279,40 @@ def guides(
     if request.prompt_2 is not None or request.negative_2 is not None:
         second = SecondTexts.of(model.config, request, note)
     if request.web_ui_prompts:
-        plan = _Plan(model, request, params, _read(prompts, run, note), _read(negatives, run, note, negative=True))
+        plan = Plan(model, request, params, prompts, negatives, run, note)
         if not plan.is_plain:
             if second is not None:
                 second.check_unused()
             plan.note_late_edits(run, note)
-            return plan.guides(run.taken, encode, nothing)
+            return plan.guides(run.taken, encode_alone, nothing)
         prompts, negatives = plan.first_texts()
     others: list[list[str] | None] = [None, None]
     if second is not None:
         prompts, others[0] = second.beside(prompts, negative=False)
         negatives, others[1] = second.beside(negatives, negative=True)
-    cond = Conditioning(prompts) if isinstance(prompts, Tensor) else encode(prompts, False, others[0])
-    uncond = None
-    if params.is_guided and model.config.unet.guidance is None:
-        zeros: list[bool] = []  # which of them are zeros in place of the encoded empty text
-        if model.config.zero_empty and not isinstance(negatives, Tensor):
+    wanted = [] if isinstance(prompts, Tensor) else [(TextBatch(prompts, others[0]), False)]
+    guided = params.is_guided and model.config.unet.guidance is None
+    zeros: list[bool] = []  # which negative prompts are zeros in place of the encoded empty text
+    if guided and not isinstance(negatives, Tensor):
+        if model.config.zero_empty:
             zeros = [not "".join(texts).strip() for texts in zip(negatives, others[1] or negatives, strict=True)]
-        if zeros and all(zeros):
-            uncond = nothing(cond, len(zeros))
+        if not zeros or not all(zeros):
+            wanted.append((TextBatch(negatives, others[1]), True))
+    encoded = iter(encode(wanted))
+    cond = Conditioning(prompts) if isinstance(prompts, Tensor) else next(encoded)
+    uncond = None
+    if guided:
+        if isinstance(negatives, Tensor):
+            uncond = Conditioning(negatives)
         else:
-            uncond = Conditioning(negatives) if isinstance(negatives, Tensor) else encode(negatives, True, others[1])
-        if uncond.context.shape[1] != cond.context.shape[1]:
-            cond, uncond = _same_length(model, [cond, uncond], request.clip_skip)
+            uncond = nothing(cond, len(zeros)) if zeros and all(zeros) else next(encoded)
+        if uncond.context.shape[1] != cond.context.shape[1]:  # one of them was given
+            cond, uncond = of_one_length(model, [cond, uncond], request.clip_skip)
         if any(zeros) and not all(zeros):
             uncond = model.zeroed(uncond, zeros)
         if len(uncond.context) > 1:  # one for each prompt
             uncond = uncond.repeat_each(params.n)
     return [Guide(cond.repeat_each(params.n) if params.n > 1 else cond, uncond)] * max(run.taken, 1)
-
-
-def _same_length(model: StableDiffusion, parts: Sequence[Conditioning], clip_skip: int | None) -> list[Conditioning]:
-    """Conditionings whose contexts have the length of the longest."""
-    contexts = model.same_length(*(part.context for part in parts), clip_skip=clip_skip)
-    return [part._replace(context=context) for part, context in zip(parts, contexts, strict=True)]
-
-
-def _read(
-    texts: Sequence[str] | Tensor, run: Pass, note: Callable[[str], object], negative: bool = False
-) -> list[list[Subprompt]] | Tensor:
-    """What texts say in each step; contexts stay."""
-    if isinstance(texts, Tensor):
-        return texts
-    if negative:
-        return [[Subprompt(read_negative(text, run.steps, run.first_pass, note), 1.0)] for text in texts]
-    return [read_prompt(text, run.steps, run.first_pass, note) for text in texts]
-
-
-class _Plan:
-    """Prompts of which some change during the steps or consist of several, and their contexts."""
-
-    def __init__(
-        self,
-        model: StableDiffusion,
-        request: TextToImage,
-        params: ResolvedParams,
-        prompts: Sequence[Sequence[Subprompt]] | Tensor,
-        negatives: Sequence[Sequence[Subprompt]] | Tensor,
-    ) -> None:
-        """Both may be contexts (B, M, D) in place of texts."""
-        self._model, self._request, self._params = model, request, params
-        self._given = [x if isinstance(x, Tensor) else None for x in (prompts, negatives)]
-        self._prompts, self._negatives = ([] if isinstance(x, Tensor) else x for x in (prompts, negatives))
-        self._composed = any(len(parts) > 1 or parts[0].weight != 1 for parts in self._prompts)
-        self._conds: dict[tuple[str, bool], Conditioning] = {}  # of each text, and whether it is negative
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether each prompt is one text in all steps."""
-        return all(map(_is_plain, [*self._prompts, *self._negatives]))
-
-    def first_texts(self) -> list[Sequence[str] | Tensor]:
-        """The texts of the first step of prompts and negatives, or the contexts that were given."""
-        return [
-            [parts[0].stages[0].text for parts in texts] if context is None else context
-            for context, texts in zip(self._given, (self._prompts, self._negatives), strict=True)
-        ]
-
-    def note_late_edits(self, run: Pass, note: Callable[[str], object]) -> None:
-        """Note edits that come after the steps that are taken."""
-        for part in (part for parts in (*self._prompts, *self._negatives) for part in parts):
-            if 0 < run.taken < run.steps and part.stages[-1].text != text_at(part.stages, run.taken - 1):
-                note(f"{run.taken} of {run.steps} steps are taken, and an edit of the prompt comes after them")
-
-    def guides(self, taken: int, encode: Encode, nothing: Callable[[Conditioning, int], Conditioning]) -> list[Guide]:
-        """The guide of each step; `nothing` makes zeros with the length of another conditioning."""
-        guided = (self._params.is_guided and self._model.config.unet.guidance is None) or self._composed
-        keys = [
-            (_texts_at(self._prompts, step), _texts_at(self._negatives, step) if guided else None)
-            for step in range(max(taken, 1))
-        ]
-        texts = dict.fromkeys(
-            (text, negative)
-            for key in keys
-            for negative, side in enumerate(key)
-            for parts in side or ()
-            for text in parts
-        )
-        given = [Conditioning(context) for context in self._given if context is not None]
-        # one by one, so that a text has the same context whatever stands beside it
-        empty = [key for key in texts if key[1] and self._model.config.zero_empty and not key[0].strip()]
-        each = [encode([text], bool(negative)) for text, negative in texts if (text, negative) not in empty]
-        alike = _same_length(self._model, [*given, *each], self._request.clip_skip)
-        padded = iter(alike)
-        self._given = [None if context is None else next(padded).context for context in self._given]
-        for text, negative in texts:
-            if (text, negative) not in empty:
-                self._conds[text, bool(negative)] = next(padded)
-        self._conds |= {(text, True): nothing(alike[0], 1) for text, _ in empty}
-        made = {key: Guide(self._cond(key[0]), self._uncond(key[1])) for key in dict.fromkeys(keys)}
-        return [made[key] for key in keys]
-
-    def _cond(self, texts: Texts) -> Conditioning | Composition:
-        if self._given[0] is not None:
-            return Conditioning(self._given[0]).repeat_each(self._params.n)
-        if not self._composed:
-            return self._stacked(texts)
-        # a prompt with fewer parts than another one repeats its first, with the weight 0
-        count = max(map(len, texts))
-        conds = [self._stacked([parts[k : k + 1] or parts for parts in texts]) for k in range(count)]
-        weights = [[parts[k].weight if k < len(parts) else 0.0 for parts in self._prompts] for k in range(count)]
-        table = torch.tensor(weights, device="cpu").repeat_interleave(self._params.n, dim=1).to(self._model.device)
-        return Composition(tuple(conds), table)
-
-    def _uncond(self, texts: Texts | None) -> Conditioning | None:
-        if texts is None:
-            return None
-        if (context := self._given[1]) is not None:
-            return Conditioning(context).repeat_each(self._params.n) if len(context) > 1 else Conditioning(context)
-        return self._stacked(texts, negative=True) if len(texts) > 1 else self._conds[texts[0][0], True]
-
-    def _stacked(self, texts: Sequence[Sequence[str]], negative: bool = False) -> Conditioning:
-        """The conditionings of the first text of each prompt, for all of its images."""
-        return Conditioning.joined([self._conds[parts[0], negative] for parts in texts]).repeat_each(self._params.n)
 
 
 def _own_context(model: StableDiffusion, name: str, context: Tensor) -> Tensor:
@@ -386,13 +324,3 @@ def _own_context(model: StableDiffusion, name: str, context: Tensor) -> Tensor:
         raise ValueError(f"{name} must be a text for this model: its U-Net takes a pooled vector beside the context")
     prompt_checks.context(name, context, model.config.text[0].length, model.config.unet.context)
     return context.to(model.device, model.dtype)
-
-
-def _is_plain(parts: Sequence[Subprompt]) -> bool:
-    """Whether a prompt is one text in all steps."""
-    return len(parts) == 1 and parts[0].weight == 1 and len(parts[0].stages) == 1
-
-
-def _texts_at(prompts: Sequence[Sequence[Subprompt]], step: int) -> Texts:
-    """The texts of a step, counted from 0."""
-    return tuple(tuple(text_at(part.stages, step) for part in parts) for parts in prompts)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .changing_prompts import Pass
 from .conditioning import Composition, Network
 from .denoiser import by_step, keep_known, one_by_one
 from .few_step import unsuited
@@ -32,7 +33,7 @@ from .models.vae import Gaussian
 from .noise import NoiseSource
 from .params import ImageToImage, Inpaint, ResolvedParams, TextToImage
 from .prompt_checks import is_empty
-from .prompts import Pass, guides
+from .prompts import guides
 from .runtime.circular import CircularPadding, circular
 from .runtime.deep_cache import DeepCache
 from .samplers import BROWNIAN, SAMPLERS, Denoise, Noise, Sampler, Step

@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from sd import StableDiffusion
+from sd.conditioning import Guide
 from sd.config import REFINER_SIZES, Config
 from sd.models.build import build, weight_shapes
 from sd.params import SamplingParams, TextToImage
-from sd.prompts import Guide
 from sd.run import Run
 
 TINY_REFINER = replace(

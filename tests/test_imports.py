@@ -42,8 +42,9 @@ ALLOWED = {
     "adapters": {"checkpoints", "config", "few_step", "files", "messages", "models", "runtime", "settings", "text"},
     "training": {"checkpoints", "conditioning", "config", "denoiser", "models", "samplers", "schedule"},
     "latents": {"config", "imaging", "models", "runtime", "settings", "text"},
+    "changing_prompts": {"conditioning", "params", "text"},
     "prompts": {
-        "adapters", "conditioning", "config", "models", "params", "prompt_checks", "second_prompts",
+        "adapters", "changing_prompts", "conditioning", "config", "models", "params", "prompt_checks", "second_prompts",
         "size_conditioning", "text",
     },
     "second_prompts": {"config", "params", "text"},
@@ -51,8 +52,8 @@ ALLOWED = {
     "noise": {"params"},
     "recipes": {"imaging", "messages", "params", "samplers", "schedule", "text"},
     "run": {
-        "conditioning", "config", "denoiser", "few_step", "imaging", "latents", "messages", "models", "noise", "params",
-        "prompt_checks", "prompts", "runtime", "samplers", "schedule",
+        "changing_prompts", "conditioning", "config", "denoiser", "few_step", "imaging", "latents", "messages",
+        "models", "noise", "params", "prompt_checks", "prompts", "runtime", "samplers", "schedule",
     },
     "hires": {"config", "imaging", "latents", "params", "run", "samplers", "schedule"},
     "refiner": {
@@ -67,7 +68,7 @@ ALLOWED = {
     "study": None,  # stands on top of everything: nothing may import it
 }  # fmt: skip
 # imported under TYPE_CHECKING only: a run is one of a model
-ANNOTATED = {"prompts": {"pipeline"}, "run": {"pipeline"}, "hires": {"pipeline"}, "refiner": {"pipeline"}}
+ANNOTATED = {name: {"pipeline"} for name in ("changing_prompts", "prompts", "run", "hires", "refiner")}
 FILES = sorted(path for path in (ROOT / "sd").rglob("*.py") if path != ROOT / "sd" / "__init__.py")
 
 

@@ -317,14 +317,16 @@ def test_each_step_has_the_context_of_its_text(tiny_sd, sampler, monkeypatch):
         tiny_sd, "predict", lambda x, t, c: seen.append((float(t[0]), c.context[1])) or network(x, t, c)
     )
     calls: list[list[str]] = []
-    encode = tiny_sd.encode_weighted
-    monkeypatch.setattr(tiny_sd, "encode_weighted", lambda texts, **k: calls.append(texts) or encode(texts, **k))
+    encode = tiny_sd.encode_batches
+    monkeypatch.setattr(
+        tiny_sd, "encode_batches", lambda given, **k: calls.extend(b.texts for b in given) or encode(given, **k)
+    )
     params = SamplingParams(steps=5, sampler=sampler, **SIZE)
     run = tiny_sd.prepare(TextToImage("a [cat:dog:1] [x|y]", params, web_ui_prompts=True))
     assert sorted(text for texts in calls for text in texts) == ["", "a cat x", "a dog x", "a dog y"]
     assert len(calls) == 4 and not seen
     run.result()
-    expected = [encode([text]).hidden[0] for text in ("a cat x", "a cat x", "a dog y", "a dog x", "a dog y")]
+    expected = [tiny_sd.encode_prompt([text])[0] for text in ("a cat x", "a cat x", "a dog y", "a dog x", "a dog y")]
     assert len(seen) >= 5 + (SAMPLERS[sampler].evaluations == 2) * 4
     for t, context in seen:
         step = max(i for i in range(5) if run.levels[i].t >= t - 1e-3)  # which is float32

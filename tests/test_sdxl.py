@@ -25,6 +25,7 @@ from sd.conditioning import Conditioning
 from sd.config import BASE_SIZES, MODELS, REFINER_SIZES, SDXL, SDXL_INPAINT, SDXL_REFINER
 from sd.models.build import weight_shapes
 from sd.params import SamplingParams, TextToImage
+from sd.prompts import TextBatch
 from sd.schedule import Schedule
 from sd.size_conditioning import size_embedding
 
@@ -224,3 +225,35 @@ def test_diffusers_reads_what_we_write(tiny_xl, tmp_path):
             output_type="latent",
         ).images  # fmt: skip
         assert error(run.x, latents) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings"),
+    [
+        pytest.param(["a cat", "a dog"], {"negative": "blue"}, id="negative"),
+        pytest.param(["a cat", "a dog"], {"negative": ["blue", ""], "exact": True}, id="one by one"),
+        pytest.param("a [cat:dog:1] [x|y]", {"negative": "[a:b:1]", "web_ui_prompts": True}, id="prompt editing"),
+        pytest.param("a cat AND " + "a dog " * 50, {"negative": "blue", "web_ui_prompts": True}, id="AND"),
+    ],
+)
+def test_each_text_encoder_has_one_turn(tiny_xl, prompt, settings, monkeypatch):
+    """However many texts a run has: with low memory, each turn reads the encoder's weights again."""
+    turns, use = [], tiny_xl._use
+    monkeypatch.setattr(tiny_xl, "_use", lambda name: turns.append(name) or use(name))
+    params = SamplingParams(steps=4, height=64, width=64, exact=settings.get("exact", False))
+    own = {name: value for name, value in settings.items() if name != "exact"}
+    tiny_xl.prepare(TextToImage(prompt, params, **own))
+    assert turns == ["text_encoder", "text_encoder_2"]
+
+
+def test_batches_are_encoded_as_if_alone(tiny_xl):
+    """Several batches at once, padded to the length of the longest with the empty text."""
+    texts = [["a (cat:1.3)", "a dog"], ["word " * 80]]
+    both = tiny_xl.encode_batches([TextBatch(each) for each in texts], weighted=True)
+    alone = [tiny_xl.encode_weighted(each) for each in texts]
+    assert [text.hidden.shape[1] for text in alone] == [77, 154]
+    for found, expected in zip(both, tiny_xl.same_length(*(text.hidden for text in alone)), strict=True):
+        assert error(found.hidden, expected) < 1e-5
+    for found, text in zip(both, alone, strict=True):
+        assert error(found.pooled, text.pooled) < 1e-5
+    assert tiny_xl.encode_batches([]) == []

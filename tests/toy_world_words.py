@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
 from scripts.toy_world.words import FUNCTION_WORDS, WORDS
 from sd.conditioning import TextOutput
 from sd.pipeline import StableDiffusion
+from sd.prompts import TextBatch
 
 KNOWN = {*WORDS, *FUNCTION_WORDS}
 
@@ -17,12 +19,12 @@ KNOWN = {*WORDS, *FUNCTION_WORDS}
 def strange_words(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """A set that gets every word of the prompts encoded from now on which that world does not know."""
     found: set[str] = set()
-    encode = StableDiffusion.encode_texts  # which `encode_prompt`, `conditioning` and runs call
+    encode = StableDiffusion.encode_batches  # which `encode_prompt`, `conditioning` and runs call
 
-    def heard(model: StableDiffusion, prompts: str | Sequence[str], **options: object) -> TextOutput:
-        texts = [prompts] if isinstance(prompts, str) else prompts
+    def heard(model: StableDiffusion, batches: Sequence[TextBatch], **options: Any) -> list[TextOutput]:
+        texts = [text for batch in batches for text in batch.texts]
         found.update(word for text in texts for word in re.findall(r"[\w-]+", text) if word not in KNOWN)
-        return encode(model, prompts, **options)
+        return encode(model, batches, **options)
 
-    monkeypatch.setattr(StableDiffusion, "encode_texts", heard)
+    monkeypatch.setattr(StableDiffusion, "encode_batches", heard)
     return found
