@@ -9,9 +9,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import subprocess
+import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -101,6 +103,23 @@ class Golden:
         """The noise that the original drew in its i-th step, as samplers want it."""
         count = iter(range(10**6))
         return lambda x: self.normal(f"{kind}/{next(count)}", tuple(x.shape))
+
+
+# A program's peak begins with that of the process that starts it, so a small process starts it.
+START = """
+import os, subprocess, sys
+_, status, usage = os.wait4(subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL).pid, 0)
+print(usage.ru_maxrss * 1024)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def peak_of(command: Sequence[object]) -> int:
+    """Run a command to its end: the peak of its memory in bytes, as Linux reports it."""
+    given = [sys.executable, "-c", START, *map(str, command)]
+    done = subprocess.run(given, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
 
 
 def skip_if_slow(dtype: str, passes: float = 1) -> None:

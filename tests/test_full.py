@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import reference_weights as reference
 import torch
-from common import MANIFESTS, Golden, check_norms, error, images, manifest, skip_if_slow, unet_norms
+from common import MANIFESTS, Golden, check_norms, error, images, manifest, peak_of, skip_if_slow, unet_norms
 from PIL import Image
 
 from sd import StableDiffusion
@@ -200,13 +200,6 @@ def test_script_on_a_real_prompt(files, name, side, tmp_path):
         assert f"Seed: 1, Size: {side}x{side}" in image.text["parameters"]
 
 
-# A program's peak begins with that of the process that starts it, so a small process starts it.
-START = """
-import os, subprocess, sys
-_, status, usage = os.wait4(subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL).pid, 0)
-print(usage.ru_maxrss * 1024)
-sys.exit(os.waitstatus_to_exitcode(status))
-"""
 SAVED = 0.35e9  # bytes at least: in bfloat16, the text encoder and the VAE are 0.41 GB
 
 
@@ -223,12 +216,9 @@ def peak_memory(checkpoint: Path, dtype: str, out: Path, *more: str) -> int:
         "--no-cache",
     ]
     command += ["--n", "2", "--steps", "1", "--height", "256", "--width", "256", "--seed", "1", "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-c", START, *command, "--out", out, *more], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    peak = peak_of([*command, "--out", out, *more])
     assert len(list(out.glob("*.png"))) == 2
-    return int(done.stdout)
+    return peak
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads peak memory as Linux reports it")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import reference_weights as reference
 import torch
-from common import Golden, check_norms, error, manifest, unet_norms
+from common import Golden, check_norms, error, manifest, peak_of, unet_norms
 from PIL import Image
 from torch import nn
 
@@ -109,6 +109,30 @@ def test_a_published_file_makes_images(file, tmp_path):
     (image,) = map(Image.open, tmp_path.glob("*.png"))
     pixels = np.asarray(image).astype(float)
     assert image.size == (512, 512) and pixels.std() > 10
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads peak memory as Linux reports it")
+@pytest.mark.skipif(best_dtype(CPU) != torch.bfloat16, reason="this processor does not compute in bfloat16")
+def test_peak_memory(file, tmp_path, record_property):
+    """At 1024x1024 in bfloat16: the weights once, and 2.5 GB; with --low-memory, those of the U-Net alone."""
+    command = [
+        sys.executable,
+        "scripts/txt2img.py",
+        "a red cube",
+        "--negative",
+        "blue",
+        "--ckpt",
+        file,
+        "--no-cache",
+        "--steps",
+        "1",
+    ]
+    command += ["--seed", "1", "--device", "cpu", "--dtype", "bfloat16"]
+    plain, low = (peak_of([*command, "--out", tmp_path, *more]) for more in ((), ("--low-memory",)))
+    record_property("peaks", (plain, low))
+    size = {name: 2 * sum(p.numel() for p in network.parameters()) for name, network in build(SDXL).items()}
+    assert plain < sum(size.values()) + 2.5e9, f"peak of {plain / 1e9:.2f} GB"
+    assert low < size["unet"] + 2.5e9, f"peak of {low / 1e9:.2f} GB"
 
 
 def test_half_precision_of_the_whole_model(file):
