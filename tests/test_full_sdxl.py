@@ -115,18 +115,8 @@ def test_a_published_file_makes_images(file, tmp_path):
 @pytest.mark.skipif(best_dtype(CPU) != torch.bfloat16, reason="this processor does not compute in bfloat16")
 def test_peak_memory(file, tmp_path, record_property):
     """At 1024x1024 in bfloat16: the weights once, and 2.5 GB; with --low-memory, those of the U-Net alone."""
-    command = [
-        sys.executable,
-        "scripts/txt2img.py",
-        "a red cube",
-        "--negative",
-        "blue",
-        "--ckpt",
-        file,
-        "--no-cache",
-        "--steps",
-        "1",
-    ]
+    command = [sys.executable, ROOT / "scripts" / "txt2img.py", "a red cube", "--negative", "blue", "--ckpt", file]
+    command += ["--no-cache", "--steps", "1"]
     command += ["--seed", "1", "--device", "cpu", "--dtype", "bfloat16"]
     plain, low = (peak_of([*command, "--out", tmp_path, *more]) for more in ((), ("--low-memory",)))
     record_property("peaks", (plain, low))
