@@ -116,7 +116,7 @@ class Run(Iterator[Step]):
         first_pass   steps of the pass whose image this run refines, from which its prompts go on counting; 0: none
         """
         self.model, self.request, self.params, self.notes = model, request, params, notes
-        self.levels = model.schedule.levels(params.steps, params.spacing, strength)
+        self.levels = model.schedule.levels(params.steps, params.spacing, strength, params.one_step_at)
         if strength > 0 and len(self.levels) == 1:
             notes.append(f"strength {strength:g} of {params.steps} steps is less than one step: nothing is generated")
         size = (shape[1] * model.config.vae.factor, shape[2] * model.config.vae.factor)

@@ -26,9 +26,8 @@ from sd.checkpoints.few_step_files import with_defaults
 from sd.checkpoints.inspect import inspect
 from sd.checkpoints.key_maps import diffusers_sources, original_sources
 from sd.checkpoints.prediction import probe
-from sd.checkpoints.xl_few_step import xl_named
 from sd.config import MODELS, REFINER_SIZES, SD1, SDXL, SDXL_INPAINT, SDXL_REFINER, Config
-from sd.few_step import of_config
+from sd.few_step import XL, named, of_config
 from sd.models.build import weight_shapes
 
 TINY_XL_INPAINT = replace(TINY_XL, name="tiny sdxl inpainting", unet=replace(TINY_XL.unet, in_channels=9))
@@ -92,9 +91,9 @@ NAMED = [
     ("sdxl_lightning_4step", ("euler", 4, "trailing", 1.0, 1024), "4 steps, sampler euler, guidance 1"),
     ("SDXL-Lightning", ("euler", 4, "trailing", 1.0, 1024), "an SDXL-Lightning model"),
     ("Hyper-SDXL-8steps", ("ddim", 8, "trailing", 1.0, 1024), "a Hyper-SD model"),
-    ("Hyper-SDXL-1step-Unet", ("tcd", 1, "lcm", 1.0, 1024), "made for timestep 800, and here it starts at 999"),
+    ("Hyper-SDXL-1step-Unet", ("lcm", 1, "lcm", 1.0, 1024), "1 step at timestep 800, sampler lcm"),
     ("dmd2_sdxl_4step_unet_fp16", ("lcm", 4, "trailing", 1.0, 1024), "a DMD2 model"),
-    ("dmd2_sdxl_1step_unet_fp16", ("lcm", 1, "trailing", 1.0, 1024), "made for timestep 399"),
+    ("dmd2_sdxl_1step_unet_fp16", ("lcm", 1, "trailing", 1.0, 1024), "(its name says so): 1 step at timestep 399"),
     ("my_lcm_sdxl", ("lcm", 4, "lcm", 1.0, 1024), "an LCM model"),
     ("juggernautXL_v9Rdphoto2Lightning", ("dpmpp_sde", 8, "karras", 2.0, 1024), "a Turbo or Lightning model"),
     ("Stable Diffusion XL Turbo", ("euler", 1, "trailing", 1.0, 512), "an SDXL-Turbo model"),
@@ -132,7 +131,7 @@ def test_others_are_no_few_step_models(given, config):
 def test_lightning_that_predicts_x0_is_refused():
     with pytest.raises(CheckpointError, match=r"SDXL-Lightning model that predicts x0 .* take the one for 2, 4 or 8"):
         with_defaults(Given("sdxl_lightning_1step_x0.safetensors"), SDXL)
-    assert xl_named("some_x0_model") is None
+    assert named("some_x0_model", XL) is None
 
 
 def test_turbo_by_its_folder():
