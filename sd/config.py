@@ -178,8 +178,8 @@ class Config:
     one_step_at  the timestep at which such a model starts if only one step is taken; None: the first of the spacing
     text         one text encoder, or several side by side, whose hidden states together are as wide as the context of
                  the U-Net. The last one may have a pooled output, with which the U-Net's vector begins
-    sizes        the numbers of which embeddings follow in the vector, some of SIZES: SDXL's size conditioning
-    zero_empty   whether an empty negative prompt is a context and a pooled output of zeros, as in training
+    sizes        the numbers whose embeddings follow in the vector, out of SIZES: SDXL's size conditioning
+    zero_empty   whether an empty negative prompt is a context and a pooled output of zeros, as in SDXL's training
     """
 
     name: str = "Stable Diffusion 1.x"

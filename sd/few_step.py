@@ -101,8 +101,8 @@ def _counted(steps: int) -> str:
 # SDXL are used in the same way: latent-consistency/lcm-lora-sdxl, h1t/TCD-SDXL-LoRA, Hyper-SDXL, sdxl-turbo.
 # ByteDance/SDXL-Lightning is for 2, 4 and 8 steps (Euler, trailing, no guidance), tianweiy/DMD2 for 4 (LCM at the
 # timesteps 999, 749, 499, 249, no guidance), and up to 8 are customary. For merges, what the cards of DreamShaper XL,
-# TurboVision XL and Juggernaut XL have in common. Two models of one step do not start at the last timestep, which is
-# what LCM starts at: the cards set it to 399 for DMD2's U-Net, and to 800 for Hyper-SD's U-Net for SDXL.
+# TurboVision XL and Juggernaut XL have in common. Two one-step models do not start at the last timestep,
+# as LCM does: their cards give 399 for DMD2's U-Net, and 800 for Hyper-SD's U-Net for SDXL.
 LCM = FewStep("LCM", "lcm", "lcm", 4, (2, 8), 1.0, (1.0, 2.0))
 LCM_GUIDED = FewStep("LCM", "lcm", "lcm", 4, (1, 8), 8.0, (3.0, 13.0))
 TCD = FewStep("TCD", "tcd", "lcm", 4, (2, 20), 1.0, (1.0, 2.0))
@@ -121,7 +121,7 @@ LORA, SD, XL = "LoRA", "SD 1 or 2", "SDXL base"  # what a name belongs to: a LoR
 
 
 class Name(NamedTuple):
-    """A pattern of names, the kind that it means, and what it means this for."""
+    """A pattern of names, the kind that it means, and for what: some of LORA, SD and XL."""
 
     pattern: re.Pattern[str]
     kind: FewStep
@@ -138,18 +138,18 @@ CFG = _any_case(r"(?<![a-z])cfg(?![a-z])")
 SDXL_NAME = r"(?<![a-z])(sd|stable[ _-]?diffusion)[ _-]?xl([ _-]v?\d[._]\d)?[ _-]?"
 # a word of its own, or one that begins with a capital letter: "v9Rdphoto2Lightning"
 MERGE = r"((?<![A-Za-z])(?i:turbo|lightning)|(?<=[a-z])(Turbo|Lightning)|(?i:xl(turbo|lightning)))(?![a-z])"
-# The first match counts. Digits may stand beside a word: "dreamshaper_8LCM".
+# The first match counts: "lcm" beside another name may be only the sampler. Digits may stand beside a word.
 NAMES = (
-    Name(_any_case(r"hyper[ _-]?sd"), HYPER),
-    Name(_any_case(r"(?<![a-z])tcd(?![a-z])"), TCD),
-    Name(_any_case(r"(?<![a-z])lcm(?![a-z])"), LCM),
     Name(_any_case(r"(?<![a-z])sd[ _-]?turbo(?![a-z])"), TURBO, (LORA, SD)),
     Name(_any_case(SDXL_NAME + r"turbo(?![a-z])"), TURBO_XL, (LORA, XL)),
     Name(_any_case(SDXL_NAME + r"lightning(?![a-z])"), LIGHTNING, (LORA, XL)),
-    # "lightning" alone is also a subject of ordinary LoRAs, and in the name of a checkpoint it means a merge
-    Name(_any_case(r"(?<![a-z])lightning" + IN_STEPS), LIGHTNING, (LORA,)),
     Name(_any_case(r"(?<![a-z])dmd2(?!\d)"), DMD, (LORA, XL)),
     Name(re.compile(MERGE), MERGED, (XL,)),
+    Name(_any_case(r"hyper[ _-]?sd"), HYPER),
+    Name(_any_case(r"(?<![a-z])tcd(?![a-z])"), TCD),
+    Name(_any_case(r"(?<![a-z])lcm(?![a-z])"), LCM),
+    # "lightning" alone is also a subject of ordinary LoRAs, and in the name of a checkpoint it means a merge
+    Name(_any_case(r"(?<![a-z])lightning" + IN_STEPS), LIGHTNING, (LORA,)),
 )
 TITLES = ("modelspec.title", "ss_output_name")  # entries of metadata that hold a model's name
 SETTINGS = "sd.few_step"  # the entry of metadata that holds the settings of a LoRA
@@ -193,9 +193,9 @@ def named(name: str, of: str = LORA) -> FewStep | None:
 
 
 def first_named(names: Iterable[tuple[str, str]], of: str) -> tuple[FewStep, str] | None:
-    """The kind that the first telling name means, and where that name was found; `names` are (place, name).
+    """The kind that the first name with a known word means, and its place; `names` are (place, name).
 
-    A merge is what a name means if no other name is more exact: "Turbo" in a title may be SDXL-Turbo itself.
+    A merge counts only if no other name is more specific: "Turbo" in a title may be SDXL-Turbo itself.
     """
     found = [(kind, place) for place, name in names if (kind := named(name, of)) is not None]
     found.sort(key=lambda entry: entry[0].label == MERGED.label)

@@ -103,8 +103,8 @@ class SamplingParams:
     original_width: int | None = setting(None, f"SDXL: width of the original image, {OWN}", PIXELS)
     crop_top: int = setting(0, "SDXL: pixels cropped off the top of the resized original", PIXELS)
     crop_left: int = setting(0, "SDXL: pixels cropped off the left of the resized original", PIXELS)
-    target_height: int | None = setting(None, f"SDXL: height of the training image, {OWN}", PIXELS)
-    target_width: int | None = setting(None, f"SDXL: width of the training image, {OWN}", PIXELS)
+    target_height: int | None = setting(None, f"SDXL: height of the image after cropping, {OWN}", PIXELS)
+    target_width: int | None = setting(None, f"SDXL: width of the image after cropping, {OWN}", PIXELS)
     aesthetic_score: float = setting(6.0, "SDXL's refiner: how beautiful the image is, about 2 to 7", number)
     negative_aesthetic_score: float = setting(2.5, "the same for the negative prompt", number)
     refiner_from: float | None = setting(
@@ -183,7 +183,7 @@ class SamplingParams:
 class ResolvedParams(SamplingParams):
     """SamplingParams for one model: height and width, which depend on the task, may be None. See `resolved`.
 
-    one_step_at   no setting, but a fact about the model: `Config.one_step_at`
+    one_step_at   not a setting, but a fact about the model: `Config.one_step_at`
     """
 
     sampler: str = with_default(SamplingParams, "sampler", "ddim")

@@ -87,7 +87,7 @@ class Start(NamedTuple):
     denoise: Denoise
     blend: Callable[[Tensor], Tensor] = lambda z: z  # applied to the final latents
     finish: Callable[[Image.Image], Image.Image] = lambda image: image  # applied to each decoded image
-    hold: Callable[[Denoise], Denoise] = lambda denoise: denoise  # what `denoise` has around the model's own
+    hold: Callable[[Denoise], Denoise] = lambda denoise: denoise  # wraps a denoiser as `denoise` wraps the model's own
 
 
 class Run(Iterator[Step]):

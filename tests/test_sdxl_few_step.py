@@ -29,6 +29,7 @@ NAMED = [
     ("Hyper-SDXL-1step-Unet", ("lcm", 1, "lcm", 1.0, 1024), "1 step at timestep 800, sampler lcm"),
     ("dmd2_sdxl_4step_unet_fp16", ("lcm", 4, "trailing", 1.0, 1024), "a DMD2 model"),
     ("dmd2_sdxl_1step_unet_fp16", ("lcm", 1, "trailing", 1.0, 1024), "(its name says so): 1 step at timestep 399"),
+    ("mixXL_dmd2_lcm_8steps", ("lcm", 8, "trailing", 1.0, 1024), "a DMD2 model"),
     ("my_lcm_sdxl", ("lcm", 4, "lcm", 1.0, 1024), "an LCM model"),
     ("juggernautXL_v9Rdphoto2Lightning", ("dpmpp_sde", 8, "karras", 2.0, 1024), "a Turbo or Lightning model"),
     ("Stable Diffusion XL Turbo", ("euler", 1, "trailing", 1.0, 512), "an SDXL-Turbo model"),

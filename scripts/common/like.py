@@ -282,7 +282,7 @@ def _notes(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage]) ->
             and getattr(args, name) is None
             and value.partition("(")[0].strip().lower() not in OWN_VAE
         ):
-            value = re.sub(r" \[\w{1,64}\]\Z", "", value)  # the web UI's digits of a refiner
+            value = re.sub(r" \[\w{1,64}\]\Z", "", value)  # the hash that the web UI writes after a refiner's name
             notes.append(f"{key} {file_name(value)}: give its file with --{name.replace('_', '-')}")
     return notes
 

@@ -113,9 +113,9 @@ def _with(kind: FewStep, config: Config, why: str) -> tuple[Config, str]:
 
 
 def _by_scheduler(raw: Mapping[str, Any], config: Config) -> FewStep | None:
-    """The kind that a folder's scheduler means. Trailing timesteps alone are Turbo's only for a network like its.
+    """The kind that a folder's scheduler means. Trailing timesteps alone mean Turbo only for a network like Turbo's.
 
-    SDXL-Turbo's has a native size of 512 pixels (`sample_size`), SDXL's 1024.
+    The network of SDXL-Turbo has a native size of 512 pixels (`sample_size`), that of SDXL 1024.
     """
     if (kind := FEW_STEP_SCHEDULERS.get(str(raw.get("_class_name")))) is not None:
         return kind
