@@ -23,6 +23,7 @@ from sd.config import SDXL, Config
 from sd.few_step import DMD_ONE, LCM, LORA, XL, named, of_config, unsuited
 from sd.params import ImageToImage, Inpaint, SamplingParams, TextToImage
 from sd.schedule import CLEAN, SPACINGS, Schedule
+from sd.study.runs import levels
 
 ONE = DMD_ONE.applied(TINY_XL)
 SIZE = {"height": 64, "width": 64, "seed": 3}
@@ -100,6 +101,7 @@ def test_every_task_and_other_settings(model):
         assert timesteps(model.prepare(whole)) == [399, -1]
     several = model.prepare(replace(request, params=SamplingParams(**SIZE, steps=4)))
     assert timesteps(several) == [999, 749, 499, 249, -1]
+    assert [level.t for level in levels(model, SamplingParams(steps=1, spacing="trailing"))] == [399, -1]  # in studies
     assert several.notes == [
         "this model (an LCM model) is made for 1 step and guidance 1 to 2, not for 4 steps and guidance 1: the "
         "image may be worse"

@@ -46,7 +46,7 @@ def levels(model: StableDiffusion, settings: SamplingParams = SETTINGS) -> Level
     """The step grid of the settings. Raises ValueError if they have no steps or no spacing."""
     if settings.steps is None or settings.spacing is None:
         raise ValueError("settings of a study need steps and spacing")
-    return model.schedule.levels(settings.steps, settings.spacing)
+    return model.schedule.levels(settings.steps, settings.spacing, one_step_at=model.defaults.one_step_at)
 
 
 def spacing_of(sampler: str | Sampler, usual: str | None) -> str | None:
