@@ -137,7 +137,7 @@ class Plan:
 
 
 def of_one_length(model: StableDiffusion, parts: Sequence[Conditioning], clip_skip: int | None) -> list[Conditioning]:
-    """Conditionings whose contexts have the length of the longest."""
+    """Conditionings, padded to the longest context."""
     contexts = model.same_length(*(part.context for part in parts), clip_skip=clip_skip)
     return [part._replace(context=context) for part, context in zip(parts, contexts, strict=True)]
 

@@ -79,7 +79,7 @@ class Conditioning(NamedTuple):
 
     @classmethod
     def joined(cls, parts: Sequence[Conditioning]) -> Conditioning:
-        """Those of several batches as one; all have the same kinds of tensors, and contexts of one length."""
+        """Several batches joined into one; all have the same kinds of tensors, and contexts of one length."""
         columns = zip(*parts, strict=True)
         joined: Any = (None if column[0] is None else torch.cat(column) for column in columns)
         return cls(*joined)

@@ -175,10 +175,11 @@ class Config:
     """A whole model: name, native image size in pixels, default settings, and its parts.
 
     steps, spacing   the default ones of a model that was distilled to few steps (few_step.py); None: its sampler's
+    one_step_at  the timestep at which such a model starts if only one step is taken; None: the first of the spacing
     text         one text encoder, or several side by side, whose hidden states together are as wide as the context of
                  the U-Net. The last one may have a pooled output, with which the U-Net's vector begins
-    sizes        the numbers of which embeddings follow in the vector, some of SIZES: SDXL's size conditioning
-    zero_empty   whether an empty negative prompt is a context and a pooled output of zeros, as in training
+    sizes        the numbers whose embeddings follow in the vector, out of SIZES: SDXL's size conditioning
+    zero_empty   whether an empty negative prompt is a context and a pooled output of zeros, as in SDXL's training
     """
 
     name: str = "Stable Diffusion 1.x"
@@ -187,6 +188,7 @@ class Config:
     sampler: str = "dpmpp_2m"  # the default one, a key of `samplers.SAMPLERS`
     steps: int | None = None
     spacing: str | None = None  # one of `schedule.SPACINGS`
+    one_step_at: int | None = None
     text: tuple[TextConfig, ...] = (TextConfig(),)
     vae: VAEConfig | TinyVAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -222,6 +224,8 @@ class Config:
             _check(isinstance(value, str) and len(value) <= 100, f"Config.{name}: expected a name")
         if self.steps is not None:
             _check_sizes(self, "steps", limit=1000)
+        if self.one_step_at is not None:
+            _check_sizes(self, "one_step_at", limit=self.schedule.steps - 1)
         named = isinstance(self.name, str) and len(self.name) <= 100 and self.name.isprintable()
         _check(named, "Config.name: expected at most 100 printable characters")
         _check(
@@ -260,7 +264,7 @@ class Config:
         values = asdict(self)
         parts = [(text, "words") for text in values["text"]]
         parts += [(values["unet"], name) for name in ("guidance", "up_depth")]
-        parts += [(values, name) for name in ("steps", "spacing", "sizes", "zero_empty")]
+        parts += [(values, name) for name in ("steps", "spacing", "one_step_at", "sizes", "zero_empty")]
         for part, name in parts:
             if not part[name]:  # versions that do not know this entry can read it
                 del part[name]

@@ -8,16 +8,19 @@ scripts/distill.py writes the settings themselves into the metadata: `FewStep.to
                an input of the network) and "LCM-LoRA" (arXiv:2311.05556: it is in the weights)
     TCD        Zheng et al. 2024, "Trajectory consistency distillation" (arXiv:2402.19159)
     Hyper-SD   Ren et al. 2024 (arXiv:2404.13686): one LoRA for each number of steps; "CFG" in the name keeps guidance
-    SD-Turbo   Sauer et al. 2023, "Adversarial diffusion distillation" (arXiv:2311.17042): SD 2.1 for 1 to 4 steps;
-               SDXL-Turbo is SDXL for as many
-    Lightning  Lin et al. 2024, "SDXL-Lightning" (arXiv:2402.13929): one LoRA for each number of steps
+    SD-Turbo   Sauer et al. 2023, "Adversarial diffusion distillation" (arXiv:2311.17042): 1 to 4 steps, SD 2.1 at
+               512x512; SDXL-Turbo is SDXL distilled in the same way, also at 512x512
+    Lightning  Lin et al. 2024, "SDXL-Lightning" (arXiv:2402.13929): a U-Net and a LoRA for each number of steps
     DMD2       Yin et al. 2024, "Improved distribution matching distillation" (arXiv:2405.14867)
+    merges     fine-tunes of SDXL merged with Turbo or Lightning, which people run with DPM++ SDE and weak guidance
 
 Guidance is counted as everywhere here: 1 is none, which diffusers also writes as 0.
 
 >>> kind = named("Hyper-SD15-8steps-CFG-lora")
 >>> kind.described("LoRA"), kind.settings()
 ('a Hyper-SD LoRA', '8 steps, sampler ddim, guidance 5')
+>>> named("dmd2_sdxl_1step_unet_fp16", XL).settings()
+'1 step at timestep 399, sampler lcm, guidance 1'
 >>> named("pixel-art") is None
 True
 """
@@ -29,6 +32,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from .config import Config
 
@@ -47,6 +51,7 @@ class FewStep:
     range: tuple[int, int]  # of the steps it is made for
     guidance: float
     guidances: tuple[float, float]  # the range of guidance it is made for
+    one_step_at: int | None = None  # timestep of the first level if only one step is taken; None: that of the spacing
 
     def described(self, what: str) -> str:
         """The kind with an article: "an LCM LoRA"."""
@@ -54,7 +59,8 @@ class FewStep:
 
     def settings(self) -> str:
         """The settings as text."""
-        return f"{_counted(self.steps)}, sampler {self.sampler}, guidance {self.guidance:g}"
+        start = f" at timestep {self.one_step_at}" if self.one_step_at is not None and self.steps == 1 else ""
+        return f"{_counted(self.steps)}{start}, sampler {self.sampler}, guidance {self.guidance:g}"
 
     def introduced(self, name: str) -> str:
         """What is said of a LoRA of this name."""
@@ -63,7 +69,12 @@ class FewStep:
     def applied(self, config: Config) -> Config:
         """The config with these settings as its defaults."""
         return replace(
-            config, sampler=self.sampler, spacing=self.spacing, steps=self.steps, guidance=float(self.guidance)
+            config,
+            sampler=self.sampler,
+            spacing=self.spacing,
+            steps=self.steps,
+            guidance=float(self.guidance),
+            one_step_at=self.one_step_at,
         )
 
     def to_json(self) -> str:
@@ -88,35 +99,57 @@ def _counted(steps: int) -> str:
 # (1 to 8 steps, guidance 8; diffusers' guide: it was trained with 3 to 13), h1t/TCD-SD15-LoRA (4 steps, and more
 # improve the image), ByteDance/Hyper-SD (guidance 5 to 8 with "CFG") and stabilityai/sd-turbo (1 to 4 steps). Those for
 # SDXL are used in the same way: latent-consistency/lcm-lora-sdxl, h1t/TCD-SDXL-LoRA, Hyper-SDXL, sdxl-turbo.
-# ByteDance's SDXL-Lightning has LoRAs for 2, 4 and 8 steps (Euler, trailing, no guidance), tianweiy/DMD2 one for 4 (LCM
-# on the timesteps 999, 749, 499, 249, no guidance), with which up to 8 are customary.
+# ByteDance/SDXL-Lightning is for 2, 4 and 8 steps (Euler, trailing, no guidance), tianweiy/DMD2 for 4 (LCM at the
+# timesteps 999, 749, 499, 249, no guidance), and up to 8 are customary. For merges, what the cards of DreamShaper XL,
+# TurboVision XL and Juggernaut XL have in common. Two one-step models do not start at the last timestep,
+# as LCM does: their cards give 399 for DMD2's U-Net, and 800 for Hyper-SD's U-Net for SDXL.
 LCM = FewStep("LCM", "lcm", "lcm", 4, (2, 8), 1.0, (1.0, 2.0))
 LCM_GUIDED = FewStep("LCM", "lcm", "lcm", 4, (1, 8), 8.0, (3.0, 13.0))
 TCD = FewStep("TCD", "tcd", "lcm", 4, (2, 20), 1.0, (1.0, 2.0))
 HYPER = FewStep("Hyper-SD", "ddim", "trailing", 4, (2, 8), 1.0, (1.0, 1.0))
 HYPER_ONE = replace(HYPER, sampler="tcd", spacing="lcm", steps=1, range=(1, 8))
+HYPER_ONE_XL = FewStep("Hyper-SD", "lcm", "lcm", 1, (1, 1), 1.0, (1.0, 1.0), one_step_at=800)
 HYPER_GUIDED = replace(HYPER, guidance=5.0, guidances=(5.0, 8.0))
 TURBO = FewStep("SD-Turbo", "euler", "trailing", 1, (1, 4), 1.0, (1.0, 1.0))
 TURBO_XL = replace(TURBO, label="SDXL-Turbo")
 LIGHTNING = FewStep("SDXL-Lightning", "euler", "trailing", 4, (2, 8), 1.0, (1.0, 1.0))
 DMD = FewStep("DMD2", "lcm", "trailing", 4, (4, 8), 1.0, (1.0, 1.0))
+DMD_ONE = replace(DMD, steps=1, range=(1, 1), one_step_at=399)
+MERGED = FewStep("Turbo or Lightning", "dpmpp_sde", "karras", 8, (4, 8), 2.0, (1.0, 3.0))
 
-STEPS = re.compile(r"(?<!\d)(\d{1,2})[ _-]?steps?(?![a-z])")
-# A name's words and the kind that they mean. Digits may stand beside a word: "dreamshaper_8LCM".
-WORDS = (
-    (re.compile(r"hyper[ _-]?sd"), HYPER),
-    (re.compile(r"(?<![a-z])tcd(?![a-z])"), TCD),
-    (re.compile(r"(?<![a-z])lcm(?![a-z])"), LCM),
-    (re.compile(r"(?<![a-z])sd[ _-]?turbo(?![a-z])"), TURBO),
-    (re.compile(r"(?<![a-z])sd[ _-]?xl[ _-]?turbo(?![a-z])"), TURBO_XL),
-    # "lightning" alone is also a subject of ordinary LoRAs
-    (
-        re.compile(
-            r"(?<![a-z])sd[ _-]?xl[ _-]?lightning(?![a-z])|(?<![a-z])lightning[ _-]?\d{1,2}[ _-]?steps?(?![a-z])"
-        ),
-        LIGHTNING,
-    ),
-    (re.compile(r"(?<![a-z])dmd2(?!\d)"), DMD),
+LORA, SD, XL = "LoRA", "SD 1 or 2", "SDXL base"  # what a name belongs to: a LoRA, or a checkpoint of one of these
+
+
+class Name(NamedTuple):
+    """A pattern of names, the kind that it means, and for what: some of LORA, SD and XL."""
+
+    pattern: re.Pattern[str]
+    kind: FewStep
+    of: tuple[str, ...] = (LORA, SD, XL)
+
+
+def _any_case(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern, re.IGNORECASE)
+
+
+IN_STEPS = r"[ _-]?\d{1,2}[ _-]?steps?(?![a-z])"
+STEPS = _any_case(r"(?<!\d)(\d{1,2})[ _-]?steps?(?![a-z])")
+CFG = _any_case(r"(?<![a-z])cfg(?![a-z])")
+SDXL_NAME = r"(?<![a-z])(sd|stable[ _-]?diffusion)[ _-]?xl([ _-]v?\d[._]\d)?[ _-]?"
+# a word of its own, or one that begins with a capital letter: "v9Rdphoto2Lightning"
+MERGE = r"((?<![A-Za-z])(?i:turbo|lightning)|(?<=[a-z])(Turbo|Lightning)|(?i:xl(turbo|lightning)))(?![a-z])"
+# The first match counts: "lcm" beside another name may be only the sampler. Digits may stand beside a word.
+NAMES = (
+    Name(_any_case(r"(?<![a-z])sd[ _-]?turbo(?![a-z])"), TURBO, (LORA, SD)),
+    Name(_any_case(SDXL_NAME + r"turbo(?![a-z])"), TURBO_XL, (LORA, XL)),
+    Name(_any_case(SDXL_NAME + r"lightning(?![a-z])"), LIGHTNING, (LORA, XL)),
+    Name(_any_case(r"(?<![a-z])dmd2(?!\d)"), DMD, (LORA, XL)),
+    Name(re.compile(MERGE), MERGED, (XL,)),
+    Name(_any_case(r"hyper[ _-]?sd"), HYPER),
+    Name(_any_case(r"(?<![a-z])tcd(?![a-z])"), TCD),
+    Name(_any_case(r"(?<![a-z])lcm(?![a-z])"), LCM),
+    # "lightning" alone is also a subject of ordinary LoRAs, and in the name of a checkpoint it means a merge
+    Name(_any_case(r"(?<![a-z])lightning" + IN_STEPS), LIGHTNING, (LORA,)),
 )
 TITLES = ("modelspec.title", "ss_output_name")  # entries of metadata that hold a model's name
 SETTINGS = "sd.few_step"  # the entry of metadata that holds the settings of a LoRA
@@ -132,7 +165,7 @@ def from_json(text: str, config: Config) -> FewStep:
         found = json.loads(text)
         if not isinstance(found, dict) or found.keys() != {*WRITTEN}:
             raise ValueError(f"expected {', '.join(WRITTEN)}")
-        kind = of_config(replace(config, **found))
+        kind = of_config(replace(config, **found, one_step_at=None))
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{SETTINGS} in its metadata cannot be read: {error!s:.200}") from None
     if kind is None:
@@ -140,25 +173,33 @@ def from_json(text: str, config: Config) -> FewStep:
     return kind
 
 
-def named(name: str) -> FewStep | None:
-    """The kind of few-step model that a name means, with the number of steps in it; None for any other name."""
-    name = name.lower()
-    kind = next((kind for pattern, kind in WORDS if pattern.search(name)), None)
+def named(name: str, of: str = LORA) -> FewStep | None:
+    """The kind of few-step model that a name means, with the number of steps in it; None for any other name.
+
+    of   what has the name: LORA, SD or XL
+    """
+    kind = next((entry.kind for entry in NAMES if of in entry.of and entry.pattern.search(name)), None)
     found = STEPS.search(name)
     steps = int(found[1]) if found else 0
-    if kind is HYPER:
-        kind = HYPER_GUIDED if re.search(r"(?<![a-z])cfg(?![a-z])", name) else HYPER_ONE if steps == 1 else HYPER
+    if kind is HYPER and CFG.search(name):
+        kind = HYPER_GUIDED
+    elif kind is HYPER and steps == 1:
+        kind = HYPER_ONE_XL if of == XL else HYPER_ONE
+    elif kind is DMD and steps == 1:
+        kind = DMD_ONE
     if kind is None or not 1 <= steps <= MOST_STEPS:
         return kind
     return replace(kind, steps=steps, range=(min(steps, kind.range[0]), max(steps, kind.range[1])))
 
 
-def first_named(names: Iterable[tuple[str, str]]) -> tuple[FewStep, str] | None:
-    """The kind that the first telling name means, and where that name was found; `names` are (place, name)."""
-    for place, name in names:
-        if (kind := named(name)) is not None:
-            return kind, place
-    return None
+def first_named(names: Iterable[tuple[str, str]], of: str) -> tuple[FewStep, str] | None:
+    """The kind that the first name with a known word means, and its place; `names` are (place, name).
+
+    A merge counts only if no other name is more specific: "Turbo" in a title may be SDXL-Turbo itself.
+    """
+    found = [(kind, place) for place, name in names if (kind := named(name, of)) is not None]
+    found.sort(key=lambda entry: entry[0].label == MERGED.label)
+    return found[0] if found else None
 
 
 def of_config(config: Config) -> FewStep | None:
@@ -172,6 +213,8 @@ def of_config(config: Config) -> FewStep | None:
         kind = replace(TURBO, label="few-step", guidances=scales)
     elif kind is LCM_GUIDED and config.sampler == TCD.sampler:
         kind = replace(kind, label=TCD.label)
+    if config.one_step_at is not None and config.steps == 1:
+        kind = replace(kind, range=(1, 1))
     steps, (least, most), (low, high) = config.steps or kind.steps, kind.range, kind.guidances
     return replace(
         kind,
@@ -181,6 +224,7 @@ def of_config(config: Config) -> FewStep | None:
         range=(min(least, steps), max(most, steps)),
         guidance=config.guidance,
         guidances=(min(low, config.guidance), max(high, config.guidance)),
+        one_step_at=config.one_step_at,
     )
 
 

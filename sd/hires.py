@@ -47,7 +47,7 @@ class HighResRun(Run):
         self.source, self.seeds, self.guides, self.edges = first.source, first.seeds, first.guides, first.edges
         second.notes = first.notes
         self.first, self.second, self.upscaler, self.shape = first, second, upscaler, shape
-        self.refine: Callable[[Start], Start] = lambda start: start  # of the second pass: refiner.py
+        self.refine: Callable[[Start], Start] = lambda start: start  # applied to the second pass (refiner.py)
         self.levels = Levels([*first.levels, *second.levels[1:]], first.levels.schedule)
         self.start, self.x, self._taken = first.start._replace(finish=self._to_size), first.x, 0
         self._steps, self._enlarged = self._both(), False  # `begin` is not called: the two passes have their own

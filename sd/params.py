@@ -103,8 +103,8 @@ class SamplingParams:
     original_width: int | None = setting(None, f"SDXL: width of the original image, {OWN}", PIXELS)
     crop_top: int = setting(0, "SDXL: pixels cropped off the top of the resized original", PIXELS)
     crop_left: int = setting(0, "SDXL: pixels cropped off the left of the resized original", PIXELS)
-    target_height: int | None = setting(None, f"SDXL: height of the training image, {OWN}", PIXELS)
-    target_width: int | None = setting(None, f"SDXL: width of the training image, {OWN}", PIXELS)
+    target_height: int | None = setting(None, f"SDXL: height of the image after cropping, {OWN}", PIXELS)
+    target_width: int | None = setting(None, f"SDXL: width of the image after cropping, {OWN}", PIXELS)
     aesthetic_score: float = setting(6.0, "SDXL's refiner: how beautiful the image is, about 2 to 7", number)
     negative_aesthetic_score: float = setting(2.5, "the same for the negative prompt", number)
     refiner_from: float | None = setting(
@@ -164,6 +164,7 @@ class SamplingParams:
             "steps": self.steps or config.steps or SAMPLERS[name].steps,
             "spacing": self.spacing or spacing or own_grid or SAMPLERS[name].spacing,
             "guidance": config.guidance if self.guidance is None else self.guidance,
+            "one_step_at": config.one_step_at,
         }
         if own["spacing"] not in SPACINGS:
             raise ValueError(
@@ -180,12 +181,16 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class ResolvedParams(SamplingParams):
-    """SamplingParams for one model: only height and width may be None, which depend on the task. See `resolved`."""
+    """SamplingParams for one model: height and width, which depend on the task, may be None. See `resolved`.
+
+    one_step_at   not a setting, but a fact about the model: `Config.one_step_at`
+    """
 
     sampler: str = with_default(SamplingParams, "sampler", "ddim")
     steps: int = with_default(SamplingParams, "steps", 50)
     spacing: str = with_default(SamplingParams, "spacing", "leading")
     guidance: float = with_default(SamplingParams, "guidance", 1.0)
+    one_step_at: int | None = None
 
     @property
     def is_guided(self) -> bool:

@@ -17,7 +17,7 @@ from .messages import counted
 def texts(name: str, value: object) -> tuple[str, ...]:
     """A list of texts, which is not empty; raises ValueError, with the name, for anything else."""
     if isinstance(context := getattr(value, "context", None), Tensor):
-        if getattr(value, "vector", None) is not None:  # which a request has no place for
+        if getattr(value, "vector", None) is not None:  # a Conditioning, for which a request has no place
             raise ValueError(f"{name} must be a text or a list of texts, got a {type(value).__name__}: give the text")
         raise ValueError(
             f"{name} must be a text, a list of texts or a context, got a {type(value).__name__}: give its "

@@ -44,7 +44,7 @@ class TextBatch(NamedTuple):
     """Texts that are encoded together."""
 
     texts: Sequence[str]
-    second: Sequence[str] | None = None  # as many for the second text encoder, if they are others
+    second: Sequence[str] | None = None  # as many for the second text encoder, if it reads others
 
     def singly(self) -> list[TextBatch]:
         """Each text as a batch of its own."""
@@ -94,7 +94,7 @@ class TextEncoding:
     ) -> TextOutput:
         """The same, and the pooled output (B, P) of the last text encoder, if it has one: that of the first chunk.
 
-        second   B texts for the second text encoder, if they are others
+        second   B texts for the second text encoder, if it reads others
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if web_ui_prompts:
@@ -163,7 +163,7 @@ class TextEncoding:
         return found if len(counts) < 2 else self._rows(batches, max(counts))
 
     def _encode(self, batches: Sequence[Sequence[Tensor]], clip_skip: int | None, note: Note) -> list[list[TextOutput]]:
-        """For each batch the token ids (B, M) for each text encoder -> what each of them says."""
+        """For each batch the token ids (B, M) for each text encoder -> their outputs."""
         config = self.config
         layers = None if clip_skip is None else layers_of_clip_skip(config.text, clip_skip, note)
         if any(tokenizer.added for tokenizer in self.tokenizers):
@@ -177,7 +177,7 @@ class TextEncoding:
         return outputs
 
     def _emphasised(self, output: TextOutput, weights: Tensor, count: int) -> TextOutput:
-        """What an encoder says about the chunks of `count` texts, weighted -> about these texts."""
+        """The output of an encoder for the chunks of `count` texts, weighted -> that for these texts."""
         context, pooled = output
         if (weights != 1).any():
             context = emphasised(context, weights.to(self.device))
@@ -228,7 +228,7 @@ class TextEncoding:
 
 
 def _side_by_side(outputs: Sequence[TextOutput]) -> TextOutput:
-    """What several text encoders say about the same texts: hidden states side by side, and the last pooled output."""
+    """The outputs of several text encoders for the same texts: hidden states side by side, pooled of the last one."""
     return TextOutput(torch.cat([output.hidden for output in outputs], dim=-1), outputs[-1].pooled)
 
 
@@ -321,6 +321,6 @@ def _own_context(model: StableDiffusion, name: str, context: Tensor) -> Tensor:
     Raises ValueError for a tensor that is not a context of this model.
     """
     if model.config.unet.vector is not None:
-        raise ValueError(f"{name} must be a text for this model: its U-Net takes a pooled vector beside the context")
+        raise ValueError(f"{name} must be a text for this model: its U-Net also takes a vector (pooled text and sizes)")
     prompt_checks.context(name, context, model.config.text[0].length, model.config.unet.context)
     return context.to(model.device, model.dtype)

@@ -16,9 +16,9 @@ last fifth of the steps are at timesteps below 20; the 200 lowest, on which the 
 So by default SDXL's refiner takes the steps from timesteps below 200, at least the last one: on even grids this is the
 fraction 0.8, which is the default for other models.
 
-In high resolution the refiner takes the last steps of the second pass, which is the web UI's default. In inpainting it
-keeps what is known as the base does; after a base of 9 channels it is given no mask, and what is kept of the image is
-pasted into the result.
+With a second pass at high resolution (`HighRes`), the refiner takes its last steps, which is the web UI's default. In
+inpainting it keeps the known part as the base does; after a base of 9 channels it is given no mask, and the known part
+is pasted into the result.
 
 With `low_memory`, the networks of both models take turns on the device.
 """
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 TRAINED = 200  # timesteps of the noise levels that SDXL's refiner was trained on
 SWITCH = 0.8  # the default for other models
-NOISES = ("steps", "beta_start", "beta_end", "zero_snr", "alpha_bar")  # what makes a noise level of a timestep
+NOISES = ("steps", "beta_start", "beta_end", "zero_snr", "alpha_bar")  # what determines the noise level of a timestep
 
 
 def check_fit(base: Config, refiner: Config) -> None:
@@ -127,9 +127,9 @@ def with_refiner(run: Run, refiner: StableDiffusion) -> Run:
     steps = len(whole) - 1
     switch = switch_after(whole, params.refiner_from, refiner.config)
     if not switch and strength == 1 and params.refiner_from != 0:
-        switch = 1  # noise alone is the base's
+        switch = 1  # the base takes the first step, from pure noise
     share = switch / steps if params.refiner_from is None else params.refiner_from
-    params = run.params = replace(params, refiner_from=share)  # what metadata say
+    params = run.params = replace(params, refiner_from=share)  # for the metadata
     first = max(switch - (steps - len(target)), 0)  # of the steps that are taken
     if first >= len(target):
         run.notes.append(f"refiner_from {share:g} of {counted(steps, 'step')} leaves no steps to the refiner")

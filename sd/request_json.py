@@ -1,4 +1,4 @@
-"""Requests as JSON, and what is said of a setting that is none of a request's.
+"""Requests as JSON, and hints for settings that a request does not have.
 
 >>> from sd.params import TextToImage
 >>> from_dict(to_dict(TextToImage("a house"))) == TextToImage("a house")
@@ -42,7 +42,7 @@ def to_dict(request: TextToImage) -> dict[str, Any]:
 
 
 def hint_for(name: str, known: Collection[str]) -> str:
-    """What to write in the place of a setting that is none of the known ones of a request."""
+    """A hint for a setting that a request does not have: what to write in its place."""
     usual = OURS.get(snake_case(name), snake_case(name))
     if usual.startswith("hires_") and usual in HighRes.__dataclass_fields__:
         return "it goes with hires"

@@ -88,7 +88,7 @@ class Start(NamedTuple):
     denoise: Denoise
     blend: Callable[[Tensor], Tensor] = lambda z: z  # applied to the final latents
     finish: Callable[[Image.Image], Image.Image] = lambda image: image  # applied to each decoded image
-    hold: Callable[[Denoise], Denoise] = lambda denoise: denoise  # what `denoise` has around the model's own
+    hold: Callable[[Denoise], Denoise] = lambda denoise: denoise  # wraps a denoiser as `denoise` wraps the model's own
 
 
 class Run(Iterator[Step]):
@@ -117,7 +117,7 @@ class Run(Iterator[Step]):
         first_pass   steps of the pass whose image this run refines, from which its prompts go on counting; 0: none
         """
         self.model, self.request, self.params, self.notes = model, request, params, notes
-        self.levels = model.schedule.levels(params.steps, params.spacing, strength)
+        self.levels = model.schedule.levels(params.steps, params.spacing, strength, params.one_step_at)
         if strength > 0 and len(self.levels) == 1:
             notes.append(f"strength {strength:g} of {params.steps} steps is less than one step: nothing is generated")
         size = (shape[1] * model.config.vae.factor, shape[2] * model.config.vae.factor)

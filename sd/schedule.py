@@ -150,7 +150,7 @@ class Schedule:
         alpha = 1.0 / math.hypot(1.0, ratio)
         return Level(t, alpha, ratio * alpha)
 
-    def levels(self, n: int, spacing: str = "leading", strength: float = 1.0) -> Levels:
+    def levels(self, n: int, spacing: str = "leading", strength: float = 1.0, one_step_at: int | None = None) -> Levels:
         """The grid of an n-step run: n levels to evaluate, noisiest first, and the final level.
 
         n in 1..steps. `strength` in [0, 1] keeps the last int(n * strength) steps, for image to image; 0 leaves only
@@ -167,6 +167,9 @@ class Schedule:
         lcm          n of the 50 timesteps that latent consistency models are distilled on (19, 39, ..., 999), to clean.
                      `strength` keeps the lowest int(50 * strength) of these, as LCMScheduler of diffusers does (Luo et
                      al. 2023). Raises ValueError if they are fewer than n
+
+        one_step_at is the timestep at which a single step at strength 1 starts, with every spacing, for a model that
+        was distilled to one step from there (few_step.py).
         """
         if not isinstance(n, (int, np.integer)) or not 1 <= n <= self.steps:
             raise ValueError(f"steps must be a whole number from 1 to {self.steps}, got {n}")
@@ -174,6 +177,8 @@ class Schedule:
             raise ValueError(f"strength must be in [0, 1], got {strength}")
         if spacing not in SPACINGS:
             raise ValueError(f"unknown spacing {spacing!r}, expected one of {', '.join(SPACINGS)}")
+        if n == 1 and strength == 1 and one_step_at is not None:
+            return Levels([self.level(one_step_at), CLEAN], self)
         if spacing == "lcm":
             return Levels([*map(self.level, self._lcm_timesteps(n, strength)), CLEAN], self)
         end = CLEAN

@@ -28,7 +28,7 @@ class SecondTexts(NamedTuple):
 
     @classmethod
     def of(cls, config: Config, request: TextToImage, note: Callable[[str], object]) -> SecondTexts:
-        """Those of a request. Raises ValueError for a model of one text encoder, and for texts that change."""
+        """Those of a request. Raises ValueError for a model with one text encoder, and for texts that change."""
         found: list[tuple[str, ...] | None] = []
         for name in NAMES:
             given = getattr(request, name)
@@ -57,7 +57,7 @@ class SecondTexts(NamedTuple):
 
 
 def for_refiner(request: TextToImage, config: Config) -> TextToImage:
-    """The request as a refiner sees it: its one text encoder is the second one of SDXL, and reads what that reads."""
+    """The request for a refiner: its only text encoder is the second one of SDXL, and reads the same texts."""
     if len(config.text) > 1:
         return request
     prompt = request.prompt if request.prompt_2 is None else request.prompt_2
@@ -69,7 +69,7 @@ def for_refiner(request: TextToImage, config: Config) -> TextToImage:
 
 def _single(name: str, text: str, note: Callable[[str], object]) -> str:
     """A text of the web UI's syntax that is the same in all steps, without comments. Raises ValueError for others."""
-    if name == "negative_2":  # whose rules are others: AND is a word, and there is no weight at its end
+    if name == "negative_2":  # has other rules: AND is a word in it, and a number at its end is text
         stages = read_negative(text, 1, note=note)
         if changes(text):
             raise ValueError(f"{name} cannot have [a:b:0.5] or [a|b]: leave them out")

@@ -3,7 +3,7 @@
 Podell et al. 2023, "SDXL: improving latent diffusion models for high-resolution image synthesis", sections 2.2 and 2.3.
 In training, the numbers are the size of the original image, how much was cropped off the top and the left after
 resizing, and the size that all images of the batch had, each as (height, width) or (top, left), in pixels. So a small
-original size asks for the look of an enlarged photo, and a crop for a subject that is cut off. The refiner has an
+original size asks for the look of an enlarged photo, and a crop for a subject that is cut off. The refiner is told an
 aesthetic score in place of the last size: one for the prompt, and a lower one for the negative prompt.
 
 >>> import torch
@@ -42,7 +42,7 @@ def size_embedding(sizes: Tensor) -> Tensor:
 
 
 def without_effect(params: SamplingParams, configs: Sequence[Config]) -> list[str]:
-    """A note, if there are numbers given that none of the models of a run is told."""
+    """A note if numbers are given that no model of a run is told."""
     told = {name for config in configs for name in config.sizes}
     told |= {f"negative_{name}" for name in told if name == "aesthetic_score"}
     names = [name for name in NUMBERS if name not in told and getattr(params, name) != getattr(SamplingParams, name)]

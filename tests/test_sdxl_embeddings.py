@@ -11,18 +11,18 @@ import torch
 from common import TINY_XL, error, tiny_state
 from conftest import loaded
 from safetensors.torch import load_file, save_file
-from test_lora import saved
-from test_sdxl_adapters import (
+from sdxl_common import (
     FC1,
     TINY_REFINER,
     cleared,
-    lora_file,
     pipeline,
     tiny_xl,
     two,
     vectors,
     write_models,
-)  # fmt: skip
+)
+from test_lora import saved
+from test_sdxl_lora_names import lora_file
 
 from scripts import convert as convert_script
 from sd import StableDiffusion

@@ -10,9 +10,9 @@ import torch
 from common import TINY, TINY_XL, manifest, tiny_state
 from conftest import loaded
 from safetensors.torch import save_file
+from sdxl_common import DEEP_REFINER, Header, random_state
 from test_few_step_models import Given
 from test_inspect import sparse_file
-from test_sdxl_files import TINY_REFINER, Header, random_state
 
 from sd import StableDiffusion, latents
 from sd.checkpoints.checkpoint import CheckpointError
@@ -158,7 +158,7 @@ def files(tmp_path_factory) -> Path:
         save_file(two, folder / f"{form}_g.safetensors")
     own = to_own(converted)
     save_file({k: x.contiguous() for k, x in own.items()}, folder / "own.safetensors", {CONFIG_KEY: TINY_XL.to_json()})
-    refiner = random_state(TINY_REFINER)
+    refiner = random_state(DEEP_REFINER)
     save_file(refiner, folder / "refiner.safetensors")
     return folder
 
@@ -190,7 +190,7 @@ def test_text_encoders_from_other_files(files, second):
 
 def test_the_refiner_takes_the_second_of_two(files):
     for name in ("whole", "comfy_pair", "own", "hf_g", "openclip_g"):
-        options = LoadOptions(TINY_REFINER, text_encoder=files / f"{name}.safetensors")
+        options = LoadOptions(DEEP_REFINER, text_encoder=files / f"{name}.safetensors")
         with ModelFiles(files / "refiner.safetensors", options) as found:
             expected = convert(tiny_state("tiny-sdxl"), TINY_XL)[SECOND]
             same_states(found.states, {"text_encoder": expected}, ["text_encoder"])
@@ -206,7 +206,7 @@ def test_wrong_text_encoders_are_refused_in_one_line(files):
         with pytest.raises(CheckpointError, match=words) as caught:
             ModelFiles(files / "whole.safetensors", options)
         assert str(caught.value).startswith(str(files / next(iter(given.values())))) and "\n" not in str(caught.value)
-    options = LoadOptions(TINY_REFINER, text_encoder=files / "hf_l.safetensors")
+    options = LoadOptions(DEEP_REFINER, text_encoder=files / "hf_l.safetensors")
     with pytest.raises(CheckpointError, match="64 wide, the text encoder of tiny refiner 96 wide: give another one"):
         ModelFiles(files / "refiner.safetensors", options)
     vit_h = {key: shape for key, (shape, _) in manifest("sd-v2-base").items() if key.startswith("cond_stage_model.")}

@@ -229,6 +229,7 @@ def _generate(args: argparse.Namespace, plan: Plan, addons: AddOns, output: Outp
     for text in model.about:
         print(text, flush=True)
     like.compare_model(args, file, digest, model.config)
+    plan = plan._replace(requests=like.fitted(args, plan.requests, model.config))
     addons.give(model, hashes=digest is not None)  # first: a few-step LoRA has other default settings
     check_all(model, plan.lines, plan.requests)
     spacings = {request.params.resolved(model.defaults).spacing for request in plan.requests}

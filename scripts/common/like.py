@@ -2,6 +2,7 @@
 
 take(args, kind)      fills in the arguments; called before their values are checked
 carried(args, ...)    the settings of the recipe that have no argument of their own
+fitted(args, ...)     leaves out what the model, once it is loaded, has no use for
 compare(args, ...)    says whether checkpoint, initial image and mask are those of the recipe
 """
 
@@ -38,6 +39,7 @@ from .output import ModelHash
 from .prompt_loras import LoraFolder, tag_name
 from .xl_args import PAIRS
 
+SECOND_PROMPTS = ("prompt_2", "negative_2")
 OWN_VAE = ("", "none", "automatic", "default", "baked", "baked vae")  # values that name no file
 ARGUMENTS = {"blur": "mask_blur"}  # setting -> the argument, where the names differ
 # setting -> other arguments that say the same: if one of them is given, the recipe's value is not taken
@@ -97,6 +99,7 @@ def take(args: argparse.Namespace, kind: type[TextToImage]) -> None:
     if "n" in taken and "batch_size" not in given:
         args.batch_size = args.n
     _prompt(args, recipe)
+    taken = {name: value for name, value in taken.items() if name not in SECOND_PROMPTS or _has(args, name)}
     _program(args, recipe)
     _loras(args, recipe)
     _print(args, recipe, taken)
@@ -146,6 +149,35 @@ def _prompt(args: argparse.Namespace, recipe: Recipe) -> None:
         args.prompt_2 = None
     if "negative" in args.named and "negative_2" not in args.named:
         args.negative_2 = None
+
+
+def _has(args: argparse.Namespace, name: str) -> bool:
+    """Whether an argument has a value."""
+    return getattr(args, name) is not None
+
+
+def fitted(args: argparse.Namespace, requests: list[TextToImage], config: Config) -> list[TextToImage]:
+    """The requests for a model: one with a single text encoder does not take the second prompts of a recipe.
+
+    Sets their arguments to None, with a warning. Those that were given are left for the model to refuse.
+    """
+    if args.recipe is None or len(config.text) > 1:
+        return requests
+    second = [name for name in SECOND_PROMPTS if _has(args, name) and name not in args.named]
+    if not second:
+        return requests
+    warnings.warn(
+        f"{one_line(args.like.name)}: {' and '.join(second)} left out: {config.name} has only one text encoder",
+        stacklevel=1,
+    )
+    left_out = {name: getattr(args, name) for name in second}
+    for name in second:
+        setattr(args, name, None)
+    fitting = []
+    for request in requests:  # a line of --from-file may have a second prompt of its own
+        changed: dict[str, Any] = {name: None for name, text in left_out.items() if getattr(request, name) == text}
+        fitting.append(replace(request, **changed))
+    return fitting
 
 
 def _program(args: argparse.Namespace, recipe: Recipe) -> None:
@@ -250,7 +282,7 @@ def _notes(args: argparse.Namespace, recipe: Recipe, kind: type[TextToImage]) ->
             and getattr(args, name) is None
             and value.partition("(")[0].strip().lower() not in OWN_VAE
         ):
-            value = re.sub(r" \[\w{1,64}\]\Z", "", value)  # the web UI's digits of a refiner
+            value = re.sub(r" \[\w{1,64}\]\Z", "", value)  # the hash that the web UI writes after a refiner's name
             notes.append(f"{key} {file_name(value)}: give its file with --{name.replace('_', '-')}")
     return notes
 

@@ -170,6 +170,8 @@ class PromptLoras:
 
     def of(self, request: TextToImage) -> list[NamedLora]:
         """Those that the prompt of a request names."""
+        if (request.prompt, request.prompt_2) not in self._loras:  # its second prompt was left out: like.fitted
+            self.look_up(request)
         return self._loras[request.prompt, request.prompt_2]
 
     def merge(self, model: sd.StableDiffusion, request: TextToImage) -> None:

@@ -41,7 +41,7 @@ def add_xl_arguments(parser: Parser) -> None:
     group.add_argument("--negative-2", metavar=TEXT, help="the same for the negative prompt")
     group.add_argument(
         "--original-size", type=pair, metavar="WIDTHxHEIGHT",
-        help="size of the original that the model is told; a small one looks enlarged (default: the image's)",
+        help="size of the original that the model is told; a small one gives an enlarged look (default: the image's)",
     )  # fmt: skip
     group.add_argument(
         "--crop", type=pair, metavar="LEFTxTOP",
@@ -79,7 +79,7 @@ def xl_params(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_refiner(args: argparse.Namespace) -> None:
-    """Raise the ValueError that base and refiner lead to together, from the headers of their files alone."""
+    """Raise ValueError if base and refiner do not fit together, going by the headers of their files alone."""
     if args.refiner is None:
         return
     from sd.checkpoints.loading import LoadOptions, ModelFiles

@@ -88,7 +88,7 @@ def named(name: str) -> Callable[[Callable[[Job], Figures]], Callable[[Job], Fig
 
 
 def encoders(job: Job, file: str, of_second: str) -> Iterator[tuple[str, str, int]]:
-    """A file name, the end of a title, and the number, for each text encoder of the model."""
+    """For each text encoder of the model: the file's name, words for its title, and the number of the encoder."""
     yield file, "", 0
     if len(job.model.config.text) > 1:
         yield file.replace(".", "-2."), of_second, 1
@@ -97,7 +97,7 @@ def encoders(job: Job, file: str, of_second: str) -> Iterator[tuple[str, str, in
 @named("tokens")
 def tokens(job: Job) -> Figures:
     """the tokens of the prompt: ids, padding, truncation"""
-    for file, of, i in encoders(job, "tokens.png", ", second text encoder"):
+    for file, of, i in encoders(job, "tokens.png", " for the second text encoder"):
         yield file, text.draw_tokens(job.model.tokenizers[i], [job.prompt(), LONG], of=of)
 
 
@@ -109,10 +109,10 @@ def embeddings(job: Job) -> Figures:
         *("house", "castle", "tree", "flower", "car", "boat", "cat", "duck", "balloon", "kite"),
         *("meadow", "beach", "desert", "snow", "sea", "day", "sunset", "night"),
     ]
-    for file, of, i in encoders(job, "embeddings.png", ", the second one"):
+    for file, which, i in encoders(job, "embeddings.png", "second "):
         text_encoder = job.model.text_encoder_2 if i else job.model.text_encoder
         similar = text.token_similarity(text_encoder, job.model.tokenizers[i], names)
-        yield file, text.draw_embeddings(similar, names, text.position_similarity(text_encoder), of)
+        yield file, text.draw_embeddings(similar, names, text.position_similarity(text_encoder), which)
 
 
 @named("words")

@@ -1,4 +1,4 @@
-"""From the token ids of captions to what the U-Net is told about them, for all text encoders of a model."""
+"""Captions, as token ids, encoded by all text encoders of a model to what the U-Net is told about them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def text_encoders(model: StableDiffusion) -> dict[str, TextEncoder]:
 
 
 def padded(ids: Tensor, pad: int) -> Tensor:
-    """Token ids (B, M) with `pad` after the end token: text encoders differ in nothing else."""
+    """Token ids (B, M) with `pad` after the end token, in which alone the ids for text encoders differ."""
     end = (ids == END).int().argmax(dim=1, keepdim=True)
     after = torch.arange(ids.shape[1], device=ids.device) > end
     return ids.masked_fill(after, pad)
@@ -28,9 +28,9 @@ def padded(ids: Tensor, pad: int) -> Tensor:
 class Captions:
     """Encodes captions as the pipeline encodes prompts, with gradients for text encoders that are trained.
 
-    model   its text encoders are called
-    size    of the images in pixels, which SDXL is told as the original and as the target size: of a run without
-            further settings they are equal, too
+    model   whose text encoders are used
+    size    of the images in pixels, which SDXL is told as the original and as the target size, as in a run with
+            default settings
 
     A dropped prompt is the empty one; for SDXL base, whose training had zeros in its place, it is zeros.
     """

@@ -101,7 +101,7 @@ def find_new(args: argparse.Namespace, seed: int, device: torch.device) -> Stabl
 def new_model(config: Config, vae: VAE, seed: int, device: torch.device) -> StableDiffusion:
     """Text encoder and U-Net with initial weights, a function of the seed, and a trained VAE.
 
-    Raises ValueError for a config of two text encoders, which train_text.py cannot train.
+    Raises ValueError for a config with two text encoders, which train_text.py cannot train.
     """
     if len(config.text) > 1:
         raise ValueError(

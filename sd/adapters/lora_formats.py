@@ -49,8 +49,8 @@ NO_LAYER = "of layers that this model does not have"
 NO_PART = "of no known kind of adapter"
 OTHER_WORDS = "of words for another text encoder"
 
-# The embeddings of a file: kohya's "bundle_emb.word.string_to_param.*", SDXL's ".clip_l" and ".clip_g"; cloneofsimo's
-# "<s1>".
+# Keys of the embeddings in a LoRA file: kohya's "bundle_emb.WORD.string_to_param.*", for SDXL "bundle_emb.WORD.clip_l"
+# and "bundle_emb.WORD.clip_g"; cloneofsimo's "<s1>".
 BUNDLED, BUNDLED_ENDS = "bundle_emb.", (".string_to_param.*", ".emb_params", ".clip_l")
 # Unsupported kinds of adapters, and unsupported models, by patterns of keys.
 OTHER_KINDS = (
@@ -70,7 +70,7 @@ OTHER_MODELS = (
     (r"lora_transformer_|transformer\.", "SD 3 or Flux, or another diffusion transformer"),
     (r"lora_prior_unet_|prior\.", "Stable Cascade"),
 )  # fmt: skip
-# A family and its layers that the other one does not have: SDXL has a second text encoder and a vector; Stable
+# Layers that only one of the two families has, and its name: SDXL has a second text encoder and a vector; Stable
 # Diffusion 1.x and 2.x have a fourth level, and attention in the first.
 XL = (
     r"lora_te2_|te2[._]|text_encoder_2\.|(text_encoders\.)?clip_g\.|lora_te2\.|.*transformer_blocks[._]1[._]"
@@ -91,7 +91,7 @@ OTHER_MODELS_ALONE = (
      "a diffusion transformer (Lumina, Z-Image)"),
     (r"(base_model\.model\.)?model\.layers\.\d+\.", "a language model"),
 )  # fmt: skip
-# by width of the context, or of the text encoder
+# by the width of the context or of the text encoder
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 1280: "SDXL"}
 REFINER = "SDXL's refiner"  # its context has the width of SDXL's second text encoder
 
@@ -354,7 +354,7 @@ def _unrun_layers(config: Config, layers: Sequence[Layer]) -> LayerNames:
 
 
 def _word(key: str, ends: Sequence[str]) -> str | None:
-    """The word whose vectors a tensor has; `ends` of the keys of bundled ones."""
+    """The word whose vectors a tensor holds; `ends` are the endings of the keys of bundled embeddings."""
     if key.startswith(BUNDLED):
         end = next((end for end in ends if key.endswith(end)), None)
         return key.removeprefix(BUNDLED).removesuffix(end) if end else None

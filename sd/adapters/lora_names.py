@@ -1,7 +1,7 @@
 """The names that LoRA files use for the layers of a model: generated from the key maps and looked up, not parsed.
 
 A layer has a path in diffusers' modules, one in the original's, and a place in cloneofsimo's count. Each tool writes
-one of them in its own way, after words of its own:
+one of them in its own way, after prefixes of its own:
 
     kohya          lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q, lora_te_text_model_encoder_...;
                    for SDXL lora_te1_, lora_te2_, and the original's paths, lora_unet_input_blocks_4_1_...
@@ -15,9 +15,8 @@ one of them in its own way, after words of its own:
     torch.compile  _orig_mod. at any place
     cloneofsimo    unet:0, text_encoder:7: the linear layers of attentions, counted
 
-So names are compared with "_" in place of all points and colons, after the words of the tools were taken off. Layers of
-SDXL's two text encoders have the same paths, and only these words tell them apart: a text encoder without a number is
-the first.
+So names are compared without these prefixes, and with "_" in place of every dot and colon. Layers of SDXL's two text
+encoders have the same paths, and only the prefixes tell them apart: a text encoder without a number is the first.
 
 >>> from sd.config import SD1
 >>> names = LayerNames(SD1, [("unet", "mid.attn.blocks.0.attn1.out"), ("text_encoder", "blocks.5.fc2")])
@@ -39,17 +38,17 @@ from ..config import Config
 
 Layer = tuple[str, str]  # network ("unet", "text_encoder", "text_encoder_2") and our name of a layer in it
 
-# Words that tools put before a path -> the network that a word is about; TEXT is a text encoder, whichever it is.
+# Prefix that a tool puts before a path -> the network that it stands for; TEXT is any text encoder.
 TEXT = "text"
-WORDS = {
+PREFIXES = {
     "lora_": None, "lycoris_": None, "base_model_": None, "model_": None, "module_": None,
     "unet_": "unet", "diffusion_model_": "unet",
     **dict.fromkeys(("te_", "text_encoder_", "text_encoders_", "clip_h_", "clip_", "transformer_", "cond_stage_model_",
                      "text_model_"), TEXT),
 }  # fmt: skip
-# The same for OpenAI's ViT-L/14, and for SDXL's second text encoder, OpenCLIP's ViT-bigG/14.
-FIRST_WORDS = ("te1_", "clip_l_")
-SECOND_WORDS = ("te2_", "text_encoder_2_", "clip_g_")
+# Those of OpenAI's ViT-L/14, and of SDXL's second text encoder, OpenCLIP's ViT-bigG/14.
+FIRST_PREFIXES = ("te1_", "clip_l_")
+SECOND_PREFIXES = ("te2_", "text_encoder_2_", "clip_g_")
 COMPILED = "_orig_mod_"
 # In attention processors of diffusers before PEFT, the layers of an attention have other names.
 PROCESSORS = {
@@ -74,19 +73,18 @@ MAX_CLASSES = 1000  # characters of their list in a file's metadata
 
 
 def flat(name: str) -> str:
-    """A name with "_" in place of points and colons, and without torch.compile's word."""
+    """A name with "_" in place of dots and colons, and without torch.compile's prefix."""
     return re.sub("[.:]", "_", name).replace(COMPILED, "")
 
 
-def words_of(config: Config) -> dict[str, str | None]:
-    """The words that may stand before paths in a LoRA file for a model, and the network that each is about.
+def prefixes_of(config: Config) -> dict[str, str | None]:
+    """The prefixes of paths in LoRA files for a model, and the network that each stands for.
 
-    The only text encoder of SDXL's refiner is SDXL's second one, and is called so.
+    The only text encoder of SDXL's refiner is SDXL's second one, and has its prefixes.
     """
-    is_refiner = config.is_refiner
-    first = {} if is_refiner else dict.fromkeys(FIRST_WORDS, config.text_names[0])
-    second = dict.fromkeys(SECOND_WORDS, config.text_names[-1]) if config.sizes else {}
-    return {**WORDS, **first, **second}
+    first = {} if config.is_refiner else dict.fromkeys(FIRST_PREFIXES, config.text_names[0])
+    second = dict.fromkeys(SECOND_PREFIXES, config.text_names[-1]) if config.sizes else {}
+    return {**PREFIXES, **first, **second}
 
 
 class LayerNames:
@@ -105,8 +103,8 @@ class LayerNames:
                 "merged: use the plain network, without wrappers or added layers"
             ) from None
         self.first_text = config.text_names[0]
-        self.words = words_of(config)
-        self.longest_first = sorted(self.words, key=len, reverse=True)
+        self.prefixes = prefixes_of(config)
+        self.longest_first = sorted(self.prefixes, key=len, reverse=True)
         self.paths: dict[str, dict[str, Layer]] = {}  # flat path -> network -> layer
         for network, theirs in chain(diffusers.items(), original.items()):
             for key, source in theirs.items():
@@ -121,11 +119,11 @@ class LayerNames:
             name = name.removesuffix(end)
         network = None
         while name not in self.paths:
-            word = next((word for word in self.longest_first if name.startswith(word)), None)
-            if word is None or not _agree(network, about := self.words[word]):
+            prefix = next((prefix for prefix in self.longest_first if name.startswith(prefix)), None)
+            if prefix is None or not _agree(network, meant := self.prefixes[prefix]):
                 return None
-            network = about if network is None or (network == TEXT and about) else network
-            name = name.removeprefix(word)
+            network = meant if network is None or (network == TEXT and meant) else network
+            name = name.removeprefix(prefix)
         found = self.paths[name]
         if network is None:
             network = "unet" if "unet" in found else TEXT
@@ -133,7 +131,7 @@ class LayerNames:
 
 
 def _agree(one: str | None, other: str | None) -> bool:
-    """Whether two words can be about the same network."""
+    """Whether two prefixes can stand for the same network."""
     if one is None or other is None or one == other:
         return True
     return TEXT in (one, other) and "unet" not in (one, other)

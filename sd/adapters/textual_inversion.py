@@ -16,9 +16,9 @@ may have several vectors, and takes as many of the 75 tokens of a prompt.
 The file's name is always a word for its vectors, as in the web UIs; a word in the file is one, too. A file with a
 tool's fixed name is named after its folder.
 
-D is the width of the text encoder, so a file fits one family of models: 768 Stable Diffusion 1.x, 1024 2.x. A file for
-1.x has vectors for SDXL's first text encoder only and was trained for another U-Net, so it is refused there; the web UI
-skips it as well. SDXL's refiner has the second encoder alone, and takes its vectors.
+D is the width of the text encoder, so a file fits one family of models: 768 for Stable Diffusion 1.x, 1024 for 2.x. A
+file for 1.x has vectors for SDXL's first text encoder only, and was trained with another U-Net: SDXL models refuse it,
+and the web UI skips it. SDXL's refiner has only the second encoder, and takes its vectors from a file for SDXL.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ TECHNICAL = frozenset({
 OUTPUTS = ("_out", ".out")  # endings of keys of output vectors
 ENCODERS = ("clip_l", "clip_g")  # keys of the vectors for SDXL's text encoders, ...
 OTHER_NAMES = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}  # ... and in diffusers' scripts
-PAIR = ("learned_embeds", "learned_embeds_2")  # how diffusers' scripts begin the names of a file for each of the two
+PAIR = ("learned_embeds", "learned_embeds_2")  # how the names of diffusers' files for the two begin
 SD3 = "Flux or Stable Diffusion 3"
 OTHERS = {"t5": SD3, "t5xxl": SD3, "text_encoders_2": SD3}
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL"}
@@ -64,7 +64,7 @@ MAX_LETTERS = 200  # of a word
 
 
 def encoder_names(config: Config) -> tuple[str, ...]:
-    """What SDXL's text encoders are called in files, also the refiner's only one; none for other models."""
+    """The names of an SDXL model's text encoders in files, one for the refiner; none for other models."""
     return ENCODERS[-len(config.text) :] if config.sizes else ()
 
 
@@ -79,7 +79,7 @@ def read_embedding(
 ) -> dict[str, Tensor]:
     """The words of an embedding file and their vectors, (n, width) each, in float32.
 
-    width   of the text encoder's vectors; for SDXL a `Mapping` as from `widths_of`, and the vectors of a word for its
+    width   of the text encoder's vectors; for SDXL a `Mapping` from `widths_of`. Then the vectors of a word for the two
             text encoders are side by side: (n, 768 + 1280)
     room    number of tokens in a prompt, the maximum number of vectors of a word
     path    of the file, or of a folder as written by diffusers or the hub's cache
@@ -110,7 +110,7 @@ def read_embedding(
 
 
 def _vectors_in(file: Checkpoint, path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in a file that can be vectors of words, by key. CheckpointError if it has others."""
+    """The shapes of the tensors in a file that can be vectors of words, by key. Raises CheckpointError for others."""
     shapes = {key: file.shape(key) for key in file if not is_output(key)}
     if len(shapes) < len(file):
         if not shapes:
@@ -155,7 +155,7 @@ def _words(
 def _side_by_side(
     file: Checkpoint, word: str, parts: Mapping[str | None, str], widths: Mapping[str, int], room: int
 ) -> Tensor:
-    """The vectors (n, D) of a file that has some for each text encoder of SDXL, by `parts`."""
+    """The vectors (n, D) of a word, side by side; `parts` are their keys in the file, by text encoder of SDXL."""
     if missing := [name for name in widths if name not in parts]:
         raise CheckpointError(f"has no vectors for {missing[0]}: an embedding for this model has {_needed(widths)}")
     shapes = {name: file.shape(parts[name]) for name in widths}
@@ -169,7 +169,7 @@ def _side_by_side(
 
 
 def _refuse_width(shapes: Mapping[str, tuple[int, ...]], widths: Mapping[str, int]) -> None:
-    """Raise CheckpointError for vectors that are for one text encoder, where a model has those of SDXL."""
+    """Raise CheckpointError for vectors for a single text encoder, given to a model with SDXL's."""
     found = next((shape[-1] for shape in shapes.values()), 0)
     family = FAMILIES.get(found, "another model")
     raise CheckpointError(
@@ -202,7 +202,7 @@ def _second_file(path: Path) -> Path | None:
 
 
 def _part(key: str) -> str | None:
-    """Which of `ENCODERS` a key is the vectors of."""
+    """Which of `ENCODERS` the vectors under this key are for."""
     key = key.removeprefix(PARAMETERS)
     return OTHER_NAMES.get(key, key if key in ENCODERS else None)
 

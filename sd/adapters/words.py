@@ -1,7 +1,7 @@
-"""Words added to prompts: ids beyond CLIP's tokens, and rows for them in the text encoders' tables of vectors.
+"""Words added to the vocabulary: ids beyond CLIP's tokens, and rows for them in the text encoders' token embeddings.
 
-A word may have several vectors, and so many ids. A model of two text encoders (SDXL) has a tokenizer and a table for
-each; a word then has as many vectors in both, so that both split a prompt into the same chunks.
+A word may have several vectors, each with an id of its own. A model with two text encoders (SDXL) has a tokenizer and a
+table for each of them, and a word has equally many vectors in both: so both split a prompt into the same chunks.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class WordTable(nn.Embedding):
 
 
 class Words:
-    """The words added to tokenizers and text encoders, one of each or several; without words all are unchanged."""
+    """The words added to the tokenizers and text encoders of a model; without words, these are unchanged."""
 
     def __init__(self, tokenizers: Sequence[Tokenizer], text_encoders: Sequence[TextEncoder]) -> None:
         self._tokenizers, self._text_encoders = tuple(tokenizers), tuple(text_encoders)
-        # by word, as the tokenizers know it: its vectors (n, D) in the table of each text encoder
+        # word, as the tokenizers know it -> its vectors (n, D) in the table of each text encoder
         self._vectors: dict[str, tuple[Tensor, ...]] = {}
         self._aliases: dict[str, str] = {}  # a second word -> the one whose vectors it has
 
@@ -56,7 +56,7 @@ class Words:
         return counts | {alias: counts[word] for alias, word in self._aliases.items()}
 
     def alias(self, word: str, name: str) -> str | None:
-        """A second word for the vectors of one that was added; None where it is taken."""
+        """A second word for the vectors of one that was added; None if it is taken."""
         try:
             added = self._register(name, [tokenizer.added[word] for tokenizer in self._tokenizers])
         except ValueError:
@@ -67,7 +67,7 @@ class Words:
     def add(self, words: Mapping[str, Tensor]) -> list[str]:
         """Add words; returns them as the tokenizers know them. ValueError if one is taken.
 
-        words   vectors (n, D) of each; of several text encoders, those of one beside those of the other
+        words   word -> vectors (n, D); those for several text encoders are side by side, in their order
         """
         added = []
         self._look()
@@ -83,7 +83,7 @@ class Words:
         return added
 
     def remove(self, *words: str) -> None:
-        """Remove words that were added, each with the other word for its vectors. KeyError for others."""
+        """Remove words that were added, and the second words for their vectors. Raises KeyError for others."""
         self._look()
         aliases, self._aliases = self._aliases, {}
         for alias in aliases:
@@ -127,7 +127,7 @@ class Words:
 
     @staticmethod
     def _table(text_encoder: TextEncoder) -> nn.Embedding:
-        """An encoder's table without words: looked up each time, because it may have been replaced."""
+        """An encoder's table without added words: looked up each time, because it may have been replaced."""
         token = getattr(text_encoder, "token", None)
         if not isinstance(token, nn.Embedding):
             raise ValueError("embeddings need a text encoder whose token table is an nn.Embedding named `token`")
@@ -148,7 +148,7 @@ class Words:
         self._rebuild()
 
     def _look(self) -> None:
-        """Keep vectors that were changed in a table."""
+        """Keep vectors of words that were changed in a table."""
         counts = [len(vectors[0]) for vectors in self._vectors.values()]
         for i, encoder in enumerate(self._text_encoders):
             token = getattr(encoder, "token", None)

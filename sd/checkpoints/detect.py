@@ -148,7 +148,7 @@ def identify(
 def _as_given(tensors: Mapping[str, Tensor], config: Config, replaced: Collection[str], said: bool) -> Identity:
     """The config given by the caller; a noise schedule in the file replaces the usual one.
 
-    said   whether the caller gave the prediction as well: the name of an SDXL model does not say it
+    said   whether the caller gave the prediction as well, which naming an SDXL model does not settle
     """
     found = shapes(tensors)
     refuse_others(found, replaced)

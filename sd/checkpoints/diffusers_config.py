@@ -1,4 +1,4 @@
-"""The config that the JSON files of a diffusers folder describe. The way back is in diffusers_export.py.
+"""The config that the JSON files of a diffusers folder describe. The reverse is in diffusers_export.py.
 
 Some of their names mislead. `attention_head_dim` is the number of heads; `layers_per_block` counts the encoder's blocks
 (the decoder has one more); `beta_schedule` "scaled_linear" is what the original calls "linear"; `num_hidden_layers` is
@@ -100,7 +100,7 @@ def from_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> Config:
         size = (max(size) if isinstance(size, list) else int(size)) * vae.factor
         schedule = schedule_from_diffusers(configs.get("scheduler", {}))
         sizes, zero = _sizes(unet, texts), False
-        if sizes:  # with a default of its class that the refiner's folder overrides
+        if sizes:  # true is the default of the pipeline's class; the refiner's folder has false
             zero = bool(configs.get("index", {}).get(settings.FORCE_ZEROS, sizes == BASE_SIZES))
         config = Config(
             "diffusers model", size, text=texts, vae=vae, unet=unet, schedule=schedule, sizes=sizes, zero_empty=zero
@@ -125,7 +125,7 @@ def _usual_vae(unet: UNetConfig) -> VAEConfig | TinyVAEConfig:
 
 
 def _plain(text: TextConfig) -> TextConfig:
-    """A text encoder without what fine-tuning may have changed: it may have added words."""
+    """A text encoder without the words that fine-tuning may have added."""
     return replace(text, vocab=TextConfig().vocab, words=(), pad=min(text.pad, END))
 
 
@@ -194,7 +194,7 @@ def _unet(raw: Mapping[str, Any]) -> UNetConfig:
 
 
 def _depths(raw: Mapping[str, Any], down: Sequence[str]) -> tuple[list[int], tuple[tuple[int, ...], ...] | None]:
-    """The transformer blocks of each level; and of each block on the way up, if a file gives these apart."""
+    """The transformer blocks of each level, and those of each block on the way up if a file lists them separately."""
     key, levels, blocks = "transformer_layers_per_block", len(down), raw.get("layers_per_block", 2)
     value = raw.get(key, 1)
     depths = []
@@ -292,7 +292,8 @@ def _texts(configs: Mapping[str, Mapping[str, Any]], unet: UNetConfig) -> tuple[
     ]
     if unet.vector is None:
         return tuple(texts)
-    # SDXL takes the output of the last layer but one of both, not normalised; only of the second is the rest needed
+    # SDXL takes the output of the last layer but one of both, not normalised; the last layer is run for the pooled
+    # output of the second alone
     first, last = texts[:-1], texts[-1]
     projection = configs[names[-1]].get("projection_dim", 512)
     last = replace(last, hidden_layer=-2, hidden_norm=False, pooled=True, projection=projection)

@@ -1,4 +1,4 @@
-"""The JSON files of a diffusers folder that describe a config. What misleads in their names: diffusers_config.py."""
+"""The JSON files of a diffusers folder that describe a config. On misleading names in them: diffusers_config.py."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def to_diffusers_configs(config: Config, version: str = "0.30.0") -> dict[str, d
 
 
 def text_folders(config: Config) -> tuple[str, ...]:
-    """The folder of each text encoder: that of SDXL's refiner is called the second."""
+    """The folder of each text encoder: the refiner's only one is in that of SDXL's second."""
     return (SECOND,) if config.is_refiner else config.text_names
 
 
 def _tokenizer(name: str) -> str:
-    """The folder of the tokenizer of a text encoder in this folder."""
+    """The folder of the tokenizer that belongs to the text encoder in a folder."""
     return name.replace("text_encoder", "tokenizer")
 
 
@@ -93,7 +93,7 @@ def _text_files(config: Config, name: str, text: TextConfig) -> dict[str, dict[s
         "unk_token": "<|endoftext|>",
         "pad_token": end,
     }
-    # diffusers takes the last layer but one of both of SDXL's, so it needs the last one, too
+    # for SDXL, diffusers takes the output of the last layer but one of an encoder that has its last layer as well
     layers = text.layers + (bool(config.sizes) and not text.pooled)
     tokenizer = _tokenizer(name)
     return {

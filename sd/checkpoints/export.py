@@ -84,8 +84,8 @@ def to_original(states: States, config: Config, more: Mapping[str, Tensor] | Non
     """Per-network state dicts under our names -> one state dict in the original layout.
 
     Weights are bit-identical. Models with transformers' names get the `position_ids` that old tools require, those with
-    an unusual noise schedule `alphas_cumprod`; SDXL that predicts v gets ComfyUI's markers. `more` are extras by their
-    original names.
+    an unusual noise schedule `alphas_cumprod`; an SDXL model that predicts v gets ComfyUI's markers. `more` are extras
+    by their original names.
     """
     check_writable(config.vae, "original")
     more = {key: tensor for key, tensor in (more or {}).items() if AVERAGE in states or not key.startswith(EMA)}
@@ -106,7 +106,7 @@ def to_original(states: States, config: Config, more: Mapping[str, Tensor] | Non
         if text.names == "clip" and network in written:
             _, prefix = original_text(config, network)
             written[network][prefix + "embeddings.position_ids"] = torch.arange(text.length).unsqueeze(0)
-    if config.sizes and config.schedule.prediction == "v":  # by which other programs know it
+    if config.sizes and config.schedule.prediction == "v":  # by which other programs recognise it
         more |= {key: torch.empty(0) for key in (V_MARKER, *([ZERO_SNR_MARKER] if config.schedule.zero_snr else []))}
     if has_own_schedule(config) and "alphas_cumprod" not in more and ZERO_SNR_MARKER not in more:
         more["alphas_cumprod"] = torch.from_numpy(Schedule(config.schedule).alpha_bar).float()
@@ -117,10 +117,10 @@ def to_original(states: States, config: Config, more: Mapping[str, Tensor] | Non
 
 
 def unrun_layer(out: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """What other programs expect of a text encoder and `out`, an original state dict, lacks.
+    """The weights of text encoders that other programs expect and `out`, an original state dict, lacks.
 
-    They load one more layer, which they never run, of SD 2's OpenCLIP and of SDXL's CLIP-L: it becomes a copy of the
-    last one; SD 2's projection becomes the identity, and its scale OpenCLIP's initial value (1 / 0.07).
+    They load one more layer of SD 2's OpenCLIP and of SDXL's CLIP-L, and never run it: here it is a copy of the last
+    one. SD 2's projection is the identity, and its logit scale OpenCLIP's initial value (1 / 0.07).
     """
     if config.sizes:
         return _made_layer(out, config)
@@ -182,13 +182,13 @@ def _last_layer(config: Config, network: str, more: dict[str, Tensor]) -> dict[s
 
 
 def _made_last_layer(file: Mapping[str, Tensor], config: Config, network: str) -> dict[str, Tensor]:
-    """The same as a copy of the layer before, for a folder's file of this text encoder."""
+    """This layer as a copy of the one before it, for a folder's file of this text encoder."""
     text = text_of(config, network)
     return {} if text.pooled else _copied(file, "text_model.encoder.layers.", text.layers)
 
 
 def _made_layer(out: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """The same for an original file of SDXL."""
+    """This layer as a copy of the one before it, for an original file of SDXL."""
     made: dict[str, Tensor] = {}
     for network, text in zip(config.text_names, config.text, strict=True):
         names, prefix = original_text(config, network)
@@ -206,7 +206,7 @@ def _copied(out: Mapping[str, Tensor], stem: str, layers: int) -> dict[str, Tens
 
 
 def _before(network: str, key: str) -> str:
-    """What transformers before 5.6 puts before the name of a weight."""
+    """The prefix of a weight's name in transformers before 5.6."""
     return "text_model." if network.startswith("text_encoder") and key != "projection.weight" else ""
 
 

@@ -7,22 +7,36 @@ In order of precedence:
     what it is called    title in the metadata, name of the file, folder or repository: few_step.py has the words
 
 SD-Turbo has the keys and shapes of Stable Diffusion 2.1, SDXL-Turbo and SDXL-Lightning those of SDXL, and merged LoRAs
-leave no trace at all. xl_few_step.py has the names of SDXL's.
+leave no trace at all.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..config import SD2, Config
-from ..few_step import LCM, LCM_GUIDED, TCD, TITLES, TURBO, TURBO_XL, FewStep, first_named, of_config
+from ..config import BASE_SIZES, SD2, Config
+from ..few_step import (
+    LCM,
+    LCM_GUIDED,
+    LIGHTNING,
+    SD,
+    TCD,
+    TITLES,
+    TURBO,
+    TURBO_XL,
+    XL,
+    FewStep,
+    first_named,
+    of_config,
+)
 from ..schedule import LCM_TIMESTEPS
+from .checkpoint import CheckpointError
 from .folders import model_name
 from .hub_cache import repository
 from .layouts import AVERAGE, Layout
-from .xl_few_step import TURBO_SIZE, XL_ONLY, first_xl_named, is_xl_base
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +44,8 @@ if TYPE_CHECKING:
 KEY = "guidance.weight"  # our name of the layer in the U-Net
 LCM_WIDTH = 256  # of the embedding in published models
 SCHEDULER = "scheduler/scheduler_config.json"
+SIZES = {TURBO_XL.label: 512}  # native size in pixels, where it is not that of the model that was distilled
+X0 = re.compile(r"(?<![a-z\d])x0(?![a-z\d])", re.IGNORECASE)
 
 # diffusers' classes that say which sampler a model was distilled for, ...
 FEW_STEP_SCHEDULERS = {"LCMScheduler": LCM, "TCDScheduler": TCD}
@@ -58,7 +74,10 @@ def with_guidance(config: Config, found: Mapping[str, tuple[int, ...]], layouts:
 
 
 def with_defaults(tensors: Mapping[str, Tensor], config: Config) -> tuple[Config, str]:
-    """The config with the defaults of a few-step model, and a line that says them; the same and "" for another."""
+    """The config with the defaults of a few-step model, and a line that says them; the same and "" for another.
+
+    Raises CheckpointError for the SDXL-Lightning model that predicts x0, by its name.
+    """
     scheduler = getattr(tensors, "configs", {}).get("scheduler", {})
     if config.unet.guidance is not None:
         said = FEW_STEP_SCHEDULERS.get(str(scheduler.get("_class_name")), LCM)
@@ -67,15 +86,16 @@ def with_defaults(tensors: Mapping[str, Tensor], config: Config) -> tuple[Config
     kind = _by_scheduler(scheduler, config)
     if kind is not None:
         return _with(kind, config, "its scheduler_config.json says so")
-    if is_xl_base(config) and (found := first_xl_named(_names(tensors))) is not None:
-        (kind, size, remark), place = found
-        config, line = _with(kind, replace(config, size=size or config.size), f"{place} says so")
-        return config, line + remark
-    named = first_named(_names(tensors))
-    if named is not None and named[0].label in XL_ONLY:
-        named = None  # of another family than this model's
+    names = [*_names(tensors)]
+    named = first_named(names, XL if _is_xl_base(config) else SD)
     if named is not None and (named[0].label != TURBO.label or _is_sd2_base(config)):
-        return _with(named[0], config, f"{named[1]} says so")
+        kind, place = named
+        if kind.label == LIGHTNING.label and any(X0.search(name) for _, name in names):
+            raise CheckpointError(
+                "this is the SDXL-Lightning model that predicts x0 (its name says so): only eps and v are supported, "
+                "so take the one for 2, 4 or 8 steps"
+            )
+        return _with(kind, replace(config, size=SIZES.get(kind.label, config.size)), f"{place} says so")
     if _is_trailing(scheduler, config):
         config = replace(config, sampler=TRAILING_SCHEDULERS[scheduler["_class_name"]], spacing="trailing")
         return config, f"its scheduler_config.json asks for the sampler {config.sampler} with trailing timesteps"
@@ -93,16 +113,15 @@ def _with(kind: FewStep, config: Config, why: str) -> tuple[Config, str]:
 
 
 def _by_scheduler(raw: Mapping[str, Any], config: Config) -> FewStep | None:
-    """The kind that a folder's scheduler means. Trailing timesteps alone are Turbo's only for a network like its.
+    """The kind that a folder's scheduler means. Trailing timesteps alone mean Turbo only for a network like Turbo's.
 
-    SDXL-Turbo's has a native size of 512 pixels (`sample_size`), SDXL's 1024.
+    The network of SDXL-Turbo has a native size of 512 pixels (`sample_size`), that of SDXL 1024.
     """
     if (kind := FEW_STEP_SCHEDULERS.get(str(raw.get("_class_name")))) is not None:
         return kind
     if _is_trailing(raw, config) and raw["_class_name"] != "DDIMScheduler":
-        turbo = (
-            TURBO if _is_sd2_base(config) else TURBO_XL if is_xl_base(config) and config.size == TURBO_SIZE else None
-        )
+        of_xl = _is_xl_base(config) and config.size == SIZES[TURBO_XL.label]
+        turbo = TURBO if _is_sd2_base(config) else TURBO_XL if of_xl else None
         return turbo and replace(turbo, sampler=TRAILING_SCHEDULERS[raw["_class_name"]])
     return None
 
@@ -114,6 +133,11 @@ def _is_trailing(raw: Mapping[str, Any], config: Config) -> bool:
         and raw.get("timestep_spacing") == "trailing"
         and not config.schedule.to_noise
     )
+
+
+def _is_xl_base(config: Config) -> bool:
+    """Whether a model has the parts of SDXL base, of which SDXL-Turbo, SDXL-Lightning and others were made."""
+    return config.sizes == BASE_SIZES and config.schedule.prediction == "eps"
 
 
 def _is_sd2_base(config: Config) -> bool:

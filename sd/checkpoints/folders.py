@@ -91,7 +91,7 @@ def find_parts(folder: Path, variant: str | None = None) -> Parts:
         if (folder / file).is_file()
     }
     only_second = SECOND in inside and "text_encoder" not in inside
-    if only_second:  # it is the first one here
+    if only_second:  # as in the refiner's folder: here it is the first one
         for first, second in (("text_encoder", SECOND), ("tokenizer", "tokenizer_2")):
             configs |= {first: configs.pop(second)} if second in configs else {}
     parts: list[Part] = []

@@ -48,7 +48,7 @@ VAE = "first_stage_model."
 CLIP = "cond_stage_model.transformer.text_model."
 CLIP_OLD = "cond_stage_model.transformer."  # some fine-tunes lack "text_model."
 OPENCLIP = "cond_stage_model.model."
-# The prefixes of original text encoders, by `TextConfig.names`; of SDXL and its refiner, with the number of the encoder
+# The prefixes of text encoders in original files, by `TextConfig.names`; in those of SDXL, with the encoder's number
 TEXT = {"clip": CLIP, "openclip": OPENCLIP}
 TEXT_XL = {"clip": "conditioner.embedders.{}.transformer.text_model.", "openclip": "conditioner.embedders.{}.model."}
 EMA = "model_ema."
@@ -84,13 +84,13 @@ def text_sources(layout: str, text: TextConfig, prefix: str) -> Callable[[str], 
     """The sources of a text encoder's weights, by our key. `layout` "clip" (transformers' names) or "openclip"."""
     blocks = openclip_blocks if layout == "openclip" else clip_blocks
     layers = _layers(blocks(text), prefix)
-    if layout == "clip":  # transformers' CLIPTextModelWithProjection has the layer beside its `text_model`
+    if layout == "clip":  # transformers' CLIPTextModelWithProjection has this layer beside `text_model`
         return _sources({"projection": prefix.removesuffix("text_model.") + "text_projection", **layers})
     plain = _sources(layers)
 
     def source(key: str) -> Source:
         layer, _, leaf = key.rpartition(".")
-        if layer == "projection":  # a bare matrix, by which vectors are multiplied from the right
+        if layer == "projection":  # a bare matrix P, as in x @ P
             return Source(prefix + "text_projection", transposed=True)
         block, _, name = layer.rpartition(".attn.")
         if layer == "position":
@@ -165,7 +165,7 @@ def every_name(network: str, config: Config, prefix: str) -> Iterator[Callable[[
         text = text_of(config, network)
         walks = (clip_blocks(text), openclip_blocks(text))
         yield text_sources("openclip", text, prefix)  # has names that are not in a table
-        # diffusers' converter of SDXL left it as the linear layer of transformers in an original file
+        # diffusers' converter to original SDXL files left it as it is in transformers: a linear layer
         yield lambda key: Source(prefix + "text_projection.weight") if key == "projection.weight" else None
     elif network == "vae":
         walks = (vae_blocks(config), diffusers_vae_blocks(config))

@@ -211,10 +211,10 @@ def find_layouts(found: Container[str]) -> dict[str, Layout]:
 def alone_as(
     network: str, layouts: Mapping[str, Layout], found: Mapping[str, tuple[int, ...]], config: Config
 ) -> dict[str, Layout]:
-    """The layouts of a file to take a network from, of which a text encoder may be there as another one.
+    """The layouts of a file from which a network is taken; its text encoder may have another place there.
 
-    A file's only text encoder may be the second one of a model, and the second one of SDXL is the refiner's only one:
-    of several, the first that is as wide as the model's.
+    A file's only text encoder may be the second one of a model, and the refiner's only one is the second one of SDXL:
+    of several, the first that is as wide as the model's is taken.
     """
     if network not in config.text_names:
         return dict(layouts)

@@ -65,7 +65,7 @@ def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
         number = config.text_names.index(network)
         text = config.text[number]
         _check_width(token_width(layouts[network], found, config), network, config)
-        # the name that it has there: a second one alone is called the first one
+        # its name in that file, where a second text encoder alone is called the first
         there = next(name for name, layout in own_layouts.items() if layout.prefix == layouts[network].prefix)
         if (folder := tensors.configs.get(there)) is not None:
             check_text_encoder(folder, text)
@@ -98,7 +98,7 @@ def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
 
 
 def _check_width(width: int, network: str, config: Config) -> None:
-    """Raise CheckpointError for a text encoder of another width than the model's. 0 is for one without its table."""
+    """Raise CheckpointError for a text encoder of another width than the model's; 0 is unknown."""
     expected = config.text[config.text_names.index(network)].width
     if width in (0, expected):
         return

@@ -138,7 +138,7 @@ def refuse_alone(found: Shapes) -> None:
 
 
 def refuse_part(network: str, found: Shapes) -> None:
-    """The same for a file to take a text encoder or a VAE from: one with other positions or of another family.
+    """The same for a file that is to supply a text encoder or a VAE: with other positions, or of another family.
 
     vae_files.py tells Stable Diffusion's VAE from SDXL's.
     """

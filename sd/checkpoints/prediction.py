@@ -89,7 +89,7 @@ def decide(
         schedule = schedule_from_diffusers(configs["scheduler"])
     table, why_table = stored_schedule(tensors, schedule)
     marked = table.get("zero_snr") or zero_beside or "ztsnr" in tensors or schedule.zero_snr
-    # kohya's trainer writes it for eps, too, where it is of no use
+    # kohya's trainer writes it for eps as well, which cannot start from pure noise
     zero = marked or (inside != "eps" and _says_zero_snr(getattr(tensors, "metadata", {})))
     to_noise = zero or table.get("alpha_bar", (1.0,))[-1] < 1e-7
     if "scheduler" in configs and not inside:
@@ -202,7 +202,7 @@ def _says_zero_snr(metadata: Mapping[str, str]) -> bool:
 
 
 def _called(tensors: Mapping[str, Tensor]) -> tuple[str | None, str]:
-    """The prediction that a model's name means, which fine-tunes of SDXL for v have in it, and where the name is."""
+    """The prediction that a name states, as those of SDXL's fine-tunes for v do, and where this name was found."""
     metadata, path = getattr(tensors, "metadata", {}), getattr(tensors, "path", None)
     places = [(f"its metadata ({title})", str(metadata.get(title, ""))) for title in TITLES]
     places += [("its name", model_name(path))] if path is not None else []

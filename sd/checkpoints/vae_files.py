@@ -1,17 +1,17 @@
-"""Whose VAE a file holds: Stable Diffusion 1.x's and 2.x's or SDXL's, and whether it overflows in float16.
+"""Whose VAE a file holds, that of Stable Diffusion 1.x and 2.x or of SDXL, and whether it overflows in float16.
 
-Both VAEs have the same names and shapes, and each makes other latents, so with the wrong one images have wrong colours
-or are noise. What tells them apart, the most reliable first:
+Both VAEs have the same names and shapes but different latents, so with the wrong one images have wrong colours or are
+noise. What tells them apart, the most reliable first:
 
     the rest of the file         its text encoders or U-Net, its folder's pipeline, the config of a file of ours
     vae/config.json              scaling_factor 0.13025 or 0.18215
     metadata                     modelspec.architecture, ss_base_model_version
     names                        of the file, of its folder, and of its repository: sdxl_vae, vae-ft-mse-840000, ...
 
-Otherwise it cannot be known. Both have been trained on the same kind of images with the same loss, and neither the
-weights nor an encoded image have a property known to be that of one of them only.
+Otherwise it cannot be known. Both have been trained on the same kind of images with the same loss, and no property of
+the weights or of an encoded image is known that only one of them has.
 
-SDXL's original VAE has activations beyond float16; the "fp16-fix" is a fine-tune with smaller ones.
+The activations of SDXL's original VAE exceed the range of float16; the "fp16-fix" is a fine-tune with smaller ones.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SD_NAME = re.compile(
     r"|(?<![a-z\d])v(1-[1-5]|2-[01])(?!\d)",
     re.IGNORECASE,
 )
-# Official files with the original VAE inside; that of sdxl_vae.safetensors may be the fixed one, which is called so too
+# Official files that contain the original VAE; a file sdxl_vae.safetensors may also be the fixed one
 ORIGINAL = re.compile(r"sd_xl_(base|refiner|turbo)_", re.IGNORECASE)
 FIXED = re.compile(r"fp16[ _.-]?(vae)?[ _.-]?fix|fix[ _.-]?fp16", re.IGNORECASE)
 ATTENTION = re.compile(r"attn2\.(to_)?k\.weight$")
@@ -84,7 +84,7 @@ def whose_vae(tensors: Checkpoint) -> Whose | None:
 
 
 def refuse_other_vae(tensors: Checkpoint, config: Config) -> None:
-    """Raise CheckpointError for a file to take the VAE from that certainly is of the other family."""
+    """Raise CheckpointError for a file that is to supply the VAE and is certainly of the other family."""
     whose = whose_vae(tensors)
     if whose is not None and whose.certain and whose.for_xl != bool(config.sizes):
         raise CheckpointError(
@@ -94,7 +94,7 @@ def refuse_other_vae(tensors: Checkpoint, config: Config) -> None:
 
 
 def notes_on_vae(tensors: Checkpoint, config: Config) -> Iterator[str]:
-    """What is doubtful about a VAE from another file, in a line; nothing for one of a size of its own."""
+    """A line if it is doubtful whether a VAE from another file fits; none for a VAE of unusual size."""
     if not isinstance(config.vae, VAEConfig) or config.vae.channels != VAEConfig().channels:
         return
     whose, own = whose_vae(tensors), FAMILIES[bool(config.sizes)]
@@ -108,7 +108,7 @@ def notes_on_vae(tensors: Checkpoint, config: Config) -> Iterator[str]:
 
 
 def describe_whose(tensors: Checkpoint) -> str:
-    """Whose VAE a file of a VAE alone holds, in a line."""
+    """A line on whose VAE it is, for a file that holds only a VAE."""
     whose = whose_vae(tensors)
     if whose is None:
         return UNKNOWN
@@ -122,7 +122,7 @@ def overflows(tensors: Checkpoint, config: Config) -> str:
     """
     if not config.sizes or not isinstance(config.vae, VAEConfig) or any(FIXED.search(name) for name in _names(tensors)):
         return ""
-    asked = tensors.configs.get("vae", {}).get("force_upcast")  # diffusers' wish to compute it in float32
+    asked = tensors.configs.get("vae", {}).get("force_upcast")  # diffusers then computes it in float32
     if asked is not None:
         return "force_upcast in its vae/config.json" if asked else ""
     name = next((name for name in _names(tensors) if ORIGINAL.search(name)), None)

@@ -1,7 +1,7 @@
 """SDXL models by the shapes of their U-Net: base, refiner, inpainting, and smaller ones distilled from the base.
 
-Smaller ones have fewer transformer blocks, some of them a different number for each residual block of the way up
-(SSD-1B), one residual block a level (KOALA), or a middle of one residual block. What a file has is counted.
+Smaller ones have fewer transformer blocks, which on the way up may differ from one residual block to the next (SSD-1B),
+one residual block a level (KOALA), or a middle that is a single residual block. The blocks of a file are counted.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from .supported_settings import FORCE_ZEROS
 Shapes = Mapping[str, tuple[int, ...]]
 
 VECTOR = "vector.0.weight"  # of the layer that only U-Nets with a vector have
-MOST = 12  # transformer blocks after one residual block that are looked for: SDXL has at most 10
+MOST = 12  # transformer blocks after a residual block that are counted at most: SDXL has up to 10
 KNOWN = {  # input channels, width of the context, width of the vector
     (4, 2048, 2816): SDXL, (9, 2048, 2816): SDXL_INPAINT, (4, 1280, 2560): SDXL_REFINER,
 }  # fmt: skip
-# Tensors beside the networks of models with an SDXL network and a noise schedule of their own
+# Tensors beside the networks of models that have SDXL's networks but another noise schedule
 OTHER_SCHEDULES = {"edm_mean": "Playground v2.5", "edm_std": "Playground v2.5", "edm_vpred.": "CosXL"}
-OTHERS = {5632: "a Kolors"}  # models with such a U-Net and another text encoder, by the width of the vector
+OTHERS = {5632: "a Kolors"}  # models with SDXL's U-Net but another text encoder, by the width of the vector
 
 
 def usual_vae(config: Config) -> VAEConfig:
@@ -33,7 +33,7 @@ def usual_vae(config: Config) -> VAEConfig:
 
 
 def refuse_other_schedules(found: Iterable[str]) -> None:
-    """Raise CheckpointError, by name, for an SDXL network that was trained with the continuous noise levels of EDM."""
+    """Raise CheckpointError, which names the model, for SDXL networks trained with EDM's continuous noise levels."""
     for key in found:
         if (
             name := next((OTHER_SCHEDULES[start] for start in OTHER_SCHEDULES if key.startswith(start)), None)
@@ -65,7 +65,7 @@ def xl_config(found: Shapes, layout: Layout, channels: int, context: int) -> Con
 def with_depths(config: Config, found: Shapes, layout: Layout) -> Config:
     """The config with as many blocks and transformers as the U-Net in a file has.
 
-    The same config if the numbers make no sense, so that what is missing is named.
+    The config stays as it is if the numbers make no sense: loading then names what is missing.
     """
     full = config.unet
     blocks = full.blocks if _has(config, full, found, layout, f"down.0.res.{full.blocks - 1}.norm1.weight") else 1
@@ -94,7 +94,7 @@ def with_depths(config: Config, found: Shapes, layout: Layout) -> Config:
 
 
 def describe_empty(config: Config, configs: Mapping[str, Mapping[str, Any]]) -> str:
-    """What an SDXL model is told in place of an empty negative prompt, and why; `configs` are those of its folder."""
+    """A line on what an empty negative prompt is for an SDXL model, and why; `configs` are those of its folder."""
     what = "is zeros, not the encoded empty text" if config.zero_empty else "is encoded like any text, not zeros"
     if FORCE_ZEROS in configs.get("index", {}):
         why = f"as {FORCE_ZEROS} in its model_index.json says"

@@ -70,7 +70,7 @@ def layers_of_clip_skip(
     """The `hidden_layer` of `TextEncoder.forward` for each text encoder that a "clip skip" of the web UIs means.
 
     It counts the layers of an encoder as it was published, from its end: 1 is the last. SD 2 and SDXL were trained with
-    the last but one, number 2, and SD 2 and an encoder of SDXL have no last one. There the web UI ignores the setting,
+    the last but one, number 2, and SD 2 and an encoder of SDXL lack the last one. There the web UI ignores the setting,
     whose default is 1; here, too, 1 means the model's own layers, and `note` says so. Raises ValueError for a number
     below 1 or above that of the layers.
     """

@@ -77,7 +77,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, transformer, residual block at the coarsest level; of depth 0, the first one alone."""
+    """Residual block, transformer, residual block at the coarsest level; with depth 0, a single residual block."""
 
     def __init__(self, config: UNetConfig, depth: int, time_width: int) -> None:
         super().__init__()

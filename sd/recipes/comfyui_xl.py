@@ -35,9 +35,9 @@ Text = Callable[[str], str | None]  # name of an input -> its text
 
 
 def read_encoder(draft: Draft, graph: Graph, node: Node, side: str) -> None:
-    """Put down the sizes that an encoder's node is given, unless they are those of the image.
+    """Record the sizes that an encoder's node is given, unless they are those of the image.
 
-    The prompts share them here: those of the negative side only become a note if they are others.
+    Here both prompts share them: if those of the negative prompt differ, a note says so.
     """
     if node.kind not in ENCODERS:
         return
@@ -55,7 +55,7 @@ def read_encoder(draft: Draft, graph: Graph, node: Node, side: str) -> None:
 
 
 def read_texts(draft: Draft, node: Node, side: str, text: Text) -> str | None:
-    """The text that the first encoder of a node with two texts reads; that of the second is put down if it differs."""
+    """The text for the first encoder of a node with two texts; that for the second is recorded if it differs."""
     if node.kind != "CLIPTextEncodeSDXL":
         return None
     first, second = text("text_l"), text("text_g")
@@ -84,7 +84,7 @@ def continued_at(graph: Graph, chain: Sequence[Node]) -> int | None:
 
 
 def read_refiner(draft: Draft, graph: Graph, chain: Sequence[Node], texts: Sequence[str]) -> None:
-    """Put down the model of the second sampler as the refiner, and note what it has of its own.
+    """Record the model of the second sampler as the refiner, and note the settings in which that sampler differs.
 
     texts   the prompt and the negative prompt of the first sampler
     """
@@ -111,7 +111,7 @@ def read_refiner(draft: Draft, graph: Graph, chain: Sequence[Node], texts: Seque
 
 
 def _model(graph: Graph, sampler: Node) -> str:
-    """The name of the model that a sampler has, "" if it is not known."""
+    """The name of a sampler's model, "" if it is not known."""
     names = (_checkpoint(graph, node) for node in graph.upstream(sampler.links("model")))
     return file_name(next((name for name in names if name), ""))
 

@@ -107,7 +107,7 @@ def read_parameters(text: str, fallback: str = "the web UI") -> Recipe:
     def value(setting: str) -> str | None:
         found = next((name for name in keys_read(setting) if name in pairs), None)
         if found is None or not (pairs[found] or (ours and setting in ("prompt_2", "negative_2"))):
-            return None  # but a second prompt that is empty is one
+            return None  # apart from second prompts, an empty value is none
         used.add(found)
         return pairs[found]
 

@@ -8,7 +8,7 @@
     multistep.py     PLMS, LMS
     karras.py        Euler, Heun, DPM2, and the ancestral Euler a, DPM2 a
     dpm_solver.py    DPM++ 2S a, SDE, 2M, 2M SDE, and UniPC
-    few_step.py      LCM and TCD, for distilled models
+    consistency.py   LCM and TCD, for distilled models
 
 To add a sampler, write such a generator (it takes `noise`, even if it draws none), import it here and add an entry to
 `SAMPLERS`, and to `ALIASES` if other tools have another name for it: the command line, the Python API and the metadata

@@ -152,7 +152,7 @@ class AttentionMaps:
     """The maps that `recording` collected, by layer and by forward pass."""
 
     def __init__(self, network: str = "") -> None:
-        self.network = network  # name of the model that the U-Net is of, for figures
+        self.network = network  # name of the U-Net's model, for figures
         self.records: list[Record] = []
         self.size = (0, 0)  # height and width of the latent
 

@@ -80,7 +80,7 @@ def noted(words: Sequence[Word], notes: Mapping[int, str] | None) -> list[str]:
 def draw_breakdown(seen: WordMaps, word: int, moments: int = 5, width: int = 110) -> Image.Image:
     """The maps of one word by step and by head (columns), for each part and level of the U-Net (rows).
 
-    For a U-Net whose transformers have several blocks one after another, also by block.
+    Also by block, for transformers that have several blocks one after another.
     """
     calls = seen.maps.calls
     moments = min(moments, calls)
@@ -116,7 +116,7 @@ def draw_breakdown(seen: WordMaps, word: int, moments: int = 5, width: int = 110
         columns = [f"block {block + 1}" for block in range(max(map(len, by_block)))]
         strips.append(strip(by_block, columns, [names[rows.index(place)] for place in deep], width))
         note = note.replace("Bottom:", "Middle:") + (
-            " Bottom: by the place of the block in its transformer, mean over steps and heads."
+            " Bottom: mean over steps and heads for each block of a transformer."
         )
     return figure(
         f'One word, "{seen.words[word].text}", by step, level and head{_of(seen.maps)}', above(strips, gap=26), note

@@ -144,7 +144,7 @@ def count(number: float) -> str:
 
 
 def _class(part: Part) -> str:
-    """The class of a part, and the depth of a transformer of several blocks."""
+    """The class of a part, and the number of blocks of a transformer with several."""
     return f"{part.kind}, {part.depth} blocks" if part.depth > 1 else part.kind
 
 
@@ -259,7 +259,7 @@ def draw_u(parts: Sequence[Part], unet: UNet) -> Image.Image:
     return sheet
 
 
-DEEP = "; x 2: of two blocks one after another, and so on"
+DEEP = "; x 2, x 10: with so many blocks one after another"
 
 
 def draw_network(parts: Sequence[Part], unet: UNet, name: str = "") -> Image.Image:

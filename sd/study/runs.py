@@ -46,7 +46,7 @@ def levels(model: StableDiffusion, settings: SamplingParams = SETTINGS) -> Level
     """The step grid of the settings. Raises ValueError if they have no steps or no spacing."""
     if settings.steps is None or settings.spacing is None:
         raise ValueError("settings of a study need steps and spacing")
-    return model.schedule.levels(settings.steps, settings.spacing)
+    return model.schedule.levels(settings.steps, settings.spacing, one_step_at=model.defaults.one_step_at)
 
 
 def spacing_of(sampler: str | Sampler, usual: str | None) -> str | None:
@@ -64,7 +64,7 @@ def guidance_of(model: StableDiffusion, settings: SamplingParams = SETTINGS) -> 
 
 
 def unconditional(model: StableDiffusion, negative: str = "") -> Conditioning:
-    """What guidance leads away from, for one image: the conditioning of the negative prompt.
+    """The conditioning of the negative prompt for one image, from which guidance leads away.
 
     As in a run of the pipeline, an empty one is zeros for models that were trained so (`Config.zero_empty`).
     """
@@ -105,18 +105,19 @@ def run(
     x: Tensor | None = None,
     negative: str = "",
 ) -> Iterator[Step]:
-    """The sampling steps for what `conditioning` says of B prompts, from the same noise or from x (B, C, h, w).
+    """The sampling steps for the conditioning of B prompts, from the same noise or from x (B, C, h, w).
 
-    cond   or their contexts (B, M, D) of `encode_prompt` alone, which is all that models other than SDXL are told
-
-    Raises ValueError for anything else.
+    cond   of `conditioning`; for models other than SDXL, the contexts (B, M, D) of `encode_prompt` are enough. Raises
+           ValueError for anything else
     """
     context = cond.context if isinstance(cond, Conditioning) else cond
     if not isinstance(context, Tensor) or context.dim() != 3:
         got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
         raise ValueError(f"expected contexts (B, M, D) of encode_prompt, or a conditioning, got {got}")
     if isinstance(cond, Tensor) and model.config.unet.vector is not None:
-        raise ValueError(f"{model.config.name} needs a vector beside the context: model.conditioning(prompts) has both")
+        raise ValueError(
+            f"{model.config.name} needs a vector in addition to the contexts: model.conditioning(prompts) has both"
+        )
     x = noise(model, settings, context.shape[0]) if x is None else x
     return sample(model, denoiser(model, cond, settings, negative), x, settings)
 

@@ -118,7 +118,7 @@ def position_similarity(text_encoder: TextEncoder) -> Tensor:
 def context_distance(model: StableDiffusion, one: str, other: str, encoder: int | None = None) -> list[float]:
     """Relative distance |a - b| / |a| between the context vectors of two prompts, at each position.
 
-    encoder   only the part of the context of this text encoder, counted from 0: SDXL has two side by side
+    encoder   only this text encoder's part of the context, counted from 0: SDXL has two side by side
     """
     context = model.encode_prompt([one, other]).float()
     if encoder is not None:
@@ -134,7 +134,7 @@ class WordOrder(NamedTuple):
     tokens: tuple[list[Token], list[Token]]
     distances: list[float]  # between the contexts, at each position
     images: list[Image.Image]
-    each: list[list[float]]  # the same of each text encoder alone
+    each: list[list[float]]  # the same for each text encoder alone
 
 
 def word_order(model: StableDiffusion, one: str, other: str, settings: SamplingParams = SETTINGS) -> WordOrder:
@@ -217,8 +217,8 @@ def _labelled(values: Tensor, names: Sequence[str], cell: int = 26) -> Image.Ima
     return sheet
 
 
-def draw_embeddings(similar: Tensor, names: Sequence[str], positions: Tensor, of: str = "") -> Image.Image:
-    """Similarity of token embeddings and of position embeddings; `of` continues the title."""
+def draw_embeddings(similar: Tensor, names: Sequence[str], positions: Tensor, which: str = "") -> Image.Image:
+    """Similarity of token embeddings and of position embeddings; `which` goes before "text encoder" in the title."""
     left = captioned(_labelled(similar, names), "token embeddings: cosine between words")
     side = max(left.height - 30, 200)
     right = captioned(
@@ -226,7 +226,7 @@ def draw_embeddings(similar: Tensor, names: Sequence[str], positions: Tensor, of
     )
     body = above([beside([left, right], gap=40, align="end"), scale_bar("-1", "1", diverging=True)], gap=16)
     return figure(
-        f"Embeddings: the input of the text encoder{of}",
+        f"Embeddings: the input of the {which}text encoder",
         body,
         "Each token and each position has a learned vector. Red: two vectors point in the same direction; blue: in "
         "opposite directions; white: they are orthogonal.",
@@ -237,7 +237,7 @@ def draw_word_order(order: WordOrder, width: int = 300) -> Image.Image:
     """The tokens of both prompts, the distances between their contexts, and the images."""
     end = max(sum(token.role in ("start", "text") for token in row) for row in order.tokens) + 1
     columns = []
-    measured = order.each if len(order.each) > 1 else [order.distances]  # a row of each text encoder
+    measured = order.each if len(order.each) > 1 else [order.distances]  # one row for each text encoder
     tops = [max(distances[:end]) or 1.0 for distances in measured]
     for a, b, *values in zip(order.tokens[0][:end], order.tokens[1][:end], *measured, strict=False):
         names = ["<start>" if t.role == "start" else "<end>" if t.role == "end" else t.symbols.removesuffix(END_OF_WORD)

@@ -108,7 +108,7 @@ def solver_step(
 
 
 def boundary_scalings(t: Tensor) -> tuple[Tensor, Tensor]:
-    """c_skip and c_out (B, 1, 1, 1) of timesteps t (B,), as in the sampler (samplers/few_step.py)."""
+    """c_skip and c_out (B, 1, 1, 1) of timesteps t (B,), as in the sampler (samplers/consistency.py)."""
     scaled = TIMESTEP_SCALING * t.float()[:, None, None, None]
     squares = scaled.square() + SIGMA_DATA**2
     return SIGMA_DATA**2 / squares, scaled * squares.rsqrt()

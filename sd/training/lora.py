@@ -16,8 +16,8 @@ changes disabled it computes what it did, to the bit. sd/adapters reads and merg
                                                                         .lora_up.weight      B (out, r)
                                                                         .alpha               a number
 
-For SDXL, as there, the U-Net's layers have the names of the original, lora_unet_input_blocks_4_1_..., and the two text
-encoders begin with lora_te1_ and lora_te2_.
+For SDXL, kohya's scripts name the U-Net's layers as the original does, lora_unet_input_blocks_4_1_..., and those of the
+two text encoders lora_te1_... and lora_te2_....
 
 >>> from sd.config import UNetConfig
 >>> from sd.models.unet import UNet
@@ -186,7 +186,7 @@ def lora_tensors(
 
 
 def _kohya(network: str, names: Sequence[str], config: Config) -> list[Source]:
-    """The sources of some layers of a network in kohya's LoRA files, with its words before their paths."""
+    """The sources of some layers of a network in kohya's LoRA files, with the prefixes that these have."""
     keys = {network: [f"{name}.weight" for name in names]}
     is_xl = bool(config.sizes)
     if network == "unet":

@@ -21,8 +21,8 @@ def checkpoint_activations(network: nn.Module) -> None:
 
     Chen et al. 2016, "Training deep nets with sublinear memory cost": about a third more computation for a fraction of
     the memory, and the same gradients. Only the blocks of this network are wrapped; their classes do not change. A
-    transformer of several blocks (SDXL has ten) is recomputed block by block: else the activations of all its blocks
-    would be in memory at once.
+    transformer of several blocks (SDXL has ten) is recomputed block by block; otherwise the activations of all
+    its blocks would be in memory at once.
     """
     for module in network.modules():
         if isinstance(module, SpatialTransformer) and len(module.blocks) > 1:
@@ -33,7 +33,7 @@ def checkpoint_activations(network: nn.Module) -> None:
 
 
 def _recompute(module: nn.Module) -> None:
-    """Make one module drop its activations."""
+    """Make one module drop its activations and recompute them."""
     vars(module)["forward"] = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
 
 

@@ -1,89 +1,35 @@
-"""LoRA files on SDXL: every naming, both text encoders, files for other models, training, and the programs.
-
-Textual inversion: test_sdxl_embeddings.py.
-"""
+"""LoRA files for SDXL in every naming: which layer of which text encoder or U-Net a name means, and who reads it."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from common import TINY, TINY_XL, error, manifest, tiny_state
-from conftest import loaded
-from PIL import Image
+from common import TINY, TINY_XL, error, manifest
 from safetensors.torch import save_file
+from sdxl_common import (
+    FC1,
+    TINY_REFINER,
+    cleared,
+    pipeline,
+    tiny_xl,
+    write_models,
+)
 from test_lora import factors, saved
 from torch import Tensor
 
-from scripts import convert as convert_script
-from scripts import txt2img
 from sd import StableDiffusion
-from sd.adapters.lora_formats import layers_of, read_lora
+from sd.adapters.lora_formats import layers_of
 from sd.adapters.lora_names import LayerNames
 from sd.checkpoints.checkpoint import CheckpointError
-from sd.checkpoints.detect import CONFIG_KEY
-from sd.checkpoints.export import to_own
 from sd.checkpoints.key_maps import UNET, diffusers_sources, original_sources
-from sd.config import MODELS, SD1, SD2, SDXL, SDXL_REFINER, Config
+from sd.config import SDXL
 from sd.models.build import build, weight_shapes
 from sd.training import TrainableLora, lora_layers, lora_tensors
-
-NETWORKS = ("unet", "text_encoder", "text_encoder_2")
-TEXTS = ("text_encoder", "text_encoder_2")
-PLACES = {
-    (network, key): shape
-    for network in NETWORKS
-    for key, shape in weight_shapes(TINY_XL)[network].items()
-    if len(shape) > 1 and key not in ("token.weight", "position.weight")
-}
-KEYS = {network: [key for of, key in PLACES if of == network] for network in NETWORKS}
-DIFFUSERS = diffusers_sources(TINY_XL, KEYS)
-ORIGINAL = original_sources(TINY_XL, KEYS)
-# the only text encoder of the refiner is SDXL's second
-TINY_REFINER = replace(
-    TINY_XL,
-    name="tiny refiner",
-    text=TINY_XL.text[1:],
-    unet=replace(TINY_XL.unet, context=96, vector=96 + 5 * 256),
-    sizes=SDXL_REFINER.sizes,
-)
-
-
-def tiny_xl() -> StableDiffusion:
-    return StableDiffusion(TINY_XL, **loaded(tiny_state("tiny-sdxl"), TINY_XL))
-
-
-def cleared(model: StableDiffusion) -> Iterator[StableDiffusion]:
-    """One model for all tests, which leave nothing behind."""
-    yield model
-    model.remove_lora()
-    model.remove_embedding()
-    assert not model.loras and not model.words
-    assert not any(tokenizer.added for tokenizer in model.tokenizers)
-
-
-def write_models(path: Path, shared: StableDiffusion) -> Path:
-    """The tiny model as a folder of diffusers, `folder`, and as `tiny.safetensors` of ours."""
-    own = to_own({name: network.state_dict() for name, network in shared._networks.items()})
-    save_file({k: x.contiguous() for k, x in own.items()}, path / "tiny.safetensors", {CONFIG_KEY: TINY_XL.to_json()})
-    save_file(tiny_state("tiny-sdxl"), path / "original.safetensors")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MODELS, "tiny-sdxl", TINY_XL)
-        arguments = (path / "original.safetensors", path / "folder", "--layout", "diffusers", "--model", "tiny-sdxl")
-        assert convert_script.main([*map(str, arguments)]) == 0
-    return path
-
-
-def pipeline(folder: Path):
-    """diffusers' pipeline of a folder."""
-    diffusers = pytest.importorskip("diffusers")
-    pytest.importorskip("peft")
-    return diffusers.StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +52,17 @@ def pipe(folder):
     return pipeline(folder / "folder")
 
 
-# ---------------------------------------------------------------------------------------------------- names of LoRAs
-
+NETWORKS = ("unet", "text_encoder", "text_encoder_2")
+TEXTS = ("text_encoder", "text_encoder_2")
+PLACES = {
+    (network, key): shape
+    for network in NETWORKS
+    for key, shape in weight_shapes(TINY_XL)[network].items()
+    if len(shape) > 1 and key not in ("token.weight", "position.weight")
+}
+KEYS = {network: [key for of, key in PLACES if of == network] for network in NETWORKS}
+DIFFUSERS = diffusers_sources(TINY_XL, KEYS)
+ORIGINAL = original_sources(TINY_XL, KEYS)
 Place = tuple[str, str]
 
 
@@ -207,7 +162,6 @@ def texts_and_unet(model: StableDiffusion) -> dict[Place, Tensor]:
     return {(name, key): x.clone() for name, net in networks.items() for key, x in net.named_parameters()}
 
 
-FC1 = "encoder_layers_1_mlp_fc1"
 # A name, as it may stand in a file, and the text encoder that it means
 TEXT_NAMES = {
     f"lora_te1_text_model_{FC1}": 0, f"lora_te2_text_model_{FC1}": 1, f"lora_te_text_model_{FC1}": 0,
@@ -268,16 +222,6 @@ def test_every_module_at_full_size():
             for layer in (*(f"self_attn_{x}_proj" for x in ("q", "k", "v", "out")), "mlp_fc1", "mlp_fc2")
         ]
         assert {layer[0] for layer in found if layer} == {network} and len({*found}) == 6 * depth
-
-
-def test_a_layer_of_clip_that_is_not_run(tmp_path):
-    """SDXL does not run the last layer of CLIP-L, which files of kohya's trainer have."""
-    name = "lora_te1_text_model_encoder_layers_11_mlp_fc1"
-    unrun = pair(name, 768, 3072)
-    run = pair(name.replace("_11_", "_10_"), 768, 3072)
-    lora = read_lora(saved(tmp_path, unrun | run), SDXL, build(SDXL))
-    assert [*lora.changes] == [("text_encoder", "blocks.10.fc1.weight")]
-    assert "2 of 4 tensors have no effect: 2 of text encoder layers after the last one that is run" in lora.notes[0]
 
 
 def test_lycoris_kinds_and_a_kernel(model, tmp_path):
@@ -342,51 +286,7 @@ def test_alpha_in_settings_of_each_network(model, tmp_path):
         model.add_lora(tmp_path / "b.safetensors")
 
 
-# ---------------------------------------------------------------------------------------------------- other families
-
-
-def pair(name: str, into: int, out: int) -> dict[str, Tensor]:
-    return {f"{name}.lora_down.weight": torch.zeros(2, into), f"{name}.lora_up.weight": torch.zeros(out, 2)}
-
-
-K = "lora_unet_{}_transformer_blocks_0_attn2_to_k"
-Q = "lora_unet_{}_transformer_blocks_0_attn1_to_q"
-REFUSED: list[tuple[Config, dict[str, Tensor], str]] = [
-    (SDXL, pair(K.format("down_blocks_1_attentions_0"), 768, 640), "made for Stable Diffusion 1.x, whose U-Net"),
-    (SDXL, pair(K.format("down_blocks_1_attentions_0"), 1024, 640), "made for Stable Diffusion 2.x, .* not 2048"),
-    (SDXL, pair(K.format("down_blocks_2_attentions_0"), 1280, 1280), "made for SDXL's refiner, .* 1280 wide, not 2048"),
-    (SDXL, pair(Q.format("down_blocks_0_attentions_0"), 320, 320) | pair(Q.format("mid_block_attentions_0"), 1280, 9),
-     r"a LoRA for Stable Diffusion 1.x or 2.x \(lora_unet_down_blocks_0_.*\), not for this model \(SDXL base\): take"),
-    (SDXL, pair("unet.up_blocks.3.attentions.0.proj_in", 320, 320), "a LoRA for Stable Diffusion 1.x or 2.x "),
-    (SDXL, pair(Q.format("input_blocks_1_1"), 320, 320), "a LoRA for Stable Diffusion 1.x or 2.x "),
-    (SDXL, pair("lora_te_text_model_encoder_layers_0_mlp_fc1", 1024, 9), "made for Stable Diffusion 2.x, whose text"),
-    (SD1, pair(K.format("input_blocks_4_1"), 2048, 640), "made for SDXL, whose U-Net expects texts 2048 wide, not 768"),
-    (SD1, pair(f"lora_te2_text_model_{FC1}", 9, 9), r"a LoRA for SDXL .*, not for this model .Stable Diffusion 1"),
-    (SD2, pair("unet.down_blocks.1.attentions.0.transformer_blocks.1.ff.net.2", 9, 9), "a LoRA for SDXL .*: take one"),
-    (SDXL_REFINER, pair(K.format("input_blocks_4_1"), 2048, 768), "made for SDXL, .* 2048 wide, not 1280"),
-    (SDXL, pair("lora_unet_double_blocks_0_img_attn_qkv", 4, 4), r"a LoRA for Flux .*\(only .* 1.x, 2.x and XL\)"),
-    (SDXL, pair("lora_te3_encoder_block_0", 4, 4), r"a LoRA for SD 3 or Flux, which is not supported \(only"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("config, tensors, message", REFUSED)
-def test_other_families_are_refused(config, tensors, message, tmp_path):
-    with pytest.raises(CheckpointError, match=message) as refused:
-        read_lora(saved(tmp_path, tensors), config, build(config))
-    assert "\n" not in str(refused.value)
-
-
-def test_a_smaller_u_net_takes_what_it_has(tmp_path):
-    """SSD-1B has no attention in the middle: a LoRA of SDXL is not one for another family."""
-    small = replace(SDXL, unet=replace(SDXL.unet, depth=(0, 2, 4), up_depth=((0, 0, 0), (2, 1, 1), (4, 4, 10)),
-                                       middle_depth=0))  # fmt: skip
-    tensors = pair(Q.format("middle_block_1"), 1280, 1280) | pair(Q.format("input_blocks_7_1"), 1280, 1280)
-    lora = read_lora(saved(tmp_path, tensors), small, build(small))
-    assert [*lora.changes] == [("unet", "down.2.attn.0.blocks.0.attn1.q.weight")]
-    assert "of layers that this model does not have" in lora.notes[0]
-
-
-# ---------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------ training
 
 
 def test_a_trained_lora_has_kohyas_names(model, pipe, tmp_path):
@@ -429,69 +329,3 @@ def test_a_lora_of_the_refiner_names_the_second_encoder():
     network = build(TINY_REFINER)["text_encoder"].to_empty(device="cpu")
     tensors = lora_tensors({"text_encoder": TrainableLora(network, lora_layers(network), rank=1)}, TINY_REFINER)
     assert all(name.startswith("lora_te2_text_model_encoder_layers_") for name in tensors)
-
-
-# ---------------------------------------------------------------------------------------------------- programs
-
-
-def vectors(n: int, width: int) -> Tensor:
-    return torch.randn(n, width, generator=torch.Generator().manual_seed(100 * n + width))
-
-
-def two(n: int, names: tuple[str, str] = ("clip_l", "clip_g")) -> dict[str, Tensor]:
-    return {names[0]: vectors(n, 64), names[1]: vectors(n, 96)}
-
-
-@pytest.fixture
-def generate(folder, tmp_path, capsys, monkeypatch):
-    """Runs txt2img beside the files; gives status, lines of stdout and stderr, and the image."""
-    monkeypatch.chdir(folder)
-    name = f"lora_te2_text_model_{FC1}"
-    lora = {f"{name}.lora_down.weight": torch.full((1, 96), 0.1), f"{name}.lora_up.weight": torch.ones(384, 1)}
-    save_file(lora, folder / "ink.safetensors")
-    save_file(lora, folder / "sdxl_lightning_4step_lora.safetensors")
-    save_file(two(2), folder / "toy.safetensors")
-    save_file(pair(K.format("down_blocks_1_attentions_0"), 768, 128), folder / "old.safetensors")
-    save_file({"emb_params": torch.zeros(1, 768)}, folder / "easy.safetensors")
-
-    def run(*args: str):
-        size = ["--height", "64", "--width", "64", "--seed", "1", "--dtype", "float32", "--device", "cpu"]
-        steps = [] if "--steps" in args or "sdxl_lightning_4step_lora.safetensors" in args else ["--steps", "2"]
-        status = txt2img.main([*args, *size, *steps, "--out", str(tmp_path / "out"), "--ckpt", "tiny.safetensors"])
-        printed = capsys.readouterr()
-        made = sorted((tmp_path / "out").glob("*.png")) if (tmp_path / "out").is_dir() else []
-        return status, printed.out.splitlines(), printed.err.splitlines(), Image.open(made[-1]) if made else None
-
-    return run
-
-
-def test_loras_on_the_command_line(generate):
-    _, _, _, plain = generate("a cat")
-    status, out, err, merged = generate("a cat", "--lora", "ink.safetensors:0.5")
-    assert (status, err) == (0, []) and "LoRA ink, weight 0.5" in out
-    status, out, err, named = generate("a cat <lora:ink:0.5>", "--web-ui-prompts", "--lora-dir", ".")
-    assert (status, err) == (0, []) and "LoRA ink, weight 0.5" in out
-    assert plain.tobytes() != merged.tobytes() == named.tobytes()
-    status, out, err, image = generate("a cat", "--lora", "sdxl_lightning_4step_lora.safetensors")
-    line = "sdxl_lightning_4step_lora is an SDXL-Lightning LoRA: 4 steps, sampler euler, guidance 1"
-    assert (status, err) == (0, []) and line in out
-    assert "Steps: 4, Sampler: Euler" in image.text["parameters"]
-
-
-def test_embeddings_on_the_command_line(generate):
-    _, _, _, plain = generate("a toy")
-    status, out, err, image = generate("a toy", "--embedding", "toy.safetensors")
-    assert (status, err) == (0, []) and "embedding toy, vectors: 2" in out
-    assert 'TI hashes: "toy: ' in image.text["parameters"] and image.tobytes() != plain.tobytes()
-
-
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        (("--lora", "old.safetensors"), "old.safetensors: made for Stable Diffusion 1.x, whose U-Net expects"),
-        (("--embedding", "easy.safetensors"), "easy.safetensors: an embedding for Stable Diffusion 1.x: its vectors"),
-    ],
-)
-def test_files_for_other_models_are_one_line(args, message, generate):
-    status, _, err, image = generate("a cat", *args)
-    assert status != 0 and len(err) == 1 and message in err[0] and image is None
