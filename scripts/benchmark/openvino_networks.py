@@ -103,7 +103,7 @@ def converted(network: nn.Module, given: tuple[Tensor, ...], half: bool) -> Any:
     if half:
         for layer in network.modules():
             if isinstance(layer, nn.Linear) and layer.bias is not None and not layer.bias.any():
-                layer.bias = None  # as OpenVINO does it with float32 weights
+                layer.register_parameter("bias", None)  # as OpenVINO does it with float32 weights
     with torch.no_grad(), traceable(network) if half else nullcontext():
         return openvino().convert_model(network, example_input=given)
 
