@@ -3,6 +3,7 @@
     python scripts/bench.py
     python scripts/bench.py --dtype bfloat16 float32 --parts unet vae --peers openvino
     python scripts/bench.py --parts vae taesd lcm lcm-taesd
+    python scripts/bench.py --model sdxl --dtype bfloat16
     python scripts/bench.py --ckpt v1-5-pruned-emaonly.safetensors --json bench.json
     python scripts/bench.py --compare bench.json
     python scripts/bench.py --kernels
@@ -10,7 +11,7 @@
     unet       one step: the network on a batch of two, which is one image with guidance
     vae        latents of one image to pixels
     taesd      the same with a tiny autoencoder
-    text       two prompts
+    text       two prompts, by all text encoders of the model
     picture    prompt to image, with --steps steps of DDIM and guidance
     lcm        prompt to image, with --steps steps of LCM without guidance, as few-step models need it
     lcm-taesd  the same with a tiny autoencoder

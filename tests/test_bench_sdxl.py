@@ -7,6 +7,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from common import TINY_XL, error
@@ -31,7 +32,7 @@ from scripts.benchmark.cases import (
 )
 from scripts.benchmark.references import REQUIRED
 from scripts.benchmark.weights import Setup, load_networks
-from scripts.benchmark.workers import Worker
+from scripts.benchmark.workers import Failed, Worker
 from sd.config import END, MODELS, SD1, TextConfig
 from sd.pipeline import StableDiffusion
 
@@ -97,9 +98,9 @@ def told(network: nn.Module, call) -> list[Tensor]:
 
 
 def test_an_image_of_each_program_is_told_the_same():
-    """Pooled text and sizes, with zeros for the negative prompt: ours, diffusers' pipeline, and our loop of OpenVINO's.
+    """Pooled text and sizes, with zeros for the negative prompt: ours, diffusers' pipeline, and the loop for OpenVINO.
 
-    A step of each is of two items; diffusers puts the negative prompt first.
+    A step is of two items; diffusers puts the negative prompt first.
     """
     needs(*REQUIRED)
     case = usual_case("picture", SMALL, 2)
@@ -111,36 +112,35 @@ def test_an_image_of_each_program_is_told_the_same():
     assert all(error(theirs[step][order], ours[step]) < 1e-5 for step in range(2))
 
     model = StableDiffusion(SMALL, **side.networks)
-    encoder = sides.Side.encoder(replace_networks(side), usual_case("text", SMALL))
+    encoder = other.encoder(case)
     both = texts.prompt_and_negative(encoder(*inputs(inner_cases(case, SMALL)["text"], SMALL)), case, SMALL)
     cond, uncond = (texts.conditioning(text, case, SMALL) for text in both)
     expected = model.conditioning([PROMPTS[0]])
-    assert error(cond.context, expected.context) < 1e-6 and error(cond.vector, expected.vector) < 1e-6
+    assert error(cond.context, expected.context) < 1e-5 and error(cond.vector, expected.vector) < 1e-5
     zeros = model.zeroed(expected, [True])
     assert torch.equal(uncond.context, zeros.context) and error(uncond.vector, zeros.vector) < 1e-6
-
-
-def replace_networks(side: sides.Side) -> sides.Side:
-    """A side with the text encoders of another one."""
-    new = object.__new__(sides.Side)
-    new.setup, new.networks = side.setup, {name: side.networks[name] for name in SMALL.text_names}
-    return new
 
 
 def test_files_of_openvino(tmp_path):
     """A float16 file that is made from float16 weights is the one that float32 weights would make, in all constants."""
     needs(*REQUIRED, "openvino")
-    with Worker("conversion", tmp_path / "log", Conversions) as worker:
-        for name in ("unet", "text_encoder_2"):
-            small, large = worker.ask("sizes_and_constants", replace(SETUP, folder=tmp_path), name)
-            assert small == large, name
-            assert len(small[1]) > 10
+    try:
+        with Worker("conversion", tmp_path / "log", Conversions) as worker:
+            answers = [
+                worker.ask("layers", replace(SETUP, folder=tmp_path), name) for name in ("unet", "text_encoder_2")
+            ]
+    except Failed as failure:
+        if "died" not in failure.why:
+            raise
+        pytest.skip(str(failure))
+    for of_float16, of_float32 in answers:
+        assert of_float16 == of_float32 and len(of_float16[1]) > 10
 
 
 class Conversions:
     """Converts in a process of its own, as the benchmark does, since OpenVINO dies on some processors."""
 
-    def sizes_and_constants(self, setup: Setup, name: str) -> list[tuple[int, list[bytes]]]:
+    def layers(self, setup: Setup, name: str) -> list[tuple[int, list[bytes]]]:
         """For float16 and float32 weights: the number of layers, and the float16 constants."""
         found = []
         for half in (True, False):
@@ -153,10 +153,8 @@ class Conversions:
             openvino_networks.openvino().save_model(model, file, compress_to_fp16=True)
             model = openvino_networks.openvino().Core().read_model(file)
             layers = model.get_ordered_ops()
-            constants = [
-                x.data for x in layers if x.get_type_name() == "Constant" and "f16" in str(x.get_element_type())
-            ]
-            found.append((len(layers), sorted(x.tobytes() for x in constants)))
+            constants = [layer.data for layer in layers if layer.get_type_name() == "Constant"]
+            found.append((len(layers), sorted(x.tobytes() for x in constants if x.dtype == np.float16)))
         return found
 
 
@@ -166,7 +164,6 @@ def test_every_part(tmp_path, monkeypatch, peer):
     """With a small model in the place of SDXL; where the peer cannot run on this processor, the notes say so."""
     needs(*REQUIRED, *(["openvino"] if peer == "openvino" else []))
     monkeypatch.setitem(MODELS, "sdxl", SMALL)
-    monkeypatch.setattr("scripts.benchmark.weights.POCKET", SMALL)
     file = tmp_path / "new.json"
     options = ["--model", "sdxl", "--device", "cpu", "--dtype", "float32", "--runs", "1", "--threads", "1"]
     assert bench.main([*options, "--peers", peer, "--json", str(file)]) == 0

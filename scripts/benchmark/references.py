@@ -173,6 +173,7 @@ def pipeline(built: Mapping[str, nn.Module], config: Config) -> Any:
     if len(config.text) > 1:
         parts["unet"].add_time_proj = Timesteps(SIZE_WIDTH, flip_sin_to_cos=True, downscale_freq_shift=0)
         options = {"force_zeros_for_empty_prompt": config.zero_empty, "add_watermarker": False}
+        parts["vae"].register_to_config(force_upcast=False)  # decode in the given precision, as ours does
         pipe = StableDiffusionXLPipeline(**parts, **options)
     else:
         pipe = StableDiffusionPipeline(
