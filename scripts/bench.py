@@ -23,7 +23,8 @@ and other sizes, because compiling takes minutes for each shape); diffusers' net
 a run, weights included. GFLOP/s are compared with the rate of large matrix products and convolutions in the same
 precision.
 
-At full size this needs 18 GB of memory and 12 GB of disk in the folder for temporary files (TMPDIR).
+At full size this needs 18 GB of memory and 12 GB of disk in the folder for temporary files (TMPDIR); for SDXL in
+bfloat16 18 GB of memory and 30 GB of disk, of which --parts start takes 20.
 
     python scripts/bench.py --device cuda --check
 
