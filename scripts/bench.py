@@ -3,6 +3,7 @@
     python scripts/bench.py
     python scripts/bench.py --dtype bfloat16 float32 --parts unet vae --peers openvino
     python scripts/bench.py --parts vae taesd lcm lcm-taesd
+    python scripts/bench.py --model sdxl --dtype bfloat16
     python scripts/bench.py --ckpt v1-5-pruned-emaonly.safetensors --json bench.json
     python scripts/bench.py --compare bench.json
     python scripts/bench.py --kernels
@@ -10,7 +11,7 @@
     unet       one step: the network on a batch of two, which is one image with guidance
     vae        latents of one image to pixels
     taesd      the same with a tiny autoencoder
-    text       two prompts
+    text       two prompts, by all text encoders of the model
     picture    prompt to image, with --steps steps of DDIM and guidance
     lcm        prompt to image, with --steps steps of LCM without guidance, as few-step models need it
     lcm-taesd  the same with a tiny autoencoder
@@ -22,7 +23,8 @@ and other sizes, because compiling takes minutes for each shape); diffusers' net
 a run, weights included. GFLOP/s are compared with the rate of large matrix products and convolutions in the same
 precision.
 
-At full size this needs 18 GB of memory and 12 GB of disk in the folder for temporary files (TMPDIR).
+At full size this needs 18 GB of memory and 12 GB of disk in the folder for temporary files (TMPDIR); for SDXL in
+bfloat16 20 GB of memory and 30 GB of disk, of which --parts start takes 20.
 
     python scripts/bench.py --device cuda --check
 
@@ -60,7 +62,19 @@ from sd.runtime.kernel_choice import Measurement
 from sd.schedule import LCM_TIMESTEPS
 
 from .benchmark import kernels, report
-from .benchmark.cases import FEW_STEPS, IMAGES, NETWORK_PARTS, PARTS, TINY_VAE, Case, all_cases, config_of, usual_case
+from .benchmark.cases import (
+    FEW_STEPS,
+    IMAGES,
+    LARGE_PARTS,
+    LARGE_STEPS,
+    PARTS,
+    STEPS,
+    TINY_VAE,
+    Case,
+    all_cases,
+    config_of,
+    usual_case,
+)
 from .benchmark.gpu import results
 from .benchmark.gpu.results import CHECK_FORMAT, MINUTES
 from .benchmark.interleave import measure
@@ -70,14 +84,16 @@ from .benchmark.weights import Setup
 from .common import cli
 
 UNUSED = ("parts", "peers", "steps", "runs", "sizes", "batches", "compare", "show")  # by --check and --kernels
-UNUSED_BY_CHECK = (*UNUSED, "ckpt", "dtype", "kernels")
+UNUSED_BY_CHECK = (*UNUSED, "ckpt", "model", "dtype", "kernels")
 UNUSED_BY_KERNELS = (*UNUSED, "json", "markdown")
 
 
 def parser() -> cli.Parser:
     """The arguments."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to time (default: all)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="what to time (default: all; of SDXL not lcm)"
+    )
     parser.add_argument(
         "--peers",
         nargs="*",
@@ -95,7 +111,9 @@ def parser() -> cli.Parser:
     parser.add_argument("--device", help="cuda, cpu, mps (default: the best available)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="precisions (default: the device's best)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps of an image (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help=f"steps of an image (default: {STEPS}; of SDXL {LARGE_STEPS})"
+    )
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="measured runs (default: %(default)s)")
     parser.add_argument(
         "--sizes", nargs="+", type=int, default=[], metavar="N", help="also images of N x N pixels: U-Net and VAE"
@@ -137,12 +155,16 @@ def bench(args: argparse.Namespace) -> int | None:
     earlier = report.read(args.compare, CHECK_FORMAT) if args.compare else None
     if earlier and earlier["format"] == CHECK_FORMAT:
         raise ValueError(f"--compare {args.compare}: a file of --check; give one that was written without --check")
+    if earlier and not args.show:  # before hours of measuring
+        check(args)
+        check_model(args, earlier, find_config(args).name)
     record = report.read(args.show, CHECK_FORMAT) if args.show else measured(args)
     if record["format"] == CHECK_FORMAT:
         if earlier:
             raise ValueError(f"--compare cannot be used with {args.show}, a file of --check")
         print(results.text(record, args.markdown))
     else:
+        check_model(args, earlier, record["machine"]["model"])
         print(report.text(record, args.markdown, earlier))
         if args.json:
             report.write(args.json, record)  # after the tables, as the disk may be full
@@ -206,6 +228,13 @@ def free_name(name: str) -> Path:
     return path
 
 
+def check_model(args: argparse.Namespace, earlier: report.Row | None, model: str) -> None:
+    """Raise ValueError if --compare is a file of another model: equal rows would be of other networks."""
+    if earlier and earlier["machine"]["model"] != model:
+        then = earlier["machine"]["model"]
+        raise ValueError(f"--compare {args.compare}: of {then}, and this is {model}: give a file of the same model")
+
+
 def measured(args: argparse.Namespace) -> report.Row:
     """Measure all figures; they are written to --json after each part."""
     check(args)
@@ -259,14 +288,17 @@ def check(args: argparse.Namespace) -> None:
 
 
 def find_config(args: argparse.Namespace) -> Config:
-    """The config of the model to measure."""
+    """The config of the model to measure; its default parts and steps are filled in."""
     if args.ckpt:
         with load_checkpoint(args.ckpt) as checkpoint, naming(args.ckpt):
             config = identify(checkpoint).config
     else:
         config = POCKET if args.tiny else MODELS[args.model or "sd1"]
-    if len(config.text) > 1 and args.parts == PARTS:
-        args.parts = NETWORK_PARTS
+    large = config.unet.vector is not None  # like SDXL
+    if large and args.parts == PARTS:
+        args.parts = [part for part in LARGE_PARTS if part not in impossible(config)]
+    if args.steps is None:
+        args.steps = LARGE_STEPS if large else STEPS
     if not args.kernels:
         check_parts(args, config)
     whole = config.vae.factor * 2 ** (len(config.unet.channels) - 1)  # divisible on all levels of both networks
@@ -285,17 +317,19 @@ def check_parts(args: argparse.Namespace, config: Config) -> None:
 
     if config.unet.guidance is not None:
         raise ValueError(f"{config.name} takes the guidance as an input, which is not measured: give a model without")
-    if len(config.text) > 1:
-        others = [part for part in PARTS if part not in NETWORK_PARTS]
-        refuse_any(
-            others, f"of {config.name} only the U-Net and the VAEs are measured, not the text encoders or whole images"
-        )
-    if config.is_inpainting:
-        refuse_any(IMAGES, f"{config.name} cannot generate from text alone")
+    reason = "only finishes images of another model" if config.is_refiner else "cannot generate from text alone"
+    refuse_any(impossible(config), f"{config.name} {reason}")
     if config.vae.factor != config_of("taesd", config).vae.factor:
         refuse_any(TINY_VAE, f"the tiny autoencoder does not fit {config.name}, whose latents have another size")
     if args.steps > LCM_TIMESTEPS:
         refuse_any(FEW_STEPS, f"LCM takes at most {LCM_TIMESTEPS} steps, and --steps is {args.steps}")
+
+
+def impossible(config: Config) -> tuple[str, ...]:
+    """The parts that a model cannot have because it does not make images of a prompt."""
+    if config.is_refiner:
+        return (*IMAGES, "start")
+    return IMAGES if config.is_inpainting else ()
 
 
 def cases(args: argparse.Namespace, config: Config, part: str) -> list[Case]:

@@ -3,7 +3,7 @@
     unet       one step: the network on two items per image, for guidance
     vae        latents to pixels, one image at a time as in all programs, so only its size matters
     taesd      the same with a tiny autoencoder (TAESD)
-    text       two prompts
+    text       two prompts, by all text encoders of the model
     picture    prompt to image, with some steps of DDIM and guidance
     lcm        prompt to image, with some steps of LCM: no guidance, so one prompt, and one item in a step
     lcm-taesd  the same with a tiny autoencoder
@@ -34,10 +34,8 @@ PARTS = ("unet", "vae", "taesd", "text", "picture", "lcm", "lcm-taesd", "start")
 FEW_STEPS = ("lcm", "lcm-taesd")  # without guidance
 IMAGES = ("picture", *FEW_STEPS)  # from prompt to image
 TINY_VAE = ("taesd", "lcm-taesd")  # with a tiny autoencoder in place of the VAE
-NETWORKS = ("text_encoder", "vae", "unet")  # of a model with one text encoder
-NEEDED: dict[str, tuple[str, ...]] = {"unet": ("unet",), "vae": ("vae",), "taesd": ("vae",), "text": ("text_encoder",)}
-NEEDED |= dict.fromkeys((*IMAGES, "start"), NETWORKS)
-NETWORK_PARTS = ("unet", "vae", "taesd")  # what is measured of a model with two text encoders
+LARGE_PARTS = ("unet", "vae", "taesd", "text", "picture", "start")  # the default for a model like SDXL
+STEPS, LARGE_STEPS = 4, 2  # of an image, by default; the latter for a model like SDXL
 TITLES = {
     "unet": "U-Net step", "vae": "VAE decode", "taesd": "TAESD decode", "text": "text encoder", "picture": "picture",
     "lcm": "LCM picture", "lcm-taesd": "LCM with TAESD",
@@ -75,8 +73,20 @@ def usual_case(part: str, config: Config, steps: int = 1) -> Case:
 
 
 def inner_cases(case: Case, config: Config) -> dict[str, Case]:
-    """For a part of `IMAGES`: what each network does for one image, by "text", "unet" (one step) and "vae"."""
-    return {part: usual_case(part, config)._replace(guided=case.guided) for part in ("text", "unet", "vae")}
+    """For a part of `IMAGES`: what each network does for one image, by "text", "unet" (one step) and "vae".
+
+    An empty negative prompt is not encoded where it means zeros.
+    """
+    cases = {part: usual_case(part, config)._replace(guided=case.guided) for part in ("text", "unet", "vae")}
+    if config.zero_empty:
+        cases["text"] = cases["text"]._replace(guided=False)
+    return cases
+
+
+def needed(part: str, config: Config) -> tuple[str, ...]:
+    """The names of the networks that a part needs."""
+    names = {"unet": ("unet",), "vae": ("vae",), "taesd": ("vae",), "text": config.text_names}
+    return names.get(part, config.networks)
 
 
 def config_of(part: str, config: Config) -> Config:
@@ -103,14 +113,14 @@ def inputs(case: Case, config: Config) -> tuple[Tensor, ...]:
     """The input tensors of a part's network: the same values every time, on the CPU, in float32 (tokens: int64).
 
     unet (x (B, C, h, w), t (B,), context (B, M, D)) of B `items`, for SDXL with a vector (B, V) as well;
-    vae, taesd (z (B, C, h, w),); text (ids (B, M),).
+    vae, taesd (z (B, C, h, w),); text (ids (B, M), ...) for each text encoder.
     """
     if case.part == "text":
         prompts = PROMPTS if case.guided else PROMPTS[:1]
-        return (Tokenizer(length=config.text[0].length, pad=config.text[0].pad)(list(prompts)),)
+        return tuple(Tokenizer(length=text.length, pad=text.pad)(list(prompts)) for text in config.text)
     rng = torch.Generator().manual_seed(0)
     side = case.size // config.vae.factor
-    if NEEDED[case.part] == ("vae",):
+    if needed(case.part, config) == ("vae",):
         return (torch.randn(case.batch, config.vae.latent_channels, side, side, generator=rng),)
     B = items(case)
     x = torch.randn(B, config.unet.in_channels, side, side, generator=rng)
@@ -119,6 +129,12 @@ def inputs(case: Case, config: Config) -> tuple[Tensor, ...]:
     width = config.unet.vector
     vector = () if width is None else (torch.randn(B, width, generator=rng),)
     return x, torch.full((B,), TIMESTEP), context, *vector
+
+
+def inputs_of(case: Case, config: Config) -> dict[str, tuple[Tensor, ...]]:
+    """The tensors of `inputs` by the name of the network that they are for."""
+    given, names = inputs(case, config), needed(case.part, config)
+    return {name: (ids,) for name, ids in zip(names, given, strict=True)} if case.part == "text" else {names[0]: given}
 
 
 def arguments(case: Case, given: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -138,17 +154,16 @@ def flop(case: Case, config: Config) -> float:
     if case.part in IMAGES:
         once = {part: flop(inner, config) for part, inner in inner_cases(case, config).items()}
         return case.steps * once["unet"] + once["vae"] + once["text"]
-    (name,) = NEEDED[case.part]
-    network: Any = build(config)[name]
-    call = network.decode if name == "vae" else network
-    given = [tensor.to("meta") for tensor in inputs(case, config)]
+    networks: Any = build(config)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        call(*arguments(case, given))
+        for name, given in inputs_of(case, config).items():
+            call = networks[name].decode if name == "vae" else networks[name]
+            call(*arguments(case, [tensor.to("meta") for tensor in given]))
     return float(counter.get_total_flops())
 
 
 def weight_bytes(part: str, config: Config, dtype: torch.dtype) -> int:
     """Bytes of one copy of the weights of all networks that a part needs."""
     built = build(config)
-    numbers = sum(weight.numel() for name in NEEDED[part] for weight in built[name].state_dict().values())
+    numbers = sum(weight.numel() for name in needed(part, config) for weight in built[name].state_dict().values())
     return numbers * dtype.itemsize

@@ -18,7 +18,7 @@ from sd.models.build import build
 from sd.runtime import blockwise_attention, cpu_kernels, kernel_choice, packing
 from sd.runtime.optimize import layer_kernel, packable
 
-from .cases import NEEDED, arguments, inputs, usual_case
+from .cases import arguments, inputs, needed, usual_case
 
 PARTS = ("unet", "vae", "text")
 
@@ -55,7 +55,7 @@ def calls(config: Config) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
 
     networks = build(config)
     for part in PARTS:
-        (name,) = NEEDED[part]
+        (name,) = needed(part, config)
         network: Any = networks[name]
         for layer in network.modules():
             if isinstance(layer, layers.Attention | layers.Upsample | nn.GroupNorm) or packable(layer):

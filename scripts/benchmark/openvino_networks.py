@@ -2,12 +2,17 @@
 
 Fixed shapes make it faster (5 % of a U-Net step), and so does a float16 file if it computes in half precision. Weights
 stay in the mapped file; compiling makes one copy in the layout that it computes with.
+
+A float16 file is converted from float16 weights, as optimum-intel does it: linear layers are not computed while the
+network is traced, and their weights become the constants of the file without a copy. So converting the U-Net of SDXL
+takes 10 GB, as much as its weights in float32 alone. The file is the same as from float32 weights, rounded at the end.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -17,13 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from sd.conditioning import Conditioning
-from sd.config import TinyVAEConfig
+from sd.config import Config, TinyVAEConfig
 
-from .cases import NEEDED, inputs, usual_case
+from .cases import inputs_of, needed, usual_case
 from .references import peers
 from .weights import Setup, load_networks
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}  # its names of the precisions that every CPU supports
+COARSEST = 4  # side of the U-Net's coarsest map for the inputs that a network is traced with
+PATCHED = "_openvino_module_extension_patch_orig_forward"  # where OpenVINO keeps a method that it has replaced
 
 
 def openvino() -> ModuleType:
@@ -44,6 +51,19 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, 3, H, W)."""
         return self.vae.decode(z)
+
+
+class Encoder(nn.Module):
+    """A text encoder as a module that returns only tensors."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, ids: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """ids (B, M) -> hidden (B, M, D) and, if the model uses it, pooled (B, P)."""
+        hidden, pooled = self.encoder.encode(ids)
+        return hidden if pooled is None else (hidden, pooled)
 
 
 class PlainUNet(nn.Module):
@@ -70,17 +90,48 @@ class Conversion:
 
     def write_models(self, setup: Setup, part: str) -> None:
         """Write the networks that a part needs, unless their files exist."""
-        files = {name: model_file(setup, name) for name in NEEDED[part]}
-        missing = [name for name, file in files.items() if not file.exists()]
-        setup = replace(setup, dtype="float32", device=torch.device("cpu"))
-        for name in missing:
-            built = peers(load_networks(setup, [name]), setup.config, torch.float32)[name]
-            network = {"vae": Decoder, "unet": PlainUNet}.get(name, lambda network: network)(built)
-            of_part = next(part for part, needed in NEEDED.items() if needed == (name,))
-            example = inputs(usual_case(of_part, setup.config), setup.config)
-            with torch.no_grad():
-                model = openvino().convert_model(network, example_input=example)
-            openvino().save_model(model, files[name], compress_to_fp16=files[name].stem.endswith("float16"))
+        files = {name: model_file(setup, name) for name in needed(part, setup.config)}
+        for name in [name for name, file in files.items() if not file.exists()]:
+            half = files[name].stem.endswith("float16")
+            its = replace(setup, dtype="float16" if half else "float32", device=torch.device("cpu"))
+            built = peers(load_networks(its, [name]), its.config, its.torch_dtype, "default")[name]
+            network = {"vae": Decoder, "unet": PlainUNet}.get(name, Encoder)(built)
+            openvino().save_model(
+                converted(network, example(name, its.config), half), files[name], compress_to_fp16=half
+            )
+
+
+def example(name: str, config: Config) -> tuple[Tensor, ...]:
+    """Small inputs to trace a network with: the converted one takes all shapes."""
+    part = name if name in ("unet", "vae") else "text"
+    size = COARSEST * config.vae.factor * 2 ** (len(config.unet.channels) - 1)
+    return inputs_of(usual_case(part, config)._replace(size=size), config)[name]
+
+
+def converted(network: nn.Module, given: tuple[Tensor, ...], half: bool) -> Any:
+    """A network as OpenVINO's model; `given` is an example of its inputs, in float32.
+
+    half    its weights are float16. It is changed and must not be used again
+    """
+    if half:
+        for layer in network.modules():
+            if isinstance(layer, nn.Linear) and layer.bias is not None and not layer.bias.any():
+                layer.register_parameter("bias", None)  # as OpenVINO does it with float32 weights
+    with torch.no_grad(), traceable(network) if half else nullcontext():
+        return openvino().convert_model(network, example_input=given)
+
+
+@contextmanager
+def traceable(network: nn.Module) -> Iterator[None]:
+    """Let a network with 16-bit weights be traced with float32 inputs."""
+    openvino()
+    from openvino.frontend.pytorch import patch_model
+
+    getattr(patch_model, "__make_16bit_traceable")(network)
+    try:
+        yield
+    finally:
+        patch_model.unpatch_model(network, PATCHED)
 
 
 def options(setup: Setup) -> dict[str, object]:
@@ -102,8 +153,12 @@ class Network:
         self._request = core.compile_model(model, "CPU", options(setup)).create_infer_request()
 
     def __call__(self, *inputs: Tensor | Conditioning) -> Tensor:
+        """The first of `outputs`."""
+        return self.outputs(*inputs)[0]
+
+    def outputs(self, *inputs: Tensor | Conditioning) -> list[Tensor]:
         """Inputs in the order and shapes of the constructor, a Conditioning for its context and vector -> float32."""
         split = [x[:2] if isinstance(x, Conditioning) else (x,) for x in inputs]
         tensors = [x for several in split for x in several if x is not None]
         arrays = [(x.float() if x.is_floating_point() else x).numpy() for x in tensors]
-        return torch.from_numpy(self._request.infer(arrays)[0])
+        return [torch.from_numpy(array) for array in self._request.infer(arrays).values()]

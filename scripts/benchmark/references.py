@@ -3,7 +3,7 @@
 They are built from a config; nothing is downloaded. They share the tensors of our networks where the memory layout
 permits it, so that both together need little more memory than one. Each is called like ours:
 `unet(x, t, conditioning)`, `vae.moments(image)`, `vae.decode(z)`, `text_encoder(ids).hidden`,
-of which the reference returns the tensor.
+of which the reference returns the tensor, and `encode(ids)` both outputs.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from sd.checkpoints.diffusers_export import unet_to_diffusers, vae_to_diffusers
 from sd.checkpoints.key_maps import diffusers_sources, text_of
-from sd.conditioning import Conditioning
-from sd.config import Config, TextConfig, TinyVAEConfig
+from sd.conditioning import Conditioning, TextOutput
+from sd.config import SIZE_WIDTH, Config, TextConfig, TinyVAEConfig
 
 REQUIRED = ("diffusers", "transformers")
 LAYOUTS = {"channels_last": torch.channels_last, "default": torch.contiguous_format}
@@ -58,7 +58,7 @@ class ReferenceVAE(nn.Module):
 
 
 class ReferenceTextEncoder(nn.Module):
-    """transformers' CLIPTextModel, which returns the hidden state alone."""
+    """transformers' CLIPTextModel, with or without a projection."""
 
     def __init__(self, model: Any, config: TextConfig) -> None:
         super().__init__()
@@ -66,9 +66,16 @@ class ReferenceTextEncoder(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, M) -> hidden (B, M, D)."""
-        if self.config.hidden_norm:
-            return self.model(ids).last_hidden_state
-        return self.model(ids, output_hidden_states=True).hidden_states[self.config.hidden_layer]
+        return self.encode(ids).hidden
+
+    def encode(self, ids: Tensor) -> TextOutput:
+        """ids (B, M) -> hidden (B, M, D) and, if the model uses it, pooled (B, P)."""
+        config = self.config
+        out = self.model(ids) if config.hidden_norm else self.model(ids, output_hidden_states=True)
+        hidden = out.last_hidden_state if config.hidden_norm else out.hidden_states[config.hidden_layer]
+        if not config.pooled:
+            return TextOutput(hidden)
+        return TextOutput(hidden, out.text_embeds if config.projection else out.pooler_output)
 
 
 def missing() -> list[str]:
@@ -150,18 +157,28 @@ def scheduler(config: Config, kind: str = "DDIMScheduler", **options: Any) -> An
 
 
 def pipeline(built: Mapping[str, nn.Module], config: Config) -> Any:
-    """diffusers' StableDiffusionPipeline of `peers`, with DDIM on the original's step grid; takes encoded prompts."""
-    require()
-    from diffusers import StableDiffusionPipeline
+    """diffusers' pipeline of `peers` with DDIM on the original's step grid; takes encoded prompts.
 
-    pipe: Any = StableDiffusionPipeline(
-        **{name: built[name].model for name in ("text_encoder", "vae", "unet")},
-        tokenizer=None,
-        scheduler=scheduler(config, steps_offset=1, set_alpha_to_one=False, timestep_spacing="leading"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    It is a StableDiffusionPipeline, or a StableDiffusionXLPipeline for a model with two text encoders. The latter tells
+    the U-Net the sizes themselves, so `built["unet"]` can no longer be called with a vector in which they are embedded.
+    """
+    require()
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers.models.embeddings import Timesteps
+
+    parts: dict[str, Any] = {name: built[name].model for name in config.networks}
+    parts |= {name.replace("text_encoder", "tokenizer"): None for name in config.text_names}
+    parts["scheduler"] = scheduler(config, steps_offset=1, set_alpha_to_one=False, timestep_spacing="leading")
+    pipe: Any
+    if len(config.text) > 1:
+        parts["unet"].add_time_proj = Timesteps(SIZE_WIDTH, flip_sin_to_cos=True, downscale_freq_shift=0)
+        options = {"force_zeros_for_empty_prompt": config.zero_empty, "add_watermarker": False}
+        parts["vae"].register_to_config(force_upcast=False)  # decode in the given precision, as ours does
+        pipe = StableDiffusionXLPipeline(**parts, **options)
+    else:
+        pipe = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

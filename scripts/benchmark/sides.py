@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sd.conditioning import Conditioning
+from sd.conditioning import TextOutput
 from sd.denoiser import Denoiser
 from sd.latents import DECODE_IN_STRIPS, LARGE
 from sd.pipeline import StableDiffusion
@@ -21,8 +21,19 @@ from sd.runtime.cuda_graphs import Recorded
 from sd.samplers import ddim, lcm
 from sd.schedule import Schedule
 
-from . import references
-from .cases import GUIDANCE, IMAGES, NEEDED, PROMPTS, Case, arguments, inner_cases, inputs, usual_case
+from . import references, texts
+from .cases import (
+    GUIDANCE,
+    IMAGES,
+    PROMPTS,
+    Case,
+    arguments,
+    inner_cases,
+    inputs,
+    inputs_of,
+    needed,
+    usual_case,
+)
 from .openvino_networks import PRECISIONS, Network, openvino
 from .weights import Setup, load_networks
 
@@ -44,7 +55,7 @@ class Side:
 
     def build(self, part: str) -> dict[str, nn.Module]:
         """The networks that a part needs, by name."""
-        return load_networks(self.setup, NEEDED[part])
+        return load_networks(self.setup, needed(part, self.setup.config))
 
     def call(self, case: Case) -> Callable[[], Any]:
         """The function to measure; it returns a tensor or images."""
@@ -59,6 +70,9 @@ class Side:
 
     def function(self, case: Case) -> Callable[..., Tensor]:
         """The network of a part, as a function of its inputs."""
+        if case.part == "text":
+            encode = self.encoder(case)
+            return lambda *ids: texts.flat(encode(*ids))
         network: Any
         ((name, network),) = self.networks.items()
         if name == "vae":  # as Model.decode does it
@@ -66,9 +80,12 @@ class Side:
             return partial(in_strips, network) if case.size**2 > LARGE else network.decode
         if case.part == "unet" and self.setup.device.type == "cuda":  # as Model does it
             return Recorded(network)
-        if case.part == "text":
-            return lambda ids: network(ids).hidden
         return network
+
+    def encoder(self, case: Case) -> Callable[..., TextOutput]:
+        """The text encoders as one function of the ids for each of them."""
+        encoders = list(self.networks.values())
+        return lambda *given: texts.side_by_side([encode(ids) for encode, ids in zip(encoders, given, strict=True)])
 
     def generate(self, case: Case) -> Callable[[], Any]:
         """From prompts to an image."""
@@ -94,9 +111,16 @@ class Diffusers(Side):
 
     def function(self, case: Case) -> Callable[..., Tensor]:
         """The network of a part."""
+        if case.part == "text":
+            return super().function(case)
         network: Any
         ((name, network),) = self.networks.items()
         return network.decode if name == "vae" else network
+
+    def encoder(self, case: Case) -> Callable[..., TextOutput]:
+        """The text encoders as one function of the ids for each of them."""
+        encoders: list[Any] = [self.networks[name] for name in self.setup.config.text_names]
+        return lambda *given: texts.side_by_side([one.encode(ids) for one, ids in zip(encoders, given, strict=True)])
 
     def generate(self, case: Case) -> Callable[[], Any]:
         """With its pipeline."""
@@ -104,13 +128,16 @@ class Diffusers(Side):
         pipe = references.pipeline(self.networks, config)
         if not case.guided:
             pipe.scheduler = references.scheduler(config, "LCMScheduler")
-        (ids,) = self.inputs(inner_cases(case, config)["text"])
+        inner = inner_cases(case, config)["text"]
+        ids, encode = self.inputs(inner), self.encoder(inner)
 
         def run() -> Any:
-            cond, *uncond = self.networks["text_encoder"](ids).split(1)
+            cond, uncond = texts.prompt_and_negative(encode(*ids), case, config)
+            told = {"prompt_embeds": cond.hidden, "negative_prompt_embeds": uncond and uncond.hidden}
+            if cond.pooled is not None:
+                told |= {"pooled_prompt_embeds": cond.pooled, "negative_pooled_prompt_embeds": uncond and uncond.pooled}
             return pipe(
-                prompt_embeds=cond, negative_prompt_embeds=uncond[0] if uncond else None,
-                num_inference_steps=case.steps, guidance_scale=GUIDANCE if case.guided else 1.0,
+                **told, num_inference_steps=case.steps, guidance_scale=GUIDANCE if case.guided else 1.0,
                 height=case.size, width=case.size, generator=torch.Generator().manual_seed(0),
             ).images  # fmt: skip
 
@@ -146,25 +173,41 @@ class OpenVINO(Side):
 
     def function(self, case: Case) -> Callable[..., Tensor]:
         """The network of a part."""
-        (name,) = NEEDED[case.part]
-        return Network(self.setup, name, [tensor.shape for tensor in self.inputs(case)])
+        if case.part == "text":
+            return super().function(case)
+        ((_, network),) = self.compiled(case)
+        return network
+
+    def encoder(self, case: Case) -> Callable[..., TextOutput]:
+        """The text encoders as one function of the ids for each of them."""
+        encoders = [network for _, network in self.compiled(case)]
+        return lambda *given: texts.side_by_side(
+            [TextOutput(*network.outputs(ids)) for network, ids in zip(encoders, given, strict=True)]
+        )
+
+    def compiled(self, case: Case) -> list[tuple[str, Network]]:
+        """The networks of a part that is not an image, by name."""
+        given = inputs_of(case, self.setup.config)
+        return [(name, Network(self.setup, name, [x.shape for x in tensors])) for name, tensors in given.items()]
 
     def generate(self, case: Case) -> Callable[[], Any]:
         """With our sampling loop, as OpenVINO has none."""
-        cases = inner_cases(case, self.setup.config)
-        networks = {part: self.function(case) for part, case in cases.items()}
-        (ids,), (noise,) = self.inputs(cases["text"]), inputs(cases["vae"], self.setup.config)
-        schedule = Schedule(self.setup.config.schedule)
+        config = self.setup.config
+        cases = inner_cases(case, config)
+        encode, unet, decode = self.encoder(cases["text"]), self.function(cases["unet"]), self.function(cases["vae"])
+        ids, (noise,) = self.inputs(cases["text"]), inputs(cases["vae"], config)
+        schedule = Schedule(config.schedule)
 
         def run() -> Tensor:
-            cond, *uncond = (Conditioning(context) for context in networks["text"](ids).split(1))
+            both = texts.prompt_and_negative(encode(*ids), case, config)
+            cond, *uncond = [texts.conditioning(text, case, config) for text in both if text is not None]
             if uncond:
-                denoise = Denoiser(networks["unet"], schedule, cond, uncond[0], GUIDANCE)
+                denoise = Denoiser(unet, schedule, cond, uncond[0], GUIDANCE)
                 *_, last = ddim(denoise, noise, schedule.levels(case.steps))
             else:
-                denoise = Denoiser(networks["unet"], schedule, cond)
+                denoise = Denoiser(unet, schedule, cond)
                 *_, last = lcm(denoise, noise, schedule.levels(case.steps, "lcm"), noise=torch.randn_like)
-            return networks["vae"](last.x)
+            return decode(last.x)
 
         return run
 

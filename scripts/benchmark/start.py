@@ -1,7 +1,7 @@
 """Start-up time: a new interpreter, imports, weights from a float16 file, one step of the U-Net.
 
 Each implementation reads its usual files: ours in our layout, diffusers a folder, OpenVINO converted networks. All
-three networks are loaded. Memory is that of the whole process. Where the cache of weights has an effect, ours loads
+networks are loaded. Memory is that of the whole process. Where the cache of weights has an effect, ours loads
 them from it, as the programs do from their second start on; the warm-up writes it. A second row is without the cache.
 """
 
@@ -28,7 +28,7 @@ from sd.checkpoints import weights_cache
 from sd.checkpoints.detect import CONFIG_KEY
 from sd.checkpoints.export import to_own
 
-from .cases import NEEDED, inputs, usual_case, weight_bytes
+from .cases import inputs_of, usual_case, weight_bytes
 from .interleave import Comparison, alternate
 from .openvino_networks import PRECISIONS, Conversion, model_file, options
 from .references import peers, pipeline
@@ -62,9 +62,9 @@ import torch
 torch.set_num_threads(args["threads"])
 dtype, device = getattr(torch, args["dtype"]), args["device"]
 {load}
-x, t, context = (torch.randn(shape).to(device, dtype) for shape in args["shapes"]["unet"])
+x, t, *told = (torch.randn(shape).to(device, dtype) for shape in args["shapes"]["unet"])
 with torch.no_grad():
-    out = step(x, t.float(), context)
+    out = step(x, t.float(), *told)
 out = out if torch.is_tensor(out) else out.sample
 out.float().cpu()
 """
@@ -78,7 +78,7 @@ if kernels:
     kernel_choice.load(kernels)
 model = sd.StableDiffusion.load(args["ours"], device=device, dtype=dtype, cache=args["cache"])
 unet = model.unet
-step = lambda x, t, context: unet(x, t, Conditioning(context))
+step = lambda x, t, *told: unet(x, t, Conditioning(*told))
 """
 FILL = """
 if args["fill"]:
@@ -86,11 +86,17 @@ if args["fill"]:
         kernel_choice.save(kernels)
 """
 DIFFUSERS = """
-from diffusers import StableDiffusionPipeline
-pipe = StableDiffusionPipeline.from_pretrained(
-    args["diffusers"], torch_dtype=dtype, local_files_only=True, tokenizer=None, safety_checker=None
+import diffusers
+pipe = getattr(diffusers, args["pipeline"]).from_pretrained(
+    args["diffusers"], torch_dtype=dtype, local_files_only=True, **dict.fromkeys(args["absent"])
 ).to(device)
-step = pipe.unet.to(memory_format=torch.channels_last)
+unet = pipe.unet.to(memory_format=torch.channels_last)
+def step(x, t, context, vector=None):
+    added = None
+    if vector is not None:
+        sizes = torch.zeros(len(x), args["sizes"], device=device, dtype=dtype)
+        added = {"text_embeds": vector[:, : args["pooled"]], "time_ids": sizes}
+    return unet(x, t, context, added_cond_kwargs=added)
 """
 OPENVINO = """
 sys.modules["openvino_telemetry"] = None
@@ -116,7 +122,7 @@ class Files:
     def write(self, setup: Setup, others: Sequence[str]) -> None:
         """Write the same weights in float16 as our file, and as a diffusers folder if it is among the others."""
         setup = replace(setup, dtype="float16", device=torch.device("cpu"))
-        networks = load_networks(setup, NEEDED["start"])
+        networks = load_networks(setup, setup.config.networks)
         tensors = to_own({name: network.state_dict() for name, network in networks.items()})
         tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
         save_file(tensors, setup.folder / "ours.safetensors", {CONFIG_KEY: setup.config.to_json()})
@@ -170,17 +176,22 @@ def is_cached(setup: Setup) -> bool:
 
 def arguments(setup: Setup, cached: bool) -> dict[str, Any]:
     """The arguments of the new interpreter."""
-    files = replace(setup, dtype="float16")
+    files, config = replace(setup, dtype="float16"), setup.config
     shapes = {}
     for part in ("text", "vae", "unet"):
-        (name,) = NEEDED[part]
-        shapes[name] = [list(tensor.shape) for tensor in inputs(usual_case(part, setup.config), setup.config)]
+        for name, given in inputs_of(usual_case(part, config), config).items():
+            shapes[name] = [list(tensor.shape) for tensor in given]
+    large = len(config.text) > 1
     return {
         "root": str(Path(sd.__file__).resolve().parents[1]),
         "ours": str(setup.folder / "ours.safetensors"),
         "cache": str(setup.folder / "cache") if cached else None,
         "diffusers": str(setup.folder / "diffusers"),
-        "openvino": {name: str(model_file(files, name)) for name in NEEDED["start"]},
+        "pipeline": "StableDiffusionXLPipeline" if large else "StableDiffusionPipeline",
+        "absent": ["tokenizer", "tokenizer_2" if large else "safety_checker"],
+        "pooled": config.text[-1].pooled_width,
+        "sizes": len(config.sizes),
+        "openvino": {name: str(model_file(files, name)) for name in config.networks},
         "options": options(setup) if setup.dtype in PRECISIONS else None,
         "device": str(setup.device),
         "dtype": setup.dtype,

@@ -26,7 +26,7 @@ from sd.runtime.cuda_graphs import Compiled, Recorded
 from sd.runtime.device import dtype_name
 
 from .. import references
-from ..cases import GUIDANCE, NETWORKS, PROMPTS
+from ..cases import GUIDANCE, PROMPTS
 from ..cases import config_of as config_of_part
 from ..peak import timed
 from ..weights import Setup, load_networks
@@ -76,7 +76,7 @@ class Timer:
         torch.set_grad_enabled(False)
         dtype = dtype_name(place.dtype)
         setup = Setup(self.config, None, self.device, dtype, place.threads, place.folder)
-        self.networks: dict[str, Any] = self.build(setup, NETWORKS)
+        self.networks: dict[str, Any] = self.build(setup, self.config.networks)
         self.tiny: dict[str, Any] = self.build(setup.of_part("taesd"), ["vae"])  # the tiny autoencoder
 
     def build(self, setup: Setup, names: Sequence[str]) -> dict[str, Any]:
