@@ -27,6 +27,11 @@ class TextOutput(NamedTuple):
     hidden: Tensor  # (B, M, D), one vector per token
     pooled: Tensor | None = None  # (B, P), or (B, D) where nothing projects it: one vector per text
 
+    @classmethod
+    def joined(cls, outputs: Sequence[TextOutput]) -> TextOutput:
+        """Those of several text encoders for the same texts: hidden states side by side, pooled of the last one."""
+        return cls(torch.cat([output.hidden for output in outputs], dim=-1), outputs[-1].pooled)
+
 
 class Conditioning(NamedTuple):
     """Context (B, M, D), vector (B, V), concat (B, E, h, w) and guidance (B,) for a batch of B.

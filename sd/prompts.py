@@ -32,7 +32,7 @@ from .config import Config
 from .models.text_encoder import TextEncoder, layers_of_clip_skip
 from .params import ResolvedParams, SamplingParams, TextToImage
 from .second_prompts import SecondTexts
-from .size_conditioning import size_embedding, sizes_for
+from .size_conditioning import sizes_for, with_sizes
 from .text.prompt_syntax import Rows, emphasised, rows, same_length, single_text
 from .text.tokenizer import Note, Tokenizer, warn
 
@@ -149,7 +149,7 @@ class TextEncoding:
                 [self._emphasised(output, row.weights, len(texts)) for output, row in zip(own, each, strict=True)]
                 for (texts, _), own, each in zip(batches, outputs, read, strict=True)
             ]
-        return [_side_by_side(own) if len(own) > 1 else own[0] for own in outputs]
+        return [TextOutput.joined(own) if len(own) > 1 else own[0] for own in outputs]
 
     def _rows(self, batches: Sequence[TextBatch], chunks: int = 1) -> list[list[Rows]]:
         """The tokens of each batch and their weights, for each text encoder: equally many chunks of all texts."""
@@ -205,13 +205,9 @@ class TextEncoding:
     def with_sizes(self, text: TextOutput, sizes: Sequence[float] | None = None) -> Conditioning:
         """The conditioning of encoded texts; `sizes` as for `conditioning`."""
         config = self.config
-        if text.pooled is None:
-            return Conditioning(text.hidden)
         if sizes is None:
             sizes = sizes_for(config, SamplingParams(), config.size, config.size)
-        numbers = torch.tensor([sizes], dtype=torch.float32, device="cpu")
-        embedded = size_embedding(numbers).to(text.pooled).expand(len(text.pooled), -1)
-        return Conditioning(text.hidden, torch.cat([text.pooled, embedded], dim=-1))
+        return with_sizes(text, sizes)
 
     def zeroed(self, cond: Conditioning, empty: Sequence[bool] | Tensor) -> Conditioning:
         """A conditioning (B) with zeros in place of context and pooled text where `empty`; its sizes stay."""
@@ -225,11 +221,6 @@ class TextEncoding:
     def same_length(self, *contexts: Tensor, clip_skip: int | None = None) -> list[Tensor]:
         """Pad contexts (B, k M, D) of different k to the length of the longest, with that of the empty text."""
         return same_length(contexts, lambda: self.encode_prompt([""], clip_skip=clip_skip, note=_silent))
-
-
-def _side_by_side(outputs: Sequence[TextOutput]) -> TextOutput:
-    """The outputs of several text encoders for the same texts: hidden states side by side, pooled of the last one."""
-    return TextOutput(torch.cat([output.hidden for output in outputs], dim=-1), outputs[-1].pooled)
 
 
 def _silent(message: str) -> None:

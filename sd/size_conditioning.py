@@ -15,8 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from .conditioning import Conditioning, TextOutput
 from .config import SIZE_WIDTH, SIZES, Config
 from .messages import listed
 from .models.layers import timestep_embedding
@@ -39,6 +41,15 @@ def sizes_for(config: Config, params: SamplingParams, height: int, width: int, n
 def size_embedding(sizes: Tensor) -> Tensor:
     """Each of n numbers embedded on its own: (B, n) -> (B, n * 256) in float32."""
     return timestep_embedding(sizes.flatten(), SIZE_WIDTH).reshape(len(sizes), -1)
+
+
+def with_sizes(text: TextOutput, sizes: Sequence[float]) -> Conditioning:
+    """The conditioning of encoded texts, all with the same sizes; without a pooled output, the context alone."""
+    if text.pooled is None:
+        return Conditioning(text.hidden)
+    numbers = torch.tensor([sizes], dtype=torch.float32, device="cpu")
+    embedded = size_embedding(numbers).to(text.pooled).expand(len(text.pooled), -1)
+    return Conditioning(text.hidden, torch.cat([text.pooled, embedded], dim=-1))
 
 
 def without_effect(params: SamplingParams, configs: Sequence[Config]) -> list[str]:

@@ -48,7 +48,7 @@ ALLOWED = {
         "size_conditioning", "text",
     },
     "second_prompts": {"config", "params", "text"},
-    "size_conditioning": {"config", "messages", "models", "params"},
+    "size_conditioning": {"conditioning", "config", "messages", "models", "params"},
     "noise": {"params"},
     "recipes": {"imaging", "messages", "params", "samplers", "schedule", "text"},
     "run": {

@@ -85,7 +85,7 @@ class Side:
     def encoder(self, case: Case) -> Callable[..., TextOutput]:
         """The text encoders as one function of the ids for each of them."""
         encoders = list(self.networks.values())
-        return lambda *given: texts.side_by_side([encode(ids) for encode, ids in zip(encoders, given, strict=True)])
+        return lambda *given: joined([encode(ids) for encode, ids in zip(encoders, given, strict=True)])
 
     def generate(self, case: Case) -> Callable[[], Any]:
         """From prompts to an image."""
@@ -120,7 +120,7 @@ class Diffusers(Side):
     def encoder(self, case: Case) -> Callable[..., TextOutput]:
         """The text encoders as one function of the ids for each of them."""
         encoders: list[Any] = [self.networks[name] for name in self.setup.config.text_names]
-        return lambda *given: texts.side_by_side([one.encode(ids) for one, ids in zip(encoders, given, strict=True)])
+        return lambda *given: joined([one.encode(ids) for one, ids in zip(encoders, given, strict=True)])
 
     def generate(self, case: Case) -> Callable[[], Any]:
         """With its pipeline."""
@@ -181,7 +181,7 @@ class OpenVINO(Side):
     def encoder(self, case: Case) -> Callable[..., TextOutput]:
         """The text encoders as one function of the ids for each of them."""
         encoders = [network for _, network in self.compiled(case)]
-        return lambda *given: texts.side_by_side(
+        return lambda *given: joined(
             [TextOutput(*network.outputs(ids)) for network, ids in zip(encoders, given, strict=True)]
         )
 
@@ -210,6 +210,11 @@ class OpenVINO(Side):
             return decode(last.x)
 
         return run
+
+
+def joined(outputs: Sequence[TextOutput]) -> TextOutput:
+    """The outputs of the text encoders of a model as one."""
+    return TextOutput.joined(outputs) if len(outputs) > 1 else outputs[0]
 
 
 SIDES = {"ours": Side, "diffusers": Diffusers, "compiled": Compiled, "openvino": OpenVINO}

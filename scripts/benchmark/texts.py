@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from sd.conditioning import Conditioning, TextOutput
 from sd.config import Config
 from sd.params import SamplingParams
-from sd.size_conditioning import size_embedding, sizes_for
+from sd.size_conditioning import sizes_for, with_sizes
 
 from .cases import Case
-
-
-def side_by_side(outputs: Sequence[TextOutput]) -> TextOutput:
-    """What several text encoders say: hidden states (B, M, D) side by side, pooled output (B, P) of the last."""
-    if len(outputs) == 1:
-        return outputs[0]
-    return TextOutput(torch.cat([output.hidden for output in outputs], dim=-1), outputs[-1].pooled)
 
 
 def flat(text: TextOutput) -> Tensor:
@@ -45,8 +36,4 @@ def prompt_and_negative(text: TextOutput, case: Case, config: Config) -> tuple[T
 
 def conditioning(text: TextOutput, case: Case, config: Config) -> Conditioning:
     """What the U-Net is told about an image of the case's size."""
-    if text.pooled is None:
-        return Conditioning(text.hidden)
-    sizes = torch.tensor([sizes_for(config, SamplingParams(), case.size, case.size)])
-    embedded = size_embedding(sizes).to(text.pooled).expand(len(text.pooled), -1)
-    return Conditioning(text.hidden, torch.cat([text.pooled, embedded], dim=-1))
+    return with_sizes(text, sizes_for(config, SamplingParams(), case.size, case.size))
