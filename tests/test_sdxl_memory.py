@@ -377,3 +377,17 @@ def test_a_plenty_of_memory_needs_no_look_at_the_files(files, monkeypatch):
     monkeypatch.setattr(enough_memory, "available", lambda device: 10**8)
     with pytest.raises(AssertionError, match="a model is loaded"):
         enough_memory.check_memory(args, requests)
+
+
+def test_weights_in_the_cache_folder_need_not_be_free(files, monkeypatch):
+    """The system reads the pages of a mapped file again when it has taken them back."""
+    args = txt2img.parser().parse_args(["a", "--ckpt", str(files["base"]), *SMALL])
+    weights = sum(weight_bytes(TINY_XL, torch.float32).values())
+    monkeypatch.setattr(enough_memory, "available", lambda device: weights)
+    kept = argparse.Namespace(file=files["base"].with_suffix(".none"))
+    monkeypatch.setattr(enough_memory.WeightsCache, "of", lambda files, dtype: kept)
+    requests = [TextToImage("a", SamplingParams(height=64, width=64))]
+    with pytest.raises(ValueError, match="needs at least"):
+        enough_memory.check_memory(args, requests)
+    kept.file = files["base"]
+    enough_memory.check_memory(args, requests)
