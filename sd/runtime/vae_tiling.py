@@ -5,7 +5,7 @@ convolution looks one row further, and GroupNorm needs the mean and variance of 
 over its map twice in strips: once to measure, and once to normalise, activate and convolve. The result differs from
 that of `VAE` by rounding, and there are no seams.
 
-A map that is read again is kept. The results of upsampling are the largest maps of all: one of more than `KEPT` bytes
+A map that is read again is kept. The results of upsampling are the largest maps of all: one of more than `KEPT` numbers
 is computed each time that it is read. Attention occurs only in the coarsest level, which it sees as a whole. Within
 `CircularPadding` (circular.py) the rows beyond an edge are those at the opposite one.
 
@@ -34,7 +34,7 @@ from .circular import is_circular
 from .cpu_kernels import moments
 
 NUMBERS = 2**23  # of a strip in half precision, 16 MB; half as many in float32
-KEPT = 2**28  # bytes of the largest upsampled map that is kept: those of 512x512 pixels in half precision
+KEPT = 2**27  # numbers in the largest upsampled map that is kept: 512 channels of 512x512 pixels
 LEAST = 8  # rows of a strip: each strip computes up to two rows more than it gives
 
 
@@ -188,7 +188,7 @@ def decode_in_strips(vae: VAE, z: Tensor) -> Tensor:
             source = stored(x)  # from here on, the memory of the one before is free
         if stage.up is not None:
             source, own = upsampled(stage.up, x), None
-            if math.prod(source.shape) * source.bytes <= KEPT:
+            if math.prod(source.shape) <= KEPT:
                 x = own = in_memory(source, stage.up.conv)
                 source = stored(x)
     return last_layers(decoder.norm_out, decoder.conv_out, x)
