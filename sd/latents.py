@@ -32,7 +32,10 @@ from .runtime.vae_tiling import decode_in_strips, encode_in_strips
 from .settings import whole
 from .text.tokenizer import Note
 
-LARGE = 1024 * 1024  # pixels above which the VAE works in strips
+# Pixels above which the VAE works in strips. On the CPU they take a few percent longer, and 1024x1024 pixels need 1 GB
+# instead of 2.5 to 3.3 (docs/performance.md); on a GPU, more and smaller kernels count for more
+LARGE = 1024 * 1024
+LARGE_ON_CPU = 768 * 1024
 MAX_SIDE = 16384  # pixels
 ENCODE_IN_STRIPS: Mapping[type, Callable[..., Gaussian]] = {
     VAEConfig: encode_in_strips, TinyVAEConfig: encode_tiny_in_strips,
@@ -98,6 +101,15 @@ def check_encoder(config: Config) -> None:
         raise ValueError(NO_ENCODER)
 
 
+def most_at_once(config: VAEConfig | TinyVAEConfig, device: torch.device, exact: bool = False) -> int:
+    """How many pixels an autoencoder takes as a whole; larger images pass through it in strips.
+
+    exact   in float32 although the model is in half precision: maps are twice as large
+    """
+    most = LARGE_ON_CPU if device.type == "cpu" and isinstance(config, VAEConfig) else LARGE
+    return most // 2 if exact else most
+
+
 @torch.no_grad()
 def encode(vae: Autoencoder, pixels: Tensor, note: Note) -> Gaussian:
     """pixels (B, 3, H, W) in [-1, 1] -> Gaussian over the latents (B, C, h, w) in float32. See `decode`."""
@@ -116,7 +128,7 @@ def encode(vae: Autoencoder, pixels: Tensor, note: Note) -> Gaussian:
 def decode(vae: Autoencoder, z: Tensor, note: Note) -> list[Image.Image]:
     """Latents (B, C, h, w) -> RGB images, one at a time, which needs the memory of one.
 
-    Images of more than `LARGE` pixels are decoded in strips, which saves memory and changes only rounding. `note`
+    Large images are decoded in strips (`most_at_once`), which saves memory and changes only rounding. `note`
     receives a line if an image is computed again in float32. Raises ArithmeticError if it is not finite even then.
     """
     count = z.shape[-2] * z.shape[-1] * vae.config.factor**2
@@ -154,13 +166,16 @@ def _finite(
     """
     bias = vae.decoder.conv_out.bias  # a weight may be packed (runtime/packing.py), a bias never is
     assert bias is not None
-    dtype = bias.dtype
+    dtype, device = bias.dtype, bias.device
     known = dtype == torch.float16 and what in vae.overflows
-    out = run(exact(), x.float(), LARGE // 2) if known else run(vae, x.to(dtype), LARGE)
+    if known:
+        out = run(exact(), x.float(), most_at_once(vae.config, device, exact=True))
+    else:
+        out = run(vae, x.to(dtype), most_at_once(vae.config, device))
     again = not known and dtype != torch.float32 and not out.isfinite().all()
     if again:
         note(f"the {what} is not finite in {dtype_name(dtype)}: computing it again in float32")
-        out = run(exact(), x.float(), LARGE // 2)  # in float32, maps are twice as large
+        out = run(exact(), x.float(), most_at_once(vae.config, device, exact=True))
     if not out.isfinite().all():
         raise ArithmeticError(
             f"the {what} is not finite (NaN) even in float32: the checkpoint or its copy in the cache folder is "

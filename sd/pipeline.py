@@ -61,7 +61,7 @@ from .resources import EMBEDDED, resource
 from .run import Run, Sampling, image_to_image, inpaint, text_to_image
 from .runtime.cuda_graphs import Compiled, Recorded
 from .runtime.device import best_dtype, explained, find_device, find_dtype
-from .runtime.offload import Offload
+from .runtime.offload import Offload, with_network
 from .runtime.optimize import unwrapped
 from .samplers import Denoise, Noise, Sampler, Step, find_sampler
 from .schedule import Levels, Schedule
@@ -194,7 +194,7 @@ class StableDiffusion(Adaptable, TextEncoding, Cached, Hints):
     def _replace(self, name: str, network: nn.Module) -> None:
         """Use another network, or the same one in a wrapper: `model.unet = torch.compile(model.unet)`."""
         if isinstance(self._networks, Offload):
-            raise ValueError("with low memory the networks take turns, and cannot be replaced: load without it")
+            self._networks.check_stays(name)
         if not callable(network):  # None, a path, a state dict
             raise TypeError(
                 f"model.{name} must be a network (torch.nn.Module), got {type(network).__name__}: to load weights, "
@@ -206,7 +206,7 @@ class StableDiffusion(Adaptable, TextEncoding, Cached, Hints):
             if self.loras or self.words:
                 raise ValueError("remove LoRAs and embeddings before a network is replaced: it does not have them")
             self._adapters = Adapters(self.config, self.tokenizers, plain | {name: wrapped}, self._keep)
-        self._networks = {**self._networks, name: network}
+        self._networks = with_network(self._networks, name, network)
 
     def _keep(self, *names: str) -> None:
         """With `low_memory`, keep these networks in memory from now on: they are about to differ from their files."""

@@ -156,6 +156,7 @@ class SimulatedGpu:
         self.recorded: list[weakref.ref[Graph]] = []
         self.answer: Callable[[], bool] = lambda: True  # to the next question
         self.live = self.peak = 0  # bytes
+        self.size = 80 * 10**9  # bytes of its memory
         self._sizes: dict[int, Made] = {}  # by storage
         self._pinned: set[int] = set()
         self._references: dict[int, weakref.ref] = {}
@@ -172,6 +173,7 @@ class SimulatedGpu:
         for name, stand_in in {
             "is_available": lambda: True,
             "device": self._nothing,
+            "mem_get_info": lambda device=None: (self.size - self.reserved, self.size),
             "current_stream": lambda device=None: self._stream,
             "Stream": lambda *_: Stream(self, f"stream {len(self.log)}"),
             "stream": self._on,

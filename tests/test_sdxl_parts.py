@@ -301,7 +301,7 @@ def test_in_float32_it_works_in_strips_sooner(monkeypatch):
     model.vae.overflows = {"image"}
     z, in_strips = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), []
     (whole,) = model.decode(z)
-    monkeypatch.setattr(latents, "LARGE", 64 * 64)
+    monkeypatch.setattr(latents, "LARGE_ON_CPU", 64 * 64)
     monkeypatch.setitem(
         latents.DECODE_IN_STRIPS, VAEConfig, lambda vae, x: in_strips.append(x.dtype) or decode_in_strips(vae, x)
     )

@@ -52,6 +52,7 @@ DRAWS = {"dpmpp_sde": 2}  # draws of noise in a step, where it is not 1
 
 @pytest.fixture(scope="module")
 def device() -> SimulatedGpu:
+    gc.collect()  # what other modules have left: its end would be a warning or a count here
     return SimulatedGpu()
 
 

@@ -99,7 +99,7 @@ def test_moving_the_noise_moves_the_image(large, low_memory, monkeypatch):
     """The whole run, of the embedded model; with `large`, its VAE works in strips."""
     model = StableDiffusion.load(device="cpu", dtype="float32", low_memory=low_memory)
     if large:
-        monkeypatch.setattr(latents, "LARGE", 1)
+        monkeypatch.setattr(latents, "LARGE_ON_CPU", 1)
     request = TextToImage("a meadow", params(sampler="dpmpp_2m"))
     run, moved = model.prepare(request), model.prepare(request)
     moved.begin(moved.start._replace(x=rolled(run.x, 4)))

@@ -14,7 +14,7 @@ from common import TINY, TINY_V2, error, tiny_state
 from conftest import loaded
 
 from sd import latents as models
-from sd.config import VAEConfig
+from sd.config import TinyVAEConfig, VAEConfig
 from sd.models.layers import ResBlock
 from sd.runtime import vae_tiling as strips
 from sd.runtime.vae_tiling import decode_in_strips, encode_in_strips
@@ -44,7 +44,10 @@ def vaes():
 
 @pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize("size", SIZES)
-def test_decoding_in_strips_is_decoding(vaes, size):
+@pytest.mark.parametrize("kept", [0, 2**27])
+def test_decoding_in_strips_is_decoding(vaes, size, kept, monkeypatch):
+    """Whether upsampled maps are kept, or computed where they are read."""
+    monkeypatch.setattr(strips, "KEPT", kept)
     for vae in vaes:
         z = latents(*size, B=2)
         assert error(decode_in_strips(vae, z), vae.decode(z)) < 1e-5
@@ -99,6 +102,27 @@ def test_memory_is_that_of_strips(vaes, monkeypatch):
     assert len(seen) > 100
 
 
+def test_only_upsampled_maps_that_are_not_too_large_are_kept(vaes, monkeypatch):
+    made, whole = [], strips.in_memory
+    monkeypatch.setattr(strips, "in_memory", lambda x, conv: made.append(x.shape) or whole(x, conv))
+    decode_in_strips(vaes[0], latents(8, 8))
+    assert len(made) == 3  # all levels but the coarsest
+    largest = torch.Size(made[-1]).numel()
+    for kept, count in ((largest, 3), (largest - 1, 2)):
+        made.clear()
+        monkeypatch.setattr(strips, "KEPT", kept)
+        decode_in_strips(vaes[0], latents(8, 8))
+        assert len(made) == count
+
+
+def test_from_which_size_on_it_works_in_strips():
+    """On the CPU at the size of SDXL, whatever its shape, and not at those of 1.x and 2.x; elsewhere later."""
+    cpu, gpu, vae = torch.device("cpu"), torch.device("cuda"), TINY.vae
+    assert 768 * 768 < models.most_at_once(vae, cpu) < 640 * 1536 < 1024 * 1024 == models.most_at_once(vae, gpu)
+    assert models.most_at_once(vae, gpu, exact=True) == 1024 * 512 < 768 * 768
+    assert models.most_at_once(TinyVAEConfig(), cpu) == 1024 * 1024
+
+
 def test_the_model_takes_strips_for_large_pictures(tiny_sd, monkeypatch):
     """Above a megapixel, in both directions; what is painted is the same."""
     used = []
@@ -109,7 +133,7 @@ def test_the_model_takes_strips_for_large_pictures(tiny_sd, monkeypatch):
     picture = reference.normal("picture", (1, 3, 64, 64)).clamp(-1, 1)
     (whole,), latent = tiny_sd.decode(z), tiny_sd.encode(picture)
     assert not used
-    monkeypatch.setattr(models, "LARGE", 64 * 64 - 1)
+    monkeypatch.setattr(models, "LARGE_ON_CPU", 64 * 64 - 1)
     (image,), again = tiny_sd.decode(z), tiny_sd.encode(picture)
     assert used == ["decode_in_strips", "encode_in_strips"]
     assert error(torch.tensor(list(image.tobytes())), torch.tensor(list(whole.tobytes()))) < 1e-3

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sd.conditioning import TextOutput
 from sd.denoiser import Denoiser
-from sd.latents import DECODE_IN_STRIPS, LARGE
+from sd.latents import DECODE_IN_STRIPS, most_at_once
 from sd.pipeline import StableDiffusion
 from sd.runtime.cuda_graphs import Recorded
 from sd.samplers import ddim, lcm
@@ -77,7 +77,8 @@ class Side:
         ((name, network),) = self.networks.items()
         if name == "vae":  # as Model.decode does it
             in_strips = DECODE_IN_STRIPS[type(network.config)]
-            return partial(in_strips, network) if case.size**2 > LARGE else network.decode
+            most = most_at_once(network.config, self.setup.device)
+            return partial(in_strips, network) if case.size**2 > most else network.decode
         if case.part == "unet" and self.setup.device.type == "cuda":  # as Model does it
             return Recorded(network)
         return network

@@ -38,6 +38,7 @@ from .arguments import NICKNAMES, check_previews
 from .checks import check_all, check_prompts, warn_of_unknown_words
 from .cli import describe, keep_freed_memory, said
 from .default_lora import default_lora
+from .enough_memory import check_memory
 from .loading import load_model
 from .output import ModelHash, Output
 from .prompt_loras import PromptLoras, prompt_texts, without_lora_tags
@@ -212,6 +213,7 @@ def generate(args: argparse.Namespace, params: SamplingParams, openers: Sequence
         except ValueError as error:
             raise line.at(error) from None
     check_refiner(args)
+    check_memory(args, requests)
     args.lora = [*args.lora, *default_lora(args, requests, loras)]
     addons = AddOns(args, requests, loras)
     output = Output(args.out)

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..config import Config
+from ..config import SDXL, Config
 from ..models.build import build
 from ..models.vae import VAE
+from ..runtime.memory import ALL, Job, available, needed
 from ..runtime.offload import Offload
 from . import weights_cache
 from .loading import ModelFiles
@@ -45,13 +46,18 @@ def place(
                  folder of the files' options has no effect
     progress     called with (parameters in this weight, parameters in total) after each weight
 
+    On a GPU that is too small for all networks at the model's own size, the text encoders are there only while prompts
+    are encoded, also without `low_memory`; `about` says so.
+
     If the files do not say what the U-Net predicts, it is run once to find out. If an error is raised, the files are
     closed.
     """
     reread = low_memory and device.type in SHARED_MEMORY
-    home = torch.device("cpu") if low_memory and not reread else device
+    cpu = torch.device("cpu")
+    home = cpu if low_memory and not reread else device
     try:
         networks = build(files.config)
+        leaving = () if low_memory else _leaving(files, device, dtype)
         total = sum(math.prod(w.shape) for net in networks.values() for w in net.state_dict().values())
 
         def report(count: int) -> None:
@@ -59,7 +65,7 @@ def place(
                 progress(count, total)
 
         def read(name: str, network: nn.Module) -> None:
-            files.read(name, network, home, dtype, report, own=reread)
+            files.read(name, network, cpu if name in leaving else home, dtype, report, own=reread)
 
         cache, reason = _cache(files, device, dtype, low_memory, total)
         if not reread:
@@ -69,17 +75,35 @@ def place(
             cache = None if cache is None else cache.loaded(networks, used_cache)
         else:  # its weights would be looked at after the last step only, those of the others before the first one
             files.check_finite("vae", dtype)
-        used = Offload(networks, device, read if reread else None) if low_memory else networks
+        used: Mapping[str, nn.Module] = networks
+        if low_memory or leaving:
+            resident = networks.keys() - set(leaving) if leaving else ()
+            used = Offload(networks, device, read if reread else None, resident)
         if not files.decided:
             with used.use("unet") if isinstance(used, Offload) else nullcontext(used["unet"]) as unet:
                 files.probe(unet)
         about = (*files.about(), *_overflowing(files, networks["vae"], dtype), *reason)
+        about += (f"the text encoders leave {device} once prompts are encoded: it is too small for all",) * bool(
+            leaving
+        )
     except BaseException:
         files.close()
         raise
     if not reread:
         files.close()
     return Placed(files.config, networks, used, about, cache)
+
+
+def _leaving(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """The text encoders, if a GPU has no memory for all networks."""
+    free = available(device) if device.type == "cuda" else None
+    if free is None:
+        return ()
+    config = files.config
+    exact = dtype == torch.float16 and config.vae.scale == SDXL.vae.scale  # it may overflow
+    job = Job(config.size, config.size, exact=exact, recorded=True)
+    fits = needed(config, dtype, job, ALL) <= free
+    return () if fits else config.text_names
 
 
 def _overflowing(files: ModelFiles, vae: nn.Module, dtype: torch.dtype) -> list[str]:

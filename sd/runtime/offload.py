@@ -1,10 +1,13 @@
-"""Keeps only one network in memory at a time, for machines whose memory cannot hold all of them at once.
+"""Keeps networks out of memory while they are not needed, for machines whose memory cannot hold all of them at once.
 
 An image needs the text encoder, then (if it starts from an image) the VAE, then the U-Net for all steps, then the VAE.
 In Stable Diffusion 1.x they hold 12, 8 and 80 % of the weights. With a GPU, the networks stay in CPU memory and are
 copied to the device when they are needed; only changed weights are copied back. A device without separate memory,
 such as the CPU, reads them from their file each time, and drops them afterwards. A network that was handed out
 (`offload["unet"]`) is looked at first: if it has changed since, it stays in memory.
+
+Networks that are `resident` stay on the device, and only the others leave it. So the text encoders of SDXL, a quarter
+of its weights, are on a small GPU only while prompts are encoded.
 
 >>> with torch.device("meta"):  # shapes without values
 ...     networks = {"unet": nn.Linear(4, 4), "vae": nn.Linear(4, 4)}
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +32,7 @@ from .packing import drop_weights
 
 
 class Offload(Mapping[str, nn.Module]):
-    """Networks by name. Only the one that was requested last has its weights on the device.
+    """Networks by name. Only the one that was requested last, and those that are resident, are on the device.
 
     So request a network each time that you use it: `offload["unet"](...)`. With several threads, use
     `with offload.use("unet") as network:`, which keeps it on the device until the end of the block.
@@ -40,9 +43,14 @@ class Offload(Mapping[str, nn.Module]):
         networks: Mapping[str, nn.Module],
         device: torch.device,
         read: Callable[[str, nn.Module], object] | None = None,
+        resident: Collection[str] = (),
     ) -> None:
-        """The networks are in CPU memory, or on the meta device if `read` is given, which loads the weights of one."""
+        """The networks are in CPU memory, or on the meta device if `read` is given, which loads the weights of one.
+
+        resident   networks that are on the device, and stay there
+        """
         self._networks, self._device, self._read = networks, device, read
+        self.resident = frozenset(resident)
         self._here: str | None = None  # the network on the device
         self._complete = True  # whether all of it is there: an error or an interrupt may have stopped the move
         self._kept: set[str] = set()  # networks that stay, as their file no longer has their weights
@@ -114,8 +122,18 @@ class Offload(Mapping[str, nn.Module]):
                 self._handed_out = fingerprints(network)  # whoever asked for it may change it
             return network
 
+    def check_stays(self, name: str) -> None:
+        """Raise ValueError for a network that is not resident, and so cannot be replaced."""
+        if name not in self.resident:
+            if self.resident:
+                raise ValueError(f"{self._device} is too small for all networks: the {name} cannot be replaced")
+            raise ValueError("with low memory the networks take turns, and cannot be replaced: load without it")
+
     def _get(self, name: str) -> nn.Module:
-        if name not in self._kept and (name != self._here or not self._complete):
+        if name in self.resident:
+            for offload in (self, *self._partners()):
+                offload._leave()
+        elif name not in self._kept and (name != self._here or not self._complete):
             self._complete = False
             if self._here is not None and self._here not in self._kept:
                 self._put_away(self._here)
@@ -191,6 +209,15 @@ class Offload(Mapping[str, nn.Module]):
 
     def __len__(self) -> int:
         return len(self._networks)
+
+
+def with_network(networks: Mapping[str, nn.Module], name: str, network: nn.Module) -> Mapping[str, nn.Module]:
+    """The networks with another one of this name; of an `Offload`, one that is resident (`check_stays`)."""
+    if isinstance(networks, Offload):
+        with networks._locked():
+            networks._networks = {**networks._networks, name: network}
+        return networks
+    return {**networks, name: network}
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:

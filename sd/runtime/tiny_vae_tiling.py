@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..models.taesd import NO_ENCODER, TinyVAE
 from ..models.vae import Gaussian
-from .vae_tiling import LEAST, NUMBERS, rows_of, within
+from .vae_tiling import LEAST, rows_of, within
 
+NUMBERS = 2**24  # of a strip: 32 to 64 MB
 OF_BLOCK = 3  # rows to each side that a block sees: it has three convolutions
 
 

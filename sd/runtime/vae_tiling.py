@@ -5,9 +5,9 @@ convolution looks one row further, and GroupNorm needs the mean and variance of 
 over its map twice in strips: once to measure, and once to normalise, activate and convolve. The result differs from
 that of `VAE` by rounding, and there are no seams.
 
-A map that is read again is kept. The result of an upsampling, the largest of all, is computed each time that it is
-read. Attention occurs only in the coarsest level, which it sees as a whole. Within `CircularPadding` (circular.py) the
-rows beyond an edge are those at the opposite one.
+A map that is read again is kept. The results of upsampling are the largest maps of all: one of more than `KEPT` numbers
+is computed each time that it is read. Attention occurs only in the coarsest level, which it sees as a whole. Within
+`CircularPadding` (circular.py) the rows beyond an edge are those at the opposite one.
 
 B batch, C channels, H x W pixels of a map, rows a to b of it without b.
 
@@ -20,6 +20,7 @@ True
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, cast
 
@@ -32,7 +33,8 @@ from ..models.vae import VAE, Downsample, Gaussian, Stage
 from .circular import is_circular
 from .cpu_kernels import moments
 
-NUMBERS = 2**24  # of a strip: 32 to 64 MB
+NUMBERS = 2**23  # of a strip in half precision, 16 MB; half as many in float32
+KEPT = 2**27  # numbers in the largest upsampled map that is kept: 512 channels of 512x512 pixels
 LEAST = 8  # rows of a strip: each strip computes up to two rows more than it gives
 
 
@@ -41,18 +43,19 @@ class Map(NamedTuple):
 
     shape: tuple[int, int, int, int]  # B, C, H, W
     rows: Callable[[int, int], Tensor]  # a, b -> (B, C, b - a, W)
+    bytes: int  # of one number
 
     def strips(self) -> Iterator[tuple[int, int]]:
         """The (a, b) that cover it."""
         B, C, H, W = self.shape
-        step = max(NUMBERS // (B * C * W), LEAST)
+        step = max(2 * NUMBERS // (self.bytes * B * C * W), LEAST)
         return ((a, min(a + step, H)) for a in range(0, H, step))
 
 
 def stored(x: Tensor) -> Map:
     """A map that is in memory."""
     B, C, H, W = x.shape
-    return Map((B, C, H, W), lambda a, b: rows_of(x, a, b))
+    return Map((B, C, H, W), lambda a, b: rows_of(x, a, b), x.element_size())
 
 
 def rows_of(x: Tensor, a: int, b: int) -> Tensor:
@@ -77,7 +80,7 @@ def upsampled(up: Upsample, x: Tensor) -> Map:
         first, last = within(a // 2 - 1, -(-b // 2) + 1, H)
         return up(rows_of(x, first, last))[:, :, a - 2 * first : b - 2 * first]
 
-    return Map((B, up.conv.out_channels, 2 * H, 2 * W), rows)
+    return Map((B, up.conv.out_channels, 2 * H, 2 * W), rows, x.element_size())
 
 
 def empty(x: Map, conv: nn.Conv2d) -> Tensor:
@@ -98,12 +101,18 @@ def activated(norm: nn.GroupNorm, x: Map) -> Callable[[Tensor], Tensor]:
         of_rows = moments(x.rows(a, b))
         mean += of_rows[0] * ((b - a) / H)
         square += of_rows[1] * ((b - a) / H)
-    mean, square = (y.view(B, norm.num_groups, -1).mean(-1, keepdim=True) for y in (mean, square))
-    weight, bias = (y.cpu().double().view(norm.num_groups, -1) for y in (norm.weight, norm.bias))
-    scale = ((square - mean**2).clamp(min=0) + norm.eps).rsqrt() * weight  # (B, G, C / G)
-    shift = bias - mean * scale
-    scale, shift = (y.float().view(B, C, 1, 1).to(norm.weight.device) for y in (scale, shift))
-    return lambda rows: F.silu(torch.addcmul(shift, rows.float(), scale), inplace=True).to(rows.dtype)
+    groups = (B, norm.num_groups, C // norm.num_groups)
+    mean, square = (y.view(groups).mean(-1, keepdim=True).expand(groups) for y in (mean, square))
+    var = (square - mean**2).clamp(min=0)
+    # of each channel, as batch normalisation has them: it is one operation, where the formula would be several
+    mean, var = (y.reshape(B, C).float().to(norm.weight.device) for y in (mean, var))
+    weight, bias = norm.weight.float(), norm.bias.float()
+
+    def ready(rows: Tensor) -> Tensor:
+        each = [F.batch_norm(x, mean[i], var[i], weight, bias, eps=norm.eps) for i, x in enumerate(rows.split(1))]
+        return F.silu(each[0] if B == 1 else torch.cat(each), inplace=True)
+
+    return ready
 
 
 def around(x: Map, a: int, b: int) -> tuple[Tensor, slice]:
@@ -135,14 +144,17 @@ def res_block(res: ResBlock, x: Map, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def res_blocks(stage: Stage, x: Map, own: Tensor | None) -> Tensor:
-    """The residual blocks of a stage, applied to x; `own` is x if it may be overwritten."""
-    for res in cast("Iterable[ResBlock]", stage.res):
-        in_place = own is not None and isinstance(res.skip, nn.Identity)
-        own = res_block(res, x, own if in_place else None)
-        x = stored(own)
-    assert own is not None
-    return own
+def next_map(res: ResBlock, x: Map, own: Tensor | None) -> Tensor:
+    """A residual block of x. `own` is the memory of x, if it has any, and is written over where the shapes allow it."""
+    return res_block(res, x, own if isinstance(res.skip, nn.Identity) else None)
+
+
+def in_memory(x: Map, conv: nn.Conv2d) -> Tensor:
+    """The map itself, computed strip by strip; `conv` is the layer whose result it is."""
+    out = empty(x, conv)
+    for a, b in x.strips():
+        out[:, :, a:b] = x.rows(a, b)
+    return out
 
 
 def last_layers(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -169,11 +181,16 @@ def decode_in_strips(vae: VAE, z: Tensor) -> Tensor:
     """As `vae.decode`: latents (B, 4, h, w) -> image (B, 3, H, W), about [-1, 1], not clamped."""
     decoder = vae.decoder
     x = decoder.mid(decoder.conv_in(vae.post_quant(z / vae.config.scale)))
-    source, own = stored(x), x
+    source, own = stored(x), cast("Tensor | None", x)  # the map, and its memory
     for stage in cast("Iterable[Stage]", reversed(decoder.up)):
-        x = res_blocks(stage, source, own)
+        for res in cast("Iterable[ResBlock]", stage.res):
+            x = own = next_map(res, source, own)
+            source = stored(x)  # from here on, the memory of the one before is free
         if stage.up is not None:
             source, own = upsampled(stage.up, x), None
+            if math.prod(source.shape) <= KEPT:
+                x = own = in_memory(source, stage.up.conv)
+                source = stored(x)
     return last_layers(decoder.norm_out, decoder.conv_out, x)
 
 
@@ -182,7 +199,8 @@ def encode_in_strips(vae: VAE, image: Tensor) -> Gaussian:
     encoder = vae.encoder
     x = encoder.conv_in(image)
     for stage in cast("Iterable[Stage]", encoder.down):
-        x = res_blocks(stage, stored(x), x)
+        for res in cast("Iterable[ResBlock]", stage.res):
+            x = next_map(res, stored(x), x)
         if stage.down is not None:
             x = halved(stage.down, x)
     return vae.gaussian(last_layers(encoder.norm_out, encoder.conv_out, encoder.mid(x)))
