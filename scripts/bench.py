@@ -11,7 +11,7 @@
     unet       one step: the network on a batch of two, which is one image with guidance
     vae        latents of one image to pixels
     taesd      the same with a tiny autoencoder
-    text       two prompts, by all text encoders of the model
+    text       two prompts, encoded by all text encoders of the model
     picture    prompt to image, with --steps steps of DDIM and guidance
     lcm        prompt to image, with --steps steps of LCM without guidance, as few-step models need it
     lcm-taesd  the same with a tiny autoencoder
@@ -92,7 +92,7 @@ def parser() -> cli.Parser:
     """The arguments."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=PARTS, help="what to time (default: all; of SDXL not lcm)"
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="what to time (default: all; for SDXL without LCM)"
     )
     parser.add_argument(
         "--peers",
@@ -112,7 +112,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="precisions (default: the device's best)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument(
-        "--steps", type=int, metavar="N", help=f"steps of an image (default: {STEPS}; of SDXL {LARGE_STEPS})"
+        "--steps", type=int, metavar="N", help=f"steps of an image (default: {STEPS}; for SDXL {LARGE_STEPS})"
     )
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="measured runs (default: %(default)s)")
     parser.add_argument(
@@ -232,7 +232,7 @@ def check_model(args: argparse.Namespace, earlier: report.Row | None, model: str
     """Raise ValueError if --compare is a file of another model: equal rows would be of other networks."""
     if earlier and earlier["machine"]["model"] != model:
         then = earlier["machine"]["model"]
-        raise ValueError(f"--compare {args.compare}: of {then}, and this is {model}: give a file of the same model")
+        raise ValueError(f"--compare {args.compare}: measured with {then}, not {model}: give one of the same model")
 
 
 def measured(args: argparse.Namespace) -> report.Row:

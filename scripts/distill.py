@@ -278,7 +278,9 @@ def distilled(config: Config, method: str, guidance: tuple[float, float], solver
 def find_teacher(args: argparse.Namespace, device: torch.device) -> StableDiffusion:
     """The model of the checkpoint."""
     config = models.find_config(args.model) if args.model else None
-    model = StableDiffusion.load(args.ckpt, config=config, weights=args.weights, device=device, dtype="float32")
+    model = StableDiffusion.load(
+        args.ckpt, config=config, weights=args.weights, device=device, dtype="float32", text_encoders_leave=False
+    )
     if of_config(model.config) is not None:
         raise ValueError(f"{model.config.name} is already a few-step model: give the ordinary model with --ckpt")
     return model

@@ -110,7 +110,9 @@ def find_model(args: argparse.Namespace, seed: int, device: torch.device) -> Sta
         if args.text or args.prediction:
             raise ValueError("--text and --prediction are for new models: a checkpoint has its own")
         config = models.find_config(args.model) if args.model else None
-        model = StableDiffusion.load(args.ckpt, config=config, weights=args.weights, device=device, dtype="float32")
+        model = StableDiffusion.load(
+            args.ckpt, config=config, weights=args.weights, device=device, dtype="float32", text_encoders_leave=False
+        )
         if args.vae:
             model = models.with_vae(model, args.vae)
     else:

@@ -48,7 +48,7 @@ class Plan:
         run: Pass,
         note: Callable[[str], object],
     ) -> None:
-        """Both may be contexts (B, M, D) in place of texts. Raises ValueError for prompts that cannot be read."""
+        """Prompts and negatives may be contexts (B, M, D). Raises ValueError for prompts that cannot be read."""
         self._model, self._request, self._params = model, request, params
         self._given = [x if isinstance(x, Tensor) else None for x in (prompts, negatives)]
         self._prompts: list[list[Subprompt]] = []
@@ -88,7 +88,7 @@ class Plan:
         """The guide of each step that is taken.
 
         encode    texts, and whether each is negative -> the conditioning that each has alone, contexts of one length
-        nothing   makes zeros with the length of another conditioning, for so many images
+        nothing   another conditioning and a number of images -> zeros of the same length for those
         """
         guided = (self._params.is_guided and self._model.config.unet.guidance is None) or self._composed
         keys = [

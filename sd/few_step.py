@@ -101,8 +101,8 @@ def _counted(steps: int) -> str:
 # SDXL are used in the same way: latent-consistency/lcm-lora-sdxl, h1t/TCD-SDXL-LoRA, Hyper-SDXL, sdxl-turbo.
 # ByteDance/SDXL-Lightning is for 2, 4 and 8 steps (Euler, trailing, no guidance), tianweiy/DMD2 for 4 (LCM at the
 # timesteps 999, 749, 499, 249, no guidance), and up to 8 are customary. For merges, what the cards of DreamShaper XL,
-# TurboVision XL and Juggernaut XL have in common. Two one-step models do not start at the last timestep,
-# as LCM does: their cards give 399 for DMD2's U-Net, and 800 for Hyper-SD's U-Net for SDXL.
+# TurboVision XL and Juggernaut XL have in common. Unlike LCM, two one-step models do not start at the last
+# timestep: their cards give 399 for DMD2's U-Net, and 800 for Hyper-SD's U-Net for SDXL.
 LCM = FewStep("LCM", "lcm", "lcm", 4, (2, 8), 1.0, (1.0, 2.0))
 LCM_GUIDED = FewStep("LCM", "lcm", "lcm", 4, (1, 8), 8.0, (3.0, 13.0))
 TCD = FewStep("TCD", "tcd", "lcm", 4, (2, 20), 1.0, (1.0, 2.0))

@@ -61,7 +61,7 @@ from .resources import EMBEDDED, resource
 from .run import Run, Sampling, image_to_image, inpaint, text_to_image
 from .runtime.cuda_graphs import Compiled, Recorded
 from .runtime.device import best_dtype, explained, find_device, find_dtype
-from .runtime.offload import Offload, with_network
+from .runtime.offload import Offload, with_network, without_moving
 from .runtime.optimize import unwrapped
 from .samplers import Denoise, Noise, Sampler, Step, find_sampler
 from .schedule import Levels, Schedule
@@ -200,7 +200,7 @@ class StableDiffusion(Adaptable, TextEncoding, Cached, Hints):
                 f"model.{name} must be a network (torch.nn.Module), got {type(network).__name__}: to load weights, "
                 f"model.{name}.load_state_dict(...) or StableDiffusion.load; to save memory, load with low_memory=True"
             )
-        plain = {key: unwrapped(net) for key, net in self._networks.items()}
+        plain = {key: unwrapped(net) for key, net in without_moving(self._networks).items()}
         wrapped = unwrapped(network)
         if wrapped is not plain[name] and name != "vae":  # adapters change the other two
             if self.loras or self.words:

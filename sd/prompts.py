@@ -3,7 +3,7 @@
     prompts -> texts of every step -> conditionings, one for each text -> `Guide` of every step
 
 Without the web UI's syntax, and with it as long as no prompt changes or has an AND, all steps have the same guide;
-changing_prompts.py has the others.
+changing_prompts.py handles all other prompts.
 
 What a network is told about a text (`TextEncoding`):
 
@@ -125,7 +125,7 @@ class TextEncoding:
     def encode_batches(
         self, batches: Sequence[TextBatch], *, weighted: bool = False, clip_skip: int | None = None, note: Note = warn
     ) -> list[TextOutput]:
-        """Encode several batches of texts, each as one, in one turn of each text encoder.
+        """Encode several batches of texts, each as one: first all of them with one text encoder, then with the next.
 
         weighted   as `encode_weighted`, and the contexts of all batches have the length of the longest
         """
@@ -224,7 +224,7 @@ class TextEncoding:
 
 
 def _silent(message: str) -> None:
-    """A note that nobody needs."""
+    """Discard a note."""
 
 
 def guides(

@@ -31,6 +31,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -174,6 +175,9 @@ class SimulatedGpu:
             "is_available": lambda: True,
             "device": self._nothing,
             "mem_get_info": lambda device=None: (self.size - self.reserved, self.size),
+            "memory_reserved": lambda device=None: self.reserved,
+            "memory_allocated": lambda device=None: self.reserved,
+            "get_device_properties": lambda device=None: SimpleNamespace(is_integrated=0),
             "current_stream": lambda device=None: self._stream,
             "Stream": lambda *_: Stream(self, f"stream {len(self.log)}"),
             "stream": self._on,

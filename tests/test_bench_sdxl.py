@@ -214,7 +214,7 @@ def test_a_file_of_another_model_is_not_compared(tmp_path, capsys, monkeypatch):
     for file, config in ((then, SD1), (now, SMALL)):
         record = {"machine": report.machine(replace(SETUP, config=config)), "notes": [], "figures": []}
         report.write(file, record)
-    message = f"error: --compare {then}: of {SD1.name}, and this is {{}}: give a file of the same model\n"
+    message = f"error: --compare {then}: measured with {SD1.name}, not {{}}: give one of the same model\n"
     assert bench.main(["--model", "sdxl", "--peers", "--compare", str(then)]) == 1
     assert capsys.readouterr().err == message.format("SDXL base")
     assert bench.main(["--show", str(now), "--compare", str(then)]) == 1

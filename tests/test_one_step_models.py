@@ -65,6 +65,17 @@ def test_which_models_have_one(name, of, start):
         assert with_defaults(Given(f"{name}.safetensors"), SDXL)[0].one_step_at == start
 
 
+def test_a_name_has_the_timestep_that_a_scheduler_cannot_have():
+    """A folder with LCM's scheduler, as the model cards of the one-step models say."""
+    folder = Given("dmd2_sdxl_1step")
+    folder.configs = {"scheduler": {"_class_name": "LCMScheduler"}}
+    config, line = with_defaults(folder, SDXL)
+    assert (config.one_step_at, config.steps, config.sampler) == (399, 1, "lcm") and "DMD2" in line
+    other = Given("dmd2_sdxl_4step")
+    other.configs = folder.configs
+    assert with_defaults(other, SDXL)[0].one_step_at is None
+
+
 def test_the_step_is_that_of_diffusers(model):
     """LCMScheduler with `timesteps=[399]`, as the model card of DMD2 says; the initial latents are the noise itself."""
     diffusers = pytest.importorskip("diffusers")

@@ -222,7 +222,7 @@ def test_second_prompts_of_a_recipe_are_left_out_where_there_is_one_text_encoder
     assert txt2img.main([*map(str, ("a cat", *texts, "--ckpt", files["base"], *SMALL_ARGS, "--out", image))]) == 0
     like = ("--like", image, "--ckpt", files["refiner"], "--out", again)
     _, warned = said_of(like, capsys)
-    left_out = "warning: a.png: prompt_2 and negative_2 left out: tiny sdxl refiner has only one text encoder"
+    left_out = "warning: a.png: prompt_2 and negative_2 left out, as tiny sdxl refiner has only one text encoder"
     assert warned.count(left_out) == 1
     request = read_request(again).request
     assert (request.prompt, request.negative) == (("a cat",), "fog")

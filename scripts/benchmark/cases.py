@@ -3,7 +3,7 @@
     unet       one step: the network on two items per image, for guidance
     vae        latents to pixels, one image at a time as in all programs, so only its size matters
     taesd      the same with a tiny autoencoder (TAESD)
-    text       two prompts, by all text encoders of the model
+    text       two prompts, encoded by all text encoders of the model
     picture    prompt to image, with some steps of DDIM and guidance
     lcm        prompt to image, with some steps of LCM: no guidance, so one prompt, and one item in a step
     lcm-taesd  the same with a tiny autoencoder

@@ -1,4 +1,4 @@
-"""What encoded prompts are as inputs of the U-Net: for SDXL those of two text encoders, with a vector beside them."""
+"""From encoded prompts to inputs of the U-Net: for SDXL, the outputs of two text encoders and a vector."""
 
 from __future__ import annotations
 

@@ -153,6 +153,9 @@ def add_model_arguments(parser: Parser) -> None:
         help="keep only one of text encoder, U-Net and VAE in device memory: the same images, a little slower",
     )  # fmt: skip
     group.add_argument(
+        "--no-memory-check", action="store_true", help="load the model even if free memory does not seem to suffice"
+    )
+    group.add_argument(
         "--compile",
         action="store_true",
         help="compile the U-Net, for many images of one size on a GPU; takes minutes at first",

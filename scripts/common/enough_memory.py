@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from sd.checkpoints.loading import LoadOptions, ModelFiles
+from sd.checkpoints.placement import SAFE
 from sd.checkpoints.weights_cache import WeightsCache
 from sd.config import Config
 from sd.hires import enlarged_shape
@@ -17,48 +20,69 @@ from sd.params import HighRes, ImageToImage, Inpaint, TextToImage
 from sd.resources import EMBEDDED, resource
 from sd.runtime.device import best_dtype, dtype_name, find_device, find_dtype
 from sd.runtime.memory import ALL, ONE, WITHOUT_TEXT, Job, available, needed, weight_bytes
+from sd.runtime.packing import onednn_dtypes
 
 from .arguments import NICKNAMES
 from .user_cache import cache_folder
 from .xl_args import base_options, refiner_options
 
+SURE = 0.95  # of the estimate, which is within a few percent: with less, a run cannot succeed
 PER_PIXEL = 4096  # bytes; more than a network needs for a pixel of an image, beside its weights
 
 
-def check_memory(args: argparse.Namespace, requests: Sequence[TextToImage]) -> None:
-    """Raise ValueError if the device has less free memory than the call needs at least (sd/runtime/memory.py).
+def check_memory(args: argparse.Namespace, requests: Sequence[TextToImage]) -> bool | None:
+    """Raise ValueError if the device has less free memory than the call needs (sd/runtime/memory.py).
 
-    The headers of the files are read only where memory could be short by their size.
+    Returns whether the text encoders should leave a GPU so that the call fits; None if loading may decide.
+
+    The headers of the files are read only if, by the sizes of the files, memory could be short.
     """
     device = find_device(args.device)
-    free = available(device)
+    free = None if args.no_memory_check else available(device)
     if free is None:
-        return
+        return None
     given = NICKNAMES.get(args.dtype, args.dtype)
     dtype = best_dtype(device) if given is None else find_dtype(given)
     file = args.ckpt or resource(EMBEDDED)
     paths = [file, *([args.refiner] if args.refiner else [])]
     if sum(map(size_of, paths)) * 2 + PER_PIXEL * most_pixels(args, requests) < free:
-        return
+        return None
     with ModelFiles(file, LoadOptions(**base_options(args), cache=cache_folder(args))) as files:
         config, exact = files.config, dtype == torch.float16 and bool(files.overflows)
-        mapped = files.options.cache is not None and WeightsCache.of(files, dtype).file.exists()
+        mapped = mapped_bytes(files, args, device, dtype)
     refiner = None
     if args.refiner:
-        with ModelFiles(args.refiner, LoadOptions(**refiner_options(args))) as files:
+        with ModelFiles(args.refiner, LoadOptions(**refiner_options(args), cache=cache_folder(args))) as files:
             refiner = files.config
-    cuda = device.type == "cuda"
-    kinds = [ONE] if args.low_memory else [WITHOUT_TEXT] if cuda else [ALL]
+            mapped += mapped_bytes(files, args, device, dtype)
+    leave = False
     for request in requests:
         try:
             job = job_of(args, request, config, exact, device)
-        except ValueError:  # a size that this model cannot have, which is said with its line
+        except ValueError:  # invalid for this model: reported later, with the line of the request
             continue
-        least = {kept: needed(config, dtype, job, kept, refiner) for kept in (*kinds, ONE)}
-        if mapped:  # the system reads these pages of the cache's file again
-            least[kinds[0]] -= sum(weight_bytes(config, dtype).values())
-        if least[kinds[0]] > free:
-            raise ValueError(shortage(args, config, dtype, job, least, free, device))
+        least = {kept: needed(config, dtype, job, kept, refiner) for kept in (ALL, WITHOUT_TEXT, ONE)}
+        least[ALL] -= mapped
+        leave |= least[ALL] * SAFE > free
+        kept = ONE if args.low_memory else WITHOUT_TEXT if device.type == "cuda" else ALL
+        if least[kept] * SURE > free and not extends_its_memory(device):
+            raise ValueError(shortage(args, config, dtype, job, (least[kept], least[ONE], free), device))
+    return leave
+
+
+def mapped_bytes(files: ModelFiles, args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> int:
+    """Weights in memory-mapped files: the system can drop these pages and read them again."""
+    config, state = files.config, files.states["unet"]
+    if device.type != "cpu" or args.low_memory:
+        return 0
+    cached = files.options.cache is not None and WeightsCache.of(files, dtype).file.exists()
+    as_they_are = dtype not in onednn_dtypes() and state[next(iter(state))].dtype == dtype  # neither cast nor packed
+    return sum(weight_bytes(config, dtype).values()) if cached or as_they_are else 0
+
+
+def extends_its_memory(device: torch.device) -> bool:
+    """Whether the driver of a GPU takes memory of the CPU when its own is full: on Windows, also below WSL."""
+    return device.type == "cuda" and (sys.platform == "win32" or "microsoft" in platform.release().lower())
 
 
 def shortage(
@@ -66,17 +90,16 @@ def shortage(
     config: Config,
     dtype: torch.dtype,
     job: Job,
-    least: dict[str, int],
-    free: int,
+    sizes: tuple[int, int, int],
     device: torch.device,
 ) -> str:
-    """What is missing, and the options that help."""
-    now, *_ = least.values()
+    """What is missing, and the options that help. `sizes`: what is needed, what with low memory, and what is free."""
+    now, low, free = sizes
     knobs = []
-    if not args.low_memory:
-        knobs.append(f"--low-memory ({least[ONE] / 1e9:.1f} GB)")
+    if not args.low_memory and low <= free:
+        knobs.append(f"--low-memory ({low / 1e9:.1f} GB)")
     if args.refiner:
-        knobs.append("no --refiner")
+        knobs.append("leaving out --refiner")
     if dtype == torch.float32:
         knobs.append("--dtype float16" if device.type == "cuda" else "--dtype bfloat16")
     if job.batch > 1:
@@ -84,9 +107,10 @@ def shortage(
     knobs.append("a smaller --height and --width")
     if device.type == "cuda":
         knobs.append("--device cpu")
+    knobs.append("or --no-memory-check to try all the same")
     images = f"{job.batch} images" if job.batch > 1 else "an image"
     return (
-        f"{config.name} needs at least {now / 1e9:.1f} GB for {images} of {job.width}x{job.height} in "
+        f"{config.name} needs about {now / 1e9:.1f} GB for {images} of {job.width}x{job.height} in "
         f"{dtype_name(dtype)}, and {device} has {free / 1e9:.1f} GB of free memory: try {', '.join(knobs)}"
     )
 
@@ -95,24 +119,28 @@ def job_of(args: argparse.Namespace, request: TextToImage, config: Config, exact
     """The largest batch of a request; ValueError for a size that this model cannot have."""
     params = request.params
     height, width = params.height or config.size, params.width or config.size
-    if isinstance(request, ImageToImage | Inpaint):
+    if isinstance(request, Inpaint) and request.margin is not None:
+        pass  # a region of the image, at about the native size
+    elif isinstance(request, ImageToImage | Inpaint):
         height, width = image_size(config, request.image.size, params.height, params.width)
     elif isinstance(request, HighRes):
         _, h, w = enlarged_shape(config, request)
         height, width = h * config.vae.factor, w * config.vae.factor
     latent_shape(config, height, width)  # raises for a size that cannot be
-    guided = params.guidance not in (None, 1)  # None: some models have guidance 1 by default
-    recorded = device.type == "cuda" and not args.low_memory
+    # without a value, some models have guidance 1
+    guided = params.guidance not in (None, 1) and params.guidance_until > 0 and config.unet.guidance is None
+    recorded = device.type == "cuda" and not args.low_memory and not params.tileable
     return Job(height, width, batch_of(args, request), guided, exact, most_at_once(config.vae, device), recorded)
 
 
 def batch_of(args: argparse.Namespace, request: TextToImage) -> int:
     """The most images that are generated at once."""
-    return 1 if request.params.exact else min(args.batch_size, request.params.n * args.n_iter)
+    one_by_one = request.params.exact or getattr(args, "loopback", 1) > 1
+    return 1 if one_by_one else min(args.batch_size, request.params.n * args.n_iter)
 
 
 def most_pixels(args: argparse.Namespace, requests: Sequence[TextToImage]) -> int:
-    """At least the pixels of the largest batch; an image without a size has no more than 2048x2048."""
+    """An upper bound of the pixels of the largest batch; without a given size, an image counts as 2048x2048."""
     most = 0
     for request in requests:
         params = request.params

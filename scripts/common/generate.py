@@ -213,7 +213,7 @@ def generate(args: argparse.Namespace, params: SamplingParams, openers: Sequence
         except ValueError as error:
             raise line.at(error) from None
     check_refiner(args)
-    check_memory(args, requests)
+    args.text_encoders_leave = check_memory(args, requests)
     args.lora = [*args.lora, *default_lora(args, requests, loras)]
     addons = AddOns(args, requests, loras)
     output = Output(args.out)

@@ -167,7 +167,7 @@ def fitted(args: argparse.Namespace, requests: list[TextToImage], config: Config
     if not second:
         return requests
     warnings.warn(
-        f"{one_line(args.like.name)}: {' and '.join(second)} left out: {config.name} has only one text encoder",
+        f"{one_line(args.like.name)}: {' and '.join(second)} left out, as {config.name} has only one text encoder",
         stacklevel=1,
     )
     left_out = {name: getattr(args, name) for name in second}

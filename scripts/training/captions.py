@@ -1,4 +1,4 @@
-"""Captions, as token ids, encoded by all text encoders of a model to what the U-Net is told about them."""
+"""Encodes captions (token ids) with all text encoders of a model into the conditioning of the U-Net."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def text_encoders(model: StableDiffusion) -> dict[str, TextEncoder]:
 
 
 def padded(ids: Tensor, pad: int) -> Tensor:
-    """Token ids (B, M) with `pad` after the end token, in which alone the ids for text encoders differ."""
+    """Token ids (B, M) with `pad` after the end token: the ids for two text encoders differ only there."""
     end = (ids == END).int().argmax(dim=1, keepdim=True)
     after = torch.arange(ids.shape[1], device=ids.device) > end
     return ids.masked_fill(after, pad)

@@ -84,10 +84,12 @@ def with_defaults(tensors: Mapping[str, Tensor], config: Config) -> tuple[Config
         guided = replace(LCM_GUIDED, label=said.label, sampler=said.sampler)
         return _with(guided, config, "its U-Net takes the guidance scale as an input")
     kind = _by_scheduler(scheduler, config)
-    if kind is not None:
-        return _with(kind, config, "its scheduler_config.json says so")
     names = [*_names(tensors)]
     named = first_named(names, XL if _is_xl_base(config) else SD)
+    if kind == LCM and named is not None and named[0].one_step_at is not None:
+        kind = None  # a scheduler of LCM has no place for that timestep
+    if kind is not None:
+        return _with(kind, config, "its scheduler_config.json says so")
     if named is not None and (named[0].label != TURBO.label or _is_sd2_base(config)):
         kind, place = named
         if kind.label == LIGHTNING.label and any(X0.search(name) for _, name in names):

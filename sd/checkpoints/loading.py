@@ -240,6 +240,8 @@ class LoadOptions:
     text_encoder_2: str | os.PathLike[str] | None = None  # the same for SDXL's second text encoder
     variant: str | None = None  # of a diffusers folder: "fp16", ..., which files to read
     cache: str | os.PathLike[str] | None = None  # folder for converted and packed weights: weights_cache.py
+    # whether text encoders are on a GPU only while prompts are encoded; None: if it is too small for all networks
+    text_encoders_leave: bool | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, Config | None):

@@ -20,6 +20,7 @@ from .loading import ModelFiles
 from .weights_cache import WeightsCache
 
 SHARED_MEMORY = ("cpu", "mps")  # devices that share the memory of the CPU
+SAFE = 1.1  # times the estimate, for what libraries need on a GPU
 
 
 class Placed(NamedTuple):
@@ -46,8 +47,8 @@ def place(
                  folder of the files' options has no effect
     progress     called with (parameters in this weight, parameters in total) after each weight
 
-    On a GPU that is too small for all networks at the model's own size, the text encoders are there only while prompts
-    are encoded, also without `low_memory`; `about` says so.
+    On a GPU that is too small for all networks and an image of the model's own size, the text encoders are there only
+    while prompts are encoded, even without `low_memory` (`LoadOptions.text_encoders_leave`); `about` says so.
 
     If the files do not say what the U-Net predicts, it is run once to find out. If an error is raised, the files are
     closed.
@@ -83,9 +84,8 @@ def place(
             with used.use("unet") if isinstance(used, Offload) else nullcontext(used["unet"]) as unet:
                 files.probe(unet)
         about = (*files.about(), *_overflowing(files, networks["vae"], dtype), *reason)
-        about += (f"the text encoders leave {device} once prompts are encoded: it is too small for all",) * bool(
-            leaving
-        )
+        if leaving:
+            about += (f"{device} is too small for all networks: the text encoders leave it once prompts are encoded",)
     except BaseException:
         files.close()
         raise
@@ -95,15 +95,16 @@ def place(
 
 
 def _leaving(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
-    """The text encoders, if a GPU has no memory for all networks."""
-    free = available(device) if device.type == "cuda" else None
-    if free is None:
+    """The text encoders, if a GPU has no memory for all networks and an image, or if that is asked for."""
+    config, asked = files.config, files.options.text_encoders_leave
+    if device.type != "cuda" or asked is False:
         return ()
-    config = files.config
+    free = None if asked else available(device)
+    if free is None:
+        return config.text_names if asked else ()
     exact = dtype == torch.float16 and config.vae.scale == SDXL.vae.scale  # it may overflow
     job = Job(config.size, config.size, exact=exact, recorded=True)
-    fits = needed(config, dtype, job, ALL) <= free
-    return () if fits else config.text_names
+    return () if SAFE * needed(config, dtype, job, ALL) <= free else config.text_names
 
 
 def _overflowing(files: ModelFiles, vae: nn.Module, dtype: torch.dtype) -> list[str]:

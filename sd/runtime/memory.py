@@ -3,12 +3,12 @@
 Weights are counted. What a network needs beside them is estimated from its largest maps, those that are in memory at
 the same time:
 
-    a step      the skip connections that are left, what comes from below, and of one block either three times its
-                input, or sixteen times its width in the feed-forward layer of its transformer
+    a step      the skip connections not yet used, the map from the level below, and for one block either three times
+                its input or, in the feed-forward layer of its transformer, sixteen maps of its width
     the VAE     at the finest level two and a half maps; in strips two, and a quarter of one from the level before
 
-On a GPU this is within a tenth of what the sizes of live tensors add up to (tests/test_memory.py). On the CPU, what the
-libraries need and what the allocator cannot use again come on top. So a run with less memory than this cannot succeed.
+On a GPU this is within a tenth of what the sizes of live tensors add up to (tests/test_sdxl_memory.py). The memory of
+the libraries and fragmentation come on top.
 
 Sizes are in bytes. B batch, H x W pixels of the image, h x w of the latents.
 
@@ -33,7 +33,7 @@ from ..models.build import weight_shapes
 # Which networks of a model are on the device: all, all but the text encoders while they are not needed, or one
 ALL, WITHOUT_TEXT, ONE = "all", "without text encoders", "one"
 MEMINFO = Path("/proc/meminfo")
-LIMIT, USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.stat")  # of a container
+LIMITS = Path("/sys/fs/cgroup")  # of a container
 OF_STRIPS = 2**27  # what the VAE's strips need: some are in memory at once
 
 
@@ -91,7 +91,7 @@ def vae_bytes(config: VAEConfig | TinyVAEConfig, dtype: torch.dtype, job: Job) -
 
 
 def needed(config: Config, dtype: torch.dtype, job: Job, kept: str = ALL, refiner: Config | None = None) -> int:
-    """The least memory in which a run succeeds.
+    """About the least memory in which a run succeeds.
 
     kept      `ALL`, `WITHOUT_TEXT` or `ONE`
     refiner   the config of a second model for the last steps, of which the same networks are kept
@@ -118,17 +118,29 @@ def available(device: torch.device) -> int | None:
     """Free memory of a device; None if that is not known. Of the CPU, on Linux: what programs can have, with swap."""
     if device.type == "cuda":
         with suppress(RuntimeError, AssertionError):  # without a driver
-            return torch.cuda.mem_get_info(device)[0]
+            if not torch.cuda.get_device_properties(device).is_integrated:
+                unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+                return torch.cuda.mem_get_info(device)[0] + unused
+            return _of_the_system()  # what it calls free is without the pages of files, which the system can drop
         return None
-    if device.type != "cpu":
-        return None
+    return _of_the_system() if device.type == "cpu" else None
+
+
+def _of_the_system() -> int | None:
     try:
         lines = MEMINFO.read_text(encoding="ascii").splitlines()
         sizes = {name: 1024 * int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines)}
-        free = sizes["MemAvailable"] + sizes.get("SwapFree", 0)
+        free, swap = sizes["MemAvailable"], sizes.get("SwapFree", 0)
     except (OSError, ValueError, LookupError):  # another system
         return None
     with suppress(OSError, ValueError, LookupError):  # no limit, or none that is known
-        used = dict(line.split() for line in USED.read_text(encoding="ascii").splitlines())
-        free = min(free, int(LIMIT.read_text(encoding="ascii")) - int(used["anon"]))
-    return free
+        used = dict(line.split() for line in _limit("memory.stat").splitlines())
+        free = min(free, int(_limit("memory.max")) - int(used["anon"]))
+    with suppress(OSError, ValueError):
+        swap = min(swap, int(_limit("memory.swap.max")) - int(_limit("memory.swap.current")))
+    return free + swap
+
+
+def _limit(name: str) -> str:
+    """A file of the control group (version 2) in which a container runs."""
+    return (LIMITS / name).read_text(encoding="ascii")

@@ -62,7 +62,7 @@ class Offload(Mapping[str, nn.Module]):
         self._others: list[weakref.ref[Offload]] = []  # with which it shares the device
 
     def take_turns_with(self, other: Offload) -> None:
-        """From now on, only one network of both is on the device: two models that are used together."""
+        """Share the device with another model: from now on only one network of the two is on it."""
         while True:
             locks = self._lock, other._lock
             first, second = sorted(locks, key=id)  # the same order in every thread
@@ -209,6 +209,11 @@ class Offload(Mapping[str, nn.Module]):
 
     def __len__(self) -> int:
         return len(self._networks)
+
+
+def without_moving(networks: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
+    """The networks where they are: items of an `Offload` come to the device when they are looked at."""
+    return networks._networks if isinstance(networks, Offload) else networks
 
 
 def with_network(networks: Mapping[str, nn.Module], name: str, network: nn.Module) -> Mapping[str, nn.Module]:

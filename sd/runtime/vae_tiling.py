@@ -107,10 +107,12 @@ def activated(norm: nn.GroupNorm, x: Map) -> Callable[[Tensor], Tensor]:
     # of each channel, as batch normalisation has them: it is one operation, where the formula would be several
     mean, var = (y.reshape(B, C).float().to(norm.weight.device) for y in (mean, var))
     weight, bias = norm.weight.float(), norm.bias.float()
+    own = norm.weight.device.type != "mps"  # which cannot mix precisions there (PyTorch issue 154887)
 
     def ready(rows: Tensor) -> Tensor:
-        each = [F.batch_norm(x, mean[i], var[i], weight, bias, eps=norm.eps) for i, x in enumerate(rows.split(1))]
-        return F.silu(each[0] if B == 1 else torch.cat(each), inplace=True)
+        given = rows if own else rows.float()
+        each = [F.batch_norm(x, mean[i], var[i], weight, bias, eps=norm.eps) for i, x in enumerate(given.split(1))]
+        return F.silu(each[0] if B == 1 else torch.cat(each), inplace=True).to(rows.dtype)
 
     return ready
 
