@@ -25,6 +25,7 @@ from scripts import img2img, inpaint, txt2img
 from scripts.common import enough_memory
 from sd import StableDiffusion
 from sd.checkpoints.convert import convert
+from sd.checkpoints.placement import SAFE
 from sd.conditioning import Conditioning
 from sd.config import SD1, SDXL, SDXL_REFINER, Config
 from sd.models.build import build
@@ -351,7 +352,7 @@ def short(monkeypatch, capsys, files, tmp_path):
 
 
 def test_too_little_memory_is_said_before_anything_is_loaded(short, files):
-    weights = sum(weight_bytes(TINY_XL, torch.float32).values())
+    weights = 0.9 * sum(weight_bytes(TINY_XL, torch.float32).values())
     line = short("a cat", free=weights)
     assert line.startswith("error: tiny sdxl needs about ")
     wanted = (
@@ -402,7 +403,7 @@ def test_weights_in_the_cache_folder_need_not_be_free(files, monkeypatch):
     """The system reads the pages of a mapped file again when it has taken them back."""
     args = txt2img.parser().parse_args(["a", "--ckpt", str(files["base"]), *SMALL])
     weights = sum(weight_bytes(TINY_XL, torch.float32).values())
-    monkeypatch.setattr(enough_memory, "available", lambda device: weights)
+    monkeypatch.setattr(enough_memory, "available", lambda device: int(0.9 * weights))
     kept = argparse.Namespace(file=files["base"].with_suffix(".none"))
     monkeypatch.setattr(enough_memory.WeightsCache, "of", lambda files, dtype: kept)
     requests = [TextToImage("a", SamplingParams(height=64, width=64))]
@@ -415,7 +416,7 @@ def test_weights_in_the_cache_folder_need_not_be_free(files, monkeypatch):
 def test_weights_that_are_used_as_they_are_need_not_be_free(files, monkeypatch):
     """Where nothing is cast or packed, the checkpoint itself is mapped into memory."""
     weights = sum(weight_bytes(TINY_XL, torch.float32).values())
-    monkeypatch.setattr(enough_memory, "available", lambda device: weights)
+    monkeypatch.setattr(enough_memory, "available", lambda device: int(0.9 * weights))
     args = txt2img.parser().parse_args(["a", "--ckpt", str(files["base"]), "--no-cache", *SMALL])
     requests = [TextToImage("a", SamplingParams(height=64, width=64))]
     monkeypatch.setattr(enough_memory, "onednn_dtypes", frozenset)
@@ -430,6 +431,7 @@ def test_a_batch_that_is_too_large_for_all_networks_lets_the_text_encoders_leave
     args = txt2img.parser().parse_args(["a", "--ckpt", str(files["base"]), "--device", "cuda", "--batch-size", "8"])
     monkeypatch.setattr(enough_memory, "PER_PIXEL", 10**9)
     requests = [TextToImage("a", SamplingParams(n=count)) for count in (1, 8)]
-    one = needed(TINY_XL, HALF, Job(TINY_XL.size, TINY_XL.size, exact=True, recorded=True))
-    monkeypatch.setattr(enough_memory, "available", lambda device: int(1.2 * one))
+    job = Job(TINY_XL.size, TINY_XL.size, recorded=True)
+    one, all_of_them = (needed(TINY_XL, HALF, job._replace(batch=count)) for count in (1, 8))
+    monkeypatch.setattr(enough_memory, "available", lambda device: int(SAFE * (one + all_of_them) / 2))
     assert [enough_memory.check_memory(args, [request]) for request in requests] == [False, True]

@@ -63,7 +63,8 @@ def check_memory(args: argparse.Namespace, requests: Sequence[TextToImage]) -> b
             continue
         least = {kept: needed(config, dtype, job, kept, refiner) for kept in (ALL, WITHOUT_TEXT, ONE)}
         least[ALL] -= mapped
-        leave |= least[ALL] * SAFE > free
+        likely = job._replace(guided=job.guided or (request.params.guidance is None and config.unet.guidance is None))
+        leave |= SAFE * needed(config, dtype, likely, ALL, refiner) > free
         kept = ONE if args.low_memory else WITHOUT_TEXT if device.type == "cuda" else ALL
         if least[kept] * SURE > free and not extends_its_memory(device):
             raise ValueError(shortage(args, config, dtype, job, (least[kept], least[ONE], free), device))
