@@ -24,7 +24,7 @@ a run, weights included. GFLOP/s are compared with the rate of large matrix prod
 precision.
 
 At full size this needs 18 GB of memory and 12 GB of disk in the folder for temporary files (TMPDIR); for SDXL in
-bfloat16 20 GB of memory and 30 GB of disk, of which --parts start takes 20.
+bfloat16 20 GB of memory and 28 GB of disk, 7 without --parts start.
 
     python scripts/bench.py --device cuda --check
 

@@ -153,9 +153,6 @@ def add_model_arguments(parser: Parser) -> None:
         help="keep only one of text encoder, U-Net and VAE in device memory: the same images, a little slower",
     )  # fmt: skip
     group.add_argument(
-        "--no-memory-check", action="store_true", help="load the model even if free memory does not seem to suffice"
-    )
-    group.add_argument(
         "--compile",
         action="store_true",
         help="compile the U-Net, for many images of one size on a GPU; takes minutes at first",
@@ -284,6 +281,9 @@ def add_output_arguments(parser: Parser) -> None:
     """--n, --batch-size, --out, --grid, --save-steps, --no-metadata."""
     group = parser.add_argument_group("output")
     group.add_argument("--n", "--n_samples", type=int, default=1, metavar="N", help="images per prompt (default: 1)")
+    group.add_argument(
+        "--no-memory-check", action="store_true", help="load the model even if free memory does not seem to suffice"
+    )
     group.add_argument("--n_iter", type=int, default=1, metavar="N", help="repeat: N times as many images")
     group.add_argument(
         "--batch-size",

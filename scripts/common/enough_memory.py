@@ -7,19 +7,21 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from sd.checkpoints.loading import LoadOptions, ModelFiles
 from sd.checkpoints.placement import SAFE
 from sd.checkpoints.weights_cache import WeightsCache
-from sd.config import Config
+from sd.config import SDXL, Config
 from sd.hires import enlarged_shape
 from sd.latents import image_size, latent_shape, most_at_once
 from sd.params import HighRes, ImageToImage, Inpaint, TextToImage
 from sd.resources import EMBEDDED, resource
+from sd.runtime import kernel_choice
 from sd.runtime.device import best_dtype, dtype_name, find_device, find_dtype
-from sd.runtime.memory import ALL, ONE, WITHOUT_TEXT, Job, available, needed, weight_bytes
+from sd.runtime.memory import ALL, ONE, WITHOUT_TEXT, Job, available, is_integrated, needed, weight_bytes
 from sd.runtime.packing import onednn_dtypes
 
 from .arguments import NICKNAMES
@@ -30,15 +32,15 @@ SURE = 0.95  # of the estimate, which is within a few percent: with less, a run 
 PER_PIXEL = 4096  # bytes; more than a network needs for a pixel of an image, beside its weights
 
 
-def check_memory(args: argparse.Namespace, requests: Sequence[TextToImage]) -> bool | None:
+def check_memory(args: argparse.Namespace, requests: Sequence[TextToImage]) -> Literal[True] | None:
     """Raise ValueError if the device has less free memory than the call needs (sd/runtime/memory.py).
 
-    Returns whether the text encoders should leave a GPU so that the call fits; None if loading may decide.
+    Returns True if the text encoders should leave a GPU so that the call fits; None if loading may decide.
 
     The headers of the files are read only if, by the sizes of the files, memory could be short.
     """
     device = find_device(args.device)
-    free = None if args.no_memory_check else available(device)
+    free = available(device)
     if free is None:
         return None
     given = NICKNAMES.get(args.dtype, args.dtype)
@@ -55,7 +57,7 @@ def check_memory(args: argparse.Namespace, requests: Sequence[TextToImage]) -> b
         with ModelFiles(args.refiner, LoadOptions(**refiner_options(args), cache=cache_folder(args))) as files:
             refiner = files.config
             mapped += mapped_bytes(files, args, device, dtype)
-    leave = False
+    leave, separate = False, device.type == "cuda" and not is_integrated(device)
     for request in requests:
         try:
             job = job_of(args, request, config, exact, device)
@@ -63,21 +65,29 @@ def check_memory(args: argparse.Namespace, requests: Sequence[TextToImage]) -> b
             continue
         least = {kept: needed(config, dtype, job, kept, refiner) for kept in (ALL, WITHOUT_TEXT, ONE)}
         least[ALL] -= mapped
-        likely = job._replace(guided=job.guided or (request.params.guidance is None and config.unet.guidance is None))
-        leave |= SAFE * needed(config, dtype, likely, ALL, refiner) > free
-        kept = ONE if args.low_memory else WITHOUT_TEXT if device.type == "cuda" else ALL
-        if least[kept] * SURE > free and not extends_its_memory(device):
+        leave |= SAFE * needed(config, dtype, at_most(job, request, config, dtype), ALL, refiner) > free
+        kept = ONE if args.low_memory else WITHOUT_TEXT if separate else ALL
+        if least[kept] * SURE > free and not args.no_memory_check and not extends_its_memory(device):
             raise ValueError(shortage(args, config, dtype, job, (least[kept], least[ONE], free), device))
-    return leave
+    return True if leave and separate else None  # later sources may have larger images
+
+
+def at_most(job: Job, request: TextToImage, config: Config, dtype: torch.dtype) -> Job:
+    """What a request may turn out to need, where `job_of` has the least."""
+    guided = job.guided or (request.params.guidance is None and config.unet.guidance is None)
+    exact = job.exact or (dtype == torch.float16 and config.vae.scale == SDXL.vae.scale)
+    height, width = (max(side, config.size) for side in (job.height, job.width))
+    return job._replace(guided=guided, exact=exact, height=height, width=width)
 
 
 def mapped_bytes(files: ModelFiles, args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> int:
-    """Weights in memory-mapped files: the system can drop these pages and read them again."""
+    """Weights in memory-mapped files, at most: the system can drop these pages and read them again."""
     config, state = files.config, files.states["unet"]
     if device.type != "cpu" or args.low_memory:
         return 0
     cached = files.options.cache is not None and WeightsCache.of(files, dtype).file.exists()
-    as_they_are = dtype not in onednn_dtypes() and state[next(iter(state))].dtype == dtype  # neither cast nor packed
+    packed = dtype in onednn_dtypes() and kernel_choice.preferred() != "plain"
+    as_they_are = not packed and state[next(iter(state))].dtype == dtype
     return sum(weight_bytes(config, dtype).values()) if cached or as_they_are else 0
 
 
@@ -121,7 +131,8 @@ def job_of(args: argparse.Namespace, request: TextToImage, config: Config, exact
     params = request.params
     height, width = params.height or config.size, params.width or config.size
     if isinstance(request, Inpaint) and request.margin is not None:
-        pass  # a region of the image, at about the native size
+        # a region of the image, at half of the native size or more
+        height, width = params.height or config.size * 5 // 8, params.width or config.size * 5 // 8
     elif isinstance(request, ImageToImage | Inpaint):
         height, width = image_size(config, request.image.size, params.height, params.width)
     elif isinstance(request, HighRes):

@@ -213,12 +213,13 @@ def generate(args: argparse.Namespace, params: SamplingParams, openers: Sequence
         except ValueError as error:
             raise line.at(error) from None
     check_refiner(args)
-    args.text_encoders_leave = check_memory(args, requests)
+    exact = any(request.params.exact for request in requests)
+    with kernel_choice.prefer("plain") if exact else contextlib.nullcontext():
+        args.text_encoders_leave = check_memory(args, requests)
     args.lora = [*args.lora, *default_lora(args, requests, loras)]
     addons = AddOns(args, requests, loras)
     output = Output(args.out)
     plan = Plan(params, lines, requests, chain([first], sources), len(openers), skipped)
-    exact = any(request.params.exact for request in requests)
     with kernel_choice.prefer("plain") if exact else contextlib.nullcontext():
         _generate(args, plan, addons, output)
 

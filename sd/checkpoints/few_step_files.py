@@ -3,7 +3,8 @@
 In order of precedence:
 
     the U-Net            an embedding of the guidance scale, `cond_proj`: a latent consistency model
-    the scheduler        of a folder: LCM's or TCD's, or one with trailing timesteps, as Turbo and Hyper-SD use
+    the scheduler        of a folder: LCM's or TCD's, or one with trailing timesteps, as Turbo and Hyper-SD use. Not
+                         LCM's, if the name is that of a one-step model with a timestep of its own
     what it is called    title in the metadata, name of the file, folder or repository: few_step.py has the words
 
 SD-Turbo has the keys and shapes of Stable Diffusion 2.1, SDXL-Turbo and SDXL-Lightning those of SDXL, and merged LoRAs

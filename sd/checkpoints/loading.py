@@ -246,6 +246,8 @@ class LoadOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.config, Config | None):
             raise ValueError(f"config must be a Config, such as sd.MODELS['sd1'], got {self.config!r:.60}")
+        if not isinstance(self.text_encoders_leave, bool | None):
+            raise ValueError(f"text_encoders_leave must be True, False or None, got {self.text_encoders_leave!r:.60}")
         if not isinstance(self.variant, str | None):
             raise ValueError(f"variant must be a string such as 'fp16', got {self.variant!r:.60}")
 

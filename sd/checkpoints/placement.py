@@ -13,7 +13,7 @@ from torch import nn
 from ..config import SDXL, Config
 from ..models.build import build
 from ..models.vae import VAE
-from ..runtime.memory import ALL, Job, available, needed
+from ..runtime.memory import ALL, Job, available, is_integrated, needed
 from ..runtime.offload import Offload
 from . import weights_cache
 from .loading import ModelFiles
@@ -85,7 +85,7 @@ def place(
                 files.probe(unet)
         about = (*files.about(), *_overflowing(files, networks["vae"], dtype), *reason)
         if leaving:
-            about += (f"{device} is too small for all networks: the text encoders leave it once prompts are encoded",)
+            about += (f"the text encoders leave {device} once prompts are encoded",)
     except BaseException:
         files.close()
         raise
@@ -97,11 +97,10 @@ def place(
 def _leaving(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     """The text encoders, if a GPU has no memory for all networks and an image, or if that is asked for."""
     config, asked = files.config, files.options.text_encoders_leave
-    if device.type != "cuda" or asked is False:
+    if asked is not None or device.type != "cuda" or is_integrated(device):
+        return config.text_names if asked and device.type == "cuda" else ()
+    if (free := available(device)) is None:
         return ()
-    free = None if asked else available(device)
-    if free is None:
-        return config.text_names if asked else ()
     exact = dtype == torch.float16 and config.vae.scale == SDXL.vae.scale  # it may overflow
     job = Job(config.size, config.size, exact=exact, recorded=True)
     return () if SAFE * needed(config, dtype, job, ALL) <= free else config.text_names

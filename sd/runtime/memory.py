@@ -118,12 +118,18 @@ def available(device: torch.device) -> int | None:
     """Free memory of a device; None if that is not known. Of the CPU, on Linux: what programs can have, with swap."""
     if device.type == "cuda":
         with suppress(RuntimeError, AssertionError):  # without a driver
-            if not torch.cuda.get_device_properties(device).is_integrated:
-                unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-                return torch.cuda.mem_get_info(device)[0] + unused
-            return _of_the_system()  # what it calls free is without the pages of files, which the system can drop
+            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            free = torch.cuda.mem_get_info(device)[0] + unused
+            if is_integrated(device):  # what it calls free is without the pages of files, which the system can drop
+                free = max(free, _of_the_system() or 0)
+            return free
         return None
     return _of_the_system() if device.type == "cpu" else None
+
+
+def is_integrated(device: torch.device) -> bool:
+    """Whether a device is a GPU whose memory is that of the CPU."""
+    return device.type == "cuda" and bool(torch.cuda.get_device_properties(device).is_integrated)
 
 
 def _of_the_system() -> int | None:
