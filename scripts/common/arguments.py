@@ -281,9 +281,6 @@ def add_output_arguments(parser: Parser) -> None:
     """--n, --batch-size, --out, --grid, --save-steps, --no-metadata."""
     group = parser.add_argument_group("output")
     group.add_argument("--n", "--n_samples", type=int, default=1, metavar="N", help="images per prompt (default: 1)")
-    group.add_argument(
-        "--no-memory-check", action="store_true", help="load the model even if free memory does not seem to suffice"
-    )
     group.add_argument("--n_iter", type=int, default=1, metavar="N", help="repeat: N times as many images")
     group.add_argument(
         "--batch-size",
@@ -291,6 +288,9 @@ def add_output_arguments(parser: Parser) -> None:
         default=1,
         metavar="N",
         help="images generated at once: more memory, faster on GPUs (default: 1)",
+    )
+    group.add_argument(
+        "--no-memory-check", action="store_true", help="load the model even if free memory does not seem to suffice"
     )
     group.add_argument(
         "--exact", action="store_true",
