@@ -121,6 +121,7 @@ def test_an_image_of_each_program_is_told_the_same():
     assert torch.equal(uncond.context, zeros.context) and error(uncond.vector, zeros.vector) < 1e-6
 
 
+@pytest.mark.exhaustive
 def test_files_of_openvino(tmp_path):
     """A float16 file that is made from float16 weights is the one that float32 weights would make, in all constants."""
     needs(*REQUIRED, "openvino")

@@ -80,7 +80,7 @@ REQUESTS = {
 EXACT = [pytest.param(set(), id="fixed VAE"), pytest.param({"image", "latent"}, id="original VAE")]
 
 
-@pytest.mark.parametrize("overflows", EXACT)
+@pytest.mark.parametrize("overflows", [pytest.param(set(), id="fixed VAE", marks=pytest.mark.exhaustive), EXACT[1]])
 def test_with_low_memory_5_5_gb_are_enough(gpu, overflows):
     """1024x1024 with guidance: the U-Net has 5.13 GB, and a step takes 0.28. The original VAE works in float32."""
     model = model_on(SDXL, ONE)
@@ -90,6 +90,7 @@ def test_with_low_memory_5_5_gb_are_enough(gpu, overflows):
         assert found["images"] < 5.3 < found["step 1"] <= max(found.values()) < 5.5
 
 
+@pytest.mark.exhaustive
 def test_with_low_memory_a_refiner_takes_no_more(gpu):
     base, refiner = model_on(SDXL, ONE), model_on(SDXL_REFINER, ONE)
     run = base.prepare(TextToImage("a", replace(LARGE, steps=4)), refiner)
@@ -123,6 +124,7 @@ def test_with_everything_on_the_device(gpu):
     assert phases(gpu, model, REQUESTS["text"])["images"] == pytest.approx(8.95, abs=0.01)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("kept", "exact"), [(ALL, False), (WITHOUT_TEXT, False), (WITHOUT_TEXT, True), (ONE, True)])
 def test_what_is_needed_is_what_the_tensors_add_up_to(gpu, kept, exact):
     model = model_on(SDXL, kept)
