@@ -279,7 +279,7 @@ def find_teacher(args: argparse.Namespace, device: torch.device) -> StableDiffus
     """The model of the checkpoint."""
     config = models.find_config(args.model) if args.model else None
     model = StableDiffusion.load(
-        args.ckpt, config=config, weights=args.weights, device=device, dtype="float32", text_encoders_leave=False
+        args.ckpt, config=config, weights=args.weights, device=device, dtype="float32", offload_text_encoders=False
     )
     if of_config(model.config) is not None:
         raise ValueError(f"{model.config.name} is already a few-step model: give the ordinary model with --ckpt")

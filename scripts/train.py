@@ -111,7 +111,7 @@ def find_model(args: argparse.Namespace, seed: int, device: torch.device) -> Sta
             raise ValueError("--text and --prediction are for new models: a checkpoint has its own")
         config = models.find_config(args.model) if args.model else None
         model = StableDiffusion.load(
-            args.ckpt, config=config, weights=args.weights, device=device, dtype="float32", text_encoders_leave=False
+            args.ckpt, config=config, weights=args.weights, device=device, dtype="float32", offload_text_encoders=False
         )
         if args.vae:
             model = models.with_vae(model, args.vae)

@@ -177,7 +177,7 @@ def test_weights_that_are_used_as_they_are_need_not_be_free(files, monkeypatch):
         enough_memory.check_memory(args, requests)
 
 
-def test_a_batch_that_is_too_large_for_all_networks_lets_the_text_encoders_leave(gpu, files, monkeypatch):
+def test_a_batch_that_is_too_large_for_all_networks_offloads_the_text_encoders(gpu, files, monkeypatch):
     """Though an image of the native size would fit beside them."""
     args = txt2img.parser().parse_args(["a", "--ckpt", str(files["base"]), "--device", "cuda", "--batch-size", "8"])
     monkeypatch.setattr(enough_memory, "PER_PIXEL", 10**9)

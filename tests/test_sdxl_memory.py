@@ -159,13 +159,13 @@ def files(tmp_path_factory) -> dict[str, Path]:
     return model_files(tmp_path_factory.mktemp("models"))
 
 
-def test_on_a_small_gpu_the_text_encoders_leave(gpu, files):
+def test_on_a_small_gpu_the_text_encoders_are_offloaded(gpu, files):
     """By themselves, which is said; steps are still recorded and wait for nothing, and networks can be replaced."""
     large = StableDiffusion.load(files["base"], device="cuda")
     assert not isinstance(large._networks, Offload) and not any("leave" in line for line in large.about)
     gpu.size = gpu.reserved + needed(TINY_XL, HALF, Job(TINY_XL.size, TINY_XL.size, exact=True, recorded=True)) - 1
     model = StableDiffusion.load(files["base"], device="cuda")
-    line = "the text encoders leave cuda:0 once prompts are encoded"
+    line = "the text encoders are offloaded from cuda:0 once prompts are encoded"
     assert line in model.about
     assert isinstance(model._fast_unet, Recorded)
     run = model.prepare(TextToImage("a", SamplingParams(height=64, width=64, steps=3)))
@@ -182,13 +182,13 @@ def test_on_a_small_gpu_the_text_encoders_leave(gpu, files):
         ValueError, match="the text_encoder cannot be replaced: it leaves cuda:0 once prompts are encoded"
     ):
         model.text_encoder = model.text_encoder
-    kept = StableDiffusion.load(files["base"], device="cuda", text_encoders_leave=False)  # as for training
+    kept = StableDiffusion.load(files["base"], device="cuda", offload_text_encoders=False)  # as for training
     assert line not in kept.about and not isinstance(kept._networks, Offload)
     gpu.size = 10**11
-    asked = StableDiffusion.load(files["base"], device="cuda", text_encoders_leave=True)
+    asked = StableDiffusion.load(files["base"], device="cuda", offload_text_encoders=True)
     assert line in asked.about and asked._networks.resident == {"unet", "vae"}
-    with pytest.raises(ValueError, match="text_encoders_leave must be True, False or None, got 'no'"):
-        StableDiffusion.load(files["base"], text_encoders_leave="no")
+    with pytest.raises(ValueError, match="offload_text_encoders must be True, False or None, got 'no'"):
+        StableDiffusion.load(files["base"], offload_text_encoders="no")
     low = StableDiffusion.load(files["base"], device="cuda", low_memory=True)
     assert low._networks.resident == frozenset() and not any("leave" in line for line in low.about)
 

@@ -215,7 +215,7 @@ def generate(args: argparse.Namespace, params: SamplingParams, openers: Sequence
     check_refiner(args)
     exact = any(request.params.exact for request in requests)
     with kernel_choice.prefer("plain") if exact else contextlib.nullcontext():
-        args.text_encoders_leave = check_memory(args, requests)
+        args.offload_text_encoders = check_memory(args, requests)
     args.lora = [*args.lora, *default_lora(args, requests, loras)]
     addons = AddOns(args, requests, loras)
     output = Output(args.out)

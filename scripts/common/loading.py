@@ -28,6 +28,6 @@ def load_model(args: argparse.Namespace, path: Path | None, label: str, **option
             compile=args.compile,
             progress=progress,
             cache=cache_folder(args),
-            text_encoders_leave=getattr(args, "text_encoders_leave", None),  # of the image programs only
+            offload_text_encoders=getattr(args, "offload_text_encoders", None),  # of the image programs only
             **options,
         )

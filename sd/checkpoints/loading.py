@@ -241,13 +241,13 @@ class LoadOptions:
     variant: str | None = None  # of a diffusers folder: "fp16", ..., which files to read
     cache: str | os.PathLike[str] | None = None  # folder for converted and packed weights: weights_cache.py
     # whether text encoders are on a GPU only while prompts are encoded; None: if it is too small for all networks
-    text_encoders_leave: bool | None = None
+    offload_text_encoders: bool | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, Config | None):
             raise ValueError(f"config must be a Config, such as sd.MODELS['sd1'], got {self.config!r:.60}")
-        if not isinstance(self.text_encoders_leave, bool | None):
-            raise ValueError(f"text_encoders_leave must be True, False or None, got {self.text_encoders_leave!r:.60}")
+        if not isinstance(self.offload_text_encoders, bool | None):
+            raise ValueError(f"offload_text_encoders must be True, False or None, got {self.offload_text_encoders!r:.60}")
         if not isinstance(self.variant, str | None):
             raise ValueError(f"variant must be a string such as 'fp16', got {self.variant!r:.60}")
 

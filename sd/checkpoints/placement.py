@@ -48,7 +48,7 @@ def place(
     progress     called with (parameters in this weight, parameters in total) after each weight
 
     On a GPU that is too small for all networks and an image of the model's own size, the text encoders are there only
-    while prompts are encoded, even without `low_memory` (`LoadOptions.text_encoders_leave`); `about` says so.
+    while prompts are encoded, even without `low_memory` (`LoadOptions.offload_text_encoders`); `about` says so.
 
     If the files do not say what the U-Net predicts, it is run once to find out. If an error is raised, the files are
     closed.
@@ -58,7 +58,7 @@ def place(
     home = cpu if low_memory and not reread else device
     try:
         networks = build(files.config)
-        leaving = () if low_memory else _leaving(files, device, dtype)
+        offloaded = () if low_memory else _offloaded(files, device, dtype)
         total = sum(math.prod(w.shape) for net in networks.values() for w in net.state_dict().values())
 
         def report(count: int) -> None:
@@ -66,7 +66,7 @@ def place(
                 progress(count, total)
 
         def read(name: str, network: nn.Module) -> None:
-            files.read(name, network, cpu if name in leaving else home, dtype, report, own=reread)
+            files.read(name, network, cpu if name in offloaded else home, dtype, report, own=reread)
 
         cache, reason = _cache(files, device, dtype, low_memory, total)
         if not reread:
@@ -77,15 +77,15 @@ def place(
         else:  # its weights would be looked at after the last step only, those of the others before the first one
             files.check_finite("vae", dtype)
         used: Mapping[str, nn.Module] = networks
-        if low_memory or leaving:
-            resident = networks.keys() - set(leaving) if leaving else ()
+        if low_memory or offloaded:
+            resident = networks.keys() - set(offloaded) if offloaded else ()
             used = Offload(networks, device, read if reread else None, resident)
         if not files.decided:
             with used.use("unet") if isinstance(used, Offload) else nullcontext(used["unet"]) as unet:
                 files.probe(unet)
         about = (*files.about(), *_overflowing(files, networks["vae"], dtype), *reason)
-        if leaving:
-            about += (f"the text encoders leave {device} once prompts are encoded",)
+        if offloaded:
+            about += (f"the text encoders are offloaded from {device} once prompts are encoded",)
     except BaseException:
         files.close()
         raise
@@ -94,9 +94,9 @@ def place(
     return Placed(files.config, networks, used, about, cache)
 
 
-def _leaving(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+def _offloaded(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     """The text encoders, if a GPU has no memory for all networks and an image, or if that is asked for."""
-    config, asked = files.config, files.options.text_encoders_leave
+    config, asked = files.config, files.options.offload_text_encoders
     if asked is not None or device.type != "cuda" or is_integrated(device):
         return config.text_names if asked and device.type == "cuda" else ()
     if (free := available(device)) is None:
