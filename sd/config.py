@@ -282,7 +282,7 @@ class Config:
             if "width" in raw.get("vae", {}):
                 parts["vae"] = TinyVAEConfig
             values = {
-                name: _part(parts[name], value) if name in parts else _tuple(value) for name, value in raw.items()
+                name: _part(parts[name], value) if name in parts else tuples(value) for name, value in raw.items()
             }
             if "text" in raw:
                 values["text"] = tuple(_part(TextConfig, value) for value in raw["text"])
@@ -293,12 +293,12 @@ class Config:
 
 def _part(kind: Callable[..., Any], raw: Mapping[str, Any]) -> Any:
     """One of the dataclasses above from its JSON object."""
-    return kind(**{name: _tuple(value) for name, value in raw.items()})
+    return kind(**{name: tuples(value) for name, value in raw.items()})
 
 
-def _tuple(value: Any) -> Any:
+def tuples(value: Any) -> Any:
     """A value of JSON, which has lists for tuples."""
-    return tuple(map(_tuple, value)) if isinstance(value, list) else value
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
 
 
 def _upgraded(raw: dict[str, Any]) -> dict[str, Any]:

@@ -145,6 +145,11 @@ def rescaled(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
     return torch.lerp(guided, guided * factor, phi)
 
 
+def conditional(batch: int, images: int) -> slice:
+    """Which entries of a batch are predictions with a prompt: all, or those after the first `images` with guidance."""
+    return slice(images if batch > images else 0, None)
+
+
 def one_by_one(networks: Sequence[Network]) -> Network:
     """A network for B images that calls the i-th network for image i alone, with all its parts [uncond, cond, ...].
 

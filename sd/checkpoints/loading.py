@@ -247,7 +247,9 @@ class LoadOptions:
         if not isinstance(self.config, Config | None):
             raise ValueError(f"config must be a Config, such as sd.MODELS['sd1'], got {self.config!r:.60}")
         if not isinstance(self.offload_text_encoders, bool | None):
-            raise ValueError(f"offload_text_encoders must be True, False or None, got {self.offload_text_encoders!r:.60}")
+            raise ValueError(
+                f"offload_text_encoders must be True, False or None, got {self.offload_text_encoders!r:.60}"
+            )
         if not isinstance(self.variant, str | None):
             raise ValueError(f"variant must be a string such as 'fp16', got {self.variant!r:.60}")
 

@@ -114,44 +114,87 @@ class Stage(nn.Module):
         return self.attn[i](x, context) if self.attn else x
 
 
-class UNet(nn.Module):
-    """x_t, t, conditioning -> prediction, with the shape of x_t (but `out_channels` channels)."""
+class UNetEncoder(nn.Module):
+    """The first half of the U-Net: the way down and the middle. Control networks have one as well (controlnet.py)."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        first, last = config.channels[0], config.channels[-1]
-        time_width = 4 * first
-        self.time = nn.Sequential(nn.Linear(first, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
+        first = config.channels[0]
+        self.time_width = 4 * first
+        self.time = nn.Sequential(
+            nn.Linear(first, self.time_width), nn.SiLU(), nn.Linear(self.time_width, self.time_width)
+        )
         self.guidance: nn.Linear | None = None
         if config.guidance is not None:
             self.guidance = nn.Linear(config.guidance, first, bias=False)
         self.vector: nn.Sequential | None = None
         if config.vector is not None:
             self.vector = nn.Sequential(
-                nn.Linear(config.vector, time_width), nn.SiLU(), nn.Linear(time_width, time_width)
+                nn.Linear(config.vector, self.time_width), nn.SiLU(), nn.Linear(self.time_width, self.time_width)
             )
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
 
         down = []
-        skips = [first]  # channels of what is kept on the way down
+        self.skip_channels = [first]  # of what is kept on the way down
         for i, channels in enumerate(config.channels):
-            widths = [skips[-1]] + [channels] * (config.blocks - 1)
-            stage = Stage(config, i, widths, [config.depth[i]] * config.blocks, time_width)
-            skips += [channels] * config.blocks
+            widths = [self.skip_channels[-1]] + [channels] * (config.blocks - 1)
+            stage = Stage(config, i, widths, [config.depth[i]] * config.blocks, self.time_width)
+            self.skip_channels += [channels] * config.blocks
             if i < len(config.channels) - 1:
                 stage.down = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-                skips.append(channels)
+                self.skip_channels.append(channels)
             down.append(stage)
         self.down = module_list(down)
 
-        self.mid = None if config.middle_depth is None else Middle(config, config.middle_depth, time_width)
+        self.mid = None if config.middle_depth is None else Middle(config, config.middle_depth, self.time_width)
 
+    def begin(self, x: Tensor, t: Tensor, conditioning: Conditioning | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The first features (B, C_0, H, W), the embedded time (B, T) and the context (B, M, D)."""
+        if isinstance(conditioning, Tensor):
+            conditioning = Conditioning(conditioning)
+        context, vector, concat, guidance = conditioning
+        for name, given, layer in (("vector", vector, self.vector), ("guidance", guidance, self.guidance)):
+            if (given is None) != (layer is None):
+                raise ValueError(f"this U-Net {'takes no' if layer is None else 'needs a'} {name} as conditioning")
+        embedded = timestep_embedding(t, self.config.channels[0]).to(x.dtype)
+        if self.guidance is not None and guidance is not None:
+            embedded = embedded + self.guidance(guidance_embedding(guidance, self.guidance.in_features).to(x.dtype))
+        time = self.time(embedded)
+        if self.vector is not None and vector is not None:
+            time = time + self.vector(vector.to(x.dtype))
+        x = self.conv_in(x if concat is None else torch.cat([x, concat.to(x.dtype)], dim=1))
+        return x, F.silu(time), context  # every block would begin with this silu
+
+    def contract(self, x: Tensor, time: Tensor, context: Tensor) -> list[Tensor]:
+        """The way down: the skip connections, from the first features to the input of the middle."""
+        skips = [x]
+        for stage in self.down:
+            for i in range(len(stage.res)):
+                x = stage.block(i, x, time, context)
+                skips.append(x)
+            if stage.down is not None:
+                x = stage.down(x)
+                skips.append(x)
+        return skips
+
+    def bottom(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        """The middle, if the U-Net has one: (B, C, H, W) -> (B, C, H, W)."""
+        return x if self.mid is None else self.mid(x, time, context)
+
+
+class UNet(UNetEncoder):
+    """x_t, t, conditioning -> prediction, with the shape of x_t (but `out_channels` channels)."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        skips = list(self.skip_channels)
+        first, last = config.channels[0], config.channels[-1]
         up = []
         width = last  # channels of the output of the coarser level
         for i, channels in reversed(list(enumerate(config.channels))):
             widths = [before + skips.pop() for before in [width] + [channels] * config.blocks]
-            stage = Stage(config, i, widths, config.depths_up(i), time_width)
+            stage = Stage(config, i, widths, config.depths_up(i), self.time_width)
             if i > 0:
                 stage.up = Upsample(channels)
             up.append(stage)
@@ -191,40 +234,7 @@ class UNet(nn.Module):
             skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
         return self.end(self.expand(x, skips, time, context))
 
-    # The parts of `forward`, for networks that run some of them: see runtime/deep_cache.py
-
-    def begin(self, x: Tensor, t: Tensor, conditioning: Conditioning | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The first features (B, C_0, H, W), the embedded time (B, T) and the context (B, M, D)."""
-        if isinstance(conditioning, Tensor):
-            conditioning = Conditioning(conditioning)
-        context, vector, concat, guidance = conditioning
-        for name, given, layer in (("vector", vector, self.vector), ("guidance", guidance, self.guidance)):
-            if (given is None) != (layer is None):
-                raise ValueError(f"this U-Net {'takes no' if layer is None else 'needs a'} {name} as conditioning")
-        embedded = timestep_embedding(t, self.config.channels[0]).to(x.dtype)
-        if self.guidance is not None and guidance is not None:
-            embedded = embedded + self.guidance(guidance_embedding(guidance, self.guidance.in_features).to(x.dtype))
-        time = self.time(embedded)
-        if self.vector is not None and vector is not None:
-            time = time + self.vector(vector.to(x.dtype))
-        x = self.conv_in(x if concat is None else torch.cat([x, concat.to(x.dtype)], dim=1))
-        return x, F.silu(time), context  # every block would begin with this silu
-
-    def contract(self, x: Tensor, time: Tensor, context: Tensor) -> list[Tensor]:
-        """The way down: the skip connections, from the first features to the input of the middle."""
-        skips = [x]
-        for stage in self.down:
-            for i in range(len(stage.res)):
-                x = stage.block(i, x, time, context)
-                skips.append(x)
-            if stage.down is not None:
-                x = stage.down(x)
-                skips.append(x)
-        return skips
-
-    def bottom(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        """The middle, if the U-Net has one: (B, C, H, W) -> (B, C, H, W)."""
-        return x if self.mid is None else self.mid(x, time, context)
+    # Parts of `forward`, like those of the encoder, for networks that run some of them: see runtime/deep_cache.py
 
     def expand(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor, left: int = 0) -> Tensor:
         """The way up: each block removes the last of `skips` and uses it, until `left` of them remain.

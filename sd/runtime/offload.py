@@ -126,7 +126,9 @@ class Offload(Mapping[str, nn.Module]):
         """Raise ValueError for a network that is not resident, and so cannot be replaced."""
         if name not in self.resident:
             if self.resident:
-                raise ValueError(f"the {name} cannot be replaced: it is offloaded from {self._device} once prompts are encoded")
+                raise ValueError(
+                    f"the {name} cannot be replaced: it is offloaded from {self._device} once prompts are encoded"
+                )
             raise ValueError("with low memory the networks take turns, and cannot be replaced: load without it")
 
     def _get(self, name: str) -> nn.Module:
