@@ -130,7 +130,7 @@ def applied(
                 f"control {control.name}: the hint looks like black lines on white; control networks expect white "
                 "lines on black: invert it"
             )
-        pixels = (to_tensor(place(hint, control.fit)) + 1) / 2
+        pixels = ((to_tensor(place(hint, control.fit)) + 1) / 2).to(model.device)  # now, as a step must not wait for it
         found.append(
             AppliedControl(
                 fast, network.embed, pixels, control.scale,
