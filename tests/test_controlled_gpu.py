@@ -163,6 +163,14 @@ def test_the_check_of_recorded_steps(trial, monkeypatch):
 
 
 @torch.no_grad()
+def test_numbers_that_are_not_finite_are_found(trial, monkeypatch):
+    monkeypatch.setattr(controls, "Recorded", lambda network: Recorded(network, Tape()))
+    trial.reference(torch.float32).unet.norm_out.weight.fill_(torch.nan)
+    with pytest.raises(Wrong, match="not finite"):
+        CHECKS["controlled_is_plain"].function(trial)
+
+
+@torch.no_grad()
 def test_control_without_effect_is_found(trial, monkeypatch):
     """Checks that compare two equal things must not pass because neither is controlled."""
     make = controls.control_network

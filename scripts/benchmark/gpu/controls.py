@@ -101,6 +101,7 @@ def controlled_is_plain(models: Models) -> str:
                 given = (x, t - number, conditioning)
                 out = step(cast(ControllableNetwork, recorded), fast, features, change)(*given)
                 plain = step(model.unet, networks, features, change)(*given)
+                require(bool(out.isfinite().all() and plain.isfinite().all()), f"{change}: not finite")
                 worst = max(worst, error(out, plain))
                 same = plain if before is None else step(model.unet, networks, features, CHANGES[number - 1])(*given)
                 least = least if before is None else min(least, error(plain, same))
