@@ -50,6 +50,15 @@ TEXT: Supported = {
     "hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,), "model_type": ("clip_text_model", "clip"),
     "max_position_embeddings": (77,),
 }  # fmt: skip
+CONTROL: Supported = {  # of ControlNetModel, besides the sizes, which its weights show
+    "conditioning_channels": (3,), "controlnet_conditioning_channel_order": ("rgb", "bgr"),
+    "global_pool_conditions": (True, False),
+    "act_fn": ("silu", "swish"), "norm_num_groups": (GROUPS,), "norm_eps": (1e-5,),
+    "flip_sin_to_cos": (True,), "freq_shift": (0,), "downsample_padding": (1,), "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"), "resnet_time_scale_shift": ("default",),
+    "only_cross_attention": (False,), "class_embed_type": (), "num_class_embeds": (), "encoder_hid_dim_type": (),
+    "addition_embed_type": ("text_time",), "addition_time_embed_dim": (SIZE_WIDTH,),
+}  # fmt: skip
 SCHEDULER: Supported = {"snr_shift_scale": (1,), "use_flow_sigmas": (False,)}
 
 # What a null means where it is not "as by default": these settings switch something off.
@@ -113,7 +122,7 @@ KINDS = (
          "diffusion model, which is not supported"),
 )  # fmt: skip
 
-FILES = {"scheduler": "scheduler/scheduler_config.json"}
+FILES = {"scheduler": "scheduler/scheduler_config.json", "control": "config.json"}
 # Settings of a scheduler that change each step. Others choose a sampler or a step grid, which is the caller's choice
 # here, or `clip_sample`, which diffusers does not follow for Stable Diffusion either.
 SAMPLING = ("thresholding",)
