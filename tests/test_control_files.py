@@ -593,6 +593,8 @@ def test_damaged_files(tmp_path, files):
     assert said("no hint", {}, f"{PREFIX}input_hint_block.0").startswith(
         "a control network without control_model.input"
     )
+    lost = (f"{PREFIX}input_hint_block.", f"{PREFIX}zero_convs.0.", f"{PREFIX}middle_block_out.")
+    assert said("most", {}, *lost) == "a control network with most of its weights missing: download it again"
     assert said("more", {f"{PREFIX}extra.weight": torch.zeros(2)}) == (
         f"1 weight in the file that a control network does not have: {PREFIX}extra.weight"
     )

@@ -31,6 +31,7 @@ from .hub_cache import repository
 from .layouts import find_layouts
 from .matching import table_faults
 from .names import ignored
+from .other_models import CONTROL as OTHER_CONTROL
 from .other_models import refuse_alone, refuse_other_controls, refuse_others
 from .supported_settings import CONTROL, check_supported
 
@@ -201,7 +202,12 @@ def _described(unet: UNetConfig) -> str:
 
 def _no_control(tensors: Checkpoint, found: Shapes) -> str:
     """What a file without a control network is, and what to do with it. Raises CheckpointError for a known kind."""
-    refuse_others(found)
+    try:
+        refuse_others(found)
+    except CheckpointError as error:
+        if str(error) != OTHER_CONTROL.what:
+            raise
+        return f"a control network with most of its weights missing: {AGAIN}"
     layouts = find_layouts(found)
     if "unet" in layouts:
         what = "a checkpoint"
