@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import shutil
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,12 +15,14 @@ import torch
 from common import TINY, TINY_INPAINT, TINY_V2, TINY_XL, Golden, error, manifest, tiny_state
 from conftest import loaded
 from safetensors.torch import load_file, save_file
+from test_folders import edit, write_folder
 from test_inspect import info, sparse_file
 
 from scripts import convert
 from sd import SD1, SD1_INPAINT, SD2_V, SDXL, SDXL_REFINER, StableDiffusion
 from sd.adapters.lora_formats import read_lora
 from sd.adapters.textual_inversion import read_embedding
+from sd.checkpoints import supported_settings
 from sd.checkpoints.checkpoint import CheckpointError, OpenFile, load_checkpoint
 from sd.checkpoints.control_detect import CONTROL_KEY, check_fits, family, identify_control
 from sd.checkpoints.control_export import check_control_writable, control_files, control_to_diffusers
@@ -356,6 +360,29 @@ def test_what_only_a_folder_says(files, tmp_path, tiny_control):
     ):  # fmt: skip
         with pytest.raises(CheckpointError, match=rf"config\.json has {setting} .*, which is not supported: expected"):
             loaded_with(**{setting: value})
+
+
+def test_every_setting_of_diffusers_is_known(files, tmp_path):
+    """It is a size that shows in the weights, or has one of the values supported here; others get a note."""
+    diffusers = pytest.importorskip("diffusers")
+    arguments = set(inspect.signature(diffusers.ControlNetModel.__init__).parameters) - {"self"}
+    assert arguments <= {*supported_settings.CONTROL, *supported_settings.FREE["control"].split()}
+    folder = tmp_path / "folder"
+    shutil.copytree(files["folder"], folder)
+    content = json.loads((folder / "config.json").read_text()) | {"later": 3}
+    (folder / "config.json").write_text(json.dumps(content))
+    assert load_control(folder, TINY, CPU, torch.float32)[1] == (
+        "config.json has later 3, which is unknown and ignored",
+    )
+
+
+def test_a_pipeline_with_a_control_network_is_a_model_and_a_control_network(files, tmp_path, tiny_control):
+    folder = write_folder(tmp_path / "model", tiny_state(), TINY)
+    shutil.copytree(files["folder"], folder / "controlnet")
+    edit(folder / "model_index.json", _class_name="StableDiffusionControlNetPipeline")
+    with ModelFiles(folder, LoadOptions()) as model:
+        assert model.config.unet == TINY.unet and "in the folder, but not used: controlnet/" in model.about()
+    assert same(load(folder), tiny_control["v1"])
 
 
 def test_a_network_for_colours_is_known_by_its_name(tmp_path):

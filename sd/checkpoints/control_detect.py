@@ -33,7 +33,7 @@ from .matching import table_faults
 from .names import ignored
 from .other_models import CONTROL as OTHER_CONTROL
 from .other_models import refuse_alone, refuse_other_controls, refuse_others
-from .supported_settings import CONTROL, check_supported
+from .supported_settings import CONTROL, check_supported, ignored_settings
 
 CONTROL_KEY = "sd.control"  # metadata entry of a file of ours that holds the config of a control network
 DIFFERENCE = "difference"  # a tensor, or a value, that only files of differences have
@@ -89,7 +89,7 @@ def identify_control(tensors: Checkpoint, base: UNetConfig | None = None) -> Fou
     folder = tensors.configs.get("control", {})
     check_supported("control", folder, CONTROL)
     unet, widths, bare = read_sizes(found, layout)
-    notes = list(tensors.notes)
+    notes = [*tensors.notes, *ignored_settings(tensors.configs)]
     names = _names(tensors)
     pooled = next((name for name in names if SHUFFLE.search(name)), "") if not folder else ""
     if pooled:
