@@ -267,7 +267,11 @@ def test_the_name_is_that_of_the_file_or_its_folder(files, tmp_path):
     snapshot = tmp_path / "models--someone--control-canny/snapshots/abc"
     snapshot.mkdir(parents=True)
     saved(snapshot / "diffusion_pytorch_model.safetensors", stripped(original("v1")))
-    assert load(snapshot / "diffusion_pytorch_model.safetensors").control_config.name == "control-canny"
+    for path in (snapshot / "diffusion_pytorch_model.safetensors", snapshot, snapshot.parents[1]):
+        assert load(path).control_config.name == "control-canny"
+    (snapshot / "depth").mkdir()
+    for path in (snapshot / "depth/diffusion_pytorch_model.safetensors", snapshot / "depth.safetensors"):
+        assert load(saved(path, stripped(original("v1")))).control_config.name == "depth"
 
 
 def test_half_precision(files, tiny_control):
@@ -758,6 +762,15 @@ def test_info(files, tmp_path, capsys, difference):
         "controlnet_mid_block.weight": torch.zeros(8, 8)
     })  # fmt: skip
     assert info(union, capsys=capsys)["model"].startswith("this is a union ControlNet")
+
+
+def test_levels_with_bare_transformers_are_checked():
+    with pytest.raises(ValueError, match=r"ControlConfig\.bare: got \(1,\), expected levels of depth 0, each once"):
+        ControlConfig.of(TINY.unet, bare=(1,))
+    for bare in ([2], (2, 2), (4,), (True,), ("2",)):
+        with pytest.raises(ValueError, match=r"ControlConfig\.bare: got"):
+            ControlConfig.of(TINY.unet, bare=bare)
+    assert ControlConfig.of(TINY.unet, bare=(2,)).bare == (2,)
 
 
 def test_the_embedded_model_s_numbering():

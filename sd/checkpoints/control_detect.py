@@ -222,10 +222,14 @@ def _no_control(tensors: Checkpoint, found: Shapes) -> str:
 
 
 def _names(tensors: Checkpoint) -> list[str]:
-    """What a control network is called: by its file or folder, and by its repository in the cache."""
+    """What a control network is called: by its file or folder, and by its repository in the cache; the best name first.
+
+    In the cache, the folder of a version has a hash for a name.
+    """
     path = Path(tensors.path).absolute()
-    own = model_name(path)
-    if own.partition(".")[0] in SAME_NAMES:
-        own = path.parent.name
+    if model_name(path).partition(".")[0] in SAME_NAMES:
+        path = path.parent
     owner = repository(path)
-    return [owner, own] if owner else [own]
+    if owner and (path.parent.name == "snapshots" or path.name.startswith("models--")):
+        return [owner]
+    return [model_name(path), *([owner] if owner else [])]
