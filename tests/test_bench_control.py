@@ -25,7 +25,7 @@ from scripts.benchmark.cases import (
     weight_bytes,
 )
 from scripts.benchmark.interleave import Comparison, measure
-from scripts.benchmark.references import REQUIRED, control_sources
+from scripts.benchmark.references import REQUIRED
 from scripts.benchmark.runner import Run, Runner
 from scripts.benchmark.weights import Setup
 from sd.config import POCKET, SD1, SDXL
@@ -85,19 +85,6 @@ def test_both_programs_compute_the_same(config):
     assert error(*results[0]) > 1e-2  # control has an effect
     *given, _ = arguments(cases[1], ours.inputs(cases[1]))
     assert torch.equal(results[0][1], ours.networks["unet"](*given))
-
-
-def test_sources():
-    """One for each weight, none twice, with the names of diffusers' model."""
-    keys = list(networks_of(["control"], SD1)["control"].state_dict())
-    found = control_sources(SD1, keys)
-    assert set(found) == set(keys) and len({source.key for source in found.values()}) == len(keys)
-    names = {key: source.key for key, source in found.items()}
-    assert names["zero.0.weight"] == "controlnet_down_blocks.0.weight"
-    assert names["zero_mid.bias"] == "controlnet_mid_block.bias"
-    assert names["hint.convs.0.weight"] == "controlnet_cond_embedding.conv_in.weight"
-    assert names["hint.convs.6.weight"] == "controlnet_cond_embedding.blocks.5.weight"
-    assert names["hint.convs.7.weight"] == "controlnet_cond_embedding.conv_out.weight"
 
 
 @torch.no_grad()

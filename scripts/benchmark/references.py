@@ -8,17 +8,17 @@ of which the reference returns the tensor, and `encode(ids)` both outputs.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sd.checkpoints.control_export import control_to_diffusers
+from sd.checkpoints.control_maps import DIFFUSERS, ControlLayout
 from sd.checkpoints.diffusers_export import unet_to_diffusers, vae_to_diffusers
-from sd.checkpoints.key_maps import Source, diffusers_sources, text_of
+from sd.checkpoints.key_maps import diffusers_sources, text_of
 from sd.conditioning import Conditioning, TextOutput
 from sd.config import SIZE_WIDTH, Config, TextConfig, TinyVAEConfig
 from sd.control_config import ControlConfig
@@ -155,7 +155,7 @@ def peers(
     states = {name: network.state_dict() for name, network in networks.items()}
     sources = diffusers_sources(config, {name: keys for name, keys in states.items() if name != "control"})
     if "control" in states:
-        sources["control"] = control_sources(config, states["control"])
+        sources["control"] = ControlLayout(DIFFUSERS, "").sources(ControlConfig.of(config.unet), states["control"])
     makers = {"vae": _vae, "unet": _unet, "control": _control}
     texts = {name: text_of(config, name) for name in config.text_names if name in networks}
     with torch.device("meta"):
@@ -181,30 +181,6 @@ def peers(
     }  # fmt: skip
     wrapped |= {name: kinds[name](model) for name, model in built.items() if name in kinds}
     return {name: wrapped[name].eval() for name in built}
-
-
-HINT_BLOCK = "controlnet_cond_embedding"
-
-
-def control_sources(config: Config, keys: Iterable[str]) -> dict[str, Source]:
-    """The sources of the weights of a control network in diffusers' ControlNetModel: ours -> theirs."""
-    keys = list(keys)
-    own = [key for key in keys if key.startswith(("hint.", "zero"))]
-    found = diffusers_sources(config, {"unet": [key for key in keys if key not in own]})["unet"]
-    last = max(int(key.split(".")[2]) for key in own if key.startswith("hint."))
-    for key in own:
-        layer, _, leaf = key.rpartition(".")
-        part, _, number = layer.partition(".")
-        if part == "zero_mid":
-            name = "controlnet_mid_block"
-        elif part == "zero":
-            name = f"controlnet_down_blocks.{number}"
-        else:
-            i = int(number.removeprefix("convs."))
-            inner = "conv_in" if i == 0 else "conv_out" if i == last else f"blocks.{i - 1}"
-            name = f"{HINT_BLOCK}.{inner}"
-        found[key] = Source(f"{name}.{leaf}")
-    return found
 
 
 def scheduler(config: Config, kind: str = "DDIMScheduler", **options: Any) -> Any:
@@ -260,9 +236,7 @@ def _unet(config: Config) -> Any:
 def _control(config: Config) -> Any:
     from diffusers import ControlNetModel
 
-    given = unet_to_diffusers(replace(config, unet=ControlConfig.of(config.unet).unet))
-    known = inspect.signature(ControlNetModel.__init__).parameters
-    return _without_sizes(ControlNetModel(**{name: value for name, value in given.items() if name in known}), config)
+    return _without_sizes(ControlNetModel(**control_to_diffusers(ControlConfig.of(config.unet))), config)
 
 
 def _without_sizes(model: Any, config: Config) -> Any:
