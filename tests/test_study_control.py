@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import TINY, TINY_INPAINT, tiny_state
+from common import TINY, TINY_INPAINT, TINY_XL, tiny_state
 from conftest import loaded
 from PIL import Image, ImageChops
 
@@ -177,3 +177,14 @@ def test_networks_of_other_kinds():
     network.control_config = replace(network.control_config, pooled=False)
     twice = control.residual_norms(model, "a house", Control("lines", HINT), SETTINGS, points=1)
     assert twice.shares[0] == pytest.approx([2 * share for share in constant.shares[0]], rel=1e-3)
+
+
+def test_sdxl():
+    """Which is told a vector: the U-Net and the control network see the same."""
+    model = model_of("tiny-sdxl", replace(TINY_XL, size=64))
+    seen = control.residual_norms(model, "a house", Control("lines", HINT), replace(SETTINGS, steps=2), points=2)
+    assert len(seen.shares) == 2 and all(share > 0 for shares in seen.shares for share in shares)
+    images = control.controlled_images(
+        model, "a house", Control("lines", HINT), replace(SETTINGS, steps=2), scales=(1.0,), spans=((0.0, 0.5),)
+    )
+    assert images.rows["scale"]["1"] != images.plain != images.rows["steps"]["0 to 0.5"]
