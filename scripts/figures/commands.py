@@ -44,7 +44,7 @@ from sd.study import (
 from ..toy_world import Scene, draw
 from .hint import LOG, load_control
 from .student import load_student
-from .world import CASTLE, EDITS, EXCHANGED, LONG, OPEN, OTHER, PROMPT, THINGS, boxes_of_words
+from .world import CASTLE, CASTLE_MORE, EDITS, EXCHANGED, LONG, OPEN, OTHER, PROMPT, THINGS, boxes_of_words
 
 AXES = ("steps=2,4,8,16,32", "sampler=ddim,euler_a,heun,dpmpp_2m")  # x and y of a grid by default
 CURVES = 4  # whose mean distances `consistency` shows
@@ -329,10 +329,12 @@ def few_steps(job: Job) -> Figures:
 @named("control")
 def controlled(job: Job) -> Figures:
     """a hint obeyed: by scale, steps and mode; the residuals of the control network (--control, --hint)"""
-    prompt = job.prompt(CASTLE)
-    seen = control.controlled_images(job.model, prompt, job.control, job.settings)
+    prompt, settings = job.prompt(CASTLE), job.settings
+    if job.args.prompt is None and job.args.hint is None:
+        settings = replace(settings, seed=(settings.seed + CASTLE_MORE) % 2**64)
+    seen = control.controlled_images(job.model, prompt, job.control, settings)
     yield "control.webp", control.draw_controlled(seen, prompt)
-    norms = control.residual_norms(job.model, prompt, job.control, job.settings)
+    norms = control.residual_norms(job.model, prompt, job.control, settings)
     yield "residuals.webp", control.draw_residuals(job.model, norms)
 
 

@@ -39,7 +39,7 @@ from .denoising import spread
 from .drawing import Axes, Curve, above, beside, captioned, figure, heat, plot, scaled, strip
 from .runs import SETTINGS
 
-SCALES = (0.5, 1.0, 1.5)
+SCALES = (0.2, 0.5, 1.0)
 SPANS = ((0.0, 0.3), (0.0, 0.6), (0.0, 1.0))  # fractions of the steps
 MODES = ("balanced", "prompt", "control")
 POINTS = 3  # steps whose residuals are shown
