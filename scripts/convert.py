@@ -212,7 +212,7 @@ def write_control(args: argparse.Namespace, path: Path) -> tuple[int, str]:
         found = identify_control(checkpoint, base.unet if base else None)
         if base is not None:
             check_fits(found.config, base.unet, base.name)
-        check_control_writable(found, args.layout)
+        check_control_writable(found, args.layout, args.output.name)
         state = control_state(checkpoint, found)
         read = read_state(state, dtype)
     for line in state.notes:

@@ -45,6 +45,7 @@ class Controllable:
     config: Config
     device: torch.device
     dtype: torch.dtype
+    unet: torch.nn.Module
     _controls: dict[str, LoadedControl]
 
     @property
@@ -77,7 +78,7 @@ class Controllable:
         if not isinstance(control, ControlNet):
             from .checkpoints.control_files import load_control
 
-            network, notes = load_control(path, self, self.device, self.dtype)
+            network, notes = load_control(path, self.config, self.device, self.dtype, self.unet.state_dict)
             for line in notes:
                 note(line)
         network = optimize(network.requires_grad_(False).eval())  # type: ignore[assignment]

@@ -43,8 +43,8 @@ ALLOWED = {
     "text": {"messages", "resources"},
     "imaging": {"files", "messages"},
     "checkpoints": {
-        "conditioning", "config", "control_config", "few_step", "files", "messages", "models", "runtime", "schedule", "text",
-        "text_config", "vae_config",
+        "conditioning", "config", "control_config", "few_step", "files", "messages", "models", "runtime", "schedule",
+        "text", "text_config", "vae_config",
     },
     "adapters": {"checkpoints", "config", "few_step", "files", "messages", "models", "runtime", "settings", "text"},
     "training": {"checkpoints", "conditioning", "config", "denoiser", "models", "samplers", "schedule"},

@@ -23,7 +23,7 @@ from ..control_config import own_half
 from ..messages import counted, listed, one_line
 from .checkpoint import Checkpoint, CheckpointError, shapes
 from .control_maps import OWN, ControlLayout, control_layouts
-from .control_sizes import AGAIN, FAMILIES, Shapes, read_sizes, with_heads
+from .control_sizes import AGAIN, FAMILIES, Shapes, read_sizes, with_model
 from .convert import StateDict
 from .detect import identify, no_unet
 from .folders import model_name
@@ -37,6 +37,7 @@ from .supported_settings import CONTROL, check_supported
 CONTROL_KEY = "sd.control"  # metadata entry of a file of ours that holds the config of a control network
 DIFFERENCE = "difference"  # a tensor, or a value, that only files of differences have
 SHUFFLE = re.compile(r"shuffle", re.IGNORECASE)  # in the name of a file: its residuals are averaged
+INPAINT = re.compile(r"inpaint", re.IGNORECASE)
 SAME_NAMES = ("diffusion_pytorch_model", "controlnet", "model", "pytorch_model")  # what tools call every file
 # The parts of a whole checkpoint that may stand beside a control network with a prefix of its own
 BESIDE = ("model.", "first_stage_model.", "cond_stage_model.", "conditioner.", "unet.", "vae.", "text_encoder")
@@ -92,9 +93,14 @@ def identify_control(tensors: Checkpoint, base: UNetConfig | None = None) -> Fou
     pooled = next((name for name in names if SHUFFLE.search(name)), "") if not folder else ""
     if pooled:
         notes.append(f"its residuals are averaged over all positions, as {pooled!r} is one for colours (shuffle)")
+    if inpaint := next((name for name in names if INPAINT.search(name)), ""):
+        notes.append(
+            f"{inpaint!r} is called an inpainting one: such a network expects hints with -1 where the mask is, which "
+            "no image has"
+        )
     try:
         config = ControlConfig(
-            with_heads(unet, folder, base, notes),
+            with_model(unet, folder, base, notes),
             widths,
             bgr=folder.get("controlnet_conditioning_channel_order") == "bgr",
             pooled=bool(folder.get("global_pool_conditions")) or bool(pooled),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import GROUPS, SIZE_WIDTH
 from ..control_config import ControlConfig as ControlConfig
-from .control_detect import CONTROL_KEY, FoundControl
+from .control_detect import CONTROL_KEY, SHUFFLE, FoundControl
 from .control_maps import DIFFUSERS, ORIGINAL, OWN_PREFIX, PREFIXES, ControlLayout
 from .diffusers_config import MIDDLE, PLAIN_MIDDLE
 
@@ -28,8 +28,11 @@ CLASS = "ControlNetModel"  # of diffusers
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def check_control_writable(found: FoundControl, layout: str) -> None:
-    """Raise ValueError for a control network that a layout ("sd", "original", "diffusers") has no place for."""
+def check_control_writable(found: FoundControl, layout: str, name: str) -> None:
+    """Raise ValueError for a control network that a layout ("sd", "original", "diffusers") has no place for.
+
+    name   of the file that is to be written
+    """
     if found.difference:
         raise ValueError(
             "its weights are differences from those of a U-Net, and no file by themselves: give the control network "
@@ -41,6 +44,10 @@ def check_control_writable(found: FoundControl, layout: str) -> None:
     if layout == "original" and config.bgr:
         raise ValueError(
             "an original file cannot say that hints have blue first: write another layout (--layout sd, diffusers)"
+        )
+    if layout == "original" and config.pooled and not SHUFFLE.search(name):
+        raise ValueError(
+            "an original file says by its name alone that residuals are averaged: put 'shuffle' in its name"
         )
 
 

@@ -1,7 +1,7 @@
 """Loading a control network from a file or folder, for a model.
 
-    loaded = load_control("control_v11p_sd15_canny.pth", model.config, model.device, model.dtype)
-    network = with_control(model.unet, loaded.network, hint)
+    control, notes = load_control("control_v11p_sd15_canny.pth", model.config, model.device, model.dtype)
+    network = with_control(model.unet, control, hint)
 
 control_detect.py says which files these can be, and refuses others by name.
 """
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..config import Config
-from ..control_config import ControlConfig as ControlConfig
+from ..control_config import ControlConfig
 from ..files import user_path
 from ..messages import printable
 from ..models.build import build_control, control_shapes
@@ -26,17 +26,10 @@ from .control_detect import check_fits, control_state, identify_control
 from .convert import StateDict
 from .loading import Report, load_weights
 from .matching import shape_text
+from .names import plainly_named
 
 FOLDER = "controlnet"  # of a control network in the folder of a whole pipeline
 Weights = Callable[[], Mapping[str, Tensor]]
-
-
-class LoadedControl(NamedTuple):
-    """A control network, ready to run, its config, and lines on what was chosen and found out."""
-
-    network: ControlNet
-    config: ControlConfig
-    notes: tuple[str, ...]
 
 
 class Sums(StateDict):
@@ -60,7 +53,7 @@ class Sums(StateDict):
         weight = self._differences[key]
         if key not in self._unet:
             return weight
-        return (weight.float() + self._of_unet(key).to("cpu", torch.float32)).to(weight.dtype)
+        return weight.float() + self._of_unet(key).to("cpu", torch.float32)
 
     def _of_unet(self, key: str) -> Tensor:
         """A weight of the U-Net. That of an inpainting model takes a mask as well, behind the latents."""
@@ -83,8 +76,8 @@ def load_control(
     *,
     variant: str | None = None,
     progress: Report = lambda numbers: None,
-) -> LoadedControl:
-    """The control network in a file or folder, for a model of this config.
+) -> tuple[ControlNet, tuple[str, ...]]:
+    """The control network in a file or folder, for a model of this config; and lines on what was found and chosen.
 
     unet      returns the weights of the model's U-Net as they are, for example `model.unet.state_dict`: called for
               files of differences only. A LoRA that is merged into them is then in the control network as well
@@ -105,6 +98,6 @@ def load_control(
         if found.difference:
             if unet is None:
                 raise CheckpointError("its weights are differences from those of a U-Net: load it into a model")
-            state = Sums(state, unet(), found.config)
+            state = Sums(state, plainly_named(unet()), found.config)
         network = cast(ControlNet, load_weights(build_control(found.config), state, device, dtype, progress))
-    return LoadedControl(network, found.config, tuple(map(printable, (*notes, *found.notes))))
+    return network, tuple(map(printable, (*notes, *found.notes)))

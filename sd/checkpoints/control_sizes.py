@@ -120,21 +120,27 @@ def _grid(found: Shapes, layout: ControlLayout) -> tuple[int, int]:
     return blocks, levels
 
 
-def with_heads(unet: UNetConfig, folder: Mapping[str, Any], base: UNetConfig | None, notes: list[str]) -> UNetConfig:
-    """The config with its numbers of heads: of its folder, of the model's U-Net, or of its family."""
+def with_model(unet: UNetConfig, folder: Mapping[str, Any], base: UNetConfig | None, notes: list[str]) -> UNetConfig:
+    """The config with what its weights cannot show: its numbers of heads, and whether a middle is missing.
+
+    folder  the config.json of a diffusers folder, which has the heads; else they are those of the model
+    base    the U-Net that it is for, if known; otherwise it is taken to be for the family that has its sizes
+    notes   receives a line if the heads are a guess
+    """
+    like = (unet.channels, unet.context, unet.vector)
+    known = [model for model in FAMILIES.values() if (model.channels, model.context, model.vector) == like]
+    model = base if base is not None and base.channels == unet.channels else next(iter(known), None)
+    if unet.middle_depth is None and model is not None:
+        unet = replace(unet, middle_depth=model.middle_depth)
     levels = len(unet.channels)
     said = folder.get("num_attention_heads") or folder.get("attention_head_dim")  # both are the number of heads
     if said is not None:
-        heads = tuple(said) if isinstance(said, list) else (said,) * levels
-    elif base is not None and base.channels == unet.channels:
-        heads = base.heads
-    else:
-        like = (unet.channels, unet.context, unet.vector)
-        known = [model for model in FAMILIES.values() if (model.channels, model.context, model.vector) == like]
-        heads = known[0].heads if known else tuple(max(width // HEAD, 1) for width in unet.channels)
-        if not known:
-            notes.append(
-                f"how many attention heads it has is not in the file: taken to be {', '.join(map(str, heads))} (one "
-                f"for {HEAD} channels)"
-            )
+        return replace(unet, heads=tuple(said) if isinstance(said, list) else (said,) * levels)
+    if model is not None:
+        return replace(unet, heads=model.heads)
+    heads = tuple(max(width // HEAD, 1) for width in unet.channels)
+    notes.append(
+        f"how many attention heads it has is not in the file: taken to be {', '.join(map(str, heads))} (one for {HEAD} "
+        "channels)"
+    )
     return replace(unet, heads=heads)
