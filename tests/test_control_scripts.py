@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import TINY, TINY_V2
+from common import TINY, TINY_V2, TINY_XL
 from control_common import control_network, lines, silent
 from PIL import Image
 from safetensors.torch import save_file
+from sdxl_common import model_files
 
 from scripts import img2img, inpaint, txt2img
 from scripts.common import control_args, enough_memory
@@ -24,7 +25,9 @@ from sd import Control, StableDiffusion, read_request
 from sd.checkpoints.control_export import control_files
 from sd.checkpoints.detect import CONFIG_KEY
 from sd.checkpoints.export import to_own
+from sd.control_config import ControlConfig
 from sd.imaging.annotate import canny
+from sd.models.controlnet import ControlNet
 from sd.params import TextToImage, from_dict
 from sd.recipes import Addon, ControlUse
 from sd.resources import EMBEDDED_CONTROLS
@@ -201,6 +204,37 @@ def test_every_program_and_option(run, files):
         assert not any(map(same, made, plain)), args
 
 
+def test_a_refiner_takes_its_steps_without_control(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("xl")
+    xl = model_files(folder)
+    torch.manual_seed(0)
+    network = ControlNet(ControlConfig.of(TINY_XL.unet))
+    save_control(network, folder / "net.safetensors")
+    control = ("--control", f"{folder / 'net.safetensors'}=hint.png")
+    made = []
+    for given in ((), control):
+        for share in ("0", "0.5"):
+            status, _, err, images = run(
+                "a cat", "--refiner", xl["refiner"], "--refiner-from", share, *given, model=("--ckpt", str(xl["base"]))
+            )
+            assert status == 0 and "control" not in err
+            made += images
+    plain, _, _, controlled = made
+    assert same(plain, made[2])  # all steps are the refiner's
+    assert not same(made[1], controlled)
+
+
+def test_the_images_of_a_folder(run, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name, width in (("a", 64), ("b", 96)):
+        Image.radial_gradient("L").resize((width, 64)).convert("RGB").save(photos / f"{name}.png")
+    control = ("--control", "canny.safetensors=hint.png")
+    status, _, _, made = run("a cat", photos, *control, program=img2img, size=())
+    assert status == 0 and [path.name for path in made] == ["a.png", "b.png"]
+    assert [Image.open(path).size for path in made] == [(128, 128), (152, 104)]  # about the native size
+
+
 # ------------------------------------------------------------------------------------------------- bad input
 
 WRONG = [
@@ -220,7 +254,7 @@ WRONG = [
     (["tiny.safetensors=hint.png"], "tiny.safetensors: "),
     (["hint.png=hint.png"], "hint.png: "),
     (["v2.safetensors=hint.png"], "v2.safetensors: a control network for "),
-    (["https://example.org/a.pth=hint.png"], "URLs are not fetched"),
+    (["canny.safetensors=https://example.org/a.png"], "URLs are not fetched"),
     (["canny.safetensors=hint.png"] * 21, "--control: 21 are more than 20"),
     (["edges=hint.png"], "--control edges is for the embedded model, not for tiny v1: give a control network"),
 ]
@@ -286,21 +320,6 @@ def test_without_scikit_image_one_line_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage.feature", None)
     status, _, err, _ = run("a cat", "--control", "canny.safetensors=picture.png", "--annotate", "canny")
     assert (status, err) == (1, "error: finding edges needs scikit-image: pip install scikit-image\n")
-
-
-def test_control_networks_need_memory():
-    """Their weights, wherever the others are, and their residuals while the U-Net runs."""
-    network = control_network()
-    x, context = torch.zeros(2, 4, 8, 8), torch.zeros(2, 77, 64)
-    down, middle = network(x, torch.zeros(2), context, network.embed(torch.zeros(1, 3, 64, 64)))
-    sizes = sum(residual.nbytes for residual in (*down, middle))
-    assert memory.residual_bytes(TINY.unet, torch.float32, 2, 8, 8) == sizes
-    weights = sum(weight.numel() for weight in network.parameters())
-    job = memory.Job(64, 64)
-    for kept in (memory.ALL, memory.WITHOUT_TEXT, memory.ONE):
-        plain = memory.needed(TINY, torch.float32, job, kept)
-        both = memory.needed(TINY, torch.float32, job._replace(controls=(weights, weights)), kept)
-        assert both - plain >= 2 * 4 * weights
 
 
 def test_more_controls_than_memory(run, monkeypatch):

@@ -34,7 +34,7 @@ from sd.recipes import Addon, ControlUse, written_controls
 from sd.resources import EMBEDDED, EMBEDDED_CONTROLS, resource
 from sd.run import Run
 
-from .cli import Parser, PathError, describe, file_path
+from .cli import Parser, PathError, describe, file_path, home
 from .output import Output, file_hash
 from .xl_args import base_options
 
@@ -60,7 +60,7 @@ def add_control_arguments(parser: Parser, fit: bool = False) -> None:
     group = parser.add_argument_group("control networks")
     names = " or ".join(f'"{name}"' for name in EMBEDDED_CONTROLS)
     group.add_argument(
-        "--control", action="append", default=[], metavar="FILE=IMAGE[:SCALE[:FROM-TO]]",
+        "--control", type=home, action="append", default=[], metavar="FILE=IMAGE[:SCALE[:FROM-TO]]",
         help="follow a hint (an edge map, a depth map, ...) with a control network: its file or folder, or "
         f"{names} for that of the embedded model; can be given several times (default: scale 1, all steps, 0-1)",
     )  # fmt: skip

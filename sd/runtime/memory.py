@@ -38,6 +38,7 @@ ALL, WITHOUT_TEXT, ONE = "all", "without text encoders", "one"
 MEMINFO = Path("/proc/meminfo")
 LIMITS = Path("/sys/fs/cgroup")  # of a container
 OF_STRIPS = 2**27  # what the VAE's strips need: some are in memory at once
+OF_RECORDING = 3  # times its residuals: what the recording of a control network keeps, its own skip connections first
 
 
 class Job(NamedTuple):
@@ -128,7 +129,7 @@ def needed(config: Config, dtype: torch.dtype, job: Job, kept: str = ALL, refine
     if job.controls:
         residuals = residual_bytes(config.unet, dtype, batch, h, w)
         steps[0] += residuals
-        image += len(job.controls) * residuals if job.recorded else 0  # each recording keeps its own
+        image += OF_RECORDING * len(job.controls) * residuals if job.recorded else 0
     if job.exact:
         image += weights[0]["vae"] // dtype.itemsize * 4  # a copy of it
     text = max(size for own in weights for name, size in own.items() if name not in ("unet", "vae"))
