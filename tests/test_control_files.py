@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import shutil
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,12 +15,14 @@ import torch
 from common import TINY, TINY_INPAINT, TINY_V2, TINY_XL, Golden, error, manifest, tiny_state
 from conftest import loaded
 from safetensors.torch import load_file, save_file
+from test_folders import edit, write_folder
 from test_inspect import info, sparse_file
 
 from scripts import convert
 from sd import SD1, SD1_INPAINT, SD2_V, SDXL, SDXL_REFINER, StableDiffusion
 from sd.adapters.lora_formats import read_lora
 from sd.adapters.textual_inversion import read_embedding
+from sd.checkpoints import supported_settings
 from sd.checkpoints.checkpoint import CheckpointError, OpenFile, load_checkpoint
 from sd.checkpoints.control_detect import CONTROL_KEY, check_fits, family, identify_control
 from sd.checkpoints.control_export import check_control_writable, control_files, control_to_diffusers
@@ -263,7 +267,11 @@ def test_the_name_is_that_of_the_file_or_its_folder(files, tmp_path):
     snapshot = tmp_path / "models--someone--control-canny/snapshots/abc"
     snapshot.mkdir(parents=True)
     saved(snapshot / "diffusion_pytorch_model.safetensors", stripped(original("v1")))
-    assert load(snapshot / "diffusion_pytorch_model.safetensors").control_config.name == "control-canny"
+    for path in (snapshot / "diffusion_pytorch_model.safetensors", snapshot, snapshot.parents[1]):
+        assert load(path).control_config.name == "control-canny"
+    (snapshot / "depth").mkdir()
+    for path in (snapshot / "depth/diffusion_pytorch_model.safetensors", snapshot / "depth.safetensors"):
+        assert load(saved(path, stripped(original("v1")))).control_config.name == "depth"
 
 
 def test_half_precision(files, tiny_control):
@@ -356,6 +364,29 @@ def test_what_only_a_folder_says(files, tmp_path, tiny_control):
     ):  # fmt: skip
         with pytest.raises(CheckpointError, match=rf"config\.json has {setting} .*, which is not supported: expected"):
             loaded_with(**{setting: value})
+
+
+def test_every_setting_of_diffusers_is_known(files, tmp_path):
+    """It is a size that shows in the weights, or has one of the values supported here; others get a note."""
+    diffusers = pytest.importorskip("diffusers")
+    arguments = set(inspect.signature(diffusers.ControlNetModel.__init__).parameters) - {"self"}
+    assert arguments <= {*supported_settings.CONTROL, *supported_settings.FREE["control"].split()}
+    folder = tmp_path / "folder"
+    shutil.copytree(files["folder"], folder)
+    content = json.loads((folder / "config.json").read_text()) | {"later": 3}
+    (folder / "config.json").write_text(json.dumps(content))
+    assert load_control(folder, TINY, CPU, torch.float32)[1] == (
+        "config.json has later 3, which is unknown and ignored",
+    )
+
+
+def test_a_pipeline_with_a_control_network_is_a_model_and_a_control_network(files, tmp_path, tiny_control):
+    folder = write_folder(tmp_path / "model", tiny_state(), TINY)
+    shutil.copytree(files["folder"], folder / "controlnet")
+    edit(folder / "model_index.json", _class_name="StableDiffusionControlNetPipeline")
+    with ModelFiles(folder, LoadOptions()) as model:
+        assert model.config.unet == TINY.unet and "in the folder, but not used: controlnet/" in model.about()
+    assert same(load(folder), tiny_control["v1"])
 
 
 def test_a_network_for_colours_is_known_by_its_name(tmp_path):
@@ -593,6 +624,8 @@ def test_damaged_files(tmp_path, files):
     assert said("no hint", {}, f"{PREFIX}input_hint_block.0").startswith(
         "a control network without control_model.input"
     )
+    lost = (f"{PREFIX}input_hint_block.", f"{PREFIX}zero_convs.0.", f"{PREFIX}middle_block_out.")
+    assert said("most", {}, *lost) == "a control network with most of its weights missing: download it again"
     assert said("more", {f"{PREFIX}extra.weight": torch.zeros(2)}) == (
         f"1 weight in the file that a control network does not have: {PREFIX}extra.weight"
     )
@@ -729,6 +762,15 @@ def test_info(files, tmp_path, capsys, difference):
         "controlnet_mid_block.weight": torch.zeros(8, 8)
     })  # fmt: skip
     assert info(union, capsys=capsys)["model"].startswith("this is a union ControlNet")
+
+
+def test_levels_with_bare_transformers_are_checked():
+    with pytest.raises(ValueError, match=r"ControlConfig\.bare: got \(1,\), expected levels of depth 0, each once"):
+        ControlConfig.of(TINY.unet, bare=(1,))
+    for bare in ([2], (2, 2), (4,), (True,), ("2",)):
+        with pytest.raises(ValueError, match=r"ControlConfig\.bare: got"):
+            ControlConfig.of(TINY.unet, bare=bare)
+    assert ControlConfig.of(TINY.unet, bare=(2,)).bare == (2,)
 
 
 def test_the_embedded_model_s_numbering():

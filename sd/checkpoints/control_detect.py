@@ -31,8 +31,9 @@ from .hub_cache import repository
 from .layouts import find_layouts
 from .matching import table_faults
 from .names import ignored
+from .other_models import CONTROL as OTHER_CONTROL
 from .other_models import refuse_alone, refuse_other_controls, refuse_others
-from .supported_settings import CONTROL, check_supported
+from .supported_settings import CONTROL, check_supported, ignored_settings
 
 CONTROL_KEY = "sd.control"  # metadata entry of a file of ours that holds the config of a control network
 DIFFERENCE = "difference"  # a tensor, or a value, that only files of differences have
@@ -88,7 +89,7 @@ def identify_control(tensors: Checkpoint, base: UNetConfig | None = None) -> Fou
     folder = tensors.configs.get("control", {})
     check_supported("control", folder, CONTROL)
     unet, widths, bare = read_sizes(found, layout)
-    notes = list(tensors.notes)
+    notes = [*tensors.notes, *ignored_settings(tensors.configs)]
     names = _names(tensors)
     pooled = next((name for name in names if SHUFFLE.search(name)), "") if not folder else ""
     if pooled:
@@ -201,7 +202,12 @@ def _described(unet: UNetConfig) -> str:
 
 def _no_control(tensors: Checkpoint, found: Shapes) -> str:
     """What a file without a control network is, and what to do with it. Raises CheckpointError for a known kind."""
-    refuse_others(found)
+    try:
+        refuse_others(found)
+    except CheckpointError as error:
+        if str(error) != OTHER_CONTROL.what:
+            raise
+        return f"a control network with most of its weights missing: {AGAIN}"
     layouts = find_layouts(found)
     if "unet" in layouts:
         what = "a checkpoint"
@@ -216,10 +222,14 @@ def _no_control(tensors: Checkpoint, found: Shapes) -> str:
 
 
 def _names(tensors: Checkpoint) -> list[str]:
-    """What a control network is called: by its file or folder, and by its repository in the cache."""
+    """What a control network is called: by its file or folder, and by its repository in the cache; the best name first.
+
+    In the cache, the folder of a version has a hash for a name.
+    """
     path = Path(tensors.path).absolute()
-    own = model_name(path)
-    if own.partition(".")[0] in SAME_NAMES:
-        own = path.parent.name
+    if model_name(path).partition(".")[0] in SAME_NAMES:
+        path = path.parent
     owner = repository(path)
-    return [owner, own] if owner else [own]
+    if owner and (path.parent.name == "snapshots" or path.name.startswith("models--")):
+        return [owner]
+    return [model_name(path), *([owner] if owner else [])]

@@ -76,6 +76,10 @@ FREE = {
         latent_channels scaling_factor force_upcast dtype from_pt
         encoder_block_out_channels decoder_block_out_channels num_encoder_blocks num_decoder_blocks
         upsample_fn upsampling_scaling_factor latent_magnitude latent_shift""",
+    "control": """in_channels down_block_types block_out_channels layers_per_block cross_attention_dim
+        transformer_layers_per_block attention_head_dim num_attention_heads use_linear_projection upcast_attention
+        encoder_hid_dim projection_class_embeddings_input_dim addition_embed_type_num_heads
+        conditioning_embedding_out_channels sample_size""",
 }
 
 
@@ -159,7 +163,7 @@ def check_supported(part: str, raw: Mapping[str, Any], supported: Supported) -> 
 
 def ignored_settings(configs: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """One line for each setting in a folder's JSON files that is not looked at and might have an effect."""
-    for part, known in (("unet", UNET), ("vae", VAE)):
+    for part, known in (("unet", UNET), ("vae", VAE), ("control", CONTROL)):
         raw, free = configs.get(part, {}), FREE[part].split()
         for key, value in raw.items():
             if value and key not in known and key not in free and not key.startswith("_"):
