@@ -467,6 +467,15 @@ def test_a_network_is_found_by_name_or_hash(files, tmp_path):
     assert not is_network(copy, ControlUse("canny")) and not is_network(copy, ControlUse("canny", "01234567"))
 
 
-def test_the_embedded_network_is_called_edges():
+def test_names_of_networks():
     given = split_control("edges=a.png")
     assert control_args.network_name(given.file) == "edges"
+    names = {
+        "nets/control_v11p_sd15_canny.pth": "control_v11p_sd15_canny",
+        "nets/depth/diffusion_pytorch_model.fp16.safetensors": "depth",
+        "nets/v2.0": "v2.0",
+        "hub/models--someone--control-canny/snapshots/0123abcd": "control-canny",
+        "hub/models--someone--control-canny/snapshots/0123abcd/diffusion_pytorch_model.safetensors": "control-canny",
+        "hub/models--someone--control/snapshots/0123abcd/canny.safetensors": "canny",
+    }
+    assert {path: control_args.network_name(Path(path)) for path in names} == names

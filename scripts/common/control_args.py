@@ -22,7 +22,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import sd
-from sd.adapters.adapter_files import lora_name
+from sd.checkpoints.control_detect import SAME_NAMES, check_fits, control_state, family, identify_control
+from sd.checkpoints.folders import model_name
+from sd.checkpoints.hub_cache import repository
 from sd.config import Config
 from sd.control_config import ControlConfig
 from sd.control_params import ANNOTATORS, FITS, MAX_CONTROLS, MODES, Control
@@ -169,9 +171,16 @@ def _shares(text: str) -> tuple[float, float]:
 
 
 def network_name(path: Path) -> str:
-    """The name of the control network in a file or folder."""
+    """The name of the control network in a file or folder: that of its folder or repository where tools call every
+    file the same."""
     bundled = {resource(file): name for name, file in EMBEDDED_CONTROLS.items()}
-    return bundled.get(path) or one_line(lora_name(path), 100)
+    if path in bundled:
+        return bundled[path]
+    path = Path(os.path.abspath(path))  # of a link, not of its target
+    if model_name(path).partition(".")[0] in SAME_NAMES:
+        path = path.parent
+    in_cache = path.parent.name == "snapshots" or path.name.startswith("models--")
+    return one_line((repository(path) if in_cache else "") or model_name(path), 100)
 
 
 class Controls:
@@ -254,7 +263,9 @@ class Controls:
                     variant=self._variant(file), progress=bar.update,
                 )  # fmt: skip
             model.add_control(network, name)
-            print(f"control {name}: {self.weights[name] / 1e6:.1f} M weights", flush=True)
+            config = network.control_config
+            made_for = f"{known}, " if (known := family(config.unet, config.attends)) else ""
+            print(f"control {name}: {made_for}{self.weights[name] / 1e6:.1f} M weights", flush=True)
             for note in notes:
                 print(f"control {name}: {note}", flush=True)
 
@@ -293,7 +304,6 @@ def check_control(path: Path, base: Config, variant: str | None) -> ControlConfi
     Raises CheckpointError as `load_control` does, for everything that names and shapes show.
     """
     from sd.checkpoints.checkpoint import load_checkpoint, naming
-    from sd.checkpoints.control_detect import check_fits, control_state, identify_control
     from sd.checkpoints.control_files import FOLDER
 
     if os.path.isdir(path / FOLDER) and not os.path.isfile(path / "config.json"):  # in the folder of a whole model
