@@ -76,6 +76,8 @@ def test_several_and_what_is_none_of_ours():
     for text in ("Module: reference_only, Model: None", "Module: x, Model: ip-adapter_sd15_plus [32cd8f7f]"):
         recipe = read(f', ControlNet 0: "{text}, Weight: 1"')
         assert recipe.controls == () and recipe.notes[0].startswith("not reproduced: ControlNet 0, ")
+    recipe = read(", ControlNet Version: 1.1.455, ControlNet-1 Other: 2")
+    assert recipe.controls == () and recipe.notes == ("not reproduced: ControlNet Version, ControlNet-1 Other",)
     many = "".join(f', ControlNet {i}: "{NEW}"' for i in range(25))
     recipe = read(many)
     assert len(recipe.controls) == 20 and "only the first 20 of its 25 control networks are read" in recipe.notes

@@ -34,7 +34,9 @@ HINTS = "Control hints"  # our entry; one that began with "ControlNet" would be 
 FITS = {"crop": "Crop and Resize", "pad": "Resize and Fill"}
 MODE_TEXTS = dict(zip(MODES, ("Balanced", "My prompt is more important", "ControlNet is more important"), strict=True))
 PROCESSOR = 512  # pixels; of no effect with "Pixel Perfect", where maps are made at the size of the image
-ENTRY = re.compile(r"controlnet(?:[- ](\d{1,2}))?(?: (.{1,40}))?")
+FIELDS = "enabled|module|model|weight|guidance (?:strength|start|end)|(?:control|resize) mode|low ?vram|pixel perfect"
+FIELDS += "|processor res|threshold [ab]|hr option"
+ENTRY = re.compile(rf"controlnet(?:[- ](\d{{1,2}})| ({FIELDS})|-(\d) ({FIELDS}))")
 PARTS = re.compile(r",\s*(?![^()]{0,200}\))")  # commas that are not in brackets
 HASH = re.compile(r"\s*[\[(](\w{4,64})[\])]\s*\Z")  # after the name of a network
 HINT = re.compile(r"(.*) \[(\w{1,64})\]", re.DOTALL)
@@ -86,8 +88,10 @@ def read_controls(draft: Draft, pairs: Mapping[str, str]) -> set[str]:
         if (found := ENTRY.fullmatch(name)) is None:
             continue
         used.add(name)
-        parts = {found[2]: value} if found[2] else _parts(value)
-        units.setdefault(int(found[1] or 0), {}).update({part.replace("_", " "): text for part, text in parts.items()})
+        field = found[2] or found[4]
+        parts = {field: value} if field else _parts(value)
+        unit = units.setdefault(int(found[1] or found[3] or 0), {})
+        unit.update({part.replace("_", " "): text for part, text in parts.items()})
     hints = [HINT.fullmatch(part.strip()) for part in pairs.get(HINTS.lower(), "")[:20_000].split(",")]
     for number_, unit in sorted(units.items())[:MAX_CONTROLS]:
         if unit.get("enabled", "true").lower() != "false":
