@@ -287,7 +287,7 @@ class Controls:
             if control.annotate == "none":
                 continue
             found = hint_at(control, place)
-            if (digest := sha256(found.tobytes()).digest()) in self._saved:
+            if (digest := sha256(repr(found.size).encode() + found.tobytes()).digest()) in self._saved:
                 continue
             self._saved.add(digest)
             try:
