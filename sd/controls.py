@@ -79,7 +79,7 @@ class Controllable:
         if not isinstance(control, ControlNet):
             from .checkpoints.control_files import load_control
 
-            network, notes = load_control(path, self.config, self.device, self.dtype, self.unet.state_dict)
+            network, notes = load_control(path, self.config, self.device, self.dtype, lambda: self.unet.state_dict())
             for line in notes:
                 note(line)
         network = optimize(network.requires_grad_(False).eval())  # type: ignore[assignment]
