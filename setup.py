@@ -8,13 +8,14 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "sd" / "__init__.py").read_text(), re.MULTILINE).group(1)
 
-for name in ("pocket", "pocket-lcm"):
+for name in ("pocket", "pocket-lcm", "pocket-edges"):
     if not (ROOT / "weights" / f"{name}.safetensors").is_file():
-        raise SystemExit(f"weights/{name}.safetensors is missing: it is the embedded model, or its LoRA for few steps")
+        raise SystemExit(f"weights/{name}.safetensors is missing: it belongs to the embedded model")
 
 REFERENCES = ["diffusers>=0.30", "transformers>=4.40", "accelerate", "peft>=0.13", "openvino>=2024.6"]
 STUDY = ["matplotlib>=3.8"]
-TESTS = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.5", "mypy>=1.11", *STUDY, *REFERENCES]
+CONTROL = ["scikit-image>=0.22"]
+TESTS = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.5", "mypy>=1.11", *STUDY, *CONTROL, *REFERENCES]
 
 PACKAGES = ["sd", *(f"sd.{name}" for name in find_packages("sd"))]
 SCRIPTS = ["sd.scripts", *(f"sd.scripts.{name}" for name in find_packages("scripts"))]
@@ -32,7 +33,7 @@ setup(
     package_dir={"sd": "sd", "sd.data": "data", "sd.weights": "weights", "sd.scripts": "scripts"},
     package_data={
         "sd.data": ["*.gz", "*.md", "sample*.png"],
-        "sd.weights": ["pocket.safetensors", "pocket-lcm.safetensors", "README.md"],
+        "sd.weights": ["pocket.safetensors", "pocket-lcm.safetensors", "pocket-edges.safetensors", "README.md"],
     },
     install_requires=[
         "torch>=2.4",
@@ -43,7 +44,7 @@ setup(
         "regex>=2023.0",
         "ftfy>=6.1",
     ],
-    extras_require={"study": STUDY, "references": REFERENCES, "test": TESTS},
+    extras_require={"study": STUDY, "control": CONTROL, "references": REFERENCES, "test": TESTS},
     entry_points={
         "console_scripts": [
             "sd-txt2img = sd.scripts.installed:txt2img",

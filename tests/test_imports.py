@@ -57,7 +57,7 @@ ALLOWED = {
     "second_prompts": {"config", "params", "text"},
     "size_conditioning": {"conditioning", "config", "messages", "models", "params"},
     "noise": {"params"},
-    "recipes": {"imaging", "messages", "params", "samplers", "schedule", "text"},
+    "recipes": {"control_params", "imaging", "messages", "params", "samplers", "schedule", "text"},
     "run": {
         "changing_prompts", "conditioning", "control", "controls", "denoiser", "few_step", "latents", "messages",
         "models", "noise", "params", "prompt_checks", "prompts", "runtime", "samplers", "schedule",

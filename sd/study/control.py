@@ -29,8 +29,7 @@ from torch import Tensor
 
 from ..config import UNetConfig
 from ..control_params import Control
-from ..controls import at_size
-from ..imaging.hints import hint_image
+from ..controls import at_size, hint_at
 from ..imaging.tensors import to_tensor
 from ..params import SamplingParams, TextToImage
 from ..pipeline import StableDiffusion
@@ -146,7 +145,7 @@ class ControlledImages(NamedTuple):
 def placed_hint(model: StableDiffusion, control: Control) -> Image.Image:
     """The hint as the control network sees it: RGB, at the model's size."""
     size = model.config.size
-    return at_size(size, size, lambda line: None)(hint_image(control.image), control.fit)
+    return hint_at(control, at_size(size, size, lambda line: None))
 
 
 def request(model: StableDiffusion, prompt: str, settings: SamplingParams, control: Control | None) -> TextToImage:
