@@ -62,6 +62,7 @@ class AppliedControl:
 
     network   a `ControlNet`, or a function like it
     embed     `ControlNet.embed`: it is called once, with the first x
+    first     `ControlNet.first`, for `first`
     hint      (B, 3, 8h, 8w) in [0, 1] for B images, or one for all
     scale     of the residuals; 1 is that of training
     soft      whether the fine levels count less (see above)
@@ -79,28 +80,50 @@ class AppliedControl:
         soft: bool = False,
         guess: bool = False,
         images: int | None = None,
+        first: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        self._network, self._embed, self._hint = network, embed, hint
+        self._network, self._embed, self._hint, self._first = network, embed, hint, first
         self._scale, self._soft, self._guess, self._images = scale, soft, guess, images or hint.shape[0]
         self._features: Tensor | None = None
 
     def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Residuals | None:
         """Scaled residuals for x (B, C, h, w): of B images, with guidance [uncond, cond] of each."""
-        rows = conditional(x.shape[0], self._images) if self._guess else slice(None)
         if self._scale == 0:
             return None
-        if self._features is None:
-            self._features = self._embed(self._hint.to(x.device))
-        features = self._features
-        inputs, t, conditioning = x[rows], t[rows], conditioning.of_images(rows)
-        if features.shape[0] > 1:
-            features = torch.cat([features] * (inputs.shape[0] // features.shape[0]))  # `repeat` changes the layout
-        down, middle = self._network(inputs, t, conditioning, features)
-        n = len(down) + 1
-        scales = [self._scale * (SOFT ** (n - 1 - i) if self._soft else 1.0) for i in range(n)]
-        before = x.shape[0] - inputs.shape[0]  # images that are not controlled
-        scaled = [_after(before, r if s == 1 else r * s) for r, s in zip((*down, middle), scales, strict=True)]
+        rows = self._rows(x)
+        inputs = x[rows]
+        down, middle = self._network(inputs, t[rows], conditioning.of_images(rows), self._features_for(inputs))
+        n, before = len(down) + 1, x.shape[0] - inputs.shape[0]  # images that are not controlled
+        scaled = [_after(before, self._scaled(residual, i, n)) for i, residual in enumerate((*down, middle))]
         return Residuals(tuple(scaled[:-1]), scaled[-1])
+
+    def first(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor | None:
+        """The first of the residuals alone, which needs no more of the network than its first convolution."""
+        if self._scale == 0:
+            return None
+        if self._first is None or self._soft:  # how much the first one counts depends on how many there are
+            residuals = self(x, t, conditioning)
+            return None if residuals is None else residuals.down[0]
+        inputs = x[self._rows(x)]
+        residual = self._scaled(self._first(inputs, self._features_for(inputs)), 0, 1)
+        return _after(x.shape[0] - inputs.shape[0], residual)
+
+    def _rows(self, x: Tensor) -> slice:
+        """The entries of a batch that are controlled."""
+        return conditional(x.shape[0], self._images) if self._guess else slice(None)
+
+    def _features_for(self, inputs: Tensor) -> Tensor:
+        """The hint's features, for a batch."""
+        if self._features is None:
+            self._features = self._embed(self._hint.to(inputs.device))
+        if (count := self._features.shape[0]) == 1:
+            return self._features
+        return torch.cat([self._features] * (inputs.shape[0] // count))  # `repeat` changes the layout
+
+    def _scaled(self, residual: Tensor, i: int, n: int) -> Tensor:
+        """Residual i of n, with its scale."""
+        scale = self._scale * (SOFT ** (n - 1 - i) if self._soft else 1.0)
+        return residual if scale == 1 else residual * scale
 
 
 def _after(rows: int, residual: Tensor) -> Tensor:
@@ -108,18 +131,43 @@ def _after(rows: int, residual: Tensor) -> Tensor:
     return F.pad(residual, (0, 0, 0, 0, 0, 0, rows, 0)) if rows else residual
 
 
+class SummedControls:
+    """Several control networks, whose residuals add up: (x, t, conditioning) -> their sum, None if there are none."""
+
+    def __init__(self, controls: Sequence[AppliedControl]) -> None:
+        self._controls = controls
+
+    def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Residuals | None:
+        """The sum of the residuals."""
+        total: Residuals | None = None
+        for control in self._controls:
+            residuals = control(x, t, conditioning)
+            if residuals is not None:
+                total = residuals if total is None else _sum(total, residuals)
+            del residuals  # their sum alone stays in memory while the next network runs
+        return total
+
+    def first(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor | None:
+        """The sum of the first ones alone."""
+        first, *others = [control.first(x, t, conditioning) for control in self._controls]
+        for other in others:
+            first = other if first is None else first if other is None else first + other
+        return first
+
+
 def controlled(network: ControllableNetwork, controls: Sequence[AppliedControl]) -> ControllableNetwork:
     """The network with the residuals of several control networks, which add up."""
+    residuals = SummedControls(controls)
 
     def run(
         x: Tensor, t: Tensor, conditioning: Conditioning, down: Sequence[Tensor] = (), middle: Tensor | None = None
     ) -> Tensor:
-        for control in controls:
-            residuals = control(x, t, conditioning)
-            if residuals is not None:
-                down, middle = _sum(down, residuals.down), _plus(middle, residuals.middle)
-            del residuals  # their sum alone stays in memory while the network runs
-        return network(x, t, conditioning, down, middle)
+        total = residuals(x, t, conditioning)
+        if total is None:  # as without control, which may be recorded already
+            return network(x, t, conditioning, *((down, middle) if down or middle is not None else ()))
+        if down or middle is not None:
+            total = _sum(total, Residuals(tuple(down), total.middle.new_zeros(()) if middle is None else middle))
+        return network(x, t, conditioning, *total)
 
     return run
 
@@ -138,19 +186,16 @@ def controlled_predict(predict: Predict, controls: Sequence[AppliedControl]) -> 
 def with_control(
     network: ControllableNetwork, control: ControlNet, hint: Tensor, scale: float = 1.0, *, guess: bool = False
 ) -> ControllableNetwork:
-    """The network, controlled by a hint: the same function for study and for several in turn.
+    """The network, controlled by a hint; it can be controlled by another one in turn.
 
     control   a `ControlNet`
     hint      (B, 3, H, W), RGB in [0, 1], H and W those of the image, for B images, or one for all if not `guess`
     scale     of the residuals
     guess     guess mode: see above
     """
-    return controlled(network, [AppliedControl(control, control.embed, hint, scale, soft=guess, guess=guess)])
+    only_cond = guess or control.control_config.pooled  # as in the original code
+    return controlled(network, [AppliedControl(control, control.embed, hint, scale, soft=guess, guess=only_cond)])
 
 
-def _plus(a: Tensor | None, b: Tensor) -> Tensor:
-    return b if a is None else a + b
-
-
-def _sum(a: Sequence[Tensor], b: Sequence[Tensor]) -> Sequence[Tensor]:
-    return b if not a else [x + y for x, y in zip(a, b, strict=True)]
+def _sum(a: Residuals, b: Residuals) -> Residuals:
+    return Residuals(tuple(x + y for x, y in zip(a.down, b.down, strict=True)), a.middle + b.middle)

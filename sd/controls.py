@@ -8,6 +8,7 @@ Control networks stay on the device beside the U-Net, also with `low_memory`: bo
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from .control_config import ControlConfig
 from .control_params import Control
 from .files import user_path
 from .imaging.hints import hint_image, looks_inverted, placed
-from .imaging.tensors import to_tensor
+from .imaging.tensors import CROP_NOTE, kept_by_crop, to_tensor
 from .models.controlnet import ControlNet
 from .resources import EMBEDDED_CONTROLS, resource
 from .runtime.cuda_graphs import Recorded
@@ -30,7 +31,6 @@ from .runtime.optimize import optimize
 from .text.tokenizer import Note, warn
 
 BORDER = 5  # pixels across a border that hold the edges found there
-CROP_NOTE = 0.9  # cropping a hint to less than this share adds a note
 
 
 class LoadedControl(NamedTuple):
@@ -60,7 +60,8 @@ class Controllable:
         """Add a control network, for the `controls` of requests; returns its name.
 
         control   a file or folder as other programs and this one write them, a network, or the name of one that comes
-                  with the embedded model: "edges"
+                  with the embedded model: "edges". Of a network that is being trained, or is elsewhere or in another
+                  precision than the model, a copy is used
         name      that of the network from then on; by default the file's
         note      receives lines on what was found and chosen; they are UserWarnings if it is not given
 
@@ -82,10 +83,25 @@ class Controllable:
             network, notes = load_control(path, self.config, self.device, self.dtype, lambda: self.unet.state_dict())
             for line in notes:
                 note(line)
+        elif not self._can_use(control):
+            network = copy.deepcopy(control).to(self.device, self.dtype)
+        if network.control_config.factor != self.config.vae.factor:
+            raise ValueError(
+                f"control {name}: its hint block reduces hints to 1/{network.control_config.factor}, the model's VAE "
+                f"images to 1/{self.config.vae.factor}"
+            )
         network = optimize(network.requires_grad_(False).eval())  # type: ignore[assignment]
-        fast = Recorded(network) if self.device.type == "cuda" and self._is_recorded() else network
+        fast: Callable[..., Any] = network
+        if self.device.type == "cuda" and isinstance(getattr(self, "_fast_unet", None), Recorded):
+            fast = Recorded(network, what=f"control network {name}")
         self._controls[name] = LoadedControl(network, fast)
         return name
+
+    def _can_use(self, network: ControlNet) -> bool:
+        """Whether a network can be used as it is."""
+        trained = network.training or any(weight.requires_grad for weight in network.parameters())
+        bias = network.zero_mid.bias
+        return not trained and bias is not None and (bias.device, bias.dtype) == (self.device, self.dtype)
 
     def remove_control(self, *names: str) -> None:
         """Remove control networks, all if no name is given. Raises ValueError for an unknown name."""
@@ -100,9 +116,6 @@ class Controllable:
             raise ValueError(f"the model has no control network {name!r} (it has {known}): add it with add_control")
         return self._controls[name]
 
-    def _is_recorded(self) -> bool:
-        return isinstance(getattr(self, "_fast_unet", None), Recorded)
-
 
 def _path(control: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """The path of a control network, or of the embedded one of this name."""
@@ -110,7 +123,8 @@ def _path(control: str | os.PathLike[str]) -> str | os.PathLike[str]:
     return resource(EMBEDDED_CONTROLS[name]) if name in EMBEDDED_CONTROLS else user_path(control)
 
 
-Place = Callable[[Image.Image, str], Image.Image]  # an RGB hint and its `fit` -> the hint at the size generated
+# an RGB hint and its `fit` -> the hint at the size generated, and the share of it that is kept
+Place = Callable[[Image.Image, str], tuple[Image.Image, float]]
 
 
 def applied(
@@ -126,16 +140,21 @@ def applied(
     found = []
     for control in controls:
         network, fast = model.control_network(control.name)
-        if control.annotate == "none" and looks_inverted(hint_image(control.image)):
+        hint = _read(control)
+        if control.annotate == "none" and looks_inverted(hint):
             note(
                 f"control {control.name}: the hint looks like black lines on white; control networks expect white "
                 "lines on black: invert it"
             )
-        pixels = ((to_tensor(hint_at(control, place)) + 1) / 2).to(model.device)  # now: no step must wait for it
+        placed, kept = place(hint, control.fit)
+        if kept < CROP_NOTE:
+            note(f"control {control.name}: {100 - 100 * kept:.0f} % of the hint is cut off")
+        pixels = (to_tensor(_annotated(control, placed, hint.size, place)) + 1) / 2
         found.append(
             AppliedControl(
-                fast, network.embed, pixels, control.scale,
-                soft=control.mode != "balanced", guess=control.mode == "control", images=images,
+                fast, network.embed, pixels.to(model.device),  # now: no step must wait for it
+                control.scale, soft=control.mode != "balanced",
+                guess=control.mode == "control" or network.control_config.pooled, images=images, first=network.first,
             )
         )  # fmt: skip
     return found
@@ -146,36 +165,51 @@ def hint_at(control: Control, place: Place) -> Image.Image:
 
     Raises ValueError for an image that cannot be read, and if what finds edges is not installed.
     """
-    given = hint_image(control.image)
-    placed = place(given, control.fit)
+    hint = _read(control)
+    return _annotated(control, place(hint, control.fit)[0], hint.size, place)
+
+
+def _read(control: Control) -> Image.Image:
+    """The image of a control in RGB. Colour profiles are for pictures: the numbers of a hint mean what they are."""
+    try:
+        return hint_image(control.image, managed=control.annotate != "none")
+    except ValueError as error:
+        raise ValueError(f"control {control.name}: the hint: {error}") from None
+
+
+def _annotated(control: Control, placed: Image.Image, size: tuple[int, int], place: Place) -> Image.Image:
+    """The placed hint, or the edges of the placed picture, which had this size."""
     if control.annotate == "none":
         return placed
     from .imaging.annotate import canny  # what it needs is optional
 
     edges = canny(placed, control.low, control.high)
     # where the picture ends within the image is no edge of anything in it
-    inside = place(Image.new("RGB", given.size, "white"), control.fit).filter(ImageFilter.MinFilter(BORDER))
+    inside = place(Image.new("RGB", size, "white"), control.fit)[0].filter(ImageFilter.MinFilter(BORDER))
     return ImageChops.multiply(edges, inside)
 
 
-def at_size(width: int, height: int, note: Note) -> Place:
+def at_size(width: int, height: int) -> Place:
     """Places hints on an image that is generated at this size, cropped or padded as they ask for."""
 
-    def place(hint: Image.Image, how: str) -> Image.Image:
-        wider = (hint.width / hint.height) / (width / height)
-        if how == "crop" and (kept := min(wider, 1 / wider)) < CROP_NOTE:
-            note(f"{100 - 100 * kept:.0f} % of the hint is cut off")
-        return placed(hint, width, height, how)
+    def place(hint: Image.Image, how: str) -> tuple[Image.Image, float]:
+        return placed(hint, width, height, how), kept_by_crop(hint.size, (width, height)) if how == "crop" else 1.0
 
     return place
 
 
 def like_image(size: tuple[int, int], width: int, height: int, how: str, region: Sequence[int] | None = None) -> Place:
     """Places hints like an initial image of a size (width, height): cropped to a region of it, if there is one; then
-    cropped or padded, as the image is, to the size generated at."""
+    cropped or padded, as the image is, to the size generated at.
 
-    def place(hint: Image.Image, _: str) -> Image.Image:
-        hint = placed(hint, *size, "crop")
-        return placed(hint if region is None else hint.crop(tuple(region)), width, height, how)  # type: ignore[arg-type]
+    A hint of exactly that size is one of the region already, such as a map that was saved beside an image.
+    """
+
+    def place(hint: Image.Image, _: str) -> tuple[Image.Image, float]:
+        if region is not None and hint.size == (width, height) != size:
+            return hint, 1.0
+        whole, kept = placed(hint, *size, "crop"), kept_by_crop(hint.size, size)
+        part = whole if region is None else whole.crop(tuple(region))  # type: ignore[arg-type]
+        return placed(part, width, height, how), kept
 
     return place

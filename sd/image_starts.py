@@ -16,15 +16,13 @@ from .denoiser import keep_known
 from .imaging.colours import match_colours
 from .imaging.files import WHITE, flatten
 from .imaging.masks import Canvas, latent_mask, mask_channels, masked_image, prepare_mask, surroundings, widened
-from .imaging.tensors import Box, fit, frame, to_tensor
+from .imaging.tensors import CROP_NOTE, Box, fit, frame, kept_by_crop, to_tensor
 from .latents import image_size, latent_shape
 from .params import ImageToImage, Inpaint
 from .run import Run, Start, Unchanged
 
 if TYPE_CHECKING:
     from .pipeline import StableDiffusion
-
-CROP_NOTE = 0.9  # cropping to less than this share of the image adds a note
 
 
 def image_to_image(model: StableDiffusion, request: ImageToImage) -> Run:
@@ -40,8 +38,7 @@ def image_to_image(model: StableDiffusion, request: ImageToImage) -> Run:
         image, inside = frame(image, width, height)
         check_tileable(run, inside, width, height)
     else:
-        wider = (image.width / image.height) / (width / height)
-        if (kept := min(wider, 1 / wider)) < CROP_NOTE:
+        if (kept := kept_by_crop(image.size, (width, height))) < CROP_NOTE:
             run.notes.append(f"{100 - 100 * kept:.0f} % of the image is cut off")
         image = fit(image, width, height)
     if request.strength == 1:  # nothing of the image is left

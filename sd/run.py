@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .changing_prompts import Pass
 from .conditioning import Composition, Network
-from .control import AppliedControl, controlled_predict
+from .control import AppliedControl, SummedControls, controlled_predict
 from .controls import Place, applied, at_size
 from .denoiser import by_step, one_by_one
 from .few_step import unsuited
@@ -204,13 +204,18 @@ class Run(Iterator[Step]):
         """The hints of the request, placed on the image with latents of this shape."""
         images = 1 if self.params.exact else len(self.seeds)
         height, width = (side * self.model.config.vae.factor for side in shape[1:])
-        place = self.place or at_size(width, height, self.notes.append)
+        for control in self.request.controls:
+            steps = range(len(self))
+            if len(self) and control.scale and not any(control.is_active(i, len(self)) for i in steps):
+                share = f"{control.start:g} to {control.end:g} of {counted(len(self), 'step')}"
+                self.notes.append(f"control {control.name}: {share} is less than one step: none is controlled")
+        place = self.place or at_size(width, height)
         return applied(self.model, self.request.controls, place, images, self.notes.append)
 
     def _followed(self, step: int, hints: list[AppliedControl]) -> list[AppliedControl]:
         """Those of the hints of the request that a step follows."""
         both, steps = zip(hints, self.request.controls, strict=True), max(len(self), 1)
-        return [hint for hint, control in both if control.is_active(step, steps)]
+        return [hint for hint, control in both if control.scale and control.is_active(step, steps)]
 
     @property
     def is_guided(self) -> bool:
@@ -224,10 +229,11 @@ class Run(Iterator[Step]):
     def _network(self, hints: Sequence[AppliedControl] = ()) -> Network:
         """The network of one denoiser, which follows these hints; with `exact`, one for each image."""
         params, images = self.params, len(self.seeds) if self.params.exact else 1
-        predict = controlled_predict(self.model.predict, hints) if hints else self.model.predict
-        networks: list[Network] = [predict] * images
+        predict = self.model.predict
+        networks: list[Network] = [controlled_predict(predict, hints) if hints else predict] * images
         if params.cache_interval > 1:
-            networks = [DeepCache(predict, params.cache_interval) for _ in networks]
+            residuals = SummedControls(hints) if hints else None
+            networks = [DeepCache(predict, params.cache_interval, residuals) for _ in networks]
         if params.tileable:
             networks = [circular(network) for network in networks]
         return one_by_one(networks) if params.exact else networks[0]

@@ -14,10 +14,12 @@ from control_common import control_network, hint_of, lines, pil, silent
 from PIL import Image
 
 from sd.conditioning import Conditioning
-from sd.control import AppliedControl, controlled, with_control
+from sd.control import AppliedControl, SummedControls, controlled, with_control
+from sd.control_config import ControlConfig
 from sd.control_params import Control
 from sd.denoiser import Denoiser
 from sd.imaging.hints import hint_image, looks_inverted, placed
+from sd.models.controlnet import ControlNet
 from sd.params import ImageToImage, Inpaint, TextToImage, from_dict
 from sd.pipeline import StableDiffusion
 from sd.samplers import SAMPLERS
@@ -165,15 +167,41 @@ def test_guess_mode_controls_predictions_with_a_prompt_only(networks):
 
 def test_pooled_residuals_have_no_place(networks):
     _, control, _ = networks["tiny-control-v1"]
-    pooled = silent(control)
-    pooled.load_state_dict(control.state_dict())
-    pooled.control_config = replace(control.control_config, pooled=True)
+    pooled = replaced(control, pooled=True)
     x, t, conditioning = torch.randn(1, 4, 8, 8), torch.tensor([500.0]), Conditioning(torch.randn(1, 77, 64))
     with torch.no_grad():
         features = control.embed(torch.rand(1, 3, 64, 64))
         plain, mean = control(x, t, conditioning, features), pooled(x, t, conditioning, features)
     for a, b in zip((*plain.down, plain.middle), (*mean.down, mean.middle), strict=True):
         assert b.shape == (*a.shape[:2], 1, 1) and error(b, a.mean(dim=(2, 3), keepdim=True)) < 1e-6
+
+
+def replaced(control, **values):
+    """A copy with other values in its config."""
+    other = silent(control)
+    other.load_state_dict(control.state_dict())
+    other.control_config = replace(control.control_config, **values)
+    return other
+
+
+def test_pooled_networks_control_predictions_with_a_prompt_only(model, networks):
+    """As in the original code and in diffusers, in every mode."""
+    unet, control, _ = networks["tiny-control-v1"]
+    pooled = replaced(control, pooled=True)
+    x, t, hint = torch.randn(2, 4, 8, 8), torch.tensor([9.0, 9.0]), torch.rand(1, 3, 64, 64)
+    conditioning = Conditioning(torch.randn(2, 77, 64))
+    with torch.no_grad():
+        plain, both = unet(x, t, conditioning), with_control(unet, pooled, hint)(x, t, conditioning)
+    assert error(both[:1], plain[:1]) < 1e-6 and error(both[1:], plain[1:]) > 1e-2
+    made, batches = copy.copy(model), []
+    made._controls = {}
+    made.add_control(pooled, "shuffle")
+    handle = made.control_network("shuffle").network.register_forward_hook(lambda m, a, o: batches.append(len(a[0])))
+    try:
+        made.txt2img("a", controls=Control("shuffle", lines()), **SIZE)
+    finally:
+        handle.remove()
+    assert batches == [1, 1, 1]
 
 
 # ------------------------------------------------------------------------------------------------------ requests
@@ -250,6 +278,40 @@ def test_an_image_of_a_batch_is_the_image_alone(model, mode):
     assert difference(model.txt2img("a cube", n=2, **settings)[1], alone) < 0.1
 
 
+def test_cached_steps_run_no_control_network(model):
+    """But its first convolution: with an interval of 3, two of six steps run the whole."""
+    calls = []
+    network = model.control_network("edges").network
+    handle = network.register_forward_hook(lambda *_: calls.append(1))
+    settings = {"controls": Control("edges", lines(), 0.5), **SIZE, "steps": 6}
+    try:
+        cached = model.txt2img("a", cache_interval=3, **settings)[0]
+    finally:
+        handle.remove()
+    assert len(calls) == 2
+    assert difference(cached, model.txt2img("a", cache_interval=3, **SIZE | {"steps": 6})[0]) > 0.5
+
+
+@pytest.mark.parametrize("options", [{}, {"soft": True}, {"guess": True, "soft": True}])
+def test_the_first_residual_alone(networks, options):
+    """As in a cached step: the same as with the others, with guidance as well."""
+    _, control, _ = networks["tiny-control-v1"]
+    x, t, conditioning = torch.randn(2, 4, 8, 8), torch.tensor([9.0, 9.0]), Conditioning(torch.randn(2, 77, 64))
+    for network in (control, replaced(control, pooled=True)):
+        both = [
+            AppliedControl(
+                network, network.embed, torch.rand(1, 3, 64, 64), scale, images=1, first=network.first, **options
+            )
+            for scale in (0.5, 0.0, 2.0)
+        ]
+        with torch.no_grad():
+            residuals = SummedControls(both)
+            first, everything = residuals.first(x, t, conditioning), residuals(x, t, conditioning)
+        assert error(first, everything.down[0]) < 1e-6
+        nothing = SummedControls(both[1:2])
+        assert nothing(x, t, conditioning) is None and nothing.first(x, t, conditioning) is None
+
+
 def test_with_the_other_wrappers(model):
     """Cached evaluations, images without seams, AND, steps without guidance: each with the hint and without differ."""
     for more in (
@@ -318,7 +380,7 @@ def test_hints_are_cropped_or_padded(model):
     whole, notes = seen(ramp(64, 64))
     assert whole[0, 0] == 0 and whole[-1, 0] == 255 and not notes
     cropped, notes = seen(ramp(64, 128))
-    assert cropped[0, 0] > 50 and cropped[-1, 0] < 205 and notes == ["50 % of the hint is cut off"]
+    assert cropped[0, 0] > 50 and cropped[-1, 0] < 205 and notes == ["control edges: 50 % of the hint is cut off"]
     padded, notes = seen(ramp(32, 64), fit="pad")
     assert (padded[:, :16] == 0).all() and (padded[:, 48:] == 0).all() and padded[-1, 32] == 255 and not notes
 
@@ -337,6 +399,37 @@ def test_hints_go_with_the_image(model):
     request = Inpaint.of("a", image=photo, mask=mask, margin=0, controls=control, height=64, width=64, steps=2)
     seen = seen_hint(model, request)
     assert 120 < seen[0, 0] < 135 and seen[-1, 0] == 255
+    # a map of the region itself, as it is saved beside an image
+    request = replace(request, controls=[Control("edges", ramp(64, 64))])
+    seen = seen_hint(model, request)
+    assert seen[0, 0] == 0 and seen[-1, 0] == 255
+
+
+def test_hints_of_another_shape_than_the_image_are_noted(model):
+    photo = Image.new("RGB", (64, 64), "red")
+    for request in (
+        ImageToImage.of("a", image=photo, controls=Control("edges", ramp(32, 64)), steps=4),
+        Inpaint.of("a", image=photo, mask=photo.convert("L"), controls=Control("edges", ramp(32, 64)), steps=4),
+    ):
+        assert "control edges: 50 % of the hint is cut off" in model.prepare(request).notes
+
+
+def test_a_share_of_the_steps_that_is_less_than_one_is_noted(model):
+    settings = {"height": 64, "width": 64, "steps": 4}
+    run = model.prepare(TextToImage.of("a", controls=Control("edges", lines(), end=0.2), **settings))
+    assert run.notes == ["control edges: 0 to 0.2 of 4 steps is less than one step: none is controlled"]
+    run = model.prepare(TextToImage.of("a", controls=Control("edges", lines(), 0.0, end=0.2), **settings))
+    assert not run.notes  # of scale 0, which asks for nothing
+
+
+def test_colour_profiles_are_for_pictures():
+    """The numbers of a depth map or of directions mean what they are."""
+    from PIL import ImageCms
+
+    grey = Image.new("RGB", (8, 8), (100, 50, 200))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
+    grey.info["icc_profile"] = profile.tobytes()
+    assert hint_image(grey).getpixel((0, 0)) == (100, 50, 200)
 
 
 def test_kinds_of_hints():
@@ -405,8 +498,27 @@ def test_refused_controls(model):
         model.add_control(silent(control_network()), "edges")
     with pytest.raises(ValueError, match="is for another U-Net than tiny v1's"):
         model.add_control(control_network("tiny-control-v2", TINY_V2))
+    with pytest.raises(ValueError, match="its hint block reduces hints to 1/4, the model's VAE images to 1/8"):
+        model.add_control(ControlNet(ControlConfig.of(TINY.unet, hint=(16, 32, 96))), "coarse")
+    with pytest.raises(ValueError, match=r"control edges: the hint: .*infinite or NaN"):
+        model.txt2img("a", controls=Control("edges", Image.new("F", (64, 64), float("nan"))), **SIZE)
     with pytest.raises(ValueError, match="a hint must be"):
         control_network().embed(torch.rand(1, 3, 60, 64))
+
+
+def test_a_network_in_training_is_copied(model):
+    """One in another precision as well; one that can be used as it is, is."""
+    made = copy.copy(model)
+    made._controls = {}
+    trained = silent(control_network()).train().requires_grad_(True)
+    made.add_control(trained, "trained")
+    assert trained.training and all(weight.requires_grad for weight in trained.parameters())
+    assert not any(weight.requires_grad for weight in made.control_network("trained").network.parameters())
+    made.add_control(silent(control_network()).bfloat16(), "other")
+    made.txt2img("a", controls=[Control("trained", lines()), Control("other", lines())], **SIZE)
+    ready = silent(control_network())
+    made.add_control(ready, "ready")
+    assert made.control_network("ready").network is ready
 
 
 def test_adding_and_removing(tiny):

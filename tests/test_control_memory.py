@@ -83,15 +83,15 @@ def test_what_a_controlled_step_needs_is_what_the_tensors_add_up_to(gpu, config,
         assert 0.9 < (step_bytes(*sizes) + residual_bytes(*sizes)) / (peak() - before) < 1.05
 
 
-@pytest.mark.parametrize(("config", "count"), [(SD1, 1), (SD1, 2), (SDXL, 1)])
-def test_what_is_needed_is_what_a_run_takes(gpu, config, count):
-    """With what the recordings of the networks keep."""
+@pytest.mark.parametrize(("config", "count", "end"), [(SD1, 1, 1.0), (SD1, 2, 1.0), (SDXL, 1, 1.0), (SD1, 1, 0.5)])
+def test_what_is_needed_is_what_a_run_takes(gpu, config, count, end):
+    """With what the recordings of the networks keep: also of the steps without control, where there are some."""
     model = model_on(config, ALL)
     controls = [control_on_gpu(config) for _ in range(count)]
     for i, control in enumerate(controls):
         model.add_control(control, f"control {i}")
-    asked = [Control(f"control {i}", lines()) for i in range(count)]
+    asked = [Control(f"control {i}", lines(), end=end) for i in range(count)]
     params = SamplingParams(height=768, width=512, steps=2)
     found = max(phases(gpu, model, TextToImage("a", params, controls=asked)).values()) * 1e9
-    job = Job(768, 512, recorded=True, controls=tuple(map(weights_of, controls)))
+    job = Job(768, 512, recorded=True, controls=tuple(map(weights_of, controls)), kinds=1 if end == 1 else 2)
     assert 0.95 * found < needed(config, HALF, job) < 1.02 * found

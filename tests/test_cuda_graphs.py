@@ -25,7 +25,7 @@ from sd.config import UNetConfig
 from sd.models.unet import UNet
 from sd.pipeline import StableDiffusion
 from sd.runtime import packing
-from sd.runtime.cuda_graphs import SHAPES, Compiled, Recorded, cuda_graph
+from sd.runtime.cuda_graphs import KINDS, SIZES, Compiled, Recorded, cuda_graph
 from sd.runtime.optimize import optimize
 from sd.samplers import SAMPLERS
 
@@ -87,17 +87,31 @@ def test_played_back_is_what_the_network_gives(unet):
     assert (tape.recorded, tape.played) == (1, 4)
 
 
-def test_a_few_shapes_are_kept(unet):
+def test_a_few_sizes_are_kept(unet):
     tape = Tape()
     steps = Recorded(unet, tape)
     for size in (8, 9, 8, 9, 8):
         assert torch.equal(steps(*inputs(1, size)), unet(*inputs(1, size)))
-    assert tape.recorded == 2 == SHAPES
+    assert tape.recorded == 2 == SIZES
     steps(*inputs(1, 10))  # in the place of 9, which was longest ago
     steps(*inputs(1, 8))
     assert tape.recorded == 3
     steps(*inputs(1, 9))
-    assert tape.recorded == 4 and len(steps._recordings) == SHAPES
+    assert tape.recorded == 4 and len(steps._recordings) == SIZES
+
+
+def test_all_kinds_of_steps_of_a_size_are_kept(unet):
+    """With guidance and without, with residuals and without: a second image records none of them anew."""
+    tape = Tape()
+    steps = Recorded(unet, tape)
+    for _ in range(2):
+        for batch in (2, 1):
+            given = inputs(1, B=batch)
+            down = [torch.ones_like(skip) for skip in unet.contract(*unet.begin(*given))]
+            middle = torch.ones_like(down[-1])
+            assert torch.equal(steps(*given), unet(*given))
+            assert torch.equal(steps(*given, down, middle), unet(*given, down, middle))
+    assert tape.recorded == KINDS == len(steps._recordings)
 
 
 def test_other_batches_and_precisions_are_other_recordings(unet):

@@ -201,9 +201,13 @@ class Controls:
             if (key := os.path.realpath(each.file)) not in names:
                 names[key] = _free(network_name(each.file), self.files)
                 self.files[names[key]] = each.file
-        read = {path: read_image(path, BLACK) for path in dict.fromkeys(each.image for each in given)}
-        self._images = [(each.image.name, read[each.image]) for each in given]
         uses = args.control_uses or [None] * len(given)  # of a recipe: see like_controls.py
+        # colour profiles are for pictures: the numbers of a hint mean what they are
+        annotators = {args.annotate} if args.annotate else {use.module for use in uses if use is not None}
+        pictures = bool(annotators & set(ANNOTATORS[1:]))
+        paths = dict.fromkeys(each.image for each in given)
+        read = {path: read_image(path, BLACK, managed=pictures) for path in paths}
+        self._images = [(each.image.name, read[each.image]) for each in given]
         self.requested = tuple(
             control_of(args, names[os.path.realpath(each.file)], read[each.image].image, each, use)
             for each, use in zip(given, uses, strict=True)
@@ -281,7 +285,7 @@ class Controls:
 
     def save_maps(self, run: Run, output: Output, image: Path, size: tuple[int, int]) -> None:
         """Save the maps that were made of pictures beside an image of this (width, height); each once in a call."""
-        place = getattr(getattr(run, "second", run), "place", None) or at_size(*size, lambda note: None)
+        place = getattr(getattr(run, "second", run), "place", None) or at_size(*size)
         several = len(run.request.controls) > 1
         for number, control in enumerate(run.request.controls, start=1):
             if control.annotate == "none":

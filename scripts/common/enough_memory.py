@@ -65,7 +65,8 @@ def check_memory(
     leave, separate = False, device.type == "cuda" and not is_integrated(device)
     for request in requests:
         try:
-            job = job_of(args, request, config, exact, device)._replace(controls=networks)
+            kinds = 2 if any(control.start > 0 or control.end < 1 for control in request.controls) else 1
+            job = job_of(args, request, config, exact, device)._replace(controls=networks, kinds=kinds)
         except ValueError:  # invalid for this model: reported later, with the line of the request
             continue
         least = {kept: needed(config, dtype, job, kept, refiner) for kept in (ALL, WITHOUT_TEXT, ONE)}

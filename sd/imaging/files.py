@@ -98,12 +98,12 @@ class ImageFile(NamedTuple):
     digest: str
 
 
-def read_image(path: str | os.PathLike[str], background: Colour | None = WHITE) -> ImageFile:
+def read_image(path: str | os.PathLike[str], background: Colour | None = WHITE, managed: bool = True) -> ImageFile:
     """Read an image file and `flatten` it. If there are several frames or pages, it is the first, with a UserWarning.
 
     Raises ImageFileError for any file that cannot be read: missing, no permission, too large, damaged, unknown format.
     """
-    colours, alpha, several, digest = _read(path)
+    colours, alpha, several, digest = _read(path, managed)
     if several:
         warnings.warn(SEVERAL.format(path), stacklevel=2)
     return ImageFile(_over(colours, alpha, background), alpha, digest)
@@ -111,7 +111,7 @@ def read_image(path: str | os.PathLike[str], background: Colour | None = WHITE) 
 
 def read_mask(path: str | os.PathLike[str]) -> Image.Image:
     """Read a mask file and `flatten_mask` it; warnings and errors as in `read_image`."""
-    colours, alpha, several, _ = _read(path, managed=False)
+    colours, alpha, several, _ = _read(path, managed=False, labels=True)
     if several:
         warnings.warn(SEVERAL.format(path), stacklevel=2)
     try:
@@ -123,16 +123,19 @@ def read_mask(path: str | os.PathLike[str]) -> Image.Image:
     return mask
 
 
-def flatten(image: Image.Image, background: Colour | None = WHITE) -> tuple[Image.Image, Image.Image | None]:
+def flatten(
+    image: Image.Image, background: Colour | None = WHITE, managed: bool = True
+) -> tuple[Image.Image, Image.Image | None]:
     """An image of any mode -> RGB, upright; and its alpha in mode L, None if all pixels are opaque.
 
     Transparent pixels are composited onto `background`; None keeps the colours stored beneath the transparency.
-    Embedded colour profiles are applied, broken ones ignored. 16-bit values are scaled: 65535 -> 255. If the white
-    value is unknown (32-bit integers and floats), it is the smallest of 1, 255, 65535 and 2**31 - 1 that no value
-    exceeds; floats may exceed it by a factor of two, as sharpening causes. Values outside of 0 to white are clipped.
+    Embedded colour profiles are applied if `managed`, broken ones ignored. 16-bit values are scaled: 65535 -> 255. If
+    the white value is unknown (32-bit integers and floats), it is the smallest of 1, 255, 65535 and 2**31 - 1 that no
+    value exceeds; floats may exceed it by a factor of two, as sharpening causes. Values outside of 0 to white are
+    clipped.
     Raises ImageFileError for values that are not finite.
     """
-    colours, alpha = _layers(image)
+    colours, alpha = _layers(image, managed=managed)
     return _over(colours, alpha, background), alpha
 
 
@@ -142,7 +145,7 @@ def flatten_mask(image: Image.Image, note: Callable[[str], object] | None = None
     `note` receives lines on how the mask was read, for example that values are taken as labels; if None, they become
     UserWarnings. Raises ValueError for an ambiguous mask.
     """
-    mask, notes = grey_mask(*_layers(image, managed=False))
+    mask, notes = grey_mask(*_layers(image, managed=False, labels=True))
     for text in notes:
         if note is None:
             warnings.warn(text, stacklevel=2)
@@ -159,14 +162,16 @@ def _over(colours: Image.Image, alpha: Image.Image | None, background: Colour | 
     return sheet
 
 
-def _read(path: str | os.PathLike[str], managed: bool = True) -> tuple[Image.Image, Image.Image | None, bool, str]:
+def _read(
+    path: str | os.PathLike[str], managed: bool = True, labels: bool = False
+) -> tuple[Image.Image, Image.Image | None, bool, str]:
     """Colours in RGB, alpha or None, whether there are several frames, the digest of the file."""
     data = None
     try:
         data = read_bytes(path)
         with _quiet, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return *_decode(data, managed), hashlib.sha256(data).hexdigest()
+            return *_decode(data, managed, labels), hashlib.sha256(data).hexdigest()
     except Exception as error:  # decoders may raise anything for damaged data
         raise ImageFileError(f"{path}: {_problem(error, data)}") from None
 
@@ -218,7 +223,7 @@ def _too_many_pixels(size: str = "") -> str:
     return f"{size}too many pixels, the limit is {MAX_PIXELS:,}; reduce the image"
 
 
-def _decode(data: bytes, managed: bool) -> tuple[Image.Image, Image.Image | None, bool]:
+def _decode(data: bytes, managed: bool, labels: bool) -> tuple[Image.Image, Image.Image | None, bool]:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -226,7 +231,7 @@ def _decode(data: bytes, managed: bool) -> tuple[Image.Image, Image.Image | None
     tags = _tags(image)
     if tags.get(PAGE_KIND, 0) & 1 and (SUB_PAGES in tags or getattr(image, "is_animated", False)):
         raise ImageFileError(f"its first page is a small preview, as in camera raw files; open it and {SAVE_AS}")
-    layers = _layers(image, data[24] if image.format == "PNG" else 8, managed)
+    layers = _layers(image, data[24] if image.format == "PNG" else 8, managed, labels)
     try:
         several = image.format != "MPO" and getattr(image, "is_animated", False)  # MPO: a photo with its preview
     except Exception:  # the first frame is intact, the next one is not
@@ -239,18 +244,21 @@ def _tags(image: Image.Image) -> Mapping[int, Any]:
     return image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
 
 
-def _layers(image: Image.Image, bits: int = 8, managed: bool = True) -> tuple[Image.Image, Image.Image | None]:
+def _layers(
+    image: Image.Image, bits: int = 8, managed: bool = True, labels: bool = False
+) -> tuple[Image.Image, Image.Image | None]:
     """Colours in RGB and alpha in L, None if opaque; both upright and without metadata.
 
     bits     bit depth of the PNG file, before Pillow converted it to 8 or 16
-    managed  whether to apply colour profiles; masks have none, and small values are labels
+    managed  whether to apply colour profiles
+    labels   whether small values are labels, as in masks
     """
     image.load()
     try:
         turn = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # a broken EXIF block does not affect the pixels
         turn = None
-    colours, alpha = _split(image, bits, managed)
+    colours, alpha = _split(image, bits, labels)
     colours = _srgb(colours, image.info.get("icc_profile") if managed else None)
     if turn is not None:
         colours, alpha = colours.transpose(turn), alpha and alpha.transpose(turn)
@@ -260,12 +268,12 @@ def _layers(image: Image.Image, bits: int = 8, managed: bool = True) -> tuple[Im
     return colours, alpha
 
 
-def _split(image: Image.Image, bits: int, managed: bool) -> tuple[Image.Image, Image.Image | None]:
+def _split(image: Image.Image, bits: int, as_labels: bool) -> tuple[Image.Image, Image.Image | None]:
     """Colours in any 8-bit mode without alpha, and alpha."""
     key, alpha = image.info.get("transparency"), None
     if image.mode in ("La", "RGBa"):  # multiplied by alpha
         image = image.convert(image.mode.upper())
-    elif image.mode == "P" and not managed and (labels := palette_labels(image)) is not None:
+    elif image.mode == "P" and as_labels and (labels := palette_labels(image)) is not None:
         image = labels
     elif image.mode in ("P", "PA"):
         image = image.convert("RGBA")
@@ -281,14 +289,14 @@ def _split(image: Image.Image, bits: int, managed: bool) -> tuple[Image.Image, I
         alpha = Image.fromarray(np.where(same.all(-1) if same.ndim == 3 else same, 0, 255).astype(np.uint8))
     if alpha is not None and alpha.getextrema()[0] == 255:
         alpha = None
-    return (_eight_bits(image, managed) if image.mode[0] in "IF" else image), alpha
+    return (_eight_bits(image, as_labels) if image.mode[0] in "IF" else image), alpha
 
 
-def _eight_bits(image: Image.Image, managed: bool) -> Image.Image:
+def _eight_bits(image: Image.Image, as_labels: bool) -> Image.Image:
     """Modes I;16, I and F -> L."""
     numbers = np.asarray(image)
     tags = _tags(image)
-    if not managed and image.mode[0] == "I" and numbers.max() <= 255:  # labels, or 8 bits in a larger type
+    if as_labels and image.mode[0] == "I" and numbers.max() <= 255:  # labels, or 8 bits in a larger type
         white = 255
     elif image.mode.startswith("I;16") or image.format == "PNG":  # older Pillow versions read a 16-bit PNG as mode I
         white = 4095 if tags.get(BITS) == (12,) else 65535

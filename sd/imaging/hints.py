@@ -9,8 +9,7 @@ transparent or lies outside of a hint is black: nothing is asked for there.
 
 from __future__ import annotations
 
-import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
 from .files import flatten
 from .tensors import fit, frame
@@ -18,16 +17,20 @@ from .tensors import fit, frame
 BLACK = (0, 0, 0)
 BRIGHT, DARK = 200, 60  # of 255
 MOSTLY = 0.75  # share of bright pixels of black lines on white
+LINES = 0.9  # share of bright and dark ones together
 COLOURED = 12  # difference of the channels of a pixel, of 255
 
 
-def hint_image(image: Image.Image) -> Image.Image:
-    """A hint of any mode (grey, 16 bits, transparent, a palette) as RGB. Raises ValueError if it cannot be read."""
+def hint_image(image: Image.Image, managed: bool = False) -> Image.Image:
+    """A hint of any mode (grey, 16 bits, transparent, a palette) as RGB. Raises ValueError if it cannot be read.
+
+    managed   whether to apply a colour profile in it: to pictures, but not to maps of edges, depth or directions
+    """
     try:
         image.load()
     except (OSError, SyntaxError) as error:  # PIL opens files lazily
-        raise ValueError(f"the hint cannot be read: {error}") from None
-    return flatten(image, BLACK)[0]
+        raise ValueError(f"cannot be read: {error}") from None
+    return flatten(image, BLACK, managed)[0]
 
 
 def placed(hint: Image.Image, width: int, height: int, how: str) -> Image.Image:
@@ -42,9 +45,9 @@ def placed(hint: Image.Image, width: int, height: int, how: str) -> Image.Image:
 
 def looks_inverted(hint: Image.Image) -> bool:
     """Whether an RGB hint looks like black lines on white, where control networks expect white lines on black."""
-    pixels = np.asarray(hint).astype(np.int16)
-    if (pixels.max(axis=2) - pixels.min(axis=2)).max() > COLOURED:
+    red, *others = hint.split()
+    if any(sum(ImageChops.difference(red, other).histogram()[COLOURED + 1 :]) for other in others):
         return False
-    grey = pixels.mean(axis=2)
-    bright, dark = (grey > BRIGHT).mean(), (grey < DARK).mean()
-    return bool(bright > MOSTLY and dark > 0 and bright + dark > 0.9)
+    counts = hint.convert("L").histogram()
+    bright, dark, count = sum(counts[BRIGHT + 1 :]), sum(counts[:DARK]), hint.width * hint.height
+    return dark > 0 and bright > MOSTLY * count and bright + dark > LINES * count

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+CROP_NOTE = 0.9  # cropping to less than this share is worth a note
 SLACK = 8  # pixels: crop smaller excess, because resampling by a few pixels only blurs
 
 
@@ -73,6 +74,12 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
     x, y = (image.width - wide) / 2, (image.height - high) / 2
     box = (x, y, min(x + wide, image.width), min(y + high, image.height))
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def kept_by_crop(size: tuple[int, int], wanted: tuple[int, int]) -> float:
+    """The share of an image of a size (width, height) that `fit` keeps: 1 if the proportions are the same."""
+    wider = (size[0] / size[1]) / (wanted[0] / wanted[1])
+    return min(wider, 1 / wider)
 
 
 def frame(image: Image.Image, width: int, height: int) -> tuple[Image.Image, Box]:

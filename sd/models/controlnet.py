@@ -121,6 +121,11 @@ class ControlNet(UNetEncoder):
             down, middle = tuple(map(_mean, down)), _mean(middle)
         return Residuals(down, middle)
 
+    def first(self, x: Tensor, features: Tensor) -> Tensor:
+        """The first of the residuals alone, without those that need more of the network."""
+        residual = self.zero[0](self.conv_in(x) + features)
+        return _mean(residual) if self.control_config.pooled else residual
+
 
 def _mean(residual: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, C, 1, 1)."""

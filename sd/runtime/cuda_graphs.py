@@ -39,7 +39,8 @@ from . import packing
 from .circular import is_circular
 from .optimize import restore
 
-SHAPES = 2  # recordings that are kept: each holds the memory of a step
+SIZES = 2  # sizes of x of which recordings are kept: each holds the memory of a step
+KINDS = 4  # recordings that are kept: steps with and without guidance, with and without control
 WARM_UP = 2  # runs before a recording, in which libraries choose their kernels and allocate their memory
 
 Replay = Callable[[], object]
@@ -124,8 +125,9 @@ class Recorded:
     weight changes.
     """
 
-    def __init__(self, network: nn.Module, record: Record = cuda_graph) -> None:
-        self._network, self._record = network, record
+    def __init__(self, network: nn.Module, record: Record = cuda_graph, what: str = "U-Net") -> None:
+        """`what` the network is called in a warning."""
+        self._network, self._record, self._what = network, record, what
         self._recordings: dict[tuple, Recording] = {}  # by shapes and types, the most recent last
         self._weights: list[int] = []  # the addresses in the recordings
         self._failed = False
@@ -165,14 +167,14 @@ class Recorded:
         key = each_tensor(inputs, lambda x: (x.shape, x.dtype, x.device))
         recording = self._recordings.pop(key, None)
         if recording is None:
-            self._drop(SHAPES - 1)
+            self._make_room(inputs[0].shape[-2:])
             try:
                 recording = Recording.of(self._network, inputs, self._record)
             except RuntimeError as error:
                 self._drop(0)
                 self._failed = True
                 reason = str(error).partition("\n")[0]
-                warnings.warn(f"the U-Net cannot be recorded, so its steps take longer: {reason}", stacklevel=3)
+                warnings.warn(f"the {self._what} cannot be recorded, so its steps take longer: {reason}", stacklevel=3)
                 return None
         self._recordings[key] = recording
         device = inputs[0].device
@@ -182,6 +184,14 @@ class Recorded:
         out = recording(inputs)
         self._done = None if stream is None else stream.record_event()
         return out
+
+    def _make_room(self, size: torch.Size) -> None:
+        """Drop the recordings used least recently, so that one for an x of this height and width can be added."""
+        while self._recordings:
+            sizes = {recording.inputs[0].shape[-2:] for recording in self._recordings.values()}
+            if len(sizes | {size}) <= SIZES and len(self._recordings) < KINDS:
+                return
+            self._drop(len(self._recordings) - 1)
 
     def _drop(self, keep: int) -> None:
         """Drop all but the latest `keep` recordings, once no replay on any stream uses their memory."""

@@ -40,6 +40,14 @@ class Predict(Protocol):
     def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning, wrap: Wrapper) -> Tensor: ...
 
 
+class Residuals(Protocol):
+    """What control networks add to the U-Net (sd/control.py): (down, middle), or `first`, the first of `down` alone."""
+
+    def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Sequence[Tensor], Tensor] | None: ...
+
+    def first(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor | None: ...
+
+
 class Deep(nn.Module):
     """A U-Net without its last block: its output is the input of that block."""
 
@@ -85,11 +93,14 @@ class DeepCache:
     it launches few kernels.
     """
 
-    def __init__(self, predict: Predict, interval: int) -> None:
-        """`predict` is the method of a model, or a function like it. Raises ValueError for an interval below 1."""
+    def __init__(self, predict: Predict, interval: int, residuals: Residuals | None = None) -> None:
+        """`predict` is the method of a model, or a function like it; `residuals` those of control networks.
+
+        Raises ValueError for an interval below 1.
+        """
         if interval < 1:
             raise ValueError(f"cache_interval must be at least 1, got {interval}")
-        self._predict, self._interval = predict, interval
+        self._predict, self._interval, self._residuals = predict, interval, residuals
         self._features: Tensor | None = None
         self._shape: torch.Size | None = None  # of the x of these features
         self._age = 0  # calls since they were computed
@@ -111,15 +122,17 @@ class DeepCache:
         unet: UNet = plain
         deep = Deep(unet) if fast is None else fast.part(Deep)
 
-        def run(
-            x: Tensor, t: Tensor, conditioning: Conditioning, down: Sequence[Tensor] = (), middle: Tensor | None = None
-        ) -> Tensor:
+        def run(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+            first: Tensor | None = None
             if self._features is None or self._age >= self._interval or x.shape != self._shape:
-                features = deep(x, t, conditioning, down, middle)
+                residuals = None if self._residuals is None else self._residuals(x, t, conditioning)
+                features = deep(x, t, conditioning, *(residuals or ()))
+                first = None if residuals is None else residuals[0][0]
                 self._features, self._shape, self._age = features.detach(), x.shape, 0
             else:
                 features = self._features
+                first = None if self._residuals is None else self._residuals.first(x, t, conditioning)
             self._age += 1
-            return shallow(unet, x, t, conditioning, features, down[0] if down else None)
+            return shallow(unet, x, t, conditioning, features, first)
 
         return run

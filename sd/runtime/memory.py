@@ -52,6 +52,7 @@ class Job(NamedTuple):
     whole: int = 1024 * 1024  # pixels up to which the VAE takes an image as a whole
     recorded: bool = False  # steps are recorded, which keeps their memory (cuda_graphs.py)
     controls: tuple[int, ...] = ()  # weights of each control network; those are always on the device
+    kinds: int = 1  # of steps that are recorded: with control and without it
 
 
 def weight_bytes(config: Config, dtype: torch.dtype) -> dict[str, int]:
@@ -137,7 +138,7 @@ def needed(config: Config, dtype: torch.dtype, job: Job, kept: str = ALL, refine
         unet = max(own["unet"] + step for own, step in zip(weights, steps, strict=True))
         return max(unet, weights[0]["vae"] + image, text) + controls
     if job.recorded:
-        image += sum(steps)
+        image += sum(steps) + (job.kinds - 1) * steps[0]
     always = sum(size for own in weights for name, size in own.items() if kept == ALL or name in ("unet", "vae"))
     return controls + always + max(*steps, image, 0 if kept == ALL else text)
 

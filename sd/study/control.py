@@ -145,7 +145,7 @@ class ControlledImages(NamedTuple):
 def placed_hint(model: StableDiffusion, control: Control) -> Image.Image:
     """The hint as the control network sees it: RGB, at the model's size."""
     size = model.config.size
-    return hint_at(control, at_size(size, size, lambda line: None))
+    return hint_at(control, at_size(size, size))
 
 
 def request(model: StableDiffusion, prompt: str, settings: SamplingParams, control: Control | None) -> TextToImage:
