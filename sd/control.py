@@ -12,7 +12,7 @@ without a prompt. With n residuals,
     scale_i = scale 0.825^(n - 1 - i)        the middle, the last one, has the whole scale
 
 >>> from sd.config import UNetConfig
->>> from sd.models.controlnet import ControlConfig, ControlNet
+>>> from sd.models.controlnet import ControlConfig
 >>> from sd.models.unet import UNet
 >>> config = UNetConfig(channels=(32, 64), heads=(2, 2), depth=(0, 1), blocks=1, context=16)
 >>> unet, control = UNet(config), ControlNet(ControlConfig.of(config))
@@ -25,17 +25,16 @@ True
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from .conditioning import Conditioning
+from .conditioning import Conditioning, Wrapper
 from .denoiser import conditional
-from .models.controlnet import Residuals
+from .models.controlnet import ControlNet, Residuals
 
 SOFT = 0.825  # the ratio of the scales of neighbouring residuals in guess mode
-MODES = ("balanced", "prompt", "control")  # what matters more where hint and prompt contradict each other
 
 
 class ControllableNetwork(Protocol):
@@ -49,6 +48,12 @@ class ControllableNetwork(Protocol):
         down: Sequence[Tensor] = (),
         middle: Tensor | None = None,
     ) -> Tensor: ...
+
+
+class Predict(Protocol):
+    """`StableDiffusion.predict`: the output of the network, or of what `wrap` makes of it."""
+
+    def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning, wrap: Wrapper = ...) -> Tensor: ...
 
 
 class AppliedControl:
@@ -119,8 +124,19 @@ def controlled(network: ControllableNetwork, controls: Sequence[AppliedControl])
     return run
 
 
+def controlled_predict(predict: Predict, controls: Sequence[AppliedControl]) -> Predict:
+    """The method `predict` of a model, with the residuals of control networks."""
+
+    def run(x: Tensor, t: Tensor, conditioning: Conditioning, wrap: Wrapper = lambda net: net) -> Tensor:
+        return predict(
+            x, t, conditioning, lambda network: controlled(cast(ControllableNetwork, wrap(network)), controls)
+        )
+
+    return run
+
+
 def with_control(
-    network: ControllableNetwork, control: torch.nn.Module, hint: Tensor, scale: float = 1.0, *, guess: bool = False
+    network: ControllableNetwork, control: ControlNet, hint: Tensor, scale: float = 1.0, *, guess: bool = False
 ) -> ControllableNetwork:
     """The network, controlled by a hint: the same function for study and for several in turn.
 

@@ -25,6 +25,8 @@ from PIL import Image
 from torch import Tensor
 
 from . import prompt_checks
+from .control_params import FITS as FITS
+from .control_params import Control, controls
 from .samplers import SAMPLERS, Sampler, find_sampler, sampler_key, spacing_in
 from .schedule import SPACINGS
 from .settings import OneOf, Range, check_settings, flag, number, setting, whole, with_default
@@ -43,7 +45,6 @@ PIXELS = Range(whole, 0, 100_000)
 SHARE = Range(number, 0, 1)
 OWN = "in pixels; None: that of the generated image"
 OPTIONS = {name: option for entry in SAMPLERS.values() for name, option in entry.options.items()}
-FITS = ("crop", "pad")
 POSTERIORS = ("sample", "mode")
 CONTENTS = ("original", "fill", "noise")  # of the masked part, before noise is added
 RENAMED = {"weighted_prompts": "web_ui_prompts", "long_prompts": "web_ui_prompts"}  # earlier names of settings
@@ -229,6 +230,7 @@ class TextToImage:
         None, "SDXL: what its second text encoder reads in place of the prompt, one text for all or one for each"
     )
     negative_2: str | Sequence[str] | None = setting(None, "the same for the negative prompt")
+    controls: Sequence[Control] = setting((), "hints for control networks of the model (control_params.py)", controls)
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -45,10 +45,12 @@ from .checkpoints.placement import place
 from .checkpoints.weights_cache import Cached
 from .conditioning import Composition, Conditioning, Network, Wrapper
 from .config import Config
+from .controls import Controllable
 from .denoiser import Denoiser
 from .files import user_path
 from .hints import Hints
 from .hires import high_res
+from .image_starts import image_to_image, inpaint
 from .imaging.masks import mask_channels
 from .imaging.tensors import to_tensor
 from .models.text_encoder import TextEncoder
@@ -58,7 +60,7 @@ from .params import HighRes, ImageToImage, Inpaint, SamplingParams, TextToImage
 from .prompts import TextEncoding
 from .refiner import check_models, notes_on, with_refiner
 from .resources import EMBEDDED, resource
-from .run import Run, Sampling, image_to_image, inpaint, text_to_image
+from .run import Run, Sampling, text_to_image
 from .runtime.cuda_graphs import Compiled, Recorded
 from .runtime.device import best_dtype, explained, find_device, find_dtype
 from .runtime.offload import Offload, with_network, without_moving
@@ -75,7 +77,7 @@ Prompt = str | Sequence[str] | Tensor
 Progress = Callable[[Run], Iterable[Step]]
 
 
-class StableDiffusion(Adaptable, TextEncoding, Cached, Hints):
+class StableDiffusion(Adaptable, Controllable, TextEncoding, Cached, Hints):
     """A checkpoint on one device in one precision: networks, tokenizer, schedule and adapters."""
 
     def __init__(
@@ -92,8 +94,8 @@ class StableDiffusion(Adaptable, TextEncoding, Cached, Hints):
         self.about = tuple(about)  # what was detected and chosen in loading, one line each
         self._text_names = config.text_names
         self.tokenizers = tuple(map(tokenizer_for, config.text))
-        self.schedule = Schedule(config.schedule)
-        self.is_inpainting = config.is_inpainting
+        self.schedule, self.is_inpainting = Schedule(config.schedule), config.is_inpainting
+        self._controls = {}  # controls.py
         self._networks: Mapping[str, nn.Module] = {"text_encoder": text_encoder, "vae": vae, "unet": unet}
         if text_encoder_2 is not None:
             self._networks = {**self._networks, "text_encoder_2": text_encoder_2}
@@ -389,10 +391,7 @@ class StableDiffusion(Adaptable, TextEncoding, Cached, Hints):
         return latents.image_size(self.config, size, height, width, up=up)
 
     def blank_concat(self, shape: Sequence[int]) -> Tensor:
-        """(1, 5, h, w), the `concat` with which an inpainting model generates the whole image; `shape` of the latents.
-
-        A mask of ones and the latent of a grey image.
-        """
+        """(1, 5, h, w), the `concat` of a whole image: a mask of ones, and grey; `shape` (C, h, w) of the latents."""
         _, h, w = shape
         factor = self.config.vae.factor
         grey = torch.zeros(1, self.config.vae.image_channels, h * factor, w * factor, dtype=self.dtype, device="cpu")

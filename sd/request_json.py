@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from .control_params import Control
 from .params import OPTIONS, REQUESTS, HighRes, SamplingParams, TextToImage
 from .spellings import OURS, nearest, snake_case
 
@@ -31,14 +32,28 @@ def to_dict(request: TextToImage) -> dict[str, Any]:
         if isinstance(value, SamplingParams):
             value = {g.name: getattr(value, g.name) for g in fields(SamplingParams)}
         elif isinstance(value, Image.Image):
-            buffer = io.BytesIO()
-            in_png = value.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
-            (value if in_png else value.convert("RGB")).save(buffer, "PNG")
-            value = base64.b64encode(buffer.getvalue()).decode("ascii")
+            value = _png(value)
+        elif f.name == "controls":
+            value = [
+                {**{g.name: getattr(each, g.name) for g in fields(each)}, "image": _png(each.image)} for each in value
+            ]
         elif isinstance(value, tuple):
             value = list(value)
         found[f.name] = value
     return found
+
+
+def _png(image: Image.Image) -> str:
+    """An image as PNG in base64."""
+    buffer = io.BytesIO()
+    in_png = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+    (image if in_png else image.convert("RGB")).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _image(text: str) -> Image.Image:
+    """The image that `_png` serialised."""
+    return Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]).copy()
 
 
 def hint_for(name: str, known: Collection[str]) -> str:
@@ -62,8 +77,9 @@ def from_dict(values: Mapping[str, Any]) -> TextToImage:
         given["params"] = SamplingParams(**given.get("params", {}))
         for name in (f.name for f in fields(kind) if f.metadata.get("image")):
             if given.get(name) is not None:
-                png = io.BytesIO(base64.b64decode(given[name], validate=True))
-                given[name] = Image.open(png, formats=["PNG"]).copy()
+                given[name] = _image(given[name])
+        if given.get("controls"):
+            given["controls"] = [Control(**{**each, "image": _image(each["image"])}) for each in given["controls"]]
         return kind(**given)
     except (TypeError, KeyError, AttributeError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"not a request: {error!s:.200}") from None

@@ -1,4 +1,4 @@
-"""Where the files that travel with the package lie: the merges table of the tokenizer, the embedded model, its LoRA.
+"""Where the files that travel with the package lie: the tokenizer's table of merges, and the embedded model's files.
 
 In a checkout they stand beside the package (`data/`, `weights/`); a built wheel carries them inside of it
 (`sd/data/`, `sd/weights/`). Nothing else needs to know.
@@ -14,6 +14,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent
 EMBEDDED = "weights/pocket.safetensors"  # the model that comes with the project, ...
 EMBEDDED_LORA = "weights/pocket-lcm.safetensors"  # ... and the LoRA with which it needs few steps (few_step.py)
+EMBEDDED_CONTROLS = {"edges": "weights/pocket-edges.safetensors"}  # its control networks (controls.py)
 
 
 def resource(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Runs: how each request starts, the steps it takes, and its result.
+"""Runs: the steps that a request takes, and its result. How requests with an image start is in image_starts.py.
 
     request -> contexts, noise levels, generators -> initial latents and denoiser (`Start`) -> steps -> images
 
@@ -8,30 +8,26 @@ neither on its batch nor on the device; how its steps are rounded does, unless t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from .changing_prompts import Pass
 from .conditioning import Composition, Network
-from .denoiser import by_step, keep_known, one_by_one
+from .control import AppliedControl, controlled_predict
+from .controls import Place, applied, at_size
+from .denoiser import by_step, one_by_one
 from .few_step import unsuited
-from .imaging.colours import match_colours
-from .imaging.files import WHITE, flatten
-from .imaging.masks import Canvas, latent_mask, mask_channels, masked_image, prepare_mask, surroundings, widened
-from .imaging.tensors import Box, fit, frame, to_tensor
-from .latents import decode, image_size, latent_shape
+from .latents import decode, latent_shape
 from .messages import counted
 from .models.build import Autoencoder
 from .models.vae import Gaussian
 from .noise import NoiseSource
-from .params import ImageToImage, Inpaint, ResolvedParams, TextToImage
+from .params import ResolvedParams, TextToImage
 from .prompt_checks import is_empty
 from .prompts import guides
 from .runtime.circular import CircularPadding, circular
@@ -41,8 +37,6 @@ from .schedule import Levels
 
 if TYPE_CHECKING:
     from .pipeline import StableDiffusion
-
-CROP_NOTE = 0.9  # cropping to less than this share of the image adds a note
 
 
 class Sampling(Iterator[Step]):
@@ -121,6 +115,7 @@ class Run(Iterator[Step]):
         if strength > 0 and len(self.levels) == 1:
             notes.append(f"strength {strength:g} of {params.steps} steps is less than one step: nothing is generated")
         size = (shape[1] * model.config.vae.factor, shape[2] * model.config.vae.factor)
+        self.place: Place | None = None  # puts hints where the image is; None: at the size generated
         taken = Pass(params.steps, len(self), first_pass, size)
         self.guides = guides(model, request, params, taken, notes.append)
         self.source = NoiseSource(params, len(request.prompt) * params.n, model.device)
@@ -183,17 +178,39 @@ class Run(Iterator[Step]):
         if params.tileable and any(side * config.vae.factor % even for side in shape[1:]):
             self.notes.append(f"tileable: the image repeats most evenly if its sides are multiples of {even}")
         guided = self._guided()
-        # of each step: its guide and its guidance scale
         told = config.unet.guidance is not None
-        steps = [(guide, params.guidance if told or i < guided else 1.0) for i, guide in enumerate(self.guides)]
+        hints = self._hints(shape) if self.request.controls else []
+        # of each step: its guide, its guidance scale, and the hints that it follows
+        steps = [
+            (guide, params.guidance if told or i < guided else 1.0, self._followed(i, hints) if hints else [])
+            for i, guide in enumerate(self.guides)
+        ]
+        keys = [(id(guide), scale, tuple(map(id, followed))) for guide, scale, followed in steps]
         made = {
             key: model.denoiser(
-                guide.cond, guide.uncond, scale, concat, network=self._network(), rescale=params.guidance_rescale
+                guide.cond,
+                guide.uncond,
+                scale,
+                concat,
+                network=self._network(followed),
+                rescale=params.guidance_rescale,
             )
-            for key, (guide, scale) in {(id(guide), scale): (guide, scale) for guide, scale in steps}.items()
+            for key, (guide, scale, followed) in dict(zip(keys, steps, strict=True)).items()
         }
         first, *others = made.values()
-        return by_step([made[id(guide), scale] for guide, scale in steps], self.levels) if others else first
+        return by_step([made[key] for key in keys], self.levels) if others else first
+
+    def _hints(self, shape: tuple[int, int, int]) -> list[AppliedControl]:
+        """The hints of the request, placed on the image with latents of this shape."""
+        images = 1 if self.params.exact else len(self.seeds)
+        height, width = (side * self.model.config.vae.factor for side in shape[1:])
+        place = self.place or at_size(width, height, self.notes.append)
+        return applied(self.model, self.request.controls, place, images, self.notes.append)
+
+    def _followed(self, step: int, hints: list[AppliedControl]) -> list[AppliedControl]:
+        """Those of the hints of the request that a step follows."""
+        both, steps = zip(hints, self.request.controls, strict=True), max(len(self), 1)
+        return [hint for hint, control in both if control.is_active(step, steps)]
 
     @property
     def is_guided(self) -> bool:
@@ -204,12 +221,13 @@ class Run(Iterator[Step]):
         """How many steps use guidance: a fraction of those that are taken, rounded down."""
         return int(len(self) * self.params.guidance_until + 1e-9) if self.is_guided else 0  # as in `levels`
 
-    def _network(self) -> Network:
-        """The network of one denoiser; with `exact`, one for each image."""
-        params, network, images = self.params, self.model.predict, len(self.seeds) if self.params.exact else 1
-        networks: list[Network] = [network] * images
+    def _network(self, hints: Sequence[AppliedControl] = ()) -> Network:
+        """The network of one denoiser, which follows these hints; with `exact`, one for each image."""
+        params, images = self.params, len(self.seeds) if self.params.exact else 1
+        predict = controlled_predict(self.model.predict, hints) if hints else self.model.predict
+        networks: list[Network] = [predict] * images
         if params.cache_interval > 1:
-            networks = [DeepCache(network, params.cache_interval) for _ in networks]
+            networks = [DeepCache(predict, params.cache_interval) for _ in networks]
         if params.tileable:
             networks = [circular(network) for network in networks]
         return one_by_one(networks) if params.exact else networks[0]
@@ -268,130 +286,9 @@ class Unchanged(Run):
         return [self.image.copy() for _ in self.seeds]
 
 
-# --------------------------------------------------------------------------------------------- the three starts
-
-
 def text_to_image(model: StableDiffusion, request: TextToImage) -> Run:
     """Start from pure noise: unit noise, as in the original code, because sigma is close to 1 at the first level."""
     params = request.params.resolved(model.defaults)
     shape = latent_shape(model.config, params.height, params.width)
     run = Run(model, request, params, [], shape)
     return run.begin(Start(run.source.initial(shape), run.denoiser(shape)))
-
-
-def image_to_image(model: StableDiffusion, request: ImageToImage) -> Run:
-    """Start from the latents of the image, with the noise of the first level added."""
-    params = request.params.resolved(model.defaults)
-    image, _ = _rgb_and_alpha(request.image)
-    height, width = image_size(model.config, image.size, params.height, params.width, up=request.fit == "pad")
-    shape = latent_shape(model.config, height, width)
-    run = Run(model, request, params, [], shape, request.strength)
-    inside = Box(0, 0, width, height)
-    if request.fit == "pad":
-        image, inside = frame(image, width, height)
-        check_tileable(run, inside, width, height)
-    else:
-        wider = (image.width / image.height) / (width / height)
-        if (kept := min(wider, 1 / wider)) < CROP_NOTE:
-            run.notes.append(f"{100 - 100 * kept:.0f} % of the image is cut off")
-        image = fit(image, width, height)
-    if request.strength == 1:  # nothing of the image is left
-        x = run.source.initial(shape)
-    else:
-        z = _latents(run, to_tensor(image), request.posterior)
-        noise = run.source.initial(shape)
-        x = model.schedule.add_noise(z, noise, run.levels[0]) if len(run) else z
-    original = image.crop(inside)
-
-    def finish(generated: Image.Image) -> Image.Image:
-        generated = generated.crop(inside)
-        return match_colours(generated, original) if request.match_colours else generated
-
-    return run.begin(Start(x, run.denoiser(shape), finish=finish))
-
-
-def inpaint(model: StableDiffusion, request: Inpaint) -> Run:
-    """Start from noise in the masked part.
-
-    A model of 9 channels receives the mask and the masked image as input; for any other, x0 is held to the known part
-    of the image (`keep_known`).
-    """
-    params, notes, factor = request.params.resolved(model.defaults), list[str](), model.config.vae.factor
-    image, mask = _image_and_mask(request, notes.append)
-    whole_image = region = Box(0, 0, *image.size)
-    if request.margin is not None:
-        region = surroundings(mask, request.margin) or whole_image
-    height, width = image_size(model.config, region.size, params.height, params.width, up=True)
-    if region != whole_image:
-        region = widened(region, width / height, image.size)
-    if mask.getbbox() is None:
-        notes.append("the mask is empty (all black): nothing is generated")
-        return Unchanged(model, request, params, notes, image)
-
-    shape = latent_shape(model.config, height, width)
-    run = Run(model, request, params, notes, shape, request.strength)
-    canvas = Canvas.of(image, mask, region, width, height)
-    check_tileable(run, canvas.inside if region == whole_image else None, width, height)
-    known = concat = None
-    if not model.is_inpainting or request.strength < 1:
-        fill = request.content == "fill" and request.strength < 1
-        known = _latents(run, canvas.filled() if fill else canvas.pixels, request.posterior)
-    if model.is_inpainting:
-        masked = _latents(run, masked_image(canvas.pixels, canvas.hole), request.posterior)
-        concat = mask_channels(latent_mask(canvas.hole, factor), masked)
-    x = run.source.initial(shape)
-    # a latent is generated if any of its pixels is masked
-    hole = F.max_pool2d(canvas.hole, factor).to(model.device)
-    if known is not None:
-        noised = model.schedule.add_noise(known, x, run.levels[0]) if len(run) else known
-        from_noise = request.strength == 1 or (request.content == "noise" and len(run) > 0)
-        x = torch.where(hole > 0, x, noised) if from_noise else noised
-    denoise = run.denoiser(shape, concat)
-    if model.is_inpainting or known is None:
-        return run.begin(Start(x, denoise, finish=canvas.paste))
-    z, hold = known, partial(keep_known, known=known, mask=hole)
-    return run.begin(Start(x, hold(denoise), lambda last: torch.lerp(z, last, hole), canvas.paste, hold))
-
-
-def _latents(run: Run, pixels: Tensor, posterior: str) -> Tensor:
-    """(1, 3, H, W) -> the latents of each image (B, C, h, w): its own posterior sample, or the mean."""
-    gaussian = run.encode(pixels)
-    if posterior == "mode":
-        return gaussian.mode().expand(len(run.seeds), -1, -1, -1)
-    return gaussian.sample(run.source.posterior(gaussian.mean.shape[1:]))
-
-
-def check_tileable(run: Run, inside: Box | None, width: int, height: int) -> None:
-    """Raise ValueError if a tileable image is wanted, and only a part of the generated one is kept.
-
-    inside   this part of the width x height generated; None for the region around a mask
-    """
-    if run.params.tileable and inside is None:
-        raise ValueError("tileable cannot be combined with margin (--only-masked): leave the margin out")
-    if run.params.tileable and inside != Box(0, 0, width, height):
-        raise ValueError(
-            f"tileable: the image would be padded to {width}x{height}, and its edges would not match: use "
-            f"one whose sides are multiples of {run.model.config.vae.factor}"
-        )
-
-
-def _image_and_mask(request: Inpaint, note: Callable[[str], object]) -> tuple[Image.Image, Image.Image]:
-    """RGB image and mask (mode L) of the same size; if no mask is given, the transparent part is the mask."""
-    if request.mask is not None:
-        image, mask = _rgb_and_alpha(request.image)[0], request.mask
-    else:
-        image, alpha = _rgb_and_alpha(request.image, None)  # keeps the colours of half-transparent pixels
-        if alpha is None:
-            raise ValueError("no part of the image is masked: give a mask, or an image with a transparent part")
-        mask = ImageOps.invert(alpha)
-    return image, prepare_mask(mask, image.size, request.blur, note)
-
-
-def _rgb_and_alpha(
-    image: Image.Image, background: tuple[int, int, int] | None = WHITE
-) -> tuple[Image.Image, Image.Image | None]:
-    try:
-        image.load()
-    except (OSError, SyntaxError) as error:  # PIL opens files lazily
-        raise ValueError(f"the image cannot be read: {error}") from None
-    return flatten(image, background)

@@ -57,7 +57,11 @@ class SecondTexts(NamedTuple):
 
 
 def for_refiner(request: TextToImage, config: Config) -> TextToImage:
-    """The request for a refiner: its only text encoder is the second one of SDXL, and reads the same texts."""
+    """The request for a refiner, to which no control network fits.
+
+    Its only text encoder is the second one of SDXL, and reads the same texts.
+    """
+    request = replace(request, controls=())
     if len(config.text) > 1:
         return request
     prompt = request.prompt if request.prompt_2 is None else request.prompt_2

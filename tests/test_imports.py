@@ -29,10 +29,15 @@ ALLOWED = {
     "samplers": {"schedule"},
     "control": {"conditioning", "denoiser", "models"},
     "control_config": {"config"},
+    "control_params": {"settings"},
+    "controls": {
+        "checkpoints", "config", "control", "control_config", "control_params", "files", "imaging", "models",
+        "resources", "runtime", "text",
+    },
     "denoiser": {"conditioning", "samplers", "schedule"},
     "prompt_checks": {"messages"},
-    "params": {"config", "prompt_checks", "request_json", "samplers", "schedule", "settings"},
-    "request_json": {"params", "spellings"},
+    "params": {"config", "control_params", "prompt_checks", "request_json", "samplers", "schedule", "settings"},
+    "request_json": {"control_params", "params", "spellings"},
     "runtime": {"__version__", "conditioning", "config", "files", "models"},
     "models": {"conditioning", "config", "control_config"},
     "text": {"messages", "resources"},
@@ -54,23 +59,24 @@ ALLOWED = {
     "noise": {"params"},
     "recipes": {"imaging", "messages", "params", "samplers", "schedule", "text"},
     "run": {
-        "changing_prompts", "conditioning", "config", "denoiser", "few_step", "imaging", "latents", "messages",
+        "changing_prompts", "conditioning", "control", "controls", "denoiser", "few_step", "latents", "messages",
         "models", "noise", "params", "prompt_checks", "prompts", "runtime", "samplers", "schedule",
     },
+    "image_starts": {"controls", "denoiser", "imaging", "latents", "models", "params", "run"},
     "hires": {"config", "imaging", "latents", "params", "run", "samplers", "schedule"},
     "refiner": {
         "config", "denoiser", "hires", "messages", "params", "run", "runtime", "schedule", "second_prompts",
         "size_conditioning",
     },
     "pipeline": {
-        "adapters", "checkpoints", "conditioning", "config", "denoiser", "files", "hints", "hires", "imaging",
-        "latents", "models", "params", "prompts", "refiner", "resources", "run", "runtime", "samplers", "schedule",
-        "size_conditioning", "text",
+        "adapters", "checkpoints", "conditioning", "config", "controls", "denoiser", "files", "hints", "hires",
+        "image_starts", "imaging", "latents", "models", "params", "prompts", "refiner", "resources", "run", "runtime",
+        "samplers", "schedule", "size_conditioning", "text",
     },
     "study": None,  # stands on top of everything: nothing may import it
 }  # fmt: skip
 # imported under TYPE_CHECKING only: a run is one of a model
-ANNOTATED = {name: {"pipeline"} for name in ("changing_prompts", "prompts", "run", "hires", "refiner")}
+ANNOTATED = {name: {"pipeline"} for name in ("changing_prompts", "prompts", "run", "image_starts", "hires", "refiner")}
 FILES = sorted(path for path in (ROOT / "sd").rglob("*.py") if path != ROOT / "sd" / "__init__.py")
 
 

@@ -226,12 +226,8 @@ class UNet(UNetEncoder):
         x, time, context = self.begin(x, t, conditioning)
         skips = self.contract(x, time, context)
         x = self.bottom(skips[-1], time, context)
-        if middle is not None:
-            x = x + middle
-        if down:
-            if len(down) != len(skips):
-                raise ValueError(f"{len(down)} residuals of a control network, but the U-Net keeps {len(skips)}")
-            skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
+        if down or middle is not None:
+            skips, x = with_residuals(skips, x, down, middle)
         return self.end(self.expand(x, skips, time, context))
 
     # Parts of `forward`, like those of the encoder, for networks that run some of them: see runtime/deep_cache.py
@@ -251,3 +247,14 @@ class UNet(UNetEncoder):
     def end(self, x: Tensor) -> Tensor:
         """The last features (B, C_0, H, W) -> the prediction (B, C, H, W)."""
         return self.conv_out(F.silu(self.norm_out(x), inplace=True))
+
+
+def with_residuals(
+    skips: list[Tensor], x: Tensor, down: Sequence[Tensor], middle: Tensor | None
+) -> tuple[list[Tensor], Tensor]:
+    """The skip connections, and the output x of the middle, with the residuals of control networks added."""
+    if down:
+        if len(down) != len(skips):
+            raise ValueError(f"{len(down)} residuals of a control network, but the U-Net keeps {len(skips)}")
+        skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
+    return skips, x if middle is None else x + middle

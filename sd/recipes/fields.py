@@ -53,7 +53,7 @@ KEYS = {
 ALWAYS = ("strength", "hires", "hires_strength")  # written even if they have their default, which tells the kind
 RNGS = {"torch-cpu": "CPU", "nv": "NV", "comfy": "Comfy"}  # as the web UI writes them; it has no third
 # written in a form of their own, or not settings of one image
-APART = {"prompt", "negative", "params", "n", "height", "width", "options"}
+APART = {"prompt", "negative", "params", "n", "height", "width", "options", "controls"}
 NUMBER = re.compile(r"[+-]?(\d{1,30}(\.\d{0,30})?|\.\d{1,30})(e[+-]?\d{1,3})?", re.ASCII | re.IGNORECASE)
 DIGITS = 20  # of a whole number: 2^64 has 20
 

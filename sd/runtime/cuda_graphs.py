@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
-from ..conditioning import Conditioning, Network
+from ..conditioning import Conditioning
 from . import packing
 from .circular import is_circular
 from .optimize import restore
@@ -42,14 +42,13 @@ from .optimize import restore
 SHAPES = 2  # recordings that are kept: each holds the memory of a step
 WARM_UP = 2  # runs before a recording, in which libraries choose their kernels and allocate their memory
 
-Inputs = tuple[Tensor | None, ...]  # x, t, and the fields of a conditioning
 Replay = Callable[[], object]
 Part = Callable[[Any], nn.Module]  # makes a module of a part of a network
-Record = Callable[[Callable[[], Tensor], torch.device], tuple[Replay, Tensor]]  # as `cuda_graph`
+Record = Callable[[Callable[[], Any], torch.device], tuple[Replay, Any]]  # as `cuda_graph`
 
 
-def cuda_graph(run: Callable[[], Tensor], device: torch.device) -> tuple[Replay, Tensor]:
-    """Record a run on a CUDA device; returns the function that replays it, and the tensor that holds its result.
+def cuda_graph(run: Callable[[], Any], device: torch.device) -> tuple[Replay, Any]:
+    """Record a run on a CUDA device; returns the function that replays it, and the tensors that hold its result.
 
     Everything that the run reads must stay at its address. Raises RuntimeError if the run cannot be recorded.
     """
@@ -72,30 +71,46 @@ def cuda_graph(run: Callable[[], Tensor], device: torch.device) -> tuple[Replay,
     return replay, out
 
 
+def each_tensor(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Inputs or outputs of a network with every tensor in them changed: tensors and tuples of them, as deep as they go.
+
+    A list becomes a tuple, a named tuple stays one, and anything else stays what it is.
+    """
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple | list):
+        changed = [each_tensor(x, change) for x in value]
+        return type(value)(*changed) if hasattr(value, "_fields") else tuple(changed)
+    return value
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in inputs or outputs of a network."""
+    found: list[Tensor] = []
+    each_tensor(value, found.append)
+    return found
+
+
 class Recording(NamedTuple):
     """A step at one shape: after `replay`, `out` is the output of the network for `inputs`."""
 
-    inputs: Inputs
+    inputs: tuple[Any, ...]
     replay: Replay
-    out: Tensor
+    out: Any
 
     @classmethod
-    def of(cls, network: nn.Module, inputs: Inputs, record: Record) -> Recording:
+    def of(cls, network: nn.Module, inputs: tuple[Any, ...], record: Record) -> Recording:
         """Record the network on buffers of its own, which can be written to inside and outside of `inference_mode`."""
         with torch.inference_mode(False), torch.no_grad():
-            own = tuple(None if x is None else x.clone() for x in inputs)
-            x, t, context, *others = own
-            assert x is not None and context is not None
-            conditioning = Conditioning(context, *others)
-            return cls(own, *record(lambda: network(x, t, conditioning), x.device))
+            own = each_tensor(inputs, Tensor.clone)
+            return cls(own, *record(lambda: network(*own), own[0].device))
 
-    def __call__(self, inputs: Inputs) -> Tensor:
-        """The output of the network, in a new tensor."""
-        for own, x in zip(self.inputs, inputs, strict=True):
-            if own is not None and x is not None:
-                own.copy_(x)
+    def __call__(self, inputs: tuple[Any, ...]) -> Any:
+        """The output of the network, in new tensors."""
+        for own, x in zip(tensors(self.inputs), tensors(inputs), strict=True):
+            own.copy_(x)
         self.replay()
-        return self.out.clone()
+        return each_tensor(self.out, Tensor.clone)
 
 
 _one_at_a_time = threading.Lock()  # the buffers of a recording serve one call at a time
@@ -130,15 +145,16 @@ class Recorded:
         found = self._parts.get(part)
         return found or self._parts.setdefault(part, Recorded(part(self._network), self._record))
 
-    def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The output of the network."""
+    def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning, *more: Any) -> Any:
+        """The output of the network; `more` are further inputs, such as the residuals of a control network."""
+        inputs = (x, t, conditioning, *more)
         if self._failed or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or is_circular():
-            return self._network(x, t, conditioning)
+            return self._network(*inputs)
         with _one_at_a_time:
-            out = self._replayed((x, t, *conditioning))
-        return self._network(x, t, conditioning) if out is None else out
+            out = self._replayed(inputs)
+        return self._network(*inputs) if out is None else out
 
-    def _replayed(self, inputs: Inputs) -> Tensor | None:
+    def _replayed(self, inputs: tuple[Any, ...]) -> Any:
         """The output from a recording; None if the network cannot be recorded."""
         watched, weights = _look(self._network)
         if watched or weights != self._weights:
@@ -146,7 +162,7 @@ class Recorded:
             self._weights = weights
         if watched:
             return None
-        key = tuple(None if x is None else (x.shape, x.dtype, x.device) for x in inputs)
+        key = each_tensor(inputs, lambda x: (x.shape, x.dtype, x.device))
         recording = self._recordings.pop(key, None)
         if recording is None:
             self._drop(SHAPES - 1)
@@ -159,7 +175,7 @@ class Recorded:
                 warnings.warn(f"the U-Net cannot be recorded, so its steps take longer: {reason}", stacklevel=3)
                 return None
         self._recordings[key] = recording
-        device = recording.out.device
+        device = inputs[0].device
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         if stream is not None and self._done is not None:  # the lock orders calls, not what the device does
             stream.wait_event(self._done)
@@ -201,7 +217,7 @@ class Compiled:
             warnings.warn("the compiled U-Net is slower on this processor than the plain one", stacklevel=3)
         self._network = restore(network)
         self._mode = mode or ("max-autotune" if weight.device.type == "cuda" else None)
-        self._fast: Network | None = None  # compiled at the first call
+        self._fast: Callable[..., Any] | None = None  # compiled at the first call
         self._parts: dict[Part, Compiled] = {}
 
     def __getstate__(self) -> dict[str, Any]:  # for copying: a copy compiles its own network
@@ -221,15 +237,15 @@ class Compiled:
             found = self._parts.setdefault(part, compiled)  # another thread may have been faster
         return found
 
-    def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The output of the network."""
+    def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning, *more: Any) -> Any:
+        """The output of the network; `more` as for `Recorded`."""
         if is_circular():
-            return self._network(x, t, conditioning)
+            return self._network(x, t, conditioning, *more)
         if self._fast is None:
             self._fast = torch.compile(self._network, dynamic=False, mode=self._mode)
         try:
             # compiled networks may replay CUDA graphs, too, and the next replay overwrites the memory of the result
-            return self._fast(x, t, conditioning).clone()
+            return each_tensor(self._fast(x, t, conditioning, *more), Tensor.clone)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(getattr(error, "inner_exception", error)).partition("\n")[0]
             hint = "load it without compiling (no --compile)"

@@ -22,13 +22,14 @@ False
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..conditioning import Conditioning, Network, Wrapper
-from ..models.unet import UNet
+from ..models.unet import UNet, with_residuals
 from .cuda_graphs import Compiled, Recorded
 from .optimize import unwrapped
 
@@ -46,17 +47,31 @@ class Deep(nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """x (B, C, H, W), t (B,) and the conditioning -> features (B, C', H, W), the input of the last block."""
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        conditioning: Conditioning,
+        down: Sequence[Tensor] = (),
+        middle: Tensor | None = None,
+    ) -> Tensor:
+        """The inputs of the U-Net -> features (B, C', H, W), the input of its last block."""
         x, time, context = self.unet.begin(x, t, conditioning)
         skips = self.unet.contract(x, time, context)
-        return self.unet.expand(self.unet.bottom(skips[-1], time, context), skips, time, context, left=1)
+        x = self.unet.bottom(skips[-1], time, context)
+        skips, x = with_residuals(skips, x, down, middle)
+        return self.unet.expand(x, skips, time, context, left=1)
 
 
-def shallow(unet: UNet, x: Tensor, t: Tensor, conditioning: Conditioning, features: Tensor) -> Tensor:
-    """The prediction (B, C, H, W) from the last block, with input `features`; exact if they are from the same x."""
+def shallow(
+    unet: UNet, x: Tensor, t: Tensor, conditioning: Conditioning, features: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """The prediction (B, C, H, W) from the last block, with input `features`; exact if they are from the same x.
+
+    residual   that of control networks for the first skip connection, the only one which this block has
+    """
     x, time, context = unet.begin(x, t, conditioning)
-    return unet.end(unet.expand(features, [x], time, context))
+    return unet.end(unet.expand(features, [x if residual is None else x + residual], time, context))
 
 
 class DeepCache:
@@ -96,13 +111,15 @@ class DeepCache:
         unet: UNet = plain
         deep = Deep(unet) if fast is None else fast.part(Deep)
 
-        def run(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        def run(
+            x: Tensor, t: Tensor, conditioning: Conditioning, down: Sequence[Tensor] = (), middle: Tensor | None = None
+        ) -> Tensor:
             if self._features is None or self._age >= self._interval or x.shape != self._shape:
-                features = deep(x, t, conditioning)
+                features = deep(x, t, conditioning, down, middle)
                 self._features, self._shape, self._age = features.detach(), x.shape, 0
             else:
                 features = self._features
             self._age += 1
-            return shallow(unet, x, t, conditioning, features)
+            return shallow(unet, x, t, conditioning, features, down[0] if down else None)
 
         return run

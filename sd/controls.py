@@ -1,0 +1,163 @@
+"""The control networks of a model: adding and removing them, and the hints of a request at work.
+
+    model.add_control("control_sd15_canny.safetensors", "canny")
+    model.txt2img("a castle", controls=[Control("canny", edges, scale=0.8)])
+
+Control networks stay on the device beside the U-Net, also with `low_memory`: both are needed in every step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from .config import Config
+from .control import AppliedControl
+from .control_config import ControlConfig
+from .control_params import Control
+from .files import user_path
+from .imaging.hints import hint_image, looks_inverted, placed
+from .imaging.tensors import to_tensor
+from .models.controlnet import ControlNet
+from .resources import EMBEDDED_CONTROLS, resource
+from .runtime.cuda_graphs import Recorded
+from .runtime.optimize import optimize
+from .text.tokenizer import Note, warn
+
+CROP_NOTE = 0.9  # cropping a hint to less than this share adds a note
+
+
+class LoadedControl(NamedTuple):
+    """A control network of a model: itself, and recorded where the U-Net is."""
+
+    network: ControlNet
+    fast: Callable[..., Any]
+
+
+class Controllable:
+    """A model to which control networks can be added."""
+
+    config: Config
+    device: torch.device
+    dtype: torch.dtype
+    _controls: dict[str, LoadedControl]
+
+    @property
+    def controls(self) -> dict[str, ControlConfig]:
+        """The control networks that were added: name -> config."""
+        return {name: loaded.network.control_config for name, loaded in self._controls.items()}
+
+    def add_control(
+        self, control: str | os.PathLike[str] | ControlNet, name: str | None = None, *, note: Note = warn
+    ) -> str:
+        """Add a control network, for the `controls` of requests; returns its name.
+
+        control   a file or folder as other programs and this one write them, a network, or the name of one that comes
+                  with the embedded model: "edges"
+        name      that of the network from then on; by default the file's
+        note      receives lines on what was found and chosen; they are UserWarnings if it is not given
+
+        Raises CheckpointError for a file that is not a control network, or one for another family of models;
+        ValueError if the name is taken.
+        """
+        if isinstance(control, ControlNet):
+            network, name = control, name or control.control_config.name
+            if not network.control_config.fits(self.config.unet):
+                raise ValueError(f"the {network.control_config.name} is for another U-Net than {self.config.name}'s")
+        else:
+            path = _path(control)
+            name = name or (str(control) if str(control) in EMBEDDED_CONTROLS else Path(path).stem)
+        if name in self._controls:
+            raise ValueError(f"there is a control network {name!r} already: give this one another name")
+        if not isinstance(control, ControlNet):
+            from .checkpoints.control_files import load_control
+
+            network, notes = load_control(path, self, self.device, self.dtype)
+            for line in notes:
+                note(line)
+        network = optimize(network.requires_grad_(False).eval())  # type: ignore[assignment]
+        fast = Recorded(network) if self.device.type == "cuda" and self._is_recorded() else network
+        self._controls[name] = LoadedControl(network, fast)
+        return name
+
+    def remove_control(self, *names: str) -> None:
+        """Remove control networks, all if no name is given. Raises ValueError for an unknown name."""
+        for name in names or [*self._controls]:
+            self.control_network(name)
+            del self._controls[name]
+
+    def control_network(self, name: str) -> LoadedControl:
+        """The control network of this name. Raises ValueError, which lists those there are, for an unknown one."""
+        if name not in self._controls:
+            known = ", ".join(self._controls) or "none"
+            raise ValueError(f"the model has no control network {name!r} (it has {known}): add it with add_control")
+        return self._controls[name]
+
+    def _is_recorded(self) -> bool:
+        return isinstance(getattr(self, "_fast_unet", None), Recorded)
+
+
+def _path(control: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The path of a control network, or of the embedded one of this name."""
+    name = str(control)
+    return resource(EMBEDDED_CONTROLS[name]) if name in EMBEDDED_CONTROLS else user_path(control)
+
+
+Place = Callable[[Image.Image, str], Image.Image]  # an RGB hint and its `fit` -> the hint at the size generated
+
+
+def applied(
+    model: Controllable, controls: Sequence[Control], place: Place, images: int, note: Note
+) -> list[AppliedControl]:
+    """The hints of a request for a batch of so many images, with their control networks.
+
+    place   puts a hint where the image is
+    note    receives lines on hints that are cropped, or look as if they were inverted
+
+    Raises ValueError if the model has no control network of a name.
+    """
+    found = []
+    for control in controls:
+        network, fast = model.control_network(control.name)
+        hint = hint_image(control.image)
+        if looks_inverted(hint):
+            note(
+                f"control {control.name}: the hint looks like black lines on white; control networks expect white "
+                "lines on black: invert it"
+            )
+        pixels = (to_tensor(place(hint, control.fit)) + 1) / 2
+        found.append(
+            AppliedControl(
+                fast, network.embed, pixels, control.scale,
+                soft=control.mode != "balanced", guess=control.mode == "control", images=images,
+            )
+        )  # fmt: skip
+    return found
+
+
+def at_size(width: int, height: int, note: Note) -> Place:
+    """Places hints on an image that is generated at this size, cropped or padded as they ask for."""
+
+    def place(hint: Image.Image, how: str) -> Image.Image:
+        wider = (hint.width / hint.height) / (width / height)
+        if how == "crop" and (kept := min(wider, 1 / wider)) < CROP_NOTE:
+            note(f"{100 - 100 * kept:.0f} % of the hint is cut off")
+        return placed(hint, width, height, how)
+
+    return place
+
+
+def like_image(size: tuple[int, int], width: int, height: int, how: str, region: Sequence[int] | None = None) -> Place:
+    """Places hints like an initial image of a size (width, height): cropped to a region of it, if there is one; then
+    cropped or padded, as the image is, to the size generated at."""
+
+    def place(hint: Image.Image, _: str) -> Image.Image:
+        hint = placed(hint, *size, "crop")
+        return placed(hint if region is None else hint.crop(tuple(region)), width, height, how)  # type: ignore[arg-type]
+
+    return place
