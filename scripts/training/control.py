@@ -23,13 +23,12 @@ from torch import Tensor, nn
 
 from sd.conditioning import Conditioning
 from sd.config import UNetConfig
-from sd.control import AppliedControl, ControllableNetwork
 from sd.control_config import ControlConfig, own_half
 from sd.files import replaced_file
 from sd.imaging.tensors import grid, to_pil
 from sd.models.controlnet import ControlNet
 from sd.models.unet import UNet
-from sd.params import SamplingParams
+from sd.params import Control, SamplingParams
 from sd.pipeline import StableDiffusion
 from sd.runtime.device import find_dtype
 from sd.training import channels_last, checkpoint_activations, diffusion_loss, erase_parts, initialise_control
@@ -51,6 +50,7 @@ RECIPE = loop.Recipe(
 )
 CHECKPOINT = loop.Recipe(steps=10000, batch=4, lr=1e-5)
 DROP, ERASE = 0.5, 0.15
+PAIRS = 3  # of hint and image, in a row of a sample sheet
 METADATA, PREFIX = "sd.control", "control."  # of the file: the key of its config, and what its names begin with
 # options that are for control networks only, and those that are not, with their values where they are not given
 OWN = {"hint": None, "small": False, "hint_widths": None, "control_name": None, "hint_erase": None}
@@ -188,44 +188,22 @@ def write_control(control: ControlNet, path: Path, dtype: torch.dtype) -> None:
     save_tensors(tensors, path, {METADATA: control.control_config.to_json(), "format": "pt"})
 
 
-class Controlled(nn.Module):
-    """A U-Net with a control network and hints (B, 3, H, W) in [0, 1] of the images of a batch, as one network."""
-
-    def __init__(self, unet: UNet, control: ControlNet, hints: Tensor, scale: float = 1.0) -> None:
-        super().__init__()
-        self.unet, self.config = unet, unet.config
-        self.applied = AppliedControl(control, control.embed, hints, scale)
-
-    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """As `UNet.forward`."""
-        residuals = self.applied(x, t, conditioning)
-        network: ControllableNetwork = self.unet
-        return network(x, t, conditioning, *(residuals or ()))
-
-
-def controlled(model: StableDiffusion, control: ControlNet, hints: Tensor, scale: float = 1.0) -> StableDiffusion:
-    """The model that obeys these hints, one for each image of a batch."""
-    return models.with_networks(
-        model, model.config, unet=Controlled(model.unet, control, hints.to(model.device), scale)
-    )
-
-
 def write_sheet(
     path: Path,
     model: StableDiffusion,
     control: ControlNet,
     prompts: Sequence[str],
-    hints: Tensor,
+    hints: Sequence[Image.Image],
     **settings: Any,
 ) -> None:
     """Write hint and image of each prompt, side by side, of seeds 0, 1, ... `settings` are those of `txt2img`."""
     images: list[Image.Image] = []
-    height, width = hints.shape[-2:]
-    for seed, (prompt, hint) in enumerate(zip(prompts, hints.split(1), strict=False)):
-        images += to_pil(2 * hint - 1)
-        images += controlled(model, control, hint).txt2img(prompt, height=height, width=width, seed=seed, **settings)
+    name = model.add_control(control, "in training")
+    for seed, (prompt, hint) in enumerate(zip(prompts, hints, strict=True)):
+        images += [hint, *model.txt2img(prompt, seed=seed, controls=Control(name, hint), **settings)]
+    model.remove_control(name)
     with replaced_file(path) as partial:
-        grid(images, 6 if len(images) > 6 else None).save(partial, "PNG")
+        grid(images, 2 * PAIRS).save(partial, "PNG")
 
 
 def train(args: argparse.Namespace, processes: Processes) -> None:
@@ -273,8 +251,8 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         return f", zero convolutions {opened[0]:.2g} (finest) to {opened[-1]:.2g} (middle)"
 
     def show(step: int) -> None:
-        settings: dict[str, Any] = {"steps": args.sample_steps, "guidance": args.sample_guidance}
-        hints = to_hints(data["hint"][shown])
+        settings = {"steps": args.sample_steps, "guidance": args.sample_guidance, "height": size, "width": size}
+        hints = to_pil(2 * to_hints(data["hint"][shown]) - 1)
         write_sheet(args.out / f"samples-{step:06d}.png", model, present(), prompts, hints, **settings)
 
     trainer.describe(f"{config.name}, a control network for {model.config.name}", len(data["mean"]))
