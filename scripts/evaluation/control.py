@@ -2,8 +2,8 @@
 
 Hints are of two kinds: `outlines` are drawn from the shapes of a scene (toy_world/hints.py), `detected` are what
 Canny's detector finds in its drawing. The edges of a result are what the same detector finds in it (common/edges.py: in
-colour, smoothed by 1 pixel, thresholds 0.1 and 0.2). The figure is F1, the harmonic mean of two shares: of the result's edges
-that are within 2 pixels of the hint's, and of the hint's that are within 2 pixels of the result's.
+colour, smoothed by 1 pixel, thresholds 0.1 and 0.2). The figure is F1, the harmonic mean of two shares: of the result's
+edges that are within 2 pixels of the hint's, and of the hint's that are within 2 pixels of the result's.
 
     controlled   images of the captions with the hints
     without      the same captions and seeds at scale 0

@@ -37,7 +37,7 @@ CLOUDS, CELESTIAL, ALOFT, FAR = 0.04, 0.08, 0.5, 0.15  # `CELESTIAL` are sun and
 def outlines(scene: Scene, rng: Random, size: int = SIZE, landscape: bool = True) -> Image.Image:
     """White lines on black (mode L, size x size): the outlines of the picture that `draw` makes of equal arguments.
 
-    landscape   False: only those of the things, as somebody would sketch them
+    landscape   False: only those of the things, if there are any, as somebody would sketch them
     """
     if scene.style == "pixel":
         cells = paint_pixels(_PixelOutlines(CELLS, landscape), scene, rng)

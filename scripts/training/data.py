@@ -331,11 +331,16 @@ def _valid(path: Path, fingerprint: str) -> bool:
 
 def find_source(args: argparse.Namespace, size: int, caption: str | None = None, pairs: bool = False) -> World | Folder:
     """The data of --data; `caption` is the default for images without one, unless --caption overrides it."""
-    if args.data is None and args.ckpt:
-        raise ValueError("--ckpt needs --data: a folder with images, or world for drawn scenes")
+    check_data(args)
     if args.data in (None, "world"):
         return World(args.scenes, size, getattr(args, "phrasings", 1), pairs=pairs)
     return Folder(Path(args.data), size, caption if args.caption is None else args.caption, args.out)
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Raise ValueError without --data where it has no default."""
+    if args.data is None and args.ckpt:
+        raise ValueError("--ckpt needs --data: a folder with images, or world for drawn scenes")
 
 
 def add_data_arguments(parser: Parser, scenes: int) -> None:

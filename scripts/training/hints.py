@@ -29,7 +29,7 @@ from sd.imaging.tensors import fit
 
 from ..common import edges
 from ..toy_world.hints import HINTS, depth, outlines
-from .data import METADATA, Example, Folder, World, captioned, digest, files_below, metadata_entries
+from .data import METADATA, Example, Folder, World, captioned, check_data, digest, files_below, metadata_entries
 
 HINT, FOLDER = ".hint", "hints"  # what comes after the name of a hint beside its image, and the folder of hints
 KEYS = ("hint", "conditioning_image", "conditioning_image_file_name")  # in metadata.jsonl; the first one is ours
@@ -169,6 +169,7 @@ def find_hints(images: list[Path], named: Mapping[Path, Path]) -> dict[Path, Pat
 
 def find_hinted(args: argparse.Namespace, size: int) -> HintedWorld | HintedFolder:
     """The data of --data with hints; --hint is the kind of drawn ones."""
+    check_data(args)
     if args.data in (None, "world"):
         return HintedWorld(World(args.scenes, size, args.phrasings), args.hint or HINTS[0])
     if args.hint:
