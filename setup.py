@@ -8,9 +8,9 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "sd" / "__init__.py").read_text(), re.MULTILINE).group(1)
 
-for name in ("pocket", "pocket-lcm"):
+for name in ("pocket", "pocket-lcm", "pocket-edges"):
     if not (ROOT / "weights" / f"{name}.safetensors").is_file():
-        raise SystemExit(f"weights/{name}.safetensors is missing: it is the embedded model, or its LoRA for few steps")
+        raise SystemExit(f"weights/{name}.safetensors is missing: it comes with the embedded model")
 
 REFERENCES = ["diffusers>=0.30", "transformers>=4.40", "accelerate", "peft>=0.13", "openvino>=2024.6"]
 STUDY = ["matplotlib>=3.8"]
@@ -32,7 +32,7 @@ setup(
     package_dir={"sd": "sd", "sd.data": "data", "sd.weights": "weights", "sd.scripts": "scripts"},
     package_data={
         "sd.data": ["*.gz", "*.md", "sample*.png"],
-        "sd.weights": ["pocket.safetensors", "pocket-lcm.safetensors", "README.md"],
+        "sd.weights": ["pocket*.safetensors", "README.md"],
     },
     install_requires=[
         "torch>=2.4",
