@@ -50,6 +50,7 @@ def test_a_model_that_obeys_is_told_from_one_that_does_not():
     assert detected["controlled"] == detected["drawn"] == 1.0
     assert 0.75 < outlines["controlled"] == outlines["drawn"] < 1.0
     for of in (detected, outlines):
+        assert of["without"] < of["redrawn"] < of["controlled"]
         assert of["without"] < of["controlled"] - 0.2 and of["chance"] < of["controlled"] - 0.2
     assert list(rates) == ["without", "outlines", "detected"]
     assert rates["without"]["all"].of == 12
@@ -57,8 +58,8 @@ def test_a_model_that_obeys_is_told_from_one_that_does_not():
     once = [(30 + i, "lines", {"steps": 4}) for i in range(12)]
     assert asked == [(s, n, scale, rest) for scale in (1.0, 1.0, 0.0) for s, n, rest in once]
     table = control.describe(scores)
-    assert table.splitlines()[0] == "| F1 of edges | controlled | without | chance | drawn |"
-    assert re.search(r"\| detected \| 1\.000 \| 0\.\d{3} \| 0\.\d{3} \| 1\.000 \|", table)
+    assert table.splitlines()[0] == "| F1 of edges | controlled | without | redrawn | chance | drawn |"
+    assert re.search(r"\| detected \| 1\.000 \| 0\.\d{3} \| 0\.\d{3} \| 0\.\d{3} \| 1\.000 \|", table)
 
 
 def test_cases_are_the_same_on_every_call_and_of_their_split():

@@ -7,9 +7,11 @@ edges that are within 2 pixels of the hint's, and of the hint's that are within 
 
     controlled   images of the captions with the hints
     without      the same captions and seeds at scale 0
+    redrawn      the scenes drawn once more, with other clouds and hills: what knowing the scene alone gives
     chance       the controlled images, and the hints of other scenes
     drawn        the drawings after a round trip through the VAE: what a perfect network would reach
 
+A caption says what is where, so `without` is above `chance`; it should not be above `redrawn`.
 The detector also finds what outlines do not have, such as the margin of a watercolour, and misses faint outlines. So
 `drawn` is below 1, and lower for outlines.
 """
@@ -41,10 +43,11 @@ FAR = 7  # of a case to the one whose hint is used for `chance`
 
 
 class Case(NamedTuple):
-    """A scene: its caption with its meaning, its drawing, and its hints by their kinds, (H, W), bool."""
+    """A scene: its caption with its meaning, two drawings, and hints of the first by their kinds, (H, W), bool."""
 
     told: Told
     picture: Image.Image
+    redrawn: Image.Image
     hints: Mapping[str, np.ndarray]
 
 
@@ -57,7 +60,7 @@ def cases(split: str, n: int) -> list[Case]:
         told, seed = tell(scene, rng), rng.getrandbits(32)
         picture = draw(scene, Random(seed))
         hints = {"outlines": np.asarray(outlines(scene, Random(seed))) > 0, "detected": edges_of(picture)}
-        found.append(Case(told, picture, hints))
+        found.append(Case(told, picture, draw(scene, Random(seed + 1)), hints))
     return found
 
 
@@ -103,6 +106,7 @@ def measure(
     without = edges(plain)
     rebuilt = through_vae(model, to_tensor([case.picture for case in chosen]))
     drawn = edges(to_pil(rebuilt))
+    redrawn = edges([case.redrawn for case in chosen])
     scores = {}
     for kind in KINDS:
         hints, found = [case.hints[kind] for case in chosen], edges(images[kind])
@@ -110,6 +114,7 @@ def measure(
         scores[kind] = {
             "controlled": mean_agreement(found, hints),
             "without": mean_agreement(without, hints),
+            "redrawn": mean_agreement(redrawn, hints),
             "chance": mean_agreement(found, hints[far:] + hints[:far]),
             "drawn": mean_agreement(drawn, hints),
         }
