@@ -46,9 +46,9 @@ from .state import save_tensors
 
 # for the embedded model, and for a checkpoint
 RECIPE = loop.Recipe(
-    steps=6000, batch=32, lr=1e-3, weight_decay=0.0, beta2=0.99, optimizer="muon", ema=0.998, log_every=50
+    steps=4000, batch=16, lr=2e-3, weight_decay=0.0, beta2=0.99, optimizer="muon", ema=0.998, log_every=50
 )
-CHECKPOINT = loop.Recipe(steps=10000, batch=4, lr=1e-5)
+CHECKPOINT = loop.Recipe(steps=10000, batch=4, lr=1e-5)  # learning rate and batch of the paper
 DROP, ERASE = 0.5, 0.15
 PAIRS = 3  # of hint and image, in a row of a sample sheet
 METADATA, PREFIX = "sd.control", "control."  # of the file: the key of its config, and what its names begin with
