@@ -10,6 +10,7 @@ The input is a file in the original layout or in ours, or a diffusers folder. Th
 carries its config, so it loads without flags; `--layout original` writes the names of the original code, for other
 tools, `--layout diffusers` a folder. Weights are copied bit for bit unless --dtype changes their precision. A tiny
 autoencoder (TAESD) can be converted alone; its original layout is a folder with taesd_encoder and taesd_decoder.
+A control network (ControlNet) is converted in the same way.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ from tqdm import tqdm
 
 import sd
 from sd.checkpoints.checkpoint import Checkpoint, naming
+from sd.checkpoints.control_detect import check_fits, control_state, family, has_control, identify_control
+from sd.checkpoints.control_export import WEIGHTS as CONTROL_WEIGHTS
+from sd.checkpoints.control_export import check_control_writable, control_files, control_texts
 from sd.checkpoints.convert import WEIGHTS, StateDict
 from sd.checkpoints.detect import identify
 from sd.checkpoints.inspect import inspect
@@ -114,7 +118,8 @@ def work(args: argparse.Namespace) -> None:
 
 def rewrite(args: argparse.Namespace) -> None:
     """Convert the input; the output is written completely or not at all."""
-    tiny = is_tiny_alone(args)
+    alone = {"control": write_control, "tiny": write_tiny}.get(kind := kind_alone(args), write)
+    tiny = kind == "tiny"
     folder = args.layout == "diffusers" or (tiny and args.layout == "original")
     if folder and args.output.suffix in (".safetensors", ".ckpt"):
         raise ValueError(
@@ -128,44 +133,57 @@ def rewrite(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.output.parent}: no such folder")
     # an unwritable folder is an error before the work
     with (new_folder if folder else new_file)(args.output) as partial:
-        count, name = write_tiny(args, partial) if tiny else write(args, partial)
+        count, name = alone(args, partial)
     files = [file for file in args.output.rglob("*") if file.is_file()] if folder else [args.output]
     size = sum(file.stat().st_size for file in files)
     print(f"{args.output}: {name}, {count} weights, {size / 1e9:.2f} GB")
 
 
-def is_tiny_alone(args: argparse.Namespace) -> bool:
-    """Whether the input is a tiny autoencoder (TAESD) and nothing else."""
+def kind_alone(args: argparse.Namespace) -> str:
+    """What the input is if it is no model: "tiny", a tiny autoencoder (TAESD) and nothing else, or "control"; or ""."""
     with sd.load_checkpoint(args.input, args.variant) as checkpoint:
         layouts = find_layouts(checkpoint)
-    return layouts.keys() == {"vae"} and is_tiny(layouts["vae"].name)
+        if has_control(checkpoint):
+            return "control"
+    return "tiny" if layouts.keys() == {"vae"} and is_tiny(layouts["vae"].name) else ""
+
+
+def refuse_options(args: argparse.Namespace, what: str, *more: str) -> None:
+    """Raise ValueError if options are given that only concern whole models."""
+    given = [name for name in ("keep_ema", "prediction", *PARTS) if getattr(args, name)]
+    given += [name for name in ("weights", *more) if getattr(args, name) != "auto"]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{args.input} is {what}: leave out {options}")
+
+
+def read_state(state: StateDict, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """All weights of a network, finite, in this precision or their own."""
+    from sd.checkpoints.finite import FiniteCheck
+
+    check, read = FiniteCheck(dtype), dict[str, "Tensor"]()
+    for key, tensor in state.items():
+        check.look(state.origin(key), tensor)
+        read[key] = cast(key, tensor, dtype)
+    check.finish()
+    return read
 
 
 def write_tiny(args: argparse.Namespace, path: Path) -> tuple[int, str]:
     """Convert a tiny autoencoder alone; returns the number of its weights and what it is."""
     from safetensors.torch import save_file
 
-    from sd.checkpoints.finite import FiniteCheck
     from sd.checkpoints.loading import with_part
     from sd.runtime.device import find_dtype
 
-    given = [name for name in ("keep_ema", "prediction", *PARTS) if getattr(args, name)]
-    given += [name for name in ("weights", "model") if getattr(args, name) != "auto"]
-    if given:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"{args.input} is a tiny autoencoder (TAESD) alone, without a model: leave out {options}")
+    refuse_options(args, "a tiny autoencoder (TAESD) alone, without a model", "model")
     dtype = find_dtype(args.dtype) if args.dtype else None
     with sd.load_checkpoint(args.input, args.variant) as checkpoint, naming(args.input):
         config = with_part(sd.SD1, "vae", checkpoint).vae
         assert isinstance(config, TinyVAEConfig)
         check_writable(config, args.layout, alone=True)
         state = sd.convert(checkpoint, replace(sd.SD1, vae=config), parts=["vae"])["vae"]
-        check, read = FiniteCheck(dtype), dict[str, "Tensor"]()
-        for key, tensor in state.items():
-            check.look(state.origin(key), tensor)
-            read[key] = cast(key, tensor, dtype)
-        check.finish()
-        notes = [*checkpoint.notes, *state.notes]
+        read, notes = read_state(state, dtype), [*checkpoint.notes, *state.notes]
     for line in notes:
         print(printable(line))
     try:
@@ -176,6 +194,39 @@ def write_tiny(args: argparse.Namespace, path: Path) -> tuple[int, str]:
     for name, text in (tiny_texts(config) if args.layout == "diffusers" else {}).items():
         (path / name).write_text(text, encoding="utf-8")
     return len(read), describe_tiny(config)
+
+
+def write_control(args: argparse.Namespace, path: Path) -> tuple[int, str]:
+    """Convert a control network; returns the number of its weights and what it is.
+
+    --model says which model it is for where a file does not show the number of heads.
+    """
+    from safetensors.torch import save_file
+
+    from sd.runtime.device import find_dtype
+
+    refuse_options(args, "a control network (ControlNet), not a model")
+    dtype = find_dtype(args.dtype) if args.dtype else None
+    base = None if args.model == "auto" else sd.MODELS[args.model]
+    with sd.load_checkpoint(args.input, args.variant) as checkpoint, naming(args.input):
+        found = identify_control(checkpoint, base.unet if base else None)
+        if base is not None:
+            check_fits(found.config, base.unet, base.name)
+        check_control_writable(found, args.layout, args.output.name)
+        state = control_state(checkpoint, found)
+        read = read_state(state, dtype)
+    for line in state.notes:
+        print(printable(line))
+    tensors, metadata = control_files(args.layout, read, found.config)
+    texts = control_texts(found.config) if args.layout == "diffusers" else {}
+    try:
+        save_file(contiguous(tensors), path / CONTROL_WEIGHTS if texts else path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{args.output}: cannot be written: {error}") from None
+    for name, text in texts.items():
+        (path / name).write_text(text, encoding="utf-8")
+    model = family(found.config.unet, found.config.attends) or "a model of unknown sizes"
+    return len(read), f"control network for {model}"
 
 
 def write(args: argparse.Namespace, path: Path) -> tuple[int, str]:

@@ -24,7 +24,7 @@ if not __package__:  # run as a file: see bootstrap.py
 from sd.imaging.files import OTHER_SUFFIXES, SUFFIXES, read_image
 from sd.params import ImageToImage
 
-from .common import adapter_args, arguments, cli, like, xl_args
+from .common import adapter_args, arguments, cli, control_args, like, xl_args
 from .common.generate import Source, about_init, generate
 
 
@@ -48,6 +48,7 @@ def parser() -> cli.Parser:
     arguments.add_output_arguments(parser)
     arguments.add_model_arguments(parser)
     adapter_args.add_addon_arguments(parser)
+    control_args.add_control_arguments(parser)
     return parser
 
 

@@ -28,7 +28,7 @@ from sd.imaging.files import ImageFile, read_mask
 from sd.imaging.mask_forms import NEARLY
 from sd.params import CONTENTS, Inpaint, TextToImage
 
-from .common import adapter_args, arguments, cli, like, xl_args
+from .common import adapter_args, arguments, cli, control_args, like, xl_args
 from .common.generate import Source, about_init, generate
 
 MARGIN = 32  # pixels around the mask with --only-masked, as in other tools
@@ -64,6 +64,7 @@ def parser() -> cli.Parser:
     arguments.add_output_arguments(parser)
     arguments.add_model_arguments(parser)
     adapter_args.add_addon_arguments(parser)
+    control_args.add_control_arguments(parser)
     return parser
 
 

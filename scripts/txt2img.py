@@ -17,7 +17,7 @@ if not __package__:  # run as a file: see bootstrap.py
 
 from sd.params import HighRes, TextToImage
 
-from .common import adapter_args, arguments, cli, like, xl_args
+from .common import adapter_args, arguments, cli, control_args, like, xl_args
 from .common.generate import Source, generate
 
 
@@ -32,6 +32,7 @@ def parser() -> cli.Parser:
     arguments.add_output_arguments(parser)
     arguments.add_model_arguments(parser)
     adapter_args.add_addon_arguments(parser)
+    control_args.add_control_arguments(parser, fit=True)
     return parser
 
 

@@ -17,6 +17,7 @@ from .schedule import Level, Schedule
 
 if TYPE_CHECKING:
     from .conditioning import Conditioning
+    from .control_params import Control
     from .denoiser import Denoiser
     from .models.text_encoder import TextEncoder
     from .models.unet import UNet
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _LATER = {
-    "Conditioning": "conditioning", "Denoiser": "denoiser", "HighRes": "params", "ImageToImage": "params",
-    "Inpaint": "params", "Recipe": "recipes", "Result": "run", "Run": "run", "SamplingParams": "params",
-    "StableDiffusion": "pipeline",
-    "TextToImage": "params", "SAMPLERS": "samplers", "Step": "samplers", "TextEncoder": "models.text_encoder",
-    "Tokenizer": "text.tokenizer", "UNet": "models.unet", "VAE": "models.vae", "read_request": "recipes",
+    "Conditioning": "conditioning", "Control": "control_params", "Denoiser": "denoiser", "HighRes": "params",
+    "ImageToImage": "params", "Inpaint": "params", "Recipe": "recipes", "Result": "run", "Run": "run",
+    "SamplingParams": "params", "StableDiffusion": "pipeline", "TextToImage": "params",
+    "SAMPLERS": "samplers", "Step": "samplers", "TextEncoder": "models.text_encoder", "Tokenizer": "text.tokenizer",
+    "UNet": "models.unet", "VAE": "models.vae", "read_request": "recipes",
 }  # fmt: skip
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "CheckpointError",
     "Conditioning",
     "Config",
+    "Control",
     "Denoiser",
     "HighRes",
     "ImageToImage",

@@ -119,6 +119,7 @@ def controlled(network: ControllableNetwork, controls: Sequence[AppliedControl])
             residuals = control(x, t, conditioning)
             if residuals is not None:
                 down, middle = _sum(down, residuals.down), _plus(middle, residuals.middle)
+            del residuals  # their sum alone stays in memory while the network runs
         return network(x, t, conditioning, down, middle)
 
     return run

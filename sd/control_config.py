@@ -24,6 +24,8 @@ class ControlConfig:
     hint     channels of the hint block, from the image's resolution to that of the latents: each level halves it
     bgr      whether it was trained on hints with blue first
     pooled   whether its residuals are averaged over all positions: networks that pass on colours, not places (shuffle)
+    bare     levels whose transformers have no blocks, only a norm and two projections; after the last one, the middle.
+             Small networks for SDXL are made so, by leaving out the blocks alone
     name     what the network is called in messages
     """
 
@@ -31,6 +33,7 @@ class ControlConfig:
     hint: tuple[int, ...] = (16, 32, 96, 256)
     bgr: bool = False
     pooled: bool = False
+    bare: tuple[int, ...] = ()
     name: str = "control network"
 
     def __post_init__(self) -> None:
@@ -39,6 +42,10 @@ class ControlConfig:
             raise ValueError(f"ControlConfig.hint: got {self.hint!r:.100}, expected one to eight widths")
         if type(self.bgr) is not bool or type(self.pooled) is not bool:
             raise ValueError("ControlConfig: bgr and pooled must be true or false")
+        depths = dict(enumerate((*self.unet.depth, self.unet.middle_depth)))
+        known = isinstance(self.bare, tuple) and all(type(level) is int for level in self.bare)
+        if not known or len({*self.bare}) < len(self.bare) or any(depths.get(level) != 0 for level in self.bare):
+            raise ValueError(f"ControlConfig.bare: got {self.bare!r:.100}, expected levels of depth 0, each once")
         if not (isinstance(self.name, str) and 0 < len(self.name) <= 100 and self.name.isprintable()):
             raise ValueError("ControlConfig.name: expected at most 100 printable characters")
 

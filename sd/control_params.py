@@ -18,6 +18,8 @@ from .settings import OneOf, Range, check_settings, number, setting
 
 MODES = ("balanced", "prompt", "control")
 FITS = ("crop", "pad")
+ANNOTATORS = ("none", "canny")
+THRESHOLD = Range(number, 0, 255)
 SHARE = Range(number, 0, 1)
 MAX_CONTROLS = 20  # of a request
 
@@ -42,6 +44,15 @@ class Control:
     )
     fit: str = setting("crop", "how the hint reaches the size of a txt2img image: crop, or pad with black", OneOf(FITS))
 
+    annotate: str = setting(
+        "none",
+        "canny: the image is an ordinary picture, whose edges are the hint, found at the size generated; none: it is "
+        "the hint itself",
+        OneOf(ANNOTATORS),
+    )
+    low: float = setting(100.0, "canny: the gradient, 0 to 255, down to which an edge goes on", THRESHOLD)
+    high: float = setting(200.0, "canny: the gradient from which on an edge begins", THRESHOLD)
+
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"a control needs the name of a control network, got {self.name!r:.100}")
@@ -58,6 +69,10 @@ class Control:
             raise ValueError(
                 f"control {self.name}: it begins at {self.start:g} of the steps and ends at {self.end:g}: the first "
                 "must be smaller"
+            )
+        if self.low > self.high:
+            raise ValueError(
+                f"control {self.name}: the low threshold, {self.low:g}, must not be above the high one, {self.high:g}"
             )
 
     def is_active(self, step: int, steps: int) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageFilter
 
 from .config import Config
 from .control import AppliedControl
@@ -29,6 +29,7 @@ from .runtime.cuda_graphs import Recorded
 from .runtime.optimize import optimize
 from .text.tokenizer import Note, warn
 
+BORDER = 5  # pixels across a border that hold the edges found there
 CROP_NOTE = 0.9  # cropping a hint to less than this share adds a note
 
 
@@ -45,6 +46,7 @@ class Controllable:
     config: Config
     device: torch.device
     dtype: torch.dtype
+    unet: torch.nn.Module
     _controls: dict[str, LoadedControl]
 
     @property
@@ -77,7 +79,7 @@ class Controllable:
         if not isinstance(control, ControlNet):
             from .checkpoints.control_files import load_control
 
-            network, notes = load_control(path, self, self.device, self.dtype)
+            network, notes = load_control(path, self.config, self.device, self.dtype, self.unet.state_dict)
             for line in notes:
                 note(line)
         network = optimize(network.requires_grad_(False).eval())  # type: ignore[assignment]
@@ -124,13 +126,12 @@ def applied(
     found = []
     for control in controls:
         network, fast = model.control_network(control.name)
-        hint = hint_image(control.image)
-        if looks_inverted(hint):
+        if control.annotate == "none" and looks_inverted(hint_image(control.image)):
             note(
                 f"control {control.name}: the hint looks like black lines on white; control networks expect white "
                 "lines on black: invert it"
             )
-        pixels = (to_tensor(place(hint, control.fit)) + 1) / 2
+        pixels = (to_tensor(hint_at(control, place)) + 1) / 2
         found.append(
             AppliedControl(
                 fast, network.embed, pixels, control.scale,
@@ -138,6 +139,23 @@ def applied(
             )
         )  # fmt: skip
     return found
+
+
+def hint_at(control: Control, place: Place) -> Image.Image:
+    """The RGB hint of a control where the image is: its own image, or the edges of the picture that it has.
+
+    Raises ValueError for an image that cannot be read, and if what finds edges is not installed.
+    """
+    given = hint_image(control.image)
+    placed = place(given, control.fit)
+    if control.annotate == "none":
+        return placed
+    from .imaging.annotate import canny  # what it needs is optional
+
+    edges = canny(placed, control.low, control.high)
+    # where the picture ends within the image is no edge of anything in it
+    inside = place(Image.new("RGB", given.size, "white"), control.fit).filter(ImageFilter.MinFilter(BORDER))
+    return ImageChops.multiply(edges, inside)
 
 
 def at_size(width: int, height: int, note: Note) -> Place:

@@ -146,6 +146,12 @@ def error(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
+def kept(full: Tensor, recorded: Tensor) -> Tensor:
+    """The entries of a tensor that a golden has: of the largest ones, it has every k-th along some dimensions."""
+    steps = [-(-a // b) for a, b in zip(full.shape, recorded.shape, strict=True)]
+    return full[tuple(slice(None, None, step) for step in steps)]
+
+
 @lru_cache
 def manifest(name: str) -> reference.Manifest:
     return reference.load_manifest(MANIFESTS / f"{name}.json")

@@ -20,6 +20,9 @@ PARTS = (
     "-1", "99999999999999999999", "0", "\0", "\x1b[31m", "é", "東京", "\u202e", 'Prompt: "x"',
     "Generated size: 8xauto",
     "Emphasis: None", "Web UI prompts: True", "Long prompts: on", "TI: x, y", "Steps: ", "Hires upscaler: Latent",
+    'ControlNet 0: "Module: canny, Model: a [0123abcd], Weight: 1, Control Mode: 2, Threshold A: 300"',
+    'ControlNet 12: "preprocessor: x, model: b, starting/ending: (0.5, 0.2)"', "ControlNet Model: c",
+    "ControlNet Weight: nan", "ControlNet-3 Model: d(12345678)", 'Control hints: "a [12], ] [b], c"',
 )  # fmt: skip
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**64, 10**300, 1.5, -0.0, 1e308, "", "a", "1", "x" * 300, "\x1b[2J\n", [], {}, [1],

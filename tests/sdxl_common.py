@@ -140,6 +140,17 @@ def pipeline(folder: Path):
     return diffusers.StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
 
 
+def as_ours(pipe):
+    """With the last steps of our grid "trailing", which end at clean latents."""
+    import diffusers
+
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    pipe.scheduler.register_to_config(set_alpha_to_one=True)
+    pipe.scheduler.final_alpha_cumprod = torch.tensor(1.0)
+    return pipe
+
+
 def cleared(model: StableDiffusion) -> Iterator[StableDiffusion]:
     """One model for all tests, which leave nothing behind."""
     yield model

@@ -43,8 +43,8 @@ ALLOWED = {
     "text": {"messages", "resources"},
     "imaging": {"files", "messages"},
     "checkpoints": {
-        "conditioning", "config", "few_step", "files", "messages", "models", "runtime", "schedule", "text",
-        "text_config", "vae_config",
+        "conditioning", "config", "control_config", "few_step", "files", "messages", "models", "runtime", "schedule",
+        "text", "text_config", "vae_config",
     },
     "adapters": {"checkpoints", "config", "few_step", "files", "messages", "models", "runtime", "settings", "text"},
     "training": {"checkpoints", "conditioning", "config", "denoiser", "models", "samplers", "schedule"},
@@ -57,7 +57,7 @@ ALLOWED = {
     "second_prompts": {"config", "params", "text"},
     "size_conditioning": {"conditioning", "config", "messages", "models", "params"},
     "noise": {"params"},
-    "recipes": {"imaging", "messages", "params", "samplers", "schedule", "text"},
+    "recipes": {"control_params", "imaging", "messages", "params", "samplers", "schedule", "text"},
     "run": {
         "changing_prompts", "conditioning", "control", "controls", "denoiser", "few_step", "latents", "messages",
         "models", "noise", "params", "prompt_checks", "prompts", "runtime", "samplers", "schedule",

@@ -148,3 +148,14 @@ def test_a_full_disk_loses_no_image(tmp_path, monkeypatch):
     monkeypatch.setattr(output, "new_file", full)
     with pytest.warns(UserWarning, match="No space left on device: images are saved in"):
         assert place.save(IMAGE).name == "00001.png"
+
+
+def test_an_image_beside_another_replaces_nothing(tmp_path):
+    output = Output(tmp_path)
+    image = Image.new("RGB", (8, 8))
+    path = output.save(image)
+    names = [output.save_beside(image, path, "-control").name for _ in range(3)]
+    assert names == ["00001-control.png", "00001-control-2.png", "00001-control-3.png"]
+    long = output.save_beside(image, tmp_path / f"{'é' * 120}.png", "-control")
+    assert long.is_file() and long.name.endswith("-control.png")
+    assert output.save(image).name == "00002.png"

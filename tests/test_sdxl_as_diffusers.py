@@ -9,6 +9,7 @@ from sdxl_common import (
     PROMPT,
     TINY_REFINER,
     TINY_XL_INPAINT,
+    as_ours,
     finish,
     guide_of,
     half_mask,
@@ -50,17 +51,6 @@ def pipes(tmp_path_factory):
         diffusers.StableDiffusionXLImg2ImgPipeline.from_pretrained(folder / "refiner", add_watermarker=False),
     )
     return [as_ours(pipe) for pipe in made]
-
-
-def as_ours(pipe):
-    """With the last steps of our grid "trailing", which end at clean latents."""
-    import diffusers
-
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
-    pipe.scheduler.register_to_config(set_alpha_to_one=True)
-    pipe.scheduler.final_alpha_cumprod = torch.tensor(1.0)
-    return pipe
 
 
 THEIRS = {"height": 64, "width": 64, "num_inference_steps": 10, "guidance_scale": 5.0, "output_type": "latent"}

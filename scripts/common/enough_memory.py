@@ -25,6 +25,7 @@ from sd.runtime.memory import ALL, ONE, WITHOUT_TEXT, Job, available, is_integra
 from sd.runtime.packing import onednn_dtypes
 
 from .arguments import NICKNAMES
+from .control_args import Controls
 from .user_cache import cache_folder
 from .xl_args import base_options, refiner_options
 
@@ -32,7 +33,9 @@ SURE = 0.95  # of the estimate, which is within a few percent: with less, a run 
 PER_PIXEL = 4096  # bytes; more than a network needs for a pixel of an image, beside its weights
 
 
-def check_memory(args: argparse.Namespace, requests: Sequence[TextToImage]) -> Literal[True] | None:
+def check_memory(
+    args: argparse.Namespace, requests: Sequence[TextToImage], controls: Controls | None = None
+) -> Literal[True] | None:
     """Raise ValueError if the device has less free memory than the call needs (sd/runtime/memory.py).
 
     Returns True if the text encoders should leave a GPU so that the call fits; None if loading may decide.
@@ -47,6 +50,8 @@ def check_memory(args: argparse.Namespace, requests: Sequence[TextToImage]) -> L
     dtype = best_dtype(device) if given is None else find_dtype(given)
     file = args.ckpt or resource(EMBEDDED)
     paths = [file, *([args.refiner] if args.refiner else [])]
+    paths += controls.files.values() if controls else []
+    networks = tuple(controls.weights.values()) if controls else ()
     if sum(map(size_of, paths)) * 2 + PER_PIXEL * most_pixels(args, requests) < free:
         return None
     with ModelFiles(file, LoadOptions(**base_options(args), cache=cache_folder(args))) as files:
@@ -60,7 +65,7 @@ def check_memory(args: argparse.Namespace, requests: Sequence[TextToImage]) -> L
     leave, separate = False, device.type == "cuda" and not is_integrated(device)
     for request in requests:
         try:
-            job = job_of(args, request, config, exact, device)
+            job = job_of(args, request, config, exact, device)._replace(controls=networks)
         except ValueError:  # invalid for this model: reported later, with the line of the request
             continue
         least = {kept: needed(config, dtype, job, kept, refiner) for kept in (ALL, WITHOUT_TEXT, ONE)}
@@ -111,6 +116,8 @@ def shortage(
         knobs.append(f"--low-memory ({low / 1e9:.1f} GB)")
     if args.refiner:
         knobs.append("leaving out --refiner")
+    if job.controls:
+        knobs.append("fewer --control")
     if dtype == torch.float32:
         knobs.append("--dtype float16" if device.type == "cuda" else "--dtype bfloat16")
     if job.batch > 1:

@@ -37,6 +37,7 @@ from .adapter_args import AddOns
 from .arguments import NICKNAMES, check_previews
 from .checks import check_all, check_prompts, warn_of_unknown_words
 from .cli import describe, keep_freed_memory, said
+from .control_args import Controls
 from .default_lora import default_lora
 from .enough_memory import check_memory
 from .loading import load_model
@@ -132,6 +133,7 @@ class Metadata:
     digest: ModelHash  # of the checkpoint
     more: Mapping[str, object]  # about the initial image and the mask
     refiner: ModelHash | None = None  # of the checkpoint of the refiner, if there is one
+    controls: Controls | None = None
 
     def describe(self, run: Run, result: Result, i: int) -> str:
         """The text of image i of a run. Everything that the pixels depend on is in it: `sd.read_request` reads it."""
@@ -165,6 +167,7 @@ class Metadata:
             **self.addons.about(
                 self.model, run.request if guided else replace(run.request, negative="", negative_2=None)
             ),
+            **(self.controls.about() if self.controls else {}),
             "Precision": dtype_name(self.model.dtype),
             "Version": f"sd {sd.__version__}",
         }
@@ -188,6 +191,7 @@ class Plan(NamedTuple):
     sources: Iterator[Source]
     total: int  # number of sources
     skipped: list[str]  # sources that cannot be used
+    controls: Controls
 
 
 def generate(args: argparse.Namespace, params: SamplingParams, openers: Sequence[Opener]) -> None:
@@ -198,13 +202,14 @@ def generate(args: argparse.Namespace, params: SamplingParams, openers: Sequence
     program.
     """
     check_previews(args)
+    controls = Controls(args)
     lines = read_prompts(args.prompt, args.from_file)
     params = replace(params, **like.carried(args, SamplingParams))
     skipped: list[str] = []
     sources = opened(openers, skipped)
     first = next(sources)
     # raises for invalid settings before a large model is loaded
-    requests = [line.request(_complete(first.make, args), params, args.spacing) for line in lines]
+    requests = [line.request(_complete(first.make, args, controls), params, args.spacing) for line in lines]
     loras = PromptLoras(args.lora_dir)
     for line, request in zip(lines, requests, strict=True):
         try:
@@ -215,11 +220,11 @@ def generate(args: argparse.Namespace, params: SamplingParams, openers: Sequence
     check_refiner(args)
     exact = any(request.params.exact for request in requests)
     with kernel_choice.prefer("plain") if exact else contextlib.nullcontext():
-        args.offload_text_encoders = check_memory(args, requests)
+        args.offload_text_encoders = check_memory(args, requests, controls)
     args.lora = [*args.lora, *default_lora(args, requests, loras)]
     addons = AddOns(args, requests, loras)
     output = Output(args.out)
-    plan = Plan(params, lines, requests, chain([first], sources), len(openers), skipped)
+    plan = Plan(params, lines, requests, chain([first], sources), len(openers), skipped, controls)
     with kernel_choice.prefer("plain") if exact else contextlib.nullcontext():
         _generate(args, plan, addons, output)
 
@@ -233,6 +238,7 @@ def _generate(args: argparse.Namespace, plan: Plan, addons: AddOns, output: Outp
         print(text, flush=True)
     like.compare_model(args, file, digest, model.config)
     plan = plan._replace(requests=like.fitted(args, plan.requests, model.config))
+    plan.controls.give(model)
     addons.give(model, hashes=digest is not None)  # first: a few-step LoRA has other default settings
     check_all(model, plan.lines, plan.requests)
     spacings = {request.params.resolved(model.defaults).spacing for request in plan.requests}
@@ -243,18 +249,18 @@ def _generate(args: argparse.Namespace, plan: Plan, addons: AddOns, output: Outp
             stacklevel=1,
         )
     hashes = None if args.refiner is None or digest is None else ModelHash(args.refiner)
-    metadata = None if digest is None else Metadata(args, model, addons, digest, {}, hashes)
+    metadata = None if digest is None else Metadata(args, model, addons, digest, {}, hashes, plan.controls)
 
     rounds = args.n_iter * getattr(args, "loopback", 1) * plan.total
     total = rounds * sum(request.params.n for request in plan.requests)
     refiner = load_refiner(args, model)
     if refiner is not None:
         addons.warn_of_refiner(model)
-    work = Work(args, model, addons, output, metadata, total, refiner, load_previews(args, model))
+    work = Work(args, model, addons, plan.controls, output, metadata, total, refiner, load_previews(args, model))
     for number, source in enumerate(plan.sources):
         try:
             for line in plan.lines:
-                request = line.request(_complete(source.make, args), plan.params, args.spacing)
+                request = line.request(_complete(source.make, args, plan.controls), plan.params, args.spacing)
                 if plan.total == 1:
                     like.compare(args, source.about(request))
                 work.take(line, request, source)
@@ -287,11 +293,11 @@ def opened(openers: Sequence[Opener], skipped: list[str]) -> Iterator[Source]:
         raise ValueError(f"none of the {len(openers)} images can be used; the first: {skipped[0]}")
 
 
-def _complete(make: Make, args: argparse.Namespace) -> Make:
+def _complete(make: Make, args: argparse.Namespace, controls: Controls) -> Make:
     """With the settings of the command line that all requests have."""
     more = like.carried(args, TextToImage)
     names = ("negative", "prompt_2", "negative_2", "web_ui_prompts", "clip_skip")
-    return partial(make, **{name: getattr(args, name) for name in names}, **more)
+    return partial(make, **{name: getattr(args, name) for name in names}, controls=controls.requested, **more)
 
 
 @dataclass
@@ -301,6 +307,7 @@ class Work:
     args: argparse.Namespace
     model: sd.StableDiffusion
     addons: AddOns
+    controls: Controls
     output: Output
     metadata: Metadata | None
     total: int
@@ -348,6 +355,8 @@ class Work:
             path = self.output.save(image, text, name=name)
             varied = f", variation seed {run.source.variation_seeds[i]}" if run.source.variation_seeds else ""
             print(f"{path}  seed {seed}{varied}", flush=True)
+            if i == 0:  # the others have the same maps
+                self.controls.save_maps(run, self.output, path, image.size)
             if frames := recorder.frames(i, args.preview, self.previews):
                 try:
                     print(self.output.save_steps(frames, path, args.animation), flush=True)

@@ -9,7 +9,6 @@ compare(args, ...)    says whether checkpoint, initial image and mask are those 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import re
 import warnings
@@ -35,7 +34,8 @@ from .adapter_args import split_embedding, split_lora, split_name
 from .arguments import colour
 from .cli import Parser, file_path
 from .default_lora import BROUGHT, decides_anew, embedded_lora
-from .output import ModelHash
+from .like_controls import compare_controls, settings_of, take_controls
+from .output import ModelHash, file_hash
 from .prompt_loras import LoraFolder, tag_name
 from .xl_args import PAIRS
 
@@ -68,7 +68,7 @@ def add_like_argument(parser: Parser) -> None:
 
 def take(args: argparse.Namespace, kind: type[TextToImage]) -> None:
     """Set the arguments that were not given to the values of the recipe; print what was taken, warn of the rest."""
-    args.recipe = args.carried = None
+    args.recipe = args.carried = args.control_uses = None
     args.anew = False
     if args.like is None:
         return
@@ -102,8 +102,9 @@ def take(args: argparse.Namespace, kind: type[TextToImage]) -> None:
     taken = {name: value for name, value in taken.items() if name not in SECOND_PROMPTS or _has(args, name)}
     _program(args, recipe)
     _loras(args, recipe)
+    missing = take_controls(args, recipe)
     _print(args, recipe, taken)
-    for note in _notes(args, recipe, kind):
+    for note in (*_notes(args, recipe, kind), *missing):
         warnings.warn(note, stacklevel=1)
 
 
@@ -291,6 +292,7 @@ def _print(args: argparse.Namespace, recipe: Recipe, taken: Mapping[str, Any]) -
     """One line on what was taken."""
     prompt = [f'prompt "{one_line(args.prompt)}"'] if args.prompt == recipe.request.prompt[0] else []
     parts = [f"{name} {text_of(value)}" for name, value in taken.items() if value and value is not True]
+    parts += [f"control {settings_of(use)}" for use in args.control_uses if use is not None]
     flags = [name for name, value in taken.items() if value is True]
     print(
         f"like {one_line(args.like.name)} by {recipe.program}: {one_line(', '.join([*prompt, *parts, *flags]), 400)}",
@@ -315,9 +317,10 @@ def compare(args: argparse.Namespace, more: Mapping[str, object]) -> None:
 
 
 def compare_model(args: argparse.Namespace, path: Path, digest: ModelHash | None, config: Config) -> None:
-    """Warn if the checkpoint is another one than the recipe's, or if that cannot be known."""
+    """Warn if checkpoint, control networks or hints are others than the recipe's, or if that cannot be known."""
     if args.recipe is None:
         return
+    compare_controls(args)
     model, name = args.recipe.model, one_line(args.like.name)
     if args.recipe.program.startswith("Fooocus") and not config.sizes:
         warnings.warn("Fooocus generates with SDXL models: the size and the settings are meant for one", stacklevel=1)
@@ -334,7 +337,7 @@ def compare_model(args: argparse.Namespace, path: Path, digest: ModelHash | None
         elif not model.name:
             warnings.warn(f"{name} does not say which model made it: the image may differ", stacklevel=1)
         return
-    ours = _old_hash(path) if len(model.digest) == OLD_HASH else (digest or ModelHash(path)).digits()
+    ours = file_hash(path) if len(model.digest) == OLD_HASH else (digest or ModelHash(path)).digits()
     if ours is None:
         warnings.warn(
             f"{name} was made with {described}: cannot tell whether {path.name} is the same model", stacklevel=1
@@ -344,13 +347,3 @@ def compare_model(args: argparse.Namespace, path: Path, digest: ModelHash | None
         warnings.warn(
             f"{name} was made with another model, {described}, than {which}: give it with --ckpt", stacklevel=1
         )
-
-
-def _old_hash(path: Path) -> str | None:
-    """The web UI's hash of 8 digits: of 64 KB at 1 MB."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(1 << 20)
-            return hashlib.sha256(file.read(1 << 16)).hexdigest()[:OLD_HASH]
-    except OSError:
-        return None

@@ -46,6 +46,17 @@ class ModelHash:
         return self._digits
 
 
+def file_hash(path: Path) -> str | None:
+    """The web UI's short hash of a file, 8 digits: of 64 KB at 1 MB. It is that of models before 2023, and still that
+    of control networks. None for a folder, or a file that cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(1 << 20)
+            return hashlib.sha256(file.read(1 << 16)).hexdigest()[:8]
+    except OSError:
+        return None
+
+
 NUMBERS = 10**9  # numbers in names are below this
 OTHER_FORMATS = {*SUFFIXES, *OTHER_SUFFIXES, ".apng", ".psd", ".svg"} - {".png"}
 PROBE = 1 << 16  # bytes, as a small image has
@@ -138,6 +149,17 @@ class Output:
             except FileExistsError:  # another program took the name
                 continue
         raise OSError(f"{self.folder}: no free name left")
+
+    def save_beside(self, image: Image.Image, other: Path, kind: str) -> Path:
+        """Save an image under the name of another, with `kind` appended, and a number if there is such a file."""
+        data = png_bytes(image)
+        stem = shortened(other.stem, longest_name(other.parent) - len(f"{kind}-999999999.png"))
+        for number in range(1, NUMBERS):
+            path = other.with_name(f"{stem}{kind}" + (f"-{number}" if number > 1 else "") + ".png")
+            with contextlib.suppress(FileExistsError), new_file(path) as partial:
+                partial.write_bytes(data)
+                return path
+        raise OSError(f"{other.parent}: no free name left")
 
     def save_steps(self, frames: Sequence[Image.Image], image: Path, kind: str) -> Path:
         """Save the steps of an image beside it: a folder of numbered frames, and an animation (.webp or .gif)."""

@@ -62,6 +62,8 @@ class Line:
                     raise ValueError(
                         f"{name!r} cannot be set in a line: give images as arguments of img2img or inpaint"
                     )
+                if name == "controls":
+                    raise ValueError("'controls' cannot be set in a line: give --control, for all lines")
                 if name not in own | shared | OPTIONS.keys():
                     raise ValueError(f"{kind.kind} has no setting {name!r:.60}: {hint_for(name, own | shared)}")
             changed = {name: value for name, value in self.settings.items() if name in shared}

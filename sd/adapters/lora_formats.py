@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, naming
 from ..checkpoints.finite import check_numbers
 from ..checkpoints.folders import model_name
-from ..checkpoints.other_models import NOT_SUPPORTED
+from ..checkpoints.other_models import NOT_SUPPORTED, refuse_control
 from ..config import Config
 from ..few_step import SETTINGS, TITLES, FewStep, from_json, named
 from ..messages import listed, one_line, printable
@@ -229,6 +229,8 @@ class _Contents:
     def lora(self, path: Path) -> Lora:
         """All of it, after checking that it fits the model."""
         used = {layer: parts for layer, parts in self.parts.items() if parts.used()}
+        if not used:
+            refuse_control({key: self._file.shape(key) for key in self._file})
         for layer, parts in used.items():
             _check_family(layer, parts)
         unknown = [key for reason in (NO_LAYER, NO_PART) for key in self.rest.get(reason, [])]

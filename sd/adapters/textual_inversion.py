@@ -37,7 +37,7 @@ from ..checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoin
 from ..checkpoints.convert import shape_text
 from ..checkpoints.finite import check_numbers
 from ..checkpoints.folders import model_name
-from ..checkpoints.other_models import NOT_SUPPORTED
+from ..checkpoints.other_models import NOT_SUPPORTED, refuse_control
 from ..checkpoints.tokenizer_files import usable_words
 from ..config import Config, TextConfig
 from ..messages import listed
@@ -123,6 +123,7 @@ def _vectors_in(file: Checkpoint, path: Path) -> dict[str, tuple[int, ...]]:
     lora = any(ADAPTER_KEY.search(key) for key in shapes)
     bad = [] if lora else [key for key, shape in shapes.items() if len(shape) not in (1, 2) or 0 in shape]
     if bad or lora or len(shapes) > MAX_WORDS:
+        refuse_control(shapes)
         few = (
             f"{bad[0]} is {shape_text(shapes[bad[0]])}" if bad else f"{len(shapes)} tensors, {next(iter(shapes))}, ..."
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..config import Config, TextConfig, VAEConfig
+from ..config import Config, TextConfig, UNetConfig, VAEConfig
 
 Rules = dict[str, str]  # our layer within a block -> their layer within their block
 BlockPair = tuple[str, str, Rules]  # our block, their block, and the rules inside
@@ -70,12 +70,29 @@ def unet_blocks(config: Config, places: int | None = None) -> Iterator[BlockPair
     cfg = config.unet
     last = len(cfg.channels) - 1
     places = places or cfg.blocks + 1
+    yield from encoder_blocks(cfg, places)
+    yield from (("norm_out", "out.0", THIS), ("conv_out", "out.2", THIS))
+    for level in reversed(range(last + 1)):
+        first, depths = (last - level) * places, cfg.depths_up(level)
+        for i, depth in enumerate(depths):
+            yield f"up.{level}.res.{i}", f"output_blocks.{first + i}.0", RESBLOCK
+            if depth:
+                yield f"up.{level}.attn.{i}", f"output_blocks.{first + i}.1", transformer(depth)
+        if level > 0:  # the last layer of the level's last block
+            index = 2 if depths[-1] else 1
+            yield f"up.{level}.up.conv", f"output_blocks.{first + places - 1}.{index}.conv", THIS
+
+
+def encoder_blocks(cfg: UNetConfig, places: int | None = None) -> Iterator[BlockPair]:
+    """The same for the first half of the U-Net, which control networks have as well (control_maps.py)."""
+    last = len(cfg.channels) - 1
+    places = places or cfg.blocks + 1
     yield from (("time.0", "time_embed.0", THIS), ("time.2", "time_embed.2", THIS))
     if cfg.guidance is not None:  # the original has no such layer: this is the name in published single files
         yield "guidance", "time_embed.cond_proj", THIS
     if cfg.vector is not None:
         yield from (("vector.0", "label_emb.0.0", THIS), ("vector.2", "label_emb.0.2", THIS))
-    yield from (("conv_in", "input_blocks.0.0", THIS), ("norm_out", "out.0", THIS), ("conv_out", "out.2", THIS))
+    yield "conv_in", "input_blocks.0.0", THIS
     # the original numbers the blocks of a direction consecutively, on the way down with the steps between levels
     for level in range(last + 1):
         first = 1 + level * places
@@ -90,15 +107,6 @@ def unet_blocks(config: Config, places: int | None = None) -> Iterator[BlockPair
     if cfg.middle_depth:
         yield "mid.attn", "middle_block.1", transformer(cfg.middle_depth)
         yield "mid.res.1", "middle_block.2", RESBLOCK
-    for level in reversed(range(last + 1)):
-        first, depths = (last - level) * places, cfg.depths_up(level)
-        for i, depth in enumerate(depths):
-            yield f"up.{level}.res.{i}", f"output_blocks.{first + i}.0", RESBLOCK
-            if depth:
-                yield f"up.{level}.attn.{i}", f"output_blocks.{first + i}.1", transformer(depth)
-        if level > 0:  # the last layer of the level's last block
-            index = 2 if depths[-1] else 1
-            yield f"up.{level}.up.conv", f"output_blocks.{first + places - 1}.{index}.conv", THIS
 
 
 def spaced_unet_blocks(config: Config) -> Iterator[BlockPair]:
@@ -160,29 +168,39 @@ def diffusers_unet_blocks(config: Config) -> Iterator[BlockPair]:
     """The U-Net's blocks in diffusers' UNet2DConditionModel."""
     cfg = config.unet
     last = len(cfg.channels) - 1
+    yield from diffusers_encoder_blocks(cfg)
+    yield from (("norm_out", "conv_norm_out", THIS), ("conv_out", "conv_out", THIS))
+    for level in range(last + 1):
+        up = f"up_blocks.{last - level}"
+        for i, depth in enumerate(cfg.depths_up(level)):
+            yield f"up.{level}.res.{i}", f"{up}.resnets.{i}", DIFFUSERS_RESBLOCK
+            if depth:
+                yield f"up.{level}.attn.{i}", f"{up}.attentions.{i}", transformer(depth)
+        if level > 0:
+            yield f"up.{level}.up.conv", f"{up}.upsamplers.0.conv", THIS
+
+
+def diffusers_encoder_blocks(cfg: UNetConfig) -> Iterator[BlockPair]:
+    """The same for the first half of the U-Net, which ControlNetModel has as well."""
+    last = len(cfg.channels) - 1
     yield from (("time.0", "time_embedding.linear_1", THIS), ("time.2", "time_embedding.linear_2", THIS))
     if cfg.guidance is not None:
         yield "guidance", "time_embedding.cond_proj", THIS
     if cfg.vector is not None:
         yield from (("vector.0", "add_embedding.linear_1", THIS), ("vector.2", "add_embedding.linear_2", THIS))
-    yield from (("conv_in", "conv_in", THIS), ("norm_out", "conv_norm_out", THIS), ("conv_out", "conv_out", THIS))
+    yield "conv_in", "conv_in", THIS
     if cfg.middle_depth is not None:
         yield "mid.res.0", "mid_block.resnets.0", DIFFUSERS_RESBLOCK
     if cfg.middle_depth:
         yield "mid.res.1", "mid_block.resnets.1", DIFFUSERS_RESBLOCK
         yield "mid.attn", "mid_block.attentions.0", transformer(cfg.middle_depth)
-    for level in range(last + 1):
-        down, up = f"down_blocks.{level}", f"up_blocks.{last - level}"
-        depths_down, depths_up = (cfg.depth[level],) * cfg.blocks, cfg.depths_up(level)
-        for ours, theirs, depths in ((f"down.{level}", down, depths_down), (f"up.{level}", up, depths_up)):
-            for i, depth in enumerate(depths):
-                yield f"{ours}.res.{i}", f"{theirs}.resnets.{i}", DIFFUSERS_RESBLOCK
-                if depth:
-                    yield f"{ours}.attn.{i}", f"{theirs}.attentions.{i}", transformer(depth)
+    for level, depth in enumerate(cfg.depth):
+        for i in range(cfg.blocks):
+            yield f"down.{level}.res.{i}", f"down_blocks.{level}.resnets.{i}", DIFFUSERS_RESBLOCK
+            if depth:
+                yield f"down.{level}.attn.{i}", f"down_blocks.{level}.attentions.{i}", transformer(depth)
         if level < last:
-            yield f"down.{level}.down", f"{down}.downsamplers.0.conv", THIS
-        if level > 0:
-            yield f"up.{level}.up.conv", f"{up}.upsamplers.0.conv", THIS
+            yield f"down.{level}.down", f"down_blocks.{level}.downsamplers.0.conv", THIS
 
 
 def diffusers_vae_blocks(config: Config) -> Iterator[BlockPair]:

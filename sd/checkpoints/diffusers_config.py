@@ -47,8 +47,7 @@ OTHER_PIPELINES = {
     "StableDiffusion3": "Stable Diffusion 3", "Flux": "Flux", "Depth2Img": "depth-to-image",
     "Upscale": "upscaling", "InstructPix2Pix": "instruct-pix2pix", "UnCLIP": "unCLIP",
     "ImageVariation": "image variation",
-    "LDMTextToImage": "LDM text2img-large", "AltDiffusion": "AltDiffusion", "ControlNet": "ControlNet",
-    "Kolors": "Kolors",
+    "LDMTextToImage": "LDM text2img-large", "AltDiffusion": "AltDiffusion", "Kolors": "Kolors",
 }  # fmt: skip
 
 

@@ -51,6 +51,7 @@ CONFIGS = {
 CLASSES = {
     "UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "AutoencoderTiny": "vae",
     **dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"), "text_encoder"),
+    "ControlNetModel": "control",
 }  # fmt: skip
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of files of weights
 NOT_NEEDED = ("safety_checker", "feature_extractor")  # parts of a pipeline without effect on images here
@@ -188,7 +189,8 @@ def config_beside(path: Path) -> dict[str, dict[str, Any]]:
     if not any(stem in stems for stems in STEMS.values()):
         return {}
     with suppress(RefusedFile, OSError):
-        return {topic: config for topic, config in _config_of_part(path.parent).items() if stem in STEMS[topic]}
+        found = _config_of_part(path.parent)
+        return {topic: config for topic, config in found.items() if stem in STEMS.get(topic, STEMS["unet"])}
     return {}
 
 

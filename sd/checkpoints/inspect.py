@@ -22,11 +22,13 @@ from pathlib import Path
 from ..config import SD1, SD2, SDXL, SDXL_REFINER, Config
 from ..messages import listed, one_line, printable
 from .checkpoint import Checkpoint, CheckpointError, shapes
+from .control_detect import control_shapes, family, has_control, identify_control, unknown_keys
+from .control_maps import OWN
 from .convert import FLAGS
 from .detect import damaged_position_ids, identify, with_autoencoder
 from .few_step_files import notes_on_scheduler
 from .layouts import AVERAGE, SECOND, TOKENS, find_layouts, usual_layout
-from .matching import NAMES, copies, describe_copies, expected_shapes, match_layouts, unrun
+from .matching import NAMES, copies, describe_copies, expected_shapes, match_layouts, table_faults, unrun
 from .names import ignored
 from .supported_settings import ignored_settings
 from .tiny_vae import is_tiny
@@ -92,6 +94,9 @@ def inspect(tensors: Checkpoint, config: Config | None = None, *, sha256: bool |
     out = Report(tensors.path, tensors.kind, size, len(tensors), "", supported=False)
     out.notes += [*tensors.notes, *ignored_settings(tensors.configs), *notes_on_scheduler(tensors.configs)]
     out.metadata = {key: one_line(value, 60) for key, value in tensors.metadata.items() if not key.startswith("sd.")}
+    if has_control(tensors):
+        _describe_control(out, tensors, config)
+        return _hashed(out, files, sha256)
     try:
         identity = identify(tensors, config)
         config, out.supported = identity.config, True
@@ -160,6 +165,35 @@ def _count(out: Report, tensors: Checkpoint, config: Config) -> None:
     out.notes += [line for name in named for line in describe_copies(layouts, name, config, copied)]
     known = {key for keys in copied.values() for key in keys}
     out.unknown = [key for key in left if key not in known]
+
+
+def _describe_control(out: Report, tensors: Checkpoint, base: Config | None) -> None:
+    """A control network: which models it is for, and its weights."""
+    try:
+        found = identify_control(tensors, base.unet if base else None)
+    except CheckpointError as error:
+        out.model = str(error)
+        return
+    config, unet, expected = found.config, found.config.unet, control_shapes(found.config)
+    sizes = f"{', '.join(map(str, unet.channels))} channels, context {unet.context}"
+    kind = "a ControlNet" if not found.difference else "a ControlNet as differences from a U-Net,"
+    model = family(unet, config.attends) or f"another model ({sizes})"
+    out.model, out.supported = f"{kind} for {model}: give it with --control", True
+    table = found.layout.sources(config, expected)
+    here = [source.key for source in table.values() if source.key in tensors]
+    gone, misshapen = table_faults(shapes(tensors), table, expected)
+    if gone:
+        out.missing.append(f"{len(gone)} of {len(table)} weights: {_listed(gone)}")
+    out.missing += misshapen
+    numbers = sum(math.prod(tensors.shape(key)) for key in here)
+    prefixed = f" with the prefix {found.layout.prefix!r}" if found.layout.prefix else ""
+    names = "" if found.layout.name == OWN else f", {found.layout.name} names{prefixed}"
+    out.networks["control"] = f"{len(here)} weights, {numbers / 1e6:.1f} M, {_precision(tensors, here)}{names}"
+    out.ema, out.unknown = "", unknown_keys(tensors, found)
+    out.notes = [*found.notes, *(line for line in out.notes if line not in found.notes)]
+    out.notes += ["hints have blue first"] if config.bgr else []
+    averaged = config.pooled and not any("averaged" in note for note in found.notes)
+    out.notes += ["its residuals are averaged over all positions"] if averaged else []
 
 
 def _precision(tensors: Checkpoint, keys: list[str]) -> str:

@@ -71,7 +71,7 @@ UNET_POINTWISE = (".proj_in", ".proj_out")
 VAE_POINTWISE = tuple(f".attn.attn.{n}" for n in PROJECTIONS)
 
 
-def _layers(blocks: Iterable[BlockPair], prefix: str = "") -> dict[str, str]:
+def layer_table(blocks: Iterable[BlockPair], prefix: str = "") -> dict[str, str]:
     """Our layer -> their layer, for every layer that a block of these kinds may have."""
     return {
         f"{ours}.{a}".rstrip("."): f"{prefix}{theirs}.{b}".rstrip(".")
@@ -83,10 +83,10 @@ def _layers(blocks: Iterable[BlockPair], prefix: str = "") -> dict[str, str]:
 def text_sources(layout: str, text: TextConfig, prefix: str) -> Callable[[str], Source]:
     """The sources of a text encoder's weights, by our key. `layout` "clip" (transformers' names) or "openclip"."""
     blocks = openclip_blocks if layout == "openclip" else clip_blocks
-    layers = _layers(blocks(text), prefix)
+    layers = layer_table(blocks(text), prefix)
     if layout == "clip":  # transformers' CLIPTextModelWithProjection has this layer beside `text_model`
-        return _sources({"projection": prefix.removesuffix("text_model.") + "text_projection", **layers})
-    plain = _sources(layers)
+        return table_sources({"projection": prefix.removesuffix("text_model.") + "text_projection", **layers})
+    plain = table_sources(layers)
 
     def source(key: str) -> Source:
         layer, _, leaf = key.rpartition(".")
@@ -105,10 +105,12 @@ def text_sources(layout: str, text: TextConfig, prefix: str) -> Callable[[str], 
 def vae_sources(layout: str, config: Config, prefix: str) -> Callable[[str], Source]:
     """The same for the VAE. `layout` "original" or "diffusers"; of a tiny one, one of `tiny_vae.HALVES`."""
     if isinstance(config.vae, TinyVAEConfig):
-        return _sources({ours: prefix + theirs for ours, theirs in tiny_vae.tiny_layers(layout, config.vae).items()})
+        return table_sources(
+            {ours: prefix + theirs for ours, theirs in tiny_vae.tiny_layers(layout, config.vae).items()}
+        )
     if layout == "original":
-        return _sources(_layers(vae_blocks(config), prefix), VAE_POINTWISE)
-    return _sources(_layers(diffusers_vae_blocks(config), prefix))
+        return table_sources(layer_table(vae_blocks(config), prefix), VAE_POINTWISE)
+    return table_sources(layer_table(diffusers_vae_blocks(config), prefix))
 
 
 def unet_sources(layout: str, config: Config, prefix: str) -> Callable[[str], Source]:
@@ -119,12 +121,12 @@ def unet_sources(layout: str, config: Config, prefix: str) -> Callable[[str], So
     """
     pointwise = () if config.unet.linear_projections else UNET_POINTWISE
     if layout == "diffusers":
-        return _sources(_layers(diffusers_unet_blocks(config), prefix), pointwise)
+        return table_sources(layer_table(diffusers_unet_blocks(config), prefix), pointwise)
     if layout == "original":
-        return _sources(_layers(unet_blocks(config), prefix), pointwise)
+        return table_sources(layer_table(unet_blocks(config), prefix), pointwise)
     if layout == "original-spaced":
-        return _sources(_layers(spaced_unet_blocks(config), prefix), pointwise)
-    raw = _sources(_layers(unet_blocks(config), UNET), pointwise)
+        return table_sources(layer_table(spaced_unet_blocks(config), prefix), pointwise)
+    raw = table_sources(layer_table(unet_blocks(config), UNET), pointwise)
 
     def source(key: str) -> Source:
         return raw(key)._replace(key=prefix + ema_key(raw(key).key).removeprefix(EMA))
@@ -173,7 +175,7 @@ def every_name(network: str, config: Config, prefix: str) -> Iterator[Callable[[
         walks = (unet_blocks(config), diffusers_unet_blocks(config))
     for pairs in map(list, walks):
         for number in range(max(map(len, SAME_BLOCK))):
-            yield _known(_layers([(ours, theirs, _rules(rules, number)) for ours, theirs, rules in pairs], prefix))
+            yield _known(layer_table([(ours, theirs, _rules(rules, number)) for ours, theirs, rules in pairs], prefix))
 
 
 def _rules(rules: Rules, number: int) -> Rules:
@@ -236,7 +238,7 @@ def diffusers_sources(config: Config, keys: Mapping[str, Iterable[str]]) -> dict
     }
 
 
-def _sources(layers: Mapping[str, str], pointwise: tuple[str, ...] = ()) -> Callable[[str], Source]:
+def table_sources(layers: Mapping[str, str], pointwise: tuple[str, ...] = ()) -> Callable[[str], Source]:
     """Our key -> its source, by a table of layers; those whose names end in `pointwise` are 1x1 convolutions there."""
 
     def source(key: str) -> Source:

@@ -34,7 +34,7 @@ from .finite import FiniteCheck
 from .formats.mmap import fresh
 from .layouts import SECOND, alone_as, find_layouts, token_width
 from .matching import NAMES, TEXTS, match_layouts, shape_text
-from .other_models import refuse_alone, refuse_others, refuse_part
+from .other_models import refuse_alone, refuse_control, refuse_others, refuse_part
 from .prediction import predicting, probe
 from .supported_settings import ignored_settings
 from .tiny_vae import describe_tiny, notes_on_tiny
@@ -52,6 +52,7 @@ def with_part(config: Config, network: str, tensors: Checkpoint) -> Config:
     Raises CheckpointError for a file without that network, or with one that does not fit the model.
     """
     found = shapes(tensors)
+    refuse_control(found)
     own_layouts = find_layouts(tensors)
     layouts = alone_as(network, own_layouts, found, config)
     if network not in layouts:

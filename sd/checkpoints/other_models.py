@@ -57,19 +57,39 @@ OTHER_VAES: tuple[Other, ...] = (
     Other(TINY_DECODER, f"{TINY} (not 4 latent channels), {TINY_OF_SD}", r"64x(?!4x)\d+x3x3"),
 )  # fmt: skip
 
+CONTROL = Other(
+    r"^(control_model|control\.hint)\.|controlnet_|^input_hint_block\.|^zero_convs\.",
+    f"this is a ControlNet, {ADDITION}: give it with --control",
+)
+WHOLE_CONTROL = "give a ControlNet that is a network of its own"
+# Files that add an image as a condition in another way, also if they have names of a ControlNet
+OTHER_CONTROLS: tuple[Other, ...] = (
+    Other(r"^lllite_", f"this is a ControlNet-LLLite, {UNSUPPORTED_ADDITION}: {WHOLE_CONTROL}"),
+    Other(r"^lora_controlnet$", f"this is a Control-LoRA, {UNSUPPORTED_ADDITION}: {WHOLE_CONTROL}"),
+    Other(r"\b(base_to_ctrl|ctrl_to_base|control_to_base_for_conv_in)\b|\b(enc|dec)_zero_convs_(in|out)\.",
+          f"this is a ControlNet-XS, {UNSUPPORTED_ADDITION}: {WHOLE_CONTROL}"),
+    Other(r"\btask_embedding$|\bcontrol_add_embedding\.|\btransformer_layes\.", "this is a union ControlNet (one "
+          "network for several kinds of hints, also called ProMax), "
+          f"{UNSUPPORTED_ADDITION}: give one for a single kind"),
+    Other(r"\bcontrolnet_(single_)?blocks\.|\bcontrolnet_(x|mode)_embedder\.", "this is a ControlNet for SD3, Flux or "
+          f"another diffusion transformer, {NOT_SUPPORTED}"),
+    Other(r"\bbrushnet_", f"this is a BrushNet, {UNSUPPORTED_ADDITION}"),
+    Other(r"\bcontrolnet_cond_embedding\.\d|\bcontrolnet_cond_embedding\.conv_in\.conv\.", "this is a ControlNet for "
+          f"videos (SparseCtrl), {UNSUPPORTED_ADDITION}"),
+    Other(r"^(adapter\.)?body\.\d+\.(in_conv|block[12]|resnets)\b", f"this is a T2I-Adapter, {UNSUPPORTED_ADDITION}"),
+)  # fmt: skip
+
 # In whatever file; the first match counts.
 OTHERS: tuple[Other, ...] = (
     # bitsandbytes (4 and 8 bits), GPTQ and AWQ, ComfyUI's scaled float8, Quanto, HQQ
     Other(r"bitsandbytes__|\.quant_state|\.absmax$|\.SCB$|\.weight_format$|\.qweight$|\.qzeros$|\.scales$", QUANTISED),
     Other(r"\.weight_scale(_2)?$|\.scale_weight$|^scaled_fp8$|\.comfy_quant$", QUANTISED),
     Other(r"\.weight\._(data|scale)$|\.W_q$", QUANTISED),
-    Other(r"^lllite_", f"this is a ControlNet-LLLite, {UNSUPPORTED_ADDITION}"),
-    Other(r"^lora_controlnet$", f"this is a Control-LoRA, {UNSUPPORTED_ADDITION}"),
+    *OTHER_CONTROLS,
     Other(r"^0$", f"this is a list of tensors without names, as LoRA files may be: {ADDITION}; give it with --lora"),
     Other(r"lora_|\.lora\.|_lora\.|\.hada_w|\.lokr_w|\.oft_", f"this is a LoRA, {ADDITION}: give it with --lora"),
     Other(r"^em[bp]_params(_out)?$|^string_to_param\.|^clip_[lg]$", EMBEDDING),
-    Other(r"^control_model\.|controlnet_|^input_hint_block", f"this is a ControlNet, {UNSUPPORTED_ADDITION}"),
-    Other(r"^(adapter\.)?body\.\d+\.(in_conv|block[12]|resnets)\b", f"this is a T2I-Adapter, {UNSUPPORTED_ADDITION}"),
+    CONTROL,
     Other(r"^image_proj\.|^ip_adapter\.|\bto_[kv]_ip\.", f"this is an IP-Adapter, {UNSUPPORTED_ADDITION}"),
     Other(r"motion_modules\.", f"this is a motion module (AnimateDiff), {UNSUPPORTED_ADDITION}"),
     Other(r"joint_blocks\.\d+\.|^transformer\.joint_", f"this is an SD3 model, {NOT_SUPPORTED}"),
@@ -135,6 +155,16 @@ def refuse_others(found: Shapes, replaced: Collection[str] = ()) -> None:
 def refuse_alone(found: Shapes) -> None:
     """The same for a file in which no network that is known here was found."""
     _refuse(found, ALONE)
+
+
+def refuse_control(found: Shapes) -> None:
+    """The same for a control network, of whatever kind, given as something else."""
+    _refuse(found, (*OTHER_CONTROLS, CONTROL))
+
+
+def refuse_other_controls(found: Shapes) -> None:
+    """The same for a file that is to supply a control network."""
+    _refuse(found, [other for other in OTHERS if other is not CONTROL])
 
 
 def refuse_part(network: str, found: Shapes) -> None:

@@ -50,6 +50,15 @@ TEXT: Supported = {
     "hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,), "model_type": ("clip_text_model", "clip"),
     "max_position_embeddings": (77,),
 }  # fmt: skip
+CONTROL: Supported = {  # of ControlNetModel, besides the sizes, which its weights show
+    "conditioning_channels": (3,), "controlnet_conditioning_channel_order": ("rgb", "bgr"),
+    "global_pool_conditions": (True, False),
+    "act_fn": ("silu", "swish"), "norm_num_groups": (GROUPS,), "norm_eps": (1e-5,),
+    "flip_sin_to_cos": (True,), "freq_shift": (0,), "downsample_padding": (1,), "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"), "resnet_time_scale_shift": ("default",),
+    "only_cross_attention": (False,), "class_embed_type": (), "num_class_embeds": (), "encoder_hid_dim_type": (),
+    "addition_embed_type": ("text_time",), "addition_time_embed_dim": (SIZE_WIDTH,),
+}  # fmt: skip
 SCHEDULER: Supported = {"snr_shift_scale": (1,), "use_flow_sigmas": (False,)}
 
 # What a null means where it is not "as by default": these settings switch something off.
@@ -67,6 +76,10 @@ FREE = {
         latent_channels scaling_factor force_upcast dtype from_pt
         encoder_block_out_channels decoder_block_out_channels num_encoder_blocks num_decoder_blocks
         upsample_fn upsampling_scaling_factor latent_magnitude latent_shift""",
+    "control": """in_channels down_block_types block_out_channels layers_per_block cross_attention_dim
+        transformer_layers_per_block attention_head_dim num_attention_heads use_linear_projection upcast_attention
+        encoder_hid_dim projection_class_embeddings_input_dim addition_embed_type_num_heads
+        conditioning_embedding_out_channels sample_size""",
 }
 
 
@@ -113,7 +126,7 @@ KINDS = (
          "diffusion model, which is not supported"),
 )  # fmt: skip
 
-FILES = {"scheduler": "scheduler/scheduler_config.json"}
+FILES = {"scheduler": "scheduler/scheduler_config.json", "control": "config.json"}
 # Settings of a scheduler that change each step. Others choose a sampler or a step grid, which is the caller's choice
 # here, or `clip_sample`, which diffusers does not follow for Stable Diffusion either.
 SAMPLING = ("thresholding",)
@@ -150,7 +163,7 @@ def check_supported(part: str, raw: Mapping[str, Any], supported: Supported) -> 
 
 def ignored_settings(configs: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """One line for each setting in a folder's JSON files that is not looked at and might have an effect."""
-    for part, known in (("unet", UNET), ("vae", VAE)):
+    for part, known in (("unet", UNET), ("vae", VAE), ("control", CONTROL)):
         raw, free = configs.get(part, {}), FREE[part].split()
         for key, value in raw.items():
             if value and key not in known and key not in free and not key.startswith("_"):

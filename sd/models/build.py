@@ -18,6 +18,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..config import Config, TinyVAEConfig, VAEConfig
+from ..control_config import ControlConfig
+from .controlnet import ControlNet
 from .taesd import TinyVAE
 from .text_encoder import TextEncoder
 from .unet import UNet
@@ -57,3 +59,15 @@ def weight_shapes(config: Config) -> Mapping[str, Shapes]:
         name: {key: tuple(weight.shape) for key, weight in network.state_dict().items()}
         for name, network in build(config).items()
     }
+
+
+def build_control(config: ControlConfig) -> ControlNet:
+    """The control network of a config on the meta device."""
+    with torch.device("meta"), _SkipInit():
+        return ControlNet(config)
+
+
+@lru_cache(maxsize=16)
+def control_shapes(config: ControlConfig) -> Shapes:
+    """The name and shape of every weight of a control network."""
+    return {key: tuple(weight.shape) for key, weight in build_control(config).state_dict().items()}

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from ..conditioning import Conditioning
 from ..config import UNetConfig as UNetConfig
 from ..control_config import ControlConfig as ControlConfig
-from .layers import module_list
-from .unet import UNetEncoder
+from .layers import ResBlock, module_list
+from .unet import NORM_EPS, SpatialTransformer, UNetEncoder
 
 HINT_CHANNELS = 3  # a hint is an RGB image, also where it is grey
 
@@ -71,10 +71,25 @@ class ControlNet(UNetEncoder):
     def __init__(self, config: ControlConfig) -> None:
         super().__init__(config.unet)
         self.control_config = config
+        for level in config.bare:
+            self._add_bare(level)
         self.hint = HintBlock(config.hint, config.unet.channels[0])
         self.zero = module_list(nn.Conv2d(channels, channels, 1) for channels in self.skip_channels)
         last = config.unet.channels[-1]
         self.zero_mid = nn.Conv2d(last, last, 1)
+
+    def _add_bare(self, level: int) -> None:
+        """Give a level, or the middle if it is the number of levels, transformers without blocks."""
+        channels, heads, context = self.config.channels, self.config.heads, self.config.context
+        if level < len(channels):
+            count = range(self.config.blocks)
+            self.down[level].attn = module_list(
+                SpatialTransformer(channels[level], heads[level], context, depth=0) for _ in count
+            )
+        elif self.mid is not None:
+            last = channels[-1]
+            self.mid.attn = SpatialTransformer(last, heads[-1], context, depth=0)
+            self.mid.res = module_list([self.mid.res[0], ResBlock(last, last, NORM_EPS, self.time_width)])
 
     def embed(self, hint: Tensor) -> Tensor:
         """The features (B, C_0, h, w) of a hint (B, 3, H, W), an RGB image in [0, 1]: the same at every step.

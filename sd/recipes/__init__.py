@@ -6,6 +6,7 @@
     comfyui.py      ComfyUI's graph of nodes; comfyui_nodes.py: the nodes of it and of extensions,
                     comfyui_workflow.py: the graph as the editor saves it
     json_texts.py   Fooocus, InvokeAI; other_programs.py: NovelAI, Easy Diffusion, Draw Things, SwarmUI
+    control_entries.py  the control networks in the text of the web UI
     fields.py       setting <-> key: the table from which images are written and read
     recipe.py       what is found, as a value
 
@@ -26,15 +27,25 @@ from ..messages import one_line
 from .comfyui import is_graph, read_graph
 from .comfyui_workflow import is_workflow, to_graph
 from .containers import read_texts
+from .control_entries import written_controls
 from .fields import describe
 from .hidden_texts import hidden_texts
 from .infotext import written
 from .json_texts import load_json, mapping, read_dream, read_fooocus, read_invokeai, read_sd_metadata
 from .other_programs import easy_lines, read_draw_things, read_easy_diffusion, read_novelai, read_swarm, xmp_json
-from .recipe import Addon, Recipe
+from .recipe import Addon, ControlUse, Recipe
 from .webui import read_parameters
 
-__all__ = ["Addon", "Recipe", "describe", "read_parameters", "read_request", "written"]
+__all__ = [
+    "Addon",
+    "ControlUse",
+    "Recipe",
+    "describe",
+    "read_parameters",
+    "read_request",
+    "written",
+    "written_controls",
+]
 
 SETTINGS = re.compile(r"^Steps: \d+, (?:Sampler|Size|Seed|CFG scale|Schedule type): ", re.MULTILINE)
 NOTHING = (

@@ -54,6 +54,26 @@ class Addon(NamedTuple):
     digest: str = ""
 
 
+class ControlUse(NamedTuple):
+    """A control network that was used: its name, digits of its hash; the settings of `Control`; and its hint.
+
+    module   what made the hint of an image: "none" if it was ready, "canny", or what another program has
+    hint     name and first digits of the SHA-256 of the image file, "" if unknown
+    """
+
+    name: str
+    digest: str = ""
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mode: str = "balanced"
+    fit: str = "crop"
+    module: str = "none"
+    low: float = 100.0
+    high: float = 200.0
+    hint: Addon = Addon("")
+
+
 class Recipe(NamedTuple):
     """How an image was made, as far as its file says.
 
@@ -68,6 +88,7 @@ class Recipe(NamedTuple):
     info         everything else in the file: key -> text
     notes        what was left out, and what cannot be reproduced, one line each
     position     which of the images of the request it is: 0, or its place in a batch
+    controls     the control networks; their hints are not in the file, so the request has none
     """
 
     request: TextToImage
@@ -81,6 +102,7 @@ class Recipe(NamedTuple):
     info: Mapping[str, str]
     notes: tuple[str, ...]
     position: int = 0
+    controls: tuple[ControlUse, ...] = ()
 
     def with_image(self, image: Image.Image, mask: Image.Image | None = None) -> TextToImage:
         """The request of image to image, or of inpainting if the recipe or a mask says so, on this image."""
@@ -126,6 +148,7 @@ class Draft:
     settings: dict[str, Any] = field(default_factory=dict)
     loras: list[Addon] = field(default_factory=list)
     embeddings: list[Addon] = field(default_factory=list)
+    controls: list[ControlUse] = field(default_factory=list)
     model: Addon = field(default_factory=lambda: Addon(""))
     position: int = 0
     info: dict[str, str] = field(default_factory=dict)
@@ -251,6 +274,7 @@ class Draft:
             info=MappingProxyType({one_line(name, NAME): clean(value) for name, value in self.info.items()}),
             notes=tuple(one_line(note, 500) for note in self.notes),
             position=self.position,
+            controls=tuple(self.controls),
         )
 
 

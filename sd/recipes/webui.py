@@ -16,6 +16,7 @@ from types import MappingProxyType
 
 from ..messages import one_line
 from ..params import MAX_SEED, OPTIONS, REQUESTS, SamplingParams
+from .control_entries import read_controls
 from .fields import keys_read, settings_of
 from .infotext import digests, loras_in, parse
 from .recipe import MAX_BATCH, PARAMS, WEIGHTED, Addon, Draft, Recipe, file_name, short_list
@@ -132,6 +133,7 @@ def read_parameters(text: str, fallback: str = "the web UI") -> Recipe:
     if draft.kind == "txt2img":
         used.add("denoising strength")  # it is 0: see `_kind`
     _files(draft, pairs)
+    used |= read_controls(draft, pairs)
     left = [name for name in parsed.pairs if name.lower() not in used | HARMLESS]
     if left:
         draft.note(f"not reproduced: {short_list(_families(left))}")

@@ -5,6 +5,8 @@ the same time:
 
     a step      the skip connections not yet used, the map from the level below, and for one block either three times
                 its input or, in the feed-forward layer of its transformer, sixteen maps of its width
+    control     the residuals of control networks, as large as the skip connections, while the U-Net runs; what a
+                control network itself needs is less than a step
     the VAE     at the finest level two and a half maps; in strips two, and a quarter of one from the level before
 
 On a GPU this is within a tenth of what the sizes of live tensors add up to (tests/test_sdxl_memory.py). The memory of
@@ -21,6 +23,7 @@ Sizes are in bytes. B batch, H x W pixels of the image, h x w of the latents.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +38,7 @@ ALL, WITHOUT_TEXT, ONE = "all", "without text encoders", "one"
 MEMINFO = Path("/proc/meminfo")
 LIMITS = Path("/sys/fs/cgroup")  # of a container
 OF_STRIPS = 2**27  # what the VAE's strips need: some are in memory at once
+OF_RECORDING = 3  # times its residuals: what the recording of a control network keeps, its own skip connections first
 
 
 class Job(NamedTuple):
@@ -47,6 +51,7 @@ class Job(NamedTuple):
     exact: bool = False  # the VAE overflows in float16 and is computed in float32
     whole: int = 1024 * 1024  # pixels up to which the VAE takes an image as a whole
     recorded: bool = False  # steps are recorded, which keeps their memory (cuda_graphs.py)
+    controls: tuple[int, ...] = ()  # weights of each control network; those are always on the device
 
 
 def weight_bytes(config: Config, dtype: torch.dtype) -> dict[str, int]:
@@ -58,14 +63,8 @@ def weight_bytes(config: Config, dtype: torch.dtype) -> dict[str, int]:
 
 def step_bytes(config: UNetConfig, dtype: torch.dtype, batch: int, height: int, width: int) -> int:
     """What the U-Net needs beside its weights, for a batch of latents of this size."""
-    pixels = [height * width]
-    for _ in config.channels[1:]:
-        height, width = -(-height // 2), -(-width // 2)
-        pixels.append(height * width)
-    kept = [config.channels[0] * pixels[0]]  # numbers in each skip connection
-    for i, channels in enumerate(config.channels):
-        kept += [channels * pixels[i]] * config.blocks
-        kept += [channels * size for size in pixels[i + 1 : i + 2]]
+    pixels = _pixels(config, height, width)
+    kept = _skips(config, pixels)
     most, below = 0, config.channels[-1]  # channels that come from below
     for i, channels in reversed(list(enumerate(config.channels))):
         depths = config.depths_up(i)
@@ -77,6 +76,30 @@ def step_bytes(config: UNetConfig, dtype: torch.dtype, batch: int, height: int, 
             most = max(most, sum(kept) + below * pixels[i] + max(needs))
             below = channels
     return most * batch * dtype.itemsize
+
+
+def _pixels(config: UNetConfig, height: int, width: int) -> list[int]:
+    """The positions at each level of a U-Net, for latents of this size."""
+    pixels = [height * width]
+    for _ in config.channels[1:]:
+        height, width = -(-height // 2), -(-width // 2)
+        pixels.append(height * width)
+    return pixels
+
+
+def _skips(config: UNetConfig, pixels: Sequence[int]) -> list[int]:
+    """The numbers in each skip connection of an image."""
+    kept = [config.channels[0] * pixels[0]]
+    for i, channels in enumerate(config.channels):
+        kept += [channels * pixels[i]] * config.blocks
+        kept += [channels * size for size in pixels[i + 1 : i + 2]]
+    return kept
+
+
+def residual_bytes(config: UNetConfig, dtype: torch.dtype, batch: int, height: int, width: int) -> int:
+    """The residuals of a control network, for a batch of latents of this size: skip connections and middle."""
+    pixels = _pixels(config, height, width)
+    return (sum(_skips(config, pixels)) + config.channels[-1] * pixels[-1]) * batch * dtype.itemsize
 
 
 def vae_bytes(config: VAEConfig | TinyVAEConfig, dtype: torch.dtype, job: Job) -> int:
@@ -102,16 +125,21 @@ def needed(config: Config, dtype: torch.dtype, job: Job, kept: str = ALL, refine
     weights = [weight_bytes(each, dtype) for each in models]
     steps = [step_bytes(each.unet, dtype, batch, h, w) for each in models]
     image = vae_bytes(config.vae, dtype, job)
+    controls = sum(job.controls) * dtype.itemsize
+    if job.controls:
+        residuals = residual_bytes(config.unet, dtype, batch, h, w)
+        steps[0] += residuals
+        image += OF_RECORDING * len(job.controls) * residuals if job.recorded else 0
     if job.exact:
         image += weights[0]["vae"] // dtype.itemsize * 4  # a copy of it
     text = max(size for own in weights for name, size in own.items() if name not in ("unet", "vae"))
     if kept == ONE:
         unet = max(own["unet"] + step for own, step in zip(weights, steps, strict=True))
-        return max(unet, weights[0]["vae"] + image, text)
+        return max(unet, weights[0]["vae"] + image, text) + controls
     if job.recorded:
         image += sum(steps)
     always = sum(size for own in weights for name, size in own.items() if kept == ALL or name in ("unet", "vae"))
-    return always + max(*steps, image, 0 if kept == ALL else text)
+    return controls + always + max(*steps, image, 0 if kept == ALL else text)
 
 
 def available(device: torch.device) -> int | None:

@@ -57,7 +57,8 @@ def text_encoder(models: Models, model: StableDiffusion) -> Iterator[Pair]:
     """The context of some prompts."""
     name, key = ("tiny_v1_components", "context") if models.place.trial else ("clip_l", "last_hidden_state")
     golden = recorded().Golden(name)
-    yield name, model.text_encoder(golden["ids"].long().to(models.device)).hidden, golden[key]
+    hidden = model.text_encoder(golden["ids"].long().to(models.device)).hidden
+    yield name, recorded().kept(hidden, golden[key]), golden[key]
 
 
 def vae(models: Models, model: StableDiffusion) -> Iterator[Pair]:
@@ -67,7 +68,8 @@ def vae(models: Models, model: StableDiffusion) -> Iterator[Pair]:
         image = recorded().images(golden["image_u8"]).to(models.device, model.dtype)
         network = cast(VAE, model.vae)
         yield f"{name}, encoder", torch.cat(network.moments(image), dim=1), golden["moments"]
-        yield f"{name}, decoder", model.vae.decode(golden["latent"].to(models.device, model.dtype)), golden["decoded"]
+        decoded = model.vae.decode(golden["latent"].to(models.device, model.dtype))
+        yield f"{name}, decoder", recorded().kept(decoded, golden["decoded"]), golden["decoded"]
 
 
 def unet(models: Models, model: StableDiffusion) -> Iterator[Pair]:
