@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sd.checkpoints.control_export import control_files
 from sd.conditioning import Conditioning
 from sd.config import UNetConfig
 from sd.control_config import ControlConfig, own_half
@@ -51,7 +52,6 @@ RECIPE = loop.Recipe(
 CHECKPOINT = loop.Recipe(steps=10000, batch=4, lr=1e-5)  # learning rate and batch of the paper
 DROP, ERASE = 0.5, 0.15
 PAIRS = 3  # of hint and image, in a row of a sample sheet
-METADATA, PREFIX = "sd.control", "control."  # of the file: the key of its config, and what its names begin with
 # options that are for control networks only, and those that are not, with their values where they are not given
 OWN = {"hint": None, "small": False, "hint_widths": None, "control_name": None, "hint_erase": None}
 OTHERS = {"vae": None, "text": None, "prediction": None, "train_text": False, "inpaint": False, "weighting": "none"}
@@ -182,10 +182,11 @@ def zero_weights(control: ControlNet) -> list[float]:
 
 def write_control(control: ControlNet, path: Path, dtype: torch.dtype) -> None:
     """Write a control network in our layout with its config. Raises ArithmeticError if weights are not finite."""
-    tensors = {PREFIX + name: weight.detach().to("cpu", dtype) for name, weight in control.state_dict().items()}
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+    state = {name: weight.detach().to("cpu", dtype) for name, weight in control.state_dict().items()}
+    if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
         raise ArithmeticError(f"{path}: not written, because weights are not finite: try a lower --lr")
-    save_tensors(tensors, path, {METADATA: control.control_config.to_json(), "format": "pt"})
+    tensors, metadata = control_files("sd", state, control.control_config)
+    save_tensors(tensors, path, metadata)
 
 
 def write_sheet(
