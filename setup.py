@@ -10,7 +10,7 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "sd" / "__init__.py").read
 
 for name in ("pocket", "pocket-lcm", "pocket-edges"):
     if not (ROOT / "weights" / f"{name}.safetensors").is_file():
-        raise SystemExit(f"weights/{name}.safetensors is missing: it comes with the embedded model")
+        raise SystemExit(f"weights/{name}.safetensors is missing: it belongs to the embedded model")
 
 REFERENCES = ["diffusers>=0.30", "transformers>=4.40", "accelerate", "peft>=0.13", "openvino>=2024.6"]
 STUDY = ["matplotlib>=3.8"]
@@ -33,7 +33,7 @@ setup(
     package_dir={"sd": "sd", "sd.data": "data", "sd.weights": "weights", "sd.scripts": "scripts"},
     package_data={
         "sd.data": ["*.gz", "*.md", "sample*.png"],
-        "sd.weights": ["pocket*.safetensors", "README.md"],
+        "sd.weights": ["pocket.safetensors", "pocket-lcm.safetensors", "pocket-edges.safetensors", "README.md"],
     },
     install_requires=[
         "torch>=2.4",

@@ -9,6 +9,7 @@
     python scripts/bench.py --kernels
 
     unet       one step: the network on a batch of two, which is one image with guidance
+    control    the same with a control network, and without it again, which gives the cost of control
     vae        latents of one image to pixels
     taesd      the same with a tiny autoencoder
     text       two prompts, encoded by all text encoders of the model

@@ -5,6 +5,7 @@ python scripts/study.py grid --x steps=4,8,16 --y sampler=ddim,heun,dpmpp_2m
 python scripts/study.py all --out docs/figures
 python scripts/study.py reverse --ckpt v1-5-pruned-emaonly.ckpt --prompt "a photograph of an astronaut riding a horse"
 python scripts/study.py few-steps --ckpt v1-5-pruned-emaonly.ckpt --lora lcm-lora-sdv1-5.safetensors
+python scripts/study.py control --ckpt v1-5-pruned-emaonly.ckpt --control control_sd15_canny.pth --hint edges.png
 
 docs/ explains each figure. The default --dtype is float32. Existing files of the same name in --out are overwritten.
 """
@@ -36,7 +37,9 @@ from sd.study import runs, text
 from sd.study.drawing import matplotlib_module
 
 from .common import arguments, cli, generate
-from .figures.commands import AXES, FIGURES, WITH_STUDENT, Job, axes
+from .figures.commands import AXES, FIGURES, WITH_CONTROL, WITH_STUDENT, Job, axes
+from .figures.hint import NEEDED as CONTROL_NEEDED
+from .figures.hint import find_control
 from .figures.student import NEEDED, find_lora
 from .figures.world import OTHER
 
@@ -50,9 +53,9 @@ OUT_OF_MEMORY = "out of memory: try a smaller --size, --dtype float16 or bfloat1
 
 def parser() -> cli.Parser:
     """The arguments."""
-    lines = "\n".join(f"  {name:16}{make.__doc__}" for name, make in FIGURES.items())
+    lines = "\n".join(f"  {name:18}{make.__doc__}" for name, make in FIGURES.items())
     parser = cli.Parser(
-        description=f"{__doc__}\nfigures:\n{lines}\n  {'all':16}all of them",
+        description=f"{__doc__}\nfigures:\n{lines}\n  {'all':18}all of them",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s FIGURE [options]",
     )
@@ -86,6 +89,14 @@ def parser() -> cli.Parser:
         "--lora", type=cli.home, metavar="[NAME=]FILE[:WEIGHT]",
         help="consistency, few-steps: a few-step LoRA for --ckpt (default: that of the embedded model)",
     )  # fmt: skip
+    parser.add_argument(
+        "--control", type=cli.home, metavar="FILE",
+        help="control: a control network for --ckpt (default: that of the embedded model)",
+    )  # fmt: skip
+    parser.add_argument("--hint", type=cli.file_path, metavar="FILE", help="control: the hint for the control network")
+    parser.add_argument(
+        "--log", type=cli.file_path, metavar="FILE", help="zero-convolutions: log.jsonl of train.py --control"
+    )
     settings = runs.SETTINGS
     group = parser.add_argument_group("sampling")
     group.add_argument("--steps", type=int, default=settings.steps, metavar="N", help="default: %(default)s")
@@ -141,20 +152,25 @@ def save_film(frames: list[Image.Image], path: Path) -> None:
 
 
 def chosen_figures(args: argparse.Namespace) -> list[str]:
-    """The names of the figures to make; "all" leaves out those whose LoRA is missing.
+    """The names of the figures to make; "all" leaves out those whose LoRA or control network is missing.
 
-    Raises ValueError if it is missing for the only figure, and for a LoRA that cannot be used.
+    Raises ValueError if it is missing for the only figure, and for one that cannot be used.
     """
     chosen = list(FIGURES) if args.figure == "all" else [args.figure]
-    missing = [name for name in chosen if name in WITH_STUDENT]
-    if args.lora is not None and not missing:
-        raise ValueError(f"--lora is for {', '.join(WITH_STUDENT)}: {args.figure} shows the model without it")
-    if not missing or find_lora(args) is not None:
-        return chosen
-    if args.figure != "all":
-        raise ValueError(f"{args.figure}: {NEEDED}")
-    warnings.warn(f"left out: {', '.join(missing)}; for these, {NEEDED}", stacklevel=1)
-    return [name for name in chosen if name not in missing]
+    for option, users in (("lora", WITH_STUDENT), ("control", WITH_CONTROL), ("hint", WITH_CONTROL)):
+        if getattr(args, option) is not None and not set(users) & set(chosen):
+            raise ValueError(f"--{option} is for {', '.join(users)}: {args.figure} shows the model without it")
+    if args.log is not None and not {"zero-convolutions", "all"} & {args.figure}:
+        raise ValueError(f"--log is for zero-convolutions: it has no effect on {args.figure}")
+    for users, find, needed in ((WITH_STUDENT, find_lora, NEEDED), (WITH_CONTROL, find_control, CONTROL_NEEDED)):
+        missing = [name for name in chosen if name in users]
+        if not missing or find(args) is not None:
+            continue
+        if args.figure != "all":
+            raise ValueError(f"{args.figure}: {needed}")
+        warnings.warn(f"left out: {', '.join(missing)}; for these, {needed}", stacklevel=1)
+        chosen = [name for name in chosen if name not in missing]
+    return chosen
 
 
 def study(args: argparse.Namespace) -> None:
@@ -194,6 +210,8 @@ def study(args: argparse.Namespace) -> None:
     job = Job(model, settings, args)
     if args.lora is not None:
         _ = job.student  # raises for a LoRA that is not one for few steps, before any figure is made
+    if args.control is not None:
+        _ = job.control
     with tqdm(unit=" evaluations", disable=None, leave=False, file=sys.stderr) as bar:
         counting = model.unet.register_forward_hook(lambda *_: bar.update() and None)
         try:

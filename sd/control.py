@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .conditioning import Conditioning, Wrapper
@@ -93,7 +94,7 @@ class AppliedControl:
         features = self._features
         inputs, t, conditioning = x[rows], t[rows], conditioning.of_images(rows)
         if features.shape[0] > 1:
-            features = features.repeat(inputs.shape[0] // features.shape[0], 1, 1, 1)
+            features = torch.cat([features] * (inputs.shape[0] // features.shape[0]))  # `repeat` changes the layout
         down, middle = self._network(inputs, t, conditioning, features)
         n = len(down) + 1
         scales = [self._scale * (SOFT ** (n - 1 - i) if self._soft else 1.0) for i in range(n)]
@@ -103,10 +104,8 @@ class AppliedControl:
 
 
 def _after(rows: int, residual: Tensor) -> Tensor:
-    """(B, C, H, W) -> (rows + B, C, H, W), zero for the first ones."""
-    if not rows:
-        return residual
-    return torch.cat([residual.new_zeros(rows, *residual.shape[1:]), residual])
+    """(B, C, H, W) -> (rows + B, C, H, W), zero for the first ones, in the same memory layout."""
+    return F.pad(residual, (0, 0, 0, 0, 0, 0, rows, 0)) if rows else residual
 
 
 def controlled(network: ControllableNetwork, controls: Sequence[AppliedControl]) -> ControllableNetwork:

@@ -79,7 +79,7 @@ class Controllable:
         if not isinstance(control, ControlNet):
             from .checkpoints.control_files import load_control
 
-            network, notes = load_control(path, self.config, self.device, self.dtype, self.unet.state_dict)
+            network, notes = load_control(path, self.config, self.device, self.dtype, lambda: self.unet.state_dict())
             for line in notes:
                 note(line)
         network = optimize(network.requires_grad_(False).eval())  # type: ignore[assignment]
@@ -131,7 +131,7 @@ def applied(
                 f"control {control.name}: the hint looks like black lines on white; control networks expect white "
                 "lines on black: invert it"
             )
-        pixels = (to_tensor(hint_at(control, place)) + 1) / 2
+        pixels = ((to_tensor(hint_at(control, place)) + 1) / 2).to(model.device)  # now: no step must wait for it
         found.append(
             AppliedControl(
                 fast, network.embed, pixels, control.scale,

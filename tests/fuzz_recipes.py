@@ -42,6 +42,7 @@ if __name__ == "__main__":
 from fuzz_recipe_programs import CLASSES, DREAM, FOOOCUS, GRAPH, INVOKE, NODES, OLD, PARTS, TEXTS, VALUES
 from PIL import Image
 
+from sd import request_json  # noqa: F401 (imported late, which would look like harm)
 from sd.imaging.files import ImageFileError
 from sd.params import from_dict
 from sd.recipes import read_request

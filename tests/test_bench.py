@@ -53,6 +53,7 @@ from sd.runtime.cuda_graphs import Recorded
 
 LABELS = {
     "unet": "U-Net step, 2 x 16x16",
+    "control": "controlled step, 2 x 16x16",
     "vae": "VAE decode, 128x128",
     "taesd": "TAESD decode, 128x128",
     "text": "text encoder, 2 prompts",

@@ -190,9 +190,9 @@ def chosen(config, *options: str) -> tuple[list[str], int]:
 def test_what_is_measured_by_default():
     """Of a large model fewer parts and steps, and of each model only what it can do."""
     assert chosen(SD1) == (list(PARTS), 4)
-    assert chosen(TINY_XL) == (["unet", "vae", "taesd", "text", "picture", "start"], 2)
-    assert chosen(TINY_XL_INPAINT) == (["unet", "vae", "taesd", "text", "start"], 2)
-    assert chosen(TINY_REFINER) == (["unet", "vae", "taesd", "text"], 2)
+    assert chosen(TINY_XL) == (["unet", "control", "vae", "taesd", "text", "picture", "start"], 2)
+    assert chosen(TINY_XL_INPAINT) == (["unet", "control", "vae", "taesd", "text", "start"], 2)
+    assert chosen(TINY_REFINER) == (["unet", "control", "vae", "taesd", "text"], 2)
     assert chosen(TINY_XL, "--steps", "5", "--parts", *FEW_STEPS) == (list(FEW_STEPS), 5)
 
 

@@ -51,9 +51,9 @@ def test_code_of_a_chapter_runs(path, tmp_path, monkeypatch, capsys):
 
 
 def test_reading_order():
-    """Eleven chapters; the contents list them in order, and each leads to the next."""
+    """Twelve chapters; the contents list them in order, and each leads to the next."""
     names = [path.name for path in CHAPTERS]
-    assert len(names) == 11
+    assert len(names) == 12
     assert re.findall(r"^\d+\. \[.*?\]\((.*?)\)", TEXTS["README.md"], re.MULTILINE) == names
     assert all(f"]({name})" in TEXTS["README.md"] for name in REFERENCE)
     for name, following in pairwise(names):

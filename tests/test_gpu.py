@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scripts.benchmark.gpu import images, networks, others, plan  # noqa: F401 (they register their checks)
+from scripts.benchmark.gpu import controls, images, networks, others, plan  # noqa: F401 (they register their checks)
 from scripts.benchmark.gpu.items import CHECKS, Wrong
 from scripts.benchmark.gpu.models import Models, Place, error
 from scripts.benchmark.gpu.table import PROGRAMS, Row, without_peer
@@ -17,7 +17,9 @@ from sd.runtime import packing
 from sd.runtime.cuda_graphs import Recorded
 
 BY_PYTEST = "others"  # the part that runs the tests of the suite themselves
-SLOW = {"low_memory", "same_as_on_the_cpu", "close_to_the_cpu"}  # seconds on a CPU, where each compares it with itself
+SLOW = {  # seconds on a CPU, where each compares it with itself
+    "low_memory", "same_as_on_the_cpu", "close_to_the_cpu", "controlled_as_on_the_cpu", "controlled_close_to_the_cpu",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -179,7 +179,7 @@ def test_on_a_small_gpu_the_text_encoders_are_offloaded(gpu, files):
     assert run.result().images[0].size == (64, 64)
     model.unet = model.unet
     with pytest.raises(
-        ValueError, match="the text_encoder cannot be replaced: it leaves cuda:0 once prompts are encoded"
+        ValueError, match="the text_encoder cannot be replaced: it is offloaded from cuda:0 once prompts"
     ):
         model.text_encoder = model.text_encoder
     kept = StableDiffusion.load(files["base"], device="cuda", offload_text_encoders=False)  # as for training

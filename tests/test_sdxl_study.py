@@ -253,8 +253,8 @@ def tiny_file(tmp_path):
 @pytest.mark.parametrize(
     ("figure", "files"),
     [
-        ("tokens", {"tokens.png", "tokens-2.png"}),
-        ("embeddings", {"embeddings.png", "embeddings-2.png"}),
+        ("tokens", {"tokens.webp", "tokens-2.webp"}),
+        ("embeddings", {"embeddings.webp", "embeddings-2.webp"}),
         ("unet", {"unet.png", "unet-parts.png"}),
         ("attention", {"attention.webp", "attention-word.webp"}),
         ("self-attention", {"self-attention.webp"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,14 +20,16 @@ from scripts.common import generate
 from scripts.figures import commands
 from scripts.figures.student import load_student
 from sd.config import POCKET
+from sd.control_params import Control
 from sd.few_step import LCM
+from sd.models.controlnet import ControlConfig, ControlNet
 from sd.resources import EMBEDDED, EMBEDDED_LORA, resource
 from sd.study import attention, attention_figures, consistency, convergence, drawing, editing, latent, noising, text
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {  # what each subcommand makes
-    "tokens": {"tokens.png"},
-    "embeddings": {"embeddings.png"},
+    "tokens": {"tokens.webp"},
+    "embeddings": {"embeddings.webp"},
     "words": {"words.webp"},
     "latent": {"latent.webp"},
     "schedule": {"schedule.png"},
@@ -45,10 +48,19 @@ FILES = {  # what each subcommand makes
     "steering": {"steering.webp"},
     "consistency": {"consistency.webp", "consistency-distances.png"},
     "few-steps": {"few-steps.webp"},
+    "control": {"control.webp", "residuals.webp"},
+    "zero-convolutions": {"zero-convolutions.webp"},
 }
 
 
 EMBEDDED_FILE = str(resource(EMBEDDED))
+
+
+def random_control(args, model) -> Control:
+    """In place of a trained control network."""
+    torch.manual_seed(1)
+    name = model.add_control(ControlNet(ControlConfig.of(model.config.unet, name="edges")))
+    return Control(name, Image.linear_gradient("L"))
 
 
 @pytest.fixture
@@ -81,8 +93,14 @@ def test_a_figure(name, run, tmp_path, monkeypatch):
     monkeypatch.setattr(commands, "CURVES", 2)
     monkeypatch.setattr(consistency, "STEPS", (1, 2))
     monkeypatch.setattr(consistency, "MANY", 3)
+    monkeypatch.setattr(commands, "load_control", random_control)
     strange = strange_words(monkeypatch)
     arguments = ["--x", "steps=1,2", "--y", "strength=0.5"] if name == "grid" else []
+    if name == "zero-convolutions":
+        arguments = ["--log", str(tmp_path / "log.jsonl")]
+        line = {"loss": 0.3, "zero": [0.1, 0.2, 0.3, 0.2, 0.1]}
+        text = "\n".join(json.dumps({"step": 50 * i, **line}) for i in range(1, 5))
+        (tmp_path / "log.jsonl").write_text(text, encoding="utf-8")
     for _ in range(2 if name in ("schedule", "reverse") else 1):
         status, errors, files = run(name, *arguments)
         assert (status, files) == (0, FILES[name]), errors
@@ -118,6 +136,15 @@ def test_a_figure(name, run, tmp_path, monkeypatch):
         (["few-steps", "--lora", "missing.safetensors"], "missing.safetensors"),
         (["few-steps", "--lora", "lcm=:1"], "--lora :1: no file before the colon"),
         (["attention", "--lora", EMBEDDED_FILE], "--lora is for consistency, few-steps: attention shows the model"),
+        (
+            ["control", "--ckpt", EMBEDDED_FILE],
+            "control: give a control network for this checkpoint with",
+        ),
+        (["control", "--control", EMBEDDED_FILE], "--control needs a hint of its kind: give one with --hint FILE"),
+        (["control", "--control", "edges", "--hint", "missing.png"], "missing.png"),
+        (["attention", "--hint", "edges.png"], "--hint is for control: attention shows the model without it"),
+        (["attention", "--log", "log.jsonl"], "--log is for zero-convolutions: it has no effect on attention"),
+        (["zero-convolutions", "--log", EMBEDDED_FILE], "pocket.safetensors: not the log of the training of a control"),
         (["attention", "--compile"], "--compile: a compiled U-Net skips the hooks of the studies; remove the option"),
     ],
 )
@@ -143,19 +170,24 @@ def test_out_is_a_folder(below, tmp_path, capsys):
 
 def test_all_makes_them_one_after_the_other(run, monkeypatch):
     monkeypatch.setattr(study, "FIGURES", {name: study.FIGURES[name] for name in ("tokens", "schedule")})
-    assert run("all") == (0, "", {"tokens.png", "schedule.png"})
+    assert run("all") == (0, "", {"tokens.webp", "schedule.png"})
 
 
-def test_all_leaves_out_what_needs_a_lora():
+def test_all_leaves_out_what_needs_a_lora_or_a_control_network():
     """Of another checkpoint, if none is given."""
 
     def chosen(*args: str) -> list[str]:
         return study.chosen_figures(study.parser().parse_args(["all", *args]))
 
     assert chosen() == list(study.FIGURES)
-    assert chosen("--ckpt", "v1-5.ckpt", "--lora", str(resource(EMBEDDED_LORA))) == list(study.FIGURES)
+    lora = ["--lora", str(resource(EMBEDDED_LORA))]
+    control = ["--control", "canny.safetensors", "--hint", "edges.png"]
+    assert chosen("--ckpt", "v1-5.ckpt", *lora, *control) == list(study.FIGURES)
     with pytest.warns(UserWarning, match="left out: consistency, few-steps; for these, give a few-step LoRA for this"):
-        assert set(study.FIGURES) - set(chosen("--ckpt", "v1-5.ckpt")) == {"consistency", "few-steps"}
+        left = set(study.FIGURES) - set(chosen("--ckpt", "v1-5.ckpt", *control))
+    assert left == {"consistency", "few-steps"}
+    with pytest.warns(UserWarning, match="left out: control; for these, give a control network for this checkpoint"):
+        assert set(study.FIGURES) - set(chosen("--ckpt", "v1-5.ckpt", *lora)) == {"control"}
 
 
 def test_a_lora_of_ones_own(run, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The cases: the parts of generating an image, their inputs and their number of operations.
 
     unet       one step: the network on two items per image, for guidance
+    control    the same with a control network, whose hint is embedded beforehand as for an image; and without it
     vae        latents to pixels, one image at a time as in all programs, so only its size matters
     taesd      the same with a tiny autoencoder (TAESD)
     text       two prompts, encoded by all text encoders of the model
@@ -16,28 +17,31 @@ these, so any weights show their speed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sd.conditioning import Conditioning
 from sd.config import Config, TinyVAEConfig
+from sd.control_config import ControlConfig
 from sd.models.build import build
+from sd.models.controlnet import HINT_CHANNELS, ControlNet
 from sd.text.tokenizer import Tokenizer
 
-PARTS = ("unet", "vae", "taesd", "text", "picture", "lcm", "lcm-taesd", "start")
+PARTS = ("unet", "control", "vae", "taesd", "text", "picture", "lcm", "lcm-taesd", "start")
 FEW_STEPS = ("lcm", "lcm-taesd")  # without guidance
 IMAGES = ("picture", *FEW_STEPS)  # from prompt to image
 TINY_VAE = ("taesd", "lcm-taesd")  # with a tiny autoencoder in place of the VAE
-LARGE_PARTS = ("unet", "vae", "taesd", "text", "picture", "start")  # the default for a model like SDXL
+LARGE_PARTS = ("unet", "control", "vae", "taesd", "text", "picture", "start")  # the default for a model like SDXL
 STEPS, LARGE_STEPS = 4, 2  # of an image, by default; the latter for a model like SDXL
 TITLES = {
-    "unet": "U-Net step", "vae": "VAE decode", "taesd": "TAESD decode", "text": "text encoder", "picture": "picture",
+    "unet": "U-Net step", "control": "controlled step", "vae": "VAE decode", "taesd": "TAESD decode",
+    "text": "text encoder", "picture": "picture",
     "lcm": "LCM picture", "lcm-taesd": "LCM with TAESD",
 }  # fmt: skip
 
@@ -47,24 +51,31 @@ TIMESTEP = 500.0
 
 
 class Case(NamedTuple):
-    """A part with image size (size x size pixels), batch size, for images the number of steps; and whether guided."""
+    """A part with image size (size x size pixels), batch size, for images the number of steps; and whether guided.
+
+    controlled is for the part `control`: False for the same networks without the control network, its cost being the
+    difference.
+    """
 
     part: str
     size: int
     batch: int = 1
     steps: int = 1
     guided: bool = True
+    controlled: bool = True
 
 
 def all_cases(part: str, config: Config, steps: int, sizes: Sequence[int], batches: Sequence[int]) -> list[Case]:
-    """The usual case of a part and those that show the growth of its cost, in order of work."""
+    """The usual case of a part and those that show the growth of its cost, in order of work, a controlled one first."""
     usual = usual_case(part, config, steps)
     cases = {usual}
     if part in ("unet", "vae"):
         cases |= {usual._replace(size=size) for size in sizes}
     if part == "unet":
         cases |= {usual._replace(batch=batch) for batch in batches}
-    return sorted(cases, key=lambda case: (case.size**2 * case.batch, case))
+    if part == "control":
+        cases |= {usual._replace(controlled=False)}
+    return sorted(cases, key=lambda case: (case.size**2 * case.batch, not case.controlled, case))
 
 
 def usual_case(part: str, config: Config, steps: int = 1) -> Case:
@@ -85,8 +96,18 @@ def inner_cases(case: Case, config: Config) -> dict[str, Case]:
 
 def needed(part: str, config: Config) -> tuple[str, ...]:
     """The names of the networks that a part needs."""
-    names = {"unet": ("unet",), "vae": ("vae",), "taesd": ("vae",), "text": config.text_names}
+    names = {"unet": ("unet",), "control": ("unet", "control"), "vae": ("vae",), "taesd": ("vae",)}
+    names |= {"text": config.text_names}
     return names.get(part, config.networks)
+
+
+def networks_of(names: Collection[str], config: Config) -> dict[str, nn.Module]:
+    """Networks of a model by name, on the meta device; "control" is one that has all of the U-Net's first half."""
+    built = build(config)
+    if "control" in names:
+        with torch.device("meta"):
+            built["control"] = ControlNet(ControlConfig.of(config.unet))
+    return {name: built[name] for name in names}
 
 
 def config_of(part: str, config: Config) -> Config:
@@ -99,7 +120,10 @@ def config_of(part: str, config: Config) -> Config:
 def label(case: Case, config: Config) -> str:
     """The label of a row in the table."""
     side, size = case.size // config.vae.factor, f"{case.size}x{case.size}"
-    details = {"unet": f"{items(case)} x {side}x{side}", "text": f"{len(PROMPTS)} prompts"}
+    step = f"{items(case)} x {side}x{side}"
+    if not case.controlled:
+        return f"the same without control, {step}"
+    details = {"unet": step, "control": step, "text": f"{len(PROMPTS)} prompts"}
     details |= dict.fromkeys(IMAGES, f"{case.steps} step{'s' if case.steps > 1 else ''}, {size}")
     return f"{TITLES[case.part]}, {details.get(case.part, size)}"
 
@@ -113,6 +137,7 @@ def inputs(case: Case, config: Config) -> tuple[Tensor, ...]:
     """The input tensors of a part's network: the same values every time, on the CPU, in float32 (tokens: int64).
 
     unet (x (B, C, h, w), t (B,), context (B, M, D)) of B `items`, for SDXL with a vector (B, V) as well;
+    control the same, and a hint (1, 3, H, W) as the last;
     vae, taesd (z (B, C, h, w),); text (ids (B, M), ...) for each text encoder.
     """
     if case.part == "text":
@@ -128,7 +153,8 @@ def inputs(case: Case, config: Config) -> tuple[Tensor, ...]:
     context = torch.randn(shape, generator=rng)  # of unit size, as the encoder's
     width = config.unet.vector
     vector = () if width is None else (torch.randn(B, width, generator=rng),)
-    return x, torch.full((B,), TIMESTEP), context, *vector
+    hint = (torch.rand(1, HINT_CHANNELS, case.size, case.size, generator=rng),) if case.part == "control" else ()
+    return x, torch.full((B,), TIMESTEP), context, *vector, *hint
 
 
 def inputs_of(case: Case, config: Config) -> dict[str, tuple[Tensor, ...]]:
@@ -138,11 +164,15 @@ def inputs_of(case: Case, config: Config) -> dict[str, tuple[Tensor, ...]]:
 
 
 def arguments(case: Case, given: Sequence[Tensor]) -> tuple[Any, ...]:
-    """The arguments of the part's network from the tensors of `inputs`: the U-Net takes a Conditioning."""
-    if case.part != "unet":
+    """The arguments of the part's network from the tensors of `inputs`: the U-Net takes a Conditioning.
+
+    Those of the part `control` are the U-Net's, and the hint as the last.
+    """
+    if case.part not in ("unet", "control"):
         return tuple(given)
     x, t, *told = given
-    return x, t, Conditioning(*told)
+    hint = (told.pop(),) if case.part == "control" else ()
+    return x, t, Conditioning(*told), *hint
 
 
 @cache
@@ -154,7 +184,10 @@ def flop(case: Case, config: Config) -> float:
     if case.part in IMAGES:
         once = {part: flop(inner, config) for part, inner in inner_cases(case, config).items()}
         return case.steps * once["unet"] + once["vae"] + once["text"]
-    networks: Any = build(config)
+    networks: Any = networks_of(needed(case.part, config), config)
+    if case.part == "control":
+        step = flop(Case("unet", case.size, case.batch, guided=case.guided), config)
+        return step + (control_flop(case, config, networks["control"]) if case.controlled else 0)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         for name, given in inputs_of(case, config).items():
             call = networks[name].decode if name == "vae" else networks[name]
@@ -162,8 +195,18 @@ def flop(case: Case, config: Config) -> float:
     return float(counter.get_total_flops())
 
 
+def control_flop(case: Case, config: Config, network: ControlNet) -> float:
+    """Those of a control network in a step. The hint does not count: it is embedded once per image."""
+    x, t, conditioning, hint = arguments(case, [tensor.to("meta") for tensor in inputs(case, config)])
+    with torch.no_grad():
+        features = network.embed(hint)
+        with FlopCounterMode(display=False) as counter:
+            network(x[:, : network.config.in_channels], t, conditioning, features)
+    return float(counter.get_total_flops())
+
+
 def weight_bytes(part: str, config: Config, dtype: torch.dtype) -> int:
     """Bytes of one copy of the weights of all networks that a part needs."""
-    built = build(config)
-    numbers = sum(weight.numel() for name in needed(part, config) for weight in built[name].state_dict().values())
+    networks = networks_of(needed(part, config), config).values()
+    numbers = sum(weight.numel() for network in networks for weight in network.state_dict().values())
     return numbers * dtype.itemsize

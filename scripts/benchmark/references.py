@@ -8,17 +8,20 @@ of which the reference returns the tensor, and `encode(ids)` both outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sd.checkpoints.control_export import control_to_diffusers
+from sd.checkpoints.control_maps import DIFFUSERS, ControlLayout
 from sd.checkpoints.diffusers_export import unet_to_diffusers, vae_to_diffusers
 from sd.checkpoints.key_maps import diffusers_sources, text_of
 from sd.conditioning import Conditioning, TextOutput
 from sd.config import SIZE_WIDTH, Config, TextConfig, TinyVAEConfig
+from sd.control_config import ControlConfig
 
 REQUIRED = ("diffusers", "transformers")
 LAYOUTS = {"channels_last": torch.channels_last, "default": torch.contiguous_format}
@@ -31,13 +34,48 @@ class ReferenceUNet(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """x (B, C, H, W), t (B,), context (B, M, D), vector and extra channels -> (B, C_out, H, W)."""
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        conditioning: Conditioning,
+        down: Sequence[Tensor] | None = None,
+        middle: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, C, H, W), t (B,), context (B, M, D), vector and extra channels -> (B, C_out, H, W).
+
+        down, middle   residuals of a control network
+        """
         x = x if conditioning.concat is None else torch.cat([x, conditioning.concat], dim=1)
-        added = None
-        if conditioning.vector is not None:  # the sizes in it are embedded already (`_unet`)
-            added = {"text_embeds": conditioning.vector[:, :1], "time_ids": conditioning.vector[:, 1:]}
-        return self.model(x, t, conditioning.context, added_cond_kwargs=added, return_dict=False)[0]
+        return self.model(
+            x, t, conditioning.context, added_cond_kwargs=_added(conditioning), return_dict=False,
+            down_block_additional_residuals=down, mid_block_additional_residual=middle,
+        )[0]  # fmt: skip
+
+
+class ReferenceControlNet(nn.Module):
+    """diffusers' ControlNetModel; its hint is an image, which is embedded at each call."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, x: Tensor, t: Tensor, conditioning: Conditioning, hint: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """x (B, C, h, w), t (B,), the conditioning, hint (B, 3, H, W) in [0, 1] -> residuals (down, middle)."""
+        x = x[:, : self.model.config.in_channels]  # without those of a mask
+        down, middle = self.model(
+            x, t, conditioning.context, hint, added_cond_kwargs=_added(conditioning), return_dict=False
+        )
+        return tuple(down), middle
+
+
+def _added(conditioning: Conditioning) -> dict[str, Tensor] | None:
+    """A vector as diffusers takes it; the sizes in it are embedded already (`_without_sizes`)."""
+    if conditioning.vector is None:
+        return None
+    return {"text_embeds": conditioning.vector[:, :1], "time_ids": conditioning.vector[:, 1:]}
 
 
 class ReferenceVAE(nn.Module):
@@ -107,14 +145,18 @@ def peers(
 ) -> dict[str, nn.Module]:
     """Reference networks for ours (`Config.networks`), with their weights, on their device, in `dtype`.
 
+    "control" is a control network for the U-Net, a `ControlNet` with all of its first half.
+
     layout   of convolution kernels: "channels_last" like ours, or "default" as diffusers loads them
 
     Raises ValueError if diffusers or transformers is not installed.
     """
     require()
     states = {name: network.state_dict() for name, network in networks.items()}
-    sources = diffusers_sources(config, states)
-    makers = {"vae": _vae, "unet": _unet}
+    sources = diffusers_sources(config, {name: keys for name, keys in states.items() if name != "control"})
+    if "control" in states:
+        sources["control"] = ControlLayout(DIFFUSERS, "").sources(ControlConfig.of(config.unet), states["control"])
+    makers = {"vae": _vae, "unet": _unet, "control": _control}
     texts = {name: text_of(config, name) for name in config.text_names if name in networks}
     with torch.device("meta"):
         built = {name: _text_encoder(texts[name]) if name in texts else makers[name](config) for name in networks}
@@ -134,7 +176,9 @@ def peers(
         device = next(iter(states[name].values())).device
         embeddings.position_ids = torch.arange(text.length, device=device).unsqueeze(0)
     wrapped: dict[str, nn.Module] = {name: ReferenceTextEncoder(built[name], text) for name, text in texts.items()}
-    kinds: dict[str, Callable[[Any], nn.Module]] = {"vae": ReferenceVAE, "unet": ReferenceUNet}
+    kinds: dict[str, Callable[[Any], nn.Module]] = {
+        "vae": ReferenceVAE, "unet": ReferenceUNet, "control": ReferenceControlNet,
+    }  # fmt: skip
     wrapped |= {name: kinds[name](model) for name, model in built.items() if name in kinds}
     return {name: wrapped[name].eval() for name in built}
 
@@ -186,7 +230,16 @@ def pipeline(built: Mapping[str, nn.Module], config: Config) -> Any:
 def _unet(config: Config) -> Any:
     from diffusers import UNet2DConditionModel
 
-    model: Any = UNet2DConditionModel(**unet_to_diffusers(config))
+    return _without_sizes(UNet2DConditionModel(**unet_to_diffusers(config)), config)
+
+
+def _control(config: Config) -> Any:
+    from diffusers import ControlNetModel
+
+    return _without_sizes(ControlNetModel(**control_to_diffusers(ControlConfig.of(config.unet))), config)
+
+
+def _without_sizes(model: Any, config: Config) -> Any:
     if config.unet.vector is not None:
         model.add_time_proj = nn.Identity()  # ours is told the embedded sizes
     return model

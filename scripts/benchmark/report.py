@@ -46,7 +46,8 @@ def row(case: Case, setup: Setup, measured: Mapping[str, Comparison]) -> Row:
         "dtype": setup.dtype,
         "size": case.size,
         "batch": case.batch,
-        "usual": start or case == usual_case(case.part, setup.config, case.steps),
+        "usual": start or case._replace(controlled=True) == usual_case(case.part, setup.config, case.steps),
+        "controlled": case.part == "control" and case.controlled,
         "ours": seconds,
         "gflop": gflop,
         "gflops": gflop / seconds if gflop else None,
@@ -159,6 +160,8 @@ def text(record: Row, markdown: bool, earlier: Row | None = None) -> str:
         blocks.append(grid(usual, time_columns(peers) | change, markdown))
         if shares := decoder_shares(usual):
             blocks.append(f"The tiny autoencoder decodes in {', '.join(shares)} of the VAE's time")
+        if shares := control_shares(usual, peers):
+            blocks.append(f"Control adds to a step, as a share of one without it, {'; '.join(shares)}")
         if any(row["memory"] for row in usual):
             blocks.append("Peak memory, beside one copy of the weights; for the start, of the whole process")
             blocks.append(grid(usual, memory_columns(peers), markdown))
@@ -226,7 +229,8 @@ def without_names(columns: Columns) -> Columns:
 def growth_rows(rows: Sequence[Row]) -> list[Row]:
     """For each part and precision, one image at increasing sizes, then increasing batches at the native size."""
     grown = []
-    for part, dtype in dict.fromkeys((row["part"], row["dtype"]) for row in rows if row["part"] in TITLES):
+    parts = TITLES.keys() - {"control"}  # whose rows differ in something else
+    for part, dtype in dict.fromkeys((row["part"], row["dtype"]) for row in rows if row["part"] in parts):
         those = [row for row in rows if (row["part"], row["dtype"]) == (part, dtype)]
         native = next((row["size"] for row in those if row["usual"]), None)
         for series in ([row for row in those if row["batch"] == 1], [row for row in those if row["size"] == native]):
@@ -244,6 +248,23 @@ def decoder_shares(rows: Sequence[Row]) -> list[str]:
         for (part, dtype), took in seconds.items()
         if part == "taesd" and ("vae", dtype) in seconds
     ]
+
+
+def control_shares(rows: Sequence[Row], peers: Sequence[str]) -> list[str]:
+    """What control adds to a step as a share of one without it, ours and of each peer, for each precision."""
+    found = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows if row["part"] == "control"):
+        by_kind = {row["controlled"]: row for row in rows if (row["part"], row["dtype"]) == ("control", dtype)}
+        if len(by_kind) < 2:  # it was stopped in between
+            continue
+        both = by_kind[True], by_kind[False]
+        pairs = {"": [row["ours"] for row in both]}
+        for peer in peers:
+            if all(peer in row["peers"] for row in both):
+                pairs[f" ({peer})"] = [row["peers"][peer]["seconds"] for row in both]
+        shares = [f"{pair[0] / pair[1] - 1:.2f}{who}" for who, pair in pairs.items()]
+        found.append(f"{' and '.join(shares)} in {dtype}")
+    return found
 
 
 def changes(earlier: Sequence[Row]) -> Callable[[Row], str]:

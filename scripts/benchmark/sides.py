@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from sd.conditioning import TextOutput
+from sd.control import AppliedControl, controlled
 from sd.denoiser import Denoiser
 from sd.latents import DECODE_IN_STRIPS, most_at_once
+from sd.models.controlnet import Residuals
 from sd.pipeline import StableDiffusion
 from sd.runtime.cuda_graphs import Recorded
 from sd.samplers import ddim, lcm
@@ -61,7 +63,24 @@ class Side:
         """The function to measure; it returns a tensor or images."""
         if case.part in IMAGES:
             return self.generate(case)
+        if case.part == "control":
+            return self.step(case)
         return partial(self.function(case), *arguments(case, self.inputs(case)))
+
+    def step(self, case: Case) -> Callable[[], Tensor]:
+        """A step of the U-Net, with its control network if the case has one; the hint is embedded at the first call."""
+        networks: dict[str, Any] = dict(self.networks)
+        *given, hint = arguments(case, self.inputs(case))
+        control = networks["control"]
+        called = networks
+        if self.setup.device.type == "cuda":  # as Model does it
+            called = {name: Recorded(network) for name, network in networks.items()}
+
+        def residuals(x: Tensor, *more: Any) -> Residuals:
+            return called["control"](x[:, : control.config.in_channels], *more)  # without those of a mask
+
+        applied = [AppliedControl(residuals, control.embed, hint)] if case.controlled else []
+        return partial(controlled(called["unet"], applied), *given)
 
     def inputs(self, case: Case) -> list[Tensor]:
         """The inputs on the device, in the precision; timesteps stay float32, tokens int64."""
@@ -117,6 +136,15 @@ class Diffusers(Side):
         network: Any
         ((name, network),) = self.networks.items()
         return network.decode if name == "vae" else network
+
+    def step(self, case: Case) -> Callable[[], Tensor]:
+        """As its pipelines do it, with the hint embedded in each step."""
+        unet, control = (self.networks[name] for name in ("unet", "control"))
+        *given, hint = arguments(case, self.inputs(case))
+        if not case.controlled:
+            return partial(unet, *given)
+        hint = hint.expand(given[0].shape[0], -1, -1, -1)
+        return lambda: unet(*given, *control(*given, hint))
 
     def encoder(self, case: Case) -> Callable[..., TextOutput]:
         """The text encoders as one function of the ids for each of them."""
@@ -223,6 +251,8 @@ SIDES = {"ours": Side, "diffusers": Diffusers, "compiled": Compiled, "openvino":
 
 def takes_part(peer: str, case: Case, setup: Setup) -> bool:
     """Whether a peer is measured in a case."""
+    if case.part == "control":
+        return peer == "diffusers"
     if peer == "openvino":
         return setup.dtype in PRECISIONS
     if peer == "compiled":  # takes minutes for each shape

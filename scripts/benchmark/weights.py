@@ -16,10 +16,9 @@ from sd.checkpoints.checkpoint import load_checkpoint, naming
 from sd.checkpoints.convert import convert
 from sd.checkpoints.loading import load_weights
 from sd.config import POCKET, Config, TinyVAEConfig
-from sd.models.build import build
 from sd.runtime.device import DTYPES
 
-from .cases import config_of
+from .cases import config_of, networks_of
 
 CPU = torch.device("cpu")
 WEIGHT_STD = 0.7  # of random weights, times sqrt(fan-in): below 1, so that half precision never overflows
@@ -83,10 +82,10 @@ class RandomWeights(Mapping[str, Tensor]):
 def load_networks(setup: Setup, names: Collection[str]) -> dict[str, nn.Module]:
     """Our networks of these names with the shared weights; no others are read or generated.
 
-    The weights of a tiny autoencoder are random, as those of a checkpoint are for its VAE.
+    The weights of a tiny autoencoder or a control network are random: a checkpoint has none.
     """
-    built = build(setup.config)
-    given = [] if setup.ckpt is None else list(names)
+    built = networks_of(names, setup.config)
+    given = [] if setup.ckpt is None else [name for name in names if name != "control"]
     if "vae" in given and isinstance(setup.config.vae, TinyVAEConfig):
         given.remove("vae")
     device = setup.device if setup.device.type == "cuda" else CPU

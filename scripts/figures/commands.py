@@ -16,14 +16,17 @@ from PIL import Image
 
 from sd import StableDiffusion
 from sd.config import SD1, SDXL
+from sd.control_params import Control
 from sd.imaging.files import read_image
 from sd.imaging.tensors import fit
 from sd.models.unet import UNet
 from sd.params import SamplingParams
+from sd.resources import resource
 from sd.study import (
     attention,
     attention_figures,
     consistency,
+    control,
     convergence,
     denoising,
     editing,
@@ -39,11 +42,13 @@ from sd.study import (
 )
 
 from ..toy_world import Scene, draw
+from .hint import LOG, load_control
 from .student import load_student
-from .world import EDITS, EXCHANGED, LONG, OPEN, OTHER, PROMPT, THINGS, boxes_of_words
+from .world import CASTLE, CASTLE_MORE, EDITS, EXCHANGED, LONG, OPEN, OTHER, PROMPT, THINGS, boxes_of_words
 
 AXES = ("steps=2,4,8,16,32", "sampler=ddim,euler_a,heun,dpmpp_2m")  # x and y of a grid by default
 CURVES = 4  # whose mean distances `consistency` shows
+WITH_CONTROL = ("control",)  # figures that need a control network: see hint.py
 WITH_STUDENT = ("consistency", "few-steps")  # figures that need a few-step model: see student.py
 
 
@@ -63,6 +68,11 @@ class Job:
     def student(self) -> StableDiffusion:
         """The model with the few-step LoRA, loaded when a figure first needs it."""
         return load_student(self.args, self.model)
+
+    @cached_property
+    def control(self) -> Control:
+        """The hint for a control network, which is added to the model when a figure first needs it."""
+        return load_control(self.args, self.model)
 
     def image(self) -> Image.Image:
         """--image at the model's size, or a drawn scene."""
@@ -97,7 +107,7 @@ def encoders(job: Job, file: str, of_second: str) -> Iterator[tuple[str, str, in
 @named("tokens")
 def tokens(job: Job) -> Figures:
     """the tokens of the prompt: ids, padding, truncation"""
-    for file, of, i in encoders(job, "tokens.png", " for the second text encoder"):
+    for file, of, i in encoders(job, "tokens.webp", " for the second text encoder"):
         yield file, text.draw_tokens(job.model.tokenizers[i], [job.prompt(), LONG], of=of)
 
 
@@ -109,7 +119,7 @@ def embeddings(job: Job) -> Figures:
         *("house", "castle", "tree", "flower", "car", "boat", "cat", "duck", "balloon", "kite"),
         *("meadow", "beach", "desert", "snow", "sea", "day", "sunset", "night"),
     ]
-    for file, which, i in encoders(job, "embeddings.png", "second "):
+    for file, which, i in encoders(job, "embeddings.webp", "second "):
         text_encoder = job.model.text_encoder_2 if i else job.model.text_encoder
         similar = text.token_similarity(text_encoder, job.model.tokenizers[i], names)
         yield file, text.draw_embeddings(similar, names, text.position_similarity(text_encoder), which)
@@ -314,3 +324,24 @@ def few_steps(job: Job) -> Figures:
     steps, many = consistency.STEPS, consistency.MANY
     seen = consistency.few_steps(job.model, job.student, prompt, job.settings, steps=steps, many=many)
     yield "few-steps.webp", consistency.draw_few_steps(seen, prompt)
+
+
+@named("control")
+def controlled(job: Job) -> Figures:
+    """a hint obeyed: by scale, steps and mode; the residuals of the control network (--control, --hint)"""
+    prompt, settings = job.prompt(CASTLE), job.settings
+    if job.args.prompt is None and job.args.hint is None:
+        settings = replace(settings, seed=(settings.seed + CASTLE_MORE) % 2**64)
+    seen = control.controlled_images(job.model, prompt, job.control, settings)
+    yield "control.webp", control.draw_controlled(seen, prompt)
+    norms = control.residual_norms(job.model, prompt, job.control, settings)
+    yield "residuals.webp", control.draw_residuals(job.model, norms)
+
+
+@named("zero-convolutions")
+def zero_convolutions(job: Job) -> Figures:
+    """how the zero convolutions of a control network open in training (--log)"""
+    log = control.read_log(resource(LOG) if job.args.log is None else job.args.log)
+    names = control.residual_names(job.model.config.unet)
+    fits = len(names) == len(log.zero[0])  # the log of another model's control network has other names
+    yield "zero-convolutions.webp", control.draw_zero_convolutions(log, names if fits else None)

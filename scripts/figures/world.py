@@ -22,6 +22,8 @@ PROMPT = "watercolour of a big red house to the left of a big blue tree on a mea
 THINGS = {"house": Thing("house", "red", "big", "left"), "tree": Thing("tree", "blue", "big", "right")}
 OTHER = "a pink cat to the left of a white duck on the beach"
 OPEN = "a house and a tree"
+CASTLE = "a purple castle at night"  # for the hint data/sample-edges.png ...
+CASTLE_MORE = 5  # ... added to the seed: without the hint, the castle of this seed is elsewhere
 EXCHANGED = (
     "watercolour of a red house and a blue tree at sunset",
     "watercolour of a blue house and a red tree at sunset",

@@ -18,6 +18,7 @@ also the order of docs/:
     editing       prompt-to-prompt: different words, same layout
     steering      guidance by the gradient of a loss on the image
     consistency   few-step models: the prediction at every point of a curve, images in few steps
+    control       control networks: images by scale, steps and mode; residuals; the zero convolutions in training
     runs, drawing shared sampling and plotting code
 
 `python scripts/study.py all` makes every figure.

@@ -58,7 +58,7 @@ def spread(n: int, most: int) -> list[int]:
     """At most `most` of the numbers 0 .. n - 1, evenly spaced, including both ends."""
     if n <= most:
         return list(range(n))
-    return [round(i * (n - 1) / (most - 1)) for i in range(most)]
+    return [round(i * (n - 1) / max(most - 1, 1)) for i in range(most)]
 
 
 def draw_trajectory(model: StableDiffusion, run: Trajectory, columns: int = 8, width: int = 132) -> Image.Image:

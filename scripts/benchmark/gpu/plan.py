@@ -23,7 +23,7 @@ from ..interleave import MAX_DIFFERENCE
 from ..sides import no_compiler
 from ..weights import Setup
 from ..workers import Failed, TooSlow, Worker
-from . import images, networks, others  # noqa: F401 (they register their checks)
+from . import controls, images, networks, others  # noqa: F401 (they register their checks)
 from .items import CHECKS
 from .models import Checker, Models, Place
 from .results import CHECK_FORMAT, targets
@@ -100,7 +100,7 @@ def all_parts(place: Place) -> list[Part]:
     theirs = [*steps("diffusers", "eager", 1), *extra("diffusers", "eager"), *steps("diffusers", "eager", *batches)]
     parts = [
         checks_of(place, "networks", 100),
-        checks_of(place, "images", 120),
+        checks_of(place, "images", 140),
         checks_of(place, "others", 60 + others.START),
         rows_of(place, "times of ours", ours, 100),
         rows_of(place, "times of diffusers", theirs, 80),
