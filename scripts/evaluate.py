@@ -3,6 +3,7 @@
     python scripts/evaluate.py                                      the embedded model
     python scripts/evaluate.py --ckpt outputs/pocket/model.safetensors --guidance 1 3 5 7.5 --json scores.json
     python scripts/evaluate.py --prompts 0                          the judge alone
+    python scripts/evaluate.py --control edges --prompts 200        a control network
 
 Seen prompts describe scenes whose combinations of kind, colour and ground occur in training; unseen prompts contain a
 combination that does not. Prompts, seeds and the test images of the judge are the same on every run.
@@ -11,6 +12,9 @@ The judge (evaluation/judge.py) is a separate network, which is trained on the f
 tested on new renderings, original and degraded in several ways. The last degradation, the VAE of the model, shows what
 a perfect U-Net could reach. Finally the probes of evaluation/probes.py test negative prompts, seeds, unknown words,
 replaced things and changed styles.
+
+With --control it measures instead how well images obey edges, and whether they still obey the prompt: see
+evaluation/control.py.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ from sd.pipeline import StableDiffusion
 
 from .common import arguments, cli, generate
 from .common.adapter_args import lora_file
-from .evaluation import judge
+from .evaluation import control, judge
 from .evaluation.probes import PROBES, Generator
 from .evaluation.scoring import ATTRIBUTES, Rate, tally, verdict, whole
 from .toy_world import Scene, Told, random_scene, tell
@@ -77,6 +81,10 @@ def parser() -> cli.Parser:
     add(
         "--lora", type=cli.home, action="append", default=[], metavar="[NAME=]FILE[:WEIGHT]",
         help="merge a LoRA, such as one that distill.py wrote; can be given several times",
+    )  # fmt: skip
+    add(
+        "--control", type=cli.home, metavar="FILE",
+        help="how well images follow edges: a file that train.py --control wrote, or edges, the embedded network",
     )  # fmt: skip
     add("--wrong", type=cli.file_path, metavar="FOLDER", help="write the images with errors, and a list of the errors")
     arguments.add_model_arguments(parser)
@@ -196,7 +204,9 @@ def evaluate(args: argparse.Namespace) -> None:
     weak = [name for name, rate in rendered if name != "all" and rate.right < TRUSTED * rate.of]
     if weak:
         say(f"This judge errs in more than {100 - 100 * TRUSTED:.0f} % of: {', '.join(weak)}. Train another one.")
-    if args.prompts:
+    if args.control:
+        measure_control(args, model, judged_by, figures, say)
+    elif args.prompts:
         generator = Generator(model, sampler, args.steps, args.seed, args.batch_size)
         figures["scores"] = scores = {}
         for split in SPLITS if args.split == "both" else (args.split,):
@@ -209,7 +219,7 @@ def evaluate(args: argparse.Namespace) -> None:
                 if args.wrong:
                     save_wrong(args.wrong, label.replace(", ", "-"), told, images, seen)
         say(f"Images by split (combination seen in training or not) and guidance:\n\n{table(scores, '')}")
-    if args.prompts and args.probes:
+    if args.prompts and args.probes and not args.control:
         for name, probe in PROBES.items():
             text, figures[name] = probe(generator, judged_by, args.guidance[0], prompts("seen", args.probes))
             say(text)
@@ -219,12 +229,33 @@ def evaluate(args: argparse.Namespace) -> None:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
+def measure_control(
+    args: argparse.Namespace,
+    model: StableDiffusion,
+    judged_by: judge.Judge,
+    figures: dict[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """Measure a control network on new drawings of each split, and add the figures."""
+    name = model.add_control(args.control, note=lambda text: print(text, flush=True))
+    figures |= {"control": args.control, "edges": {}, "scores": {}}
+    settings = {"steps": args.steps, "sampler": args.sampler, "guidance": args.guidance[0], "seed": args.seed}
+    for split in SPLITS if args.split == "both" else (args.split,):
+        cases = control.cases(SPLITS[split], args.prompts)
+        scores, rates = control.measure(model, name, cases, judged_by, through_vae, **settings)
+        figures["edges"][split], figures["scores"][split] = scores, rates
+        say(f"Edges of images against their hints, {args.prompts} {split} scenes:\n\n{control.describe(scores)}")
+        say(f"Images without and with hints, {split}:\n\n{table(rates, split)}")
+
+
 def check(args: argparse.Namespace) -> None:
     """Raise an error for invalid arguments before any work."""
     least: Iterable[tuple[str, int]] = (("prompts", 0), ("probes", 0), ("batch_size", 1), ("renderings", 1))
     for name, value in least:
         if getattr(args, name) < value:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {value}, got {getattr(args, name)}")
+    if args.control and (args.wrong or args.prompts < 1):
+        raise ValueError("--control needs at least one of --prompts, and does not go with --wrong")
     for guidance in args.guidance or [None]:
         SamplingParams(sampler=args.sampler, steps=args.steps, guidance=guidance, seed=args.seed)
     for file in (args.markdown, args.json, args.wrong):

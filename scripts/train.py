@@ -5,11 +5,13 @@
     python scripts/train.py --ckpt v1-5.ckpt --data photos --out outputs/mine                   fine-tuning; or SDXL
     python scripts/train.py --ckpt v1-5.ckpt --data photos --inpaint --out outputs/inpainting   9 channels
     python scripts/train.py --out outputs/mine --resume                                         continue a stopped run
+    python scripts/train.py --control --ckpt v1-5.ckpt --data drawings --out outputs/scribbles  a control network
     torchrun --nproc-per-node 4 scripts/train.py ...                                            on four GPUs
 
 Captions of a folder's images are in name.txt beside name.png, or in metadata.jsonl. A new model needs three steps:
 train_vae.py, train_text.py, train.py. Writes OUT/model.safetensors, which every program loads (--ckpt), in our layout;
-convert.py converts it to the original one. Also writes log.jsonl, loss.png, samples-STEP.png, state.pt.
+convert.py converts it to the original one. Also writes log.jsonl, loss.png, samples-STEP.png, state.pt. With --control
+the model stays as it is, and OUT/control.safetensors is a network that makes it obey hints, such as edges.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from sd.schedule import Schedule
 from sd.training import channels_last, checkpoint_activations, diffusion_loss, min_snr_weight, velocity_weight
 
 from .common import cli
-from .training import loop, models
+from .training import control, loop, models
 from .training.captions import Captions, text_encoders
 from .training.data import add_data_arguments, find_source
 from .training.latents import Batches, latents
@@ -75,10 +77,11 @@ def parser() -> cli.Parser:
     add("--train-text", action="store_true", help="train the text encoders too; always on for a new model")
     add("--inpaint", action="store_true", help="train a U-Net of 9 channels for inpainting, on random masks")
     add("--weighting", choices=("none", *WEIGHTINGS), default="none", help="loss weight of timesteps (default: none)")
-    add("--drop", type=float, default=0.1, help="share of dropped prompts, for guidance (default: %(default)s)")
+    add("--drop", type=float, help="share of dropped prompts, for guidance (default: 0.1, with --control 0.5)")
     add("--phrasings", type=int, default=8, help="captions per drawn scene (default: %(default)s)")
     add_sample_arguments(parser, steps=25)
     add("--sample-guidance", type=float, help="default: the model's own")
+    control.add_control_arguments(parser)
     models.add_model_arguments(parser)
     add_data_arguments(parser, scenes=24000)
     loop.add_loop_arguments(parser, RECIPE, with_ckpt=FINE_TUNING)
@@ -126,6 +129,11 @@ def find_model(args: argparse.Namespace, seed: int, device: torch.device) -> Sta
 
 def train(args: argparse.Namespace, processes: Processes) -> None:
     """Run the training."""
+    if args.control:
+        control.train(args, processes)
+        return
+    control.check_unused(args)
+    args.drop = 0.1 if args.drop is None else args.drop
     recipe = loop.Recipe.of(args)
     if not 0 <= args.drop <= 1 or args.phrasings < 1 or args.samples < 0:
         raise ValueError("--drop must be from 0 to 1, --phrasings at least 1, --samples at least 0")

@@ -61,7 +61,7 @@ def _back_to_front(scene: Scene) -> list[Thing]:
     return sorted(scene.things, key=lambda thing: not thing.floats)
 
 
-def _paint_shapes(canvas: SceneryCanvas, scene: Scene, rng: Random, soft: bool) -> Image.Image:
+def paint_shapes(canvas: SceneryCanvas, scene: Scene, rng: Random, soft: bool) -> Image.Image:
     """The scene as shapes; `soft` is of the outlines."""
     paint_landscape(canvas, scene.ground, scene.time, rng)
     for thing in _back_to_front(scene):
@@ -69,6 +69,7 @@ def _paint_shapes(canvas: SceneryCanvas, scene: Scene, rng: Random, soft: bool) 
         x = _column_x(scene)[thing.column] + rng.uniform(-0.012, 0.012)
         y = (SKY_Y[thing.size] if thing.floats else GROUND_Y - r) + rng.uniform(-0.012, 0.012)
         swims = thing.swims(scene.ground)
+        canvas.begin(thing.kind, y + r)
         if not thing.floats and not swims:
             if scene.ground == "sea":
                 paint_island(canvas, x, y + r, r * 1.05, scene.time)
@@ -81,7 +82,7 @@ def _paint_shapes(canvas: SceneryCanvas, scene: Scene, rng: Random, soft: bool) 
 
 def _flat(scene: Scene, rng: Random, size: int) -> Image.Image:
     canvas = SceneryCanvas(size * OVERSAMPLE, line=0.011)
-    return _paint_shapes(canvas, scene, rng, soft=False).reduce(OVERSAMPLE)
+    return paint_shapes(canvas, scene, rng, soft=False).reduce(OVERSAMPLE)
 
 
 @cache
@@ -110,27 +111,44 @@ def _border(size: int) -> np.ndarray:
     return np.minimum(edge[:, None], edge[None])
 
 
-def _watercolour(scene: Scene, rng: Random, size: int) -> Image.Image:
-    side = size * OVERSAMPLE
-    washed = np.asarray(_paint_shapes(SceneryCanvas(side, line=0.009), scene, rng, soft=True))
-    # Edges of washes wander: each pixel is taken from a little beside itself
+def wandered(image: Image.Image, rng: Random) -> Image.Image:
+    """The image with the wandering edges of washes: each pixel is taken from a little beside itself."""
+    side = image.width
     place = np.arange(side)
     dy, dx = (np.rint(0.005 * side * _field(side, 0.03, rng)).astype(np.intp) for _ in range(2))
     rows, columns = (place[:, None] + dy).clip(0, side - 1), (place[None] + dx).clip(0, side - 1)
-    pixels = np.asarray(Image.fromarray(washed[rows, columns]).reduce(OVERSAMPLE), np.float32)
+    return Image.fromarray(np.asarray(image)[rows, columns])
+
+
+def _inside(size: int, rng: Random) -> np.ndarray:
+    """How far a place is from the bare margin of the paper, 0 to 1: (size, size)."""
+    return ((_border(size) - 0.026 + 0.006 * _field(size, 0.045, rng)) / 0.02).clip(0, 1)
+
+
+def painted_area(size: int, rng: Random) -> np.ndarray:
+    """`_inside` of the watercolour whose edges `wandered` with the same random numbers just before: (size, size)."""
+    for scale in (0.05, 0.01):
+        _field(size, scale, rng)  # those of the pigment come first
+    return _inside(size, rng)
+
+
+def _watercolour(scene: Scene, rng: Random, size: int) -> Image.Image:
+    side = size * OVERSAMPLE
+    washed = wandered(paint_shapes(SceneryCanvas(side, line=0.009), scene, rng, soft=True), rng)
+    pixels = np.asarray(washed.reduce(OVERSAMPLE), np.float32)
     # Pigment gathers where a wash ends: darker along edges, uneven inside, and it settles in the pores of the paper
     light = pixels.mean(2)
     edge = np.zeros_like(light)
     edge[1:-1, 1:-1] = np.abs(light[2:, 1:-1] - light[:-2, 1:-1]) + np.abs(light[1:-1, 2:] - light[1:-1, :-2])
     pigment = 0.88 + 0.05 * _field(size, 0.05, rng) + 0.025 * _field(size, 0.01, rng) + 0.0016 * edge
-    inside = ((_border(size) - 0.026 + 0.006 * _field(size, 0.045, rng)) / 0.02).clip(0, 1)
+    inside = _inside(size, rng)
     pigment = (pigment + 0.2 * inside * (1 - inside)) * inside
     result = PAPER - (PAPER - pixels) * pigment[..., None]
     return Image.fromarray(result.clip(0, 255).astype(np.uint8))
 
 
-def _pixel(scene: Scene, rng: Random, size: int) -> Image.Image:
-    canvas = PixelCanvas(CELLS)
+def paint_pixels(canvas: PixelCanvas, scene: Scene, rng: Random) -> Image.Image:
+    """The scene as pixel art, one pixel each."""
     paint_landscape(canvas, scene.ground, scene.time, rng)
     for thing in _back_to_front(scene):
         letters = sprite(thing.kind, thing.size)
@@ -138,15 +156,19 @@ def _pixel(scene: Scene, rng: Random, size: int) -> Image.Image:
         left = round(_column_x(scene)[thing.column] * CELLS - width / 2)
         top = round(SKY_Y[thing.size] * CELLS - height / 2) if thing.floats else round(GROUND_Y * CELLS) - height
         middle, foot, half = (left + width / 2) / CELLS, (top + height) / CELLS, width / 2 / CELLS
+        canvas.begin(thing.kind, foot)
         if thing.swims(scene.ground):
             paint_ripples(canvas, middle, foot + 0.02, half, scene.time)
         elif not thing.floats:
             if scene.ground == "sea":
                 paint_island(canvas, middle, foot, 1.1 * half, scene.time)
             canvas.ellipse(middle + 0.015, foot - 0.01, 1.04 * half, 0.03, SHADOW, opacity=0.3)
-        patch = Image.fromarray(palette(Tones(thing.colour, scene.time))[letters])
-        canvas.image.paste(patch, (left, top), Image.fromarray(np.where(letters, 255, 0).astype(np.uint8)))
-    return canvas.image.resize((size, size), Image.Resampling.NEAREST)
+        canvas.sprite(letters, palette(Tones(thing.colour, scene.time)), left, top)
+    return canvas.image
+
+
+def _pixel(scene: Scene, rng: Random, size: int) -> Image.Image:
+    return paint_pixels(PixelCanvas(CELLS), scene, rng).resize((size, size), Image.Resampling.NEAREST)
 
 
 STYLE_PAINTERS = {"flat": _flat, "watercolour": _watercolour, "pixel": _pixel}

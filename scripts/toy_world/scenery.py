@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+from PIL import Image
+
 from .canvas import Canvas, Colour
 
 STARLIGHT: Colour = (255, 246, 190)
@@ -16,6 +19,9 @@ class SceneryCanvas(Canvas):
     """A canvas that knows how to paint the small things of a landscape, as shapes."""
 
     stars = 10  # faint ones in a night sky
+
+    def begin(self, kind: str, foot: float) -> None:
+        """Called before each thing of a scene, with the height of its lowest point: for canvases of hints."""
 
     def cloud(self, x: float, y: float, r: float, light: Colour, dark: Colour) -> None:
         """A cloud around (x, y), about 4 r wide, darker below."""
@@ -86,6 +92,11 @@ class PixelCanvas(SceneryCanvas):
             for j, letter in enumerate(row):
                 if letter != ".":
                     self.point(left + j, top + i, colours[letter])
+
+    def sprite(self, letters: np.ndarray, colours: np.ndarray, left: int, top: int) -> None:
+        """A sprite (height, width) of indices of colours (n, 3); 0 is see-through."""
+        mask = Image.fromarray(np.where(letters, 255, 0).astype(np.uint8))
+        self.image.paste(Image.fromarray(colours[letters]), (left, top), mask)
 
     def cloud(self, x: float, y: float, r: float, light: Colour, dark: Colour) -> None:
         """Small clouds are stamped."""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -46,11 +46,15 @@ NAMED = 5  # unreadable images that are named; the others are counted
 
 
 class Example(NamedTuple):
-    """One item: pixels (H, W, 3), uint8, and captions; or the problem that prevents reading."""
+    """One item: pixels (H, W, 3), uint8, and captions; or the problem that prevents reading.
+
+    For a control network it has a hint, (H, W) or (H, W, 3), uint8, as well: see hints.py.
+    """
 
     pixels: np.ndarray | None
     captions: Sequence[str]
     problem: str = ""
+    hint: np.ndarray | None = None
 
 
 class Source(Protocol):
@@ -86,19 +90,21 @@ class World:
         return self.n
 
     def __getitem__(self, i: int) -> Example:
+        scene, of_drawing, of_captions = self.scene(i)
+        image = toy_world.draw(scene, of_drawing, self.size)
+        return Example(np.asarray(image), [toy_world.caption(scene, of_captions) for _ in range(self.phrasings)])
+
+    def scene(self, i: int) -> tuple[toy_world.Scene, Random, Random]:
+        """Scene i, and the random numbers to draw it and to tell its captions, which come after the drawing."""
         if not 0 <= i < self.n:
             raise IndexError(i)
-        if self.pairs:
-            seed = self.first + i // 2
-            rng = Random(seed)
-            scene = toy_world.random_scene(rng, self.split)
-            scene = toy_world.counterpart(scene, rng) if i % 2 else scene
-            image = toy_world.draw(scene, Random(f"landscape {seed}"), self.size)
-        else:
-            rng = Random(self.first + i)
-            scene = toy_world.random_scene(rng, self.split)
-            image = toy_world.draw(scene, rng, self.size)
-        return Example(np.asarray(image), [toy_world.caption(scene, rng) for _ in range(self.phrasings)])
+        seed = self.first + (i // 2 if self.pairs else i)
+        rng = Random(seed)
+        scene = toy_world.random_scene(rng, self.split)
+        if not self.pairs:
+            return scene, rng, rng
+        scene = toy_world.counterpart(scene, rng) if i % 2 else scene
+        return scene, Random(f"landscape {seed}"), rng
 
     def fingerprint(self) -> str:
         """A digest of the settings and of the drawing code."""
@@ -146,14 +152,22 @@ def digest(parts: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def captioned(folder: Path, caption: str | None = None, outside: Path | None = None) -> list[tuple[Path, list[str]]]:
-    """The images of a folder and their captions. Raises ValueError for anything that is missing or unreadable."""
+def captioned(
+    folder: Path,
+    caption: str | None = None,
+    outside: Path | None = None,
+    no_image: Callable[[Path], bool] | None = None,
+) -> list[tuple[Path, list[str]]]:
+    """The images of a folder and their captions. Raises ValueError for anything that is missing or unreadable.
+
+    `no_image` says which images are something else, such as hints.
+    """
     if not folder.is_dir():
         raise ValueError(f"--data {folder}: {'a file, not a folder' if folder.is_file() else 'no such folder'}")
     files = files_below(folder)
     if outside:
         files = [path for path in files if outside.resolve() not in path.resolve().parents]
-    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    images = [path for path in files if path.suffix.lower() in SUFFIXES and not (no_image and no_image(path))]
     if not images:
         raise ValueError(f"--data {folder}: no images in it ({', '.join(SUFFIXES)})")
     if others := [path for path in files if path.suffix.lower() in OTHER_SUFFIXES]:
@@ -232,6 +246,14 @@ def read_lines(path: Path) -> list[str]:
 
 def _metadata(path: Path) -> dict[Path, list[str]]:
     found: dict[Path, list[str]] = {}
+    for image, entry in metadata_entries(path):
+        captions = found.setdefault(image, [])
+        captions += [text] if (text := entry["text"].strip()) else []
+    return found
+
+
+def metadata_entries(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The images of a metadata.jsonl with their entries. Raises ValueError for a line without file_name and text."""
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
@@ -242,9 +264,7 @@ def _metadata(path: Path) -> dict[Path, list[str]]:
             name = text = None
         if not isinstance(name, str) or not isinstance(text, str) or "\0" in name:
             raise ValueError(f'{path}, line {number}: expected {{"file_name": "...", "text": "..."}}, got {line:.80}')
-        captions = found.setdefault((path.parent / name).resolve(), [])
-        captions += [text.strip()] if text.strip() else []
-    return found
+        yield (path.parent / name).resolve(), entry
 
 
 def examples(source: Source, workers: int, progress: bool) -> Iterator[tuple[list[int], list[Example]]]:
@@ -279,6 +299,12 @@ def pixels(chunk: Sequence[Example]) -> Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
+def hints(chunk: Sequence[Example]) -> Tensor:
+    """The hints of a chunk, (B, 1 or 3, H, W), uint8."""
+    arrays = [np.atleast_3d(example.hint) for example in chunk if example.hint is not None]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
 def to_floats(images: Tensor) -> Tensor:
     """uint8 images -> floats in [-1, 1]."""
     return images.float() / 127.5 - 1
@@ -305,11 +331,16 @@ def _valid(path: Path, fingerprint: str) -> bool:
 
 def find_source(args: argparse.Namespace, size: int, caption: str | None = None, pairs: bool = False) -> World | Folder:
     """The data of --data; `caption` is the default for images without one, unless --caption overrides it."""
-    if args.data is None and args.ckpt:
-        raise ValueError("--ckpt needs --data: a folder with images, or world for drawn scenes")
+    check_data(args)
     if args.data in (None, "world"):
         return World(args.scenes, size, getattr(args, "phrasings", 1), pairs=pairs)
     return Folder(Path(args.data), size, caption if args.caption is None else args.caption, args.out)
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Raise ValueError without --data where it has no default."""
+    if args.data is None and args.ckpt:
+        raise ValueError("--ckpt needs --data: a folder with images, or world for drawn scenes")
 
 
 def add_data_arguments(parser: Parser, scenes: int) -> None:

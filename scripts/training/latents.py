@@ -16,7 +16,7 @@ from sd.pipeline import StableDiffusion
 from sd.text.tokenizer import Tokenizer
 from sd.training import drop_prompts, random_masks
 
-from .data import Order, Source, cached, digest, examples, generator, pixels, to_floats
+from .data import Order, Source, cached, digest, examples, generator, hints, pixels, to_floats
 from .loop import Recipe
 from .models import fitting
 from .processes import Processes
@@ -32,6 +32,7 @@ def latents(
     mean, std (n, C, h, w)   float16; every use of an image samples its Gaussian again
     ids (N, M)               of all captions; image i has `count[i]` of them, from `first[i]`
     pixels (n, 3, H, W)      uint8, only with `keep_pixels`, for inpainting
+    hint (n, 1 or 3, H, W)   uint8, only of a source with hints, for a control network
     """
     weights = hashlib.sha256()
     for value in model.vae.state_dict().values():
@@ -55,6 +56,8 @@ def _encode(source: Source, model: StableDiffusion, workers: int, keep_pixels: b
             found["std"].append(gaussian.std.half().cpu())
         if keep_pixels:
             found.setdefault("pixels", []).append(images)
+        if chunk[0].hint is not None:
+            found.setdefault("hint", []).append(hints(chunk))
         found["count"].append(torch.tensor([len(example.captions) for example in chunk]))
         for example in chunk:
             captions += example.captions
@@ -134,6 +137,8 @@ class Batches:
             mine = self.share(k)
             x0 = self._take("mean", chosen[mine]).float() + self._take("std", chosen[mine]).float() * sampled[mine]
             part = {"x0": x0, "ids": ids[mine], "t": t[mine], "noise": noise[mine]}
+            if "hint" in self.data:
+                part["hint"] = self._take("hint", chosen[mine])
             if self.inpaint:
                 images = to_floats(self._take("pixels", chosen[mine]))
                 height, width = images.shape[2:]

@@ -34,7 +34,7 @@ class Log:
         with replaced_file(self.path) as partial:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
-    def write(self, step: int, loss: float, **values: float | None) -> None:
+    def write(self, step: int, loss: float, **values: float | list[float] | None) -> None:
         """Append a line with the loss of a step and other values."""
         self.points.append((step, loss))
         with open(self.path, "a", encoding="utf-8") as file:

@@ -249,6 +249,7 @@ class Trainer:
         write: Callable[[], str],
         positions: int,
         show: Callable[[int], None] | None = None,
+        measure: Callable[[], Mapping[str, float | list[float]]] | None = None,
     ) -> None:
         """Train until the last step.
 
@@ -256,6 +257,7 @@ class Trainer:
         write      called in the main process after each saved state: writes the model, returns a remark for the log
         positions  number of positions that attend to each other
         show       called with the step after `write`, to generate samples
+        measure    returns further values for a line of the log
 
         Raises KeyboardInterrupt, after saving, on a request to stop, and ArithmeticError if the loss is not finite.
         """
@@ -300,7 +302,8 @@ class Trainer:
                         seconds = round(time.monotonic() - began, 2)
                         norm = self.norm.item()  # not finite for a step that float16 skipped
                         logged = norm if math.isfinite(norm) else None
-                        log.write(step=self.step, loss=loss, lr=lr, norm=logged, seconds=seconds)
+                        more = measure() if measure else {}
+                        log.write(step=self.step, loss=loss, lr=lr, norm=logged, seconds=seconds, **more)
                 asked = self.processes.any(stop.asked)
                 if asked or self.step % recipe.save_every == 0 or self.step == recipe.steps:
                     self.save()

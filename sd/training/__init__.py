@@ -5,7 +5,7 @@ The pipeline never imports this package.
 
 from __future__ import annotations
 
-from .augmentation import drop_prompts, random_masks
+from .augmentation import drop_prompts, erase_parts, random_masks
 from .distillation import (
     Points,
     consistency,
@@ -18,7 +18,14 @@ from .distillation import (
     trajectory_loss,
 )
 from .ema import EMA
-from .initialization import add_guidance_input, initialise_text_encoder, initialise_unet, initialise_vae, widen_input
+from .initialization import (
+    add_guidance_input,
+    initialise_control,
+    initialise_text_encoder,
+    initialise_unet,
+    initialise_vae,
+    widen_input,
+)
 from .lora import TrainableLora, lora_layers, lora_metadata, lora_tensors
 from .losses import contrastive_loss, diffusion_loss, level_batch, min_snr_weight, vae_loss, velocity_weight
 from .memory import channels_last, checkpoint_activations
@@ -37,7 +44,9 @@ __all__ = [
     "contrastive_loss",
     "diffusion_loss",
     "drop_prompts",
+    "erase_parts",
     "guided",
+    "initialise_control",
     "initialise_text_encoder",
     "initialise_unet",
     "initialise_vae",

@@ -1,8 +1,9 @@
-"""Augmentation: drop prompts for guidance, mask images for inpainting.
+"""Augmentation: drop prompts for guidance, mask images for inpainting, erase parts of hints for control networks.
 
 guidance     some prompts are replaced by the empty one, so that one network learns both predictions
                                                                                 Ho and Salimans 2022
 inpainting   a random part of the image is masked; the mask is an input         Rombach et al. 2022, section 4.5
+control      some hints lose a part, so that the network also understands unfinished ones, such as scribbles
 """
 
 from __future__ import annotations
@@ -45,3 +46,18 @@ def random_masks(n: int, height: int, width: int, rng: torch.Generator, whole: f
     masks = (torch.where(uniform(0, 1) < 0.5, rectangle, stroke) & used).any(dim=1, keepdim=True)
     everything = torch.rand(n, 1, 1, 1, generator=rng, device=rng.device) < whole
     return (masks | everything).float()
+
+
+def erase_parts(hints: Tensor, rate: float, rng: torch.Generator) -> Tensor:
+    """Hints (B, C, H, W), each with probability `rate` zero in two rectangles of random position and size.
+
+    A rectangle covers 4 to 36 % of the image, less at its border. `rng` must be on the device of the hints.
+    """
+    B, _, height, width = hints.shape
+    numbers = torch.rand(B, 2, 4, 1, 1, generator=rng, device=hints.device)
+    erased = torch.rand(B, 1, 1, 1, generator=rng, device=hints.device) < rate
+    y = (torch.arange(height, device=hints.device)[:, None] + 0.5) / height
+    x = (torch.arange(width, device=hints.device) + 0.5) / width
+    middle_y, middle_x, half_y, half_x = numbers.unbind(2)  # (B, 2, 1, 1) each
+    inside = ((y - middle_y).abs() < 0.1 + 0.2 * half_y) & ((x - middle_x).abs() < 0.1 + 0.2 * half_x)
+    return hints.masked_fill(inside.any(1, keepdim=True) & erased, 0)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import UNetConfig
+from ..models.controlnet import ControlNet
 from ..models.layers import ResBlock
 from ..models.text_encoder import TextBlock, TextEncoder
 from ..models.unet import SpatialTransformer, UNet
@@ -100,3 +101,26 @@ def add_guidance_input(unet: UNet, width: int = 256) -> UNet:
     state["guidance.weight"] = unet.conv_in.weight.new_zeros(unet.config.channels[0], width)
     told.load_state_dict(state, assign=True)
     return told
+
+
+@torch.no_grad()
+def initialise_control(control: ControlNet, unet: UNet) -> None:
+    """Copy the first half of a U-Net, with zero convolutions that are zero (Zhang et al. 2023, section 3.1).
+
+    The last convolution of the hint block is zero as well, so the copy starts as the U-Net works, and changes nothing.
+    What the control network leaves out, such as transformers, is not copied; the other convolutions of the hint block
+    keep PyTorch's default initialisation. Raises ValueError if the control network is not one for this U-Net.
+    """
+    if not control.control_config.fits(unet.config):
+        raise ValueError(
+            f"{control.control_config.name} is not a control network for this U-Net: other channels or blocks"
+        )
+    given, own = unet.state_dict(), control.state_dict()
+    for name, weight in own.items():
+        if name.startswith(("hint.", "zero")):
+            continue
+        known = given[name]
+        weight.copy_(known[:, : weight.shape[1]] if name == "conv_in.weight" else known)  # without a mask's channels
+    for layer in (*control.zero, control.zero_mid, control.hint.convs[-1]):
+        nn.init.zeros_(layer.weight)
+        _zero_bias(layer)

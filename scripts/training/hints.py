@@ -1,0 +1,177 @@
+"""Training data of control networks: images with captions and hints, from a folder or drawn.
+
+    FOLDER/**/name.png + name.hint.png        or FOLDER/**/hints/name.png; any kind of image
+    FOLDER/**/metadata.jsonl                  {"file_name": "a.png", "text": "a caption", "hint": "maps/a.png"}, or
+                                              "conditioning_image" in place of "hint"
+    world                                     the outlines or the depth of the drawn scenes (toy_world/hints.py)
+
+The hint of an image is cropped and resized like the image, whose aspect ratio it must have.
+
+Outlines are drawn from the shapes, but what people give are edges that a detector found in a picture, or a sketch. So
+the drawn scenes have three kinds: all outlines; those that Canny's detector finds in the picture, with random
+thresholds; and the outlines of the things alone. Lines are one to three pixels wide.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import numpy as np
+from PIL import Image
+
+from sd.imaging.files import SUFFIXES, ImageFileError, read_image
+from sd.imaging.tensors import fit
+
+from ..common import edges
+from ..toy_world.hints import HINTS, depth, outlines
+from .data import METADATA, Example, Folder, World, captioned, check_data, digest, files_below, metadata_entries
+
+HINT, FOLDER = ".hint", "hints"  # what comes after the name of a hint beside its image, and the folder of hints
+KEYS = ("hint", "conditioning_image", "conditioning_image_file_name")  # in metadata.jsonl; the first one is ours
+SAME_SHAPE = 0.02  # how far the aspect ratios of an image and its hint may differ
+KINDS = {"outlines": 45, "detected": 35, "things": 20}  # of drawn edges, with their weights
+THICK = 0.3  # the share of outlines whose lines are wider
+
+
+@dataclass(frozen=True)
+class HintedWorld:
+    """Drawn scenes with hints of a kind of `HINTS`."""
+
+    world: World
+    kind: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in HINTS:
+            raise ValueError(f"the hint of a drawn scene is {' or '.join(HINTS)}, got {self.kind}")
+
+    def __len__(self) -> int:
+        return len(self.world)
+
+    def __getitem__(self, i: int) -> Example:
+        example = self.world[i]
+        scene, rng, _ = self.world.scene(i)
+        assert example.pixels is not None
+        if self.kind == "depth":
+            return example._replace(hint=np.asarray(depth(scene, rng, self.world.size)))
+        choice = Random(f"hint {self.world.first + i}")
+        kind = choice.choices(tuple(KINDS), tuple(KINDS.values()))[0]
+        if kind == "detected":
+            return example._replace(hint=detected(example.pixels, choice))
+        drawn = np.asarray(outlines(scene, rng, self.world.size, landscape=kind == "outlines"))
+        thick = choice.random() < THICK
+        return example._replace(hint=_white(edges.grow(drawn > 0, 1)) if thick else drawn)
+
+    def fingerprint(self) -> str:
+        """A digest of the settings and of the drawing code."""
+        code = [Path(file).read_text(encoding="utf-8") for file in (__file__, edges.__file__)]
+        return digest([self.world.fingerprint(), self.kind, *code])
+
+
+def detected(pixels: np.ndarray, rng: Random) -> np.ndarray:
+    """The edges (H, W) that Canny's detector finds in a picture (H, W, 3), grey or in colour, at random thresholds."""
+    image: np.ndarray = pixels / 255
+    if rng.random() < 0.5:
+        image = np.asarray(Image.fromarray(pixels).convert("L")) / 255
+    low = rng.uniform(0.08, 0.25)
+    return _white(edges.canny(image, low, rng.uniform(1.5, 2.5) * low, rng.choice((0.7, 1.0, 1.4))))
+
+
+def _white(lines: np.ndarray) -> np.ndarray:
+    """(H, W) of bool -> uint8, white lines on black."""
+    return np.where(lines, np.uint8(255), np.uint8(0))
+
+
+@dataclass(frozen=True)
+class HintedFolder(Folder):
+    """The images of a folder and their hints, each cropped to its central square and resized to `size` pixels."""
+
+    hints: dict[Path, Path] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        named = _named(self.folder) if self.folder.is_dir() else {}
+        others = {path.resolve() for path in named.values()}
+
+        def is_hint(path: Path) -> bool:
+            return path.stem.endswith(HINT) or path.parent.name == FOLDER or path.resolve() in others
+
+        items = captioned(self.folder, self.caption, self.outside, is_hint)
+        object.__setattr__(self, "items", items)
+        object.__setattr__(self, "hints", find_hints([path for path, _ in items], named))
+
+    def __getitem__(self, i: int) -> Example:
+        example = super().__getitem__(i)
+        if example.pixels is None:
+            return example
+        path, captions = self.items[i]
+        hint = self.hints[path]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                image, drawn = read_image(path).image, read_image(hint).image
+        except (ImageFileError, OSError) as error:
+            return Example(None, captions, str(error))
+        ratio = (image.width * drawn.height) / (image.height * drawn.width)
+        if not 1 - SAME_SHAPE < ratio < 1 + SAME_SHAPE:
+            sizes = f"{drawn.width}x{drawn.height}, and the image {image.width}x{image.height}"
+            return Example(None, captions, f"{hint}: another aspect ratio than its image ({sizes})")
+        return example._replace(hint=np.asarray(fit(drawn, self.size, self.size)))
+
+    def fingerprint(self) -> str:
+        """A digest of names, sizes, dates and captions."""
+        parts = [super().fingerprint()]
+        for path in self.hints.values():
+            status = path.stat()
+            parts += [str(path), str(status.st_size), str(status.st_mtime_ns)]
+        return digest(parts)
+
+
+def _named(folder: Path) -> dict[Path, Path]:
+    """The hints of images that the metadata.jsonl of a folder name."""
+    found: dict[Path, Path] = {}
+    for path in files_below(folder):
+        if path.name != METADATA:
+            continue
+        for image, entry in metadata_entries(path):
+            given = [entry[key] for key in KEYS if entry.get(key) is not None]
+            if given and not (isinstance(given[0], str) and "\0" not in given[0]):
+                raise ValueError(f"{path}: the hint of {image.name} must be the name of a file, got {given[0]!r:.80}")
+            if given:
+                found[image] = path.parent / given[0]
+                if not found[image].is_file():
+                    raise ValueError(f"{path}: the hint of {image.name} is missing: {found[image]}")
+    return found
+
+
+def find_hints(images: list[Path], named: Mapping[Path, Path]) -> dict[Path, Path]:
+    """The hint of each image. Raises ValueError for an image without one."""
+    found, bare = {}, []
+    for image in images:
+        beside = [image.with_name(f"{image.stem}{HINT}{suffix}") for suffix in SUFFIXES]
+        below = [image.parent / FOLDER / f"{image.stem}{suffix}" for suffix in SUFFIXES]
+        hint = named.get(image.resolve()) or next((path for path in (*beside, *below) if path.is_file()), None)
+        if hint is None:
+            bare.append(image)
+        else:
+            found[image] = hint
+    if bare:
+        name = bare[0].stem
+        raise ValueError(
+            f"{bare[0]}: no hint ({len(bare)} of {len(images)} images have none): save it as {name}{HINT}.png in the "
+            f"same folder, as {FOLDER}/{name}.png, or name it in {METADATA}"
+        )
+    return found
+
+
+def find_hinted(args: argparse.Namespace, size: int) -> HintedWorld | HintedFolder:
+    """The data of --data with hints; --hint is the kind of drawn ones."""
+    check_data(args)
+    if args.data in (None, "world"):
+        return HintedWorld(World(args.scenes, size, args.phrasings), args.hint or HINTS[0])
+    if args.hint:
+        raise ValueError("--hint is the kind of hints of drawn scenes (--data world); a folder has its own")
+    return HintedFolder(Path(args.data), size, args.caption, args.out)
