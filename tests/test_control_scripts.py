@@ -444,7 +444,7 @@ def test_like_annotates_as_the_recipe_was(run):
     assert ", Processor Res: 512, Threshold A: 20, Threshold B: 30.5, Guidance" in Image.open(made).text["parameters"]
     status, out, err, (again,) = run("--like", made, *control, size=())
     assert status == 0 and same(made, again) and "00001-control.png  canny of picture.png" in out
-    assert err == "warning: 33 % of the hint is cut off\n"
+    assert err == "warning: control canny: 33 % of the hint is cut off\n"
     _, _, _, (other,) = run("--like", made, *control, "--annotate", "none", size=())
     assert not same(made, other) and read_request(other).controls[0].module == "none"
 

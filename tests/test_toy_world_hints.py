@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts.common.edges import agreement, canny, grow
+from scripts.common.edges import agreement, grow
 from scripts.toy_world import Scene, Thing, draw, example, random_scene
 from scripts.toy_world.hints import depth, outlines
 from scripts.toy_world.scenes import COLUMNS, STYLES
+from sd.imaging import annotate
+
+LOW, HIGH, SIGMA = 0.1, 0.2, 1.0
 
 CASTLE = Scene("flat", "day", "meadow", (Thing("castle", "red", "big", "middle"),))
 
@@ -24,7 +27,7 @@ def found(scene: Scene, seed: int, **options) -> np.ndarray:
 
 
 def edges(scene: Scene, seed: int) -> np.ndarray:
-    return canny(np.asarray(draw(scene, Random(seed))) / 255)
+    return annotate.edges(np.asarray(draw(scene, Random(seed))) / 255, LOW, HIGH, SIGMA)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -106,41 +109,14 @@ def test_columns_move_the_outlines() -> None:
     assert middles == sorted(middles) and middles[2] - middles[0] > 50
 
 
-# ------------------------------------------------------------------------------------------------ the detector
-
-
-def test_a_step_has_one_line_where_it_is() -> None:
-    image = np.zeros((40, 60))
-    image[:, 25:] = 1
-    lines = canny(image)
-    assert lines.sum() == 40 and lines[:, 24:26].sum() == 40
-    assert not canny(np.full((40, 60), 0.5)).any()
-
-
-def test_weak_edges_count_where_strong_ones_go_on() -> None:
-    image = np.zeros((64, 64))
-    image[:, 32:] = np.linspace(0, 0.6, 64)[:, None]  # a step that gets higher
-    image[:, :8] = 0.2  # and a lower one everywhere
-    lines = canny(image, 0.4, 1.2)
-    assert lines[30:, 30:34].any(1).all() and not lines[:8, 30:34].any()
-    assert not canny(image, 1.2, 1.2)[:50, 30:34].any()
-    assert not lines[:, :16].any() and canny(image, 0.4, 0.4)[:, :16].any()
+# ------------------------------------------------------------------------------------------------ edges
 
 
 def test_edges_between_colours_of_one_brightness() -> None:
     image = np.zeros((32, 32, 3))
     image[:, :16], image[:, 16:] = (0.8, 0.2, 0.2), (0.2, 0.8, 0.2)
-    assert canny(image).sum() == 32
-    assert not canny(image.mean(2)).any()
-
-
-def test_the_detector_is_that_of_scikit_image() -> None:
-    feature = pytest.importorskip("skimage.feature")
-    same = []
-    for seed in range(10):
-        grey = np.asarray(example(seed)[1].convert("L")) / 255
-        same.append(agreement(canny(grey, 0.1, 0.2, 1.0), feature.canny(grey, 1.0, 0.1, 0.2), 1))
-    assert min(same) > 0.9 and np.mean(same) > 0.98  # an edge hangs together by a pixel in one of them
+    assert annotate.edges(image, LOW, HIGH, SIGMA)[1:-1, 15:17].any(1).all()  # none at the border
+    assert not annotate.edges(image.mean(2), LOW, HIGH, SIGMA).any()
 
 
 def test_agreement_is_the_harmonic_mean_of_both_shares() -> None:

@@ -1,9 +1,9 @@
 """How well images of the toy world obey edges: their own edges against those of the hint.
 
 Hints are of two kinds: `outlines` are drawn from the shapes of a scene (toy_world/hints.py), `detected` are what
-Canny's detector finds in its drawing. The edges of a result are what the same detector finds in it (common/edges.py: in
-colour, smoothed by 1 pixel, thresholds 0.1 and 0.2). The figure is F1, the harmonic mean of two shares: of the result's
-edges that are within 2 pixels of the hint's, and of the hint's that are within 2 pixels of the result's.
+Canny's detector finds in its drawing. The edges of a result are what the same detector finds in it (scikit-image's, in
+each colour, smoothed by 1 pixel, thresholds 0.1 and 0.2). The figure is F1, the harmonic mean of two shares: of the
+result's edges that are within 2 pixels of the hint's, and of the hint's that are within 2 pixels of the result's.
 
     controlled   images of the captions with the hints
     without      the same captions and seeds at scale 0
@@ -28,17 +28,19 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from sd.imaging.annotate import edges as detect
 from sd.imaging.tensors import to_pil
 from sd.params import Control
 from sd.pipeline import StableDiffusion
 
-from ..common.edges import agreement, canny
+from ..common.edges import agreement
 from ..toy_world import Told, draw, random_scene, tell
 from ..toy_world.hints import outlines
 from .judge import Judge, to_tensor
 from .scoring import Rate, tally
 
 KINDS = ("outlines", "detected")
+LOW, HIGH, SIGMA = 0.1, 0.2, 1.0  # of Canny's detector, as scikit-image has them
 FAR = 7  # of a case to the one whose hint is used for `chance`
 
 
@@ -66,7 +68,7 @@ def cases(split: str, n: int) -> list[Case]:
 
 def edges_of(image: Image.Image) -> np.ndarray:
     """The edges (H, W), bool, of an RGB image."""
-    return canny(np.asarray(image) / 255)
+    return detect(np.asarray(image) / 255, LOW, HIGH, SIGMA)
 
 
 def mean_agreement(found: Sequence[np.ndarray], hints: Sequence[np.ndarray]) -> float:

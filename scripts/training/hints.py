@@ -24,6 +24,7 @@ from random import Random
 import numpy as np
 from PIL import Image
 
+from sd.imaging import annotate
 from sd.imaging.files import SUFFIXES, ImageFileError, read_image
 from sd.imaging.tensors import fit
 
@@ -48,6 +49,8 @@ class HintedWorld:
     def __post_init__(self) -> None:
         if self.kind not in HINTS:
             raise ValueError(f"the hint of a drawn scene is {' or '.join(HINTS)}, got {self.kind}")
+        if self.kind == "edges":
+            annotate.check_installed()
 
     def __len__(self) -> int:
         return len(self.world)
@@ -68,7 +71,7 @@ class HintedWorld:
 
     def fingerprint(self) -> str:
         """A digest of the settings and of the drawing code."""
-        code = [Path(file).read_text(encoding="utf-8") for file in (__file__, edges.__file__)]
+        code = [Path(file).read_text(encoding="utf-8") for file in (__file__, edges.__file__, annotate.__file__)]
         return digest([self.world.fingerprint(), self.kind, *code])
 
 
@@ -78,7 +81,7 @@ def detected(pixels: np.ndarray, rng: Random) -> np.ndarray:
     if rng.random() < 0.5:
         image = np.asarray(Image.fromarray(pixels).convert("L")) / 255
     low = rng.uniform(0.08, 0.25)
-    return _white(edges.canny(image, low, rng.uniform(1.5, 2.5) * low, rng.choice((0.7, 1.0, 1.4))))
+    return _white(annotate.edges(image, low, rng.uniform(1.5, 2.5) * low, rng.choice((0.7, 1.0, 1.4))))
 
 
 def _white(lines: np.ndarray) -> np.ndarray:

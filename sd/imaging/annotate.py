@@ -31,17 +31,31 @@ def check_installed() -> None:
         raise ValueError(MISSING) from None
 
 
-def canny(picture: Image.Image, low: float, high: float) -> Image.Image:
-    """The edges of an RGB picture: white lines on black, RGB, of the same size.
+def edges(values: np.ndarray, low: float, high: float, sigma: float = 0.0) -> np.ndarray:
+    """The edges (H, W), bool, of an image (H, W) or (H, W, C) in [0, 1]: those of any of its channels.
 
-    low, high   thresholds, 0 to 255: edges begin where the gradient exceeds `high`, and go on while it exceeds `low`
+    low, high   thresholds of the length of the gradient, on scikit-image's scale: edges begin above `high`, and go on
+                above `low`
+    sigma       of the Gaussian that blurs the image before, in pixels
 
     Raises ValueError if scikit-image is not installed.
     """
     check_installed()
     from skimage import feature
 
+    channels = np.atleast_3d(np.asarray(values, np.float32))
+    thresholds = {"low_threshold": low, "high_threshold": high}
+    found = [feature.canny(channels[..., i], sigma, mode="nearest", **thresholds) for i in range(channels.shape[2])]
+    return np.any(found, axis=0)
+
+
+def canny(picture: Image.Image, low: float, high: float) -> Image.Image:
+    """The edges of an RGB picture: white lines on black, RGB, of the same size.
+
+    low, high   thresholds, 0 to 255, on OpenCV's scale (see above)
+
+    Raises ValueError if scikit-image is not installed.
+    """
     values = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
-    scaled = {"low_threshold": low / 255 / SUM_PER_LENGTH, "high_threshold": high / 255 / SUM_PER_LENGTH}
-    edges = [feature.canny(values[..., colour], sigma=0, mode="nearest", **scaled) for colour in range(3)]
-    return Image.fromarray(np.uint8(255) * np.any(edges, axis=0).astype(np.uint8)).convert("RGB")
+    found = edges(values, low / 255 / SUM_PER_LENGTH, high / 255 / SUM_PER_LENGTH)
+    return Image.fromarray(np.uint8(255) * found.astype(np.uint8)).convert("RGB")
