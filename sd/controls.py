@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -73,8 +72,10 @@ class Controllable:
             if not network.control_config.fits(self.config.unet):
                 raise ValueError(f"the {network.control_config.name} is for another U-Net than {self.config.name}'s")
         else:
+            from .checkpoints.control_detect import control_name
+
             path = _path(control)
-            name = name or (str(control) if str(control) in EMBEDDED_CONTROLS else Path(path).stem)
+            name = name or (str(control) if str(control) in EMBEDDED_CONTROLS else control_name(path))
         if name in self._controls:
             raise ValueError(f"there is a control network {name!r} already: give this one another name")
         if not isinstance(control, ControlNet):

@@ -24,7 +24,7 @@ from sd.adapters.lora_formats import read_lora
 from sd.adapters.textual_inversion import read_embedding
 from sd.checkpoints import supported_settings
 from sd.checkpoints.checkpoint import CheckpointError, OpenFile, load_checkpoint
-from sd.checkpoints.control_detect import CONTROL_KEY, check_fits, family, identify_control
+from sd.checkpoints.control_detect import CONTROL_KEY, check_fits, control_name, family, identify_control
 from sd.checkpoints.control_export import check_control_writable, control_files, control_to_diffusers
 from sd.checkpoints.control_files import load_control
 from sd.checkpoints.control_maps import ControlLayout
@@ -256,6 +256,8 @@ def test_every_form_of_file(files, tiny_control, name):
         "control_sd15_canny.pth": "a whole checkpoint: only its control network is read, not the other ",
         "pipeline": "the folder of a whole model: its controlnet/ is read",
     }
+    if name == "pipeline":  # the folder inside, given itself, is no whole model
+        assert load_control(files[name] / "controlnet", TINY, CPU, torch.float32)[1] == ()
     assert len(notes) == (name in expected) and all(note.startswith(expected[name]) for note in notes)
     assert not any(weight.requires_grad for weight in control.parameters()) and not control.training
 
@@ -272,6 +274,24 @@ def test_the_name_is_that_of_the_file_or_its_folder(files, tmp_path):
     (snapshot / "depth").mkdir()
     for path in (snapshot / "depth/diffusion_pytorch_model.safetensors", snapshot / "depth.safetensors"):
         assert load(saved(path, stripped(original("v1")))).control_config.name == "depth"
+
+
+def test_the_default_name_in_a_model(files, tmp_path):
+    """That of the file or folder, whose ".0" is no ending; where tools call every file the same, of its folder."""
+    state, model = stripped(original("v1")), StableDiffusion(TINY, **networks("v1"))
+    (tmp_path / "canny-sdxl-1.0").mkdir()
+    shutil.copy(files["folder"] / "config.json", tmp_path / "canny-sdxl-1.0")
+    saved(tmp_path / "canny-sdxl-1.0/diffusion_pytorch_model.safetensors", state)
+    saved(tmp_path / "v1.5 canny.safetensors", state)
+    for path, name in (
+        ("canny-sdxl-1.0", "canny-sdxl-1.0"),
+        ("canny-sdxl-1.0/diffusion_pytorch_model.safetensors", "canny-sdxl-1.0"),
+        ("v1.5 canny.safetensors", "v1.5 canny"),
+    ):
+        assert control_name(tmp_path / path) == name
+        model.add_control(tmp_path / path, note=lambda line: None)
+        assert [*model.controls] == [name]
+        model.remove_control(name)
 
 
 def test_half_precision(files, tiny_control):
@@ -401,6 +421,8 @@ def test_a_network_for_inpainting_is_doubtful(tmp_path):
     path = saved(tmp_path / "control_v11p_sd15_inpaint.safetensors", stripped(original("v1")))
     (note,) = load_control(path, TINY, CPU, torch.float32)[1]
     assert "expects hints with -1 where the mask is, which no image has" in note
+    depth = saved(tmp_path / "control_sd15_inpaint_depth_hand_fp16.safetensors", stripped(original("v1")))
+    assert load_control(depth, TINY, CPU, torch.float32)[1] == ()  # its hints are depth maps
 
 
 def test_heads_are_those_of_the_model(tmp_path):
@@ -454,6 +476,40 @@ def test_differences_for_an_inpainting_model(difference):
     first = "input_blocks.0.0.weight"
     expected = original("v1")[PREFIX + first] - tiny_state()[UNET + first] + unet["conv_in.weight"][:, :4]
     assert error(control.conv_in.weight, expected) < 1e-6
+
+
+def test_differences_of_zero_may_be_left_out(difference, tmp_path, tiny_control, capsys):
+    """As other programs do for weights that training did not change: those are the model's own. Hint and zero
+    convolutions are no differences, so they have to be there."""
+    state, unet = load_file(difference), loaded(tiny_state("tiny-v1-inpainting"), TINY_INPAINT)["unet"].state_dict()
+    gone = {"time_embed.0.bias": "time.0.bias", "input_blocks.1.0.out_layers.3.weight": "down.0.res.0.conv2.weight"}
+    for key in gone:
+        del state[PREFIX + key]
+    path = saved(tmp_path / "diff.safetensors", state)
+    control, notes = load_control(path, TINY_INPAINT, CPU, torch.float32, lambda: unet)
+    expected = tiny_control["v1"].state_dict()
+    for key, weight in control.state_dict().items():
+        if key in gone.values():
+            assert torch.equal(weight, unet[key])
+        elif key.startswith(("hint.", "zero")):
+            assert torch.equal(weight, expected[key])
+    assert notes == (
+        "its weights are differences from those of a U-Net: they are added to the model's own",
+        "without a difference, so the model's own: 2 weights of 170",
+    )
+    said = info(path, capsys=capsys)
+    assert said["missing"] == "nothing" and said["control"].startswith("168 weights, ")
+    less = {key: weight for key, weight in unet.items() if key != "time.0.bias"}
+    assert refusal(path, TINY_INPAINT, unet=lambda: less) == (
+        "differences from another U-Net: the model has no time.0.bias"
+    )
+    for key in ("zero_convs.3.0.bias", "input_hint_block.4.bias", "middle_block_out.0.bias"):
+        kept = {name: tensor for name, tensor in state.items() if name != PREFIX + key}
+        path = saved(tmp_path / "damaged.safetensors", kept)
+        assert refusal(path, TINY_INPAINT, unet=lambda: unet) == (
+            f"1 weight of 170 of the control network missing from the file: {PREFIX}{key}; download it again"
+        )
+        assert info(path, capsys=capsys)["missing"] == f"1 of 170 weights: 1: {PREFIX}{key}"
 
 
 def test_differences_without_a_model(difference):
@@ -521,6 +577,13 @@ OTHERS = {
     "ProMax": (
         {"control_add_embedding.linear_1.weight": (1280, 2048), "controlnet_mid_block.weight": (1280, 1280, 1, 1)},
         "this is a union ControlNet",
+    ),
+    "T2I-Adapter of styles": (
+        {
+            "style_embedding": (1, 8, 1024), "proj": (1024, 768), "ln_pre.weight": (1024,),
+            "transformer_layes.0.attn.in_proj_weight": (3072, 1024),
+        },
+        "this is a T2I-Adapter",
     ),
     "T2I-Adapter": ({"body.0.block1.weight": (320, 320, 3, 3)}, "this is a T2I-Adapter"),
     "T2I-Adapter of diffusers": ({"adapter.body.0.resnets.0.block1.weight": (320, 320, 3, 3)}, "this is a T2I-Adapter"),

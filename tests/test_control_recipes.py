@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from PIL import Image
 
+from sd import Control
 from sd.recipes import Addon, ControlUse, read_parameters, written_controls
 
 NEW = "Module: none, Model: qrCodeMonster_v20 [5e5778cb], Weight: 1.34, Resize Mode: Just Resize, Low Vram: False, "
@@ -19,16 +21,16 @@ OLD = "preprocessor: canny, model: control_v11p_sd15_canny [d14c016b], weight: 0
 OLD += "resize mode: Crop and Resize, pixel perfect: True, control mode: Balanced, preprocessor params: (512, 30, 90)"
 
 
-def read(more: str, version: str = "v1.9.4"):
+def read(more: str, version: str = "v1.9.4", steps: int = 20):
     return read_parameters(
-        f"a cat\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 512x768{more}, Version: {version}"
+        f"a cat\nSteps: {steps}, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 512x768{more}, Version: {version}"
     )
 
 
 FORMS = [
     (
         f', ControlNet 0: "{NEW}"',
-        ControlUse("qrCodeMonster_v20", "5e5778cb", 1.34, 0.23, 0.5, "control"),
+        ControlUse("qrCodeMonster_v20", "5e5778cb", 1.34, 0.23, 0.55, "control"),
         ["ControlNet 0: its hint is stretched to the shape of the image; here it is cropped"],
     ),
     (
@@ -38,20 +40,20 @@ FORMS = [
     ),
     (
         f', ControlNet 0: "{API}"',
-        ControlUse("control_v11f1p_sd15_depth", "cfd03158", 0.4, 0, 0.4, "prompt", "pad", "depth_leres++"),
+        ControlUse("control_v11f1p_sd15_depth", "cfd03158", 0.4, 0, 0.45, "prompt", "pad", "depth_leres++"),
         [
             "not reproduced: ControlNet 0's preprocessor depth_leres++: give the map that it makes as the hint",
         ],
     ),
     (
         f', Controlnet 1: "{OLD}"',
-        ControlUse("control_v11p_sd15_canny", "d14c016b", 0.7, 0.23, 0.76, "balanced", "crop", "canny", 30, 90),
+        ControlUse("control_v11p_sd15_canny", "d14c016b", 0.7, 0.23, 0.8, "balanced", "crop", "canny", 30, 90),
         ["ControlNet 1: the edges that canny finds here differ a little from the web UI's"],
     ),
     (
         ", ControlNet Enabled: True, ControlNet Module: none, ControlNet Model: control_canny-fp16 [e3fe7712], "
         "ControlNet Weight: 0.9, ControlNet Guidance Strength: 0.6",
-        ControlUse("control_canny-fp16", "e3fe7712", 0.9, 0, 0.6),
+        ControlUse("control_canny-fp16", "e3fe7712", 0.9, 0, 0.65),
         [],
     ),
     (
@@ -103,6 +105,75 @@ def test_wrong_numbers_become_notes(values, why):
     recipe = read(f', ControlNet 0: "Module: none, Model: x, {values}"')
     assert recipe.controls == (ControlUse("x"),)
     assert recipe.notes[0].startswith("ControlNet 0: its numbers are left out: ") and why in recipe.notes[0]
+
+
+def controlled_steps(use: ControlUse, steps: int) -> list[int]:
+    control = Control("x", Image.new("L", (1, 1)), start=use.start, end=use.end)
+    return [i for i in range(steps) if control.is_active(i, steps)]
+
+
+@pytest.mark.parametrize("steps", [1, 7, 20, 23, 30])
+@pytest.mark.parametrize("span", [(0, 0.5), (0.5, 0.5), (0, 0), (0.23, 0.76), (0.1, 0.3), (0, 0.99), (0.2, 1)])
+def test_the_same_steps_are_controlled_as_in_the_web_ui(steps, span):
+    """There, step i of n, counted from 0, is left out if i / n < start or i / n > end."""
+    start, end = span
+    unit = f', ControlNet 0: "Module: none, Model: x, Guidance Start: {start}, Guidance End: {end}"'
+    expected = [i for i in range(steps) if start <= i / steps <= end]
+    recipe = read(unit, steps=steps)
+    if expected:
+        (use,) = recipe.controls
+        assert controlled_steps(use, steps) == expected and recipe.notes == () and use.end <= 1
+
+
+def test_the_end_of_image_to_image_and_of_unknown_steps():
+    """Image to image runs a part of the steps, 15 of 20, and these count. Our own images say what we mean by it."""
+    unit = ', ControlNet 0: "Module: none, Model: x, Guidance End: 0.5"'
+    recipe = read(f", Denoising strength: 0.75{unit}")
+    assert recipe.kind == "img2img" and controlled_steps(recipe.controls[0], 15) == [*range(8)]
+    recipe = read_parameters(f"a cat\nSampler: Euler a, Seed: 5, Size: 512x768{unit}, Version: v1.9.4")
+    assert recipe.controls[0].end == 0.5
+    assert recipe.notes == ("ControlNet 0: the web UI controls one step more than this fraction of the steps, 0.5",)
+    assert read(unit, "sd 0.2.0").controls[0].end == 0.5
+
+
+def test_numbers_are_left_out_apart_from_each_other():
+    """A bad one only takes along those that are compared with it; -1 is the preprocessor's own threshold."""
+
+    def use(values: str) -> tuple[ControlUse, list[str]]:
+        recipe = read(f', ControlNet 0: "Module: canny, Model: x, {values}"')
+        return recipe.controls[0], [note for note in recipe.notes if "left out" in note]
+
+    canny = ControlUse("x", module="canny")
+    assert use("Weight: 0.8, Guidance End: 0.5, Threshold A: -1, Threshold B: -1") == (
+        canny._replace(scale=0.8, end=0.55), []
+    )  # fmt: skip
+    assert use("Threshold A: -1.0, Threshold B: 150") == (canny._replace(high=150.0), [])
+    found, notes = use("Weight: 0.8, Guidance Start: 0.2, Guidance End: 3, Threshold A: 50, Threshold B: 90")
+    assert found == canny._replace(scale=0.8, low=50.0, high=90.0)
+    assert notes == ["ControlNet 0: its numbers are left out: end must be in [0, 1], got 3.0"]
+    found, notes = use("Weight: lots, Guidance Start: 0.2, Threshold A: 300, Threshold B: 90")
+    assert found == canny._replace(start=0.2)
+    assert notes == [
+        "ControlNet 0: its numbers are left out: 'lots' is not a number",
+        "ControlNet 0: its numbers are left out: low must be in [0, 255], got 300.0",
+    ]
+
+
+def test_modes_are_weaker_in_the_web_ui_for_sdxl():
+    """Its scales are those of the 13 residuals of SD 1.x, of which SDXL has the first 10."""
+    unit = ', ControlNet 0: "Module: none, Model: {}, Weight: 0.8, Control Mode: {}"'
+    for model, checkpoint, mode, weaker in (
+        ("diffusers_xl_canny_full [1234abcd]", "", "My prompt is more important", True),
+        ("canny [1234abcd]", ", Model: juggernautXL_v9", "ControlNet is more important", True),
+        ("canny-sdxl-1.0", "", "2", True),
+        ("diffusers_xl_canny_full", "", "Balanced", False),
+        ("control_v11p_sd15_canny", ", Model: v1-5-pruned", "My prompt is more important", False),
+    ):
+        notes = read(checkpoint + unit.format(model, mode)).notes
+        expected = "ControlNet 0: for SDXL, the web UI's residuals are all weaker in this mode: a scale of "
+        assert notes == ((f"{expected}0.449 is the same here",) if weaker else ())
+    ours = read(unit.format("canny-sdxl-1.0", "My prompt is more important"), "sd 0.2.0")
+    assert ours.notes == ()
 
 
 def test_our_entries_there_and_back():

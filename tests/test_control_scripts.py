@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import TINY, TINY_V2, TINY_XL
+from common import TINY, TINY_V2, TINY_XL, tiny_state
 from control_common import control_network, lines, silent
 from PIL import Image
 from safetensors.torch import save_file
 from sdxl_common import model_files
+from test_folders import write_folder
 
 from scripts import img2img, inpaint, txt2img
 from scripts.common import control_args, enough_memory
@@ -22,7 +23,7 @@ from scripts.common.control_args import Given, split_control, thresholds
 from scripts.common.like_controls import is_network
 from scripts.common.output import file_hash
 from sd import Control, StableDiffusion, read_request
-from sd.checkpoints.control_export import control_files
+from sd.checkpoints.control_export import control_files, control_texts
 from sd.checkpoints.detect import CONFIG_KEY
 from sd.checkpoints.export import to_own
 from sd.control_config import ControlConfig
@@ -90,6 +91,15 @@ def run(files, tmp_path, capsys, monkeypatch):
 
 def same(a: Path, b: Path) -> bool:
     return Image.open(a).tobytes() == Image.open(b).tobytes()
+
+
+@pytest.fixture(scope="module")
+def half_model(files, tiny) -> Path:
+    """The tiny model as a diffusers folder with files of the variant fp16 alone."""
+    folder = write_folder(files / "model", tiny_state(), TINY)
+    for path in [*folder.rglob("*.safetensors")]:
+        path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
+    return folder
 
 
 # ------------------------------------------------------------------------------------------------- the value
@@ -479,3 +489,31 @@ def test_names_of_networks():
         "hub/models--someone--control/snapshots/0123abcd/canny.safetensors": "canny",
     }
     assert {path: control_args.network_name(Path(path)) for path in names} == names
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_variant_of_the_model_need_not_be_that_of_a_control_folder(run, files, half_model, whole):
+    """The files of the variant are read where there are any, else those without one; both in the folder of a model."""
+    folders = []
+    for name in ("plain", "both"):
+        folders.append(files / f"{name} {whole}")
+        place = folders[-1] / "controlnet" if whole else folders[-1]
+        place.mkdir(parents=True)
+        tensors, _ = control_files("diffusers", control_network().state_dict(), control_network().control_config)
+        other, _ = control_files("diffusers", silent(control_network()).state_dict(), control_network().control_config)
+        save_file({k: x.contiguous() for k, x in tensors.items()}, place / "diffusion_pytorch_model.safetensors")
+        if name == "both":
+            save_file({k: x.contiguous() for k, x in other.items()}, place / "diffusion_pytorch_model.fp16.safetensors")
+        for file, text in control_texts(control_network().control_config).items():
+            (place / file).write_text(text)
+    made = {}
+    for folder in (None, *folders):
+        control = () if folder is None else ("--control", f"{folder}=hint.png")
+        code, _, err, (made[folder],) = run("a", *control, "--variant", "fp16", model=("--ckpt", str(half_model)))
+        assert code == 0, err
+    plain, both = folders
+    assert not same(made[None], made[plain]) and same(made[None], made[both])
+    status, _, err, _ = run(
+        "a", "--control", f"{plain}=hint.png", "--variant", "bf16", model=("--ckpt", str(half_model))
+    )
+    assert status == 1 and "no files of the variant 'bf16' in it; its variants: fp16" in err

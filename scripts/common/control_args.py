@@ -22,16 +22,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import sd
-from sd.checkpoints.control_detect import SAME_NAMES, check_fits, control_state, family, identify_control
-from sd.checkpoints.folders import model_name
-from sd.checkpoints.hub_cache import repository
-from sd.config import Config
-from sd.control_config import ControlConfig
+from sd.checkpoints.control_detect import control_name, family
+from sd.checkpoints.folders import has_variant
 from sd.control_params import ANNOTATORS, FITS, MAX_CONTROLS, MODES, Control
 from sd.controls import at_size, hint_at
 from sd.imaging.annotate import check_installed
 from sd.imaging.files import read_image
-from sd.messages import one_line
 from sd.recipes import Addon, ControlUse, written_controls
 from sd.resources import EMBEDDED, EMBEDDED_CONTROLS, resource
 from sd.run import Run
@@ -171,16 +167,9 @@ def _shares(text: str) -> tuple[float, float]:
 
 
 def network_name(path: Path) -> str:
-    """The name of the control network in a file or folder: that of its folder or repository where tools call every
-    file the same."""
+    """The name of the control network in a file or folder; of one that comes with the embedded model, its own."""
     bundled = {resource(file): name for name, file in EMBEDDED_CONTROLS.items()}
-    if path in bundled:
-        return bundled[path]
-    path = Path(os.path.abspath(path))  # of a link, not of its target
-    if model_name(path).partition(".")[0] in SAME_NAMES:
-        path = path.parent
-    in_cache = path.parent.name == "snapshots" or path.name.startswith("models--")
-    return one_line((repository(path) if in_cache else "") or model_name(path), 100)
+    return bundled.get(path) or control_name(path)
 
 
 class Controls:
@@ -234,6 +223,7 @@ class Controls:
         """
         if not self.files:
             return {}
+        from sd.checkpoints.control_files import open_control
         from sd.checkpoints.loading import LoadOptions, ModelFiles
         from sd.models.build import control_shapes
 
@@ -246,12 +236,16 @@ class Controls:
                     f"--control {name} is for the embedded model, not for {base.name}: give a control network that was "
                     "made for it, or leave out --ckpt"
                 )
-            config = check_control(file, base, self._variant(file))
-            found[name] = sum(map(math.prod, control_shapes(config).values()))
+            with open_control(file, base, self._variant(file)) as (network, _, _):
+                found[name] = sum(map(math.prod, control_shapes(network.config).values()))
         return found
 
     def _variant(self, file: Path) -> str | None:
-        return self._args.variant if file.is_dir() else None
+        """--variant, which is that of the model, for a folder that has files of it as well."""
+        from sd.checkpoints.control_files import control_path
+
+        variant = self._args.variant
+        return variant if variant and has_variant(control_path(file), variant) else None
 
     def give(self, model: sd.StableDiffusion) -> None:
         """Load the networks, with a progress bar, and print what was found."""
@@ -300,23 +294,6 @@ class Controls:
                 warnings.warn(f"the map of {control.name} is not saved: {describe(error)}", stacklevel=1)
             else:
                 print(f"{path}  {control.annotate} of {self._images[number - 1][0]}", flush=True)
-
-
-def check_control(path: Path, base: Config, variant: str | None) -> ControlConfig:
-    """The config of the control network in a file or folder, for a model of this config; no weight is read.
-
-    Raises CheckpointError as `load_control` does, for everything that names and shapes show.
-    """
-    from sd.checkpoints.checkpoint import load_checkpoint, naming
-    from sd.checkpoints.control_files import FOLDER
-
-    if os.path.isdir(path / FOLDER) and not os.path.isfile(path / "config.json"):  # in the folder of a whole model
-        path = path / FOLDER
-    with load_checkpoint(path, variant, mapped=True) as file, naming(path):
-        found = identify_control(file, base.unet)
-        check_fits(found.config, base.unet, base.name)
-        control_state(file, found)
-    return found.config
 
 
 def control_of(

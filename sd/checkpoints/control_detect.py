@@ -5,13 +5,16 @@ which only the config.json of a diffusers folder says, nor whether residuals are
 a config.json, or the file's name has "shuffle" in it, as that of the only published network of this kind.
 
 A "difference" file holds the difference between a control network and the U-Net that it was trained from. Of the
-weights that a U-Net has as well, those of the model's own are added to it when it is loaded (control_files.py).
+weights that a U-Net has as well, those of the model's own are added to it when it is loaded (control_files.py). The
+program that makes such files leaves out those that do not differ. Source of the form: Mikubill/sd-webui-controlnet
+extract_controlnet_diff.py.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,7 @@ from .convert import StateDict
 from .detect import identify, no_unet
 from .folders import model_name
 from .hub_cache import repository
+from .key_maps import Source
 from .layouts import find_layouts
 from .matching import table_faults
 from .names import ignored
@@ -38,7 +42,8 @@ from .supported_settings import CONTROL, check_supported, ignored_settings
 CONTROL_KEY = "sd.control"  # metadata entry of a file of ours that holds the config of a control network
 DIFFERENCE = "difference"  # a tensor, or a value, that only files of differences have
 SHUFFLE = re.compile(r"shuffle", re.IGNORECASE)  # in the name of a file: its residuals are averaged
-INPAINT = re.compile(r"inpaint", re.IGNORECASE)
+INPAINT = re.compile(r"inpaint(?![_-]depth)", re.IGNORECASE)  # hints of inpaint_depth are depth maps
+NO_UNET = ("hint.", "zero")  # our names of what a U-Net does not have begin with these
 SAME_NAMES = ("diffusion_pytorch_model", "controlnet", "model", "pytorch_model")  # what tools call every file
 # The parts of a whole checkpoint that may stand beside a control network with a prefix of its own
 BESIDE = ("model.", "first_stage_model.", "cond_stage_model.", "conditioner.", "unet.", "vae.", "text_encoder")
@@ -90,7 +95,7 @@ def identify_control(tensors: Checkpoint, base: UNetConfig | None = None) -> Fou
     check_supported("control", folder, CONTROL)
     unet, widths, bare = read_sizes(found, layout)
     notes = [*tensors.notes, *ignored_settings(tensors.configs)]
-    names = _names(tensors)
+    names = _names(tensors.path)
     pooled = next((name for name in names if SHUFFLE.search(name)), "") if not folder else ""
     if pooled:
         notes.append(f"its residuals are averaged over all positions, as {pooled!r} is one for colours (shuffle)")
@@ -106,13 +111,16 @@ def identify_control(tensors: Checkpoint, base: UNetConfig | None = None) -> Fou
             bgr=folder.get("controlnet_conditioning_channel_order") == "bgr",
             pooled=bool(folder.get("global_pool_conditions")) or bool(pooled),
             bare=bare,
-            name=one_line(names[0], 100) or ControlConfig.name,
+            name=control_name(tensors.path),
         )
     except ValueError as error:
         raise CheckpointError(f"no control network of a known kind: {error}") from None
     difference = any(key in tensors or key in tensors.metadata for key in (DIFFERENCE, layout.prefix + DIFFERENCE))
     if difference:
         notes.append("its weights are differences from those of a U-Net: they are added to the model's own")
+        table = layout.sources(config, control_shapes(config))
+        if same := len(table) - len(_different(found, table)):
+            notes.append(f"without a difference, so the model's own: {counted(same, 'weight')} of {len(table)}")
     whole = [key for key in found if key.startswith(BESIDE) and not key.startswith(layout.prefix)]
     if layout.prefix and whole:
         notes.append(
@@ -121,17 +129,33 @@ def identify_control(tensors: Checkpoint, base: UNetConfig | None = None) -> Fou
     return FoundControl(config, layout, difference, tuple(notes))
 
 
+def control_table(tensors: Checkpoint, found: FoundControl) -> dict[str, Source]:
+    """Where each weight of the control network, under our names, lies in the file, or should.
+
+    A file of differences may lack weights that are the same in the U-Net: they are not in the table then.
+    """
+    table = found.layout.sources(found.config, control_shapes(found.config))
+    return _different(tensors, table) if found.difference else table
+
+
+def _different(tensors: Collection[str], table: Mapping[str, Source]) -> dict[str, Source]:
+    """The sources without those missing from a file of differences, of weights that a U-Net has as well."""
+    return {key: source for key, source in table.items() if key.startswith(NO_UNET) or source.key in tensors}
+
+
 def control_state(tensors: Checkpoint, found: FoundControl) -> StateDict:
     """The weights of the control network under our names, complete, of the right shapes, each read on demand.
+
+    Of a file of differences those of `control_table`: the others are zero.
 
     Raises CheckpointError that counts and names what is missing, unknown or of the wrong shape.
     """
     expected = control_shapes(found.config)
-    table = found.layout.sources(found.config, expected)
+    table = control_table(tensors, found)
     missing, misshapen = table_faults(shapes(tensors), table, expected)
     if missing:
         raise CheckpointError(
-            f"{counted(len(missing), 'weight')} of {len(table)} of the control network missing from the file: "
+            f"{counted(len(missing), 'weight')} of {len(expected)} of the control network missing from the file: "
             f"{listed(missing)}; {AGAIN}"
         )
     if misshapen:
@@ -221,12 +245,16 @@ def _no_control(tensors: Checkpoint, found: Shapes) -> str:
     return f"no control network among its {counted(len(found), 'tensor')} ({some}): give a ControlNet"
 
 
-def _names(tensors: Checkpoint) -> list[str]:
-    """What a control network is called: by its file or folder, and by its repository in the cache; the best name first.
+def control_name(path: str | os.PathLike[str]) -> str:
+    """What the control network in a file or folder is called: see `_names`. The file need not be there."""
+    return one_line(_names(path)[0], 100) or ControlConfig.name
 
-    In the cache, the folder of a version has a hash for a name.
+
+def _names(path: str | os.PathLike[str]) -> list[str]:
+    """The names of a control network, the best one first: of its file; of the folder, where tools call every file the
+    same; or of its repository, in the cache, where the folder of a version has a hash for a name.
     """
-    path = Path(tensors.path).absolute()
+    path = Path(os.path.abspath(path))  # of a link, not of its target
     if model_name(path).partition(".")[0] in SAME_NAMES:
         path = path.parent
     owner = repository(path)

@@ -36,6 +36,7 @@ STEMS = {
     "text_encoder": ("model", "pytorch_model"),
     SECOND: ("model", "pytorch_model"),
 }
+ALL_STEMS = tuple(dict.fromkeys(stem for stems in STEMS.values() for stem in stems))
 RAW_VARIANT = "non_ema"  # if present, the file without a variant is the moving average
 EXTRA_FILE = "sd_extra.safetensors"  # ours: tensors that only an original file has
 CONFIGS = {
@@ -166,8 +167,7 @@ def check_not_a_shard(path: Path) -> None:
 
 
 def _single_part(folder: Path, variant: str | None) -> Parts:
-    stems = tuple(dict.fromkeys(stem for stems in STEMS.values() for stem in stems))
-    variants = _variants(folder, stems)
+    variants = _variants(folder, ALL_STEMS)
     if not variants:
         if halves := half_files([file.name for file in _weights_in(folder)]):
             parts = tuple(_part(f"{half}.", folder / name) for half, name in halves.items())
@@ -178,6 +178,13 @@ def _single_part(folder: Path, variant: str | None) -> Parts:
         known = ", ".join(sorted(filter(None, variants))) or "none"
         raise RefusedFile(f"no files of the variant {variant!r} in it; its variants: {known}")
     return Parts("diffusers folder", (_part("", variants[chosen]),), _config_of_part(folder), ())
+
+
+def has_variant(folder: Path, variant: str) -> bool:
+    """Whether a part of a diffusers folder, such as a control network, has files of a variant: "fp16", ..."""
+    with suppress(RefusedFile, OSError):  # what is wrong is said when it is read
+        return variant in _variants(snapshot(folder) or folder, ALL_STEMS)
+    return False
 
 
 def config_beside(path: Path) -> dict[str, dict[str, Any]]:

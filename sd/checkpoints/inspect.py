@@ -22,7 +22,7 @@ from pathlib import Path
 from ..config import SD1, SD2, SDXL, SDXL_REFINER, Config
 from ..messages import listed, one_line, printable
 from .checkpoint import Checkpoint, CheckpointError, shapes
-from .control_detect import control_shapes, family, has_control, identify_control, unknown_keys
+from .control_detect import control_shapes, control_table, family, has_control, identify_control, unknown_keys
 from .control_maps import OWN
 from .convert import FLAGS
 from .detect import damaged_position_ids, identify, with_autoencoder
@@ -179,11 +179,11 @@ def _describe_control(out: Report, tensors: Checkpoint, base: Config | None) -> 
     kind = "a ControlNet" if not found.difference else "a ControlNet as differences from a U-Net,"
     model = family(unet, config.attends) or f"another model ({sizes})"
     out.model, out.supported = f"{kind} for {model}: give it with --control", True
-    table = found.layout.sources(config, expected)
+    table = control_table(tensors, found)
     here = [source.key for source in table.values() if source.key in tensors]
     gone, misshapen = table_faults(shapes(tensors), table, expected)
     if gone:
-        out.missing.append(f"{len(gone)} of {len(table)} weights: {_listed(gone)}")
+        out.missing.append(f"{len(gone)} of {len(expected)} weights: {_listed(gone)}")
     out.missing += misshapen
     numbers = sum(math.prod(tensors.shape(key)) for key in here)
     prefixed = f" with the prefix {found.layout.prefix!r}" if found.layout.prefix else ""

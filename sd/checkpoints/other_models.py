@@ -68,7 +68,7 @@ OTHER_CONTROLS: tuple[Other, ...] = (
     Other(r"^lora_controlnet$", f"this is a Control-LoRA, {UNSUPPORTED_ADDITION}: {WHOLE_CONTROL}"),
     Other(r"\b(base_to_ctrl|ctrl_to_base|control_to_base_for_conv_in)\b|\b(enc|dec)_zero_convs_(in|out)\.",
           f"this is a ControlNet-XS, {UNSUPPORTED_ADDITION}: {WHOLE_CONTROL}"),
-    Other(r"\btask_embedding$|\bcontrol_add_embedding\.|\btransformer_layes\.", "this is a union ControlNet (one "
+    Other(r"\btask_embedding$|\bcontrol_add_embedding\.", "this is a union ControlNet (one "
           "network for several kinds of hints, also called ProMax), "
           f"{UNSUPPORTED_ADDITION}: give one for a single kind"),
     Other(r"\bcontrolnet_(single_)?blocks\.|\bcontrolnet_(x|mode)_embedder\.", "this is a ControlNet for SD3, Flux or "
@@ -76,7 +76,8 @@ OTHER_CONTROLS: tuple[Other, ...] = (
     Other(r"\bbrushnet_", f"this is a BrushNet, {UNSUPPORTED_ADDITION}"),
     Other(r"\bcontrolnet_cond_embedding\.\d|\bcontrolnet_cond_embedding\.conv_in\.conv\.", "this is a ControlNet for "
           f"videos (SparseCtrl), {UNSUPPORTED_ADDITION}"),
-    Other(r"^(adapter\.)?body\.\d+\.(in_conv|block[12]|resnets)\b", f"this is a T2I-Adapter, {UNSUPPORTED_ADDITION}"),
+    Other(r"^(adapter\.)?body\.\d+\.(in_conv|block[12]|resnets)\b|^style_embedding$",
+          f"this is a T2I-Adapter, {UNSUPPORTED_ADDITION}"),
 )  # fmt: skip
 
 # In whatever file; the first match counts.

@@ -10,7 +10,7 @@ that use the extension write numbers for its modes; they are read, too:
     ControlNet-1 Module: canny, ...
 
 The extension writes no hint. Our entry "Control hints" has the file name of each, and the first digits of its SHA-256.
-Source of the form: Mikubill/sd-webui-controlnet scripts/infotext.py.
+Source of the form: Mikubill/sd-webui-controlnet scripts/infotext.py; of what its modes and steps do: scripts/hook.py.
 
 >>> use = ControlUse("canny", "fef5e48e", scale=0.8, hint=Addon("house.png", digest="0123456789"))
 >>> entries = written_controls([use])
@@ -20,6 +20,7 @@ Source of the form: Mikubill/sd-webui-controlnet scripts/infotext.py.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -42,6 +43,9 @@ HASH = re.compile(r"\s*[\[(](\w{4,64})[\])]\s*\Z")  # after the name of a networ
 HINT = re.compile(r"(.*) \[(\w{1,64})\]", re.DOTALL)
 NO_NETWORK = re.compile(r"ip[-_]?adapter|t2i[-_]?adapter|instant[-_]?id|pulid", re.IGNORECASE)
 NONE = ("", "none")
+SDXL = re.compile(r"xl(?![a-z])", re.IGNORECASE)  # in the name of a model or network: nothing else says the family
+# The web UI's modes scale residual i by 0.825^(12 - i), as if there were 13; those of SDXL are 10.
+SDXL_SCALE = 0.825**3
 
 
 def written_controls(uses: Sequence[ControlUse]) -> dict[str, str]:
@@ -136,7 +140,13 @@ def _read_unit(draft: Draft, label: str, unit: Mapping[str, str], hint: re.Match
             "low": params[2] if params else unit.get("threshold a"),
             "high": params[3] if params else unit.get("threshold b"),
         }
-    draft.controls.append(_checked(draft, label, use, given))
+    use = _checked(draft, label, use, given)
+    draft.controls.append(use)
+    if not ours and use.mode != "balanced" and (SDXL.search(use.name) or SDXL.search(draft.model.name)):
+        draft.note(
+            f"{label}: for SDXL, the web UI's residuals are all weaker in this mode: a scale of "
+            f"{use.scale * SDXL_SCALE:.3g} is the same here"
+        )
     if module == "canny" and not ours:
         draft.note(f"{label}: the edges that canny finds here differ a little from the web UI's")
     elif module not in ("none", "canny"):
@@ -149,15 +159,41 @@ def _read_unit(draft: Draft, label: str, unit: Mapping[str, str], hint: re.Match
 
 
 def _checked(draft: Draft, label: str, use: ControlUse, given: Mapping[str, str | None]) -> ControlUse:
-    """The use with these numbers; those that are wrong become notes."""
-    try:
-        values = {name: number(text.strip()) for name, text in given.items() if text and text.strip() != "None"}
-        checked = Control("x", Image.new("L", (1, 1)), **values)
-    except ValueError as error:
-        why = re.sub("^control x: ", "", str(error))
-        draft.note(f"{label}: its numbers are left out: {one_line(why, 200)}")
-        return use
-    return use._replace(**{name: getattr(checked, name) for name in values})
+    """The use with these numbers; those that are wrong become notes, and take along what they are compared with."""
+    for group in (("scale",), ("start", "end"), ("low", "high")):
+        try:
+            values = {
+                name: number(text.strip())
+                for name in group
+                if (text := given.get(name)) and text.strip() != "None"
+            }  # fmt: skip
+            if group[0] == "low":  # -1 stands for the default
+                values = {name: value for name, value in values.items() if value != -1}
+            if "end" in values and not draft.program.startswith("sd "):
+                values["end"] = _end(draft, label, values.get("start", 0.0), values["end"])
+            checked = Control("x", Image.new("L", (1, 1)), **values)
+        except ValueError as error:
+            why = re.sub("^control x: ", "", str(error))
+            draft.note(f"{label}: its numbers are left out: {one_line(why, 200)}")
+        else:
+            use = use._replace(**{name: getattr(checked, name) for name in values})
+    return use
+
+
+def _end(draft: Draft, label: str, start: float, end: float) -> float:
+    """What stands here for the end of the web UI, which leaves out step i of n, counted from 0, if i / n is above it.
+
+    Here the whole of a step has to come before the end. Of a hires image, n is that of the first pass.
+    """
+    if not start <= end < 1:
+        return end
+    share = draft.settings.get("strength") if draft.kind in ("img2img", "inpaint") else 1.0
+    steps = draft.settings.get("steps")
+    n = int(steps * share) if steps and share is not None else 0
+    if not n:
+        draft.note(f"{label}: the web UI controls one step more than this fraction of the steps, {end:g}")
+        return end
+    return min((math.floor(end * n + 1e-9) + 1) / n, 1.0)
 
 
 def _mode(text: str) -> str:
