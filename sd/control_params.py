@@ -39,7 +39,7 @@ class Control:
     mode: str = setting(
         "balanced",
         "what counts more where hint and prompt contradict each other: balanced; prompt, in which the hint decides "
-        "less about details; or control, in which the negative prompt knows no hint, either",
+        "less about details; or control, which also leaves the prediction with the negative prompt uncontrolled",
         OneOf(MODES),
     )
     fit: str = setting("crop", "how the hint reaches the size of a txt2img image: crop, or pad with black", OneOf(FITS))
@@ -50,8 +50,8 @@ class Control:
         "the hint itself",
         OneOf(ANNOTATORS),
     )
-    low: float = setting(100.0, "canny: the gradient, 0 to 255, down to which an edge goes on", THRESHOLD)
-    high: float = setting(200.0, "canny: the gradient from which on an edge begins", THRESHOLD)
+    low: float = setting(100.0, "canny: an edge continues while the gradient is above this, 0 to 255", THRESHOLD)
+    high: float = setting(200.0, "canny: an edge starts where the gradient is above this, 0 to 255", THRESHOLD)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:

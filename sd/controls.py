@@ -171,7 +171,7 @@ def hint_at(control: Control, place: Place) -> Image.Image:
 
 
 def _read(control: Control) -> Image.Image:
-    """The image of a control in RGB. Colour profiles are for pictures: the numbers of a hint mean what they are."""
+    """The image of a control in RGB. Colour profiles apply to pictures only: a hint's values are data."""
     try:
         return hint_image(control.image, managed=control.annotate != "none")
     except ValueError as error:

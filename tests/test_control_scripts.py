@@ -265,7 +265,7 @@ WRONG = [
     (["hint.png=hint.png"], "hint.png: "),
     (["v2.safetensors=hint.png"], "v2.safetensors: a control network for "),
     (["canny.safetensors=https://example.org/a.png"], "URLs are not fetched"),
-    (["canny.safetensors=hint.png"] * 21, "--control: 21 are more than 20"),
+    (["canny.safetensors=hint.png"] * 21, "--control: given 21 times, at most 20 are allowed"),
     (["edges=hint.png"], "--control edges is for the embedded model, not for tiny v1: give a control network"),
 ]
 

@@ -183,7 +183,7 @@ class Controls:
         self._args = args
         given = [split_control(text) for text in args.control]
         if len(given) > MAX_CONTROLS:
-            raise ValueError(f"--control: {len(given)} are more than {MAX_CONTROLS}")
+            raise ValueError(f"--control: given {len(given)} times, at most {MAX_CONTROLS} are allowed")
         self.files: dict[str, Path] = {}  # name of a network -> its file
         names: dict[str, str] = {}  # real path of a file -> name of its network
         for each in given:
@@ -191,7 +191,7 @@ class Controls:
                 names[key] = _free(network_name(each.file), self.files)
                 self.files[names[key]] = each.file
         uses = args.control_uses or [None] * len(given)  # of a recipe: see like_controls.py
-        # colour profiles are for pictures: the numbers of a hint mean what they are
+        # colour profiles apply to pictures only: a hint's values are data
         annotators = {args.annotate} if args.annotate else {use.module for use in uses if use is not None}
         pictures = bool(annotators & set(ANNOTATORS[1:]))
         paths = dict.fromkeys(each.image for each in given)

@@ -61,7 +61,7 @@ def add_control_arguments(parser: Parser) -> None:
     """Add --control and its related options."""
     add = parser.add_argument_group("control network").add_argument
     add("--control", action="store_true", help="train a control network for the model (default: the embedded model)")
-    add("--hint", choices=HINTS, help=f"of drawn scenes (default: {HINTS[0]})")
+    add("--hint", choices=HINTS, help=f"kind of hint for drawn scenes (default: {HINTS[0]})")
     add("--small", action="store_true", help="leave out its transformers, which read the prompt")
     add(
         "--hint-widths", type=int, nargs="+", metavar="N",
@@ -197,7 +197,7 @@ def write_sheet(
     hints: Sequence[Image.Image],
     **settings: Any,
 ) -> None:
-    """Write hint and image of each prompt, side by side, of seeds 0, 1, ... `settings` are those of `txt2img`."""
+    """Write the hint and the image of each prompt side by side, with seeds 0, 1, ... `settings`: as for `txt2img`."""
     images: list[Image.Image] = []
     name = model.add_control(control, "in training")
     for seed, (prompt, hint) in enumerate(zip(prompts, hints, strict=True)):

@@ -98,11 +98,11 @@ def identify_control(tensors: Checkpoint, base: UNetConfig | None = None) -> Fou
     names = _names(tensors.path)
     pooled = next((name for name in names if SHUFFLE.search(name)), "") if not folder else ""
     if pooled:
-        notes.append(f"its residuals are averaged over all positions, as {pooled!r} is one for colours (shuffle)")
+        notes.append(f"its residuals are averaged over all positions: {pooled!r} is a network for colours (shuffle)")
     if inpaint := next((name for name in names if INPAINT.search(name)), ""):
         notes.append(
-            f"{inpaint!r} is called an inpainting one: such a network expects hints with -1 where the mask is, which "
-            "no image has"
+            f"the name {inpaint!r} suggests an inpainting control network: these expect -1 in the hint where the mask "
+            "is, which an image cannot contain"
         )
     try:
         config = ControlConfig(

@@ -35,8 +35,8 @@ def check_control_writable(found: FoundControl, layout: str, name: str) -> None:
     """
     if found.difference:
         raise ValueError(
-            "its weights are differences from those of a U-Net, and no file by themselves: give the control network "
-            "that they were made from, or use this one as it is (--control)"
+            "its weights are only differences from those of a U-Net: give the control network that they were made "
+            "from, or use this one as it is (--control)"
         )
     config = found.config
     if layout == "diffusers":
