@@ -39,6 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd.files import exists
+from sd.imaging.annotate import check_installed
 from sd.imaging.files import save_png
 from sd.imaging.tensors import to_pil
 from sd.params import SamplingParams
@@ -186,6 +187,7 @@ def evaluate(args: argparse.Namespace) -> None:
     model = generate.load(args)
     model.add_loras(loras, removable=False, note=lambda text: print(text, flush=True))
     args.guidance = args.guidance or [model.defaults.guidance]
+    name = model.add_control(args.control, note=lambda text: print(text, flush=True)) if args.control else ""
     judged_by = judge.find(args.judge, model.device)
     report: list[str] = []
     sampler = args.sampler or model.defaults.sampler
@@ -205,7 +207,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if weak:
         say(f"This judge errs in more than {100 - 100 * TRUSTED:.0f} % of: {', '.join(weak)}. Train another one.")
     if args.control:
-        measure_control(args, model, judged_by, figures, say)
+        measure_control(args, model, name, judged_by, figures, say)
     elif args.prompts:
         generator = Generator(model, sampler, args.steps, args.seed, args.batch_size)
         figures["scores"] = scores = {}
@@ -232,12 +234,12 @@ def evaluate(args: argparse.Namespace) -> None:
 def measure_control(
     args: argparse.Namespace,
     model: StableDiffusion,
+    name: str,
     judged_by: judge.Judge,
     figures: dict[str, Any],
     say: Callable[[str], None],
 ) -> None:
-    """Measure a control network on new drawings of each split, and add the figures."""
-    name = model.add_control(args.control, note=lambda text: print(text, flush=True))
+    """Measure a control network, that of this name, on new drawings of each split, and add the figures."""
     figures |= {"control": args.control, "edges": {}, "scores": {}}
     settings = {"steps": args.steps, "sampler": args.sampler, "guidance": args.guidance[0], "seed": args.seed}
     for split in SPLITS if args.split == "both" else (args.split,):
@@ -254,8 +256,10 @@ def check(args: argparse.Namespace) -> None:
     for name, value in least:
         if getattr(args, name) < value:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {value}, got {getattr(args, name)}")
-    if args.control and (args.wrong or args.prompts < 1):
-        raise ValueError("--control needs at least one of --prompts, and does not go with --wrong")
+    if args.control and (args.wrong or args.prompts < 2 or len(args.guidance or ()) > 1):
+        raise ValueError("--control needs at least two --prompts and at most one --guidance, and no --wrong")
+    if args.control:
+        check_installed()
     for guidance in args.guidance or [None]:
         SamplingParams(sampler=args.sampler, steps=args.steps, guidance=guidance, seed=args.seed)
     for file in (args.markdown, args.json, args.wrong):

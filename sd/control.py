@@ -85,6 +85,7 @@ class AppliedControl:
         self._network, self._embed, self._hint, self._first = network, embed, hint, first
         self._scale, self._soft, self._guess, self._images = scale, soft, guess, images or hint.shape[0]
         self._features: Tensor | None = None
+        self._count: int | None = None  # of the residuals, once they are known
 
     def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Residuals | None:
         """Scaled residuals for x (B, C, h, w): of B images, with guidance [uncond, cond] of each."""
@@ -93,7 +94,8 @@ class AppliedControl:
         rows = self._rows(x)
         inputs = x[rows]
         down, middle = self._network(inputs, t[rows], conditioning.of_images(rows), self._features_for(inputs))
-        n, before = len(down) + 1, x.shape[0] - inputs.shape[0]  # images that are not controlled
+        n = self._count = len(down) + 1
+        before = x.shape[0] - inputs.shape[0]  # images that are not controlled
         scaled = [_after(before, self._scaled(residual, i, n)) for i, residual in enumerate((*down, middle))]
         return Residuals(tuple(scaled[:-1]), scaled[-1])
 
@@ -101,11 +103,11 @@ class AppliedControl:
         """The first of the residuals alone, which needs no more of the network than its first convolution."""
         if self._scale == 0:
             return None
-        if self._first is None or self._soft:  # how much the first one counts depends on how many there are
+        if self._first is None or self._count is None:  # how much the first one counts depends on how many there are
             residuals = self(x, t, conditioning)
             return None if residuals is None else residuals.down[0]
         inputs = x[self._rows(x)]
-        residual = self._scaled(self._first(inputs, self._features_for(inputs)), 0, 1)
+        residual = self._scaled(self._first(inputs, self._features_for(inputs)), 0, self._count)
         return _after(x.shape[0] - inputs.shape[0], residual)
 
     def _rows(self, x: Tensor) -> slice:
@@ -184,17 +186,26 @@ def controlled_predict(predict: Predict, controls: Sequence[AppliedControl]) -> 
 
 
 def with_control(
-    network: ControllableNetwork, control: ControlNet, hint: Tensor, scale: float = 1.0, *, guess: bool = False
+    network: ControllableNetwork,
+    control: ControlNet,
+    hint: Tensor,
+    scale: float = 1.0,
+    *,
+    guess: bool = False,
+    images: int | None = None,
 ) -> ControllableNetwork:
     """The network, controlled by a hint; it can be controlled by another one in turn.
 
     control   a `ControlNet`
-    hint      (B, 3, H, W), RGB in [0, 1], H and W those of the image, for B images, or one for all if not `guess`
+    hint      (B, 3, H, W), RGB in [0, 1], H and W those of the image, for B images or one for all
     scale     of the residuals
     guess     guess mode: see above
+    images    the number of images, by default that of the hints: where only predictions with a prompt are controlled,
+              in guess mode and by networks for colours (`ControlConfig.pooled`), it says which ones these are
     """
     only_cond = guess or control.control_config.pooled  # as in the original code
-    return controlled(network, [AppliedControl(control, control.embed, hint, scale, soft=guess, guess=only_cond)])
+    applied = AppliedControl(control, control.embed, hint, scale, soft=guess, guess=only_cond, images=images)
+    return controlled(network, [applied])
 
 
 def _sum(a: Residuals, b: Residuals) -> Residuals:

@@ -147,10 +147,10 @@ def applied(
                 f"control {control.name}: the hint looks like black lines on white; control networks expect white "
                 "lines on black: invert it"
             )
-        placed, kept = place(hint, control.fit)
+        image, kept = place(hint, control.fit)
         if kept < CROP_NOTE:
             note(f"control {control.name}: {100 - 100 * kept:.0f} % of the hint is cut off")
-        pixels = (to_tensor(_annotated(control, placed, hint.size, place)) + 1) / 2
+        pixels = (to_tensor(_annotated(control, image, hint.size, place)) + 1) / 2
         found.append(
             AppliedControl(
                 fast, network.embed, pixels.to(model.device),  # now: no step must wait for it
@@ -178,13 +178,13 @@ def _read(control: Control) -> Image.Image:
         raise ValueError(f"control {control.name}: the hint: {error}") from None
 
 
-def _annotated(control: Control, placed: Image.Image, size: tuple[int, int], place: Place) -> Image.Image:
-    """The placed hint, or the edges of the placed picture, which had this size."""
+def _annotated(control: Control, image: Image.Image, size: tuple[int, int], place: Place) -> Image.Image:
+    """The hint in its place, or the edges of the picture in its place, which had this size."""
     if control.annotate == "none":
-        return placed
+        return image
     from .imaging.annotate import canny  # what it needs is optional
 
-    edges = canny(placed, control.low, control.high)
+    edges = canny(image, control.low, control.high)
     # where the picture ends within the image is no edge of anything in it
     inside = place(Image.new("RGB", size, "white"), control.fit)[0].filter(ImageFilter.MinFilter(BORDER))
     return ImageChops.multiply(edges, inside)
@@ -201,14 +201,9 @@ def at_size(width: int, height: int) -> Place:
 
 def like_image(size: tuple[int, int], width: int, height: int, how: str, region: Sequence[int] | None = None) -> Place:
     """Places hints like an initial image of a size (width, height): cropped to a region of it, if there is one; then
-    cropped or padded, as the image is, to the size generated at.
-
-    A hint of exactly that size is one of the region already, such as a map that was saved beside an image.
-    """
+    cropped or padded, as the image is, to the size generated at."""
 
     def place(hint: Image.Image, _: str) -> tuple[Image.Image, float]:
-        if region is not None and hint.size == (width, height) != size:
-            return hint, 1.0
         whole, kept = placed(hint, *size, "crop"), kept_by_crop(hint.size, size)
         part = whole if region is None else whole.crop(tuple(region))  # type: ignore[arg-type]
         return placed(part, width, height, how), kept

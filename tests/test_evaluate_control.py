@@ -94,7 +94,7 @@ def test_the_program_measures_a_control_network(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"), [(("--prompts", "0"), "at least one of --prompts"), (("--wrong", "x"), "--wrong")]
+    ("wrong", "said"), [(("--prompts", "0"), "at least two --prompts"), (("--wrong", "x"), "--wrong")]
 )
 def test_what_does_not_go_with_it(wrong, said, capsys):
     assert evaluate.main(["--control", "edges", *wrong]) == 1

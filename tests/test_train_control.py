@@ -353,3 +353,23 @@ def test_erased_parts_are_rectangles_in_some_hints():
     share = lost[touched].float().mean((1, 2))
     assert share.min() > 0.01 and share.max() < 0.75 and 0.1 < share.mean() < 0.4
     assert torch.equal(erase_parts(hint, 0.0, rng), hint)
+
+
+def test_transparent_hints_are_read_as_they_are_used(tmp_path):
+    """White lines on a transparent sheet: what is transparent is black."""
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.PNG")
+    (tmp_path / "a.txt").write_text("a red square")
+    sheet = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
+    sheet.paste((255, 255, 255, 255), (8, 8, 16, 16))
+    sheet.save(tmp_path / "a.hint.PNG")
+    (example,) = list(HintedFolder(tmp_path, 32))
+    assert example.hint[0, 0].max() == 0 and example.hint[12, 12].min() == 255
+
+
+def test_images_in_a_folder_called_hints_are_images(tmp_path):
+    folder = tmp_path / "hints"
+    folder.mkdir()
+    Image.new("RGB", (32, 32), "red").save(folder / "a.png")
+    Image.new("RGB", (32, 32)).save(folder / "a.hint.png")
+    (folder / "a.txt").write_text("a red square")
+    assert len(HintedFolder(folder, 32)) == 1

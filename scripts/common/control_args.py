@@ -13,6 +13,7 @@ import re
 import sys
 import warnings
 from collections.abc import Collection
+from functools import cache
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
@@ -27,7 +28,7 @@ from sd.checkpoints.folders import has_variant
 from sd.control_params import ANNOTATORS, FITS, MAX_CONTROLS, MODES, Control
 from sd.controls import at_size, hint_at
 from sd.imaging.annotate import check_installed
-from sd.imaging.files import read_image
+from sd.imaging.files import ImageFile, read_image
 from sd.recipes import Addon, ControlUse, written_controls
 from sd.resources import EMBEDDED, EMBEDDED_CONTROLS, resource
 from sd.run import Run
@@ -191,15 +192,13 @@ class Controls:
                 names[key] = _free(network_name(each.file), self.files)
                 self.files[names[key]] = each.file
         uses = args.control_uses or [None] * len(given)  # of a recipe: see like_controls.py
-        # colour profiles apply to pictures only: a hint's values are data
-        annotators = {args.annotate} if args.annotate else {use.module for use in uses if use is not None}
-        pictures = bool(annotators & set(ANNOTATORS[1:]))
-        paths = dict.fromkeys(each.image for each in given)
-        read = {path: read_image(path, BLACK, managed=pictures) for path in paths}
-        self._images = [(each.image.name, read[each.image]) for each in given]
+        read = cache(read_hint)
+        annotators = [args.annotate or (use.module if use is not None else "none") for use in uses]
+        images = [read(each.image, kind in ANNOTATORS[1:]) for each, kind in zip(given, annotators, strict=True)]
+        self._images = [(each.image.name, image) for each, image in zip(given, images, strict=True)]
         self.requested = tuple(
-            control_of(args, names[os.path.realpath(each.file)], read[each.image].image, each, use)
-            for each, use in zip(given, uses, strict=True)
+            control_of(args, names[os.path.realpath(each.file)], image.image, each, use)
+            for each, image, use in zip(given, images, uses, strict=True)
         )
         self._check_options()
         self.weights = self._check_files()
@@ -294,6 +293,11 @@ class Controls:
                 warnings.warn(f"the map of {control.name} is not saved: {describe(error)}", stacklevel=1)
             else:
                 print(f"{path}  {control.annotate} of {self._images[number - 1][0]}", flush=True)
+
+
+def read_hint(path: Path, is_picture: bool) -> ImageFile:
+    """A hint, or a picture of which one is made. Colour profiles apply to pictures only: a hint's values are data."""
+    return read_image(path, BLACK, managed=is_picture)
 
 
 def control_of(

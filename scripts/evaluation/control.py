@@ -112,7 +112,7 @@ def measure(
     scores = {}
     for kind in KINDS:
         hints, found = [case.hints[kind] for case in chosen], edges(images[kind])
-        far = FAR % len(hints)
+        far = FAR % len(hints) or len(hints) // 2
         scores[kind] = {
             "controlled": mean_agreement(found, hints),
             "without": mean_agreement(without, hints),

@@ -60,7 +60,12 @@ OTHERS = {"vae": None, "text": None, "prediction": None, "train_text": False, "i
 def add_control_arguments(parser: Parser) -> None:
     """Add --control and its related options."""
     add = parser.add_argument_group("control network").add_argument
-    add("--control", action="store_true", help="train a control network for the model (default: the embedded model)")
+    add(
+        "--control", action="store_true",
+        help=f"train a control network for the model (default: the embedded model); {RECIPE.steps} steps of "
+        f"{RECIPE.batch} at {RECIPE.lr:g} by default, with --ckpt {CHECKPOINT.steps} of {CHECKPOINT.batch} at "
+        f"{CHECKPOINT.lr:g}",
+    )  # fmt: skip
     add("--hint", choices=HINTS, help=f"kind of hint for drawn scenes (default: {HINTS[0]})")
     add("--small", action="store_true", help="leave out its transformers, which read the prompt")
     add(
@@ -202,7 +207,6 @@ def write_sheet(
     name = model.add_control(control, "in training")
     for seed, (prompt, hint) in enumerate(zip(prompts, hints, strict=True)):
         images += [hint, *model.txt2img(prompt, seed=seed, controls=Control(name, hint), **settings)]
-    model.remove_control(name)
     with replaced_file(path) as partial:
         grid(images, 2 * PAIRS).save(partial, "PNG")
 
@@ -254,7 +258,8 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     def show(step: int) -> None:
         settings = {"steps": args.sample_steps, "guidance": args.sample_guidance, "height": size, "width": size}
         hints = to_pil(2 * to_hints(data["hint"][shown]) - 1)
-        write_sheet(args.out / f"samples-{step:06d}.png", model, present(), prompts, hints, **settings)
+        plain = models.averaged(model, trainer.weights())  # neither compiled nor recorded
+        write_sheet(args.out / f"samples-{step:06d}.png", plain, present(), prompts, hints, **settings)
 
     trainer.describe(f"{config.name}, a control network for {model.config.name}", len(data["mean"]))
     positions = (size // model.config.vae.factor) ** 2

@@ -26,6 +26,7 @@ from PIL import Image
 
 from sd.imaging import annotate
 from sd.imaging.files import SUFFIXES, ImageFileError, read_image
+from sd.imaging.hints import BLACK
 from sd.imaging.tensors import fit
 
 from ..common import edges
@@ -100,7 +101,8 @@ class HintedFolder(Folder):
         others = {path.resolve() for path in named.values()}
 
         def is_hint(path: Path) -> bool:
-            return path.stem.endswith(HINT) or path.parent.name == FOLDER or path.resolve() in others
+            below = path.parent.name == FOLDER and path.parent != self.folder
+            return path.stem.endswith(HINT) or below or path.resolve() in others
 
         items = captioned(self.folder, self.caption, self.outside, is_hint)
         object.__setattr__(self, "items", items)
@@ -115,7 +117,7 @@ class HintedFolder(Folder):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                image, drawn = read_image(path).image, read_image(hint).image
+                image, drawn = read_image(path).image, read_image(hint, BLACK, managed=False).image
         except (ImageFileError, OSError) as error:
             return Example(None, captions, str(error))
         ratio = (image.width * drawn.height) / (image.height * drawn.width)
@@ -125,8 +127,8 @@ class HintedFolder(Folder):
         return example._replace(hint=np.asarray(fit(drawn, self.size, self.size)))
 
     def fingerprint(self) -> str:
-        """A digest of names, sizes, dates and captions."""
-        parts = [super().fingerprint()]
+        """A digest of names, sizes, dates and captions, and of how hints are read."""
+        parts = [super().fingerprint(), Path(__file__).read_text(encoding="utf-8")]
         for path in self.hints.values():
             status = path.stat()
             parts += [str(path), str(status.st_size), str(status.st_mtime_ns)]
@@ -154,8 +156,9 @@ def find_hints(images: list[Path], named: Mapping[Path, Path]) -> dict[Path, Pat
     """The hint of each image. Raises ValueError for an image without one."""
     found, bare = {}, []
     for image in images:
-        beside = [image.with_name(f"{image.stem}{HINT}{suffix}") for suffix in SUFFIXES]
-        below = [image.parent / FOLDER / f"{image.stem}{suffix}" for suffix in SUFFIXES]
+        suffixes = [*SUFFIXES, *map(str.upper, SUFFIXES)]
+        beside = [image.with_name(f"{image.stem}{HINT}{suffix}") for suffix in suffixes]
+        below = [image.parent / FOLDER / f"{image.stem}{suffix}" for suffix in suffixes]
         hint = named.get(image.resolve()) or next((path for path in (*beside, *below) if path.is_file()), None)
         if hint is None:
             bare.append(image)

@@ -218,8 +218,7 @@ class UNet(UNetEncoder):
                        which is appended to the channels of x: C + E is the config's `in_channels`. A bare tensor is
                        the context
         down, middle   residuals of control networks: added to the skip connections, in the order of the way down, and
-                       to the output of the middle block, or where it would be. The pipeline passes none yet
-                       (docs/extending.md)
+                       to the output of the middle block, or where it would be (sd/control.py)
 
         Raises ValueError if a vector or guidance is missing or unexpected, and for a wrong number of `down` residuals.
         """
