@@ -420,7 +420,7 @@ def test_a_network_for_colours_is_known_by_its_name(tmp_path):
 def test_a_network_for_inpainting_is_doubtful(tmp_path):
     path = saved(tmp_path / "control_v11p_sd15_inpaint.safetensors", stripped(original("v1")))
     (note,) = load_control(path, TINY, CPU, torch.float32)[1]
-    assert "expects hints with -1 where the mask is, which no image has" in note
+    assert "expect -1 in the hint where the mask is, which an image cannot contain" in note
     depth = saved(tmp_path / "control_sd15_inpaint_depth_hand_fp16.safetensors", stripped(original("v1")))
     assert load_control(depth, TINY, CPU, torch.float32)[1] == ()  # its hints are depth maps
 
