@@ -18,7 +18,7 @@ from .settings import OneOf, Range, check_settings, number, setting
 
 MODES = ("balanced", "prompt", "control")
 FITS = ("crop", "pad")
-ANNOTATORS = ("none", "canny")
+ANNOTATORS = ("none", "canny", "invert")
 THRESHOLD = Range(number, 0, 255)
 SHARE = Range(number, 0, 1)
 MAX_CONTROLS = 20  # of a request
@@ -46,8 +46,8 @@ class Control:
 
     annotate: str = setting(
         "none",
-        "canny: the image is an ordinary picture, whose edges are the hint, found at the size generated; none: it is "
-        "the hint itself",
+        "what the image is: none, the hint itself; canny, an ordinary picture, whose edges are the hint, found at the "
+        "size generated; invert, black lines on white",
         OneOf(ANNOTATORS),
     )
     low: float = setting(100.0, "canny: an edge continues while the gradient is above this, 0 to 255", THRESHOLD)

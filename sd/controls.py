@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, ImageChops, ImageFilter
+from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 from .config import Config
 from .control import AppliedControl
 from .control_config import ControlConfig
 from .control_params import Control
 from .files import user_path
-from .imaging.hints import hint_image, looks_inverted, placed
+from .imaging.hints import hint_image, looks_inverted, looks_shaded, placed
 from .imaging.tensors import CROP_NOTE, kept_by_crop, to_tensor
 from .models.controlnet import ControlNet
 from .resources import EMBEDDED_CONTROLS, resource
@@ -29,6 +30,7 @@ from .runtime.cuda_graphs import Recorded
 from .runtime.optimize import optimize
 from .text.tokenizer import Note, warn
 
+OF_LINES = re.compile(r"edges|canny|scribble|mlsd", re.IGNORECASE)  # in names of networks whose hints are pure lines
 BORDER = 5  # pixels across a border that hold the edges found there
 
 
@@ -145,7 +147,12 @@ def applied(
         if control.annotate == "none" and looks_inverted(hint):
             note(
                 f"control {control.name}: the hint looks like black lines on white; control networks expect white "
-                "lines on black: invert it"
+                'lines on black: invert it (annotate "invert")'
+            )
+        elif control.annotate == "none" and OF_LINES.search(control.name) and looks_shaded(hint):
+            note(
+                f"control {control.name}: the hint looks like a picture, not like lines: if it is one, its edges are "
+                'the hint (annotate "canny")'
             )
         image, kept = place(hint, control.fit)
         if kept < CROP_NOTE:
@@ -179,15 +186,16 @@ def _read(control: Control) -> Image.Image:
 
 
 def _annotated(control: Control, image: Image.Image, size: tuple[int, int], place: Place) -> Image.Image:
-    """The hint in its place, or the edges of the picture in its place, which had this size."""
+    """The hint in its place, or what is made of the image in its place, which had this size."""
     if control.annotate == "none":
         return image
+    inside = place(Image.new("RGB", size, "white"), control.fit)[0]
+    if control.annotate == "invert":
+        return ImageChops.multiply(ImageOps.invert(image), inside)
     from .imaging.annotate import canny  # what it needs is optional
 
-    edges = canny(image, control.low, control.high)
     # where the picture ends within the image is no edge of anything in it
-    inside = place(Image.new("RGB", size, "white"), control.fit)[0].filter(ImageFilter.MinFilter(BORDER))
-    return ImageChops.multiply(edges, inside)
+    return ImageChops.multiply(canny(image, control.low, control.high), inside.filter(ImageFilter.MinFilter(BORDER)))
 
 
 def at_size(width: int, height: int) -> Place:

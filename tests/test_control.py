@@ -378,7 +378,7 @@ def test_hints_are_cropped_or_padded(model):
     def seen(hint, **fit):
         control = Control("edges", hint, **fit)
         run = model.prepare(TextToImage.of("a", controls=control, height=64, width=64, steps=1))
-        return seen_hint(model, run.request), run.notes
+        return seen_hint(model, run.request), [note for note in run.notes if "cut off" in note]
 
     whole, notes = seen(ramp(64, 64))
     assert whole[0, 0] == 0 and whole[-1, 0] == 255 and not notes
@@ -449,6 +449,20 @@ def test_inverted_lines_are_noticed(model):
     run = model.prepare(TextToImage.of("a", controls=Control("edges", lines(invert=True)), **SIZE))
     (note,) = run.notes
     assert note.startswith("control edges: the hint looks like black lines on white") and "invert it" in note
+    inverted = Control("edges", lines(invert=True), annotate="invert")
+    run = model.prepare(TextToImage.of("a", controls=inverted, **SIZE))
+    assert not run.notes
+    seen = seen_hint(model, run.request)
+    assert (seen == np.asarray(lines().convert("L"))).all()
+    wide = Control("edges", lines(64, 32, invert=True), annotate="invert", fit="pad")
+    assert not seen_hint(model, TextToImage.of("a", controls=wide, **SIZE))[:16].any()  # black around it
+
+
+def test_pictures_in_place_of_lines_are_noticed(model):
+    picture = ramp(64, 64)
+    (note,) = model.prepare(TextToImage.of("a", controls=Control("edges", picture), **SIZE)).notes
+    assert note.startswith("control edges: the hint looks like a picture, not like lines") and "canny" in note
+    assert not model.prepare(TextToImage.of("a", controls=Control("silent", picture), **SIZE)).notes  # may be depth
 
 
 # --------------------------------------------------------------------------------------- values and refused input

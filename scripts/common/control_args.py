@@ -74,7 +74,8 @@ def add_control_arguments(parser: Parser, fit: bool = False) -> None:
         )  # fmt: skip
     group.add_argument(
         "--annotate", choices=ANNOTATORS,
-        help="canny: the images of --control are ordinary pictures, whose edges are the hints (default: none)",
+        help="canny: the images of --control are ordinary pictures, whose edges are the hints; invert: they are black "
+        "lines on white (default: none)",
     )  # fmt: skip
     group.add_argument(
         "--canny", type=thresholds, metavar="LOW-HIGH",

@@ -44,7 +44,8 @@ DIFFERENCE = "difference"  # a tensor, or a value, that only files of difference
 SHUFFLE = re.compile(r"shuffle", re.IGNORECASE)  # in the name of a file: its residuals are averaged
 INPAINT = re.compile(r"inpaint(?![_-]depth)", re.IGNORECASE)  # hints of inpaint_depth are depth maps
 NO_UNET = ("hint.", "zero")  # our names of what a U-Net does not have begin with these
-SAME_NAMES = ("diffusion_pytorch_model", "controlnet", "model", "pytorch_model")  # what tools call every file
+# what tools call every file
+SAME_NAMES = ("diffusion_pytorch_model", "controlnet", "control", "model", "pytorch_model")
 # The parts of a whole checkpoint that may stand beside a control network with a prefix of its own
 BESIDE = ("model.", "first_stage_model.", "cond_stage_model.", "conditioner.", "unet.", "vae.", "text_encoder")
 

@@ -18,6 +18,7 @@ BLACK = (0, 0, 0)
 BRIGHT, DARK = 200, 60  # of 255
 MOSTLY = 0.75  # share of bright pixels of black lines on white
 LINES = 0.9  # share of bright and dark ones together
+SHADED = 0.3  # share of all others in a picture
 COLOURED = 12  # difference of the channels of a pixel, of 255
 
 
@@ -51,3 +52,9 @@ def looks_inverted(hint: Image.Image) -> bool:
     counts = hint.convert("L").histogram()
     bright, dark, count = sum(counts[BRIGHT + 1 :]), sum(counts[:DARK]), hint.width * hint.height
     return dark > 0 and bright > MOSTLY * count and bright + dark > LINES * count
+
+
+def looks_shaded(hint: Image.Image) -> bool:
+    """Whether much of an RGB hint is neither bright nor dark, as in a picture, and unlike lines on one colour."""
+    counts = hint.convert("L").histogram()
+    return sum(counts[DARK : BRIGHT + 1]) > SHADED * hint.width * hint.height
