@@ -168,6 +168,7 @@ def test_a_hint_changes_the_image(run):
     assert wanted.tobytes() == images[3]
 
 
+@pytest.mark.exhaustive
 def test_hints_of_any_kind(run):
     for hint in ("deep.png", "clear.png"):
         status, _, err, made = run("a cat", "--control", f"canny.safetensors={hint}")
@@ -179,6 +180,7 @@ def test_hints_of_any_kind(run):
     assert err.count("looks like black lines on white") == 1 and "invert it" in err
 
 
+@pytest.mark.exhaustive
 def test_two_uses_of_a_file_share_its_network(run, monkeypatch):
     added = []
     real = StableDiffusion.add_control
@@ -193,6 +195,7 @@ def test_two_uses_of_a_file_share_its_network(run, monkeypatch):
     assert same(one, other)  # the second network changes nothing
 
 
+@pytest.mark.exhaustive
 def test_every_program_and_option(run, files):
     """Batches, prompts from a file, steps, high resolution, rounds, low memory: the hint has its effect in each."""
     control = ("--control", "canny.safetensors=hint.png:2")
@@ -214,6 +217,7 @@ def test_every_program_and_option(run, files):
         assert not any(map(same, made, plain)), args
 
 
+@pytest.mark.exhaustive
 def test_a_refiner_takes_its_steps_without_control(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("xl")
     xl = model_files(folder)

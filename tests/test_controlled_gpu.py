@@ -143,6 +143,7 @@ def trial(tmp_path) -> Models:
     return Models(Place("cpu", True, 1, tmp_path))
 
 
+@pytest.mark.exhaustive
 @torch.no_grad()
 def test_the_check_of_recorded_steps(trial, monkeypatch):
     """It passes with right recordings, and finds stale ones and those that forget the residuals."""

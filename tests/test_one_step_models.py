@@ -155,6 +155,7 @@ def test_a_lora_brings_it_and_takes_it_away(tmp_path):
     assert timesteps(one.prepare(request)) == [999, -1]
 
 
+@pytest.mark.exhaustive
 def test_an_image_comes_back_by_its_file(tmp_path, capsys):
     """From the file's name to the image, and again with --like: the same file says it again."""
     model = StableDiffusion(TINY_XL, **loaded(tiny_state("tiny-sdxl"), TINY_XL))

@@ -239,6 +239,7 @@ def on_device(model: StableDiffusion) -> list[str]:
     ]
 
 
+@pytest.mark.exhaustive
 def test_with_low_memory_the_models_take_turns(files):
     """One network of both has its weights, whichever is used; the image is the same."""
     options = {"device": "cpu", "dtype": "float32"}

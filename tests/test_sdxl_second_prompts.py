@@ -156,6 +156,7 @@ def test_another_prompt_is_not_given_the_second_one_of_a_recipe(files, tmp_path)
     assert (request.prompt, request.prompt_2) == (("a cow",), None)
 
 
+@pytest.mark.exhaustive
 def test_another_negative_prompt_is_not_given_the_second_one_of_a_recipe(files, tmp_path):
     """As for the prompt; a second one that is given stays."""
     model = ("--ckpt", str(files["base"]))
@@ -197,6 +198,7 @@ def said_of(args, capsys) -> tuple[str, list[str]]:
     return line, printed.err.splitlines()
 
 
+@pytest.mark.exhaustive
 def test_the_line_of_like_lists_what_is_taken(files, tmp_path, capsys):
     """Not the second prompts of a recipe that another prompt or negative prompt replaces."""
     model, image = ("--ckpt", files["base"]), tmp_path / "a.png"
@@ -215,6 +217,7 @@ def test_the_line_of_like_lists_what_is_taken(files, tmp_path, capsys):
         assert parts == listed, more
 
 
+@pytest.mark.exhaustive
 def test_second_prompts_of_a_recipe_are_left_out_where_there_is_one_text_encoder(files, tmp_path, capsys):
     """With a warning; one that is given is refused."""
     image, again = tmp_path / "a.png", tmp_path / "b.png"

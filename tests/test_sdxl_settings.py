@@ -79,6 +79,7 @@ ALL = (
 )  # fmt: skip
 
 
+@pytest.mark.exhaustive
 def test_all_settings_and_their_metadata(files, base, refiner, tmp_path, capsys):
     """On the command line, in the file of the image, and read back: the same image each time."""
     first, again = tmp_path / "first.png", tmp_path / "again.png"
@@ -114,6 +115,7 @@ def test_all_settings_and_their_metadata(files, base, refiner, tmp_path, capsys)
     assert (other.params.crop_left, other.params.crop_top, other.params.original_width) == (0, 0, 200)
 
 
+@pytest.mark.exhaustive
 def test_a_refiner_is_loaded_as_the_model_is(files, tmp_path, capsys, monkeypatch):
     """With the same progress bar and copy in the cache folder; what was detected is said, and what it cannot read."""
     options, load = [], StableDiffusion.load

@@ -95,6 +95,7 @@ def test_a_context_is_enough_for_one_encoder():
     assert torch.equal(*x)
 
 
+@pytest.mark.exhaustive
 def test_studies_run(xl):
     """Each study that generates: finite results that depend on the prompt."""
     assert denoising.trajectory(xl, PROMPT, FEW).x.isfinite().all()
@@ -215,6 +216,7 @@ def test_drawing_of_smaller_u_nets(middle):
     assert network.draw_network(parts, unet).width > 600
 
 
+@pytest.mark.exhaustive
 def test_two_networks_below_each_other():
     seen = {config.name: traced(config.unet, 16) for config in (SD1, SDXL)}
     both = network.draw_networks(seen)

@@ -550,7 +550,7 @@ class TestRules:
         for size in (8, 9, 8, 9):
             assert recorded(*inputs(size)).shape[-1] == size
         assert len(graphs(gpu)) == 2
-        recorded(*inputs(B=1))
+        recorded(*inputs(10))
         gc.collect()
         assert len(graphs(gpu)) == 2 == len(recorded._recordings)
 

@@ -181,6 +181,7 @@ def test_steps_that_are_recorded(tiny, inputs, monkeypatch):
         pass
 
 
+@pytest.mark.exhaustive
 def test_offloaded_networks(embedded, monkeypatch):
     """With low memory the U-Net comes and goes within a study; its maps and its image are the same to the bit."""
     saving = StableDiffusion.load(device="cpu", dtype="float32", low_memory=True)
