@@ -15,7 +15,7 @@ torch.Size([2, 77, 16])
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -119,3 +119,9 @@ class Guide(NamedTuple):
 
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x (B, C, h, w), t (B,), conditioning) -> (B, C, h, w)
 Wrapper = Callable[[Network], Network]  # such as `DeepCache`: a network that calls another one
+
+
+class Predict(Protocol):
+    """`StableDiffusion.predict`: the output of the network, or of what `wrap` makes of it."""
+
+    def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning, wrap: Wrapper = ...) -> Tensor: ...

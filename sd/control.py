@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conditioning import Conditioning, Wrapper
+from .conditioning import Conditioning, Predict, Wrapper
 from .denoiser import conditional
 from .models.controlnet import ControlNet, Residuals
 
@@ -49,12 +49,6 @@ class ControllableNetwork(Protocol):
         down: Sequence[Tensor] = (),
         middle: Tensor | None = None,
     ) -> Tensor: ...
-
-
-class Predict(Protocol):
-    """`StableDiffusion.predict`: the output of the network, or of what `wrap` makes of it."""
-
-    def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning, wrap: Wrapper = ...) -> Tensor: ...
 
 
 class AppliedControl:

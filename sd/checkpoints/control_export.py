@@ -15,11 +15,12 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..config import GROUPS, SIZE_WIDTH
+from ..config import GROUPS
 from ..control_config import ControlConfig as ControlConfig
 from .control_detect import CONTROL_KEY, SHUFFLE, FoundControl
 from .control_maps import DIFFUSERS, ORIGINAL, OWN_PREFIX, PREFIXES, ControlLayout
 from .diffusers_config import MIDDLE, PLAIN_MIDDLE
+from .diffusers_export import vector_to_diffusers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,13 +78,6 @@ def control_texts(config: ControlConfig, version: str = "0.30.0") -> dict[str, s
 def control_to_diffusers(config: ControlConfig) -> dict[str, Any]:
     """The arguments of diffusers' ControlNetModel. Raises ValueError for a network that it cannot have."""
     cfg, layers = config.unet, _layers(config)
-    vector = {}
-    if cfg.vector is not None:
-        vector = {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": SIZE_WIDTH,
-            "projection_class_embeddings_input_dim": cfg.vector,
-        }
     crossing = [bool(depth) or level in config.bare for level, depth in enumerate(cfg.depth)]
     return {
         "in_channels": cfg.in_channels,
@@ -101,7 +95,7 @@ def control_to_diffusers(config: ControlConfig) -> dict[str, Any]:
         "conditioning_embedding_out_channels": list(config.hint),
         "controlnet_conditioning_channel_order": "bgr" if config.bgr else "rgb",
         "global_pool_conditions": config.pooled,
-        **vector,
+        **vector_to_diffusers(cfg),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..config import END, GROUPS, SIZE_WIDTH, Config, TextConfig, TinyVAEConfig
+from ..config import END, GROUPS, SIZE_WIDTH, Config, TextConfig, TinyVAEConfig, UNetConfig
 from .diffusers_config import MIDDLE, PLAIN_MIDDLE, PREDICTIONS
 from .few_step_files import scheduler_to_diffusers
 from .folders import SECOND
@@ -113,19 +113,23 @@ def _text_files(config: Config, name: str, text: TextConfig) -> dict[str, dict[s
     }  # fmt: skip
 
 
+def vector_to_diffusers(unet: UNetConfig) -> dict[str, Any]:
+    """The arguments of diffusers' networks about a vector of pooled text and sizes (SDXL); none without one."""
+    if unet.vector is None:
+        return {}
+    return {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": SIZE_WIDTH,
+        "projection_class_embeddings_input_dim": unet.vector,
+    }
+
+
 def unet_to_diffusers(config: Config) -> dict[str, Any]:
     """The arguments of diffusers' UNet2DConditionModel."""
     cfg = config.unet
     middle = cfg.middle_depth or cfg.depth[-1]
     layers = [max(depth, 1) for depth in (*cfg.depth[:-1], middle)]  # the last entry is also the middle's
     back = None if cfg.up_depth is None else [[max(n, 1) for n in level] for level in reversed(cfg.up_depth)]
-    vector = {}
-    if cfg.vector is not None:
-        vector = {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": SIZE_WIDTH,
-            "projection_class_embeddings_input_dim": cfg.vector,
-        }
     return {
         "sample_size": math.ceil(config.size / config.vae.factor),
         "in_channels": cfg.in_channels,
@@ -143,7 +147,7 @@ def unet_to_diffusers(config: Config) -> dict[str, Any]:
         "norm_num_groups": GROUPS,
         "use_linear_projection": cfg.linear_projections,
         "time_cond_proj_dim": cfg.guidance,
-        **vector,
+        **vector_to_diffusers(cfg),
     }
 
 

@@ -28,16 +28,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..conditioning import Conditioning, Network, Wrapper
+from ..conditioning import Conditioning, Network, Predict
 from ..models.unet import UNet, with_residuals
 from .cuda_graphs import Compiled, Recorded
 from .optimize import unwrapped
-
-
-class Predict(Protocol):
-    """`StableDiffusion.predict`: the output of the network, or of what `wrap` makes of it."""
-
-    def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning, wrap: Wrapper) -> Tensor: ...
 
 
 class Residuals(Protocol):
