@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+from collections import Counter
 
 import pytest
 import torch
@@ -43,7 +44,15 @@ def pytest_configure(config):
         os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that tests start
 
 
+@pytest.hookimpl(tryfirst=True)  # before those of -m are chosen
 def pytest_collection_modifyitems(config, items):
+    cases = Counter()
+    for item in items:
+        if sampled := item.get_closest_marker("sampled"):
+            name = item.nodeid.partition("[")[0]
+            if cases[name] % sampled.args[0]:
+                item.add_marker(pytest.mark.exhaustive)
+            cases[name] += 1
     full = config.getoption("--full")
     skips = {
         "full": None if full else "full size: needs --full, 12 GB of memory and minutes",

@@ -736,6 +736,7 @@ def tiny_model(monkeypatch) -> None:
 
 @pytest.mark.parametrize("n, model", [("v1", "tiny"), ("v2", "tiny-2")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.sampled(3)
 def test_conversion_there_and_back(tmp_path, tiny_model, capsys, n, model, dtype):
     """Between all layouts, bit for bit: each one from each other."""
     state = {key: tensor.to(dtype) for key, tensor in original(n).items()}

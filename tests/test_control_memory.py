@@ -67,6 +67,7 @@ def test_the_weights_count_wherever_the_others_are():
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("config", [SD1, SDXL], ids=lambda config: config.name)
+@pytest.mark.sampled(2)
 def test_what_a_controlled_step_needs_is_what_the_tensors_add_up_to(gpu, config, count):
     unet, control = networks(config)["unet"], control_on_gpu(config)
     for batch, height, width in ((1, 64, 64), (2, 104, 152)):

@@ -187,6 +187,7 @@ MAPS = {  # (B, C, H, W), groups, precisions: groups of the channels that SD 1 h
 
 @needs_triton
 @pytest.mark.parametrize("name", MAPS)
+@pytest.mark.sampled(3)
 def test_group_norm_is_its_formula(name, interpreted):
     shape, groups, *dtypes = MAPS[name]
     for dtype in dtypes:

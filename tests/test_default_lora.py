@@ -157,6 +157,7 @@ def test_like_repeats_it_with_and_without(run, settings):
     (["--seed", 9], True), (["--steps", 8], True), (["--negative", "a tree"], False), (["--guidance", 4], False),
     (["--sampler", "ddim"], False), (["--steps", 12], False),
 ], ids=str)  # fmt: skip
+@pytest.mark.sampled(3)
 def test_other_settings_beside_like_decide_anew(run, more, merged):
     """A negative prompt is not lost because the image was made without guidance."""
     _, (first,) = run(txt2img, "a red house", *SIZE)

@@ -79,6 +79,7 @@ def test_prompts_from_a_file_leave_a_place_for_the_image(edit, tmp_path):
 
 @pytest.mark.parametrize("size", [(64, 64), (200, 136), (333, 222), (768, 512)], ids=str)
 @pytest.mark.parametrize("options", [(), ("--only-masked",), ("--mask-blur", "4")], ids=str)
+@pytest.mark.sampled(3)
 def test_sample_image_and_mask(edit, tmp_path, size, options):
     picture = Image.open(SAMPLE).convert("RGB").resize(size)
     mask = Image.open(MASK).convert("L").resize(size, Image.Resampling.NEAREST)

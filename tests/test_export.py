@@ -75,6 +75,7 @@ WAYS = (("sd",), ("diffusers",), ("sd", "diffusers"), ("diffusers", "sd"), ("ori
         for usual in [name == "tiny-v1" or way == ("sd", "diffusers")]
     ],
 )
+@pytest.mark.sampled(3)
 def test_original_there_and_back(tmp_path, name, way):
     """Every key and every bit, whichever layouts lie between: OpenCLIP's unused layer and the average, too."""
     expected = original(tmp_path / "a.safetensors", name)
@@ -89,6 +90,7 @@ def test_original_there_and_back(tmp_path, name, way):
 
 @pytest.mark.parametrize("way", WAYS[:3], ids=" ".join)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.sampled(3)
 def test_a_precision_is_kept_on_the_way(tmp_path, way, dtype):
     state = tiny_state("tiny-v2-v")
     kept = {k: t.to(getattr(torch, dtype)) for k, t in state.items() if k not in reference.SCHEDULE}
@@ -267,6 +269,7 @@ def compare(model: StableDiffusion, pipe, tolerance: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny-v1", "tiny-v1-inpainting", "tiny-v2-v"])
+@pytest.mark.sampled(2)
 def test_diffusers_reads_what_we_write(tmp_path, diffusers, name):
     original(tmp_path / "a.safetensors", name)
     run(tmp_path / "a.safetensors", tmp_path / "folder", "--layout", "diffusers", "--model", name)
@@ -280,6 +283,7 @@ def test_diffusers_reads_what_we_write(tmp_path, diffusers, name):
 
 @pytest.mark.parametrize("options", [{}, {"variant": "fp16"}, {"safe_serialization": False}, {"max_shard_size": "5MB"}])
 @pytest.mark.parametrize("name", ["tiny-v1", pytest.param("tiny-v2-v", marks=pytest.mark.exhaustive)])
+@pytest.mark.sampled(3)
 def test_we_read_what_diffusers_writes(tmp_path, diffusers, name, options):
     original(tmp_path / "a.safetensors", name)
     run(tmp_path / "a.safetensors", tmp_path / "ours", "--layout", "diffusers", "--model", name)

@@ -499,6 +499,7 @@ def test_sd2_has_its_pad_by_its_tokenizer_or_its_activation(tmp_path):
 @pytest.mark.parametrize(
     "file", ["unet/config.json", "vae/config.json", "text_encoder/config.json", "model_index.json"]
 )
+@pytest.mark.sampled(4)
 def test_nonsense_in_a_json_is_one_clear_error(folder, file):
     """Each entry in turn replaced by things of other kinds: it loads, or is refused in one line."""
     good = (folder / file).read_text()

@@ -286,6 +286,7 @@ def test_forms_of_a_file_of_one_network(tmp_path, part, form):
         ("tiny-v2-v", "projections as convolutions"),
     ],
 )
+@pytest.mark.sampled(3)
 def test_the_form_of_a_file_is_kept(tmp_path, monkeypatch, name, form):
     """Names of the text encoder, form of projections, activation: three facts, none of which follows from another."""
     monkeypatch.setitem(MODELS, name, TINY if name == "tiny-v1" else TINY_V2)
@@ -337,6 +338,7 @@ def test_every_full_size_manifest_is_complete(name, ema, dtype):
 )
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
 @pytest.mark.parametrize("ema", [pytest.param(False, marks=pytest.mark.exhaustive), True])
+@pytest.mark.sampled(3)
 def test_every_small_manifest_loads_from_every_container(tmp_path, name, config, kind, ema):
     """In both precisions, with and without the moving average beside it."""
     state = make_state_dict(with_ema(manifest(name)))

@@ -121,6 +121,7 @@ CASES += [(inpaint, options, ("photo.png", *(("mask.png",) if "--mask" in option
 @pytest.mark.parametrize(
     ("program", "options", "images"), CASES, ids=lambda value: " ".join(value)[:30] if isinstance(value, tuple) else ""
 )
+@pytest.mark.sampled(3)
 def test_our_images_come_back_to_the_bit(run, program, options, images):
     words = ["a (cat:1.5),\nred ", *images[:1]]
     status, _, _, (made,) = run(program, *words, *BASE, *options)

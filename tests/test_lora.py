@@ -162,6 +162,7 @@ def check(model, before, deltas, weight=1.0):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.sampled(3)
 def test_every_naming_scheme_merges_and_comes_out_again(scheme, model, tmp_path):
     tensors, deltas = lora_file(scheme)
     assert len(tensors) == 3 * len(TINY_PLACES)
@@ -431,6 +432,7 @@ GOOD = {f"{NAME}.lora_down.weight": torch.ones(4, 128), f"{NAME}.lora_up.weight"
         ),
     ],
 )
+@pytest.mark.sampled(4)
 def test_one_line_for_what_does_not_fit(tensors, message, model, tmp_path):
     before = weights(model)
     file = saved(tmp_path, tensors)

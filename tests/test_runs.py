@@ -70,6 +70,7 @@ def made(mode: str, tmp_path) -> StableDiffusion:
 
 @pytest.mark.parametrize("threads", [2, pytest.param(8, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.sampled(2)
 def test_threads_on_one_model_give_the_images_they_give_alone(mode, threads, tmp_path):
     model, given = made(mode, tmp_path), requests(threads)
     alone = [pixels(model, request) for request in given]

@@ -212,6 +212,7 @@ WAYS = (("original",), ("sd",), ("diffusers",), ("diffusers", "sd"))
 @pytest.mark.parametrize("way", WAYS, ids=" ".join)
 @pytest.mark.parametrize("name", ["tiny-xl", "tiny-xl-inpaint", "tiny-refiner"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.sampled(6)
 def test_there_and_back(tmp_path, name, way, dtype):
     """An original file through other layouts: every key and every bit; and its config at each stage."""
     config = MODELS[name]

@@ -142,6 +142,7 @@ def lora_file(scheme: str, places: list[Place], scale: float = 1.0) -> tuple[dic
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.sampled(3)
 def test_every_naming_changes_every_layer(scheme, model, tmp_path):
     """All layers of the U-Net (label_emb and time_embed too) and of both text encoders, with the projection."""
     before = texts_and_unet(model)
@@ -242,6 +243,7 @@ def test_lycoris_kinds_and_a_kernel(model, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["kohya", "diffusers", "kohya, diffusers' names"])
+@pytest.mark.sampled(3)
 def test_merged_as_by_diffusers(scheme, model, pipe, tmp_path):
     """`load_lora_weights` and `fuse_lora`: the same weights, contexts and pooled output."""
     ends = tuple(f".{a}.{x}.weight" for a in ("attn1", "attn2") for x in ("q", "k", "v", "out"))

@@ -99,6 +99,7 @@ def test_with_low_memory_a_refiner_takes_no_more(gpu):
 
 
 @pytest.mark.parametrize("overflows", EXACT)
+@pytest.mark.sampled(3)
 def test_without_the_text_encoders_7_5_gb_are_enough(gpu, overflows):
     """Also with what the recording of a step keeps. The encoders come and go: 5.3 GB of weights stay."""
     model = model_on(SDXL, WITHOUT_TEXT)
@@ -267,6 +268,7 @@ PROGRAMS = {"txt2img": txt2img, "img2img": img2img, "inpaint": inpaint}
         *(pytest.param(name, False, id=name, marks=pytest.mark.exhaustive) for name in ("img2img", "inpaint")),
     ],
 )
+@pytest.mark.sampled(4)
 def test_low_memory_through_the_programs(name, refined, files, turns, tmp_path):
     """The same images, and never two networks in memory, refiner included."""
     photo(64).save(tmp_path / "photo.png")

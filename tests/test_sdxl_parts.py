@@ -177,6 +177,7 @@ def same_states(found, expected, names) -> None:
 
 
 @pytest.mark.parametrize("second", SECONDS)
+@pytest.mark.sampled(3)
 def test_text_encoders_from_other_files(files, second):
     """A U-Net alone with all its parts from elsewhere: the same weights as in the whole file."""
     first = FIRSTS[SECONDS.index(second) % len(FIRSTS)]

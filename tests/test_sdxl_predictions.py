@@ -33,6 +33,7 @@ V_SAYS = [
 
 
 @pytest.mark.parametrize("keys, metadata, expected", V_SAYS)
+@pytest.mark.sampled(3)
 def test_v_is_said(keys, metadata, expected):
     for name, config in (("sdxl-base", SDXL), ("sdxl-refiner", SDXL_REFINER)):
         found = identify(header(name, metadata=metadata, **keys))

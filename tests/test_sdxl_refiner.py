@@ -89,6 +89,7 @@ def test_the_refiner_takes_the_last_steps(settings, counts, note, base, refiner,
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "unipc", "lms", "euler_a", "dpmpp_2m_sde", "dpmpp_sde", "heun"])
+@pytest.mark.sampled(3)
 def test_a_run_that_its_own_model_refines_is_the_same_run(sampler, base):
     """History and random numbers go on at the switch."""
     request = TextToImage(PROMPT, params(sampler=sampler, steps=6, n=2))
@@ -108,6 +109,7 @@ TASKS = {
 
 
 @pytest.mark.parametrize("task", TASKS)
+@pytest.mark.sampled(3)
 def test_every_task_can_be_refined(task, base, refiner):
     request = TASKS[task](params(steps=5))
     alone, same = base.prepare(request), base.prepare(request, base)

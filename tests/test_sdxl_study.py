@@ -263,6 +263,7 @@ def tiny_file(tmp_path):
         ("grid", {"grid.webp"}),
     ],
 )
+@pytest.mark.sampled(4)
 def test_figures_of_the_script(figure, files, tiny_file, tmp_path):
     grid = ["--x", "steps=1,2", "--y", "sampler=ddim,euler"] if figure == "grid" else []
     arguments = [figure, "--ckpt", str(tiny_file), "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "out")]

@@ -45,6 +45,7 @@ def vaes():
 @pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kept", [0, 2**27])
+@pytest.mark.sampled(3)
 def test_decoding_in_strips_is_decoding(vaes, size, kept, monkeypatch):
     """Whether upsampled maps are kept, or computed where they are read."""
     monkeypatch.setattr(strips, "KEPT", kept)

@@ -295,6 +295,7 @@ def rewritten(file: Path, all_numbers: bool) -> None:
 
 
 @pytest.mark.parametrize("time_of_inode", [pytest.param(True, marks=posix), False])
+@pytest.mark.sampled(2)
 def test_another_file_of_the_same_size_and_time(time_of_inode, file, folder, monkeypatch):
     """One changed number is known by the time of the inode; where there is none, new weights by their samples."""
     if not time_of_inode:
@@ -328,6 +329,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("what", OTHERS)
+@pytest.mark.sampled(2)
 def test_what_was_made_for_something_else_is_not_used(what, original, folder, filled, monkeypatch):
     filled()
     options = dict(OTHERS[what])
@@ -496,6 +498,7 @@ MODEL_DAMAGE |= {
 
 
 @pytest.mark.parametrize("damage", MODEL_DAMAGE)
+@pytest.mark.sampled(3)
 def test_a_damaged_file_is_as_none(damage, original, folder, filled):
     path = filled()
     raw, change = path.read_bytes(), MODEL_DAMAGE[damage]
