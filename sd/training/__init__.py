@@ -27,8 +27,22 @@ from .initialization import (
     widen_input,
 )
 from .lora import TrainableLora, lora_layers, lora_metadata, lora_tensors
-from .losses import contrastive_loss, diffusion_loss, level_batch, min_snr_weight, vae_loss, velocity_weight
+from .losses import (
+    contrastive_loss,
+    debiased_weight,
+    diffusion_loss,
+    huber,
+    huber_scale,
+    level_batch,
+    masked,
+    min_snr_weight,
+    sample_losses,
+    squared_error,
+    vae_loss,
+    velocity_weight,
+)
 from .memory import channels_last, checkpoint_activations
+from .noise import offset_noise, pyramid_noise
 from .optimizers import Muon, learning_rate, orthogonal
 
 __all__ = [
@@ -42,10 +56,13 @@ __all__ = [
     "consistency",
     "consistency_loss",
     "contrastive_loss",
+    "debiased_weight",
     "diffusion_loss",
     "drop_prompts",
     "erase_parts",
     "guided",
+    "huber",
+    "huber_scale",
     "initialise_control",
     "initialise_text_encoder",
     "initialise_unet",
@@ -55,12 +72,17 @@ __all__ = [
     "lora_layers",
     "lora_metadata",
     "lora_tensors",
+    "masked",
     "min_snr_weight",
+    "offset_noise",
     "orthogonal",
     "pseudo_huber",
+    "pyramid_noise",
     "random_masks",
+    "sample_losses",
     "solver_step",
     "solver_timesteps",
+    "squared_error",
     "trajectory",
     "trajectory_loss",
     "vae_loss",
