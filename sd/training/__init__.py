@@ -1,4 +1,4 @@
-"""Training: losses, distillation, LoRA, initial weights, augmentation, EMA, optimisers and memory.
+"""Training: losses, distillation, LoRA, new words, initial weights, augmentation, EMA, optimisers and memory.
 
 The pipeline never imports this package.
 """
@@ -26,17 +26,22 @@ from .initialization import (
     initialise_vae,
     widen_input,
 )
-from .lora import TrainableLora, lora_layers, lora_metadata, lora_tensors
+from .lora import LoraParams, TrainableLora, lora_layers
+from .lora_files import lora_hash, lora_metadata, lora_tensors
 from .losses import contrastive_loss, diffusion_loss, level_batch, min_snr_weight, vae_loss, velocity_weight
 from .memory import channels_last, checkpoint_activations
 from .optimizers import Muon, learning_rate, orthogonal
+from .words import TrainableWord, bundled_tensors, embedding_pickle, embedding_tensors
 
 __all__ = [
     "EMA",
+    "LoraParams",
     "Muon",
     "Points",
     "TrainableLora",
+    "TrainableWord",
     "add_guidance_input",
+    "bundled_tensors",
     "channels_last",
     "checkpoint_activations",
     "consistency",
@@ -44,6 +49,8 @@ __all__ = [
     "contrastive_loss",
     "diffusion_loss",
     "drop_prompts",
+    "embedding_pickle",
+    "embedding_tensors",
     "erase_parts",
     "guided",
     "initialise_control",
@@ -52,6 +59,7 @@ __all__ = [
     "initialise_vae",
     "learning_rate",
     "level_batch",
+    "lora_hash",
     "lora_layers",
     "lora_metadata",
     "lora_tensors",
