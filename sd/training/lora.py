@@ -105,6 +105,7 @@ class LoraLayer(nn.Module):
         into = layer.weight.shape[1:]  # (in,) or (in, height, width)
         ones = [1] * (len(into) - 1)
         self.rank = min(asked, len(layer.weight), math.prod(into))
+        self.usual_alpha = alpha  # without the limit
         self.scale, self.alpha = alpha / asked, alpha * self.rank / asked
         self.is_limited, self.dropout = self.rank < asked, params.dropout
         self.geometry: tuple[Any, Any] | None = None  # stride and padding of a convolution

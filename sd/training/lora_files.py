@@ -83,8 +83,10 @@ def _kohya_tensors(network: str, lora: TrainableLora, config: Config) -> dict[st
     for source, layer in zip(_kohya(network, lora.names, config), lora.layers, strict=True):
         name = source.key.removesuffix(".weight").replace(".", "_")
         down, up = _pair(layer, source)
+        # diffusers misreads files in which attentions have several alphas: all have one, and B what is missing
+        up = up * (layer.alpha / layer.usual_alpha) if layer.is_limited else up
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-        tensors[f"{name}.alpha"] = torch.tensor(layer.alpha)
+        tensors[f"{name}.alpha"] = torch.tensor(layer.usual_alpha)
         if layer.magnitude is not None:  # as LyCORIS has the norms of outputs
             tensors[f"{name}.dora_scale"] = layer.magnitude.view(-1, *[1] * (down.dim() - 1))
     return tensors
@@ -99,7 +101,9 @@ def _peft_tensors(network: str, lora: TrainableLora, config: Config) -> dict[str
         tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
         if layer.magnitude is not None:  # as PEFT's layers have it
             shape = (-1,) if down.dim() == 2 else (1, -1, 1, 1)
-            tensors[f"{name}.lora_magnitude_vector"] = layer.magnitude.view(shape)
+            # PEFT writes it without ".weight"; transformers 5 finds that of its text encoders only with it
+            end = "lora_magnitude_vector" if network == "unet" else "lora_magnitude_vector.weight"
+            tensors[f"{name}.{end}"] = layer.magnitude.view(shape)
     return tensors
 
 
