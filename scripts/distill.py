@@ -44,6 +44,7 @@ from sd.pipeline import StableDiffusion
 from sd.runtime.device import find_dtype
 from sd.schedule import LCM_TIMESTEPS, Schedule
 from sd.training import (
+    LoraParams,
     TrainableLora,
     add_guidance_input,
     channels_last,
@@ -152,7 +153,7 @@ class Student(nn.Module):
     def trained_lora(self, weights: Mapping[str, Tensor]) -> TrainableLora:
         """The LoRA with these weights of an objective; attached to no network."""
         assert self.lora is not None
-        other = TrainableLora(self.unet, self.lora.names, self.lora.rank, self.lora.alpha)
+        other = TrainableLora(self.unet, self.lora.names, self.lora.params)
         other.load_state_dict(part(weights, "student.lora."))
         return other.requires_grad_(False)
 
@@ -171,7 +172,8 @@ def part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def make_student(args: argparse.Namespace, teacher: UNet, guidance: tuple[float, float], seed: int) -> Student:
     """The student that the options ask for, equal to the teacher."""
     if args.lora_rank:
-        return Student(teacher, TrainableLora(teacher, lora_layers(teacher), args.lora_rank, args.lora_alpha, seed))
+        params = LoraParams(args.lora_rank, args.lora_alpha)
+        return Student(teacher, TrainableLora(teacher, lora_layers(teacher), params, seed))
     if guidance[0] < guidance[1]:
         return Student(add_guidance_input(teacher, LCM_WIDTH))
     return Student(copy.deepcopy(teacher))
@@ -332,6 +334,8 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     teacher = model.unet
     student = make_student(args, teacher, guidance, recipe.seed)
     unet, lora = student.unet, student.lora
+    if lora is not None and lora.limited:
+        warnings.warn(f"{lora.limited} layers are smaller than the LoRA's rank, and have less", stacklevel=1)
     objective = Objective(
         student, student.without_lora if lora else teacher, model, args.method, args.huber, args.substeps, size
     )
@@ -364,14 +368,14 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
             models.write_model(present(), written, dtype)
         else:
             found = student.trained_lora(trainer.weights())
-            metadata = lora_metadata(found, title) | settings
+            metadata = lora_metadata({"unet": found}, model.config, title) | settings
             save_tensors(lora_tensors({"unet": found}, model.config, dtype), written, metadata)
         return ""
 
     def show(step: int) -> None:
         write_sheet(args.out / f"samples-{step:06d}.png", present(), prompts, size, steps=args.sample_steps)
 
-    trainer.describe(f"{title} of rank {lora.rank}" if lora else config.name, len(data["mean"]))
+    trainer.describe(f"{title} of rank {lora.params.rank}" if lora else config.name, len(data["mean"]))
     timed = SolverBatches(batches, grid, guidance, args.skip)
     trainer.run(timed, write, (size // model.config.vae.factor) ** 2, show if prompts else None)
     if processes.main:

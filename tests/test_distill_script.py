@@ -23,7 +23,7 @@ from sd.conditioning import Conditioning
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.models.vae import VAE
-from sd.training import TrainableLora, lora_layers, solver_timesteps
+from sd.training import LoraParams, TrainableLora, lora_layers, solver_timesteps
 
 KINDS = {
     "weights": (),
@@ -95,7 +95,7 @@ def test_a_lora_is_for_the_teacher(teacher, options, start, tmp_path):  # noqa: 
         metadata = file.metadata()
     assert metadata["modelspec.title"] == "small TCD LoRA" and metadata["ss_network_dim"] == "2"
     model = StableDiffusion.load(teacher, device="cpu", dtype="float32")
-    lora = TrainableLora(model.unet, lora_layers(model.unet), 2, 1.0)
+    lora = TrainableLora(model.unet, lora_layers(model.unet), LoraParams(2, 1.0))
     average = load_state(tmp_path / "state.pt")["ema"]["average"]
     lora.load_state_dict({key.removeprefix("student.lora."): value for key, value in average.items()})
     expected = lora.merged(model.unet.state_dict())

@@ -25,6 +25,7 @@ from sd.models.unet import UNet
 from sd.models.vae import VAE
 from sd.schedule import Schedule
 from sd.training import (
+    LoraParams,
     TrainableLora,
     checkpoint_activations,
     consistency_loss,
@@ -98,7 +99,7 @@ def test_a_lora_learns():
     model = xl()
     model.unet.requires_grad_(False)
     x0, t, noise, cond = batch(model)
-    lora = TrainableLora(model.unet, lora_layers(model.unet), rank=4)
+    lora = TrainableLora(model.unet, lora_layers(model.unet), LoraParams(4))
     lora.attach(model.unet)
     optimizer = torch.optim.Adam(lora.parameters(), 2e-3)
     losses = []
@@ -125,7 +126,7 @@ def test_diffusers_reads_the_lora(tmp_path, monkeypatch):
     diffusers = pytest.importorskip("diffusers", reason="compares with diffusers, which is not installed")
     pytest.importorskip("peft")
     model = xl()
-    lora = TrainableLora(model.unet, lora_layers(model.unet), rank=2)
+    lora = TrainableLora(model.unet, lora_layers(model.unet), LoraParams(2))
     with torch.no_grad():
         for layer in lora.layers:
             layer.up.copy_(0.2 * torch.randn(layer.up.shape, generator=rng(1)))
@@ -289,7 +290,7 @@ def test_size_of_a_lora():
     """Rank 16, all transformers: gradients and the state of the optimizer are of 43 M numbers, not of 2,567 M."""
     with torch.device("meta"):
         unet = UNet(SDXL.unet)
-    names = lora_layers(unet, convolutions=False)
+    names = lora_layers(unet, "transformer")
     layers = [unet.get_submodule(name) for name in names]
     trained = 16 * sum(layer.in_features + layer.out_features for layer in layers)
     assert (len(names), trained) == (722, 42_557_440)  # 10 layers of each of 70 blocks, and 2 around each of 11

@@ -1,4 +1,4 @@
-"""Training: losses, distillation, LoRA, initial weights, augmentation, EMA, optimisers and memory.
+"""Training: losses, distillation, LoRA, new words, initial weights, augmentation, EMA, optimisers and memory.
 
 The pipeline never imports this package.
 """
@@ -26,7 +26,8 @@ from .initialization import (
     initialise_vae,
     widen_input,
 )
-from .lora import TrainableLora, lora_layers, lora_metadata, lora_tensors
+from .lora import LoraParams, TrainableLora, lora_layers, lora_metadata, lora_tensors
+from .lora_files import lora_hash, lora_metadata, lora_tensors
 from .losses import (
     contrastive_loss,
     debiased_weight,
@@ -44,13 +45,17 @@ from .losses import (
 from .memory import channels_last, checkpoint_activations
 from .noise import offset_noise, pyramid_noise
 from .optimizers import Muon, learning_rate, orthogonal
+from .words import TrainableWord, bundled_tensors, embedding_pickle, embedding_tensors
 
 __all__ = [
     "EMA",
+    "LoraParams",
     "Muon",
     "Points",
     "TrainableLora",
+    "TrainableWord",
     "add_guidance_input",
+    "bundled_tensors",
     "channels_last",
     "checkpoint_activations",
     "consistency",
@@ -59,6 +64,8 @@ __all__ = [
     "debiased_weight",
     "diffusion_loss",
     "drop_prompts",
+    "embedding_pickle",
+    "embedding_tensors",
     "erase_parts",
     "guided",
     "huber",
@@ -69,6 +76,7 @@ __all__ = [
     "initialise_vae",
     "learning_rate",
     "level_batch",
+    "lora_hash",
     "lora_layers",
     "lora_metadata",
     "lora_tensors",
