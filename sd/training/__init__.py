@@ -28,15 +28,17 @@ from .initialization import (
 )
 from .lora import TrainableLora, lora_layers, lora_metadata, lora_tensors
 from .losses import contrastive_loss, diffusion_loss, level_batch, min_snr_weight, vae_loss, velocity_weight
-from .memory import channels_last, checkpoint_activations
-from .optimizers import Muon, learning_rate, orthogonal
+from .memory import blocks, channels_last, checkpoint_activations
+from .optimizers import SCHEDULES, Muon, learning_rate, orthogonal
 
 __all__ = [
     "EMA",
+    "SCHEDULES",
     "Muon",
     "Points",
     "TrainableLora",
     "add_guidance_input",
+    "blocks",
     "channels_last",
     "checkpoint_activations",
     "consistency",
