@@ -45,7 +45,13 @@ setup(
         "regex>=2023.0",
         "ftfy>=6.1",
     ],
-    extras_require={"study": STUDY, "control": CONTROL, "low-memory": LOW_MEMORY, "references": REFERENCES, "test": TESTS},
+    extras_require={
+        "study": STUDY,
+        "control": CONTROL,
+        "low-memory": LOW_MEMORY,
+        "references": REFERENCES,
+        "test": TESTS,
+    },
     entry_points={
         "console_scripts": [
             "sd-txt2img = sd.scripts.installed:txt2img",
