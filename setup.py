@@ -15,6 +15,7 @@ for name in ("pocket", "pocket-lcm", "pocket-edges"):
 REFERENCES = ["diffusers>=0.30", "transformers>=4.40", "accelerate", "peft>=0.13", "openvino>=2024.6"]
 STUDY = ["matplotlib>=3.8"]
 CONTROL = ["scikit-image>=0.22"]
+LOW_MEMORY = ["bitsandbytes>=0.45"]
 TESTS = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.5", "mypy>=1.11", *STUDY, *CONTROL, *REFERENCES]
 
 PACKAGES = ["sd", *(f"sd.{name}" for name in find_packages("sd"))]
@@ -44,7 +45,13 @@ setup(
         "regex>=2023.0",
         "ftfy>=6.1",
     ],
-    extras_require={"study": STUDY, "control": CONTROL, "references": REFERENCES, "test": TESTS},
+    extras_require={
+        "study": STUDY,
+        "control": CONTROL,
+        "low-memory": LOW_MEMORY,
+        "references": REFERENCES,
+        "test": TESTS,
+    },
     entry_points={
         "console_scripts": [
             "sd-txt2img = sd.scripts.installed:txt2img",

@@ -10,7 +10,7 @@ the teacher's guidance leads from a noisy latent to a less noisy one, and the st
 (sd/training/distillation.py). The images of the data are only noised, and their captions are the prompts.
 
 Writes OUT/model.safetensors, a model with few steps as its default, or OUT/lora.safetensors, which other programs read
-as well. Also writes log.jsonl, loss.png, samples-STEP.png, state.pt.
+as well. Also writes train.jsonl, loss.png, samples-STEP.png, state.pt.
 """
 
 from __future__ import annotations
@@ -308,6 +308,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("a LoRA has no input for a range of guidance: give one --guidance, or leave out --lora-rank")
     if args.target == "average" and args.ema == 0:
         raise ValueError("--target average needs an average of the weights: --ema above 0, or --target student")
+    if args.shard:
+        raise ValueError("--shard goes with train.py and train_vae.py: here each process keeps the whole networks")
     SamplingParams(steps=args.sample_steps)
 
 

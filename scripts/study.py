@@ -95,7 +95,7 @@ def parser() -> cli.Parser:
     )  # fmt: skip
     parser.add_argument("--hint", type=cli.file_path, metavar="FILE", help="control: the hint for the control network")
     parser.add_argument(
-        "--log", type=cli.file_path, metavar="FILE", help="zero-convolutions: log.jsonl of train.py --control"
+        "--log", type=cli.file_path, metavar="FILE", help="zero-convolutions: train.jsonl of train.py --control"
     )
     settings = runs.SETTINGS
     group = parser.add_argument_group("sampling")

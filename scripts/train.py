@@ -10,8 +10,8 @@
 
 Captions of a folder's images are in name.txt beside name.png, or in metadata.jsonl. A new model needs three steps:
 train_vae.py, train_text.py, train.py. Writes OUT/model.safetensors, which every program loads (--ckpt), in our layout;
-convert.py converts it to the original one. Also writes log.jsonl, loss.png, samples-STEP.png, state.pt. With --control
-the model stays as it is, and OUT/control.safetensors is a network that makes it obey hints, such as edges.
+convert.py converts it to the original one. Also writes train.jsonl, loss.png, samples-STEP.png, state.pt. With
+--control the model stays as it is, and OUT/control.safetensors is a network that makes it obey hints, such as edges.
 """
 
 from __future__ import annotations

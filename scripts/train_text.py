@@ -10,7 +10,7 @@ has a text encoder.
 To match random images it would be enough to know which things they show. So every second drawn scene is the counterpart
 of another, with the same things in other places, colours or sizes: to distinguish these, word order and grammar count.
 
-Writes OUT/text_encoder.safetensors for train.py (--text), log.jsonl, loss.png, state.pt.
+Writes OUT/text_encoder.safetensors for train.py (--text), train.jsonl, loss.png, state.pt.
 """
 
 from __future__ import annotations

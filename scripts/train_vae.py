@@ -6,7 +6,7 @@
 
 Writes OUT/vae.safetensors for train.py (--vae), with the scale that gives latents standard deviation 1; for a
 checkpoint also OUT/model.safetensors, the whole model with this VAE, which every program loads.
-Also writes log.jsonl, loss.png, vae.png (held-out images, each beside its reconstruction), state.pt.
+Also writes train.jsonl, loss.png, vae.png (held-out images, each beside its reconstruction), state.pt.
 """
 
 from __future__ import annotations

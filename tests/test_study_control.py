@@ -57,9 +57,9 @@ def test_forms_of_a_log(tmp_path):
              '{"steps": [1, 2], "loss": [1], "zero": [[1]]}'],
 )  # fmt: skip
 def test_other_files_are_refused(tmp_path, text):
-    (tmp_path / "log.jsonl").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"log.jsonl: not the log of the training of a control network") as refused:
-        control.read_log(tmp_path / "log.jsonl")
+    (tmp_path / "train.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"train.jsonl: not the log of the training of a control network") as refused:
+        control.read_log(tmp_path / "train.jsonl")
     assert "\n" not in str(refused.value)
 
 

@@ -98,10 +98,10 @@ def test_a_figure(name, run, tmp_path, monkeypatch):
     strange = strange_words(monkeypatch)
     arguments = ["--x", "steps=1,2", "--y", "strength=0.5"] if name == "grid" else []
     if name == "zero-convolutions":
-        arguments = ["--log", str(tmp_path / "log.jsonl")]
+        arguments = ["--log", str(tmp_path / "train.jsonl")]
         line = {"loss": 0.3, "zero": [0.1, 0.2, 0.3, 0.2, 0.1]}
         text = "\n".join(json.dumps({"step": 50 * i, **line}) for i in range(1, 5))
-        (tmp_path / "log.jsonl").write_text(text, encoding="utf-8")
+        (tmp_path / "train.jsonl").write_text(text, encoding="utf-8")
     for _ in range(2 if name in ("schedule", "reverse") else 1):
         status, errors, files = run(name, *arguments)
         assert (status, files) == (0, FILES[name]), errors
@@ -144,7 +144,7 @@ def test_a_figure(name, run, tmp_path, monkeypatch):
         (["control", "--control", EMBEDDED_FILE], "--control needs a hint of its kind: give one with --hint FILE"),
         (["control", "--control", "edges", "--hint", "missing.png"], "missing.png"),
         (["attention", "--hint", "edges.png"], "--hint is for control: attention shows the model without it"),
-        (["attention", "--log", "log.jsonl"], "--log is for zero-convolutions: it has no effect on attention"),
+        (["attention", "--log", "train.jsonl"], "--log is for zero-convolutions: it has no effect on attention"),
         (["zero-convolutions", "--log", EMBEDDED_FILE], "pocket.safetensors: not the log of the training of a control"),
         (["attention", "--compile"], "--compile: a compiled U-Net skips the hooks of the studies; remove the option"),
     ],

@@ -130,7 +130,7 @@ def test_a_run_trains_the_control_network_alone_and_writes_it(start, tmp_path): 
     average = state["ema"]["average"]
     assert all(torch.equal(tensors[name], average[name].half()) for name in tensors)
     assert network.zero_mid.weight.any() and network.hint.convs[-1].weight.any()
-    lines = read_log(out / "log.jsonl")
+    lines = read_log(out / "train.jsonl")
     assert [len(line["zero"]) for line in lines] == [RESIDUALS, RESIDUALS]
     assert all(0 < before < after for before, after in zip(lines[0]["zero"], lines[1]["zero"], strict=True))
 

@@ -24,7 +24,7 @@ from test_scripts import ckpt  # noqa: F401
 
 from scripts import convert, inpaint, train, train_text, train_vae, txt2img
 from scripts.training import data as training_data
-from scripts.training import loop
+from scripts.training import loop, recipe
 from scripts.training.log import Log, read_log
 from scripts.training.loop import Trainer
 from scripts.training.processes import Processes
@@ -117,14 +117,14 @@ def start(capsys, monkeypatch):
 
 def interrupt_at(monkeypatch, step: int) -> None:
     """Ctrl-C while this step is computed."""
-    learning_rate = loop.learning_rate
+    learning_rate = recipe.learning_rate
 
     def interrupted(now: int, *args):
         if now == step:
             os.kill(os.getpid(), signal.SIGINT)
         return learning_rate(now, *args)
 
-    monkeypatch.setattr(loop, "learning_rate", interrupted)
+    monkeypatch.setattr(recipe, "learning_rate", interrupted)
 
 
 def same(a: object, b: object) -> bool:
@@ -151,7 +151,7 @@ def test_resumed_training_equals_uninterrupted_training(name, optimizer, new, ph
         status, _, err = start(program, *options, "--out", tmp_path / "parts")
     assert status == 130 and err[-1] == "stopped"
     assert load_state(tmp_path / "parts" / "state.pt")["step"] == 2
-    with open(tmp_path / "parts" / "log.jsonl", "a") as file:  # as if it had gone on a little and then been killed
+    with open(tmp_path / "parts" / "train.jsonl", "a") as file:  # as if it had gone on a little and then been killed
         file.write('{"step": 3, "loss": 9.0, "lr": 0, "norm": 0, "seconds": 1.0}\n{"step": 4, "lo')
     monkeypatch.setattr(Log, "plot", PLOT)
     assert start(program, "--out", tmp_path / "parts", "--resume")[0] == 0
@@ -159,7 +159,7 @@ def test_resumed_training_equals_uninterrupted_training(name, optimizer, new, ph
     whole, parts = (load_state(tmp_path / folder / "state.pt") for folder in ("whole", "parts"))
     assert same(whole, parts)
     assert whole["step"] == 4
-    logs = [read_log(tmp_path / folder / "log.jsonl") for folder in ("whole", "parts")]
+    logs = [read_log(tmp_path / folder / "train.jsonl") for folder in ("whole", "parts")]
     assert [line["step"] for line in logs[0]] == [2, 4]
     for line, again in zip(*logs, strict=True):
         assert {**line, "seconds": 0} == {**again, "seconds": 0}
@@ -179,7 +179,7 @@ def test_log_without_matplotlib_skips_the_curve_and_says_so_once(tmp_path, monke
     assert capsys.readouterr().out == (
         'no loss.png: it needs matplotlib, pip install "sd-from-scratch[study]" or pip install matplotlib\n'
     )
-    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2, 3]
+    assert [line["step"] for line in read_log(tmp_path / "train.jsonl")] == [1, 2, 3]
     assert not (tmp_path / "loss.png").exists()
 
 
@@ -190,7 +190,7 @@ def test_a_state_between_two_lines_of_the_log_keeps_their_mean(new, photos, star
         interrupt_at(patch, 1)
         assert start(train, *options, "--out", tmp_path / "parts")[0] == 130
     assert start(train, "--out", tmp_path / "parts", "--resume")[0] == 0
-    whole, parts = (read_log(tmp_path / folder / "log.jsonl") for folder in ("whole", "parts"))
+    whole, parts = (read_log(tmp_path / folder / "train.jsonl") for folder in ("whole", "parts"))
     assert [line["loss"] for line in whole] == [line["loss"] for line in parts]
 
 
@@ -211,7 +211,7 @@ def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(name, new,
     a, b = (torch.cat([moment["exp_avg"].flatten() for moment in found.values()]) for found in moments)
     assert a.norm() > 1e-4
     assert (a - b).norm() / a.norm() < 1e-4
-    logs = [read_log(tmp_path / folder / "log.jsonl") for folder in ("one", "two")]
+    logs = [read_log(tmp_path / folder / "train.jsonl") for folder in ("one", "two")]
     assert logs[0][0]["loss"] == pytest.approx(logs[1][0]["loss"], rel=1e-5)
     # another batch has another gradient, so the comparison tells something
     assert start(program, *options, "--batch", 2, "--out", tmp_path / "half")[0] == 0
@@ -243,7 +243,7 @@ def test_ctrl_c_saves_where_many_processes_run(new, photos, start, tmp_path):
     )
     try:
         deadline = time.monotonic() + 120
-        while not read_log(tmp_path / "out" / "log.jsonl") and time.monotonic() < deadline:
+        while not read_log(tmp_path / "out" / "train.jsonl") and time.monotonic() < deadline:
             time.sleep(0.1)
         os.killpg(running.pid, signal.SIGINT)
         _, err = running.communicate(timeout=60)
@@ -251,7 +251,7 @@ def test_ctrl_c_saves_where_many_processes_run(new, photos, start, tmp_path):
         if running.poll() is None:
             os.killpg(running.pid, signal.SIGKILL)
     step = load_state(tmp_path / "out" / "state.pt")["step"]
-    assert step >= read_log(tmp_path / "out" / "log.jsonl")[-1]["step"] > 0, err
+    assert step >= read_log(tmp_path / "out" / "train.jsonl")[-1]["step"] > 0, err
     # one process goes on where two were
     again = ["--out", tmp_path / "out", "--resume", "--steps", step + 1, "--device", "cpu"]
     assert start(train, *again)[0] == 0
@@ -391,7 +391,7 @@ def test_images_are_memorised(optimizer, count, steps, start, tmp_path):
         *("--precision", "float32", "--device", "cpu", "--out", tmp_path / "out"),
     )
     assert status == 0 and out[-1].startswith(f"{tmp_path / 'out' / 'model.safetensors'}: small"), err
-    log = read_log(tmp_path / "out" / "log.jsonl")
+    log = read_log(tmp_path / "out" / "train.jsonl")
     assert log[-1]["loss"] < 0.4 * log[0]["loss"]
     with Image.open(tmp_path / "out" / f"samples-{steps:06}.png") as sheet:
         assert sheet.width % 64 == sheet.height % 64 == 0 and sheet.width * sheet.height >= count * 64**2
@@ -455,7 +455,7 @@ def test_half_precision_learns_about_the_same(precision, new, photos, start, tmp
     options = ["--data", photos, *new, "--samples", 0, "--steps", 4, "--weighting", "min-snr", "--prediction", "v"]
     assert start(train, *options, "--out", tmp_path / "float32")[0] == 0
     assert start(train, *options, "--precision", precision, "--out", tmp_path / precision)[0] == 0
-    full, half = (read_log(tmp_path / name / "log.jsonl") for name in ("float32", precision))
+    full, half = (read_log(tmp_path / name / "train.jsonl") for name in ("float32", precision))
     assert full[0]["loss"] == pytest.approx(half[0]["loss"], rel=0.02)
     assert full[0]["loss"] != half[0]["loss"]
     assert load_state(tmp_path / precision / "state.pt")["step"] == 4
@@ -701,7 +701,7 @@ def test_float16_leaves_out_a_step_that_overflows(optimizer, new, photos, start,
     after = load_state(tmp_path / "state.pt")
     assert same(before["networks"], after["networks"])
     assert after["scaler"]["scale"] == before["scaler"]["scale"] / 2
-    assert read_log(tmp_path / "log.jsonl")[-1]["norm"] is None
+    assert read_log(tmp_path / "train.jsonl")[-1]["norm"] is None
     assert start(train, "--out", tmp_path, "--resume", "--steps", 5)[0] == 0  # and it goes on
     assert not same(after["networks"], load_state(tmp_path / "state.pt")["networks"])
 
@@ -744,7 +744,7 @@ def test_a_run_inside_of_its_data_does_not_train_on_its_samples(new, photos, sta
     assert start(train, *options)[0] == 0
     assert (data / "run" / "samples-000001.png").exists()
     _, out, _ = start(train, "--out", data / "run", "--resume", "--steps", 2)
-    assert ", 8 images," in out[0]
+    assert out[0] == "resumed with --steps 2 in place of 1" and ", 8 images," in out[1]
 
 
 def test_wrong_options_are_one_line(new, photos, start, tmp_path):
@@ -770,15 +770,15 @@ def test_wrong_options_are_one_line(new, photos, start, tmp_path):
     assert start(train, "--data", photos, *new, "--samples", 0, "--steps", 1, "--out", out)[0] == 0
     assert problem(*new) == f"{out} already has a run: continue it (--resume) or choose another --out"
     assert problem("--resume", "--steps", 2, "--ema", 0).endswith("--ema cannot change between 0 and another value")
-    assert problem("--resume", "--steps", 2, "--optimizer", "muon").endswith(
-        "started with --optimizer adamw, which cannot change"
+    assert problem("--resume", "--steps", 2, "--optimizer", "muon").startswith(
+        f"--optimizer muon: the run in {out} was started with --optimizer adamw, which cannot change: "
     )
     assert start(train, "--out", out, "--resume", "--steps", 2)[0] == 0  # what was refused is not remembered
     assert problem("--resume", "--steps", 1) == "the run is already at step 2: give more --steps"
     other = tmp_path / "other"
     for wrong, said in (
         (("--sample-steps", 0), "steps"), (("--sample-guidance", "nan"), "guidance"), (("--threads", -1), "--threads"),
-        (("--lr", "inf"), "--lr"), (("--schedule", "linear"), "--schedule must be cosine or constant"),
+        (("--lr", "inf"), "--lr"), (("--schedule", "cubic"), "--schedule must be cosine, linear or constant"),
         (("--text", photos / "red.png"), str(photos)), (("--sample-prompts", tmp_path / "none"), "--sample-prompts"),
     ):  # fmt: skip
         assert problem(*new, "--out", other, *wrong).startswith(said)
@@ -822,9 +822,9 @@ def test_a_log_goes_on_from_its_step(tmp_path):
     for step in (1, 2, 3):
         log.write(step=step, loss=1.0 / step, lr=0.1, norm=1.0, seconds=float(step))
     again = Log(tmp_path, 2)
-    assert again.seconds == 2.0 and [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2]
+    assert again.seconds == 2.0 and [line["step"] for line in read_log(tmp_path / "train.jsonl")] == [1, 2]
     Log(tmp_path, 0)
-    assert read_log(tmp_path / "log.jsonl") == []
+    assert read_log(tmp_path / "train.jsonl") == []
 
 
 def write_full_size(path: Path) -> None:
@@ -847,7 +847,7 @@ def test_fine_tuning_a_full_size_checkpoint_takes_a_step(photos, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     (out / "state.pt").unlink()  # 10 GB
-    assert 0 < read_log(out / "log.jsonl")[0]["loss"] < 10
+    assert 0 < read_log(out / "train.jsonl")[0]["loss"] < 10
     a, b = (StableDiffusion.load(path, device="cpu", dtype="float16") for path in (before, out / "model.safetensors"))
     assert b.config == SD1
     kept, trained = a.unet.state_dict(), b.unet.state_dict()

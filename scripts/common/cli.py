@@ -134,6 +134,19 @@ class Parser(argparse.ArgumentParser):
             name for name, value in vars(found).items() if value is not absent and value is not None and value != []
         }
 
+    def fits(self, name: str, value: object) -> bool:
+        """Whether a value read from a file can be the default of an argument: a number, text or flag where it is one.
+
+        True for a name that is no argument.
+        """
+        for action in self._actions:
+            if action.dest == name and value is not None:
+                values = value if isinstance(value, list) and action.nargs not in (None, 0) else [value]
+                numbers = action.type in (int, float)
+                kind = bool if action.nargs == 0 else (int, float) if numbers else str
+                return all(isinstance(each, kind) and (kind is bool or not isinstance(each, bool)) for each in values)
+        return True
+
     def error(self, message: str) -> NoReturn:
         """Exit with status 2. For a misspelt option, suggest the closest one."""
         known = [name for action in self._actions for name in action.option_strings]

@@ -4,8 +4,8 @@ It starts as a copy of the U-Net's first half, and its zero convolutions add not
 whose input now includes a hint; gradients flow through the U-Net's second half only. Half of the prompts are dropped,
 as in the paper, so that the network learns to see in the hint itself what is drawn.
 
-Each line of log.jsonl has the mean absolute weight of the zero convolutions, in the order of `Residuals`: those of the
-skip connections, from fine to coarse, then the middle.
+Each line of train.jsonl has the mean absolute weight of the zero convolutions, in the order of `Residuals`: those of
+the skip connections, from fine to coarse, then the middle.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -57,6 +58,14 @@ class Processes:
         """Wait for all processes."""
         if self.count > 1:
             dist.barrier(group=self.messages)
+
+
+def lost(error: RuntimeError, processes: Processes) -> bool:
+    """Whether an error says that another process ended, or cannot be reached."""
+    gone = r"closed by peer|reset by peer|broken pipe|gloo/transport|connection (was )?(lost|refused)|heartbeat"
+    return processes.count > 1 and (
+        isinstance(error, dist.DistNetworkError | dist.DistBackendError) or bool(re.search(gone, str(error), re.I))
+    )
 
 
 @contextlib.contextmanager

@@ -1,14 +1,10 @@
 """The saved state of a training run, for exact resumption; and requests to stop.
 
-OUT/settings.json        the arguments of the run, which --resume restores
-OUT/state.pt             networks, optimizer, average, scaler and step; random numbers are a function of the step
+OUT/state.pt      trained weights, optimizers, average, scaler and step; random numbers are a function of the step
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
 import signal
 import threading
 from collections.abc import Mapping
@@ -24,10 +20,8 @@ from tqdm import tqdm
 from sd.checkpoints.key_maps import from_own_0_1
 from sd.files import replaced_file
 
-from ..common.cli import Parser
-
-SETTINGS, STATE = "settings.json", "state.pt"
-NOT_KEPT = ("out", "resume", "threads", "workers", "device", "recipes")  # may differ between starts
+STATE = "state.pt"
+KEPT = {"networks", "optimizer", "optimizers", "ema", "scaler", "step", "sum", "count"}
 
 
 def save_state(state: Mapping[str, object], path: Path) -> None:
@@ -47,17 +41,26 @@ def save_state(state: Mapping[str, object], path: Path) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read a file of `save_state`. Raises OSError, or ValueError in one line for anything but a training state."""
+    """Read a file of `save_state`. Raises OSError, or ValueError in one line for anything but a training state.
+
+    Tensors are read where they are used, so that several processes on a machine share the memory of a large file.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError:
         raise
     except Exception as error:  # torch raises several kinds, depending on where the file is damaged
         raise ValueError(f"{path}: not a training state: {str(error).partition(chr(10))[0][:200]}") from None
 
 
-def upgraded(state: dict[str, Any]) -> dict[str, Any]:
-    """A training state with this version's names of weights; it may be of version 0.1."""
+def resumable(path: Path) -> dict[str, Any]:
+    """The state of a run, with this version's names of weights; it may be of version 0.1.
+
+    Raises OSError, or ValueError in one line for anything but the state of a run.
+    """
+    state = load_state(path)
+    if not isinstance(state, dict) or KEPT - state.keys():
+        raise ValueError(f"{path}: not the state of a training run; remove it to start again, or restore it")
     state["networks"] = {from_own_0_1(key): value for key, value in state["networks"].items()}
     if state["ema"] is not None:
         state["ema"]["average"] = {from_own_0_1(key): value for key, value in state["ema"]["average"].items()}
@@ -71,34 +74,6 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, dict(metadata))
         except SafetensorError as error:
             raise OSError(f"{path}: cannot be written: {error}") from None
-
-
-def continued(parser: Parser, args: argparse.Namespace, argv: list[str] | None) -> argparse.Namespace:
-    """The arguments of a resumed run (--resume): those of its start, overridden by those given now."""
-    if not args.resume:
-        if (args.out / STATE).exists():
-            raise ValueError(f"{args.out} already has a run: continue it (--resume) or choose another --out")
-        return args
-    path = args.out / SETTINGS
-    if not (args.out / STATE).exists():
-        raise ValueError(f"{args.out}: no run to resume ({STATE}); start one without --resume")
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        kept = {name: value for name, value in kept.items() if name in vars(args)}
-    except (ValueError, AttributeError, RecursionError):
-        raise ValueError(f"{path}: damaged; remove it and give all options again") from None
-    except FileNotFoundError:
-        return args
-    # argparse parses string defaults like arguments
-    parser.set_defaults(**kept)
-    return parser.parse_words(argv)
-
-
-def keep_settings(args: argparse.Namespace, recipe: Mapping[str, object]) -> None:
-    """Save the arguments for `continued`, and the recipe, because a later version may have other defaults."""
-    values = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name not in NOT_KEPT}
-    with replaced_file(args.out / SETTINGS) as partial:
-        partial.write_text(json.dumps(values | dict(recipe), indent=1), encoding="utf-8")
 
 
 class Stop:
@@ -128,13 +103,3 @@ class Stop:
             self.asked = True
             more = "" if self.patient else "; press again to stop at once"
             tqdm.write(f"stopping after this step, then saving{more}")
-
-
-def finite(value: float, step: int, saved: int, what: str = "loss") -> float:
-    """The value if it is finite; otherwise ArithmeticError with advice. `saved` is the step of the last saved state."""
-    if math.isfinite(value):
-        return value
-    kept = f"the state of step {saved} is kept" if saved else "nothing has been saved yet"
-    raise ArithmeticError(
-        f"the {what} is not finite ({value}) at step {step}: try a lower --lr or --precision float32; {kept}"
-    )

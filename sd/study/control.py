@@ -57,14 +57,14 @@ class TrainingLog(NamedTuple):
 
 
 def read_log(path: Path) -> TrainingLog:
-    """The log.jsonl of a training, or a file of JSON with its lines as a list, or with its columns.
+    """The train.jsonl of a training, or a file of JSON with its lines as a list, or with its columns.
 
     Raises ValueError for anything else.
     """
     try:
         return read_log_text(path.read_text(encoding="utf-8"))
     except ValueError:  # of the JSON, of the encoding
-        raise ValueError(f"{path}: not the log of the training of a control network (log.jsonl)") from None
+        raise ValueError(f"{path}: not the log of the training of a control network (train.jsonl)") from None
 
 
 def read_log_text(text: str) -> TrainingLog:

@@ -26,7 +26,7 @@ from .initialization import (
     initialise_vae,
     widen_input,
 )
-from .lora import LoraParams, TrainableLora, lora_layers, lora_metadata, lora_tensors
+from .lora import LoraParams, TrainableLora, lora_layers
 from .lora_files import lora_hash, lora_metadata, lora_tensors
 from .losses import (
     contrastive_loss,

@@ -8,17 +8,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+# share of the peak learning rate, by the share of the steps after the warm-up that are done
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up to `peak`, then half a cosine down to 0 at `steps` (Loshchilov and Hutter 2016)."""
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str = "cosine") -> float:
+    """Linear warm-up to `peak`, then one of `SCHEDULES` until `steps`.
+
+    cosine     half a cosine down to 0 (Loshchilov and Hutter 2016)
+    linear     a straight line down to 0
+    constant   the peak
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
-    return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+    done = (step - warmup) / max(steps - warmup, 1)
+    return peak * SCHEDULES[schedule](done)
 
 
 class Muon(torch.optim.Optimizer):
@@ -31,7 +44,11 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
