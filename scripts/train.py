@@ -20,6 +20,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # run as a file: see bootstrap.py
@@ -36,13 +37,21 @@ from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion
 from sd.runtime.device import find_dtype
 from sd.schedule import Schedule
-from sd.training import channels_last, checkpoint_activations, diffusion_loss, min_snr_weight, velocity_weight
+from sd.training import (
+    channels_last,
+    checkpoint_activations,
+    diffusion_loss,
+    level_batch,
+    min_snr_weight,
+    velocity_weight,
+)
 
 from .common import cli
 from .training import control, loop, models
+from .training.batches import Batch, Batches
 from .training.captions import Captions, text_encoders
-from .training.data import add_data_arguments, find_source
-from .training.latents import Batches, latents
+from .training.latents import latents
+from .training.options import add_data_arguments, batch_options, data_options, find_source
 from .training.processes import Processes
 from .training.samples import add_sample_arguments, sample_prompts, some_captions, write_sheet
 
@@ -83,28 +92,32 @@ def parser() -> cli.Parser:
     add("--sample-guidance", type=float, help="default: the model's own")
     control.add_control_arguments(parser)
     models.add_model_arguments(parser)
-    add_data_arguments(parser, scenes=24000)
+    add_data_arguments(parser, scenes=24000, bucketed=True, fine_tuning=True)
     loop.add_loop_arguments(parser, RECIPE, with_ckpt=FINE_TUNING)
     return parser
 
 
 class Objective(nn.Module):
-    """Text encoders and U-Net with the diffusion loss, as one module for DistributedDataParallel.
+    """Text encoders and U-Net with the diffusion loss, as one module for DistributedDataParallel."""
 
-    size   of the images in pixels
-    """
-
-    def __init__(self, model: StableDiffusion, size: int, weighting: str) -> None:
+    def __init__(self, model: StableDiffusion, weighting: str) -> None:
         super().__init__()
         for name, encoder in text_encoders(model).items():
             self.add_module(name, encoder)
-        self.unet, self.captions = model.unet, Captions(model, size)
+        self.unet, self.captions = model.unet, Captions(model)
         self.schedule, self.weight = model.schedule, WEIGHTINGS.get(weighting)
 
-    def forward(self, x0: Tensor, ids: Tensor, t: Tensor, noise: Tensor, concat: Tensor | None = None) -> Tensor:
-        """x0 and noise (B, C, h, w), ids (B, M), t (B,), for 9 channels `concat` (B, 5, h, w) -> a scalar."""
-        weight = self.weight(self.schedule, t) if self.weight else None
-        return diffusion_loss(self.unet, self.schedule, x0, self.captions(ids, concat), t, noise, weight)
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss of a batch, a scalar."""
+        x0, noise, t, weight = batch[:4]
+        weight = weight * self.weight(self.schedule, t) if self.weight else weight
+        cond = self.captions(batch)
+        if batch.mask is None:
+            return diffusion_loss(self.unet, self.schedule, x0, cond, t, noise, weight)
+        level = level_batch(self.schedule, t)
+        out = self.unet(self.schedule.add_noise(x0, noise, level), t, cond).float()
+        error = (out - self.schedule.target(x0, noise, level)).square().mean(1, keepdim=True)
+        return (weight * (error * batch.mask).sum((1, 2, 3)) / batch.mask.sum((1, 2, 3))).mean()
 
 
 def find_model(args: argparse.Namespace, seed: int, device: torch.device) -> StableDiffusion:
@@ -144,11 +157,12 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     size = args.size or model.config.size
     model.latent_shape(size, size)  # refuses what cannot be
     path = args.out / "cache" / "latents.safetensors"
-    data = latents(path, find_source(args, size), model, processes, args.workers, keep_pixels=args.inpaint)
+    how, batch_how = data_options(args, model.config), batch_options(args)
+    data = latents(path, find_source(args, how), model, processes, args.workers, args.inpaint, how.flip)
     if args.samples and not prompts:
         prompts = some_captions(args.samples, model, data)
 
-    if args.ckpt and not args.train_text and (unknown := models.unknown_words(model, data["ids"])):
+    if args.ckpt and not args.train_text and (unknown := models.unknown_words(model, data.ids)):
         warnings.warn(f"the model does not know these words: {unknown} (--train-text learns them)", stacklevel=1)
     model.unet.requires_grad_(True)
     if args.train_text or not args.ckpt:
@@ -159,8 +173,8 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     if not args.ckpt:
         if args.text:
             model.text_encoder.load_state_dict(models.load_text_encoder(args.text, model).state_dict())
-        models.forget_unused(model.text_encoder, torch.cat([data["ids"].long(), model.tokenizer([""])]))
-    objective = Objective(model, size, args.weighting)
+        models.forget_unused(model.text_encoder, torch.cat([data.ids.long(), model.tokenizer([""])]))
+    objective = Objective(model, args.weighting)
     channels_last(objective, device)
     if args.checkpointing:
         checkpoint_activations(objective)
@@ -170,7 +184,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
             encoder.compile()
     trainer = loop.Trainer(objective, recipe, processes, args)
     trained = sum(p.numel() for p in trainer.trained.values())
-    batches = Batches(data, model, recipe, processes, args.drop, args.inpaint, trained)
+    batches = Batches(data, model, recipe, processes, replace(batch_how, inpaint=args.inpaint, trained=trained))
     written = args.out / "model.safetensors"
 
     def write() -> str:
@@ -182,7 +196,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         settings = {"steps": args.sample_steps, "guidance": args.sample_guidance}
         write_sheet(args.out / f"samples-{step:06d}.png", present, prompts, size, **settings)
 
-    trainer.describe(model.config.name, len(data["mean"]))
+    trainer.describe(model.config.name, len(data))
     trainer.run(batches, write, (size // model.config.vae.factor) ** 2, show if prompts else None)
     if processes.main:
         print(f"{written}: {model.config.name}, for --ckpt of every program")

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_train_scripts import QUICK, SMALL, interrupt_at, photos, same, start  # noqa: F401
+from training_common import batch_of
 
 from scripts import distill
-from scripts.training.latents import Batches
 from scripts.training.loop import Recipe
 from scripts.training.models import write_model
 from scripts.training.processes import Processes
@@ -157,14 +157,15 @@ class Parts:
 
     def __init__(self, processes: Processes) -> None:
         self.recipe, self.processes, self.steps = Recipe(batch=500, accumulate=2), processes, 1000
-        self.total = 1000 * processes.count
 
-    share = Batches.share
+    def draw(self, number: int, what: str, rows: int) -> torch.Tensor:
+        return torch.rand(rows, 500, generator=torch.Generator().manual_seed(10_000 + number))
 
     def __call__(self, step: int):
-        rng = torch.Generator().manual_seed(step)
-        t = torch.randint(0, 1000, (self.total,), generator=rng)
-        yield from ({"t": t[self.share(k)]} for k in range(2))
+        for number in (2 * step, 2 * step + 1):
+            x = torch.zeros(500, 1, 1, 1)
+            t = torch.randint(0, 1000, (500,), generator=torch.Generator().manual_seed(number))
+            yield {"batch": batch_of(x, torch.zeros(500, 1), t, x)}
 
 
 @pytest.mark.parametrize("skip", [1, 3])
@@ -173,7 +174,8 @@ def test_times_of_a_step(skip):
     grid = solver_timesteps(model_of(SMALL).schedule, 10)
     batches = distill.SolverBatches(Parts(Processes(torch.device("cpu"))), grid, (2.0, 6.0), skip)
     parts = [part for step in range(4) for part in batches(step)]
-    t, u, s, guidance = (torch.cat([part[name] for part in parts]) for name in ("t", "u", "s", "guidance"))
+    t = torch.cat([part["batch"].t for part in parts])
+    u, s, guidance = (torch.cat([part[name] for part in parts]) for name in ("u", "s", "guidance"))
     assert len(t) == 4000 and set(t.tolist()) == set(grid[1:])
     assert all(abs((t == each).sum() - 400) < 90 for each in grid[1:])
     assert torch.equal(u, (t - 100 * skip).clamp(min=-1))

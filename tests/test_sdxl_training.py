@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_train_scripts import QUICK, SMALL, photos, start  # noqa: F401
 
 from scripts import convert, distill, train, train_text
+from scripts.training.batches import Batch
 from scripts.training.captions import Captions, padded
 from scripts.training.models import write_model
 from scripts.training.state import load_state, save_tensors
@@ -62,11 +63,18 @@ def rng(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def captioned(ids: torch.Tensor, size: int = 128) -> Batch:
+    """A batch of captions for images of this size."""
+    nothing = torch.zeros(len(ids))
+    sizes = torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32).expand(len(ids), -1)
+    return Batch(nothing, nothing, nothing, nothing, ids, sizes=sizes)
+
+
 def batch(model: StableDiffusion) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Conditioning]:
     """Latents, timesteps, noise, and what two captions say."""
     x0, noise = torch.randn(2, 2, 4, 16, 16, generator=rng(0))
     ids = model.tokenizer(["a red house on a meadow", "a boat"])
-    return x0, torch.tensor([900, 300]), noise, Captions(model, 128)(ids)
+    return x0, torch.tensor([900, 300]), noise, Captions(model)(captioned(ids))
 
 
 def test_captions_are_encoded_as_prompts():
@@ -74,20 +82,22 @@ def test_captions_are_encoded_as_prompts():
     model = xl()
     texts = ["a red house on a meadow", "a boat"]
     assert torch.equal(padded(model.tokenizers[0](texts), 0), model.tokenizers[1](texts))
-    found, expected = Captions(model, 128)(model.tokenizer(texts)), model.conditioning(texts)
+    found, expected = Captions(model)(captioned(model.tokenizer(texts))), model.conditioning(texts)
     assert error(found.context, expected.context) < 1e-6 and error(found.vector, expected.vector) < 1e-6
-    other = Captions(model, 64)(model.tokenizer(texts)).vector
+    other = Captions(model)(captioned(model.tokenizer(texts), 64)).vector
     assert torch.equal(other[:, :96], found.vector[:, :96]) and not torch.equal(other[:, 96:], found.vector[:, 96:])
-    dropped = Captions(model, 128)(model.tokenizer(["a boat", ""]))
+    dropped = Captions(model)(captioned(model.tokenizer(["a boat", ""])))
     assert dropped.context[0].any() and not dropped.context[1].any() and not dropped.vector[1, :96].any()
     assert error(dropped.vector[1], model.zeroed(model.conditioning([""]), [True]).vector[0]) < 1e-6
     concat = torch.ones(2, 5, 8, 8)
-    assert Captions(model, 128)(model.tokenizer(texts), concat).concat is concat
+    assert Captions(model)(captioned(model.tokenizer(texts))._replace(concat=concat)).concat is concat
+    without = Captions(model).without(captioned(model.tokenizer(texts), 64))
+    assert without.batch == 2 and not without.context.any() and torch.equal(without.vector[:, 96:], other[:, 96:])
 
 
 def test_one_encoder_is_as_before(tiny_sd):
     ids = tiny_sd.tokenizer(["a boat", ""])
-    told = Captions(tiny_sd, 128)(ids)
+    told = Captions(tiny_sd)(captioned(ids)._replace(sizes=None))
     assert told.vector is None and torch.equal(told.context, tiny_sd.text_encoder(ids).hidden)
 
 
@@ -154,7 +164,7 @@ def test_distillation_has_the_vector():
     """A guided step of the teacher and the student's loss take it with and without the prompt."""
     model = xl()
     x0, t, noise, cond = batch(model)
-    uncond = Captions(model, 128)(model.tokenizer([""]))
+    uncond = Captions(model)(captioned(model.tokenizer([""])))
     scale = torch.tensor([3.0, 3.0])
     teacher = guided(model.unet, uncond, scale)
     expected = model.denoiser(cond, uncond, 3.0)
