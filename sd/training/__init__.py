@@ -1,4 +1,4 @@
-"""Training: losses, distillation, LoRA, new words, initial weights, augmentation, EMA, optimisers and memory.
+"""Training: losses, distillation, LoRA, new words, initial weights, augmentation, EMA, optimisers, noise and memory.
 
 The pipeline never imports this package.
 """
@@ -42,19 +42,21 @@ from .losses import (
     vae_loss,
     velocity_weight,
 )
-from .memory import channels_last, checkpoint_activations
+from .memory import blocks, channels_last, checkpoint_activations
 from .noise import offset_noise, pyramid_noise
-from .optimizers import Muon, learning_rate, orthogonal
+from .optimizers import SCHEDULES, Muon, learning_rate, orthogonal
 from .words import TrainableWord, bundled_tensors, embedding_pickle, embedding_tensors
 
 __all__ = [
     "EMA",
+    "SCHEDULES",
     "LoraParams",
     "Muon",
     "Points",
     "TrainableLora",
     "TrainableWord",
     "add_guidance_input",
+    "blocks",
     "bundled_tensors",
     "channels_last",
     "checkpoint_activations",
