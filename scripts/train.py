@@ -37,17 +37,18 @@ from sd.checkpoints.convert import WEIGHTS
 from sd.config import PRECISIONS, SHORT_PRECISIONS
 from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion
+from sd.runtime.device import dtype_name
 from sd.training import channels_last, checkpoint_activations
 
 from .common import cli
-from .training import adapters, class_images, control, loop, models
+from .training import accounting, adapters, class_images, control, loop, models
 from .training.adapters import Adapters, add_adapter_arguments
 from .training.batches import Batches, BatchOptions
 from .training.captions import text_encoders
 from .training.dataset import TrainingData, split
 from .training.latents import latents
 from .training.models import Resting
-from .training.objective import Objective, add_objective_arguments, loss_params, noise_shape, retargeted
+from .training.objective import LossParams, Objective, add_objective_arguments, loss_params, noise_shape, retargeted
 from .training.options import add_data_arguments, batch_options, data_options, find_source
 from .training.processes import Processes
 from .training.recipe import Recipe, add_loop_arguments, find_precision
@@ -152,9 +153,31 @@ def find_data(args: argparse.Namespace, model: StableDiffusion, target: Target, 
     source = target.told(find_source(args, options))
     folder, precision = args.out / "cache", find_precision(args.precision, processes.device)
     data = latents(folder / "latents.safetensors", source, model, processes, args.workers, args.inpaint, args.flip)
-    if target.trains_text or batch_options(args).tags.change or args.data in (None, "world"):
+    if not caches_text(args, target):
         return data
     return with_encoded_text(folder / "text.safetensors", data, model, processes, precision or torch.float32)
+
+
+def caches_text(args: argparse.Namespace, target: Target) -> bool:
+    """Whether captions are encoded once: if they and the text encoders stay as they are."""
+    return not (target.trains_text or batch_options(args).tags.change or args.data in (None, "world"))
+
+
+def tell_memory(args: argparse.Namespace, model: StableDiffusion, target: Target, losses: LossParams) -> None:
+    """Print how much memory a step takes on a GPU."""
+    recipe, size, precision = (
+        Recipe.of(args),
+        args.size or model.config.size,
+        find_precision(args.precision, model.device),
+    )
+    encoded = caches_text(args, target)
+    objective = Objective(model, losses, target.modules, with_text=not encoded)
+    if args.checkpointing:
+        checkpoint_activations(objective, target.is_random)
+    batch = accounting.blank_batch(model, size, recipe.batch, encoded)
+    found = accounting.estimate(objective, target, recipe, precision, batch)
+    print(f"{target.describe()}, {recipe.batch} of {size}x{size} pixels, {dtype_name(precision or torch.float32)}")
+    print("\n".join(found.lines()))
 
 
 def train(args: argparse.Namespace, processes: Processes) -> None:
@@ -163,6 +186,8 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         control.train(args, processes)
         return
     check(args)
+    if args.estimate_memory and args.precision == "auto":
+        args.precision = "bfloat16"  # as on GPUs of the last years, wherever this runs
     recipe, device = Recipe.of(args), processes.device
     prompts, losses = sample_prompts(args), loss_params(args)
     making = replace(batch_options(args), noise=noise_shape(args), inpaint=args.inpaint)
@@ -171,12 +196,17 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     size = args.size or model.config.size
     model.latent_shape(size, size)  # refuses what cannot be
     target: Target = Adapters(args, model, recipe) if adapters.wanted(args) else WholeModel(args, model)
+    target.set_trainable()
+    if args.estimate_memory:
+        tell_memory(args, model, target, losses)
+        return
     data = find_data(args, model, target, processes)
     prompts = prompts or some_captions(args.samples, model, data)
     held = None
     if args.validate is not None:
         data, held = split(data, args.validate, recipe.seed)
     target.prepare(data)
+    target.attach()
     idle = ([] if args.inpaint else ["vae"]) + ([] if data.text is None else list(text_encoders(model)))
     resting = Resting([getattr(model, name) for name in idle], device)
     objective = Objective(model, losses, target.modules, with_text=data.text is None)

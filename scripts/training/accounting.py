@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -27,7 +27,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sd.pipeline import StableDiffusion
+
 from .batches import Batch
+from .optimizers import make_optimizers
+from .recipe import Recipe
+from .target import Target
 
 CONTEXT = 0.5e9  # bytes of a CUDA context with cuDNN's and cuBLAS's workspaces
 FRAGMENTS = 1.05  # times the peak: blocks that the allocator cannot use
@@ -129,6 +134,44 @@ def _in_float32(module: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> Tensor:
     if isinstance(module, nn.GroupNorm):
         return F.group_norm(x.float(), module.num_groups, weight, bias, module.eps)
     return F.layer_norm(x.float(), module.normalized_shape, weight, bias, module.eps)
+
+
+def estimate(
+    objective: nn.Module, target: Target, recipe: Recipe, precision: torch.dtype | None, batch: Batch
+) -> StepMemory:
+    """The memory of a step of a run; its networks have no contents afterwards.
+
+    objective   with what is trained not attached yet, see `Target.set_trainable`
+    batch       of tensors on any device
+    """
+    with without_contents():
+        empty(objective)
+        target.attach()
+        trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        count = sum(p.numel() for p in trained.values())
+        small = recipe.optimizer == "adamw8bit"  # its kernels need tensors with contents
+        optimizers = [] if small else make_optimizers(trained, recipe, torch.device("cpu"), {})
+        values = [None if value is None else torch.empty(value.shape, dtype=value.dtype) for value in batch]
+        found = step_memory(objective, Batch(*values), optimizers, precision)  # type: ignore[arg-type]
+    more = (2 * count if small else 0) + (4 * count if recipe.ema else 0)
+    return replace(found, peak=found.peak + more, optimizer=found.optimizer + more)
+
+
+def blank_batch(model: StableDiffusion, size: int, count: int, encoded: bool) -> Batch:
+    """A batch of `count` images of size x size pixels; `encoded` text or token ids."""
+    config = model.config
+    x0 = torch.zeros(count, *model.latent_shape(size, size))
+    t, weight = torch.zeros(count, dtype=torch.long), torch.ones(count)
+    batch = Batch(x0, x0, t, weight, torch.zeros(count, config.text[0].length, dtype=torch.long))
+    if encoded:
+        pooled = config.text[-1].pooled_width
+        context = torch.zeros(count, config.text[0].length, config.unet.context)
+        batch = batch._replace(context=context, pooled=torch.zeros(count, pooled) if pooled else None)
+    if config.sizes:
+        batch = batch._replace(sizes=torch.zeros(count, len(config.sizes)))
+    if config.is_inpainting:
+        batch = batch._replace(concat=torch.zeros(count, config.unet.in_channels - x0.shape[1], *x0.shape[2:]))
+    return batch
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:

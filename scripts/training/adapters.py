@@ -1,6 +1,6 @@
 """train.py --lora and --train-word: what is trained beside a model that stays as it is.
 
---lora R            low-rank changes of layers of the U-Net, with --train-text also of the text encoders (Hu et al. 2021)
+--lora R            low-rank changes of layers of the U-Net, with --train-text of the text encoders too (Hu 2021)
 --train-word WORD   vectors of a new word of the prompt (textual inversion, Gal et al. 2022)
 both                a LoRA whose file has the vectors of its word in it ("pivotal tuning")
 
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -179,15 +180,22 @@ class Adapters:
             return Joined(WithWord(source.first, self.word.word, templates), source.second)
         return WithWord(source, self.word.word, templates)
 
-    def prepare(self, data: TrainingData) -> None:
-        """Freeze the model, and let its networks compute with what is trained."""
+    def set_trainable(self) -> None:
+        """Freeze the model."""
         for name in ("unet", *self.config.text_names):
             getattr(self.model, name).requires_grad_(False)
+
+    def attach(self) -> None:
+        """Let the networks of the model compute with what is trained."""
         for name, lora in self.loras.items():
             lora.attach(self.networks[name])
         if self.word is not None:
             self.word.attach()
-        self.modules.to(self.model.device)
+
+    def prepare(self, data: TrainingData) -> None:
+        """Keep what the files will say of the training; name layers that are smaller than the rank."""
+        if limited := self.limited():
+            warnings.warn(limited, stacklevel=1)
         self.facts = facts(self.args, self.recipe, data) | {"training_started_at": self.began}
 
     def rates(self, lr: float) -> dict[str, float]:

@@ -25,8 +25,14 @@ class Target(Protocol):
     def told(self, source: Source) -> Source:
         """The source, with the captions that this training needs."""
 
+    def set_trainable(self) -> None:
+        """Let what is trained have gradients, and freeze the rest."""
+
+    def attach(self) -> None:
+        """Let the networks compute with the modules."""
+
     def prepare(self, data: TrainingData) -> None:
-        """Make the model and the modules ready to be trained."""
+        """Look at the data before the training begins: what the model does not know of it, what files say about it."""
 
     def rates(self, lr: float) -> dict[str, float]:
         """The learning rates of parts that have their own, relative to `lr`, by the beginning of parameters' names."""

@@ -35,17 +35,22 @@ class WholeModel:
         """The source as it is."""
         return source
 
+    def set_trainable(self) -> None:
+        """Let the U-Net have gradients, and the text encoders if they are trained."""
+        self.model.unet.requires_grad_(True)
+        for encoder in text_encoders(self.model).values():
+            encoder.requires_grad_(self.trains_text)
+            if not (encoder.config.hidden_norm or encoder.config.pooled):  # nothing uses it: SDXL's first encoder
+                encoder.norm.requires_grad_(False)
+
+    def attach(self) -> None:
+        """There is nothing to attach."""
+
     def prepare(self, data: TrainingData) -> None:
-        """Make the networks trainable; of a new model, with the tokens of the captions only."""
+        """Name words that the model does not know; a new model forgets all tokens that no caption has."""
         args, model = self.args, self.model
         if args.ckpt and not args.train_text and (unknown := models.unknown_words(model, data.ids)):
             warnings.warn(f"the model does not know these words: {unknown} (--train-text learns them)", stacklevel=1)
-        model.unet.requires_grad_(True)
-        if self.trains_text:
-            for encoder in text_encoders(model).values():
-                encoder.requires_grad_(True)
-                if not (encoder.config.hidden_norm or encoder.config.pooled):  # nothing uses it: SDXL's first encoder
-                    encoder.norm.requires_grad_(False)
         if not args.ckpt:
             if args.text:
                 model.text_encoder.load_state_dict(models.load_text_encoder(args.text, model).state_dict())
