@@ -90,7 +90,7 @@ def test_gradients_are_those_of_the_merged_weight(kind, params, dtype):
     found = network(x)
     got = torch.autograd.grad((found * back).sum(), [x, *lora.parameters()])
     limit = 1e-6 if dtype == torch.float32 else 1e-13
-    assert error(found, expected) < limit and len(got) == (4 if layer.magnitude is not None else 3)
+    assert error(found.detach(), expected.detach()) < limit and len(got) == (4 if layer.magnitude is not None else 3)
     for ours, theirs in zip(got, wanted, strict=True):
         assert theirs.any() and error(ours, theirs) < limit
     assert error(layer.merged(network[0].weight), merged(layer, network[0].weight).detach()) < limit
@@ -172,7 +172,7 @@ def test_dropout_is_of_the_inputs(dora):
     seen = F.dropout(x, 0.5)
     assert (seen == 0).any() and (seen != 0).any()
     expected = plain + seen @ (merged(layer, network[0].weight) - network[0].weight).T
-    assert error(found, expected) < 1e-6
+    assert error(found.detach(), expected.detach()) < 1e-6
 
 
 @pytest.mark.parametrize("dora", [False, True])
