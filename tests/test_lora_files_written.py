@@ -75,6 +75,7 @@ def written(loras, config: Config, folder: Path, naming: str) -> Path:
     return path
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("naming", ["kohya", "peft"])
 @CONFIGS
@@ -105,6 +106,7 @@ def pipes(tmp_path_factory) -> dict[Config, Path]:
     return folders
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "naming, dora, text",
     [("kohya", False, True), ("peft", False, True), ("peft", True, True), ("kohya", False, False)],
@@ -143,6 +145,7 @@ def test_diffusers_reads_them(config, naming, dora, text, models, pipes, tmp_pat
     assert error(model.unet(x, t, cond), found) > 0.1
 
 
+@pytest.mark.sampled(3)
 @CONFIGS
 @pytest.mark.filterwarnings("ignore")
 def test_pefts_names_are_those_that_diffusers_writes(config, models, pipes, tmp_path):

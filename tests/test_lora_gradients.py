@@ -17,7 +17,7 @@ from sd.checkpoints.key_maps import diffusers_sources
 from sd.conditioning import Conditioning
 from sd.models.layers import ResBlock
 from sd.models.unet import SpatialTransformer, UNet
-from sd.training import LoraParams, TrainableLora, lora_layers
+from sd.training import LoraParams, TrainableLora, channels_last, lora_layers
 from sd.training.lora import LoraLayer
 
 KINDS = {
@@ -90,7 +90,7 @@ def test_gradients_are_those_of_the_merged_weight(kind, params, dtype):
     found = network(x)
     got = torch.autograd.grad((found * back).sum(), [x, *lora.parameters()])
     limit = 1e-6 if dtype == torch.float32 else 1e-13
-    assert error(found, expected) < limit and len(got) == (4 if layer.magnitude is not None else 3)
+    assert error(found.detach(), expected.detach()) < limit and len(got) == (4 if layer.magnitude is not None else 3)
     for ours, theirs in zip(got, wanted, strict=True):
         assert theirs.any() and error(ours, theirs) < limit
     assert error(layer.merged(network[0].weight), merged(layer, network[0].weight).detach()) < limit
@@ -172,7 +172,7 @@ def test_dropout_is_of_the_inputs(dora):
     seen = F.dropout(x, 0.5)
     assert (seen == 0).any() and (seen != 0).any()
     expected = plain + seen @ (merged(layer, network[0].weight) - network[0].weight).T
-    assert error(found, expected) < 1e-6
+    assert error(found.detach(), expected.detach()) < 1e-6
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -194,6 +194,47 @@ def test_half_precision(way, dora):
     gradients = torch.autograd.grad(found.float().square().mean(), list(lora.parameters()))
     assert found.dtype == torch.bfloat16
     assert all(g.dtype == torch.float32 and error(g, e) < 0.03 for g, e in zip(gradients, exact, strict=True))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_channels_last(dora):
+    """Network and LoRA in the memory format of training: the same gradients, in that format."""
+    torch.manual_seed(0)
+    unet = UNet(TINY.unet).requires_grad_(False)
+    lora = trained(unet, lora_layers(unet), LoraParams(4, dora=dora))
+    lora.attach(unet)
+    exact = torch.autograd.grad(unet(*unet_inputs()).square().mean(), list(lora.parameters()))
+    channels_last(unet, torch.device("cpu"))
+    channels_last(lora, torch.device("cpu"))
+    assert lora.layers[0].down.is_contiguous(memory_format=torch.channels_last) and lora.layers[0].down.dim() == 4
+    found = torch.autograd.grad(unet(*unet_inputs()).square().mean(), list(lora.parameters()))
+    assert all(error(a, b) < 1e-3 for a, b in zip(found, exact, strict=True))
+
+
+def test_distributed_data_parallel_finds_the_parameters(tmp_path):
+    """A module with network and LoRA, whose layers run in hooks: it waits for a gradient of each parameter."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    class Objective(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 4)).requires_grad_(False)
+            self.lora = trained(self.network, ["0", "1"], LoraParams(4, dora=True))
+            self.lora.attach(self.network)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.network(x).square().mean()
+
+    torch.manual_seed(0)
+    objective, x = Objective(), torch.randn(5, 12, generator=rng(1))
+    expected = torch.autograd.grad(objective(x), list(objective.lora.parameters()))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        DistributedDataParallel(objective)(x).backward()
+    finally:
+        dist.destroy_process_group()
+    assert all(torch.equal(p.grad, e) for p, e in zip(objective.lora.parameters(), expected, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------- PEFT

@@ -304,3 +304,8 @@ def test_size_of_a_lora():
     layers = [unet.get_submodule(name) for name in names]
     trained = 16 * sum(layer.in_features + layer.out_features for layer in layers)
     assert (len(names), trained) == (722, 42_557_440)  # 10 layers of each of 70 blocks, and 2 around each of 11
+    lora = TrainableLora(unet, names, LoraParams(16))
+    assert sum(p.numel() for p in lora.parameters()) == trained and lora.limited == 0
+    rows = sum(layer.out_features for layer in layers)
+    dora = TrainableLora(unet, names, LoraParams(16, dora=True))
+    assert sum(p.numel() for p in dora.parameters()) == trained + rows

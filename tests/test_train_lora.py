@@ -126,8 +126,8 @@ def test_only_the_lora_gets_gradients(unet):
 @pytest.mark.parametrize(
     ("names", "params", "words"),
     [
-        (["conv_in"], {"rank": 0}, "the rank of a LoRA must be at least 1, got 0"),
-        (["conv_in"], {"conv_rank": 0}, "the conv_rank of a LoRA must be at least 1"),
+        (["conv_in"], {"rank": 0}, "the rank of a LoRA must be a whole number from 1, got 0"),
+        (["conv_in"], {"conv_rank": 1.5}, "the conv_rank of a LoRA must be a whole number from 1"),
         (["conv_in"], {"alpha": 0.0}, "the alpha of a LoRA must be a number above 0"),
         (["conv_in"], {"conv_alpha": float("nan")}, "the conv_alpha of a LoRA must be a number above 0"),
         (["conv_in"], {"dropout": 1.0}, "the dropout of a LoRA must be from 0 to below 1"),

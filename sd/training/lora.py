@@ -31,13 +31,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
 from torch.utils.hooks import RemovableHandle
 
 from ..models.layers import module_list
@@ -74,8 +75,8 @@ class LoraParams:
     def __post_init__(self) -> None:
         for name in ("rank", "conv_rank"):
             rank = getattr(self, name)
-            if (rank is None and name == "rank") or (rank is not None and rank < 1):
-                raise ValueError(f"the {name} of a LoRA must be at least 1, got {rank}")
+            if (rank is None and name == "rank") or (rank is not None and (not isinstance(rank, int) or rank < 1)):
+                raise ValueError(f"the {name} of a LoRA must be a whole number from 1, got {rank}")
         for name in ("alpha", "conv_alpha"):
             alpha = getattr(self, name)
             if alpha is not None and not 0 < alpha < math.inf:
@@ -167,7 +168,8 @@ class LoraLayer(nn.Module):
 @torch.no_grad()
 def _norms(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """|W + s B A| of each row (out,), without a matrix of the size of B A: |w|² + 2 b A w + b A A^T b^T for a row w."""
-    with torch.autocast(weight.device.type, enabled=False):
+    device = weight.device.type  # "meta", of which shapes are counted, has no autocast
+    with torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext():
         w, a, b = weight.flatten(1).to(down.dtype), down.flatten(1), scale * up.flatten(1)
         squares = torch.linalg.vector_norm(w, dim=1).square()
         squares = squares + ((2 * (w @ a.T) + b @ (a @ a.T)) * b).sum(dim=1)

@@ -18,6 +18,10 @@ AI's; each is written only if it is true and known.
                                                                    .lora_magnitude_vector    m (out,), of DoRA
 
 The ranks and alphas are in the metadata, as settings of PEFT.
+
+A LoRA means the same in all of these programs, a DoRA does not: LyCORIS and this project read both namings as they are
+trained, diffusers ignores `dora_scale`, ComfyUI divides by |W| instead of |W + s B A|, and the web UI takes norms of
+inputs only. For these two, merge it into a checkpoint (scripts/convert.py --lora).
 """
 
 from __future__ import annotations
