@@ -4,6 +4,7 @@
     python scripts/convert.py v1-5.safetensors original.safetensors --layout original
     python scripts/convert.py v1-5.safetensors v1-5-folder --layout diffusers
     python scripts/convert.py v1-5-folder v1-5.safetensors
+    python scripts/convert.py v1-5.safetensors merged.safetensors --lora style.safetensors:0.8
     python scripts/convert.py v2-1_768-ema-pruned.ckpt --info
 
 The input is a file in the original layout or in ours, or a diffusers folder. The output has this project's names and
@@ -22,6 +23,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if not __package__:  # run as a file: see bootstrap.py
@@ -93,6 +95,10 @@ def parser() -> cli.Parser:
     parser.add_argument(
         "--text-encoder-2", type=cli.file_path, metavar="FILE", help="the same for SDXL's second text encoder"
     )
+    parser.add_argument(
+        "--lora", type=cli.home, action="append", default=[], metavar="FILE[:WEIGHT]",
+        help="merge a LoRA or LyCORIS file into the model; can be given several times (default weight: 1)",
+    )  # fmt: skip
     parser.add_argument("--variant", metavar="NAME", help="of a diffusers folder: which files to read, fp16, ...")
     return parser
 
@@ -102,7 +108,7 @@ def work(args: argparse.Namespace) -> None:
     if args.info:
         if args.output is not None:
             raise ValueError("--info writes nothing: leave out the output")
-        others = ("dtype", "keep_ema", "prediction", *PARTS)
+        others = ("dtype", "keep_ema", "prediction", "lora", *PARTS)
         if given := [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)]:
             raise ValueError(f"--info says what is in the input, as it is: leave out {', '.join(given)}")
         with sd.load_checkpoint(args.input, args.variant) as checkpoint, naming(args.input):
@@ -150,7 +156,7 @@ def kind_alone(args: argparse.Namespace) -> str:
 
 def refuse_options(args: argparse.Namespace, what: str, *more: str) -> None:
     """Raise ValueError if options are given that only concern whole models."""
-    given = [name for name in ("keep_ema", "prediction", *PARTS) if getattr(args, name)]
+    given = [name for name in ("keep_ema", "prediction", "lora", *PARTS) if getattr(args, name)]
     given += [name for name in ("weights", *more) if getattr(args, name) != "auto"]
     if given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -234,11 +240,20 @@ def write(args: argparse.Namespace, path: Path) -> tuple[int, str]:
     from sd.checkpoints.finite import FiniteCheck
     from sd.runtime.device import find_dtype
 
+    from .common.adapter_args import lora_file
+    from .common.merging import read_merging
+
+    if args.lora and args.keep_ema:
+        raise ValueError("--lora is merged into one U-Net: leave out --keep-ema")
+    loras = [lora_file(text) for text in args.lora]  # raises for a wrong name before the checkpoint is read
     dtype = find_dtype(args.dtype) if args.dtype else None
     with ExitStack() as files:
         opened = open_all(args, files)
         config, states = find_all(args, opened)
         check_writable(config.vae, args.layout)
+        merging = read_merging(loras, config)
+        print("\n".join(merging.about), end="\n" if merging.about else "")
+        about = merging.metadata(opened["unet"].metadata)
         count = sum(map(len, states.values()))
         with tqdm(total=count, desc="reading", unit="weight", disable=None, leave=False) as bar, naming(args.input):
             read: dict[str, dict[str, Tensor]] = {}
@@ -247,13 +262,13 @@ def write(args: argparse.Namespace, path: Path) -> tuple[int, str]:
                 check = FiniteCheck(dtype)
                 for key, tensor in state.items():
                     check.look(state.origin(key), tensor)
-                    read[network][key] = cast(key, tensor, dtype)
+                    read[network][key] = cast(key, merging.weight(network, key, tensor, dtype), dtype)
                     bar.update()
                 with naming(opened[network.removesuffix("_ema")].path):
                     check.finish()
             more = {key: cast(key, tensor, dtype) for key, tensor in read_extras(opened, config).items()}
     try:
-        save(args.layout, path, read, config, more)
+        save(args.layout, path, read, merging.config, more, about)
     except SafetensorError as error:
         raise OSError(f"{args.output}: cannot be written: {error}") from None
     return count, config.name
@@ -328,9 +343,14 @@ def read_extras(opened: Mapping[str, Checkpoint], config: sd.Config) -> dict[str
 
 
 def save(
-    layout: str, path: Path, read: Mapping[str, Mapping[str, Tensor]], config: sd.Config, more: Mapping[str, Tensor]
+    layout: str,
+    path: Path,
+    read: Mapping[str, Mapping[str, Tensor]],
+    config: sd.Config,
+    more: Mapping[str, Tensor],
+    about: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write the networks in a layout, to a file or a folder."""
+    """Write the networks in a layout, to a file or a folder; `about` is further metadata."""
     from safetensors.torch import save_file
 
     from sd.checkpoints.export import (
@@ -348,7 +368,7 @@ def save(
             (path / name).parent.mkdir(exist_ok=True)
             (path / name).write_text(text, encoding="utf-8")
         for name, tensors in to_diffusers(read, config, more).items():
-            save_file(contiguous(tensors), path / name, {"format": "pt"})
+            save_file(contiguous(tensors), path / name, {"format": "pt", **about})
         if lacks_last_layer(config, more):
             warnings.warn(COPIED.format("the text encoder's last layer was"), stacklevel=1)
         return
@@ -356,7 +376,7 @@ def save(
     if layout == "original" and (made := unrun_layer(tensors, config)):
         tensors |= made
         warnings.warn(COPIED.format(f"{len(made)} weights were"), stacklevel=1)
-    save_file(contiguous(tensors), path, metadata(config))
+    save_file(contiguous(tensors), path, metadata(config) | dict(about))
 
 
 def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a file: see bootstrap.py
     import bootstrap
@@ -44,6 +45,7 @@ from sd.pipeline import StableDiffusion
 from sd.runtime.device import find_dtype
 from sd.schedule import LCM_TIMESTEPS, Schedule
 from sd.training import (
+    LoraParams,
     TrainableLora,
     add_guidance_input,
     channels_last,
@@ -62,9 +64,10 @@ from sd.training.distillation import HUBER
 
 from .common import cli
 from .training import loop, models
+from .training.batches import Batch, Batches, BatchOptions
 from .training.captions import Captions, text_encoders
-from .training.data import add_data_arguments, find_source, generator
-from .training.latents import Batches, latents
+from .training.latents import latents
+from .training.options import add_data_arguments, data_options, find_source
 from .training.processes import Processes
 from .training.samples import add_sample_arguments, sample_prompts, some_captions, write_sheet
 from .training.state import save_tensors
@@ -125,7 +128,7 @@ def parser() -> cli.Parser:
     add("--lora-rank", type=int, metavar="R", help="train a LoRA of this rank (default: all weights of the U-Net)")
     add("--lora-alpha", type=float, metavar="A", help="of the LoRA, whose scale is A / R (default: R)")
     add_sample_arguments(parser, steps=LCM.steps)
-    add_data_arguments(parser, scenes=24000)
+    add_data_arguments(parser, scenes=24000, bucketed=True)
     loop.add_loop_arguments(parser, RECIPE, with_ckpt=FINE_TUNING)
     return parser
 
@@ -152,7 +155,7 @@ class Student(nn.Module):
     def trained_lora(self, weights: Mapping[str, Tensor]) -> TrainableLora:
         """The LoRA with these weights of an objective; attached to no network."""
         assert self.lora is not None
-        other = TrainableLora(self.unet, self.lora.names, self.lora.rank, self.lora.alpha)
+        other = TrainableLora(self.unet, self.lora.names, self.lora.params)
         other.load_state_dict(part(weights, "student.lora."))
         return other.requires_grad_(False)
 
@@ -171,7 +174,8 @@ def part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def make_student(args: argparse.Namespace, teacher: UNet, guidance: tuple[float, float], seed: int) -> Student:
     """The student that the options ask for, equal to the teacher."""
     if args.lora_rank:
-        return Student(teacher, TrainableLora(teacher, lora_layers(teacher), args.lora_rank, args.lora_alpha, seed))
+        params = LoraParams(args.lora_rank, args.lora_alpha)
+        return Student(teacher, TrainableLora(teacher, lora_layers(teacher), params, seed))
     if guidance[0] < guidance[1]:
         return Student(add_guidance_input(teacher, LCM_WIDTH))
     return Student(copy.deepcopy(teacher))
@@ -188,11 +192,10 @@ class Objective(nn.Module):
         method: str,
         huber: float,
         substeps: int = 1,
-        size: int | None = None,
     ) -> None:
-        """`size` of the images in pixels, by default the model's own; other arguments are those of the options."""
+        """`method`, `huber` and `substeps` are those of the options."""
         super().__init__()
-        self.student, self.captions = student, Captions(model, size or model.config.size)
+        self.student, self.captions = student, Captions(model)
         for name, encoder in text_encoders(model).items():
             self.add_module(name, encoder)
         self.schedule: Schedule = model.schedule
@@ -200,8 +203,6 @@ class Objective(nn.Module):
         self.average: Mapping[str, Tensor] | None = None  # weights of the target; None: the student's
         self.networks = {"teacher": teacher}  # not a submodule: it is neither trained nor saved
         self.is_told = student.unet.config.guidance is not None
-        with torch.no_grad():
-            self.uncond = self.captions(self.captions.empty)
 
     def target(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The prediction that the student has to agree with."""
@@ -210,21 +211,12 @@ class Objective(nn.Module):
         own = {key.removeprefix("student."): value for key, value in self.average.items()}
         return functional_call(self.student, own, (x, t, conditioning))
 
-    def forward(
-        self,
-        x0: Tensor,
-        ids: Tensor,
-        noise: Tensor,
-        t: Tensor,
-        u: Tensor,
-        s: Tensor,
-        guidance: Tensor,
-        concat: Tensor | None = None,
-    ) -> Tensor:
-        """x0, noise (B, C, h, w), ids (B, M), t, u, s and guidance (B,), concat (B, 5, h, w) or None -> a scalar."""
+    def forward(self, batch: Batch, u: Tensor, s: Tensor, guidance: Tensor) -> Tensor:
+        """A batch, whose t are on the grid, and the times u, s and the guidance (B,) -> a scalar."""
+        x0, noise, t = batch[:3]
         with torch.no_grad():
-            cond = self.captions(ids, concat)
-            teacher = guided(self.networks["teacher"], self.uncond, guidance)
+            cond = self.captions(batch)
+            teacher = guided(self.networks["teacher"], self.captions.without(batch), guidance)
             x_t = self.schedule.add_noise(x0, noise, level_batch(self.schedule, t))
             points = solver_step(teacher, self.schedule, x_t, t, u, cond, self.substeps)
         if self.is_told:
@@ -244,19 +236,21 @@ class SolverBatches:
         self.batches, self.guidance, self.skip = batches, guidance, skip
         self.grid = torch.tensor(grid, device=batches.processes.device)
 
-    def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
+    def names(self, step: int) -> list[str]:
+        """The names of all images of a step."""
+        return self.batches.names(step)
+
+    def __call__(self, step: int) -> Iterator[dict[str, Any]]:
         """The parts of a step for this process: see `Objective.forward`."""
         batches, (low, high) = self.batches, self.guidance
-        device = batches.processes.device
-        rng = generator(device, batches.recipe.seed, "distillation", step)
-        uniform = torch.rand(2, batches.total, generator=rng, device=device)
-        for k, part in enumerate(batches(step)):
-            of_guidance, of_s = uniform[:, batches.share(k)]
-            index = 1 + part.pop("t") * (len(self.grid) - 1) // batches.steps  # of t; all are as likely
+        for number, part in enumerate(batches(step), step * batches.recipe.accumulate):
+            batch: Batch = part["batch"]
+            of_guidance, of_s = batches.draw(number, "distillation", 2)
+            index = 1 + batch.t * (len(self.grid) - 1) // batches.steps  # of t; all are as likely
             to = (index - self.skip).clamp(min=0)
             s = (of_s * (to + 1)).long()  # from clean data to u itself
-            part |= {"t": self.grid[index], "u": self.grid[to], "s": self.grid[s]}
-            yield {**part, "guidance": low + (high - low) * of_guidance}
+            timed = {"batch": batch._replace(t=self.grid[index]), "u": self.grid[to], "s": self.grid[s]}
+            yield {**timed, "guidance": low + (high - low) * of_guidance}
 
 
 def distilled(config: Config, method: str, guidance: tuple[float, float], solver_steps: int) -> Config:
@@ -325,8 +319,9 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     size = args.size or model.config.size
     model.latent_shape(size, size)  # refuses what cannot be
     path = args.out / "cache" / "latents.safetensors"
-    data = latents(path, find_source(args, size), model, processes, args.workers, keep_pixels=model.is_inpainting)
-    if unknown := models.unknown_words(model, data["ids"]):
+    how = data_options(args, model.config)
+    data = latents(path, find_source(args, how), model, processes, args.workers, model.is_inpainting, how.flip)
+    if unknown := models.unknown_words(model, data.ids):
         warnings.warn(f"the model does not know these words: {unknown}", stacklevel=1)
     if args.samples and not prompts:
         prompts = some_captions(args.samples, model, data)
@@ -334,8 +329,10 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     teacher = model.unet
     student = make_student(args, teacher, guidance, recipe.seed)
     unet, lora = student.unet, student.lora
+    if lora is not None and lora.limited:
+        warnings.warn(f"{lora.limited} layers are smaller than the LoRA's rank, and have less", stacklevel=1)
     objective = Objective(
-        student, student.without_lora if lora else teacher, model, args.method, args.huber, args.substeps, size
+        student, student.without_lora if lora else teacher, model, args.method, args.huber, args.substeps
     )
     channels_last(teacher, device)
     channels_last(objective, device)
@@ -349,7 +346,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         assert trainer.ema is not None
         objective.average = trainer.ema.average
     trained = sum(p.numel() for p in trainer.trained.values())
-    batches = Batches(data, model, recipe, processes, inpaint=model.is_inpainting, trained=trained)
+    batches = Batches(data, model, recipe, processes, BatchOptions(inpaint=model.is_inpainting, trained=trained))
     config = distilled(model.config, args.method, guidance, args.solver_steps)
     title = f"{config.name} LoRA"
     kind = of_config(config)
@@ -366,14 +363,14 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
             models.write_model(present(), written, dtype)
         else:
             found = student.trained_lora(trainer.weights())
-            metadata = lora_metadata(found, title) | settings
+            metadata = lora_metadata({"unet": found}, model.config, title) | settings
             save_tensors(lora_tensors({"unet": found}, model.config, dtype), written, metadata)
         return ""
 
     def show(step: int) -> None:
         write_sheet(args.out / f"samples-{step:06d}.png", present(), prompts, size, steps=args.sample_steps)
 
-    trainer.describe(f"{title} of rank {lora.rank}" if lora else config.name, len(data["mean"]))
+    trainer.describe(f"{title} of rank {lora.params.rank}" if lora else config.name, len(data))
     timed = SolverBatches(batches, grid, guidance, args.skip)
     trainer.run(timed, write, (size // model.config.vae.factor) ** 2, show if prompts else None)
     if processes.main:

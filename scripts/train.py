@@ -1,25 +1,29 @@
-"""Train a U-Net and optionally the text encoder: a new model, or fine-tune a checkpoint, on a folder or drawn scenes.
+"""Train a U-Net and optionally the text encoder; or a LoRA, a new word, a control network for a model that stays.
 
+    python scripts/train.py --lora 16 --ckpt v1-5.ckpt --data photos --out outputs/mine         a LoRA; or of SDXL
+    python scripts/train.py --train-word "<cat-toy>" --init-word toy --ckpt v1-5.ckpt --data photos --out outputs/toy
+    python scripts/train.py --ckpt v1-5.ckpt --data photos --out outputs/mine                   the whole U-Net
+    python scripts/train.py --ckpt v1-5.ckpt --data photos --inpaint --out outputs/inpainting   9 channels
+    python scripts/train.py --control --ckpt v1-5.ckpt --data drawings --out outputs/scribbles  a control network
     python scripts/train.py --vae outputs/vae/vae.safetensors --text outputs/text/text_encoder.safetensors \
         --out outputs/pocket                                                                    the embedded model
-    python scripts/train.py --ckpt v1-5.ckpt --data photos --out outputs/mine                   fine-tuning; or SDXL
-    python scripts/train.py --ckpt v1-5.ckpt --data photos --inpaint --out outputs/inpainting   9 channels
     python scripts/train.py --out outputs/mine --resume                                         continue a stopped run
-    python scripts/train.py --control --ckpt v1-5.ckpt --data drawings --out outputs/scribbles  a control network
     torchrun --nproc-per-node 4 scripts/train.py ...                                            on four GPUs
 
-Captions of a folder's images are in name.txt beside name.png, or in metadata.jsonl. A new model needs three steps:
-train_vae.py, train_text.py, train.py. Writes OUT/model.safetensors, which every program loads (--ckpt), in our layout;
-convert.py converts it to the original one. Also writes train.jsonl, loss.png, samples-STEP.png, state.pt. With
---control the model stays as it is, and OUT/control.safetensors is a network that makes it obey hints, such as edges.
+Captions of a folder's images are in name.txt beside name.png, or in metadata.jsonl. Without --ckpt, LoRAs, words and
+control networks are for the embedded model. A new model needs three steps: train_vae.py, train_text.py, train.py.
+
+Writes OUT/lora.safetensors (--lora of every program), OUT/WORD.safetensors (--embedding), OUT/control.safetensors
+(--control), or OUT/model.safetensors (--ckpt), in our layout; convert.py converts it to the original one, and merges
+LoRAs into models. Also writes train.jsonl, loss.png, samples-STEP.png, state.pt.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-import warnings
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # run as a file: see bootstrap.py
@@ -28,30 +32,36 @@ if not __package__:  # run as a file: see bootstrap.py
     __package__ = bootstrap.PACKAGE
 
 import torch
-from torch import Tensor, nn
 
 from sd.checkpoints.convert import WEIGHTS
-from sd.config import PRECISIONS, PREDICTIONS, SHORT_PRECISIONS
+from sd.config import PRECISIONS, SHORT_PRECISIONS
 from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion
-from sd.runtime.device import find_dtype
-from sd.schedule import Schedule
-from sd.training import channels_last, checkpoint_activations, diffusion_loss, min_snr_weight, velocity_weight
+from sd.training import channels_last, checkpoint_activations
 
 from .common import cli
-from .training import control, loop, models
-from .training.captions import Captions, text_encoders
-from .training.data import add_data_arguments, find_source
-from .training.latents import Batches, latents
+from .training import adapters, class_images, control, loop, models
+from .training.adapters import Adapters, add_adapter_arguments
+from .training.batches import Batches, BatchOptions
+from .training.captions import text_encoders
+from .training.dataset import TrainingData, split
+from .training.latents import latents
+from .training.models import Resting
+from .training.objective import Objective, add_objective_arguments, loss_params, noise_shape, retargeted
+from .training.options import add_data_arguments, batch_options, data_options, find_source
 from .training.processes import Processes
+from .training.recipe import Recipe, add_loop_arguments, find_precision
 from .training.samples import add_sample_arguments, sample_prompts, some_captions, write_sheet
+from .training.target import Target
+from .training.texts import with_encoded_text
+from .training.validation import Validation
+from .training.whole import WholeModel
 
 # for the embedded model, and for fine-tuning a checkpoint
-RECIPE = loop.Recipe(
+RECIPE = Recipe(
     steps=24000, batch=32, lr=1.5e-3, weight_decay=0.0, beta2=0.99, optimizer="muon", ema=0.998, log_every=50
 )
-FINE_TUNING = loop.Recipe(steps=1000, batch=4, lr=1e-5, save_every=250)
-WEIGHTINGS: dict[str, Callable[[Schedule, Tensor], Tensor]] = {"min-snr": min_snr_weight, "velocity": velocity_weight}
+FINE_TUNING = Recipe(steps=1000, batch=4, lr=1e-5, save_every=250)
 
 
 def parser() -> cli.Parser:
@@ -63,7 +73,7 @@ def parser() -> cli.Parser:
         "--export-dtype",
         choices=(*PRECISIONS, *SHORT_PRECISIONS),
         default="float16",
-        help="of model.safetensors (default: %(default)s)",
+        help="of the trained weights in the file (default: %(default)s)",
     )
     add(
         "--vae",
@@ -73,53 +83,60 @@ def parser() -> cli.Parser:
     )
     add("--text", type=cli.file_path, metavar="FILE", help="new model: file of train_text.py (default: a new encoder)")
     add("--weights", choices=WEIGHTS, default="auto", help="of a checkpoint with both: plain or averaged (EMA) U-Net")
-    add("--prediction", choices=PREDICTIONS, help="new model: predict the noise or the velocity")
     add("--train-text", action="store_true", help="train the text encoders too; always on for a new model")
+    add("--text-lr", type=float, metavar="LR", help="learning rate of the text encoders (default: --lr)")
     add("--inpaint", action="store_true", help="train a U-Net of 9 channels for inpainting, on random masks")
-    add("--weighting", choices=("none", *WEIGHTINGS), default="none", help="loss weight of timesteps (default: none)")
-    add("--drop", type=float, help="share of dropped prompts, for guidance (default: 0.1, with --control 0.5)")
+    add(
+        "--drop", type=float,
+        help="share of dropped prompts, for guidance (default: 0.1; --control 0.5; --lora and --train-word 0)",
+    )  # fmt: skip
     add("--phrasings", type=int, default=8, help="captions per drawn scene (default: %(default)s)")
+    add("--validate", type=float, metavar="SHARE", help="share of the images that is held out, to see overfitting")
+    add("--estimate-memory", action="store_true", help="say how much memory a step takes on a GPU, and stop")
     add_sample_arguments(parser, steps=25)
     add("--sample-guidance", type=float, help="default: the model's own")
+    add_adapter_arguments(parser)
+    class_images.add_class_arguments(parser)
+    add_objective_arguments(parser)
     control.add_control_arguments(parser)
     models.add_model_arguments(parser)
-    add_data_arguments(parser, scenes=24000)
-    loop.add_loop_arguments(parser, RECIPE, with_ckpt=FINE_TUNING)
+    add_data_arguments(parser, scenes=24000, bucketed=True, fine_tuning=True)
+    add_loop_arguments(parser, RECIPE, with_ckpt=FINE_TUNING)
     return parser
 
 
-class Objective(nn.Module):
-    """Text encoders and U-Net with the diffusion loss, as one module for DistributedDataParallel.
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for options that do not go together or are out of range; fill in the defaults."""
+    adapters.check_unused(args)
+    control.check_unused(args)
+    class_images.check(args)
+    if adapters.wanted(args):
+        adapters.check(args)
+        args.recipes = adapters.recipes(args)
+    if args.drop is None:
+        args.drop = 0.0 if adapters.wanted(args) else 0.1
+    if args.phrasings < 1 or args.samples < 0:
+        raise ValueError("--phrasings must be at least 1, --samples at least 0")
+    if args.validate is not None and not 0 < args.validate < 1:
+        raise ValueError(f"--validate must be above 0 and below 1, got {args.validate}")
+    if args.text_lr is not None and not (args.train_text and 0 < args.text_lr < math.inf):
+        raise ValueError("--text-lr goes with --train-text, and must be above 0")
+    SamplingParams(steps=args.sample_steps, guidance=args.sample_guidance)
 
-    size   of the images in pixels
-    """
 
-    def __init__(self, model: StableDiffusion, size: int, weighting: str) -> None:
-        super().__init__()
-        for name, encoder in text_encoders(model).items():
-            self.add_module(name, encoder)
-        self.unet, self.captions = model.unet, Captions(model, size)
-        self.schedule, self.weight = model.schedule, WEIGHTINGS.get(weighting)
-
-    def forward(self, x0: Tensor, ids: Tensor, t: Tensor, noise: Tensor, concat: Tensor | None = None) -> Tensor:
-        """x0 and noise (B, C, h, w), ids (B, M), t (B,), for 9 channels `concat` (B, 5, h, w) -> a scalar."""
-        weight = self.weight(self.schedule, t) if self.weight else None
-        return diffusion_loss(self.unet, self.schedule, x0, self.captions(ids, concat), t, noise, weight)
-
-
-def find_model(args: argparse.Namespace, seed: int, device: torch.device) -> StableDiffusion:
-    """The model of the checkpoint, or new networks with a trained VAE."""
+def find_model(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> StableDiffusion:
+    """The model of the checkpoint, or new networks with a trained VAE; for adapters also the embedded model."""
+    if adapters.wanted(args):
+        return adapters.find_model(args, device)
     if args.ckpt:
-        if args.text or args.prediction:
-            raise ValueError("--text and --prediction are for new models: a checkpoint has its own")
-        config = models.find_config(args.model) if args.model else None
-        model = StableDiffusion.load(
-            args.ckpt, config=config, weights=args.weights, device=device, dtype="float32", offload_text_encoders=False
-        )
+        if args.text:
+            raise ValueError("--text is for new models: a checkpoint has its own")
+        model = models.load_plain(args, device, torch.float32)
         if args.vae:
             model = models.with_vae(model, args.vae)
     else:
-        model = models.find_new(args, seed, device)
+        model = models.find_new(args, recipe.seed, device)
+    model = models.with_networks(model, retargeted(model.config, args))
     if args.inpaint:
         return models.for_inpainting(model)
     if model.is_inpainting:
@@ -127,65 +144,73 @@ def find_model(args: argparse.Namespace, seed: int, device: torch.device) -> Sta
     return model
 
 
+def find_data(args: argparse.Namespace, model: StableDiffusion, target: Target, processes: Processes) -> TrainingData:
+    """The data of the options, encoded; of text encoders that stay as they are also the text."""
+    options = data_options(args, model.config, target.caption)
+    if args.class_prompt is not None:
+        args.reg = str(class_images.find(args, options.size, model, processes))
+    source = target.told(find_source(args, options))
+    folder, precision = args.out / "cache", find_precision(args.precision, processes.device)
+    data = latents(folder / "latents.safetensors", source, model, processes, args.workers, args.inpaint, args.flip)
+    if target.trains_text or batch_options(args).tags.change or args.data in (None, "world"):
+        return data
+    return with_encoded_text(folder / "text.safetensors", data, model, processes, precision or torch.float32)
+
+
 def train(args: argparse.Namespace, processes: Processes) -> None:
     """Run the training."""
     if args.control:
         control.train(args, processes)
         return
-    control.check_unused(args)
-    args.drop = 0.1 if args.drop is None else args.drop
-    recipe = loop.Recipe.of(args)
-    if not 0 <= args.drop <= 1 or args.phrasings < 1 or args.samples < 0:
-        raise ValueError("--drop must be from 0 to 1, --phrasings at least 1, --samples at least 0")
-    SamplingParams(steps=args.sample_steps, guidance=args.sample_guidance)
-    prompts = sample_prompts(args)
-    device = processes.device
-    model = find_model(args, recipe.seed, device)
+    check(args)
+    recipe, device = Recipe.of(args), processes.device
+    prompts, losses = sample_prompts(args), loss_params(args)
+    making = replace(batch_options(args), noise=noise_shape(args), inpaint=args.inpaint)
+    precision = find_precision(args.precision, device)
+    model = find_model(args, recipe, device)
     size = args.size or model.config.size
     model.latent_shape(size, size)  # refuses what cannot be
-    path = args.out / "cache" / "latents.safetensors"
-    data = latents(path, find_source(args, size), model, processes, args.workers, keep_pixels=args.inpaint)
-    if args.samples and not prompts:
-        prompts = some_captions(args.samples, model, data)
-
-    if args.ckpt and not args.train_text and (unknown := models.unknown_words(model, data["ids"])):
-        warnings.warn(f"the model does not know these words: {unknown} (--train-text learns them)", stacklevel=1)
-    model.unet.requires_grad_(True)
-    if args.train_text or not args.ckpt:
-        for encoder in text_encoders(model).values():
-            encoder.requires_grad_(True)
-            if not (encoder.config.hidden_norm or encoder.config.pooled):  # nothing uses it: SDXL's first encoder
-                encoder.norm.requires_grad_(False)
-    if not args.ckpt:
-        if args.text:
-            model.text_encoder.load_state_dict(models.load_text_encoder(args.text, model).state_dict())
-        models.forget_unused(model.text_encoder, torch.cat([data["ids"].long(), model.tokenizer([""])]))
-    objective = Objective(model, size, args.weighting)
+    target: Target = Adapters(args, model, recipe) if adapters.wanted(args) else WholeModel(args, model)
+    data = find_data(args, model, target, processes)
+    prompts = prompts or some_captions(args.samples, model, data)
+    held = None
+    if args.validate is not None:
+        data, held = split(data, args.validate, recipe.seed)
+    target.prepare(data)
+    idle = ([] if args.inpaint else ["vae"]) + ([] if data.text is None else list(text_encoders(model)))
+    resting = Resting([getattr(model, name) for name in idle], device)
+    objective = Objective(model, losses, target.modules, with_text=data.text is None)
     channels_last(objective, device)
     if args.checkpointing:
-        checkpoint_activations(objective)
+        checkpoint_activations(objective, target.is_random)
     if args.compile:
         model.unet.compile()
         for encoder in text_encoders(model).values():
             encoder.compile()
-    trainer = loop.Trainer(objective, recipe, processes, args)
-    trained = sum(p.numel() for p in trainer.trained.values())
-    batches = Batches(data, model, recipe, processes, args.drop, args.inpaint, trained)
-    written = args.out / "model.safetensors"
+    trainer = loop.Trainer(objective, recipe, processes, args, target.rates(recipe.lr))
+    making = replace(making, trained=sum(p.numel() for p in trainer.trained.values()))
+    batches = Batches(data, model, recipe, processes, making)
+    validate = None
+    if held is not None:
+        alone = Batches(
+            held, model, replace(recipe, batch=1, accumulate=1), Processes(device), BatchOptions(inpaint=args.inpaint)
+        )
+        validate = Validation(objective, alone, len(held), precision)
 
     def write() -> str:
-        models.write_model(models.averaged(model, trainer.weights()), written, find_dtype(args.export_dtype))
+        target.write(trainer.weights(), trainer.step)
         return ""
 
     def show(step: int) -> None:
-        present = models.averaged(model, trainer.weights())
         settings = {"steps": args.sample_steps, "guidance": args.sample_guidance}
-        write_sheet(args.out / f"samples-{step:06d}.png", present, prompts, size, **settings)
+        with resting.awake(), target.sampling(trainer.weights()) as present:
+            write_sheet(args.out / f"samples-{step:06d}.png", present, prompts, size, **settings)
 
-    trainer.describe(model.config.name, len(data["mean"]))
-    trainer.run(batches, write, (size // model.config.vae.factor) ** 2, show if prompts else None)
+    trainer.describe(target.describe(), len(data))
+    positions = max(height * width for height, width in data.shapes)
+    trainer.run(batches, write, positions, show if prompts else None, validate=validate)
     if processes.main:
-        print(f"{written}: {model.config.name}, for --ckpt of every program")
+        print(target.written())
 
 
 def main(argv: list[str] | None = None) -> int:

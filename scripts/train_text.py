@@ -38,8 +38,11 @@ from sd.training import channels_last, checkpoint_activations, contrastive_loss
 
 from .common import cli
 from .training import loop, models
-from .training.data import World, add_data_arguments, find_source
-from .training.latents import Batches, latents
+from .training.batches import Batch, Batches, BatchOptions
+from .training.data import World
+from .training.dataset import TrainingData
+from .training.latents import latents
+from .training.options import add_data_arguments, data_options, find_source
 from .training.processes import Processes
 from .training.state import save_tensors
 
@@ -102,19 +105,21 @@ class Objective(nn.Module):
         hidden = self.text_encoder(ids[:, : int(end.max()) + 1]).hidden
         return self.text_projection(hidden[torch.arange(len(ids), device=ids.device), end])
 
-    def forward(self, x0: Tensor, ids: Tensor, **_: Tensor) -> Tensor:
-        """x0 (B, C, h, w) and the ids (B, M) of their captions -> a scalar."""
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss of the latents and captions of a batch, a scalar."""
         scale = self.log_scale.clamp(max=HOTTEST).exp()
-        return contrastive_loss(self.picture_encoder(x0), self.text_features(ids), scale)
+        return contrastive_loss(self.picture_encoder(batch.x0), self.text_features(batch.ids), scale)
 
 
 @torch.no_grad()
-def told_apart(objective: Objective, data: dict[str, Tensor], model: StableDiffusion) -> float:
+def told_apart(objective: Objective, data: TrainingData, model: StableDiffusion) -> float:
     """The share of first captions whose most similar image is their own."""
     images, texts = [], []
-    for part in torch.arange(len(data["mean"])).split(250):
-        images.append(objective.picture_encoder(data["mean"][part].to(model.device).float()))
-        texts.append(objective.text_features(data["ids"][data["first"][part]].to(model.device).long()))
+    for start in range(0, len(data), 250):
+        part = range(len(data))[start : start + 250]
+        images.append(objective.picture_encoder(data.take("mean", part).to(model.device).float()))
+        first = data.ids[[data.choices[i][0] for i in part]]
+        texts.append(objective.text_features(first.to(model.device).long()))
     similarity = F.normalize(torch.cat(texts), dim=1) @ F.normalize(torch.cat(images), dim=1).T
     own = torch.arange(len(similarity), device=similarity.device)
     return (similarity.argmax(1) == own).float().mean().item()
@@ -128,20 +133,18 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     model = models.find_new(args, recipe.seed, processes.device)
     size = args.size or model.config.size
     side, _ = model.latent_shape(size, size)[1:]
-    source = find_source(args, size, pairs=True)
+    source = find_source(args, data_options(args, model.config), pairs=True)
     group = 2 if isinstance(source, World) else 1
     if recipe.batch % group or args.scenes % group:
         raise ValueError("--batch and --scenes must be even: drawn scenes come in pairs")
     found = latents(args.out / "cache" / "latents.safetensors", source, model, processes, args.workers)
-    n = len(found["mean"])
+    n = len(found)
     kept = min(HELD_OUT, n // 10) // group * group
-    seen = found | {name: found[name][: n - kept] for name in ("mean", "std", "first", "count")}
-    unseen = found | {
-        name: found[name][n - kept if kept else 0 :] for name in ("mean", "first")
-    }  # of few images, none is held out
+    seen = found.subset(range(n - kept))
+    unseen = found.subset(range(n - kept if kept else 0, n))  # of few images, none is held out
 
     model.text_encoder.requires_grad_(True)
-    models.forget_unused(model.text_encoder, torch.cat([found["ids"].long(), model.tokenizer([""])]))
+    models.forget_unused(model.text_encoder, torch.cat([found.ids.long(), model.tokenizer([""])]))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         objective = Objective(model.text_encoder, model.config.vae.latent_channels, side)
@@ -149,7 +152,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     if args.checkpointing:
         checkpoint_activations(objective)
     trainer = loop.Trainer(objective, recipe, processes, args)
-    batches = Batches(seen, model, recipe, processes, group=group)
+    batches = Batches(seen, model, recipe, processes, BatchOptions(group=group))
     written = args.out / models.TEXT_FILE
 
     def write() -> str:
@@ -158,9 +161,9 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         present.load_state_dict(weights)
         tensors = {name: value.cpu() for name, value in weights.items() if name.startswith("text_encoder.")}
         save_tensors(tensors, written, {CONFIG_KEY: model.config.to_json(), "format": "pt"})
-        return f", {100 * told_apart(present, unseen, model):.1f} % of {len(unseen['mean'])} captions find their image"
+        return f", {100 * told_apart(present, unseen, model):.1f} % of {len(unseen)} captions find their image"
 
-    trainer.describe(f"text encoder of {model.config.name}", len(seen["mean"]))
+    trainer.describe(f"text encoder of {model.config.name}", len(seen))
     trainer.run(batches, write, model.config.text[0].length)
     print(f"{written}: the text encoder, for train.py --text")
 

@@ -34,6 +34,8 @@ from sd.training import channels_last, checkpoint_activations, initialise_vae, v
 
 from .common import cli
 from .training import data, loop, models
+from .training.epochs import Order
+from .training.options import add_data_arguments, data_options, find_source
 from .training.processes import Processes
 from .training.state import save_tensors
 
@@ -56,7 +58,7 @@ def parser() -> cli.Parser:
     add("--held-out", type=int, default=64, metavar="N", help="number of test images (default: %(default)s)")
     add("--decoder-only", action="store_true", help="keep the encoder, so that the latents stay the same")
     models.add_model_arguments(parser)
-    data.add_data_arguments(parser, scenes=16000)
+    add_data_arguments(parser, scenes=16000)
     loop.add_loop_arguments(parser, RECIPE, with_ckpt=FINE_TUNING)
     return parser
 
@@ -92,7 +94,7 @@ class Crops:
     ) -> None:
         self.images, self.recipe, self.processes, self.crop = images, recipe, processes, crop
         self.channels, self.factor = config.vae.latent_channels, config.vae.factor
-        self.order = data.Order(len(images), recipe.seed)
+        self.order = Order(len(images), recipe.seed)
 
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
         """The parts of a step for this process, as arguments of the objective."""
@@ -140,13 +142,14 @@ def read(source: data.Source, args: argparse.Namespace) -> Tensor:
     return torch.cat([data.pixels(chunk) for _, chunk in chunks])
 
 
-def load_images(args: argparse.Namespace, size: int, processes: Processes) -> tuple[Tensor, Tensor]:
+def load_images(args: argparse.Namespace, config: Config, processes: Processes) -> tuple[Tensor, Tensor]:
     """The training images and the held-out test images, (n, 3, size, size), uint8."""
-    source = data.find_source(args, size, caption="")
+    options = data_options(args, config, caption="")
+    source, size = find_source(args, options), options.size
     held_out = data.World(args.held_out, size, first=HELD_OUT) if isinstance(source, data.World) else None
     found = data.cached(
         args.out / "cache" / "pictures.safetensors",
-        source.fingerprint(),
+        data.fingerprint(source),
         processes,
         lambda: {"pixels": read(source, args)},
     )["pixels"]
@@ -178,7 +181,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     for name, side in (("size", size), ("crop", crop)):
         if side < 1 or side % config.vae.factor or side > size:
             raise ValueError(f"--{name} must be a multiple of {config.vae.factor} up to the image size, got {side}")
-    images, held_out = load_images(args, size, processes)
+    images, held_out = load_images(args, config, processes)
     held_out = data.to_floats(held_out.to(device))
     if args.checkpointing:
         checkpoint_activations(vae)

@@ -16,7 +16,7 @@ from test_scripts import ROOT, ckpt, generate, write  # noqa: F401
 from scripts import convert, img2img, inpaint, txt2img
 from scripts.common import arguments, cli
 from scripts.common.output import Output
-from scripts.training.data import Folder
+from scripts.training.folders import DataOptions, Folder
 from sd.files import user_path
 from sd.imaging.tensors import grid
 from sd.pipeline import StableDiffusion
@@ -146,7 +146,7 @@ def test_prompts_and_captions_in_other_encodings_are_refused(encoding, generate,
     assert status == 1 and files == [] and len(err) == 1 and "save it as UTF-8" in err[0]
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"a\.txt: .*save it as UTF-8"):
-        Folder(tmp_path, 8)
+        Folder(tmp_path, DataOptions(8))
 
 
 @pytest.mark.parametrize(
@@ -215,4 +215,4 @@ def test_photos_in_other_formats_are_skipped_with_a_warning(tmp_path):
     write(tmp_path / "b.heic", b"\0\0\0\x18ftypheic" + bytes(20))
     assert [path.name for path in img2img.images(tmp_path)] == ["a.jfif", "b.heic"]
     with pytest.warns(UserWarning, match=r"skipped: .*b\.heic: this format is not supported \(1 file\)"):
-        assert len(Folder(tmp_path, 8, caption="a")) == 1
+        assert len(Folder(tmp_path, DataOptions(8, caption="a"))) == 1

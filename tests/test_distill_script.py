@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_train_scripts import QUICK, SMALL, interrupt_at, photos, same, start  # noqa: F401
+from training_common import batch_of
 
 from scripts import distill
-from scripts.training.latents import Batches
 from scripts.training.loop import Recipe
 from scripts.training.models import write_model
 from scripts.training.processes import Processes
@@ -23,7 +23,7 @@ from sd.conditioning import Conditioning
 from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.models.vae import VAE
-from sd.training import TrainableLora, lora_layers, solver_timesteps
+from sd.training import LoraParams, TrainableLora, lora_layers, solver_timesteps
 
 KINDS = {
     "weights": (),
@@ -95,7 +95,7 @@ def test_a_lora_is_for_the_teacher(teacher, options, start, tmp_path):  # noqa: 
         metadata = file.metadata()
     assert metadata["modelspec.title"] == "small TCD LoRA" and metadata["ss_network_dim"] == "2"
     model = StableDiffusion.load(teacher, device="cpu", dtype="float32")
-    lora = TrainableLora(model.unet, lora_layers(model.unet), 2, 1.0)
+    lora = TrainableLora(model.unet, lora_layers(model.unet), LoraParams(2, 1.0))
     average = load_state(tmp_path / "state.pt")["ema"]["average"]
     lora.load_state_dict({key.removeprefix("student.lora."): value for key, value in average.items()})
     expected = lora.merged(model.unet.state_dict())
@@ -157,14 +157,15 @@ class Parts:
 
     def __init__(self, processes: Processes) -> None:
         self.recipe, self.processes, self.steps = Recipe(batch=500, accumulate=2), processes, 1000
-        self.total = 1000 * processes.count
 
-    share = Batches.share
+    def draw(self, number: int, what: str, rows: int) -> torch.Tensor:
+        return torch.rand(rows, 500, generator=torch.Generator().manual_seed(10_000 + number))
 
     def __call__(self, step: int):
-        rng = torch.Generator().manual_seed(step)
-        t = torch.randint(0, 1000, (self.total,), generator=rng)
-        yield from ({"t": t[self.share(k)]} for k in range(2))
+        for number in (2 * step, 2 * step + 1):
+            x = torch.zeros(500, 1, 1, 1)
+            t = torch.randint(0, 1000, (500,), generator=torch.Generator().manual_seed(number))
+            yield {"batch": batch_of(x, torch.zeros(500, 1), t, x)}
 
 
 @pytest.mark.parametrize("skip", [1, 3])
@@ -173,7 +174,8 @@ def test_times_of_a_step(skip):
     grid = solver_timesteps(model_of(SMALL).schedule, 10)
     batches = distill.SolverBatches(Parts(Processes(torch.device("cpu"))), grid, (2.0, 6.0), skip)
     parts = [part for step in range(4) for part in batches(step)]
-    t, u, s, guidance = (torch.cat([part[name] for part in parts]) for name in ("t", "u", "s", "guidance"))
+    t = torch.cat([part["batch"].t for part in parts])
+    u, s, guidance = (torch.cat([part[name] for part in parts]) for name in ("u", "s", "guidance"))
     assert len(t) == 4000 and set(t.tolist()) == set(grid[1:])
     assert all(abs((t == each).sum() - 400) < 90 for each in grid[1:])
     assert torch.equal(u, (t - 100 * skip).clamp(min=-1))

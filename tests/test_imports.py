@@ -47,7 +47,9 @@ ALLOWED = {
         "text", "text_config", "vae_config",
     },
     "adapters": {"checkpoints", "config", "few_step", "files", "messages", "models", "runtime", "settings", "text"},
-    "training": {"checkpoints", "conditioning", "config", "denoiser", "models", "samplers", "schedule"},
+    "training": {
+        "adapters", "checkpoints", "conditioning", "config", "denoiser", "models", "samplers", "schedule", "text",
+    },
     "latents": {"config", "imaging", "models", "runtime", "settings", "text"},
     "changing_prompts": {"conditioning", "params", "text"},
     "prompts": {

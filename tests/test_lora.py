@@ -12,7 +12,7 @@ from common import TINY, TINY_INPAINT, manifest
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sd.adapters.lora import _sum
+from sd.adapters.lora import merged_weight
 from sd.adapters.lora_formats import layers_of, read_lora
 from sd.adapters.lora_names import LayerNames
 from sd.checkpoints.checkpoint import CheckpointError
@@ -623,7 +623,7 @@ def test_diffusers_merges_the_same(scheme, tiny, model, tmp_path):
 
 def test_sum_keeps_the_layout():
     weight = torch.randn(8, 4, 3, 3).contiguous(memory_format=torch.channels_last)
-    assert _sum(weight, [], ("unet", "x")).is_contiguous(memory_format=torch.channels_last)
+    assert merged_weight(weight, [], ("unet", "x")).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_an_interrupted_merge_changes_nothing(model, tmp_path, monkeypatch):
@@ -639,10 +639,10 @@ def test_an_interrupted_merge_changes_nothing(model, tmp_path, monkeypatch):
         calls += 1
         if calls == 3:
             raise KeyboardInterrupt
-        return _sum(*args)
+        return merged_weight(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(merging, "_sum", interrupted)
+        patch.setattr(merging, "merged_weight", interrupted)
         with pytest.raises(KeyboardInterrupt):
             model.add_lora(path)
     assert not model.loras and all(torch.equal(weight, before[place]) for place, weight in weights(model).items())

@@ -29,7 +29,7 @@ from sd.checkpoints.checkpoint import CheckpointError
 from sd.checkpoints.key_maps import UNET, diffusers_sources, original_sources
 from sd.config import SDXL
 from sd.models.build import build, weight_shapes
-from sd.training import TrainableLora, lora_layers, lora_tensors
+from sd.training import LoraParams, TrainableLora, lora_layers, lora_tensors
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +296,7 @@ def test_a_trained_lora_has_kohyas_names(model, pipe, tmp_path):
     loras = {}
     for number, network in enumerate(NETWORKS):
         of = getattr(model, network)
-        loras[network] = TrainableLora(of, lora_layers(of), rank=2, alpha=1.0, seed=number)
+        loras[network] = TrainableLora(of, lora_layers(of), LoraParams(2, 1.0), seed=number)
         for layer in loras[network].layers:
             torch.nn.init.normal_(layer.up, std=0.05)
     tensors = lora_tensors(loras, TINY_XL)
@@ -329,5 +329,5 @@ def test_a_trained_lora_has_kohyas_names(model, pipe, tmp_path):
 
 def test_a_lora_of_the_refiner_names_the_second_encoder():
     network = build(TINY_REFINER)["text_encoder"].to_empty(device="cpu")
-    tensors = lora_tensors({"text_encoder": TrainableLora(network, lora_layers(network), rank=1)}, TINY_REFINER)
+    tensors = lora_tensors({"text_encoder": TrainableLora(network, lora_layers(network), LoraParams(1))}, TINY_REFINER)
     assert all(name.startswith("lora_te2_text_model_encoder_layers_") for name in tensors)

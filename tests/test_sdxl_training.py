@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_train_scripts import QUICK, SMALL, photos, start  # noqa: F401
 
 from scripts import convert, distill, train, train_text
+from scripts.training.batches import Batch
 from scripts.training.captions import Captions, padded
 from scripts.training.models import write_model
 from scripts.training.state import load_state, save_tensors
@@ -25,6 +26,7 @@ from sd.models.unet import UNet
 from sd.models.vae import VAE
 from sd.schedule import Schedule
 from sd.training import (
+    LoraParams,
     TrainableLora,
     checkpoint_activations,
     consistency_loss,
@@ -61,11 +63,18 @@ def rng(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def captioned(ids: torch.Tensor, size: int = 128) -> Batch:
+    """A batch of captions for images of this size."""
+    nothing = torch.zeros(len(ids))
+    sizes = torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32).expand(len(ids), -1)
+    return Batch(nothing, nothing, nothing, nothing, ids, sizes=sizes)
+
+
 def batch(model: StableDiffusion) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Conditioning]:
     """Latents, timesteps, noise, and what two captions say."""
     x0, noise = torch.randn(2, 2, 4, 16, 16, generator=rng(0))
     ids = model.tokenizer(["a red house on a meadow", "a boat"])
-    return x0, torch.tensor([900, 300]), noise, Captions(model, 128)(ids)
+    return x0, torch.tensor([900, 300]), noise, Captions(model)(captioned(ids))
 
 
 def test_captions_are_encoded_as_prompts():
@@ -73,20 +82,22 @@ def test_captions_are_encoded_as_prompts():
     model = xl()
     texts = ["a red house on a meadow", "a boat"]
     assert torch.equal(padded(model.tokenizers[0](texts), 0), model.tokenizers[1](texts))
-    found, expected = Captions(model, 128)(model.tokenizer(texts)), model.conditioning(texts)
+    found, expected = Captions(model)(captioned(model.tokenizer(texts))), model.conditioning(texts)
     assert error(found.context, expected.context) < 1e-6 and error(found.vector, expected.vector) < 1e-6
-    other = Captions(model, 64)(model.tokenizer(texts)).vector
+    other = Captions(model)(captioned(model.tokenizer(texts), 64)).vector
     assert torch.equal(other[:, :96], found.vector[:, :96]) and not torch.equal(other[:, 96:], found.vector[:, 96:])
-    dropped = Captions(model, 128)(model.tokenizer(["a boat", ""]))
+    dropped = Captions(model)(captioned(model.tokenizer(["a boat", ""])))
     assert dropped.context[0].any() and not dropped.context[1].any() and not dropped.vector[1, :96].any()
     assert error(dropped.vector[1], model.zeroed(model.conditioning([""]), [True]).vector[0]) < 1e-6
     concat = torch.ones(2, 5, 8, 8)
-    assert Captions(model, 128)(model.tokenizer(texts), concat).concat is concat
+    assert Captions(model)(captioned(model.tokenizer(texts))._replace(concat=concat)).concat is concat
+    without = Captions(model).without(captioned(model.tokenizer(texts), 64))
+    assert without.batch == 2 and not without.context.any() and torch.equal(without.vector[:, 96:], other[:, 96:])
 
 
 def test_one_encoder_is_as_before(tiny_sd):
     ids = tiny_sd.tokenizer(["a boat", ""])
-    told = Captions(tiny_sd, 128)(ids)
+    told = Captions(tiny_sd)(captioned(ids)._replace(sizes=None))
     assert told.vector is None and torch.equal(told.context, tiny_sd.text_encoder(ids).hidden)
 
 
@@ -98,7 +109,7 @@ def test_a_lora_learns():
     model = xl()
     model.unet.requires_grad_(False)
     x0, t, noise, cond = batch(model)
-    lora = TrainableLora(model.unet, lora_layers(model.unet), rank=4)
+    lora = TrainableLora(model.unet, lora_layers(model.unet), LoraParams(4))
     lora.attach(model.unet)
     optimizer = torch.optim.Adam(lora.parameters(), 2e-3)
     losses = []
@@ -125,7 +136,7 @@ def test_diffusers_reads_the_lora(tmp_path, monkeypatch):
     diffusers = pytest.importorskip("diffusers", reason="compares with diffusers, which is not installed")
     pytest.importorskip("peft")
     model = xl()
-    lora = TrainableLora(model.unet, lora_layers(model.unet), rank=2)
+    lora = TrainableLora(model.unet, lora_layers(model.unet), LoraParams(2))
     with torch.no_grad():
         for layer in lora.layers:
             layer.up.copy_(0.2 * torch.randn(layer.up.shape, generator=rng(1)))
@@ -153,7 +164,7 @@ def test_distillation_has_the_vector():
     """A guided step of the teacher and the student's loss take it with and without the prompt."""
     model = xl()
     x0, t, noise, cond = batch(model)
-    uncond = Captions(model, 128)(model.tokenizer([""]))
+    uncond = Captions(model)(captioned(model.tokenizer([""])))
     scale = torch.tensor([3.0, 3.0])
     teacher = guided(model.unet, uncond, scale)
     expected = model.denoiser(cond, uncond, 3.0)
@@ -289,7 +300,7 @@ def test_size_of_a_lora():
     """Rank 16, all transformers: gradients and the state of the optimizer are of 43 M numbers, not of 2,567 M."""
     with torch.device("meta"):
         unet = UNet(SDXL.unet)
-    names = lora_layers(unet, convolutions=False)
+    names = lora_layers(unet, "transformer")
     layers = [unet.get_submodule(name) for name in names]
     trained = 16 * sum(layer.in_features + layer.out_features for layer in layers)
     assert (len(names), trained) == (722, 42_557_440)  # 10 layers of each of 70 blocks, and 2 around each of 11

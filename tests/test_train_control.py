@@ -15,13 +15,15 @@ from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_train_scripts import interrupt_at, same, start  # noqa: F401
+from training_common import batch_of, random_data
 
 from scripts import train
 from scripts.training import control as training
 from scripts.training import hints
-from scripts.training.data import Example, World
+from scripts.training.batches import Batches
+from scripts.training.data import Example, World, fingerprint
+from scripts.training.folders import DataOptions
 from scripts.training.hints import HintedFolder, HintedWorld
-from scripts.training.latents import Batches
 from scripts.training.log import read_log
 from scripts.training.loop import Recipe
 from scripts.training.processes import Processes
@@ -39,6 +41,8 @@ CPU = torch.device("cpu")
 QUICK = ("--batch", 2, "--warmup", 2, "--precision", "float32", "--device", "cpu", "--log-every", 2, "--samples", 0)
 SMALL = ("--control", "--small", "--hint-widths", 8, 8, 8, 16, "--size", 32, *QUICK)
 RESIDUALS = 5  # of the embedded model's U-Net: four skip connections and the middle
+
+HOW = DataOptions(32)
 
 
 @pytest.fixture(scope="module")
@@ -160,12 +164,7 @@ def test_resumed_training_equals_uninterrupted_training(drawings, start, tmp_pat
 
 def test_two_processes_compute_with_the_hints_of_one_with_twice_the_batch():
     model = StableDiffusion.load(device="cpu", dtype="float32")
-    rng = torch.Generator().manual_seed(0)
-    data = {
-        "mean": torch.randn(6, 4, 4, 4, generator=rng), "std": torch.ones(6, 4, 4, 4), "count": torch.ones(6).long(),
-        "first": torch.arange(6), "ids": model.tokenizer([""] * 6).int(),
-        "hint": torch.randint(1, 256, (6, 1, 32, 32), generator=rng, dtype=torch.uint8),
-    }  # fmt: skip
+    data = random_data(model, {(4, 4): 8}, more={"hint": (1, 32, 32)})
 
     def parts(rank: int, count: int, batch: int) -> list[dict]:
         processes = Processes(CPU, rank, count)
@@ -192,19 +191,20 @@ def test_a_hint_is_learned():
         x0, ids = model.encode(pixels).mode(), model.tokenizer([""] * 8).long()
     own = replace(own_half(model.config.unet), depth=(0, 0), middle_depth=0)
     network = training.initial_control(ControlConfig(own, (8, 8, 8, 16)), model.unet, 0)
-    objective = training.Objective(network, model, 64)
+    objective = training.Objective(network, model)
     optimizer = torch.optim.Adam(network.parameters(), 1e-2)
     t, noise = torch.full((8,), 999), torch.randn(x0.shape)  # the noisy latent shows nothing
 
     def losses() -> tuple[float, float]:
         with torch.no_grad():
-            return float(objective(x0, ids, t, noise, lines)), float(objective(x0, ids, t, noise, lines.roll(3, 0)))
+            batch = batch_of(x0, ids, t, noise)
+            return float(objective(batch, lines)), float(objective(batch, lines.roll(3, 0)))
 
     assert losses()[0] == losses()[1]
     for _ in range(50):
         optimizer.zero_grad()
         with torch.enable_grad():
-            objective(x0, ids, t, torch.randn(x0.shape), lines).backward()
+            objective(batch_of(x0, ids, t, torch.randn(x0.shape)), lines).backward()
         optimizer.step()
     right, other = losses()
     assert right < 0.8 * other
@@ -263,9 +263,14 @@ def test_an_inpainting_model_is_refused(start, tmp_path, monkeypatch):  # noqa: 
 
 
 def test_hints_are_found_in_three_places_and_are_no_images(drawings):
-    source = HintedFolder(drawings, 32)
-    assert [path.name for path, _ in source.items] == ["blue.png", "green.png", "pink.png", "red.png"]
-    assert [source.hints[path].name for path, _ in source.items] == ["b.jpg", "green.png", "pink.webp", "red.hint.png"]
+    source = HintedFolder(drawings, HOW)
+    assert [item.path.name for item in source.items] == ["blue.png", "green.png", "pink.png", "red.png"]
+    assert [source.hints[item.path].name for item in source.items] == [
+        "b.jpg",
+        "green.png",
+        "pink.webp",
+        "red.hint.png",
+    ]
     for i in range(4):
         example = source[i]
         assert example.hint.shape == (32, 32, 3) and example.hint.dtype == np.uint8
@@ -282,24 +287,24 @@ def test_an_image_without_a_hint_is_an_error(drawings, tmp_path):
     folder = copied(drawings, tmp_path)
     (folder / "hints" / "green.png").unlink()
     with pytest.raises(ValueError) as error:
-        HintedFolder(folder, 32)
+        HintedFolder(folder, HOW)
     assert str(error.value) == (
         f"{folder / 'green.png'}: no hint (1 of 4 images have none): save it as green.hint.png in the same folder, as "
         "hints/green.png, or name it in metadata.jsonl"
     )
     (folder / "maps" / "b.jpg").unlink()
     with pytest.raises(ValueError, match=r"metadata.jsonl: the hint of blue.png is missing: .*b.jpg"):
-        HintedFolder(folder, 32)
+        HintedFolder(folder, HOW)
     (folder / "metadata.jsonl").write_text('{"file_name": "blue.png", "text": "blue", "hint": 7}')
     with pytest.raises(ValueError, match=r"the hint of blue.png must be the name of a file, got 7"):
-        HintedFolder(folder, 32)
+        HintedFolder(folder, HOW)
 
 
 def test_hints_of_another_shape_and_broken_ones_are_skipped(drawings, tmp_path):
     folder = copied(drawings, tmp_path)
     Image.new("L", (64, 64)).save(folder / "red.hint.png")
     (folder / "hints" / "green.png").write_bytes(b"not an image")
-    source = HintedFolder(folder, 32)
+    source = HintedFolder(folder, HOW)
     found = [source[i] for i in range(4)]
     assert [example.pixels is None for example in found] == [False, True, False, True]
     assert str(folder / "hints" / "green.png") in found[1].problem
@@ -308,12 +313,14 @@ def test_hints_of_another_shape_and_broken_ones_are_skipped(drawings, tmp_path):
 
 def test_changed_hints_are_encoded_anew(drawings, tmp_path):
     folder = copied(drawings, tmp_path)
-    before = HintedFolder(folder, 32).fingerprint()
-    assert before == HintedFolder(folder, 32).fingerprint()
+    before = fingerprint(HintedFolder(folder, HOW))
+    assert before == fingerprint(HintedFolder(folder, HOW))
     Image.new("L", (97, 65)).save(folder / "red.hint.png")
-    assert HintedFolder(folder, 32).fingerprint() != before
+    assert fingerprint(HintedFolder(folder, HOW)) != before
     world = World(4, 32)
-    assert len({HintedWorld(world, kind).fingerprint() for kind in ("edges", "depth")} | {world.fingerprint()}) == 3
+    assert (
+        len({fingerprint(source) for source in (world, HintedWorld(world, "edges"), HintedWorld(world, "depth"))}) == 3
+    )
 
 
 def test_the_cache_has_hints_as_bytes(drawings, start, tmp_path):  # noqa: F811
@@ -321,7 +328,7 @@ def test_the_cache_has_hints_as_bytes(drawings, start, tmp_path):  # noqa: F811
     for data, channels in ((drawings, 3), ("world", 1)):
         out = tmp_path / str(channels)
         assert start(train, *SMALL, "--data", data, "--scenes", 4, "--steps", 1, "--out", out)[0] == 0
-        hint = load_file(out / "cache" / "latents.safetensors")["hint"]
+        hint = load_file(out / "cache" / "latents.safetensors")["32x32.hint"]
         assert hint.dtype == torch.uint8 and hint.shape == (4, channels, 32, 32) and hint.max() > 150
     grey = training.to_hints(hint)
     assert grey.shape == (4, 3, 32, 32) and grey.max() == 1 and torch.equal(grey[:, 0], grey[:, 2])
@@ -362,7 +369,7 @@ def test_transparent_hints_are_read_as_they_are_used(tmp_path):
     sheet = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
     sheet.paste((255, 255, 255, 255), (8, 8, 16, 16))
     sheet.save(tmp_path / "a.hint.PNG")
-    (example,) = list(HintedFolder(tmp_path, 32))
+    (example,) = list(HintedFolder(tmp_path, HOW))
     assert example.hint[0, 0].max() == 0 and example.hint[12, 12].min() == 255
 
 
@@ -372,4 +379,4 @@ def test_images_in_a_folder_called_hints_are_images(tmp_path):
     Image.new("RGB", (32, 32), "red").save(folder / "a.png")
     Image.new("RGB", (32, 32)).save(folder / "a.hint.png")
     (folder / "a.txt").write_text("a red square")
-    assert len(HintedFolder(folder, 32)) == 1
+    assert len(HintedFolder(folder, HOW)) == 1

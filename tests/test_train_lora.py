@@ -21,7 +21,7 @@ from sd.models.unet import UNet
 from sd.models.vae import VAE
 from sd.resources import EMBEDDED, EMBEDDED_LORA, resource
 from sd.samplers import lcm
-from sd.training import TrainableLora, lora_layers, lora_metadata, lora_tensors
+from sd.training import LoraParams, TrainableLora, lora_layers, lora_metadata, lora_tensors
 
 SMALL = {"tiny": TINY, "tiny v2": TINY_V2}
 
@@ -30,9 +30,9 @@ def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def trained(network: nn.Module, rank: int = 4, alpha: float | None = None, **options) -> TrainableLora:
+def trained(network: nn.Module, rank: int = 4, alpha: float | None = None, which: str = "all") -> TrainableLora:
     """A LoRA as after training: B is not zero."""
-    lora = TrainableLora(network, lora_layers(network, **options), rank, alpha)
+    lora = TrainableLora(network, lora_layers(network, which), LoraParams(rank, alpha))
     with torch.no_grad():
         for layer in lora.layers:
             layer.up.copy_(0.2 * torch.randn(layer.up.shape, generator=rng(1)) * rank**-0.5)
@@ -59,7 +59,7 @@ def unet() -> UNet:
 def test_nothing_changes_at_first_nor_while_disabled_nor_after(unet):
     x = inputs(TINY)
     before = unet(*x)
-    lora = TrainableLora(unet, lora_layers(unet), rank=2)
+    lora = TrainableLora(unet, lora_layers(unet), LoraParams(2))
     lora.attach(unet)
     assert torch.equal(unet(*x), before)
     with torch.no_grad():
@@ -75,10 +75,10 @@ def test_nothing_changes_at_first_nor_while_disabled_nor_after(unet):
     assert torch.equal(unet(*x), before)
 
 
-@pytest.mark.parametrize("convolutions", [True, False])
-def test_the_network_computes_with_the_merged_weights(unet, convolutions):
+@pytest.mark.parametrize("which", ["all", "transformer", "attention"])
+def test_the_network_computes_with_the_merged_weights(unet, which):
     """Linear layers, convolutions of stride 1 and 2, and a scale: W + (alpha / r) B A."""
-    lora = trained(unet, rank=4, alpha=2.0, convolutions=convolutions)
+    lora = trained(unet, rank=4, alpha=2.0, which=which)
     lora.attach(unet)
     found = unet(*inputs(TINY))
     lora.detach()
@@ -96,16 +96,21 @@ def test_which_layers(unet):
     """All linear layers and convolutions, but for the ends and the embedding of the timestep."""
     every = {name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     assert every - set(lora_layers(unet)) == {"conv_in", "conv_out", "time.0", "time.2"}
-    few = lora_layers(unet, convolutions=False)
+    few = lora_layers(unet, "transformer")
     assert all(".attn" in name for name in few)
     assert len(few) == sum(".attn" in name for name in every)
+    least = lora_layers(unet, "attention")
+    assert set(few) - set(least) == {name for name in few if ".ff." in name or ".proj_" in name}
+    with pytest.raises(ValueError, match="choose attention, transformer, all"):
+        lora_layers(unet, "some")
     text = TextEncoder(TINY.text[0])
     linear = [name for name, module in text.named_modules() if isinstance(module, nn.Linear)]
-    assert lora_layers(text) == linear and len(linear) == 3 * 6
+    assert lora_layers(text) == linear == lora_layers(text, "transformer") and len(linear) == 3 * 6
+    assert lora_layers(text, "attention") == [name for name in linear if ".attn." in name]
 
 
 def test_only_the_lora_gets_gradients(unet):
-    lora = TrainableLora(unet, lora_layers(unet), rank=2, seed=5)
+    lora = TrainableLora(unet, lora_layers(unet), LoraParams(2), seed=5)
     lora.attach(unet)
     with torch.enable_grad():
         unet(*inputs(TINY)).square().mean().backward()
@@ -113,23 +118,53 @@ def test_only_the_lora_gets_gradients(unet):
     assert all(p.grad is None for p in unet.parameters())
     assert all(layer.up.grad.abs().sum() > 0 for layer in lora.layers)
     assert all(layer.down.grad.abs().sum() == 0 for layer in lora.layers)  # as B is zero
-    same, other = (TrainableLora(unet, lora.names, 2, seed=seed) for seed in (5, 6))
+    same, other = (TrainableLora(unet, lora.names, LoraParams(2), seed=seed) for seed in (5, 6))
     assert torch.equal(same.layers[3].down, lora.layers[3].down)
     assert not torch.equal(other.layers[3].down, lora.layers[3].down)
 
 
 @pytest.mark.parametrize(
-    ("names", "rank", "alpha", "words"),
+    ("names", "params", "words"),
     [
-        (["conv_in"], 0, None, "a rank from 1"),
-        (["conv_in"], 2, 0.0, "alpha above 0"),
-        ([], 2, None, "needs layers"),
-        (["norm_out"], 2, None, "norm_out is a GroupNorm: a LoRA changes linear layers and convolutions"),
+        (["conv_in"], {"rank": 0}, "the rank of a LoRA must be at least 1, got 0"),
+        (["conv_in"], {"conv_rank": 0}, "the conv_rank of a LoRA must be at least 1"),
+        (["conv_in"], {"alpha": 0.0}, "the alpha of a LoRA must be a number above 0"),
+        (["conv_in"], {"conv_alpha": float("nan")}, "the conv_alpha of a LoRA must be a number above 0"),
+        (["conv_in"], {"dropout": 1.0}, "the dropout of a LoRA must be from 0 to below 1"),
+        ([], {}, "needs layers"),
+        (["norm_out"], {}, "norm_out is a GroupNorm: a LoRA changes linear layers and convolutions"),
+        (
+            ["conv_in", "time.0"],
+            {"rank": 65},
+            r"above that of every layer: the largest that has an effect is 64 \(time",
+        ),
     ],
 )
-def test_what_cannot_be_is_refused(unet, names, rank, alpha, words):
+def test_what_cannot_be_is_refused(unet, names, params, words):
     with pytest.raises(ValueError, match=words):
-        TrainableLora(unet, names, rank, alpha)
+        TrainableLora(unet, names, LoraParams(**params))
+
+
+def test_small_layers_have_a_smaller_rank_and_the_same_scale(unet):
+    """conv_in has 4 * 9 inputs for 64 outputs."""
+    lora = TrainableLora(unet, ["conv_in", "time.0", "time.2"], LoraParams(64, 32.0))
+    assert [(layer.rank, layer.alpha, layer.scale) for layer in lora.layers] == [
+        (36, 18.0, 0.5), (64, 32.0, 0.5), (64, 32.0, 0.5),
+    ]  # fmt: skip
+    assert lora.limited == 1
+    assert lora.layers[0].down.shape == (36, 4, 3, 3)
+
+
+def test_convolutions_have_a_rank_of_their_own(unet):
+    """Those with kernels above 1x1; by default with the scale of the others."""
+    names = ["down.0.res.0.conv1", "down.1.res.0.skip", "time.0"]
+
+    def of(*params) -> list[tuple[int, float]]:
+        return [(layer.rank, layer.alpha) for layer in TrainableLora(unet, names, LoraParams(*params)).layers]
+
+    assert of(8, 4.0, 2) == [(2, 1.0), (8, 4.0), (8, 4.0)]
+    assert of(8, 4.0, 2, 0.5) == [(2, 0.5), (8, 4.0), (8, 4.0)]
+    assert of(8, 4.0, None, 2.0) == [(8, 2.0), (8, 4.0), (8, 4.0)]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -142,7 +177,7 @@ def test_our_adapters_read_what_is_written(name, tmp_path):
     before = {network: {k: v.clone() for k, v in module.state_dict().items()} for network, module in networks.items()}
     path = tmp_path / "style.safetensors"
     tensors = lora_tensors(loras, model.config)
-    save_tensors(tensors, path, lora_metadata(loras["unet"], "a style"))
+    save_tensors(tensors, path, lora_metadata(loras, model.config, "a style"))
     assert len(tensors) == 3 * sum(len(lora.names) for lora in loras.values())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -182,7 +217,11 @@ def test_diffusers_reads_the_lora_and_makes_the_same_latents(shipped, tmp_path):
         shutil.copy(resource(EMBEDDED_LORA), path)
     else:
         lora = trained(model.unet, rank=4)
-        save_tensors(lora_tensors({"unet": lora}, model.config), path, lora_metadata(lora, "pocket LCM LoRA"))
+        save_tensors(
+            lora_tensors({"unet": lora}, model.config),
+            path,
+            lora_metadata({"unet": lora}, model.config, "pocket LCM LoRA"),
+        )
     assert convert.main([str(resource(EMBEDDED)), str(tmp_path / "folder"), "--layout", "diffusers"]) == 0
     options = {"local_files_only": True, "torch_dtype": torch.float32}
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "folder", **options)

@@ -25,6 +25,9 @@ from test_scripts import ckpt  # noqa: F401
 from scripts import convert, inpaint, train, train_text, train_vae, txt2img
 from scripts.training import data as training_data
 from scripts.training import loop, recipe
+from scripts.training.batches import Batch, Batches
+from scripts.training.epochs import Order
+from scripts.training.folders import DataOptions, Folder, captioned
 from scripts.training.log import Log, read_log
 from scripts.training.loop import Trainer
 from scripts.training.processes import Processes
@@ -257,12 +260,19 @@ def test_ctrl_c_saves_where_many_processes_run(new, photos, start, tmp_path):
     assert start(train, *again)[0] == 0
 
 
-def test_accumulated_parts_give_the_gradients_of_one_batch(new, photos, start, tmp_path):
-    options = ["--data", photos, "--steps", 1, "--samples", 0, "--optimizer", "adamw", *new]
+def test_accumulated_parts_give_the_gradients_of_one_batch(new, photos, start, tmp_path, monkeypatch):
+    options = ["--data", photos, "--steps", 1, "--samples", 0, "--optimizer", "adamw", *new, "--batch", 2]
     found = []
-    for batch, parts in ((4, 1), (2, 2)):
-        out = tmp_path / str(batch)
-        assert start(train, *options, "--batch", batch, "--accumulate", parts, "--out", out)[0] == 0
+
+    def joined(batches: Batches, step: int):
+        parts = zip(*(batches.make(batches.epochs(number), number) for number in range(2)), strict=True)
+        yield {"batch": Batch(*(None if a is None else torch.cat([a, b]) for a, b in parts))}
+
+    for parts in (2, 1):
+        out = tmp_path / str(parts)
+        if parts == 1:
+            monkeypatch.setattr(Batches, "__call__", joined)
+        assert start(train, *options, "--accumulate", parts, "--out", out)[0] == 0
         state = load_state(out / "state.pt")["optimizers"][0]["state"]
         found.append(torch.cat([moment["exp_avg"].flatten() for moment in state.values()]))
     assert (found[0] - found[1]).norm() / found[0].norm() < 1e-4
@@ -533,13 +543,13 @@ def test_captions_of_both_kinds(photos, tmp_path):
     (tmp_path / "e.caption").write_text("an e")
     (tmp_path / "sub" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     (tmp_path / "a.txt").write_text("\ufeffan a\n\n  the a \n", encoding="utf-8")
-    folder = training_data.Folder(tmp_path, 32, caption="else")
-    assert [(path.name, captions) for path, captions in folder.items] == [
+    folder = Folder(tmp_path, DataOptions(32, caption="else"))
+    assert [(item.path.name, item.captions) for item in folder.items] == [
         ("a.png", ["an a", "the a"]), ("c.png", ["else"]), ("e.png", ["an e"]), ("b.jpg", ["one b", "another b"]),
     ]  # fmt: skip
     assert folder[0].pixels.shape == (32, 32, 3)
     with pytest.raises(ValueError, match=r"c\.png: no caption \(1 of 4"):
-        training_data.captioned(tmp_path)
+        captioned(tmp_path)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="symbolic links")
@@ -556,23 +566,23 @@ def test_linked_folders_are_followed(photos, tmp_path):
         ("store/self", store), ("data/.hidden", photos),
     ):  # fmt: skip
         (tmp_path / link).symlink_to(target, target_is_directory=True)
-    items = training_data.captioned(data)
-    assert [(str(path.relative_to(data)), captions) for path, captions in items] == [
+    items = captioned(data)
+    assert [(str(item.path.relative_to(data)), item.captions) for item in items] == [
         ("a.png", ["data/a"]), ("again/b.png", ["store/b"]), ("again/deep/c.png", ["store/deep/c"]),
         ("real/d.png", ["data/real/d"]),
     ]  # fmt: skip
     (data / "gone.png").symlink_to(tmp_path / "nothing.png")
     with pytest.warns(UserWarning, match=r"skipped: .*gone\.png: a link to nothing"):
-        assert len(training_data.captioned(data)) == 4
+        assert len(captioned(data)) == 4
 
 
 def test_captions_keep_the_separators_of_unicode(photos, tmp_path):
     (tmp_path / "a.png").write_bytes((photos / "red.png").read_bytes())
     (tmp_path / "a.txt").write_text("one\u2028line\r\ntwo\x0b2", encoding="utf-8")
-    assert training_data.captioned(tmp_path)[0][1] == ["one\u2028line", "two\x0b2"]
+    assert captioned(tmp_path)[0].captions == ["one\u2028line", "two\x0b2"]
     (tmp_path / "a.txt").unlink()
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a\u2028b"}', encoding="utf-8")
-    assert training_data.captioned(tmp_path)[0][1] == ["a\u2028b"]
+    assert captioned(tmp_path)[0].captions == ["a\u2028b"]
 
 
 def test_workers_read_the_same(photos, monkeypatch):
@@ -596,7 +606,7 @@ def test_prepared_data_is_made_once_and_anew_when_it_changes(new, photos, start,
     first = cache.stat().st_ino
     assert start(train, "--out", tmp_path / "out", "--resume", "--steps", 2)[0] == 0
     assert cache.stat().st_ino == first
-    (data / "red.txt").write_text("other words")
+    (data / "red.png").write_bytes((data / "blue.png").read_bytes())
     assert start(train, "--out", tmp_path / "out", "--resume", "--steps", 3)[0] == 0
     assert cache.stat().st_ino != first
 
@@ -744,7 +754,8 @@ def test_a_run_inside_of_its_data_does_not_train_on_its_samples(new, photos, sta
     assert start(train, *options)[0] == 0
     assert (data / "run" / "samples-000001.png").exists()
     _, out, _ = start(train, "--out", data / "run", "--resume", "--steps", 2)
-    assert out[0] == "resumed with --steps 2 in place of 1" and ", 8 images," in out[1]
+    assert out[0] == "resumed with --steps 2 in place of 1" and out[1].startswith("8 images in 1 bucket")
+    assert ", 8 images," in out[2]
 
 
 def test_wrong_options_are_one_line(new, photos, start, tmp_path):
@@ -808,13 +819,13 @@ def test_words_that_will_not_be_learned_are_said(start, tmp_path):
 
 
 def test_every_epoch_sees_every_image_once():
-    order = training_data.Order(7, seed=3)
+    order = Order(7, seed=3)
     stream = order(0, 21)
     for epoch in range(3):
         assert sorted(stream[7 * epoch : 7 * epoch + 7].tolist()) == list(range(7))
     assert stream[:7].tolist() != stream[7:14].tolist()
-    assert torch.equal(training_data.Order(7, seed=3)(5, 9), stream[5:14])  # from anywhere
-    assert not torch.equal(training_data.Order(7, seed=4)(0, 21), stream)
+    assert torch.equal(Order(7, seed=3)(5, 9), stream[5:14])  # from anywhere
+    assert not torch.equal(Order(7, seed=4)(0, 21), stream)
 
 
 def test_a_log_goes_on_from_its_step(tmp_path):

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from sd.conditioning import Conditioning, TextOutput
 from sd.models.text_encoder import TextEncoder
-from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion
-from sd.size_conditioning import sizes_for
+from sd.size_conditioning import size_embedding
 from sd.text_config import END
+
+from .batches import Batch
 
 
 def text_encoders(model: StableDiffusion) -> dict[str, TextEncoder]:
@@ -28,23 +29,40 @@ def padded(ids: Tensor, pad: int) -> Tensor:
 class Captions:
     """Encodes captions as the pipeline encodes prompts, with gradients for text encoders that are trained.
 
-    model   whose text encoders are used
-    size    of the images in pixels, which SDXL is told as the original and as the target size, as in a run with
-            default settings
-
     A dropped prompt is the empty one; for SDXL base, whose training had zeros in its place, it is zeros.
     """
 
-    def __init__(self, model: StableDiffusion, size: int) -> None:
-        self.model, self.empty = model, model.tokenizer([""]).to(model.device)
-        self.sizes = sizes_for(model.config, SamplingParams(), size, size)
+    def __init__(self, model: StableDiffusion) -> None:
+        self.config, self.encoders = model.config, text_encoders(model)
+        self.empty = model.tokenizer([""]).to(model.device)  # ids (1, M)
 
-    def __call__(self, ids: Tensor, concat: Tensor | None = None) -> Conditioning:
-        """ids (B, M) of the first tokenizer, concat (B, 5, h, w) or None -> what the U-Net is told."""
-        model = self.model
-        outputs = [encoder(padded(ids, encoder.config.pad)) for encoder in text_encoders(model).values()]
-        text = TextOutput(torch.cat([output.hidden for output in outputs], dim=-1), outputs[-1].pooled)
-        cond = model.with_sizes(text, self.sizes)
-        if model.config.zero_empty:
-            cond = model.zeroed(cond, (ids == self.empty).all(dim=1))
-        return cond if concat is None else cond.with_concat(concat)
+    def encode(self, ids: Tensor) -> TextOutput:
+        """ids (B, M) of the first tokenizer -> hidden (B, M, D) and pooled (B, P) or None."""
+        text = TextOutput.joined([encoder(padded(ids, encoder.config.pad)) for encoder in self.encoders.values()])
+        if not self.config.zero_empty:
+            return text
+        kept = ~(ids == self.empty).all(dim=1)
+        pooled = None if text.pooled is None else text.pooled * kept[:, None]
+        return TextOutput(text.hidden * kept[:, None, None], pooled)
+
+    def __call__(self, batch: Batch) -> Conditioning:
+        """What the U-Net is told of a batch: its captions, encoded now or before; for SDXL its sizes; mask channels."""
+        text = self.encode(batch.ids) if batch.context is None else TextOutput(batch.context, batch.pooled)
+        return told(text, batch)
+
+    def without(self, batch: Batch) -> Conditioning:
+        """What the U-Net is told of a batch in place of the captions: the empty prompt."""
+        text = self.encode(self.empty)
+        count = len(batch.ids)
+        pooled = None if text.pooled is None else text.pooled.expand(count, -1)
+        return told(TextOutput(text.hidden.expand(count, -1, -1), pooled), batch)
+
+
+def told(text: TextOutput, batch: Batch) -> Conditioning:
+    """The conditioning of encoded captions with the sizes and the mask channels of a batch."""
+    vector = None
+    if text.pooled is not None:
+        vector = text.pooled
+        if batch.sizes is not None:
+            vector = torch.cat([vector, size_embedding(batch.sizes).to(vector)], dim=-1)
+    return Conditioning(text.hidden, vector, batch.concat)

@@ -37,10 +37,11 @@ from sd.training import channels_last, checkpoint_activations, diffusion_loss, e
 from ..common.cli import Parser
 from ..toy_world.hints import HINTS
 from . import loop, models
+from .batches import Batch, Batches, BatchOptions
 from .captions import Captions, text_encoders
-from .data import generator
 from .hints import find_hinted
-from .latents import Batches, latents
+from .latents import latents
+from .options import BUCKETED, FINE_TUNING
 from .processes import Processes
 from .samples import sample_prompts, some_captions
 from .state import save_tensors
@@ -55,6 +56,7 @@ PAIRS = 3  # of hint and image, in a row of a sample sheet
 # options that are for control networks only, and those that are not, with their values where they are not given
 OWN = {"hint": None, "small": False, "hint_widths": None, "control_name": None, "hint_erase": None}
 OTHERS = {"vae": None, "text": None, "prediction": None, "train_text": False, "inpaint": False, "weighting": "none"}
+OTHERS |= {**BUCKETED, **FINE_TUNING}  # hints are square
 
 
 def add_control_arguments(parser: Parser) -> None:
@@ -96,26 +98,24 @@ def check(args: argparse.Namespace) -> None:
 
 
 class Objective(nn.Module):
-    """The control network with the diffusion loss of the controlled U-Net; U-Net and text encoders are frozen.
+    """The control network with the diffusion loss of the controlled U-Net; U-Net and text encoders are frozen."""
 
-    size   of the images in pixels
-    """
-
-    def __init__(self, control: ControlNet, model: StableDiffusion, size: int) -> None:
+    def __init__(self, control: ControlNet, model: StableDiffusion) -> None:
         super().__init__()
         for name, encoder in text_encoders(model).items():
             self.add_module(name, encoder.requires_grad_(False))
         self.control, self.unet = control, model.unet.requires_grad_(False)
-        self.captions, self.schedule = Captions(model, size), model.schedule
+        self.captions, self.schedule = Captions(model), model.schedule
 
-    def forward(self, x0: Tensor, ids: Tensor, t: Tensor, noise: Tensor, hint: Tensor) -> Tensor:
-        """x0 and noise (B, C, h, w), ids (B, M), t (B,), hint (B, 3, H, W) in [0, 1] -> a scalar."""
+    def forward(self, batch: Batch, hint: Tensor) -> Tensor:
+        """A batch and its hints (B, 3, H, W) in [0, 1] -> the loss, a scalar."""
 
         def network(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
             down, middle = self.control(x, t, conditioning, self.control.embed(hint))
             return self.unet(x, t, conditioning, down, middle)
 
-        return diffusion_loss(network, self.schedule, x0, self.captions(ids), t, noise)
+        cond = self.captions(batch)
+        return diffusion_loss(network, self.schedule, batch.x0, cond, batch.t, batch.noise, batch.weight)
 
 
 class HintBatches:
@@ -124,13 +124,15 @@ class HintBatches:
     def __init__(self, batches: Batches, erase: float) -> None:
         self.batches, self.erase = batches, erase
 
-    def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
+    def names(self, step: int) -> list[str]:
+        """The names of all images of a step."""
+        return self.batches.names(step)
+
+    def __call__(self, step: int) -> Iterator[dict[str, Any]]:
         """The parts of a step for this process: see `Objective.forward`."""
-        device, seed = self.batches.processes.device, self.batches.recipe.seed
-        for k, part in enumerate(self.batches(step)):
-            hints = to_hints(part["hint"])
-            start = self.batches.share(k).start
-            rngs = (generator(device, seed, "hint", step, start + i) for i in range(len(hints)))
+        for number, part in enumerate(self.batches(step), step * self.batches.recipe.accumulate):
+            hints = to_hints(part["batch"].hint)
+            rngs = self.batches.generators(number, "hint")
             erased = [erase_parts(each, self.erase, rng) for each, rng in zip(hints.split(1), rngs, strict=True)]
             yield {**part, "hint": torch.cat(erased)}
 
@@ -223,14 +225,14 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     config = control_config(args, model.config.unet, model.config.vae.factor)
     path = args.out / "cache" / "latents.safetensors"
     data = latents(path, find_hinted(args, size), model, processes, args.workers)
-    if unknown := models.unknown_words(model, data["ids"]):
+    if unknown := models.unknown_words(model, data.ids):
         warnings.warn(f"the model does not know these words: {unknown}", stacklevel=1)
     if args.samples and not prompts:
         prompts = some_captions(args.samples, model, data)
-    shown = [i * len(data["mean"]) // len(prompts) for i in range(len(prompts))]
+    shown = [i * len(data) // len(prompts) for i in range(len(prompts))]
 
     control = initial_control(config, model.unet, recipe.seed)
-    objective = Objective(control, model, size)
+    objective = Objective(control, model)
     channels_last(objective, device)
     if args.checkpointing:
         checkpoint_activations(objective)
@@ -239,7 +241,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         model.unet.compile()
     trainer = loop.Trainer(objective, recipe, processes, args)
     trained = sum(p.numel() for p in trainer.trained.values())
-    batches = Batches(data, model, recipe, processes, args.drop, trained=trained)
+    batches = Batches(data, model, recipe, processes, BatchOptions(args.drop, trained=trained))
     written = args.out / "control.safetensors"
 
     def present() -> ControlNet:
@@ -257,11 +259,11 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
 
     def show(step: int) -> None:
         settings = {"steps": args.sample_steps, "guidance": args.sample_guidance, "height": size, "width": size}
-        hints = to_pil(2 * to_hints(data["hint"][shown]) - 1)
+        hints = to_pil(2 * to_hints(data.take("hint", shown)) - 1)
         plain = models.averaged(model, trainer.weights())  # neither compiled nor recorded
         write_sheet(args.out / f"samples-{step:06d}.png", plain, present(), prompts, hints, **settings)
 
-    trainer.describe(f"{config.name}, a control network for {model.config.name}", len(data["mean"]))
+    trainer.describe(f"{config.name}, a control network for {model.config.name}", len(data))
     positions = (size // model.config.vae.factor) ** 2
     timed = HintBatches(batches, args.hint_erase)
     trainer.run(timed, write, positions, show if prompts else None, lambda: {"zero": zero_weights(control)})

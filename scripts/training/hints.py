@@ -18,6 +18,7 @@ import argparse
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from random import Random
 
@@ -31,7 +32,10 @@ from sd.imaging.tensors import fit
 
 from ..common import edges
 from ..toy_world.hints import HINTS, depth, outlines
-from .data import METADATA, Example, Folder, World, captioned, check_data, digest, files_below, metadata_entries
+from .caption_files import METADATA, metadata_entries
+from .data import Example, Record, World, digest
+from .folders import DataOptions, Folder, files_below, sha256
+from .options import check_data
 
 HINT, FOLDER = ".hint", "hints"  # what comes after the name of a hint beside its image, and the folder of hints
 KEYS = ("hint", "conditioning_image", "conditioning_image_file_name")  # in metadata.jsonl; the first one is ours
@@ -70,10 +74,17 @@ class HintedWorld:
         thick = choice.random() < THICK
         return example._replace(hint=_white(edges.grow(drawn > 0, 1)) if thick else drawn)
 
-    def fingerprint(self) -> str:
-        """A digest of the settings and of the drawing code."""
-        code = [Path(file).read_text(encoding="utf-8") for file in (__file__, edges.__file__, annotate.__file__)]
-        return digest([self.world.fingerprint(), self.kind, *code])
+    def record(self, i: int) -> Record:
+        """That of the scene."""
+        return self.world.record(i)
+
+    def key(self, i: int) -> str:
+        """A digest of the scene, the kind and the drawing code."""
+        return digest([self.world.key(i), self.kind, self._code])
+
+    @cached_property
+    def _code(self) -> str:
+        return digest([Path(file).read_text("utf-8") for file in (__file__, edges.__file__, annotate.__file__)])
 
 
 def detected(pixels: np.ndarray, rng: Random) -> np.ndarray:
@@ -97,22 +108,26 @@ class HintedFolder(Folder):
     hints: dict[Path, Path] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        named = _named(self.folder) if self.folder.is_dir() else {}
-        others = {path.resolve() for path in named.values()}
+        super().__post_init__()
+        object.__setattr__(self, "hints", find_hints([item.path for item in self.items], self._named))
 
-        def is_hint(path: Path) -> bool:
-            below = path.parent.name == FOLDER and path.parent != self.folder
-            return path.stem.endswith(HINT) or below or path.resolve() in others
+    @cached_property
+    def _named(self) -> dict[Path, Path]:
+        return _named(self.folder) if self.folder.is_dir() else {}
 
-        items = captioned(self.folder, self.caption, self.outside, is_hint)
-        object.__setattr__(self, "items", items)
-        object.__setattr__(self, "hints", find_hints([path for path, _ in items], named))
+    def _is_other(self, path: Path) -> bool:
+        below = path.parent.name == FOLDER and path.parent != self.folder
+        return path.stem.endswith(HINT) or below or path.resolve() in self._others
+
+    @cached_property
+    def _others(self) -> set[Path]:
+        return {path.resolve() for path in self._named.values()}
 
     def __getitem__(self, i: int) -> Example:
         example = super().__getitem__(i)
         if example.pixels is None:
             return example
-        path, captions = self.items[i]
+        path, captions, *_ = self.items[i]
         hint = self.hints[path]
         try:
             with warnings.catch_warnings():
@@ -124,15 +139,15 @@ class HintedFolder(Folder):
         if not 1 - SAME_SHAPE < ratio < 1 + SAME_SHAPE:
             sizes = f"{drawn.width}x{drawn.height}, and the image {image.width}x{image.height}"
             return Example(None, captions, f"{hint}: another aspect ratio than its image ({sizes})")
-        return example._replace(hint=np.asarray(fit(drawn, self.size, self.size)))
+        return example._replace(hint=np.asarray(fit(drawn, self.options.size, self.options.size)))
 
-    def fingerprint(self) -> str:
-        """A digest of names, sizes, dates and captions, and of how hints are read."""
-        parts = [super().fingerprint(), Path(__file__).read_text(encoding="utf-8")]
-        for path in self.hints.values():
-            status = path.stat()
-            parts += [str(path), str(status.st_size), str(status.st_mtime_ns)]
-        return digest(parts)
+    def key(self, i: int) -> str:
+        """A digest of the contents of image and hint, and of how hints are read."""
+        return digest([super().key(i), sha256(self.hints[self.items[i].path]), self._code])
+
+    @cached_property
+    def _code(self) -> str:
+        return digest([Path(__file__).read_text("utf-8")])
 
 
 def _named(folder: Path) -> dict[Path, Path]:
@@ -180,4 +195,4 @@ def find_hinted(args: argparse.Namespace, size: int) -> HintedWorld | HintedFold
         return HintedWorld(World(args.scenes, size, args.phrasings), args.hint or HINTS[0])
     if args.hint:
         raise ValueError("--hint is the kind of hints of drawn scenes (--data world); a folder has its own")
-    return HintedFolder(Path(args.data), size, args.caption, args.out)
+    return HintedFolder(Path(args.data), DataOptions(size, caption=args.caption), (args.out,))

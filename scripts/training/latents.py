@@ -1,148 +1,286 @@
-"""Training data of the U-Net: latents and caption ids of all images, computed once, and the batches of a step."""
+"""Latents of all images, computed once and kept in a file, by the contents of the images.
+
+The file has rows for the images of a run, each with its key, a SHA-256 of the image's contents, its mask and hint, and
+the sizes that it may get. When images are added or removed, the rows of the others are used again. They are all made
+anew for another VAE.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import warnings
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from sd.imaging.masks import latent_mask, mask_channels, masked_image
 from sd.pipeline import StableDiffusion
-from sd.text.tokenizer import Tokenizer
-from sd.training import drop_prompts, random_masks
 
-from .data import Order, Source, cached, digest, examples, generator, hints, pixels, to_floats
-from .loop import Recipe
-from .models import fitting
+from .buckets import Placement, Shape, place, summary
+from .data import Example, Record, Source, World, digest, examples, pixels, to_floats
+from .dataset import FLIPPED, TrainingData
 from .processes import Processes
+from .state import save_tensors
+from .texts import tokens, weights_digest
 
 PART = 512 * 512 * 2  # pixels per batch of the encoder: a few full-size images, or many small ones
+VERSION = "2"  # of the file
+KEY = 32  # bytes of a key
+
+Row = tuple[Shape, int]  # the bucket and the row in it
+
+
+class Stored:
+    """What a file of latents has: for each bucket (H, W) tensors with a row for each image.
+
+    Besides the tensors of `TrainingData.buckets`: key (m, 32) and sizes (m, 6); and where captions come with the
+    pixels, they are in `captions`.
+    """
+
+    def __init__(self) -> None:
+        self.buckets: dict[Shape, dict[str, Tensor]] = {}
+        self.captions: dict[Shape, list[list[str]]] = {}
+        self.items: list[str] = []  # the key of each item of the run; "" for one that cannot be read
+
+    @classmethod
+    def read(cls, path: Path, settings: str) -> Stored:
+        """The contents of a file; nothing if it is missing, damaged or made with other settings."""
+        found = cls()
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("settings") != settings:
+                    return found
+                found.items = _keys(file.get_tensor("items"))
+                for name in file.keys():  # noqa: SIM118
+                    where, _, what = name.partition(".")
+                    if not what:
+                        continue
+                    height, _, width = where.partition("x")
+                    shape = int(height), int(width)
+                    tensor = file.get_tensor(name)
+                    if what == "captions":
+                        found.captions[shape] = json.loads(tensor.numpy().tobytes())
+                    else:
+                        found.buckets.setdefault(shape, {})[what] = tensor
+        except (OSError, SafetensorError, ValueError):
+            return cls()
+        return found
+
+    def write(self, path: Path, settings: str) -> None:
+        """Write the file, atomically."""
+        tensors = {"items": _bytes(self.items)}
+        for (height, width), bucket in self.buckets.items():
+            tensors |= {f"{height}x{width}.{name}": tensor for name, tensor in bucket.items()}
+        for (height, width), captions in self.captions.items():
+            text = np.frombuffer(json.dumps(captions).encode(), np.uint8)
+            tensors[f"{height}x{width}.captions"] = torch.from_numpy(text.copy())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(tensors, path, {"settings": settings})
+
+    @property
+    def rows(self) -> dict[str, Row]:
+        """Where each key is."""
+        return {
+            key: (shape, row) for shape, bucket in self.buckets.items() for row, key in enumerate(_keys(bucket["key"]))
+        }
+
+    def only(self, keys: Iterable[str]) -> Stored:
+        """The rows of some of the keys."""
+        rows, kept = self.rows, dict[Shape, list[int]]()
+        for key in dict.fromkeys(keys):
+            if key in rows:
+                kept.setdefault(rows[key][0], []).append(rows[key][1])
+        found = Stored()
+        for shape, chosen in kept.items():
+            found.buckets[shape] = {name: tensor[chosen] for name, tensor in self.buckets[shape].items()}
+            if shape in self.captions:
+                found.captions[shape] = [self.captions[shape][row] for row in chosen]
+        return found
+
+    def joined(self, other: Stored) -> Stored:
+        """The rows of both, which have the same kinds of tensors."""
+        found = Stored()
+        for shape in sorted({*self.buckets, *other.buckets}):
+            parts = [each.buckets[shape] for each in (self, other) if shape in each.buckets]
+            found.buckets[shape] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            if captions := [each.captions[shape] for each in (self, other) if shape in each.captions]:
+                found.captions[shape] = [texts for part in captions for texts in part]
+        return found
 
 
 def latents(
-    path: Path, source: Source, model: StableDiffusion, processes: Processes, workers: int, keep_pixels: bool = False
-) -> dict[str, Tensor]:
-    """Encode all data, or load it from the cache file `path`.
+    path: Path,
+    source: Source,
+    model: StableDiffusion,
+    processes: Processes,
+    workers: int,
+    keep_pixels: bool = False,
+    flip: bool = False,
+) -> TrainingData:
+    """Encode all data, or load it from the cache file `path`; only what is not in it is encoded.
 
-    mean, std (n, C, h, w)   float16; every use of an image samples its Gaussian again
-    ids (N, M)               of all captions; image i has `count[i]` of them, from `first[i]`
-    pixels (n, 3, H, W)      uint8, only with `keep_pixels`, for inpainting
-    hint (n, 1 or 3, H, W)   uint8, only of a source with hints, for a control network
+    keep_pixels   for inpainting
+    flip          encode mirrored images too
     """
-    weights = hashlib.sha256()
-    for value in model.vae.state_dict().values():
-        weights.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    fingerprint = digest(
-        [source.fingerprint(), weights.hexdigest(), repr(model.config.text), repr(model.config.vae), str(keep_pixels)]
-    )
-    return cached(path, fingerprint, processes, lambda: _encode(source, model, workers, keep_pixels, processes.main))
+    settings = digest([VERSION, weights_digest(model.vae), repr(model.config.vae), str(keep_pixels), str(flip)])
+    if processes.local == 0:
+        keys = _all_keys(source, workers, processes.main)
+        stored = Stored.read(path, settings)
+        rows = stored.rows
+        wanted = [i for i, key in enumerate(keys) if key not in rows]
+        made = Stored()
+        if wanted:
+            made = _encode(source, model, workers, (keep_pixels, flip, processes.main), (wanted, keys))
+        found = stored.only(keys).joined(made) if made.buckets or len(rows) > len(set(keys)) else stored
+        known = found.rows
+        items = [key if key in known else "" for key in keys]
+        if found is not stored or items != stored.items:
+            found.items = items
+            found.write(path, settings)
+        del stored, made, found
+    processes.wait()
+    data = _assembled(source, Stored.read(path, settings), model, processes.main)
+    if processes.main and not isinstance(source, World):
+        print(_described(data))
+    return data
+
+
+def _all_keys(source: Source, workers: int, main: bool) -> list[str]:
+    """The key of each item; files are read in several threads."""
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        found = pool.map(source.key, range(len(source)))
+        return list(tqdm(found, "checking images", len(source), disable=None if main else True, leave=False))
 
 
 @torch.no_grad()
-def _encode(source: Source, model: StableDiffusion, workers: int, keep_pixels: bool, main: bool) -> dict[str, Tensor]:
-    found: dict[str, list[Tensor]] = {"mean": [], "std": [], "count": []}
-    captions: list[str] = []
-    for _, chunk in examples(source, workers, main):
-        images = pixels(chunk)
-        side = max(1, PART // images[0, 0].numel())
-        for part in images.split(side):
-            gaussian = model.encode(to_floats(part.to(model.device)).contiguous(memory_format=torch.channels_last))
-            found["mean"].append(gaussian.mean.half().cpu())
-            found["std"].append(gaussian.std.half().cpu())
-        if keep_pixels:
-            found.setdefault("pixels", []).append(images)
-        if chunk[0].hint is not None:
-            found.setdefault("hint", []).append(hints(chunk))
-        found["count"].append(torch.tensor([len(example.captions) for example in chunk]))
-        for example in chunk:
-            captions += example.captions
+def _encode(
+    source: Source,
+    model: StableDiffusion,
+    workers: int,
+    flags: tuple[bool, bool, bool],
+    items: tuple[Sequence[int], Sequence[str]],
+) -> Stored:
+    """Encode items (their numbers, and the keys of all). `flags` are `keep_pixels`, `flip`, and whether to report."""
+    (keep_pixels, flip, main), (new, keys) = flags, items
+    parts: dict[Shape, dict[str, list[Tensor]]] = {}
+    found, known = Stored(), set[str]()
+    for numbers, chunk in examples(source, workers, main, new):
+        fresh = {keys[i]: k for k, i in reversed(list(enumerate(numbers))) if keys[i] not in known}  # each image once
+        known |= fresh.keys()
+        numbers, chunk = [numbers[k] for k in sorted(fresh.values())], [chunk[k] for k in sorted(fresh.values())]
+        shapes = [example.pixels.shape[:2] for example in chunk if example.pixels is not None]
+        for shape in sorted(set(shapes)):
+            chosen = [k for k, each in enumerate(shapes) if each == shape]
+            group = [chunk[k] for k in chosen]
+            bucket = parts.setdefault((shape[0], shape[1]), {})
+            made = _bucket(group, model, keep_pixels, flip)
+            made["key"] = _bytes([keys[numbers[k]] for k in chosen])
+            for name, tensor in made.items():
+                bucket.setdefault(name, []).append(tensor)
+            own = [(k, source.record(numbers[k])) for k in chosen]
+            if any(record.captions is None for _, record in own):
+                found.captions.setdefault((shape[0], shape[1]), []).extend(list(chunk[k].captions) for k, _ in own)
+    for shape, bucket in parts.items():
+        found.buckets[shape] = {name: torch.cat(tensors) for name, tensors in bucket.items()}
+    return found
+
+
+def _bucket(group: Sequence[Example], model: StableDiffusion, keep_pixels: bool, flip: bool) -> dict[str, Tensor]:
+    """The rows of some examples of one size."""
+    images = pixels(group)
+    found: dict[str, list[Tensor]] = {}
+    for part in images.split(max(1, PART // images[0, 0].numel())):
+        for prefix, shown in (("", part), (FLIPPED, part.flip(-1)))[: 1 + flip]:
+            floats = to_floats(shown.to(model.device)).contiguous(memory_format=torch.channels_last)
+            gaussian = model.encode(floats)
+            found.setdefault(f"{prefix}mean", []).append(gaussian.mean.half().cpu())
+            found.setdefault(f"{prefix}std", []).append(gaussian.std.half().cpu())
     out = {name: torch.cat(parts) for name, parts in found.items()}
-    return out | {"first": out["count"].cumsum(0) - out["count"], "ids": _tokens(model.tokenizer, captions, main)}
+    places = [each.place or _whole(images) for each in group]
+    out["sizes"] = torch.tensor([each.sizes for each in places], dtype=torch.float32)
+    if keep_pixels:
+        out["pixels"] = images
+    if group[0].hint is not None:
+        out["hint"] = _stacked([example.hint for example in group])
+    if group[0].mask is not None:
+        masks = _stacked([example.mask for example in group]).float() / 255
+        out["mask"] = F.avg_pool2d(masks, model.config.vae.factor).half()
+    return out
 
 
-def _tokens(tokenizer: Tokenizer, captions: list[str], main: bool) -> Tensor:
-    rows = []
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        bar = tqdm(range(0, len(captions), 1000), desc="reading captions", disable=None if main else True, leave=False)
-        for start in bar:
-            rows.append(tokenizer(captions[start : start + 1000]).int())
-    if said and main:
-        warnings.warn(f"{len(said)} captions are truncated, first: {said[0].message}", stacklevel=2)
-    return torch.cat(rows)
+def _whole(images: Tensor) -> Placement:
+    height, width = images.shape[-2:]
+    return place((width, height), [(height, width)])
 
 
-class Batches:
-    """The batches of each step for the objective of train.py: a function of seed and step."""
+def _stacked(arrays: Sequence[np.ndarray | None]) -> Tensor:
+    """Arrays (H, W) or (H, W, C) -> (B, 1 or C, H, W), uint8."""
+    stacked = np.stack([np.atleast_3d(array) for array in arrays if array is not None])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2)
 
-    def __init__(
-        self,
-        data: dict[str, Tensor],
-        model: StableDiffusion,
-        recipe: Recipe,
-        processes: Processes,
-        drop: float = 0.0,
-        inpaint: bool = False,
-        trained: int = 0,
-        group: int = 1,
-    ) -> None:
-        """`trained` is the number of trained parameters, which need memory; `group` consecutive items stay together."""
-        self.data = fitting(data, processes.device, trained)
-        self.vae = model.vae
-        self.steps, self.factor = model.schedule.steps, model.config.vae.factor
-        self.recipe, self.processes, self.drop, self.inpaint = recipe, processes, drop, inpaint
-        self.group, self.order = group, Order(len(data["mean"]) // group, recipe.seed)
-        self.empty = model.tokenizer([""])[0].to(processes.device)
 
-    def _take(self, name: str, index: Tensor) -> Tensor:
-        """Rows of the data, on the device of this process."""
-        stored = self.data[name]
-        index = index.to(stored.device, non_blocking=stored.is_cuda)  # copies to the CPU must block
-        return stored[index].to(self.processes.device, non_blocking=True)
+def _assembled(source: Source, stored: Stored, model: StableDiffusion, main: bool) -> TrainingData:
+    """The data of the items that the file has."""
+    rows, shapes = stored.rows, sorted(stored.buckets)
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(stored.items))}
+    records: list[Record] = []
+    places: list[tuple[int, int]] = []
+    images, captions = [], []
+    for i, key in enumerate(stored.items):
+        if not key:
+            continue
+        record, (shape, row) = source.record(i), rows[key]
+        records.append(record)
+        places.append((shapes.index(shape), row))
+        images.append(numbers[key])
+        captions.append(stored.captions[shape][row] if record.captions is None else list(record.captions))
+    texts = list(dict.fromkeys(text for each in captions for text in each))
+    index = {text: k for k, text in enumerate(texts)}
+    buckets = [stored.buckets[shape] for shape in shapes]
+    return TrainingData(
+        names=[record.name for record in records],
+        images=images,
+        bucket=torch.tensor([bucket for bucket, _ in places]),
+        row=torch.tensor([row for _, row in places]),
+        repeats=torch.tensor([record.repeats for record in records]),
+        regular=torch.tensor([record.regular for record in records]),
+        sizes=torch.stack([buckets[bucket]["sizes"][row] for bucket, row in places]),
+        choices=[[index[text] for text in each] for each in captions],
+        texts=texts,
+        ids=tokens(model.tokenizer, texts, main),
+        buckets=[{name: value for name, value in each.items() if name not in ("key", "sizes")} for each in buckets],
+    )
 
-    def _mask(self, step: int, item: int, height: int, width: int) -> Tensor:
-        """The mask of one item. Masks take much memory, so they are made only for this part and process."""
-        rng = generator(self.processes.device, self.recipe.seed, "mask", step, item)
-        return random_masks(1, height, width, rng)
 
-    @property
-    def total(self) -> int:
-        """Items of a step, in all parts of all processes."""
-        return self.recipe.batch * self.recipe.accumulate * self.processes.count
+def _described(data: TrainingData) -> str:
+    """One line on the images of folders: sizes and crops; images of the class, repeats and masks if there are any."""
+    places = []
+    for height, width, _, _, *target in data.sizes.int().tolist():
+        places.append(place((width, height), [(target[0], target[1])]))
+    parts = [summary(data.names, places)]
+    if regular := int(data.regular.sum()):
+        parts.append(f"{regular} of them of the class")
+    if (shown := int(data.repeats[~data.regular].sum())) != len(data) - regular:
+        parts.append(f"{shown} shown per epoch")
+    if all("mask" in bucket for bucket in data.buckets):
+        masked = sum(bool((data.take("mask", [i]) < 1).any()) for i in range(len(data)))
+        parts.append(f"{masked} with a mask")
+    return "; ".join(parts)
 
-    def share(self, part: int) -> slice:
-        """The items of a part of a step that are this process's."""
-        start = (part * self.processes.count + self.processes.rank) * self.recipe.batch
-        return slice(start, start + self.recipe.batch)
 
-    @torch.no_grad()
-    def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
-        """The parts of a step for this process. Random numbers are drawn for all parts of all processes."""
-        recipe, device, total = self.recipe, self.processes.device, self.total
-        rng = generator(device, recipe.seed, "step", step)
-        groups = self.order(step * total // self.group, total // self.group)
-        chosen = (groups[:, None] * self.group + torch.arange(self.group)).flatten()
-        shape = (total, *self.data["mean"].shape[1:])
-        noise, sampled = torch.randn(2, *shape, generator=rng, device=device)
-        t = torch.randint(0, self.steps, (total,), generator=rng, device=device)
-        phrasing = torch.rand(total, generator=rng, device=device)
-        caption = self._take("first", chosen) + (phrasing * self._take("count", chosen)).long()
-        ids = drop_prompts(self._take("ids", caption).long(), self.empty, self.drop, rng)
-        for k in range(recipe.accumulate):
-            mine = self.share(k)
-            x0 = self._take("mean", chosen[mine]).float() + self._take("std", chosen[mine]).float() * sampled[mine]
-            part = {"x0": x0, "ids": ids[mine], "t": t[mine], "noise": noise[mine]}
-            if "hint" in self.data:
-                part["hint"] = self._take("hint", chosen[mine])
-            if self.inpaint:
-                images = to_floats(self._take("pixels", chosen[mine]))
-                height, width = images.shape[2:]
-                masks = torch.cat([self._mask(step, mine.start + i, height, width) for i in range(recipe.batch)])
-                masked = self.vae.encode(masked_image(images, masks)).mode()
-                part["concat"] = mask_channels(latent_mask(masks, self.factor), masked)
-            yield part
+def _bytes(keys: Sequence[str]) -> Tensor:
+    """Keys -> (n, 32), uint8; "" is zeros."""
+    joined = b"".join(bytes.fromhex(key or "00" * KEY) for key in keys)
+    return torch.from_numpy(np.frombuffer(joined, np.uint8).copy()).reshape(-1, KEY)
+
+
+def _keys(stored: Tensor) -> list[str]:
+    """The reverse of `_bytes`."""
+    found = [bytes(row).hex() for row in stored.numpy()]
+    return ["" if not int(key, 16) else key for key in found]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -23,6 +24,7 @@ from sd.models.text_encoder import TextEncoder
 from sd.models.unet import UNet
 from sd.models.vae import VAE
 from sd.pipeline import StableDiffusion
+from sd.runtime.optimize import restore
 from sd.training import initialise_text_encoder, initialise_unet, widen_input
 
 from ..common.cli import Parser, file_path, home
@@ -221,3 +223,38 @@ def fitting(data: Mapping[str, Tensor], device: torch.device, trained: int) -> d
     free, _ = torch.cuda.mem_get_info(device)
     fits = sum(value.nbytes for value in data.values()) < (free - 12 * trained) / 3
     return {name: value.to(device) if fits else value for name, value in data.items()}
+
+
+class Resting:
+    """Networks that training steps do not need: they leave the memory of a GPU, and return to generate samples."""
+
+    def __init__(self, networks: Sequence[nn.Module], device: torch.device) -> None:
+        self.networks, self.device = networks, device
+        self._move(torch.device("cpu"))
+
+    def _move(self, device: torch.device) -> None:
+        if self.device.type != "cpu":
+            for network in self.networks:
+                network.to(device)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """Within the block, the networks are on the device."""
+        self._move(self.device)
+        try:
+            yield
+        finally:
+            self._move(torch.device("cpu"))
+
+
+def load_plain(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
+    """The model of --ckpt, or the embedded one, with plain layers, which can be trained."""
+    config = find_config(args.model) if args.model else None
+    model = StableDiffusion.load(
+        args.ckpt, config=config, weights=args.weights, device=device, dtype=dtype, offload_text_encoders=False
+    )
+    for name in ("unet", *model.config.text_names):
+        restore(getattr(model, name))
+    return model

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from sd.files import replaced_file
 from sd.imaging.tensors import grid
 from sd.pipeline import StableDiffusion
 
 from ..common.cli import Parser, file_path
-from .data import read_lines
+from .caption_files import read_lines
+from .dataset import TrainingData
 
 
 def add_sample_arguments(parser: Parser, steps: int) -> None:
@@ -37,11 +36,11 @@ def sample_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def some_captions(n: int, model: StableDiffusion, data: dict[str, Tensor]) -> list[str]:
+def some_captions(n: int, model: StableDiffusion, data: TrainingData) -> list[str]:
     """n captions spread over the data, or as many as there are images."""
-    n = min(n, len(data["first"]))
-    chosen = [i * len(data["first"]) // n for i in range(n)]
-    return [model.tokenizer.decode(data["ids"][data["first"][i]]) for i in chosen]
+    n = min(n, len(data))
+    chosen = [i * len(data) // n for i in range(n)]
+    return [model.tokenizer.decode(data.ids[data.choices[i][0]]) for i in chosen]
 
 
 def write_sheet(path: Path, model: StableDiffusion, prompts: Sequence[str], size: int, **settings: Any) -> None:

@@ -26,7 +26,7 @@ NOT_KEPT = ("out", "resume", "threads", "workers", "device", "recipes")  # may d
 FIXED = {
     "ckpt", "model", "weights", "text", "vae", "prediction", "train_text", "inpaint", "decoder_only", "optimizer",
     "control", "hint", "small", "hint_widths", "method", "lora_rank", "lora_alpha", "lora", "lora_layers",
-    "lora_conv_rank", "lora_conv_alpha", "dora", "train_word", "vectors", "init_word",
+    "lora_names", "conv_rank", "conv_alpha", "dora", "train_word", "vectors", "word_format", "zero_snr",
 }  # fmt: skip
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from ..config import Config
 from ..few_step import FewStep, of_config
 from ..files import user_path
@@ -112,6 +114,15 @@ class Adaptable:
         taken.
         """
         return self._adapters.add_embedding(user_path(path), word)
+
+    def add_word(self, word: str, vectors: Tensor) -> str:
+        """Add a word with these vectors (n, D) to prompts; returns it in lower case, as prompts are read.
+
+        vectors   for SDXL those for its two text encoders, side by side
+
+        Raises ValueError if the word is taken, or if the vectors do not fit.
+        """
+        return self._adapters.add_word(word, vectors)
 
     def remove_embedding(self, *words: str) -> None:
         """Remove words that were added, all if none is given."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import Config
 from ..few_step import FewStep, named
@@ -121,6 +121,16 @@ class Adapters:
         name = other_word(file, words) if word is None else None
         second = None if name is None else self.words.alias(added[0], name)
         return added if second is None else [*added, second]
+
+    def add_word(self, word: str, vectors: Tensor) -> str:
+        """See `StableDiffusion.add_word`."""
+        width, room = sum(text.width for text in self._config.text), self._config.text[0].length - 2
+        if vectors.dim() != 2 or vectors.shape[1] != width or not 1 <= len(vectors) <= room:
+            raise ValueError(
+                f"the vectors of {word!r:.100} are {tuple(vectors.shape)}: expected 1 to {room}, {width} wide"
+            )
+        self._keep(*self._config.text_names)
+        return self.words.add({word: vectors})[0]
 
     def remove_embeddings(self, words: Sequence[str]) -> None:
         """Remove these, or all if there are no words."""

@@ -112,11 +112,11 @@ class Merged:
             return idle
         for target in targets:
             if target in self._before:
-                self._before[target] = _sum(self._before[target], loras, target)  # beneath the removable LoRAs
+                self._before[target] = merged_weight(self._before[target], loras, target)  # beneath the removable LoRAs
                 self._refresh({target: None})
             else:
                 parameter = self._weight(target)
-                parameter.data = _sum(parameter.data, loras, target)
+                parameter.data = merged_weight(parameter.data, loras, target)
         return idle
 
     def remove(self, *names: str) -> None:
@@ -171,7 +171,7 @@ class Merged:
             if any(target in lora.changes for lora, _ in loras):
                 parameter = self._weight(target)
                 before = self._before.get(target, parameter.data)
-                merged = _sum(before.to(parameter.device), loras, target)
+                merged = merged_weight(before.to(parameter.device), loras, target)
                 marks = merged.dtype, fingerprint(merged).cpu()
                 self._before.setdefault(target, before.cpu())  # the device's memory is scarcer
                 self._after.pop(target, None)  # an interrupt in between leaves a weight that is not checked
@@ -192,16 +192,23 @@ def _changed(target: Target, how: str) -> str:
     )
 
 
-def _sum(before: Tensor, loras: Sequence[tuple[Lora, float]], target: Target) -> Tensor:
-    """W + the changes of all LoRAs, computed in float32 and rounded once, with the memory layout of W."""
+def merged_weight(
+    before: Tensor, loras: Sequence[tuple[Lora, float]], target: Target, dtype: torch.dtype | None = None
+) -> Tensor:
+    """W + the changes of all LoRAs, computed in float32 and rounded once, with the memory layout of W.
+
+    dtype   of the result; by default that of W
+
+    Raises ValueError if the result is not finite.
+    """
     original = before.float()
     total = original.clone()
     for lora, weight in loras:
         if target in lora.changes:
             total.add_(lora.changes[target].delta_of(original), alpha=weight)
-    merged = total.to(before.dtype)
+    merged = total.to(before.dtype if dtype is None else dtype)
     if not math.isfinite(merged.sum(dtype=torch.float32)):  # a single non-finite number makes the sum non-finite
         raise ValueError(
-            f"merged, {'.'.join(target)} has numbers beyond {before.dtype}: use a smaller weight or bfloat16"
+            f"merged, {'.'.join(target)} has numbers beyond {merged.dtype}: use a smaller weight or bfloat16"
         )
     return merged

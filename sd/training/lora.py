@@ -3,26 +3,26 @@
 Hu et al. 2021, "LoRA: low-rank adaptation of large language models" (arXiv:2106.09685): a layer with the weight W
 (out, in) computes
 
-    W x + (alpha / r) B A x          A (r, in) starts at random, B (out, r) at zero, so that nothing changes at first
+    W x + s B A x          s = alpha / r
 
-and only A and B are trained. For a convolution, A is one of the same size and stride to r channels, and B a 1x1
-convolution. r is the rank; alpha is fixed, so that other ranks need no other learning rate.
+and only A and B are trained. A (r, in) starts at random, B (out, r) at zero, so that nothing changes at first. r is the
+rank; alpha is fixed, so that other ranks need no other learning rate. For a convolution, A is one of the same size and
+stride to r channels, and B a 1x1 convolution (LoCon, Yeh et al. 2023, arXiv:2309.14859); 3x3 convolutions may have a
+rank and an alpha of their own.
+
+DoRA, Liu et al. 2024, "DoRA: weight-decomposed low-rank adaptation" (arXiv:2402.09353), also trains the length m (out)
+of each row of the weight, and what A and B change is its direction:
+
+    W' = m (W + s B A) / |W + s B A|          m starts at |W|; the norm is a constant for gradients (section 4.3)
 
 The changes are added by hooks (`TrainableLora.attach`): the network keeps its class and its parameters, and with the
-changes disabled it computes what it did, to the bit. sd/adapters reads and merges LoRA files of any tool;
-`lora_tensors` writes one that other tools read, too, in the form of kohya's scripts:
-
-    lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight    A (r, in)
-                                                                        .lora_up.weight      B (out, r)
-                                                                        .alpha               a number
-
-For SDXL, kohya's scripts name the U-Net's layers as the original does, lora_unet_input_blocks_4_1_..., and those of the
-two text encoders lora_te1_... and lora_te2_....
+changes disabled it computes what it did, to the bit. A, B and m are float32, whatever precision the network has; they
+are used in the precision in which the layer computes. Files: lora_files.py; sd/adapters reads those of any tool.
 
 >>> from sd.config import UNetConfig
 >>> from sd.models.unet import UNet
 >>> unet = UNet(UNetConfig(channels=(32, 64), heads=(2, 2), depth=(0, 1), blocks=1, context=16))
->>> lora = TrainableLora(unet, lora_layers(unet), rank=4)
+>>> lora = TrainableLora(unet, lora_layers(unet), LoraParams(rank=4))
 >>> len(lora.names), sum(p.numel() for p in lora.parameters()) < sum(p.numel() for p in unet.parameters()) / 4
 (79, True)
 """
@@ -32,6 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,66 +40,159 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..checkpoints.key_maps import UNET, Source, diffusers_sources, original_sources
-from ..config import Config
 from ..models.layers import module_list
 
-# Layers that tools train: those of transformers, and with convolutions those of residual blocks and between levels.
-# The others (conv_in, conv_out, the embedding of the timestep) are small, and some programs do not look for them.
-ATTENTION = (".attn.q", ".attn.k", ".attn.v", ".attn.out", ".fc1", ".fc2")  # of the text encoder
-TRANSFORMER = tuple(f".{attn}.{name}" for attn in ("attn1", "attn2") for name in ("q", "k", "v", "out"))
-TRANSFORMER += (".ff.proj", ".ff.out", ".proj_in", ".proj_out", *ATTENTION)
+# Layers that tools train: those of attention, all of transformers, and with convolutions those of residual blocks and
+# between levels. The others (conv_in, conv_out, the embedding of the timestep) are small, and some programs do not look
+# for them. ".attn.", ".fc1" and ".fc2" are of the text encoder.
+ATTENTION = tuple(f".{attn}.{name}" for attn in ("attn", "attn1", "attn2") for name in ("q", "k", "v", "out"))
+TRANSFORMER = (*ATTENTION, ".ff.proj", ".ff.out", ".proj_in", ".proj_out", ".fc1", ".fc2")
 CONVOLUTIONS = (".conv1", ".conv2", ".skip", ".time", ".down", ".up.conv")
+LAYERS = {"attention": ATTENTION, "transformer": TRANSFORMER, "all": TRANSFORMER + CONVOLUTIONS}
+SMALLEST_NORM = torch.finfo(torch.float32).eps  # of a row: one of zeros stays so
+
+
+@dataclass(frozen=True)
+class LoraParams:
+    """What a LoRA is like. ValueError for values out of range.
+
+    rank         r, from 1. A layer with fewer inputs or outputs has as many, and the same scale
+    alpha        above 0; by default the rank, so that the scale is 1
+    conv_rank    of convolutions with kernels above 1x1; by default that of the others
+    conv_alpha   the same for alpha; by default the one with which the scale is that of the others
+    dropout      share of a layer's inputs that A does not see in training, below 1
+    dora         whether the lengths of the rows are trained, too
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    conv_rank: int | None = None
+    conv_alpha: float | None = None
+    dropout: float = 0.0
+    dora: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "conv_rank"):
+            rank = getattr(self, name)
+            if (rank is None and name == "rank") or (rank is not None and rank < 1):
+                raise ValueError(f"the {name} of a LoRA must be at least 1, got {rank}")
+        for name in ("alpha", "conv_alpha"):
+            alpha = getattr(self, name)
+            if alpha is not None and not 0 < alpha < math.inf:
+                raise ValueError(f"the {name} of a LoRA must be a number above 0, got {alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"the dropout of a LoRA must be from 0 to below 1, got {self.dropout}")
+
+    def of(self, layer: nn.Linear | nn.Conv2d) -> tuple[int, float]:
+        """Rank and alpha of a layer, before the rank is limited by its size."""
+        alpha = float(self.rank if self.alpha is None else self.alpha)
+        if not isinstance(layer, nn.Conv2d) or math.prod(layer.kernel_size) == 1:
+            return self.rank, alpha
+        rank = self.rank if self.conv_rank is None else self.conv_rank
+        return rank, float(rank * alpha / self.rank if self.conv_alpha is None else self.conv_alpha)
 
 
 class LoraLayer(nn.Module):
-    """A and B of one layer, a linear one or a convolution."""
+    """A, B and perhaps m of one layer, a linear one or a convolution.
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int, alpha: float) -> None:
+    Its rank is at most the smaller side of the weight as a matrix, beyond which it would add nothing; alpha is then
+    smaller in proportion, so that the scale stays.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, params: LoraParams) -> None:
         super().__init__()
+        asked, alpha = params.of(layer)
         into = layer.weight.shape[1:]  # (in,) or (in, height, width)
         ones = [1] * (len(into) - 1)
-        self.scale = alpha / rank
+        self.rank = min(asked, len(layer.weight), math.prod(into))
+        self.usual_alpha = alpha  # without the limit
+        self.scale, self.alpha = alpha / asked, alpha * self.rank / asked
+        self.is_limited, self.dropout = self.rank < asked, params.dropout
         self.geometry: tuple[Any, Any] | None = None  # stride and padding of a convolution
         if isinstance(layer, nn.Conv2d):
             self.geometry = layer.stride, layer.padding
-        self.down = nn.Parameter(layer.weight.new_empty(rank, *into, dtype=torch.float32))
-        self.up = nn.Parameter(layer.weight.new_zeros(len(layer.weight), rank, *ones, dtype=torch.float32))
+        self.down = nn.Parameter(layer.weight.new_empty(self.rank, *into, dtype=torch.float32))
+        self.up = nn.Parameter(layer.weight.new_zeros(len(layer.weight), self.rank, *ones, dtype=torch.float32))
+        self.magnitude: nn.Parameter | None = None
+        if params.dora:  # by the function that training uses, so that the first factors are exactly 1
+            self.magnitude = nn.Parameter(_norms(layer.weight.detach(), torch.zeros_like(self.down), self.up, 1.0))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """What is added to the output of the layer for an input x."""
-        x = x.to(self.down.dtype)
-        if self.geometry is None:
-            return self.scale * F.linear(F.linear(x, self.down), self.up)
-        stride, padding = self.geometry
-        return self.scale * F.conv2d(F.conv2d(x, self.down, None, stride, padding), self.up)
+    def forward(self, x: Tensor, output: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
+        """What the layer computes with the change, given its input x and its own output."""
+        is_dropping = self.dropout > 0 and self.training
+        seen = F.dropout(x, self.dropout) if is_dropping else x
+        change = self._change(seen).to(output.dtype)
+        changed = output + change
+        if self.magnitude is None:
+            return changed
+        # m W x / |W'| + bias, as the output and what it lacks: only one more tensor is kept for the backward pass
+        if is_dropping:  # the paper's code: A and the part of m - 1 see the same input
+            whole = self._layer(seen, layer.weight.to(seen.dtype)).to(output.dtype) + change
+        else:
+            whole = changed if layer.bias is None else changed - self._per_row(layer.bias.to(output.dtype))
+        factor = self.magnitude / _norms(layer.weight.detach(), self.down, self.up, self.scale) - 1
+        return changed + self._per_row(factor.to(output.dtype)) * whole
+
+    def _layer(self, x: Tensor, weight: Tensor) -> Tensor:
+        """A layer of the same kind, with this weight and without bias."""
+        return F.linear(x, weight) if self.geometry is None else F.conv2d(x, weight, None, *self.geometry)
+
+    def _change(self, x: Tensor) -> Tensor:
+        """s B A x, in the precision of x, or in that of autocast."""
+        inner = self.scale * self._layer(x, self.down.to(x.dtype))  # scaled where it is smallest
+        up = self.up.to(inner.dtype)
+        return F.linear(inner, up) if self.geometry is None else F.conv2d(inner, up)
+
+    def _per_row(self, values: Tensor) -> Tensor:
+        """(out,) in the shape of the output's channels."""
+        return values if self.geometry is None else values[:, None, None]
+
+    @torch.no_grad()
+    def merged(self, weight: Tensor) -> Tensor:
+        """The weight with the change, in at least float32 and in the shape of the weight."""
+        w = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        whole = w + self.delta().to(w).view(w.shape)
+        if self.magnitude is None:
+            return whole
+        rows = whole.flatten(1)
+        factors = self.magnitude.to(w) / rows.norm(dim=1).clamp(min=SMALLEST_NORM)
+        return (rows * factors[:, None]).view(w.shape)
 
     def delta(self) -> Tensor:
-        """The change of the weight, (alpha / r) B A, in the shape of the weight."""
+        """The low-rank change of the weight, s B A, in the shape of the weight."""
         change = self.up.flatten(1) @ self.down.flatten(1)
         return self.scale * change.unflatten(1, self.down.shape[1:])
 
 
+@torch.no_grad()
+def _norms(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """|W + s B A| of each row (out,), without a matrix of the size of B A: |w|² + 2 b A w + b A A^T b^T for a row w."""
+    with torch.autocast(weight.device.type, enabled=False):
+        w, a, b = weight.flatten(1).to(down.dtype), down.flatten(1), scale * up.flatten(1)
+        squares = torch.linalg.vector_norm(w, dim=1).square()
+        squares = squares + ((2 * (w @ a.T) + b @ (a @ a.T)) * b).sum(dim=1)
+        return squares.clamp(min=SMALLEST_NORM**2).sqrt()
+
+
 class TrainableLora(nn.Module):
-    """The changes of some layers of a network: its parameters are A and B of each.
+    """The changes of some layers of a network: its parameters are A and B of each, for DoRA m as well.
 
     network   not changed, nor kept
     names     of linear layers and convolutions in it, such as `lora_layers` gives
-    rank      r, from 1
-    alpha     above 0; by default the rank, so that the scale is 1
+    params    rank, alpha and so on
     seed      of A's initial values, which are those of a linear layer (Kaiming-uniform), as in kohya's scripts
 
-    Raises ValueError for a layer that is no linear layer or convolution, and for a rank or alpha out of range.
+    In eval mode there is no dropout. Dropout draws from torch's global random numbers: activations that are recomputed
+    need the same ones (`preserve_rng_state` of torch's `checkpoint`).
+
+    Raises ValueError for a layer that is no linear layer or convolution, and for a rank above that of every layer.
     """
 
-    def __init__(
-        self, network: nn.Module, names: Sequence[str], rank: int, alpha: float | None = None, seed: int = 0
-    ) -> None:
+    def __init__(self, network: nn.Module, names: Sequence[str], params: LoraParams, seed: int = 0) -> None:
         super().__init__()
-        alpha = float(rank) if alpha is None else alpha
-        if rank < 1 or not 0 < alpha < math.inf or not names:
-            raise ValueError(f"a LoRA needs layers, a rank from 1 and alpha above 0: got {len(names)}, {rank}, {alpha}")
-        self.names, self.rank, self.alpha, self.enabled = tuple(names), rank, alpha, True
+        if not names:
+            raise ValueError("a LoRA needs layers: none of this network is among those chosen")
+        self.names, self.params, self.enabled = tuple(names), params, True
         self._hooks: list[RemovableHandle] = []
         rng = torch.Generator().manual_seed(seed)
         made = []
@@ -106,12 +200,23 @@ class TrainableLora(nn.Module):
             layer = network.get_submodule(name)
             if not isinstance(layer, nn.Linear | nn.Conv2d) or getattr(layer, "groups", 1) != 1:
                 raise ValueError(f"{name} is a {type(layer).__name__}: a LoRA changes linear layers and convolutions")
-            made.append(LoraLayer(layer, rank, alpha))
+            made.append(LoraLayer(layer, params))
             down = made[-1].down
             bound = down[0].numel() ** -0.5  # of nn.Linear: kaiming_uniform_ with a = sqrt(5)
             with torch.no_grad():
                 down.copy_((2 * torch.rand(down.shape, generator=rng) - 1) * bound)
+        if all(layer.is_limited for layer in made):
+            most = max(range(len(made)), key=lambda i: made[i].rank)
+            raise ValueError(
+                f"the rank is above that of every layer: the largest that has an effect is {made[most].rank} "
+                f"({names[most]})"
+            )
         self.layers = module_list(made)
+
+    @property
+    def limited(self) -> int:
+        """The number of layers that are too small for the rank, and have the largest that they can have."""
+        return sum(layer.is_limited for layer in self.layers)
 
     def attach(self, network: nn.Module) -> None:
         """Let the network compute with the changes from now on. Its own parameters stay trainable if they are.
@@ -121,7 +226,7 @@ class TrainableLora(nn.Module):
         if self._hooks:
             raise ValueError("the LoRA is attached to a network already: detach it first")
         for name, layer in zip(self.names, self.layers, strict=True):
-            self._hooks.append(network.get_submodule(name).register_forward_hook(self._adder(layer)))
+            self._hooks.append(network.get_submodule(name).register_forward_hook(self._changer(layer)))
 
     def detach(self) -> None:
         """Take the changes off the network again."""
@@ -129,11 +234,11 @@ class TrainableLora(nn.Module):
             hook.remove()
         self._hooks.clear()
 
-    def _adder(self, layer: LoraLayer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output + layer(inputs[0]).to(output.dtype) if self.enabled else output
+    def _changer(self, layer: LoraLayer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def change(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return layer(inputs[0], output, module) if self.enabled else output
 
-        return add
+        return change
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -146,63 +251,24 @@ class TrainableLora(nn.Module):
 
     @torch.no_grad()
     def merged(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict of the network with the changes added to its weights, which stay as they are."""
+        """A state dict of the network with the changes in its weights, in their precision; `state` stays as it is."""
         changed = dict(state)
         for name, layer in zip(self.names, self.layers, strict=True):
             key = f"{name}.weight"
-            changed[key] = (state[key].float() + layer.delta()).to(state[key].dtype)
+            changed[key] = layer.merged(state[key]).to(state[key].dtype)
         return changed
 
 
-def lora_layers(network: nn.Module, convolutions: bool = True) -> list[str]:
+def lora_layers(network: nn.Module, which: str = "all") -> list[str]:
     """The layers of a U-Net or text encoder that LoRAs usually change, in the order of the network.
 
-    convolutions   also those of residual blocks and between levels, beside the transformers': a change of how the
-                   network denoises, not only of what it paints, needs them
+    which   "attention"; "transformer", feed-forward layers and the projections around them as well; or "all", with the
+            layers of residual blocks and between levels: a change of how the network denoises, not only of what it
+            paints, needs them
+
+    Raises ValueError for another choice.
     """
-    ends = TRANSFORMER + (CONVOLUTIONS if convolutions else ())
+    if which not in LAYERS:
+        raise ValueError(f"{which!r} are no layers of a LoRA: choose {', '.join(LAYERS)}")
     found = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    return [name for name in found if f".{name}".endswith(ends)]
-
-
-def lora_tensors(
-    loras: Mapping[str, TrainableLora], config: Config, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    """The tensors of a LoRA file: kohya's names, for diffusers, ComfyUI, the web UI and this project.
-
-    loras    by network: "unet", "text_encoder", "text_encoder_2"
-    config   of the model: where its files have 1x1 convolutions for linear layers, so has the LoRA
-    dtype    of A and B; alpha is float32
-    """
-    tensors: dict[str, Tensor] = {}
-    for network, lora in loras.items():
-        for source, layer in zip(_kohya(network, lora.names, config), lora.layers, strict=True):
-            name = source.key.removesuffix(".weight").replace(".", "_")
-            for part in ("down", "up"):
-                tensor = getattr(layer, part).detach().to("cpu", dtype)
-                tensors[f"{name}.lora_{part}.weight"] = tensor.reshape(tensor.shape + (1,) * source.ones)
-            tensors[f"{name}.alpha"] = torch.tensor(lora.alpha)
-    return tensors
-
-
-def _kohya(network: str, names: Sequence[str], config: Config) -> list[Source]:
-    """The sources of some layers of a network in kohya's LoRA files, with the prefixes that these have."""
-    keys = {network: [f"{name}.weight" for name in names]}
-    is_xl = bool(config.sizes)
-    if network == "unet":
-        found = original_sources(config, keys) if is_xl else diffusers_sources(config, keys)
-        return [s._replace(key=f"lora_unet_{s.key.removeprefix(UNET)}") for s in found[network].values()]
-    number = 2 - len(config.text) + config.text_names.index(network) + 1 if is_xl else ""  # the refiner has the second
-    found = diffusers_sources(config, keys)
-    return [s._replace(key=f"lora_te{number}_text_model_{s.key}") for s in found[network].values()]
-
-
-def lora_metadata(lora: TrainableLora, title: str) -> dict[str, str]:
-    """The metadata of a LoRA file, as kohya's scripts write it and other programs show it; `title` names the LoRA."""
-    return {
-        "format": "pt",
-        "modelspec.title": title,
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(lora.rank),
-        "ss_network_alpha": str(lora.alpha),
-    }
+    return [name for name in found if f".{name}".endswith(LAYERS[which])]

@@ -2,7 +2,9 @@
 
     diffusion    L = E w_t || network(alpha_t x0 + sigma_t eps, t, c) - target ||²  Ho et al. 2020, eq. 14
                  target: eps, or the velocity v = alpha_t eps - sigma_t x0 (Salimans and Ho 2022, appendix D)
-                 w_t: 1, or min-SNR's (Hang et al. 2023), or that of the velocity
+                 w_t: 1, or min-SNR's (Hang et al. 2023), the debiased one (Yu et al. 2023), or that of the velocity
+                 In place of the square: pseudo-Huber, which outliers influence less (Khrapov et al. 2024). With a
+                 mask, the mean is over the masked area
     VAE          (x - decoded)² + weight KL(N(mean, exp(logvar)) || N(0, 1)) + optional perceptual, adversarial terms
                                                          Kingma and Welling 2013; Rombach et al. 2022, appendix G
     CLIP         cross-entropy of the similarities of n images and n texts, along the rows and along the columns
@@ -53,6 +55,33 @@ def level_batch(schedule: Schedule, t: Tensor) -> Level:
     return Level(*cast(Any, values))  # tensors in place of floats
 
 
+Distance = Callable[[Tensor, Tensor], Tensor]  # prediction and target (B, C, h, w) -> the error of each element
+
+
+def squared_error(out: Tensor, target: Tensor) -> Tensor:
+    """(out - target)², for each element."""
+    return (out - target).square()
+
+
+def sample_losses(
+    network: Network,
+    schedule: Schedule,
+    x0: Tensor,
+    conditioning: Conditioning,
+    t: Tensor,
+    noise: Tensor,
+    distance: Distance = squared_error,
+) -> Tensor:
+    """The mean error of the network's prediction, eps or v, for each sample: (B,), in float32.
+
+    x0 (B, C, h, w) clean latents, t (B,) integer timesteps, noise like x0. `distance` is the squared error, or for
+    example a `masked` one.
+    """
+    level = level_batch(schedule, t)
+    out = network(schedule.add_noise(x0, noise, level), t, conditioning)
+    return distance(out.float(), schedule.target(x0, noise, level)).mean((1, 2, 3))
+
+
 def diffusion_loss(
     network: Network,
     schedule: Schedule,
@@ -61,16 +90,42 @@ def diffusion_loss(
     t: Tensor,
     noise: Tensor,
     weight: Tensor | None = None,
+    distance: Distance = squared_error,
 ) -> Tensor:
-    """Mean squared error of the network's prediction, eps or v depending on the schedule (Ho et al. 2020, eq. 14).
+    """The weighted mean of `sample_losses`, a scalar: by default the squared error (Ho et al. 2020, eq. 14).
 
-    x0 (B, C, h, w) clean latents, t (B,) integer timesteps, noise like x0 -> a scalar, in float32.
-    `weight` (B,) weights the samples; default 1.
+    weight   (B,), default 1
     """
-    level = level_batch(schedule, t)
-    out = network(schedule.add_noise(x0, noise, level), t, conditioning)
-    error = (out.float() - schedule.target(x0, noise, level)).square().mean((1, 2, 3))
+    error = sample_losses(network, schedule, x0, conditioning, t, noise, distance)
     return error.mean() if weight is None else (weight * error).mean()
+
+
+def masked(distance: Distance, mask: Tensor) -> Distance:
+    """A distance whose mean over an image is that over the mask's area: the rest is not learned.
+
+    mask   (B, 1, h, w) from 0 to 1, with a part above 0 in each image. Small areas count as much as large ones
+    """
+    share = mask / mask.mean((2, 3), keepdim=True).clamp(min=1e-6)
+    return lambda out, target: distance(out, target) * share
+
+
+def huber(c: Tensor) -> Distance:
+    """The pseudo-Huber distance 2c (sqrt(d² + c²) - c): d² for differences d far below c, 2c |d| above it.
+
+    c   (B,), above 0. Khrapov et al. 2024, "Improving diffusion models's data-corruption resistance using scheduled
+        pseudo-Huber loss" (arXiv:2403.16728)
+    """
+    c = c[:, None, None, None]
+    return lambda out, target: 2 * c * (((out - target).square() + c.square()).sqrt() - c)
+
+
+def huber_scale(schedule: Schedule, t: Tensor, c: float = 0.1) -> Tensor:
+    """The scale (B,) of `huber` at each timestep: 1 without noise, where details are decided, falling to c at the end.
+
+    Khrapov et al. 2024, the "SNR" schedule: c + (1 - c) / (1 + sigma / alpha)².
+    """
+    alpha, sigma = _alpha_sigma(schedule, t)
+    return c + (1 - c) / (1 + sigma / alpha).square()
 
 
 def velocity_weight(schedule: Schedule, t: Tensor) -> Tensor:
@@ -93,6 +148,17 @@ def min_snr_weight(schedule: Schedule, t: Tensor, gamma: float = 5.0) -> Tensor:
     alpha, sigma = _alpha_sigma(schedule, t)
     snr = (alpha / sigma).square()
     return snr.clamp(max=gamma) / (snr + 1 if schedule.config.prediction == "v" else snr)
+
+
+def debiased_weight(schedule: Schedule, t: Tensor) -> Tensor:
+    """Weights (B,) 1 / sqrt(SNR) of the error of eps, SNR = alpha² / sigma² (Yu et al. 2023, "Debias the training of
+    diffusion models", arXiv:2310.08442). The error of v is (SNR + 1) / SNR times that of eps.
+
+    At high noise a small error of eps is a large one of x0, and the plain loss hardly sees it.
+    """
+    alpha, sigma = _alpha_sigma(schedule, t)
+    snr = (alpha / sigma).square()
+    return snr.rsqrt() * (snr / (snr + 1) if schedule.config.prediction == "v" else 1)
 
 
 def vae_loss(

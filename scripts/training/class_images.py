@@ -1,0 +1,73 @@
+"""Class images for DreamBooth: what the model makes of the class before training, so that training preserves it.
+
+Ruiz et al. 2023, "DreamBooth: fine tuning text-to-image diffusion models for subject-driven generation"
+(arXiv:2208.12242), section 3.2: beside the images of a subject, "a photo of sks dog", the model is trained on images of
+the class, "a photo of a dog", that it generated itself. Without them all dogs become that dog.
+
+They are generated once, into a folder with their captions; those that are there are kept, so an interrupted run goes
+on. Other images may be put into the folder, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from sd.files import replaced_file
+from sd.imaging.files import SUFFIXES
+from sd.pipeline import StableDiffusion
+
+from ..common.cli import Parser
+from .processes import Processes
+
+FOLDER = "class"  # in the folder of the run
+
+
+def add_class_arguments(parser: Parser) -> None:
+    """Add --class-prompt and its related options."""
+    add = parser.add_argument_group("DreamBooth").add_argument
+    add(
+        "--class-prompt", metavar="TEXT",
+        help='"a photo of a dog": generate images of the class first, and train on them as well, as --reg does',
+    )  # fmt: skip
+    add("--class-images", type=int, default=200, metavar="N", help="how many (default: %(default)s)")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for options that do not go together."""
+    if args.class_prompt is None:
+        return
+    if not args.class_prompt.strip():
+        raise ValueError('--class-prompt is empty: describe the class, as in "a photo of a dog"')
+    if args.class_images < 1:
+        raise ValueError(f"--class-images must be at least 1, got {args.class_images}")
+
+
+def find(args: argparse.Namespace, size: int, model: StableDiffusion, processes: Processes) -> Path:
+    """The folder of the class images, after the main process generated those that are missing.
+
+    model   as it is before training
+    """
+    folder = Path(args.reg) if args.reg else args.out / FOLDER
+    if processes.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        there = sum(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
+        names = (f"class-{number:05d}" for number in range(args.class_images + there))
+        free = [name for name in names if not (folder / f"{name}.png").exists()]
+        for name in tqdm(free[: max(args.class_images - there, 0)], "class images", disable=None):
+            seed = int(name.removeprefix("class-"))
+            (image,) = model.txt2img(args.class_prompt, height=size, width=size, seed=seed)
+            _write(image, args.class_prompt, folder / name)
+    processes.wait()
+    return folder
+
+
+def _write(image: Image.Image, caption: str, stem: Path) -> None:
+    """Write the caption, then the image: an image is never there without its caption."""
+    with replaced_file(stem.with_name(f"{stem.name}.txt")) as partial:
+        partial.write_text(f"{caption}\n", encoding="utf-8")
+    with replaced_file(stem.with_name(f"{stem.name}.png")) as partial:
+        image.save(partial, "PNG")

@@ -1,0 +1,109 @@
+"""The options of the training programs about their data."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from sd.config import Config
+
+from ..common.cli import Parser, home
+from .batches import BatchOptions, Tags
+from .buckets import bucket_step
+from .data import Source, World
+from .folders import DataOptions, Folder, Joined
+
+# options of programs that train on captioned images of any shape, with their values where they are not given
+BUCKETED = {"square": False, "flip": False}
+# those of fine-tuning
+FINE_TUNING = {
+    "reg": None, "prior_weight": None, "masked": False, "shuffle_tags": False, "keep_tags": None, "drop_tags": None,
+}  # fmt: skip
+
+
+def add_data_arguments(parser: Parser, scenes: int, bucketed: bool = False, fine_tuning: bool = False) -> None:
+    """Add --data and its related options.
+
+    bucketed      also those of programs whose images may have any shape
+    fine_tuning   also those about captions, masks and images of the class
+    """
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--data",
+        type=home,
+        metavar="FOLDER",
+        help="images with captions, or world: drawn scenes (default of new models)",
+    )
+    add("--caption", metavar="TEXT", help="caption of images without one (default: that is an error)")
+    add("--scenes", type=int, default=scenes, metavar="N", help="number of drawn scenes (default: %(default)s)")
+    area = "side of the square whose area the images have" if bucketed else "side of the central square crop"
+    add("--size", type=int, metavar="PIXELS", help=f"{area} (default: native)")
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
+    add("--workers", type=int, default=workers, metavar="N", help="processes that read images (default: %(default)s)")
+    if bucketed:
+        add("--square", action="store_true", help="crop to the central square (default: sizes of about their shape)")
+        add("--flip", action="store_true", help="mirror half of the images of folders, each time anew")
+    if fine_tuning:
+        add("--reg", type=home, metavar="FOLDER", help="images of the class, shown as often as those of --data")
+        add("--prior-weight", type=float, metavar="W", help="loss weight of the images of --reg (default: 1)")
+        add(
+            "--masked", action="store_true",
+            help="learn only where masks are white: name.mask.png, masks/name.png or the image's alpha channel. The "
+            "loss is the mean over the white area, so that an image counts the same whatever the size of its mask",
+        )  # fmt: skip
+        add("--shuffle-tags", action="store_true", help="order the comma-separated tags of captions anew each time")
+        add("--keep-tags", type=int, metavar="N", help="first tags that keep their place and are not dropped")
+        add("--drop-tags", type=float, metavar="P", help="share of tags that are left out, each time anew")
+
+
+def data_options(args: argparse.Namespace, config: Config, caption: str | None = None) -> DataOptions:
+    """How images are read for a model. `caption` is the default for images without one, unless --caption overrides it.
+
+    Programs without --square crop to squares. Raises ValueError for options that do not go together.
+    """
+    world = args.data in (None, "world")
+    flip, masked = getattr(args, "flip", False), getattr(args, "masked", False)
+    if world:
+        for name, value in (("flip", flip), ("masked", masked)):
+            if value:
+                raise ValueError(f"--{name} is for a folder of images, not for drawn scenes: give a folder (--data)")
+    if getattr(args, "prior_weight", None) is not None and not (args.reg or getattr(args, "class_prompt", None)):
+        raise ValueError("--prior-weight is the weight of the images of the class: give their folder (--reg)")
+    step = None if world or getattr(args, "square", True) else bucket_step(config)
+    given = caption if args.caption is None else args.caption
+    return DataOptions(args.size or config.size, step, given, flip, masked)
+
+
+def batch_options(args: argparse.Namespace) -> BatchOptions:
+    """How batches are made, of the options --drop, --shuffle-tags, --prior-weight, ..."""
+    weight = getattr(args, "prior_weight", None)
+    return BatchOptions(
+        drop=args.drop,
+        tags=Tags(args.shuffle_tags, args.keep_tags or 0, args.drop_tags or 0.0),
+        prior_weight=1.0 if weight is None else weight,
+    )
+
+
+def find_source(args: argparse.Namespace, options: DataOptions, pairs: bool = False) -> Source:
+    """The data of --data, together with the images of --reg if there are any."""
+    check_data(args)
+    reg = getattr(args, "reg", None)
+    source: Source
+    if args.data in (None, "world"):
+        source = World(args.scenes, options.size, getattr(args, "phrasings", 1), pairs=pairs)
+    else:
+        source = Folder(Path(args.data), options, (args.out, *([Path(reg)] if reg else [])))
+    return with_class_images(source, Path(reg), options, getattr(args, "class_prompt", None)) if reg else source
+
+
+def with_class_images(source: Source, folder: Path, options: DataOptions, caption: str | None = None) -> Joined:
+    """A source with the images of a folder as those of its class; `caption` is that of images without one."""
+    own = DataOptions(options.size, options.step, caption, options.flip, options.masked)
+    return Joined(source, Folder(folder, own, regular=True))
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Raise ValueError without --data where it has no default."""
+    if args.data is None and args.ckpt:
+        raise ValueError("--ckpt needs --data: a folder with images, or world for drawn scenes")

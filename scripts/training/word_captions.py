@@ -1,0 +1,61 @@
+"""Captions for a new word: every image to learn is described with it.
+
+Images without captions get those of Gal et al. 2022 (appendix), "a photo of <cat-toy>" and the like, or for a style "a
+painting in the style of <painter>". A caption that has the word stays as it is; another one follows after the word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .data import Example, Record, Source
+
+OBJECT = (
+    "{}", "a photo of {}", "a photo of one {}", "a picture of {}", "a close-up of {}", "a cropped photo of {}",
+    "a bright photo of {}", "a dark photo of {}", "a good photo of {}", "a rendering of {}", "an illustration of {}",
+)  # fmt: skip
+STYLE = (
+    "{}", "in the style of {}", "a painting in the style of {}", "a picture in the style of {}",
+    "a drawing in the style of {}", "a close-up painting in the style of {}", "a rendering in the style of {}",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WithWord:
+    """A source whose captions have a word.
+
+    templates   for images without a caption, with {} where the word stands
+    """
+
+    source: Source
+    word: str
+    templates: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> Example:
+        example = self.source[i]
+        return example._replace(captions=self.told(example.captions))
+
+    def record(self, i: int) -> Record:
+        """That of the source, with the word in the captions."""
+        record = self.source.record(i)
+        return record if record.captions is None else record._replace(captions=self.told(record.captions))
+
+    def key(self, i: int) -> str:
+        """That of the source: pixels do not depend on captions."""
+        return self.source.key(i)
+
+    def told(self, captions: Sequence[str]) -> list[str]:
+        """The captions with the word."""
+        found: list[str] = []
+        for caption in captions:
+            if self.word.lower() in caption.lower():
+                found.append(caption)
+            elif caption:
+                found.append(f"{self.word}, {caption}")
+            else:
+                found += [template.format(self.word) for template in self.templates]
+        return found
