@@ -98,8 +98,21 @@ def load_optimizer(
     names = [name for group in saved["param_groups"] for name in group.get("names", ())] or list(own)
     by_name = {name: saved["state"].get(number, {}) for number, name in zip(numbers, names, strict=True)}
     current["state"] = {
-        i: {key: place(value, p) for key, value in by_name[name].items()}
+        i: {key: place(_laid_out(value, p), p) for key, value in by_name[name].items()}
         for i, (name, p) in enumerate(own.items())
         if by_name[name]
     }
     optimizer.load_state_dict(current)
+
+
+def _laid_out(value: Any, like: Tensor) -> Any:
+    """A copy of a tensor, in the order of the parameter in memory if it has its shape.
+
+    Fused optimizers do not look at strides, and a state that was saved by a sharded run, for example, has no
+    channels-last kernels.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    if value.shape != like.shape:
+        return value.clone()
+    return torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=value.device).copy_(value)

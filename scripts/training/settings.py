@@ -98,7 +98,7 @@ def continued(parser: Parser, args: argparse.Namespace, argv: list[str] | None) 
     parser.set_defaults(**kept)  # argparse parses string defaults like arguments
     args = parser.parse_words(argv)
     args.resume = True  # restarted by torchrun, it is not given
-    told = [f"{spelled(name, given[name])} in place of {_told(kept[name])}" for name in changed]
+    told = [spelled(name, given[name]) + _instead(given[name], kept[name]) for name in changed]
     return args, f"resumed with {', '.join(told)}" if told else ""
 
 
@@ -119,6 +119,10 @@ def spelled(name: str, value: Any) -> str:
 
 def _told(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else "none" if value in (None, False) else str(value)
+
+
+def _instead(given: Any, kept: Any) -> str:
+    return "" if isinstance(given, bool) else f" in place of {_told(kept)}"
 
 
 def _same(name: str, kept: Any, given: Any) -> bool:
