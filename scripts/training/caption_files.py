@@ -1,10 +1,12 @@
 """Captions of the images in a folder, as people have them.
 
-name.txt or name.caption beside name.png     one caption per line; a random one is used each time
-metadata.jsonl                               {"file_name": "a.png", "text": "a caption"}, as Hugging Face has it
-meta*.json                                   {"a": {"caption": "a caption", "tags": "one, two"}}, as kohya's scripts
-                                             write it: keys are paths or names, with or without a suffix
-10_name/a.png                                the name of kohya's folders, where nothing else is said
+    metadata.jsonl                             {"file_name": "a.png", "text": "a caption"}, as Hugging Face has it
+    meta*.json                                 {"a": {"caption": "a caption", "tags": "one, two"}}, as kohya's scripts
+                                               write it: keys are paths or names, with or without a suffix
+    name.txt or name.caption beside name.png   one caption per line; a random one is used each time
+    10_name/a.png                              the name of the folder, as kohya's scripts use it
+
+The first of these that an image has is used.
 """
 
 from __future__ import annotations

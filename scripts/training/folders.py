@@ -82,13 +82,11 @@ class Folder:
 
     def __post_init__(self) -> None:
         self.options.shapes  # noqa: B018  # raises ValueError for a size that cannot be
-        object.__setattr__(
-            self, "items", captioned(self.folder, self.options.caption, self.outside, self._is_other, self._option)
-        )
-
-    @property
-    def _option(self) -> str:
-        return "--reg" if self.regular else "--data"
+        option = "--reg" if self.regular else "--data"
+        items = captioned(self.folder, self.options.caption, self.outside, self._is_other, option)
+        object.__setattr__(self, "items", items)
+        if not self.options.masked and (unused := sum(item.mask is not None for item in items)):
+            warnings.warn(f"{self.folder}: {counted(unused, 'mask')} not used: --masked uses them", stacklevel=2)
 
     def _is_other(self, path: Path) -> bool:
         """Whether an image file is something else than an image to learn."""

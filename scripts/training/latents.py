@@ -8,7 +8,8 @@ anew for another VAE.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from .texts import tokens, weights_digest
 
 PART = 512 * 512 * 2  # pixels per batch of the encoder: a few full-size images, or many small ones
 VERSION = "2"  # of the file
+SECONDS = 300  # after which what is encoded is saved, so that a run that is stopped does not begin from nothing
 KEY = 32  # bytes of a key
 
 Row = tuple[Shape, int]  # the bucket and the row in it
@@ -46,6 +48,15 @@ class Stored:
         self.buckets: dict[Shape, dict[str, Tensor]] = {}
         self.captions: dict[Shape, list[list[str]]] = {}
         self.items: list[str] = []  # the key of each item of the run; "" for one that cannot be read
+
+    @classmethod
+    def of(cls, parts: Mapping[Shape, Mapping[str, list[Tensor]]], captions: dict[Shape, list[list[str]]]) -> Stored:
+        """From the tensors of several batches of each bucket."""
+        found = cls()
+        found.captions = captions
+        for shape, bucket in parts.items():
+            found.buckets[shape] = {name: torch.cat(tensors) for name, tensors in bucket.items()}
+        return found
 
     @classmethod
     def read(cls, path: Path, settings: str) -> Stored:
@@ -134,16 +145,17 @@ def latents(
         stored = Stored.read(path, settings)
         rows = stored.rows
         wanted = [i for i, key in enumerate(keys) if key not in rows]
-        made = Stored()
+        found = stored.only(keys) if rows.keys() - set(keys) else stored
         if wanted:
-            made = _encode(source, model, workers, (keep_pixels, flip, processes.main), (wanted, keys))
-        found = stored.only(keys).joined(made) if made.buckets or len(rows) > len(set(keys)) else stored
+            for made in _encode(source, model, workers, (keep_pixels, flip, processes.main), (wanted, keys)):
+                found = found.joined(made)
+                found.write(path, settings)
         known = found.rows
         items = [key if key in known else "" for key in keys]
-        if found is not stored or items != stored.items:
+        if items != found.items:
             found.items = items
             found.write(path, settings)
-        del stored, made, found
+        del stored, found
     processes.wait()
     data = _assembled(source, Stored.read(path, settings), model, processes.main)
     if processes.main and not isinstance(source, World):
@@ -165,11 +177,16 @@ def _encode(
     workers: int,
     flags: tuple[bool, bool, bool],
     items: tuple[Sequence[int], Sequence[str]],
-) -> Stored:
-    """Encode items (their numbers, and the keys of all). `flags` are `keep_pixels`, `flip`, and whether to report."""
+) -> Iterator[Stored]:
+    """Encode items (their numbers, and the keys of all), and yield the new rows every few minutes.
+
+    flags   `keep_pixels`, `flip`, and whether to report
+    """
     (keep_pixels, flip, main), (new, keys) = flags, items
     parts: dict[Shape, dict[str, list[Tensor]]] = {}
-    found, known = Stored(), set[str]()
+    captions: dict[Shape, list[list[str]]] = {}
+    known = set[str]()
+    saved = time.monotonic()
     for numbers, chunk in examples(source, workers, main, new):
         fresh = {keys[i]: k for k, i in reversed(list(enumerate(numbers))) if keys[i] not in known}  # each image once
         known |= fresh.keys()
@@ -185,10 +202,12 @@ def _encode(
                 bucket.setdefault(name, []).append(tensor)
             own = [(k, source.record(numbers[k])) for k in chosen]
             if any(record.captions is None for _, record in own):
-                found.captions.setdefault((shape[0], shape[1]), []).extend(list(chunk[k].captions) for k, _ in own)
-    for shape, bucket in parts.items():
-        found.buckets[shape] = {name: torch.cat(tensors) for name, tensors in bucket.items()}
-    return found
+                captions.setdefault((shape[0], shape[1]), []).extend(list(chunk[k].captions) for k, _ in own)
+        if time.monotonic() - saved > SECONDS:
+            yield Stored.of(parts, captions)
+            parts, captions, saved = {}, {}, time.monotonic()
+    if parts:
+        yield Stored.of(parts, captions)
 
 
 def _bucket(group: Sequence[Example], model: StableDiffusion, keep_pixels: bool, flip: bool) -> dict[str, Tensor]:
