@@ -88,7 +88,7 @@ def empty(network: Network) -> Network:
     return network
 
 
-class _Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):
     """Adds up the storages that are alive among those that operations returned."""
 
     def __init__(self) -> None:
@@ -189,7 +189,7 @@ def step_memory(
 
     objective   on the CPU, made inside of `without_contents`, without the networks that are not in memory then
     """
-    watch = _Watch()
+    watch = Watch()
     weights = [*objective.parameters(), *objective.buffers()]
     trained = [p for p in objective.parameters() if p.requires_grad]
     for tensor in (*weights, *(value for value in batch if value is not None)):

@@ -191,8 +191,9 @@ def with_weights(network: Network, weights: Mapping[str, Tensor], prefix: str) -
 
 
 def averaged(model: StableDiffusion, weights: Mapping[str, Tensor]) -> StableDiffusion:
-    """The model with trained weights, "unet.conv_in.weight" and so on."""
-    trained: dict[str, TextEncoder] = {name: getattr(model, name) for name in model.config.text_names}
+    """The model with trained weights, "unet.conv_in.weight" and so on; text encoders without any are as they are."""
+    names = [name for name in model.config.text_names if any(key.startswith(f"{name}.") for key in weights)]
+    trained: dict[str, TextEncoder] = {name: getattr(model, name) for name in names}
     encoders = {name: with_weights(encoder, weights, f"{name}.") for name, encoder in trained.items()}
     return with_networks(model, model.config, unet=with_weights(model.unet, weights, "unet."), **encoders)
 
