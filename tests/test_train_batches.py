@@ -83,6 +83,17 @@ def test_images_of_the_class_are_as_many_as_others_and_go_on_in_the_next_epoch()
         epochs_of([3], 2, regular=[0, 1, 2])
 
 
+def test_repeats_are_spread_over_the_epoch():
+    """3 images shown 8 times are 8 rounds, so a part of 6 has each twice; the class is about half of each part."""
+    epochs = epochs_of([3], 6, repeats=[8] * 3)
+    for number in range(8):
+        assert sorted(epochs(number).tolist()) == [0, 0, 1, 1, 2, 2]
+    mixed = epochs_of([30], 10, regular=range(20, 30))
+    for number in range(40):
+        assert abs(int((mixed(number) >= 20).sum()) - 5) <= 3
+    assert len({tuple(epochs(number).tolist()) for number in range(8)}) > 4
+
+
 def test_groups_stay_together():
     epochs = epochs_of([12], 4, group=2)
     for number in range(6):
@@ -203,6 +214,24 @@ def test_sizes_of_each_image_are_told():
     batches = Batches(data, model, Recipe(batch=4), ALONE)
     for step in range(4):
         assert torch.equal(next(batches(step))["batch"].sizes, data.sizes[batches.epochs(step)])
+
+
+def test_the_loss_is_the_mean_over_what_masks_show(tiny_sd):
+    """An image counts the same whatever the size of its mask; a white mask changes nothing."""
+    data = random_data(tiny_sd, {(8, 8): 2})
+    batch = next(Batches(data, tiny_sd, Recipe(batch=2), ALONE)(0))["batch"]._replace(weight=torch.tensor([1.0, 0.5]))
+    objective = train.Objective(tiny_sd, "none")
+    plain = objective(batch)
+    torch.testing.assert_close(objective(batch._replace(mask=torch.ones(2, 1, 8, 8))), plain)
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[0, :, :2], mask[1, :, :, :5] = 1.0, 0.5
+    noisy = torch.cat([
+        tiny_sd.schedule.add_noise(x, eps, tiny_sd.schedule.level(int(t)))
+        for x, eps, t in zip(batch.x0.split(1), batch.noise.split(1), batch.t, strict=True)
+    ])  # fmt: skip
+    errors = (tiny_sd.unet(noisy, batch.t, objective.captions(batch)) - batch.noise).square()
+    expected = (errors[0, :, :2].mean() + 0.5 * errors[1, :, :, :5].mean()) / 2
+    torch.testing.assert_close(objective(batch._replace(mask=mask)), expected)
 
 
 # ---------------------------------------------------------------------------------------------------- the captions

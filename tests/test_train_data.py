@@ -16,6 +16,7 @@ from conftest import loaded
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
+from scripts.training import latents as encoding
 from scripts.training import texts
 from scripts.training.batches import Batches, BatchOptions
 from scripts.training.buckets import bucket_shapes, bucket_step, place
@@ -255,6 +256,28 @@ def test_latents_are_kept_by_contents(tiny_sd, tmp_path, encoded):
     cache.write_bytes(b"damaged")
     latents(cache, Folder(data, HOW), tiny_sd, ALONE, 0)
     assert sum(encoded) == 3
+
+
+def test_what_was_encoded_before_a_stop_is_kept(tiny_sd, tmp_path, encoded, monkeypatch):
+    monkeypatch.setattr(encoding, "SECONDS", -1)
+    monkeypatch.setattr("scripts.training.data.CHUNK", 2)
+    for i in range(5):
+        disc(tmp_path / f"{i}.png", (64 + 32 * (i % 2), 64), ("red", "blue", "green", "pink", "black")[i])
+    source, cache = Folder(tmp_path, HOW), tmp_path / "cache" / "latents.safetensors"
+    read, seen = Folder.__getitem__, []
+
+    def stopped(folder: Folder, i: int):
+        if i == 4 and not seen:
+            seen.append(i)
+            raise KeyboardInterrupt
+        return read(folder, i)
+
+    monkeypatch.setattr(Folder, "__getitem__", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        latents(cache, source, tiny_sd, ALONE, 0)
+    assert sum(encoded) == 4 and not encoded.clear()
+    data = latents(cache, source, tiny_sd, ALONE, 0)
+    assert sum(encoded) == 1 and data.names == [f"{i}.png" for i in range(5)]
 
 
 def test_latents_are_made_anew_for_another_vae(tiny_sd, tmp_path, encoded, monkeypatch):

@@ -53,7 +53,11 @@ class Epochs:
         self.bucket = bucket[::group]  # of each group
         self.regular = regular[::group].nonzero().flatten()
         learned = (~regular[::group]).nonzero().flatten()
-        self.learned = learned.repeat_interleave(repeats[::group][learned])
+        times = repeats[::group][learned]
+        self.learned = learned.repeat_interleave(times)
+        first = (times.cumsum(0) - times).repeat_interleave(times)
+        self.which = torch.arange(len(self.learned)) - first  # of the repeats of its image
+        self.times = times.repeat_interleave(times)
         if not len(self.learned):
             raise ValueError("there are images of the class (--reg), but none to learn")
         self.order = Order(len(self.regular), seed, "class images")
@@ -88,10 +92,19 @@ class Epochs:
         counts = torch.bincount(self.bucket[self._groups(epoch)])
         return int((-(-counts // self.units)).sum())
 
+    def _times(self, count: int, rng: torch.Generator) -> Tensor:
+        """When in an epoch, from 0 to 1, each of `_groups` is to be seen: (count,).
+
+        An image with r repeats is seen once in each r-th of the epoch, and those of the class evenly between the
+        others: so a batch rarely has an image twice, and is as mixed as it can be.
+        """
+        u, n = torch.rand(count, generator=rng, dtype=torch.float64), len(self.learned)
+        return torch.cat([(self.which + u[:n]) / self.times, (torch.arange(count - n) + u[n:]) / n])
+
     def _plan(self, epoch: int) -> list[Tensor]:
         rng = generator("cpu", self.seed, "epoch", epoch)
         groups = self._groups(epoch)
-        groups = groups[torch.randperm(len(groups), generator=rng)]
+        groups = groups[torch.sort(self._times(len(groups), rng)).indices]
         parts = [
             part
             for bucket in self.bucket[groups].unique()
