@@ -146,7 +146,7 @@ def _traps(end: str, at: int) -> None:
         time.sleep(60)
 
     def replaced(*paths: object) -> None:
-        now = next(count)
+        now = next(count) if end != "half" else -1
         if end == "before" and now == at:
             die()
         replace(*paths)
