@@ -63,7 +63,8 @@ class Server:
 
     def pair(self, program: str, *argv: object, port: int, restart: int | None = None) -> list[Child]:
         """Start two processes that work together, as torchrun does it; `restart` counts how often it has before."""
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        env |= {"TORCHELASTIC_RUN_ID": "none"}
         env |= {} if restart is None else {"TORCHELASTIC_RESTART_COUNT": str(restart)}
         return [
             self.start(program, *argv, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
@@ -146,7 +147,7 @@ def _traps(end: str, at: int) -> None:
         time.sleep(60)
 
     def replaced(*paths: object) -> None:
-        now = next(count)
+        now = next(count) if end != "half" else -1
         if end == "before" and now == at:
             die()
         replace(*paths)

@@ -27,7 +27,7 @@ from scripts.training.recipe import Recipe
 from scripts.training.state import load_state, save_state
 from sd.conditioning import Conditioning
 from sd.models.unet import UNet
-from sd.training import EMA, TrainableLora, checkpoint_activations, learning_rate, lora_layers
+from sd.training import EMA, LoraParams, TrainableLora, checkpoint_activations, learning_rate, lora_layers
 
 CPU = torch.device("cpu")
 QUICK = Recipe(steps=6, batch=2, lr=0.01, warmup=0, ema=0.5, log_every=1, save_every=3)
@@ -313,7 +313,7 @@ def test_recomputed_blocks_draw_the_same_dropout_and_reach_a_lora():
     for checkpointing in (False, True):
         torch.manual_seed(0)
         unet = UNet(TINY.unet).requires_grad_(False)
-        lora = TrainableLora(unet, lora_layers(unet), rank=2, alpha=2)
+        lora = TrainableLora(unet, lora_layers(unet), LoraParams(rank=2))
         for p in lora.parameters():
             nn.init.normal_(p, std=0.1)
         lora.attach(unet)

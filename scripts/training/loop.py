@@ -218,6 +218,8 @@ class Trainer:
             missing = log is not None and all(step != self.step for step, _ in log.validation)
             if validate and whole and self.processes.any(missing):
                 found = validate()
+                if self.sharded:
+                    sharding.forget_weights(self.objective)
                 if log:
                     log.validate(self.step, round(time.monotonic() - began, 2), found)
             with self._gathered():

@@ -79,9 +79,22 @@ def processes(device: str | None = None) -> Iterator[Processes]:
     found = find_device(f"cuda:{local}" if cuda else device)
     if cuda:
         torch.cuda.set_device(found)
-    dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=PATIENCE)
+    _join("nccl" if found.type == "cuda" else "gloo")
     try:
         messages = dist.new_group(backend="gloo", timeout=PATIENCE)
         yield Processes(found, dist.get_rank(), dist.get_world_size(), local, messages)
     finally:
         dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    """Join the process group that the environment describes. Raises OSError if the others cannot be reached."""
+    store, rank, count = next(dist.rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(count):
+        # torchrun keeps the store when it restarts processes: the addresses of those that are gone must not be read.
+        # With several machines the numbers of restarts may differ
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
+    except RuntimeError as error:
+        raise OSError(f"the other processes cannot be reached: {str(error).partition(chr(10))[0]}") from None

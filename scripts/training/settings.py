@@ -39,8 +39,8 @@ def starting(
     with a run that was there before is refused every time.
     """
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # set by torchrun only
-    again = restart not in (None, "0")
-    if again and processes.any(processes.main and (args.out / OWNED).exists()):  # other machines may see it later
+    again = restart is not None and processes.any(restart != "0")  # other machines have restarts of their own
+    if again and processes.any(processes.main and (args.out / OWNED).exists()):  # where the main process sees it
         args.resume = processes.any(processes.main and (args.out / STATE).exists())
         return continued(parser, args, argv)[0] if args.resume else args
     try:

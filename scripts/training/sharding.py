@@ -7,7 +7,7 @@ number of processes, sharded or not. Imports FSDP2 where it is used: that takes 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +17,25 @@ from sd.training import blocks
 from .processes import Processes
 
 
+@runtime_checkable
+class Validated(Protocol):
+    """An objective that is also computed otherwise than by its `forward`: see validation.py."""
+
+    def errors(self, batch: Any) -> Tensor:
+        """The error of each item of a batch."""
+
+
 def shard(objective: nn.Module, processes: Processes, precision: torch.dtype | None) -> None:
     """Divide the parameters of an objective among the processes; each has the same values before.
 
     precision   of the gathered weights, None for float32; the parts and their gradients stay float32
 
-    From now on the objective is to be called in all processes at once. Raises ValueError for parameters of several
-    dtypes and where PyTorch is too old.
+    From now on the objective is to be called in all processes at once, and so is its `errors`, if it has that. Raises
+    ValueError for parameters of several dtypes and where PyTorch is too old.
     """
     try:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     except ImportError:
         raise ValueError(f"--shard needs PyTorch 2.6 or later, this is {torch.__version__}") from None
     if len(found := {p.dtype for p in objective.parameters()}) > 1:
@@ -42,6 +50,8 @@ def shard(objective: nn.Module, processes: Processes, precision: torch.dtype | N
     for block in blocks(objective):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(objective, mesh=mesh, mp_policy=policy)
+    if isinstance(objective, Validated):
+        register_fsdp_forward_method(objective, "errors")
 
 
 def sync_gradients(objective: nn.Module, together: bool) -> None:
@@ -50,6 +60,15 @@ def sync_gradients(objective: nn.Module, together: bool) -> None:
 
     assert isinstance(objective, FSDPModule)
     objective.set_requires_gradient_sync(together)
+
+
+def forget_weights(objective: nn.Module) -> None:
+    """Forget the whole weights that a computation without gradients has left."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in objective.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gathered(tree: Any, keep: bool) -> Any:
