@@ -4,6 +4,8 @@
     python scripts/evaluate.py --ckpt outputs/pocket/model.safetensors --guidance 1 3 5 7.5 --json scores.json
     python scripts/evaluate.py --prompts 0                          the judge alone
     python scripts/evaluate.py --control edges --prompts 200        a control network
+    python scripts/evaluate.py --object hut --write outputs/hut     images of an object that the world lacks, to train
+    python scripts/evaluate.py --object hut --lora hut.safetensors  a LoRA of it; or --embedding FILE
 
 Seen prompts describe scenes whose combinations of kind, colour and ground occur in training; unseen prompts contain a
 combination that does not. Prompts, seeds and the test images of the judge are the same on every run.
@@ -14,7 +16,7 @@ a perfect U-Net could reach. Finally the probes of evaluation/probes.py test neg
 replaced things and changed styles.
 
 With --control it measures instead how well images obey edges, and whether they still obey the prompt: see
-evaluation/control.py.
+evaluation/control.py. With --object it measures whether a model was taught an object: see evaluation/objects.py.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 if not __package__:  # run as a file: see bootstrap.py
     import bootstrap
@@ -38,6 +40,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from sd.adapters.adapter_files import EMBEDDING_FILES, adapter_file
+from sd.adapters.added import LoraFile
 from sd.files import exists
 from sd.imaging.annotate import check_installed
 from sd.imaging.files import save_png
@@ -46,15 +50,16 @@ from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion
 
 from .common import arguments, cli, generate
-from .common.adapter_args import lora_file
-from .evaluation import control, judge
+from .common.adapter_args import lora_file, split_embedding
+from .evaluation import control, judge, objects
 from .evaluation.probes import PROBES, Generator
 from .evaluation.scoring import ATTRIBUTES, Rate, tally, verdict, whole
 from .toy_world import Scene, Told, random_scene, tell
-from .toy_world.scenes import kept_back
+from .toy_world.scenes import EXTRA, kept_back
 
 SPLITS = {"seen": "train", "unseen": "unseen"}  # name here -> name in toy_world.scenes
 TRUSTED = 0.99  # accuracy that each attribute needs on renderings, for the judge to be reliable
+JUDGE = "outputs/judge.safetensors"
 THROUGH_VAE = 500  # maximum number of renderings; the other degradations are cheap
 
 Rates = dict[str, Rate]
@@ -64,7 +69,10 @@ def parser() -> cli.Parser:
     """The arguments."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--prompts", type=int, default=500, metavar="N", help="per split; 0: only the judge (default: %(default)s)")
+    add(
+        "--prompts", type=int, metavar="N",
+        help="per split, with --object also with it; 0: only the judge (default: 500, with --object 100)",
+    )  # fmt: skip
     add("--split", choices=(*SPLITS, "both"), default="both", help="default: %(default)s")
     add("--guidance", type=float, nargs="+", metavar="G", help="one or more (default: the model's own)")
     add("--sampler", metavar="NAME", help="default: the model's own")
@@ -73,16 +81,25 @@ def parser() -> cli.Parser:
     add("--batch-size", type=int, default=16, metavar="N", help="images per batch (default: %(default)s)")
     add("--probes", type=int, default=100, metavar="N", help="prompts per probe; 0: none (default: %(default)s)")
     add(
-        "--judge", type=cli.file_path, default=Path("outputs/judge.safetensors"), metavar="FILE",
-        help="weights of the judge, which is trained if the file is missing (default: %(default)s)",
+        "--judge", type=cli.file_path, metavar="FILE",
+        help="weights of the judge, which is trained if the file is missing (default: outputs/judge.safetensors, "
+        "with --object outputs/judge-OBJECT.safetensors)",
     )  # fmt: skip
     add("--renderings", type=int, default=2000, metavar="N", help="test images of the judge (default: %(default)s)")
     add("--markdown", type=cli.file_path, metavar="FILE", help="write the tables to a file, for a model card")
     add("--json", type=cli.file_path, metavar="FILE", help="write all figures to a file")
     add(
         "--lora", type=cli.home, action="append", default=[], metavar="[NAME=]FILE[:WEIGHT]",
-        help="merge a LoRA, such as one that distill.py wrote; can be given several times",
+        help="merge a LoRA, such as one that distill.py wrote; can be given several times; with --object, usual "
+        "prompts are measured without and with the last one",
     )  # fmt: skip
+    add("--object", choices=tuple(EXTRA), help="how well a model obeys prompts with an object that the world lacks")
+    add(
+        "--embedding", type=cli.home, action="append", default=[], metavar="FILE[:WORD]",
+        help="with --object: add an embedding; can be given several times",
+    )  # fmt: skip
+    add("--word", help="with --object: what prompts call it (default: its name)")
+    add("--write", type=cli.file_path, metavar="FOLDER", help="with --object: only write its training images")
     add(
         "--control", type=cli.home, metavar="FILE",
         help="how well images follow edges: a file that train.py --control wrote, or edges, the embedded network",
@@ -111,7 +128,7 @@ def says_unseen(said: Scene) -> bool:
 
 def judge_rates(judged_by: judge.Judge, model: StableDiffusion, n: int) -> tuple[dict[str, Rates], float]:
     """The accuracy of the judge on n renderings, original and degraded; and the PSNR of the model's VAE, in dB."""
-    pixels, scenes = judge.renderings(n, "judge: test")
+    pixels, scenes = judge.renderings(n, "judge: test", extra=judged_by.extra)
     told = [whole(scene) for scene in scenes]
     rates = {}
     for name, wear in WEAR.items():
@@ -183,14 +200,20 @@ def table(columns: dict[str, Rates], first: str) -> str:
 def evaluate(args: argparse.Namespace) -> None:
     """Test the judge, generate images, judge them, and print the results."""
     check(args)
+    if args.write:
+        objects.write_examples(args.object, args.write)
+        print(f"{args.write}: {objects.IMAGES} images of a {args.object} with captions")
+        return
     loras = [lora_file(text) for text in args.lora]
+    taught = loras[-1:] if args.object else []  # added later: usual prompts are measured without it first
+    words = [(adapter_file(path, EMBEDDING_FILES), word) for path, word in map(split_embedding, args.embedding)]
     model = generate.load(args)
-    model.add_loras(loras, removable=False, note=lambda text: print(text, flush=True))
+    model.add_loras(loras[: len(loras) - len(taught)], removable=False, note=lambda text: print(text, flush=True))
     args.guidance = args.guidance or [model.defaults.guidance]
     name = model.add_control(args.control, note=lambda text: print(text, flush=True)) if args.control else ""
-    judged_by = judge.find(args.judge, model.device)
+    judged_by = judge.find(args.judge, model.device, args.object or "")
     report: list[str] = []
-    sampler = args.sampler or model.defaults.sampler
+    sampler = args.sampler or (objects.SAMPLER if args.object else model.defaults.sampler)
     figures: dict[str, Any] = {"checkpoint": str(args.ckpt or "embedded"), "sampler": sampler, "seed": args.seed}
     figures |= {"lora": ", ".join(args.lora)} if args.lora else {}
 
@@ -208,6 +231,8 @@ def evaluate(args: argparse.Namespace) -> None:
         say(f"This judge errs in more than {100 - 100 * TRUSTED:.0f} % of: {', '.join(weak)}. Train another one.")
     if args.control:
         measure_control(args, model, name, judged_by, figures, say)
+    elif args.object and args.prompts:
+        measure_object(args, model, Taught(taught, words), judged_by, figures, say)
     elif args.prompts:
         generator = Generator(model, sampler, args.steps, args.seed, args.batch_size)
         figures["scores"] = scores = {}
@@ -221,7 +246,7 @@ def evaluate(args: argparse.Namespace) -> None:
                 if args.wrong:
                     save_wrong(args.wrong, label.replace(", ", "-"), told, images, seen)
         say(f"Images by split (combination seen in training or not) and guidance:\n\n{table(scores, '')}")
-    if args.prompts and args.probes and not args.control:
+    if args.prompts and args.probes and not args.control and not args.object:
         for name, probe in PROBES.items():
             text, figures[name] = probe(generator, judged_by, args.guidance[0], prompts("seen", args.probes))
             say(text)
@@ -250,8 +275,68 @@ def measure_control(
         say(f"Images without and with hints, {split}:\n\n{table(rates, split)}")
 
 
+class Taught(NamedTuple):
+    """What a model is taught an object with: a LoRA or none, and the files of words, each with its word or None."""
+
+    loras: list[LoraFile]
+    words: list[tuple[Path, str | None]]
+
+    def add_to(self, model: StableDiffusion) -> None:
+        """Add them to a model, for good."""
+        model.add_loras(self.loras, removable=False, note=lambda text: print(text, flush=True))
+        for path, word in self.words:
+            model.add_embedding(path, word)
+
+
+def measure_object(
+    args: argparse.Namespace,
+    model: StableDiffusion,
+    taught: Taught,
+    judged_by: judge.Judge,
+    figures: dict[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """Measure prompts with an object, and usual ones without and with the LoRA of it, and add the figures."""
+    kind, word = args.object, args.word or args.object
+    steps = args.steps or (None if args.sampler else objects.STEPS)
+    generator = Generator(model, figures["sampler"], steps, args.seed, args.batch_size)
+
+    def see(told: Sequence[Told], label: str) -> list[Scene]:
+        images = generator([each.text for each in told], args.guidance[0], label)
+        seen = judged_by.look(images)
+        if args.wrong:
+            save_wrong(args.wrong, label.replace(" ", "-"), told, images, seen)
+        return seen
+
+    usual = [told for split in SPLITS if args.split in (split, "both") for told in prompts(split, args.prompts)]
+    before = see(usual, "usual prompts before") if taught.loras else []
+    taught.add_to(model)
+    asked = objects.prompts(kind, args.prompts, word)
+    seen, after = see(asked, f"prompts with {word}"), see(usual, "usual prompts")
+    of = objects.with_it(kind, seen)
+    say(f"The judge sees the {kind} in {of.right} of {of.of} images of prompts with {word}.")
+    columns = {f"with {word}": tally(asked, seen)}
+    columns |= {"usual before": tally(usual, before)} if before else {}
+    columns |= {"usual": tally(usual, after)}
+    say(f"Prompts with {word}, and usual ones:\n\n{table(columns, '')}")
+    uncalled = {name: objects.with_it(kind, scenes) for name, scenes in (("before", before), ("after", after))}
+    say(f"Usual prompts whose image has a {kind}: {uncalled['after'].right} of {len(usual)}.")
+    figures |= {"object": kind, "word": word, "steps": steps, "seen": of, "uncalled": uncalled, "scores": columns}
+    if before:
+        one, two = (columns[name]["all"].right for name in ("usual before", "usual"))
+        figures["points"] = points = 100 * (two - one) / len(usual)
+        say(f"Usual prompts of which everything is right: {points:+.1f} points with the LoRA.")
+
+
 def check(args: argparse.Namespace) -> None:
     """Raise an error for invalid arguments before any work."""
+    for name in ("embedding", "word", "write"):
+        if getattr(args, name) and not args.object:
+            raise ValueError(f"--{name} is for --object")
+    if args.object and (args.control or len(args.guidance or ()) > 1):
+        raise ValueError("--object takes at most one --guidance, and no --control")
+    args.prompts = (100 if args.object else 500) if args.prompts is None else args.prompts
+    args.judge = args.judge or Path(f"outputs/judge-{args.object}.safetensors" if args.object else JUDGE)
     least: Iterable[tuple[str, int]] = (("prompts", 0), ("probes", 0), ("batch_size", 1), ("renderings", 1))
     for name, value in least:
         if getattr(args, name) < value:

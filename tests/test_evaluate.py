@@ -156,7 +156,7 @@ def new_judge(tmp_path, monkeypatch) -> tuple[judge.Judge, Path]:
     """A judge without training, and its file."""
     torch.manual_seed(0)
     file = tmp_path / "new" / "judge.safetensors"
-    monkeypatch.setattr(judge, "train", lambda device: judge.Judge().eval())
+    monkeypatch.setattr(judge, "train", lambda device, extra="": judge.Judge(extra).eval())
     return judge.find(file, CPU), file
 
 
@@ -183,7 +183,7 @@ def test_judge_sees_images_of_every_size_alike(new_judge) -> None:
 def test_judge_is_kept_unless_the_world_changes(new_judge, monkeypatch, capsys) -> None:
     trained, file = new_judge
     calls = []
-    monkeypatch.setattr(judge, "train", lambda device: calls.append(device) or trained)
+    monkeypatch.setattr(judge, "train", lambda device, extra="": calls.append(device) or trained)
     again = judge.find(file, CPU)
     assert not calls and not again.training
     for a, b in zip(trained.state_dict().values(), again.state_dict().values(), strict=True):

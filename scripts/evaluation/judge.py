@@ -34,35 +34,50 @@ from sd.runtime.device import best_dtype
 from sd.training import channels_last
 
 from ..toy_world import SIZE, Scene, Thing, draw, random_scene
-from ..toy_world.scenes import COLOURS, COLUMNS, FLOATING, GROUNDS, SIZES, STANDING, STYLES, TIMES
+from ..toy_world.scenes import COLOURS, COLUMNS, FLOATING, GROUNDS, SIZES, STANDING, STYLES, TIMES, scene_with
 from ..training.state import save_tensors
 
+Questions = tuple[tuple[str, ...], ...]  # the classes of each prediction
+
 SLOTS = tuple((kinds, column) for kinds in (STANDING, FLOATING) for column in COLUMNS)  # positions of things
-QUESTIONS: tuple[tuple[str, ...], ...] = (STYLES, TIMES, GROUNDS)  # the classes of each prediction
-for kinds, _ in SLOTS:
-    QUESTIONS += (("", *kinds), COLOURS, SIZES)  # "" for an empty slot
 UNASKED = -100  # label of the colour and size of an empty slot; cross_entropy ignores it
 
 TRAINING_IMAGES, TRAINING_STEPS, BATCH = 30_000, 4_500, 64
 BLUR, RUN, TRACE, TINT, NOISE = 2.0, 0.6, 0.25, 0.08, 0.14  # maximum of each in `worn`; BLUR is in pixels
 JPEG_QUALITY = (30, 95)
+WITH_EXTRA = 0.25  # share of scenes with an extra kind, if the judge is to know it
 
 
-def labels(scene: Scene) -> list[int]:
-    """The index of the right class for each of QUESTIONS, or UNASKED."""
+def questions(extra: str = "") -> Questions:
+    """The classes of each prediction: style, time, ground, and for each slot kind, colour and size; "" is no thing.
+
+    extra   one of toy_world.scenes.EXTRA, which the judge is to know, too
+    """
+    found: Questions = (STYLES, TIMES, GROUNDS)
+    for kinds, _ in SLOTS:
+        more = (extra,) if extra and kinds is STANDING else ()
+        found += (("", *kinds, *more), COLOURS, SIZES)
+    return found
+
+
+QUESTIONS = questions()
+
+
+def labels(scene: Scene, extra: str = "") -> list[int]:
+    """The index of the right class for each of `questions(extra)`, or UNASKED."""
     answers = [STYLES.index(scene.style), TIMES.index(scene.time), GROUNDS.index(scene.ground)]
-    for kinds, column in SLOTS:
+    for (_, column), kinds in zip(SLOTS, questions(extra)[3::3], strict=True):
         here = [thing for thing in scene.things if thing.column == column and thing.kind in kinds]
         if here:
-            answers += [1 + kinds.index(here[0].kind), COLOURS.index(here[0].colour), SIZES.index(here[0].size)]
+            answers += [kinds.index(here[0].kind), COLOURS.index(here[0].colour), SIZES.index(here[0].size)]
         else:
             answers += [0, UNASKED, UNASKED]
     return answers
 
 
-def scene_of(answers: Sequence[int]) -> Scene:
+def scene_of(answers: Sequence[int], extra: str = "") -> Scene:
     """The scene with these labels. An image of poor quality may have more things than a valid scene."""
-    words = [choices[answer] for choices, answer in zip(QUESTIONS, answers, strict=True)]
+    words = [choices[answer] for choices, answer in zip(questions(extra), answers, strict=True)]
     style, time, ground, *rest = words
     triples = zip(rest[::3], rest[1::3], rest[2::3], SLOTS, strict=True)
     seen = [Thing(kind, colour, size, column) for kind, colour, size, (_, column) in triples if kind]
@@ -71,10 +86,14 @@ def scene_of(answers: Sequence[int]) -> Scene:
 
 
 class Judge(nn.Module):
-    """Strided convolutions down to an 8 x 8 map, a fully connected layer, and one linear head per question."""
+    """Strided convolutions down to an 8 x 8 map, a fully connected layer, and one linear head per question.
 
-    def __init__(self) -> None:
+    extra   a kind of toy_world.scenes.EXTRA that it recognises beside those of the world
+    """
+
+    def __init__(self, extra: str = "") -> None:
         super().__init__()
+        self.extra = extra
 
         def block(inner: int, outer: int, kernel: int, stride: int) -> list[nn.Module]:
             convolution = nn.Conv2d(inner, outer, kernel, stride, kernel // 2, bias=False)
@@ -90,7 +109,7 @@ class Judge(nn.Module):
             *(nn.Conv2d(128, 48, 1), nn.ReLU(), nn.Flatten(), nn.Dropout(0.1)),
             *(nn.Linear(48 * (SIZE // 16) ** 2, 384), nn.ReLU()),
         )
-        self.heads = nn.ModuleList(nn.Linear(384, len(choices)) for choices in QUESTIONS)
+        self.heads = nn.ModuleList(nn.Linear(384, len(choices)) for choices in questions(extra))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images (B, 3, SIZE, SIZE) in [-1, 1] -> logits (B, classes) for each question."""
@@ -104,7 +123,7 @@ class Judge(nn.Module):
         device = next(self.parameters()).device
         self.eval()
         answers = [torch.stack([head.argmax(1) for head in self(part.to(device))], 1) for part in x.split(batch)]
-        return [scene_of(row) for part in answers for row in part.tolist()]
+        return [scene_of(row, self.extra) for part in answers for row in part.tolist()]
 
 
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:
@@ -157,12 +176,16 @@ def worn(x: Tensor, rng: torch.Generator) -> Tensor:
     return x
 
 
-def renderings(n: int, seed: str, compressed: bool = False) -> tuple[Tensor, list[Scene]]:
-    """n scenes of all combinations as uint8 images (n, SIZE, SIZE, 3); if `compressed`, half of them through JPEG."""
+def renderings(n: int, seed: str, compressed: bool = False, extra: str = "") -> tuple[Tensor, list[Scene]]:
+    """n scenes of all combinations as uint8 images (n, SIZE, SIZE, 3); if `compressed`, half of them through JPEG.
+
+    With `extra`, a quarter of them has a thing of this kind.
+    """
     rng = Random(seed)
     pixels, scenes = torch.empty(n, SIZE, SIZE, 3, dtype=torch.uint8), []
     for i in tqdm(range(n), "rendering", disable=None, leave=False):
-        scenes.append(random_scene(rng, "all"))
+        has_extra = extra and rng.random() < WITH_EXTRA
+        scenes.append(scene_with(extra, rng) if has_extra else random_scene(rng, "all"))
         image = draw(scenes[-1], rng)
         if compressed and rng.random() < 0.5:
             image = jpeg(image, rng.randint(*JPEG_QUALITY))
@@ -171,14 +194,18 @@ def renderings(n: int, seed: str, compressed: bool = False) -> tuple[Tensor, lis
 
 
 def train(
-    device: torch.device, images: int = TRAINING_IMAGES, steps: int = TRAINING_STEPS, batch: int = BATCH
+    device: torch.device,
+    images: int = TRAINING_IMAGES,
+    steps: int = TRAINING_STEPS,
+    batch: int = BATCH,
+    extra: str = "",
 ) -> Judge:
     """Train a judge. This takes about 20 minutes on two CPU cores, including one or two for the renderings."""
     torch.manual_seed(0)
     rng = torch.Generator().manual_seed(0)
-    pixels, scenes = renderings(images, "judge: training", compressed=True)
-    targets = torch.tensor([labels(each) for each in scenes])
-    judge = channels_last(Judge(), device)
+    pixels, scenes = renderings(images, "judge: training", compressed=True, extra=extra)
+    targets = torch.tensor([labels(each, extra) for each in scenes])
+    judge = channels_last(Judge(extra), device)
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.02)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=min(0.1, 100 / steps))
     bar = tqdm(range(steps), "training the judge", disable=None)
@@ -202,20 +229,22 @@ def train(
     return judge.eval()
 
 
-def fingerprint() -> str:
+def fingerprint(extra: str = "") -> str:
     """A digest of everything that a trained judge depends on: sample renderings, questions, and network shapes."""
-    digest = hashlib.sha256(repr(QUESTIONS).encode())
-    digest.update(repr([(name, tuple(weight.shape)) for name, weight in Judge().state_dict().items()]).encode())
-    digest.update(renderings(100, "judge: fingerprint")[0].numpy().tobytes())
+    digest = hashlib.sha256(repr(questions(extra)).encode())
+    digest.update(repr([(name, tuple(weight.shape)) for name, weight in Judge(extra).state_dict().items()]).encode())
+    digest.update(renderings(100, "judge: fingerprint", extra=extra)[0].numpy().tobytes())
     return digest.hexdigest()
 
 
-def find(path: Path, device: torch.device) -> Judge:
+def find(path: Path, device: torch.device, extra: str = "") -> Judge:
     """Load the judge from a file; if it is missing or of another world, train a judge and save it there.
+
+    extra   a kind of toy_world.scenes.EXTRA that the judge knows, too: for a file of its own
 
     Raises ValueError for a file that is not a judge.
     """
-    current = fingerprint()
+    current = fingerprint(extra)
     if path.exists():
         try:
             with safe_open(path, "pt") as file:
@@ -225,11 +254,11 @@ def find(path: Path, device: torch.device) -> Judge:
         if found is None:
             raise ValueError(f"{path} is not a judge: give --judge another name")
         if found == current:
-            judge = Judge()
+            judge = Judge(extra)
             judge.load_state_dict(load_file(path))
             return judge.to(device).eval()
         tqdm.write(f"{path} was trained on another world: training a new judge")
     path.parent.mkdir(parents=True, exist_ok=True)
-    judge = train(device)
+    judge = train(device, extra=extra)
     save_tensors({name: weight.cpu() for name, weight in judge.state_dict().items()}, path, {"fingerprint": current})
     return judge

@@ -5,7 +5,7 @@
     draw(scene, rng)               one of many drawings: painting.py
 
 A scene is drawn on a canvas (canvas.py): sky and ground (landscape.py) with small details (scenery.py), then its things
-as shapes (objects.py) or as pixel art (sprites.py).
+as shapes (objects.py) or as pixel art (sprites.py). The world lacks the kinds of extra.py: they are to be learned.
 
 `rng` is a `random.Random`: equal seeds give equal scenes, captions and images.
 """
@@ -18,12 +18,12 @@ from PIL import Image
 
 from .captions import Told, caption, tell
 from .painting import SIZE, box, draw
-from .scenes import Scene, Thing, counterpart, held_out, random_scene
+from .scenes import Scene, Thing, counterpart, held_out, random_scene, scene_with
 from .words import WORDS
 
 __all__ = [
     "SIZE", "WORDS", "Scene", "Thing", "Told", "box", "caption", "counterpart", "draw", "example", "held_out",
-    "random_scene", "tell",
+    "random_scene", "scene_with", "tell",
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from random import Random
 from typing import NamedTuple
 
-from .scenes import SWIMMING, Scene, Thing
+from .scenes import EXTRA, SWIMMING, Scene, Thing
 from .words import (
     COLUMN_WORDS,
     GROUND_NOUNS,
@@ -188,10 +188,11 @@ class _Teller:
         if self.happens(size):
             words.append(self.rng.choice(SIZE_WORDS[thing.size]))
             self.note_thing(i, size=thing.size)
-        if coloured := self.happens(colour):
+        coloured = self.happens(colour) and thing.kind not in EXTRA
+        if coloured:
             words.append(thing.colour)
             self.note_thing(i, colour=thing.colour)
-        text = " ".join((*words, self.usual(NOUNS[thing.kind], 0.8)))
+        text = " ".join((*words, self.usual(NOUNS.get(thing.kind, (thing.kind,)), 0.8)))
         if self.happens(bare):
             return text
         if thing.kind in ("sun", "moon") and not coloured:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from .canvas import Colour, Frame, Tones
+from .extra import EXTRA_PAINTERS
 from .landscape import paint_island, paint_landscape, paint_ripples
 from .objects import PAINTERS
 from .scenery import PixelCanvas, SceneryCanvas
@@ -74,7 +75,8 @@ def paint_shapes(canvas: SceneryCanvas, scene: Scene, rng: Random, soft: bool) -
             if scene.ground == "sea":
                 paint_island(canvas, x, y + r, r * 1.05, scene.time)
             canvas.ellipse(x + 0.1 * r, y + r - 0.004, r * 0.95, 0.024, SHADOW, opacity=0.26)
-        PAINTERS[thing.kind](Frame(canvas, x, y, r), Tones(thing.colour, scene.time, soft))
+        paint = EXTRA_PAINTERS.get(thing.kind) or PAINTERS[thing.kind]
+        paint(Frame(canvas, x, y, r), Tones(thing.colour, scene.time, soft))
         if swims:
             paint_ripples(canvas, x, y + r, r, scene.time)
     return canvas.image

@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 
 from .canvas import Tones, mix
+from .extra import EXTRA_SPRITES
 
 TONES = {
     "b": "base", "l": "light", "d": "dark", "r": "roof", "k": "ink", "w": "white", "s": "spot", "o": "wood",
@@ -23,7 +24,8 @@ LETTERS = ".h" + "".join(TONES)
 @cache
 def sprite(kind: str, size: str) -> np.ndarray:
     """The sprite as places in LETTERS: (height, width) uint8; 0 is see-through."""
-    rows = SPRITES[kind][size == "big"].split()
+    small, big = EXTRA_SPRITES[kind] if kind in EXTRA_SPRITES else SPRITES[kind]
+    rows = (big if size == "big" else small).split()
     return np.array([[LETTERS.index(letter) for letter in row] for row in rows], np.uint8)
 
 
