@@ -40,7 +40,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from sd.adapters.adapter_files import EMBEDDING_FILES, adapter_file
 from sd.adapters.added import LoraFile
 from sd.files import exists
 from sd.imaging.annotate import check_installed
@@ -50,7 +49,7 @@ from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion
 
 from .common import arguments, cli, generate
-from .common.adapter_args import lora_file, split_embedding
+from .common.adapter_args import embedding_file, lora_file
 from .evaluation import control, judge, objects
 from .evaluation.probes import PROBES, Generator
 from .evaluation.scoring import ATTRIBUTES, Rate, tally, verdict, whole
@@ -206,7 +205,7 @@ def evaluate(args: argparse.Namespace) -> None:
         return
     loras = [lora_file(text) for text in args.lora]
     taught = loras[-1:] if args.object else []  # added later: usual prompts are measured without it first
-    words = [(adapter_file(path, EMBEDDING_FILES), word) for path, word in map(split_embedding, args.embedding)]
+    words = [embedding_file(text) for text in args.embedding]
     model = generate.load(args)
     model.add_loras(loras[: len(loras) - len(taught)], removable=False, note=lambda text: print(text, flush=True))
     args.guidance = args.guidance or [model.defaults.guidance]
@@ -311,6 +310,8 @@ def measure_object(
     usual = [told for split in SPLITS if args.split in (split, "both") for told in prompts(split, args.prompts)]
     before = see(usual, "usual prompts before") if taught.loras else []
     taught.add_to(model)
+    if taught.words and word.lower() not in {known.lower() for known in model.words}:
+        raise ValueError(f"no embedding has the word {word}: give --word, one of {', '.join(model.words)}")
     asked = objects.prompts(kind, args.prompts, word)
     seen, after = see(asked, f"prompts with {word}"), see(usual, "usual prompts")
     of = objects.with_it(kind, seen)

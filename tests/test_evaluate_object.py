@@ -173,6 +173,14 @@ def test_only_the_images_are_written(tmp_path, monkeypatch, capsys) -> None:
     assert len(list((tmp_path / "hut").glob("*.webp"))) == 20 and "20 images of a hut" in capsys.readouterr().out
 
 
+def test_an_embedding_without_the_word_of_the_prompts_is_refused(hut_run, tiny_sd, tmp_path, capsys) -> None:
+    file = tmp_path / "other.safetensors"
+    save_file({"other": torch.randn(1, tiny_sd.text_encoder.config.width)}, file)
+    status, _ = hut_run("--embedding", str(file))
+    tiny_sd.remove_embedding("other")
+    assert status == 1 and "no embedding has the word hut: give --word, one of other" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -185,7 +193,8 @@ def test_only_the_images_are_written(tmp_path, monkeypatch, capsys) -> None:
         (["--object", "hut", "--write", str(DATA)], "data"),
     ],
 )
-def test_wrong_arguments_are_one_line(options, message, capsys) -> None:
+def test_wrong_arguments_are_one_line(options, message, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(evaluate.generate, "load", lambda args: pytest.fail("loaded a model"))
     assert evaluate.main(options) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -113,6 +113,18 @@ def lora_file(text: str) -> LoraFile:
     return file
 
 
+def embedding_file(text: str) -> tuple[Path, str | None]:
+    """The file and the word, if it is said, of one value of --embedding, FILE[:WORD].
+
+    Raises ValueError for a wrong value, and CheckpointError for a file that is missing or not a weight file.
+    """
+    path, word = split_embedding(text)
+    path = adapter_file(path, EMBEDDING_FILES)
+    refuse_image(path)
+    sd.load_checkpoint(path).close()
+    return path, word
+
+
 class AddOns:
     """The adapters given as arguments or named in prompts: checked before the model is loaded, then added to it."""
 
@@ -125,16 +137,13 @@ class AddOns:
             )
         self._texts = [text for request in requests for text in _texts(request)]
         self._loras = [lora_file(text) for text in args.lora]
-        words = [split_embedding(text) for text in args.embedding]
-        self._embeddings = [(adapter_file(path, EMBEDDING_FILES), word) for path, word in words]
+        self._embeddings = [embedding_file(text) for text in args.embedding]
         self.of_prompts = of_prompts
         named_in_prompts = {os.path.realpath(path) for path in of_prompts.paths}
         for lora in self._loras:
             if os.path.realpath(lora.path) in named_in_prompts:
                 raise ValueError(f"{lora.path} is given with --lora and named in a prompt: take one of them out")
-        for path, _ in self._embeddings:
-            refuse_image(path)
-        for path in (*(path for path, _ in self._embeddings), *self.of_prompts.paths):
+        for path in self.of_prompts.paths:
             sd.load_checkpoint(path).close()  # raises for a wrong name before a large model is loaded
         self._names: list[str] = []  # of the LoRAs
         self._words: dict[str, Path] = {}  # word in prompts -> file
