@@ -108,7 +108,6 @@ def parser() -> cli.Parser:
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for options that do not go together or are out of range; fill in the defaults."""
-    adapters.check_unused(args)
     control.check_unused(args)
     class_images.check(args)
     if adapters.wanted(args):
@@ -148,7 +147,7 @@ def find_model(args: argparse.Namespace, recipe: Recipe, device: torch.device) -
 def find_data(args: argparse.Namespace, model: StableDiffusion, target: Target, processes: Processes) -> TrainingData:
     """The data of the options, encoded; of text encoders that stay as they are also the text."""
     options = data_options(args, model.config, target.caption)
-    if args.class_prompt is not None:
+    if args.class_prompt is not None or args.class_prompts is not None:
         args.reg = str(class_images.find(args, options.size, model, processes))
     source = target.told(find_source(args, options))
     folder, precision = args.out / "cache", find_precision(args.precision, processes.device)
@@ -182,6 +181,7 @@ def tell_memory(args: argparse.Namespace, model: StableDiffusion, target: Target
 
 def train(args: argparse.Namespace, processes: Processes) -> None:
     """Run the training."""
+    adapters.check_unused(args)
     if args.control:
         control.train(args, processes)
         return
@@ -222,10 +222,10 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     batches = Batches(data, model, recipe, processes, making)
     validate = None
     if held is not None:
-        alone = Batches(
-            held, model, replace(recipe, batch=1, accumulate=1), Processes(device), BatchOptions(inpaint=args.inpaint)
-        )
-        validate = Validation(objective, alone, len(held), precision)
+        held = replace(held, repeats=torch.ones_like(held.repeats))
+        one = replace(recipe, batch=1, accumulate=1)
+        alone = Batches(held, model, one, Processes(device), BatchOptions(inpaint=args.inpaint))
+        validate = Validation(objective, alone, len(held), precision, trainer.ema)
 
     def write() -> str:
         target.write(trainer.weights(), trainer.step)

@@ -18,7 +18,16 @@ from sd.resources import EMBEDDED, resource
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 CHAPTERS = sorted(DOCS.glob("[1-9]*-*.md"), key=lambda path: int(path.name.split("-")[0]))
-REFERENCE = ["cli.md", "python.md", "samplers.md", "fine-tuning.md", "training.md", "benchmark.md", "performance.md", "verification.md"]
+REFERENCE = [
+    "cli.md",
+    "python.md",
+    "samplers.md",
+    "fine-tuning.md",
+    "training.md",
+    "benchmark.md",
+    "performance.md",
+    "verification.md",
+]
 TEXTS = {
     path.name: path.read_text(encoding="utf-8")
     for path in [DOCS / "README.md", *CHAPTERS, *(DOCS / name for name in REFERENCE)]

@@ -20,8 +20,9 @@ from sd.files import replaced_file
 from sd.imaging.files import SUFFIXES
 from sd.pipeline import StableDiffusion
 
-from ..common.cli import Parser
+from ..common.cli import Parser, file_path
 from .processes import Processes
+from .samples import prompts_in
 
 FOLDER = "class"  # in the folder of the run
 
@@ -33,15 +34,23 @@ def add_class_arguments(parser: Parser) -> None:
         "--class-prompt", metavar="TEXT",
         help='"a photo of a dog": generate images of the class first, and train on them as well, as --reg does',
     )  # fmt: skip
+    add(
+        "--class-prompts", type=file_path, metavar="FILE",
+        help="prompts of class images, one per line, in place of --class-prompt: for images of more than one kind",
+    )  # fmt: skip
     add("--class-images", type=int, default=200, metavar="N", help="how many (default: %(default)s)")
 
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for options that do not go together."""
-    if args.class_prompt is None:
+    if args.class_prompt is None and args.class_prompts is None:
         return
-    if not args.class_prompt.strip():
+    if args.class_prompt is not None and args.class_prompts is not None:
+        raise ValueError("--class-prompt and --class-prompts are two ways to say the same: give one")
+    if args.class_prompt is not None and not args.class_prompt.strip():
         raise ValueError('--class-prompt is empty: describe the class, as in "a photo of a dog"')
+    if args.class_prompts is not None:
+        prompts_in("--class-prompts", args.class_prompts)
     if args.class_images < 1:
         raise ValueError(f"--class-images must be at least 1, got {args.class_images}")
 
@@ -52,6 +61,8 @@ def find(args: argparse.Namespace, size: int, model: StableDiffusion, processes:
     model   as it is before training
     """
     folder = Path(args.reg) if args.reg else args.out / FOLDER
+    prompts = [args.class_prompt] if args.class_prompts is None else prompts_in("--class-prompts", args.class_prompts)
+    settings = {"steps": args.sample_steps, "guidance": args.sample_guidance, "height": size, "width": size}
     if processes.main:
         folder.mkdir(parents=True, exist_ok=True)
         there = sum(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
@@ -59,8 +70,9 @@ def find(args: argparse.Namespace, size: int, model: StableDiffusion, processes:
         free = [name for name in names if not (folder / f"{name}.png").exists()]
         for name in tqdm(free[: max(args.class_images - there, 0)], "class images", disable=None):
             seed = int(name.removeprefix("class-"))
-            (image,) = model.txt2img(args.class_prompt, height=size, width=size, seed=seed)
-            _write(image, args.class_prompt, folder / name)
+            prompt = prompts[seed % len(prompts)]
+            (image,) = model.txt2img(prompt, seed=seed, **settings)
+            _write(image, prompt, folder / name)
     processes.wait()
     return folder
 

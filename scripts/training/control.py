@@ -41,6 +41,7 @@ from .batches import Batch, Batches, BatchOptions
 from .captions import Captions, text_encoders
 from .hints import find_hinted
 from .latents import latents
+from .objective import USUAL
 from .options import BUCKETED, FINE_TUNING
 from .processes import Processes
 from .samples import sample_prompts, some_captions
@@ -55,8 +56,11 @@ DROP, ERASE = 0.5, 0.15
 PAIRS = 3  # of hint and image, in a row of a sample sheet
 # options that are for control networks only, and those that are not, with their values where they are not given
 OWN = {"hint": None, "small": False, "hint_widths": None, "control_name": None, "hint_erase": None}
-OTHERS = {"vae": None, "text": None, "prediction": None, "train_text": False, "inpaint": False, "weighting": "none"}
-OTHERS |= {**BUCKETED, **FINE_TUNING}  # hints are square
+OTHERS: dict[str, object] = {
+    "vae": None, "text": None, "train_text": False, "text_lr": None, "inpaint": False, "validate": None, "shard": False,
+    "estimate_memory": False, "lora": None, "train_word": None, "class_prompt": None, "class_prompts": None,
+}  # fmt: skip
+OTHERS |= {**USUAL, **BUCKETED, **FINE_TUNING}  # hints are square
 
 
 def add_control_arguments(parser: Parser) -> None:

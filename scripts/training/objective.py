@@ -37,6 +37,11 @@ from .batches import Batch
 from .captions import Captions, text_encoders
 
 WEIGHTINGS = ("none", "min-snr", "debiased", "velocity")
+# the options of the objective, with their values where they are not given
+USUAL = {
+    "prediction": None, "zero_snr": False, "weighting": "none", "min_snr_gamma": 5.0, "huber": None,
+    "noise_offset": None, "pyramid_noise": None,
+}  # fmt: skip
 NoiseShape = Callable[[Tensor, torch.Generator], Tensor]  # white noise (B, C, h, w) -> that of training
 
 

@@ -68,7 +68,8 @@ def data_options(args: argparse.Namespace, config: Config, caption: str | None =
         for name, value in (("flip", flip), ("masked", masked)):
             if value:
                 raise ValueError(f"--{name} is for a folder of images, not for drawn scenes: give a folder (--data)")
-    if getattr(args, "prior_weight", None) is not None and not (args.reg or getattr(args, "class_prompt", None)):
+    classes = [getattr(args, name, None) for name in ("reg", "class_prompt", "class_prompts")]
+    if getattr(args, "prior_weight", None) is not None and not any(classes):
         raise ValueError("--prior-weight is the weight of the images of the class: give their folder (--reg)")
     step = None if world or getattr(args, "square", True) else bucket_step(config)
     given = caption if args.caption is None else args.caption

@@ -26,13 +26,16 @@ def add_sample_arguments(parser: Parser, steps: int) -> None:
 
 def sample_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of --sample-prompts, one per line; none without the option."""
-    if not args.sample_prompts or not args.samples:
-        return []
-    if not args.sample_prompts.is_file():
-        raise ValueError(f"--sample-prompts {args.sample_prompts}: no such file")
-    prompts = [line.strip() for line in read_lines(args.sample_prompts) if line.strip()]
+    return prompts_in("--sample-prompts", args.sample_prompts) if args.sample_prompts and args.samples else []
+
+
+def prompts_in(option: str, path: Path) -> list[str]:
+    """The prompts in the file of an option, one per line. Raises ValueError if there are none."""
+    if not path.is_file():
+        raise ValueError(f"{option} {path}: no such file")
+    prompts = [line.strip() for line in read_lines(path) if line.strip()]
     if not prompts:
-        raise ValueError(f"--sample-prompts {args.sample_prompts}: no prompts in it")
+        raise ValueError(f"{option} {path}: no prompts in it")
     return prompts
 
 

@@ -7,12 +7,13 @@ the training loss falls, the model learns the images by heart.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from sd.training import min_snr_weight
+from sd.training import EMA, min_snr_weight
 
 from .batches import Batch, Batches
 from .data import generator
@@ -28,14 +29,27 @@ class Validation:
     batches     of the held-out images, one in each step of one process
     images      number of the steps that are used, the same ones each time
     precision   of autocast; None: float32
+    average     of the weights, which are measured if there are any
     """
 
-    def __init__(self, objective: Objective, batches: Batches, images: int, precision: torch.dtype | None) -> None:
-        self.objective, self.batches, self.images, self.precision = objective, batches, min(images, MOST), precision
+    def __init__(
+        self,
+        objective: Objective,
+        batches: Batches,
+        images: int,
+        precision: torch.dtype | None,
+        average: EMA | None = None,
+    ) -> None:
+        self.objective, self.batches, self.images = objective, batches, min(images, MOST)
+        self.precision, self.average = precision, average
 
     @torch.no_grad()
     def __call__(self) -> Mapping[str, float | list[float]]:
         """ "loss": the weighted mean; "deciles": the mean error in each tenth of the timesteps, clean to noisy."""
+        with self.average.swapped() if self.average is not None else contextlib.nullcontext():
+            return self._measured()
+
+    def _measured(self) -> Mapping[str, float | list[float]]:
         errors, weights = [], []
         was_training = self.objective.training
         self.objective.eval()
