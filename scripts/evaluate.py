@@ -74,8 +74,8 @@ def parser() -> cli.Parser:
     )  # fmt: skip
     add("--split", choices=(*SPLITS, "both"), default="both", help="default: %(default)s")
     add("--guidance", type=float, nargs="+", metavar="G", help="one or more (default: the model's own)")
-    add("--sampler", metavar="NAME", help="default: the model's own")
-    add("--steps", type=int, metavar="N", help="default: the model's own, or the sampler's")
+    add("--sampler", metavar="NAME", help="default: the model's own; with --object dpmpp_2m")
+    add("--steps", type=int, metavar="N", help="default: the model's own, or the sampler's; with --object 20")
     add("--seed", type=int, default=0, metavar="N", help="seed of the first image (default: %(default)s)")
     add("--batch-size", type=int, default=16, metavar="N", help="images per batch (default: %(default)s)")
     add("--probes", type=int, default=100, metavar="N", help="prompts per probe; 0: none (default: %(default)s)")

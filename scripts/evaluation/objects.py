@@ -30,7 +30,7 @@ from ..toy_world.scenes import COLUMNS, GROUNDS, SIZES, STYLES, TIMES
 from .scoring import Rate
 
 IMAGES = 20  # for training
-SAMPLER, STEPS = "dpmpp_2m", 20  # unless others are given: as good as the model's own 50 steps here, in less time
+SAMPLER, STEPS = "dpmpp_2m", 20  # unless others are given: the model's own 50 steps take longer
 
 
 class Example(NamedTuple):
