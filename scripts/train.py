@@ -48,7 +48,15 @@ from .training.captions import text_encoders
 from .training.dataset import TrainingData, split
 from .training.latents import latents
 from .training.models import Resting
-from .training.objective import LossParams, Objective, add_objective_arguments, loss_params, noise_shape, retargeted
+from .training.objective import (
+    LossParams,
+    Objective,
+    add_objective_arguments,
+    loss_params,
+    noise_shape,
+    retargeted,
+    timesteps,
+)
 from .training.options import add_data_arguments, batch_options, data_options, find_source
 from .training.processes import Processes
 from .training.recipe import Recipe, add_loop_arguments, find_precision
@@ -190,12 +198,13 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         args.precision = "bfloat16"  # as on GPUs of the last years, wherever this runs
     recipe, device = Recipe.of(args), processes.device
     prompts, losses = sample_prompts(args), loss_params(args)
-    making = replace(batch_options(args), noise=noise_shape(args), inpaint=args.inpaint)
+    noise = noise_shape(args)
     precision = find_precision(args.precision, device)
     model = find_model(args, recipe, device)
     size = args.size or model.config.size
     model.latent_shape(size, size)  # refuses what cannot be
     target: Target = Adapters(args, model, recipe) if adapters.wanted(args) else WholeModel(args, model)
+    timesteps(args, model.schedule)
     target.set_trainable()
     if args.estimate_memory:
         tell_memory(args, model, target, losses)
@@ -218,7 +227,13 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         for encoder in text_encoders(model).values():
             encoder.compile()
     trainer = loop.Trainer(objective, recipe, processes, args, target.rates(recipe.lr))
-    making = replace(making, trained=sum(p.numel() for p in trainer.trained.values()))
+    making = replace(
+        batch_options(args),
+        noise=noise,
+        inpaint=args.inpaint,
+        timesteps=timesteps(args, model.schedule),
+        trained=sum(p.numel() for p in trainer.trained.values()),
+    )
     batches = Batches(data, model, recipe, processes, making)
     validate = None
     if held is not None:

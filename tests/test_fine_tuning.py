@@ -251,6 +251,7 @@ def test_a_broken_loss_names_its_image(photos, start, tmp_path, monkeypatch):  #
         (("--lora", 4, "--class-prompt", "a house", "--class-images", 0), "--class-images must be at least 1"),
         (("--lora", 4, "--huber", 0), "--huber must be above 0"),
         (("--lora", 4, "--noise-offset", 0.1, "--pyramid-noise", 0.5), "give one"),
+        (("--lora", 4, "--timesteps", "900-100"), "--timesteps must be two whole numbers from 0 to 1000"),
         (("--lora", 4, "--validate", 1.0), "--validate must be above 0 and below 1"),
         (("--lora", 4, "--zero-snr"), "--zero-snr does not go with --lora"),
     ],

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -40,7 +41,7 @@ WEIGHTINGS = ("none", "min-snr", "debiased", "velocity")
 # the options of the objective, with their values where they are not given
 USUAL = {
     "prediction": None, "zero_snr": False, "weighting": "none", "min_snr_gamma": 5.0, "huber": None,
-    "noise_offset": None, "pyramid_noise": None,
+    "noise_offset": None, "pyramid_noise": None, "timesteps": None,
 }  # fmt: skip
 NoiseShape = Callable[[Tensor, torch.Generator], Tensor]  # white noise (B, C, h, w) -> that of training
 
@@ -117,6 +118,11 @@ def add_objective_arguments(parser: Parser) -> None:
     add("--weighting", choices=WEIGHTINGS, default="none", help="loss weight of timesteps (default: none)")
     add("--min-snr-gamma", type=float, default=5.0, metavar="G", help="of --weighting min-snr (default: %(default)s)")
     add("--huber", type=float, metavar="C", help="pseudo-Huber loss of this scale, such as 0.1 (default: the square)")
+    add(
+        "--timesteps", metavar="LOW-HIGH",
+        help="train at these timesteps only, such as 300-1000: high ones decide what is where, low ones the details "
+        "(default: all)",
+    )  # fmt: skip
     add("--noise-offset", type=float, metavar="S", help="a random offset of the noise in each channel, such as 0.05")
     add("--pyramid-noise", type=float, metavar="D", help="noise of lower resolutions, discounted by D, such as 0.6")
 
@@ -139,6 +145,18 @@ def noise_shape(args: argparse.Namespace) -> NoiseShape | None:
     if args.pyramid_noise:
         return lambda noise, rng: pyramid_noise(noise, args.pyramid_noise, rng)
     return None
+
+
+def timesteps(args: argparse.Namespace, schedule: Schedule) -> tuple[int, int] | None:
+    """The timesteps of --timesteps, from the first to below the second; None for all."""
+    if args.timesteps is None:
+        return None
+    found = re.fullmatch(r"(\d{1,6})-(\d{1,6})", args.timesteps)
+    low, high = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 0 <= low < high <= schedule.steps:
+        expected = f"two whole numbers from 0 to {schedule.steps}, as in 300-{schedule.steps}"
+        raise ValueError(f"--timesteps must be {expected}, got {args.timesteps}")
+    return low, high
 
 
 def retargeted(config: Config, args: argparse.Namespace) -> Config:
