@@ -51,6 +51,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError('--class-prompt is empty: describe the class, as in "a photo of a dog"')
     if args.class_prompts is not None:
         prompts_in("--class-prompts", args.class_prompts)
+    if args.reg == "world":
+        raise ValueError("--reg world is drawn: class images are generated into a folder of your own (--reg FOLDER)")
     if args.class_images < 1:
         raise ValueError(f"--class-images must be at least 1, got {args.class_images}")
 

@@ -78,7 +78,8 @@ def fingerprint(source: Source) -> str:
 class World:
     """Drawn scenes `first` to `first + n - 1` of a split, with `phrasings` captions each.
 
-    With `pairs`, every second scene is the counterpart of the previous one, in the same landscape.
+    With `pairs`, every second scene is the counterpart of the previous one, in the same landscape. `regular`: they are
+    images of the class, not those to learn.
     """
 
     n: int
@@ -87,6 +88,7 @@ class World:
     first: int = 0
     split: str = "train"
     pairs: bool = False
+    regular: bool = False
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.phrasings < 1:
@@ -115,7 +117,7 @@ class World:
 
     def record(self, i: int) -> Record:
         """The number of the scene; its captions are told after it was drawn."""
-        return Record(f"scene {self.first + i}")
+        return Record(f"scene {self.first + i}", regular=self.regular)
 
     def key(self, i: int) -> str:
         """A digest of the settings, the scene's number and the drawing code."""

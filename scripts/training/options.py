@@ -45,7 +45,12 @@ def add_data_arguments(parser: Parser, scenes: int, bucketed: bool = False, fine
         add("--square", action="store_true", help="crop to the central square (default: sizes of about their shape)")
         add("--flip", action="store_true", help="mirror half of the images of folders, each time anew")
     if fine_tuning:
-        add("--reg", type=home, metavar="FOLDER", help="images of the class, shown as often as those of --data")
+        add(
+            "--reg",
+            type=home,
+            metavar="FOLDER",
+            help="images of the class, shown as often as those of --data; or world: --scenes drawn scenes",
+        )
         add("--prior-weight", type=float, metavar="W", help="loss weight of the images of --reg (default: 1)")
         add(
             "--masked", action="store_true",
@@ -95,6 +100,8 @@ def find_source(args: argparse.Namespace, options: DataOptions, pairs: bool = Fa
         source = World(args.scenes, options.size, getattr(args, "phrasings", 1), pairs=pairs)
     else:
         source = Folder(Path(args.data), options, (args.out, *([Path(reg)] if reg else [])))
+    if reg == "world":
+        return Joined(source, World(args.scenes, options.size, getattr(args, "phrasings", 1), regular=True))
     return with_class_images(source, Path(reg), options, getattr(args, "class_prompt", None)) if reg else source
 
 
