@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sd.files import replaced_file
 from sd.pipeline import StableDiffusion
 from sd.resources import EMBEDDED, resource
 from sd.runtime.device import find_dtype
@@ -48,7 +47,7 @@ from .dataset import TrainingData
 from .folders import Joined
 from .models import load_plain, with_vae
 from .recipe import Recipe, find_precision
-from .state import save_tensors
+from .state import save_pickle, save_tensors
 from .word_captions import OBJECT, STYLE, WithWord
 
 # for the embedded model, and for a checkpoint
@@ -300,8 +299,7 @@ class Adapters:
             tensors = embedding_tensors(self.word.word, vectors, self.config)
             save_tensors(tensors, path, {"format": "pt", "name": self.word.word, "step": str(step)})
             return
-        with replaced_file(path) as partial, open(partial, "wb") as file:
-            torch.save(embedding_pickle(self.word.word, vectors, self.config, step), file)
+        save_pickle(embedding_pickle(self.word.word, vectors, self.config, step), path)
 
 
 def facts(args: argparse.Namespace, recipe: Recipe, data: TrainingData) -> dict[str, object]:
