@@ -195,7 +195,9 @@ class Adapters:
         """Keep what the files will say of the training; name layers that are smaller than the rank."""
         if limited := self.limited():
             warnings.warn(limited, stacklevel=1)
-        self.facts = facts(self.args, self.recipe, data) | {"training_started_at": self.began}
+        self.facts = facts(self.args, self.recipe, data)
+        if not self.args.resume:  # a resumed run does not know when it started
+            self.facts["training_started_at"] = self.began
 
     def rates(self, lr: float) -> dict[str, float]:
         """The learning rates of parts that have their own, relative to `lr`, by the beginning of parameters' names."""
