@@ -221,9 +221,10 @@ class Objective(nn.Module):
             points = solver_step(teacher, self.schedule, x_t, t, u, cond, self.substeps)
         if self.is_told:
             cond = cond._replace(guidance=guidance)
+        of_both, of_each = (self.student, self.target, self.schedule, points), (cond, self.huber, batch.weight)
         if self.method == "tcd":
-            return trajectory_loss(self.student, self.target, self.schedule, points, s, cond, self.huber)
-        return consistency_loss(self.student, self.target, self.schedule, points, cond, self.huber)
+            return trajectory_loss(*of_both, s, *of_each)
+        return consistency_loss(*of_both, *of_each)
 
 
 class SolverBatches:

@@ -152,6 +152,27 @@ def test_the_target_is_the_average_and_the_teacher_stays(rank, teacher):
     torch.testing.assert_close(objective.networks["teacher"](x, t, cond), before, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["lcm", "tcd"])
+def test_items_that_fill_up_a_part_do_not_count(method, teacher):
+    """Of three images for two processes with a batch of two, the second has one again, with the weight 0."""
+    model = StableDiffusion.load(teacher, device="cpu", dtype="float32")
+    student = distill.make_student(distill.parser().parse_args([]), model.unet, (3.0, 3.0), seed=0)
+    with torch.no_grad():
+        student.unet.conv_out.weight += 0.1
+    objective = distill.Objective(student, model.unet, model, method, 1e-3)
+    x0, noise = torch.randn(2, 4, 4, 8, 8)
+    t, u, s = torch.tensor([[999, 500, 300, 900], [900, 400, 200, 800], [600, -1, 100, 0]])
+    ids = model.tokenizer(["a", "b", "c", "a"])
+
+    def loss(count: int, weight: list[float]) -> float:
+        batch = batch_of(x0[:count], ids[:count], t[:count], noise[:count])._replace(weight=torch.tensor(weight))
+        return objective(batch, u[:count], s[:count], torch.full((count,), 3.0)).item()
+
+    alone = loss(3, [1.0] * 3)
+    assert alone > 1e-3 and loss(4, [4 / 3] * 3 + [0.0]) == pytest.approx(alone, rel=1e-4)
+    assert loss(4, [1.0] * 4) != pytest.approx(alone, rel=1e-2)
+
+
 class Parts:
     """Batches without data."""
 

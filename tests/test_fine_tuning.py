@@ -87,6 +87,11 @@ def test_metadata_of_a_lora(photos, start, tmp_path):  # noqa: F811
     tags = json.loads(found["ss_tag_frequency"])[photos.name]
     assert tags["a red picture"] == 1 and tags["something blue"] == 1
     assert "ss_noise_offset" not in found and "ss_text_encoder_lr" not in found
+    assert float(found["ss_training_started_at"]) < float(found["ss_training_finished_at"])
+    assert start(train, "--out", tmp_path / "style", "--resume", "--steps", 3)[0] == 0
+    with safe_open(tmp_path / "style" / "lora.safetensors", "pt") as file:
+        found = file.metadata()
+    assert found["ss_steps"] == "3" and "ss_training_started_at" not in found  # it is that of the first part
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])

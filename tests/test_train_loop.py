@@ -12,11 +12,14 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from common import TINY
 from PIL import Image
 from test_train_scripts import new, photos, same, start  # noqa: F401
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from scripts import train
 from scripts.training.log import Log, curve, read_log
@@ -24,6 +27,7 @@ from scripts.training.loop import Trainer
 from scripts.training.optimizers import load_optimizer, make_optimizers, set_rate
 from scripts.training.processes import Processes
 from scripts.training.recipe import Recipe
+from scripts.training.sharding import gathered
 from scripts.training.state import load_state, save_state
 from sd.conditioning import Conditioning
 from sd.models.unet import UNet
@@ -327,6 +331,24 @@ def test_recomputed_blocks_draw_the_same_dropout_and_reach_a_lora():
         found.append([p.grad for p in lora.parameters()])
     assert len(found[0]) > 40 and all(bool(grad.any()) for grad in found[1])
     assert same(*found)
+
+
+def test_a_sharded_state_is_gathered_outside_of_the_accelerator(tmp_path, monkeypatch):
+    """Weights, moments and average of a whole model, four times its size, have no room where one part is."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        divided = {"a": [distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)])], "b": 1}
+        assert gathered(divided, keep=True)["a"][0].device.type == "cpu"
+        assert gathered(divided, keep=True, device=torch.device("meta"))["a"][0].is_meta  # any other device
+    finally:
+        dist.destroy_process_group()
+    made, devices = trainer(tmp_path), []
+    monkeypatch.setattr(made, "sharded", True)
+    monkeypatch.setattr("scripts.training.sharding.gathered", lambda state, keep, device=None: devices.append(device))
+    monkeypatch.setattr("scripts.training.loop.save_state", lambda *_: None)
+    made.save()
+    assert devices == [torch.device("cpu")]
 
 
 def test_the_average_can_be_tried():

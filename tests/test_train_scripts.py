@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from test_scripts import ckpt  # noqa: F401
 from scripts import convert, inpaint, train, train_text, train_vae, txt2img
 from scripts.training import data as training_data
 from scripts.training import loop, objective, recipe
+from scripts.training.adapters import Adapters
 from scripts.training.batches import Batch, Batches
 from scripts.training.epochs import Order
 from scripts.training.folders import DataOptions, Folder, captioned
@@ -376,6 +378,15 @@ def test_a_full_disk_keeps_the_state_before(full_disk, new, photos, start, tmp_p
     with pytest.raises(OSError, match=r"state\.pt: cannot be written"):
         save_state({"a": torch.zeros(100_000)}, tmp_path / "state.pt")
     assert load_state(tmp_path / "state.pt")["step"] == 2
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_a_word_on_a_full_disk(ending, full_disk, tmp_path):
+    word = SimpleNamespace(word="<toy>", vectors=[torch.zeros(75, 1024)])
+    full_disk()
+    with pytest.raises(OSError, match=rf"word\.{ending}: cannot be written"):
+        Adapters._write_word(SimpleNamespace(word=word, config=SMALL), tmp_path / f"word.{ending}", 1)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sd.files import replaced_file
 from sd.pipeline import StableDiffusion
 from sd.resources import EMBEDDED, resource
 from sd.runtime.device import find_dtype
@@ -48,7 +47,7 @@ from .dataset import TrainingData
 from .folders import Joined
 from .models import load_plain, with_vae
 from .recipe import Recipe, find_precision
-from .state import save_tensors
+from .state import save_pickle, save_tensors
 from .word_captions import OBJECT, STYLE, WithWord
 
 # for the embedded model, and for a checkpoint
@@ -196,7 +195,9 @@ class Adapters:
         """Keep what the files will say of the training; name layers that are smaller than the rank."""
         if limited := self.limited():
             warnings.warn(limited, stacklevel=1)
-        self.facts = facts(self.args, self.recipe, data) | {"training_started_at": self.began}
+        self.facts = facts(self.args, self.recipe, data)
+        if not self.args.resume:  # a resumed run does not know when it started
+            self.facts["training_started_at"] = self.began
 
     def rates(self, lr: float) -> dict[str, float]:
         """The learning rates of parts that have their own, relative to `lr`, by the beginning of parameters' names."""
@@ -300,8 +301,7 @@ class Adapters:
             tensors = embedding_tensors(self.word.word, vectors, self.config)
             save_tensors(tensors, path, {"format": "pt", "name": self.word.word, "step": str(step)})
             return
-        with replaced_file(path) as partial, open(partial, "wb") as file:
-            torch.save(embedding_pickle(self.word.word, vectors, self.config, step), file)
+        save_pickle(embedding_pickle(self.word.word, vectors, self.config, step), path)
 
 
 def facts(args: argparse.Namespace, recipe: Recipe, data: TrainingData) -> dict[str, object]:

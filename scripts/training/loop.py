@@ -142,7 +142,7 @@ class Trainer:
             "count": self.count,
         }
         if self.sharded:
-            state = sharding.gathered(state, self.processes.main)
+            state = sharding.gathered(state, self.processes.main, torch.device("cpu"))
         if self.processes.main:
             save_state(state, self.out / STATE)
 

@@ -71,20 +71,23 @@ def forget_weights(objective: nn.Module) -> None:
             module.reshard()
 
 
-def gathered(tree: Any, keep: bool) -> Any:
+def gathered(tree: Any, keep: bool, device: torch.device | None = None) -> Any:
     """Dictionaries and lists with whole tensors for divided ones, in all processes at once.
+
+    device   where they are kept, by default where they were. A GPU that has room for its part of a model may have none
+             for weights, moments and average of all of it
 
     A process that does not `keep` them has empty ones, so that it never holds more than one.
     """
     from torch.distributed.tensor import DTensor
 
     if isinstance(tree, dict):
-        return {key: gathered(value, keep) for key, value in tree.items()}
+        return {key: gathered(value, keep, device) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(gathered(value, keep) for value in tree)
+        return type(tree)(gathered(value, keep, device) for value in tree)
     if isinstance(tree, DTensor):
         found = tree.full_tensor()
-        return found if keep else found.new_empty(0)
+        return found.to(device or found.device) if keep else found.new_empty(0)
     return tree
 
 

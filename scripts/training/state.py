@@ -24,20 +24,25 @@ STATE = "state.pt"
 KEPT = {"networks", "optimizer", "optimizers", "ema", "scaler", "step", "sum", "count"}
 
 
-def save_state(state: Mapping[str, object], path: Path) -> None:
-    """Write a training state atomically: a run that ends while saving keeps the previous state.
-
-    `state` has only tensors, numbers, strings, lists and dictionaries, so that `load_state` is safe for any file.
-    """
+def save_pickle(values: Mapping[str, object], path: Path) -> None:
+    """Write or replace a file of `torch.save` atomically. Raises OSError with its name, on a full disk for example."""
     with replaced_file(path) as partial:
         try:
             with open(partial, "wb") as file:
-                torch.save(dict(state), file)
+                torch.save(dict(values), file)
         except RuntimeError as error:  # torch's writer wraps the error of the system
             reason = error.__context__ if isinstance(error.__context__, OSError) else error
             raise OSError(f"{path}: cannot be written: {getattr(reason, 'strerror', None) or reason}") from None
         except OSError as error:
             raise OSError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def save_state(state: Mapping[str, object], path: Path) -> None:
+    """Write a training state atomically: a run that ends while saving keeps the previous state.
+
+    `state` has only tensors, numbers, strings, lists and dictionaries, so that `load_state` is safe for any file.
+    """
+    save_pickle(state, path)
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -128,15 +128,27 @@ def trajectory(network: Network, schedule: Schedule, x: Tensor, t: Tensor, s: Te
     return move(x, x0, level, level_batch(schedule, s))
 
 
-def pseudo_huber(a: Tensor, b: Tensor, h: float = HUBER) -> Tensor:
-    """Mean of sqrt((a - b)² + h²) - h: quadratic for differences below h, their absolute value above."""
-    return ((a - b).square() + h**2).sqrt().mean() - h
+def pseudo_huber(a: Tensor, b: Tensor, h: float = HUBER, weight: Tensor | None = None) -> Tensor:
+    """Mean of sqrt((a - b)² + h²) - h: quadratic for differences below h, their absolute value above.
+
+    weight   (B,) of each item of a and b (B, ...), default 1
+    """
+    error = ((a - b).square() + h**2).sqrt()
+    return error.mean() - h if weight is None else (weight * (error.flatten(1).mean(1) - h)).mean()
 
 
 def consistency_loss(
-    student: Network, target: Network, schedule: Schedule, points: Points, cond: Conditioning, h: float = HUBER
+    student: Network,
+    target: Network,
+    schedule: Schedule,
+    points: Points,
+    cond: Conditioning,
+    h: float = HUBER,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """LCM's loss: f of the student at x_t and of the target at x_u shall be equal -> a scalar (Luo et al. 2023).
+
+    `weight` (B,) is that of each item, by default 1.
 
     With autocast the student has to be called first, which it is: a weight that is first rounded without gradients is
     kept that way for the whole step.
@@ -145,7 +157,7 @@ def consistency_loss(
     with torch.no_grad():
         end = consistency(target, schedule, points.x_u, points.u.clamp(min=0), cond)
         end = torch.where(_is_clean(points.u), points.x_u, end)
-    return pseudo_huber(said, end, h)
+    return pseudo_huber(said, end, h, weight)
 
 
 def trajectory_loss(
@@ -156,16 +168,18 @@ def trajectory_loss(
     s: Tensor,
     cond: Conditioning,
     h: float = HUBER,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """TCD's loss: f to s (B,), at most u, of the student at x_t and of the target at x_u shall be equal -> a scalar.
 
-    Zheng et al. 2024, section 4.2. The student is called first, for the reason given in `consistency_loss`.
+    Zheng et al. 2024, section 4.2. `weight` (B,) is that of each item, by default 1. The student is called first, for
+    the reason given in `consistency_loss`.
     """
     said = trajectory(student, schedule, points.x_t, points.t, s, cond)
     with torch.no_grad():
         point = trajectory(target, schedule, points.x_u, points.u.clamp(min=0), s, cond)
         point = torch.where(_is_clean(points.u), points.x_u, point)
-    return pseudo_huber(said, point, h)
+    return pseudo_huber(said, point, h, weight)
 
 
 def _is_clean(t: Tensor) -> Tensor:
