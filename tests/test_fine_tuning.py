@@ -79,7 +79,7 @@ def test_metadata_of_a_lora(photos, start, tmp_path):  # noqa: F811
     with safe_open(tmp_path / "style" / "lora.safetensors", "pt") as file:
         found = file.metadata()
     expected = {
-        "ss_network_dim": "4", "ss_network_alpha": "2.0", "ss_learning_rate": "0.001", "ss_num_train_images": "8",
+        "ss_network_dim": "4", "ss_network_alpha": "2.0", "ss_learning_rate": "0.002", "ss_num_train_images": "8",
         "ss_steps": "2", "ss_max_train_steps": "2", "ss_min_snr_gamma": "5.0", "ss_batch_size_per_device": "2",
         "ss_sd_model_name": "pocket.safetensors", "modelspec.title": "style LoRA", "modelspec.prediction_type": "v",
     }  # fmt: skip

@@ -51,9 +51,9 @@ from .state import save_pickle, save_tensors
 from .word_captions import OBJECT, STYLE, WithWord
 
 # for the embedded model, and for a checkpoint
-LORA = Recipe(steps=600, batch=8, lr=1e-3, weight_decay=0.0, warmup=20, ema=0.0, save_every=200)
+LORA = Recipe(steps=300, batch=8, lr=2e-3, weight_decay=0.0, warmup=20, ema=0.0, save_every=100)
 LORA_OF_CHECKPOINT = Recipe(steps=1500, batch=1, lr=1e-4, ema=0.0, save_every=250)
-WORD = Recipe(steps=1000, batch=8, lr=2e-2, weight_decay=0.0, warmup=20, ema=0.0, save_every=250)
+WORD = Recipe(steps=1500, batch=8, lr=3e-2, weight_decay=0.0, beta2=0.99, warmup=20, ema=0.0, save_every=500)
 WORD_OF_CHECKPOINT = Recipe(steps=3000, batch=1, lr=5e-3, weight_decay=0.0, ema=0.0, save_every=500)
 FORBIDDEN = '<>:"/\\|?*'  # in names of files on some systems
 # options that go with --lora or --train-word, with their values where they are not given

@@ -45,8 +45,9 @@ def pyramid_noise(noise: Tensor, discount: float, rng: torch.Generator) -> Tenso
     """
     height, width = noise.shape[2:]
     out, scale = noise, 1.0
-    for i in range(1, LEVELS + 1):
-        scale *= 2 + 2 * torch.rand((), generator=rng, device=noise.device).item()
+    factors = torch.rand(LEVELS, generator=rng, device=noise.device).tolist()  # at once: it waits for the device
+    for i, factor in enumerate(factors, start=1):
+        scale *= 2 + 2 * factor
         size = max(1, int(height / scale)), max(1, int(width / scale))
         coarse = torch.randn(*noise.shape[:2], *size, generator=rng, device=noise.device)
         out = out + discount**i * F.interpolate(coarse, (height, width), mode="bilinear")
