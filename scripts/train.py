@@ -174,7 +174,8 @@ def tell_memory(args: argparse.Namespace, model: StableDiffusion, target: Target
     if args.checkpointing:
         checkpoint_activations(objective, target.is_random)
     batch = accounting.blank_batch(model, size, recipe.batch, encoded)
-    found = accounting.estimate(objective, target, recipe, precision, batch)
+    beside = accounting.bytes_of([*model.vae.parameters()]) if args.inpaint else 0  # it encodes what masks leave
+    found = accounting.estimate(objective, target, recipe, precision, batch, beside)
     print(f"{target.describe()}, {recipe.batch} of {size}x{size} pixels, {dtype_name(precision or torch.float32)}")
     print("\n".join(found.lines()))
 

@@ -15,8 +15,8 @@ from test_sdxl_training import checkpoint as xl  # noqa: F401
 from test_train_scripts import interrupt_at, photos, same, start  # noqa: F401
 
 from scripts import train
-from scripts.training import accounting, adapters
-from scripts.training.accounting import blank_batch
+from scripts.training import accounting, adapters, models
+from scripts.training.accounting import StepMemory, blank_batch
 from scripts.training.log import read_log
 from scripts.training.objective import LossParams, Objective
 from scripts.training.recipe import Recipe
@@ -26,6 +26,7 @@ from sd.adapters.textual_inversion import read_embedding
 from sd.conditioning import Conditioning
 from sd.config import SD1, SDXL
 from sd.models.build import build
+from sd.resources import EMBEDDED, resource
 from sd.training import checkpoint_activations
 
 QUICK = ("--steps", 2, "--batch", 2, "--precision", "float32", "--device", "cpu", "--log-every", 1, "--samples", 0)
@@ -110,6 +111,43 @@ def test_a_word(ending, photos, start, tmp_path):  # noqa: F811
     plain = prediction(model, "a <cat-toy> in the snow")
     model.add_embedding(written)
     assert not torch.equal(prediction(model, "a <cat-toy> in the snow"), plain)
+
+
+@pytest.mark.parametrize(
+    ("word", "ending", "name"), [("<lora>", "safetensors", "lora-word"), ("<state>", "pt", "state-word")]
+)
+def test_the_file_of_a_word_replaces_no_other(word, ending, name, photos, start, tmp_path):  # noqa: F811
+    given = ["--train-word", word, "--init-word", "red", "--word-format", ending, "--data", photos, *QUICK]
+    status, _, err = start(train, *given, "--out", tmp_path)
+    assert status == 0, err
+    assert read_embedding(tmp_path / f"{name}.{ending}", 64, 75)
+    assert load_state(tmp_path / "state.pt")["step"] == 2
+
+
+def test_a_long_word_has_a_short_file_name(photos, start, tmp_path):  # noqa: F811
+    given = ["--train-word", "x" * 300, "--init-word", "red", "--data", photos, *QUICK, "--out", tmp_path]
+    assert start(train, *given)[0] == 0
+    assert (tmp_path / f"{'x' * 50}.safetensors").exists()
+
+
+def test_a_cache_of_scenes_is_not_used_for_a_word(start, tmp_path):  # noqa: F811
+    """Captions of drawn scenes are kept with their latents: those of another run have no word."""
+    given = ["--data", "world", "--scenes", 4, *QUICK, "--out", tmp_path]
+    assert start(train, *given, "--lora", 2)[0] == 0
+    (tmp_path / "state.pt").unlink()
+    assert start(train, *given, "--train-word", "<x>", "--init-word", "red", "--lr", 1e-2)[0] == 0
+    model = StableDiffusion.load(device="cpu", dtype="float32")
+    first = model.text_encoder.token.weight[model.tokenizer.encode("red")]
+    assert not torch.equal(load_state(tmp_path / "state.pt")["networks"]["word.vectors.0"], first)
+
+
+def test_an_inpainting_model_is_refused(photos, start, tmp_path):  # noqa: F811
+    model = models.for_inpainting(StableDiffusion.load(device="cpu", dtype="float32"))
+    models.write_model(model, tmp_path / "inpainting.safetensors", torch.float16)
+    given = ["--ckpt", tmp_path / "inpainting.safetensors", "--data", photos, *QUICK, "--out", tmp_path / "run"]
+    for what in (("--lora", 2), ("--train-word", "<x>", "--init-word", "red")):
+        status, _, err = start(train, *given, *what)
+        assert status == 1 and len(err) == 1 and "is an inpainting model" in err[0], err
 
 
 @pytest.mark.parametrize("what", [("--lora", 2, "--train-text"), ("--train-word", "<x>", "--init-word", "red")])
@@ -245,10 +283,12 @@ def test_a_broken_loss_names_its_image(photos, start, tmp_path, monkeypatch):  #
         (("--dora",), "--dora goes with --lora"),
         (("--keep",), "--keep goes with --lora or --train-word"),
         (("--train-word", "<x>", "--init-word", "qqqq"), "the model does not know 'qqqq'"),
+        (("--train-word", "<1>"), "--train-word <1> has no letters: give a word to start from (--init-word)"),
         (("--train-word", "<x>", "--init-word", "red", "--vectors", 100), "a word has from 1 to 75 vectors"),
         (("--train-word", "house", "--init-word", "red", "--train-text"), "--train-text does not go with --train-word"),
         (("--lora", 4, "--class-prompt", " "), "--class-prompt is empty"),
         (("--lora", 4, "--class-prompt", "a house", "--class-images", 0), "--class-images must be at least 1"),
+        (("--lora", 4, "--min-snr-gamma", 3), "--min-snr-gamma goes with --weighting min-snr"),
         (("--lora", 4, "--huber", 0), "--huber must be above 0"),
         (("--lora", 4, "--noise-offset", 0.1, "--pyramid-noise", 0.5), "give one"),
         (("--lora", 4, "--validate", 1.0), "--validate must be above 0 and below 1"),
@@ -344,6 +384,28 @@ def test_accounting_counts_what_is_kept_for_the_backward_pass():
             del y
         assert 22 * 4_000_000 < watch.peak <= 26 * 4_000_000
         assert watch.now == 3 * 4_000_000  # weight, gradient, input
+
+
+@pytest.mark.parametrize("what", [("--train-text",), ("--lora", 2, "--train-text"), ("--inpaint",)])
+def test_the_memory_of_sdxl(what, xl, start, tmp_path):  # noqa: F811
+    """Whose dropped captions are zeros; the VAE stays only for inpainting."""
+    status, out, err = start(train, "--ckpt", xl, *what, "--device", "cpu", "--estimate-memory", "--out", tmp_path)
+    assert status == 0 and not err and len(out) == 7
+
+
+def test_inpainting_needs_the_vae_in_memory(start, tmp_path, monkeypatch):  # noqa: F811
+    estimate, frozen = accounting.estimate, []
+
+    def noted(*given):
+        frozen.append(estimate(*given).frozen)
+        return StepMemory(0, 0, 0, 0)
+
+    monkeypatch.setattr(accounting, "estimate", noted)
+    for more in ((), ("--inpaint",)):
+        given = ("--ckpt", resource(EMBEDDED), "--device", "cpu", "--estimate-memory", "--out", tmp_path)
+        assert start(train, *given, *more)[0] == 0
+    model = StableDiffusion.load(device="cpu", dtype="float32")
+    assert frozen[1] - frozen[0] == sum(p.nbytes for p in model.vae.parameters())
 
 
 def test_the_program_tells_the_memory(photos, start, tmp_path):  # noqa: F811

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .data import Example, Record, Source
+from .data import Example, Record, Source, digest
 
 OBJECT = (
     "{}", "a photo of {}", "a photo of one {}", "a picture of {}", "a close-up of {}", "a cropped photo of {}",
@@ -45,8 +45,9 @@ class WithWord:
         return record if record.captions is None else record._replace(captions=self.told(record.captions))
 
     def key(self, i: int) -> str:
-        """That of the source: pixels do not depend on captions."""
-        return self.source.key(i)
+        """That of the source; where captions come with the pixels, and are kept with them, also of the word."""
+        key = self.source.key(i)
+        return key if self.source.record(i).captions is not None else digest([key, self.word, *self.templates])
 
     def told(self, captions: Sequence[str]) -> list[str]:
         """The captions with the word."""
