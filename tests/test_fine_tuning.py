@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_sdxl_training import checkpoint as xl  # noqa: F401
-from test_train_scripts import interrupt_at, photos, same, start  # noqa: F401
+from test_train_scripts import interrupt_at, new, photos, same, start  # noqa: F401
 
 from scripts import train
 from scripts.training import accounting, adapters, models
@@ -226,6 +226,38 @@ def test_class_images_are_made_once(photos, start, tmp_path):  # noqa: F811
     assert (folder / "class-00001.png").exists()
 
 
+def test_class_images_move_with_the_run(photos, start, tmp_path):  # noqa: F811
+    given = ["--lora", 2, "--data", photos, *QUICK, "--class-prompt", "a house", "--class-images", 1]
+    given += ["--sample-steps", 1]
+    assert start(train, *given, "--out", tmp_path / "one")[0] == 0
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert start(train, "--out", tmp_path / "two", "--resume", "--steps", 3)[0] == 0
+    assert not (tmp_path / "one").exists()
+
+
+def test_images_of_the_class_are_others_than_those_to_learn(photos, start, tmp_path):  # noqa: F811
+    """Whichever of the folders is in the other one."""
+    whole = tmp_path / "whole"
+    shutil.copytree(photos, whole / "mine")
+    Image.new("RGB", (128, 128), "green").save(whole / "green.png")
+    given = ["--lora", 2, "--data", whole / "mine", "--caption", "a house", *QUICK]
+    status, _, err = start(train, *given, "--reg", whole, "--out", tmp_path / "run")
+    assert status == 1 and "no caption (1 of 1 images have none)" in err[-1]
+    assert 'call their folder "1_" and the class' in err[-1] and "--caption" not in err[-1]
+    (whole / "green.txt").write_text("a green house")
+    status, out, err = start(train, *given, "--reg", whole, "--out", tmp_path / "run")
+    assert status == 0 and "; 1 of them of the class" in out[0], err
+    status, _, err = start(train, *given, "--reg", whole / "mine", "--out", tmp_path / "other")
+    assert status == 1 and len(err) == 1 and "the folder of --data" in err[0]
+
+
+def test_a_new_model_knows_no_class_and_learns_its_text(new, photos, start, tmp_path):  # noqa: F811
+    given = ["--data", photos, *QUICK, *new, "--out", tmp_path]
+    status, _, err = start(train, *given, "--class-prompt", "a house")
+    assert status == 1 and "--class-prompt does not go with a new model" in err[-1]
+    assert start(train, *given, "--text-lr", 1e-4, "--estimate-memory")[0] == 0
+
+
 def test_validation_is_of_images_that_are_not_trained_on(photos, start, tmp_path):  # noqa: F811
     given = ["--lora", 2, "--data", photos, *QUICK, "--steps", 4, "--save-every", 2, "--validate", 0.25]
     status, out, _ = start(train, *given, "--out", tmp_path)
@@ -289,6 +321,8 @@ def test_a_broken_loss_names_its_image(photos, start, tmp_path, monkeypatch):  #
         (("--lora", 4, "--class-prompt", " "), "--class-prompt is empty"),
         (("--lora", 4, "--class-prompt", "a house", "--class-images", 0), "--class-images must be at least 1"),
         (("--lora", 4, "--min-snr-gamma", 3), "--min-snr-gamma goes with --weighting min-snr"),
+        (("--lora", 4, "--class-images", 3), "--class-images goes with --class-prompt"),
+        (("--control", "--class-images", 3), "--class-images goes with --class-prompt"),
         (("--lora", 4, "--huber", 0), "--huber must be above 0"),
         (("--lora", 4, "--noise-offset", 0.1, "--pyramid-noise", 0.5), "give one"),
         (("--lora", 4, "--validate", 1.0), "--validate must be above 0 and below 1"),
