@@ -17,10 +17,12 @@ from test_train_scripts import interrupt_at, new, photos, same, start  # noqa: F
 from scripts import train
 from scripts.training import accounting, adapters, models
 from scripts.training.accounting import StepMemory, blank_batch
+from scripts.training.data import World
 from scripts.training.log import read_log
 from scripts.training.objective import LossParams, Objective
 from scripts.training.recipe import Recipe
 from scripts.training.state import load_state
+from scripts.training.word_captions import OBJECT, WithWord
 from sd import StableDiffusion
 from sd.adapters.textual_inversion import read_embedding
 from sd.conditioning import Conditioning
@@ -122,6 +124,13 @@ def test_the_file_of_a_word_replaces_no_other(word, ending, name, photos, start,
     assert status == 0, err
     assert read_embedding(tmp_path / f"{name}.{ending}", 64, 75)
     assert load_state(tmp_path / "state.pt")["step"] == 2
+
+
+def test_a_part_of_another_word_is_not_the_word():
+    """The tokenizer finds whole words only: the caption would have nothing to learn from."""
+    told = WithWord(World(1, 64), "sks", OBJECT).told
+    assert told(["she asks", "a SKS, red", "a red sks"]) == ["sks, she asks", "a SKS, red", "a red sks"]
+    assert WithWord(World(1, 64), "<x>", OBJECT).told(["my <x>"]) == ["my <x>"]
 
 
 def test_a_long_word_has_a_short_file_name(photos, start, tmp_path):  # noqa: F811

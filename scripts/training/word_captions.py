@@ -6,6 +6,7 @@ painting in the style of <painter>". A caption that has the word stays as it is;
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,10 +51,11 @@ class WithWord:
         return key if self.source.record(i).captions is not None else digest([key, self.word, *self.templates])
 
     def told(self, captions: Sequence[str]) -> list[str]:
-        """The captions with the word."""
+        """The captions with the word; a part of another word, as "sks" in "asks", is not it."""
+        whole = re.compile(rf"(?<!\w){re.escape(self.word)}(?!\w)", re.IGNORECASE)
         found: list[str] = []
         for caption in captions:
-            if self.word.lower() in caption.lower():
+            if whole.search(caption):
                 found.append(caption)
             elif caption:
                 found.append(f"{self.word}, {caption}")
