@@ -334,6 +334,8 @@ def check(args: argparse.Namespace) -> None:
     for name in ("embedding", "word", "write"):
         if getattr(args, name) and not args.object:
             raise ValueError(f"--{name} is for --object")
+    if args.write and (args.word or args.embedding or args.lora):
+        raise ValueError("--write only writes the training images of --object: no --word, --embedding or --lora")
     if args.object and (args.control or len(args.guidance or ()) > 1):
         raise ValueError("--object takes at most one --guidance, and no --control")
     args.prompts = (100 if args.object else 500) if args.prompts is None else args.prompts

@@ -117,7 +117,6 @@ def parser() -> cli.Parser:
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for options that do not go together or are out of range; fill in the defaults."""
     control.check_unused(args)
-    class_images.check(args)
     if adapters.wanted(args):
         adapters.check(args)
         args.recipes = adapters.recipes(args)
@@ -127,7 +126,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--phrasings must be at least 1, --samples at least 0")
     if args.validate is not None and not 0 < args.validate < 1:
         raise ValueError(f"--validate must be above 0 and below 1, got {args.validate}")
-    if args.text_lr is not None and not (args.train_text and 0 < args.text_lr < math.inf):
+    trains_text = args.train_text or not (args.ckpt or adapters.wanted(args))
+    if args.text_lr is not None and not (trains_text and 0 < args.text_lr < math.inf):
         raise ValueError("--text-lr goes with --train-text, and must be above 0")
     SamplingParams(steps=args.sample_steps, guidance=args.sample_guidance)
 
@@ -144,6 +144,8 @@ def find_model(args: argparse.Namespace, recipe: Recipe, device: torch.device) -
             model = models.with_vae(model, args.vae)
     else:
         model = models.find_new(args, recipe.seed, device)
+    if model.config.unet.guidance is not None:
+        raise ValueError(f"{model.config.name} was distilled and is told its guidance: train its ordinary model")
     model = models.with_networks(model, retargeted(model.config, args))
     if args.inpaint:
         return models.for_inpainting(model)
@@ -155,9 +157,8 @@ def find_model(args: argparse.Namespace, recipe: Recipe, device: torch.device) -
 def find_data(args: argparse.Namespace, model: StableDiffusion, target: Target, processes: Processes) -> TrainingData:
     """The data of the options, encoded; of text encoders that stay as they are also the text."""
     options = data_options(args, model.config, target.caption)
-    if args.class_prompt is not None or args.class_prompts is not None:
-        args.reg = str(class_images.find(args, options.size, model, processes))
-    source = target.told(find_source(args, options))
+    reg = class_images.find(args, options.size, model, processes) if class_images.wanted(args) else args.reg
+    source = target.told(find_source(args, options, reg=reg))
     folder, precision = args.out / "cache", find_precision(args.precision, processes.device)
     data = latents(folder / "latents.safetensors", source, model, processes, args.workers, args.inpaint, args.flip)
     if not caches_text(args, target):
@@ -182,7 +183,8 @@ def tell_memory(args: argparse.Namespace, model: StableDiffusion, target: Target
     if args.checkpointing:
         checkpoint_activations(objective, target.is_random)
     batch = accounting.blank_batch(model, size, recipe.batch, encoded)
-    found = accounting.estimate(objective, target, recipe, precision, batch)
+    beside = accounting.bytes_of([*model.vae.parameters()]) if args.inpaint else 0  # it encodes what masks leave
+    found = accounting.estimate(objective, target, recipe, precision, batch, beside)
     print(f"{target.describe()}, {recipe.batch} of {size}x{size} pixels, {dtype_name(precision or torch.float32)}")
     print("\n".join(found.lines()))
 
@@ -190,6 +192,7 @@ def tell_memory(args: argparse.Namespace, model: StableDiffusion, target: Target
 def train(args: argparse.Namespace, processes: Processes) -> None:
     """Run the training."""
     adapters.check_unused(args)
+    class_images.check(args)
     if args.control:
         control.train(args, processes)
         return

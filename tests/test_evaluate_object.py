@@ -191,6 +191,7 @@ def test_an_embedding_without_the_word_of_the_prompts_is_refused(hut_run, tiny_s
         (["--object", "hut", "--guidance", "1", "2"], "--object takes"),
         (["--object", "hut", "--embedding", "missing.pt"], "missing.pt"),
         (["--object", "hut", "--write", str(DATA)], "data"),
+        (["--object", "hut", "--write", "thing", "--word", "<x>"], "--write only writes"),
     ],
 )
 def test_wrong_arguments_are_one_line(options, message, monkeypatch, capsys) -> None:

@@ -12,21 +12,18 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_sdxl_training import checkpoint as xl  # noqa: F401
-from test_train_scripts import interrupt_at, photos, same, start  # noqa: F401
+from test_train_scripts import interrupt_at, new, photos, same, start  # noqa: F401
 
 from scripts import train
-from scripts.training import accounting, adapters
-from scripts.training.accounting import blank_batch
+from scripts.training import adapters, models
+from scripts.training.data import World
 from scripts.training.log import read_log
-from scripts.training.objective import LossParams, Objective
-from scripts.training.recipe import Recipe
+from scripts.training.objective import Objective
 from scripts.training.state import load_state
+from scripts.training.word_captions import OBJECT, WithWord
 from sd import StableDiffusion
 from sd.adapters.textual_inversion import read_embedding
 from sd.conditioning import Conditioning
-from sd.config import SD1, SDXL
-from sd.models.build import build
-from sd.training import checkpoint_activations
 
 QUICK = ("--steps", 2, "--batch", 2, "--precision", "float32", "--device", "cpu", "--log-every", 1, "--samples", 0)
 
@@ -117,6 +114,50 @@ def test_a_word(ending, photos, start, tmp_path):  # noqa: F811
     assert not torch.equal(prediction(model, "a <cat-toy> in the snow"), plain)
 
 
+@pytest.mark.parametrize(
+    ("word", "ending", "name"), [("<lora>", "safetensors", "lora-word"), ("<state>", "pt", "state-word")]
+)
+def test_the_file_of_a_word_replaces_no_other(word, ending, name, photos, start, tmp_path):  # noqa: F811
+    given = ["--train-word", word, "--init-word", "red", "--word-format", ending, "--data", photos, *QUICK]
+    status, _, err = start(train, *given, "--out", tmp_path)
+    assert status == 0, err
+    assert read_embedding(tmp_path / f"{name}.{ending}", 64, 75)
+    assert load_state(tmp_path / "state.pt")["step"] == 2
+
+
+def test_a_part_of_another_word_is_not_the_word():
+    """The tokenizer finds whole words only: the caption would have nothing to learn from."""
+    told = WithWord(World(1, 64), "sks", OBJECT).told
+    assert told(["she asks", "a SKS, red", "a red sks"]) == ["sks, she asks", "a SKS, red", "a red sks"]
+    assert WithWord(World(1, 64), "<x>", OBJECT).told(["my <x>"]) == ["my <x>"]
+
+
+def test_a_long_word_has_a_short_file_name(photos, start, tmp_path):  # noqa: F811
+    given = ["--train-word", "x" * 300, "--init-word", "red", "--data", photos, *QUICK, "--out", tmp_path]
+    assert start(train, *given)[0] == 0
+    assert (tmp_path / f"{'x' * 50}.safetensors").exists()
+
+
+def test_a_cache_of_scenes_is_not_used_for_a_word(start, tmp_path):  # noqa: F811
+    """Captions of drawn scenes are kept with their latents: those of another run have no word."""
+    given = ["--data", "world", "--scenes", 4, *QUICK, "--out", tmp_path]
+    assert start(train, *given, "--lora", 2)[0] == 0
+    (tmp_path / "state.pt").unlink()
+    assert start(train, *given, "--train-word", "<x>", "--init-word", "red", "--lr", 1e-2)[0] == 0
+    model = StableDiffusion.load(device="cpu", dtype="float32")
+    first = model.text_encoder.token.weight[model.tokenizer.encode("red")]
+    assert not torch.equal(load_state(tmp_path / "state.pt")["networks"]["word.vectors.0"], first)
+
+
+def test_an_inpainting_model_is_refused(photos, start, tmp_path):  # noqa: F811
+    model = models.for_inpainting(StableDiffusion.load(device="cpu", dtype="float32"))
+    models.write_model(model, tmp_path / "inpainting.safetensors", torch.float16)
+    given = ["--ckpt", tmp_path / "inpainting.safetensors", "--data", photos, *QUICK, "--out", tmp_path / "run"]
+    for what in (("--lora", 2), ("--train-word", "<x>", "--init-word", "red")):
+        status, _, err = start(train, *given, *what)
+        assert status == 1 and len(err) == 1 and "is an inpainting model" in err[0], err
+
+
 @pytest.mark.parametrize("what", [("--lora", 2, "--train-text"), ("--train-word", "<x>", "--init-word", "red")])
 def test_sdxl(what, xl, photos, start, tmp_path):  # noqa: F811
     given = ["--ckpt", xl, "--data", photos, *QUICK, *what, "--samples", 1, "--sample-steps", 1]
@@ -193,6 +234,38 @@ def test_class_images_are_made_once(photos, start, tmp_path):  # noqa: F811
     assert (folder / "class-00001.png").exists()
 
 
+def test_class_images_move_with_the_run(photos, start, tmp_path):  # noqa: F811
+    given = ["--lora", 2, "--data", photos, *QUICK, "--class-prompt", "a house", "--class-images", 1]
+    given += ["--sample-steps", 1]
+    assert start(train, *given, "--out", tmp_path / "one")[0] == 0
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert start(train, "--out", tmp_path / "two", "--resume", "--steps", 3)[0] == 0
+    assert not (tmp_path / "one").exists()
+
+
+def test_images_of_the_class_are_others_than_those_to_learn(photos, start, tmp_path):  # noqa: F811
+    """Whichever of the folders is in the other one."""
+    whole = tmp_path / "whole"
+    shutil.copytree(photos, whole / "mine")
+    Image.new("RGB", (128, 128), "green").save(whole / "green.png")
+    given = ["--lora", 2, "--data", whole / "mine", "--caption", "a house", *QUICK]
+    status, _, err = start(train, *given, "--reg", whole, "--out", tmp_path / "run")
+    assert status == 1 and "no caption (1 of 1 images have none)" in err[-1]
+    assert 'call their folder "1_" and the class' in err[-1] and "--caption" not in err[-1]
+    (whole / "green.txt").write_text("a green house")
+    status, out, err = start(train, *given, "--reg", whole, "--out", tmp_path / "run")
+    assert status == 0 and "; 1 of them of the class" in out[0], err
+    status, _, err = start(train, *given, "--reg", whole / "mine", "--out", tmp_path / "other")
+    assert status == 1 and len(err) == 1 and "the folder of --data" in err[0]
+
+
+def test_a_new_model_knows_no_class_and_learns_its_text(new, photos, start, tmp_path):  # noqa: F811
+    given = ["--data", photos, *QUICK, *new, "--out", tmp_path]
+    status, _, err = start(train, *given, "--class-prompt", "a house")
+    assert status == 1 and "--class-prompt does not go with a new model" in err[-1]
+    assert start(train, *given, "--text-lr", 1e-4, "--estimate-memory")[0] == 0
+
+
 def test_validation_is_of_images_that_are_not_trained_on(photos, start, tmp_path):  # noqa: F811
     given = ["--lora", 2, "--data", photos, *QUICK, "--steps", 4, "--save-every", 2, "--validate", 0.25]
     status, out, _ = start(train, *given, "--out", tmp_path)
@@ -250,10 +323,14 @@ def test_a_broken_loss_names_its_image(photos, start, tmp_path, monkeypatch):  #
         (("--dora",), "--dora goes with --lora"),
         (("--keep",), "--keep goes with --lora or --train-word"),
         (("--train-word", "<x>", "--init-word", "qqqq"), "the model does not know 'qqqq'"),
+        (("--train-word", "<1>"), "--train-word <1> has no letters: give a word to start from (--init-word)"),
         (("--train-word", "<x>", "--init-word", "red", "--vectors", 100), "a word has from 1 to 75 vectors"),
         (("--train-word", "house", "--init-word", "red", "--train-text"), "--train-text does not go with --train-word"),
         (("--lora", 4, "--class-prompt", " "), "--class-prompt is empty"),
         (("--lora", 4, "--class-prompt", "a house", "--class-images", 0), "--class-images must be at least 1"),
+        (("--lora", 4, "--min-snr-gamma", 3), "--min-snr-gamma goes with --weighting min-snr"),
+        (("--lora", 4, "--class-images", 3), "--class-images goes with --class-prompt"),
+        (("--control", "--class-images", 3), "--class-images goes with --class-prompt"),
         (("--lora", 4, "--huber", 0), "--huber must be above 0"),
         (("--lora", 4, "--noise-offset", 0.1, "--pyramid-noise", 0.5), "give one"),
         (("--lora", 4, "--timesteps", "900-100"), "--timesteps must be two whole numbers from 0 to 1000"),
@@ -290,73 +367,3 @@ def test_another_prediction_is_in_the_file(photos, start, tmp_path, xl):  # noqa
     assert status == 0, err
     config = StableDiffusion.load(tmp_path / "model.safetensors", device="cpu", dtype="float32").config
     assert config.schedule.prediction == "v" and config.schedule.zero_snr
-
-
-# ------------------------------------------------------------------------------------------------------------ memory
-
-
-def memory_of(config, options, size=512, checkpointing=False):
-    """The accounting of a LoRA's training step for a model of which nothing but the config exists."""
-    args = train.parser().parse_words(["--lora", "16", "--out", "unused", *map(str, options)])
-    networks = {name: network.to(torch.bfloat16).requires_grad_(False) for name, network in build(config).items()}
-    model = StableDiffusion(config, **networks)
-    recipe = Recipe(batch=1, ema=0.0, optimizer="adamw")
-    with accounting.without_contents():
-        for name in ("unet", *config.text_names):
-            accounting.empty(getattr(model, name))
-        target = adapters.Adapters(args, model, recipe)
-        target.set_trainable()
-    encoded = not args.train_text
-    objective = Objective(model, LossParams(), target.modules, with_text=not encoded)
-    if checkpointing:
-        checkpoint_activations(objective)
-    batch = blank_batch(model, size, 1, encoded)
-    return accounting.estimate(objective, target, recipe, torch.bfloat16, batch)
-
-
-def test_a_lora_for_sd1_fits_into_six_gigabytes():
-    """At 512x512, batch 1, without checkpointing, with what libraries need."""
-    found = memory_of(SD1, ())
-    assert found.frozen == 2 * 859_520_964
-    assert found.optimizer == pytest.approx(2 * found.trained, rel=1e-3)
-    assert 3e9 < found.peak < found.needed < 4.5e9
-
-
-@pytest.mark.exhaustive
-def test_checkpointing_saves_most_of_the_activations():
-    found = [memory_of(SD1, ("--train-text",), checkpointing=saving) for saving in (False, True)]
-    rest = [each.peak - each.frozen - each.trained - each.optimizer for each in found]
-    assert rest[1] < 0.4 * rest[0]
-
-
-@pytest.mark.exhaustive
-def test_a_lora_for_sdxl_fits_into_ten_gigabytes():
-    assert memory_of(SDXL, (), size=1024, checkpointing=True).needed < 10e9
-
-
-def test_accounting_counts_what_is_kept_for_the_backward_pass():
-    """Ten layers, of each of which two activations are kept; all of it is freed afterwards."""
-    with accounting.without_contents():
-        weight, x = torch.empty(1000, 1000, requires_grad=True), torch.empty(1000, 1000)
-        watch = accounting.Watch()
-        for tensor in (weight, x):
-            watch.add(tensor)
-        with watch, torch.enable_grad():
-            y = x
-            for _ in range(10):
-                y = torch.nn.functional.silu(y @ weight)
-            assert watch.now == 22 * 4_000_000
-            y.sum().backward()
-            del y
-        assert 22 * 4_000_000 < watch.peak <= 26 * 4_000_000
-        assert watch.now == 3 * 4_000_000  # weight, gradient, input
-
-
-def test_the_program_tells_the_memory(photos, start, tmp_path):  # noqa: F811
-    status, out, err = start(
-        train, "--lora", 4, "--data", photos, "--device", "cpu", "--estimate-memory", "--out", tmp_path / "run"
-    )
-    assert status == 0, err
-    assert out[0] == "LoRA of rank 4 (U-Net) for pocket, 8 of 128x128 pixels, bfloat16"
-    assert out[1].startswith("frozen weights") and out[1].endswith("0.01 GB") and len(out) == 7
-    assert not (tmp_path / "run" / "state.pt").exists()

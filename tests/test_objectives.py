@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
 
+from scripts.training.objective import retargeted
 from sd.conditioning import Conditioning
-from sd.config import ScheduleConfig
+from sd.config import SD1, ScheduleConfig
 from sd.schedule import Schedule
 from sd.training import (
     debiased_weight,
@@ -87,6 +90,18 @@ def test_debiased_weight_is_the_same_for_both_predictions(prediction):
     expected = ((1 / ratio) * ratio**2 * (guess - x0).square().mean((1, 2, 3))).mean()
     loss = diffusion_loss(says, schedule, x0, context, t, noise, debiased_weight(schedule, t))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(("table", "words"), [((0.9, 0.5, 0.1), "a schedule of its own"), ((0.9, 0.5, 0.0), "")])
+def test_a_table_is_not_rescaled(table, words):
+    """One that ends in pure noise stays as it is, another one is refused."""
+    config = replace(SD1, schedule=ScheduleConfig(steps=3, prediction="v", alpha_bar=table))
+    args = Namespace(prediction=None, zero_snr=True)
+    if words:
+        with pytest.raises(ValueError, match=words):
+            retargeted(config, args)
+    else:
+        assert retargeted(config, args) == config
 
 
 def test_losses_of_samples_have_the_loss_as_their_mean():

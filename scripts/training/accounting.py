@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from sd.pipeline import StableDiffusion
 
 from .batches import Batch
+from .objective import Objective
 from .optimizers import make_optimizers
 from .recipe import Recipe
 from .target import Target
@@ -137,15 +138,22 @@ def _in_float32(module: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def estimate(
-    objective: nn.Module, target: Target, recipe: Recipe, precision: torch.dtype | None, batch: Batch
+    objective: Objective,
+    target: Target,
+    recipe: Recipe,
+    precision: torch.dtype | None,
+    batch: Batch,
+    beside: int = 0,
 ) -> StepMemory:
     """The memory of a step of a run; its networks have no contents afterwards.
 
     objective   with what is trained not attached yet, see `Target.set_trainable`
     batch       of tensors on any device
+    beside      bytes of other networks that stay in memory
     """
     with without_contents():
         empty(objective)
+        objective.captions.empty = torch.empty(objective.captions.empty.shape, dtype=torch.long)
         target.attach()
         trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         count = sum(p.numel() for p in trained.values())
@@ -154,7 +162,9 @@ def estimate(
         values = [None if value is None else torch.empty(value.shape, dtype=value.dtype) for value in batch]
         found = step_memory(objective, Batch(*values), optimizers, precision)  # type: ignore[arg-type]
     more = (2 * count if small else 0) + (4 * count if recipe.ema else 0)
-    return replace(found, peak=found.peak + more, optimizer=found.optimizer + more)
+    return replace(
+        found, peak=found.peak + more + beside, frozen=found.frozen + beside, optimizer=found.optimizer + more
+    )
 
 
 def blank_batch(model: StableDiffusion, size: int, count: int, encoded: bool) -> Batch:

@@ -56,6 +56,7 @@ LORA_OF_CHECKPOINT = Recipe(steps=1500, batch=1, lr=1e-4, ema=0.0, save_every=25
 WORD = Recipe(steps=1500, batch=8, lr=3e-2, weight_decay=0.0, beta2=0.99, warmup=20, ema=0.0, save_every=500)
 WORD_OF_CHECKPOINT = Recipe(steps=3000, batch=1, lr=5e-3, weight_decay=0.0, ema=0.0, save_every=500)
 FORBIDDEN = '<>:"/\\|?*'  # in names of files on some systems
+TAKEN, LONGEST = ("lora", "state"), 50  # names of other files of a run, and letters of the name of a file
 # options that go with --lora or --train-word, with their values where they are not given
 OF_LORA = {
     "lora_alpha": None, "lora_layers": "transformer", "conv_rank": None, "conv_alpha": None, "lora_dropout": 0.0,
@@ -251,7 +252,9 @@ class Adapters:
         if self.loras:
             return "lora"
         assert self.word is not None
-        return "".join(letter for letter in self.word.word if letter not in FORBIDDEN).strip(" .") or "word"
+        allowed = "".join(letter for letter in self.word.word if letter not in FORBIDDEN)
+        name = allowed[:LONGEST].strip(" .") or "word"
+        return f"{name}-word" if name.lower() in TAKEN else name
 
     def paths(self) -> list[Path]:
         """The files that `write` writes: a LoRA in the names of diffusers cannot have a word in it."""
@@ -346,7 +349,10 @@ def init_words(args: argparse.Namespace) -> str:
     """The words that a new word starts from: by default what is readable of itself, "cat toy" of "<cat-toy>"."""
     if args.init_word:
         return str(args.init_word)
-    return " ".join("".join(letter if letter.isalpha() else " " for letter in args.train_word).split())
+    found = " ".join("".join(letter if letter.isalpha() else " " for letter in args.train_word).split())
+    if not found and args.train_word.strip():
+        raise ValueError(f"--train-word {args.train_word} has no letters: give a word to start from (--init-word)")
+    return found
 
 
 def find_model(args: argparse.Namespace, device: torch.device) -> StableDiffusion:
@@ -356,6 +362,9 @@ def find_model(args: argparse.Namespace, device: torch.device) -> StableDiffusio
     if model.config.unet.guidance is not None:
         name = model.config.name
         raise ValueError(f"{name} was distilled and is told its guidance: train adapters on its ordinary model")
+    if model.is_inpainting:
+        name = model.config.name
+        raise ValueError(f"{name} is an inpainting model: train adapters on the ordinary model; they also fit this one")
     if args.vae or precision is not None:
         model = with_vae(model, args.vae or args.ckpt or resource(EMBEDDED))
     return model

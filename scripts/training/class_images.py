@@ -21,10 +21,11 @@ from sd.imaging.files import SUFFIXES
 from sd.pipeline import StableDiffusion
 
 from ..common.cli import Parser, file_path
+from . import adapters
 from .processes import Processes
 from .samples import prompts_in
 
-FOLDER = "class"  # in the folder of the run
+FOLDER, COUNT = "class", 200  # in the folder of the run; how many
 
 
 def add_class_arguments(parser: Parser) -> None:
@@ -38,13 +39,22 @@ def add_class_arguments(parser: Parser) -> None:
         "--class-prompts", type=file_path, metavar="FILE",
         help="prompts of class images, one per line, in place of --class-prompt: for images of more than one kind",
     )  # fmt: skip
-    add("--class-images", type=int, default=200, metavar="N", help="how many (default: %(default)s)")
+    add("--class-images", type=int, default=COUNT, metavar="N", help="how many (default: %(default)s)")
+
+
+def wanted(args: argparse.Namespace) -> bool:
+    """Whether the options ask for class images."""
+    return args.class_prompt is not None or args.class_prompts is not None
 
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for options that do not go together."""
-    if args.class_prompt is None and args.class_prompts is None:
+    if not wanted(args):
+        if args.class_images != COUNT:
+            raise ValueError("--class-images goes with --class-prompt or --class-prompts")
         return
+    if not (args.ckpt or args.control or adapters.wanted(args)):
+        raise ValueError("--class-prompt does not go with a new model, which knows no class yet: give --ckpt or --lora")
     if args.class_prompt is not None and args.class_prompts is not None:
         raise ValueError("--class-prompt and --class-prompts are two ways to say the same: give one")
     if args.class_prompt is not None and not args.class_prompt.strip():

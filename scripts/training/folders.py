@@ -215,9 +215,10 @@ def captioned(
         items.append(Item(path, captions or [name or ""], repeats, masks.get(path)))
     if bare:
         name = bare[0].with_suffix(".txt").name
+        default = 'give a default (--caption "...")' if option == "--data" else 'call their folder "1_" and the class'
         raise ValueError(
             f"{bare[0]}: no caption ({len(bare)} of {len(images)} images have none): write it to {name} in the same "
-            f'folder or to {METADATA}, or give a default (--caption "...")'
+            f"folder or to {METADATA}, or {default}"
         )
     if unused := [item for item in items if not item.repeats]:
         warnings.warn(f"skipped: {unused[0].path.parent}: its name says 0 times per epoch", stacklevel=2)

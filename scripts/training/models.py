@@ -95,8 +95,6 @@ def find_new(args: argparse.Namespace, seed: int, device: torch.device) -> Stabl
         raise ValueError("a new model needs a VAE (--vae): train one with train_vae.py, or use that of a checkpoint")
     trained, vae = load_vae(args.vae, device, goes_with=find_config(args.model) if args.model else None)
     config = replace(find_config(args.model or "pocket"), vae=trained.vae)
-    if prediction := getattr(args, "prediction", None):
-        config = replace(config, schedule=replace(config.schedule, prediction=prediction))
     return new_model(config, vae, seed, device)
 
 

@@ -128,7 +128,9 @@ def add_objective_arguments(parser: Parser) -> None:
 
 
 def loss_params(args: argparse.Namespace) -> LossParams:
-    """The losses that the options ask for."""
+    """The losses that the options ask for. Raises ValueError for options that do not go together."""
+    if args.min_snr_gamma != USUAL["min_snr_gamma"] and args.weighting != "min-snr":
+        raise ValueError("--min-snr-gamma goes with --weighting min-snr")
     return LossParams(args.weighting, args.min_snr_gamma, args.huber)
 
 
@@ -167,5 +169,7 @@ def retargeted(config: Config, args: argparse.Namespace) -> Config:
     if args.zero_snr:
         if schedule.prediction != "v":
             raise ValueError("--zero-snr needs --prediction v: in pure noise there is nothing that eps could tell")
-        schedule = replace(schedule, zero_snr=schedule.alpha_bar is None or schedule.zero_snr, alpha_bar=None)
+        if schedule.alpha_bar is not None and not schedule.to_noise:
+            raise ValueError(f"--zero-snr: {config.name} has a schedule of its own, which cannot be rescaled")
+        schedule = replace(schedule, zero_snr=schedule.alpha_bar is None)
     return replace(config, schedule=schedule)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sd.config import Config
@@ -91,24 +93,37 @@ def batch_options(args: argparse.Namespace) -> BatchOptions:
     )
 
 
-def find_source(args: argparse.Namespace, options: DataOptions, pairs: bool = False) -> Source:
-    """The data of --data, together with the images of --reg if there are any."""
+def find_source(
+    args: argparse.Namespace, options: DataOptions, pairs: bool = False, reg: Path | str | None = None
+) -> Source:
+    """The data of --data, together with the images of the class in the folder `reg` if it is given."""
     check_data(args)
-    reg = getattr(args, "reg", None)
-    source: Source
+    scenes = World(args.scenes, options.size, getattr(args, "phrasings", 1), pairs=pairs)
     if args.data in (None, "world"):
-        source = World(args.scenes, options.size, getattr(args, "phrasings", 1), pairs=pairs)
+        source: Source = scenes
+        data: tuple[Path, ...] = ()
     else:
-        source = Folder(Path(args.data), options, (args.out, *([Path(reg)] if reg else [])))
+        data = (Path(args.data),)
+        classes = () if reg in (None, "world") else (Path(reg),)
+        if any(folder.resolve() == data[0].resolve() for folder in classes):
+            raise ValueError(f"--reg {reg}: the folder of --data: images of the class are others than those to learn")
+        source = Folder(data[0], options, (args.out, *classes))
+    if reg is None:
+        return source
     if reg == "world":
-        return Joined(source, World(args.scenes, options.size, getattr(args, "phrasings", 1), regular=True))
-    return with_class_images(source, Path(reg), options, getattr(args, "class_prompt", None)) if reg else source
+        return Joined(source, replace(scenes, regular=True))
+    return with_class_images(source, Path(reg), options, (args.out, *data), args.class_prompt)
 
 
-def with_class_images(source: Source, folder: Path, options: DataOptions, caption: str | None = None) -> Joined:
-    """A source with the images of a folder as those of its class; `caption` is that of images without one."""
+def with_class_images(
+    source: Source, folder: Path, options: DataOptions, outside: Sequence[Path] = (), caption: str | None = None
+) -> Joined:
+    """A source with the images of a folder as those of its class; `caption` is that of images without one.
+
+    outside   folders to ignore: those of the images to learn, and where a run writes its samples
+    """
     own = DataOptions(options.size, options.step, caption, options.flip, options.masked)
-    return Joined(source, Folder(folder, own, regular=True))
+    return Joined(source, Folder(folder, own, tuple(outside), regular=True))
 
 
 def check_data(args: argparse.Namespace) -> None:

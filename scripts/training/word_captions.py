@@ -6,10 +6,11 @@ painting in the style of <painter>". A caption that has the word stays as it is;
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .data import Example, Record, Source
+from .data import Example, Record, Source, digest
 
 OBJECT = (
     "{}", "a photo of {}", "a photo of one {}", "a picture of {}", "a close-up of {}", "a cropped photo of {}",
@@ -45,14 +46,16 @@ class WithWord:
         return record if record.captions is None else record._replace(captions=self.told(record.captions))
 
     def key(self, i: int) -> str:
-        """That of the source: pixels do not depend on captions."""
-        return self.source.key(i)
+        """That of the source; where captions come with the pixels, and are kept with them, also of the word."""
+        key = self.source.key(i)
+        return key if self.source.record(i).captions is not None else digest([key, self.word, *self.templates])
 
     def told(self, captions: Sequence[str]) -> list[str]:
-        """The captions with the word."""
+        """The captions with the word; a part of another word, as "sks" in "asks", is not it."""
+        whole = re.compile(rf"(?<!\w){re.escape(self.word)}(?!\w)", re.IGNORECASE)
         found: list[str] = []
         for caption in captions:
-            if self.word.lower() in caption.lower():
+            if whole.search(caption):
                 found.append(caption)
             elif caption:
                 found.append(f"{self.word}, {caption}")
