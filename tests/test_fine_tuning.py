@@ -177,7 +177,7 @@ def test_class_images_are_made_once(photos, start, tmp_path):  # noqa: F811
     Image.new("RGB", (128, 128), "green").save(folder / "own.png")
     status, out, err = start(train, *given)
     assert status == 0, err
-    assert "3 of them of the class" in out[0]
+    assert "3 of them class images" in out[0]
     made = sorted(path.name for path in folder.iterdir())
     assert made == ["class-00000.png", "class-00000.txt", "class-00001.png", "class-00001.txt", "own.png"]
     assert (folder / "class-00000.txt").read_text() == "a red house\n"

@@ -25,6 +25,7 @@ from .processes import Processes
 from .samples import prompts_in
 
 FOLDER = "class"  # in the folder of the run
+USUAL = 200  # the number of images in the paper
 
 
 def add_class_arguments(parser: Parser) -> None:
@@ -32,21 +33,29 @@ def add_class_arguments(parser: Parser) -> None:
     add = parser.add_argument_group("DreamBooth").add_argument
     add(
         "--class-prompt", metavar="TEXT",
-        help='"a photo of a dog": generate images of the class first, and train on them as well, as --reg does',
+        help='such as "a photo of a dog": generate class images before training, and train on them too',
     )  # fmt: skip
     add(
         "--class-prompts", type=file_path, metavar="FILE",
-        help="prompts of class images, one per line, in place of --class-prompt: for images of more than one kind",
+        help="file with one prompt per line, in place of --class-prompt: for several kinds of class images",
     )  # fmt: skip
-    add("--class-images", type=int, default=200, metavar="N", help="how many (default: %(default)s)")
+    add(
+        "--class-images",
+        type=int,
+        default=USUAL,
+        metavar="N",
+        help="number of class images, with those that are in the folder already (default: %(default)s)",
+    )
 
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for options that do not go together."""
     if args.class_prompt is None and args.class_prompts is None:
+        if args.class_images != USUAL:
+            raise ValueError("--class-images goes with --class-prompt or --class-prompts: what shall they show?")
         return
     if args.class_prompt is not None and args.class_prompts is not None:
-        raise ValueError("--class-prompt and --class-prompts are two ways to say the same: give one")
+        raise ValueError("--class-prompt and --class-prompts cannot be used together: give one")
     if args.class_prompt is not None and not args.class_prompt.strip():
         raise ValueError('--class-prompt is empty: describe the class, as in "a photo of a dog"')
     if args.class_prompts is not None:

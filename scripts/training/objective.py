@@ -115,14 +115,32 @@ def add_objective_arguments(parser: Parser) -> None:
     add("--prediction", choices=PREDICTIONS, help="predict the noise or the velocity (default: as the model does)")
     add("--zero-snr", action="store_true", help="let the schedule end in pure noise; for --prediction v")
     add("--weighting", choices=WEIGHTINGS, default="none", help="loss weight of timesteps (default: none)")
-    add("--min-snr-gamma", type=float, default=5.0, metavar="G", help="of --weighting min-snr (default: %(default)s)")
-    add("--huber", type=float, metavar="C", help="pseudo-Huber loss of this scale, such as 0.1 (default: the square)")
-    add("--noise-offset", type=float, metavar="S", help="a random offset of the noise in each channel, such as 0.05")
-    add("--pyramid-noise", type=float, metavar="D", help="noise of lower resolutions, discounted by D, such as 0.6")
+    add(
+        "--min-snr-gamma",
+        type=float,
+        default=5.0,
+        metavar="G",
+        help="gamma of --weighting min-snr (default: %(default)s)",
+    )
+    add("--huber", type=float, metavar="C", help="pseudo-Huber loss with scale C, such as 0.1 (default: squared error)")
+    add(
+        "--noise-offset",
+        type=float,
+        metavar="S",
+        help="add a random offset to the noise of each channel; S is its standard deviation, such as 0.05",
+    )
+    add(
+        "--pyramid-noise",
+        type=float,
+        metavar="D",
+        help="add noise of lower resolutions, each weighted by D relative to the next higher one, such as 0.6",
+    )
 
 
 def loss_params(args: argparse.Namespace) -> LossParams:
-    """The losses that the options ask for."""
+    """The losses that the options ask for. Raises ValueError for values out of range."""
+    if args.min_snr_gamma != USUAL["min_snr_gamma"] and args.weighting != "min-snr":
+        raise ValueError("--min-snr-gamma goes with --weighting min-snr")
     return LossParams(args.weighting, args.min_snr_gamma, args.huber)
 
 
@@ -133,7 +151,7 @@ def noise_shape(args: argparse.Namespace) -> NoiseShape | None:
     if args.pyramid_noise is not None and not 0 < args.pyramid_noise < 1:
         raise ValueError(f"--pyramid-noise must be above 0 and below 1, got {args.pyramid_noise}")
     if args.noise_offset and args.pyramid_noise:
-        raise ValueError("--noise-offset and --pyramid-noise are two ways to the same end: give one")
+        raise ValueError("--noise-offset and --pyramid-noise cannot be used together: give one")
     if args.noise_offset:
         return lambda noise, rng: offset_noise(noise, args.noise_offset, rng)
     if args.pyramid_noise:
@@ -148,6 +166,8 @@ def retargeted(config: Config, args: argparse.Namespace) -> Config:
         schedule = replace(schedule, prediction=args.prediction)
     if args.zero_snr:
         if schedule.prediction != "v":
-            raise ValueError("--zero-snr needs --prediction v: in pure noise there is nothing that eps could tell")
+            raise ValueError(
+                "--zero-snr needs --prediction v: a model that predicts eps learns nothing from pure noise"
+            )
         schedule = replace(schedule, zero_snr=schedule.alpha_bar is None or schedule.zero_snr, alpha_bar=None)
     return replace(config, schedule=schedule)
