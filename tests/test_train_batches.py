@@ -220,7 +220,7 @@ def test_the_loss_is_the_mean_over_what_masks_show(tiny_sd):
     """An image counts the same whatever the size of its mask; a white mask changes nothing."""
     data = random_data(tiny_sd, {(8, 8): 2})
     batch = next(Batches(data, tiny_sd, Recipe(batch=2), ALONE)(0))["batch"]._replace(weight=torch.tensor([1.0, 0.5]))
-    objective = train.Objective(tiny_sd, "none")
+    objective = train.Objective(tiny_sd, train.LossParams())
     plain = objective(batch)
     torch.testing.assert_close(objective(batch._replace(mask=torch.ones(2, 1, 8, 8))), plain)
     mask = torch.zeros(2, 1, 8, 8)
