@@ -36,6 +36,7 @@ import torch
 
 from sd.checkpoints.convert import WEIGHTS
 from sd.config import PRECISIONS, SHORT_PRECISIONS
+from sd.messages import counted
 from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion
 from sd.runtime.device import dtype_name
@@ -228,6 +229,8 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     held = None
     if args.validate is not None:
         data, held = split(data, args.validate, recipe.seed)
+        if processes.main:
+            print(f"{counted(len(held), 'image')} held out for validation")
     target.prepare(data)
     target.attach()
     idle = ([] if args.inpaint else ["vae"]) + ([] if data.text is None else list(text_encoders(model)))

@@ -290,7 +290,7 @@ def test_options_that_make_no_sense_are_one_line(new, photos, start, tmp_path): 
         assert problem(f"--{name}").startswith(f"--{name} is for a folder of images, not for drawn scenes")
     photographs = ("--data", photos)
     assert problem(*photographs, "--prior-weight", 2) == (
-        "--prior-weight is the weight of the images of the class: give their folder (--reg)"
+        "--prior-weight is the weight of class images: give their folder (--reg) or --class-prompt"
     )
     assert problem(*photographs, "--reg", tmp_path / "none") == f"--reg {tmp_path / 'none'}: no such folder"
     assert problem(*photographs, "--reg", photos, "--prior-weight", -1).startswith("--prior-weight must be at least 0")

@@ -1,8 +1,8 @@
-"""train.py --lora and --train-word: what is trained beside a model that stays as it is.
+"""train.py --lora and --train-word: adapters are trained, and the model itself stays unchanged.
 
---lora R            low-rank changes of layers of the U-Net, with --train-text of the text encoders too (Hu 2021)
+--lora R            low-rank changes of layers of the U-Net, with --train-text of the text encoders too (Hu et al. 2021)
 --train-word WORD   vectors of a new word of the prompt (textual inversion, Gal et al. 2022)
-both                a LoRA whose file has the vectors of its word in it ("pivotal tuning")
+both                a LoRA whose file also contains the vectors of the word ("pivotal tuning")
 
 Without --ckpt the model is the embedded one. Its weights are in the precision of the computation, those that are
 trained in float32. Writes OUT/lora.safetensors or OUT/WORD.safetensors.
@@ -47,7 +47,7 @@ from .data import Source
 from .dataset import TrainingData
 from .folders import Joined
 from .models import load_plain, with_vae
-from .recipe import Recipe, find_precision, told
+from .recipe import Recipe, defaults_help, find_precision
 from .state import save_tensors
 from .word_captions import OBJECT, STYLE, WithWord
 
@@ -75,7 +75,7 @@ def add_adapter_arguments(parser: Parser) -> None:
         "--lora",
         type=int,
         metavar="RANK",
-        help="train a LoRA of this rank; the model itself stays unchanged. " + told(LORA, LORA_OF_CHECKPOINT),
+        help="train a LoRA of this rank; the model itself stays unchanged. " + defaults_help(LORA, LORA_OF_CHECKPOINT),
     )
     add("--lora-alpha", type=float, metavar="A", help="the LoRA is scaled by A / RANK (default: RANK)")
     add(
@@ -98,7 +98,7 @@ def add_adapter_arguments(parser: Parser) -> None:
         "--train-word",
         metavar="WORD",
         help='train the vectors of a new word, such as "<cat-toy>" (textual inversion). '
-        + told(WORD, WORD_OF_CHECKPOINT),
+        + defaults_help(WORD, WORD_OF_CHECKPOINT),
     )
     add("--vectors", type=int, default=1, metavar="N", help="number of vectors of the word (default: %(default)s)")
     add("--init-word", metavar="WORD", help="known word or words to start from (default: those in the new word itself)")

@@ -1,11 +1,11 @@
-"""Class images for DreamBooth: what the model makes of the class before training, so that training preserves it.
+"""Class images for DreamBooth: the model generates them before training, so as not to forget the class.
 
 Ruiz et al. 2023, "DreamBooth: fine tuning text-to-image diffusion models for subject-driven generation"
-(arXiv:2208.12242), section 3.2: beside the images of a subject, "a photo of sks dog", the model is trained on images of
-the class, "a photo of a dog", that it generated itself. Without them all dogs become that dog.
+(arXiv:2208.12242), section 3.2: besides the images of a subject, "a photo of sks dog", the model is trained on images
+of the class, "a photo of a dog", that it generated itself. Without them it draws all dogs like that one.
 
-They are generated once, into a folder with their captions; those that are there are kept, so an interrupted run goes
-on. Other images may be put into the folder, too.
+They are generated once, into a folder with their captions. Existing ones are kept, so an interrupted run generates only
+the missing ones. Other images may be put into the folder, too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The objective of train.py: text encoders and U-Net with the diffusion loss, what each error counts, and which noise.
+"""The objective of train.py: text encoders and U-Net with the diffusion loss, its weighting, and the noise.
 
 --weighting    none, min-snr, debiased, velocity      sd/training/losses.py
 --huber C      pseudo-Huber in place of the square
@@ -47,7 +47,7 @@ NoiseShape = Callable[[Tensor, torch.Generator], Tensor]  # white noise (B, C, h
 
 @dataclass(frozen=True)
 class LossParams:
-    """How much each error counts.
+    """The distance and the weighting of the loss.
 
     weighting   of the timesteps, one of WEIGHTINGS
     gamma       of min-SNR
@@ -104,7 +104,7 @@ class Objective(nn.Module):
         return (self.errors(batch) * (batch.weight if weight is None else batch.weight * weight)).mean()
 
     def errors(self, batch: Batch) -> Tensor:
-        """The error of each item (B,), which neither timestep nor item weighs."""
+        """The error of each item (B,), without weights of timesteps or items."""
         distance = self.params.distance(self.schedule, batch.t, batch.mask)
         return sample_losses(self.unet, self.schedule, batch.x0, self.captions(batch), batch.t, batch.noise, distance)
 

@@ -107,7 +107,7 @@ def add_loop_arguments(parser: Parser, recipe: Recipe, with_ckpt: Recipe | None 
     add("--resume", action="store_true", help="resume the run in --out, with its options")
 
 
-def told(new: Recipe, with_ckpt: Recipe) -> str:
+def defaults_help(new: Recipe, with_ckpt: Recipe) -> str:
     """The main values of two recipes, for the help of an option that has recipes of its own."""
     first, second = (f"--steps {each.steps} --batch {each.batch} --lr {each.lr:g}" for each in (new, with_ckpt))
     return f"Defaults: {first}; for a checkpoint {second}"

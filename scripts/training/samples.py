@@ -1,4 +1,4 @@
-"""Sample sheets of a training run: images for the same prompts and seeds each time, one below the other in time."""
+"""Sample sheets of a training run: images for the same prompts and seeds each time."""
 
 from __future__ import annotations
 

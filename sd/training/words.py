@@ -1,4 +1,4 @@
-"""A new word to train (textual inversion): its vectors are learned, and everything else stays as it is.
+"""A trainable word (textual inversion): its vectors are learned, and everything else stays unchanged.
 
 Gal et al. 2022, "An image is worth one word: personalizing text-to-image generation using textual inversion"
 (arXiv:2208.01618). The word is added to the model (sd/adapters/words.py), and a hook of each text encoder's token table
