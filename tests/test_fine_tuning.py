@@ -191,7 +191,7 @@ def test_class_images_are_made_once(photos, start, tmp_path):  # noqa: F811
 def test_validation_is_of_images_that_are_not_trained_on(photos, start, tmp_path):  # noqa: F811
     given = ["--lora", 2, "--data", photos, *QUICK, "--steps", 4, "--save-every", 2, "--validate", 0.25]
     status, out, _ = start(train, *given, "--out", tmp_path)
-    assert status == 0 and ", 6 images," in out[1]
+    assert status == 0 and out[1] == "2 images held out for validation" and ", 6 images," in out[2]
     lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     found = [line["validation"] for line in lines if "validation" in line]
     assert len(found) == 2 and all(len(each["deciles"]) == 10 and math.isfinite(each["loss"]) for each in found)
