@@ -1,21 +1,22 @@
-"""Train a U-Net and optionally the text encoder; or a LoRA, a new word, a control network for a model that stays.
+"""Train a U-Net, optionally with its text encoder; or train a LoRA, a new word or a control network for a model.
 
-    python scripts/train.py --lora 16 --ckpt v1-5.ckpt --data photos --out outputs/mine         a LoRA; or of SDXL
+    python scripts/train.py --lora 16 --ckpt v1-5.ckpt --data photos --out outputs/mine         a LoRA; also for SDXL
     python scripts/train.py --train-word "<cat-toy>" --init-word toy --ckpt v1-5.ckpt --data photos --out outputs/toy
     python scripts/train.py --ckpt v1-5.ckpt --data photos --out outputs/mine                   the whole U-Net
     python scripts/train.py --ckpt v1-5.ckpt --data photos --inpaint --out outputs/inpainting   9 channels
     python scripts/train.py --control --ckpt v1-5.ckpt --data drawings --out outputs/scribbles  a control network
-    python scripts/train.py --vae outputs/vae/vae.safetensors --text outputs/text/text_encoder.safetensors \
+    python scripts/train.py --vae outputs/vae/vae.safetensors --text outputs/text/text_encoder.safetensors \\
         --out outputs/pocket                                                                    the embedded model
     python scripts/train.py --out outputs/mine --resume                                         continue a stopped run
     torchrun --nproc-per-node 4 scripts/train.py ...                                            on four GPUs
 
-Captions of a folder's images are in name.txt beside name.png, or in metadata.jsonl. Without --ckpt, LoRAs, words and
-control networks are for the embedded model. A new model needs three steps: train_vae.py, train_text.py, train.py.
+The caption of name.png is in name.txt beside it, or in metadata.jsonl. Without --ckpt, LoRAs, words and control
+networks are for the embedded model. A new model needs three programs: train_vae.py, train_text.py, train.py. Guides:
+docs/fine-tuning.md, docs/training.md.
 
-Writes OUT/lora.safetensors (--lora of every program), OUT/WORD.safetensors (--embedding), OUT/control.safetensors
-(--control), or OUT/model.safetensors (--ckpt), in our layout; convert.py converts it to the original one, and merges
-LoRAs into models. Also writes train.jsonl, loss.png, samples-STEP.png, state.pt.
+Writes lora.safetensors (use it with --lora), WORD.safetensors (--embedding), control.safetensors (--control) or
+model.safetensors (--ckpt) to OUT; convert.py converts models to other layouts, and merges LoRAs into them. The log is
+in train.jsonl and loss.png, samples are in samples-STEP.png, and --resume needs state.pt.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import torch
 
 from sd.checkpoints.convert import WEIGHTS
 from sd.config import PRECISIONS, SHORT_PRECISIONS
+from sd.messages import counted
 from sd.params import SamplingParams
 from sd.pipeline import StableDiffusion
 from sd.runtime.device import dtype_name
@@ -82,28 +84,48 @@ def parser() -> cli.Parser:
         "--export-dtype",
         choices=(*PRECISIONS, *SHORT_PRECISIONS),
         default="float16",
-        help="of the trained weights in the file (default: %(default)s)",
+        help="precision of the weights in the file that is written (default: %(default)s)",
     )
     add(
         "--vae",
         type=cli.file_path,
         metavar="FILE",
-        help="file of train_vae.py, or a checkpoint; replaces the VAE of --ckpt",
+        help="output of train_vae.py, or a checkpoint; replaces the VAE of --ckpt",
     )
-    add("--text", type=cli.file_path, metavar="FILE", help="new model: file of train_text.py (default: a new encoder)")
-    add("--weights", choices=WEIGHTS, default="auto", help="of a checkpoint with both: plain or averaged (EMA) U-Net")
+    add(
+        "--text",
+        type=cli.file_path,
+        metavar="FILE",
+        help="for a new model: output of train_text.py (default: a new encoder)",
+    )
+    add(
+        "--weights",
+        choices=WEIGHTS,
+        default="auto",
+        help="which U-Net of a checkpoint with two: plain (raw) or averaged (ema)",
+    )
     add("--train-text", action="store_true", help="train the text encoders too; always on for a new model")
     add("--text-lr", type=float, metavar="LR", help="learning rate of the text encoders (default: --lr)")
-    add("--inpaint", action="store_true", help="train a U-Net of 9 channels for inpainting, on random masks")
+    add("--inpaint", action="store_true", help="train a U-Net with 9 input channels for inpainting, on random masks")
     add(
-        "--drop", type=float,
-        help="share of dropped prompts, for guidance (default: 0.1; --control 0.5; --lora and --train-word 0)",
+        "--drop", type=float, metavar="P",
+        help="share of prompts that are dropped, for guidance (default: 0.1; --control 0.5; --lora, --train-word 0)",
     )  # fmt: skip
-    add("--phrasings", type=int, default=8, help="captions per drawn scene (default: %(default)s)")
-    add("--validate", type=float, metavar="SHARE", help="share of the images that is held out, to see overfitting")
+    add("--phrasings", type=int, default=8, metavar="N", help="captions per drawn scene (default: %(default)s)")
+    add(
+        "--validate",
+        type=float,
+        metavar="SHARE",
+        help="hold out this share of the images, such as 0.1, and log their loss, which shows overfitting",
+    )
     add("--estimate-memory", action="store_true", help="say how much memory a step takes on a GPU, and stop")
     add_sample_arguments(parser, steps=25)
-    add("--sample-guidance", type=float, help="default: the model's own")
+    add(
+        "--sample-guidance",
+        type=float,
+        metavar="SCALE",
+        help="guidance of samples and class images (default: the model's own)",
+    )
     add_adapter_arguments(parser)
     class_images.add_class_arguments(parser)
     add_objective_arguments(parser)
@@ -127,8 +149,10 @@ def check(args: argparse.Namespace) -> None:
     if args.validate is not None and not 0 < args.validate < 1:
         raise ValueError(f"--validate must be above 0 and below 1, got {args.validate}")
     trains_text = args.train_text or not (args.ckpt or adapters.wanted(args))
-    if args.text_lr is not None and not (trains_text and 0 < args.text_lr < math.inf):
-        raise ValueError("--text-lr goes with --train-text, and must be above 0")
+    if args.text_lr is not None and not trains_text:
+        raise ValueError("--text-lr goes with --train-text")
+    if args.text_lr is not None and not 0 < args.text_lr < math.inf:
+        raise ValueError(f"--text-lr must be above 0, got {args.text_lr}")
     SamplingParams(steps=args.sample_steps, guidance=args.sample_guidance)
 
 
@@ -217,6 +241,8 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     held = None
     if args.validate is not None:
         data, held = split(data, args.validate, recipe.seed)
+        if processes.main:
+            print(f"{counted(len(held), 'image')} held out for validation")
     target.prepare(data)
     target.attach()
     idle = ([] if args.inpaint else ["vae"]) + ([] if data.text is None else list(text_encoders(model)))

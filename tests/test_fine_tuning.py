@@ -223,7 +223,7 @@ def test_class_images_are_made_once(photos, start, tmp_path):  # noqa: F811
     Image.new("RGB", (128, 128), "green").save(folder / "own.png")
     status, out, err = start(train, *given)
     assert status == 0, err
-    assert "3 of them of the class" in out[0]
+    assert "3 of them class images" in out[0]
     made = sorted(path.name for path in folder.iterdir())
     assert made == ["class-00000.png", "class-00000.txt", "class-00001.png", "class-00001.txt", "own.png"]
     assert (folder / "class-00000.txt").read_text() == "a red house\n"
@@ -269,7 +269,7 @@ def test_a_new_model_knows_no_class_and_learns_its_text(new, photos, start, tmp_
 def test_validation_is_of_images_that_are_not_trained_on(photos, start, tmp_path):  # noqa: F811
     given = ["--lora", 2, "--data", photos, *QUICK, "--steps", 4, "--save-every", 2, "--validate", 0.25]
     status, out, _ = start(train, *given, "--out", tmp_path)
-    assert status == 0 and ", 6 images," in out[1]
+    assert status == 0 and out[1] == "2 images held out for validation" and ", 6 images," in out[2]
     lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     found = [line["validation"] for line in lines if "validation" in line]
     assert len(found) == 2 and all(len(each["deciles"]) == 10 and math.isfinite(each["loss"]) for each in found)

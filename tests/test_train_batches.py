@@ -220,7 +220,7 @@ def test_the_loss_is_the_mean_over_what_masks_show(tiny_sd):
     """An image counts the same whatever the size of its mask; a white mask changes nothing."""
     data = random_data(tiny_sd, {(8, 8): 2})
     batch = next(Batches(data, tiny_sd, Recipe(batch=2), ALONE)(0))["batch"]._replace(weight=torch.tensor([1.0, 0.5]))
-    objective = train.Objective(tiny_sd, "none")
+    objective = train.Objective(tiny_sd, train.LossParams())
     plain = objective(batch)
     torch.testing.assert_close(objective(batch._replace(mask=torch.ones(2, 1, 8, 8))), plain)
     mask = torch.zeros(2, 1, 8, 8)
@@ -290,7 +290,7 @@ def test_options_that_make_no_sense_are_one_line(new, photos, start, tmp_path): 
         assert problem(f"--{name}").startswith(f"--{name} is for a folder of images, not for drawn scenes")
     photographs = ("--data", photos)
     assert problem(*photographs, "--prior-weight", 2) == (
-        "--prior-weight is the weight of the images of the class: give their folder (--reg)"
+        "--prior-weight is the weight of class images: give their folder (--reg) or --class-prompt"
     )
     assert problem(*photographs, "--reg", tmp_path / "none") == f"--reg {tmp_path / 'none'}: no such folder"
     assert problem(*photographs, "--reg", photos, "--prior-weight", -1).startswith("--prior-weight must be at least 0")
@@ -310,6 +310,6 @@ def test_a_run_with_all_of_it(new, photos, start, tmp_path):  # noqa: F811
     options = ["--data", photos, "--reg", photos, "--prior-weight", 0.5, "--masked", "--flip", "--shuffle-tags"]
     status, said, err = start(train, *new, *options, "--samples", 0, "--steps", 3, "--out", out)
     assert status == 0, err
-    assert "8 of them of the class" in said[0] and (out / "model.safetensors").exists()
+    assert "8 of them class images" in said[0] and (out / "model.safetensors").exists()
     lines = [json.loads(line) for line in next(out.glob("*.jsonl")).read_text().splitlines()]
     assert all(0 < line["loss"] < 10 for line in lines)

@@ -106,8 +106,8 @@ def test_one_line_says_what_becomes_of_the_images(tiny_sd, tmp_path, capsys):
         disc(tmp_path / f"{name}.png", size)
     latents(tmp_path / "cache" / "a", Folder(tmp_path, HOW), tiny_sd, ALONE, 0)
     assert capsys.readouterr().out == (
-        "4 images in 3 buckets, the most in that of 128x128 pixels; largest crop 70 %; cropped by more than 10 %: "
-        "long.png (70 %); 1 smaller than the bucket and enlarged\n"
+        "4 images in 3 buckets, most often 128x128 pixels; largest crop 70 %; cropped by more than 10 %: "
+        "long.png (70 %); 1 smaller than its bucket and enlarged\n"
     )
     latents(tmp_path / "cache" / "b", Folder(tmp_path, replace(HOW, step=None)), tiny_sd, ALONE, 0)
     assert "4 images in 1 bucket, of 128x128 pixels; largest crop 90 %" in capsys.readouterr().out
@@ -176,7 +176,7 @@ def test_images_of_the_class_are_a_second_folder(tiny_sd, tmp_path, capsys):
     data = latents(tmp_path / "cache" / "latents", Joined(first, second), tiny_sd, ALONE, 0)
     assert [data.captions(i) for i in range(2)] == [["thing"], ["a dog"]]
     assert data.regular.tolist() == [False, True] and data.repeats.tolist() == [5, 1]
-    assert "; 1 of them of the class; 5 shown per epoch" in capsys.readouterr().out
+    assert "; 1 of them class images; 5 shown per epoch" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"--reg .*none: no such folder"):
         Folder(tmp_path / "none", HOW, regular=True)
 

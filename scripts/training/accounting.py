@@ -62,8 +62,8 @@ class StepMemory:
             "trained weights": self.trained,
             "optimizer": self.optimizer,
             "activations and gradients at the peak": rest,
-            "in all": self.peak,
-            "with what libraries and the allocator need": self.needed,
+            "total": self.peak,
+            "total with libraries and the allocator": self.needed,
         }
         return [f"{name:44}{size / 1e9:7.2f} GB" for name, size in parts.items()]
 

@@ -1,8 +1,8 @@
-"""train.py --lora and --train-word: what is trained beside a model that stays as it is.
+"""train.py --lora and --train-word: adapters are trained, and the model itself stays unchanged.
 
---lora R            low-rank changes of layers of the U-Net, with --train-text of the text encoders too (Hu 2021)
+--lora R            low-rank changes of layers of the U-Net, with --train-text of the text encoders too (Hu et al. 2021)
 --train-word WORD   vectors of a new word of the prompt (textual inversion, Gal et al. 2022)
-both                a LoRA whose file has the vectors of its word in it ("pivotal tuning")
+both                a LoRA whose file also contains the vectors of the word ("pivotal tuning")
 
 Without --ckpt the model is the embedded one. Its weights are in the precision of the computation, those that are
 trained in float32. Writes OUT/lora.safetensors or OUT/WORD.safetensors.
@@ -46,7 +46,7 @@ from .data import Source
 from .dataset import TrainingData
 from .folders import Joined
 from .models import load_plain, with_vae
-from .recipe import Recipe, find_precision
+from .recipe import Recipe, defaults_help, find_precision
 from .state import save_pickle, save_tensors
 from .word_captions import OBJECT, STYLE, WithWord
 
@@ -71,26 +71,46 @@ OTHERS = {"text": None, "inpaint": False, "prediction": None, "zero_snr": False,
 def add_adapter_arguments(parser: Parser) -> None:
     """Add --lora, --train-word and their related options."""
     add = parser.add_argument_group("LoRA").add_argument
-    add("--lora", type=int, metavar="RANK", help="train a LoRA of this rank; the model stays as it is")
-    add("--lora-alpha", type=float, metavar="A", help="its scale is A / RANK (default: RANK)")
+    add(
+        "--lora",
+        type=int,
+        metavar="RANK",
+        help="train a LoRA of this rank; the model itself stays unchanged. " + defaults_help(LORA, LORA_OF_CHECKPOINT),
+    )
+    add("--lora-alpha", type=float, metavar="A", help="the LoRA is scaled by A / RANK (default: RANK)")
     add(
         "--lora-layers", choices=tuple(LAYERS), default="transformer",
-        help="which layers it changes: attention, all of the transformers, or all with convolutions "
+        help="which layers get a LoRA: attention, the whole transformers, or all with convolutions "
         "(default: %(default)s)",
     )  # fmt: skip
     add("--conv-rank", type=int, metavar="R", help="rank of 3x3 convolutions, for --lora-layers all (default: RANK)")
     add("--conv-alpha", type=float, metavar="A", help="alpha of 3x3 convolutions (default: in proportion)")
-    add("--lora-dropout", type=float, default=0.0, metavar="P", help="share of its inputs that are dropped")
-    add("--dora", action="store_true", help="train the lengths of the weights' rows, too (DoRA)")
-    add("--lora-names", choices=NAMINGS, default=NAMINGS[0], help="names of layers in the file (default: %(default)s)")
+    add("--lora-dropout", type=float, default=0.0, metavar="P", help="dropout of the LoRA's inputs (default: 0)")
+    add("--dora", action="store_true", help="train a DoRA: the lengths of the weights' rows are learned, too")
+    add(
+        "--lora-names",
+        choices=NAMINGS,
+        default=NAMINGS[0],
+        help="naming of the layers in the file: kohya's, or that of PEFT and diffusers (default: %(default)s)",
+    )
     add = parser.add_argument_group("new word").add_argument
-    add("--train-word", metavar="WORD", help='train vectors for a new word, such as "<cat-toy>"')
-    add("--vectors", type=int, default=1, metavar="N", help="its number of vectors (default: %(default)s)")
-    add("--init-word", metavar="WORD", help="known words that the vectors start from (default: those in WORD)")
-    add("--word-style", action="store_true", help="it is a style, not a thing: what images without captions are told")
-    add("--word-lr", type=float, metavar="LR", help="learning rate of the vectors, with --lora (default: --lr)")
-    add("--word-format", choices=("safetensors", "pt"), default="safetensors", help="default: %(default)s")
-    add("--keep", action="store_true", help="keep the file of each save, as NAME-STEP, not only the last one")
+    add(
+        "--train-word",
+        metavar="WORD",
+        help='train the vectors of a new word, such as "<cat-toy>" (textual inversion). '
+        + defaults_help(WORD, WORD_OF_CHECKPOINT),
+    )
+    add("--vectors", type=int, default=1, metavar="N", help="number of vectors of the word (default: %(default)s)")
+    add("--init-word", metavar="WORD", help="known word or words to start from (default: those in the new word itself)")
+    add("--word-style", action="store_true", help="the word is a style, not a thing: for images without captions")
+    add("--word-lr", type=float, metavar="LR", help="learning rate of the vectors with --lora (default: --lr)")
+    add(
+        "--word-format",
+        choices=("safetensors", "pt"),
+        default="safetensors",
+        help="format of the word's file (default: %(default)s)",
+    )
+    add("--keep", action="store_true", help="keep the file of each save (NAME-STEP), of a LoRA or word")
 
 
 def wanted(args: argparse.Namespace) -> bool:

@@ -50,11 +50,11 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Tags:
-    """What becomes of captions that are lists of tags with commas between them.
+    """How captions that are comma-separated tags are changed each time they are used.
 
-    shuffle   whether their order is new each time
-    keep      the first ones that keep their place and are never dropped
-    drop      share of the others that are left out, each time anew
+    shuffle   whether the tags are shuffled
+    keep      number of first tags that keep their place and are never dropped
+    drop      share of the other tags that are left out
     """
 
     shuffle: bool = False
@@ -73,7 +73,7 @@ class Tags:
         return self.shuffle or self.drop > 0
 
     def __call__(self, caption: str, rng: Random) -> str:
-        """The caption as it is seen this time."""
+        """The caption as it is used this time."""
         tags = [tag.strip() for tag in caption.split(",")]
         kept, others = tags[: self.keep], [tag for tag in tags[self.keep :] if rng.random() >= self.drop]
         if self.shuffle:
@@ -86,8 +86,8 @@ class BatchOptions:
     """How the batches are made.
 
     drop           share of captions that are replaced by the empty prompt, for guidance
-    tags           what becomes of captions that are lists of tags
-    prior_weight   loss weight of the images of the class
+    tags           how captions made of tags are changed
+    prior_weight   loss weight of the class images
     inpaint        whether batches have random masks, for U-Nets with 9 channels; the VAE encodes what they leave
     noise          changes the noise (m, C, h, w) of a part, with the generator of the part
     timesteps      t is in [low, high); None: all of the schedule

@@ -83,7 +83,7 @@ def summary(names: Sequence[str], placements: Sequence[Placement]) -> str:
     """
     shapes = Counter((each.height, each.width) for each in placements)
     (height, width), _ = shapes.most_common(1)[0]
-    where = f"of {width}x{height} pixels" if len(shapes) == 1 else f"the most in that of {width}x{height} pixels"
+    where = f"of {width}x{height} pixels" if len(shapes) == 1 else f"most often {width}x{height} pixels"
     largest = 1 - min(each.kept for each in placements)
     parts = [
         f"{counted(len(names), 'image')} in {counted(len(shapes), 'bucket')}, {where}",
@@ -95,7 +95,7 @@ def summary(names: Sequence[str], placements: Sequence[Placement]) -> str:
         listed = ", ".join(f"{name} ({100 - 100 * kept:.0f} %)" for kept, name in lost[:NAMED])
         parts.append(f"cropped by more than {100 - 100 * CROP_NOTE:.0f} %: {listed}{more}")
     if enlarged := sum(each.enlarged for each in placements):
-        parts.append(f"{enlarged} smaller than the bucket and enlarged")
+        parts.append(f"{enlarged} smaller than its bucket and enlarged")
     if len(names) == 1:
-        parts.append("of one image a model learns little else than to repeat it")
+        parts.append("from one image a model learns little more than to repeat it")
     return "; ".join(parts)

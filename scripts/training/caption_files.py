@@ -1,4 +1,4 @@
-"""Captions of the images in a folder, as people have them.
+"""The captions of the images in a folder, in the usual formats.
 
     metadata.jsonl                             {"file_name": "a.png", "text": "a caption"}, as Hugging Face has it
     meta*.json                                 {"a": {"caption": "a caption", "tags": "one, two"}}, as kohya's scripts

@@ -1,11 +1,11 @@
-"""Class images for DreamBooth: what the model makes of the class before training, so that training preserves it.
+"""Class images for DreamBooth: the model generates them before training, so as not to forget the class.
 
 Ruiz et al. 2023, "DreamBooth: fine tuning text-to-image diffusion models for subject-driven generation"
-(arXiv:2208.12242), section 3.2: beside the images of a subject, "a photo of sks dog", the model is trained on images of
-the class, "a photo of a dog", that it generated itself. Without them all dogs become that dog.
+(arXiv:2208.12242), section 3.2: besides the images of a subject, "a photo of sks dog", the model is trained on images
+of the class, "a photo of a dog", that it generated itself. Without them it draws all dogs like that one.
 
-They are generated once, into a folder with their captions; those that are there are kept, so an interrupted run goes
-on. Other images may be put into the folder, too.
+They are generated once, into a folder with their captions. Existing ones are kept, so an interrupted run generates only
+the missing ones. Other images may be put into the folder, too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from . import adapters
 from .processes import Processes
 from .samples import prompts_in
 
-FOLDER, COUNT = "class", 200  # in the folder of the run; how many
+FOLDER, COUNT = "class", 200  # in the folder of the run; how many, as in the paper
 
 
 def add_class_arguments(parser: Parser) -> None:
@@ -33,13 +33,16 @@ def add_class_arguments(parser: Parser) -> None:
     add = parser.add_argument_group("DreamBooth").add_argument
     add(
         "--class-prompt", metavar="TEXT",
-        help='"a photo of a dog": generate images of the class first, and train on them as well, as --reg does',
+        help='such as "a photo of a dog": generate class images before training, and train on them too',
     )  # fmt: skip
     add(
         "--class-prompts", type=file_path, metavar="FILE",
-        help="prompts of class images, one per line, in place of --class-prompt: for images of more than one kind",
+        help="file with one prompt per line, in place of --class-prompt: for several kinds of class images",
     )  # fmt: skip
-    add("--class-images", type=int, default=COUNT, metavar="N", help="how many (default: %(default)s)")
+    add(
+        "--class-images", type=int, default=COUNT, metavar="N",
+        help="number of class images, with those that are in the folder already (default: %(default)s)",
+    )  # fmt: skip
 
 
 def wanted(args: argparse.Namespace) -> bool:
@@ -51,12 +54,12 @@ def check(args: argparse.Namespace) -> None:
     """Raise ValueError for options that do not go together."""
     if not wanted(args):
         if args.class_images != COUNT:
-            raise ValueError("--class-images goes with --class-prompt or --class-prompts")
+            raise ValueError("--class-images goes with --class-prompt or --class-prompts: what shall they show?")
         return
     if not (args.ckpt or args.control or adapters.wanted(args)):
         raise ValueError("--class-prompt does not go with a new model, which knows no class yet: give --ckpt or --lora")
     if args.class_prompt is not None and args.class_prompts is not None:
-        raise ValueError("--class-prompt and --class-prompts are two ways to say the same: give one")
+        raise ValueError("--class-prompt and --class-prompts cannot be used together: give one")
     if args.class_prompt is not None and not args.class_prompt.strip():
         raise ValueError('--class-prompt is empty: describe the class, as in "a photo of a dog"')
     if args.class_prompts is not None:

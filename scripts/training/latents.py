@@ -284,12 +284,12 @@ def _described(data: TrainingData) -> str:
         places.append(place((width, height), [(target[0], target[1])]))
     parts = [summary(data.names, places)]
     if regular := int(data.regular.sum()):
-        parts.append(f"{regular} of them of the class")
+        parts.append(f"{regular} of them class images")
     if (shown := int(data.repeats[~data.regular].sum())) != len(data) - regular:
         parts.append(f"{shown} shown per epoch")
     if all("mask" in bucket for bucket in data.buckets):
         masked = sum(bool((data.take("mask", [i]) < 1).any()) for i in range(len(data)))
-        parts.append(f"{masked} with a mask")
+        parts.append(f"{masked} with a mask" if masked else "no masks found for --masked: whole images are learned")
     return "; ".join(parts)
 
 

@@ -173,11 +173,12 @@ class Trainer:
         """Print a line about the run."""
         if self.processes.main:
             batch = self.recipe.batch * self.recipe.accumulate * self.processes.count
-            millions = sum(p.numel() for p in self.trained.values()) / 1e6
+            count = sum(p.numel() for p in self.trained.values())
+            size = f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"  # a word has a few hundred
             how = f", sharded over {self.processes.count} processes" if self.sharded else ""
             print(
                 f"{name} on {self.processes.device.type}, {dtype_name(self.precision or torch.float32)}{how}: "
-                f"{millions:.1f} M parameters, {images} images, {batch} a step"
+                f"{size} parameters, {images} images, {batch} a step"
             )
 
     def run(
@@ -227,8 +228,10 @@ class Trainer:
                     log.plot()
                     remark = write()
                     minutes = (time.monotonic() - began) / 60
-                    loss = log.points[-1][1] if log.points else float("nan")
-                    tqdm.write(f"step {self.step}: loss {loss:.4f}, {minutes:.1f} min{remark}")
+                    loss = f"loss {log.points[-1][1]:.4f}, " if log.points else ""  # none before the first log line
+                    if log.validation and log.validation[-1][0] == self.step:
+                        loss += f"validation loss {log.validation[-1][1]['loss']:.4f}, "
+                    tqdm.write(f"step {self.step}: {loss}{minutes:.1f} min{remark}")
                 if main and show and whole:
                     show(self.step)
             self.processes.wait()

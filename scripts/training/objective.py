@@ -1,4 +1,4 @@
-"""The objective of train.py: text encoders and U-Net with the diffusion loss, what each error counts, and which noise.
+"""The objective of train.py: text encoders and U-Net with the diffusion loss, its weighting, and the noise.
 
 --weighting    none, min-snr, debiased, velocity      sd/training/losses.py
 --huber C      pseudo-Huber in place of the square
@@ -48,7 +48,7 @@ NoiseShape = Callable[[Tensor, torch.Generator], Tensor]  # white noise (B, C, h
 
 @dataclass(frozen=True)
 class LossParams:
-    """How much each error counts.
+    """The distance and the weighting of the loss.
 
     weighting   of the timesteps, one of WEIGHTINGS
     gamma       of min-SNR
@@ -105,7 +105,7 @@ class Objective(nn.Module):
         return (self.errors(batch) * (batch.weight if weight is None else batch.weight * weight)).mean()
 
     def errors(self, batch: Batch) -> Tensor:
-        """The error of each item (B,), which neither timestep nor item weighs."""
+        """The error of each item (B,), without weights of timesteps or items."""
         distance = self.params.distance(self.schedule, batch.t, batch.mask)
         return sample_losses(self.unet, self.schedule, batch.x0, self.captions(batch), batch.t, batch.noise, distance)
 
@@ -116,15 +116,31 @@ def add_objective_arguments(parser: Parser) -> None:
     add("--prediction", choices=PREDICTIONS, help="predict the noise or the velocity (default: as the model does)")
     add("--zero-snr", action="store_true", help="let the schedule end in pure noise; for --prediction v")
     add("--weighting", choices=WEIGHTINGS, default="none", help="loss weight of timesteps (default: none)")
-    add("--min-snr-gamma", type=float, default=5.0, metavar="G", help="of --weighting min-snr (default: %(default)s)")
-    add("--huber", type=float, metavar="C", help="pseudo-Huber loss of this scale, such as 0.1 (default: the square)")
+    add(
+        "--min-snr-gamma",
+        type=float,
+        default=5.0,
+        metavar="G",
+        help="gamma of --weighting min-snr (default: %(default)s)",
+    )
+    add("--huber", type=float, metavar="C", help="pseudo-Huber loss with scale C, such as 0.1 (default: squared error)")
     add(
         "--timesteps", metavar="LOW-HIGH",
         help="train at these timesteps only, such as 300-1000: high ones decide what is where, low ones the details "
         "(default: all)",
     )  # fmt: skip
-    add("--noise-offset", type=float, metavar="S", help="a random offset of the noise in each channel, such as 0.05")
-    add("--pyramid-noise", type=float, metavar="D", help="noise of lower resolutions, discounted by D, such as 0.6")
+    add(
+        "--noise-offset",
+        type=float,
+        metavar="S",
+        help="add a random offset to the noise of each channel; S is its standard deviation, such as 0.05",
+    )
+    add(
+        "--pyramid-noise",
+        type=float,
+        metavar="D",
+        help="add noise of lower resolutions, each weighted by D relative to the next higher one, such as 0.6",
+    )
 
 
 def loss_params(args: argparse.Namespace) -> LossParams:
@@ -141,7 +157,7 @@ def noise_shape(args: argparse.Namespace) -> NoiseShape | None:
     if args.pyramid_noise is not None and not 0 < args.pyramid_noise < 1:
         raise ValueError(f"--pyramid-noise must be above 0 and below 1, got {args.pyramid_noise}")
     if args.noise_offset and args.pyramid_noise:
-        raise ValueError("--noise-offset and --pyramid-noise are two ways to the same end: give one")
+        raise ValueError("--noise-offset and --pyramid-noise cannot be used together: give one")
     if args.noise_offset:
         return lambda noise, rng: offset_noise(noise, args.noise_offset, rng)
     if args.pyramid_noise:
@@ -168,7 +184,9 @@ def retargeted(config: Config, args: argparse.Namespace) -> Config:
         schedule = replace(schedule, prediction=args.prediction)
     if args.zero_snr:
         if schedule.prediction != "v":
-            raise ValueError("--zero-snr needs --prediction v: in pure noise there is nothing that eps could tell")
+            raise ValueError(
+                "--zero-snr needs --prediction v: a model that predicts eps learns nothing from pure noise"
+            )
         if schedule.alpha_bar is not None and not schedule.to_noise:
             raise ValueError(f"--zero-snr: {config.name} has a schedule of its own, which cannot be rescaled")
         schedule = replace(schedule, zero_snr=schedule.alpha_bar is None)

@@ -35,33 +35,40 @@ def add_data_arguments(parser: Parser, scenes: int, bucketed: bool = False, fine
         "--data",
         type=home,
         metavar="FOLDER",
-        help="images with captions, or world: drawn scenes (default of new models)",
+        help="folder of images with captions, or world: drawn scenes (default without --ckpt)",
     )
-    add("--caption", metavar="TEXT", help="caption of images without one (default: that is an error)")
+    add("--caption", metavar="TEXT", help="caption for images that have none (default: a missing caption is an error)")
     add("--scenes", type=int, default=scenes, metavar="N", help="number of drawn scenes (default: %(default)s)")
-    area = "side of the square whose area the images have" if bucketed else "side of the central square crop"
-    add("--size", type=int, metavar="PIXELS", help=f"{area} (default: native)")
+    area = (
+        "images are resized to the area of a square with this side" if bucketed else "side of the central square crop"
+    )
+    add("--size", type=int, metavar="PIXELS", help=f"{area} (default: the model's native size)")
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
     add("--workers", type=int, default=workers, metavar="N", help="processes that read images (default: %(default)s)")
     if bucketed:
-        add("--square", action="store_true", help="crop to the central square (default: sizes of about their shape)")
-        add("--flip", action="store_true", help="mirror half of the images of folders, each time anew")
+        add("--square", action="store_true", help="crop images to the central square (default: keep about their shape)")
+        add("--flip", action="store_true", help="mirror images at random, half of the time; not for drawn scenes")
     if fine_tuning:
         add(
             "--reg",
             type=home,
             metavar="FOLDER",
-            help="images of the class, shown as often as those of --data; or world: --scenes drawn scenes",
+            help="folder of class images (DreamBooth), shown as often as those of --data; or world: drawn scenes",
         )
-        add("--prior-weight", type=float, metavar="W", help="loss weight of the images of --reg (default: 1)")
+        add("--prior-weight", type=float, metavar="W", help="loss weight of the class images (default: 1)")
         add(
             "--masked", action="store_true",
             help="learn only where masks are white: name.mask.png, masks/name.png or the image's alpha channel. The "
-            "loss is the mean over the white area, so that an image counts the same whatever the size of its mask",
+            "loss is the mean over the white area, so images with small masks count as much as others",
         )  # fmt: skip
-        add("--shuffle-tags", action="store_true", help="order the comma-separated tags of captions anew each time")
-        add("--keep-tags", type=int, metavar="N", help="first tags that keep their place and are not dropped")
-        add("--drop-tags", type=float, metavar="P", help="share of tags that are left out, each time anew")
+        add("--shuffle-tags", action="store_true", help="shuffle the comma-separated tags of captions each time")
+        add(
+            "--keep-tags",
+            type=int,
+            metavar="N",
+            help="number of first tags that keep their place and are never dropped",
+        )
+        add("--drop-tags", type=float, metavar="P", help="leave out this share of the tags, chosen anew each time")
 
 
 def data_options(args: argparse.Namespace, config: Config, caption: str | None = None) -> DataOptions:
@@ -77,7 +84,7 @@ def data_options(args: argparse.Namespace, config: Config, caption: str | None =
                 raise ValueError(f"--{name} is for a folder of images, not for drawn scenes: give a folder (--data)")
     classes = [getattr(args, name, None) for name in ("reg", "class_prompt", "class_prompts")]
     if getattr(args, "prior_weight", None) is not None and not any(classes):
-        raise ValueError("--prior-weight is the weight of the images of the class: give their folder (--reg)")
+        raise ValueError("--prior-weight is the weight of class images: give their folder (--reg) or --class-prompt")
     step = None if world or getattr(args, "square", True) else bucket_step(config)
     given = caption if args.caption is None else args.caption
     return DataOptions(args.size or config.size, step, given, flip, masked)

@@ -28,18 +28,18 @@ class Recipe:
     """The hyperparameters of training; each field is an option of the programs."""
 
     steps: int = option(1000, "optimisation steps")
-    batch: int = option(8, "images per process and part")
-    accumulate: int = option(1, "parts whose gradients are summed before a step")
+    batch: int = option(8, "images per process and accumulation step")
+    accumulate: int = option(1, "batches whose gradients are summed before a step")
     lr: float = option(1e-4, "peak learning rate")
     schedule: str = option("cosine", "after the warm-up: cosine or linear decay to 0, or constant")
-    warmup: int = option(100, "steps of linear warm-up, at most a tenth of all")
+    warmup: int = option(100, "steps of linear warm-up, at most a tenth of all steps")
     clip: float = option(1.0, "maximum norm of the gradient")
     weight_decay: float = option(0.01, "weight decay of matrices and kernels, in AdamW")
     beta2: float = option(0.999, "AdamW's decay of squared gradients")
     optimizer: str = option(
         "adamw",
-        "of hidden matrices and kernels: adamw, adamw8bit (a quarter of its memory; needs bitsandbytes) or muon; the "
-        "rest uses AdamW",
+        "for matrices and kernels between the first and last layers: adamw, adamw8bit (a quarter of its memory; needs "
+        "bitsandbytes) or muon; AdamW trains the rest",
     )
     ema: float = option(0.999, "decay of the averaged weights, which are saved; 0 for none")
     seed: int = option(0, "seed of all random numbers")
@@ -88,8 +88,13 @@ def add_loop_arguments(parser: Parser, recipe: Recipe, with_ckpt: Recipe | None 
             help=text,
         )
     parser.set_defaults(recipes=(recipe, other))
-    add("--precision", choices=("auto", *PRECISIONS), default="auto", help="of computation; weights stay float32")
-    add("--checkpointing", action="store_true", help="recompute activations to save memory")
+    add(
+        "--precision",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="precision of the computation; what is trained stays float32 (default: auto)",
+    )
+    add("--checkpointing", action="store_true", help="gradient checkpointing: recompute activations to save memory")
     add("--compile", action="store_true", help="compile the networks with torch.compile")
     add(
         "--shard",
@@ -100,6 +105,12 @@ def add_loop_arguments(parser: Parser, recipe: Recipe, with_ckpt: Recipe | None 
     add("--device", help='"cuda", "cpu", ... (default: the best available)')
     add("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: PyTorch's default")
     add("--resume", action="store_true", help="resume the run in --out, with its options")
+
+
+def defaults_help(new: Recipe, with_ckpt: Recipe) -> str:
+    """The main values of two recipes, for the help of an option that has recipes of its own."""
+    first, second = (f"--steps {each.steps} --batch {each.batch} --lr {each.lr:g}" for each in (new, with_ckpt))
+    return f"Defaults: {first}; for a checkpoint {second}"
 
 
 def find_precision(name: str, device: torch.device) -> torch.dtype | None:

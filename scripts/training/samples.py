@@ -1,4 +1,4 @@
-"""Sample sheets of a training run: images for the same prompts and seeds each time, one below the other in time."""
+"""Sample sheets of a training run: images for the same prompts and seeds each time."""
 
 from __future__ import annotations
 
@@ -19,9 +19,20 @@ from .dataset import TrainingData
 def add_sample_arguments(parser: Parser, steps: int) -> None:
     """Add --samples and its related options."""
     add = parser.add_argument_group("samples").add_argument
-    add("--samples", type=int, default=12, help="images in a sample sheet; 0 for none (default: %(default)s)")
-    add("--sample-prompts", type=file_path, metavar="FILE", help="one prompt per line (default: captions of the data)")
-    add("--sample-steps", type=int, default=steps, help="default: %(default)s")
+    add(
+        "--samples",
+        type=int,
+        default=12,
+        metavar="N",
+        help="images in a sample sheet; 0 for none (default: %(default)s)",
+    )
+    add(
+        "--sample-prompts",
+        type=file_path,
+        metavar="FILE",
+        help="file with one prompt per line (default: captions of the data)",
+    )
+    add("--sample-steps", type=int, default=steps, metavar="N", help="steps of each sample (default: %(default)s)")
 
 
 def sample_prompts(args: argparse.Namespace) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run of train.py trains: a whole model, or adapters of one that stays as it is."""
+"""What a run of train.py trains: a whole model, or adapters of an unchanged one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""The loss of images that are not trained on, always with the same noise and timesteps, so that overfitting is seen.
+"""The loss of held-out images, always with the same noise and timesteps: it shows overfitting.
 
 Each held-out image is noised at ten timesteps, one in each tenth of the schedule. The mean error of each tenth is
-logged, and their mean, weighted by min-SNR (Hang et al. 2023), which makes the tenths count alike: where it rises while
-the training loss falls, the model learns the images by heart.
+logged, and so is their mean, weighted by min-SNR (Hang et al. 2023) so that all tenths matter. If it rises while the
+training loss falls, the model learns the images by heart. Only the trend matters: the
+training loss is weighted differently.
 """
 
 from __future__ import annotations

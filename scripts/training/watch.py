@@ -1,4 +1,6 @@
-"""Numbers that are not finite: noticed at each line of the log and before each saved state, named by step and images.
+"""Finds losses and gradients that are not finite, and names their step and images.
+
+This is checked at each line of the log and before each saved state.
 
 Losses and norms of gradients stay on the device in between, because looking at each would make the CPU wait.
 """

@@ -1,7 +1,7 @@
-"""Captions for a new word: every image to learn is described with it.
+"""Captions for a new word: every caption of the images to learn contains it.
 
 Images without captions get those of Gal et al. 2022 (appendix), "a photo of <cat-toy>" and the like, or for a style "a
-painting in the style of <painter>". A caption that has the word stays as it is; another one follows after the word.
+painting in the style of <painter>". A caption that contains the word stays as it is; others get the word in front.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ STYLE = (
 
 @dataclass(frozen=True)
 class WithWord:
-    """A source whose captions have a word.
+    """A source whose captions contain a word.
 
-    templates   for images without a caption, with {} where the word stands
+    templates   captions for images without one, with {} in place of the word
     """
 
     source: Source

@@ -1,4 +1,4 @@
-"""LoRA to train: a network stays as it is, and low-rank changes of some of its layers are learned.
+"""Trainable LoRA: the network itself stays unchanged, and low-rank changes of some of its layers are learned.
 
 Hu et al. 2021, "LoRA: low-rank adaptation of large language models" (arXiv:2106.09685): a layer with the weight W
 (out, in) computes
@@ -6,9 +6,9 @@ Hu et al. 2021, "LoRA: low-rank adaptation of large language models" (arXiv:2106
     W x + s B A x          s = alpha / r
 
 and only A and B are trained. A (r, in) starts at random, B (out, r) at zero, so that nothing changes at first. r is the
-rank; alpha is fixed, so that other ranks need no other learning rate. For a convolution, A is one of the same size and
-stride to r channels, and B a 1x1 convolution (LoCon, Yeh et al. 2023, arXiv:2309.14859); 3x3 convolutions may have a
-rank and an alpha of their own.
+rank; alpha is a constant, so that the learning rate need not change with the rank. For a convolution, A is one of the
+same kernel size and stride with r output channels, and B a 1x1 convolution (LoCon, Yeh et al. 2023, arXiv:2309.14859);
+3x3 convolutions may have a rank and an alpha of their own.
 
 DoRA, Liu et al. 2024, "DoRA: weight-decomposed low-rank adaptation" (arXiv:2402.09353), also trains the length m (out)
 of each row of the weight, and what A and B change is its direction:
@@ -16,8 +16,8 @@ of each row of the weight, and what A and B change is its direction:
     W' = m (W + s B A) / |W + s B A|          m starts at |W|; the norm is a constant for gradients (section 4.3)
 
 The changes are added by hooks (`TrainableLora.attach`): the network keeps its class and its parameters, and with the
-changes disabled it computes what it did, to the bit. A, B and m are float32, whatever precision the network has; they
-are used in the precision in which the layer computes. Files: lora_files.py; sd/adapters reads those of any tool.
+changes disabled it computes exactly what it did before. A, B and m are float32, whatever precision the network has;
+they are used in the precision in which the layer computes. Files: lora_files.py; sd/adapters reads those of any tool.
 
 >>> from sd.config import UNetConfig
 >>> from sd.models.unet import UNet
@@ -55,13 +55,14 @@ SMALLEST_NORM = torch.finfo(torch.float32).eps  # of a row: one of zeros stays s
 
 @dataclass(frozen=True)
 class LoraParams:
-    """What a LoRA is like. ValueError for values out of range.
+    """The settings of a LoRA. Raises ValueError for values out of range.
 
-    rank         r, from 1. A layer with fewer inputs or outputs has as many, and the same scale
+    rank         r, at least 1. A layer with fewer inputs or outputs than r gets the largest possible rank, and the same
+                 scale
     alpha        above 0; by default the rank, so that the scale is 1
-    conv_rank    of convolutions with kernels above 1x1; by default that of the others
-    conv_alpha   the same for alpha; by default the one with which the scale is that of the others
-    dropout      share of a layer's inputs that A does not see in training, below 1
+    conv_rank    rank of convolutions with kernels larger than 1x1; by default `rank`
+    conv_alpha   alpha of these convolutions; by default such that their scale is that of the others
+    dropout      share of a layer's inputs that is hidden from A in training, below 1
     dora         whether the lengths of the rows are trained, too
     """
 
@@ -94,10 +95,10 @@ class LoraParams:
 
 
 class LoraLayer(nn.Module):
-    """A, B and perhaps m of one layer, a linear one or a convolution.
+    """A, B and, for DoRA, m of one layer: a linear layer or a convolution.
 
-    Its rank is at most the smaller side of the weight as a matrix, beyond which it would add nothing; alpha is then
-    smaller in proportion, so that the scale stays.
+    Its rank is at most the smaller side of the weight as a matrix: a larger one would have no effect. alpha is then
+    reduced in proportion, so that the scale stays the same.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, params: LoraParams) -> None:
@@ -119,7 +120,7 @@ class LoraLayer(nn.Module):
             self.magnitude = nn.Parameter(_norms(layer.weight.detach(), torch.zeros_like(self.down), self.up, 1.0))
 
     def forward(self, x: Tensor, output: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
-        """What the layer computes with the change, given its input x and its own output."""
+        """The output of the layer with the change, given its input x and its own output."""
         is_dropping = self.dropout > 0 and self.training
         seen = F.dropout(x, self.dropout) if is_dropping else x
         change = self._change(seen).to(output.dtype)
@@ -177,10 +178,10 @@ def _norms(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
 
 
 class TrainableLora(nn.Module):
-    """The changes of some layers of a network: its parameters are A and B of each, for DoRA m as well.
+    """The changes of some layers of a network. Its parameters are A and B of each layer, and m for DoRA.
 
-    network   not changed, nor kept
-    names     of linear layers and convolutions in it, such as `lora_layers` gives
+    network   is neither changed nor kept
+    names     of linear layers and convolutions in it, for example those of `lora_layers`
     params    rank, alpha and so on
     seed      of A's initial values, which are those of a linear layer (Kaiming-uniform), as in kohya's scripts
 
@@ -231,7 +232,7 @@ class TrainableLora(nn.Module):
             self._hooks.append(network.get_submodule(name).register_forward_hook(self._changer(layer)))
 
     def detach(self) -> None:
-        """Take the changes off the network again."""
+        """Remove the changes from the network again."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -265,8 +266,8 @@ def lora_layers(network: nn.Module, which: str = "all") -> list[str]:
     """The layers of a U-Net or text encoder that LoRAs usually change, in the order of the network.
 
     which   "attention"; "transformer", feed-forward layers and the projections around them as well; or "all", with the
-            layers of residual blocks and between levels: a change of how the network denoises, not only of what it
-            paints, needs them
+            layers of residual blocks and between levels, which are needed to change how the network denoises, not only
+            what it paints
 
     Raises ValueError for another choice.
     """

@@ -19,9 +19,9 @@ AI's; each is written only if it is true and known.
 
 The ranks and alphas are in the metadata, as settings of PEFT.
 
-A LoRA means the same in all of these programs, a DoRA does not: LyCORIS and this project read both namings as they are
-trained, diffusers ignores `dora_scale`, ComfyUI divides by |W| instead of |W + s B A|, and the web UI takes norms of
-inputs only. For these two, merge it into a checkpoint (scripts/convert.py --lora).
+All of these programs compute a LoRA alike, but not a DoRA: LyCORIS and this project compute it as it was trained, in
+both namings; diffusers ignores `dora_scale`; ComfyUI divides by |W| instead of |W + s B A|; and the web UI takes norms
+of inputs only. For these two, merge it into a checkpoint (scripts/convert.py --lora).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .lora import LoraLayer, TrainableLora
 
 NAMINGS = ("kohya", "peft")
 
-# What else kohya's scripts write of a training, after "ss_"; their README has the meanings.
+# The other metadata of kohya's scripts about a training, without "ss_"; their README explains them.
 FACTS = frozenset({
     "adaptive_noise_scale", "batch_size_per_device", "bucket_info", "cache_latents", "caption_dropout_rate",
     "clip_skip", "color_aug", "dataset_dirs", "debiased_estimation", "enable_bucket", "epoch", "flip_aug",
@@ -148,7 +148,7 @@ def lora_metadata(
     """The metadata of a LoRA file.
 
     title   names the LoRA
-    facts   what is known of the training, by kohya's names without "ss_": {"learning_rate": 1e-4}. Dictionaries are
+    facts   what is known about the training, by kohya's names without "ss_": {"learning_rate": 1e-4}. Dictionaries are
             written as JSON, None is left out
 
     Raises ValueError for unknown facts and for an unknown naming.
@@ -187,7 +187,7 @@ def _spec(config: Config, title: str, naming: str) -> dict[str, str]:
 
 
 def _kohya_facts(loras: Mapping[str, TrainableLora], config: Config) -> dict[str, str]:
-    """What kohya's scripts write of the network itself."""
+    """What kohya's scripts write about the network itself."""
     first, *others = (lora.params for lora in loras.values())
     args: dict[str, str] = {}
     if first.conv_rank is not None or first.conv_alpha is not None:

@@ -1,4 +1,4 @@
-"""A new word to train (textual inversion): its vectors are learned, and everything else stays as it is.
+"""A trainable word (textual inversion): its vectors are learned, and everything else stays unchanged.
 
 Gal et al. 2022, "An image is worth one word: personalizing text-to-image generation using textual inversion"
 (arXiv:2208.01618). The word is added to the model (sd/adapters/words.py), and a hook of each text encoder's token table
@@ -115,7 +115,9 @@ def _initial(encoder: TextEncoder, tokenizer: Tokenizer, init: str, count: int) 
         raise ValueError(f"{init!r} has no tokens: give a word to start from, such as one for the kind of thing")
     known = encoder.token(torch.tensor(ids, device=encoder.position.weight.device)).float()
     if not known.any(dim=1).all():
-        raise ValueError(f"the model does not know {init!r}, whose vectors are zero: give a word of its captions")
+        raise ValueError(
+            f"the model does not know {init!r}, whose vectors are zero: start from a word that it knows (--init-word)"
+        )
     if len(ids) > count:
         return torch.stack([part.mean(dim=0) for part in known.tensor_split(count)])
     return known[torch.arange(count, device=known.device) % len(ids)]
