@@ -231,7 +231,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     size = args.size or model.config.size
     model.latent_shape(size, size)  # refuses what cannot be
     target: Target = Adapters(args, model, recipe) if adapters.wanted(args) else WholeModel(args, model)
-    timesteps(args, model.schedule)
+    timesteps(args, model.config, model.schedule)
     target.set_trainable()
     if args.estimate_memory:
         tell_memory(args, model, target, losses)
@@ -260,7 +260,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         batch_options(args),
         noise=noise,
         inpaint=args.inpaint,
-        timesteps=timesteps(args, model.schedule),
+        timesteps=timesteps(args, model.config, model.schedule),
         trained=sum(p.numel() for p in trainer.trained.values()),
     )
     batches = Batches(data, model, recipe, processes, making)

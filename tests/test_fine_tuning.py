@@ -346,7 +346,9 @@ def test_wrong_options_are_one_line(options, words, photos, start, tmp_path):  #
 
 def test_data_is_needed_with_a_checkpoint(xl, start, tmp_path):  # noqa: F811
     status, _, err = start(train, "--lora", 2, "--ckpt", xl, *QUICK, "--out", tmp_path)
-    assert status == 1 and "--ckpt needs --data" in err[-1]
+    assert status == 1 and "--lora needs --data" in err[-1]
+    status, _, err = start(train, "--train-word", "<x>", "--init-word", "red", *QUICK, "--out", tmp_path)
+    assert status == 1 and "--train-word needs --data: a folder with images, such as data/hut" in err[-1]
 
 
 def test_one_image_is_enough(photos, start, tmp_path):  # noqa: F811

@@ -94,8 +94,8 @@ def curve(points: Sequence[tuple[float, float]], validation: Sequence[tuple[floa
     """Loss over steps on a logarithmic scale: the values as a thin line, their moving average as a thick one.
 
     points       step and loss
-    validation   step and values: "loss" is drawn beside the others, and "deciles", the losses of the timesteps from
-                 the least noisy tenth to the noisiest, in a second panel
+    validation   step and values: "deciles", the losses of the timesteps from the least noisy tenth to the noisiest,
+                 are drawn in a second panel, and their mean beside the training loss; without them "loss" is
 
     Raises ModuleNotFoundError without matplotlib.
     """
@@ -117,7 +117,7 @@ def curve(points: Sequence[tuple[float, float]], validation: Sequence[tuple[floa
     axes = panels[0]
     axes.plot(steps, losses, color="#a8c4e8", linewidth=1, label="loss")
     axes.plot(steps, average, color="#1f5fae", linewidth=2.5, label=f"average of {window}")
-    if held_out := [(step, values["loss"]) for step, values in validation if "loss" in values]:
+    if held_out := [(step, _mean(values)) for step, values in validation if "loss" in values]:
         axes.plot(*zip(*held_out, strict=True), color="#c8501e", linewidth=2.5, marker="o", label="validation")
     if by_decile:
         _plot_deciles(panels[1], by_decile)
@@ -128,6 +128,11 @@ def curve(points: Sequence[tuple[float, float]], validation: Sequence[tuple[floa
         panel.legend(ncols=2)
     panels[-1].set_xlabel("step")
     return figure
+
+
+def _mean(values: Values) -> float:
+    """The validation loss as the training loss is without weights: the mean of all timesteps."""
+    return float(np.mean(values["deciles"] if "deciles" in values else values["loss"]))
 
 
 def _plot_deciles(axes: Axes, found: Sequence[tuple[float, Any]]) -> None:

@@ -165,10 +165,13 @@ def noise_shape(args: argparse.Namespace) -> NoiseShape | None:
     return None
 
 
-def timesteps(args: argparse.Namespace, schedule: Schedule) -> tuple[int, int] | None:
-    """The timesteps of --timesteps, from the first to below the second; None for all."""
+def timesteps(args: argparse.Namespace, config: Config, schedule: Schedule) -> tuple[int, int] | None:
+    """The timesteps of --timesteps, from the first to below the second; None for all.
+
+    Without the option those of SDXL's refiner are the lowest fifth, on which it was trained.
+    """
     if args.timesteps is None:
-        return None
+        return (0, schedule.steps // 5) if config.is_refiner else None
     found = re.fullmatch(r"(\d{1,6})-(\d{1,6})", args.timesteps)
     low, high = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 0 <= low < high <= schedule.steps:
