@@ -299,7 +299,8 @@ def test_a_network_in_another_precision(part, cast, tiny, tiny_sd):
     model = StableDiffusion(TINY, **tiny | {part: copy.deepcopy(tiny[part])})
     getattr(getattr(model, part), cast)()
     image, before = (np.asarray(m.txt2img("a cat", **SETTINGS)[0]).astype(int) for m in (model, tiny_sd))
-    assert abs(image - before).max() <= (16 if cast == "bfloat16" else 2)
+    difference = abs(image - before)  # processors round products of bfloat16 differently
+    assert difference.mean() < 1 and difference.max() <= (32 if cast == "bfloat16" else 2)
 
 
 def test_a_network_in_two_precisions_or_nowhere(tiny):

@@ -171,6 +171,7 @@ def test_numbers_that_are_not_finite_are_found(trial, monkeypatch):
         CHECKS["controlled_is_plain"].function(trial)
 
 
+@pytest.mark.exhaustive
 @torch.no_grad()
 def test_control_without_effect_is_found(trial, monkeypatch):
     """Checks that compare two equal things must not pass because neither is controlled."""

@@ -38,7 +38,7 @@ def code(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-LONG = ("4-unet", "5-samplers", "8-editing")  # their code takes seconds
+LONG = ("4-unet", "5-samplers", "8-editing", "11-sdxl", "12-control")  # their code takes seconds
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,9 @@ def hut_run(tmp_path, tiny_sd, monkeypatch):
         status = evaluate.main(["--object", "hut", *small, "--json", str(file), *options])
         return status, json.loads(file.read_text()) if status == 0 else None
 
-    return run
+    yield run
+    tiny_sd.remove_lora()  # other tests have the same model
+    tiny_sd.remove_embedding()
 
 
 def test_a_run_with_a_lora_measures_usual_prompts_before_and_after(hut_run, tiny_sd, tmp_path, capsys) -> None:

@@ -254,7 +254,7 @@ def test_images_of_the_class_are_others_than_those_to_learn(photos, start, tmp_p
     assert 'call their folder "1_" and the class' in err[-1] and "--caption" not in err[-1]
     (whole / "green.txt").write_text("a green house")
     status, out, err = start(train, *given, "--reg", whole, "--out", tmp_path / "run")
-    assert status == 0 and "; 1 of them of the class" in out[0], err
+    assert status == 0 and "; 1 of them class images" in out[0], err
     status, _, err = start(train, *given, "--reg", whole / "mine", "--out", tmp_path / "other")
     assert status == 1 and len(err) == 1 and "the folder of --data" in err[0]
 
@@ -282,6 +282,7 @@ def test_validation_is_of_images_that_are_not_trained_on(photos, start, tmp_path
     assert one == pytest.approx(two, abs=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_samples_are_without_dropout_and_leave_the_training_as_it_is(photos, start, tmp_path):  # noqa: F811
     given = ["--lora", 2, "--data", photos, *QUICK, "--steps", 3, "--lora-dropout", 0.5, "--save-every", 1]
     assert start(train, *given, "--out", tmp_path / "without")[0] == 0
@@ -307,6 +308,7 @@ def test_a_broken_loss_names_its_image(photos, start, tmp_path, monkeypatch):  #
     assert load_state(tmp_path / "state.pt")["step"] == 2 and load_file(tmp_path / "lora.safetensors")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("options", "words"),
     [

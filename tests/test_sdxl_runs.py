@@ -63,12 +63,12 @@ def test_weights_and_long_prompts(base):
         guide_of(base, TextToImage(text, params(), web_ui_prompts=True)).cond
         for text in ("a red cat", "a (red:1.4) cat")
     )
-    assert torch.equal(plain.vector, weighted.vector) and error(weighted.context, plain.context) > 1e-3
+    assert error(plain.vector, weighted.vector) < 1e-6 and error(weighted.context, plain.context) > 1e-3
     long = guide_of(base, TextToImage("a cat BREAK a dog", params(), web_ui_prompts=True))
     assert long.cond.context.shape == long.uncond.context.shape == (1, 2 * 77, 160)
     first, second = (guide_of(base, TextToImage(text, params())).cond for text in ("a cat", "a dog"))
     assert error(long.cond.context, torch.cat([first.context, second.context], dim=1)) < 1e-6
-    assert torch.equal(long.cond.vector, first.vector) and not long.uncond.context.any()
+    assert error(long.cond.vector, first.vector) < 1e-6 and not long.uncond.context.any()
     assert torch.isfinite(finish(base.prepare(TextToImage("a cat, " * 60, params(), web_ui_prompts=True)))).all()
 
 

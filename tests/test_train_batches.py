@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from random import Random
 
@@ -293,7 +294,11 @@ def test_options_that_make_no_sense_are_one_line(new, photos, start, tmp_path): 
         "--prior-weight is the weight of class images: give their folder (--reg) or --class-prompt"
     )
     assert problem(*photographs, "--reg", tmp_path / "none") == f"--reg {tmp_path / 'none'}: no such folder"
-    assert problem(*photographs, "--reg", photos, "--prior-weight", -1).startswith("--prior-weight must be at least 0")
+    assert problem(*photographs, "--reg", photos).startswith(f"--reg {photos}: the folder of --data")
+    shutil.copytree(photos, tmp_path / "others")
+    assert problem(*photographs, "--reg", tmp_path / "others", "--prior-weight", -1).startswith(
+        "--prior-weight must be at least 0"
+    )
     assert problem(*photographs, "--drop", 2).startswith("--drop must be from 0 to 1")
     assert problem(*photographs, "--keep-tags", 1) == "--keep-tags goes with --shuffle-tags or --drop-tags"
     assert problem(*photographs, "--size", 8) == "--size must be at least 16 for this model, got 8"
@@ -306,8 +311,9 @@ def test_options_that_make_no_sense_are_one_line(new, photos, start, tmp_path): 
 
 def test_a_run_with_all_of_it(new, photos, start, tmp_path):  # noqa: F811
     """Class images, masks, mirrored images and tags, in buckets; the loss is finite and the model is written."""
-    out = tmp_path / "out"
-    options = ["--data", photos, "--reg", photos, "--prior-weight", 0.5, "--masked", "--flip", "--shuffle-tags"]
+    out, others = tmp_path / "out", tmp_path / "others"
+    shutil.copytree(photos, others)
+    options = ["--data", photos, "--reg", others, "--prior-weight", 0.5, "--masked", "--flip", "--shuffle-tags"]
     status, said, err = start(train, *new, *options, "--samples", 0, "--steps", 3, "--out", out)
     assert status == 0, err
     assert "8 of them class images" in said[0] and (out / "model.safetensors").exists()

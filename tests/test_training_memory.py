@@ -76,6 +76,7 @@ def test_accounting_counts_what_is_kept_for_the_backward_pass():
         assert watch.now == 3 * 4_000_000  # weight, gradient, input
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("what", [("--train-text",), ("--lora", 2, "--train-text"), ("--inpaint",)])
 def test_the_memory_of_sdxl(what, xl, start, tmp_path):  # noqa: F811
     """Whose dropped captions are zeros; the VAE stays only for inpainting."""
@@ -83,6 +84,7 @@ def test_the_memory_of_sdxl(what, xl, start, tmp_path):  # noqa: F811
     assert status == 0 and not err and len(out) == 7
 
 
+@pytest.mark.exhaustive
 def test_inpainting_needs_the_vae_in_memory(start, tmp_path, monkeypatch):  # noqa: F811
     estimate, frozen = accounting.estimate, []
 

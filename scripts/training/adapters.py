@@ -140,7 +140,7 @@ def check(args: argparse.Namespace) -> None:
     for name, usual in OTHERS.items():
         if getattr(args, name) != usual:
             raise ValueError(f"{_option(name)} does not go with {which}, which leaves the model as it is")
-    if args.data is None:
+    if args.data is None and not args.estimate_memory:
         raise ValueError(f"{which} needs --data: a folder with images, such as data/hut, or world for drawn scenes")
     if args.train_text and args.lora is None:
         raise ValueError("--train-text does not go with --train-word alone, which trains the vectors of a word only")
