@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from common import TINY
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -123,11 +125,17 @@ def test_a_judge_of_it_learns(monkeypatch) -> None:
 
 
 @pytest.fixture
-def hut_run(tmp_path, tiny_sd, monkeypatch):
+def own_sd(tiny) -> StableDiffusion:
+    """The tiny model, into which a run merges a LoRA for good."""
+    return StableDiffusion(TINY, **copy.deepcopy(tiny))
+
+
+@pytest.fixture
+def hut_run(tmp_path, own_sd, monkeypatch):
     """Run the program with a tiny model, and an untrained judge: (options) -> (status, figures)."""
     monkeypatch.setattr(judge, "train", lambda device, extra="": judge.Judge(extra).eval())
-    monkeypatch.setattr(evaluate.generate, "load", lambda args: tiny_sd)
-    monkeypatch.setattr(tiny_sd, "config", replace(tiny_sd.config, size=64))
+    monkeypatch.setattr(evaluate.generate, "load", lambda args: own_sd)
+    monkeypatch.setattr(own_sd, "config", replace(own_sd.config, size=64))
     monkeypatch.setattr(evaluate, "THROUGH_VAE", 2)
 
     def run(*options: str):
@@ -136,14 +144,12 @@ def hut_run(tmp_path, tiny_sd, monkeypatch):
         status = evaluate.main(["--object", "hut", *small, "--json", str(file), *options])
         return status, json.loads(file.read_text()) if status == 0 else None
 
-    yield run
-    tiny_sd.remove_lora()  # other tests have the same model
-    tiny_sd.remove_embedding()
+    return run
 
 
-def test_a_run_with_a_lora_measures_usual_prompts_before_and_after(hut_run, tiny_sd, tmp_path, capsys) -> None:
+def test_a_run_with_a_lora_measures_usual_prompts_before_and_after(hut_run, own_sd, tmp_path, capsys) -> None:
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-    width = tiny_sd.unet.config.channels[-1]
+    width = own_sd.unet.config.channels[-1]
     file = tmp_path / "mine.safetensors"
     up, down = torch.ones(width, 1), torch.ones(1, width)
     save_file({f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}, file)
@@ -155,17 +161,16 @@ def test_a_run_with_a_lora_measures_usual_prompts_before_and_after(hut_run, tiny
     assert figures["scores"]["usual"]["all"][1] == 4 and (tmp_path / "wrong" / "wrong.txt").exists()
 
 
-def test_a_run_with_a_word_uses_its_vectors(hut_run, tiny_sd, tmp_path, monkeypatch, capsys) -> None:
+def test_a_run_with_a_word_uses_its_vectors(hut_run, own_sd, tmp_path, monkeypatch, capsys) -> None:
     file, given = tmp_path / "thing.safetensors", []
-    save_file({"thing": torch.randn(2, tiny_sd.text_encoder.config.width)}, file)
+    save_file({"thing": torch.randn(2, own_sd.text_encoder.config.width)}, file)
     drawn = StableDiffusion.txt2img
     monkeypatch.setattr(
         StableDiffusion, "txt2img", lambda self, text, *a, **k: given.extend(text) or drawn(self, text, *a, **k)
     )
     status, figures = hut_run("--embedding", str(file), "--word", "thing")
     assert status == 0 and set(figures["scores"]) == {"with thing", "usual"} and "points" not in figures
-    assert tiny_sd.words["thing"] == 2 and sum("thing" in text for text in given) == 2 and len(given) == 6
-    tiny_sd.remove_embedding("thing")
+    assert own_sd.words["thing"] == 2 and sum("thing" in text for text in given) == 2 and len(given) == 6
     capsys.readouterr()
 
 
@@ -175,11 +180,10 @@ def test_only_the_images_are_written(tmp_path, monkeypatch, capsys) -> None:
     assert len(list((tmp_path / "hut").glob("*.webp"))) == 20 and "20 images of a hut" in capsys.readouterr().out
 
 
-def test_an_embedding_without_the_word_of_the_prompts_is_refused(hut_run, tiny_sd, tmp_path, capsys) -> None:
+def test_an_embedding_without_the_word_of_the_prompts_is_refused(hut_run, own_sd, tmp_path, capsys) -> None:
     file = tmp_path / "other.safetensors"
-    save_file({"other": torch.randn(1, tiny_sd.text_encoder.config.width)}, file)
+    save_file({"other": torch.randn(1, own_sd.text_encoder.config.width)}, file)
     status, _ = hut_run("--embedding", str(file))
-    tiny_sd.remove_embedding("other")
     assert status == 1 and "no embedding has the word hut: give --word, one of other" in capsys.readouterr().err
 
 
