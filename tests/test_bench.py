@@ -132,6 +132,7 @@ def test_alone(tmp_path, capsys):
     assert [line.split()[3:5] for line in lines if line.startswith("U-Net step  ")] == growth * tables
 
 
+@pytest.mark.exhaustive
 def test_a_peer(tmp_path, capsys, monkeypatch):
     """With one peer, the smallest part, all in this process; `test_every_peer` runs each peer in its own process."""
     needs(*peers.REQUIRED)

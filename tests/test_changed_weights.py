@@ -300,7 +300,9 @@ def test_a_network_in_another_precision(part, cast, tiny, tiny_sd):
     getattr(getattr(model, part), cast)()
     image, before = (np.asarray(m.txt2img("a cat", **SETTINGS)[0]).astype(int) for m in (model, tiny_sd))
     difference = abs(image - before)  # processors round products of bfloat16 differently
-    assert difference.mean() < 1 and difference.max() <= (32 if cast == "bfloat16" else 2)
+    assert difference.mean() < (4 if cast == "bfloat16" else 1) and difference.max() <= (
+        32 if cast == "bfloat16" else 2
+    )
 
 
 def test_a_network_in_two_precisions_or_nowhere(tiny):

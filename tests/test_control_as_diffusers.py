@@ -133,6 +133,7 @@ def test_image_to_image(small):
     assert error(ours, found) < 1e-4
 
 
+@pytest.mark.exhaustive
 def test_sdxl(tmp_path):
     (tmp_path / "model").mkdir()
     control = random_control(TINY_XL, 2)

@@ -131,6 +131,7 @@ def test_a_lora_learns():
     assert tensors[deep].shape == (4, 160)
 
 
+@pytest.mark.exhaustive
 def test_diffusers_reads_the_lora(tmp_path, monkeypatch):
     """Its U-Net with the trained LoRA predicts what ours does: the names are found, those of the second blocks too."""
     diffusers = pytest.importorskip("diffusers", reason="compares with diffusers, which is not installed")

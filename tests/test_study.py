@@ -642,6 +642,7 @@ def test_editing_takes_attention_over(tiny, inputs, tiny_sd):
         editing.prompt_to_prompt(tiny_sd, PROMPT, target, FEW, factors={"dog": 2.0})
 
 
+@pytest.mark.exhaustive
 def test_editing_keeps_what_the_prompt_alone_changes(embedded):
     """The figure's claim: a duck in the place of the boat, under the same sky."""
     settings = replace(runs.SETTINGS, seed=11)

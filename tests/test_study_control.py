@@ -94,6 +94,7 @@ def test_each_residual_has_a_name(config):
 # ------------------------------------------------------------------------------------------ images
 
 
+@pytest.mark.exhaustive
 def test_images_by_scale_steps_and_mode(tiny, monkeypatch):
     """Each of the requests once; the same setting in two rows is the same image."""
     asked, prepare = [], tiny.prepare

@@ -149,6 +149,7 @@ def test_the_model_that_is_controlled_stays_as_it_is(start, tmp_path, monkeypatc
         assert same(dict(getattr(models[0], name).state_dict()), dict(getattr(fresh, name).state_dict())), name
 
 
+@pytest.mark.exhaustive
 def test_resumed_training_equals_uninterrupted_training(drawings, start, tmp_path, monkeypatch):  # noqa: F811
     options = (*SMALL, "--data", drawings, "--steps", 4, "--accumulate", 2, "--hint-erase", 0.5)
     assert start(train, *options, "--out", tmp_path / "whole")[0] == 0
@@ -179,6 +180,7 @@ def test_two_processes_compute_with_the_hints_of_one_with_twice_the_batch():
     assert 0 < (every == 0).flatten(1).any(1).sum() < 8  # some lost a part, not all
 
 
+@pytest.mark.exhaustive
 def test_a_hint_is_learned():
     """On few drawings: with their hints the loss is smaller than with those of others, which at first are equal."""
     torch.manual_seed(0)

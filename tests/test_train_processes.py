@@ -55,8 +55,8 @@ def distance(a, b) -> float:
     return ((x - y).norm() / x.norm()).item()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("more", [("--shard",), ("--shard", "--checkpointing", "--accumulate", 2), ()])
-@pytest.mark.sampled(3)
 def test_two_processes_compute_what_one_does(more, new, photos, server, port, tmp_path):  # noqa: F811
     """Weights, average and moments after a step; then each goes on where the other stopped."""
     common = ("--data", photos, *new, *TWO, "--validate", 0.25)
@@ -195,7 +195,7 @@ def test_ctrl_c_at_any_moment(moment, whole, server, tmp_path):
     status = stopped.wait()
     printed = stopped.printed()
     assert status in (130, 0) and "Traceback" not in printed
-    assert status == 0 or printed.splitlines()[-1] == "stopped", printed
+    assert status == 0 or "stopped" in printed.splitlines(), printed
     goes_on(whole, server, tmp_path)
 
 

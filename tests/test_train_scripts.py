@@ -488,7 +488,9 @@ def test_an_inpainting_model_of_a_model_of_four_channels(ckpt, photos, start, tm
     assert status == 1 and err == ["error: tiny v1 inpainting has a U-Net of 9 channels: train it with --inpaint"]
 
 
-@pytest.mark.parametrize("precision", [pytest.param("bfloat16", marks=pytest.mark.exhaustive), "float16"])
+@pytest.mark.parametrize(
+    "precision", [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("bfloat16", "float16")]
+)
 def test_half_precision_learns_about_the_same(precision, new, photos, start, tmp_path):
     options = ["--data", photos, *new, "--samples", 0, "--steps", 4, "--weighting", "min-snr", "--prediction", "v"]
     assert start(train, *options, "--out", tmp_path / "float32")[0] == 0
