@@ -121,7 +121,8 @@ def test_a_judge_of_it_learns(monkeypatch) -> None:
     pixels, scenes = judge.renderings(200, "test", extra="hut")
     seen = trained.look(judge.to_floats(pixels))
     true, found = ([any(t.kind == "hut" for t in scene.things) for scene in each] for each in (scenes, seen))
-    assert np.mean(np.array(true) == np.array(found)) > 0.85 > 1 - np.mean(true) + 0.05
+    never = 1 - np.mean(true)  # right of a judge that never sees it
+    assert np.mean(np.array(true) == np.array(found)) > max(0.85, never + 0.05)
 
 
 @pytest.fixture
