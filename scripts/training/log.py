@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LOG, OLD_LOG = "train.jsonl", "log.jsonl"  # before version 0.3
+LOG, OLD_LOG = "train.jsonl", "log.jsonl"  # the second is the name that earlier versions gave it
 SMOOTH = 50  # points that the thick line averages over
 NO_CURVE = 'no loss.png: it needs matplotlib, pip install "sd-from-scratch[study]" or pip install matplotlib'
 Values = Mapping[str, float | list[float]]

@@ -103,7 +103,10 @@ def batch_options(args: argparse.Namespace) -> BatchOptions:
 def find_source(
     args: argparse.Namespace, options: DataOptions, pairs: bool = False, reg: Path | str | None = None
 ) -> Source:
-    """The data of --data, together with the images of the class in the folder `reg` if it is given."""
+    """The data of --data, together with the class images in the folder `reg` if it is given.
+
+    "world" in place of a folder is the toy world, as for --data. Raises ValueError for missing or unsuitable folders.
+    """
     check_data(args)
     scenes = World(args.scenes, options.size, getattr(args, "phrasings", 1), pairs=pairs)
     if args.data in (None, "world"):
