@@ -29,7 +29,7 @@ if not __package__:  # run as a file: see bootstrap.py
     __package__ = bootstrap.PACKAGE
 
 from sd.files import replaced_file
-from sd.imaging.files import save_animation
+from sd.imaging.animation import save_animation
 from sd.params import SamplingParams
 from sd.runtime.device import dtype_name
 from sd.samplers import SAMPLERS

@@ -10,6 +10,7 @@ r"""Texts from files and prompts as parts of messages: they may hold anything, o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 
@@ -35,3 +36,12 @@ def listed(items: Iterable[object], separator: str = ", ", most: int = 10) -> st
 def counted(count: int, noun: str) -> str:
     """A number and a noun that has a plural in -s."""
     return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a RuntimeError is the device's or the CPU allocator's "no memory"."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
+        return True
+    return bool(
+        re.search("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", str(error), re.IGNORECASE)
+    )

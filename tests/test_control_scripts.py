@@ -21,11 +21,11 @@ from scripts import img2img, inpaint, txt2img
 from scripts.common import control_args, enough_memory
 from scripts.common.control_args import Given, split_control, thresholds
 from scripts.common.like_controls import is_network
-from scripts.common.output import file_hash
 from sd import Control, StableDiffusion, read_request
 from sd.checkpoints.control_export import control_files, control_texts
 from sd.checkpoints.detect import CONFIG_KEY
 from sd.checkpoints.export import to_own
+from sd.checkpoints.hashes import file_hash
 from sd.control_config import ControlConfig
 from sd.imaging.annotate import canny
 from sd.models.controlnet import ControlNet

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from sd.imaging import files as image_files
+from sd.imaging.animation import save_animation
 from sd.imaging.files import (
     MAX_BYTES,
     MAX_PIXELS,
@@ -29,7 +30,6 @@ from sd.imaging.files import (
     parameters,
     read_image,
     read_mask,
-    save_animation,
     save_png,
 )
 

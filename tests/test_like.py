@@ -199,12 +199,11 @@ def test_what_looks_like_a_tag_in_our_prompts_is_text(tags, tiny):
     """Only the LoRAs that were merged are read back from the metadata."""
     request = TextToImage.of("a <lora:ink:1>", "b <lora:ink:1>", steps=2, sampler="ddim", spacing="leading", guidance=3)
     params = request.params.resolved(TINY)
-    run = SimpleNamespace(
-        request=request, params=params, is_guided=True, guides=[], source=SimpleNamespace(variation_seeds=())
-    )
+    model, digest = StableDiffusion(TINY, **tiny), SimpleNamespace(digits=lambda: "")
+    source = SimpleNamespace(variation_seeds=())
+    run = SimpleNamespace(model=model, request=request, params=params, is_guided=True, guides=[], source=source)
     addons = SimpleNamespace(tags=lambda: tags, about=lambda model, request: {})
     args = txt2img.parser().parse_args(["a cat"])
-    model, digest = StableDiffusion(TINY, **tiny), SimpleNamespace(digits=lambda: "")
     result = SimpleNamespace(images=[Image.new("RGB", (64, 64))], seeds=[5])
     recipe = read_parameters(generate.Metadata(args, model, addons, digest, {}).describe(run, result, 0))
     assert (recipe.request.prompt, recipe.request.negative) == (("a <lora:ink:1>",), "b <lora:ink:1>")

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from scripts import convert, img2img, inpaint, txt2img
-from scripts.common import output
+from sd.checkpoints import hashes
 from sd.checkpoints.detect import CONFIG_KEY
 from sd.checkpoints.export import to_own
 from sd.config import ScheduleConfig
@@ -542,5 +542,5 @@ def test_metadata_of_a_conversion_is_the_config(ckpt, tmp_path, capsys):
 
 def test_model_hash_is_the_sha256(tmp_path):
     file = write(tmp_path / "a", b"abc")
-    assert output.ModelHash(file).digits() == "ba7816bf8f"
-    assert output.ModelHash(tmp_path / "gone").digits() is None
+    assert hashes.ModelHash(file).digits() == "ba7816bf8f"
+    assert hashes.ModelHash(tmp_path / "gone").digits() is None

@@ -22,9 +22,10 @@ from sdxl_common import (
 
 from scripts import txt2img
 from scripts.common.checks import check_prompts
-from scripts.common.prompt_loras import PromptLoras, all_texts, without_lora_tags
+from scripts.common.prompt_loras import PromptLoras
 from sd import StableDiffusion, read_request
 from sd.params import TextToImage, from_dict
+from sd.request_texts import all_texts, without_lora_tags
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,15 @@ from sd.adapters.adapter_files import EMBEDDING_FILES, LORA_FILES, adapter_file
 from sd.adapters.added import LoraFile
 from sd.adapters.textual_inversion import refuse_image
 from sd.checkpoints.folders import model_name
+from sd.checkpoints.hashes import ModelHash
 from sd.params import TextToImage
 from sd.recipes.fields import text_of
+from sd.request_texts import all_texts
 from sd.text.prompt_syntax import plain, texts_of
+from sd.text.prompt_tags import tag_name
 
 from .cli import Parser, file_path, home
-from .output import ModelHash
-from .prompt_loras import PromptLoras, all_texts, check_folder, merge_loras, tag_name
+from .prompt_loras import PromptLoras, check_folder, merge_loras
 
 RENAMED = ("--weighted-prompts", "--long-prompts")  # of earlier versions, each a part of --web-ui-prompts
 

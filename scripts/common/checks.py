@@ -13,9 +13,9 @@ from sd.hires import enlarged_shape, second_pass
 from sd.messages import one_line
 from sd.models.text_encoder import layers_of_clip_skip
 from sd.params import HighRes, ImageToImage, Inpaint, TextToImage
+from sd.request_texts import all_texts, prompt_texts
 from sd.text.prompt_syntax import check_prompt, chunks, texts_of
 
-from .prompt_loras import all_texts, prompt_texts
 from .prompts import Line
 
 UNKNOWN = 200  # characters of unknown words that are shown

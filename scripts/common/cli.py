@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from sd.messages import is_out_of_memory
+
 from .spellings import instead_of
 from .streams import INTERRUPTED, interruptible, standard_streams
 
@@ -239,15 +241,6 @@ def describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a RuntimeError is the device's or the CPU allocator's "no memory"."""
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
-        return True
-    return bool(
-        re.search("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", str(error), re.IGNORECASE)
-    )
 
 
 def keep_freed_memory() -> None:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 import sd
 from sd.checkpoints.control_detect import control_name, family
 from sd.checkpoints.folders import has_variant
+from sd.checkpoints.hashes import file_hash
 from sd.control_params import ANNOTATORS, FITS, MAX_CONTROLS, MODES, Control
 from sd.controls import at_size, hint_at
 from sd.imaging.annotate import check_installed
@@ -34,7 +35,7 @@ from sd.resources import EMBEDDED, EMBEDDED_CONTROLS, resource
 from sd.run import Run
 
 from .cli import Parser, PathError, describe, file_path, home
-from .output import Output, file_hash
+from .output import Output
 from .xl_args import base_options
 
 FORM = "FILE=IMAGE, FILE=IMAGE:SCALE or FILE=IMAGE:SCALE:FROM-TO"

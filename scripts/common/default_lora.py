@@ -16,9 +16,10 @@ from sd.few_step import LCM
 from sd.params import OPTIONS, SamplingParams, TextToImage
 from sd.recipes import Recipe
 from sd.recipes.recipe import Addon
+from sd.request_texts import prompt_texts
 from sd.resources import EMBEDDED, EMBEDDED_LORA, resource
 
-from .prompt_loras import PromptLoras, prompt_texts
+from .prompt_loras import PromptLoras
 
 SPACING = "trailing"  # the timesteps it was trained on
 # sampling settings that can be anything, or that `suits` looks at; all others must have their defaults

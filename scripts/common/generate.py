@@ -17,8 +17,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import sd
-from sd import recipes
 from sd.checkpoints.folders import model_name
+from sd.checkpoints.hashes import ModelHash
 from sd.checkpoints.tiny_loading import load_tiny_vae
 from sd.imaging.files import ImageFile
 from sd.imaging.previews import LinearDecoder
@@ -26,7 +26,9 @@ from sd.imaging.tensors import grid
 from sd.models.taesd import TinyVAE
 from sd.params import ImageToImage, Inpaint, SamplingParams, TextToImage
 from sd.recipes.fields import key, text_of
+from sd.recipes.image_text import effective, image_text
 from sd.recipes.refiner_switch import BY_STEPS
+from sd.request_texts import without_lora_tags
 from sd.resources import EMBEDDED, resource
 from sd.run import Result, Run
 from sd.runtime import kernel_choice
@@ -41,8 +43,8 @@ from .control_args import Controls
 from .default_lora import default_lora
 from .enough_memory import check_memory
 from .loading import load_model
-from .output import ModelHash, Output
-from .prompt_loras import PromptLoras, prompt_texts, without_lora_tags
+from .output import Output
+from .prompt_loras import PromptLoras
 from .prompts import Line, Make, read_prompts
 from .user_cache import keep_kernels, keep_weights, recall_kernels
 from .xl_args import check_refiner, load_refiner
@@ -137,24 +139,9 @@ class Metadata:
 
     def describe(self, run: Run, result: Result, i: int) -> str:
         """The text of image i of a run. Everything that the pixels depend on is in it: `sd.read_request` reads it."""
-        args, image, seed = self.args, result.images[i], result.seeds[i]
-        assert not isinstance(run.request.prompt, torch.Tensor)
-        (prompt,) = run.request.prompt
-        digits = self.digest.digits()
-        guided = run.is_guided or any(guide.uncond is not None for guide in run.guides)
-        (negative,) = prompt_texts(run.request.negative if guided else "")  # else it has no effect
-        batch, params = len(result.images), replace(run.params, seed=seed)
-        if run.source.variation_seeds:
-            params = replace(params, variation_seed=run.source.variation_seeds[i])
-        size = image.size
-        if not isinstance(run.request, ImageToImage | Inpaint):  # what comes after sampling may enlarge the image
-            _, h, w = self.model.latent_shape(run.params.height, run.params.width)
-            size = (w * self.model.config.vae.factor, h * self.model.config.vae.factor)
+        args, digits = self.args, self.digest.digits()
         chosen = args.prediction or args.model != "auto"
-        values = {
-            **recipes.describe(run.request, params, size),
-            **({"Batch size": batch, "Batch pos": i} if batch > 1 else {}),
-            **self.more,
+        end = {
             **({"Model hash": digits} if digits else {}),
             "Model": model_name(args.ckpt or resource(EMBEDDED)),
             **({"Weights": args.weights} if args.weights != "auto" else {}),
@@ -164,14 +151,12 @@ class Metadata:
             **({"Text encoder": model_name(args.text_encoder)} if args.text_encoder else {}),
             **(self._refiner(run.params) if args.refiner else {}),
             **({"Text encoder 2": model_name(args.text_encoder_2)} if args.text_encoder_2 else {}),
-            **self.addons.about(
-                self.model, run.request if guided else replace(run.request, negative="", negative_2=None)
-            ),
+            **self.addons.about(self.model, effective(run)),
             **(self.controls.about() if self.controls else {}),
             "Precision": dtype_name(self.model.dtype),
             "Version": f"sd {sd.__version__}",
         }
-        return recipes.written(prompt, negative, values, self.addons.tags())
+        return image_text(run, result, i, self.more, end, self.addons.tags())
 
     def _refiner(self, params: SamplingParams) -> dict[str, object]:
         """The entries about the refiner, as the web UI writes them."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from sd.adapters.adapter_files import EMBEDDING_FILES, LORA_FILES, adapter_file, embedding_word, lora_name
 from sd.checkpoints.convert import WEIGHTS
+from sd.checkpoints.hashes import ModelHash, file_hash
 from sd.config import PREDICTIONS, Config
 from sd.imaging.files import SUFFIXES
 from sd.messages import counted, one_line
@@ -29,14 +30,14 @@ from sd.recipes.fields import text_of
 from sd.recipes.recipe import MAX_SHOWN, file_name
 from sd.runtime.device import DTYPES
 from sd.samplers import SAMPLERS
+from sd.text.prompt_tags import tag_name
 
 from .adapter_args import split_embedding, split_lora, split_name
 from .arguments import colour
 from .cli import Parser, file_path
 from .default_lora import BROUGHT, decides_anew, embedded_lora
 from .like_controls import compare_controls, settings_of, take_controls
-from .output import ModelHash, file_hash
-from .prompt_loras import LoraFolder, tag_name
+from .prompt_loras import LoraFolder
 from .xl_args import PAIRS
 
 SECOND_PROMPTS = ("prompt_2", "negative_2")

@@ -10,6 +10,7 @@ import warnings
 from hashlib import sha256
 from pathlib import Path
 
+from sd.checkpoints.hashes import file_hash
 from sd.imaging.files import ImageFileError, read_bytes
 from sd.messages import counted, one_line
 from sd.recipes import ControlUse, Recipe
@@ -18,7 +19,6 @@ from sd.recipes.fields import text_of
 from sd.recipes.recipe import MAX_SHOWN, file_name
 
 from .control_args import Given, network_name, split_control
-from .output import file_hash
 
 
 def take_controls(args: argparse.Namespace, recipe: Recipe) -> list[str]:

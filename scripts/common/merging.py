@@ -12,12 +12,11 @@ from torch import Tensor
 from sd.adapters.added import LoraFile
 from sd.adapters.lora import Lora, merged_weight
 from sd.adapters.lora_formats import read_lora
+from sd.checkpoints.hashes import ModelHash
 from sd.config import Config
 from sd.few_step import named
 from sd.messages import listed, printable
 from sd.models.build import build
-
-from .output import ModelHash
 
 MERGED_KEY = "merged_loras"  # in the metadata of a file: JSON, the name, weight and hash of each
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import tempfile
-import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -16,46 +14,8 @@ from pathlib import Path
 from PIL import Image
 
 from sd.files import check_writable, exists, new_file
-from sd.imaging.files import OTHER_SUFFIXES, SUFFIXES, png_bytes, save_animation, save_png
-
-
-class ModelHash:
-    """The first digits of the SHA-256 of a file, which identify models in other tools; computed in the background.
-
-    tensors_only   skip the header of a .safetensors file, which tools may change: the hash of LoRA files
-    """
-
-    def __init__(self, path: Path, digits: int = 10, tensors_only: bool = False) -> None:
-        self._path, self._count, self._tensors_only = path, digits, tensors_only
-        self._digits: str | None = None
-        self._thread = threading.Thread(target=self._compute, daemon=True)  # does not delay the exit of the program
-        self._thread.start()
-
-    def _compute(self) -> None:
-        digest = hashlib.sha256()
-        with contextlib.suppress(OSError), open(self._path, "rb") as file:
-            if self._tensors_only:
-                file.seek(8 + int.from_bytes(file.read(8), "little"))
-            while block := file.read(1 << 20):
-                digest.update(block)
-            self._digits = digest.hexdigest()[: self._count]
-
-    def digits(self) -> str | None:
-        """Wait for the digits; None if the file could not be read."""
-        self._thread.join()
-        return self._digits
-
-
-def file_hash(path: Path) -> str | None:
-    """The web UI's short hash of a file, 8 digits: of 64 KB at 1 MB. It is that of models before 2023, and still that
-    of control networks. None for a folder, or a file that cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(1 << 20)
-            return hashlib.sha256(file.read(1 << 16)).hexdigest()[:8]
-    except OSError:
-        return None
-
+from sd.imaging.animation import save_animation
+from sd.imaging.files import OTHER_SUFFIXES, SUFFIXES, png_bytes, save_png
 
 NUMBERS = 10**9  # numbers in names are below this
 OTHER_FORMATS = {*SUFFIXES, *OTHER_SUFFIXES, ".apng", ".psd", ".svg"} - {".png"}

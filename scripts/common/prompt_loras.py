@@ -7,7 +7,6 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,8 @@ from sd.adapters.added import LoraFile
 from sd.checkpoints.folders import ENDINGS
 from sd.messages import listed, one_line, printable
 from sd.params import TextToImage
-from sd.text.prompt_tags import Tag, lora_weight, take_loras
+from sd.request_texts import all_texts
+from sd.text.prompt_tags import Tag, lora_weight, tag_name, take_loras
 
 MAX_FILES = 100_000  # looked at: more is not a folder of LoRA files
 LISTED = 5  # files or names in an error message at most
@@ -87,11 +87,6 @@ class LoraFolder:
                 f"rename all but one{or_name}"
             )
         return files[0]
-
-
-def tag_name(name: str) -> str:
-    """The name of a LoRA as a tag has it, without the characters that end it there."""
-    return re.sub("[:,<>]", "", name)
 
 
 class NamedLora(NamedTuple):
@@ -205,39 +200,3 @@ def merge_loras(
     for text in notes:
         warnings.warn(text, stacklevel=2)
     return merged
-
-
-def without_lora_tags(request: TextToImage) -> TextToImage:
-    """The same request without the tags of LoRAs in its prompts, if it is one with `web_ui_prompts`."""
-    if not request.web_ui_prompts:
-        return request
-
-    def without(given: object) -> tuple[str, ...]:
-        return tuple(take_loras(text)[0] for text in prompt_texts(given))
-
-    def second(given: object) -> str | tuple[str, ...] | None:
-        return None if given is None else without(given)[0] if isinstance(given, str) else without(given)
-
-    negative = without(request.negative)
-    return replace(
-        request,
-        prompt=without(request.prompt),
-        negative=negative[0] if len(negative) == 1 else negative,
-        prompt_2=second(request.prompt_2),
-        negative_2=second(request.negative_2),
-    )
-
-
-def all_texts(request: TextToImage) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The texts of the prompts and of the negative prompts of a request, those of the second encoder included."""
-    prompts, negatives = (
-        prompt_texts(first) + prompt_texts(() if second is None else second)
-        for first, second in ((request.prompt, request.prompt_2), (request.negative, request.negative_2))
-    )
-    return prompts, negatives
-
-
-def prompt_texts(prompts: object) -> tuple[str, ...]:
-    """The texts of a prompt or a negative prompt."""
-    assert isinstance(prompts, str | tuple)
-    return (prompts,) if isinstance(prompts, str) else prompts

@@ -23,7 +23,7 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +75,6 @@ UPRIGHT = {
 }  # fmt: skip
 PAGE_KIND, BITS, PHOTOMETRIC, ORIENTATION, SUB_PAGES = 254, 258, 262, 274, 330  # numbers of TIFF and EXIF tags
 
-ANIMATIONS = {".webp": "WEBP", ".gif": "GIF", ".png": "PNG"}
 SEVERAL = "{}: has several frames or pages; the first one is used"
 # Pillow's warnings are silenced while it reads. Warning filters are global to the process: two threads that change them
 # at the same time could leave them changed.
@@ -121,6 +120,25 @@ def read_mask(path: str | os.PathLike[str]) -> Image.Image:
     for note in notes:
         warnings.warn(note, stacklevel=2)
     return mask
+
+
+def image_from_bytes(data: bytes, most_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image in the contents of a file: upright, RGB, or RGBA if any pixel is transparent.
+
+    Raises ImageFileError, as `read_image`, and for more than `most_pixels`, which is seen before decoding.
+    """
+    try:
+        with _quiet, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            width, height = Image.open(io.BytesIO(data), formats=FORMATS).size
+            if width * height > most_pixels:
+                raise ImageFileError(f"{width} x {height} are too many pixels, the limit is {most_pixels:,}")
+            colours, alpha, _ = _decode(data, True, False)
+    except Exception as error:  # decoders may raise anything for damaged data
+        raise ImageFileError(_problem(error, data)) from None
+    if alpha is not None:
+        colours.putalpha(alpha)
+    return colours
 
 
 def flatten(
@@ -362,29 +380,3 @@ def save_png(image: Image.Image, path: Path, text: str | None = None) -> None:
     """
     with new_file(path) as partial:
         partial.write_bytes(png_bytes(image, text))
-
-
-def save_animation(frames: Sequence[Image.Image], path: Path, seconds: float = 0.2, last: float = 1.5) -> None:
-    """Write a new looping animation (.webp, .gif or .png) atomically: each frame for `seconds`, the last for `last`.
-
-    A GIF file has 256 dithered colours per frame, and durations in hundredths of a second. Raises ValueError for
-    another suffix, no frames, frames of different sizes, and times outside of 0.01 to 60 seconds; FileExistsError if
-    the file exists, OSError if it cannot be written.
-    """
-    kind = ANIMATIONS.get(path.suffix.lower())
-    if kind is None:
-        raise ValueError(f"{path}: got the suffix {path.suffix!r} for an animation, expected one of {[*ANIMATIONS]}")
-    if kind == "WEBP" and not features.check("webp"):
-        raise ValueError(f"{path}: this Pillow was built without WebP; use .gif")
-    sizes = sorted({frame.size for frame in frames})
-    if len(sizes) != 1:
-        raise ValueError(f"{path}: got frames of the sizes {sizes}, expected at least one frame and a single size")
-    if not (0.01 <= seconds <= 60 and 0.01 <= last <= 60):
-        raise ValueError(f"{path}: got {seconds} and {last} seconds for a frame, expected 0.01 to 60")
-    images = [frame.convert("RGB") for frame in frames]
-    if kind == "GIF":
-        images = [p.quantize(palette=p.quantize(256), dither=Image.Dither.FLOYDSTEINBERG) for p in images]
-    times = [round(1000 * seconds)] * (len(images) - 1) + [round(1000 * last)]
-    options: dict[str, Any] = {"quality": 90} if kind == "WEBP" else {}
-    with new_file(path) as partial:
-        images[0].save(partial, kind, save_all=True, append_images=images[1:], duration=times, loop=0, **options)

@@ -26,7 +26,7 @@ from ..imaging.files import ImageFileError, read_bytes
 from ..messages import one_line
 from .comfyui import is_graph, read_graph
 from .comfyui_workflow import is_workflow, to_graph
-from .containers import read_texts
+from .containers import image_texts, read_texts
 from .control_entries import written_controls
 from .fields import describe
 from .hidden_texts import hidden_texts
@@ -43,6 +43,7 @@ __all__ = [
     "describe",
     "read_parameters",
     "read_request",
+    "read_request_bytes",
     "written",
     "written_controls",
 ]
@@ -64,16 +65,25 @@ def read_request(path: str | os.PathLike[str]) -> Recipe:
 
     Raises ImageFileError, a ValueError whose message is one line, if the file cannot be read or has no settings.
     """
-    texts = read_texts(path)
+    return _read(read_texts(path), lambda: _hidden(path), str(path))
+
+
+def read_request_bytes(data: bytes, name: str = "image") -> Recipe:
+    """The same from the contents of an image file, called `name` in errors."""
+    return _read(image_texts(data, name), lambda: hidden_texts(data), name)
+
+
+def _read(texts: Mapping[str, str], hidden: Callable[[], Mapping[str, str]], name: str) -> Recipe:
+    """The recipe in these texts, or else in those hidden in pixels."""
     try:
         try:
             return _recipe(texts)
         except ValueError:
-            if not (texts := _hidden(path)):
+            if not (others := hidden()):
                 raise
-            return _recipe(texts)
+            return _recipe(others)
     except ValueError as error:
-        raise ImageFileError(f"{path}: {one_line(error, 300)}") from None
+        raise ImageFileError(f"{name}: {one_line(error, 300)}") from None
 
 
 def _hidden(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -45,6 +45,11 @@ def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:
         if len(data) > MAX_TEXT:
             raise ImageFileError(f"{path}: larger than {MAX_TEXT >> 20} MB, too large for the settings of an image")
         return {"prompt" if suffix == ".json" else "parameters": decoded(data)}
+    return image_texts(data, str(path))
+
+
+def image_texts(data: bytes, name: str = "image") -> dict[str, str]:
+    """The same for the contents of an image file, called `name` in errors."""
     if data.startswith(PNG):
         return png_texts(data)
     try:
@@ -55,7 +60,7 @@ def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:
             texts = exif_texts(exif)
             comment = image.info.get("comment")
     except Exception:  # decoders may raise anything for damaged data
-        raise ImageFileError(f"{path}: not an image of a known format, or damaged; give the original file") from None
+        raise ImageFileError(f"{name}: not an image of a known format, or damaged; give the original file") from None
     if isinstance(comment, bytes | str) and "parameters" not in texts and len(comment) <= MAX_TEXT:
         texts["parameters"] = comment if isinstance(comment, str) else decoded(comment)
     return texts

@@ -71,6 +71,11 @@ def _take(prompt: str, wanted: Callable[[Tag], bool]) -> tuple[str, list[Tag]]:
     return TAG.sub(taken, prompt), tags
 
 
+def tag_name(name: str) -> str:
+    """The name of a LoRA as a tag has it, without the characters that end it there."""
+    return re.sub("[:,<>]", "", name)
+
+
 def lora_weight(tag: Tag) -> float:
     """The weight of a LoRA's tag, 1 if there is none.
 

@@ -1,0 +1,150 @@
+"""Several runs of one model side by side: their evaluations of the U-Net are made together, in one batch.
+
+    lockstep = Lockstep(model)
+    lockstep.start(lambda model: model.txt2img("a red house", seed=1))
+    lockstep.start(lambda model: model.img2img("a boat", photo, steps=30))      # anything that uses the model
+    while lockstep.advance():                                                  # one evaluation of each
+        ...                                                                    # others may start in between
+
+A task is an ordinary function that is given the model. It runs until the model's `predict` is called; when all tasks
+wait for that, the calls of one shape are evaluated together (runtime/together.py), and each task goes on with its own
+output. Tasks may differ in prompts, seeds, samplers, steps and images, and begin and end at different times. Each gets
+the images that it would get alone, to the bit.
+
+Tasks run in threads, but only one at a time: a thread is here what a coroutine is elsewhere, as samplers call the
+network from the middle of their loops.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .conditioning import Conditioning, Wrapper
+from .pipeline import StableDiffusion
+from .runtime.circular import is_circular
+from .runtime.together import Batch, Together
+
+Task = Callable[[StableDiffusion], Any]
+
+
+class Stopped(BaseException):
+    """Raised in a task that waits for the network when the lockstep is closed. No `except Exception` catches it."""
+
+
+class Turn:
+    """A task in its thread, which runs only while it has the turn."""
+
+    def __init__(self, model: StableDiffusion, task: Task) -> None:
+        self.call: Batch | None = None  # that it waits for
+        self.output: Tensor | None = None
+        self.error: BaseException | None = None  # to raise where the task waits
+        self.ended, self.result, self.failure = False, None, None  # type: bool, Any, BaseException | None
+        self._mine, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._model, self._task = model, task
+        threading.Thread(target=self._run, name="lockstep", daemon=True).start()
+
+    def go_on(self) -> None:
+        """Let the task run until it waits for the network, or ends."""
+        self._mine.release()
+        self._back.acquire()
+
+    def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """Called in the task: wait for the output of the network."""
+        self.call = Batch(x, t, conditioning)
+        self._back.release()
+        self._mine.acquire()
+        self.call, output, error = None, self.output, self.error
+        self.output = self.error = None
+        if error is not None:
+            raise error
+        assert output is not None
+        return output
+
+    def _run(self) -> None:
+        self._mine.acquire()
+        try:
+            self.result = self._task(self._model)
+        except BaseException as error:
+            self.failure = error
+        self.ended = True
+        del self._model, self._task  # what they hold is free
+        self._back.release()
+
+
+class Lockstep:
+    """Tasks of one model. Its methods are called from one thread, in which the network runs."""
+
+    def __init__(self, model: StableDiffusion) -> None:
+        self.model = model
+        self.turns: list[Turn] = []
+        self._together = Together(model.unet, self._evaluate)
+
+    def __len__(self) -> int:
+        return len(self.turns)
+
+    def start(self, task: Task) -> Turn:
+        """Begin a task, up to its first evaluation. Its `ended`, `result` and `failure` say how it went.
+
+        The model that it is given is the same one, but for its `predict`.
+        """
+        shared = copy.copy(self.model)
+        turn = Turn(shared, task)
+
+        def predict(x: Tensor, t: Tensor, conditioning: Conditioning, wrap: Wrapper | None = None) -> Tensor:
+            if wrap is not None:  # another network, such as one that follows hints: alone
+                return self.model.predict(x, t, conditioning, wrap)
+            if is_circular():  # a mode of this thread
+                return self.model.predict(x, t, conditioning)
+            return turn.predict(x, t, conditioning)
+
+        shared.predict = predict  # type: ignore[method-assign]
+        self.turns.append(turn)
+        self._go_on(turn)
+        return turn
+
+    def advance(self) -> bool:
+        """Evaluate what the tasks wait for, and let each go on; False if there are none."""
+        shapes: dict[object, list[Turn]] = {}
+        for turn in self.turns:
+            assert turn.call is not None
+            shapes.setdefault(turn.call.shape(), []).append(turn)
+        for waiting in shapes.values():
+            self._answer(waiting)
+        for turn in [*self.turns]:
+            self._go_on(turn)
+        return bool(self.turns)
+
+    def close(self) -> None:
+        """End all tasks: `Stopped` is raised where they wait."""
+        while self.turns:
+            for turn in [*self.turns]:
+                turn.error = Stopped()
+                self._go_on(turn)
+
+    def _go_on(self, turn: Turn) -> None:
+        turn.go_on()
+        if turn.ended:
+            self.turns.remove(turn)
+
+    def _answer(self, waiting: list[Turn]) -> None:
+        """Give each of these tasks its output, or the error of its evaluation."""
+        calls = [turn.call for turn in waiting if turn.call is not None]
+        try:
+            outputs = self._together(calls)
+        except Exception as error:  # out of memory, for example
+            if len(waiting) == 1:
+                waiting[0].error = error
+                return
+            for turn in waiting:  # each alone may do
+                self._answer([turn])
+            return
+        for turn, output in zip(waiting, outputs, strict=True):
+            turn.output = output
+
+    def _evaluate(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.model.predict(x, t, conditioning)

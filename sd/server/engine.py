@@ -1,0 +1,232 @@
+"""The queue of jobs, and the workers that take from it: one for each device.
+
+    client -> `submit` -> queue (bounded, first come first served) -> worker (worker.py) -> events of the job
+
+A worker computes jobs side by side if they use the same model and LoRAs (`lockstep`): the first in the queue, and those
+behind it that fit. A job that does not fit is not overtaken for long: once it is first, no others are added.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from ..params import TextToImage
+from ..request_texts import all_texts, without_lora_tags
+from ..runtime.device import find_device
+from ..text.prompt_tags import lora_weight, take_loras
+from .catalogue import Catalogue, Entry
+from .jobs import ENDS, Job, Work
+from .limits import check_work
+from .settings import ServerSettings
+from .worker import Worker
+
+RECENT = 50  # jobs whose duration the next ones are estimated by
+
+
+class Busy(Exception):
+    """The queue is full, or the server stops. `retry_after` in seconds; None if it makes no sense to try again."""
+
+    def __init__(self, message: str, retry_after: int | None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Setup(NamedTuple):
+    """What jobs that are computed side by side have in common."""
+
+    model: Entry
+    loras: tuple[tuple[Entry, float], ...] = ()
+    vae: Entry | None = None
+
+
+@dataclass
+class Totals:
+    """What happened since the start."""
+
+    accepted: int = 0
+    refused: int = 0
+    ended: Counter[str] = field(default_factory=Counter)  # by state
+    images: int = 0
+    steps: int = 0
+    seconds: float = 0.0  # that workers were busy
+
+
+class Engine:
+    """Accepts jobs, and has them done.
+
+    current   the model of requests that name none
+    totals    counts, for metrics
+    seen      called in the worker's thread with each job when it ends
+    """
+
+    def __init__(self, settings: ServerSettings, seen: Callable[[Job], object] = lambda job: None) -> None:
+        self.settings, self.seen = settings, seen
+        self.catalogue = Catalogue(settings)
+        self.current = self.catalogue.default
+        self.totals = Totals()
+        self._waiting: deque[tuple[Job, Setup]] = deque()
+        self._running: list[Job] = []
+        self._changed = threading.Condition()
+        self._accepts = True
+        self._durations: deque[float] = deque(maxlen=RECENT)
+        devices = settings.device or ("",)
+        self.workers = [Worker(self, find_device(name or None)) for name in devices]
+
+    # ------------------------------------------------------------------------------------------- for the routes
+
+    def start(self) -> None:
+        """Start the workers, each of which loads the current model. Returns at once."""
+        for worker in self.workers:
+            worker.start()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a model is loaded, and jobs are accepted."""
+        return self._accepts and any(worker.is_ready for worker in self.workers)
+
+    async def submit(self, works: Sequence[Work], client: str) -> list[Job]:
+        """Put work into the queue, all or nothing; returns its jobs.
+
+        client   whose work it is: so that one cannot fill the queue
+
+        Raises Busy if there is no room, and ValueError for work that names what is not there, or exceeds the limits.
+        """
+        setups = await asyncio.to_thread(lambda: [self._checked(work) for work in works])
+        jobs = [Job(work, client) for work, _ in setups]
+        with self._changed:
+            if not self._accepts:
+                self.totals.refused += len(jobs)
+                raise Busy("the server is stopping", None)
+            own = sum(job.client == client for job, _ in self._waiting)
+            settings, waiting = self.settings, len(self._waiting)
+            if waiting + len(jobs) > settings.queue or own + len(jobs) > settings.queue_per_client:
+                self.totals.refused += len(jobs)
+                whose = "the queue is full" if waiting + len(jobs) > settings.queue else "too many of your jobs wait"
+                raise Busy(f"{whose}: {own} of yours, {waiting} in all; try again later", self.retry_after())
+            self.totals.accepted += len(jobs)
+            self._waiting += zip(jobs, (setup for _, setup in setups), strict=True)
+            self._changed.notify_all()
+        return jobs
+
+    def retry_after(self) -> int:
+        """Seconds after which some of the jobs that wait now will have ended, by the durations of recent ones."""
+        mean = sum(self._durations) / len(self._durations) if self._durations else 1.0
+        ahead = len(self._waiting) / 2 / max(len(self.workers) * self.settings.together, 1)
+        return max(1, min(round(mean * ahead), 600))
+
+    def jobs(self) -> list[Job]:
+        """Those that run, then those that wait, in their order."""
+        with self._changed:
+            return [*self._running, *(job for job, _ in self._waiting)]
+
+    def interrupt(self, jobs: Sequence[Job] | None = None) -> None:
+        """Finish jobs early, by default all that run; see `Job.interrupt`."""
+        for job in self._running if jobs is None else jobs:
+            job.interrupt()
+        self.wake()
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Drop jobs whose client went away, or does not want them any more."""
+        for job in jobs:
+            job.cancel()
+        self.wake()
+
+    def drain(self) -> None:
+        """Accept no more jobs. Those in the queue are still done. Safe in a signal handler's thread."""
+        self._accepts = False
+        self.wake()
+
+    def close(self, grace: float | None = None) -> None:
+        """Accept no more, wait for accepted jobs at most `grace` seconds, fail the others, stop the workers."""
+        self.drain()
+        until = time.monotonic() + (self.settings.grace if grace is None else grace)
+        with self._changed:
+            while (self._waiting or self._running) and (left := until - time.monotonic()) > 0:
+                self._changed.wait(left)
+            unfinished = [job for job, _ in self._waiting]
+            self._waiting.clear()
+        for worker in self.workers:
+            worker.stop()
+        for job in unfinished:
+            self.failed(job, "the server stopped before this was generated: send it again", "stopping")
+
+    # ------------------------------------------------------------------------------------------- for workers
+
+    def wake(self) -> None:
+        """Let those who wait for a change look again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def take(self, setup: Setup | None, room: int, wait: bool) -> list[tuple[Job, Setup]]:
+        """The next jobs for a worker, at most `room`: all of one setup.
+
+        setup   of the jobs that it computes already; None if there are none
+        wait    until there is one, or `wake` is called
+        """
+        dropped: list[Job] = []
+        with self._changed:
+            if wait and not self._waiting:
+                self._changed.wait()
+            waiting = [*self._waiting]
+            dropped = [job for job, _ in waiting if job.is_cancelled or job.is_interrupted]
+            waiting = [pair for pair in waiting if pair[0] not in dropped]
+            taken: list[tuple[Job, Setup]] = []
+            if waiting and setup in (None, waiting[0][1]):
+                taken = [pair for pair in waiting if pair[1] == waiting[0][1]][:room]
+            self._waiting = deque(pair for pair in waiting if pair not in taken)
+            self._running += [job for job, _ in taken]
+        for job in dropped:
+            self.ended(job, "cancelled")
+        return taken
+
+    def ended(self, job: Job, state: str) -> None:
+        """A job has ended: count it, and tell its client."""
+        assert state in ENDS
+        with self._changed:
+            if job in self._running:
+                self._running.remove(job)
+            self.totals.ended[state] += 1
+            if state == "done" and job.finished is not None:
+                self.totals.images += len(job.finished.images)
+                self._durations.append(time.monotonic() - job.started)
+            self._changed.notify_all()
+        job.report(state, job.step, job.steps)  # type: ignore[arg-type]
+        self.seen(job)
+
+    def failed(self, job: Job, error: str, fault: str) -> None:
+        """A job has failed: say why."""
+        job.error, job.fault = error, fault  # type: ignore[assignment]
+        self.ended(job, "failed")
+
+    # ------------------------------------------------------------------------------------------- checks
+
+    def _checked(self, work: Work) -> tuple[Work, Setup]:
+        """The work without tags in its prompt, and the files that it names. Raises ValueError."""
+        check_work(work, self.settings)
+        find = self.catalogue.find
+        weights: dict[Entry, float] = {}
+        for name, weight in (*work.loras, *tags_of(work.request)):
+            entry = find("lora", name)
+            weights[entry] = weights.get(entry, 0.0) + weight  # named twice
+        setup = Setup(
+            self.current if work.model is None else find("model", work.model),
+            tuple(weights.items()),
+            None if work.vae is None else find("vae", work.vae),
+        )
+        for control in work.request.controls:
+            find("control", control.name)
+        return replace(work, request=without_lora_tags(work.request)), setup
+
+
+def tags_of(request: TextToImage) -> list[tuple[str, float]]:
+    """The LoRAs that the prompts of a request name, and their weights. Raises ValueError for a wrong weight."""
+    if not request.web_ui_prompts:
+        return []
+    tags = [tag for text in all_texts(request)[0] for tag in take_loras(text)[1]]
+    return [(tag.name, lora_weight(tag)) for tag in tags]

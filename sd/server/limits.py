@@ -1,0 +1,45 @@
+"""What a request may ask for, at most. The library itself has no such limits: its user pays for what he asks for."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..params import HighRes, ImageToImage, Inpaint
+from .jobs import Work
+from .settings import ServerSettings
+
+MOST_TEXT = 20_000  # characters of a prompt
+MOST_LORAS = 20
+
+
+def check_work(work: Work, settings: ServerSettings) -> None:
+    """Raise ValueError, one line, for work that exceeds a limit of the server."""
+    request, params = work.request, work.request.params
+    if isinstance(request.prompt, Tensor) or isinstance(request.negative, Tensor) or len(request.prompt) != 1:
+        raise ValueError("a request has one prompt, as text")
+    for text in (*request.prompt, request.negative, request.prompt_2, request.negative_2):
+        if len(str(text or "")) > MOST_TEXT:
+            raise ValueError(f"a prompt of {len(str(text)):,} characters is too long: at most {MOST_TEXT:,}")
+    if len(work.loras) > MOST_LORAS:
+        raise ValueError(f"{len(work.loras)} LoRAs are too many: at most {MOST_LORAS}")
+    if params.n > settings.max_batch:
+        raise ValueError(f"{params.n} images at once are too many: this server generates at most {settings.max_batch}")
+    for steps in (params.steps, request.hires_steps if isinstance(request, HighRes) else None):
+        if steps is not None and steps > settings.max_steps:
+            raise ValueError(f"{steps} steps are too many: this server takes at most {settings.max_steps}")
+    height, width = params.height or 0, params.width or 0
+    if isinstance(request, ImageToImage | Inpaint):
+        height, width = height or request.image.height, width or request.image.width
+        for name, image in (("image", request.image), ("mask", getattr(request, "mask", None))):
+            if image is not None and image.width * image.height > settings.max_image_pixels:
+                raise ValueError(
+                    f"the {name} has {image.width}x{image.height} pixels: this server takes at most "
+                    f"{settings.max_image_pixels:,}"
+                )
+    if isinstance(request, HighRes):
+        height, width = int(height * request.hires), int(width * request.hires)
+    if height * width > settings.max_pixels:
+        raise ValueError(
+            f"{width}x{height} pixels are too many: this server generates at most {settings.max_pixels:,}, for example "
+            f"{int(settings.max_pixels**0.5)}x{int(settings.max_pixels**0.5)}"
+        )
