@@ -16,7 +16,12 @@ REFERENCES = ["diffusers>=0.30", "transformers>=4.40", "accelerate", "peft>=0.13
 STUDY = ["matplotlib>=3.8"]
 CONTROL = ["scikit-image>=0.22"]
 LOW_MEMORY = ["bitsandbytes>=0.45"]
-TESTS = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.5", "mypy>=1.11", *STUDY, *CONTROL, *REFERENCES]
+SERVER = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20", "python-multipart>=0.0.9"]
+CLIENTS = ["webuiapi>=0.9", "openai>=1.50", "schemathesis>=4", "playwright>=1.45", "httpx2>=2"]  # of the server
+TESTS = [
+    *("pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.5", "mypy>=1.11"),
+    *(*STUDY, *CONTROL, *SERVER, *CLIENTS, *REFERENCES),
+]
 
 PACKAGES = ["sd", *(f"sd.{name}" for name in find_packages("sd"))]
 SCRIPTS = ["sd.scripts", *(f"sd.scripts.{name}" for name in find_packages("scripts"))]
@@ -33,6 +38,7 @@ setup(
     packages=[*PACKAGES, "sd.data", "sd.weights", *SCRIPTS],
     package_dir={"sd": "sd", "sd.data": "data", "sd.weights": "weights", "sd.scripts": "scripts"},
     package_data={
+        "sd.server.page": ["*.html", "*.css", "*.js", "*/*.css", "*/*.js"],
         "sd.data": ["*.gz", "*.md", "sample*.png"],
         "sd.weights": ["pocket.safetensors", "pocket-lcm.safetensors", "pocket-edges.safetensors", "README.md"],
     },
@@ -49,6 +55,7 @@ setup(
         "study": STUDY,
         "control": CONTROL,
         "low-memory": LOW_MEMORY,
+        "server": SERVER,
         "references": REFERENCES,
         "test": TESTS,
     },
@@ -65,6 +72,7 @@ setup(
             "sd-evaluate = sd.scripts.installed:evaluate",
             "sd-bench = sd.scripts.installed:bench",
             "sd-study = sd.scripts.installed:study",
+            "sd-serve = sd.scripts.installed:serve",
         ]
     },
 )
