@@ -152,7 +152,8 @@ def bench(args: argparse.Namespace) -> int | None:
         return check_gpu(args)
     if args.server:
         refuse(args, (*UNUSED_BY_CHECK, "json", "tiny", "device", "threads"), "--server")
-        return server.measure(partial(print, flush=True))
+        server.measure(partial(print, flush=True))
+        return None
     if args.kernels:
         print(kernel_table(args))
         return None
