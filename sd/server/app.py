@@ -34,7 +34,7 @@ def create_app(settings: ServerSettings) -> FastAPI:
         yield
         await asyncio.to_thread(engine.close)
 
-    # FastAPI's own pages of the interface load scripts from another host
+    # FastAPI's own pages of the interfaces load scripts from another host: native/docs.py has one
     app = FastAPI(title="sd", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.engine, app.state.settings = engine, settings
     for protocol in (a1111, openai, native, inside, page):
