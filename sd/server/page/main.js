@@ -2,9 +2,11 @@
 
 import { Editor } from "./editor/editor.js";
 import { Inside } from "./inside/inside.js";
+import { $ } from "./dom.js";
+import * as views from "./views.js";
 
-const $ = (id) => document.getElementById(id);
 const editor = new Editor($("editor"));
 const inside = new Inside($("inside"), { body: () => ({}), onSettings() {} });
 
+views.start();
 document.body.dataset.ready = "";
