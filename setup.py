@@ -34,6 +34,7 @@ setup(
     package_dir={"sd": "sd", "sd.data": "data", "sd.weights": "weights", "sd.scripts": "scripts"},
     package_data={
         "sd.data": ["*.gz", "*.md", "sample*.png"],
+        "sd.server.page": ["*.html", "*.css", "*.js", "*.svg", "editor/*", "inside/*"],
         "sd.weights": ["pocket.safetensors", "pocket-lcm.safetensors", "pocket-edges.safetensors", "README.md"],
     },
     install_requires=[
