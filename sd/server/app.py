@@ -26,7 +26,8 @@ def create_app(settings: ServerSettings) -> FastAPI:
         yield
         engine.close()
 
-    app = FastAPI(title="sd", version=__version__, lifespan=lifespan)
+    # FastAPI's own pages of the interfaces load scripts from another host: native/docs.py has one
+    app = FastAPI(title="sd", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.engine, app.state.settings = engine, settings
     for protocol in (a1111, openai, native, inside, page):
         protocol.add(app)
