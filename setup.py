@@ -38,8 +38,9 @@ setup(
     packages=[*PACKAGES, "sd.data", "sd.weights", *SCRIPTS],
     package_dir={"sd": "sd", "sd.data": "data", "sd.weights": "weights", "sd.scripts": "scripts"},
     package_data={
-        "sd.server.page": ["*.html", "*.css", "*.js", "*/*.css", "*/*.js"],
         "sd.data": ["*.gz", "*.md", "sample*.png"],
+        "sd.server.native": ["files/*"],
+        "sd.server.page": ["*.html", "*.css", "*.js", "*.svg", "editor/*", "inside/*"],
         "sd.weights": ["pocket.safetensors", "pocket-lcm.safetensors", "pocket-edges.safetensors", "README.md"],
     },
     install_requires=[

@@ -43,6 +43,7 @@ class Setup(NamedTuple):
     model: Entry
     loras: tuple[tuple[Entry, float], ...] = ()
     vae: Entry | None = None
+    alone: object = None  # of a job that is computed alone: equal to no other
 
 
 @dataclass
@@ -223,6 +224,7 @@ class Engine:
             self.current if work.model is None else find("model", work.model),
             tuple(weights.items()),
             None if work.vae is None else find("vae", work.vae),
+            None if work.watcher is None else object(),
         )
         for control in work.request.controls:
             find("control", control.name)
