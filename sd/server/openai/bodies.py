@@ -121,9 +121,10 @@ def _put(found: dict[str, Any], name: str, path: list[str], value: str, key: str
         found[name] = value
         return
     first, rest = path[0], path[1:]
-    empty: Any = {} if first else []
-    inner = found.setdefault(name, empty)
-    if not isinstance(inner, dict if first else list):
+    inner: Any = found.setdefault(name, [])
+    if first and inner == []:
+        inner = found[name] = {}
+    if type(inner) is not (dict if first else list):
         raise Invalid(f"{key[:60]!r} is both a list and an object, or a value", name[:60])
     if first:
         _put(inner, first, rest, value, key)

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from .. import http
 from ..engine import Engine
 from ..events import EventStream
-from ..http import client_of, engine_of
+from ..http import engine_of
 from .answers import answer, events
 from .bodies import FORM, JSON, Body, read
 from .parameters import Asked, edit, generation, variation
@@ -53,7 +53,7 @@ async def _answer(request: Request, body: Body, parse: Callable[[Body, Engine], 
     engine = engine_of(request)
     asked = await asyncio.to_thread(parse, body, engine)
     if asked.stream:
-        jobs = await engine.submit(asked.works, client_of(request))
+        jobs = await http.submit(request, asked.works)
         return EventStream(events(jobs, asked, engine, task), lambda: engine.cancel(jobs))
     jobs = await http.generate(request, asked.works)
     return JSONResponse(await asyncio.to_thread(answer, jobs, asked, engine))
