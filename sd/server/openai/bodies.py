@@ -124,7 +124,8 @@ def _put(found: dict[str, Any], name: str, path: list[str], value: str, key: str
     inner: Any = found.setdefault(name, [])
     if first and inner == []:
         inner = found[name] = {}
-    if type(inner) is not (dict if first else list):
+    wanted: type[Any] = dict if first else list
+    if not isinstance(inner, wanted):
         raise Invalid(f"{key[:60]!r} is both a list and an object, or a value", name[:60])
     if first:
         _put(inner, first, rest, value, key)

@@ -20,11 +20,11 @@ from ...messages import one_line
 from ...params import OPTIONS, HighRes, ImageToImage, Inpaint, SamplingParams, TextToImage
 from ...request_json import hint_for
 from ...settings import number
-from ...spellings import nearest
-from ..catalogue import UnknownName
+from ..catalogue import Kind, UnknownName
 from ..engine import Engine
 from ..incoming import image_of
 from ..jobs import Work
+from ..limits import MOST_LORAS
 from ..native.models import loaded_model
 from ..native.requests import controls_of
 from .bodies import Body
@@ -132,8 +132,8 @@ def _asked(values: Mapping[str, Any], cls: type[TextToImage], images: dict[str, 
     work = Work(
         request,
         _model(values.get("model"), engine),
-        _loras(values.get("loras", {})),
-        values.get("vae"),
+        _loras(values.get("loras", {}), engine),
+        None if values.get("vae") is None else _found(engine, "vae", values["vae"], "vae"),
         _interval(request, partials, engine) if stream and partials else 0,
     )
     most = engine.settings.max_batch
@@ -162,8 +162,8 @@ def _check_names(values: Mapping[str, Any], cls: type[TextToImage]) -> None:
         if name in ELSEWHERE:
             raise Invalid(f"{name} is not supported: this server generates PNG, JPEG and WebP", name)
         if name not in known and name not in NO_EFFECT:
-            near = nearest(name, known)
-            hint = f"did you mean {near!r}?" if near else hint_for(name, known)
+            with_image = any(name in each.__dataclass_fields__ for each in (ImageToImage, Inpaint))
+            hint = "it goes with an image: use /v1/images/edits" if with_image else hint_for(name, known)
             raise Invalid(f"unknown parameter {one_line(name, 60)!r}: {hint}", name[:60], "unknown_parameter")
 
 
@@ -200,15 +200,21 @@ def _model(value: object, engine: Engine) -> str | None:
     """The name of a model in the catalogue; None, the current one, also for the names of OpenAI's models."""
     if value is None or (isinstance(value, str) and THEIR_MODELS.fullmatch(value)):
         return None
-    if not isinstance(value, str):
-        raise Invalid(f"model must be a name, got {value!r:.50}", "model")
+    return _found(engine, "model", value, "model")
+
+
+def _found(engine: Engine, kind: Kind, name: object, param: str) -> str:
+    """The name of an entry in the catalogue. Raises Invalid for any other name."""
+    if not isinstance(name, str) or not name:
+        raise Invalid(f"{param} must be a name, got {name!r:.50}", param)
     try:
-        return engine.catalogue.find("model", value).name
+        return engine.catalogue.find(kind, name).name
     except UnknownName as error:
-        raise Invalid(str(error), "model", "model_not_found", 404) from None
+        is_model = kind == "model"
+        raise Invalid(str(error), param, "model_not_found" if is_model else None, 404 if is_model else 400) from None
 
 
-def _loras(value: Any) -> tuple[tuple[str, float], ...]:
+def _loras(value: Any, engine: Engine) -> tuple[tuple[str, float], ...]:
     """LoRAs as {"name": weight}, or as a list of names or of {"name": ..., "weight": ...}."""
     found: list[tuple[Any, Any]] = []
     if isinstance(value, Mapping):
@@ -218,12 +224,17 @@ def _loras(value: Any) -> tuple[tuple[str, float], ...]:
             if isinstance(each, Mapping) and each.keys() - {"name", "weight"}:
                 raise Invalid("a LoRA has a name and a weight", "loras")
             found.append((each.get("name"), each.get("weight", 1.0)) if isinstance(each, Mapping) else (each, 1.0))
-    if not isinstance(value, Mapping | list) or not all(isinstance(name, str) and name for name, _ in found):
+    else:
         raise Invalid('loras must be {"name": weight} or [{"name": ..., "weight": ...}]', "loras")
+    if len(found) > MOST_LORAS:
+        raise Invalid(f"{len(found)} LoRAs are too many: at most {MOST_LORAS}", "loras")
     try:
-        return tuple((name, number("the weight of a LoRA", _number(weight))) for name, weight in found)
+        weights = [number("the weight of a LoRA", _number(weight)) for _, weight in found]
     except ValueError as error:
         raise Invalid(str(error), "loras") from None
+    return tuple(
+        (_found(engine, "lora", name, "loras"), weight) for (name, _), weight in zip(found, weights, strict=True)
+    )
 
 
 def _number(weight: Any) -> Any:
