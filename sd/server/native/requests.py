@@ -74,7 +74,8 @@ def _reader(settings: ServerSettings) -> Callable[[Any, str], Image.Image]:
 
 def _hint(name: str, known: set[str], shared: set[str]) -> str:
     near = nearest(name, known | shared)
-    if near in shared and near not in known:
+    of_other_kinds = any(name in cls.__dataclass_fields__ for cls in REQUESTS.values())
+    if near in shared and near not in known and not of_other_kinds:
         return f"did you mean {near!r} of params?"
     return hint_for(name, known)
 
