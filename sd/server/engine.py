@@ -26,6 +26,7 @@ from .limits import check_work
 from .settings import ServerSettings
 from .worker import Worker
 
+IDLE = 1.0  # seconds after which a worker without jobs looks again: a call of `wake` may come just before it waits
 RECENT = 50  # jobs whose duration the next ones are estimated by
 
 
@@ -172,7 +173,7 @@ class Engine:
         dropped: list[Job] = []
         with self._changed:
             if wait and not self._waiting:
-                self._changed.wait()
+                self._changed.wait(IDLE)
             waiting = [*self._waiting]
             dropped = [job for job, _ in waiting if job.is_cancelled or job.is_interrupted]
             waiting = [pair for pair in waiting if pair[0] not in dropped]

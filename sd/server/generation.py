@@ -38,7 +38,8 @@ def generate(
     for taken, step in enumerate(run, start=1):
         after(step)
         last = step
-        due = work.previews and taken % work.previews == 0 and taken < steps
+        due = ((work.previews and taken % work.previews == 0) or job.is_preview_wanted) and taken < steps
+        job.is_preview_wanted = job.is_preview_wanted and not due
         job.report("running", taken, steps, loaded.previews(run, step) if due and not job.is_cancelled else ())
         if job.is_cancelled:
             raise Cancelled
