@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -51,7 +51,7 @@ def _png(image: Image.Image) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _image(text: str) -> Image.Image:
+def _image(text: str, name: str) -> Image.Image:
     """The image that `_png` serialised."""
     return Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]).copy()
 
@@ -69,17 +69,22 @@ def hint_for(name: str, known: Collection[str]) -> str:
     return f"it has {', '.join(sorted({*known, *OPTIONS}))}"
 
 
-def from_dict(values: Mapping[str, Any]) -> TextToImage:
-    """The request that `to_dict` serialised. Raises ValueError for anything else: it may come from a file."""
+def from_dict(values: Mapping[str, Any], read: Callable[[str, str], Image.Image] = _image) -> TextToImage:
+    """The request that `to_dict` serialised. Raises ValueError for anything else: it may come from a file.
+
+    read   (what stands for an image, name of its setting) -> the image
+    """
     try:
         kind = REQUESTS[values["kind"]]
         given = {name: value for name, value in values.items() if name != "kind"}
         given["params"] = SamplingParams(**given.get("params", {}))
         for name in (f.name for f in fields(kind) if f.metadata.get("image")):
             if given.get(name) is not None:
-                given[name] = _image(given[name])
+                given[name] = read(given[name], name)
         if given.get("controls"):
-            given["controls"] = [Control(**{**each, "image": _image(each["image"])}) for each in given["controls"]]
+            given["controls"] = [
+                Control(**{**each, "image": read(each["image"], "image of a control")}) for each in given["controls"]
+            ]
         return kind(**given)
     except (TypeError, KeyError, AttributeError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"not a request: {error!s:.200}") from None

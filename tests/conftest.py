@@ -13,6 +13,7 @@ from collections import Counter
 import pytest
 import torch
 from common import TINY, TINY_INPAINT, tiny_state
+from server_browser import browser, missing, page, server  # noqa: F401 (fixtures)
 
 from sd.checkpoints.convert import convert
 from sd.checkpoints.loading import load_weights
@@ -59,6 +60,7 @@ def pytest_collection_modifyitems(config, items):
         "exhaustive": None if full else "every combination: needs --full and minutes",
     }
     skips["gpu"] = None if torch.cuda.is_available() else "needs a CUDA device"
+    skips["browser"] = missing() if any(item.get_closest_marker("browser") for item in items) else None
     for item in items:
         for marker, reason in skips.items():
             if reason and item.get_closest_marker(marker):

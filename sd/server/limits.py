@@ -20,6 +20,8 @@ def check_work(work: Work, settings: ServerSettings) -> None:
     for text in (*request.prompt, request.negative, request.prompt_2, request.negative_2):
         if len(str(text or "")) > MOST_TEXT:
             raise ValueError(f"a prompt of {len(str(text)):,} characters is too long: at most {MOST_TEXT:,}")
+        if not is_unicode(str(text or "")):
+            raise ValueError("a prompt has half of a surrogate pair, which is no character: send it as UTF-8")
     if len(work.loras) > MOST_LORAS:
         raise ValueError(f"{len(work.loras)} LoRAs are too many: at most {MOST_LORAS}")
     if params.n > settings.max_batch:
@@ -43,3 +45,8 @@ def check_work(work: Work, settings: ServerSettings) -> None:
             f"{width}x{height} pixels are too many: this server generates at most {settings.max_pixels:,}, for example "
             f"{int(settings.max_pixels**0.5)}x{int(settings.max_pixels**0.5)}"
         )
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON may have halves of surrogate pairs, such as "\\ud800"."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)

@@ -1,0 +1,144 @@
+"""What there is: models, LoRAs, embeddings, samplers, limits; and the tokens of a prompt."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import torch
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from ... import few_step
+from ...params import SamplingParams
+from ...pipeline import StableDiffusion
+from ...resources import EMBEDDED_LORA, resource
+from ...samplers import SAMPLERS
+from ...schedule import SPACINGS
+from ...text.prompt_syntax import chunks, texts_of
+from ..catalogue import UnknownName
+from ..engine import Engine
+from ..http import ApiError, engine_of
+from ..loaded import Loaded
+from .bodies import NameBody, TextBody, Tokens
+
+router = APIRouter(prefix="/api", tags=["native"])
+FEW_STEPS_SPACING = "trailing"  # the timesteps on which the LoRA of the embedded model was trained
+MOST_WORDS = 50
+
+
+@router.get("/models")
+async def models(request: Request) -> JSONResponse:
+    """Models, LoRAs, embeddings, control networks, VAEs; samplers; limits; the defaults of the current model."""
+    return JSONResponse(await asyncio.to_thread(available, engine_of(request)))
+
+
+@router.post("/models/select")
+async def select(request: Request, body: NameBody) -> JSONResponse:
+    """Make a model the current one: that of requests which name none. It is loaded with the first of them."""
+    engine = engine_of(request)
+    try:
+        engine.current = await asyncio.to_thread(engine.catalogue.find, "model", body.name)
+    except UnknownName as error:
+        raise ApiError(404, str(error)) from None
+    return JSONResponse(await asyncio.to_thread(available, engine))
+
+
+@router.post("/refresh")
+async def refresh(request: Request) -> JSONResponse:
+    """Look into the folders of models, LoRAs and so on again."""
+    engine = engine_of(request)
+    await asyncio.to_thread(engine.catalogue.refresh)
+    return JSONResponse(await asyncio.to_thread(available, engine))
+
+
+@router.post("/tokens", response_model=Tokens)
+async def tokens(request: Request, body: TextBody) -> Tokens:
+    """Count the tokens of a prompt, and say which part of it does not fit."""
+    loaded = loaded_model(engine_of(request))
+    return await asyncio.to_thread(count_tokens, loaded.model, body.text, body.web_ui_prompts)
+
+
+def loaded_model(engine: Engine) -> Loaded:
+    """The current model; another one if it is not loaded. Raises ApiError while there is none."""
+    found = [loaded for worker in engine.workers for loaded in worker.models]
+    if not found:
+        failures = [worker.failure for worker in engine.workers if worker.failure]
+        if failures:
+            raise ApiError(503, f"the model cannot be loaded: {failures[0]}")
+        raise ApiError(503, "the model is being loaded: try again in a few seconds", 2)
+    return next((loaded for loaded in reversed(found) if loaded.entry == engine.current), found[-1])
+
+
+def available(engine: Engine) -> dict[str, Any]:
+    """The answer of GET /api/models."""
+    catalogue, settings = engine.catalogue, engine.settings
+    loaded = loaded_model(engine)
+    is_current = loaded.entry == engine.current
+    config = loaded.model.config
+    params = SamplingParams().resolved(config)
+    lcm = few_step.LCM
+    words = dict(loaded.words) if is_current else {}
+    return {
+        "current": engine.current.name,
+        "models": [
+            {"name": entry.name, "title": entry.title, "hash": entry.hash, "embedded": entry.embedded}
+            for entry in catalogue.entries("model")
+        ],
+        "loras": [{"name": entry.name} for entry in catalogue.entries("lora")],
+        "embeddings": [{"name": entry.name, "words": words.get(entry, [])} for entry in catalogue.entries("embedding")],
+        "controls": [{"name": entry.name} for entry in catalogue.entries("control")],
+        "vaes": [{"name": entry.name} for entry in catalogue.entries("vae")],
+        "samplers": [
+            {
+                "key": key,
+                "label": sampler.label,
+                "options": {name: option._asdict() for name, option in sampler.options.items()},
+                "usual_steps": sampler.steps,
+                "usual_spacing": sampler.spacing,
+            }
+            for key, sampler in SAMPLERS.items()
+        ],
+        "spacings": list(SPACINGS),
+        "limits": {
+            name: getattr(settings, name)
+            for name in ("max_steps", "max_pixels", "max_batch", "max_image_pixels", "max_body")
+        },
+        "defaults": {
+            "size": config.size,
+            "steps": params.steps,
+            "guidance": params.guidance,
+            "sampler": params.sampler,
+            "spacing": params.spacing,
+        }
+        if is_current
+        else None,  # the model was chosen, and is loaded with its first request
+        "few_steps": {
+            "lora": resource(EMBEDDED_LORA).stem,
+            "steps": lcm.steps,
+            "guidance": lcm.guidance,
+            "sampler": lcm.sampler,
+            "spacing": FEW_STEPS_SPACING,
+        }
+        if engine.current.embedded
+        else None,
+        "family": config.name if is_current else None,
+        "is_inpainting": config.is_inpainting if is_current else None,
+    }
+
+
+@torch.no_grad()
+def count_tokens(model: StableDiffusion, text: str, web_ui_prompts: bool) -> Tokens:
+    """The tokens of a prompt. Raises ValueError for one that the syntax of the web UI does not allow."""
+    tokenizer = model.tokenizer
+    room = tokenizer.length - 2
+    if web_ui_prompts:
+        found = [chunk.ids for part in texts_of(text) for chunk in chunks(tokenizer, part)]
+        ids, cut = [i for chunk in found for i in chunk], ""
+    else:
+        ids = tokenizer.encode(text)
+        found, cut = [ids[:room]], tokenizer.decode(ids[room:])
+    read = torch.tensor([i for chunk in found for i in chunk], dtype=torch.long, device=model.device)
+    missing = model.text_encoder.token(read).abs().sum(dim=-1) == 0
+    unknown = list(dict.fromkeys(tokenizer.decode(read[missing].tolist()).split()))
+    return Tokens(count=len(ids), limit=room, chunks=len(found), cut=cut, unknown=unknown[:MOST_WORDS])
