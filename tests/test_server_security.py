@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import socket
 import struct
 import time
 import zlib
@@ -159,6 +160,7 @@ def test_who_may_ask(server, case):
 
 def test_what_needs_no_key(server):
     assert server.ask("GET", "/healthz").status == 200
+    assert server.ask("HEAD", "/healthz").body == b""
     assert server.ask("GET", "/healthz", host="evil.example").status == 421
     assert server.ask("GET", "/", sec_fetch_site="cross-site", sec_fetch_mode="navigate").status in (200, 404)
     assert server.ask("GET", "/page/nothing.js").status == 404
@@ -440,6 +442,24 @@ def test_all_bodies_in_memory_are_bounded(server):
     assert {reply.status for reply in replies} == {408, 503}
     assert all("retry-after" in reply.headers for reply in replies if reply.status == 503)
     assert at_rest(server)
+
+
+def test_clients_that_do_not_read(server):
+    """They are cut off; what was meant for them is not kept."""
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((server.host, server.port))
+        asks = request("GET", "/openapi.json", connection="keep-alive", authorization=BEARER) * 200
+        connection.settimeout(3)
+        with suppress(OSError):
+            connection.sendall(asks)
+        time.sleep(3)
+        assert at_rest(server)
+        got = b""
+        with suppress(ConnectionError):
+            while part := connection.recv(65536):
+                got += part
+    assert got.count(b"HTTP/1.1 200") < 150
 
 
 @pytest.mark.parametrize("events", [0, 1, 2, 3, 5])

@@ -140,7 +140,8 @@ class Security:
                 raise Refused(
                     ApiError(401, f"{given}: send it as Authorization: Bearer KEY"), {"WWW-Authenticate": challenge}
                 )
-            scope.setdefault("state", {})["key"] = self.key.name
+            address = scope.get("client")
+            scope.setdefault("state", {})["key"] = self.key.client(address[0] if address else "")
         return None
 
     def _origin_checked(self, headers: Mapping[str, str], host: str, is_public: bool) -> bool:

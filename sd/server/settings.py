@@ -56,7 +56,7 @@ class ServerSettings:
     cache: Path | None = setting(None, "folder in which converted weights are kept", _path)
 
     queue: int = setting(256, "jobs that wait at most; more are refused with 429", Range(whole, 1))
-    queue_per_client: int = setting(128, "of these, those of one client: a key, or an address", Range(whole, 1))
+    queue_per_client: int = setting(128, "of these, those of one client, which is an address", Range(whole, 1))
     together: int = setting(8, "requests whose steps are computed in one batch; 1: each alone", Range(whole, 1, 64))
     max_body: int = setting(64 * MEGABYTE, "bytes of a request's body", Range(whole, 1024))
     body_seconds: float = setting(
