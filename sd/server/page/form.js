@@ -214,7 +214,8 @@ export class Form extends EventTarget {
   // The options of the sampler, such as eta.
   #options(sampler, typing) {
     if (typing?.closest("#sampler-options")) return;
-    const names = optionNames(this.models?.samplers?.find((each) => each.key === sampler)?.options);
+    const known = this.models?.samplers?.find((each) => each.key === sampler)?.options;
+    const names = optionNames(known);
     const box = $("sampler-options");
     if (box.dataset.names === names.join()) {
       for (const field of box.querySelectorAll("input")) if (field !== typing) field.value = this.settings.options[field.dataset.name] ?? "";
@@ -231,7 +232,7 @@ export class Form extends EventTarget {
           this.#changed();
         };
         const id = `option-${name}`;
-        const field = el("input", { type: "number", id, step: "any", placeholder: "usual", on: { input } });
+        const field = el("input", { type: "number", id, step: "any", placeholder: known[name]?.default ?? "", on: { input } });
         field.dataset.name = name;
         field.value = this.settings.options[name] ?? "";
         return el("div", { className: "field" }, el("label", { for: id }, `${name}`), field);
