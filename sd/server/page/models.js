@@ -2,7 +2,7 @@
 
 import { getJson, postJson } from "./api.js";
 import { $, el, toast } from "./dom.js";
-import { sentence } from "./run.js";
+import { sentence } from "./texts.js";
 
 const wait = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 

@@ -2,7 +2,7 @@
 
 import { postBytes } from "./api.js";
 import { $, el, toast } from "./dom.js";
-import { sentence } from "./run.js";
+import { sentence } from "./texts.js";
 import { fresh } from "./settings.js";
 
 const PARAMS = {

@@ -1,7 +1,8 @@
 // What is shown of the newest result: its images, a line about them, and what the server says of them.
 
 import { $, el, fromBase64, icon } from "./dom.js";
-import { clearImages, sentence, showImages } from "./run.js";
+import { clearImages, showImages } from "./run.js";
+import { pairs, sentence } from "./texts.js";
 
 // The items of the gallery that an answer makes. `settings` are those of the form when it was asked for.
 export function itemsOf(answer, settings, draft) {
@@ -27,6 +28,13 @@ export function itemsOf(answer, settings, draft) {
       draft,
     };
   });
+}
+
+// Steps, sampler and model, as the text of the image has them.
+function named(text) {
+  const found = new Map(pairs(text));
+  const steps = found.get("Steps");
+  return [steps && `${steps} ${steps === "1" ? "step" : "steps"}`, found.get("Sampler"), found.get("Model")].filter(Boolean);
 }
 
 export class Result {
@@ -68,7 +76,7 @@ export class Result {
   #caption(item, count) {
     const said = [
       count > 1 ? `${count} images` : `Seed ${item.seed}`,
-      item.model,
+      ...named(item.text),
       `${item.seconds.toFixed(2)} s`,
       ...(item.interrupted ? ["stopped early"] : []),
     ];

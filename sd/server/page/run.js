@@ -2,6 +2,7 @@
 
 import { generate, postJson } from "./api.js";
 import { $, announce, el } from "./dom.js";
+import { sentence } from "./texts.js";
 
 const PATIENCE = 250; // milliseconds: what is done before does not change the buttons
 
@@ -113,12 +114,6 @@ export class Runner extends EventTarget {
     this.#buttons(false);
     $("run").hidden = true;
   }
-}
-
-// The library's messages begin in lower case and have no full stop.
-export function sentence(text) {
-  const plain = String(text || "Something went wrong.").trim();
-  return plain[0].toUpperCase() + plain.slice(1);
 }
 
 // Show images, by their URLs, in the stage; with `onOpen`, each is a button.

@@ -2,6 +2,7 @@
 
 import { $, el, icon, toast } from "./dom.js";
 import { download } from "./gallery.js";
+import { pairs } from "./texts.js";
 
 export class Viewer extends EventTarget {
   // Events: "use", "edit" and "compare", with the item.
@@ -9,12 +10,16 @@ export class Viewer extends EventTarget {
     super();
     this.gallery = gallery;
     this.index = 0;
+    this.after = null; // what to do once the dialog is closed
     this.dialog = $("viewer");
     this.dialog.addEventListener("keydown", (event) => this.#key(event));
     this.dialog.addEventListener("click", (event) => event.target === this.dialog && this.dialog.close());
     this.dialog.addEventListener("close", () => {
       const id = this.item?.id;
       $("gallery").querySelector(`[data-id="${CSS.escape(id ?? "")}"]`)?.focus();
+      const { after } = this;
+      this.after = null;
+      after?.();
     });
   }
 
@@ -49,8 +54,8 @@ export class Viewer extends EventTarget {
 
   #tell(name) {
     const { item } = this;
+    this.after = () => this.dispatchEvent(new CustomEvent(name, { detail: item })); // once the focus is back in the page
     this.dialog.close();
-    this.dispatchEvent(new CustomEvent(name, { detail: item }));
   }
 
   async #delete() {
@@ -96,7 +101,7 @@ export class Viewer extends EventTarget {
           action("edit", "edit", "Edit", () => this.#tell("edit")),
           action("compare", "compare", "Compare", () => this.#tell("compare")),
           action("download", "down", "Download", () => download(item, url)),
-          action("copy", "copy", "Copy settings", copy),
+          action("copy", "copy", "Copy text", copy),
           action("delete", "delete", "Delete", () => this.#delete()),
         ),
         el("h2", {}, "Prompt"),
@@ -111,13 +116,6 @@ export class Viewer extends EventTarget {
     if (again && !again.disabled) again.focus();
     else if (had) this.dialog.querySelector("[data-does=use]").focus();
   }
-}
-
-// What was used, as the server wrote it: "Steps: 4, Sampler: LCM, Seed: 1, ...".
-export function pairs(text) {
-  const last = String(text ?? "").trimEnd().split("\n").pop();
-  if (!/^\s*Steps: /.test(last)) return [];
-  return [...last.matchAll(/\s*([\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)/g)].map((found) => [found[1], found[2]]);
 }
 
 function rows(item) {
