@@ -91,9 +91,7 @@ export function fileButton(text, onfile, attributes = {}) {
   const input = el("input", {
     type: "file",
     accept: "image/png,image/jpeg,image/webp,image/*",
-    class: "visually-hidden",
-    tabindex: "-1",
-    "aria-hidden": "true",
+    hidden: true,
     onchange: () => {
       if (input.files.length) onfile(input.files[0]);
       input.value = ""; // the same file can be chosen again

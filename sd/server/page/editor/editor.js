@@ -161,7 +161,7 @@ export class Editor extends EventTarget {
     const help = el("p", { class: "visually-hidden", id: "editor-help" }, HELP);
     const frameBox = el("div", { class: "ed-stage" }, canvas, empty, compare);
     const head = el("div", { class: "ed-head" }, modes.root, el("span", { class: "ed-group" }, other, remove));
-    const foot = el("div", { class: "ed-foot" }, status, position, spoken);
+    const foot = el("div", { class: "ed-foot" }, status, position, toolbar.zoom, spoken);
     this.root.classList.add("editor");
     this.root.append(head, toolbar.root, frameBox, foot, frame.root, inpaint.root, hints.root, help);
     const hand = new Hand(this.root, stage, painter, {
@@ -174,7 +174,10 @@ export class Editor extends EventTarget {
       },
       toggleResult: () => this.#compare(!this.#picture?.showsResult),
       brushChanged: () => toolbar.show(this.#scene),
-      frameMoved: () => this.#showFrame(),
+      frameMoved: () => {
+        this.#showFrame();
+        this.#describe();
+      },
       frameChanged: (start) => {
         this.#picture.setFrame(this.#picture.frame, start);
         stage.fitIfHidden();
@@ -303,7 +306,7 @@ export class Editor extends EventTarget {
     parts.compare.hidden = isSketch || !picture?.result;
     parts.before.setAttribute("aria-pressed", String(!picture?.showsResult));
     parts.after.setAttribute("aria-pressed", String(Boolean(picture?.showsResult)));
-    toolbar.root.hidden = !scene;
+    toolbar.root.hidden = toolbar.zoom.hidden = !scene;
     toolbar.show(scene);
     toolbar.fill.hidden = isSketch;
     parts.frame.root.hidden = !picture || this.#tab !== "outpaint";
@@ -344,8 +347,8 @@ export class Editor extends EventTarget {
   }
 
   #aboutMask(picture) {
-    const share = picture.mask.share();
     if (isExtended(picture.activeFrame)) return "";
+    const share = picture.mask.share();
     if (this.#tab === "outpaint" && share === 0) return "Drag an edge or a corner outwards.";
     if (share === 0) return "Paint over the part to generate anew.";
     return `Mask: ${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %.`;

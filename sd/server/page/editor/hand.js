@@ -29,7 +29,11 @@ export class Hand {
     this.#actions = actions;
     const canvas = stage.canvas;
     this.#pointers = new Pointers(canvas, this);
-    root.addEventListener("keydown", (event) => this.#key(event));
+    document.addEventListener("keydown", (event) => {
+      // the focus is nowhere, on the body, after a click beside the controls
+      const isOwn = root.contains(event.target) || (event.target === document.body && root.getClientRects().length > 0);
+      if (isOwn) this.#key(event);
+    });
     canvas.addEventListener("keyup", (event) => this.#keyUp(event));
     canvas.addEventListener("pointerdown", () => canvas.focus({ preventScroll: true, focusVisible: false }), true);
     canvas.addEventListener("focus", () => canvas.matches(":focus-visible") && painter.showKeyCursor());

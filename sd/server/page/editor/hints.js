@@ -44,6 +44,7 @@ export class Hints {
     this.#host = host;
     this.root = el("div", { class: "ed-hints" });
     this.#parts = this.#build();
+    this.#show();
   }
 
   get scene() {

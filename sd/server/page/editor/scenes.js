@@ -1,6 +1,6 @@
 // What the editor shows and keeps: the image to edit with its mask and frame, and the sketch of a hint.
 
-import { NO_FRAME, frameRect, isExtended, snapped } from "./geometry.js";
+import { NO_FRAME, SIDES, frameRect, isExtended, snapped } from "./geometry.js";
 import { History, replacement } from "./history.js";
 import { Encoded, GREY, INVERTED, Layer, canvasOf, drawExtended, drawn, palette } from "./pictures.js";
 import { Surface, framedMask } from "./surface.js";
@@ -78,27 +78,13 @@ export class PictureScene {
   }
 
   #drawFrame(context, px) {
-    const { left, top, right, bottom } = this.frame;
     const { x, y, width, height } = this.rect;
     context.fillStyle = PLAIN;
     context.beginPath();
     context.rect(x, y, width, height);
     context.rect(0, 0, this.width, this.height);
     context.fill("evenodd");
-    const ramps = [
-      [left, 0, 0, this.overlap, 0],
-      [right, this.width, 0, this.width - this.overlap, 0],
-      [top, 0, 0, 0, this.overlap],
-      [bottom, 0, this.height, 0, this.height - this.overlap],
-    ];
-    for (const [size, ...ends] of ramps) {
-      if (!size || !this.overlap) continue;
-      const gradient = context.createLinearGradient(...ends);
-      gradient.addColorStop(0, PLAIN);
-      gradient.addColorStop(1, `rgb(${TINT.join(" ")} / 0)`);
-      context.fillStyle = gradient;
-      context.fillRect(0, 0, this.width, this.height);
-    }
+    this.#drawRamps(context);
     const outline = (x0, y0, wide, high) => {
       for (const [colour, line] of [["rgb(0 0 0 / 60%)", 3], ["#fff", 1]]) {
         context.strokeStyle = colour;
@@ -115,6 +101,43 @@ export class PictureScene {
         context.fillRect(gx - grip / 2, gy - grip / 2, grip, grip);
         outline(gx - grip / 2, gy - grip / 2, grip, grip);
       }
+    }
+  }
+
+  /** The soft overlap, as `framedMask` has it: in a corner, the nearer side counts. */
+  #drawRamps(context) {
+    const { width, height, overlap, frame } = this;
+    if (!overlap) return;
+    const inner = { left: frame.left && overlap, top: frame.top && overlap };
+    inner.right = width - (frame.right && overlap);
+    inner.bottom = height - (frame.bottom && overlap);
+    const corners = { left: 0, top: 0, right: width, bottom: height };
+    const ends = {
+      left: [0, 0, overlap, 0],
+      right: [width, 0, width - overlap, 0],
+      top: [0, 0, 0, overlap],
+      bottom: [0, height, 0, height - overlap],
+    };
+    const along = { left: ["top", "bottom"], right: ["top", "bottom"], top: ["left", "right"], bottom: ["left", "right"] };
+    for (const side of SIDES) {
+      if (!frame[side]) continue;
+      const isAcross = side === "left" || side === "right";
+      const [first, last] = along[side];
+      const outer = corners[side];
+      const deep = inner[side];
+      const path = [
+        [outer, corners[first]],
+        [deep, inner[first]],
+        [deep, inner[last]],
+        [outer, corners[last]],
+      ];
+      const gradient = context.createLinearGradient(...ends[side]);
+      gradient.addColorStop(0, PLAIN);
+      gradient.addColorStop(1, `rgb(${TINT.join(" ")} / 0)`);
+      context.fillStyle = gradient;
+      context.beginPath();
+      for (const [depth, length] of path) context.lineTo(...(isAcross ? [depth, length] : [length, depth]));
+      context.fill();
     }
   }
 

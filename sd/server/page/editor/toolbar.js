@@ -1,4 +1,4 @@
-// The row of tools above the canvas: the brush, undo, what is done to all of the mask, and the zoom.
+// The tools: the brush, undo, and what is done to all of the mask, above the canvas; the zoom, below it.
 
 import { button, el, segments, slider } from "./dom.js";
 
@@ -51,14 +51,14 @@ export class Toolbar {
     this.brush = el("div", { class: "ed-group" }, this.kind.root, this.size.root, this.softness.root);
     this.whole = el("div", { class: "ed-group" }, this.fill, this.invert, this.empty);
     const history = el("div", { class: "ed-group" }, this.undo, this.redo);
-    const zoom = el(
+    this.zoom = el(
       "div",
       { class: "ed-group ed-zoom", role: "group", "aria-label": "Zoom" },
       button("−", () => tools.zoomBy(-1), { title: "Zoom out", keys: "-", "aria-label": "Zoom out" }),
       button("Fit", () => tools.zoomBy(0), { title: "Show all", keys: "0" }),
       button("+", () => tools.zoomBy(1), { title: "Zoom in", keys: "+", "aria-label": "Zoom in" }),
     );
-    this.root = el("div", { class: "ed-bar", role: "group", "aria-label": "Tools" }, this.brush, history, this.whole, zoom);
+    this.root = el("div", { class: "ed-bar", role: "group", "aria-label": "Tools" }, this.brush, history, this.whole);
   }
 
   /** Show the tools that do something in this scene. */
@@ -69,7 +69,8 @@ export class Toolbar {
     this.size.set(Math.sqrt(brush.size));
     this.softness.set(brush.softness);
     this.brush.hidden = this.whole.hidden = !scene?.surface;
-    this.undo.disabled = !scene?.history.canUndo;
-    this.redo.disabled = !scene?.history.canRedo;
+    // not `disabled`, which would take the focus away from a button that was just pressed, and the keys with it
+    this.undo.setAttribute("aria-disabled", String(!scene?.history.canUndo));
+    this.redo.setAttribute("aria-disabled", String(!scene?.history.canRedo));
   }
 }
