@@ -43,6 +43,7 @@ class Setup(NamedTuple):
     model: Entry
     loras: tuple[tuple[Entry, float], ...] = ()
     vae: Entry | None = None
+    alone: object = None  # of a job that is computed alone: equal to no other
 
 
 @dataclass
@@ -89,6 +90,11 @@ class Engine:
     def is_ready(self) -> bool:
         """Whether a model is loaded, and jobs are accepted."""
         return self._accepts and any(worker.is_ready for worker in self.workers)
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it accepts no more jobs."""
+        return not self._accepts
 
     async def submit(self, works: Sequence[Work], client: str) -> list[Job]:
         """Put work into the queue, all or nothing; returns its jobs.
@@ -167,12 +173,12 @@ class Engine:
         """The next jobs for a worker, at most `room`: all of one setup.
 
         setup   of the jobs that it computes already; None if there are none
-        wait    until there is one, or `wake` is called
+        wait    until there is one, `wake` is called, or a second is over
         """
         dropped: list[Job] = []
         with self._changed:
             if wait and not self._waiting:
-                self._changed.wait()
+                self._changed.wait(1)  # not for ever: it may have been woken just before
             waiting = [*self._waiting]
             dropped = [job for job, _ in waiting if job.is_cancelled or job.is_interrupted]
             waiting = [pair for pair in waiting if pair[0] not in dropped]
@@ -218,6 +224,7 @@ class Engine:
             self.current if work.model is None else find("model", work.model),
             tuple(weights.items()),
             None if work.vae is None else find("vae", work.vae),
+            None if work.watcher is None else object(),
         )
         for control in work.request.controls:
             find("control", control.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from .. import __version__
@@ -30,25 +31,13 @@ def generate(
     job: Job, setup: Setup, model: StableDiffusion, loaded: Loaded, after: Callable[[Step], object] = lambda step: None
 ) -> None:
     """Take the steps of a job and set its `finished`. Raises Cancelled, and whatever is wrong with its request."""
-    begun, work = time.monotonic(), job.work
+    begun, watcher = time.monotonic(), job.work.watcher
     job.report("running")
-    run = model.prepare(work.request)
-    steps, interrupted = len(run), False
-    last: Step | None = None
-    for taken, step in enumerate(run, start=1):
-        after(step)
-        last = step
-        due = work.previews and taken % work.previews == 0 and taken < steps
-        job.report("running", taken, steps, loaded.previews(run, step) if due and not job.is_cancelled else ())
-        if job.is_cancelled:
-            raise Cancelled
-        if job.is_interrupted and taken < steps:
-            interrupted = True
-            break
-    if interrupted and last is not None:
-        result = Result(run.preview(run.start.blend(last.x0)), run.seeds, list(dict.fromkeys(run.notes)))
-    else:
-        result = run.result()
+    with nullcontext(model) if watcher is None else watcher.watching(model) as model:
+        run = model.prepare(job.work.request)
+        if watcher is not None:
+            watcher.begin(run, loaded)
+        result, interrupted = _result(job, run, loaded, after)
     job.finished = Finished(
         result.images,
         result.seeds,
@@ -60,6 +49,23 @@ def generate(
         time.monotonic() - begun,
         interrupted,
     )
+
+
+def _result(job: Job, run: Run, loaded: Loaded, after: Callable[[Step], object]) -> tuple[Result, bool]:
+    """Take the steps of a job: its result, and whether it was interrupted. Raises Cancelled."""
+    work, steps = job.work, len(run)
+    for taken, step in enumerate(run, start=1):
+        after(step)
+        if work.watcher is not None and not job.is_cancelled:
+            work.watcher.see(step)
+        due = work.previews and taken % work.previews == 0 and taken < steps
+        job.report("running", taken, steps, loaded.previews(run, step) if due and not job.is_cancelled else ())
+        if job.is_cancelled:
+            raise Cancelled
+        if job.is_interrupted and taken < steps:
+            images = run.preview(run.start.blend(step.x0))
+            return Result(images, run.seeds, list(dict.fromkeys(run.notes))), True
+    return run.result(), False
 
 
 def _text(run: Run, result: Result, i: int, setup: Setup, loaded: Loaded) -> str:

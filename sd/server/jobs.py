@@ -15,17 +15,37 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from PIL import Image
 
 from ..params import TextToImage
 
+if TYPE_CHECKING:
+    from ..pipeline import StableDiffusion
+    from ..run import Run
+    from ..samplers import Step
+    from .loaded import Loaded
+
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 ENDS = ("done", "failed", "cancelled")
 # of a job that failed: the client's mistake, too little memory, ours, or that the server stops
 Fault = Literal["invalid", "memory", "internal", "stopping"]
+
+
+class Watcher(Protocol):
+    """Looks at the run of a job from inside (inside/). Called in the thread of its worker."""
+
+    def watching(self, model: StableDiffusion) -> AbstractContextManager[StableDiffusion]:
+        """Until the job has ended: the model to generate with. It may have hooks in its networks."""
+
+    def begin(self, run: Run, loaded: Loaded) -> None:
+        """Called before the first step."""
+
+    def see(self, step: Step) -> None:
+        """Called after each step, before the job reports it."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +57,7 @@ class Work:
                `request.web_ui_prompts`, tags such as <lora:style:0.8> are taken out of it
     vae        name of a VAE in the catalogue that replaces the model's; None: its own
     previews   make a preview at every k-th step; 0: none
+    watcher    looks at the run; such a job is computed alone, as hooks would see the runs beside it
     """
 
     request: TextToImage
@@ -44,6 +65,7 @@ class Work:
     loras: tuple[tuple[str, float], ...] = ()
     vae: str | None = None
     previews: int = 0
+    watcher: Watcher | None = None
 
 
 class Finished(NamedTuple):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ..adapters.added import LoraFile
 from ..control_params import Control
@@ -71,13 +72,19 @@ class Loaded:
                 self.model.add_control(entry.path, control.name, note=lambda text: None)
 
     def previews(self, run: Run, step: Step) -> list[Image.Image]:
-        """What the model expects after a step: decoded if that is quick, else by a linear map, which is coarse."""
-        if step.x0[0, 0].numel() <= SMALL:
-            return run.preview(step.x0)
+        """What the model expects after a step, finished like the result."""
+        return [run.start.finish(image) for image in self.decoded(run, step.x0)]
+
+    def decoded(self, run: Run, z: Tensor) -> list[Image.Image]:
+        """Latents (B, C, h, w) as images: decoded if that is quick, else by a linear map, which is coarse.
+
+        The map is fitted to the first latents that it is needed for, which must be those of images, not of noise.
+        """
+        if z[0, 0].numel() <= SMALL:
+            return run.decode(z)
         if self._linear is None:
-            first = step.x0[:1]
-            self._linear = LinearDecoder.fit(first, run.decode(first))
-        return [run.start.finish(image) for image in self._linear(step.x0)]
+            self._linear = LinearDecoder.fit(z[:1], run.decode(z[:1]))
+        return self._linear(z)
 
 
 def load(setup: Setup, settings: ServerSettings, device: torch.device) -> Loaded:
