@@ -52,7 +52,7 @@ class Batch(NamedTuple):
 class Key(NamedTuple):
     """What the layers that differ depend on: number and shape of the batches, threads."""
 
-    count: int
+    batches: int
     shape: object
     threads: int
 
