@@ -111,6 +111,7 @@ def test_images_may_be_data_urls_in_any_format(client):
     assert a["images"] == b["images"]
 
 
+@pytest.mark.filterwarnings("ignore:pocket-lcm is")
 def test_loras_are_merged_for_the_request(client, library):
     answer = generate(client, {"prompt": "a red house", "params": SMALL}, loras=[{"name": "pocket-lcm", "weight": 0.5}])
     name = library.add_lora(resource(EMBEDDED_LORA), 0.5)
