@@ -55,11 +55,10 @@ def decoded(text: object, name: str, most_pixels: int) -> Image.Image:
 
 
 def to_size(image: Image.Image, width: int | None, height: int | None, mode: int) -> Image.Image:
-    """An image at the size generated; a side that is not given is that of the image."""
-    width, height = width or image.width, height or image.height
-    how = MODES[mode]
-    if image.size == (width, height):
+    """An image at the size generated; unchanged if a side is not given, which the model then chooses."""
+    if width is None or height is None or image.size == (width, height):
         return image
+    how = MODES[mode]
     return (
         fit(image, width, height)
         if how == "cropped"
