@@ -278,9 +278,34 @@ def test_units_of_the_controlnet_extension(client, server):
     wrong(httpx2.post(f"{root}/controlnet/detect", json=body), 422)
 
 
+def test_an_empty_mask_keeps_the_image(client):
+    black = base64_of(Image.new("L", (64, 64)))
+    found, info = generated(client, "img2img", init_images=[SMALLEST], mask=black)
+    assert pixels([image_in(found["images"][0])]) == pixels([SMALL]) and "empty" in info["notes"][0]
+
+
+def test_strokes_on_a_transparent_layer_are_a_mask(client):
+    layer = Image.new("RGBA", (64, 64))
+    layer.paste("red", (0, 0, 32, 64))
+    found, _ = generated(client, "img2img", init_images=[SMALLEST], mask=base64_of(layer), mask_blur=0)
+    image = image_in(found["images"][0])
+    assert pixels([image.crop((32, 0, 64, 64))]) == pixels([SMALL.crop((32, 0, 64, 64))])
+    assert pixels([image.crop((0, 0, 32, 64))]) != pixels([SMALL.crop((0, 0, 32, 64))])
+
+
+def test_the_images_of_a_request_are_bounded_together(client):
+    large = base64_of(Image.new("L", (4096, 4096)))
+    body = {"init_images": [SMALLEST], "mask": large}
+    body["alwayson_scripts"] = {"controlnet": {"args": [{"model": "edges", "image": large}] * 4}}
+    assert "too many pixels" in wrong(client.post("/img2img", json={**FEW, **body}), 422)
+    body["alwayson_scripts"] = {"controlnet": {"args": [{"model": "edges"}] * 21}}
+    assert "at most 20" in wrong(client.post("/img2img", json={**FEW, **body}), 422)
+
+
 def test_the_document_describes_the_fields(server):
     paths = httpx2.get(f"{server[0]}/openapi.json").json()["paths"]
     body = paths["/sdapi/v1/img2img"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {"200", "404", "422", "429"} <= set(paths["/sdapi/v1/txt2img"]["post"]["responses"])
     assert set(COMMON) < set(body["properties"]) == set(IMG2IMG)
 
 
@@ -292,7 +317,7 @@ VALUES = [
 ]  # fmt: skip
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(30)
 @pytest.mark.parametrize("seed", range(300))
 def test_whatever_a_field_has_there_is_one_answer(client, seed):
     rng = random.Random(seed)
