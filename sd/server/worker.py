@@ -16,6 +16,7 @@ from ..pipeline import StableDiffusion
 from ..samplers import Step
 from .generation import Cancelled, generate
 from .jobs import Job
+from .limits import check_size
 from .loaded import Loaded, load
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ class Worker:
             self.engine.totals.steps += 1
 
         def task(model: StableDiffusion) -> None:
+            check_size(job.work.request, loaded.model.config.size, self.engine.settings)
             loaded.add_controls(job.work.request.controls, self.engine.catalogue)
             generate(job, setup, model, loaded, steps)
 
