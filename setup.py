@@ -16,7 +16,12 @@ REFERENCES = ["diffusers>=0.30", "transformers>=4.40", "accelerate", "peft>=0.13
 STUDY = ["matplotlib>=3.8"]
 CONTROL = ["scikit-image>=0.22"]
 LOW_MEMORY = ["bitsandbytes>=0.45"]
-TESTS = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.5", "mypy>=1.11", *STUDY, *CONTROL, *REFERENCES]
+SERVER = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20", "python-multipart>=0.0.9"]
+CLIENTS = ["webuiapi>=0.9", "openai>=1.50", "schemathesis>=4", "playwright>=1.45", "httpx2>=2"]  # of the server
+TESTS = [
+    *("pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.5", "mypy>=1.11"),
+    *(*STUDY, *CONTROL, *SERVER, *CLIENTS, *REFERENCES),
+]
 
 PACKAGES = ["sd", *(f"sd.{name}" for name in find_packages("sd"))]
 SCRIPTS = ["sd.scripts", *(f"sd.scripts.{name}" for name in find_packages("scripts"))]
@@ -34,6 +39,7 @@ setup(
     package_dir={"sd": "sd", "sd.data": "data", "sd.weights": "weights", "sd.scripts": "scripts"},
     package_data={
         "sd.data": ["*.gz", "*.md", "sample*.png"],
+        "sd.server.native": ["files/*"],
         "sd.server.page": ["*.html", "*.css", "*.js", "*.svg", "editor/*", "inside/*"],
         "sd.weights": ["pocket.safetensors", "pocket-lcm.safetensors", "pocket-edges.safetensors", "README.md"],
     },
@@ -50,6 +56,7 @@ setup(
         "study": STUDY,
         "control": CONTROL,
         "low-memory": LOW_MEMORY,
+        "server": SERVER,
         "references": REFERENCES,
         "test": TESTS,
     },
@@ -66,6 +73,7 @@ setup(
             "sd-evaluate = sd.scripts.installed:evaluate",
             "sd-bench = sd.scripts.installed:bench",
             "sd-study = sd.scripts.installed:study",
+            "sd-serve = sd.scripts.installed:serve",
         ]
     },
 )

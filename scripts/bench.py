@@ -7,6 +7,7 @@
     python scripts/bench.py --ckpt v1-5-pruned-emaonly.safetensors --json bench.json
     python scripts/bench.py --compare bench.json
     python scripts/bench.py --kernels
+    python scripts/bench.py --server
 
     unet       one step: the network on a batch of two, which is one image with guidance
     control    the same with a control network, and without it again, which gives the cost of control
@@ -62,7 +63,7 @@ from sd.runtime.device import DTYPES, best_dtype, dtype_name, find_device
 from sd.runtime.kernel_choice import Measurement
 from sd.schedule import LCM_TIMESTEPS
 
-from .benchmark import kernels, report
+from .benchmark import kernels, report, server
 from .benchmark.cases import (
     FEW_STEPS,
     IMAGES,
@@ -137,6 +138,7 @@ def parser() -> cli.Parser:
     parser.add_argument(
         "--check", action="store_true", help="check what works on a GPU, and how fast it is; --tiny tries the program"
     )
+    parser.add_argument("--server", action="store_true", help="measure the server under the load of many clients")
     parser.add_argument("--minutes", type=float, metavar="N", help=f"time limit of --check (default: {MINUTES:g})")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     return parser
@@ -148,6 +150,10 @@ def bench(args: argparse.Namespace) -> int | None:
         raise ValueError("--minutes is for --check only")
     if args.check:
         return check_gpu(args)
+    if args.server:
+        refuse(args, (*UNUSED_BY_CHECK, "json", "tiny", "device", "threads"), "--server")
+        server.measure(partial(print, flush=True))
+        return None
     if args.kernels:
         print(kernel_table(args))
         return None

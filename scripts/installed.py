@@ -22,6 +22,7 @@ PROGRAMS = (
     "evaluate",
     "bench",
     "study",
+    "serve",
 )
 
 

@@ -12,7 +12,8 @@ output. Tasks may differ in prompts, seeds, samplers, steps and images, and begi
 the images that it would get alone, to the bit.
 
 Tasks run in threads, but only one at a time: a thread is here what a coroutine is elsewhere, as samplers call the
-network from the middle of their loops.
+network from the middle of their loops. All networks run in one thread, that of the lockstep: each thread that calls
+them would bring its own pool of threads for their kernels, which wait for work by keeping processors busy.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .conditioning import Conditioning, Wrapper
@@ -30,6 +33,7 @@ from .runtime.circular import is_circular
 from .runtime.together import Batch, Together
 
 Task = Callable[[StableDiffusion], Any]
+ELSEWHERE = ("encode", "decode", "encode_batches")  # methods of the model that run networks
 
 
 class Stopped(BaseException):
@@ -40,11 +44,13 @@ class Turn:
     """A task in its thread, which runs only while it has the turn."""
 
     def __init__(self, model: StableDiffusion, task: Task) -> None:
-        self.call: Batch | None = None  # that it waits for
-        self.output: Tensor | None = None
+        self.call: Batch | Callable[[], Any] | None = None  # an evaluation, or another call, that it waits for
+        self.output: Any = None
         self.error: BaseException | None = None  # to raise where the task waits
         self.ended, self.result, self.failure = False, None, None  # type: bool, Any, BaseException | None
-        self._mine, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._mine, self._back = threading.Lock(), threading.Lock()  # each is released by the other thread
+        self._mine.acquire()
+        self._back.acquire()
         self._model, self._task = model, task
         threading.Thread(target=self._run, name="lockstep", daemon=True).start()
 
@@ -53,16 +59,15 @@ class Turn:
         self._mine.release()
         self._back.acquire()
 
-    def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """Called in the task: wait for the output of the network."""
-        self.call = Batch(x, t, conditioning)
+    def wait_for(self, call: Batch | Callable[[], Any]) -> Any:
+        """Called in the task: let others run until there is the output of a call."""
+        self.call = call
         self._back.release()
         self._mine.acquire()
         self.call, output, error = None, self.output, self.error
         self.output = self.error = None
         if error is not None:
             raise error
-        assert output is not None
         return output
 
     def _run(self) -> None:
@@ -90,19 +95,22 @@ class Lockstep:
     def start(self, task: Task) -> Turn:
         """Begin a task, up to its first evaluation. Its `ended`, `result` and `failure` say how it went.
 
-        The model that it is given is the same one, but for its `predict`.
+        The model that it is given is the same one, but for the methods that run networks.
         """
         shared = copy.copy(self.model)
         turn = Turn(shared, task)
 
         def predict(x: Tensor, t: Tensor, conditioning: Conditioning, wrap: Wrapper | None = None) -> Tensor:
-            if wrap is not None:  # another network, such as one that follows hints: alone
-                return self.model.predict(x, t, conditioning, wrap)
+            more = () if wrap is None else (wrap,)  # another network, such as one that follows hints: alone
             if is_circular():  # a mode of this thread
-                return self.model.predict(x, t, conditioning)
-            return turn.predict(x, t, conditioning)
+                return self.model.predict(x, t, conditioning, *more)
+            call = partial(self.model.predict, x, t, conditioning, *more) if more else Batch(x, t, conditioning)
+            output: Tensor = turn.wait_for(call)
+            return output
 
         shared.predict = predict  # type: ignore[method-assign]
+        for name in ELSEWHERE:
+            setattr(shared, name, _elsewhere(getattr(self.model, name), turn))
         self.turns.append(turn)
         self._go_on(turn)
         return turn
@@ -111,7 +119,7 @@ class Lockstep:
         """Evaluate what the tasks wait for, and let each go on; False if there are none."""
         shapes: dict[object, list[Turn]] = {}
         for turn in self.turns:
-            assert turn.call is not None
+            assert isinstance(turn.call, Batch)
             shapes.setdefault(turn.call.shape(), []).append(turn)
         for waiting in shapes.values():
             self._answer(waiting)
@@ -127,15 +135,25 @@ class Lockstep:
                 self._go_on(turn)
 
     def _go_on(self, turn: Turn) -> None:
+        """Let a task run until it waits for an evaluation, or ends; what else it calls is answered at once."""
         turn.go_on()
+        while not turn.ended and not isinstance(turn.call, Batch):
+            assert turn.call is not None
+            try:
+                with torch.no_grad():
+                    turn.output = turn.call()
+            except Exception as error:
+                turn.error = error
+            turn.go_on()
         if turn.ended:
             self.turns.remove(turn)
 
     def _answer(self, waiting: list[Turn]) -> None:
         """Give each of these tasks its output, or the error of its evaluation."""
-        calls = [turn.call for turn in waiting if turn.call is not None]
+        calls = [turn.call for turn in waiting if isinstance(turn.call, Batch)]
         try:
-            outputs = self._together(calls)
+            with torch.no_grad():
+                outputs = self._together(calls)
         except Exception as error:  # out of memory, for example
             if len(waiting) == 1:
                 waiting[0].error = error
@@ -148,3 +166,12 @@ class Lockstep:
 
     def _evaluate(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         return self.model.predict(x, t, conditioning)
+
+
+def _elsewhere(method: Callable[..., Any], turn: Turn) -> Callable[..., Any]:
+    """A method of the model that runs in the thread of the lockstep, unless it is called in a mode of its own."""
+
+    def call(*args: Any, **named: Any) -> Any:
+        return method(*args, **named) if is_circular() else turn.wait_for(partial(method, *args, **named))
+
+    return call

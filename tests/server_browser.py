@@ -15,6 +15,8 @@ import contextlib
 import shutil
 import threading
 import time
+import urllib.error
+import urllib.request
 
 import pytest
 
@@ -66,7 +68,18 @@ def server():
     from sd.server.settings import ServerSettings
 
     with serving(ServerSettings(port=0)) as address:
+        wait_until_loaded(address)
         yield address
+
+
+def wait_until_loaded(address):
+    """Wait until the server has loaded its model: before, it answers some requests with 503."""
+    while True:
+        try:
+            return urllib.request.urlopen(f"{address}/api/models", timeout=60).close()
+        except urllib.error.HTTPError as error:
+            assert error.code == 503, error
+            time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")

@@ -86,6 +86,7 @@ def test_residuals_and_predictions(networks, name):
         assert error(unet(x, t, conditioning, (), residuals.middle), golden["eps_mid"]) < 2e-5
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "name", ["control_ddim_s10", "control_ddim_s10_guess", "control_ddim_s10_strength06", "control_v_ddim_s10"]
 )

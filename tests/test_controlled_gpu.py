@@ -247,6 +247,7 @@ def device() -> SimulatedGpu:
     return SimulatedGpu()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpm2"])
 def test_no_controlled_step_waits(device, sampler):
     """Nor the first: the hint goes to the device before it. In each mode, and with hints that begin and end."""

@@ -280,6 +280,7 @@ def test_geglu_at_extreme_values(dtype, interpreted):
     torch.testing.assert_close(ours[finite], plain[finite], rtol=2e-3 if dtype == torch.float16 else 1e-6, atol=1e-6)
 
 
+@pytest.mark.exhaustive
 @needs_triton
 @pytest.mark.parametrize("name, kernel", [("U-Net", "triton"), ("VAE", "triton, one kernel")])
 def test_networks_with_all_kernels(name, kernel, interpreted):
@@ -304,6 +305,7 @@ def test_networks_with_all_kernels_in_half_precision(name, dtype, interpreted):
 # ------------------------------------------------------------------------------------- compiled, for GPUs
 
 
+@pytest.mark.exhaustive
 @needs_triton
 @pytest.mark.parametrize("capability", [80, pytest.param(75, marks=pytest.mark.exhaustive)])
 def test_kernels_compile_for_gpus(capability, tmp_path, monkeypatch):

@@ -56,6 +56,7 @@ def around(network):
     return lambda x, t, conditioning, wrap: wrap(network)(x, t, conditioning)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("interval", "calls"), [(1, "W2 W2 W2 W2 W2"), (2, "W2 l2 W2 l2 W2"), (3, "W2 l2 l2 W2 l2")])
 def test_every_kth_call_is_the_whole_network(tiny_sd, passes, interval, calls):
     request = TextToImage.of("a", cache_interval=interval, steps=5, **EULER)
@@ -220,6 +221,7 @@ def test_the_program_takes_it(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == "error: cache_interval must be at least 1, got 0"
 
 
+@pytest.mark.exhaustive
 def test_a_call_in_between_takes_a_twelfth_at_full_size():
     """By its operations; docs/performance.md says so."""
     counter = pytest.importorskip("torch.utils.flop_counter").FlopCounterMode

@@ -100,6 +100,7 @@ def test_what_the_lora_is_not_made_for_uses_the_model_by_itself(run):
     assert "lora" not in parameters(image).lower() and "CFG scale: 4," in parameters(image)
 
 
+@pytest.mark.exhaustive
 def test_other_models_and_loras_come_without_it(run, tmp_path):
     shutil.copy(resource(EMBEDDED), tmp_path / "mine.safetensors")
     lines, _ = run(txt2img, "a red house", "--ckpt", "mine.safetensors", "--steps", 2, *SIZE)
@@ -153,6 +154,7 @@ def test_like_repeats_it_with_and_without(run, settings):
     assert pixels(first) == pixels(again) and (LINES[0] in out) == (len(settings) == 2)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("more, merged", [
     (["--seed", 9], True), (["--steps", 8], True), (["--negative", "a tree"], False), (["--guidance", 4], False),
     (["--sampler", "ddim"], False), (["--steps", 12], False),

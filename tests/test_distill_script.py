@@ -50,6 +50,7 @@ def options(teacher, photos):  # noqa: F811
     return ("--ckpt", teacher, "--data", photos, *QUICK, "--log-every", 4, "--samples", 0, "--export-dtype", "float32")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "kind", ["lora", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("weights", "told"))]
 )

@@ -41,6 +41,7 @@ def code(text: str) -> list[str]:
 LONG = ("4-unet", "5-samplers", "8-editing", "11-sdxl", "12-control")  # their code takes seconds
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "path",
     [pytest.param(path, id=path.stem, marks=pytest.mark.exhaustive if path.stem in LONG else ()) for path in CHAPTERS],

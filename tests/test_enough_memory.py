@@ -122,6 +122,7 @@ def test_too_little_memory_is_said_before_anything_is_loaded(short, files):
     assert "128x128" in short("a cat", "--hires", "2", free=weights)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("low", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("refined", [False, True])
 def test_with_as_much_as_is_estimated_it_is_tried(low, refined, files, tmp_path, monkeypatch, packing):

@@ -137,6 +137,7 @@ def test_keeping_an_average_that_is_not_there(tmp_path, capsys):
     assert not (tmp_path / "b.safetensors").exists()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", ["sd", "original", "diffusers"])
 def test_a_schedule_and_a_prediction_are_kept(tmp_path, layout):
     """Zero terminal SNR and v, told by the schedule alone, through every layout."""
@@ -269,7 +270,7 @@ def compare(model: StableDiffusion, pipe, tolerance: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny-v1", "tiny-v1-inpainting", "tiny-v2-v"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_diffusers_reads_what_we_write(tmp_path, diffusers, name):
     original(tmp_path / "a.safetensors", name)
     run(tmp_path / "a.safetensors", tmp_path / "folder", "--layout", "diffusers", "--model", name)
@@ -283,7 +284,7 @@ def test_diffusers_reads_what_we_write(tmp_path, diffusers, name):
 
 @pytest.mark.parametrize("options", [{}, {"variant": "fp16"}, {"safe_serialization": False}, {"max_shard_size": "5MB"}])
 @pytest.mark.parametrize("name", ["tiny-v1", pytest.param("tiny-v2-v", marks=pytest.mark.exhaustive)])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_we_read_what_diffusers_writes(tmp_path, diffusers, name, options):
     original(tmp_path / "a.safetensors", name)
     run(tmp_path / "a.safetensors", tmp_path / "ours", "--layout", "diffusers", "--model", name)
@@ -333,6 +334,7 @@ def test_old_attention_names_are_those_that_diffusers_still_reads(tmp_path, diff
     compare(StableDiffusion.load(tmp_path / "folder", device="cpu", dtype="float32"), pipe)
 
 
+@pytest.mark.exhaustive
 def test_golden_through_every_layout(tmp_path):
     """The original's own output, after two conversions."""
     original(tmp_path / "a.safetensors", "tiny-v2-v")

@@ -35,6 +35,7 @@ def prediction(model: StableDiffusion, prompt: str) -> torch.Tensor:
     return model.predict(x, torch.tensor([500.0]), cond)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "more",
     [
@@ -91,6 +92,7 @@ def test_metadata_of_a_lora(photos, start, tmp_path):  # noqa: F811
     assert found["ss_steps"] == "3" and "ss_training_started_at" not in found  # it is that of the first part
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])
 def test_a_word(ending, photos, start, tmp_path):  # noqa: F811
     """Only its vectors are trained and kept; the file has them, and images without a caption are told with the word."""
@@ -191,6 +193,7 @@ def test_a_lora_with_its_word(photos, start, tmp_path):  # noqa: F811
     assert other.add_embedding(tmp_path / "two" / "word.safetensors")[0] == "<dot>"
 
 
+@pytest.mark.exhaustive
 def test_resumed_to_the_bit(photos, start, tmp_path, monkeypatch):  # noqa: F811
     """With dropout, whose random numbers are a function of the step, and with shuffled tags, flips and noise."""
     given = ["--lora", 4, "--train-text", "--train-word", "<x>", "--init-word", "red", "--data", photos, *QUICK]

@@ -45,6 +45,7 @@ NOTICED = {
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is watched as Linux tells it")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("count", [350, pytest.param(4000, marks=pytest.mark.exhaustive)])
 def test_damaged_files_do_no_harm(count):
     report = fuzz(count, first=1200)  # number 1405 is a bomb, which few are

@@ -36,6 +36,7 @@ def models(request, tmp_path_factory) -> Models:
     return Models(Place(request.param, request.param == "cpu", 1, tmp_path_factory.mktemp("checks")))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.exhaustive if name in SLOW else ()) for name in CHECKS]
 )

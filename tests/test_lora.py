@@ -597,6 +597,7 @@ def test_diffusers_reads_kohya_as_we_do(model, tmp_path):
     check(model, before, deltas)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("scheme", ["kohya", "diffusers", "processors", "processors, oldest text"])
 def test_diffusers_merges_the_same(scheme, tiny, model, tmp_path):
     """fuse_lora of a diffusers pipeline, where PEFT is installed, gives the same weights."""

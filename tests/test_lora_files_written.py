@@ -106,7 +106,7 @@ def pipes(tmp_path_factory) -> dict[Config, Path]:
     return folders
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize(
     "naming, dora, text",
     [("kohya", False, True), ("peft", False, True), ("peft", True, True), ("kohya", False, False)],

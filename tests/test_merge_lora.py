@@ -54,6 +54,7 @@ def merged(folder: Path, *loras: tuple[str, float]) -> dict[str, torch.Tensor]:
     return to_own({name: network.state_dict() for name, network in networks.items()})
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", convert.LAYOUTS)
 def test_every_layout(layout, folder, tmp_path, capsys):
     """Two LoRAs, their changes computed from the plain weights; the file says what was merged."""

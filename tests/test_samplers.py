@@ -65,6 +65,7 @@ MORE_K = {"k_dpm_2_s10_karras", "k_dpmpp_2m_s20", "k_dpmpp_2m_s12", "k_euler_anc
 MORE_K |= {"k_heun_s10_karras", "k_lms_s12", "k_lms_s12_karras", "v_k_lms_s11"}
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", [*exhaustive(*sorted(MORE_K)), *sorted(set(k_goldens()) - MORE_K)])
 def test_k_diffusion_samplers(tiny, tiny_v2, name):
     golden = Golden(name)

@@ -80,6 +80,7 @@ def test_parts(tiny_xl):
     assert error(decoded, golden["decoded"]) < 2e-5
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["tiny_sdxl_txt2img_euler_s12", "tiny_sdxl_txt2img_euler_s12_negative"])
 def test_prompt_to_image(tiny_xl, name, monkeypatch):
     """From the request to latents and pixels, with zeros for an empty negative prompt, and with another one."""
@@ -134,6 +135,7 @@ def headers(name: str, **changed: tuple[int, ...]) -> dict[str, torch.Tensor]:
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("name", "changed", "config"),
     [
@@ -171,6 +173,7 @@ SMALLER = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", SMALLER)
 def test_smaller_u_nets_are_counted(name):
     state, config = smaller(*SMALLER[name])
@@ -191,6 +194,7 @@ def test_a_missing_transformer_is_not_a_smaller_u_net():
         convert(state, identify(state).config)
 
 
+@pytest.mark.exhaustive
 def test_diffusers_reads_what_we_write(tiny_xl, tmp_path):
     """StableDiffusionXLPipeline of a folder of ours: the same contexts, vectors, and images, with both negatives."""
     diffusers = pytest.importorskip("diffusers")

@@ -54,6 +54,7 @@ def generate(folder, tmp_path, capsys, monkeypatch):
     return run
 
 
+@pytest.mark.exhaustive
 def test_loras_on_the_command_line(generate):
     _, _, _, plain = generate("a cat")
     status, out, err, merged = generate("a cat", "--lora", "ink.safetensors:0.5")
@@ -67,6 +68,7 @@ def test_loras_on_the_command_line(generate):
     assert "Steps: 4, Sampler: Euler" in image.text["parameters"]
 
 
+@pytest.mark.exhaustive
 def test_embeddings_on_the_command_line(generate):
     _, _, _, plain = generate("a toy")
     status, out, err, image = generate("a toy", "--embedding", "toy.safetensors")

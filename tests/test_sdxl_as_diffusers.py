@@ -56,6 +56,7 @@ def pipes(tmp_path_factory):
 THEIRS = {"height": 64, "width": 64, "num_inference_steps": 10, "guidance_scale": 5.0, "output_type": "latent"}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("fraction", [0.8, 0.5])
 def test_base_and_refiner_as_diffusers(fraction, base, refiner, pipes):
     first, second = pipes
@@ -89,6 +90,7 @@ def test_image_to_image_as_diffusers(base, refiner, pipes):
         assert error(run.x, latents) < 1e-4
 
 
+@pytest.mark.exhaustive
 def test_inpainting_of_nine_channels_as_diffusers(pipes, refiner):
     import diffusers
 

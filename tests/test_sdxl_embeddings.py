@@ -116,6 +116,7 @@ def test_a_pair_of_files(model, tmp_path):
         model.add_embedding(tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_contexts_as_in_diffusers(model, pipe, tmp_path):
     """`load_textual_inversion` for each text encoder: the same contexts and pooled output."""
     save_file(two(3), tmp_path / "style.safetensors")
@@ -241,6 +242,7 @@ def with_word(tmp_path) -> Path:
     return tmp_path / "with word"
 
 
+@pytest.mark.exhaustive
 def test_words_of_a_models_own_folder(with_word, folder):
     """Each text encoder has its tokenizer's, as in diffusers; further words come after them."""
     model = StableDiffusion.load(with_word, device="cpu", dtype="float32")

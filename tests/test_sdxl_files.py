@@ -49,6 +49,7 @@ def test_a_u_net_s_folder_alone_has_sdxl_s_vae():
     assert from_diffusers({"unet": unet_to_diffusers(SD1)}).vae == SD1.vae
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("config", [SDXL, SDXL_REFINER, SDXL_INPAINT], ids=lambda config: config.name)
 @pytest.mark.parametrize("table", [diffusers_sources, original_sources], ids=["diffusers", "original"])
 def test_a_u_net_alone_without_a_prefix(config, table):
@@ -66,6 +67,7 @@ def test_a_u_net_alone_without_a_prefix(config, table):
         convert(file, found.config)
 
 
+@pytest.mark.exhaustive
 def test_smaller_ones_where_it_is_said_that_it_is_sdxl():
     """--model sdxl with a file of SSD-1B, say: the transformers are counted all the same."""
     state, config = smaller(*SMALLER["SSD-1B"])
@@ -81,6 +83,7 @@ def test_a_projection_of_transformers_in_an_original_file():
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 def test_a_layer_that_is_not_there_is_made_and_said(tmp_path, layout, capsys):
     """Of CLIP-L, as other programs load it; a file of ours that was trained here lacks it."""
@@ -154,6 +157,7 @@ def test_other_folders_are_refused_by_name(configs, words):
 # -------------------------------------------------------------------------------------------------------------- --info
 
 
+@pytest.mark.exhaustive
 def test_info_of_whole_models(tmp_path, capsys):
     path = sparse_file(tmp_path / "a.safetensors", "sdxl-base", half=True)
     said = info(path, capsys=capsys)
@@ -212,7 +216,7 @@ WAYS = (("original",), ("sd",), ("diffusers",), ("diffusers", "sd"))
 @pytest.mark.parametrize("way", WAYS, ids=" ".join)
 @pytest.mark.parametrize("name", ["tiny-xl", "tiny-xl-inpaint", "tiny-refiner"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(24)
 def test_there_and_back(tmp_path, name, way, dtype):
     """An original file through other layouts: every key and every bit; and its config at each stage."""
     config = MODELS[name]
@@ -233,6 +237,7 @@ def test_there_and_back(tmp_path, name, way, dtype):
     assert all(back[key].dtype == x.dtype and torch.equal(back[key], x) for key, x in state.items())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("config", [TINY_XL_INPAINT, DEEP_REFINER], ids=lambda config: config.name)
 def test_a_folder_of_ours_for_diffusers(tmp_path, config):
     """Its pipeline's class is one that diffusers has for such a model, and reads all of it."""

@@ -80,6 +80,7 @@ REQUESTS = {
 EXACT = [pytest.param(set(), id="fixed VAE"), pytest.param({"image", "latent"}, id="original VAE")]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("overflows", [pytest.param(set(), id="fixed VAE", marks=pytest.mark.exhaustive), EXACT[1]])
 def test_with_low_memory_5_5_gb_are_enough(gpu, overflows):
     """1024x1024 with guidance: the U-Net has 5.13 GB, and a step takes 0.28. The original VAE works in float32."""

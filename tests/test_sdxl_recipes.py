@@ -132,6 +132,7 @@ def test_graphs_of_comfyui(changed, settings, note):
     assert (note in " ".join(recipe.notes)) if note else recipe.notes == ()
 
 
+@pytest.mark.exhaustive
 def test_an_empty_negative_prompt_of_comfyui_is_encoded(files, tmp_path, capsys):
     """Which is said of a model for which it is zeros, unless they are zeros in the graph as well."""
     empty = {"n3": {"text_l": "a cat"}, "n4": {"text_l": "", "text_g": ""}, "n6": {"text": ""}}

@@ -88,6 +88,7 @@ def test_the_refiner_takes_the_last_steps(settings, counts, note, base, refiner,
     assert note in " ".join(run.notes) if note else run.notes == []
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "unipc", "lms", "euler_a", "dpmpp_2m_sde", "dpmpp_sde", "heun"])
 @pytest.mark.sampled(3)
 def test_a_run_that_its_own_model_refines_is_the_same_run(sampler, base):
@@ -108,6 +109,7 @@ TASKS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.sampled(3)
 def test_every_task_can_be_refined(task, base, refiner):

@@ -88,6 +88,7 @@ def test_second_prompts_that_cannot_be(settings, message, base):
         base.prepare(TextToImage(**({"prompt": "a cat", "params": params()} | settings)))
 
 
+@pytest.mark.exhaustive
 def test_second_prompts_of_models_with_one_text_encoder(tiny_sd, base, refiner):
     for model in (tiny_sd, refiner):
         with pytest.raises(
@@ -148,6 +149,7 @@ def test_a_conditioning_is_no_prompt(base):
 # ------------------------------------------------------------------------------------------------------------- scripts
 
 
+@pytest.mark.exhaustive
 def test_another_prompt_is_not_given_the_second_one_of_a_recipe(files, tmp_path):
     out = ("--out", str(tmp_path / "a.png"))
     assert txt2img.main(["a cat", "--ckpt", str(files["base"]), *SMALL_ARGS, "--prompt-2", "a dog", *out]) == 0

@@ -31,6 +31,7 @@ PROGRAMS = (
     "evaluate",
     "bench",
     "study",
+    "serve",
 )
 POSIX = pytest.mark.skipif(os.name != "posix", reason="shells and signals of POSIX")
 

@@ -116,6 +116,7 @@ PATHS = {  # name: precision, the kernels that are forced
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("path", PATHS)
 def test_every_path_of_attention(tiny, path, monkeypatch):
     """The weights by the formula give what the network's kernels give, whichever it uses; none of them is disturbed."""

@@ -85,7 +85,7 @@ def test_all_are_there():
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(9)
 def test_a_figure(name, run, tmp_path, monkeypatch):
     """Its files are images with content; a second run replaces them. The model knows all words of its prompts."""
     monkeypatch.setattr(convergence, "STEPS", (2, 3))

@@ -110,6 +110,7 @@ def compare(folder) -> None:
             assert a["validation"]["deciles"] == pytest.approx(b["validation"]["deciles"], rel=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_a_killed_process_costs_no_more_than_the_last_interval(new, photos, server, port, tmp_path):  # noqa: F811
     """torchrun starts both again with the same words. Killed before anything is saved, they begin again."""
     options = ("--data", photos, *new, *RUN, "--ema", 0.5)
@@ -170,7 +171,7 @@ def whole(new, photos, server, tmp_path_factory):  # noqa: F811
 
 
 @pytest.mark.parametrize("moment", KILLS, ids=lambda moment: f"{moment[0]}-{moment[1]}")
-@pytest.mark.sampled(13)
+@pytest.mark.sampled(65)
 def test_a_run_killed_at_any_moment_goes_on(moment, whole, server, tmp_path):
     words, _, seconds = whole
     end, number = moment

@@ -144,7 +144,7 @@ def same(a: object, b: object) -> bool:
 
 
 @pytest.mark.parametrize(("name", "optimizer"), PROGRAMS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_resumed_training_equals_uninterrupted_training(name, optimizer, new, photos, start, tmp_path, monkeypatch):
     """Stopped by Ctrl-C between two lines of the log, resumed with no options but the folder: all is the same."""
     program = {"train": train, "train_text": train_text, "train_vae": train_vae}[name]

@@ -38,6 +38,7 @@ def memory_of(config, options, size=512, checkpointing=False):
     return accounting.estimate(objective, target, recipe, torch.bfloat16, batch)
 
 
+@pytest.mark.exhaustive
 def test_a_lora_for_sd1_fits_into_six_gigabytes():
     """At 512x512, batch 1, without checkpointing, with what libraries need."""
     found = memory_of(SD1, ())

@@ -91,6 +91,11 @@ class Engine:
         """Whether a model is loaded, and jobs are accepted."""
         return self._accepts and any(worker.is_ready for worker in self.workers)
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it accepts no more jobs."""
+        return not self._accepts
+
     async def submit(self, works: Sequence[Work], client: str) -> list[Job]:
         """Put work into the queue, all or nothing; returns its jobs.
 
@@ -168,12 +173,12 @@ class Engine:
         """The next jobs for a worker, at most `room`: all of one setup.
 
         setup   of the jobs that it computes already; None if there are none
-        wait    until there is one, or `wake` is called
+        wait    until there is one, `wake` is called, or a second is over
         """
         dropped: list[Job] = []
         with self._changed:
             if wait and not self._waiting:
-                self._changed.wait()
+                self._changed.wait(1)  # not for ever: it may have been woken just before
             waiting = [*self._waiting]
             dropped = [job for job, _ in waiting if job.is_cancelled or job.is_interrupted]
             waiting = [pair for pair in waiting if pair[0] not in dropped]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from fastapi import Request
@@ -16,6 +16,7 @@ from .engine import Busy, Engine
 from .jobs import Finished, Job, Work
 
 T = TypeVar("T")
+RESTART = 5  # seconds after which to try again when the server stops
 STATUS = {"invalid": 422, "memory": 507, "internal": 500, "stopping": 503}  # of jobs that failed
 
 
@@ -42,7 +43,13 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, Busy):
-        return ApiError(503 if error.retry_after is None else 429, str(error), error.retry_after)
+        if error.retry_after is None:  # this server stops: another one may take its place
+            return ApiError(503, str(error), RESTART)
+        return ApiError(429, str(error), error.retry_after)
+    if isinstance(error, RecursionError):
+        return ApiError(422, "the request is nested too deeply")
+    if isinstance(error, MemoryError):
+        return ApiError(507, "out of memory: send a smaller request")
     if isinstance(error, ValueError):
         return ApiError(422, str(error))
     return ApiError(500, "an internal error: see the log of the server")
@@ -60,14 +67,26 @@ def client_of(request: Request) -> str:
     return str(key or (request.client.host if request.client else "unknown"))
 
 
-async def generate(request: Request, works: Sequence[Work]) -> list[Job]:
-    """Submit work and wait for its end; returns its jobs, all of them done.
+async def submit(request: Request, works: Sequence[Work]) -> list[Job]:
+    """Put the work of a request into the queue; its jobs are named in the log. Raises as `Engine.submit`."""
+    jobs = await engine_of(request).submit(works, client_of(request))
+    request.state.jobs = [*getattr(request.state, "jobs", ()), *jobs]
+    return jobs
+
+
+async def generate(
+    request: Request, works: Sequence[Work], begun: Callable[[list[Job]], object] = lambda jobs: None
+) -> list[Job]:
+    """Submit work and wait for its end; returns its jobs, at least one of them done.
+
+    begun   called with the jobs once they are in the queue
 
     If the client closes the connection, the jobs are cancelled and Gone is raised. Raises Busy, ValueError, and
     ApiError for the first job that failed.
     """
     engine = engine_of(request)
-    jobs = await engine.submit(works, client_of(request))
+    jobs = await submit(request, works)
+    begun(jobs)
     try:
         await unless_gone(request, asyncio.gather(*(job.end() for job in jobs)))
     except BaseException:
@@ -81,7 +100,7 @@ def check_done(jobs: Sequence[Job]) -> None:
     """Raise ApiError for the first of these jobs that failed or was cancelled."""
     for job in jobs:
         if job.state == "failed":
-            raise ApiError(STATUS[job.fault], job.error, 1 if job.fault == "stopping" else None)
+            raise ApiError(STATUS[job.fault], job.error, RESTART if job.fault == "stopping" else None)
         if job.state == "cancelled" and not any(other.state == "done" for other in jobs):
             raise ApiError(409, "cancelled before it was generated")
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from ..settings import Range, check_settings, flag, number, setting, whole
+from ..config import PRECISIONS
+from ..settings import OneOf, Range, check_settings, flag, number, setting, whole
 
 MEGABYTE = 1 << 20
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -48,7 +49,9 @@ class ServerSettings:
     vaes: Path | None = setting(None, "folder of VAEs", _path)
     resident: int = setting(1, "models kept in memory; the one used least recently goes", Range(whole, 1))
     device: Sequence[str] = setting((), "devices, each with a worker of its own; none: the best", _texts)
-    dtype: str | None = setting(None, "precision: float32, float16 or bfloat16; None: the best for the device")
+    dtype: str | None = setting(
+        None, "precision: float32, float16 or bfloat16; None: the best for the device", OneOf(PRECISIONS)
+    )
     low_memory: bool = setting(False, "the networks take turns in memory; nothing is batched", flag)
     cache: Path | None = setting(None, "folder in which converted weights are kept", _path)
 
