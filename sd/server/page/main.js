@@ -52,7 +52,11 @@ function editing() {
 }
 
 function generate({ quiet = false } = {}) {
-  if (!form.models || views.view() === "inside" || document.querySelector("dialog[open]")) return;
+  if (!form.models || document.querySelector("dialog[open]")) return;
+  if (views.view() === "inside") {
+    inside.look({ fresh: true });
+    return;
+  }
   if (runner.running && !quiet) return;
   live.stop();
   const { settings } = form;

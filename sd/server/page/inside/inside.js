@@ -73,6 +73,7 @@ export class Inside {
       this.error, this.empty, this.results, this.notes,
     );
     this.root.addEventListener("keydown", (event) => this.key(event));
+    document.addEventListener("keydown", (event) => this.escape(event), { capture: true });
     this.controls.element.hidden = true; // until there is a run whose settings they show
   }
 
@@ -94,8 +95,10 @@ export class Inside {
 
   use() {
     const { plan } = this.recording;
-    this.onSettings({ steps: this.own.steps ?? this.sent?.request.params.steps ?? plan.steps, guidance: plan.guidance, few: this.isFew });
-    this.change({});
+    if (this.models.few_steps) this.onSettings({ fast: this.isFew }); // first, as each has steps of its own
+    this.onSettings({ steps: this.sent.request.params.steps ?? plan.steps, guidance: plan.guidance });
+    this.own = {};
+    this.controls.changes.hidden = true;
     announce("The form has these settings now");
   }
 
@@ -322,12 +325,14 @@ export class Inside {
     ]);
   }
 
+  escape(event) {
+    if (event.key !== "Escape" || !this.running || event.defaultPrevented) return;
+    this.cancel();
+    event.preventDefault();
+  }
+
   key(event) {
     if (event.altKey || event.ctrlKey || event.metaKey) return;
-    if (event.key === "Escape" && this.running) {
-      this.cancel();
-      event.preventDefault();
-      event.stopPropagation();
-    } else if (!isField(event.target) && this.recording && this.strip.key(event)) event.preventDefault();
+    if (!isField(event.target) && this.recording && this.strip.key(event)) event.preventDefault();
   }
 }
