@@ -165,6 +165,12 @@ def test_closing_the_connection_cancels_the_job(client):
     assert generate(client, {"prompt": "a", "params": SMALL})["images"]
 
 
+def test_so_it_does_without_a_stream(client):
+    with pytest.raises(httpx2.ReadTimeout):
+        client.post("/api/generate", json=LONG, timeout=0.3)
+    assert until_none(client)
+
+
 @pytest.mark.parametrize("how", ["interrupt", "drop"])
 def test_a_job_is_finished_early_or_dropped(client, how):
     with client.stream("POST", "/api/generate", json=LONG, headers=EVENTS) as response:

@@ -302,6 +302,8 @@ def test_a_full_queue_says_when_to_come_back():
         with pytest.raises(openai.RateLimitError) as caught:
             client.images.generate(prompt="a", extra_body=SMALL)
         assert int(caught.value.response.headers["Retry-After"]) >= 1 and caught.value.code == "rate_limit_exceeded"
+        jobs = httpx2.get(f"{address}/api/jobs").json()
+        assert [(job["state"], job["position"]) for job in jobs] == [("running", None), ("waiting", 0), ("waiting", 1)]
         for stream in streams:  # closing the connection cancels the job
             stream.close()
         for _ in range(200):
