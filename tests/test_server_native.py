@@ -203,6 +203,7 @@ def test_a_job_is_finished_early_or_dropped(client, how):
         ({"params": []}, "params must be an object"),
         ({"params": {"steps": "3"}}, "steps must be a whole number"),
         ({"params": {"steps": 5000}}, "at most 150"),
+        ({"params": {"sampler": "ddpm"}}, "1000 steps are too many"),
         ({"params": {"seed": 2**64}}, "seed must be from 0"),
         ({"params": {"width": 130}}, "multiple of 8"),
         ({"params": {"width": 8192, "height": 8192}}, "pixels are too many"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..params import HighRes, ImageToImage, Inpaint
+from ..samplers import SAMPLERS
 from .jobs import Work
 from .settings import ServerSettings
 
@@ -26,9 +27,10 @@ def check_work(work: Work, settings: ServerSettings) -> None:
         raise ValueError(f"{len(work.loras)} LoRAs are too many: at most {MOST_LORAS}")
     if params.n > settings.max_batch:
         raise ValueError(f"{params.n} images at once are too many: this server generates at most {settings.max_batch}")
-    for steps in (params.steps, request.hires_steps if isinstance(request, HighRes) else None):
+    usual = SAMPLERS[str(params.sampler)].steps if params.sampler in tuple(SAMPLERS) else 0  # DDPM has 1000
+    for steps in (params.steps or usual, request.hires_steps if isinstance(request, HighRes) else None):
         if steps is not None and steps > settings.max_steps:
-            raise ValueError(f"{steps} steps are too many: this server takes at most {settings.max_steps}")
+            raise ValueError(f"{steps} steps are too many: this server takes at most {settings.max_steps}, give fewer")
     height, width = params.height or 0, params.width or 0
     if isinstance(request, ImageToImage | Inpaint):
         height, width = height or request.image.height, width or request.image.width
