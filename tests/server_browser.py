@@ -15,6 +15,8 @@ import contextlib
 import shutil
 import threading
 import time
+import urllib.error
+import urllib.request
 
 import pytest
 
@@ -58,6 +60,18 @@ def serving(settings):
         thread.join(20)
 
 
+def wait_until_loaded(address, key=None):
+    """Wait until the server has loaded its model: before, it answers some requests with 503."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    while True:
+        try:
+            request = urllib.request.Request(f"{address}/api/models", headers=headers)
+            return urllib.request.urlopen(request, timeout=60).close()
+        except urllib.error.HTTPError as error:
+            assert error.code == 503, error
+            time.sleep(0.1)
+
+
 @pytest.fixture(scope="session")
 def server():
     """The address of a server with the embedded model."""
@@ -66,6 +80,7 @@ def server():
     from sd.server.settings import ServerSettings
 
     with serving(ServerSettings(port=0)) as address:
+        wait_until_loaded(address)
         yield address
 
 

@@ -6,20 +6,23 @@ import base64
 import io
 import json
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import httpx2
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from server_browser import serving
 
 from sd import StableDiffusion
+from sd.config import Config
 from sd.control_params import Control
 from sd.imaging.files import png_bytes
 from sd.params import REQUESTS, HighRes, ImageToImage, Inpaint, SamplingParams, TextToImage
 from sd.request_json import to_dict
-from sd.resources import EMBEDDED_LORA, resource
+from sd.resources import EMBEDDED, EMBEDDED_LORA, resource
 from sd.server.app import create_app
 from sd.server.native.schema import any_request
 from sd.server.settings import ServerSettings
@@ -111,6 +114,7 @@ def test_images_may_be_data_urls_in_any_format(client):
     assert a["images"] == b["images"]
 
 
+@pytest.mark.filterwarnings("ignore:pocket-lcm is")
 def test_loras_are_merged_for_the_request(client, library):
     answer = generate(client, {"prompt": "a red house", "params": SMALL}, loras=[{"name": "pocket-lcm", "weight": 0.5}])
     name = library.add_lora(resource(EMBEDDED_LORA), 0.5)
@@ -161,6 +165,12 @@ def test_closing_the_connection_cancels_the_job(client):
     assert generate(client, {"prompt": "a", "params": SMALL})["images"]
 
 
+def test_so_it_does_without_a_stream(client):
+    with pytest.raises(httpx2.ReadTimeout):
+        client.post("/api/generate", json=LONG, timeout=0.3)
+    assert until_none(client)
+
+
 @pytest.mark.parametrize("how", ["interrupt", "drop"])
 def test_a_job_is_finished_early_or_dropped(client, how):
     with client.stream("POST", "/api/generate", json=LONG, headers=EVENTS) as response:
@@ -189,10 +199,12 @@ def test_a_job_is_finished_early_or_dropped(client, how):
         ({"params": {"num_inference_steps": 3}}, "did you mean 'steps'?"),
         ({"params": {"prompt": "a"}}, "beside params"),
         ({"params": {"options": {"eta": 2}}}, "eta must be in [0, 1]"),
+        ({"params": {**SMALL, "guidance": 1e300}}, "use less guidance"),
         ({"params": {"options": []}}, "options must be an object"),
         ({"params": []}, "params must be an object"),
         ({"params": {"steps": "3"}}, "steps must be a whole number"),
         ({"params": {"steps": 5000}}, "at most 150"),
+        ({"params": {"sampler": "ddpm"}}, "1000 steps are too many"),
         ({"params": {"seed": 2**64}}, "seed must be from 0"),
         ({"params": {"width": 130}}, "multiple of 8"),
         ({"params": {"width": 8192, "height": 8192}}, "pixels are too many"),
@@ -235,6 +247,8 @@ def test_a_mistake_is_one_clear_line(client, request_, said):
         ({"request": {}, "vae": "x"}, "there is no vae"),
         ({"request": {}, "loras": [{"name": "pocket-lcm", "wight": 1}]}, "did you mean 'weight'?"),
         ({"request": {}, "loras": [{"name": "x"}]}, "there is no lora"),
+        ({"request": {}, "loras": [{"name": "pocket-lcm", "weight": 1e30}]}, "too large"),
+        ({"request": {"prompt": "<lora:pocket-lcm:999>", "web_ui_prompts": True}}, "too large"),
         ({"request": {}, "previews": -1}, "previews"),
         ({}, "request"),
         ([], "the body"),
@@ -261,6 +275,24 @@ def test_models_samplers_limits_and_defaults(client, library):
     assert client.post("/api/models/select", json={"name": "pocket.safetensors"}).json()["current"] == "pocket"
     assert client.post("/api/models/select", json={"name": "none"}).status_code == 404
     assert client.post("/api/refresh").json()["current"] == "pocket"
+
+
+def test_a_model_is_chosen_by_its_file_before_it_is_loaded(client, tmp_path):
+    with safe_open(resource(EMBEDDED), "pt") as file:
+        config = Config.from_json(file.metadata()["sd.config"])
+    few = {"sd.config": replace(config, name="few", steps=2).to_json()}
+    save_file(load_file(resource(EMBEDDED)), tmp_path / "few.safetensors", few)
+    (tmp_path / "broken.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    with serving(ServerSettings(port=0, models=tmp_path)) as address, httpx2.Client(base_url=address) as other:
+        while other.get("/api/models").status_code == 503:
+            time.sleep(0.05)
+        answer = other.post("/api/models/select", json={"name": "broken"})
+        assert answer.status_code == 422 and str(tmp_path) not in answer.text and "broken" in answer.text
+        assert other.get("/api/models").json()["current"] == "pocket"
+        found = other.post("/api/models/select", json={"name": "few"}).json()
+        assert found["current"] == "few" and found["defaults"]["steps"] == 2 and found["few_steps"] is None
+        answer = other.post("/api/generate", json={"request": {"prompt": "a", "params": {"width": 64, "height": 64}}})
+        assert answer.json()["model"].startswith("few.safetensors") and "Steps: 2," in answer.json()["texts"][0]
 
 
 def test_nothing_is_loaded_yet():

@@ -4,11 +4,11 @@ import { $, el, setIcon, shape } from "./dom.js";
 import { asSeed, isFast, optionNames, randomSeed, sampling, sizeOf } from "./settings.js";
 
 const RATIOS = [
-  ["Square", 1, 1],
-  ["Portrait", 2, 3],
-  ["Landscape", 3, 2],
-  ["Tall", 9, 16],
-  ["Wide", 16, 9],
+  ["square", 1, 1],
+  ["portrait", 2, 3],
+  ["landscape", 3, 2],
+  ["tall", 9, 16],
+  ["wide", 16, 9],
 ];
 
 // id of the field, name of the setting, kind of value. "sampling" settings exist twice: with the few-step LoRA and without.
@@ -48,7 +48,7 @@ export class Form extends EventTarget {
     super();
     this.settings = settings;
     this.models = null;
-    this.editing = null; // the editor's value, while it is in use
+    this.editing = null; // the kind of request that the editor's image is for, while it is in use
     for (const [id, name, kind, of] of FIELDS) {
       $(id).addEventListener("input", () => this.#read(id, name, kind, of, false));
       $(id).addEventListener("change", () => this.#read(id, name, kind, of, true));
@@ -151,8 +151,8 @@ export class Form extends EventTarget {
       ...RATIOS.map(([label, x, y]) => {
         const found = { width: round(side * Math.sqrt(x / y)), height: round(side * Math.sqrt(y / x)) };
         const click = () => this.set(found);
-        const title = `${found.width} × ${found.height}`;
-        const button = el("button", { type: "button", title, on: { click } }, shape(x, y), label);
+        const title = `${label}: ${found.width} × ${found.height}`;
+        const button = el("button", { type: "button", title, "aria-label": title, on: { click } }, shape(x, y), `${x}:${y}`);
         Object.assign(button.dataset, found);
         return button;
       }),
@@ -197,10 +197,9 @@ export class Form extends EventTarget {
   #editing() {
     const { editing } = this;
     $("strength-field").hidden = !editing;
-    $("own-size-row").hidden = editing?.kind !== "img2img";
-    $("size-field").hidden = editing?.kind === "inpaint";
-    const own = editing?.kind === "img2img" && this.settings.ownSize;
-    for (const field of $("size-field").querySelectorAll("button, input:not([type=checkbox])")) field.disabled = own;
+    $("own-size-row").hidden = editing !== "img2img";
+    $("size-field").hidden = editing === "inpaint";
+    $("size-field").classList.toggle("own", editing === "img2img" && this.settings.ownSize);
     $("hires-details").hidden = Boolean(editing);
   }
 
@@ -214,7 +213,8 @@ export class Form extends EventTarget {
   // The options of the sampler, such as eta.
   #options(sampler, typing) {
     if (typing?.closest("#sampler-options")) return;
-    const names = optionNames(this.models?.samplers?.find((each) => each.key === sampler)?.options);
+    const known = this.models?.samplers?.find((each) => each.key === sampler)?.options;
+    const names = optionNames(known);
     const box = $("sampler-options");
     if (box.dataset.names === names.join()) {
       for (const field of box.querySelectorAll("input")) if (field !== typing) field.value = this.settings.options[field.dataset.name] ?? "";
@@ -231,7 +231,7 @@ export class Form extends EventTarget {
           this.#changed();
         };
         const id = `option-${name}`;
-        const field = el("input", { type: "number", id, step: "any", placeholder: "usual", on: { input } });
+        const field = el("input", { type: "number", id, step: "any", placeholder: known[name]?.default ?? "", on: { input } });
         field.dataset.name = name;
         field.value = this.settings.options[name] ?? "";
         return el("div", { className: "field" }, el("label", { for: id }, `${name}`), field);

@@ -80,6 +80,9 @@ export function asSeed(text) {
   return found <= MAX_SEED ? found : null;
 }
 
+// A seed as a number, if it is exact; api.js writes the others.
+const plain = (seed) => (seed <= BigInt(Number.MAX_SAFE_INTEGER) ? Number(seed) : seed);
+
 export const isFast = (settings, models) => Boolean(models?.few_steps) && (settings.fast ?? true);
 
 // Steps, guidance, sampler and spacing, with the defaults of the model, or of its few-step LoRA.
@@ -102,12 +105,12 @@ export function sizeOf(settings, models) {
 // The body of POST /api/generate. `edit` is the editor's value, or null; `hints` are its hints for control networks.
 export function bodyOf(settings, models, edit = null, hints = []) {
   const params = { ...settings.extra.params, ...sampling(settings, models) };
-  params.seed = asSeed(settings.seed) ?? 0n;
+  params.seed = plain(asSeed(settings.seed) ?? 0n);
   params.n = settings.n;
   const own = edit && (edit.kind === "inpaint" || settings.ownSize);
-  if (!own) Object.assign(params, sizeOf(settings, models));
+  if (!own && (models?.defaults || settings.width || settings.height)) Object.assign(params, sizeOf(settings, models));
   if (settings.variationStrength > 0 && asSeed(settings.variationSeed) !== null) {
-    params.variation_seed = asSeed(settings.variationSeed);
+    params.variation_seed = plain(asSeed(settings.variationSeed));
     params.variation_strength = settings.variationStrength;
   }
   if (settings.guidanceRescale) params.guidance_rescale = settings.guidanceRescale;

@@ -33,9 +33,8 @@ export class Tokens {
   }
 
   #show({ count, limit, chunks, cut, unknown }) {
-    const over = Boolean(cut);
-    const parts = [el("span", { className: over ? "over" : "" }, `${count} of ${limit} tokens`)];
-    if ((Array.isArray(chunks) ? chunks.length : chunks) > 1) parts.push(` in ${Array.isArray(chunks) ? chunks.length : chunks} chunks`);
+    const said = chunks > 1 ? `${count} tokens in ${chunks} parts of ${limit}` : `${count} of ${limit} tokens`;
+    const parts = [el("span", { className: cut ? "over" : "" }, said)];
     if (cut) parts.push(". Not read: ", el("del", {}, cut));
     if (unknown?.length) {
       parts.push(". The model does not know ");

@@ -1,10 +1,338 @@
 // See inside: what happens in the model, step by step and word by word.
 
+import { getJson, stream, toJson } from "../api.js";
+import { announce, debounce, el, isField } from "../dom.js";
+import { Controls } from "./controls.js";
+import { Curve, facts } from "./curve.js";
+import { explanation, INTRODUCTION, QUESTION } from "./explanations.js";
+import { counted, percent, plain } from "./numbers.js";
+import { Recording, Recordings } from "./recording.js";
+import { bodyFor, isFew } from "./request.js";
+import { Stage } from "./stage.js";
+import { Strip } from "./strip.js";
+import { Words } from "./words.js";
+
+const PAUSE = 120; // milliseconds without a change of a slider, after which it is answered
+
 export class Inside {
   // body() returns what would be sent to /api/generate; onSettings(settings) takes settings over into the form.
   constructor(root, { body, onSettings }) {
-    this.root = root;
-    this.body = body;
-    this.onSettings = onSettings;
+    Object.assign(this, { root, body, onSettings });
+    this.own = {}; // settings that were changed here
+    this.models = null;
+    this.recording = null;
+    this.recordings = new Recordings();
+    this.running = null; // the AbortController of the request in progress
+    this.follows = true; // the newest step is shown as it comes
+    this.later = debounce(PAUSE, () => this.look());
+    this.build();
+  }
+
+  build() {
+    this.strip = new Strip((frame) => this.chose(frame));
+    this.curve = new Curve((step) => this.strip.go(step));
+    this.words = new Words(() => this.draw());
+    const onPlace = (place) => this.stages.forEach((stage) => stage.point(place));
+    this.stages = ["Image with a map", "Image with the second map"].map((label) => new Stage({ onPlace, label }));
+    this.controls = new Controls({
+      onChange: (name, value) => this.changed(name, value),
+      onReset: () => this.change({}),
+      onUse: () => this.use(),
+    });
+    this.go = el("button", { type: "button", className: "primary inside-go", on: { click: () => this.look({ fresh: true }) } }, "Look inside");
+    this.stop = el("button", { type: "button", hidden: true, on: { click: () => this.cancel() } }, "Cancel");
+    this.status = el("span", { className: "inside-status", role: "status" }, "");
+    this.error = el("div", { className: "alert", role: "alert", hidden: true });
+    this.notes = el("ul", { className: "notes", hidden: true });
+    this.opacity = el("input", { type: "range", id: "inside-opacity", min: 0, max: 100, value: 80, on: { input: () => this.draw() } });
+    const toggle = (text, title, does) => el("button", { type: "button", title, "aria-pressed": "false", on: { click: does } }, text);
+    const flip = (name) => () => this.flip(name);
+    this.toggles = {
+      noisy: toggle("Noisy latent", "Show what the network was given, in place of what it predicted", flip("noisy")),
+      pull: toggle("Guidance", "Show where guidance acts: how far the prompt moves the prediction", flip("pull")),
+      same: toggle("Same scale", "Give both maps the same colours for the same values", flip("same")),
+    };
+    this.free = el("button", { type: "button", className: "quiet", hidden: true, on: { click: () => this.words.release() } }, "Release words");
+    this.facts = el("div");
+    const panel = (title, ...children) => el("section", { className: "inside-panel", "aria-label": title }, el("h3", {}, title), ...children);
+    this.results = el("div", { className: "inside-results", hidden: true },
+      el("div", { className: "inside-stages" }, ...this.stages.map((stage) => stage.element)),
+      el("div", { className: "inside-side" }, panel("Words", this.words.element, explanation("words"))),
+      el("div", { className: "inside-view" },
+        el("div", { className: "inside-toggles", role: "group", "aria-label": "View" }, ...Object.values(this.toggles), this.free),
+        el("label", { className: "inside-opacity", for: "inside-opacity" }, "Opacity", this.opacity)),
+      el("div", { className: "inside-panel inside-reel" }, this.strip.element, explanation("steps")),
+      el("div", { className: "inside-below" },
+        panel("Noise", this.curve.element, explanation("noise")),
+        panel("This step", this.facts, explanation("guidance"))),
+    );
+    this.empty = el("div", { className: "inside-empty-state" }, el("h2", {}, QUESTION), ...INTRODUCTION.map((text) => el("p", {}, text)));
+    this.root.classList.add("inside");
+    this.root.replaceChildren(
+      el("header", { className: "inside-head" }, el("div", { className: "inside-run" }, this.go, this.stop, this.status), this.controls.element),
+      this.error, this.empty, this.results, this.notes,
+    );
+    this.root.addEventListener("keydown", (event) => this.key(event));
+    document.addEventListener("keydown", (event) => this.escape(event), { capture: true });
+    this.controls.element.hidden = true; // until there is a run whose settings they show
+  }
+
+  // ------------------------------------------------------------------------------------------------ settings
+
+  changed(name, value) {
+    // the settings of the few-step LoRA and those of the model have nothing in common
+    this.change(name === "few" ? { few: value } : { ...this.own, [name]: value });
+  }
+
+  change(own) {
+    this.own = own;
+    const changed = Object.keys(own).length > 0;
+    this.controls.changes.hidden = !changed;
+    if (!this.recording) return;
+    if (this.answersAtOnce) this.later();
+    else this.status.textContent = "Settings changed: press Look inside";
+  }
+
+  use() {
+    const { plan } = this.recording;
+    if (this.models.few_steps) this.onSettings({ fast: this.isFew }); // first, as each has steps of its own
+    this.onSettings({ steps: this.sent.request.params.steps ?? plan.steps, guidance: plan.guidance });
+    this.own = {};
+    this.controls.changes.hidden = true;
+    announce("The form has these settings now");
+  }
+
+  // Whether a run takes so little time that sliders start one: the embedded model's does.
+  get answersAtOnce() {
+    const name = this.body().model ?? this.models?.current;
+    return this.models?.models?.find((each) => each.name === name)?.embedded ?? false;
+  }
+
+  get isFew() {
+    return Boolean(this.sent) && isFew(this.sent, this.models?.few_steps);
+  }
+
+  // ------------------------------------------------------------------------------------------------ runs
+
+  // Look into a run. fresh: with the seed of the form, where sliders keep the one that is shown.
+  async look({ fresh = false } = {}) {
+    this.later.stop();
+    this.cancel();
+    const running = (this.running = new AbortController());
+    this.fail("");
+    this.busy(true, "Waiting…");
+    try {
+      if (fresh || !this.models) this.models = await getJson("/api/models", running.signal);
+      this.controls.offer(this.models.few_steps, this.models.limits?.max_steps);
+      const seed = fresh || !this.recording?.plan ? undefined : BigInt(this.recording.plan.seed);
+      const body = (this.sent = bodyFor(this.body(), { ...this.own, seed }, this.models.few_steps));
+      const key = toJson(body);
+      const known = fresh ? null : this.recordings.get(key);
+      if (known) this.replay(known);
+      else await this.record(body, key, running);
+    } catch (error) {
+      if (running.signal.aborted) return;
+      this.fail(error.message);
+    } finally {
+      if (this.running === running) this.finish();
+    }
+  }
+
+  async record(body, key, running) {
+    const recording = new Recording();
+    for await (const event of stream("/api/inside", body, running.signal)) {
+      if (running.signal.aborted) return;
+      if (event.event === "queued") {
+        const before = event.data.position;
+        this.status.textContent = before ? `Waiting: ${counted(before, "job")} before this one` : "Starting…";
+      } else if (event.event === "error") {
+        this.fail(event.data.message);
+      } else if (recording.take(event)) {
+        this.took(recording, event.event);
+      }
+    }
+    if (recording.end) this.recordings.put(key, recording);
+    else if (this.error.hidden) this.fail("The server ended before the image did: try again");
+  }
+
+  // Show a recording that is complete.
+  replay(recording) {
+    this.took(recording, "begin");
+    recording.steps.forEach((_, i) => this.fill(recording, i));
+    this.took(recording, "done");
+  }
+
+  // Something was added to a recording.
+  took(recording, event) {
+    if (event === "begin") {
+      this.keepsFrame = !this.follows && this.strip.selected < this.recording?.total; // a step that was chosen
+      this.recording = recording;
+      this.show(recording.plan);
+    } else if (event === "step") {
+      const newest = recording.steps.length - 1;
+      this.fill(recording, newest);
+      this.status.textContent = `Step ${newest + 1} of ${recording.total}`;
+      if (!this.keepsFrame) this.strip.select(newest, false);
+      this.draw();
+    } else {
+      const { end, total } = recording;
+      this.strip.fill(total, `data:image/png;base64,${end.images[0]}`, null);
+      if (!this.keepsFrame) this.strip.select(total, false);
+      this.notes.replaceChildren(...end.notes.map((note) => el("li", {}, note)));
+      this.notes.hidden = !end.notes.length;
+      this.draw();
+      announce(`The image is done after ${counted(recording.steps.length, "step")}. Its words are buttons: each shows its map`);
+    }
+  }
+
+  fill(recording, step) {
+    const { x0, alpha_bar: signal } = recording.steps[step];
+    this.strip.fill(step, x0, 1 - signal);
+  }
+
+  show(plan) {
+    this.empty.hidden = true;
+    this.results.hidden = this.controls.element.hidden = false;
+    this.words.set(plan.words, plan.parts);
+    this.curve.set(plan);
+    this.strip.set(plan.steps);
+    const { steps } = this.sent.request.params;
+    this.controls.show({ steps: this.own.steps ?? steps ?? plan.steps, guidance: plan.guidance, few: this.isFew }, Object.keys(this.own).length > 0);
+  }
+
+  cancel() {
+    this.running?.abort();
+    this.running = null;
+    this.busy(false, "");
+  }
+
+  finish() {
+    this.running = null;
+    const { end } = this.recording ?? {};
+    this.busy(false, end && this.error.hidden ? `${counted(this.recording.steps.length, "step")} in ${end.seconds.toFixed(1)} s` : "");
+  }
+
+  busy(is, status) {
+    this.stop.hidden = !is;
+    this.root.setAttribute("aria-busy", String(is));
+    this.status.textContent = status;
+  }
+
+  fail(message) {
+    this.error.textContent = message;
+    this.error.hidden = !message;
+  }
+
+  // ------------------------------------------------------------------------------------------------ views
+
+  chose(frame) {
+    this.follows = frame >= (this.recording?.total ?? 0);
+    this.keepsFrame = !this.follows;
+    this.draw();
+  }
+
+  flip(name) {
+    const button = this.toggles[name];
+    button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") !== "true"));
+    this.draw();
+  }
+
+  is(name) {
+    return this.toggles[name].getAttribute("aria-pressed") === "true";
+  }
+
+  draw() {
+    const { recording } = this;
+    if (!recording?.plan) return;
+    const frame = this.strip.selected;
+    const { plan, total } = recording;
+    const step = recording.steps[frame] ?? null;
+    const count = plan.words.length;
+    const shares = Array.from({ length: count }, (_, word) => recording.map(frame, word).heat?.mean ?? null);
+    this.words.shares(shares, recording.special(frame));
+    this.curve.mark(frame);
+    this.facts.replaceChildren(this.factsOf(frame));
+    this.toggles.noisy.disabled = frame >= total;
+    this.toggles.pull.disabled = !plan.guided;
+    this.free.hidden = !this.words.kept.length;
+
+    const maps = this.is("pull") && !this.words.shown.length ? [this.pull(frame)] : this.words.shown.map((word) => this.map(frame, word));
+    const two = maps.length > 1;
+    this.toggles.same.hidden = !two;
+    this.stages[1].element.hidden = !two;
+    const heats = maps.map((map) => map?.heat).filter(Boolean);
+    const scale = two && this.is("same") && heats.length === 2
+      ? { low: Math.min(...heats.map((heat) => heat.low)), high: Math.max(...heats.map((heat) => heat.high)) }
+      : {};
+    const [source, width, height] = this.source(frame, step);
+    const alt = step ? `${this.is("noisy") ? "Noisy latent" : "Prediction"} at step ${frame + 1} of ${total}` : "The generated image";
+    this.stages.forEach((stage, i) => {
+      stage.show(source, width, height, alt);
+      stage.overlay(maps[i] && { ...maps[i], ...scale, opacity: this.opacity.value / 100 });
+    });
+    this.opacity.style.setProperty("--part", `${this.opacity.value}%`);
+  }
+
+  // The address and the size of the image of a frame.
+  source(frame, step) {
+    const { plan, end, steps, total } = this.recording;
+    const { width, height } = plan;
+    if (step) return [this.is("noisy") ? step.x : step.x0, width, height];
+    // a result that was cropped or pasted into another image does not fit the maps: the last prediction does
+    if (frame >= total && end) {
+      const mapped = this.words.shown.length || this.is("pull");
+      return [end.aligned || !mapped ? `data:image/png;base64,${end.images[0]}` : steps.at(-1).x0, width, height];
+    }
+    return [steps.at(-1)?.x0 ?? null, width, height];
+  }
+
+  map(frame, word) {
+    const { heat, whole } = this.recording.map(frame, word);
+    const { text } = this.recording.plan.words[word];
+    if (!heat) return { title: text, about: "not in the prompt at this step", heat: null };
+    const about = `${percent(heat.mean)} of the attention, ${whole ? "mean of all steps" : `step ${frame + 1}`}`;
+    return { heat, title: text, about, write: percent };
+  }
+
+  pull(frame) {
+    const heat = this.recording.pull(frame);
+    const when = frame < this.recording.total ? `step ${frame + 1}` : "mean of all steps";
+    if (!heat) return { title: "Guidance", about: "none at this step", heat: null };
+    return { heat, title: "Guidance", about: `|with − without the prompt|, ${when}`, write: plain };
+  }
+
+  factsOf(frame) {
+    const { plan, steps, total, end } = this.recording;
+    const step = steps[frame];
+    if (!step) {
+      return facts([
+        ["Sampler", `${plan.sampler}, ${plan.spacing}`],
+        ["Steps", `${total}${plan.evaluations > 1 ? `, ${plan.evaluations} evaluations each` : ""}`],
+        ["Guidance", plan.guided ? plain(plan.guidance) : "none"],
+        ["Seed", String(plan.seed)],
+        ["Latent", plan.latent.join(" × ")],
+        ["Network predicts", plan.prediction === "v" ? "velocity v" : "noise ε"],
+        ["Time", end ? `${end.seconds.toFixed(2)} s` : null],
+      ]);
+    }
+    return facts([
+      ["Step", `${frame + 1} of ${total}`],
+      ["Timestep t", plain(step.t)],
+      ["Signal ᾱ", percent(step.alpha_bar)],
+      ["Noise 1 − ᾱ", percent(1 - step.alpha_bar)],
+      ["Prediction changed by", step.change === null ? "–" : percent(step.change)],
+      ["Guidance moved it by", step.guidance ? `${plain(step.guidance.mean)} on average` : "no guidance"],
+    ]);
+  }
+
+  escape(event) {
+    if (event.key !== "Escape" || !this.running || event.defaultPrevented) return;
+    this.cancel();
+    event.preventDefault();
+  }
+
+  key(event) {
+    if (event.altKey || event.ctrlKey || event.metaKey) return;
+    if (!isField(event.target) && this.recording && this.strip.key(event)) event.preventDefault();
   }
 }
