@@ -65,7 +65,7 @@ def good(server):
     return Image.open(io.BytesIO(base64.b64decode(reply.json["images"][0]))).convert("RGB").tobytes()
 
 
-def at_rest(server, seconds=10):
+def at_rest(server, seconds=40):
     """Wait until no job is left."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -293,6 +293,80 @@ def test_bodies_that_are_refused(server, case):
     reply = server.ask("POST", "/api/generate", content, authorization=BEARER)
     assert reply.status in (400, 413, 422), (reply, server.logged[-3:])
     check_form("/api", reply)
+
+
+def text_of(data):
+    return base64.b64encode(data).decode()
+
+
+def form(boundary="x", **parts):
+    """A multipart body and the header of its type: bytes are files."""
+    data = b""
+    for name, value in parts.items():
+        file = b'; filename="a.png"\r\nContent-Type: image/png' if isinstance(value, bytes) else b""
+        data += f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"'.encode() + file + b"\r\n\r\n"
+        data += raw(value) + b"\r\n"
+    return data + f"--{boundary}--\r\n".encode(), {"content_type": f"multipart/form-data; boundary={boundary}"}
+
+
+BOMB = png(30_000, 30_000, zlib.compress(bytes(10_000_000), 9))
+ELSEWHERE = {  # path, body, headers: for the other protocols
+    "sdapi: no JSON": ("/sdapi/v1/txt2img", b"{"),
+    "sdapi: a list": ("/sdapi/v1/txt2img", []),
+    "sdapi: steps as an object": ("/sdapi/v1/txt2img", {"steps": {}}),
+    "sdapi: too many steps": ("/sdapi/v1/txt2img", {"steps": 10**9}),
+    "sdapi: too many images": ("/sdapi/v1/txt2img", {"n_iter": 10**9, "batch_size": 2}),
+    "sdapi: too large": ("/sdapi/v1/txt2img", {"width": 10**6, "height": 10**6}),
+    "sdapi: NaN": ("/sdapi/v1/txt2img", {"cfg_scale": float("nan")}),
+    "sdapi: huge seed": ("/sdapi/v1/txt2img", b'{"seed": ' + b"9" * 5000 + b"}"),
+    "sdapi: path as model": (
+        "/sdapi/v1/txt2img",
+        {"override_settings": {"sd_model_checkpoint": "../../etc/passwd"}},
+    ),
+    "sdapi: path as LoRA": ("/sdapi/v1/txt2img", {"prompt": "<lora:../../etc/passwd:1>"}),
+    "sdapi: path as option": ("/sdapi/v1/options", {"sd_model_checkpoint": "/etc/passwd"}),
+    "sdapi: bomb": ("/sdapi/v1/img2img", {"init_images": [text_of(BOMB)]}),
+    "sdapi: bomb as mask": ("/sdapi/v1/img2img", {"init_images": [text_of(png(8, 8))], "mask": text_of(BOMB)}),
+    "sdapi: no image": ("/sdapi/v1/img2img", {"init_images": []}),
+    "sdapi: address": ("/sdapi/v1/img2img", {"init_images": ["http://169.254.169.254/"]}),
+    "sdapi: enlarge too much": (
+        "/sdapi/v1/extra-single-image",
+        {"image": text_of(png(8, 8, zlib.compress(bytes(200)))), "upscaling_resize": 10**6, "upscaler_1": "Lanczos"},
+    ),
+    "sdapi: deep": ("/sdapi/v1/txt2img", nested(100_000)),
+    "v1: no JSON": ("/v1/images/generations", b"{"),
+    "v1: no prompt": ("/v1/images/generations", {}),
+    "v1: prompt of another type": ("/v1/images/generations", {"prompt": ["a"]}),
+    "v1: n": ("/v1/images/generations", {"prompt": "a", "n": 10**9}),
+    "v1: size": ("/v1/images/generations", {"prompt": "a", "size": "999999x999999"}),
+    "v1: size as text": ("/v1/images/generations", {"prompt": "a", "size": "٣x٣"}),
+    "v1: path as model": ("/v1/images/generations", {"prompt": "a", "model": "../../etc/passwd"}),
+    "v1: unknown": ("/v1/images/generations", {"prompt": "a", "stepps": 3}),
+    "v1: huge seed": ("/v1/images/generations", b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}"),
+    "v1: deep": ("/v1/images/generations", nested(100_000)),
+    "v1: bomb": ("/v1/images/edits", *form(prompt="a", image=BOMB)),
+    "v1: bomb as mask": ("/v1/images/edits", *form(prompt="a", image=png(8, 8), mask=BOMB)),
+    "v1: text as image": ("/v1/images/edits", *form(prompt="a", image="/etc/passwd")),
+    "v1: no image": ("/v1/images/variations", *form(n="1")),
+    "api: recipe of a bomb": ("/api/recipe", BOMB),
+    "api: recipe of text": ("/api/recipe", b"no image"),
+    "api: model": ("/api/models/select", {"name": "../../etc/passwd"}),
+    "api: long text": ("/api/tokens", {"text": "a" * 100_000}),
+}
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_bodies_that_are_refused_by_other_routes(server, case):
+    path, content, *headers = ELSEWHERE[case]
+    reply = server.ask("POST", path, content, authorization=BEARER, **(headers[0] if headers else {}))
+    assert 400 <= reply.status < 500, (reply, server.logged[-3:])
+    check_form(path, reply)
+
+
+def test_a_compressed_text_of_100_mb_is_not_read(server):
+    image = base64.b64encode(png(64, 64, b"", bomb_text())).decode()
+    reply = server.ask("POST", "/sdapi/v1/png-info", {"image": image}, authorization=BEARER)
+    assert reply.status == 200 and reply.json["info"] == ""
 
 
 PATHS = [
