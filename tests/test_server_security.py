@@ -554,6 +554,31 @@ def test_clients_that_leave_after_some_events(server, events):
     )
 
 
+LONG = {"prompt": "a house", "steps": 150}
+LEFT = {  # path, body, what has come when the client leaves
+    "OpenAI's stream": ("/v1/images/generations", {**LONG, "stream": True, "partial_images": 2}, b"data: "),
+    "OpenAI's answer": ("/v1/images/generations", LONG, b""),
+    "the web UI's answer": ("/sdapi/v1/txt2img", {**LONG, "n_iter": 3}, b""),
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_clients_of_other_protocols_that_leave(server, case):
+    path, content, first = LEFT[case]
+    name = 'sd_jobs_ended_total{state="cancelled"}'
+    before = server.metric(name, authorization=BEARER)
+    with server.connect() as connection:
+        connection.sendall(request("POST", path, content, authorization=BEARER))
+        got = b""
+        while first not in got:
+            got += connection.recv(65536)
+        until = time.monotonic() + 30
+        while server.metric('sd_jobs{state="running"}', authorization=BEARER) < 1 and time.monotonic() < until:
+            time.sleep(0.02)
+    assert at_rest(server)
+    assert server.metric(name, authorization=BEARER) - before == content.get("n_iter", 1)
+
+
 def test_clients_that_leave_while_they_wait(server):
     data = request("POST", "/api/generate", body(params={"steps": 150}), authorization=BEARER)
     opened = [server.connect() for _ in range(10)]
