@@ -44,7 +44,6 @@ const result = new Result(gallery, {
 });
 const inside = new Inside($("inside"), { body: () => bodyOf(form.settings, form.models), onSettings });
 
-let asked = null; // the settings of what runs
 let lastSeed = null; // of the last image that was asked for by the button
 
 
@@ -54,7 +53,7 @@ function generate({ quiet = false } = {}) {
     if (!quiet) inside.look({ fresh: true });
     return;
   }
-  if (runner.running && !quiet) return;
+  if (runner.running && !(quiet && runner.quiet)) return;
   live.stop();
   typed.stop();
   const { settings } = form;
@@ -69,8 +68,7 @@ function generate({ quiet = false } = {}) {
     $("error").hidden = false;
     return;
   }
-  asked = structuredClone(settings);
-  runner.start(body, { quiet });
+  runner.start(body, structuredClone(settings), quiet);
   if (!quiet && (edits || matchMedia("(max-width: 999px)").matches)) $("stage").scrollIntoView({ block: "nearest" });
 }
 
@@ -108,8 +106,8 @@ function showEditing() {
   form.render(document.activeElement?.form === $("form") ? document.activeElement : null);
 }
 
-runner.addEventListener("done", async ({ detail: { answer, body, quiet } }) => {
-  const items = itemsOf(answer, asked, quiet);
+runner.addEventListener("done", async ({ detail: { answer, body, settings, quiet } }) => {
+  const items = itemsOf(answer, settings, quiet);
   await gallery.add(items);
   result.show(items);
   if (body.request.image && views.view() === "edit") editor.setResult(items[0].blob).catch(() => {});
