@@ -6,6 +6,7 @@ original modules. `error` is the relative L2 distance that all tolerances speak 
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
@@ -120,6 +121,13 @@ def peak_of(command: Sequence[object]) -> int:
     done = subprocess.run(given, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
+
+
+def share_kernels() -> None:
+    """Write which kernels this process has chosen where programs find them, so that their images are the same ones."""
+    from scripts.common.user_cache import keep_kernels
+
+    keep_kernels(argparse.Namespace(no_cache=False))
 
 
 def skip_if_slow(dtype: str, passes: float = 1) -> None:

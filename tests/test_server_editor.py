@@ -1,10 +1,11 @@
-"""The editor of the page in a real browser: what is painted, dragged and drawn is what a request contains, to the pixel."""
+"""The editor of the page in a real browser: what is painted, dragged and drawn is what a request contains."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def painted(size, *points, width, softness=0.0):
     x, y = np.meshgrid(np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5)
     cover, radius = np.zeros_like(x), width / 2
     points = points if len(points) > 1 else points * 2
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
         dx, dy = x1 - x0, y1 - y0
         t = (((x - x0) * dx + (y - y0) * dy) / ((dx * dx + dy * dy) or 1)).clip(0, 1)
         distance = np.hypot(x - x0 - t * dx, y - y0 - t * dy)
@@ -491,7 +492,8 @@ def test_pure_parts(shared):
             undone, state, redo: history.canRedo, kept: history.done.length, at, zoomed, most: view.scale,
             frame: snapped({ left: 5000, top: -3, right: 12, bottom: "x" }, 1000, 1000),
             inwards: dragged({ left: 8, top: 0, right: 0, bottom: 0 }, ["left"], 100, 0, 64, 64),
-            sides: sidesAt(NO_FRAME, 10, 10, new View(), 9, 1, 3), none: sidesAt(NO_FRAME, 10, 10, new View(), 30, 5, 3),
+            sides: sidesAt(NO_FRAME, 10, 10, new View(), 9, 1, 3),
+            none: sidesAt(NO_FRAME, 10, 10, new View(), 30, 5, 3),
             outside: surface.paint(corner, corner, 0, false), version: surface.version,
         };
     }"""

@@ -59,6 +59,10 @@ class Errors:
         async def of_framework(request: Request, error: Exception) -> Response:
             assert isinstance(error, HTTPException)
             message = one_line(error.detail, 300) if error.detail else "an error"
+            if error.status_code == 400 and isinstance(error.__cause__, RecursionError):
+                message = "the request is nested too deeply"
+            elif error.status_code == 400 and error.__cause__ is not None:
+                message = f"the body cannot be read: {one_line(error.__cause__, 200)}"
             if error.status_code == 404 and error.detail == "Not Found":
                 message = f"there is nothing at {one_line(request.scope['path'], 100)}"
             return self.response(request, ApiError(error.status_code, message), error.headers)

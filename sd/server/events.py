@@ -38,12 +38,17 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[ServerEvent | None], end: Callable[[], object]) -> None:
+    def __init__(
+        self, events: AsyncIterator[ServerEvent | None], end: Callable[[], object], status_code: int = 200
+    ) -> None:
         """
         events   None stands for a second in which nothing happened
         end      called when the stream is over, or the client has closed the connection
+
+        FastAPI looks for the default of `status_code`.
         """
-        super().__init__(self._lines(events), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(self._lines(events), status_code, headers)
         self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

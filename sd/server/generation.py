@@ -58,7 +58,8 @@ def _result(job: Job, run: Run, loaded: Loaded, after: Callable[[Step], object])
         after(step)
         if work.watcher is not None and not job.is_cancelled:
             work.watcher.see(step)
-        due = work.previews and taken % work.previews == 0 and taken < steps
+        due = ((work.previews and taken % work.previews == 0) or job.is_preview_wanted) and taken < steps
+        job.is_preview_wanted = job.is_preview_wanted and not due
         job.report("running", taken, steps, loaded.previews(run, step) if due and not job.is_cancelled else ())
         if job.is_cancelled:
             raise Cancelled

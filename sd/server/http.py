@@ -6,8 +6,7 @@ A route raises `ApiError`, `Busy` or ValueError; `errors.py` of each protocol wr
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from fastapi import Request
@@ -74,14 +73,19 @@ async def submit(request: Request, works: Sequence[Work]) -> list[Job]:
     return jobs
 
 
-async def generate(request: Request, works: Sequence[Work]) -> list[Job]:
-    """Submit work and wait for its end; returns its jobs, all of them done.
+async def generate(
+    request: Request, works: Sequence[Work], begun: Callable[[list[Job]], object] = lambda jobs: None
+) -> list[Job]:
+    """Submit work and wait for its end; returns its jobs, at least one of them done.
+
+    begun   called with the jobs once they are in the queue
 
     If the client closes the connection, the jobs are cancelled and Gone is raised. Raises Busy, ValueError, and
     ApiError for the first job that failed.
     """
     engine = engine_of(request)
     jobs = await submit(request, works)
+    begun(jobs)
     try:
         await unless_gone(request, asyncio.gather(*(job.end() for job in jobs)))
     except BaseException:
@@ -120,8 +124,7 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     finally:
         for each in (task, gone):
             each.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await gone
+        await asyncio.gather(task, gone, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:

@@ -110,6 +110,7 @@ class Job:
     ended: float = 0.0
     is_cancelled: bool = False  # asked for; see `cancel`
     is_interrupted: bool = False  # asked for; see `interrupt`
+    is_preview_wanted: bool = False  # asked for; see `want_preview`
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _listeners: list[tuple[asyncio.AbstractEventLoop, asyncio.Queue[Event]]] = field(default_factory=list)
 
@@ -125,6 +126,10 @@ class Job:
     def interrupt(self) -> None:
         """Finish it early: its images are what the model expects after the current step. A waiting job is dropped."""
         self.is_interrupted = True
+
+    def want_preview(self) -> None:
+        """Make `previews` once, after the current step, whatever `work.previews` says."""
+        self.is_preview_wanted = True
 
     def report(self, state: State, step: int = 0, steps: int = 0, previews: Sequence[Image.Image] = ()) -> None:
         """Called by its worker: change state and steps, and tell those who listen."""

@@ -37,6 +37,7 @@ class Worker:
         self._stopping = False
         self._turns: dict[Turn, tuple[Job, Setup]] = {}
         self.failure = ""  # why the first model could not be loaded
+        self._wishes: list[str] = []  # "unload", "load": done while there are no jobs
         self.exclusive = threading.Lock()  # held while the device is used: what is not a job takes it (inside/)
 
     def start(self) -> None:
@@ -49,6 +50,18 @@ class Worker:
         self.engine.wake()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
+
+    def unload(self) -> None:
+        """Give back the memory of all models, as soon as no job runs. The next job loads its model again."""
+        self._wish("unload")
+
+    def reload(self) -> None:
+        """Load the current model, as soon as no job runs, if it is not in memory."""
+        self._wish("load")
+
+    def _wish(self, wish: str) -> None:
+        self._wishes = [*(other for other in self._wishes if other != wish), wish]
+        self.engine.wake()
 
     @property
     def models(self) -> list[Loaded]:
@@ -69,9 +82,11 @@ class Worker:
         lockstep: Lockstep | None = None
         setup: Setup | None = None
         while not self._stopping:
-            room = 1 if self.engine.settings.low_memory else self.engine.settings.together
-            jobs = self.engine.take(setup if self._turns else None, room - len(self._turns), wait=not self._turns)
+            jobs = self.engine.take(setup if self._turns else None, self._room(lockstep), wait=not self._turns)
             with self.exclusive:
+                if self._wishes and not self._turns:
+                    lockstep = None
+                    self._grant()
                 if jobs and not self._turns:
                     setup = jobs[0][1]
                     lockstep = self._prepared(setup, [job for job, _ in jobs])
@@ -87,6 +102,30 @@ class Worker:
         if lockstep is not None:
             lockstep.close()
             self._collect()
+
+    def _room(self, lockstep: Lockstep | None) -> int:
+        """How many jobs to add to those that run."""
+        if not self._turns or lockstep is None:
+            return 1  # whether others beside it are worth it is seen by what it evaluates
+        settings = self.engine.settings
+        most = settings.together if lockstep.pays() and not settings.low_memory else 1
+        return max(most - len(self._turns), 0)
+
+    def _grant(self) -> None:
+        """Do what `unload` and `reload` asked for."""
+        from .engine import Setup
+
+        wishes, self._wishes = self._wishes, []
+        for wish in wishes:
+            if wish == "unload":
+                self._models.clear()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            try:
+                self._loaded(Setup(self.engine.current))
+            except Exception as error:
+                log.error("the model %s cannot be loaded: %s", self.engine.current.name, one_line(str(error), 500))
 
     def _prepared(self, setup: Setup, jobs: list[Job]) -> Lockstep | None:
         """The model of a setup with its LoRAs; None if that fails, and with it the jobs."""

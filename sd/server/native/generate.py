@@ -42,7 +42,7 @@ async def generate(request: Request, body: GenerateBody) -> Response:
     if EVENTS not in request.headers.get("accept", ""):
         (job,) = await http.generate(request, [work])
         return JSONResponse(await asyncio.to_thread(answer, job))
-    (job,) = await engine.submit([work], client_of(request))
+    (job,) = await http.submit(request, [work])
     return EventStream(_events(engine, job), lambda: engine.cancel([job]))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -56,15 +56,26 @@ def request_of(values: Mapping[str, Any], settings: ServerSettings) -> TextToIma
         raise ValueError(f"{kind} needs an image: send it as base64")
     given["controls"] = _controls(values.get("controls"))
 
+    return from_dict(given, _reader(settings))
+
+
+def controls_of(value: object, settings: ServerSettings) -> list[Control]:
+    """The hints in JSON values. Raises ValueError, as `request_of`."""
+    given = {"kind": TextToImage.kind, "controls": _controls(value)}
+    return list(from_dict(given, _reader(settings)).controls)
+
+
+def _reader(settings: ServerSettings) -> Callable[[Any, str], Image.Image]:
     def read(text: Any, name: str) -> Image.Image:
         return image_of(text if isinstance(text, str) else "", settings.max_image_pixels, name)
 
-    return from_dict(given, read)
+    return read
 
 
 def _hint(name: str, known: set[str], shared: set[str]) -> str:
     near = nearest(name, known | shared)
-    if near in shared and near not in known:
+    of_other_kinds = any(name in cls.__dataclass_fields__ for cls in REQUESTS.values())
+    if near in shared and near not in known and not of_other_kinds:
         return f"did you mean {near!r} of params?"
     return hint_for(name, known)
 

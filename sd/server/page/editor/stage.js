@@ -100,10 +100,14 @@ export class Stage {
   #resized(entry) {
     const { width, height } = this.canvas.getBoundingClientRect();
     if (!width || !height) return; // hidden
+    // the exact number of the screen's pixels, where the browser knows it: it rounds in ways that are its own
     const exact = entry?.devicePixelContentBoxSize?.[0];
-    const [wide, high] = exact
-      ? [exact.inlineSize, exact.blockSize]
-      : [Math.round(width * devicePixelRatio), Math.round(height * devicePixelRatio)];
+    const pixels = (length, known) => {
+      const rounded = Math.round(length * devicePixelRatio);
+      return Math.abs(known - rounded) <= 1 ? known : rounded; // a density that is only emulated is unknown to it
+    };
+    const wide = pixels(width, exact?.inlineSize);
+    const high = pixels(height, exact?.blockSize);
     const before = [this.width, this.height];
     [this.width, this.height, this.density] = [width, height, wide / width];
     if (this.canvas.width !== wide || this.canvas.height !== high) {
