@@ -5,17 +5,21 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 import urllib.error
 import urllib.request
 
 import pytest
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 from server_browser import opened, serving, wait_until_loaded
 
 from sd import StableDiffusion, read_request
+from sd.config import POCKET
 from sd.params import TextToImage
-from sd.resources import EMBEDDED_LORA, resource
+from sd.resources import EMBEDDED, EMBEDDED_LORA, resource
 from sd.server.settings import ServerSettings
 
 pytestmark = pytest.mark.browser
@@ -277,6 +281,7 @@ def test_compare_by_pointer_use_settings_and_delete(ready):
     ready.fill("#prompt", "other")
     ready.click("#gallery li:nth-child(2) button")
     ready.click("#viewer [data-does=use]")
+    ready.wait_for_selector("#toast:has-text('the seed locked')")
     assert ready.input_value("#prompt") == "a house" and ready.get_attribute("#lock", "aria-pressed") == "true"
     ready.click("#toast button:has-text('Undo')")
     assert ready.input_value("#prompt") == "other"
@@ -328,6 +333,7 @@ def test_an_image_of_the_gallery_is_edited(ready):
     assert not ready.is_visible("#strength-field")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("width", [1280, 768, 360])
 def test_looks(browser, server, tmp_path, width):
     size = {"width": width, "height": 800}
@@ -362,21 +368,73 @@ def test_all_fields_have_names(page):
     assert unnamed == ["ask-yes"]  # which is named when it is shown
 
 
-def test_the_key_is_asked_for_and_never_stored(browser):
-    key = "correct horse battery"
-    with serving(ServerSettings(port=0, api_key=key)) as address:
-        wait_until_loaded(address, key)
-        with opened(browser, address) as page:
-            page.expected_errors.append("401")
-            page.wait_for_selector("#key-dialog[open]")
-            page.fill("#key", "wrong horse")
-            page.keyboard.press("Enter")
-            page.wait_for_selector("#key-wrong", state="visible")
-            page.fill("#key", key)
-            page.keyboard.press("Enter")
-            page.wait_for_selector("body[data-models]")
-            generated(page, "a kite")
-            assert key not in page.evaluate("JSON.stringify(localStorage) + document.body.innerHTML")
+KEY = "correct horse battery"
+
+
+@pytest.fixture(scope="module")
+def well_stocked(tmp_path_factory):
+    """A server with a key, two models, LoRAs and an embedding."""
+    folder = tmp_path_factory.mktemp("files")
+    for name in ("models", "loras", "embeddings"):
+        (folder / name).mkdir()
+    shutil.copy(resource(EMBEDDED), folder / "models/second.safetensors")
+    for name in ("ink", "<i>wash</i>".replace("/", "-")):
+        shutil.copy(resource(EMBEDDED_LORA), folder / f"loras/{name}.safetensors")
+    vectors = torch.ones(2, POCKET.text[0].width) / 8
+    save_file({"emb_params": vectors}, folder / "embeddings/mood.safetensors")
+    with serving(ServerSettings(port=0, api_key=KEY, **{path.name: path for path in folder.iterdir()})) as address:
+        wait_until_loaded(address, KEY)
+        yield address
+
+
+def test_the_key_is_asked_for_and_never_stored(browser, well_stocked):
+    with opened(browser, well_stocked) as page:
+        page.expected_errors.append("401")
+        page.wait_for_selector("#key-dialog[open]")
+        page.fill("#key", "wrong horse")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#key-wrong", state="visible")
+        page.fill("#key", KEY)
+        page.keyboard.press("Enter")
+        page.wait_for_selector("body[data-models]")
+        generated(page, "a kite")
+        assert KEY not in page.evaluate("JSON.stringify(localStorage) + document.body.innerHTML")
+
+
+def test_loras_words_and_models_are_picked(browser, well_stocked):
+    with opened(browser, well_stocked) as page:
+        page.expected_errors += ["401", "503"]  # 503: tokens, while one model is being replaced by the other
+        page.fill("#key", KEY)
+        page.keyboard.press("Enter")
+        page.wait_for_selector("body[data-models]")
+        page.click("#fast-row")
+        page.click("#loras-details summary")
+        page.focus("#lora-search")
+        assert page.locator("#lora-list li").count() == 2 and not page.locator("#lora-list i").count()
+        page.keyboard.type("in")
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("Enter")
+        page.get_by_label("Weight of ink").fill("0.6")
+        page.fill("#prompt", "a house")
+        page.click("#embeddings button")
+        assert page.input_value("#prompt") == "a house mood"
+        page.wait_for_selector("#prompt-tokens:has-text('4 of 75 tokens')")  # it has two vectors
+        page.fill("#steps", "3")
+        with page.expect_request("**/api/generate") as sent:
+            page.keyboard.press("Control+Enter")
+        assert sent.value.post_data_json["loras"] == [{"name": "ink", "weight": 0.6}]
+        page.wait_for_selector("#gallery li")
+        page.get_by_label("Remove ink").click()
+        assert stored(page)["loras"] == []
+
+        page.select_option("#model", "second")
+        page.wait_for_selector("#toast:has-text('second')")
+        with page.expect_request("**/api/generate") as sent:
+            page.keyboard.press("Control+Enter")
+        assert sent.value.post_data_json["model"] == "second"
+        page.wait_for_selector("#caption:has-text('second')")
+        page.wait_for_function("document.querySelector('#steps').value !== ''")  # the defaults of the model
+        assert not page.is_visible("#fast-row")  # its LoRA is for the embedded model
 
 
 def test_files(server):

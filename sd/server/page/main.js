@@ -137,6 +137,7 @@ $("reset").addEventListener("click", () => {
 models.addEventListener("change", ({ detail: { models: found, switched } }) => {
   form.setModels(found);
   showSize();
+  for (const each of tokens) each.update();
   if (switched) {
     const none = { steps: null, guidance: null, sampler: null, spacing: null };
     form.set({ width: null, height: null, vae: "", fast: null, full: { ...none }, few: { ...none } });
@@ -195,5 +196,4 @@ if (!runner.running) result.latest();
 lastSeed = gallery.items[0]?.seed ?? null;
 document.body.dataset.ready = "";
 await models.load((text) => ($("empty-about").textContent = text));
-for (const each of tokens) each.update();
 document.body.dataset.models = "";

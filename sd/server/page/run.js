@@ -33,6 +33,8 @@ export class Runner extends EventTarget {
     const later = () => {
       this.slow = true;
       this.#buttons(true);
+      $("run").hidden = false;
+      $("caption").hidden = true; // of the image before; the bar is in its place
     };
     const timer = setTimeout(later, quiet ? 4 * PATIENCE : PATIENCE);
     this.#progress("Starting", 0, 1);
@@ -84,7 +86,7 @@ export class Runner extends EventTarget {
 
   #queued({ id, position }) {
     this.id = id;
-    const text = position > 0 ? `${position} before it in the queue` : "Starting";
+    const text = position > 0 ? `${position} before it in the queue` : "Next in the queue";
     this.#progress(text, 0, 1);
     if (position > 0) announce(text);
   }
@@ -97,7 +99,6 @@ export class Runner extends EventTarget {
   }
 
   #progress(text, value, max) {
-    $("run").hidden = this.quiet && !this.slow;
     $("progress-text").textContent = text;
     $("progress").max = max;
     $("progress").value = value;
