@@ -10,7 +10,8 @@ export class ApiError extends Error {
   }
 }
 
-// Seeds have up to 64 bits, more than a number of JavaScript. Larger whole numbers are texts here, and numbers on the wire.
+// Seeds have up to 64 bits, more than a number of JavaScript. Those that are larger are texts here, and numbers on the
+// wire.
 export function toJson(value) {
   return JSON.stringify(value, (name, each) => {
     if (typeof each !== "bigint") return each;
@@ -145,7 +146,8 @@ export async function* stream(path, body, signal) {
   yield* events(await send(path, options));
 }
 
-// Generate: events queued {id, position}, step {step, steps, previews}, done {images, seeds, ...}, error {status, message}.
+// Generate: events queued {id, position}, step {step, steps, previews}, done {images, seeds, ...}, and error {status,
+// message}.
 export function generate(body, signal) {
   return stream("/api/generate", body, signal);
 }

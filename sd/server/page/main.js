@@ -46,7 +46,6 @@ const inside = new Inside($("inside"), { body: () => bodyOf(form.settings, form.
 
 let lastSeed = null; // of the last image that was asked for by the button
 
-
 function generate({ quiet = false } = {}) {
   if (!form.models || document.querySelector("dialog[open]")) return;
   if (views.view() === "inside") {
@@ -151,7 +150,9 @@ models.addEventListener("change", ({ detail: { models: found, switched } }) => {
     form.set({ prompt }, { quiet: true });
     generate();
   };
-  const chips = (embedded ? EXAMPLES : []).map((text) => el("button", { type: "button", on: { click: () => use(text) } }, text));
+  const chips = (embedded ? EXAMPLES : []).map((text) =>
+    el("button", { type: "button", on: { click: () => use(text) } }, text),
+  );
   $("examples").replaceChildren(...chips);
 });
 

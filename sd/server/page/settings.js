@@ -46,7 +46,11 @@ export function checked(found) {
   for (const [name, own] of Object.entries(DEFAULTS)) {
     const given = found[name];
     if (given === undefined || given === null) continue;
-    if (own === null ? typeof given !== "object" : typeof given === typeof own && Array.isArray(given) === Array.isArray(own))
+    if (
+      own === null
+        ? typeof given !== "object"
+        : typeof given === typeof own && Array.isArray(given) === Array.isArray(own)
+    )
       value[name] = typeof own === "object" && own !== null && !Array.isArray(own) ? { ...own, ...given } : given;
   }
   value.loras = value.loras.filter((each) => typeof each?.name === "string" && Number.isFinite(each.weight));
