@@ -68,6 +68,19 @@ def test_previews_while_it_denoises_then_stop_and_cancel(ready):
     ready.wait_for_function("async () => (await (await fetch('/api/jobs')).json()).length === 0")
 
 
+def test_the_place_in_the_queue_and_a_connection_that_breaks(ready):
+    events = 'event: queued\r\ndata: {"id": "0",\r\ndata: "position": 3}\r\n\r\n: nothing\r\n\r\nevent: step\r\n'
+    ready.route("**/api/generate", lambda route: route.fulfill(body=events, content_type="text/event-stream"))
+    ready.click("#go")
+    ready.wait_for_selector("#error", state="visible")
+    assert ready.text_content("#progress-text") == "3 before it in the queue"
+    assert "broke before the image was ready" in ready.inner_text("#error")
+    assert ready.is_visible("#go") and ready.is_visible("#empty")
+    ready.unroute("**/api/generate")
+    generated(ready, "a duck")
+    assert not ready.is_visible("#error")
+
+
 def test_html_stays_text(ready):
     title = ready.title()
     generated(ready, HTML)

@@ -87,7 +87,8 @@ export async function send(path, options = {}) {
     if (response.ok) return response;
     if (response.status !== 401) throw await errorOf(response);
     const changed = sessionStorage.getItem(KEY) !== key; // meanwhile, for another request
-    if (!changed && !(await askForKey(Boolean(key)))) throw new ApiError(401, "The server needs its key.");
+    if (!changed && !(await askForKey(Boolean(key))))
+      throw new ApiError(401, "The server needs its key. Reload the page to give it.");
   }
 }
 

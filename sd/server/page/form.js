@@ -145,8 +145,9 @@ export class Form extends EventTarget {
   }
 
   #presets() {
-    const size = sizeOf({ width: null, height: null }, this.models);
-    const side = Math.sqrt(size.width * size.height);
+    const side = this.models.defaults?.size;
+    $("presets").replaceChildren();
+    if (!side) return; // until the model is loaded
     const step = side >= 512 ? 64 : 8;
     const round = (value) => Math.max(step, Math.round(value / step) * step);
     $("presets").replaceChildren(
@@ -220,7 +221,7 @@ export class Form extends EventTarget {
   #hires({ width, height, hires, hiresOn }) {
     $("hires-badge").hidden = !hiresOn;
     const round = (value) => Math.round((value * hires) / 8) * 8;
-    $("hires-size").textContent = hiresOn ? `About ${round(width)} × ${round(height)} pixels` : "";
+    $("hires-size").textContent = hiresOn && width && height ? `About ${round(width)} × ${round(height)} pixels` : "";
     for (const field of $("hires-details").querySelectorAll(".two input, .two select")) field.disabled = !hiresOn;
   }
 

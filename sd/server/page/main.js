@@ -97,7 +97,7 @@ async function edit(blob, item = null) {
 
 function showSize() {
   const { width, height } = sizeOf(form.settings, form.models);
-  editor.setSize(width, height);
+  if (width && height) editor.setSize(width, height);
 }
 
 function showEditing() {
@@ -196,5 +196,4 @@ await gallery.open();
 if (!runner.running) result.latest();
 lastSeed = gallery.items[0]?.seed ?? null;
 document.body.dataset.ready = "";
-await models.load((text) => ($("empty-about").textContent = text));
-document.body.dataset.models = "";
+if (await models.load((text) => ($("empty-about").textContent = text))) document.body.dataset.models = "";
