@@ -5,140 +5,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-import itertools
 
 import numpy as np
 import pytest
+from editor_common import SIZE, decoded, grey, noise, painted, same
 from PIL import Image
-from server_browser import browser, opened, server  # noqa: F401
+from server_browser import opened
 
 pytestmark = pytest.mark.browser
-SIZE = 96, 64
-PADDING = 16  # CSS pixels around an image that fits its canvas
-MOUNT = """async ([image, tab]) => {
-    const { Editor } = await import("/page/editor/editor.js");
-    const root = document.createElement("section");
-    root.id = "editor";
-    document.getElementById("editor").replaceWith(root);
-    window.changes = 0;
-    window.editor = new Editor(root);
-    editor.addEventListener("change", () => changes++);
-    editor.setControls(["edges", "depth"]);
-    if (image) await editor.setImage(image);
-    root.querySelector(`input[value=${tab}]`).click();
-    await new Promise(requestAnimationFrame);
-}"""
-
-
-def noise(size=SIZE, channels=3):
-    """An image without two equal neighbours, so that no shift goes unseen."""
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def url(image, kind="png"):
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def decoded(text):
-    head, data = text.split(",", 1)
-    assert head == "data:image/png;base64"
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
-
-
-def grey(text):
-    pixels = decoded(text)
-    assert (pixels == pixels[..., :1]).all()
-    return pixels[..., 0]
-
-
-@pytest.fixture(scope="module")
-def shared(browser, server):  # noqa: F811
-    with opened(browser, server, viewport={"width": 1280, "height": 900}) as page:
-        page.click("#tab-edit")
-        yield page
-
-
-@pytest.fixture
-def mount(shared):
-    """mount(tab, image) -> Desk, with an editor of its own."""
-
-    def mounted(tab="inpaint", image=None, page=shared):
-        image = noise() if image is None else image
-        page.evaluate(MOUNT, [url(image) if image else None, tab])
-        return Desk(page, image.size if image else None)
-
-    return mounted
-
-
-class Desk:
-    """An editor in a page, and where its image is as long as nobody zooms: fitted, in the middle."""
-
-    def __init__(self, page, size):
-        self.page, self.root = page, page.locator("#editor")
-        self.canvas = self.root.locator("canvas")
-        if size:
-            self.fitted(size)
-
-    def fitted(self, size, origin=(0, 0)):
-        """The scene now has this size, with its top left corner at this point of the image."""
-        self.canvas.scroll_into_view_if_needed()
-        box = self.canvas.bounding_box()
-        self.scale = min((box["width"] - 2 * PADDING) / size[0], (box["height"] - 2 * PADDING) / size[1])
-        self.left = box["x"] + box["width"] / 2 - (origin[0] + size[0] / 2) * self.scale
-        self.top = box["y"] + box["height"] / 2 - (origin[1] + size[1] / 2) * self.scale
-
-    def at(self, x, y):
-        """Where a point of the image is in the window."""
-        return self.left + x * self.scale, self.top + y * self.scale
-
-    def drag(self, *points):
-        """Draw with the mouse through points of the image."""
-        self.page.mouse.move(*self.at(*points[0]))
-        self.page.mouse.down()
-        for point in points[1:]:
-            self.page.mouse.move(*self.at(*point), steps=3)
-        self.page.mouse.up()
-
-    def click(self, name):
-        self.root.get_by_role("button", name=name, exact=True).locator("visible=true").click()
-
-    def off(self, name):
-        return self.root.get_by_role("button", name=name).get_attribute("aria-disabled") == "true"
-
-    def brush(self, size, softness=0.0):
-        for label, value in (("Size", size**0.5), ("Softness", softness)):
-            slider = self.root.get_by_label(label, exact=True)
-            slider.evaluate("(e, value) => { e.value = value; e.dispatchEvent(new Event('input')) }", value)
-
-    def value(self):
-        return self.page.evaluate("editor.value()")
-
-    def mask(self):
-        return grey(self.value()["mask"])
-
-    def hints(self):
-        return self.page.evaluate("editor.hints()")
-
-
-def painted(size, *points, width, softness=0.0):
-    """What a brush of this diameter leaves along a line of points: full within (1 - softness) of its radius."""
-    x, y = np.meshgrid(np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5)
-    cover, radius = np.zeros_like(x), width / 2
-    points = points if len(points) > 1 else points * 2
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        dx, dy = x1 - x0, y1 - y0
-        t = (((x - x0) * dx + (y - y0) * dy) / ((dx * dx + dy * dy) or 1)).clip(0, 1)
-        distance = np.hypot(x - x0 - t * dx, y - y0 - t * dy)
-        cover = np.maximum(cover, ((radius + 0.5 - distance) / max(radius * softness, 1)).clip(0, 1))
-    return 255 * (cover**2 * (3 - 2 * cover) if softness else cover)
-
-
-def same(found, expected, slack=8):
-    """Equal up to the CSS pixel to which the browser rounds a position: a small part of a pixel of the image."""
-    return found.shape == expected.shape and np.abs(found - expected).max() <= slack
 
 
 def test_mouse_paints_the_mask(mount):
@@ -265,14 +139,14 @@ def test_pen_pressure_and_eraser(mount):
 
 
 @contextlib.contextmanager
-def phone(browser, server, **options):  # noqa: F811
+def phone(browser, server, **options):
     size = {"width": 360, "height": 740}
     with opened(browser, server, viewport=size, has_touch=True, device_scale_factor=3, **options) as page:
         page.click("#tab-edit")
         yield page
 
 
-def test_fingers(browser, server, mount):  # noqa: F811
+def test_fingers(browser, server, mount):
     with phone(browser, server) as page:
         desk = mount("inpaint", noise(), page)
         desk.brush(8)
@@ -389,120 +263,3 @@ def test_sketch_without_an_image(mount):
     assert same(grey(desk.hints()[0]["image"]), painted((64, 96), (32, 48), width=5), 40)
     desk.page.evaluate("editor.setSize(128, 128)")  # what is drawn keeps its size
     assert grey(desk.hints()[0]["image"]).shape == (96, 64)
-
-
-GIVE = """([name, type, text, kind]) => {
-    const data = new DataTransfer();
-    const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-    data.items.add(new File([bytes], name, { type }));
-    const target = kind === "paste" ? document.body : document.querySelector("#editor .ed-stage");
-    const own = kind === "paste" ? { clipboardData: data } : { dataTransfer: data };
-    const Kind = kind === "paste" ? ClipboardEvent : DragEvent;
-    target.dispatchEvent(new Kind(kind, { bubbles: true, cancelable: true, ...own }));
-}"""
-
-
-def test_images_come_by_drop_paste_and_picker(mount, tmp_path):
-    desk = mount("img2img", False)
-    for i, kind in enumerate(("drop", "paste", "pick")):
-        image = noise((40 + 8 * i, 32))
-        if kind == "pick":
-            image.save(tmp_path / "a.png")
-            desk.root.locator("input[type=file]").first.set_input_files(tmp_path / "a.png")
-        else:
-            desk.page.evaluate(GIVE, ["a.png", "image/png", url(image).split(",")[1], kind])
-        desk.page.wait_for_function("width => editor.root.innerText.includes(`${width}×32`)", arg=image.width)
-        value = desk.value()
-        assert value["kind"] == "img2img" and (decoded(value["image"]) == np.asarray(image)).all()
-        assert "mask" not in value
-    desk.page.evaluate(GIVE, ["<b>a</b>.png", "image/png", base64.b64encode(b"no image").decode(), "drop"])
-    desk.root.get_by_text("not an image that the browser can read").wait_for()
-    assert decoded(desk.value()["image"]).shape == (32, 56, 3)  # the last one stays
-    with pytest.raises(Exception, match="Images of other sites are not loaded"):
-        desk.page.evaluate("editor.setImage('https://example.org/a.png')")
-    desk.click("Remove")
-    assert desk.value() is None
-
-
-def test_transparent_part_is_the_mask(mount):
-    image = noise(channels=4)
-    alpha = np.full((64, 96), 255, np.uint8)
-    alpha[:, :10] = 0
-    alpha[5, 50] = 100
-    image.putalpha(Image.fromarray(alpha))
-    desk = mount("inpaint", image)
-    assert (desk.mask() == 255 - alpha).all()
-    assert (decoded(desk.value()["image"])[:, :10] == 255).all()  # white, as in the library
-    assert (decoded(desk.value()["image"])[alpha == 255] == np.asarray(image)[..., :3][alpha == 255]).all()
-    rotated = noise((40, 24))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    buffer = io.BytesIO()
-    rotated.save(buffer, "jpeg", exif=exif)
-    desk.page.evaluate(GIVE, ["a.jpg", "image/jpeg", base64.b64encode(buffer.getvalue()).decode(), "drop"])
-    desk.root.get_by_text("24×40 pixels").wait_for()
-
-
-def test_before_and_after(mount):
-    desk = mount()
-    buttons = [desk.root.get_by_role("button", name=name, exact=True) for name in ("Before", "After")]
-    assert not buttons[0].is_visible()
-    centre = """() => {
-        const canvas = document.querySelector("#editor canvas");
-        return new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(
-            [...canvas.getContext("2d").getImageData(canvas.width / 2, canvas.height / 2, 1, 1).data]))));
-    }"""
-    desk.page.evaluate("url => editor.setResult(url)", url(Image.new("RGB", SIZE, (1, 200, 3))))
-    assert desk.page.evaluate(centre)[:3] == [1, 200, 3]
-    assert buttons[1].get_attribute("aria-pressed") == "true"
-    desk.drag((20, 20), (60, 20))  # moves the view: nobody paints on a result
-    assert not desk.mask().any()
-    desk.canvas.focus()
-    desk.page.keyboard.press("b")
-    assert desk.page.evaluate(centre)[:3] != [1, 200, 3]
-    assert buttons[0].get_attribute("aria-pressed") == "true"
-    assert (decoded(desk.value()["image"]) == np.asarray(noise())).all()
-
-
-def test_pure_parts(shared):
-    found = shared.evaluate(
-        """async () => {
-        const { History } = await import("/page/editor/history.js");
-        const { Surface } = await import("/page/editor/surface.js");
-        const { View, snapped, dragged, sidesAt, NO_FRAME } = await import("/page/editor/geometry.js");
-        const history = new History(250);
-        let state = 0;
-        for (let i = 1; i <= 4; i++) {
-            let kept = state;
-            state = i;
-            history.add({ bytes: 100, swap() { [state, kept] = [kept, state]; } });
-        }
-        const undone = [history.undo(), history.undo(), history.undo(), state];  // two fit into 250 bytes
-        history.redo();
-        history.add({ bytes: 1000, swap() {} });
-        const view = new View();
-        view.fit({ x: 0, y: 0, width: 100, height: 50 }, 220, 200, 10);
-        const at = view.toImage(30, 70);
-        view.zoomAt(30, 70, 3);
-        const zoomed = view.toImage(30, 70);
-        for (let i = 0; i < 100; i++) view.zoomAt(30, 70, 3);
-        const surface = new Surface(50, 50);
-        const corner = { x: -10, y: -10, radius: 5 };
-        return {
-            undone, state, redo: history.canRedo, kept: history.done.length, at, zoomed, most: view.scale,
-            frame: snapped({ left: 5000, top: -3, right: 12, bottom: "x" }, 1000, 1000),
-            inwards: dragged({ left: 8, top: 0, right: 0, bottom: 0 }, ["left"], 100, 0, 64, 64),
-            sides: sidesAt(NO_FRAME, 10, 10, new View(), 9, 1, 3),
-            none: sidesAt(NO_FRAME, 10, 10, new View(), 30, 5, 3),
-            outside: surface.paint(corner, corner, 0, false), version: surface.version,
-        };
-    }"""
-    )
-    assert found["undone"] == [True, True, False, 2] and found["state"] == 3
-    assert not found["redo"] and found["kept"] == 1
-    assert found["at"] == pytest.approx({"x": 10, "y": 10}) and found["zoomed"] == pytest.approx(found["at"])
-    assert found["most"] == 64
-    assert found["frame"] == {"left": 3096, "top": 0, "right": 0, "bottom": 0}
-    assert found["inwards"] == {"left": 0, "top": 0, "right": 0, "bottom": 0}
-    assert sorted(found["sides"]) == ["right", "top"] and found["none"] == []
-    assert found["outside"] is None and found["version"] == 0

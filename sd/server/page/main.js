@@ -12,7 +12,7 @@ import { Pickers } from "./pickers.js";
 import { Recipes } from "./recipe.js";
 import { itemsOf, Result } from "./result.js";
 import { Runner } from "./run.js";
-import { bodyOf, checked, fresh, isFast, load, randomSeed, save } from "./settings.js";
+import { bodyOf, checked, fresh, isFast, load, randomSeed, save, sizeOf } from "./settings.js";
 import { sentence } from "./texts.js";
 import { Tokens } from "./tokens.js";
 import { Viewer } from "./viewer.js";
@@ -97,20 +97,27 @@ async function edit(blob, item = null) {
 }
 
 function showEditing() {
-  form.editing = editing();
+  form.editing = views.view() === "edit" ? editor.summary : null; // no images: they take time
   form.render(document.activeElement?.form === $("form") ? document.activeElement : null);
 }
 
-runner.addEventListener("done", async ({ detail: { answer, quiet } }) => {
+runner.addEventListener("done", async ({ detail: { answer, body, quiet } }) => {
   const items = itemsOf(answer, asked, quiet);
   await gallery.add(items);
   result.show(items);
+  if (body.request.image) editor.setResult(items[0].blob, body.request);
   if (!form.models.defaults) models.update(); // the model has been loaded
 });
 for (const name of ["failed", "cancelled"]) runner.addEventListener(name, () => result.again());
 
+function sizeSketches() {
+  const { width, height } = sizeOf(form.settings, form.models);
+  editor.setSize(width, height);
+}
+
 form.addEventListener("change", ({ detail: { quiet, prompt } }) => {
   save(form.settings);
+  sizeSketches();
   for (const each of tokens) each.update();
   if (form.settings.live && !quiet) (prompt ? typed : live)();
 });
@@ -134,6 +141,7 @@ models.addEventListener("change", ({ detail: { models: found, switched } }) => {
     form.set({ width: null, height: null, vae: "", fast: null, full: { ...none }, few: { ...none } });
   }
   pickers.render();
+  sizeSketches();
   editor.setControls((found.controls ?? []).map((each) => each.name));
   $("go").disabled = false;
   $("empty-about").textContent = "Write a prompt and press Generate. Drop an image anywhere to use its settings.";

@@ -45,26 +45,31 @@ export class Editor extends EventTarget {
     const number = ++this.#setting;
     const { canvas, transparent, note } = await readPicture(blobOrUrl);
     if (number !== this.#setting) return;
-    const scene = new PictureScene(canvas, transparent);
-    scene.fill = this.#picture?.fill ?? scene.fill;
-    this.#picture = scene;
     if (transparent && this.#tab === "img2img") this.#tab = "inpaint";
     if (this.#tab === "sketch") this.#tab = "img2img";
-    scene.mode = this.#tab;
-    this.#parts.painter.suit(scene.width, scene.height);
     this.#say([note, transparent ? "The transparent part is the mask." : ""].filter(Boolean).join(" "));
+    this.#edit(new PictureScene(canvas, transparent));
+  }
+
+  #edit(scene) {
+    scene.fill = this.#picture?.fill ?? scene.fill;
+    scene.mode = this.#tab;
+    this.#picture = scene;
     this.#show();
     this.#changed();
   }
 
-  /** Show what was generated from the image, to compare; null for nothing. It is no part of `value()`. */
-  async setResult(blobOrUrl) {
+  /**
+   * Have a result to compare with, a Blob or URL; null for none. It is no part of `value()`. Nothing happens if the image
+   * or its frame is not the one any more that it was made from. value   what `value()` was then
+   */
+  async setResult(blobOrUrl, value = null) {
     const scene = this.#picture;
     if (!scene) return;
     const result = blobOrUrl === null ? null : (await readPicture(blobOrUrl)).canvas;
-    if (scene !== this.#picture) return;
+    if (scene !== this.#picture || (value && value.image !== scene.imageUrl())) return;
     scene.result = result;
-    scene.showsResult = result !== null;
+    scene.showsResult &&= result !== null;
     this.#show();
   }
 
@@ -90,6 +95,13 @@ export class Editor extends EventTarget {
     return { kind: "inpaint", image: scene.imageUrl(), mask: scene.maskUrl(), ...this.#parts.inpaint.value() };
   }
 
+  /** What `value()` would be, without its images, at once: {kind, width, height}; null without an image. */
+  get summary() {
+    if (!this.#picture) return null;
+    const { mode, rect } = this.#picture;
+    return { kind: mode === "img2img" ? "img2img" : "inpaint", width: rect.width, height: rect.height };
+  }
+
   /** What goes into the `controls` of a request: a list of {name, image, scale, start, end, annotate, ...}. */
   hints() {
     this.#parts.painter.release();
@@ -104,6 +116,7 @@ export class Editor extends EventTarget {
 
   /** The size of the images that are generated: that of new sketches, where no image is edited. */
   setSize(width, height) {
+    if (this.#size[0] === width && this.#size[1] === height) return;
     this.#size = [width, height];
     if (this.#tab === "sketch") this.#parts.hints.begin();
   }
@@ -150,7 +163,8 @@ export class Editor extends EventTarget {
     });
     const before = button("Before", () => this.#compare(false), { title: "The image", keys: "B" });
     const after = button("After", () => this.#compare(true), { title: "The result", keys: "B" });
-    const compare = el("div", { class: "ed-compare", role: "group", "aria-label": "Compare" }, before, after);
+    const adopt = button("Edit the result", () => this.#adopt(), { class: "ed-quiet", title: "Go on with the result" });
+    const compare = el("div", { class: "ed-compare", role: "group", "aria-label": "Result" }, before, after, adopt);
     const file = fileButton("Choose an image", (blob) => this.#open(blob), { class: "primary" });
     const empty = el("div", { class: "ed-empty" }, el("p", {}, "Drop or paste an image here."), file);
     const other = fileButton("Other image", (blob) => this.#open(blob), { class: "ed-quiet" });
@@ -197,8 +211,7 @@ export class Editor extends EventTarget {
   #listen() {
     const over = (event) => {
       if (![...(event.dataTransfer?.types ?? [])].includes("Files")) return;
-      event.preventDefault();
-      event.stopPropagation(); // the page takes drops elsewhere, for their settings
+      event.preventDefault(); // the page takes drops elsewhere
       this.#parts.frameBox.classList.toggle("ed-over", event.type !== "drop");
       const file = event.type === "drop" ? imageIn(event.dataTransfer) : null;
       if (file) this.#open(file);
@@ -210,9 +223,9 @@ export class Editor extends EventTarget {
     });
     document.addEventListener("paste", (event) => {
       const file = imageIn(event.clipboardData);
-      if (!file || !this.root.getClientRects().length) return; // hidden: the page takes it
+      const isOwn = this.root.contains(event.target) || event.target === document.body;
+      if (!file || !isOwn || !this.root.getClientRects().length) return; // the page takes it
       event.preventDefault();
-      event.stopImmediatePropagation();
       this.#open(file);
     });
   }
@@ -262,6 +275,20 @@ export class Editor extends EventTarget {
     this.#show();
   }
 
+  /** Edit the result. The mask stays if it fits. */
+  #adopt() {
+    const scene = this.#picture;
+    if (!scene?.result) return;
+    this.#parts.painter.release();
+    this.#parts.stage.canvas.focus({ preventScroll: true, focusVisible: false });
+    const { width, height } = scene.result;
+    if (width === scene.width && height === scene.height) {
+      scene.adopt();
+      this.#show();
+      this.#edited();
+    } else this.#edit(new PictureScene(scene.result, null));
+  }
+
   /** The mask, the frame or a sketch was changed. */
   #edited() {
     this.#parts.stage.request();
@@ -294,8 +321,9 @@ export class Editor extends EventTarget {
     const isSketch = this.#tab === "sketch";
     parts.modes.set(this.#tab);
     if (stage.scene !== scene) {
+      if (stage.scene) stage.scene.brushSize = painter.brush.size; // each has its own
       stage.scene = scene;
-      if (scene) painter.suit(scene.width, scene.height);
+      if (scene) painter.suit(scene.width, scene.height, scene.brushSize);
     } else if (!this.#sameRect(stage, scene)) stage.fit();
     painter.hover(null);
     stage.canvas.hidden = !scene;
@@ -341,7 +369,8 @@ export class Editor extends EventTarget {
       texts.push(`${width}×${height} pixels.`);
       if (this.#tab !== "img2img") texts.push(this.#aboutMask(picture));
     } else if (this.#tab === "sketch" && this.#parts.hints.scene) {
-      texts.push(this.#parts.hints.scene.source === "sketch" ? "Draw the lines that the image should follow." : "");
+      if (this.#parts.hints.scene.source === "sketch") texts.push("Draw the lines that the image should follow.");
+      if (picture) texts.push(`The image is used as well: ${Object.fromEntries(MODES)[picture.mode].toLowerCase()}.`);
     }
     this.#parts.status.textContent = texts.filter(Boolean).join(" ");
   }

@@ -31,11 +31,10 @@ export class Painter {
     return this.#key !== null;
   }
 
-  /** A size for an image of this size, and the largest one that is useful there. */
-  suit(width, height) {
-    const side = Math.min(width, height);
-    this.largest = clamp(Math.round(side), 16, LARGEST);
-    this.brush.size = clamp(Math.round(side / 8), 2, 64);
+  /** Suit an image of this size: the largest brush that is useful there, and the size to begin with. */
+  suit(width, height, size) {
+    this.largest = clamp(Math.min(width, height), 16, LARGEST);
+    this.brush.size = clamp(Math.round(size), 1, this.largest);
   }
 
   /** One size up (1) or down (-1). */

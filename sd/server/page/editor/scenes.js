@@ -1,6 +1,6 @@
 // What the editor shows and keeps: the image to edit with its mask and frame, and the sketch of a hint.
 
-import { NO_FRAME, SIDES, frameRect, isExtended, snapped } from "./geometry.js";
+import { NO_FRAME, SIDES, clamp, frameRect, isExtended, snapped } from "./geometry.js";
 import { History, replacement } from "./history.js";
 import { Encoded, GREY, INVERTED, Layer, canvasOf, drawExtended, drawn, palette } from "./pictures.js";
 import { Surface, framedMask } from "./surface.js";
@@ -20,13 +20,16 @@ export class PictureScene {
   showsResult = false;
   #image = new Encoded();
   #mask = new Encoded();
+  #adopted = 0; // pictures that were results
 
   constructor(picture, transparent) {
     this.picture = picture;
     this.mask = transparent ?? new Surface(picture.width, picture.height);
     this.layer = new Layer(this.mask, MASK);
     this.history = new History();
-    this.overlap = Math.max(1, Math.min(32, Math.round(Math.min(picture.width, picture.height) / 8)));
+    const side = Math.min(picture.width, picture.height);
+    this.brushSize = clamp(side / 8, 2, 64);
+    this.overlap = Math.round(clamp(side / 8, 1, 32));
   }
 
   get width() {
@@ -60,6 +63,19 @@ export class PictureScene {
     const same = JSON.stringify(this.frame) === JSON.stringify(before);
     if (!same) this.history.add(replacement(before, () => this.frame, (kept) => (this.frame = kept)));
     return !same;
+  }
+
+  /** Edit the result, which has the size of the image; the history remembers the image. */
+  adopt() {
+    const get = () => this.picture;
+    const set = (picture) => {
+      this.picture = picture;
+      this.#adopted += 1;
+    };
+    this.history.add(replacement(this.picture, get, set, 4 * this.width * this.height));
+    set(this.result);
+    this.result = null;
+    this.showsResult = false;
   }
 
   draw(context, stage) {
@@ -143,7 +159,7 @@ export class PictureScene {
 
   get #imageKey() {
     const frame = this.activeFrame;
-    return isExtended(frame) ? JSON.stringify([frame, this.fill]) : "";
+    return JSON.stringify([this.#adopted, isExtended(frame) && [frame, this.fill]]);
   }
 
   get #maskKey() {
@@ -198,6 +214,7 @@ export class HintScene {
     this.lines = new Surface(width, height);
     this.layer = new Layer(this.lines, GREY);
     this.history = new History();
+    this.brushSize = Math.max(Math.min(width, height) / 64, 1);
   }
 
   get width() {
