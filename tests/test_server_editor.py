@@ -246,7 +246,7 @@ def test_sketches_are_hints(mount):
     assert (decoded(second.pop("image")) == np.asarray(noise())).all()
     limits = {"low": 220, "high": 220, "start": 0.35, "end": 0.4}  # one moves the other along
     assert second == {"name": "depth", "scale": 0.5, "annotate": "canny", **limits}
-    desk.click("Remove")
+    desk.click("Remove this hint")
     assert [hint["name"] for hint in desk.hints()] == ["edges"]
     desk.page.evaluate("editor.setControls([])")
     assert desk.hints() == [] and desk.root.get_by_text("no control networks").is_visible()

@@ -173,9 +173,9 @@ export class Editor extends EventTarget {
     const spoken = el("span", { class: "visually-hidden", role: "status" });
     const status = el("span", { role: "status" });
     const help = el("p", { class: "visually-hidden", id: "editor-help" }, HELP);
-    const frameBox = el("div", { class: "ed-stage" }, canvas, empty, compare);
+    const frameBox = el("div", { class: "ed-stage" }, canvas, empty);
     const head = el("div", { class: "ed-head" }, modes.root, el("span", { class: "ed-group" }, other, remove));
-    const foot = el("div", { class: "ed-foot" }, status, position, toolbar.zoom, spoken);
+    const foot = el("div", { class: "ed-foot" }, status, position, compare, toolbar.zoom, spoken);
     this.root.classList.add("editor");
     this.root.append(head, toolbar.root, frameBox, foot, frame.root, inpaint.root, hints.root, help);
     const hand = new Hand(this.root, stage, painter, {
@@ -190,6 +190,7 @@ export class Editor extends EventTarget {
       brushChanged: () => toolbar.show(this.#scene),
       frameMoved: () => {
         this.#showFrame();
+        this.#showCompare();
         this.#describe();
       },
       frameChanged: (start) => {
@@ -294,6 +295,7 @@ export class Editor extends EventTarget {
     this.#parts.stage.request();
     this.#parts.toolbar.show(this.#scene);
     this.#showFrame();
+    this.#showCompare();
     this.#changed();
   }
 
@@ -331,9 +333,7 @@ export class Editor extends EventTarget {
     parts.empty.hidden = isSketch || picture !== null;
     parts.frameBox.hidden = isSketch && !scene;
     parts.other.hidden = parts.remove.hidden = !picture || isSketch;
-    parts.compare.hidden = isSketch || !picture?.result;
-    parts.before.setAttribute("aria-pressed", String(!picture?.showsResult));
-    parts.after.setAttribute("aria-pressed", String(Boolean(picture?.showsResult)));
+    this.#showCompare();
     toolbar.root.hidden = toolbar.zoom.hidden = !scene;
     toolbar.show(scene);
     toolbar.fill.hidden = isSketch;
@@ -342,6 +342,14 @@ export class Editor extends EventTarget {
     parts.hints.root.hidden = !isSketch;
     this.#showFrame();
     this.#describe();
+  }
+
+  #showCompare() {
+    const { compare, before, after } = this.#parts;
+    const picture = this.#picture;
+    compare.hidden = this.#tab === "sketch" || !picture?.result;
+    before.setAttribute("aria-pressed", String(!picture?.seesResult));
+    after.setAttribute("aria-pressed", String(Boolean(picture?.seesResult)));
   }
 
   #shownRect = "";

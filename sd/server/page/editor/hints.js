@@ -185,7 +185,6 @@ export class Hints {
     const start = share("From", (value) => this.#range(Math.min(value, 0.95), null));
     const end = share("Until", (value) => this.#range(null, Math.max(value, 0.05)));
     start.root.title = end.root.title = "The part of the steps in which the hint is followed";
-    const remove = button("Remove", () => this.#remove(), { class: "ed-quiet" });
     const none = el(
       "p",
       { class: "ed-note" },
@@ -197,7 +196,7 @@ export class Hints {
     const settings = el(
       "div",
       { class: "ed-settings" },
-      el("div", { class: "ed-row" }, network.root, source.root, remove),
+      el("div", { class: "ed-row" }, network.root, source.root),
       draw,
       choose,
       edges,
@@ -255,6 +254,7 @@ export class Hints {
       this.#show();
       this.#parts.tabs.children[this.#list.length - 1].focus();
     }, { class: "ed-quiet", "aria-label": "Add a hint", disabled: this.#list.length >= MOST });
-    this.#parts.tabs.replaceChildren(...this.#list.map(tab), add);
+    const remove = button("Remove", () => this.#remove(), { class: "ed-quiet", "aria-label": "Remove this hint" });
+    this.#parts.tabs.replaceChildren(...this.#list.map(tab), add, remove);
   }
 }

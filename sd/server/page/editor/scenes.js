@@ -16,8 +16,9 @@ export class PictureScene {
   frame = NO_FRAME;
   fill = "edges"; // of the part outside of the image: its edge pixels, or "transparent"
   overlap = 0; // pixels of the soft edge of that part's mask inside of the image
-  result = null; // a picture that was generated from this one
   showsResult = false;
+  #result = null; // a picture that was generated from this one
+  #resultKey = ""; // and from which state of it
   #image = new Encoded();
   #mask = new Encoded();
   #adopted = 0; // pictures that were results
@@ -43,6 +44,16 @@ export class PictureScene {
   /** What a brush paints on now, or null. */
   get surface() {
     return this.mode === "inpaint" && !this.seesResult ? this.mask : null;
+  }
+
+  /** The picture that was generated from the image in its present frame, or null. */
+  get result() {
+    return this.#resultKey === this.#imageKey ? this.#result : null;
+  }
+
+  set result(picture) {
+    this.#result = picture;
+    this.#resultKey = this.#imageKey;
   }
 
   get seesResult() {
@@ -74,7 +85,7 @@ export class PictureScene {
     };
     this.history.add(replacement(this.picture, get, set, 4 * this.width * this.height));
     set(this.result);
-    this.result = null;
+    this.#result = null;
     this.showsResult = false;
   }
 
