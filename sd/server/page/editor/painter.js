@@ -4,6 +4,7 @@ import { clamp } from "./geometry.js";
 import { Stroke } from "./surface.js";
 
 const LARGEST = 512; // pixels, of a brush
+const BUDGET = 8; // milliseconds of a frame for painting: what is left waits for the next one
 
 export class Painter {
   #stage;
@@ -65,17 +66,28 @@ export class Painter {
     if (!this.#stroke) return;
     for (const { x, y, pressure } of points) this.#waiting.push({ ...this.#stage.view.toImage(x, y), pressure });
     this.hover(points.at(-1));
+    this.#schedule();
+  }
+
+  #schedule() {
     if (this.#scheduled) return;
     this.#scheduled = true;
     requestAnimationFrame(() => {
       this.#scheduled = false;
-      this.#paint();
+      this.#paint(BUDGET);
+      if (this.#waiting.length) this.#schedule();
     });
   }
 
-  #paint() {
-    for (const { x, y, pressure } of this.#waiting) this.#stroke?.to(x, y, pressure);
-    this.#waiting = [];
+  /** Paint what waits, for so many milliseconds; at least one point. */
+  #paint(budget = Infinity) {
+    const end = performance.now() + budget;
+    let taken = 0;
+    do {
+      const point = this.#waiting[taken++];
+      if (point) this.#stroke?.to(point.x, point.y, point.pressure);
+    } while (taken < this.#waiting.length && performance.now() < end);
+    this.#waiting.splice(0, taken);
     this.#stage.request();
   }
 
