@@ -31,7 +31,7 @@ def test_images_come_by_drop_paste_and_picker(mount, tmp_path):
             desk.root.locator("input[type=file]").first.set_input_files(tmp_path / "a.png")
         else:
             desk.page.evaluate(GIVE, ["a.png", "image/png", url(image).split(",")[1], kind])
-        desk.page.wait_for_function("width => editor.root.innerText.includes(`${width}×32`)", arg=image.width)
+        desk.root.get_by_text(f"{image.width}×32 pixels").wait_for()
         value = desk.value()
         assert value["kind"] == "img2img" and (decoded(value["image"]) == np.asarray(image)).all()
         assert "mask" not in value
@@ -110,7 +110,7 @@ def generated(page):
     with page.expect_request("**/api/generate") as sent:
         page.click("#go")
     page.wait_for_selector("#result img.result")
-    page.wait_for_function("document.querySelector('#result img.result').complete")
+    page.evaluate("document.querySelector('#result img.result').decode()")
     return sent.value.post_data_json["request"], decoded(page.evaluate(PIXELS))
 
 

@@ -2,11 +2,12 @@
 
 import { NO_FRAME, SIDES, clamp, frameRect, isExtended, snapped } from "./geometry.js";
 import { History, replacement } from "./history.js";
-import { Encoded, GREY, INVERTED, Layer, canvasOf, drawExtended, drawn, palette } from "./pictures.js";
+import { Encoded, GREY, INVERTED, Layer, canvasOf, drawExtended, drawn, palette, reduced } from "./pictures.js";
 import { Surface, framedMask } from "./surface.js";
 
 const TINT = [255, 45, 110]; // of the mask over the image
 const TINTED = 0.6;
+const SMALL = 1536; // pixels: a larger picture is shown by a reduced one, while all of it is seen
 const MASK = palette((value) => [...TINT, value * TINTED]);
 const PLAIN = `rgb(${TINT.join(" ")} / ${TINTED})`;
 
@@ -21,6 +22,7 @@ export class PictureScene {
   #resultKey = ""; // and from which state of it
   #image = new Encoded();
   #mask = new Encoded();
+  #small = null; // {of: the picture, canvas: reduced}
   #adopted = 0; // pictures that were results
 
   constructor(picture, transparent) {
@@ -96,12 +98,20 @@ export class PictureScene {
       context.drawImage(this.result, x, y, width, height);
       return;
     }
-    if (this.fill === "edges") drawExtended(context, this.picture, this.activeFrame);
-    else context.drawImage(this.picture, 0, 0);
+    const shown = this.#shownAt(stage.view.scale * stage.density);
+    if (this.fill === "edges") drawExtended(context, this.picture, this.activeFrame, shown);
+    else context.drawImage(shown, 0, 0, this.width, this.height);
     if (this.mode === "img2img") return;
     this.layer.update();
     context.drawImage(this.layer.canvas, 0, 0);
     if (this.mode === "outpaint") this.#drawFrame(context, 1 / stage.view.scale);
+  }
+
+  /** The picture, or a reduced one that is as good at this scale and takes less time to draw. */
+  #shownAt(scale) {
+    if (this.#small?.of !== this.picture) this.#small = { of: this.picture, canvas: reduced(this.picture, SMALL) };
+    const { canvas } = this.#small;
+    return scale <= canvas.width / this.width ? canvas : this.picture;
   }
 
   #drawFrame(context, px) {
