@@ -156,6 +156,11 @@ def test_inpaint_outpaint_and_sketch_with_the_model(page, tmp_path):
     desk.root.get_by_label("Strength").press("Home")
     request, without = generated(page)
     assert request["controls"][0]["scale"] == 0 and np.abs(drawn - without).mean() > 1
+    page.get_by_label("Live").check(force=True)
+    with page.expect_request("**/api/generate") as sent:  # at once, for each stroke
+        desk.drag((64, 80), (64, 100))
+    lines = grey(sent.value.post_data_json["request"]["controls"][0]["image"])
+    assert lines[90, 64] == 255 and not grey(hint["image"])[90, 64]
 
 
 def test_pure_parts(shared):

@@ -1,7 +1,7 @@
 // The form: fields to settings, and settings to fields.
 
 import { $, el, setIcon, shape } from "./dom.js";
-import { asSeed, isFast, optionNames, randomSeed, sampling, sizeOf } from "./settings.js";
+import { asSeed, DEFAULTS, isFast, optionNames, randomSeed, sampling, sizeOf } from "./settings.js";
 
 const RATIOS = [
   ["square", 1, 1],
@@ -48,7 +48,7 @@ export class Form extends EventTarget {
     super();
     this.settings = settings;
     this.models = null;
-    this.editing = null; // the editor's value, while it is in use
+    this.editing = null; // the kind of request that the editor's image is for, while it is in use
     for (const [id, name, kind, of] of FIELDS) {
       $(id).addEventListener("input", () => this.#read(id, name, kind, of, false));
       $(id).addEventListener("change", () => this.#read(id, name, kind, of, true));
@@ -85,7 +85,7 @@ export class Form extends EventTarget {
   setModels(models) {
     this.models = models;
     fill($("sampler"), models.samplers ?? [], (each) => [each.key, each.label]);
-    fill($("spacing"), models.spacings ?? [], (each) => (typeof each === "string" ? [each, each] : [each.key, each.label]));
+    fill($("spacing"), models.spacings ?? [], (each) => [each, each[0].toUpperCase() + each.slice(1)]);
     fill($("vae"), [{ name: "" }, ...(models.vaes ?? [])], (each) => [each.name, each.name || "the model's"]);
     $("n").max = models.limits?.max_batch ?? 8;
     this.#presets();
@@ -188,7 +188,9 @@ export class Form extends EventTarget {
     this.#options(found.sampler, typing);
     this.#editing();
     this.#hires(found);
-    const more = ["clipSkip", "variationSeed", "guidanceRescale", "tileable", "vae"].filter((name) => settings[name]).length;
+    const changed = ["clipSkip", "variationSeed", "guidanceRescale", "tileable", "vae", "rng"];
+    const { request, params } = settings.extra;
+    const more = changed.filter((name) => settings[name] !== DEFAULTS[name]).length + Object.keys({ ...request, ...params }).length;
     $("more-badge").hidden = !more;
     $("more-badge").textContent = more;
     this.#extra();
@@ -197,10 +199,9 @@ export class Form extends EventTarget {
   #editing() {
     const { editing } = this;
     $("strength-field").hidden = !editing;
-    $("own-size-row").hidden = editing?.kind !== "img2img";
-    $("size-field").hidden = editing?.kind === "inpaint";
-    const own = editing?.kind === "img2img" && this.settings.ownSize;
-    for (const field of $("size-field").querySelectorAll("button, input:not([type=checkbox])")) field.disabled = own;
+    $("own-size-row").hidden = editing !== "img2img";
+    $("size-field").hidden = editing === "inpaint";
+    $("size-field").classList.toggle("own", editing === "img2img" && this.settings.ownSize);
     $("hires-details").hidden = Boolean(editing);
   }
 
@@ -254,6 +255,7 @@ export class Form extends EventTarget {
         rows.push(el("div", {}, el("span", { className: "name" }, name), el("span", {}, String(value)), remove));
       }
     }
+    if (rows.length) rows.unshift(el("span", { className: "label" }, "From a recipe"));
     $("extra").replaceChildren(...rows);
   }
 }

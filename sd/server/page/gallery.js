@@ -9,6 +9,7 @@ export class Gallery extends EventTarget {
     super();
     this.items = []; // newest first
     this.urls = new Map(); // of the blobs, by id
+    this.rows = new Map(); // of the grid, by id
     this.first = null; // of two to compare
     $("gallery-clear").addEventListener("click", () => this.#clear());
     $("comparing-stop").addEventListener("click", () => this.pick(null));
@@ -58,6 +59,7 @@ export class Gallery extends EventTarget {
     for (const id of keep ? [] : ids) {
       URL.revokeObjectURL(this.urls.get(id));
       this.urls.delete(id);
+      this.rows.delete(id);
     }
     await store.drop(...ids);
   }
@@ -114,20 +116,23 @@ export class Gallery extends EventTarget {
     }
   }
 
+  #row(item) {
+    if (!this.rows.has(item.id)) {
+      const label = `${item.prompt || "no prompt"}, seed ${item.seed}`;
+      const image = el("img", { src: this.url(item), alt: "", loading: "lazy", decoding: "async" });
+      const click = () => this.#choose(item);
+      const button = el("button", { type: "button", "aria-label": label, title: label, on: { click } }, image);
+      button.dataset.id = item.id;
+      this.rows.set(item.id, el("li", {}, button));
+    }
+    return this.rows.get(item.id);
+  }
+
   #render() {
     const focused = document.activeElement?.closest?.("#gallery button")?.dataset.id;
     $("gallery-section").hidden = !this.items.length;
     $("gallery-about").textContent = this.items.length > 1 ? `${this.items.length} images, kept in this browser` : "kept in this browser";
-    $("gallery").replaceChildren(
-      ...this.items.map((item) => {
-        const label = `${item.prompt || "no prompt"}, seed ${item.seed}`;
-        const image = el("img", { src: this.url(item), alt: "", loading: "lazy", decoding: "async" });
-        const click = () => this.#choose(item);
-        const button = el("button", { type: "button", "aria-label": label, title: label, on: { click } }, image);
-        button.dataset.id = item.id;
-        return el("li", {}, button);
-      }),
-    );
+    $("gallery").replaceChildren(...this.items.map((item) => this.#row(item)));
     if (focused) $("gallery").querySelector(`[data-id="${CSS.escape(focused)}"]`)?.focus();
     this.dispatchEvent(new Event("change"));
   }

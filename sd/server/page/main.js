@@ -44,32 +44,32 @@ const result = new Result(gallery, {
 });
 const inside = new Inside($("inside"), { body: () => bodyOf(form.settings, form.models), onSettings });
 
-let asked = null; // the settings of what runs
 let lastSeed = null; // of the last image that was asked for by the button
 
-function editing() {
-  return views.view() === "edit" ? editor.value() : null;
-}
 
 function generate({ quiet = false } = {}) {
-  if (!form.models || views.view() === "inside" || document.querySelector("dialog[open]")) return;
-  if (runner.running && !quiet) return;
+  if (!form.models || document.querySelector("dialog[open]")) return;
+  if (views.view() === "inside") {
+    if (!quiet) inside.look({ fresh: true });
+    return;
+  }
+  if (runner.running && !(quiet && runner.quiet)) return;
   live.stop();
+  typed.stop();
   const { settings } = form;
   if (!quiet && !settings.lock && settings.seed === lastSeed) form.set({ seed: randomSeed() }, { quiet: true });
   if (!quiet) lastSeed = settings.seed;
+  const edits = views.view() === "edit";
   let body;
   try {
-    const hints = views.view() === "edit" ? editor.hints() : [];
-    body = bodyOf(settings, form.models, editing(), hints);
+    body = bodyOf(settings, form.models, edits ? editor.value() : null, edits ? editor.hints() : []);
   } catch (error) {
     $("error").textContent = sentence(error.message);
     $("error").hidden = false;
     return;
   }
-  asked = structuredClone(settings);
-  runner.start(body, { quiet });
-  if (!quiet && matchMedia("(max-width: 999px)").matches) $("stage").scrollIntoView({ block: "nearest" });
+  runner.start(body, structuredClone(settings), quiet);
+  if (!quiet && (edits || matchMedia("(max-width: 999px)").matches)) $("stage").scrollIntoView({ block: "nearest" });
 }
 
 const live = debounce(LIVE_DELAY, () => generate({ quiet: true }));
@@ -96,29 +96,29 @@ async function edit(blob, item = null) {
   showEditing();
 }
 
-function showEditing() {
-  form.editing = views.view() === "edit" ? editor.summary : null; // no images: they take time
-  form.render(document.activeElement?.form === $("form") ? document.activeElement : null);
-}
-
-runner.addEventListener("done", async ({ detail: { answer, body, quiet } }) => {
-  const items = itemsOf(answer, asked, quiet);
-  await gallery.add(items);
-  result.show(items);
-  if (body.request.image) editor.setResult(items[0].blob, body.request);
-  if (!form.models.defaults) models.update(); // the model has been loaded
-});
-for (const name of ["failed", "cancelled"]) runner.addEventListener(name, () => result.again());
-
-function sizeSketches() {
+function showSize() {
   const { width, height } = sizeOf(form.settings, form.models);
   editor.setSize(width, height);
 }
 
+function showEditing() {
+  form.editing = views.view() === "edit" ? editor.kind : null;
+  form.render(document.activeElement?.form === $("form") ? document.activeElement : null);
+}
+
+runner.addEventListener("done", async ({ detail: { answer, body, settings, quiet } }) => {
+  const items = itemsOf(answer, settings, quiet);
+  await gallery.add(items);
+  result.show(items);
+  if (body.request.image && views.view() === "edit") editor.setResult(items[0].blob, body.request).catch(() => {});
+  if (!form.models.defaults) models.update(); // the model has been loaded
+});
+for (const name of ["failed", "cancelled"]) runner.addEventListener(name, () => result.again());
+
 form.addEventListener("change", ({ detail: { quiet, prompt } }) => {
   save(form.settings);
-  sizeSketches();
   for (const each of tokens) each.update();
+  showSize();
   if (form.settings.live && !quiet) (prompt ? typed : live)();
 });
 $("form").addEventListener("submit", (event) => {
@@ -136,12 +136,13 @@ $("reset").addEventListener("click", () => {
 
 models.addEventListener("change", ({ detail: { models: found, switched } }) => {
   form.setModels(found);
+  showSize();
+  for (const each of tokens) each.update();
   if (switched) {
     const none = { steps: null, guidance: null, sampler: null, spacing: null };
     form.set({ width: null, height: null, vae: "", fast: null, full: { ...none }, few: { ...none } });
   }
   pickers.render();
-  sizeSketches();
   editor.setControls((found.controls ?? []).map((each) => each.name));
   $("go").disabled = false;
   $("empty-about").textContent = "Write a prompt and press Generate. Drop an image anywhere to use its settings.";
@@ -165,7 +166,10 @@ viewer.addEventListener("edit", ({ detail: item }) => edit(item.blob, item));
 viewer.addEventListener("compare", ({ detail: item }) => gallery.pick(item));
 gallery.addEventListener("open", ({ detail: index }) => viewer.open(index));
 gallery.addEventListener("compare", ({ detail: [first, second] }) => compare.open(first, second));
-editor.addEventListener("change", showEditing);
+editor.addEventListener("change", () => {
+  showEditing();
+  if (form.settings.live && views.view() === "edit") live(); // each stroke, too
+});
 document.addEventListener("view", showEditing);
 
 document.addEventListener("keydown", (event) => {
@@ -195,5 +199,4 @@ if (!runner.running) result.latest();
 lastSeed = gallery.items[0]?.seed ?? null;
 document.body.dataset.ready = "";
 await models.load((text) => ($("empty-about").textContent = text));
-for (const each of tokens) each.update();
 document.body.dataset.models = "";

@@ -12,6 +12,8 @@ export class Viewer extends EventTarget {
     this.index = 0;
     this.after = null; // what to do once the dialog is closed
     this.dialog = $("viewer");
+    this.content = el("div", { className: "content" }); // beside a message that may be shown
+    this.dialog.append(this.content);
     this.dialog.addEventListener("keydown", (event) => this.#key(event));
     this.dialog.addEventListener("click", (event) => event.target === this.dialog && this.dialog.close());
     this.dialog.addEventListener("close", () => {
@@ -67,7 +69,7 @@ export class Viewer extends EventTarget {
   #render() {
     const { item, gallery } = this;
     const url = gallery.url(item);
-    const had = this.dialog.contains(document.activeElement) ? document.activeElement?.dataset.does : null;
+    const had = this.content.contains(document.activeElement) ? document.activeElement?.dataset.does : null;
     const action = (name, symbol, label, does) => {
       const button = el("button", { type: "button", on: { click: does } }, icon(symbol), label);
       button.dataset.does = name;
@@ -88,7 +90,7 @@ export class Viewer extends EventTarget {
         toast("This browser does not let the page use the clipboard");
       }
     };
-    this.dialog.replaceChildren(
+    this.content.replaceChildren(
       el("div", { className: "picture" },
         arrow("left", "left", "Newer image", -1),
         el("img", { src: url, alt: item.prompt || "no prompt" }),

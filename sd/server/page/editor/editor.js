@@ -19,7 +19,8 @@ import { Toolbar } from "./toolbar.js";
 
 const MODES = [["img2img", "Image to image"], ["inpaint", "Inpaint"], ["outpaint", "Outpaint"], ["sketch", "Sketch"]];
 const HELP =
-  "Arrow keys move the brush by a quarter of its size, with Shift by one pixel; Space paints while it is held. " +
+  "Arrow keys move the brush by a quarter of its size, with Shift by one pixel; Space paints while it is held. Where " +
+  "nothing is painted, arrow keys move the image. " +
   "[ and ] change the size, X switches to the eraser, Ctrl+Z undoes, Ctrl+Shift+Z redoes, plus and minus zoom, " +
   "0 shows all, B compares with the result. Hold Space and drag to move the image.";
 const PREPARE_AFTER = 400; // milliseconds without a change, until the data URLs are made in the background
@@ -83,6 +84,12 @@ export class Editor extends EventTarget {
     this.#changed();
   }
 
+  /** The kind of request that `value()` is for, or null; unlike it, this takes no time. */
+  get kind() {
+    const scene = this.#picture;
+    return scene && (scene.mode === "img2img" ? "img2img" : "inpaint");
+  }
+
   /**
    * What goes into a request: null without an image; {kind: "img2img", image}; or {kind: "inpaint", image, mask, content,
    * blur, margin}. Images are data URLs (PNG); the mask has the image's size, and 255 (white) is generated.
@@ -93,13 +100,6 @@ export class Editor extends EventTarget {
     this.#parts.painter.release(); // a stroke that has not ended counts
     if (scene.mode === "img2img") return { kind: "img2img", image: scene.imageUrl() };
     return { kind: "inpaint", image: scene.imageUrl(), mask: scene.maskUrl(), ...this.#parts.inpaint.value() };
-  }
-
-  /** What `value()` would be, without its images, at once: {kind, width, height}; null without an image. */
-  get summary() {
-    if (!this.#picture) return null;
-    const { mode, rect } = this.#picture;
-    return { kind: mode === "img2img" ? "img2img" : "inpaint", width: rect.width, height: rect.height };
   }
 
   /** What goes into the `controls` of a request: a list of {name, image, scale, start, end, annotate, ...}. */
@@ -172,7 +172,7 @@ export class Editor extends EventTarget {
     const position = el("span", { class: "ed-position" });
     const spoken = el("span", { class: "visually-hidden", role: "status" });
     const status = el("span", { role: "status" });
-    const help = el("p", { class: "visually-hidden", id: "editor-help" }, HELP);
+    const help = el("details", { class: "ed-help" }, el("summary", {}, "Keys"), el("p", { id: "editor-help" }, HELP));
     const frameBox = el("div", { class: "ed-stage" }, canvas, empty);
     const head = el("div", { class: "ed-head" }, modes.root, el("span", { class: "ed-group" }, other, remove));
     const foot = el("div", { class: "ed-foot" }, status, position, compare, toolbar.zoom, spoken);
@@ -205,7 +205,7 @@ export class Editor extends EventTarget {
       },
     });
     this.#parts = {
-      stage, painter, modes, toolbar, inpaint, frame, hints, before, after, compare, empty, other, remove, status, frameBox,
+      stage, painter, modes, toolbar, inpaint, frame, hints, before, after, compare, empty, other, remove, status, frameBox, help,
     };
   }
 
@@ -329,6 +329,8 @@ export class Editor extends EventTarget {
     } else if (!this.#sameRect(stage, scene)) stage.fit();
     painter.hover(null);
     stage.canvas.hidden = !scene;
+    stage.canvas.setAttribute("aria-label", isSketch ? "Sketch" : "Image");
+    parts.help.hidden = !scene;
     stage.canvas.dataset.cursor = scene?.surface ? "brush" : "pan";
     parts.empty.hidden = isSketch || picture !== null;
     parts.frameBox.hidden = isSketch && !scene;
