@@ -70,16 +70,22 @@ class Desk:
         self.top = box["y"] + box["height"] / 2 - (origin[1] + size[1] / 2) * self.scale
 
     def at(self, x, y):
-        """Where a point of the image is in the window."""
-        return self.left + x * self.scale, self.top + y * self.scale
+        """The whole CSS pixel in the window that is nearest to a point of the image: browsers round some positions."""
+        return round(self.left + x * self.scale), round(self.top + y * self.scale)
+
+    def spot(self, x, y):
+        """The point of the image that this CSS pixel is at."""
+        column, row = self.at(x, y)
+        return (column - self.left) / self.scale, (row - self.top) / self.scale
 
     def drag(self, *points):
-        """Draw with the mouse through points of the image."""
+        """Draw with the mouse through points of the image; returns the spots where it was."""
         self.page.mouse.move(*self.at(*points[0]))
         self.page.mouse.down()
         for point in points[1:]:
-            self.page.mouse.move(*self.at(*point), steps=3)
+            self.page.mouse.move(*self.at(*point))
         self.page.mouse.up()
+        return [self.spot(*point) for point in points]
 
     def click(self, name):
         self.root.get_by_role("button", name=name, exact=True).locator("visible=true").click()
@@ -115,8 +121,8 @@ def painted(size, *points, width, softness=0.0):
     return 255 * (cover**2 * (3 - 2 * cover) if softness else cover)
 
 
-def same(found, expected, slack=8):
-    """Equal up to the CSS pixel to which the browser rounds a position: a small part of a pixel of the image."""
+def same(found, expected, slack=2):
+    """Equal, up to rounding."""
     return found.shape == expected.shape and np.abs(found - expected).max() <= slack
 
 

@@ -16,11 +16,11 @@ pytestmark = pytest.mark.browser
 
 
 def test_mouse_paints_the_mask(mount):
-    desk, line = mount(), ((20, 20), (60, 20), (60, 45))
+    desk = mount()
     desk.brush(11)
-    desk.drag(*line)
+    line = desk.drag((20, 20), (60, 20), (60, 45))
     first = desk.mask()
-    assert same(first, painted(SIZE, *line, width=11), 40)  # the edge of one pixel is steep: 255 for a pixel
+    assert same(first, painted(SIZE, *line, width=11))
     assert first[20, 40] == 255 and first[50, 20] == 0
     value = desk.value()
     assert (decoded(value["image"]) == np.asarray(noise())).all()
@@ -31,14 +31,12 @@ def test_mouse_paints_the_mask(mount):
         "margin": None,
     }
     desk.brush(30, 1)
-    desk.drag((30, 40))
-    soft = np.maximum(first, painted(SIZE, (30, 40), width=30, softness=1))
+    soft = np.maximum(first, painted(SIZE, *desk.drag((30, 40)), width=30, softness=1))
     assert same(desk.mask(), soft) and 100 < desk.mask()[40, 38] < 200
     desk.page.keyboard.press("x")
     desk.brush(15)
-    desk.drag((60, 30))
-    erased = np.minimum(soft, 255 - painted(SIZE, (60, 30), width=15))
-    assert same(desk.mask(), erased, 40) and desk.mask()[30, 60] == 0
+    erased = np.minimum(soft, 255 - painted(SIZE, *desk.drag((60, 30)), width=15))
+    assert same(desk.mask(), erased) and desk.mask()[30, 60] == 0
     changes = desk.page.evaluate("changes")
     desk.page.keyboard.press("Control+z")
     assert same(desk.mask(), soft)
@@ -48,7 +46,7 @@ def test_mouse_paints_the_mask(mount):
     assert not desk.mask().any() and desk.off("Undo")
     for keys in ("Control+Shift+z", "Control+y", "Control+Shift+Z"):
         desk.page.keyboard.press(keys)
-    assert same(desk.mask(), erased, 40) and desk.off("Redo")
+    assert same(desk.mask(), erased) and desk.off("Redo")
     before = desk.mask()
     desk.click("Invert")
     assert (desk.mask() == 255 - before).all()
@@ -71,27 +69,28 @@ def test_zoom_and_pan_keep_the_place(mount):
         desk.page.mouse.wheel(0, -240)
     desk.page.mouse.down()
     desk.page.mouse.up()
-    expected = painted(SIZE, spot, width=4)
-    assert same(desk.mask(), expected, 30)
+    expected = painted(SIZE, desk.spot(*spot), width=4)
+    assert same(desk.mask(), expected)
     desk.page.keyboard.down("Space")  # pans: nothing is painted
     desk.page.mouse.down()
     desk.page.mouse.move(x - 130, y + 57, steps=4)
     desk.page.mouse.up()
     desk.page.keyboard.up("Space")
-    assert same(desk.mask(), expected, 30)
+    assert same(desk.mask(), expected)
     desk.click("Clear")
     desk.page.mouse.click(x - 130, y + 57)
-    assert same(desk.mask(), expected, 30)
+    assert same(desk.mask(), expected)
     desk.page.keyboard.press("0")  # all of it again
     desk.click("Clear")
     desk.drag(spot)
-    assert same(desk.mask(), expected, 30)
+    assert same(desk.mask(), expected)
     desk.page.mouse.move(x, y)
     desk.page.mouse.down(button="middle")
     desk.page.mouse.move(x + 40, y, steps=2)
     desk.page.mouse.up(button="middle")
     desk.page.mouse.click(*desk.at(40, 32))
-    assert desk.mask()[32, round(40 - 40 / desk.scale)] == 255
+    moved = desk.spot(40, 32)[0] - 40 / desk.scale, desk.spot(40, 32)[1]
+    assert same(desk.mask(), np.maximum(expected, painted(SIZE, moved, width=4)))
 
 
 def test_keyboard_paints(mount):
@@ -134,7 +133,7 @@ def test_pen_pressure_and_eraser(mount):
     dab((25.5, 32.5), 1)
     dab((70.5, 32.5), 0.25)
     strong, weak = (part > 127 for part in np.split(desk.mask(), 2, axis=1))
-    assert strong[32].sum() == 20 or strong[32].sum() == 21
+    assert strong[32].sum() in (19, 20, 21)
     assert 5 <= weak[32].sum() <= 9  # 0.15 of the size, and a quarter of the rest
 
 
@@ -162,7 +161,7 @@ def test_fingers(browser, server, mount):
         touch("Move", line[1])
         touch("End")
         drawn = desk.mask()
-        assert same(drawn, painted(SIZE, *line, width=8), 90)  # an image pixel is 3.4 CSS pixels here
+        assert same(drawn, painted(SIZE, *(desk.spot(*point) for point in line), width=8))
         touch("Start", (40, 32))  # two fingers zoom by 2 about (48, 32): nothing is painted
         touch("Start", (40, 32), (56, 32))
         touch("Move", (36, 32), (56, 32))
@@ -174,7 +173,8 @@ def test_fingers(browser, server, mount):
         desk.click("Clear")
         touch("Start", (64, 40))  # twice as far from (48, 32) as (56, 36)
         touch("End")
-        assert same(desk.mask(), painted(SIZE, (56, 36), width=8), 90)
+        # up to half a CSS pixel of each finger, and the edge of the brush is one pixel of the image
+        assert same(desk.mask(), painted(SIZE, (56, 36), width=8), 60)
         assert page.evaluate("document.documentElement.scrollWidth") == 360
         assert page.evaluate("document.querySelector('#editor canvas').width") == round(
             3 * desk.canvas.bounding_box()["width"]
@@ -225,11 +225,10 @@ def test_sketches_are_hints(mount):
     desk = mount("sketch")
     desk.brush(3)
     assert desk.hints() == []  # nothing is drawn
-    line = (10, 10), (80, 50)
-    desk.drag(*line)
+    line = desk.drag((10, 10), (80, 50))
     (hint,) = desk.hints()
     drawn = grey(hint.pop("image"))
-    assert same(drawn, painted(SIZE, *line, width=3), 40)
+    assert same(drawn, painted(SIZE, *line, width=3))
     assert hint == {"name": "edges", "scale": 1, "start": 0, "end": 1, "annotate": "none"}
     desk.root.get_by_label("Black lines on white").check()
     (hint,) = desk.hints()
@@ -259,7 +258,7 @@ def test_sketch_without_an_image(mount):
     desk.root.get_by_label("Sketch").check(force=True)
     desk.fitted((64, 96))
     desk.brush(5)
-    desk.drag((32, 48))
-    assert same(grey(desk.hints()[0]["image"]), painted((64, 96), (32, 48), width=5), 40)
+    line = desk.drag((32, 48))
+    assert same(grey(desk.hints()[0]["image"]), painted((64, 96), *line, width=5))
     desk.page.evaluate("editor.setSize(128, 128)")  # what is drawn keeps its size
     assert grey(desk.hints()[0]["image"]).shape == (96, 64)
