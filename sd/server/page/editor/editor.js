@@ -4,11 +4,12 @@
 //     surface.js    masks and lines as bytes            pictures.js  images as canvases and data URLs
 //     scenes.js     what is edited, and how it is shown stage.js     the canvas
 //     painter.js    the brush                           hand.js      pointers (pointers.js) and keys
-//     toolbar.js, settings.js, hints.js                 the controls, from the elements of dom.js
+//     toolbar.js, settings.js, hints.js, help.js        the controls, from the elements of dom.js
 
 import { button, el, fileButton, imageIn, segments } from "./dom.js";
 import { isExtended } from "./geometry.js";
 import { Hand } from "./hand.js";
+import { keyHelp } from "./help.js";
 import { Hints } from "./hints.js";
 import { Painter } from "./painter.js";
 import { readPicture } from "./pictures.js";
@@ -18,11 +19,6 @@ import { Stage } from "./stage.js";
 import { Toolbar } from "./toolbar.js";
 
 const MODES = [["img2img", "Image to image"], ["inpaint", "Inpaint"], ["outpaint", "Outpaint"], ["sketch", "Sketch"]];
-const HELP =
-  "Arrow keys move the brush by a quarter of its size, with Shift by one pixel; Space paints while it is held. Where " +
-  "nothing is painted, arrow keys move the image. " +
-  "[ and ] change the size, X switches to the eraser, Ctrl+Z undoes, Ctrl+Shift+Z redoes, plus and minus zoom, " +
-  "0 shows all, B compares with the result. Hold Space and drag to move the image.";
 const PREPARE_AFTER = 400; // milliseconds without a change, until the data URLs are made in the background
 
 export class Editor extends EventTarget {
@@ -130,7 +126,7 @@ export class Editor extends EventTarget {
       tabindex: "0",
       role: "application",
       "aria-label": "Image",
-      "aria-describedby": "editor-help",
+      "aria-describedby": "editor-keys",
       "aria-keyshortcuts": "[ ] X B Control+Z Control+Shift+Z",
     });
     const stage = new Stage(canvas);
@@ -172,7 +168,7 @@ export class Editor extends EventTarget {
     const position = el("span", { class: "ed-position" });
     const spoken = el("span", { class: "visually-hidden", role: "status" });
     const status = el("span", { role: "status" });
-    const help = el("details", { class: "ed-help" }, el("summary", {}, "Keys"), el("p", { id: "editor-help" }, HELP));
+    const help = keyHelp("editor-keys");
     const frameBox = el("div", { class: "ed-stage" }, canvas, empty);
     const head = el("div", { class: "ed-head" }, modes.root, el("span", { class: "ed-group" }, other, remove));
     const foot = el("div", { class: "ed-foot" }, status, position, compare, toolbar.zoom, spoken);
