@@ -116,7 +116,7 @@ def test_keyboard_paints(mount):
     assert "x 52, y 31" in desk.root.locator(".ed-foot").inner_text()
 
 
-def test_pen_pressure_and_eraser(mount):
+def test_pen_pressure(mount):
     desk = mount()
     desk.brush(20)
     session = desk.page.context.new_cdp_session(desk.page)
@@ -238,6 +238,8 @@ def test_sketches_are_hints(mount):
     desk.root.locator("input[value=picture]").check(force=True)
     assert len(desk.hints()) == 1
     desk.click("Use the image")
+    assert desk.hints()[1]["annotate"] == "none"  # a depth map; for "edges", it is a picture whose edges count
+    desk.root.get_by_label("It is").select_option("canny")
     for label, value in (("Strength", 0.5), ("From", 0.6), ("Until", 0.4), ("Weakest edge", 220)):
         slider = desk.root.get_by_label(label, exact=True)
         slider.evaluate("(e, value) => { e.value = value; e.dispatchEvent(new Event('input')) }", value)

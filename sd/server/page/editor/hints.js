@@ -14,8 +14,13 @@ const percent = (value) => `${Math.round(100 * value)} %`;
 
 class Hint {
   constructor(name, width, height) {
-    Object.assign(this, { name, scale: 1, start: 0, end: 1, annotate: "canny", low: 100, high: 200 });
+    Object.assign(this, { name, scale: 1, start: 0, end: 1, annotate: null, low: 100, high: 200 });
     this.scene = new HintScene(width, height);
+  }
+
+  /** What a picture is: as chosen, or as is usual for the network of this name. */
+  get annotator() {
+    return this.annotate ?? (/canny|edge/i.test(this.name) ? "canny" : "none");
   }
 
   /** As in the `controls` of a request; null if there is nothing to send. */
@@ -24,7 +29,7 @@ class Hint {
     if (!image || !this.name) return null;
     const { name, scale, start, end, low, high } = this;
     const own = this.scene.isDarkOnLight ? "invert" : "none";
-    const annotate = this.scene.source === "picture" ? this.annotate : own;
+    const annotate = this.scene.source === "picture" ? this.annotator : own;
     return { name, image, scale, start, end, annotate, ...(annotate === "canny" ? { low, high } : {}) };
   }
 }
@@ -126,7 +131,15 @@ export class Hints {
   #build() {
     const set = (name) => (value) => this.#set(name, value);
     const tabs = el("div", { class: "ed-tabs", role: "group", "aria-label": "Hints" });
-    const network = choice({ label: "Network", options: [], value: "", change: set("name") });
+    const network = choice({
+      label: "Network",
+      options: [],
+      value: "",
+      change: (name) => {
+        this.#set("name", name);
+        this.#show();
+      },
+    });
     const source = segments({
       label: "The hint is",
       options: [["sketch", "Draw it"], ["picture", "A picture"]],
@@ -232,11 +245,11 @@ export class Hints {
       parts.paper.set(scene.isDarkOnLight);
       parts.under.set(scene.under !== null);
       parts.under.root.hidden = parts.use.hidden = !picture;
-      parts.annotate.set(hint.annotate);
+      parts.annotate.set(hint.annotator);
       for (const name of ["low", "high", "scale", "start", "end"]) parts[name].set(hint[name]);
       parts.draw.hidden = !isSketch;
       parts.choose.hidden = isSketch;
-      parts.edges.hidden = isSketch || hint.annotate !== "canny";
+      parts.edges.hidden = isSketch || hint.annotator !== "canny";
       this.#showTabs();
     }
     this.#host.shown();

@@ -23,13 +23,14 @@ export class PictureScene {
   #image = new Encoded();
   #mask = new Encoded();
   #small = null; // {of: the picture, canvas: reduced}
+  #strokes = new History();
+  #frames = new History();
   #adopted = 0; // pictures that were results
 
   constructor(picture, transparent) {
     this.picture = picture;
     this.mask = transparent ?? new Surface(picture.width, picture.height);
     this.layer = new Layer(this.mask, MASK);
-    this.history = new History();
     const side = Math.min(picture.width, picture.height);
     this.brushSize = clamp(side / 8, 2, 64);
     this.overlap = Math.round(clamp(side / 8, 1, 32));
@@ -41,6 +42,11 @@ export class PictureScene {
 
   get height() {
     return this.picture.height;
+  }
+
+  /** What is undone now: of the frame while it is shown, and of the mask. */
+  get history() {
+    return this.mode === "outpaint" ? this.#frames : this.#strokes;
   }
 
   /** What a brush paints on now, or null. */
