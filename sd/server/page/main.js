@@ -109,7 +109,7 @@ runner.addEventListener("done", async ({ detail: { answer, body, settings, quiet
   const items = itemsOf(answer, settings, quiet);
   await gallery.add(items);
   result.show(items);
-  if (body.request.image && views.view() === "edit") editor.setResult(items[0].blob).catch(() => {});
+  if (body.request.image && views.view() === "edit") editor.setResult(items[0].blob, body.request).catch(() => {});
   if (!form.models.defaults) models.update(); // the model has been loaded
 });
 for (const name of ["failed", "cancelled"]) runner.addEventListener(name, () => result.again());
@@ -167,7 +167,10 @@ viewer.addEventListener("edit", ({ detail: item }) => edit(item.blob, item));
 viewer.addEventListener("compare", ({ detail: item }) => gallery.pick(item));
 gallery.addEventListener("open", ({ detail: index }) => viewer.open(index));
 gallery.addEventListener("compare", ({ detail: [first, second] }) => compare.open(first, second));
-editor.addEventListener("change", showEditing);
+editor.addEventListener("change", () => {
+  showEditing();
+  if (form.settings.live && views.view() === "edit") live(); // each stroke, too
+});
 document.addEventListener("view", showEditing);
 
 document.addEventListener("keydown", (event) => {
