@@ -30,6 +30,8 @@ def add(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
         headers = {"Retry-After": "1"} if found == "loading" else {}
         return JSONResponse({"status": found}, 200 if found == "ready" else 503, headers)
 
+    app.add_api_route("/healthz", healthz, methods=["HEAD"], include_in_schema=False)
+
     @app.get("/metrics", tags=["operations"])
     async def all_metrics() -> Response:
         """Counts and durations, in Prometheus' text format."""

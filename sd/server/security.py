@@ -36,7 +36,7 @@ HEADERS = {
     "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # with "no-referrer", the browser says that forms of the page are of no origin
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
@@ -140,7 +140,8 @@ class Security:
                 raise Refused(
                     ApiError(401, f"{given}: send it as Authorization: Bearer KEY"), {"WWW-Authenticate": challenge}
                 )
-            scope.setdefault("state", {})["key"] = self.key.name
+            address = scope.get("client")
+            scope.setdefault("state", {})["key"] = self.key.client(address[0] if address else "")
         return None
 
     def _origin_checked(self, headers: Mapping[str, str], host: str, is_public: bool) -> bool:

@@ -19,6 +19,7 @@ from ...resources import EMBEDDED_LORA, resource
 from ...samplers import SAMPLERS
 from ...schedule import SPACINGS
 from ...text.prompt_syntax import chunks, texts_of
+from ...text.prompt_tags import take_tags
 from ..catalogue import Entry, UnknownName
 from ..engine import Engine
 from ..http import ApiError, engine_of
@@ -151,6 +152,7 @@ def count_tokens(model: StableDiffusion, text: str, web_ui_prompts: bool) -> Tok
     tokenizer = model.tokenizer
     room = tokenizer.length - 2
     if web_ui_prompts:
+        text, _ = take_tags(text)
         found = [chunk.ids for part in texts_of(text) for chunk in chunks(tokenizer, part)]
         ids, cut = [i for chunk in found for i in chunk], ""
     else:

@@ -70,6 +70,9 @@ export function toast(text, action, does) {
     };
     box.append(el("button", { type: "button", className: "quiet", on: { click: run } }, action));
   }
+  const dialog = document.querySelector("dialog[open]"); // while one is open, nothing outside of it can be pressed
+  (dialog ?? document.body).append(box);
+  dialog?.addEventListener("close", () => document.body.append(box), { once: true });
   box.hidden = false;
   clearTimeout(leaving);
   leaving = setTimeout(() => (box.hidden = true), action ? 8000 : 4000);

@@ -9,6 +9,7 @@ export class Gallery extends EventTarget {
     super();
     this.items = []; // newest first
     this.urls = new Map(); // of the blobs, by id
+    this.rows = new Map(); // of the grid, by id
     this.first = null; // of two to compare
     $("gallery-clear").addEventListener("click", () => this.#clear());
     $("comparing-stop").addEventListener("click", () => this.pick(null));
@@ -58,6 +59,7 @@ export class Gallery extends EventTarget {
     for (const id of keep ? [] : ids) {
       URL.revokeObjectURL(this.urls.get(id));
       this.urls.delete(id);
+      this.rows.delete(id);
     }
     await store.drop(...ids);
   }
@@ -100,13 +102,22 @@ export class Gallery extends EventTarget {
     if (at < 0) return;
     const top = buttons[0].getBoundingClientRect().top;
     const columns = buttons.filter((each) => Math.abs(each.getBoundingClientRect().top - top) < 4).length;
-    const moves = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns, Home: -at, End: buttons.length - 1 - at };
+    const moves = {
+      ArrowRight: 1,
+      ArrowLeft: -1,
+      ArrowDown: columns,
+      ArrowUp: -columns,
+      Home: -at,
+      End: buttons.length - 1 - at,
+    };
     if (event.key in moves) {
       event.preventDefault();
       buttons[Math.min(buttons.length - 1, Math.max(0, at + moves[event.key]))].focus();
     } else if (event.key === "Delete") {
       event.preventDefault();
-      this.delete(this.items[at]).then(() => $("gallery").querySelectorAll("button")[Math.min(at, this.items.length - 1)]?.focus());
+      this.delete(this.items[at]).then(() =>
+        $("gallery").querySelectorAll("button")[Math.min(at, this.items.length - 1)]?.focus(),
+      );
     } else if (event.key === "c" && !event.ctrlKey && !event.metaKey) this.pick(this.items[at]);
     else if (event.key === "Escape" && this.first) {
       event.stopPropagation();
@@ -114,21 +125,28 @@ export class Gallery extends EventTarget {
     }
   }
 
+  #row(item) {
+    if (!this.rows.has(item.id)) {
+      const label = `${item.prompt || "no prompt"}, seed ${item.seed}`;
+      const image = el("img", { src: this.url(item), alt: "", loading: "lazy", decoding: "async" });
+      const click = () => this.#choose(item);
+      const button = el("button", { type: "button", "aria-label": label, title: label, on: { click } }, image);
+      button.dataset.id = item.id;
+      this.rows.set(item.id, el("li", {}, button));
+    }
+    return this.rows.get(item.id);
+  }
+
   #render() {
     const focused = document.activeElement?.closest?.("#gallery button")?.dataset.id;
     $("gallery-section").hidden = !this.items.length;
-    $("gallery-about").textContent = this.items.length > 1 ? `${this.items.length} images, kept in this browser` : "kept in this browser";
-    $("gallery").replaceChildren(
-      ...this.items.map((item) => {
-        const label = `${item.prompt || "no prompt"}, seed ${item.seed}`;
-        const image = el("img", { src: this.url(item), alt: "", loading: "lazy", decoding: "async" });
-        const click = () => this.#choose(item);
-        const button = el("button", { type: "button", "aria-label": label, title: label, on: { click } }, image);
-        button.dataset.id = item.id;
-        return el("li", {}, button);
-      }),
-    );
-    if (focused) $("gallery").querySelector(`[data-id="${CSS.escape(focused)}"]`)?.focus();
+    $("gallery-about").textContent =
+      this.items.length > 1 ? `${this.items.length} images, kept in this browser` : "kept in this browser";
+    $("gallery").replaceChildren(...this.items.map((item) => this.#row(item)));
+    if (focused)
+      $("gallery")
+        .querySelector(`[data-id="${CSS.escape(focused)}"]`)
+        ?.focus();
     this.dispatchEvent(new Event("change"));
   }
 }

@@ -44,9 +44,7 @@ const result = new Result(gallery, {
 });
 const inside = new Inside($("inside"), { body: () => bodyOf(form.settings, form.models), onSettings });
 
-let asked = null; // the settings of what runs
 let lastSeed = null; // of the last image that was asked for by the button
-
 
 function generate({ quiet = false } = {}) {
   if (!form.models || document.querySelector("dialog[open]")) return;
@@ -54,7 +52,7 @@ function generate({ quiet = false } = {}) {
     if (!quiet) inside.look({ fresh: true });
     return;
   }
-  if (runner.running && !quiet) return;
+  if (runner.running && !(quiet && runner.quiet)) return;
   live.stop();
   typed.stop();
   const { settings } = form;
@@ -69,8 +67,7 @@ function generate({ quiet = false } = {}) {
     $("error").hidden = false;
     return;
   }
-  asked = structuredClone(settings);
-  runner.start(body, { quiet });
+  runner.start(body, structuredClone(settings), quiet);
   if (!quiet && (edits || matchMedia("(max-width: 999px)").matches)) $("stage").scrollIntoView({ block: "nearest" });
 }
 
@@ -100,7 +97,7 @@ async function edit(blob, item = null) {
 
 function showSize() {
   const { width, height } = sizeOf(form.settings, form.models);
-  editor.setSize(width, height);
+  if (width && height) editor.setSize(width, height);
 }
 
 function showEditing() {
@@ -108,11 +105,11 @@ function showEditing() {
   form.render(document.activeElement?.form === $("form") ? document.activeElement : null);
 }
 
-runner.addEventListener("done", async ({ detail: { answer, body, quiet } }) => {
-  const items = itemsOf(answer, asked, quiet);
+runner.addEventListener("done", async ({ detail: { answer, body, settings, quiet } }) => {
+  const items = itemsOf(answer, settings, quiet);
   await gallery.add(items);
   result.show(items);
-  if (body.request.image && views.view() === "edit") editor.setResult(items[0].blob).catch(() => {});
+  if (body.request.image && views.view() === "edit") editor.setResult(items[0].blob, body.request).catch(() => {});
   if (!form.models.defaults) models.update(); // the model has been loaded
 });
 for (const name of ["failed", "cancelled"]) runner.addEventListener(name, () => result.again());
@@ -139,6 +136,7 @@ $("reset").addEventListener("click", () => {
 models.addEventListener("change", ({ detail: { models: found, switched } }) => {
   form.setModels(found);
   showSize();
+  for (const each of tokens) each.update();
   if (switched) {
     const none = { steps: null, guidance: null, sampler: null, spacing: null };
     form.set({ width: null, height: null, vae: "", fast: null, full: { ...none }, few: { ...none } });
@@ -152,7 +150,9 @@ models.addEventListener("change", ({ detail: { models: found, switched } }) => {
     form.set({ prompt }, { quiet: true });
     generate();
   };
-  const chips = (embedded ? EXAMPLES : []).map((text) => el("button", { type: "button", on: { click: () => use(text) } }, text));
+  const chips = (embedded ? EXAMPLES : []).map((text) =>
+    el("button", { type: "button", on: { click: () => use(text) } }, text),
+  );
   $("examples").replaceChildren(...chips);
 });
 
@@ -167,7 +167,10 @@ viewer.addEventListener("edit", ({ detail: item }) => edit(item.blob, item));
 viewer.addEventListener("compare", ({ detail: item }) => gallery.pick(item));
 gallery.addEventListener("open", ({ detail: index }) => viewer.open(index));
 gallery.addEventListener("compare", ({ detail: [first, second] }) => compare.open(first, second));
-editor.addEventListener("change", showEditing);
+editor.addEventListener("change", () => {
+  showEditing();
+  if (form.settings.live && views.view() === "edit") live(); // each stroke, too
+});
 document.addEventListener("view", showEditing);
 
 document.addEventListener("keydown", (event) => {
@@ -196,6 +199,4 @@ await gallery.open();
 if (!runner.running) result.latest();
 lastSeed = gallery.items[0]?.seed ?? null;
 document.body.dataset.ready = "";
-await models.load((text) => ($("empty-about").textContent = text));
-for (const each of tokens) each.update();
-document.body.dataset.models = "";
+if (await models.load((text) => ($("empty-about").textContent = text))) document.body.dataset.models = "";

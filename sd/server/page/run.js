@@ -7,12 +7,13 @@ import { sentence } from "./texts.js";
 const PATIENCE = 250; // milliseconds: what is done before does not change the buttons
 
 export class Runner extends EventTarget {
-  // Events: "done" with {answer, body, quiet}, "failed" and "cancelled".
+  // Events: "done" with {answer, body, settings, quiet}, "failed" and "cancelled".
   constructor() {
     super();
     this.controller = null;
     this.id = null;
     this.quiet = false;
+    this.slow = false; // it takes long enough for the buttons to change
     $("cancel").addEventListener("click", () => this.cancel());
     $("stop").addEventListener("click", () => this.stop());
   }
@@ -21,16 +22,22 @@ export class Runner extends EventTarget {
     return this.controller !== null;
   }
 
-  // Generate. quiet: the result of a slider that moved; it takes the place of one that runs, and steals no focus.
-  async start(body, { quiet = false } = {}) {
+  // Generate. settings: those of the form, for "done"; quiet: a slider was moved. A quiet one takes the place of another
+  // that runs, and shows progress only if it takes long.
+  async start(body, settings, quiet = false) {
     if (this.running && !(quiet && this.quiet)) return;
     this.controller?.abort();
     const controller = new AbortController();
-    Object.assign(this, { controller, id: null, quiet });
+    Object.assign(this, { controller, id: null, quiet, slow: false });
     $("error").hidden = true;
-    const timer = setTimeout(() => this.#buttons(true), quiet ? 4 * PATIENCE : PATIENCE);
-    this.#progress("Starting", 0, 1, quiet);
-    let finished = false;
+    const later = () => {
+      this.slow = true;
+      this.#buttons(true);
+      $("run").hidden = false;
+      $("caption").hidden = true; // of the image before; the bar is in its place
+    };
+    const timer = setTimeout(later, quiet ? 4 * PATIENCE : PATIENCE);
+    this.#progress("Starting", 0, 1);
     try {
       for await (const { event, data } of generate(body, controller.signal)) {
         if (this.controller !== controller) return; // a newer one has begun
@@ -38,14 +45,13 @@ export class Runner extends EventTarget {
         else if (event === "step") this.#step(data);
         else if (event === "error") throw new Error(data.message);
         else if (event === "done") {
-          finished = true;
           this.#end(timer);
           if (!quiet) announce(data.interrupted ? "Stopped early" : "The image is ready");
-          this.dispatchEvent(new CustomEvent("done", { detail: { answer: data, body, quiet } }));
+          this.dispatchEvent(new CustomEvent("done", { detail: { answer: data, body, settings, quiet } }));
           return;
         }
       }
-      if (!finished) throw new Error("The connection to the server broke before the image was ready.");
+      throw new Error("The connection to the server broke before the image was ready.");
     } catch (error) {
       if (this.controller !== controller) return;
       this.#end(timer);
@@ -80,20 +86,19 @@ export class Runner extends EventTarget {
 
   #queued({ id, position }) {
     this.id = id;
-    const text = position > 0 ? `${position} before it in the queue` : "Starting";
-    this.#progress(text, 0, 1, this.quiet);
+    const text = position > 0 ? `${position} before it in the queue` : "Next in the queue";
+    this.#progress(text, 0, 1);
     if (position > 0) announce(text);
   }
 
   #step({ step, steps, previews }) {
-    this.#progress(`Step ${step} of ${steps}`, step, steps, this.quiet);
+    this.#progress(`Step ${step} of ${steps}`, step, steps);
     const quarter = Math.max(1, Math.floor(steps / 4)); // a screen reader is told four times, not at each step
     if (!this.quiet && steps > 8 && step % quarter === 0) announce(`Step ${step} of ${steps}`);
-    if (previews?.length && !this.quiet) showImages(previews, "preview");
+    if (previews?.length && (!this.quiet || this.slow)) showImages(previews, "preview");
   }
 
-  #progress(text, value, max, quiet) {
-    $("run").hidden = quiet;
+  #progress(text, value, max) {
     $("progress-text").textContent = text;
     $("progress").max = max;
     $("progress").value = value;

@@ -12,11 +12,15 @@ export class Viewer extends EventTarget {
     this.index = 0;
     this.after = null; // what to do once the dialog is closed
     this.dialog = $("viewer");
+    this.content = el("div", { className: "content" }); // beside a message that may be shown
+    this.dialog.append(this.content);
     this.dialog.addEventListener("keydown", (event) => this.#key(event));
     this.dialog.addEventListener("click", (event) => event.target === this.dialog && this.dialog.close());
     this.dialog.addEventListener("close", () => {
       const id = this.item?.id;
-      $("gallery").querySelector(`[data-id="${CSS.escape(id ?? "")}"]`)?.focus();
+      $("gallery")
+        .querySelector(`[data-id="${CSS.escape(id ?? "")}"]`)
+        ?.focus();
       const { after } = this;
       this.after = null;
       after?.();
@@ -30,7 +34,9 @@ export class Viewer extends EventTarget {
   open(index) {
     this.index = index;
     this.#render();
-    if (!this.dialog.open) this.dialog.showModal();
+    if (this.dialog.open) return;
+    this.dialog.showModal();
+    this.content.querySelector("[data-does=use]").focus();
   }
 
   #move(by) {
@@ -54,7 +60,8 @@ export class Viewer extends EventTarget {
 
   #tell(name) {
     const { item } = this;
-    this.after = () => this.dispatchEvent(new CustomEvent(name, { detail: item })); // once the focus is back in the page
+    // once the focus is back in the page
+    this.after = () => this.dispatchEvent(new CustomEvent(name, { detail: item }));
     this.dialog.close();
   }
 
@@ -67,7 +74,7 @@ export class Viewer extends EventTarget {
   #render() {
     const { item, gallery } = this;
     const url = gallery.url(item);
-    const had = this.dialog.contains(document.activeElement) ? document.activeElement?.dataset.does : null;
+    const had = this.content.contains(document.activeElement) ? document.activeElement?.dataset.does : null;
     const action = (name, symbol, label, does) => {
       const button = el("button", { type: "button", on: { click: does } }, icon(symbol), label);
       button.dataset.does = name;
@@ -75,11 +82,30 @@ export class Viewer extends EventTarget {
     };
     const arrow = (name, symbol, label, by) => {
       const disabled = !gallery.items[this.index + by];
-      const button = el("button", { type: "button", className: `icon arrow ${name}`, disabled, "aria-label": label, on: { click: () => this.#move(by) } }, icon(symbol));
+      const button = el(
+        "button",
+        {
+          type: "button",
+          className: `icon arrow ${name}`,
+          disabled,
+          "aria-label": label,
+          on: { click: () => this.#move(by) },
+        },
+        icon(symbol),
+      );
       button.dataset.does = name;
       return button;
     };
-    const close = el("button", { type: "button", className: "icon quiet close", "aria-label": "Close", on: { click: () => this.dialog.close() } }, icon("close"));
+    const close = el(
+      "button",
+      {
+        type: "button",
+        className: "icon quiet close",
+        "aria-label": "Close",
+        on: { click: () => this.dialog.close() },
+      },
+      icon("close"),
+    );
     const copy = async () => {
       try {
         await navigator.clipboard.writeText(item.text);
@@ -88,15 +114,21 @@ export class Viewer extends EventTarget {
         toast("This browser does not let the page use the clipboard");
       }
     };
-    this.dialog.replaceChildren(
-      el("div", { className: "picture" },
+    this.content.replaceChildren(
+      el(
+        "div",
+        { className: "picture" },
         arrow("left", "left", "Newer image", -1),
         el("img", { src: url, alt: item.prompt || "no prompt" }),
         arrow("right", "right", "Older image", 1),
       ),
-      el("div", { className: "about" },
+      el(
+        "div",
+        { className: "about" },
         close,
-        el("div", { className: "do" },
+        el(
+          "div",
+          { className: "do" },
           action("use", "use", "Use these settings", () => this.#tell("use")),
           action("edit", "edit", "Edit", () => this.#tell("edit")),
           action("compare", "compare", "Compare", () => this.#tell("compare")),
@@ -109,7 +141,9 @@ export class Viewer extends EventTarget {
         ...(item.negative ? [el("h2", {}, "Negative prompt"), el("p", { className: "words" }, item.negative)] : []),
         el("h2", {}, "Settings"),
         el("dl", {}, ...rows(item)),
-        ...(item.notes?.length ? [el("h2", {}, "Notes"), el("ul", {}, ...item.notes.map((note) => el("li", {}, note)))] : []),
+        ...(item.notes?.length
+          ? [el("h2", {}, "Notes"), el("ul", {}, ...item.notes.map((note) => el("li", {}, note)))]
+          : []),
       ),
     );
     const again = had && this.dialog.querySelector(`[data-does="${had}"]`);

@@ -4,11 +4,12 @@
 //     surface.js    masks and lines as bytes            pictures.js  images as canvases and data URLs
 //     scenes.js     what is edited, and how it is shown stage.js     the canvas
 //     painter.js    the brush                           hand.js      pointers (pointers.js) and keys
-//     toolbar.js, settings.js, hints.js                 the controls, from the elements of dom.js
+//     toolbar.js, settings.js, hints.js, help.js        the controls, from the elements of dom.js
 
 import { button, el, fileButton, imageIn, segments } from "./dom.js";
 import { isExtended } from "./geometry.js";
 import { Hand } from "./hand.js";
+import { keyHelp } from "./help.js";
 import { Hints } from "./hints.js";
 import { Painter } from "./painter.js";
 import { readPicture } from "./pictures.js";
@@ -18,10 +19,6 @@ import { Stage } from "./stage.js";
 import { Toolbar } from "./toolbar.js";
 
 const MODES = [["img2img", "Image to image"], ["inpaint", "Inpaint"], ["outpaint", "Outpaint"], ["sketch", "Sketch"]];
-const HELP =
-  "Arrow keys move the brush by a quarter of its size, with Shift by one pixel; Space paints while it is held. " +
-  "[ and ] change the size, X switches to the eraser, Ctrl+Z undoes, Ctrl+Shift+Z redoes, plus and minus zoom, " +
-  "0 shows all, B compares with the result. Hold Space and drag to move the image.";
 const PREPARE_AFTER = 400; // milliseconds without a change, until the data URLs are made in the background
 
 export class Editor extends EventTarget {
@@ -45,26 +42,31 @@ export class Editor extends EventTarget {
     const number = ++this.#setting;
     const { canvas, transparent, note } = await readPicture(blobOrUrl);
     if (number !== this.#setting) return;
-    const scene = new PictureScene(canvas, transparent);
-    scene.fill = this.#picture?.fill ?? scene.fill;
-    this.#picture = scene;
     if (transparent && this.#tab === "img2img") this.#tab = "inpaint";
     if (this.#tab === "sketch") this.#tab = "img2img";
-    scene.mode = this.#tab;
-    this.#parts.painter.suit(scene.width, scene.height);
     this.#say([note, transparent ? "The transparent part is the mask." : ""].filter(Boolean).join(" "));
+    this.#edit(new PictureScene(canvas, transparent));
+  }
+
+  #edit(scene) {
+    scene.fill = this.#picture?.fill ?? scene.fill;
+    scene.mode = this.#tab;
+    this.#picture = scene;
     this.#show();
     this.#changed();
   }
 
-  /** Show what was generated from the image, to compare; null for nothing. It is no part of `value()`. */
-  async setResult(blobOrUrl) {
+  /**
+   * Have a result to compare with, a Blob or URL; null for none. It is no part of `value()`. Nothing happens if the image
+   * or its frame is not the one any more that it was made from. value   what `value()` was then
+   */
+  async setResult(blobOrUrl, value = null) {
     const scene = this.#picture;
     if (!scene) return;
     const result = blobOrUrl === null ? null : (await readPicture(blobOrUrl)).canvas;
-    if (scene !== this.#picture) return;
+    if (scene !== this.#picture || (value && value.image !== scene.imageUrl())) return;
     scene.result = result;
-    scene.showsResult = result !== null;
+    scene.showsResult &&= result !== null;
     this.#show();
   }
 
@@ -110,6 +112,7 @@ export class Editor extends EventTarget {
 
   /** The size of the images that are generated: that of new sketches, where no image is edited. */
   setSize(width, height) {
+    if (this.#size[0] === width && this.#size[1] === height) return;
     this.#size = [width, height];
     if (this.#tab === "sketch") this.#parts.hints.begin();
   }
@@ -123,7 +126,7 @@ export class Editor extends EventTarget {
       tabindex: "0",
       role: "application",
       "aria-label": "Image",
-      "aria-describedby": "editor-help",
+      "aria-describedby": "editor-keys",
       "aria-keyshortcuts": "[ ] X B Control+Z Control+Shift+Z",
     });
     const stage = new Stage(canvas);
@@ -156,7 +159,8 @@ export class Editor extends EventTarget {
     });
     const before = button("Before", () => this.#compare(false), { title: "The image", keys: "B" });
     const after = button("After", () => this.#compare(true), { title: "The result", keys: "B" });
-    const compare = el("div", { class: "ed-compare", role: "group", "aria-label": "Compare" }, before, after);
+    const adopt = button("Edit the result", () => this.#adopt(), { class: "ed-quiet", title: "Go on with the result" });
+    const compare = el("div", { class: "ed-compare", role: "group", "aria-label": "Result" }, before, after, adopt);
     const file = fileButton("Choose an image", (blob) => this.#open(blob), { class: "primary" });
     const empty = el("div", { class: "ed-empty" }, el("p", {}, "Drop or paste an image here."), file);
     const other = fileButton("Other image", (blob) => this.#open(blob), { class: "ed-quiet" });
@@ -164,10 +168,10 @@ export class Editor extends EventTarget {
     const position = el("span", { class: "ed-position" });
     const spoken = el("span", { class: "visually-hidden", role: "status" });
     const status = el("span", { role: "status" });
-    const help = el("p", { class: "visually-hidden", id: "editor-help" }, HELP);
-    const frameBox = el("div", { class: "ed-stage" }, canvas, empty, compare);
+    const help = keyHelp("editor-keys");
+    const frameBox = el("div", { class: "ed-stage" }, canvas, empty);
     const head = el("div", { class: "ed-head" }, modes.root, el("span", { class: "ed-group" }, other, remove));
-    const foot = el("div", { class: "ed-foot" }, status, position, toolbar.zoom, spoken);
+    const foot = el("div", { class: "ed-foot" }, status, position, compare, toolbar.zoom, spoken);
     this.root.classList.add("editor");
     this.root.append(head, toolbar.root, frameBox, foot, frame.root, inpaint.root, hints.root, help);
     const hand = new Hand(this.root, stage, painter, {
@@ -182,6 +186,7 @@ export class Editor extends EventTarget {
       brushChanged: () => toolbar.show(this.#scene),
       frameMoved: () => {
         this.#showFrame();
+        this.#showCompare();
         this.#describe();
       },
       frameChanged: (start) => {
@@ -196,15 +201,14 @@ export class Editor extends EventTarget {
       },
     });
     this.#parts = {
-      stage, painter, modes, toolbar, inpaint, frame, hints, before, after, compare, empty, other, remove, status, frameBox,
+      stage, painter, modes, toolbar, inpaint, frame, hints, before, after, compare, empty, other, remove, status, frameBox, help,
     };
   }
 
   #listen() {
     const over = (event) => {
       if (![...(event.dataTransfer?.types ?? [])].includes("Files")) return;
-      event.preventDefault();
-      event.stopPropagation(); // the page takes drops elsewhere, for their settings
+      event.preventDefault(); // the page takes drops elsewhere
       this.#parts.frameBox.classList.toggle("ed-over", event.type !== "drop");
       const file = event.type === "drop" ? imageIn(event.dataTransfer) : null;
       if (file) this.#open(file);
@@ -216,9 +220,9 @@ export class Editor extends EventTarget {
     });
     document.addEventListener("paste", (event) => {
       const file = imageIn(event.clipboardData);
-      if (!file || !this.root.getClientRects().length) return; // hidden: the page takes it
+      const isOwn = this.root.contains(event.target) || event.target === document.body;
+      if (!file || !isOwn || !this.root.getClientRects().length) return; // the page takes it
       event.preventDefault();
-      event.stopImmediatePropagation();
       this.#open(file);
     });
   }
@@ -268,11 +272,26 @@ export class Editor extends EventTarget {
     this.#show();
   }
 
+  /** Edit the result. The mask stays if it fits. */
+  #adopt() {
+    const scene = this.#picture;
+    if (!scene?.result) return;
+    this.#parts.painter.release();
+    this.#parts.stage.canvas.focus({ preventScroll: true, focusVisible: false });
+    const { width, height } = scene.result;
+    if (width === scene.width && height === scene.height) {
+      scene.adopt();
+      this.#show();
+      this.#edited();
+    } else this.#edit(new PictureScene(scene.result, null));
+  }
+
   /** The mask, the frame or a sketch was changed. */
   #edited() {
     this.#parts.stage.request();
     this.#parts.toolbar.show(this.#scene);
     this.#showFrame();
+    this.#showCompare();
     this.#changed();
   }
 
@@ -300,18 +319,19 @@ export class Editor extends EventTarget {
     const isSketch = this.#tab === "sketch";
     parts.modes.set(this.#tab);
     if (stage.scene !== scene) {
+      if (stage.scene) stage.scene.brushSize = painter.brush.size; // each has its own
       stage.scene = scene;
-      if (scene) painter.suit(scene.width, scene.height);
+      if (scene) painter.suit(scene.width, scene.height, scene.brushSize);
     } else if (!this.#sameRect(stage, scene)) stage.fit();
     painter.hover(null);
     stage.canvas.hidden = !scene;
+    stage.canvas.setAttribute("aria-label", isSketch ? "Sketch" : "Image");
+    parts.help.hidden = !scene;
     stage.canvas.dataset.cursor = scene?.surface ? "brush" : "pan";
     parts.empty.hidden = isSketch || picture !== null;
     parts.frameBox.hidden = isSketch && !scene;
     parts.other.hidden = parts.remove.hidden = !picture || isSketch;
-    parts.compare.hidden = isSketch || !picture?.result;
-    parts.before.setAttribute("aria-pressed", String(!picture?.showsResult));
-    parts.after.setAttribute("aria-pressed", String(Boolean(picture?.showsResult)));
+    this.#showCompare();
     toolbar.root.hidden = toolbar.zoom.hidden = !scene;
     toolbar.show(scene);
     toolbar.fill.hidden = isSketch;
@@ -320,6 +340,14 @@ export class Editor extends EventTarget {
     parts.hints.root.hidden = !isSketch;
     this.#showFrame();
     this.#describe();
+  }
+
+  #showCompare() {
+    const { compare, before, after } = this.#parts;
+    const picture = this.#picture;
+    compare.hidden = this.#tab === "sketch" || !picture?.result;
+    before.setAttribute("aria-pressed", String(!picture?.seesResult));
+    after.setAttribute("aria-pressed", String(Boolean(picture?.seesResult)));
   }
 
   #shownRect = "";
@@ -347,7 +375,8 @@ export class Editor extends EventTarget {
       texts.push(`${width}×${height} pixels.`);
       if (this.#tab !== "img2img") texts.push(this.#aboutMask(picture));
     } else if (this.#tab === "sketch" && this.#parts.hints.scene) {
-      texts.push(this.#parts.hints.scene.source === "sketch" ? "Draw the lines that the image should follow." : "");
+      if (this.#parts.hints.scene.source === "sketch") texts.push("Draw the lines that the image should follow.");
+      if (picture) texts.push(`The image is used as well: ${Object.fromEntries(MODES)[picture.mode].toLowerCase()}.`);
     }
     this.#parts.status.textContent = texts.filter(Boolean).join(" ");
   }

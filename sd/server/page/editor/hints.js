@@ -14,8 +14,13 @@ const percent = (value) => `${Math.round(100 * value)} %`;
 
 class Hint {
   constructor(name, width, height) {
-    Object.assign(this, { name, scale: 1, start: 0, end: 1, annotate: "canny", low: 100, high: 200 });
+    Object.assign(this, { name, scale: 1, start: 0, end: 1, annotate: null, low: 100, high: 200 });
     this.scene = new HintScene(width, height);
+  }
+
+  /** What a picture is: as chosen, or as is usual for the network of this name. */
+  get annotator() {
+    return this.annotate ?? (/canny|edge/i.test(this.name) ? "canny" : "none");
   }
 
   /** As in the `controls` of a request; null if there is nothing to send. */
@@ -24,7 +29,7 @@ class Hint {
     if (!image || !this.name) return null;
     const { name, scale, start, end, low, high } = this;
     const own = this.scene.isDarkOnLight ? "invert" : "none";
-    const annotate = this.scene.source === "picture" ? this.annotate : own;
+    const annotate = this.scene.source === "picture" ? this.annotator : own;
     return { name, image, scale, start, end, annotate, ...(annotate === "canny" ? { low, high } : {}) };
   }
 }
@@ -126,7 +131,15 @@ export class Hints {
   #build() {
     const set = (name) => (value) => this.#set(name, value);
     const tabs = el("div", { class: "ed-tabs", role: "group", "aria-label": "Hints" });
-    const network = choice({ label: "Network", options: [], value: "", change: set("name") });
+    const network = choice({
+      label: "Network",
+      options: [],
+      value: "",
+      change: (name) => {
+        this.#set("name", name);
+        this.#show();
+      },
+    });
     const source = segments({
       label: "The hint is",
       options: [["sketch", "Draw it"], ["picture", "A picture"]],
@@ -185,7 +198,6 @@ export class Hints {
     const start = share("From", (value) => this.#range(Math.min(value, 0.95), null));
     const end = share("Until", (value) => this.#range(null, Math.max(value, 0.05)));
     start.root.title = end.root.title = "The part of the steps in which the hint is followed";
-    const remove = button("Remove", () => this.#remove(), { class: "ed-quiet" });
     const none = el(
       "p",
       { class: "ed-note" },
@@ -197,7 +209,7 @@ export class Hints {
     const settings = el(
       "div",
       { class: "ed-settings" },
-      el("div", { class: "ed-row" }, network.root, source.root, remove),
+      el("div", { class: "ed-row" }, network.root, source.root),
       draw,
       choose,
       edges,
@@ -233,11 +245,11 @@ export class Hints {
       parts.paper.set(scene.isDarkOnLight);
       parts.under.set(scene.under !== null);
       parts.under.root.hidden = parts.use.hidden = !picture;
-      parts.annotate.set(hint.annotate);
+      parts.annotate.set(hint.annotator);
       for (const name of ["low", "high", "scale", "start", "end"]) parts[name].set(hint[name]);
       parts.draw.hidden = !isSketch;
       parts.choose.hidden = isSketch;
-      parts.edges.hidden = isSketch || hint.annotate !== "canny";
+      parts.edges.hidden = isSketch || hint.annotator !== "canny";
       this.#showTabs();
     }
     this.#host.shown();
@@ -255,6 +267,7 @@ export class Hints {
       this.#show();
       this.#parts.tabs.children[this.#list.length - 1].focus();
     }, { class: "ed-quiet", "aria-label": "Add a hint", disabled: this.#list.length >= MOST });
-    this.#parts.tabs.replaceChildren(...this.#list.map(tab), add);
+    const remove = button("Remove", () => this.#remove(), { class: "ed-quiet", "aria-label": "Remove this hint" });
+    this.#parts.tabs.replaceChildren(...this.#list.map(tab), add, remove);
   }
 }

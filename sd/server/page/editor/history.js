@@ -45,10 +45,10 @@ export class History {
 }
 
 /** An entry for a value that is replaced: `get()` returns the present one and `set(value)` puts another in its place. */
-export function replacement(before, get, set) {
+export function replacement(before, get, set, bytes = 64) {
   let kept = before;
   return {
-    bytes: 64,
+    bytes,
     swap() {
       const present = get();
       set(kept);

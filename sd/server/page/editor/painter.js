@@ -4,6 +4,7 @@ import { clamp } from "./geometry.js";
 import { Stroke } from "./surface.js";
 
 const LARGEST = 512; // pixels, of a brush
+const BUDGET = 8; // milliseconds of a frame for painting: what is left waits for the next one
 
 export class Painter {
   #stage;
@@ -31,11 +32,10 @@ export class Painter {
     return this.#key !== null;
   }
 
-  /** A size for an image of this size, and the largest one that is useful there. */
-  suit(width, height) {
-    const side = Math.min(width, height);
-    this.largest = clamp(Math.round(side), 16, LARGEST);
-    this.brush.size = clamp(Math.round(side / 8), 2, 64);
+  /** Suit an image of this size: the largest brush that is useful there, and the size to begin with. */
+  suit(width, height, size) {
+    this.largest = clamp(Math.min(width, height), 16, LARGEST);
+    this.brush.size = clamp(Math.round(size), 1, this.largest);
   }
 
   /** One size up (1) or down (-1). */
@@ -66,17 +66,28 @@ export class Painter {
     if (!this.#stroke) return;
     for (const { x, y, pressure } of points) this.#waiting.push({ ...this.#stage.view.toImage(x, y), pressure });
     this.hover(points.at(-1));
+    this.#schedule();
+  }
+
+  #schedule() {
     if (this.#scheduled) return;
     this.#scheduled = true;
     requestAnimationFrame(() => {
       this.#scheduled = false;
-      this.#paint();
+      this.#paint(BUDGET);
+      if (this.#waiting.length) this.#schedule();
     });
   }
 
-  #paint() {
-    for (const { x, y, pressure } of this.#waiting) this.#stroke?.to(x, y, pressure);
-    this.#waiting = [];
+  /** Paint what waits, for so many milliseconds; at least one point. */
+  #paint(budget = Infinity) {
+    const end = performance.now() + budget;
+    let taken = 0;
+    do {
+      const point = this.#waiting[taken++];
+      if (point) this.#stroke?.to(point.x, point.y, point.pressure);
+    } while (taken < this.#waiting.length && performance.now() < end);
+    this.#waiting.splice(0, taken);
     this.#stage.request();
   }
 

@@ -132,8 +132,22 @@ export function drawn(surface, colours) {
   return canvas;
 }
 
-/** Draw a picture at (0, 0) and, around it, the frame: its edge pixels repeated outwards. */
-export function drawExtended(context, picture, frame) {
+/** A picture reduced by a factor of 2, 4, ... such that no side is above `most`; itself if it is small enough. */
+export function reduced(picture, most) {
+  let found = picture;
+  while (Math.max(found.width, found.height) > most) {
+    const half = canvasOf(Math.ceil(found.width / 2), Math.ceil(found.height / 2), { alpha: false });
+    half.getContext("2d").drawImage(found, 0, 0, half.width, half.height);
+    found = half;
+  }
+  return found;
+}
+
+/**
+ * Draw a picture at (0, 0) and, around it, the frame: its edge pixels repeated outwards. shown   the picture, or a reduced
+ * one that is drawn in its place
+ */
+export function drawExtended(context, picture, frame, shown = picture) {
   const { width, height } = picture;
   const smooth = context.imageSmoothingEnabled;
   context.imageSmoothingEnabled = false; // a repeated pixel is not mixed with the next one
@@ -147,7 +161,7 @@ export function drawExtended(context, picture, frame) {
     }
   }
   context.imageSmoothingEnabled = smooth;
-  context.drawImage(picture, 0, 0);
+  context.drawImage(shown, 0, 0, width, height);
 }
 
 /** The data URL (PNG) of a canvas that is made on demand, remembered until its key changes. */

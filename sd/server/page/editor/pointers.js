@@ -64,7 +64,7 @@ export class Pointers {
     } catch {
       // the pointer has gone already
     }
-    if (this.#down.size === 2 && event.pointerType === "touch" && ["draw", "pan"].includes(this.#action)) {
+    if (this.#down.size === 2 && event.pointerType === "touch" && this.#action !== "pinch") {
       if (this.#action === "draw") this.#handler.cancel();
       this.#begin("pinch", null);
     } else if (this.#action === null) {

@@ -1,12 +1,13 @@
 // What the editor shows and keeps: the image to edit with its mask and frame, and the sketch of a hint.
 
-import { NO_FRAME, SIDES, frameRect, isExtended, snapped } from "./geometry.js";
+import { NO_FRAME, SIDES, clamp, frameRect, isExtended, snapped } from "./geometry.js";
 import { History, replacement } from "./history.js";
-import { Encoded, GREY, INVERTED, Layer, canvasOf, drawExtended, drawn, palette } from "./pictures.js";
+import { Encoded, GREY, INVERTED, Layer, canvasOf, drawExtended, drawn, palette, reduced } from "./pictures.js";
 import { Surface, framedMask } from "./surface.js";
 
 const TINT = [255, 45, 110]; // of the mask over the image
 const TINTED = 0.6;
+const SMALL = 1536; // pixels: a larger picture is shown by a reduced one, while all of it is seen
 const MASK = palette((value) => [...TINT, value * TINTED]);
 const PLAIN = `rgb(${TINT.join(" ")} / ${TINTED})`;
 
@@ -16,17 +17,23 @@ export class PictureScene {
   frame = NO_FRAME;
   fill = "edges"; // of the part outside of the image: its edge pixels, or "transparent"
   overlap = 0; // pixels of the soft edge of that part's mask inside of the image
-  result = null; // a picture that was generated from this one
   showsResult = false;
+  #result = null; // a picture that was generated from this one
+  #resultKey = ""; // and from which state of it
   #image = new Encoded();
   #mask = new Encoded();
+  #small = null; // {of: the picture, canvas: reduced}
+  #strokes = new History();
+  #frames = new History();
+  #adopted = 0; // pictures that were results
 
   constructor(picture, transparent) {
     this.picture = picture;
     this.mask = transparent ?? new Surface(picture.width, picture.height);
     this.layer = new Layer(this.mask, MASK);
-    this.history = new History();
-    this.overlap = Math.max(1, Math.min(32, Math.round(Math.min(picture.width, picture.height) / 8)));
+    const side = Math.min(picture.width, picture.height);
+    this.brushSize = clamp(side / 8, 2, 64);
+    this.overlap = Math.round(clamp(side / 8, 1, 32));
   }
 
   get width() {
@@ -37,9 +44,24 @@ export class PictureScene {
     return this.picture.height;
   }
 
+  /** What is undone now: of the frame while it is shown, and of the mask. */
+  get history() {
+    return this.mode === "outpaint" ? this.#frames : this.#strokes;
+  }
+
   /** What a brush paints on now, or null. */
   get surface() {
     return this.mode === "inpaint" && !this.seesResult ? this.mask : null;
+  }
+
+  /** The picture that was generated from the image in its present frame, or null. */
+  get result() {
+    return this.#resultKey === this.#imageKey ? this.#result : null;
+  }
+
+  set result(picture) {
+    this.#result = picture;
+    this.#resultKey = this.#imageKey;
   }
 
   get seesResult() {
@@ -62,6 +84,19 @@ export class PictureScene {
     return !same;
   }
 
+  /** Edit the result, which has the size of the image; the history remembers the image. */
+  adopt() {
+    const get = () => this.picture;
+    const set = (picture) => {
+      this.picture = picture;
+      this.#adopted += 1;
+    };
+    this.history.add(replacement(this.picture, get, set, 4 * this.width * this.height));
+    set(this.result);
+    this.#result = null;
+    this.showsResult = false;
+  }
+
   draw(context, stage) {
     if (this.seesResult) {
       // a result may be larger or smaller; it is shown in the place of what it was made from
@@ -69,12 +104,20 @@ export class PictureScene {
       context.drawImage(this.result, x, y, width, height);
       return;
     }
-    if (this.fill === "edges") drawExtended(context, this.picture, this.activeFrame);
-    else context.drawImage(this.picture, 0, 0);
+    const shown = this.#shownAt(stage.view.scale * stage.density);
+    if (this.fill === "edges") drawExtended(context, this.picture, this.activeFrame, shown);
+    else context.drawImage(shown, 0, 0, this.width, this.height);
     if (this.mode === "img2img") return;
     this.layer.update();
     context.drawImage(this.layer.canvas, 0, 0);
     if (this.mode === "outpaint") this.#drawFrame(context, 1 / stage.view.scale);
+  }
+
+  /** The picture, or a reduced one that is as good at this scale and takes less time to draw. */
+  #shownAt(scale) {
+    if (this.#small?.of !== this.picture) this.#small = { of: this.picture, canvas: reduced(this.picture, SMALL) };
+    const { canvas } = this.#small;
+    return scale <= canvas.width / this.width ? canvas : this.picture;
   }
 
   #drawFrame(context, px) {
@@ -143,7 +186,7 @@ export class PictureScene {
 
   get #imageKey() {
     const frame = this.activeFrame;
-    return isExtended(frame) ? JSON.stringify([frame, this.fill]) : "";
+    return JSON.stringify([this.#adopted, isExtended(frame) && [frame, this.fill]]);
   }
 
   get #maskKey() {
@@ -198,6 +241,7 @@ export class HintScene {
     this.lines = new Surface(width, height);
     this.layer = new Layer(this.lines, GREY);
     this.history = new History();
+    this.brushSize = Math.max(Math.min(width, height) / 64, 1);
   }
 
   get width() {

@@ -134,7 +134,7 @@ export class Stage {
     context.scale(view.scale, view.scale);
     // pixels are seen as such from near, and averaged from far
     context.imageSmoothingEnabled = view.scale * density < 2;
-    context.imageSmoothingQuality = "medium";
+    context.imageSmoothingQuality = "low";
     this.#scene.draw(context, this);
     if (this.cursor) this.#drawCursor(context);
   }

@@ -90,10 +90,12 @@ export class Surface {
     const dx = b.x - a.x;
     const dy = b.y - a.y;
     const squared = dx * dx + dy * dy;
+    const done = erase ? 0 : 255; // most of a stroke lies on what its last piece has painted
     for (let y = rect.y; y < rect.y + rect.height; y++) {
       const py = y + 0.5 - a.y;
       let i = y * this.width + rect.x;
       for (let x = rect.x; x < rect.x + rect.width; x++, i++) {
+        if (this.data[i] === done) continue;
         const px = x + 0.5 - a.x;
         const t = squared > 0 ? clamp((px * dx + py * dy) / squared, 0, 1) : 0;
         const ex = px - t * dx;

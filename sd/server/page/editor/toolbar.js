@@ -48,7 +48,6 @@ export class Toolbar {
     this.fill = button("Fill", tools.fill, { title: "Mask everything" });
     this.invert = button("Invert", tools.invert, { title: "Swap what is masked and what is not" });
     this.empty = button("Clear", tools.empty, { title: "Paint nothing" });
-    this.brush = el("div", { class: "ed-group" }, this.kind.root, this.size.root, this.softness.root);
     this.whole = el("div", { class: "ed-group" }, this.fill, this.invert, this.empty);
     const history = el("div", { class: "ed-group" }, this.undo, this.redo);
     this.zoom = el(
@@ -58,7 +57,9 @@ export class Toolbar {
       button("Fit", () => tools.zoomBy(0), { title: "Show all", keys: "0" }),
       button("+", () => tools.zoomBy(1), { title: "Zoom in", keys: "+", "aria-label": "Zoom in" }),
     );
-    this.root = el("div", { class: "ed-bar", role: "group", "aria-label": "Tools" }, this.brush, history, this.whole);
+    this.brush = [this.kind.root, this.size.root, this.softness.root];
+    const parts = [this.kind.root, history, this.size.root, this.softness.root, this.whole];
+    this.root = el("div", { class: "ed-bar", role: "group", "aria-label": "Tools" }, ...parts);
   }
 
   /** Show the tools that do something in this scene. */
@@ -68,7 +69,7 @@ export class Toolbar {
     this.size.input.max = Math.sqrt(largest ?? 256);
     this.size.set(Math.sqrt(brush.size));
     this.softness.set(brush.softness);
-    this.brush.hidden = this.whole.hidden = !scene?.surface;
+    for (const part of [...this.brush, this.whole]) part.hidden = !scene?.surface;
     // not `disabled`, which would take the focus away from a button that was just pressed, and the keys with it
     this.undo.setAttribute("aria-disabled", String(!scene?.history.canUndo));
     this.redo.setAttribute("aria-disabled", String(!scene?.history.canRedo));
