@@ -1,4 +1,4 @@
-"""POST /api/inside: what was seen in a run as events, with the image that /api/generate gives, and alone on its device."""
+"""POST /api/inside: what was seen in a run, as events; the image is that of /api/generate, and others are not seen."""
 
 from __future__ import annotations
 

@@ -72,8 +72,7 @@ export class Inside {
       el("header", { className: "inside-head" }, el("div", { className: "inside-run" }, this.go, this.stop, this.status), this.controls.element),
       this.error, this.empty, this.results, this.notes,
     );
-    this.root.addEventListener("keydown", (event) => this.key(event));
-    document.addEventListener("keydown", (event) => this.escape(event), { capture: true });
+    document.addEventListener("keydown", (event) => this.key(event), { capture: true });
     this.controls.element.hidden = true; // until there is a run whose settings they show
   }
 
@@ -151,8 +150,12 @@ export class Inside {
         this.took(recording, event.event);
       }
     }
-    if (recording.end) this.recordings.put(key, recording);
-    else if (this.error.hidden) this.fail("The server ended before the image did: try again");
+    if (recording.end) {
+      // also under the guidance that the model has by default, which the slider shows
+      const { guidance, seed } = recording.plan;
+      for (const each of [key, toJson(bodyFor(body, { guidance, seed: BigInt(seed) }, null))]) this.recordings.put(each, recording);
+    }
+    if (!recording.end && this.error.hidden) this.fail("The server ended before the image did: try again");
   }
 
   // Show a recording that is complete.
@@ -325,14 +328,15 @@ export class Inside {
     ]);
   }
 
-  escape(event) {
-    if (event.key !== "Escape" || !this.running || event.defaultPrevented) return;
-    this.cancel();
-    event.preventDefault();
-  }
-
+  // Keys of the whole view: also where nothing in it has the focus, as after a press beside all buttons.
   key(event) {
-    if (event.altKey || event.ctrlKey || event.metaKey) return;
-    if (!isField(event.target) && this.recording && this.strip.key(event)) event.preventDefault();
+    const { target } = event;
+    if (event.altKey || event.ctrlKey || event.metaKey || !this.root.checkVisibility()) return;
+    if (event.key === "Escape" && this.running) {
+      this.cancel();
+      event.preventDefault();
+    } else if (this.recording && !isField(target) && (this.root.contains(target) || target.contains(this.root))) {
+      if (this.strip.key(event)) event.preventDefault();
+    }
   }
 }
