@@ -40,7 +40,7 @@ setup(
     package_data={
         "sd.data": ["*.gz", "*.md", "sample*.png"],
         "sd.server.native": ["files/*"],
-        "sd.server.page": ["*.html", "*.css", "*.js", "*.svg", "editor/*", "inside/*"],
+        "sd.server.page": ["*.html", "*.css", "*.js", "*.svg", "*/*.css", "*/*.js"],
         "sd.weights": ["pocket.safetensors", "pocket-lcm.safetensors", "pocket-edges.safetensors", "README.md"],
     },
     install_requires=[

@@ -79,13 +79,14 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def log(formatter: logging.Formatter) -> None:
-    """Write what the server and uvicorn log to the standard error stream."""
+    """Write what the server and uvicorn log, and warnings, to the standard error stream."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
-    for name, level in (("sd.server", logging.INFO), ("uvicorn", logging.WARNING)):
+    for name, level in (("sd.server", logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
+    warnings.showwarning = lambda message, *_, **__: logging.getLogger("sd.server").warning(str(message))
 
 
 def main(argv: list[str] | None = None) -> int:

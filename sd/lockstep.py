@@ -33,6 +33,7 @@ from .runtime.circular import is_circular
 from .runtime.together import Batch, Together
 
 Task = Callable[[StableDiffusion], Any]
+PAYS = 1.1  # the gain from which tasks are worth being computed side by side
 ELSEWHERE = ("encode", "decode", "encode_batches")  # methods of the model that run networks
 
 
@@ -126,6 +127,14 @@ class Lockstep:
         for turn in [*self.turns]:
             self._go_on(turn)
         return bool(self.turns)
+
+    def pays(self) -> bool:
+        """Whether one more task is worth it: what the tasks evaluate now is faster together than one after another.
+
+        True as long as that is not known. Large images on a CPU gain nothing, and all would end later.
+        """
+        shapes = [turn.call.shape() for turn in self.turns if isinstance(turn.call, Batch)]
+        return all((self._together.gain(shape) or PAYS) >= PAYS for shape in shapes)
 
     def close(self) -> None:
         """End all tasks: `Stopped` is raised where they wait."""

@@ -60,6 +60,18 @@ def serving(settings):
         thread.join(20)
 
 
+def wait_until_loaded(address, key=None):
+    """Wait until the server has loaded its model: before, it answers some requests with 503."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    while True:
+        try:
+            request = urllib.request.Request(f"{address}/api/models", headers=headers)
+            return urllib.request.urlopen(request, timeout=60).close()
+        except urllib.error.HTTPError as error:
+            assert error.code == 503, error
+            time.sleep(0.1)
+
+
 @pytest.fixture(scope="session")
 def server():
     """The address of a server with the embedded model."""
@@ -70,16 +82,6 @@ def server():
     with serving(ServerSettings(port=0)) as address:
         wait_until_loaded(address)
         yield address
-
-
-def wait_until_loaded(address):
-    """Wait until the server has loaded its model: before, it answers some requests with 503."""
-    while True:
-        try:
-            return urllib.request.urlopen(f"{address}/api/models", timeout=60).close()
-        except urllib.error.HTTPError as error:
-            assert error.code == 503, error
-            time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ ALLOWED = {
     "prompt_checks": {"messages"},
     "params": {"config", "control_params", "prompt_checks", "request_json", "samplers", "schedule", "settings"},
     "request_json": {"control_params", "params", "spellings"},
-    "runtime": {"__version__", "conditioning", "config", "files", "models"},
+    "runtime": {"__version__", "conditioning", "config", "files", "messages", "models"},
     "models": {"conditioning", "config", "control_config"},
     "text": {"messages", "resources"},
     "imaging": {"files", "messages"},

@@ -10,8 +10,9 @@ from torch import nn
 
 from sd import StableDiffusion
 from sd.conditioning import Conditioning
-from sd.lockstep import Lockstep, Stopped
+from sd.lockstep import PAYS, Lockstep, Stopped
 from sd.params import ImageToImage, Inpaint, TextToImage
+from sd.runtime import together
 from sd.runtime.together import Batch, Together, split
 
 REQUESTS = [
@@ -167,12 +168,12 @@ def batches(n, b=2):
 
 def test_layers_that_depend_on_the_batch_are_found_and_evaluated_by_parts():
     network = Network(nn.Tanh(), Uneven(), nn.Tanh())
-    together = Together(network, network)
+    found = Together(network, network)
     alone = [network(*batch) for batch in batches(3)]
     assert not torch.equal(torch.cat(alone), network(torch.cat([b.x for b in batches(3)]), None, None))
     for _ in range(2):
-        assert all(map(torch.equal, together(batches(3)), alone))
-    assert list(together.layers().values()) == [["layers.1"]]
+        assert all(map(torch.equal, found(batches(3)), alone))
+    assert list(found.layers().values()) == [["layers.1"]]
     assert "forward" not in vars(network.layers[1])  # as it was
 
 
@@ -184,12 +185,12 @@ def test_a_network_that_depends_on_the_batch_itself_is_evaluated_alone():
         sizes.append(len(x))
         return x * (1 + 1e-6 * len(x))
 
-    together = Together(network, evaluate)
+    found = Together(network, evaluate)
     expected = [evaluate(*batch) for batch in batches(3)]
-    for _ in range(2):
+    for _ in range(3):  # two of the three are compared in the second round
         sizes.clear()
-        assert all(map(torch.equal, together(batches(3)), expected))
-    assert sizes == [2, 2, 2] and list(together.layers().values()) == [["(whole network)"]]
+        assert all(map(torch.equal, found(batches(3)), expected))
+    assert sizes == [2, 2, 2] and list(found.layers().values()) == [["(whole network)"]] * 2
 
 
 def test_split_leaves_other_inputs_alone():
@@ -206,3 +207,42 @@ def test_shapes_tell_batches_apart():
 
 def replace_context(batch):
     return batch._replace(conditioning=Conditioning(torch.zeros(2, 6, 5)))
+
+
+@pytest.mark.parametrize(
+    ("cost", "pays"), [(lambda n: 0.01, True), (lambda n: 0.005 * n, False)], ids=["small", "large"]
+)
+def test_it_pays_only_while_together_is_faster(monkeypatch, cost, pays):
+    """A large image keeps all cores busy: two of them take twice as long, and both end at the end."""
+    network, clock = Network(nn.Tanh()), [0.0]
+    monkeypatch.setattr(together, "perf_counter", lambda: clock[0])
+
+    def evaluate(x, t, conditioning):
+        clock[0] += cost(len(x))
+        return network(x, t, conditioning)
+
+    found = Together(network, evaluate)
+    shape = batches(1)[0].shape()
+    found(batches(1))
+    assert found.gain(shape) is None
+    for _ in range(2):
+        found(batches(4))
+    assert found.gain(shape) == pytest.approx(4 if pays else 1)
+    assert (found.gain(shape) >= PAYS) == pays
+
+
+def test_too_little_memory_for_all_is_remembered():
+    network, sizes = Network(nn.Tanh()), []
+
+    def evaluate(x, t, conditioning):
+        sizes.append(len(x))
+        if len(x) > 4:
+            raise RuntimeError("out of memory")
+        return network(x, t, conditioning)
+
+    found = Together(network, evaluate)
+    expected = [network(*batch) for batch in batches(4)]
+    for _ in range(2):
+        sizes.clear()
+        assert all(map(torch.equal, found(batches(4)), expected))
+    assert sizes == [4, 4]

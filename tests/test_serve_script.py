@@ -36,7 +36,7 @@ EXAMPLES = {  # a value of each kind, as in an argument, in the environment and 
 @pytest.fixture(autouse=True)
 def loggers():
     """The program sets them up for its process."""
-    found = [logging.getLogger(name) for name in ("sd.server", "uvicorn")]
+    found = [logging.getLogger(name) for name in ("sd.server", "uvicorn", "asyncio")]
     before = [(logger.handlers, logger.propagate, logger.level) for logger in found]
     yield
     for logger, (handlers, propagate, level) in zip(found, before, strict=True):
@@ -139,9 +139,7 @@ def test_wrong_values_are_one_line(argv, variables, words, capsys, monkeypatch):
     assert line.startswith("error: ") and words in line
 
 
-@pytest.mark.parametrize(
-    "argv", [["--port", "x"], ["--queue", "1.5"], ["--prot", "1"], ["--grace"], ["--low-memory=1"]]
-)
+@pytest.mark.parametrize("argv", ["--port x", "--queue 1.5", "--prot 1", "--grace", "--low-memory=1"])
 def test_what_is_no_option_or_value_exits_with_2(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         serve.main(argv.split())

@@ -6,20 +6,23 @@ import base64
 import io
 import json
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import httpx2
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from server_browser import serving
 
 from sd import StableDiffusion
+from sd.config import Config
 from sd.control_params import Control
 from sd.imaging.files import png_bytes
 from sd.params import REQUESTS, HighRes, ImageToImage, Inpaint, SamplingParams, TextToImage
 from sd.request_json import to_dict
-from sd.resources import EMBEDDED_LORA, resource
+from sd.resources import EMBEDDED, EMBEDDED_LORA, resource
 from sd.server.app import create_app
 from sd.server.native.schema import any_request
 from sd.server.settings import ServerSettings
@@ -111,6 +114,7 @@ def test_images_may_be_data_urls_in_any_format(client):
     assert a["images"] == b["images"]
 
 
+@pytest.mark.filterwarnings("ignore:pocket-lcm is")
 def test_loras_are_merged_for_the_request(client, library):
     answer = generate(client, {"prompt": "a red house", "params": SMALL}, loras=[{"name": "pocket-lcm", "weight": 0.5}])
     name = library.add_lora(resource(EMBEDDED_LORA), 0.5)
@@ -261,6 +265,24 @@ def test_models_samplers_limits_and_defaults(client, library):
     assert client.post("/api/models/select", json={"name": "pocket.safetensors"}).json()["current"] == "pocket"
     assert client.post("/api/models/select", json={"name": "none"}).status_code == 404
     assert client.post("/api/refresh").json()["current"] == "pocket"
+
+
+def test_a_model_is_chosen_by_its_file_before_it_is_loaded(client, tmp_path):
+    with safe_open(resource(EMBEDDED), "pt") as file:
+        config = Config.from_json(file.metadata()["sd.config"])
+    few = {"sd.config": replace(config, name="few", steps=2).to_json()}
+    save_file(load_file(resource(EMBEDDED)), tmp_path / "few.safetensors", few)
+    (tmp_path / "broken.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    with serving(ServerSettings(port=0, models=tmp_path)) as address, httpx2.Client(base_url=address) as other:
+        while other.get("/api/models").status_code == 503:
+            time.sleep(0.05)
+        answer = other.post("/api/models/select", json={"name": "broken"})
+        assert answer.status_code == 422 and str(tmp_path) not in answer.text and "broken" in answer.text
+        assert other.get("/api/models").json()["current"] == "pocket"
+        found = other.post("/api/models/select", json={"name": "few"}).json()
+        assert found["current"] == "few" and found["defaults"]["steps"] == 2 and found["few_steps"] is None
+        answer = other.post("/api/generate", json={"request": {"prompt": "a", "params": {"width": 64, "height": 64}}})
+        assert answer.json()["model"].startswith("few.safetensors") and "Steps: 2," in answer.json()["texts"][0]
 
 
 def test_nothing_is_loaded_yet():

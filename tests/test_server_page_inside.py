@@ -22,11 +22,11 @@ STEPS = 6
 def page(browser, server):  # noqa: F811
     """The view, with a run of a few steps without the few-step LoRA."""
     with opened(browser, server, viewport={"width": 1280, "height": 900}) as page:
+        page.wait_for_selector("body[data-models]")
+        page.locator("#fast-row").click()
+        page.fill("#steps", str(STEPS))
         start(page)
-        page.locator("label:has(#inside-few)").click()
-        done(page, 20)
-        slide(page, "steps", STEPS)
-        done(page, STEPS)
+        assert stills(page).count() == STEPS + 1
         yield page
 
 
@@ -198,7 +198,12 @@ def test_keyboard_alone(page):
     page.keyboard.press("End")
 
 
-def test_a_run_is_cancelled_by_escape(page):
+def test_few_step_lora_and_cancelling_by_escape(page):
+    few = page.locator("label:has(#inside-few)")
+    few.click()
+    done(page, 4)
+    assert stills(page).count() == 5 and page.get_by_role("button", name="Guidance").is_disabled()
+    few.click()
     slide(page, "steps", 50)
     page.get_by_role("button", name="Cancel").wait_for()
     page.get_by_text(re.compile("^Step ")).first.wait_for()

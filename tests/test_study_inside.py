@@ -31,9 +31,8 @@ def hooks(model):
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.unet.modules())
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"guidance": 1}, {"sampler": "heun"}, {"height": 128, "width": 192}], ids=lambda x: str(x)
-)
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("settings", [{}, {"guidance": 1}, {"sampler": "heun"}, {"height": 128, "width": 192}], ids=str)
 def test_maps_are_those_of_the_study(model, settings):
     wanted = request(**settings)
     with recording(model.unet) as maps:
@@ -79,7 +78,8 @@ def test_states_are_those_of_the_run(model):
         assert torch.equal(step.x0, x0) and torch.equal(step.x, x.to(model.dtype).float())
 
 
-@pytest.mark.parametrize("kind", ["txt2img", "hires", "img2img", "inpaint", "cache", "exact", "AND"])
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("kind", ["AND", "hires", "exact", "inpaint", "img2img", "txt2img", "cache"])
 def test_images_stay_the_same_and_hooks_go(model, kind):
     image, mask = Image.new("RGB", (128, 128), "orange"), Image.linear_gradient("L").resize((128, 128))
     own = {"steps": 4, "seed": 3}

@@ -12,7 +12,7 @@ Which layers differ depends on shapes, precision, processor and number of thread
 the order in which a kernel adds does not. In bfloat16, though, another order changes only one result in 50,000. So
 linear layers and convolutions are compared on values that show it: large ones, which cancel out exactly, between small
 ones, whose sum then has the rounding errors of the large ones. If the outputs of the whole network differ in spite of
-all this, batches of that shape are evaluated alone.
+all this, or if there is too little memory, batches of that shape are evaluated in halves, and at last alone.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..conditioning import Conditioning
+from ..messages import is_out_of_memory
 from ..models.layers import Attention, FeedForward
 
 UNITS = (Attention, FeedForward)  # whose forward need not call the layers in them: kernels may fuse them
@@ -46,6 +49,14 @@ class Batch(NamedTuple):
         return tuple(None if part is None else (*part.shape, part.dtype) for part in parts)
 
 
+class Key(NamedTuple):
+    """What the layers that differ depend on: number and shape of the batches, threads."""
+
+    batches: int
+    shape: object
+    threads: int
+
+
 class Together:
     """Evaluates batches of one shape together.
 
@@ -56,19 +67,52 @@ class Together:
     def __init__(self, unet: nn.Module, evaluate: Callable[[Tensor, Tensor, Conditioning], Tensor]) -> None:
         self.unet, self._evaluate = unet, evaluate
         # by shape and number of batches: the layers to evaluate batch by batch; None if that is not enough
-        self._known: dict[object, tuple[nn.Module, ...] | None] = {}
+        self._known: dict[Key, tuple[nn.Module, ...] | None] = {}
+        self._seconds: dict[tuple[object, int], float] = {}  # by shape and number of batches: of the fastest evaluation
 
     def __call__(self, batches: Sequence[Batch]) -> list[Tensor]:
         """The output of the network for each batch; all have the same `shape`."""
+        shape = batches[0].shape()
         if len(batches) == 1:
-            return [self._evaluate(*batches[0])]
-        key = len(batches), batches[0].shape(), torch.get_num_threads()
-        if key not in self._known:
-            if len(self._known) >= MOST_SHAPES:
-                self._known.clear()
-            return self._compare(key, batches)
-        layers = self._known[key]
-        return self._alone(batches) if layers is None else self._joined(batches, layers)
+            return self._timed(shape, 1, partial(self._alone, batches))
+        key = Key(len(batches), shape, torch.get_num_threads())
+        try:
+            if key not in self._known:
+                if len(self._known) >= MOST_SHAPES:
+                    self._known.clear()
+                return self._compare(key, batches)
+            if (layers := self._known[key]) is not None:
+                return self._timed(shape, len(batches), partial(self._joined, batches, layers))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._known[key] = None  # so many do not fit
+        half = len(batches) // 2
+        return self(batches[:half]) + self(batches[half:])
+
+    def gain(self, shape: object) -> float | None:
+        """How many times as fast batches of this shape are together, at best; None if that is not known yet.
+
+        Always None where evaluations are not done when they return, as on GPUs.
+        """
+        alone = self._seconds.get((shape, 1))
+        together = [
+            count * alone / each for (s, count), each in self._seconds.items() if s == shape and count > 1 and alone
+        ]
+        known = [layers for key, layers in self._known.items() if key.shape == shape]
+        return max(together) if together else 1.0 if known and None in known else None
+
+    def _timed(self, shape: object, count: int, evaluate: Callable[[], list[Tensor]]) -> list[Tensor]:
+        begun = perf_counter()
+        outputs = evaluate()
+        if outputs[0].device.type == "cpu":
+            self._note_time(shape, count, perf_counter() - begun)
+        return outputs
+
+    def _note_time(self, shape: object, count: int, seconds: float) -> None:
+        if len(self._seconds) >= MOST_SHAPES:
+            self._seconds.clear()
+        self._seconds[shape, count] = min(seconds, self._seconds.get((shape, count), seconds))
 
     def layers(self) -> dict[str, list[str]]:
         """What was found, for each shape as text: the names of the layers that are evaluated batch by batch."""
@@ -88,9 +132,9 @@ class Together:
             out = self._evaluate(torch.cat(x), torch.cat(t), Conditioning.joined(conditioning))
         return list(out.chunk(len(batches)))
 
-    def _compare(self, key: object, batches: Sequence[Batch]) -> list[Tensor]:
+    def _compare(self, key: Key, batches: Sequence[Batch]) -> list[Tensor]:
         """Evaluate alone, and find out what differs together."""
-        expected = self._alone(batches)
+        expected = self._timed(batches[0].shape(), 1, partial(self._alone, batches[:1])) + self._alone(batches[1:])
 
         def is_enough(layers: Sequence[nn.Module]) -> bool:
             return all(map(torch.equal, expected, self._joined(batches, layers)))

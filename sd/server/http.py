@@ -6,7 +6,6 @@ A route raises `ApiError`, `Busy` or ValueError; `errors.py` of each protocol wr
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -125,8 +124,7 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     finally:
         for each in (task, gone):
             each.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await gone
+        await asyncio.gather(task, gone, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:

@@ -79,7 +79,10 @@ class Security:
                     found.add_vary_header("Origin")
                 if "etag" not in found:
                     found.setdefault("Cache-Control", "no-store")
-            await send(message)
+            try:
+                await send(message)
+            except Exception as error:  # the client broke the protocol meanwhile, and was told so by the HTTP server
+                log.info("an answer could not be sent: %s", type(error).__name__)
 
         try:
             preflight = self._checked(scope, headers)

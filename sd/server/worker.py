@@ -16,6 +16,7 @@ from ..pipeline import StableDiffusion
 from ..samplers import Step
 from .generation import Cancelled, generate
 from .jobs import Job
+from .limits import check_size
 from .loaded import Loaded, load
 
 if TYPE_CHECKING:
@@ -82,8 +83,7 @@ class Worker:
         lockstep: Lockstep | None = None
         setup: Setup | None = None
         while not self._stopping:
-            room = 1 if self.engine.settings.low_memory else self.engine.settings.together
-            jobs = self.engine.take(setup if self._turns else None, room - len(self._turns), wait=not self._turns)
+            jobs = self.engine.take(setup if self._turns else None, self._room(lockstep), wait=not self._turns)
             with self.exclusive:
                 if self._wishes and not self._turns:
                     lockstep = None
@@ -103,6 +103,14 @@ class Worker:
         if lockstep is not None:
             lockstep.close()
             self._collect()
+
+    def _room(self, lockstep: Lockstep | None) -> int:
+        """How many jobs to add to those that run."""
+        if not self._turns or lockstep is None:
+            return 1  # whether others beside it are worth it is seen by what it evaluates
+        settings = self.engine.settings
+        most = settings.together if lockstep.pays() and not settings.low_memory else 1
+        return max(most - len(self._turns), 0)
 
     def _grant(self) -> None:
         """Do what `unload` and `reload` asked for."""
@@ -151,6 +159,7 @@ class Worker:
             self.engine.totals.steps += 1
 
         def task(model: StableDiffusion) -> None:
+            check_size(job.work.request, loaded.model.config.size, self.engine.settings)
             loaded.add_controls(job.work.request.controls, self.engine.catalogue)
             generate(job, setup, model, loaded, steps)
 

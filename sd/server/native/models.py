@@ -10,13 +10,16 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from ... import few_step
+from ...checkpoints.loading import LoadOptions, ModelFiles
+from ...config import Config
+from ...messages import one_line
 from ...params import SamplingParams
 from ...pipeline import StableDiffusion
 from ...resources import EMBEDDED_LORA, resource
 from ...samplers import SAMPLERS
 from ...schedule import SPACINGS
 from ...text.prompt_syntax import chunks, texts_of
-from ..catalogue import UnknownName
+from ..catalogue import Entry, UnknownName
 from ..engine import Engine
 from ..http import ApiError, engine_of
 from ..loaded import Loaded
@@ -37,10 +40,7 @@ async def models(request: Request) -> JSONResponse:
 async def select(request: Request, body: NameBody) -> JSONResponse:
     """Make a model the current one: that of requests which name none. It is loaded with the first of them."""
     engine = engine_of(request)
-    try:
-        engine.current = await asyncio.to_thread(engine.catalogue.find, "model", body.name)
-    except UnknownName as error:
-        raise ApiError(404, str(error)) from None
+    await asyncio.to_thread(choose, engine, body.name)
     return JSONResponse(await asyncio.to_thread(available, engine))
 
 
@@ -70,15 +70,35 @@ def loaded_model(engine: Engine) -> Loaded:
     return next((loaded for loaded in reversed(found) if loaded.entry == engine.current), found[-1])
 
 
+def choose(engine: Engine, name: str) -> None:
+    """Make a model the current one. Raises ApiError for an unknown name, and ValueError for a file that is no model."""
+    try:
+        entry = engine.catalogue.find("model", name)
+    except UnknownName as error:
+        raise ApiError(404, str(error)) from None
+    config_of(engine, entry)
+    engine.current = entry
+
+
+def config_of(engine: Engine, entry: Entry) -> Config:
+    """The config of a model, from its file if it is not in memory: no weights are read. Raises ValueError."""
+    for loaded in (loaded for worker in engine.workers for loaded in worker.models):
+        if loaded.entry == entry:
+            return loaded.model.config
+    try:
+        with ModelFiles(entry.path, LoadOptions()) as files:
+            return files.config
+    except (ValueError, OSError) as error:
+        raise ValueError(one_line(str(error).replace(str(entry.path), entry.name), 500)) from None
+
+
 def available(engine: Engine) -> dict[str, Any]:
     """The answer of GET /api/models."""
     catalogue, settings = engine.catalogue, engine.settings
-    loaded = loaded_model(engine)
-    is_current = loaded.entry == engine.current
-    config = loaded.model.config
+    loaded, lcm = loaded_model(engine), few_step.LCM
+    words = dict(loaded.words) if loaded.entry == engine.current else {}
+    config = config_of(engine, engine.current)
     params = SamplingParams().resolved(config)
-    lcm = few_step.LCM
-    words = dict(loaded.words) if is_current else {}
     return {
         "current": engine.current.name,
         "models": [
@@ -110,9 +130,7 @@ def available(engine: Engine) -> dict[str, Any]:
             "guidance": params.guidance,
             "sampler": params.sampler,
             "spacing": params.spacing,
-        }
-        if is_current
-        else None,  # the model was chosen, and is loaded with its first request
+        },
         "few_steps": {
             "lora": resource(EMBEDDED_LORA).stem,
             "steps": lcm.steps,
@@ -122,8 +140,8 @@ def available(engine: Engine) -> dict[str, Any]:
         }
         if engine.current.embedded
         else None,
-        "family": config.name if is_current else None,
-        "is_inpainting": config.is_inpainting if is_current else None,
+        "family": config.name,
+        "is_inpainting": config.is_inpainting,
     }
 
 

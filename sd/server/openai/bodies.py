@@ -105,7 +105,7 @@ def nested(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for key, value in pairs:
-        if value == "" and key != "prompt":
+        if value in ("", "null") and key not in ("prompt", "negative"):
             continue
         match = NAME.fullmatch(key)
         if match is None:

@@ -48,7 +48,7 @@ export class Form extends EventTarget {
     super();
     this.settings = settings;
     this.models = null;
-    this.editing = null; // the editor's value, while it is in use
+    this.editing = null; // the kind of request that the editor's image is for, while it is in use
     for (const [id, name, kind, of] of FIELDS) {
       $(id).addEventListener("input", () => this.#read(id, name, kind, of, false));
       $(id).addEventListener("change", () => this.#read(id, name, kind, of, true));
@@ -197,10 +197,9 @@ export class Form extends EventTarget {
   #editing() {
     const { editing } = this;
     $("strength-field").hidden = !editing;
-    $("own-size-row").hidden = editing?.kind !== "img2img";
-    $("size-field").hidden = editing?.kind === "inpaint";
-    const own = editing?.kind === "img2img" && this.settings.ownSize;
-    for (const field of $("size-field").querySelectorAll("button, input:not([type=checkbox])")) field.disabled = own;
+    $("own-size-row").hidden = editing !== "img2img";
+    $("size-field").hidden = editing === "inpaint";
+    $("size-field").classList.toggle("own", editing === "img2img" && this.settings.ownSize);
     $("hires-details").hidden = Boolean(editing);
   }
 

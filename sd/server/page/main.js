@@ -12,7 +12,7 @@ import { Pickers } from "./pickers.js";
 import { Recipes } from "./recipe.js";
 import { itemsOf, Result } from "./result.js";
 import { Runner } from "./run.js";
-import { bodyOf, checked, fresh, isFast, load, randomSeed, save } from "./settings.js";
+import { bodyOf, checked, fresh, isFast, load, randomSeed, save, sizeOf } from "./settings.js";
 import { sentence } from "./texts.js";
 import { Tokens } from "./tokens.js";
 import { Viewer } from "./viewer.js";
@@ -47,25 +47,23 @@ const inside = new Inside($("inside"), { body: () => bodyOf(form.settings, form.
 let asked = null; // the settings of what runs
 let lastSeed = null; // of the last image that was asked for by the button
 
-function editing() {
-  return views.view() === "edit" ? editor.value() : null;
-}
 
 function generate({ quiet = false } = {}) {
   if (!form.models || document.querySelector("dialog[open]")) return;
   if (views.view() === "inside") {
-    inside.look({ fresh: true });
+    if (!quiet) inside.look({ fresh: true });
     return;
   }
   if (runner.running && !quiet) return;
   live.stop();
+  typed.stop();
   const { settings } = form;
   if (!quiet && !settings.lock && settings.seed === lastSeed) form.set({ seed: randomSeed() }, { quiet: true });
   if (!quiet) lastSeed = settings.seed;
+  const edits = views.view() === "edit";
   let body;
   try {
-    const hints = views.view() === "edit" ? editor.hints() : [];
-    body = bodyOf(settings, form.models, editing(), hints);
+    body = bodyOf(settings, form.models, edits ? editor.value() : null, edits ? editor.hints() : []);
   } catch (error) {
     $("error").textContent = sentence(error.message);
     $("error").hidden = false;
@@ -73,7 +71,7 @@ function generate({ quiet = false } = {}) {
   }
   asked = structuredClone(settings);
   runner.start(body, { quiet });
-  if (!quiet && matchMedia("(max-width: 999px)").matches) $("stage").scrollIntoView({ block: "nearest" });
+  if (!quiet && (edits || matchMedia("(max-width: 999px)").matches)) $("stage").scrollIntoView({ block: "nearest" });
 }
 
 const live = debounce(LIVE_DELAY, () => generate({ quiet: true }));
@@ -100,15 +98,21 @@ async function edit(blob, item = null) {
   showEditing();
 }
 
+function showSize() {
+  const { width, height } = sizeOf(form.settings, form.models);
+  editor.setSize(width, height);
+}
+
 function showEditing() {
-  form.editing = editing();
+  form.editing = views.view() === "edit" ? editor.kind : null;
   form.render(document.activeElement?.form === $("form") ? document.activeElement : null);
 }
 
-runner.addEventListener("done", async ({ detail: { answer, quiet } }) => {
+runner.addEventListener("done", async ({ detail: { answer, body, quiet } }) => {
   const items = itemsOf(answer, asked, quiet);
   await gallery.add(items);
   result.show(items);
+  if (body.request.image && views.view() === "edit") editor.setResult(items[0].blob).catch(() => {});
   if (!form.models.defaults) models.update(); // the model has been loaded
 });
 for (const name of ["failed", "cancelled"]) runner.addEventListener(name, () => result.again());
@@ -116,6 +120,7 @@ for (const name of ["failed", "cancelled"]) runner.addEventListener(name, () => 
 form.addEventListener("change", ({ detail: { quiet, prompt } }) => {
   save(form.settings);
   for (const each of tokens) each.update();
+  showSize();
   if (form.settings.live && !quiet) (prompt ? typed : live)();
 });
 $("form").addEventListener("submit", (event) => {
@@ -133,6 +138,7 @@ $("reset").addEventListener("click", () => {
 
 models.addEventListener("change", ({ detail: { models: found, switched } }) => {
   form.setModels(found);
+  showSize();
   if (switched) {
     const none = { steps: null, guidance: null, sampler: null, spacing: null };
     form.set({ width: null, height: null, vae: "", fast: null, full: { ...none }, few: { ...none } });

@@ -78,6 +78,12 @@ export class Editor extends EventTarget {
     this.#changed();
   }
 
+  /** The kind of request that `value()` is for, or null; unlike it, this takes no time. */
+  get kind() {
+    const scene = this.#picture;
+    return scene && (scene.mode === "img2img" ? "img2img" : "inpaint");
+  }
+
   /**
    * What goes into a request: null without an image; {kind: "img2img", image}; or {kind: "inpaint", image, mask, content,
    * blur, margin}. Images are data URLs (PNG); the mask has the image's size, and 255 (white) is generated.
