@@ -14,6 +14,12 @@ import { Words } from "./words.js";
 
 const PAUSE = 120; // milliseconds without a change of a slider, after which it is answered
 
+const TITLES = {
+  noisy: "Show what the network was given, in place of what it predicted",
+  pull: "Show where guidance acts: how far the prompt moves the prediction",
+  same: "Give both maps the same colours for the same values",
+};
+
 export class Inside {
   // body() returns what would be sent to /api/generate; onSettings(settings) takes settings over into the form.
   constructor(root, { body, onSettings }) {
@@ -52,16 +58,16 @@ export class Inside {
       el("button", { type: "button", ...properties, on: { click: does } }, text);
     this.go = button("Look inside", () => this.look({ fresh: true }), { className: "primary inside-go" });
     this.stop = button("Cancel", () => this.cancel(), { hidden: true });
-    this.status = el("span", { className: "inside-status", role: "status" }, "");
+    this.status = el("span", { className: "inside-status" }, ""); // not live: it changes with each step
     this.error = el("div", { className: "alert", role: "alert", hidden: true });
     this.notes = el("ul", { className: "notes", hidden: true });
     const range = { type: "range", id: "inside-opacity", min: 0, max: 100, value: 80 };
     this.opacity = el("input", { ...range, on: { input: () => this.draw() } });
-    const toggle = (name, text, title) => button(text, () => this.flip(name), { title, "aria-pressed": "false" });
+    const toggle = (name, text) => button(text, () => this.flip(name), { title: TITLES[name], "aria-pressed": "false" });
     this.toggles = {
-      noisy: toggle("noisy", "Noisy latent", "Show what the network was given, in place of what it predicted"),
-      pull: toggle("pull", "Guidance", "Show where guidance acts: how far the prompt moves the prediction"),
-      same: toggle("same", "Same scale", "Give both maps the same colours for the same values"),
+      noisy: toggle("noisy", "Noisy latent"),
+      pull: toggle("pull", "Guidance"),
+      same: toggle("same", "Same scale"),
     };
     this.free = button("Release words", () => this.words.release(), { className: "quiet", hidden: true });
     const toggles = { className: "inside-toggles", role: "group", "aria-label": "View" };
@@ -258,6 +264,12 @@ export class Inside {
     this.draw();
   }
 
+  // Enable one of the buttons, or say why it has no effect now.
+  enable(name, can, why) {
+    this.toggles[name].disabled = !can;
+    this.toggles[name].title = can ? TITLES[name] : why;
+  }
+
   is(name) {
     return this.toggles[name].getAttribute("aria-pressed") === "true";
   }
@@ -273,8 +285,8 @@ export class Inside {
     this.words.shares(shares, recording.special(frame));
     this.curve.mark(frame);
     this.facts.replaceChildren(this.factsOf(frame));
-    this.toggles.noisy.disabled = frame >= total;
-    this.toggles.pull.disabled = !plan.guided;
+    this.enable("noisy", frame < total, "The result has no noise: choose a step");
+    this.enable("pull", plan.guided, "This run has no guidance");
     this.free.hidden = !this.words.kept.length;
 
     const { shown } = this.words;
