@@ -180,6 +180,14 @@ def test_sliders_answer_with_the_librarys_images(page):
     slide(page, "guidance", 4)  # as before: known
     page.wait_for_function("old => document.querySelector('.inside-frame img').src === old", arg=before)
     assert len(asked) == 1
+    stills(page).nth(1).click()  # a step that was chosen stays
+    second = shown(page)
+    slide(page, "guidance", 8)
+    page.wait_for_function("old => document.querySelector('.inside-frame img').src !== old", arg=second)
+    assert selected(page) == f"Step 2 of {STEPS}" and len(asked) == 1
+    slide(page, "guidance", 4)
+    page.wait_for_function("old => document.querySelector('.inside-frame img').src === old", arg=second)
+    stills(page).last.click()
     page.get_by_role("button", name="Use in the form").click()
     assert page.input_value("#steps") == str(STEPS) and page.input_value("#guidance") == "4"
     assert not page.locator("#fast").is_checked()
