@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from ..params import HighRes, ImageToImage, Inpaint, TextToImage
+from ..samplers import SAMPLERS
 from .jobs import Work
 from .settings import ServerSettings
 
 MOST_TEXT = 20_000  # characters of a prompt
 MOST_LORAS = 20
+MOST_WEIGHT = 100.0  # of a LoRA
 MOST_PARTS = 16  # of a prompt, joined by AND: each takes as long as a prompt alone
 
 
@@ -31,9 +34,10 @@ def check_work(work: Work, settings: ServerSettings) -> None:
         raise ValueError(f"{len(work.loras)} LoRAs are too many: at most {MOST_LORAS}")
     if params.n > settings.max_batch:
         raise ValueError(f"{params.n} images at once are too many: this server generates at most {settings.max_batch}")
-    for steps in (params.steps, request.hires_steps if isinstance(request, HighRes) else None):
+    usual = SAMPLERS[str(params.sampler)].steps if params.sampler in tuple(SAMPLERS) else 0  # DDPM has 1000
+    for steps in (params.steps or usual, request.hires_steps if isinstance(request, HighRes) else None):
         if steps is not None and steps > settings.max_steps:
-            raise ValueError(f"{steps} steps are too many: this server takes at most {settings.max_steps}")
+            raise ValueError(f"{steps} steps are too many: this server takes at most {settings.max_steps}, give fewer")
     if isinstance(request, ImageToImage | Inpaint):
         for name, image in (("image", request.image), ("mask", getattr(request, "mask", None))):
             if image is not None and image.width * image.height > settings.max_image_pixels:
@@ -63,6 +67,15 @@ def check_size(request: TextToImage, native: int, settings: ServerSettings) -> N
             f"{width}x{height} pixels are too many: this server generates at most {settings.max_pixels:,}, for example "
             f"{int(settings.max_pixels**0.5)}x{int(settings.max_pixels**0.5)}"
         )
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Raise ValueError for too many LoRAs (name -> weight), or a weight that leaves no finite numbers."""
+    if len(weights) > MOST_LORAS:
+        raise ValueError(f"{len(weights)} LoRAs are too many: at most {MOST_LORAS}")
+    for name, weight in weights.items():
+        if not abs(weight) <= MOST_WEIGHT:
+            raise ValueError(f"the weight {weight:g} of the LoRA {name} is too large: at most {MOST_WEIGHT:g}")
 
 
 def is_unicode(text: str) -> bool:

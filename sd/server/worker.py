@@ -187,6 +187,14 @@ class Worker:
                 if entry is not None:
                     text = text.replace(str(entry.path), entry.name)
             self.engine.failed(job, text, "invalid")
+        elif isinstance(error, ArithmeticError):  # raised by the library for images that are not finite
+            log.warning("job %s: %s", job.id, one_line(str(error), 300))
+            self.engine.failed(
+                job,
+                "the image has numbers that are not finite: use less guidance, or smaller weights of LoRAs and words; "
+                "if other settings fail as well, the model is damaged",
+                "invalid",
+            )
         elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
             self.engine.failed(job, "out of memory: ask for a smaller image, or fewer at once", "memory")
         else:
