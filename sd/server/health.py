@@ -17,7 +17,7 @@ def health(engine: Engine) -> Literal["ready", "stopping", "failed", "loading"]:
         return "stopping"
     if engine.is_ready:
         return "ready"
-    return "failed" if all(worker.failure for worker in engine.workers) else "loading"
+    return "failed" if all(worker.failure or not worker.is_alive for worker in engine.workers) else "loading"
 
 
 def add(app: FastAPI, engine: Engine, metrics: Metrics) -> None:

@@ -86,8 +86,8 @@ async def generate(
     """
     engine = engine_of(request)
     jobs = await submit(request, works)
-    begun(jobs)
     try:
+        begun(jobs)
         await unless_gone(request, asyncio.gather(*(job.end() for job in jobs)))
     except BaseException:
         engine.cancel(jobs)

@@ -85,6 +85,9 @@ class ServerSettings:
     max_image_pixels: int = setting(
         4096 * 4096, "pixels of an image in a request, checked before decoding", Range(whole, 1)
     )
+    max_waiting_pixels: int = setting(
+        2**29, "pixels of the images in all requests that wait; half of it for one client", Range(whole, 1)
+    )
     max_steps: int = setting(150, "steps of a request", Range(whole, 1, 1000))
     max_batch: int = setting(8, "images that a request generates at once", Range(whole, 1, 100))
     max_images: int = setting(64, "images of a request in all", Range(whole, 1, 10_000))
