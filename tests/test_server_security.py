@@ -163,8 +163,9 @@ def test_what_needs_no_key(server):
     assert server.ask("HEAD", "/healthz").body == b""
     assert server.ask("GET", "/healthz", host="evil.example").status == 421
     assert server.ask("GET", "/", sec_fetch_site="cross-site", sec_fetch_mode="navigate").status in (200, 404)
-    assert server.ask("GET", "/page/nothing.js").status == 404
-    for path in ("/metrics", "/docs", "/openapi.json", "/api/models", "/v1/models", "/sdapi/v1/options", "/none"):
+    assert server.ask("GET", "/page/nothing.js").status == server.ask("GET", "/docs/nothing.js").status == 404
+    assert server.ask("GET", "/docs").status == 200  # asks for the key itself
+    for path in ("/metrics", "/openapi.json", "/api/models", "/v1/models", "/sdapi/v1/options", "/none"):
         assert server.ask("GET", path).status == 401, path
     assert server.ask("POST", "/", {}).status == 401
 
