@@ -14,7 +14,7 @@ import pytest
 import torch
 from common import TINY, TINY_INPAINT, tiny_state
 from editor_common import mount, shared  # noqa: F401 (fixtures)
-from server_browser import browser, missing, page, server  # noqa: F401 (fixtures)
+from server_browser import browser, few_steps, missing, page, ready, server  # noqa: F401 (fixtures)
 
 from sd.checkpoints.convert import convert
 from sd.checkpoints.loading import load_weights

@@ -127,3 +127,21 @@ def page(browser, server):
     """The page at 1280x900, light, with an empty storage."""
     with opened(browser, server, viewport={"width": 1280, "height": 900}, color_scheme="light") as found:
         yield found
+
+
+@pytest.fixture
+def ready(page):
+    """The page, once it knows what the server has."""
+    page.wait_for_selector("body[data-models]")
+    return page
+
+
+@pytest.fixture(scope="session")
+def few_steps():
+    """The library's model as the page uses it first: with its few-step LoRA."""
+    from sd import StableDiffusion
+    from sd.resources import EMBEDDED_LORA, resource
+
+    found = StableDiffusion.load()
+    found.add_lora(resource(EMBEDDED_LORA), note=lambda text: None)
+    return found

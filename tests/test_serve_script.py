@@ -260,3 +260,42 @@ def test_second_signal_ends_the_grace_and_ctrl_c_is_a_signal_too():
         thread.join()
         assert server.end() == 0 and replies[0].status in (200, 503)
     assert any('"prompt": "a secret house"' in line for line in server.logged)
+
+
+def option_table():
+    """The table that docs/server.md must hold."""
+    rows = ["| option | meaning |", "| --- | --- |"]
+    for action in serve.parser()._actions:
+        if action.dest not in ("help", "settings", "no_cache"):
+            option = action.option_strings[0] + (f" {action.metavar}" if action.metavar else "")
+            rows.append(f"| `{option}` | {action.help} |")
+    return "\n".join(rows)
+
+
+def test_every_option_is_documented():
+    page = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    assert option_table() in page, f"put this into docs/server.md:\n{option_table()}"
+    assert all(f"`{option}`" in page for option in ("--settings FILE", "--no-cache"))
+
+
+def test_every_metric_is_documented():
+    from sd.server.app import create_app
+
+    page = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    app = create_app(ServerSettings(port=0))
+    layer = app.user_middleware[0]
+    names = {found.name for found in layer.kwargs["metrics"].registry.collect() if found.name.startswith("sd_")}
+    assert names and all(f"`{name}" in page for name in names), names
+
+
+def test_the_image_has_what_it_is_made_of():
+    """Files that the Dockerfile copies are there and not ignored; its variables are settings."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    copied = [name for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for name in line.split()]
+    kept = re.findall(r"^!([^/\n]+)", (ROOT / ".dockerignore").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(copied) >= 9 and all((ROOT / name).exists() and name in kept for name in copied)
+    variables = dict(re.findall(r"(SD_SERVER_\w+)=([^ \\\n]+)", text[text.index("ENV XDG") :]))
+    with pytest.raises(ValueError, match="give a key with --api-key"):
+        read_settings(serve.parser().parse_words([]), variables, {})
+    found = read_settings(serve.parser().parse_words([]), {**variables, "SD_SERVER_API_KEY": "a long key"}, {})
+    assert found.host == "0.0.0.0" and found.grace < 10 and found.models == Path("/models")

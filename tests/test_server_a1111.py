@@ -272,3 +272,12 @@ def test_enlarging(api):
             api.extra_single_image(image, upscaler_1=name)
     with pytest.raises(RuntimeError, match="Model not found"):
         api.interrogate(image)
+
+
+def test_the_key_is_the_password():
+    with running(ServerSettings(api_key="secret-key")) as (locked, _):
+        for password, status in (("wrong-key", 401), ("secret-key", 200)):
+            api = webuiapi.WebUIApi(baseurl=f"{locked}/sdapi/v1", username="anybody", password=password)
+            answer = api.session.get(f"{locked}/sdapi/v1/samplers")
+            assert answer.status_code == status
+            assert status == 200 or {"error", "detail"} < set(answer.json())

@@ -165,6 +165,12 @@ def test_closing_the_connection_cancels_the_job(client):
     assert generate(client, {"prompt": "a", "params": SMALL})["images"]
 
 
+def test_so_it_does_without_a_stream(client):
+    with pytest.raises(httpx2.ReadTimeout):
+        client.post("/api/generate", json=LONG, timeout=0.3)
+    assert until_none(client)
+
+
 @pytest.mark.parametrize("how", ["interrupt", "drop"])
 def test_a_job_is_finished_early_or_dropped(client, how):
     with client.stream("POST", "/api/generate", json=LONG, headers=EVENTS) as response:
@@ -193,10 +199,12 @@ def test_a_job_is_finished_early_or_dropped(client, how):
         ({"params": {"num_inference_steps": 3}}, "did you mean 'steps'?"),
         ({"params": {"prompt": "a"}}, "beside params"),
         ({"params": {"options": {"eta": 2}}}, "eta must be in [0, 1]"),
+        ({"params": {**SMALL, "guidance": 1e300}}, "use less guidance"),
         ({"params": {"options": []}}, "options must be an object"),
         ({"params": []}, "params must be an object"),
         ({"params": {"steps": "3"}}, "steps must be a whole number"),
         ({"params": {"steps": 5000}}, "at most 150"),
+        ({"params": {"sampler": "ddpm"}}, "1000 steps are too many"),
         ({"params": {"seed": 2**64}}, "seed must be from 0"),
         ({"params": {"width": 130}}, "multiple of 8"),
         ({"params": {"width": 8192, "height": 8192}}, "pixels are too many"),
@@ -239,6 +247,8 @@ def test_a_mistake_is_one_clear_line(client, request_, said):
         ({"request": {}, "vae": "x"}, "there is no vae"),
         ({"request": {}, "loras": [{"name": "pocket-lcm", "wight": 1}]}, "did you mean 'weight'?"),
         ({"request": {}, "loras": [{"name": "x"}]}, "there is no lora"),
+        ({"request": {}, "loras": [{"name": "pocket-lcm", "weight": 1e30}]}, "too large"),
+        ({"request": {"prompt": "<lora:pocket-lcm:999>", "web_ui_prompts": True}}, "too large"),
         ({"request": {}, "previews": -1}, "previews"),
         ({}, "request"),
         ([], "the body"),

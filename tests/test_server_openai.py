@@ -281,7 +281,12 @@ def test_other_statuses(address, client):
         client.images.generate(prompt="a", model="sd_xl_base_1.0")
     assert missing.value.code == "model_not_found" and missing.value.body["param"] == "model"
     post = {"url": f"{address}/v1/images/generations", "headers": {"Authorization": f"Bearer {KEY}"}}
-    for content, type, status in (("{", "application/json", 400), ("[]", "application/json", 400), ("a", "a/b", 415)):
+    for content, type, status in (
+        ("{", "application/json", 400),
+        ("[]", "application/json", 400),
+        ("a", "a/b", 415),
+        (r'{"prompt": "a", "\ud800": 1}', "application/json", 400),
+    ):
         given = {**post, "headers": {**post["headers"], "Content-Type": type}}
         answer = httpx2.post(**given, content=content)
         assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error"
@@ -302,6 +307,8 @@ def test_a_full_queue_says_when_to_come_back():
         with pytest.raises(openai.RateLimitError) as caught:
             client.images.generate(prompt="a", extra_body=SMALL)
         assert int(caught.value.response.headers["Retry-After"]) >= 1 and caught.value.code == "rate_limit_exceeded"
+        jobs = httpx2.get(f"{address}/api/jobs").json()
+        assert [(job["state"], job["position"]) for job in jobs] == [("running", None), ("waiting", 0), ("waiting", 1)]
         for stream in streams:  # closing the connection cancels the job
             stream.close()
         for _ in range(200):

@@ -404,6 +404,23 @@ def test_bodies_that_are_slow(server, length):
     check_form("/api", reply)
 
 
+@pytest.mark.parametrize("first", [b"", b"G", request("GET", "/healthz", connection="keep-alive") + b"GET / HTTP/1"])
+def test_headers_that_are_slow(server, first):
+    begun = time.monotonic()
+    with server.connect() as connection:
+        connection.sendall(first)
+        if len(first) > 1:
+            assert read(connection).status == 200
+            connection.sendall(b".1")
+        connection.settimeout(0.1)
+        while True:
+            with suppress(TimeoutError, BrokenPipeError):
+                connection.sendall(b"a" * bool(first))
+                if not connection.recv(100):
+                    break
+            assert time.monotonic() - begun < 5
+
+
 def test_bodies_that_end_early(server):
     for data in (head(100)[:40], head(100), head(100) + b'{"request":', head(), head() + b"5\r\nabc"):
         with server.connect() as connection:

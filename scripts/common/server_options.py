@@ -38,7 +38,7 @@ def help_of(name: str) -> str:
     default: Any = FIELDS[name].default
     text: str = FIELDS[name].metadata["help"]
     if default is None or default == () or kind_of(name) is bool:
-        return re.sub(r"[;,] None[: ]", "; by default ", text).replace("by default is ", "by default ")
+        return re.sub(r"[;,] None(:| is) ", "; by default ", text)
     shown = f"{default:,}" if kind_of(name) is int and default > 99_999 else default
     return f"{text} (default: {shown})"
 

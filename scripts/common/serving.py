@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sd.server.engine import Engine
 from sd.server.health import health
@@ -79,18 +80,51 @@ def address_of(opened: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class Server(uvicorn.Server):
-    """A server that prints when it listens and when its model is loaded, and stops in the right order.
+class Connection(H11Protocol):
+    """A connection that is closed if the headers of a request do not arrive in time: uvicorn would wait for ever."""
 
-    SIGTERM or SIGINT   no more jobs are accepted; those that are there are finished within the grace
-    a second one        the grace is over
-    a third one         answers are not waited for
-    """
+    _deadline: asyncio.TimerHandle | None = None
 
-    def __init__(self, app: Any, settings: ServerSettings, say: Callable[[str], object]) -> None:
-        config = uvicorn.Config(
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first request."""
+        super().connection_made(transport)
+        self._set_deadline()
+
+    def data_received(self, data: bytes) -> None:
+        """The time counts from the first byte of a request."""
+        super().data_received(data)
+        self._set_deadline()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is waited for any more."""
+        super().connection_lost(exc)
+        if self._deadline is not None:
+            self._deadline.cancel()
+
+    def _is_waiting(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _set_deadline(self) -> None:
+        if self._is_waiting() and self._deadline is None:
+            assert isinstance(self.config, Config)
+            self._deadline = self.loop.call_later(self.config.header_seconds, self._late)
+        elif not self._is_waiting() and self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _late(self) -> None:
+        self._deadline = None
+        if self._is_waiting():
+            self.transport.close()
+
+
+class Config(uvicorn.Config):
+    """Settings of uvicorn, and the seconds in which the headers of a request must arrive."""
+
+    def __init__(self, app: Any, header_seconds: float) -> None:
+        super().__init__(
             app,
-            http="h11",  # it limits the size of headers
+            http=Connection,  # it limits the size of headers
             ws="none",
             lifespan="on",
             log_config=None,
@@ -100,7 +134,19 @@ class Server(uvicorn.Server):
             timeout_keep_alive=KEEP_ALIVE,
             h11_max_incomplete_event_size=HEADER_BYTES,
         )
-        super().__init__(config)
+        self.header_seconds = header_seconds
+
+
+class Server(uvicorn.Server):
+    """A server that prints when it listens and when its model is loaded, and stops in the right order.
+
+    SIGTERM or SIGINT   no more jobs are accepted; those that are there are finished within the grace
+    a second one        the grace is over
+    a third one         answers are not waited for
+    """
+
+    def __init__(self, app: Any, settings: ServerSettings, say: Callable[[str], object]) -> None:
+        super().__init__(Config(app, settings.body_seconds))
         self.engine: Engine = app.state.engine
         self.settings, self.say = settings, say
         self.failure = ""  # why the model cannot be loaded

@@ -22,7 +22,7 @@ from ..runtime.device import find_device
 from ..text.prompt_tags import lora_weight, take_loras
 from .catalogue import Catalogue, Entry
 from .jobs import ENDS, Job, Work
-from .limits import check_work
+from .limits import check_weights, check_work
 from .settings import ServerSettings
 from .worker import Worker
 
@@ -220,6 +220,7 @@ class Engine:
         for name, weight in (*work.loras, *tags_of(work.request)):
             entry = find("lora", name)
             weights[entry] = weights.get(entry, 0.0) + weight  # named twice
+        check_weights({entry.name: weight for entry, weight in weights.items()})
         setup = Setup(
             self.current if work.model is None else find("model", work.model),
             tuple(weights.items()),

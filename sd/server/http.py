@@ -124,7 +124,7 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     finally:
         for each in (task, gone):
             each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await asyncio.gather(task, gone, return_exceptions=True)  # so that none is reported as unread
 
 
 async def _disconnected(request: Request) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 from torch import Tensor
 
-from ..params import HighRes, ImageToImage, Inpaint
+from ..params import HighRes, ImageToImage, Inpaint, TextToImage
+from ..samplers import SAMPLERS
 from .jobs import Work
 from .settings import ServerSettings
 
 MOST_TEXT = 20_000  # characters of a prompt
 MOST_LORAS = 20
+MOST_WEIGHT = 100.0  # of a LoRA
+MOST_PARTS = 16  # of a prompt, joined by AND: each takes as long as a prompt alone
 
 
 def check_work(work: Work, settings: ServerSettings) -> None:
@@ -22,22 +28,38 @@ def check_work(work: Work, settings: ServerSettings) -> None:
             raise ValueError(f"a prompt of {len(str(text)):,} characters is too long: at most {MOST_TEXT:,}")
         if not is_unicode(str(text or "")):
             raise ValueError("a prompt has half of a surrogate pair, which is no character: send it as UTF-8")
+        if request.web_ui_prompts and len(parts := re.findall(r"\bAND\b", str(text or ""))) >= MOST_PARTS:
+            raise ValueError(f"{len(parts) + 1} parts of a prompt joined by AND are too many: at most {MOST_PARTS}")
     if len(work.loras) > MOST_LORAS:
         raise ValueError(f"{len(work.loras)} LoRAs are too many: at most {MOST_LORAS}")
     if params.n > settings.max_batch:
         raise ValueError(f"{params.n} images at once are too many: this server generates at most {settings.max_batch}")
-    for steps in (params.steps, request.hires_steps if isinstance(request, HighRes) else None):
+    usual = SAMPLERS[str(params.sampler)].steps if params.sampler in tuple(SAMPLERS) else 0  # DDPM has 1000
+    for steps in (params.steps or usual, request.hires_steps if isinstance(request, HighRes) else None):
         if steps is not None and steps > settings.max_steps:
-            raise ValueError(f"{steps} steps are too many: this server takes at most {settings.max_steps}")
-    height, width = params.height or 0, params.width or 0
+            raise ValueError(f"{steps} steps are too many: this server takes at most {settings.max_steps}, give fewer")
     if isinstance(request, ImageToImage | Inpaint):
-        height, width = height or request.image.height, width or request.image.width
         for name, image in (("image", request.image), ("mask", getattr(request, "mask", None))):
             if image is not None and image.width * image.height > settings.max_image_pixels:
                 raise ValueError(
                     f"the {name} has {image.width}x{image.height} pixels: this server takes at most "
                     f"{settings.max_image_pixels:,}"
                 )
+    check_size(request, 0, settings)
+
+
+def check_size(request: TextToImage, native: int, settings: ServerSettings) -> None:
+    """Raise ValueError for a request that generates too many pixels.
+
+    native   the side at which the model works best, which it takes where the request has none; 0 if it is not known yet
+    """
+    height, width = request.params.height, request.params.width
+    if isinstance(request, ImageToImage | Inpaint):  # a side that is not given follows from the proportions
+        if height is None and width is not None:
+            height = round(width * request.image.height / request.image.width)
+        elif width is None and height is not None:
+            width = round(height * request.image.width / request.image.height)
+    height, width = native if height is None else height, native if width is None else width
     if isinstance(request, HighRes):
         height, width = int(height * request.hires), int(width * request.hires)
     if height * width > settings.max_pixels:
@@ -45,6 +67,15 @@ def check_work(work: Work, settings: ServerSettings) -> None:
             f"{width}x{height} pixels are too many: this server generates at most {settings.max_pixels:,}, for example "
             f"{int(settings.max_pixels**0.5)}x{int(settings.max_pixels**0.5)}"
         )
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Raise ValueError for too many LoRAs (name -> weight), or a weight that leaves no finite numbers."""
+    if len(weights) > MOST_LORAS:
+        raise ValueError(f"{len(weights)} LoRAs are too many: at most {MOST_LORAS}")
+    for name, weight in weights.items():
+        if not abs(weight) <= MOST_WEIGHT:
+            raise ValueError(f"the weight {weight:g} of the LoRA {name} is too large: at most {MOST_WEIGHT:g}")
 
 
 def is_unicode(text: str) -> bool:

@@ -59,7 +59,9 @@ class ServerSettings:
     queue_per_client: int = setting(128, "of these, those of one client: a key, or an address", Range(whole, 1))
     together: int = setting(8, "requests whose steps are computed in one batch; 1: each alone", Range(whole, 1, 64))
     max_body: int = setting(64 * MEGABYTE, "bytes of a request's body", Range(whole, 1024))
-    body_seconds: float = setting(30, "seconds in which the body of a request must arrive", Range(number, 0.1))
+    body_seconds: float = setting(
+        30, "seconds in which the headers of a request must arrive, and then its body", Range(number, 0.1)
+    )
     max_pixels: int = setting(2048 * 2048, "pixels of a generated image", Range(whole, 64 * 64))
     max_image_pixels: int = setting(
         4096 * 4096, "pixels of an image in a request, checked before decoding", Range(whole, 1)

@@ -16,6 +16,7 @@ from ..pipeline import StableDiffusion
 from ..samplers import Step
 from .generation import Cancelled, generate
 from .jobs import Job
+from .limits import check_size
 from .loaded import Loaded, load
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ class Worker:
             self.engine.totals.steps += 1
 
         def task(model: StableDiffusion) -> None:
+            check_size(job.work.request, loaded.model.config.size, self.engine.settings)
             loaded.add_controls(job.work.request.controls, self.engine.catalogue)
             generate(job, setup, model, loaded, steps)
 
@@ -185,6 +187,14 @@ class Worker:
                 if entry is not None:
                     text = text.replace(str(entry.path), entry.name)
             self.engine.failed(job, text, "invalid")
+        elif isinstance(error, ArithmeticError):  # raised by the library for images that are not finite
+            log.warning("job %s: %s", job.id, one_line(str(error), 300))
+            self.engine.failed(
+                job,
+                "the image has numbers that are not finite: use less guidance, or smaller weights of LoRAs and words; "
+                "if other settings fail as well, the model is damaged",
+                "invalid",
+            )
         elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
             self.engine.failed(job, "out of memory: ask for a smaller image, or fewer at once", "memory")
         else:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ...control_params import MODES, Control
+from ...control_params import MAX_CONTROLS, MODES, Control
 from ...imaging.hints import hint_image
 from ...imaging.tensors import resize
 from ...messages import one_line
@@ -19,7 +19,7 @@ from ...recipes.control_entries import MODE_TEXTS
 from ..catalogue import Catalogue, UnknownName
 from ..http import ApiError
 from .fields import Field, Given, read, without_effect
-from .images import Note, decoded
+from .images import Budget, Note
 
 SCRIPT = "controlnet"
 INVERT = "invert (from white bg & black line)"
@@ -77,11 +77,14 @@ class Canvas(NamedTuple):
     width: int | None
     height: int | None
     image: Image.Image | None
-    most_pixels: int
+    budget: Budget
 
 
 def take_units(scripts: Mapping[str, Any], note: Note) -> tuple[list[Mapping[str, Any]], list[str]]:
-    """The units in `alwayson_scripts`, and the names of the other scripts in it, apart from those switched off."""
+    """The units in `alwayson_scripts`, and the names of the other scripts in it, apart from those switched off.
+
+    Raises ApiError for too many units.
+    """
     units, ignored = list[Mapping[str, Any]](), list[str]()
     for name, script in scripts.items():
         args = script.get("args") if isinstance(script, Mapping) else script
@@ -92,6 +95,8 @@ def take_units(scripts: Mapping[str, Any], note: Note) -> tuple[list[Mapping[str
                 note(f"{len(others)} of the ControlNet arguments are no objects and are left out")
         elif args and args[0] is not False:
             ignored.append(f"alwayson_scripts.{one_line(name, 60)}")
+    if len(units) > MAX_CONTROLS:
+        raise ApiError(422, f"{len(units)} ControlNet units are too many: at most {MAX_CONTROLS}")
     return units, ignored
 
 
@@ -160,7 +165,7 @@ def _picture(given: Given, unit: Mapping[str, Any], label: str, canvas: Canvas) 
         if canvas.image is None:
             raise ValueError("it has no image")
         return canvas.image
-    return hint_image(decoded(found, f"{label}: image", canvas.most_pixels))
+    return hint_image(canvas.budget.decoded(found, f"{label}: image"))
 
 
 def _choice(value: object, names: Sequence[str], others: Mapping[str, int], field: str) -> int:

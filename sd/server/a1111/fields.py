@@ -21,6 +21,7 @@ from ...recipes.fields import number
 from ..http import ApiError
 from .errors import field_error
 
+DEEPEST = 20  # levels of objects and lists in a body
 MOST_NAMED = 50  # names of ignored fields in an answer
 FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 JSON_TYPES = {
@@ -199,4 +200,10 @@ async def body_of(request: Request) -> dict[str, Any]:
         raise ApiError(422, f"the body is not JSON: {one_line(error, 100)}") from None
     if not isinstance(found, dict):
         raise ApiError(422, "the body must be a JSON object")
+    level: list[Any] = [found]
+    for _ in range(DEEPEST):
+        level = [each for value in level for each in (value.values() if isinstance(value, dict) else value)]
+        level = [each for each in level if isinstance(each, dict | list)]
+    if level:
+        raise ApiError(422, f"the body is nested too deeply: at most {DEEPEST} levels")
     return found

@@ -9,20 +9,21 @@ from fastapi import APIRouter, Request, Response
 
 from ..http import client_of, generate, results
 from .answers import answer, encoded
+from .errors import GENERATING, PROBLEMS
 from .fields import IMG2IMG, TXT2IMG, Field, body_of, openapi, read
 from .planning import check_count, plan
 from .session import session_of
 
-router = APIRouter(prefix="/sdapi/v1", tags=["A1111"])
+router = APIRouter(prefix="/sdapi/v1", tags=["A1111"], responses=PROBLEMS)
 
 
-@router.post("/txt2img", openapi_extra=openapi(TXT2IMG))
+@router.post("/txt2img", openapi_extra=openapi(TXT2IMG), responses=GENERATING)
 async def txt2img(request: Request) -> Response:
     """Generate images from text."""
     return await _generated(request, "scripts_txt2img", TXT2IMG)
 
 
-@router.post("/img2img", openapi_extra=openapi(IMG2IMG))
+@router.post("/img2img", openapi_extra=openapi(IMG2IMG), responses=GENERATING)
 async def img2img(request: Request) -> Response:
     """Generate images from an image, or, with a mask, a part of it."""
     return await _generated(request, "scripts_img2img", IMG2IMG)

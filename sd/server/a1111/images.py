@@ -36,30 +36,38 @@ class Masked(NamedTuple):
     settings: dict[str, Any]
 
 
-def initial_images(given: Given, most_pixels: int) -> list[Image.Image]:
+class Budget:
+    """Decodes the images of a request, as long as they have not too many pixels: each of them, and all together."""
+
+    def __init__(self, most: int, together: int | None = None) -> None:
+        """`most` pixels of an image; `together` those of all, by default four times as many."""
+        self.most, self.left = most, 4 * most if together is None else together
+
+    def decoded(self, text: object, name: str) -> Image.Image:
+        """The image in a text in base64. Raises ApiError, with the name."""
+        try:
+            image = image_of(text, min(self.most, self.left), name)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ApiError(422, str(error)) from None
+        self.left -= image.width * image.height
+        return image
+
+
+def initial_images(given: Given, budget: Budget) -> list[Image.Image]:
     """The images of a request. Raises ApiError if there is none, and for what is no image."""
     images = given["init_images"]
     if not images:
         raise ApiError(404, "Init image not found: init_images must have an image as base64")
     if len(images) > max(given["batch_size"], 1):
         raise field_error("init_images", f"{len(images)} images are more than batch_size {given['batch_size']}")
-    return [decoded(image, f"init_images[{i}]", most_pixels) for i, image in enumerate(images)]
-
-
-def decoded(text: object, name: str, most_pixels: int) -> Image.Image:
-    """The image in a text in base64. Raises ApiError."""
-    try:
-        return image_of(text, most_pixels, name)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ApiError(422, str(error)) from None
+    return [budget.decoded(image, f"init_images[{i}]") for i, image in enumerate(images)]
 
 
 def to_size(image: Image.Image, width: int | None, height: int | None, mode: int) -> Image.Image:
-    """An image at the size generated; a side that is not given is that of the image."""
-    width, height = width or image.width, height or image.height
-    how = MODES[mode]
-    if image.size == (width, height):
+    """An image at the size generated; unchanged if a side is not given, which the model then chooses."""
+    if width is None or height is None or image.size == (width, height):
         return image
+    how = MODES[mode]
     return (
         fit(image, width, height)
         if how == "cropped"
@@ -79,11 +87,11 @@ def resize_mode(given: Given, note: Note) -> int:
     return mode
 
 
-def masked(given: Given, most_pixels: int, note: Note) -> Masked | None:
+def masked(given: Given, budget: Budget, note: Note) -> Masked | None:
     """The mask of a request; None without one."""
     if not given["mask"]:
         return None
-    mask = _grey(decoded(given["mask"], "mask", most_pixels))
+    mask = _grey(budget.decoded(given["mask"], "mask"))
     if given["inpainting_mask_invert"]:
         mask = ImageOps.invert(mask)
     blur = given["mask_blur"]

@@ -16,10 +16,11 @@ from fastapi import APIRouter, Request
 from ...runtime.memory import available
 from ...samplers import ALIASES, SAMPLERS
 from .controlnet import SCRIPT, UNIT
+from .errors import PROBLEMS
 from .fields import body_of
 from .session import session_of
 
-router = APIRouter(prefix="/sdapi/v1", tags=["A1111"])
+router = APIRouter(prefix="/sdapi/v1", tags=["A1111"], responses=PROBLEMS)
 # the web UI's grids that are here: name, label, and what it is here
 SCHEDULERS = {
     "automatic": ("Automatic", ""),

@@ -31,7 +31,7 @@ from ..jobs import Work
 from .controlnet import Canvas, control_of, take_units
 from .errors import field_error
 from .fields import MOST_NAMED, Given
-from .images import Masked, Note, initial_images, masked, resize_mode, to_size
+from .images import Budget, Note, initial_images, masked, resize_mode, to_size
 from .options import OWN_VAE, RNGS, Options
 
 RANDOM_SEEDS = 2**32 - 2  # the web UI's range of random seeds
@@ -66,14 +66,17 @@ def plan(given: Given, options: Options, engine: Engine) -> Plan:
     Raises ApiError and ValueError for what cannot be done; what is not supported is ignored and named.
     """
     notes = dict[str, None]()
-    note: Note = lambda text: notes.setdefault(text)  # noqa: E731
+
+    def note(text: str) -> None:
+        notes[text] = None
+
     override, others = options.checked(given["override_settings"])
     ignored = [*given.ignored, *(f"override_settings.{name}" for name in others)]
     settings = options.with_(override)
-    most = engine.settings.max_image_pixels
+    budget = Budget(engine.settings.max_image_pixels)
     images: list[Image.Image | None] = [None]
     if "init_images" in given.values:
-        images = [*initial_images(given, most)]
+        images = [*initial_images(given, budget)]
     seed, subseed = (random_if_negative(given[name]) for name in ("seed", "subseed"))
     params = _sampling(given, settings, (seed, subseed), ignored, note)
     units, scripts = take_units(given["alwayson_scripts"], note)
@@ -81,7 +84,7 @@ def plan(given: Given, options: Options, engine: Engine) -> Plan:
     ignored += [name for name in ("hr_checkpoint_name",) if _asks_for_hires(given) and is_named(given[name])]
     requests = []
     for image in images:
-        canvas = Canvas(params.width, params.height, image, most)
+        canvas = Canvas(params.width, params.height, image, budget)
         found = [control_of(unit, i, canvas, engine.catalogue) for i, unit in enumerate(units)]
         ignored += [name for _, names in found for name in names]
         request = TextToImage(
@@ -93,7 +96,7 @@ def plan(given: Given, options: Options, engine: Engine) -> Plan:
             controls=[control for control, _ in found if control is not None],
         )
         if image is not None:
-            request = _from_image(request, given, image, settings, most, note)
+            request = _from_image(request, given, image, settings, budget, note)
         elif _asks_for_hires(given):
             request = _high_res(request, given, ignored, note)
         requests.append(request)
@@ -234,12 +237,12 @@ def _scale(params: SamplingParams, given: Given, note: Note) -> float:
 
 
 def _from_image(
-    request: TextToImage, given: Given, image: Image.Image, settings: Mapping[str, Any], most: int, note: Note
+    request: TextToImage, given: Given, image: Image.Image, settings: Mapping[str, Any], budget: Budget, note: Note
 ) -> TextToImage:
     """The request of image to image, or of inpainting if there is a mask."""
     params, mode = request.params, resize_mode(given, note)
     strength = given["denoising_strength"]
-    mask: Masked | None = masked(given, most, note)
+    mask = masked(given, budget, note)
     if mask is None:
         image = to_size(image, params.width, params.height, mode)
         return ImageToImage(

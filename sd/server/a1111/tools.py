@@ -17,13 +17,13 @@ from ..http import ApiError
 from ..incoming import bytes_of
 from .answers import encoded
 from .controlnet import MODULES, module_of, thresholds
-from .errors import field_error
+from .errors import PROBLEMS, field_error
 from .fields import NO_EFFECT, Field, Given, body_of, openapi, read, without_effect
-from .images import decoded
+from .images import Budget
 from .lists import UPSCALERS
 from .session import session_of
 
-router = APIRouter(tags=["A1111"])
+router = APIRouter(tags=["A1111"], responses=PROBLEMS)
 MOST_IMAGES = 64  # in a request
 UNITS = 3  # that the extension shows
 VERSION = 2  # of the extension's interface
@@ -79,22 +79,20 @@ def _settings_in(text: str) -> dict[str, Any]:
 @router.post("/sdapi/v1/extra-single-image", openapi_extra=openapi(SINGLE))
 async def extra_single_image(request: Request) -> dict[str, Any]:
     """Enlarge an image by plain resampling."""
-    given, most = read(await body_of(request), SINGLE), session_of(request).engine.settings.max_image_pixels
-    return {
-        "html_info": _said(given),
-        "image": await asyncio.to_thread(_enlarged, given, given["image"], "image", most),
-    }
+    given, budget = read(await body_of(request), SINGLE), _budget(request)
+    image = await asyncio.to_thread(_enlarged, given, given["image"], "image", budget)
+    return {"html_info": _said(given), "image": image}
 
 
 @router.post("/sdapi/v1/extra-batch-images", openapi_extra=openapi(SEVERAL))
 async def extra_batch_images(request: Request) -> dict[str, Any]:
     """Enlarge several images by plain resampling."""
-    given, most = read(await body_of(request), SEVERAL), session_of(request).engine.settings.max_image_pixels
+    given, budget = read(await body_of(request), SEVERAL), _budget(request)
     images = _several(given["imageList"], "imageList")
     done = []
     for i, image in enumerate(images):
         data = image.get("data") if isinstance(image, Mapping) else image
-        done.append(await asyncio.to_thread(_enlarged, given, data, f"imageList[{i}]", most))
+        done.append(await asyncio.to_thread(_enlarged, given, data, f"imageList[{i}]", budget))
     return {"html_info": _said(given), "images": done}
 
 
@@ -108,9 +106,14 @@ def _said(given: Given) -> str:
     return f"ignored: {', '.join(given.ignored)}" if given.ignored else ""
 
 
-def _enlarged(given: Given, data: object, name: str, most: int) -> str:
+def _budget(request: Request) -> Budget:
+    most = session_of(request).engine.settings.max_image_pixels
+    return Budget(most, most * MOST_IMAGES)  # they are decoded one by one
+
+
+def _enlarged(given: Given, data: object, name: str, budget: Budget) -> str:
     """An enlarged image, in base64."""
-    image = decoded(data, name, most)
+    image, most = budget.decoded(data, name), budget.most
     for field in ("upscaler_1", "upscaler_2"):
         used = field == "upscaler_1" or given["extras_upscaler_2_visibility"] > 0
         if used and given[field] not in UPSCALERS:
@@ -181,19 +184,19 @@ def _networks(request: Request) -> list[str]:
 @router.post("/controlnet/detect", openapi_extra=openapi(DETECT))
 async def detect(request: Request) -> dict[str, Any]:
     """Make hints of images."""
-    given, most = read(await body_of(request), DETECT), session_of(request).engine.settings.max_image_pixels
+    given, budget = read(await body_of(request), DETECT), _budget(request)
     images = _several(given["controlnet_input_images"] or given["controlnet_images"], "controlnet_input_images")
     annotate = module_of(given["controlnet_module"])
     limits = {"low": 100.0, "high": 200.0}
     limits |= thresholds(annotate, given["controlnet_threshold_a"], given["controlnet_threshold_b"])
     found = []
     for i, image in enumerate(images):
-        found.append(await asyncio.to_thread(_hint, image, f"controlnet_input_images[{i}]", annotate, limits, most))
+        found.append(await asyncio.to_thread(_hint, image, f"controlnet_input_images[{i}]", annotate, limits, budget))
     return {"images": found, "info": "Success"}
 
 
-def _hint(data: object, name: str, annotate: str, limits: dict[str, float], most: int) -> str:
-    image = decoded(data, name, most).convert("RGB")
+def _hint(data: object, name: str, annotate: str, limits: dict[str, float], budget: Budget) -> str:
+    image = budget.decoded(data, name).convert("RGB")
     if annotate == "canny":
         image = canny(image, limits["low"], limits["high"])
     return encoded(ImageOps.invert(image) if annotate == "invert" else image)

@@ -31,7 +31,7 @@ STREAM: dict[str, Any] = {
 }
 
 
-@router.post("/inside", response_class=EventStream, responses={200: STREAM})
+@router.post("/inside", status_code=200, response_class=EventStream, responses={200: STREAM})
 async def inside(request: Request, body: GenerateBody) -> EventStream:
     """Generate the image of a request, which is the one of /api/generate, and look at what happens inside the model.
 

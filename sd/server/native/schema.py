@@ -21,6 +21,11 @@ from ...settings import OneOf, Range, whole
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 TYPES = {"int": "integer", "float": "number", "bool": "boolean"}  # of Python -> of JSON; all others are texts
 IMAGE = "PNG, JPEG, WebP, GIF, BMP or TIFF, as base64 or as a data: URL"
+TEXTS = {  # what may be several texts or contexts in Python
+    "prompt": "what the image shows",
+    "negative": "what to steer away from. No effect at guidance 1, except with AND",
+    "prompt_2": "SDXL: what its second text encoder reads in place of the prompt",
+}
 Schema = dict[str, Any]
 
 
@@ -101,6 +106,8 @@ def _of(f: Field[Any]) -> Schema:
 
 
 def _help(f: Field[Any]) -> Schema:
+    if f.name in TEXTS:
+        return {"description": TEXTS[f.name]}
     return {"description": f.metadata["help"]} if "help" in f.metadata else {}
 
 

@@ -47,7 +47,7 @@ def as_json(error: ApiError) -> dict[str, Any]:
         "error": {
             "message": one_line(error.message, LONGEST),
             "type": TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error"),
-            "param": param,
+            "param": None if param is None else one_line(param, 60),
             "code": code or CODES.get(status),
         }
     }

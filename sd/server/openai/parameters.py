@@ -164,7 +164,7 @@ def _check_names(values: Mapping[str, Any], cls: type[TextToImage]) -> None:
         if name not in known and name not in NO_EFFECT:
             with_image = any(name in each.__dataclass_fields__ for each in (ImageToImage, Inpaint))
             hint = "it goes with an image: use /v1/images/edits" if with_image else hint_for(name, known)
-            raise Invalid(f"unknown parameter {one_line(name, 60)!r}: {hint}", name[:60], "unknown_parameter")
+            raise Invalid(f"unknown parameter {one_line(name, 60)!r}: {hint}", name, "unknown_parameter")
 
 
 def _whole(values: Mapping[str, Any], name: str, usual: int, low: int, high: int) -> int:

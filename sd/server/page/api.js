@@ -10,7 +10,8 @@ export class ApiError extends Error {
   }
 }
 
-// Seeds have up to 64 bits, more than a number of JavaScript. Larger whole numbers are texts here, and numbers on the wire.
+// Seeds have up to 64 bits, more than a number of JavaScript. Those that are larger are texts here, and numbers on the
+// wire.
 export function toJson(value) {
   return JSON.stringify(value, (name, each) => {
     if (typeof each !== "bigint") return each;
@@ -86,7 +87,8 @@ export async function send(path, options = {}) {
     if (response.ok) return response;
     if (response.status !== 401) throw await errorOf(response);
     const changed = sessionStorage.getItem(KEY) !== key; // meanwhile, for another request
-    if (!changed && !(await askForKey(Boolean(key)))) throw new ApiError(401, "The server needs its key.");
+    if (!changed && !(await askForKey(Boolean(key))))
+      throw new ApiError(401, "The server needs its key. Reload the page to give it.");
   }
 }
 
@@ -145,7 +147,8 @@ export async function* stream(path, body, signal) {
   yield* events(await send(path, options));
 }
 
-// Generate: events queued {id, position}, step {step, steps, previews}, done {images, seeds, ...}, error {status, message}.
+// Generate: events queued {id, position}, step {step, steps, previews}, done {images, seeds, ...}, and error {status,
+// message}.
 export function generate(body, signal) {
   return stream("/api/generate", body, signal);
 }

@@ -10,30 +10,65 @@ export class Compare {
   }
 
   open(first, second) {
-    const image = (item, className) => el("img", { src: this.gallery.url(item), alt: `${item.prompt || "no prompt"}, seed ${item.seed}`, className, draggable: false });
+    const image = (item, className) =>
+      el("img", {
+        src: this.gallery.url(item),
+        alt: `${item.prompt || "no prompt"}, seed ${item.seed}`,
+        className,
+        draggable: false,
+      });
     this.top = image(first, "over");
     this.line = el("div", { className: "line" });
-    this.box = el("div", {
-      className: "two-images",
-      tabIndex: 0,
-      role: "slider",
-      "aria-label": "How much of the first image is shown",
-      "aria-valuemin": 0,
-      "aria-valuemax": 100,
-    }, image(second, "under"), this.top, this.line);
+    this.box = el(
+      "div",
+      {
+        className: "two-images",
+        tabIndex: 0,
+        role: "slider",
+        "aria-label": "How much of the first image is shown",
+        "aria-valuemin": 0,
+        "aria-valuemax": 100,
+      },
+      image(second, "under"),
+      this.top,
+      this.line,
+    );
     this.box.addEventListener("pointerdown", (event) => {
       this.box.setPointerCapture(event.pointerId);
       this.#point(event);
     });
     this.box.addEventListener("pointermove", (event) => event.buttons && this.#point(event));
     this.box.addEventListener("keydown", (event) => {
-      const by = { ArrowLeft: -2, ArrowDown: -2, ArrowRight: 2, ArrowUp: 2, PageDown: -10, PageUp: 10, Home: -100, End: 100 }[event.key];
+      const by = {
+        ArrowLeft: -2,
+        ArrowDown: -2,
+        ArrowRight: 2,
+        ArrowUp: 2,
+        PageDown: -10,
+        PageUp: 10,
+        Home: -100,
+        End: 100,
+      }[event.key];
       if (by === undefined) return;
       event.preventDefault();
       this.#set(this.part + by);
     });
-    const close = el("button", { type: "button", className: "icon quiet close", "aria-label": "Close", on: { click: () => this.dialog.close() } }, icon("close"));
-    const swap = el("button", { type: "button", className: "quiet", on: { click: () => this.open(second, first) } }, icon("swap"), "Swap");
+    const close = el(
+      "button",
+      {
+        type: "button",
+        className: "icon quiet close",
+        "aria-label": "Close",
+        on: { click: () => this.dialog.close() },
+      },
+      icon("close"),
+    );
+    const swap = el(
+      "button",
+      { type: "button", className: "quiet", on: { click: () => this.open(second, first) } },
+      icon("swap"),
+      "Swap",
+    );
     this.dialog.replaceChildren(
       el("div", { className: "compare-top" }, el("h2", {}, "Compare"), swap, close),
       this.box,

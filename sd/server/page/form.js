@@ -11,7 +11,7 @@ const RATIOS = [
   ["wide", 16, 9],
 ];
 
-// id of the field, name of the setting, kind of value. "sampling" settings exist twice: with the few-step LoRA and without.
+// id of the field, name of the setting, kind of value. Those of sampling exist twice: with the few-step LoRA, and without.
 const FIELDS = [
   ["prompt", "prompt", "text"],
   ["negative", "negative", "text"],
@@ -104,7 +104,8 @@ export class Form extends EventTarget {
     else if (type === "whole" || type === "number" || type === "size") {
       value = field.value.trim() === "" ? null : Number(field.value);
       if (value === null && !final) return;
-      if (value === null && kind !== "sampling" && kind !== "size") value = name in EMPTY ? EMPTY[name] : this.settings[name];
+      if (value === null && kind !== "sampling" && kind !== "size")
+        value = name in EMPTY ? EMPTY[name] : this.settings[name];
       else if (value !== null) {
         const step = type === "size" ? 8 : type === "whole" ? 1 : 0;
         const low = field.min === "" ? -Infinity : Number(field.min);
@@ -129,7 +130,8 @@ export class Form extends EventTarget {
     target[name] = value;
     if (name === "sampler" && final) this.#usual(value);
     this.render(final ? null : field);
-    if (!same || (name === "sampler" && final)) this.#changed(name === "live", type === "text" && field.tagName === "TEXTAREA");
+    if (!same || (name === "sampler" && final))
+      this.#changed(name === "live", type === "text" && field.tagName === "TEXTAREA");
   }
 
   #profile() {
@@ -143,8 +145,9 @@ export class Form extends EventTarget {
   }
 
   #presets() {
-    const size = sizeOf({ width: null, height: null }, this.models);
-    const side = Math.sqrt(size.width * size.height);
+    const side = this.models.defaults?.size;
+    $("presets").replaceChildren();
+    if (!side) return; // until the model is loaded
     const step = side >= 512 ? 64 : 8;
     const round = (value) => Math.max(step, Math.round(value / step) * step);
     $("presets").replaceChildren(
@@ -152,7 +155,12 @@ export class Form extends EventTarget {
         const found = { width: round(side * Math.sqrt(x / y)), height: round(side * Math.sqrt(y / x)) };
         const click = () => this.set(found);
         const title = `${label}: ${found.width} × ${found.height}`;
-        const button = el("button", { type: "button", title, "aria-label": title, on: { click } }, shape(x, y), `${x}:${y}`);
+        const button = el(
+          "button",
+          { type: "button", title, "aria-label": title, on: { click } },
+          shape(x, y),
+          `${x}:${y}`,
+        );
         Object.assign(button.dataset, found);
         return button;
       }),
@@ -184,13 +192,18 @@ export class Form extends EventTarget {
     setIcon($("lock"), settings.lock ? "lock" : "unlock");
     $("lock").setAttribute("aria-pressed", settings.lock);
     for (const button of $("presets").children)
-      button.setAttribute("aria-pressed", button.dataset.width === String(found.width) && button.dataset.height === String(found.height));
+      button.setAttribute(
+        "aria-pressed",
+        button.dataset.width === String(found.width) && button.dataset.height === String(found.height),
+      );
     this.#options(found.sampler, typing);
     this.#editing();
     this.#hires(found);
     const changed = ["clipSkip", "variationSeed", "guidanceRescale", "tileable", "vae", "rng"];
     const { request, params } = settings.extra;
-    const more = changed.filter((name) => settings[name] !== DEFAULTS[name]).length + Object.keys({ ...request, ...params }).length;
+    const more =
+      changed.filter((name) => settings[name] !== DEFAULTS[name]).length +
+      Object.keys({ ...request, ...params }).length;
     $("more-badge").hidden = !more;
     $("more-badge").textContent = more;
     this.#extra();
@@ -208,7 +221,7 @@ export class Form extends EventTarget {
   #hires({ width, height, hires, hiresOn }) {
     $("hires-badge").hidden = !hiresOn;
     const round = (value) => Math.round((value * hires) / 8) * 8;
-    $("hires-size").textContent = hiresOn ? `About ${round(width)} × ${round(height)} pixels` : "";
+    $("hires-size").textContent = hiresOn && width && height ? `About ${round(width)} × ${round(height)} pixels` : "";
     for (const field of $("hires-details").querySelectorAll(".two input, .two select")) field.disabled = !hiresOn;
   }
 
@@ -219,7 +232,8 @@ export class Form extends EventTarget {
     const names = optionNames(known);
     const box = $("sampler-options");
     if (box.dataset.names === names.join()) {
-      for (const field of box.querySelectorAll("input")) if (field !== typing) field.value = this.settings.options[field.dataset.name] ?? "";
+      for (const field of box.querySelectorAll("input"))
+        if (field !== typing) field.value = this.settings.options[field.dataset.name] ?? "";
       return;
     }
     box.dataset.names = names.join();
@@ -233,7 +247,13 @@ export class Form extends EventTarget {
           this.#changed();
         };
         const id = `option-${name}`;
-        const field = el("input", { type: "number", id, step: "any", placeholder: known[name]?.default ?? "", on: { input } });
+        const field = el("input", {
+          type: "number",
+          id,
+          step: "any",
+          placeholder: known[name]?.default ?? "",
+          on: { input },
+        });
         field.dataset.name = name;
         field.value = this.settings.options[name] ?? "";
         return el("div", { className: "field" }, el("label", { for: id }, `${name}`), field);
@@ -250,7 +270,12 @@ export class Form extends EventTarget {
           delete this.settings.extra[place][name];
           this.set({});
         };
-        const remove = el("button", { type: "button", className: "icon quiet", "aria-label": `Remove ${name}`, on: { click } });
+        const remove = el("button", {
+          type: "button",
+          className: "icon quiet",
+          "aria-label": `Remove ${name}`,
+          on: { click },
+        });
         setIcon(remove, "close");
         rows.push(el("div", {}, el("span", { className: "name" }, name), el("span", {}, String(value)), remove));
       }

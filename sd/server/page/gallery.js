@@ -102,13 +102,22 @@ export class Gallery extends EventTarget {
     if (at < 0) return;
     const top = buttons[0].getBoundingClientRect().top;
     const columns = buttons.filter((each) => Math.abs(each.getBoundingClientRect().top - top) < 4).length;
-    const moves = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns, Home: -at, End: buttons.length - 1 - at };
+    const moves = {
+      ArrowRight: 1,
+      ArrowLeft: -1,
+      ArrowDown: columns,
+      ArrowUp: -columns,
+      Home: -at,
+      End: buttons.length - 1 - at,
+    };
     if (event.key in moves) {
       event.preventDefault();
       buttons[Math.min(buttons.length - 1, Math.max(0, at + moves[event.key]))].focus();
     } else if (event.key === "Delete") {
       event.preventDefault();
-      this.delete(this.items[at]).then(() => $("gallery").querySelectorAll("button")[Math.min(at, this.items.length - 1)]?.focus());
+      this.delete(this.items[at]).then(() =>
+        $("gallery").querySelectorAll("button")[Math.min(at, this.items.length - 1)]?.focus(),
+      );
     } else if (event.key === "c" && !event.ctrlKey && !event.metaKey) this.pick(this.items[at]);
     else if (event.key === "Escape" && this.first) {
       event.stopPropagation();
@@ -131,9 +140,13 @@ export class Gallery extends EventTarget {
   #render() {
     const focused = document.activeElement?.closest?.("#gallery button")?.dataset.id;
     $("gallery-section").hidden = !this.items.length;
-    $("gallery-about").textContent = this.items.length > 1 ? `${this.items.length} images, kept in this browser` : "kept in this browser";
+    $("gallery-about").textContent =
+      this.items.length > 1 ? `${this.items.length} images, kept in this browser` : "kept in this browser";
     $("gallery").replaceChildren(...this.items.map((item) => this.#row(item)));
-    if (focused) $("gallery").querySelector(`[data-id="${CSS.escape(focused)}"]`)?.focus();
+    if (focused)
+      $("gallery")
+        .querySelector(`[data-id="${CSS.escape(focused)}"]`)
+        ?.focus();
     this.dispatchEvent(new Event("change"));
   }
 }

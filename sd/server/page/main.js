@@ -46,7 +46,6 @@ const inside = new Inside($("inside"), { body: () => bodyOf(form.settings, form.
 
 let lastSeed = null; // of the last image that was asked for by the button
 
-
 function generate({ quiet = false } = {}) {
   if (!form.models || document.querySelector("dialog[open]")) return;
   if (views.view() === "inside") {
@@ -98,7 +97,7 @@ async function edit(blob, item = null) {
 
 function showSize() {
   const { width, height } = sizeOf(form.settings, form.models);
-  editor.setSize(width, height);
+  if (width && height) editor.setSize(width, height);
 }
 
 function showEditing() {
@@ -151,7 +150,9 @@ models.addEventListener("change", ({ detail: { models: found, switched } }) => {
     form.set({ prompt }, { quiet: true });
     generate();
   };
-  const chips = (embedded ? EXAMPLES : []).map((text) => el("button", { type: "button", on: { click: () => use(text) } }, text));
+  const chips = (embedded ? EXAMPLES : []).map((text) =>
+    el("button", { type: "button", on: { click: () => use(text) } }, text),
+  );
   $("examples").replaceChildren(...chips);
 });
 
@@ -198,5 +199,4 @@ await gallery.open();
 if (!runner.running) result.latest();
 lastSeed = gallery.items[0]?.seed ?? null;
 document.body.dataset.ready = "";
-await models.load((text) => ($("empty-about").textContent = text));
-document.body.dataset.models = "";
+if (await models.load((text) => ($("empty-about").textContent = text))) document.body.dataset.models = "";

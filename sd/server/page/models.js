@@ -15,13 +15,14 @@ export class Models extends EventTarget {
     $("refresh").addEventListener("click", () => this.refresh());
   }
 
-  // Ask until the server has loaded its model. onWait(text) is told why it takes time.
+  // Ask until the server has loaded its model, or nobody gives its key. onWait(text) is told why it takes time.
   async load(onWait) {
     for (;;) {
       try {
         return this.#take(await getJson("/api/models"));
       } catch (error) {
         onWait(sentence(error.message));
+        if (error.status === 401) return null; // no key was given
         await wait(error.status === 503 ? 1000 : 4000);
       }
     }

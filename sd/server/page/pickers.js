@@ -44,7 +44,9 @@ export class Pickers {
     });
     if (found.length > MOST_SHOWN) rows.push(el("li", { className: "none" }, `and ${found.length - MOST_SHOWN} more`));
     if (!found.length) {
-      const why = this.#all.length ? "No other LoRA has this name." : "There is none: start the server with --loras FOLDER.";
+      const why = this.#all.length
+        ? "No other LoRA has this name."
+        : "There is none: start the server with --loras FOLDER.";
       rows.push(el("li", { className: "none" }, why));
     }
     list.replaceChildren(...rows);
@@ -111,7 +113,11 @@ export class Pickers {
       on: { input: (event) => change(event.target.value) },
     });
     const click = () => this.form.set({ loras: this.form.settings.loras.filter((each, k) => k !== i) });
-    const remove = el("button", { type: "button", className: "icon quiet", "aria-label": `Remove ${name}`, on: { click } }, icon("close"));
+    const remove = el(
+      "button",
+      { type: "button", className: "icon quiet", "aria-label": `Remove ${name}`, on: { click } },
+      icon("close"),
+    );
     const title = known ? name : `${name}: this server has no such LoRA`;
     return el("div", {}, el("span", { className: known ? "name" : "name unknown", title }, name), input, remove);
   }

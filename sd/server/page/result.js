@@ -34,7 +34,9 @@ export function itemsOf(answer, settings, draft) {
 function named(text) {
   const found = new Map(pairs(text));
   const steps = found.get("Steps");
-  return [steps && `${steps} ${steps === "1" ? "step" : "steps"}`, found.get("Sampler"), found.get("Model")].filter(Boolean);
+  return [steps && `${steps} ${steps === "1" ? "step" : "steps"}`, found.get("Sampler"), found.get("Model")].filter(
+    Boolean,
+  );
 }
 
 export class Result {
@@ -84,7 +86,12 @@ export class Result {
       el("button", { type: "button", className: "quiet", on: { click: () => does(item) } }, icon(symbol), label);
     $("caption").replaceChildren(
       el("span", {}, said.join(" · ")),
-      el("span", { className: "caption-do" }, button("Edit", "edit", this.actions.edit), button("Download", "down", this.actions.download)),
+      el(
+        "span",
+        { className: "caption-do" },
+        button("Edit", "edit", this.actions.edit),
+        button("Download", "down", this.actions.download),
+      ),
     );
     $("caption").hidden = false;
   }

@@ -46,7 +46,11 @@ export function checked(found) {
   for (const [name, own] of Object.entries(DEFAULTS)) {
     const given = found[name];
     if (given === undefined || given === null) continue;
-    if (own === null ? typeof given !== "object" : typeof given === typeof own && Array.isArray(given) === Array.isArray(own))
+    if (
+      own === null
+        ? typeof given !== "object"
+        : typeof given === typeof own && Array.isArray(given) === Array.isArray(own)
+    )
       value[name] = typeof own === "object" && own !== null && !Array.isArray(own) ? { ...own, ...given } : given;
   }
   value.loras = value.loras.filter((each) => typeof each?.name === "string" && Number.isFinite(each.weight));
@@ -95,11 +99,10 @@ export function sampling(settings, models) {
   return found;
 }
 
-// Width and height, with the default of the model.
+// Width and height, with the default of the model: null while it is not loaded.
 export function sizeOf(settings, models) {
-  const size = models?.defaults?.size ?? 512;
-  const [width, height] = Array.isArray(size) ? size : [size, size];
-  return { width: settings.width ?? width, height: settings.height ?? height };
+  const size = models?.defaults?.size ?? null;
+  return { width: settings.width ?? size, height: settings.height ?? size };
 }
 
 // The body of POST /api/generate. `edit` is the editor's value, or null; `hints` are its hints for control networks.
@@ -108,7 +111,7 @@ export function bodyOf(settings, models, edit = null, hints = []) {
   params.seed = plain(asSeed(settings.seed) ?? 0n);
   params.n = settings.n;
   const own = edit && (edit.kind === "inpaint" || settings.ownSize);
-  if (!own && (models?.defaults || settings.width || settings.height)) Object.assign(params, sizeOf(settings, models));
+  if (!own) Object.assign(params, sizeOf(settings, models));
   if (settings.variationStrength > 0 && asSeed(settings.variationSeed) !== null) {
     params.variation_seed = plain(asSeed(settings.variationSeed));
     params.variation_strength = settings.variationStrength;

@@ -8,7 +8,10 @@ export function sentence(text) {
 
 // What was used, as the server wrote it: "Steps: 4, Sampler: LCM, Seed: 1, ...".
 export function pairs(text) {
-  const last = String(text ?? "").trimEnd().split("\n").pop();
+  const last = String(text ?? "")
+    .trimEnd()
+    .split("\n")
+    .pop();
   if (!/^\s*Steps: /.test(last)) return [];
   return [...last.matchAll(/\s*([\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)/g)].map((found) => [found[1], found[2]]);
 }

@@ -18,7 +18,9 @@ export class Viewer extends EventTarget {
     this.dialog.addEventListener("click", (event) => event.target === this.dialog && this.dialog.close());
     this.dialog.addEventListener("close", () => {
       const id = this.item?.id;
-      $("gallery").querySelector(`[data-id="${CSS.escape(id ?? "")}"]`)?.focus();
+      $("gallery")
+        .querySelector(`[data-id="${CSS.escape(id ?? "")}"]`)
+        ?.focus();
       const { after } = this;
       this.after = null;
       after?.();
@@ -56,7 +58,8 @@ export class Viewer extends EventTarget {
 
   #tell(name) {
     const { item } = this;
-    this.after = () => this.dispatchEvent(new CustomEvent(name, { detail: item })); // once the focus is back in the page
+    // once the focus is back in the page
+    this.after = () => this.dispatchEvent(new CustomEvent(name, { detail: item }));
     this.dialog.close();
   }
 
@@ -77,11 +80,30 @@ export class Viewer extends EventTarget {
     };
     const arrow = (name, symbol, label, by) => {
       const disabled = !gallery.items[this.index + by];
-      const button = el("button", { type: "button", className: `icon arrow ${name}`, disabled, "aria-label": label, on: { click: () => this.#move(by) } }, icon(symbol));
+      const button = el(
+        "button",
+        {
+          type: "button",
+          className: `icon arrow ${name}`,
+          disabled,
+          "aria-label": label,
+          on: { click: () => this.#move(by) },
+        },
+        icon(symbol),
+      );
       button.dataset.does = name;
       return button;
     };
-    const close = el("button", { type: "button", className: "icon quiet close", "aria-label": "Close", on: { click: () => this.dialog.close() } }, icon("close"));
+    const close = el(
+      "button",
+      {
+        type: "button",
+        className: "icon quiet close",
+        "aria-label": "Close",
+        on: { click: () => this.dialog.close() },
+      },
+      icon("close"),
+    );
     const copy = async () => {
       try {
         await navigator.clipboard.writeText(item.text);
@@ -91,14 +113,20 @@ export class Viewer extends EventTarget {
       }
     };
     this.content.replaceChildren(
-      el("div", { className: "picture" },
+      el(
+        "div",
+        { className: "picture" },
         arrow("left", "left", "Newer image", -1),
         el("img", { src: url, alt: item.prompt || "no prompt" }),
         arrow("right", "right", "Older image", 1),
       ),
-      el("div", { className: "about" },
+      el(
+        "div",
+        { className: "about" },
         close,
-        el("div", { className: "do" },
+        el(
+          "div",
+          { className: "do" },
           action("use", "use", "Use these settings", () => this.#tell("use")),
           action("edit", "edit", "Edit", () => this.#tell("edit")),
           action("compare", "compare", "Compare", () => this.#tell("compare")),
@@ -111,7 +139,9 @@ export class Viewer extends EventTarget {
         ...(item.negative ? [el("h2", {}, "Negative prompt"), el("p", { className: "words" }, item.negative)] : []),
         el("h2", {}, "Settings"),
         el("dl", {}, ...rows(item)),
-        ...(item.notes?.length ? [el("h2", {}, "Notes"), el("ul", {}, ...item.notes.map((note) => el("li", {}, note)))] : []),
+        ...(item.notes?.length
+          ? [el("h2", {}, "Notes"), el("ul", {}, ...item.notes.map((note) => el("li", {}, note)))]
+          : []),
       ),
     );
     const again = had && this.dialog.querySelector(`[data-does="${had}"]`);

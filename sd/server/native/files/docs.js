@@ -26,8 +26,9 @@ function typeOf(given, api) {
   if (schema.const !== undefined) return JSON.stringify(schema.const);
   if (schema.enum) return schema.enum.map((value) => JSON.stringify(value)).join(" | ");
   const type = Array.isArray(schema.type) ? schema.type.join(" or ") : schema.type ?? "any";
-  const range = [schema.minimum, schema.maximum].map((bound) => bound ?? "");
-  return range.join("") ? `${type}, ${range.join(" to ")}` : type;
+  const { minimum: low, maximum: high } = schema;
+  if (low !== undefined && high !== undefined) return `${type}, ${low} to ${high}`;
+  return low !== undefined ? `${type}, from ${low}` : type;
 }
 
 /** The rows of a table with the properties of a schema. */
@@ -36,10 +37,15 @@ function rows(given, api, prefix = "", depth = 0) {
   if (depth > DEEPEST) return [];
   if (schema.items) return rows(schema.items, api, `${prefix}[]`, depth + 1);
   const options = schema.anyOf ?? schema.oneOf;
-  if (options) return options.flatMap((each) => rows(each, api, prefix, depth + 1));
+  if (options) {
+    const seen = new Set(); // what several kinds have is shown once
+    const isNew = (row) => row.dataset.kind || (!seen.has(row.firstChild.textContent) && seen.add(row.firstChild.textContent));
+    return options.flatMap((each) => rows(each, api, prefix, depth + 1).filter(isNew));
+  }
   const found = [];
   if (depth > 0 && schema.title && schema.properties?.kind) {
-    found.push(make("tr", "", make("td", "path", prefix), make("td", "", `of ${schema.title}`), make("td", "", schema.description ?? "")));
+    found.push(make("tr", "kind", make("td", "path", prefix), make("td", "", `of kind ${schema.title}`), make("td", "", schema.description ?? "")));
+    found[0].dataset.kind = schema.title;
   }
   for (const [name, value] of Object.entries(schema.properties ?? {})) {
     const path = prefix ? `${prefix}.${name}` : name;
@@ -140,4 +146,5 @@ async function show() {
 }
 
 document.getElementById("key").addEventListener("change", show);
+document.getElementById("key-form").addEventListener("submit", (event) => event.preventDefault());
 show();

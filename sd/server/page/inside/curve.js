@@ -4,7 +4,7 @@ import { el } from "../dom.js";
 import { percent } from "./numbers.js";
 
 const SVG = "http://www.w3.org/2000/svg";
-const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [360, 150, 34, 10, 10, 26];
+const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [360, 150, 42, 10, 10, 26];
 
 function draw(tag, attributes, text = "") {
   const found = document.createElementNS(SVG, tag);

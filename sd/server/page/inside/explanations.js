@@ -2,14 +2,16 @@
 
 import { el } from "../dom.js";
 
+export const QUESTION = "How does noise become an image?";
+
 export const INTRODUCTION = [
-  "Watch how noise becomes an image. After each step you see what the model expects the image to be, how much noise is left, and which places look at which word of the prompt.",
+  "After each step you see what the model expects the image to be, how much noise is left, and which places look at which word of the prompt.",
   "Press Look inside: it generates the image of the form, the same as Generate does.",
 ];
 
 const TEXTS = {
   words: [
-    "The image looks at the words through cross-attention. Point at a word to see which places look at it most, press it to keep its map, press a second one to compare. Percent is its share of all attention. Most goes to start, end and padding, which also carry the meaning of the whole prompt.",
+    "The places of the image look at the words through cross-attention. Point at a word to see where, press it to keep its map, press a second one to compare. Percent is its share of all attention. Most goes to start, end and padding, which carry the meaning of the whole prompt as well.",
     "docs/4-unet.md, Where the image attends to words; docs/1-text.md",
   ],
   steps: [

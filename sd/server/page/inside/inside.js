@@ -4,7 +4,7 @@ import { getJson, stream, toJson } from "../api.js";
 import { announce, debounce, el, isField } from "../dom.js";
 import { Controls } from "./controls.js";
 import { Curve, facts } from "./curve.js";
-import { explanation, INTRODUCTION } from "./explanations.js";
+import { explanation, INTRODUCTION, QUESTION } from "./explanations.js";
 import { counted, percent, plain } from "./numbers.js";
 import { Recording, Recordings } from "./recording.js";
 import { bodyFor, isFew } from "./request.js";
@@ -54,30 +54,27 @@ export class Inside {
     };
     this.free = el("button", { type: "button", className: "quiet", hidden: true, on: { click: () => this.words.release() } }, "Release words");
     this.facts = el("div");
-    this.noWords = explanation("words");
     const panel = (title, ...children) => el("section", { className: "inside-panel", "aria-label": title }, el("h3", {}, title), ...children);
     this.results = el("div", { className: "inside-results", hidden: true },
-      el("div", { className: "inside-main" },
-        el("div", { className: "inside-stages" }, ...this.stages.map((stage) => stage.element)),
-        el("div", { className: "inside-side" },
-          panel("Words", this.words.element, this.noWords),
-          el("div", { className: "inside-view" },
-            el("div", { className: "inside-toggles", role: "group", "aria-label": "View" }, ...Object.values(this.toggles), this.free),
-            el("label", { className: "inside-opacity", for: "inside-opacity" }, "Opacity of the map", this.opacity))),
-      ),
-      el("div", { className: "inside-panel" }, this.strip.element, explanation("steps")),
+      el("div", { className: "inside-stages" }, ...this.stages.map((stage) => stage.element)),
+      el("div", { className: "inside-side" }, panel("Words", this.words.element, explanation("words"))),
+      el("div", { className: "inside-view" },
+        el("div", { className: "inside-toggles", role: "group", "aria-label": "View" }, ...Object.values(this.toggles), this.free),
+        el("label", { className: "inside-opacity", for: "inside-opacity" }, "Opacity", this.opacity)),
+      el("div", { className: "inside-panel inside-reel" }, this.strip.element, explanation("steps")),
       el("div", { className: "inside-below" },
         panel("Noise", this.curve.element, explanation("noise")),
         panel("This step", this.facts, explanation("guidance"))),
     );
-    this.empty = el("div", { className: "inside-empty-state" }, ...INTRODUCTION.map((text) => el("p", {}, text)));
+    this.empty = el("div", { className: "inside-empty-state" }, el("h2", {}, QUESTION), ...INTRODUCTION.map((text) => el("p", {}, text)));
     this.root.classList.add("inside");
     this.root.replaceChildren(
       el("header", { className: "inside-head" }, el("div", { className: "inside-run" }, this.go, this.stop, this.status), this.controls.element),
       this.error, this.empty, this.results, this.notes,
     );
     this.root.addEventListener("keydown", (event) => this.key(event));
-    this.controls.show({ few: false }, false);
+    document.addEventListener("keydown", (event) => this.escape(event), { capture: true });
+    this.controls.element.hidden = true; // until there is a run whose settings they show
   }
 
   // ------------------------------------------------------------------------------------------------ settings
@@ -98,8 +95,10 @@ export class Inside {
 
   use() {
     const { plan } = this.recording;
-    this.onSettings({ steps: this.own.steps ?? this.sent?.request.params.steps ?? plan.steps, guidance: plan.guidance, few: this.isFew });
-    this.change({});
+    if (this.models.few_steps) this.onSettings({ fast: this.isFew }); // first, as each has steps of its own
+    this.onSettings({ steps: this.sent.request.params.steps ?? plan.steps, guidance: plan.guidance });
+    this.own = {};
+    this.controls.changes.hidden = true;
     announce("The form has these settings now");
   }
 
@@ -193,7 +192,7 @@ export class Inside {
 
   show(plan) {
     this.empty.hidden = true;
-    this.results.hidden = false;
+    this.results.hidden = this.controls.element.hidden = false;
     this.words.set(plan.words, plan.parts);
     this.curve.set(plan);
     this.strip.set(plan.steps);
@@ -326,12 +325,14 @@ export class Inside {
     ]);
   }
 
+  escape(event) {
+    if (event.key !== "Escape" || !this.running || event.defaultPrevented) return;
+    this.cancel();
+    event.preventDefault();
+  }
+
   key(event) {
     if (event.altKey || event.ctrlKey || event.metaKey) return;
-    if (event.key === "Escape" && this.running) {
-      this.cancel();
-      event.preventDefault();
-      event.stopPropagation();
-    } else if (!isField(event.target) && this.recording && this.strip.key(event)) event.preventDefault();
+    if (!isField(event.target) && this.recording && this.strip.key(event)) event.preventDefault();
   }
 }

@@ -43,7 +43,7 @@ export class Stage {
     const scale = SIDE / Math.max(width, height);
     const [w, h] = [Math.round(width * scale), Math.round(height * scale)];
     if (this.canvas.width !== w || this.canvas.height !== h) Object.assign(this.canvas, { width: w, height: h });
-    this.frame.style.aspectRatio = `${width} / ${height}`;
+    this.element.style.setProperty("--shape", String(width / height));
   }
 
   // Lay a map over it: {heat, title, about, opacity, low, high, write}, where write(value) is a value as text. Null: none.
@@ -52,7 +52,7 @@ export class Stage {
     this.write = map?.write;
     this.legend.classList.toggle("inside-empty", !this.heat);
     this.title.textContent = map?.title ?? "";
-    this.about.textContent = map?.about ?? "";
+    this.about.textContent = map?.about ?? "Point at a word, or press it, to see where the image looks at it.";
     if (!this.heat) {
       clear(this.canvas);
       this.low.textContent = this.high.textContent = this.here.textContent = "";
