@@ -162,7 +162,12 @@ def kept(full: Tensor, recorded: Tensor) -> Tensor:
 
 @lru_cache
 def manifest(name: str) -> reference.Manifest:
-    return reference.load_manifest(MANIFESTS / f"{name}.json")
+    """The names, shapes and types of a model's weights; the largest of the files are compressed."""
+    file = MANIFESTS / f"{name}.json"
+    if file.exists():
+        return reference.load_manifest(file)
+    raw = json.loads(gzip.decompress(file.with_suffix(".json.gz").read_bytes()))
+    return {key: (tuple(shape), getattr(torch, dtype)) for key, (shape, dtype) in raw.items()}
 
 
 @lru_cache

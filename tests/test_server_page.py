@@ -174,11 +174,16 @@ def test_compare_by_pointer_use_settings_and_delete(ready):
     assert "inset(0px 75% 0px 0px)" in ready.eval_on_selector("#compare .over", "e => getComputedStyle(e).clipPath")
     ready.keyboard.press("Escape")
 
+    ready.fill("#seed", "no seed")
+    assert ready.get_attribute("#seed", "aria-invalid") == "true"
     ready.fill("#prompt", "other")
+    assert ready.input_value("#seed").isdigit()
+    ready.fill("#steps", "7")
     ready.click("#gallery li:nth-child(2) button")
     ready.click("#viewer [data-does=use]")
     ready.wait_for_selector("#toast:has-text('the seed locked')")
-    assert ready.input_value("#prompt") == "a house" and ready.get_attribute("#lock", "aria-pressed") == "true"
+    assert ready.input_value("#prompt") == "a house" and ready.input_value("#steps") == "4"
+    assert ready.get_attribute("#lock", "aria-pressed") == "true"
     ready.click("#toast button:has-text('Undo')")
     assert ready.input_value("#prompt") == "other"
     ready.focus("#gallery li:nth-child(1) button")

@@ -1,7 +1,8 @@
 // The form: fields to settings, and settings to fields.
 
 import { $, el, setIcon, shape } from "./dom.js";
-import { asSeed, DEFAULTS, isFast, optionNames, randomSeed, sampling, sizeOf } from "./settings.js";
+import { fill, mark, READERS, slide } from "./fields.js";
+import { DEFAULTS, isFast, optionNames, randomSeed, sampling, sizeOf } from "./settings.js";
 
 const RATIOS = [
   ["square", 1, 1],
@@ -40,7 +41,7 @@ const FIELDS = [
   ["rng", "rng", "text"],
   ["tileable", "tileable", "flag"],
 ];
-const EMPTY = { hiresSteps: null, clipSkip: null, variationSeed: "" }; // what an empty field means
+const EMPTY = { hiresSteps: null, clipSkip: null, variationSeed: "" }; // settings that a field may leave open
 
 export class Form extends EventTarget {
   // Events: "change" after every change by the user; its detail is {prompt: whether only a prompt changed}.
@@ -98,40 +99,27 @@ export class Form extends EventTarget {
 
   #read(id, name, kind, of, final) {
     const field = $(id);
-    const type = kind === "sampling" ? of : kind;
-    let value = field.value;
-    if (type === "flag") value = field.checked;
-    else if (type === "whole" || type === "number" || type === "size") {
-      value = field.value.trim() === "" ? null : Number(field.value);
-      if (value === null && !final) return;
-      if (value === null && kind !== "sampling" && kind !== "size")
-        value = name in EMPTY ? EMPTY[name] : this.settings[name];
-      else if (value !== null) {
-        const step = type === "size" ? 8 : type === "whole" ? 1 : 0;
-        const low = field.min === "" ? -Infinity : Number(field.min);
-        const high = field.max === "" ? Infinity : Number(field.max);
-        let right = step ? Math.round(value / step) * step : value;
-        right = Math.min(high, Math.max(low, right));
-        if (!Number.isFinite(right)) return;
-        if (right !== value && !final) return mark(field, true); // still typing
-        value = right;
-      }
-    } else if (type === "seed") {
-      const seed = asSeed(value);
-      const empty = value.trim() === "";
-      mark(field, seed === null && !(empty && name in EMPTY));
-      if (seed === null && !empty) return;
-      value = seed === null ? (name in EMPTY ? EMPTY[name] : final ? randomSeed() : null) : String(seed);
-      if (value === null) return;
+    const found = READERS[of ?? kind](field, final);
+    mark(field, found.wrong);
+    if (!("value" in found)) {
+      if (final) this.render(); // it stays as it was
+      return;
     }
-    if (type !== "seed") mark(field, false);
+    const value = found.value ?? this.#empty(name, kind);
     const target = kind === "sampling" ? this.#profile() : this.settings;
     const same = target[name] === value;
     target[name] = value;
-    if (name === "sampler" && final) this.#usual(value);
+    if (name === "seed" && !same) this.settings.lock = true; // a seed that is typed is meant
+    if (name === "sampler" && !same) this.#usual(value);
     this.render(final ? null : field);
-    if (!same || (name === "sampler" && final))
-      this.#changed(name === "live", type === "text" && field.tagName === "TEXTAREA");
+    if (!same) this.#changed(name === "live", field.tagName === "TEXTAREA");
+  }
+
+  // What an empty field means.
+  #empty(name, kind) {
+    if (kind === "sampling" || kind === "size") return null; // the model's
+    if (name === "seed") return randomSeed();
+    return name in EMPTY ? EMPTY[name] : this.settings[name];
   }
 
   #profile() {
@@ -283,24 +271,4 @@ export class Form extends EventTarget {
     if (rows.length) rows.unshift(el("span", { className: "label" }, "From a recipe"));
     $("extra").replaceChildren(...rows);
   }
-}
-
-function fill(select, entries, of) {
-  select.replaceChildren(
-    ...entries.map((entry) => {
-      const [value, label] = of(entry);
-      return el("option", { value }, label);
-    }),
-  );
-}
-
-function mark(field, wrong) {
-  if (wrong) field.setAttribute("aria-invalid", "true");
-  else field.removeAttribute("aria-invalid");
-}
-
-function slide(range, value) {
-  range.value = value ?? range.min;
-  const part = (100 * (range.value - range.min)) / (range.max - range.min);
-  range.style.setProperty("--part", `${part}%`);
 }

@@ -12,7 +12,7 @@ import { Pickers } from "./pickers.js";
 import { Recipes } from "./recipe.js";
 import { itemsOf, Result } from "./result.js";
 import { Runner } from "./run.js";
-import { bodyOf, checked, fresh, isFast, load, randomSeed, save, sizeOf } from "./settings.js";
+import { bodyOf, checked, fresh, isFast, load, randomSeed, resolved, save, sizeOf } from "./settings.js";
 import { sentence } from "./texts.js";
 import { Tokens } from "./tokens.js";
 import { Viewer } from "./viewer.js";
@@ -67,7 +67,7 @@ function generate({ quiet = false } = {}) {
     $("error").hidden = false;
     return;
   }
-  runner.start(body, structuredClone(settings), quiet);
+  runner.start(body, resolved(settings, form.models), quiet);
   if (!quiet && (edits || matchMedia("(max-width: 999px)").matches)) $("stage").scrollIntoView({ block: "nearest" });
 }
 
@@ -123,9 +123,6 @@ form.addEventListener("change", ({ detail: { quiet, prompt } }) => {
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
   generate();
-});
-$("seed").addEventListener("input", () => {
-  if (!form.settings.lock) form.set({ lock: true }, { quiet: true }); // a seed that is typed is meant
 });
 $("reset").addEventListener("click", () => {
   const before = structuredClone(form.settings);

@@ -105,6 +105,14 @@ export function sizeOf(settings, models) {
   return { width: settings.width ?? size, height: settings.height ?? size };
 }
 
+// A copy with the defaults filled in: what an image was made with, whatever the defaults are later.
+export function resolved(settings, models) {
+  const fast = isFast(settings, models);
+  const own = { ...structuredClone(settings), ...sizeOf(settings, models), fast };
+  own[fast ? "few" : "full"] = { ...own.full, ...sampling(settings, models) };
+  return own;
+}
+
 // The body of POST /api/generate. `edit` is the editor's value, or null; `hints` are its hints for control networks.
 export function bodyOf(settings, models, edit = null, hints = []) {
   const params = { ...settings.extra.params, ...sampling(settings, models) };
