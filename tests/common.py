@@ -7,6 +7,7 @@ original modules. `error` is the relative L2 distance that all tolerances speak 
 from __future__ import annotations
 
 import argparse
+import gzip
 import itertools
 import json
 import math
