@@ -34,7 +34,9 @@ export class Viewer extends EventTarget {
   open(index) {
     this.index = index;
     this.#render();
-    if (!this.dialog.open) this.dialog.showModal();
+    if (this.dialog.open) return;
+    this.dialog.showModal();
+    this.content.querySelector("[data-does=use]").focus();
   }
 
   #move(by) {
