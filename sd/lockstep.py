@@ -22,7 +22,7 @@ import copy
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,11 +41,17 @@ class Stopped(BaseException):
     """Raised in a task that waits for the network when the lockstep is closed. No `except Exception` catches it."""
 
 
+class Alone(NamedTuple):
+    """An evaluation that is not made together with others."""
+
+    run: Callable[[], Any]
+
+
 class Turn:
     """A task in its thread, which runs only while it has the turn."""
 
     def __init__(self, model: StableDiffusion, task: Task) -> None:
-        self.call: Batch | Callable[[], Any] | None = None  # an evaluation, or another call, that it waits for
+        self.call: Batch | Alone | Callable[[], Any] | None = None  # an evaluation, or another call, that it waits for
         self.output: Any = None
         self.error: BaseException | None = None  # to raise where the task waits
         self.ended, self.result, self.failure = False, None, None  # type: bool, Any, BaseException | None
@@ -60,7 +66,7 @@ class Turn:
         self._mine.release()
         self._back.acquire()
 
-    def wait_for(self, call: Batch | Callable[[], Any]) -> Any:
+    def wait_for(self, call: Batch | Alone | Callable[[], Any]) -> Any:
         """Called in the task: let others run until there is the output of a call."""
         self.call = call
         self._back.release()
@@ -102,11 +108,12 @@ class Lockstep:
         turn = Turn(shared, task)
 
         def predict(x: Tensor, t: Tensor, conditioning: Conditioning, wrap: Wrapper | None = None) -> Tensor:
-            more = () if wrap is None else (wrap,)  # another network, such as one that follows hints: alone
-            if is_circular():  # a mode of this thread
-                return self.model.predict(x, t, conditioning, *more)
-            call = partial(self.model.predict, x, t, conditioning, *more) if more else Batch(x, t, conditioning)
-            output: Tensor = turn.wait_for(call)
+            more = () if wrap is None else (wrap,)  # another network, such as one that follows hints
+            evaluate = partial(self.model.predict, x, t, conditioning, *more)
+            if is_circular():  # a mode of this thread, in which it is evaluated when it has its turn
+                turn.wait_for(Alone(lambda: None))
+                return evaluate()
+            output: Tensor = turn.wait_for(Alone(evaluate) if more else Batch(x, t, conditioning))
             return output
 
         shared.predict = predict  # type: ignore[method-assign]
@@ -120,8 +127,10 @@ class Lockstep:
         """Evaluate what the tasks wait for, and let each go on; False if there are none."""
         shapes: dict[object, list[Turn]] = {}
         for turn in self.turns:
-            assert isinstance(turn.call, Batch)
-            shapes.setdefault(turn.call.shape(), []).append(turn)
+            if isinstance(turn.call, Batch):
+                shapes.setdefault(turn.call.shape(), []).append(turn)
+            elif isinstance(turn.call, Alone):
+                self._run(turn, turn.call.run)
         for waiting in shapes.values():
             self._answer(waiting)
         for turn in [*self.turns]:
@@ -146,16 +155,20 @@ class Lockstep:
     def _go_on(self, turn: Turn) -> None:
         """Let a task run until it waits for an evaluation, or ends; what else it calls is answered at once."""
         turn.go_on()
-        while not turn.ended and not isinstance(turn.call, Batch):
+        while not turn.ended and not isinstance(turn.call, Batch | Alone):
             assert turn.call is not None
-            try:
-                with torch.no_grad():
-                    turn.output = turn.call()
-            except Exception as error:
-                turn.error = error
+            self._run(turn, turn.call)
             turn.go_on()
         if turn.ended:
             self.turns.remove(turn)
+
+    def _run(self, turn: Turn, call: Callable[[], Any]) -> None:
+        """Give a task the result of a call, or its error."""
+        try:
+            with torch.no_grad():
+                turn.output = call()
+        except Exception as error:
+            turn.error = error
 
     def _answer(self, waiting: list[Turn]) -> None:
         """Give each of these tasks its output, or the error of its evaluation."""
@@ -164,10 +177,12 @@ class Lockstep:
             with torch.no_grad():
                 outputs = self._together(calls)
         except Exception as error:  # out of memory, for example
+            outputs = []
             if len(waiting) == 1:
                 waiting[0].error = error
                 return
-            for turn in waiting:  # each alone may do
+        if not outputs:  # each alone may do, now that what the error held is free
+            for turn in waiting:
                 self._answer([turn])
             return
         for turn, output in zip(waiting, outputs, strict=True):

@@ -24,6 +24,7 @@ REFERENCE = [
     "samplers.md",
     "fine-tuning.md",
     "training.md",
+    "server.md",
     "benchmark.md",
     "performance.md",
     "verification.md",

@@ -41,7 +41,7 @@ def model(request):
     return StableDiffusion.load(dtype=request.param)
 
 
-@pytest.mark.parametrize("width", [2, 5, pytest.param(10, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("width", [5, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (2, 10))])
 def test_images_are_those_of_each_alone(model, width):
     """Whatever runs beside them, and whenever it begins and ends."""
     alone = [images(model, request) for request in REQUESTS]

@@ -83,6 +83,7 @@ def test_argument_before_environment_before_file_before_default(tmp_path):
         defaults={"queue": 9, "together": 9, "resident": 9},
     )
     assert (found.port, found.queue, found.together, found.resident) == (3, 2, 1, 9)
+    assert settings(settings=str(file)).queue == 1
     assert not found.insecure and found.max_steps == ServerSettings.max_steps
 
 
@@ -120,6 +121,10 @@ def test_wrong_files_are_one_line_with_their_name(content, words, tmp_path, caps
     [
         (["--host", "0.0.0.0"], {}, "give a key with --api-key, or --insecure"),
         (["--api-key", "short"], {}, "at least 8 printable characters"),
+        (["--api-key", " a long key"], {}, "no blanks around them"),
+        (["--origins", "*"], {}, "--origins: origins must be like https://example.org, without a path or *, got '*'"),
+        (["--origins", "https://a.org,b.org"], {}, "got 'b.org'"),
+        (["--hosts", "http://box.lan"], {}, "--hosts: hosts must be names, such as box.example.org"),
         (["--port", "70000"], {}, "--port: port must be in [0, 65535], got 70000"),
         (["--dtype", "float8"], {}, "--dtype: unknown dtype 'float8', expected one of float32"),
         (["--models", "/nowhere"], {}, "models /nowhere: no such folder"),

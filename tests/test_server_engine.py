@@ -12,7 +12,7 @@ from sd import StableDiffusion, read_request
 from sd.params import ImageToImage, TextToImage
 from sd.resources import EMBEDDED_LORA, resource
 from sd.server.engine import Busy, Engine
-from sd.server.jobs import Work
+from sd.server.jobs import Job, Work
 from sd.server.settings import ServerSettings
 
 
@@ -173,3 +173,117 @@ def test_closing_finishes_or_reports_every_job():
     engine = Engine(ServerSettings())
     engine.start()
     assert {job.state for job in asyncio.run(run(60, 2))} == {"done"}
+
+
+def test_a_worker_survives_whatever_fails(monkeypatch):
+    """Its job gets an answer, and the next ones their images."""
+    engine = Engine(ServerSettings())
+    engine.start()
+    try:
+        expected = finished(engine, Work(request()))[0].finished.images[0].tobytes()
+        with monkeypatch.context() as patch:
+            patch.setattr("threading.Thread.start", lambda thread: (_ for _ in ()).throw(RuntimeError("no thread")))
+            (job,) = asyncio.run(ended_without_threads(engine))
+        assert (job.state, job.fault) == ("failed", "internal")
+        with monkeypatch.context() as patch:
+            patch.setattr("sd.lockstep.Lockstep.advance", lambda lockstep: 1 / 0)
+            (job,) = finished(engine, Work(request()))
+        assert (job.state, job.fault) == ("failed", "internal")
+        (job,) = finished(engine, Work(request()))
+        assert engine.is_ready and job.finished.images[0].tobytes() == expected
+    finally:
+        engine.close(0)
+
+
+async def ended_without_threads(engine):
+    """A job that is submitted where no thread can be started: this does what `Engine.submit` does in one."""
+    job = Job(*[Work(request()), "a"])
+    with engine._changed:
+        engine._waiting.append((job, engine._checked(job.work)[1]))
+        engine._changed.notify_all()
+    return [await job.end()]
+
+
+def test_a_lora_that_could_not_be_removed_spoils_no_image(monkeypatch):
+    engine = Engine(ServerSettings())
+    engine.start()
+    try:
+        with_lora = Work(TextToImage.of("a red house", steps=4, seed=1), loras=(("pocket-lcm", 1.0),))
+        expected = [finished(engine, work)[0].finished.images[0].tobytes() for work in (with_lora, Work(request()))]
+        assert finished(engine, with_lora)[0].state == "done"
+        with monkeypatch.context() as patch:
+            patch.setattr(StableDiffusion, "remove_lora", lambda *args: (_ for _ in ()).throw(MemoryError()))
+            (job,) = finished(engine, Work(request()))
+        assert (job.state, job.fault) == ("failed", "memory")
+        again = [finished(engine, work)[0].finished.images[0].tobytes() for work in (with_lora, Work(request()))]
+        assert again == expected
+    finally:
+        engine.close(0)
+
+
+def test_clients_take_turns():
+    engine = Engine(ServerSettings(together=1))  # not started: nothing is taken
+
+    async def order():
+        for client, count in (("a", 3), ("b", 2), ("c", 1)):
+            await engine.submit([Work(request(i)) for i in range(count)], client)
+        return [job.client for job in engine.jobs()]
+
+    assert asyncio.run(order()) == ["a", "b", "c", "a", "b", "a"]
+    first, second = engine.take(None, 1, wait=False), engine.take(None, 1, wait=False)
+    assert [first[0][0].client, second[0][0].client] == ["a", "b"]
+    assert [job.client for job in engine.jobs()] == ["a", "b", "c", "a", "b", "a"]
+
+
+def test_images_of_the_jobs_that_wait_are_bounded():
+    image = Image.new("L", (1000, 1000))
+    engine = Engine(ServerSettings(max_waiting_pixels=4_000_000))
+
+    async def submit(client, *images):
+        await engine.submit([Work(ImageToImage(prompt="a", image=each)) for each in images], client)
+
+    asyncio.run(submit("a", image.copy()))
+    asyncio.run(submit("a", *[image] * 1))
+    with pytest.raises(Busy, match="too large together"):
+        asyncio.run(submit("a", image.copy()))
+    asyncio.run(submit("b", *[image.copy()] * 20))  # the same for all
+    with pytest.raises(Busy):
+        asyncio.run(submit("c", image.copy(), image.copy()))
+
+
+def test_who_reads_slowly_misses_steps_but_not_the_end(engine):
+    async def follow():
+        (job,) = await engine.submit([Work(request(steps=40), previews=1)], "a")
+        seen = []
+        async for event in job.events():
+            seen.append(event)
+            if len(seen) == 1:
+                while not job.has_ended:
+                    await asyncio.sleep(0.01)
+        return seen
+
+    seen = asyncio.run(follow())
+    assert len(seen) <= 8 and seen[-1].state == "done"
+
+
+@pytest.mark.parametrize("settings", [{"cache_interval": 2}, {"tileable": True}], ids=str)
+def test_jobs_that_run_alone_leave_others_their_turns(engine, settings):
+    async def follow():
+        slow, quick = await engine.submit([Work(request(steps=60, **settings)), Work(request(steps=2))], "a")
+        await quick.end()
+        step = slow.step
+        engine.cancel([slow])
+        await slow.end()
+        return quick.state, step
+
+    state, step = asyncio.run(follow())
+    assert state == "done" and step < 30
+
+
+def test_numbers_that_are_not_finite_do_not_end_batches(engine):
+    """A job that overflows fails alone, and those that come after are computed together again."""
+    bad = Work(request(2, guidance=1000.0, steps=6))
+    jobs = finished(engine, *[Work(request(i, steps=6)) for i in range(3)], bad)
+    assert {job.state for job in jobs[:3]} == {"done"}
+    with pytest.raises(ValueError, match="guidance 1e\\+38 is too large"):
+        finished(engine, Work(request(guidance=1e38)))

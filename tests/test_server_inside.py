@@ -1,4 +1,4 @@
-"""POST /api/inside: what was seen in a run as events, with the image that /api/generate gives, and alone on its device."""
+"""POST /api/inside: what was seen in a run, as events; the image is that of /api/generate, and others are not seen."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import time
+from contextlib import ExitStack
 
 import httpx2
 import numpy as np
@@ -204,21 +205,16 @@ def test_what_only_the_run_can_refuse_is_an_event(client, given, part):
 
 def test_the_queue_is_bounded(client):
     long = body(params={"steps": 100})
-    streams = []
-    try:
+    with ExitStack() as stack:
+        kept = []  # an iterator that nobody holds closes its connection
         for _ in range(OWN + 1):  # one runs, the others wait
-            stream = client.stream("POST", "/api/inside", json=long)
-            streams.append((stream, stream.__enter__()))
-            assert streams[-1][1].status_code == 200
-            next(events(streams[-1][1]))
-            if len(streams) == 1:
-                while client.get("/api/jobs").json()[0]["state"] == "waiting":
-                    time.sleep(0.01)
+            response = stack.enter_context(client.stream("POST", "/api/inside", json=long))
+            kept.append(events(response))
+            assert response.status_code == 200 and next(kept[-1])[0] == "queued"
+            while client.get("/api/jobs").json()[0]["state"] == "waiting":
+                time.sleep(0.01)
         answer = client.post("/api/inside", json=long)
         assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
-    finally:
-        for stream, _ in streams:
-            stream.__exit__(None, None, None)
     idle(client)
 
 

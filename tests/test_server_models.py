@@ -6,6 +6,7 @@ import asyncio
 import gc
 import hashlib
 import shutil
+import time
 import weakref
 
 import pytest
@@ -16,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from sd import StableDiffusion
 from sd.params import TextToImage
 from sd.resources import EMBEDDED, EMBEDDED_LORA, resource
+from sd.server import loaded as loading
+from sd.server import worker
 from sd.server.catalogue import Catalogue, UnknownName
 from sd.server.engine import Engine
 from sd.server.jobs import Work
@@ -63,6 +66,11 @@ def test_names_titles_and_hashes(folder):
     dark = catalogue.find("model", "dark")
     assert dark.path == folder / "models" / "dark.safetensors" and dark.title == "dark.safetensors"
     digits = hashlib.sha256(dark.path.read_bytes()).hexdigest()
+    with pytest.raises(UnknownName, match="being computed"):
+        catalogue.find("model", digits[:10])
+    until = time.monotonic() + 60
+    while not all(entry.hash for entry in catalogue.entries("model")) and time.monotonic() < until:
+        time.sleep(0.01)
     assert catalogue.find("model", digits) is dark and catalogue.find("model", digits[:10]) is dark
     assert dark.title == f"dark.safetensors [{digits[:10]}]" and dark.hash == digits[:10]
     for name in ("DARK", "dark.safetensors", dark.title, " dark "):
@@ -90,6 +98,10 @@ def test_new_files_are_found_by_refresh(folder, tmp_path):
     catalogue.refresh()
     assert {entry.name for entry in catalogue.entries("model")} == {"pocket", "dark", "more/dark", "new"}
     assert catalogue.find("model", "dark") is before and before.hash
+    with open(before.path, "ab") as file:  # another file of the same name
+        file.write(b"more")
+    catalogue.refresh()
+    assert catalogue.find("model", "dark") is not before and not catalogue.find("model", "dark").hash
 
 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path):
@@ -109,7 +121,7 @@ def test_links_in_a_circle_end(tmp_path):
 
 
 @pytest.mark.parametrize("resident", [1, 2])
-def test_models_are_switched_and_the_one_used_least_recently_goes(folder, resident):
+def test_models_are_switched_and_the_one_used_least_recently_goes(folder, resident, monkeypatch):
     engine = Engine(settings(folder, resident=resident))
     engine.start()
     try:
@@ -117,7 +129,11 @@ def test_models_are_switched_and_the_one_used_least_recently_goes(folder, reside
         (loaded,) = engine.workers[0].models
         gone = weakref.ref(loaded.model)
         del loaded
+        alive = []
+        plain = loading.load
+        monkeypatch.setattr(worker, "load", lambda *args: (alive.append(gone() is not None), plain(*args))[1])
         (dark,) = finished(engine, Work(REQUEST, model="dark"))
+        assert alive == [resident == 2]  # it made room before the other one was loaded
         assert dark.finished.model.startswith("dark.safetensors [")
         light, darker = first.finished.images[0], dark.finished.images[0]
         expected = StableDiffusion.load(folder / "models" / "dark.safetensors").prepare(REQUEST).result().images[0]

@@ -141,6 +141,14 @@ def test_a_masked_edit_leaves_all_other_pixels(client, library, photo):
     assert answer.usage.input_tokens_details.image_tokens == 64
 
 
+def test_the_size_of_a_masked_edit_is_that_of_generating_only(client, photo):
+    image, mask = png_bytes(photo), png_bytes(hole())
+    answer = client.images.edit(image=image, mask=mask, prompt="a car", size="96x96", extra_body=SMALL)
+    (found,) = images_of(answer)
+    changed = (np.asarray(found.convert("RGB")) != np.asarray(photo)).any(-1)
+    assert answer.size == "64x64" and not changed[:24].any() and changed[24:48, 16:40].any()
+
+
 def test_the_transparent_part_of_the_image_is_a_mask_too(client, photo):
     holed = photo.copy()
     holed.putalpha(hole().getchannel("A"))
@@ -228,7 +236,7 @@ def test_models(client):
         ({"extra_body": {"strength": 0.5}}, "strength", "/v1/images/edits"),
         ({"extra_body": {"svg": {"model": "x"}}}, "svg", "not supported"),
         ({"extra_body": {"image": "x"}}, "image", "/v1/images/edits"),
-        ({"extra_body": {"steps": 999}}, None, "at most 150"),
+        ({"extra_body": {"steps": 999}}, "steps", "at most 150"),
         ({"extra_body": {"steps": "x"}}, "steps", "whole number"),
         ({"extra_body": {"seed": -1}}, "seed", "from 0"),
         ({"extra_body": {"eta": 3}}, "eta", "in [0, 1]"),
@@ -239,7 +247,7 @@ def test_models(client):
         ({"extra_body": {"loras": {"pocket-lcm": "x"}}}, "loras", "float"),
         ({"extra_body": {"vae": 3}}, "vae", "vae must be a name"),
         ({"extra_body": {"controls": [{"name": "edges"}]}}, None, "needs an image"),
-        ({"prompt": "a" * 30_000}, None, "too long"),
+        ({"prompt": "a" * 30_000}, "prompt", "too long"),
         ({"prompt": None}, "prompt", "prompt is missing"),
     ],
 )

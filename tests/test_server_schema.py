@@ -17,19 +17,26 @@ import schemathesis
 import uvicorn
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
+from safetensors.torch import load_file, save_file
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 
+from sd.config import POCKET
+from sd.resources import EMBEDDED, resource
 from sd.server.app import create_app
 from sd.server.settings import ServerSettings
 
-STEPS = 2  # of a request that gives none, so that a hundred of them take seconds
+STEPS, SIZE = 2, 64  # of a request that gives none, so that a hundred of them take seconds
 
 
 @pytest.fixture(scope="module")
-def address():
-    """A server that generates small images in few steps."""
-    app = create_app(ServerSettings(port=0, max_steps=3, max_pixels=128 * 128, max_batch=2, max_images=2))
+def address(tmp_path_factory):
+    """A server that generates small images in few steps, whatever happens to its model."""
+    file = tmp_path_factory.mktemp("model") / "small.safetensors"
+    config = replace(POCKET, steps=STEPS, size=SIZE)
+    save_file(load_file(resource(EMBEDDED)), file, {"sd.config": config.to_json()})
+    settings = ServerSettings(port=0, ckpt=file, max_steps=3, max_pixels=128 * 128, max_batch=2, max_images=2)
+    app = create_app(settings)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", ws="none"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -37,8 +44,6 @@ def address():
     while not server.started or not engine.is_ready:
         assert thread.is_alive()
         time.sleep(0.02)
-    for loaded in engine.workers[0].models:
-        loaded.model.config = replace(loaded.model.config, steps=STEPS)
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
     thread.join(20)
@@ -70,10 +75,10 @@ def run(address, examples, **quiet):
 
 def test_no_request_makes_the_server_fail(address):
     seen = run(address, 2, derandomize=True, phases=[Phase.generate])
-    assert seen[200] > 10 and seen[422] > 10, seen
+    assert seen[200] > 40 and seen[422] > 10, seen
 
 
 @pytest.mark.exhaustive
 def test_no_request_of_many_makes_the_server_fail(address):
     seen = run(address, 100, phases=[Phase.generate, Phase.shrink])
-    assert seen[200] > 500 and seen[422] > 500, seen
+    assert seen[200] > 200 and seen[422] > 500, seen

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import socket
 import struct
 import time
 import zlib
@@ -64,7 +65,7 @@ def good(server):
     return Image.open(io.BytesIO(base64.b64decode(reply.json["images"][0]))).convert("RGB").tobytes()
 
 
-def at_rest(server, seconds=10):
+def at_rest(server, seconds=40):
     """Wait until no job is left."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -159,10 +160,12 @@ def test_who_may_ask(server, case):
 
 def test_what_needs_no_key(server):
     assert server.ask("GET", "/healthz").status == 200
+    assert server.ask("HEAD", "/healthz").body == b""
     assert server.ask("GET", "/healthz", host="evil.example").status == 421
     assert server.ask("GET", "/", sec_fetch_site="cross-site", sec_fetch_mode="navigate").status in (200, 404)
-    assert server.ask("GET", "/page/nothing.js").status == 404
-    for path in ("/metrics", "/docs", "/openapi.json", "/api/models", "/v1/models", "/sdapi/v1/options", "/none"):
+    assert server.ask("GET", "/page/nothing.js").status == server.ask("GET", "/docs/nothing.js").status == 404
+    assert server.ask("GET", "/docs").status == 200  # asks for the key itself
+    for path in ("/metrics", "/openapi.json", "/api/models", "/v1/models", "/sdapi/v1/options", "/none"):
         assert server.ask("GET", path).status == 401, path
     assert server.ask("POST", "/", {}).status == 401
 
@@ -185,7 +188,7 @@ def test_every_answer_has_the_security_headers(server):
         headers = server.ask("GET", path, authorization=BEARER).headers
         assert "default-src 'self'" in headers["content-security-policy"]
         assert "unsafe" not in headers["content-security-policy"]
-        assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer"
+        assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "same-origin"
         assert headers["cross-origin-opener-policy"] == headers["cross-origin-resource-policy"] == "same-origin"
         assert "server" not in headers
 
@@ -291,6 +294,80 @@ def test_bodies_that_are_refused(server, case):
     reply = server.ask("POST", "/api/generate", content, authorization=BEARER)
     assert reply.status in (400, 413, 422), (reply, server.logged[-3:])
     check_form("/api", reply)
+
+
+def text_of(data):
+    return base64.b64encode(data).decode()
+
+
+def form(boundary="x", **parts):
+    """A multipart body and the header of its type: bytes are files."""
+    data = b""
+    for name, value in parts.items():
+        file = b'; filename="a.png"\r\nContent-Type: image/png' if isinstance(value, bytes) else b""
+        data += f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"'.encode() + file + b"\r\n\r\n"
+        data += raw(value) + b"\r\n"
+    return data + f"--{boundary}--\r\n".encode(), {"content_type": f"multipart/form-data; boundary={boundary}"}
+
+
+BOMB = png(30_000, 30_000, zlib.compress(bytes(10_000_000), 9))
+ELSEWHERE = {  # path, body, headers: for the other protocols
+    "sdapi: no JSON": ("/sdapi/v1/txt2img", b"{"),
+    "sdapi: a list": ("/sdapi/v1/txt2img", []),
+    "sdapi: steps as an object": ("/sdapi/v1/txt2img", {"steps": {}}),
+    "sdapi: too many steps": ("/sdapi/v1/txt2img", {"steps": 10**9}),
+    "sdapi: too many images": ("/sdapi/v1/txt2img", {"n_iter": 10**9, "batch_size": 2}),
+    "sdapi: too large": ("/sdapi/v1/txt2img", {"width": 10**6, "height": 10**6}),
+    "sdapi: NaN": ("/sdapi/v1/txt2img", {"cfg_scale": float("nan")}),
+    "sdapi: huge seed": ("/sdapi/v1/txt2img", b'{"seed": ' + b"9" * 5000 + b"}"),
+    "sdapi: path as model": (
+        "/sdapi/v1/txt2img",
+        {"override_settings": {"sd_model_checkpoint": "../../etc/passwd"}},
+    ),
+    "sdapi: path as LoRA": ("/sdapi/v1/txt2img", {"prompt": "<lora:../../etc/passwd:1>"}),
+    "sdapi: path as option": ("/sdapi/v1/options", {"sd_model_checkpoint": "/etc/passwd"}),
+    "sdapi: bomb": ("/sdapi/v1/img2img", {"init_images": [text_of(BOMB)]}),
+    "sdapi: bomb as mask": ("/sdapi/v1/img2img", {"init_images": [text_of(png(8, 8))], "mask": text_of(BOMB)}),
+    "sdapi: no image": ("/sdapi/v1/img2img", {"init_images": []}),
+    "sdapi: address": ("/sdapi/v1/img2img", {"init_images": ["http://169.254.169.254/"]}),
+    "sdapi: enlarge too much": (
+        "/sdapi/v1/extra-single-image",
+        {"image": text_of(png(8, 8, zlib.compress(bytes(200)))), "upscaling_resize": 10**6, "upscaler_1": "Lanczos"},
+    ),
+    "sdapi: deep": ("/sdapi/v1/txt2img", nested(100_000)),
+    "v1: no JSON": ("/v1/images/generations", b"{"),
+    "v1: no prompt": ("/v1/images/generations", {}),
+    "v1: prompt of another type": ("/v1/images/generations", {"prompt": ["a"]}),
+    "v1: n": ("/v1/images/generations", {"prompt": "a", "n": 10**9}),
+    "v1: size": ("/v1/images/generations", {"prompt": "a", "size": "999999x999999"}),
+    "v1: size as text": ("/v1/images/generations", {"prompt": "a", "size": "٣x٣"}),
+    "v1: path as model": ("/v1/images/generations", {"prompt": "a", "model": "../../etc/passwd"}),
+    "v1: unknown": ("/v1/images/generations", {"prompt": "a", "stepps": 3}),
+    "v1: huge seed": ("/v1/images/generations", b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}"),
+    "v1: deep": ("/v1/images/generations", nested(100_000)),
+    "v1: bomb": ("/v1/images/edits", *form(prompt="a", image=BOMB)),
+    "v1: bomb as mask": ("/v1/images/edits", *form(prompt="a", image=png(8, 8), mask=BOMB)),
+    "v1: text as image": ("/v1/images/edits", *form(prompt="a", image="/etc/passwd")),
+    "v1: no image": ("/v1/images/variations", *form(n="1")),
+    "api: recipe of a bomb": ("/api/recipe", BOMB),
+    "api: recipe of text": ("/api/recipe", b"no image"),
+    "api: model": ("/api/models/select", {"name": "../../etc/passwd"}),
+    "api: long text": ("/api/tokens", {"text": "a" * 100_000}),
+}
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_bodies_that_are_refused_by_other_routes(server, case):
+    path, content, *headers = ELSEWHERE[case]
+    reply = server.ask("POST", path, content, authorization=BEARER, **(headers[0] if headers else {}))
+    assert 400 <= reply.status < 500, (reply, server.logged[-3:])
+    check_form(path, reply)
+
+
+def test_a_compressed_text_of_100_mb_is_not_read(server):
+    image = base64.b64encode(png(64, 64, b"", bomb_text())).decode()
+    reply = server.ask("POST", "/sdapi/v1/png-info", {"image": image}, authorization=BEARER)
+    assert reply.status == 200 and reply.json["info"] == ""
 
 
 PATHS = [
@@ -442,6 +519,24 @@ def test_all_bodies_in_memory_are_bounded(server):
     assert at_rest(server)
 
 
+def test_clients_that_do_not_read(server):
+    """They are cut off; what was meant for them is not kept."""
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((server.host, server.port))
+        asks = request("GET", "/openapi.json", connection="keep-alive", authorization=BEARER) * 200
+        connection.settimeout(3)
+        with suppress(OSError):
+            connection.sendall(asks)
+        time.sleep(3)
+        assert at_rest(server)
+        got = b""
+        with suppress(ConnectionError):
+            while part := connection.recv(65536):
+                got += part
+    assert got.count(b"HTTP/1.1 200") < 150
+
+
 @pytest.mark.parametrize("events", [0, 1, 2, 3, 5])
 def test_clients_that_leave_after_some_events(server, events):
     params = {"steps": 150, "sampler": "ddim"}
@@ -458,6 +553,31 @@ def test_clients_that_leave_after_some_events(server, events):
     assert server.metric('sd_jobs_ended_total{state="cancelled"}', authorization=BEARER) - before in (
         (0, 1) if events == 0 else (1,)
     )
+
+
+LONG = {"prompt": "a house", "steps": 150}
+LEFT = {  # path, body, what has come when the client leaves
+    "OpenAI's stream": ("/v1/images/generations", {**LONG, "stream": True, "partial_images": 2}, b"data: "),
+    "OpenAI's answer": ("/v1/images/generations", LONG, b""),
+    "the web UI's answer": ("/sdapi/v1/txt2img", {**LONG, "n_iter": 3}, b""),
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_clients_of_other_protocols_that_leave(server, case):
+    path, content, first = LEFT[case]
+    name = 'sd_jobs_ended_total{state="cancelled"}'
+    before = server.metric(name, authorization=BEARER)
+    with server.connect() as connection:
+        connection.sendall(request("POST", path, content, authorization=BEARER))
+        got = b""
+        while first not in got:
+            got += connection.recv(65536)
+        until = time.monotonic() + 30
+        while server.metric('sd_jobs{state="running"}', authorization=BEARER) < 1 and time.monotonic() < until:
+            time.sleep(0.02)
+    assert at_rest(server)
+    assert server.metric(name, authorization=BEARER) - before == content.get("n_iter", 1)
 
 
 def test_clients_that_leave_while_they_wait(server):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from sdxl_common import tiny_xl
 
 from sd import StableDiffusion
 from sd.params import HighRes, ImageToImage, Inpaint, SamplingParams, TextToImage
@@ -31,9 +32,8 @@ def hooks(model):
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.unet.modules())
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"guidance": 1}, {"sampler": "heun"}, {"height": 128, "width": 192}], ids=lambda x: str(x)
-)
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("settings", [{}, {"guidance": 1}, {"sampler": "heun"}, {"height": 128, "width": 192}], ids=str)
 def test_maps_are_those_of_the_study(model, settings):
     wanted = request(**settings)
     with recording(model.unet) as maps:
@@ -53,6 +53,22 @@ def test_maps_are_those_of_the_study(model, settings):
     assert torch.allclose(special[0], maps.mean()[0], atol=1e-6)  # the start
     for step in seen:  # attention is shared out among all positions
         assert torch.allclose(step.maps.sum(0) + step.special.sum(0), torch.ones(mean.shape[1:]), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["SD 1", "SDXL"])
+def test_other_models(tiny_sd, name):
+    """Attention at several levels, odd sides, two text encoders, several blocks one after another."""
+    other = tiny_sd if name == "SD 1" else tiny_xl()
+    wanted = TextToImage.of("a red house", steps=2, seed=1, height=72, width=104)
+    with recording(other.unet) as maps:
+        expected = other.prepare(wanted).result().images[0]
+    with watched(other) as watch:
+        run = watch.model.prepare(wanted)
+        watch.begin(run)
+        seen = [watch.see(step) for step in run]
+    assert run.result().images[0].tobytes() == expected.tobytes()
+    assert torch.allclose(watch.mean()[0], maps.mean()[1:4], atol=1e-6) and len({site.level for site in maps.sites}) > 1
+    assert seen[0].guidance.shape == watch.mean()[0].shape[1:] == (9, 13)
 
 
 def test_guidance_is_that_of_the_study(model):
@@ -79,7 +95,8 @@ def test_states_are_those_of_the_run(model):
         assert torch.equal(step.x0, x0) and torch.equal(step.x, x.to(model.dtype).float())
 
 
-@pytest.mark.parametrize("kind", ["txt2img", "hires", "img2img", "inpaint", "cache", "exact", "AND"])
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("kind", ["AND", "hires", "exact", "inpaint", "img2img", "txt2img", "cache"])
 def test_images_stay_the_same_and_hooks_go(model, kind):
     image, mask = Image.new("RGB", (128, 128), "orange"), Image.linear_gradient("L").resize((128, 128))
     own = {"steps": 4, "seed": 3}

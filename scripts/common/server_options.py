@@ -21,6 +21,7 @@ from sd.server.settings import ServerSettings
 from .cli import Parser, file_path, say
 
 PREFIX = "SD_SERVER_"
+FILE = f"{PREFIX}SETTINGS"  # names the file
 FIELDS: dict[str, Field[Any]] = {f.name: f for f in fields(ServerSettings)}
 WORDS = {**dict.fromkeys(("1", "true", "yes", "on"), True), **dict.fromkeys(("0", "false", "no", "off"), False)}
 LARGEST_FILE = 1 << 20  # bytes of a file of settings
@@ -61,13 +62,15 @@ def add_server_arguments(parser: Parser) -> None:
 def read_settings(
     args: argparse.Namespace, environment: Mapping[str, str], defaults: Mapping[str, Any]
 ) -> ServerSettings:
-    """The settings of arguments, environment, the file that `args.settings` names, and else `defaults`.
+    """The settings of arguments, environment, a file, and else `defaults`.
 
-    Raises ValueError, one line that says where the value comes from, and OSError for a file that cannot be read.
+    The file is that of `args.settings`, or of the variable SD_SERVER_SETTINGS. Raises ValueError, one line that says
+    where the value comes from, and OSError for a file that cannot be read.
     """
     found = dict(defaults)
-    if args.settings is not None:
-        found |= from_file(args.settings)
+    file = args.settings or (file_path(text) if (text := environment.get(FILE)) else None)
+    if file is not None:
+        found |= from_file(file)
     found |= from_environment(environment)
     for name in FIELDS:
         if (value := getattr(args, name)) is not None:
@@ -92,7 +95,7 @@ def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     set such variables, too."""
     found: dict[str, Any] = {}
     for variable, text in environment.items():
-        if not variable.startswith(PREFIX) or not text:
+        if not variable.startswith(PREFIX) or variable == FILE or not text:
             continue
         name = variable.removeprefix(PREFIX).lower()
         if name not in FIELDS:

@@ -81,9 +81,14 @@ def address_of(opened: socket.socket) -> str:
 
 
 class Connection(H11Protocol):
-    """A connection that is closed if the headers of a request do not arrive in time: uvicorn would wait for ever."""
+    """A connection that ends if the headers of a request do not arrive in time, or if no answer is taken.
+
+    uvicorn would wait for ever.
+    """
 
     _deadline: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
+    _unsent = 0  # bytes that waited to be sent when it was looked at last
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request."""
@@ -98,8 +103,31 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is waited for any more."""
         super().connection_lost(exc)
-        if self._deadline is not None:
-            self._deadline.cancel()
+        for timer in (self._deadline, self._stalled):
+            if timer is not None:
+                timer.cancel()
+
+    def pause_writing(self) -> None:
+        """The client is slow: see whether it takes anything."""
+        super().pause_writing()
+        self._look_later()
+
+    def resume_writing(self) -> None:
+        """It has taken most of it."""
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
+
+    def _look_later(self) -> None:
+        assert isinstance(self.config, Config)
+        self._unsent = self.transport.get_write_buffer_size()
+        self._stalled = self.loop.call_later(self.config.seconds, self._look)
+
+    def _look(self) -> None:
+        if self.transport.get_write_buffer_size() >= self._unsent:
+            self.transport.abort()
+        else:
+            self._look_later()
 
     def _is_waiting(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
@@ -107,7 +135,7 @@ class Connection(H11Protocol):
     def _set_deadline(self) -> None:
         if self._is_waiting() and self._deadline is None:
             assert isinstance(self.config, Config)
-            self._deadline = self.loop.call_later(self.config.header_seconds, self._late)
+            self._deadline = self.loop.call_later(self.config.seconds, self._late)
         elif not self._is_waiting() and self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
@@ -119,9 +147,9 @@ class Connection(H11Protocol):
 
 
 class Config(uvicorn.Config):
-    """Settings of uvicorn, and the seconds in which the headers of a request must arrive."""
+    """Settings of uvicorn, and the seconds in which headers must arrive, and some of an answer must be taken."""
 
-    def __init__(self, app: Any, header_seconds: float) -> None:
+    def __init__(self, app: Any, seconds: float) -> None:
         super().__init__(
             app,
             http=Connection,  # it limits the size of headers
@@ -134,7 +162,7 @@ class Config(uvicorn.Config):
             timeout_keep_alive=KEEP_ALIVE,
             h11_max_incomplete_event_size=HEADER_BYTES,
         )
-        self.header_seconds = header_seconds
+        self.seconds = seconds
 
 
 class Server(uvicorn.Server):

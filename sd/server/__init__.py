@@ -4,6 +4,7 @@
     catalogue.py   the files that requests may name: models, LoRAs, embeddings, control networks, VAEs
     jobs.py        what a client asks for, and how far it is
     engine.py      the queue of jobs; worker.py: a device and its models, which work on them
+    events.py      progress as Server-Sent Events
     app.py         the application: the routes of all protocols, and what protects them
 
     a1111/         the HTTP interface of AUTOMATIC1111's web UI

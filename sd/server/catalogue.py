@@ -35,6 +35,7 @@ class Entry:
     name: str  # of the file without its suffix; after its folder's, if two files have the same
     path: Path
     embedded: bool = False  # whether it comes with the package
+    stamp: tuple[int, int] = (0, 0)  # size and time of its last change
     _hash: FileHash = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -66,11 +67,12 @@ class Catalogue:
             folder = getattr(settings, name)
             if folder is not None and not folder.is_dir():
                 raise ValueError(f"{name} {folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+        self._hashing: threading.Thread | None = None
         self._entries: dict[Kind, dict[str, Entry]] = {}
         self.refresh()
 
     def refresh(self) -> None:
-        """Look into the folders again. Entries whose file is the same keep their hash."""
+        """Look into the folders again. Entries whose file has not changed keep their hash."""
         own = self._settings.ckpt
         last = [("", resource(EMBEDDED))] if own is not None else []
         bundled = {name: resource(path) for name, path in EMBEDDED_CONTROLS.items()}
@@ -87,10 +89,16 @@ class Catalogue:
                 before = self._entries.get(kind, {})  # type: ignore[call-overload]
                 self._entries[kind] = {  # type: ignore[index]
                     name: before[name]
-                    if name in before and before[name].path == path
-                    else Entry(kind, name, path, path in embedded)  # type: ignore[arg-type]
+                    if name in before and (before[name].path, before[name].stamp) == (path, _stamp(path))
+                    else Entry(kind, name, path, path in embedded, _stamp(path))  # type: ignore[arg-type]
                     for name, path in paths.items()
                 }
+
+    def _compute_hashes(self, entries: list[Entry]) -> None:
+        """Compute hashes in the background, one file after another."""
+        if self._hashing is None or not self._hashing.is_alive():
+            self._hashing = threading.Thread(target=lambda: [entry.sha256() for entry in entries], daemon=True)
+            self._hashing.start()
 
     def entries(self, kind: Kind) -> list[Entry]:
         """Those of a kind, the one that is used by default first."""
@@ -105,8 +113,8 @@ class Catalogue:
     def find(self, kind: Kind, name: str) -> Entry:
         """The entry of this name: with or without a suffix, in upper or lower case; of models also title and hash.
 
-        A hash that is not known yet takes time to compute: not to be called in the event loop. Raises UnknownName,
-        which lists the known names.
+        Hashes that are not known yet are computed in the background once one is asked for. Raises UnknownName, which
+        lists the known names.
         """
         wanted = name.strip().casefold()
         entries = self.entries(kind)
@@ -119,9 +127,15 @@ class Catalogue:
             if wanted.startswith(f"{plain} ["):
                 return entry
         if kind == "model" and len(wanted) in (10, 64) and set(wanted) <= set("0123456789abcdef"):
-            for entry in sorted(entries, key=lambda entry: not entry.hash):  # those that are known first
-                if entry.sha256().startswith(wanted):
+            for entry in entries:
+                if entry.hash and entry.sha256().startswith(wanted):
                     return entry
+            if unknown := [entry for entry in entries if not entry.hash]:
+                self._compute_hashes(unknown)
+                raise UnknownName(
+                    f"no model has the hash {wanted}, as far as is known: those of {len(unknown)} files are being "
+                    "computed; try again later, or give a name"
+                )
         known = ", ".join(entry.name for entry in entries[:10]) + (", ..." if len(entries) > 10 else "")
         raise UnknownName(f"there is no {kind} {one_line(name, 100)!r}; there is {known or 'none'}")
 
@@ -150,6 +164,15 @@ def _files(folder: Path | None) -> Iterable[tuple[str, Path]]:
         if len(found) > MOST_FILES:
             raise ValueError(f"{folder}: more than {MOST_FILES:,} files in it")
     return found
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size of a file and the time of its last change, in nanoseconds; zeros if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
 
 
 def _named(found: Iterable[tuple[str, Path]]) -> dict[str, Path]:

@@ -1,6 +1,6 @@
 """The queue of jobs, and the workers that take from it: one for each device.
 
-    client -> `submit` -> queue (bounded, first come first served) -> worker (worker.py) -> events of the job
+    client -> `submit` -> queue (bounded, the clients in turn) -> worker (worker.py) -> events of the job
 
 A worker computes jobs side by side if they use the same model and LoRAs (`lockstep`): the first in the queue, and those
 behind it that fit. A job that does not fit is not overtaken for long: once it is first, no others are added.
@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from .limits import check_weights, check_work
 from .settings import ServerSettings
 from .worker import Worker
 
+STOPPING = 30.0  # seconds in which a worker must stop: a step, or the loading of a model
 RECENT = 50  # jobs whose duration the next ones are estimated by
 
 
@@ -73,6 +75,7 @@ class Engine:
         self.totals = Totals()
         self._waiting: deque[tuple[Job, Setup]] = deque()
         self._running: list[Job] = []
+        self._over: weakref.WeakSet[Job] = weakref.WeakSet()  # that have ended, as far as somebody still has them
         self._changed = threading.Condition()
         self._accepts = True
         self._durations: deque[float] = deque(maxlen=RECENT)
@@ -89,7 +92,7 @@ class Engine:
     @property
     def is_ready(self) -> bool:
         """Whether a model is loaded, and jobs are accepted."""
-        return self._accepts and any(worker.is_ready for worker in self.workers)
+        return self._accepts and any(worker.is_ready and worker.is_alive for worker in self.workers)
 
     @property
     def is_stopping(self) -> bool:
@@ -109,16 +112,26 @@ class Engine:
             if not self._accepts:
                 self.totals.refused += len(jobs)
                 raise Busy("the server is stopping", None)
-            own = sum(job.client == client for job, _ in self._waiting)
-            settings, waiting = self.settings, len(self._waiting)
-            if waiting + len(jobs) > settings.queue or own + len(jobs) > settings.queue_per_client:
-                self.totals.refused += len(jobs)
-                whose = "the queue is full" if waiting + len(jobs) > settings.queue else "too many of your jobs wait"
-                raise Busy(f"{whose}: {own} of yours, {waiting} in all; try again later", self.retry_after())
+            self._check_room(jobs)
             self.totals.accepted += len(jobs)
             self._waiting += zip(jobs, (setup for _, setup in setups), strict=True)
             self._changed.notify_all()
         return jobs
+
+    def _check_room(self, jobs: Sequence[Job]) -> None:
+        """Raise Busy if these jobs of one client would be too many, or their images too large, for the queue."""
+        settings, waiting = self.settings, [job for job, _ in self._waiting]
+        own = [job for job in waiting if job.client == jobs[0].client] if jobs else []
+        most = settings.max_waiting_pixels
+        message = ""
+        if len(waiting) + len(jobs) > settings.queue or len(own) + len(jobs) > settings.queue_per_client:
+            whose = "the queue is full" if len(waiting) + len(jobs) > settings.queue else "too many of your jobs wait"
+            message = f"{whose}: {len(own)} of yours, {len(waiting)} in all; try again later"
+        elif pixels([*waiting, *jobs]) > most or pixels([*own, *jobs]) > max(most // 2, pixels(jobs)):
+            message = "the images of the jobs that wait are too large together: try again later"
+        if message:
+            self.totals.refused += len(jobs)
+            raise Busy(message, self.retry_after())
 
     def retry_after(self) -> int:
         """Seconds after which some of the jobs that wait now will have ended, by the durations of recent ones."""
@@ -127,13 +140,13 @@ class Engine:
         return max(1, min(round(mean * ahead), 600))
 
     def jobs(self) -> list[Job]:
-        """Those that run, then those that wait, in their order."""
+        """Those that run, then those that wait, in the order in which they will be taken."""
         with self._changed:
-            return [*self._running, *(job for job, _ in self._waiting)]
+            return [*self._running, *(job for job, _ in self._in_turn(self._waiting))]
 
-    def interrupt(self, jobs: Sequence[Job] | None = None) -> None:
-        """Finish jobs early, by default all that run; see `Job.interrupt`."""
-        for job in self._running if jobs is None else jobs:
+    def interrupt(self, jobs: Sequence[Job]) -> None:
+        """Finish jobs early; see `Job.interrupt`."""
+        for job in jobs:
             job.interrupt()
         self.wake()
 
@@ -158,8 +171,8 @@ class Engine:
             unfinished = [job for job, _ in self._waiting]
             self._waiting.clear()
         for worker in self.workers:
-            worker.stop()
-        for job in unfinished:
+            worker.stop(STOPPING)
+        for job in [*unfinished, *self._running]:  # the latter if a worker takes too long to stop
             self.failed(job, "the server stopped before this was generated: send it again", "stopping")
 
     # ------------------------------------------------------------------------------------------- for workers
@@ -182,19 +195,40 @@ class Engine:
             waiting = [*self._waiting]
             dropped = [job for job, _ in waiting if job.is_cancelled or job.is_interrupted]
             waiting = [pair for pair in waiting if pair[0] not in dropped]
-            taken: list[tuple[Job, Setup]] = []
-            if waiting and setup in (None, waiting[0][1]):
-                taken = [pair for pair in waiting if pair[1] == waiting[0][1]][:room]
+            taken, order = [], self._in_turn(waiting)
+            if order and setup in (None, order[0][1]):
+                taken = [pair for pair in order if pair[1] == order[0][1]][:room]
             self._waiting = deque(pair for pair in waiting if pair not in taken)
             self._running += [job for job, _ in taken]
         for job in dropped:
             self.ended(job, "cancelled")
         return taken
 
+    def _in_turn(self, waiting: Iterable[tuple[Job, Setup]]) -> list[tuple[Job, Setup]]:
+        """Jobs in the order in which they are taken: the first of each client, then the second of each, ...
+
+        Those of a client that run already count as well: who asks for much does not keep others waiting.
+        """
+        ahead = Counter(job.client for job in self._running)
+        ranked = []
+        for pair in waiting:
+            ranked.append((ahead[pair[0].client], pair))
+            ahead[pair[0].client] += 1
+        return [pair for _, pair in sorted(ranked, key=lambda ranked: ranked[0])]
+
+    def worked(self, steps: int, seconds: float) -> None:
+        """Count what a worker did."""
+        with self._changed:
+            self.totals.steps += steps
+            self.totals.seconds += seconds
+
     def ended(self, job: Job, state: str) -> None:
-        """A job has ended: count it, and tell its client."""
+        """A job has ended: count it, and tell its client. Nothing happens if it had ended before."""
         assert state in ENDS
         with self._changed:
+            if job in self._over:
+                return
+            self._over.add(job)
             if job in self._running:
                 self._running.remove(job)
             self.totals.ended[state] += 1
@@ -207,7 +241,8 @@ class Engine:
 
     def failed(self, job: Job, error: str, fault: str) -> None:
         """A job has failed: say why."""
-        job.error, job.fault = error, fault  # type: ignore[assignment]
+        if not job.has_ended:
+            job.error, job.fault = error, fault  # type: ignore[assignment]
         self.ended(job, "failed")
 
     # ------------------------------------------------------------------------------------------- checks
@@ -230,6 +265,18 @@ class Engine:
         for control in work.request.controls:
             find("control", control.name)
         return replace(work, request=without_lora_tags(work.request)), setup
+
+
+def pixels(jobs: Iterable[Job]) -> int:
+    """The pixels of all images in the requests of jobs; one that several have counts once."""
+    found: dict[int, int] = {}
+    for job in jobs:
+        request = job.work.request
+        images = [getattr(request, name, None) for name in ("image", "mask")]
+        for image in [*images, *(control.image for control in request.controls)]:
+            if image is not None:
+                found[id(image)] = image.width * image.height
+    return sum(found.values())
 
 
 def tags_of(request: TextToImage) -> list[tuple[str, float]]:

@@ -17,7 +17,7 @@ def health(engine: Engine) -> Literal["ready", "stopping", "failed", "loading"]:
         return "stopping"
     if engine.is_ready:
         return "ready"
-    return "failed" if all(worker.failure for worker in engine.workers) else "loading"
+    return "failed" if all(worker.failure or not worker.is_alive for worker in engine.workers) else "loading"
 
 
 def add(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
@@ -29,6 +29,8 @@ def add(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
         found = health(engine)
         headers = {"Retry-After": "1"} if found == "loading" else {}
         return JSONResponse({"status": found}, 200 if found == "ready" else 503, headers)
+
+    app.add_api_route("/healthz", healthz, methods=["HEAD"], include_in_schema=False)
 
     @app.get("/metrics", tags=["operations"])
     async def all_metrics() -> Response:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from fastapi import Request
 
+from ..messages import one_line
 from .engine import Busy, Engine
 from .jobs import Finished, Job, Work
 
@@ -50,7 +51,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, MemoryError):
         return ApiError(507, "out of memory: send a smaller request")
     if isinstance(error, ValueError):
-        return ApiError(422, str(error))
+        return ApiError(422, one_line(error, 1000))
     return ApiError(500, "an internal error: see the log of the server")
 
 
@@ -85,8 +86,8 @@ async def generate(
     """
     engine = engine_of(request)
     jobs = await submit(request, works)
-    begun(jobs)
     try:
+        begun(jobs)
         await unless_gone(request, asyncio.gather(*(job.end() for job in jobs)))
     except BaseException:
         engine.cancel(jobs)

@@ -14,8 +14,9 @@ import asyncio
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .loaded import Loaded
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
+BACKLOG = 4  # events that a slow listener has still to be told, at most, besides the end
 ENDS = ("done", "failed", "cancelled")
 # of a job that failed: the client's mistake, too little memory, ours, or that the server stops
 Fault = Literal["invalid", "memory", "internal", "stopping"]
@@ -91,6 +93,32 @@ class Event(NamedTuple):
     previews: Sequence[Image.Image] = ()  # of each image of the batch, as the model expects it after this step
 
 
+class Listener:
+    """The events that somebody has still to be told, in his event loop. Whoever is slow misses steps, not the end."""
+
+    def __init__(self) -> None:
+        self.loop, self.events = asyncio.get_running_loop(), deque[Event]()
+        self.changed = asyncio.Event()
+
+    def tell(self, event: Event) -> None:
+        """Called in any thread."""
+        with suppress(RuntimeError):  # the loop has been closed
+            self.loop.call_soon_threadsafe(self._put, event)
+
+    def _put(self, event: Event) -> None:
+        if len(self.events) >= BACKLOG and self.events[-1].state == "running":
+            self.events.pop()
+        self.events.append(event)
+        self.changed.set()
+
+    async def next(self) -> Event:
+        """The next one, as soon as there is one."""
+        while not self.events:
+            self.changed.clear()
+            await self.changed.wait()
+        return self.events.popleft()
+
+
 @dataclass(eq=False)
 class Job:
     """A piece of work in the queue, at work, or done."""
@@ -112,7 +140,7 @@ class Job:
     is_interrupted: bool = False  # asked for; see `interrupt`
     is_preview_wanted: bool = False  # asked for; see `want_preview`
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _listeners: list[tuple[asyncio.AbstractEventLoop, asyncio.Queue[Event]]] = field(default_factory=list)
+    _listeners: list[Listener] = field(default_factory=list)
 
     @property
     def has_ended(self) -> bool:
@@ -140,14 +168,12 @@ class Job:
                 self.started = time.monotonic()
             if state in ENDS:
                 self.ended = time.monotonic()
-            event = Event(state, step, steps, previews)
-            for loop, queue in self._listeners:
-                if not loop.is_closed():
-                    loop.call_soon_threadsafe(queue.put_nowait, event)
+            for listener in self._listeners:
+                listener.tell(Event(state, step, steps, previews))
 
     async def events(self) -> AsyncIterator[Event]:
-        """Its present state, then whatever happens, until it has ended."""
-        here = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        """Its present state, then whatever happens, until it has ended; some steps are left out if you are slow."""
+        here = Listener()
         with self._lock:
             event = Event(self.state, self.step, self.steps, self.previews)
             self._listeners.append(here)
@@ -156,7 +182,7 @@ class Job:
                 yield event
                 if event.state in ENDS:
                     return
-                event = await here[1].get()
+                event = await here.next()
         finally:
             with self._lock:
                 self._listeners.remove(here)

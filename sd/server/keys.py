@@ -15,7 +15,10 @@ class Key:
 
     def __init__(self, key: str) -> None:
         self._digest = hashlib.sha256(key.encode()).digest()
-        self.name = hashlib.sha256(self._digest).hexdigest()[:16]  # of the client, for the queue and the log
+
+    def client(self, address: str) -> str:
+        """The name of a client that has the key, for the queue and the log."""
+        return hashlib.sha256(self._digest + address.encode()).hexdigest()[:16]
 
     def opens(self, headers: Mapping[str, str]) -> bool:
         """Whether the headers of a request hold the key. Takes the same time for any wrong one of a length.

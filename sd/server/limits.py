@@ -13,6 +13,8 @@ from .jobs import Work
 from .settings import ServerSettings
 
 MOST_TEXT = 20_000  # characters of a prompt
+MOST_IMAGES = 4  # largest images that a request may have, by their pixels together
+MOST_GUIDANCE = 1000.0
 MOST_LORAS = 20
 MOST_WEIGHT = 100.0  # of a LoRA
 MOST_PARTS = 16  # of a prompt, joined by AND: each takes as long as a prompt alone
@@ -45,6 +47,15 @@ def check_work(work: Work, settings: ServerSettings) -> None:
                     f"the {name} has {image.width}x{image.height} pixels: this server takes at most "
                     f"{settings.max_image_pixels:,}"
                 )
+    images = [request.image] if isinstance(request, ImageToImage | Inpaint) else []
+    hints = {id(image): image for image in [*images, *(control.image for control in request.controls)]}
+    if sum(image.width * image.height for image in hints.values()) > MOST_IMAGES * settings.max_image_pixels:
+        raise ValueError(
+            f"the images of the request have too many pixels together: this server takes at most "
+            f"{MOST_IMAGES * settings.max_image_pixels:,}"
+        )
+    if params.guidance is not None and abs(params.guidance) > MOST_GUIDANCE:
+        raise ValueError(f"guidance {params.guidance:g} is too large: at most {MOST_GUIDANCE:g}")
     check_size(request, 0, settings)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..adapters.added import LoraFile
+from ..checkpoints.checkpoint import CheckpointError
 from ..control_params import Control
 from ..imaging.previews import LinearDecoder
 from ..lockstep import Lockstep
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .engine import Setup
 
 log = logging.getLogger("sd.server")
+MOST_CONTROLS = 3  # control networks that stay in memory while no job runs
 SMALL = 32 * 32  # pixels of latents that are decoded for a preview as they are for the result
 
 
@@ -36,9 +38,10 @@ class Loaded:
     entry: Entry
     model: StableDiffusion
     lockstep: Lockstep
-    loras: tuple[tuple[Entry, float], ...] = ()
+    loras: tuple[tuple[Entry, float], ...] | None = ()  # None while they are being changed, and if that failed
     words: dict[Entry, list[str]] = field(default_factory=dict)  # of the embeddings that fit
     _names: list[str] = field(default_factory=list)  # of the LoRAs in the model
+    _controls: dict[str, None] = field(default_factory=dict)  # names of those in the model, the last one used last
     _tried: set[Entry] = field(default_factory=set)
     _linear: LinearDecoder | None = None
 
@@ -46,11 +49,16 @@ class Loaded:
         """Merge these LoRAs in place of those that are merged. Raises CheckpointError for one that does not fit."""
         if loras == self.loras:
             return
+        self.loras = None
         if self._names:
             self.model.remove_lora(*self._names)
-        self._names, self.loras = [], ()
+        self._names = []
         files = [LoraFile(entry.path, weight) for entry, weight in loras]
-        self._names = self.model.add_loras(files, note=lambda text: None)
+        try:
+            self._names = self.model.add_loras(files, note=lambda text: None)
+        except CheckpointError:  # seen before a weight was changed
+            self.loras = ()
+            raise
         self.loras = loras
 
     def add_embeddings(self, entries: Sequence[Entry]) -> None:
@@ -58,10 +66,12 @@ class Loaded:
         for entry in entries:
             if entry in self._tried:
                 continue
-            self._tried.add(entry)
             try:
                 self.words[entry] = self.model.add_embedding(entry.path)
+                self._tried.add(entry)
             except ValueError as error:
+                if isinstance(error, CheckpointError):  # else its word is taken, by that of a LoRA perhaps
+                    self._tried.add(entry)
                 log.info("the embedding %s is not added: %s", entry.name, one_line(str(error), 300))
 
     def add_controls(self, controls: Sequence[Control], catalogue: Catalogue) -> None:
@@ -70,6 +80,14 @@ class Loaded:
             if control.name not in self.model.controls:
                 entry = catalogue.find("control", control.name)
                 self.model.add_control(entry.path, control.name, note=lambda text: None)
+            self._controls.pop(control.name, None)
+            self._controls[control.name] = None
+
+    def drop_controls(self) -> None:
+        """Remove the control networks that were used least recently, but for a few. While no job runs."""
+        for name in list(self._controls)[:-MOST_CONTROLS]:
+            self.model.remove_control(name)
+            del self._controls[name]
 
     def previews(self, run: Run, step: Step) -> list[Image.Image]:
         """What the model expects after a step, finished like the result."""

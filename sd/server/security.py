@@ -5,7 +5,7 @@ In this order, each with one clear error in the form of the protocol:
     method     one of the usual ones                                                 405
     Host       a name of this server, against DNS rebinding (hosts.py)               421
     Origin     no other web page, unless it is in `origins`: those get CORS answers  403
-    key        if there is one (keys.py); not for the page's files and /healthz      401
+    key        if there is one (keys.py); not for files of pages and /healthz        401
     body       bounded in size and time (bodies.py)                                  413, 408
 """
 
@@ -31,15 +31,15 @@ from .settings import ServerSettings
 log = logging.getLogger("sd.server")
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+POLICY = "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
 HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
-    "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # with "no-referrer", the browser says that forms of the page are of no origin
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+PUBLIC, PUBLIC_FOLDERS = ("/", "/healthz", "/docs"), ("/page/", "/docs/")  # files that ask for the key themselves
 TOKENS = re.compile(r"[A-Za-z0-9-]+(?:\s*,\s*[A-Za-z0-9-]+)*", re.ASCII)  # names of headers
 PREFLIGHT_SECONDS = 600
 
@@ -73,8 +73,8 @@ class Security:
             if message["type"] == "http.response.start":
                 started = True
                 found = MutableHeaders(scope=message)
-                for name, value in {**HEADERS, **shared}.items():
-                    found.setdefault(name, value)
+                found.setdefault("Content-Security-Policy", POLICY)  # a page may have a stricter one
+                found.update({**HEADERS, **shared})
                 if self.origins:
                     found.add_vary_header("Origin")
                 if "etag" not in found:
@@ -127,7 +127,7 @@ class Security:
                 if name
                 else ApiError(421, "the request has no Host header")
             )
-        is_public = method in ("GET", "HEAD") and (path in ("/", "/healthz") or path.startswith("/page/"))
+        is_public = method in ("GET", "HEAD") and (path in PUBLIC or path.startswith(PUBLIC_FOLDERS))
         shared = self._origin_checked(headers, host, is_public)
         if shared and method == "OPTIONS" and "access-control-request-method" in headers:
             return _preflight(headers)
@@ -140,7 +140,8 @@ class Security:
                 raise Refused(
                     ApiError(401, f"{given}: send it as Authorization: Bearer KEY"), {"WWW-Authenticate": challenge}
                 )
-            scope.setdefault("state", {})["key"] = self.key.name
+            address = scope.get("client")
+            scope.setdefault("state", {})["key"] = self.key.client(address[0] if address else "")
         return None
 
     def _origin_checked(self, headers: Mapping[str, str], host: str, is_public: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,6 +22,24 @@ def _texts(name: str, value: object) -> tuple[str, ...]:
     return tuple(text.strip() for text in found if text.strip())
 
 
+def _hosts(name: str, value: object) -> tuple[str, ...]:
+    """Names of machines."""
+    found = _texts(name, value)
+    for host in found:
+        if not re.fullmatch(r"[\w.-]+(:\d+)?|\[?[\da-fA-F:.]+\]?", host):
+            raise ValueError(f"{name} must be names, such as box.example.org, got {host!r:.100}")
+    return found
+
+
+def _origins(name: str, value: object) -> tuple[str, ...]:
+    """Origins of web pages, as browsers write them."""
+    found = _texts(name, value)
+    for origin in found:
+        if not re.fullmatch(r"[a-zA-Z][a-zA-Z\d+.-]*://[^/*\s]+/?", origin):
+            raise ValueError(f"{name} must be like https://example.org, without a path or *, got {origin!r:.100}")
+    return found
+
+
 def _path(name: str, value: object) -> Path | None:
     """A path on this machine."""
     if isinstance(value, str | Path) and str(value):
@@ -37,9 +56,9 @@ class ServerSettings:
     api_key: str | None = setting(None, "key that every request must have")
     insecure: bool = setting(False, "let anybody who reaches the address use the server", flag)
     hosts: Sequence[str] = setting(
-        (), "names under which it may be reached besides its address, such as a proxy's", _texts
+        (), "names under which it may be reached besides its address, such as a proxy's", _hosts
     )
-    origins: Sequence[str] = setting((), "other web pages that may use it, such as https://example.org", _texts)
+    origins: Sequence[str] = setting((), "other web pages that may use it, such as https://example.org", _origins)
 
     ckpt: Path | None = setting(None, "the model that is loaded first; None is the embedded one", _path)
     models: Path | None = setting(None, "folder of further models, which requests choose by name", _path)
@@ -56,7 +75,7 @@ class ServerSettings:
     cache: Path | None = setting(None, "folder in which converted weights are kept", _path)
 
     queue: int = setting(256, "jobs that wait at most; more are refused with 429", Range(whole, 1))
-    queue_per_client: int = setting(128, "of these, those of one client: a key, or an address", Range(whole, 1))
+    queue_per_client: int = setting(128, "of these, those of one client, which is an address", Range(whole, 1))
     together: int = setting(8, "requests whose steps are computed in one batch; 1: each alone", Range(whole, 1, 64))
     max_body: int = setting(64 * MEGABYTE, "bytes of a request's body", Range(whole, 1024))
     body_seconds: float = setting(
@@ -65,6 +84,9 @@ class ServerSettings:
     max_pixels: int = setting(2048 * 2048, "pixels of a generated image", Range(whole, 64 * 64))
     max_image_pixels: int = setting(
         4096 * 4096, "pixels of an image in a request, checked before decoding", Range(whole, 1)
+    )
+    max_waiting_pixels: int = setting(
+        2**29, "pixels of the images in all requests that wait; half of it for one client", Range(whole, 1)
     )
     max_steps: int = setting(150, "steps of a request", Range(whole, 1, 1000))
     max_batch: int = setting(8, "images that a request generates at once", Range(whole, 1, 100))
@@ -79,8 +101,9 @@ class ServerSettings:
                 f"host {self.host} can be reached from other machines: give a key with --api-key, or --insecure to "
                 "let anybody use the server"
             )
-        if self.api_key is not None and (len(self.api_key) < 8 or not self.api_key.isprintable()):
-            raise ValueError("the API key must have at least 8 printable characters")
+        key = self.api_key
+        if key is not None and (len(key) < 8 or not key.isprintable() or key != key.strip()):
+            raise ValueError("the API key must have at least 8 printable characters, and no blanks around them")
 
     @property
     def is_local(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -33,24 +34,31 @@ class Worker:
 
     def __init__(self, engine: Engine, device: torch.device) -> None:
         self.engine, self.device, self.is_ready = engine, device, False
-        self._models: OrderedDict[object, Loaded] = OrderedDict()  # the one used last is the last
+        self.failure = ""  # why the first model could not be loaded
+        self.models: tuple[Loaded, ...] = ()  # those in memory, the one used last at the end
+        self._models: OrderedDict[object, Loaded] = OrderedDict()  # the same by setup, for this thread alone
         self._thread = threading.Thread(target=self._work, name=f"worker {device}", daemon=True)
         self._stopping = False
+        self._lockstep: Lockstep | None = None  # of the model whose jobs run
         self._turns: dict[Turn, tuple[Job, Setup]] = {}
-        self.failure = ""  # why the first model could not be loaded
+        self._wishing = threading.Lock()
         self._wishes: list[str] = []  # "unload", "load": done while there are no jobs
-        self.exclusive = threading.Lock()  # held while the device is used: what is not a job takes it (inside/)
 
     def start(self) -> None:
         """Load the current model, then work."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End after the current step; its jobs end as failed. Waits for the thread."""
+    @property
+    def is_alive(self) -> bool:
+        """Whether it works."""
+        return self._thread.is_alive()
+
+    def stop(self, seconds: float) -> None:
+        """End after the current step; its jobs end as failed. Waits for the thread, at most so long."""
         self._stopping = True
         self.engine.wake()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(seconds)
 
     def unload(self) -> None:
         """Give back the memory of all models, as soon as no job runs. The next job loads its model again."""
@@ -61,51 +69,64 @@ class Worker:
         self._wish("load")
 
     def _wish(self, wish: str) -> None:
-        self._wishes = [*(other for other in self._wishes if other != wish), wish]
+        with self._wishing:
+            self._wishes = [*(other for other in self._wishes if other != wish), wish]
         self.engine.wake()
-
-    @property
-    def models(self) -> list[Loaded]:
-        """The models in memory, the one used last at the end."""
-        return list(self._models.values())
 
     def _work(self) -> None:
         from .engine import Setup
 
         try:
-            with self.exclusive:
-                self._loaded(Setup(self.engine.current))
-            self.is_ready = True
+            self._loaded(Setup(self.engine.current))
         except Exception as error:
             self.failure = one_line(str(error), 500)
             log.error("the model %s cannot be loaded: %s", self.engine.current.name, self.failure)
         self.engine.wake()
-        lockstep: Lockstep | None = None
         setup: Setup | None = None
         while not self._stopping:
-            jobs = self.engine.take(setup if self._turns else None, self._room(lockstep), wait=not self._turns)
-            with self.exclusive:
-                if self._wishes and not self._turns:
-                    lockstep = None
-                    self._grant()
-                if jobs and not self._turns:
-                    setup = jobs[0][1]
-                    lockstep = self._prepared(setup, [job for job, _ in jobs])
-                if lockstep is not None:
-                    for job, own in jobs:
-                        if not job.has_ended:
-                            self._begin(lockstep, job, own)
-                    if self._turns:
-                        begun = time.perf_counter()
-                        lockstep.advance()
-                        self.engine.totals.seconds += time.perf_counter() - begun
-                        self._collect()
-        if lockstep is not None:
-            lockstep.close()
+            others = any(worker.is_ready for worker in self.engine.workers if worker is not self)
+            if self.failure and others:  # a device that does not work must not take the jobs of those that do
+                time.sleep(1)
+                continue
+            jobs = self.engine.take(setup if self._turns else None, self._room(), wait=not self._turns)
+            setup = jobs[0][1] if jobs else setup
+            try:
+                self._pass(jobs)
+            except BaseException as error:  # whatever it is, others must get their answers
+                log.error("the worker of %s starts again", self.device, exc_info=error)
+                self._start_again(jobs, error)
+        if self._lockstep is not None:
+            self._lockstep.close()
             self._collect()
 
-    def _room(self, lockstep: Lockstep | None) -> int:
+    def _pass(self, jobs: list[tuple[Job, Setup]]) -> None:
+        """Begin these jobs, all of one setup, and take a step of all that run."""
+        if not self._turns and (self._wishes or jobs):
+            self._lockstep = None  # else it would keep a model in memory that makes room
+            self._grant()
+        if jobs and not self._turns:
+            self._lockstep = self._prepared(jobs[0][1], [job for job, _ in jobs])
+        for job, own in jobs:
+            if self._lockstep is not None and not job.has_ended:
+                self._begin(self._lockstep, job, own)
+        if self._turns and self._lockstep is not None:
+            begun = time.perf_counter()
+            self._lockstep.advance()
+            self.engine.worked(0, time.perf_counter() - begun)
+            self._collect()
+
+    def _start_again(self, jobs: list[tuple[Job, Setup]], error: BaseException) -> None:
+        """After an error of our own: fail all jobs, and forget the models."""
+        running = [*self._turns.values()]
+        self._turns.clear()
+        self._lockstep = None
+        self._forget(*self._models)
+        for job, setup in (*running, *jobs):
+            self._failed(job, setup, RuntimeError(f"the worker failed: {error!r:.200}"))
+
+    def _room(self) -> int:
         """How many jobs to add to those that run."""
+        lockstep = self._lockstep
         if not self._turns or lockstep is None:
             return 1  # whether others beside it are worth it is seen by what it evaluates
         settings = self.engine.settings
@@ -116,12 +137,11 @@ class Worker:
         """Do what `unload` and `reload` asked for."""
         from .engine import Setup
 
-        wishes, self._wishes = self._wishes, []
+        with self._wishing:
+            wishes, self._wishes = self._wishes, []
         for wish in wishes:
             if wish == "unload":
-                self._models.clear()
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                self._forget(*self._models)
                 continue
             try:
                 self._loaded(Setup(self.engine.current))
@@ -132,9 +152,13 @@ class Worker:
         """The model of a setup with its LoRAs; None if that fails, and with it the jobs."""
         try:
             loaded = self._loaded(setup)
+            loaded.drop_controls()
             loaded.merge(setup.loras)
             return loaded.lockstep
         except Exception as error:
+            key = setup.model, setup.vae
+            if key in self._models and self._models[key].loras is None:  # half merged: not to be used any more
+                self._forget(key)
             for job in jobs:
                 self._failed(job, setup, error)
             return None
@@ -143,37 +167,50 @@ class Worker:
         """The model of a setup, loaded if it is not in memory; the one used least recently makes room."""
         key = setup.model, setup.vae
         if key not in self._models:
-            while len(self._models) >= self.engine.settings.resident:
-                self._models.popitem(last=False)
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+            self._forget(*list(self._models)[: len(self._models) + 1 - self.engine.settings.resident])
             self._models[key] = load(setup, self.engine.settings, self.device)
+            self.is_ready, self.failure = True, ""
         self._models.move_to_end(key)
+        self.models = tuple(self._models.values())
         self._models[key].add_embeddings(self.engine.catalogue.entries("embedding"))
         return self._models[key]
+
+    def _forget(self, *keys: object) -> None:
+        """Take models out of memory."""
+        for key in keys:
+            del self._models[key]
+        self.models = tuple(self._models.values())
+        if keys:
+            gc.collect()  # tracebacks of failed jobs hold what they used, in circles
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _begin(self, lockstep: Lockstep, job: Job, setup: Setup) -> None:
         loaded = self._models[setup.model, setup.vae]
 
         def steps(step: Step) -> None:
-            self.engine.totals.steps += 1
+            self.engine.worked(1, 0.0)
 
         def task(model: StableDiffusion) -> None:
             check_size(job.work.request, loaded.model.config.size, self.engine.settings)
             loaded.add_controls(job.work.request.controls, self.engine.catalogue)
             generate(job, setup, model, loaded, steps)
 
-        self._turns[lockstep.start(task)] = job, setup
+        try:
+            self._turns[lockstep.start(task)] = job, setup
+        except Exception as error:  # no thread can be started
+            self._failed(job, setup, error)
         self._collect()
 
     def _collect(self) -> None:
         """Take out the jobs that have ended."""
         for turn in [turn for turn in self._turns if turn.ended]:
             job, setup = self._turns.pop(turn)
-            if turn.failure is None:
+            failure, turn.failure = turn.failure, None  # which holds all that the job used
+            if failure is None:
                 self.engine.ended(job, "done")
             else:
-                self._failed(job, setup, turn.failure)
+                self._failed(job, setup, failure)
 
     def _failed(self, job: Job, setup: Setup, error: BaseException) -> None:
         """Tell the client of a job why it failed; paths of this machine are no business of his."""

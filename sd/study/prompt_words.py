@@ -5,7 +5,7 @@
 Without the web UI's syntax there is one text and one chunk. The context of k chunks has 77 k positions: in each chunk
 start, the tokens, end and padding. See text/prompt_syntax.py.
 
->>> from sd.params import TextToImage
+>>> from sd import StableDiffusion, TextToImage
 >>> run = StableDiffusion.load().prepare(TextToImage.of("a red [house:tree:1]", steps=4, web_ui_prompts=True))
 >>> found = PromptWords(run)
 >>> [word.text for word in found.words], found.present(0), found.present(3)

@@ -158,7 +158,19 @@ def count_tokens(model: StableDiffusion, text: str, web_ui_prompts: bool) -> Tok
     else:
         ids = tokenizer.encode(text)
         found, cut = [ids[:room]], tokenizer.decode(ids[room:])
-    read = torch.tensor([i for chunk in found for i in chunk], dtype=torch.long, device=model.device)
-    missing = model.text_encoder.token(read).abs().sum(dim=-1) == 0
-    unknown = list(dict.fromkeys(tokenizer.decode(read[missing].tolist()).split()))
-    return Tokens(count=len(ids), limit=room, chunks=len(found), cut=cut, unknown=unknown[:MOST_WORDS])
+    read = [i for chunk in found for i in chunk]
+    return Tokens(count=len(ids), limit=room, chunks=len(found), cut=cut, unknown=_unknown(model, read)[:MOST_WORDS])
+
+
+def _unknown(model: StableDiffusion, ids: list[int]) -> list[str]:
+    """The words of these tokens whose vectors are zero, as those are that did not occur in training."""
+    table = model.text_encoder.token
+    device = table.weight.device
+    if device.type == "meta":  # with low memory: the weights are not here at the moment
+        return []
+    try:
+        zero = table(torch.tensor(ids, dtype=torch.long, device=device)).abs().sum(dim=-1) == 0
+    except RuntimeError:  # the table moves to another device just now
+        return []
+    words = model.tokenizer.decode([i for i, is_zero in zip(ids, zero.tolist(), strict=True) if is_zero]).split()
+    return list(dict.fromkeys(words))

@@ -19,7 +19,7 @@ from ..http import ApiError
 LONGEST = 1000  # characters of a message
 KINDS: tuple[type[Any], ...] = (SamplingParams, *REQUESTS.values())
 SETTINGS = {f.name for cls in KINDS for f in fields(cls)} | {*OPTIONS}
-BEGINNING = re.compile(r"(?:unknown )?(\w+)")
+BEGINNING = re.compile(r"(?:unknown |a |\d+ )?(\w+)")  # of messages of the library: the setting that they are about
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 503: "service_unavailable"}
 FINAL = (409, 507)  # the SDK would send these again, with the same result
@@ -42,7 +42,7 @@ def as_json(error: ApiError) -> dict[str, Any]:
     status = status_of(error)
     param, code = (error.param, error.code) if isinstance(error, Invalid) else (None, None)
     if param is None and status == 400 and (first := BEGINNING.match(error.message)) and first[1] in SETTINGS:
-        param = first[1]  # messages of the library begin with the setting
+        param = first[1]
     return {
         "error": {
             "message": one_line(error.message, LONGEST),

@@ -198,9 +198,14 @@ def _size(value: object) -> tuple[int | None, int | None]:
 
 def _model(value: object, engine: Engine) -> str | None:
     """The name of a model in the catalogue; None, the current one, also for the names of OpenAI's models."""
-    if value is None or (isinstance(value, str) and THEIR_MODELS.fullmatch(value)):
+    if value is None:
         return None
-    return _found(engine, "model", value, "model")
+    try:
+        return _found(engine, "model", value, "model")
+    except Invalid:
+        if isinstance(value, str) and THEIR_MODELS.fullmatch(value):
+            return None
+        raise
 
 
 def _found(engine: Engine, kind: Kind, name: object, param: str) -> str:

@@ -7,12 +7,13 @@ const MOST_STEPS = 50;
 const MOST_GUIDANCE = 15;
 
 class Slider {
-  constructor(name, label, about, range, onInput) {
+  constructor(name, label, range, onInput) {
     const id = `inside-${name}`;
     this.range = el("input", { type: "range", id, ...range, on: { input: () => this.changed(onInput) } });
     this.value = el("output", { for: id }, "");
     this.element = el("div", { className: "field inside-slider" },
-      el("label", { for: id }, label, " ", el("small", {}, about)), el("div", { className: "inside-range" }, this.range, this.value));
+      el("label", { for: id }, label),
+      el("div", { className: "inside-range" }, this.range, this.value));
   }
 
   changed(onInput) {
@@ -36,19 +37,22 @@ class Slider {
 export class Controls {
   // onChange(name, value) is called while a slider moves, and when the switch is changed; onReset and onUse by buttons.
   constructor({ onChange, onReset, onUse }) {
-    this.steps = new Slider("steps", "Steps", "", { min: 1, max: MOST_STEPS, step: 1 }, (value) => onChange("steps", value));
-    this.guidance = new Slider("guidance", "Guidance", "", { min: 0, max: MOST_GUIDANCE, step: 0.1 },
-      (value) => onChange("guidance", value));
+    const slider = (name, label, range) => new Slider(name, label, range, (value) => onChange(name, value));
+    this.steps = slider("steps", "Steps", { min: 1, max: MOST_STEPS, step: 1 });
+    this.guidance = slider("guidance", "Guidance", { min: 0, max: MOST_GUIDANCE, step: 0.1 });
     this.few = el("input", { type: "checkbox", role: "switch", id: "inside-few",
       on: { change: () => onChange("few", this.few.checked) } });
     this.fewName = el("small", {}, "");
-    this.fewRow = el("label", { className: "switch", hidden: true }, this.few, el("span"), "Few-step LoRA ", this.fewName);
-    const button = (text, title, does) => el("button", { type: "button", className: "quiet", title, on: { click: does } }, text);
+    this.fewRow = el("label", { className: "switch", hidden: true },
+      this.few, el("span"), "Few-step LoRA ", this.fewName);
+    const button = (text, title, does) =>
+      el("button", { type: "button", className: "quiet", title, on: { click: does } }, text);
     this.use = button("Use in the form", "Take these settings over into the form", onUse);
     this.reset = button("Reset", "Follow the settings of the form again", onReset);
     this.changes = el("div", { className: "inside-changes", hidden: true }, this.use, this.reset);
     this.element = el("div", { className: "inside-settings" },
-      this.steps.element, this.guidance.element, el("div", { className: "inside-more" }, this.fewRow, this.changes));
+      this.steps.element, this.guidance.element,
+      el("div", { className: "inside-more" }, this.fewRow, this.changes));
   }
 
   // What the server says it has: the few-step LoRA of the model, and its limits.

@@ -28,10 +28,11 @@ export class Curve {
     this.y = (noise) => TOP + (1 - noise) * (HEIGHT - TOP - BOTTOM);
     this.levels = plan.levels;
     const line = plan.curve.map(([t, alpha]) => `${this.x(t).toFixed(1)},${this.y(1 - alpha).toFixed(1)}`);
-    const base = `${this.x(last)},${this.y(0)}`;
+    const area = [`${this.x(last)},${this.y(0)}`, ...line.toReversed(), `${this.x(0)},${this.y(0)}`];
     this.cursor = draw("line", { class: "inside-cursor", y1: TOP, y2: HEIGHT - BOTTOM });
     this.points = plan.levels.slice(0, plan.steps).map((level, i) => {
-      const point = draw("circle", { cx: this.x(level.t), cy: this.y(1 - level.alpha_bar), r: plan.steps > 40 ? 2.5 : 3.5 });
+      const place = { cx: this.x(level.t), cy: this.y(1 - level.alpha_bar) };
+      const point = draw("circle", { ...place, r: plan.steps > 40 ? 2.5 : 3.5 });
       point.addEventListener("click", () => this.onSelect(i));
       return point;
     });
@@ -40,7 +41,7 @@ export class Curve {
         draw("line", { class: "inside-grid", x1: LEFT, x2: WIDTH - RIGHT, y1: this.y(share), y2: this.y(share) }),
         draw("text", { x: LEFT - 6, y: this.y(share) + 3.5, "text-anchor": "end" }, `${100 * share} %`),
       ]),
-      draw("polygon", { class: "inside-area", points: [base, ...line.toReversed(), `${this.x(0)},${this.y(0)}`].join(" ") }),
+      draw("polygon", { class: "inside-area", points: area.join(" ") }),
       draw("polyline", { class: "inside-line", points: line.join(" ") }),
       this.cursor,
       ...this.points,
@@ -66,6 +67,7 @@ export class Curve {
 
 // A list of numbers, each with its name.
 export function facts(pairs) {
-  return el("dl", { className: "inside-facts" },
-    ...pairs.filter(([, value]) => value !== null).flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
+  const known = pairs.filter(([, value]) => value !== null);
+  const rows = known.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]);
+  return el("dl", { className: "inside-facts" }, ...rows);
 }

@@ -14,6 +14,12 @@ import { Words } from "./words.js";
 
 const PAUSE = 120; // milliseconds without a change of a slider, after which it is answered
 
+const TITLES = {
+  noisy: "Show what the network was given, in place of what it predicted",
+  pull: "Show where guidance acts: how far the prompt moves the prediction",
+  same: "Give both maps the same colours for the same values",
+};
+
 export class Inside {
   // body() returns what would be sent to /api/generate; onSettings(settings) takes settings over into the form.
   constructor(root, { body, onSettings }) {
@@ -26,6 +32,15 @@ export class Inside {
     this.follows = true; // the newest step is shown as it comes
     this.later = debounce(PAUSE, () => this.look());
     this.build();
+    document.addEventListener("view", () => this.opened());
+  }
+
+  // The view may have been opened: with a model that answers at once, there need not be an empty one.
+  async opened() {
+    const { request, model } = this.body(); // no model: the page does not know it yet
+    if (this.recording || this.running || !this.root.checkVisibility() || !model || !request.prompt.trim()) return;
+    this.models ??= await getJson("/api/models").catch(() => null);
+    if (this.answersAtOnce && !this.recording && !this.running) this.look({ fresh: true });
   }
 
   build() {
@@ -39,41 +54,46 @@ export class Inside {
       onReset: () => this.change({}),
       onUse: () => this.use(),
     });
-    this.go = el("button", { type: "button", className: "primary inside-go", on: { click: () => this.look({ fresh: true }) } }, "Look inside");
-    this.stop = el("button", { type: "button", hidden: true, on: { click: () => this.cancel() } }, "Cancel");
-    this.status = el("span", { className: "inside-status", role: "status" }, "");
+    const button = (text, does, properties = {}) =>
+      el("button", { type: "button", ...properties, on: { click: does } }, text);
+    this.go = button("Look inside", () => this.look({ fresh: true }), { className: "primary inside-go" });
+    this.stop = button("Cancel", () => this.cancel(), { hidden: true });
+    this.status = el("span", { className: "inside-status" }, ""); // not live: it changes with each step
     this.error = el("div", { className: "alert", role: "alert", hidden: true });
     this.notes = el("ul", { className: "notes", hidden: true });
-    this.opacity = el("input", { type: "range", id: "inside-opacity", min: 0, max: 100, value: 80, on: { input: () => this.draw() } });
-    const toggle = (text, title, does) => el("button", { type: "button", title, "aria-pressed": "false", on: { click: does } }, text);
-    const flip = (name) => () => this.flip(name);
+    const range = { type: "range", id: "inside-opacity", min: 0, max: 100, value: 80 };
+    this.opacity = el("input", { ...range, on: { input: () => this.draw() } });
+    const toggle = (name, text) => button(text, () => this.flip(name), { title: TITLES[name], "aria-pressed": "false" });
     this.toggles = {
-      noisy: toggle("Noisy latent", "Show what the network was given, in place of what it predicted", flip("noisy")),
-      pull: toggle("Guidance", "Show where guidance acts: how far the prompt moves the prediction", flip("pull")),
-      same: toggle("Same scale", "Give both maps the same colours for the same values", flip("same")),
+      noisy: toggle("noisy", "Noisy latent"),
+      pull: toggle("pull", "Guidance"),
+      same: toggle("same", "Same scale"),
     };
-    this.free = el("button", { type: "button", className: "quiet", hidden: true, on: { click: () => this.words.release() } }, "Release words");
+    this.free = button("Release words", () => this.words.release(), { className: "quiet", hidden: true });
+    const toggles = { className: "inside-toggles", role: "group", "aria-label": "View" };
     this.facts = el("div");
-    const panel = (title, ...children) => el("section", { className: "inside-panel", "aria-label": title }, el("h3", {}, title), ...children);
+    const panel = (title, ...children) =>
+      el("section", { className: "inside-panel", "aria-label": title }, el("h3", {}, title), ...children);
     this.results = el("div", { className: "inside-results", hidden: true },
       el("div", { className: "inside-stages" }, ...this.stages.map((stage) => stage.element)),
       el("div", { className: "inside-side" }, panel("Words", this.words.element, explanation("words"))),
       el("div", { className: "inside-view" },
-        el("div", { className: "inside-toggles", role: "group", "aria-label": "View" }, ...Object.values(this.toggles), this.free),
+        el("div", toggles, ...Object.values(this.toggles), this.free),
         el("label", { className: "inside-opacity", for: "inside-opacity" }, "Opacity", this.opacity)),
       el("div", { className: "inside-panel inside-reel" }, this.strip.element, explanation("steps")),
       el("div", { className: "inside-below" },
         panel("Noise", this.curve.element, explanation("noise")),
         panel("This step", this.facts, explanation("guidance"))),
     );
-    this.empty = el("div", { className: "inside-empty-state" }, el("h2", {}, QUESTION), ...INTRODUCTION.map((text) => el("p", {}, text)));
+    const introduction = INTRODUCTION.map((text) => el("p", {}, text));
+    this.empty = el("div", { className: "inside-empty-state" }, el("h2", {}, QUESTION), ...introduction);
     this.root.classList.add("inside");
     this.root.replaceChildren(
-      el("header", { className: "inside-head" }, el("div", { className: "inside-run" }, this.go, this.stop, this.status), this.controls.element),
+      el("header", { className: "inside-head" },
+        el("div", { className: "inside-run" }, this.go, this.stop, this.status), this.controls.element),
       this.error, this.empty, this.results, this.notes,
     );
-    this.root.addEventListener("keydown", (event) => this.key(event));
-    document.addEventListener("keydown", (event) => this.escape(event), { capture: true });
+    document.addEventListener("keydown", (event) => this.key(event), { capture: true });
     this.controls.element.hidden = true; // until there is a run whose settings they show
   }
 
@@ -151,8 +171,13 @@ export class Inside {
         this.took(recording, event.event);
       }
     }
-    if (recording.end) this.recordings.put(key, recording);
-    else if (this.error.hidden) this.fail("The server ended before the image did: try again");
+    if (recording.end) {
+      // also under the guidance that the model has by default, which the slider shows
+      const { guidance, seed } = recording.plan;
+      const same = bodyFor(body, { guidance, seed: BigInt(seed) }, null);
+      for (const each of [key, toJson(same)]) this.recordings.put(each, recording);
+    }
+    if (!recording.end && this.error.hidden) this.fail("The server ended before the image did: try again");
   }
 
   // Show a recording that is complete.
@@ -181,7 +206,8 @@ export class Inside {
       this.notes.replaceChildren(...end.notes.map((note) => el("li", {}, note)));
       this.notes.hidden = !end.notes.length;
       this.draw();
-      announce(`The image is done after ${counted(recording.steps.length, "step")}. Its words are buttons: each shows its map`);
+      const steps = counted(recording.steps.length, "step");
+      announce(`The image is done after ${steps}. The words of the prompt are buttons: each shows its map`);
     }
   }
 
@@ -196,8 +222,8 @@ export class Inside {
     this.words.set(plan.words, plan.parts);
     this.curve.set(plan);
     this.strip.set(plan.steps);
-    const { steps } = this.sent.request.params;
-    this.controls.show({ steps: this.own.steps ?? steps ?? plan.steps, guidance: plan.guidance, few: this.isFew }, Object.keys(this.own).length > 0);
+    const steps = this.sent.request.params.steps ?? plan.steps; // of the whole grid, of which strength takes a part
+    this.controls.show({ steps, guidance: plan.guidance, few: this.isFew }, Object.keys(this.own).length > 0);
   }
 
   cancel() {
@@ -208,8 +234,9 @@ export class Inside {
 
   finish() {
     this.running = null;
-    const { end } = this.recording ?? {};
-    this.busy(false, end && this.error.hidden ? `${counted(this.recording.steps.length, "step")} in ${end.seconds.toFixed(1)} s` : "");
+    const { end, steps } = this.recording ?? {};
+    const done = end && this.error.hidden;
+    this.busy(false, done ? `${counted(steps.length, "step")} in ${end.seconds.toFixed(1)} s` : "");
   }
 
   busy(is, status) {
@@ -237,6 +264,12 @@ export class Inside {
     this.draw();
   }
 
+  // Enable one of the buttons, or say why it has no effect now.
+  enable(name, can, why) {
+    this.toggles[name].disabled = !can;
+    this.toggles[name].title = can ? TITLES[name] : why;
+  }
+
   is(name) {
     return this.toggles[name].getAttribute("aria-pressed") === "true";
   }
@@ -252,11 +285,12 @@ export class Inside {
     this.words.shares(shares, recording.special(frame));
     this.curve.mark(frame);
     this.facts.replaceChildren(this.factsOf(frame));
-    this.toggles.noisy.disabled = frame >= total;
-    this.toggles.pull.disabled = !plan.guided;
+    this.enable("noisy", frame < total, "The result has no noise: choose a step");
+    this.enable("pull", plan.guided, "This run has no guidance");
     this.free.hidden = !this.words.kept.length;
 
-    const maps = this.is("pull") && !this.words.shown.length ? [this.pull(frame)] : this.words.shown.map((word) => this.map(frame, word));
+    const { shown } = this.words;
+    const maps = this.is("pull") && !shown.length ? [this.pull(frame)] : shown.map((word) => this.map(frame, word));
     const two = maps.length > 1;
     this.toggles.same.hidden = !two;
     this.stages[1].element.hidden = !two;
@@ -265,7 +299,8 @@ export class Inside {
       ? { low: Math.min(...heats.map((heat) => heat.low)), high: Math.max(...heats.map((heat) => heat.high)) }
       : {};
     const [source, width, height] = this.source(frame, step);
-    const alt = step ? `${this.is("noisy") ? "Noisy latent" : "Prediction"} at step ${frame + 1} of ${total}` : "The generated image";
+    const what = this.is("noisy") ? "Noisy latent" : "Prediction";
+    const alt = step ? `${what} at step ${frame + 1} of ${total}` : "The generated image";
     this.stages.forEach((stage, i) => {
       stage.show(source, width, height, alt);
       stage.overlay(maps[i] && { ...maps[i], ...scale, opacity: this.opacity.value / 100 });
@@ -325,14 +360,15 @@ export class Inside {
     ]);
   }
 
-  escape(event) {
-    if (event.key !== "Escape" || !this.running || event.defaultPrevented) return;
-    this.cancel();
-    event.preventDefault();
-  }
-
+  // Keys of the whole view: also where nothing in it has the focus, as after a press beside all buttons.
   key(event) {
-    if (event.altKey || event.ctrlKey || event.metaKey) return;
-    if (!isField(event.target) && this.recording && this.strip.key(event)) event.preventDefault();
+    const { target } = event;
+    if (event.altKey || event.ctrlKey || event.metaKey || !this.root.checkVisibility()) return;
+    if (event.key === "Escape" && this.running) {
+      this.cancel();
+      event.preventDefault();
+    } else if (this.recording && !isField(target) && (this.root.contains(target) || target.contains(this.root))) {
+      if (this.strip.key(event)) event.preventDefault();
+    }
   }
 }

@@ -1,9 +1,9 @@
 // Numbers as people read them.
 
-export function percent(share, digits = 1) {
+export function percent(share) {
   const value = 100 * share;
   if (value > 0 && value < 0.05) return "< 0.1 %";
-  return `${value >= 99.95 || (digits === 1 && value >= 10 && Number.isInteger(value)) ? Math.round(value) : value.toFixed(digits)} %`;
+  return `${value >= 99.95 ? Math.round(value) : value.toFixed(1)} %`;
 }
 
 // A plain number with about three digits.

@@ -2,7 +2,7 @@
 
 import { Heat } from "./heat.js";
 
-const KEPT = 12; // runs that need not be asked for again
+const KEPT = 24; // requests that need not be asked for again
 
 export class Recording {
   constructor() {

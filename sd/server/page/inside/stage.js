@@ -9,7 +9,7 @@ export class Stage {
   // onPlace(x, y) is called with the place that is pointed at, as fractions of the sides, and with null when none is.
   constructor({ onPlace, label }) {
     this.image = el("img", { alt: "", draggable: false });
-    this.canvas = el("canvas", { className: "inside-heat", width: SIDE, height: SIDE, role: "img", "aria-label": "No map" });
+    this.canvas = el("canvas", { className: "inside-heat", width: SIDE, height: SIDE, role: "img" });
     this.mark = el("span", { className: "inside-mark", hidden: true });
     this.title = el("strong", {}, "");
     this.about = el("span", { className: "hint" }, "");
@@ -46,7 +46,8 @@ export class Stage {
     this.element.style.setProperty("--shape", String(width / height));
   }
 
-  // Lay a map over it: {heat, title, about, opacity, low, high, write}, where write(value) is a value as text. Null: none.
+  // Lay a map over it: {heat, title, about, opacity, low, high, write}, with write(value) for a value as text.
+  // Null: none.
   overlay(map) {
     this.heat = map?.heat ?? null;
     this.write = map?.write;
@@ -63,7 +64,8 @@ export class Stage {
     drawHeat(this.canvas, this.heat, map.opacity, low, high);
     this.low.textContent = map.write(low);
     this.high.textContent = map.write(high);
-    this.canvas.setAttribute("aria-label", `Map of ${map.title}: ${map.write(low)} to ${map.write(high)}. ${map.about}`);
+    const range = `${map.write(low)} to ${map.write(high)}`;
+    this.canvas.setAttribute("aria-label", `Map of ${map.title}: ${range}. ${map.about}`);
   }
 
   // Mark a place, which is pointed at on this stage or on the one beside it; null: none.

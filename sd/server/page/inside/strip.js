@@ -30,9 +30,12 @@ export class Strip {
     this.frames = [];
     this.selected = 0;
     this.timer = 0;
-    this.list = el("div", { className: "inside-strip", role: "listbox", "aria-label": "Steps", "aria-orientation": "horizontal" });
-    const button = (label, content, does) =>
-      el("button", { type: "button", className: "icon quiet", "aria-label": label, title: label, on: { click: does } }, content);
+    const about = { role: "listbox", "aria-label": "Steps", "aria-orientation": "horizontal" };
+    this.list = el("div", { className: "inside-strip", ...about });
+    const button = (label, content, does) => {
+      const properties = { type: "button", className: "icon quiet", "aria-label": label, title: label };
+      return el("button", { ...properties, on: { click: does } }, content);
+    };
     this.back = button("Previous step (left arrow)", icon("left"), () => this.move(-1));
     this.on = button("Next step (right arrow)", icon("right"), () => this.move(1));
     this.play = button("Play", drawn(PLAY), () => (this.timer ? this.pause() : this.start()));
@@ -84,7 +87,8 @@ export class Strip {
       // only the strip scrolls, not the page
       const left = frame.offsetLeft - (this.list.clientWidth - frame.offsetWidth) / 2;
       this.list.scrollTo({ left, behavior: still.matches || this.timer ? "auto" : "smooth" });
-      this.position.textContent = index < this.frames.length - 1 ? `Step ${index + 1} of ${this.frames.length - 1}` : "Result";
+      const steps = this.frames.length - 1;
+      this.position.textContent = index < steps ? `Step ${index + 1} of ${steps}` : "Result";
     }
     if (tell) this.onSelect(index);
   }
@@ -126,7 +130,8 @@ export class Strip {
 
   // Arrow keys, Home, End; true if the key was one of them.
   key(event) {
-    const to = { ArrowLeft: this.selected - 1, ArrowRight: this.selected + 1, Home: 0, End: this.frames.length - 1 }[event.key];
+    const { selected, frames } = this;
+    const to = { ArrowLeft: selected - 1, ArrowRight: selected + 1, Home: 0, End: frames.length - 1 }[event.key];
     if (to === undefined) return false;
     this.pause();
     this.go(to);

@@ -91,7 +91,8 @@ export class Words {
       chip.querySelector(".inside-share").textContent = missing ? "–" : percent(share);
       chip.querySelector(".inside-fill").style.width = `${missing ? 0 : (100 * share) / top}%`;
     });
-    const parts = special ? [["words", 1 - special.start - special.end - special.padding], ...Object.entries(special)] : [];
+    const words = special ? 1 - special.start - special.end - special.padding : 0;
+    const parts = special ? [["words", words], ...Object.entries(special)] : [];
     this.bar.replaceChildren(...parts.map(([name, share]) => {
       const piece = el("span", { className: `inside-${name}` });
       piece.style.flexGrow = String(Math.max(share, 0));
