@@ -7,6 +7,7 @@ original modules. `error` is the relative L2 distance that all tolerances speak 
 from __future__ import annotations
 
 import argparse
+import gzip
 import itertools
 import json
 import math
@@ -162,7 +163,12 @@ def kept(full: Tensor, recorded: Tensor) -> Tensor:
 
 @lru_cache
 def manifest(name: str) -> reference.Manifest:
-    return reference.load_manifest(MANIFESTS / f"{name}.json")
+    """The names, shapes and types of a model's weights; the largest of the files are compressed."""
+    file = MANIFESTS / f"{name}.json"
+    if file.exists():
+        return reference.load_manifest(file)
+    raw = json.loads(gzip.decompress(file.with_suffix(".json.gz").read_bytes()))
+    return {key: (tuple(shape), getattr(torch, dtype)) for key, (shape, dtype) in raw.items()}
 
 
 @lru_cache

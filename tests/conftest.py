@@ -13,7 +13,7 @@ from collections import Counter
 import pytest
 import torch
 from common import TINY, TINY_INPAINT, tiny_state
-from editor_common import mount, shared  # noqa: F401 (fixtures)
+from editor_common import edit_view, mount_editor  # noqa: F401 (fixtures)
 from server_browser import browser, few_steps, missing, page, ready, server  # noqa: F401 (fixtures)
 
 from sd.checkpoints.convert import convert

@@ -127,17 +127,17 @@ def same(found, expected, slack=2):
 
 
 @pytest.fixture(scope="module")
-def shared(browser, server):
+def edit_view(browser, server):
     with opened(browser, server, viewport={"width": 1280, "height": 900}) as page:
         page.click("#tab-edit")
         yield page
 
 
 @pytest.fixture
-def mount(shared):
-    """mount(tab, image) -> Desk, with an editor of its own."""
+def mount_editor(edit_view):
+    """mount_editor(tab, image) -> Desk, with an editor of its own."""
 
-    def mounted(tab="inpaint", image=None, page=shared):
+    def mounted(tab="inpaint", image=None, page=edit_view):
         image = noise() if image is None else image
         page.evaluate(MOUNT, [url(image) if image else None, tab])
         return Desk(page, image.size if image else None)

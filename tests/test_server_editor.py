@@ -15,8 +15,8 @@ from server_browser import opened
 pytestmark = pytest.mark.browser
 
 
-def test_mouse_paints_the_mask(mount):
-    desk = mount()
+def test_mouse_paints_the_mask(mount_editor):
+    desk = mount_editor()
     desk.brush(11)
     line = desk.drag((20, 20), (60, 20), (60, 45))
     first = desk.mask()
@@ -59,8 +59,8 @@ def test_mouse_paints_the_mask(mount):
     assert (desk.mask() == 255 - before).all()
 
 
-def test_zoom_and_pan_keep_the_place(mount):
-    desk = mount()
+def test_zoom_and_pan_keep_the_place(mount_editor):
+    desk = mount_editor()
     desk.brush(4)
     spot = 71.5, 22.5
     x, y = desk.at(*spot)
@@ -93,8 +93,8 @@ def test_zoom_and_pan_keep_the_place(mount):
     assert same(desk.mask(), np.maximum(expected, painted(SIZE, moved, width=4)))
 
 
-def test_keyboard_paints(mount):
-    desk = mount()
+def test_keyboard_paints(mount_editor):
+    desk = mount_editor()
     desk.brush(8)
     desk.root.get_by_role("button", name="Clear").focus()
     desk.page.keyboard.press("Tab")  # the canvas
@@ -116,8 +116,8 @@ def test_keyboard_paints(mount):
     assert "x 52, y 31" in desk.root.locator(".ed-foot").inner_text()
 
 
-def test_pen_pressure(mount):
-    desk = mount()
+def test_pen_pressure(mount_editor):
+    desk = mount_editor()
     desk.brush(20)
     session = desk.page.context.new_cdp_session(desk.page)
 
@@ -145,9 +145,9 @@ def phone(browser, server, **options):
         yield page
 
 
-def test_fingers(browser, server, mount):
+def test_fingers(browser, server, mount_editor):
     with phone(browser, server) as page:
-        desk = mount("inpaint", noise(), page)
+        desk = mount_editor("inpaint", noise(), page)
         desk.brush(8)
         desk.fitted(SIZE)
         session = page.context.new_cdp_session(page)
@@ -183,8 +183,8 @@ def test_fingers(browser, server, mount):
         assert desk.root.evaluate("e => getComputedStyle(e).touchAction") == "auto"
 
 
-def test_frame_is_dragged(mount):
-    desk, (wide, high) = mount("outpaint"), SIZE
+def test_frame_is_dragged(mount_editor):
+    desk, (wide, high) = mount_editor("outpaint"), SIZE
     pixels = np.asarray(noise())
     desk.drag((wide, 32), (wide + 19, 30))  # the right side: 16 or 24, the nearer one
     value = desk.value()
@@ -221,8 +221,8 @@ def test_frame_is_dragged(mount):
     assert decoded(desk.value()["image"]).shape == (high, wide, 3) and not desk.mask().any()
 
 
-def test_sketches_are_hints(mount):
-    desk = mount("sketch")
+def test_sketches_are_hints(mount_editor):
+    desk = mount_editor("sketch")
     desk.brush(3)
     assert desk.hints() == []  # nothing is drawn
     line = desk.drag((10, 10), (80, 50))
@@ -253,8 +253,8 @@ def test_sketches_are_hints(mount):
     assert desk.hints() == [] and desk.root.get_by_text("no control networks").is_visible()
 
 
-def test_sketch_without_an_image(mount):
-    desk = mount("img2img", False)
+def test_sketch_without_an_image(mount_editor):
+    desk = mount_editor("img2img", False)
     assert desk.value() is None
     desk.page.evaluate("editor.setSize(64, 96)")
     desk.root.get_by_label("Sketch").check(force=True)

@@ -22,8 +22,8 @@ GIVE = """([name, type, text, kind]) => {
 }"""
 
 
-def test_images_come_by_drop_paste_and_picker(mount, tmp_path):
-    desk = mount("img2img", False)
+def test_images_come_by_drop_paste_and_picker(mount_editor, tmp_path):
+    desk = mount_editor("img2img", False)
     for i, kind in enumerate(("drop", "paste", "pick")):
         image = noise((40 + 8 * i, 32))
         if kind == "pick":
@@ -44,13 +44,13 @@ def test_images_come_by_drop_paste_and_picker(mount, tmp_path):
     assert desk.value() is None
 
 
-def test_transparent_part_is_the_mask(mount):
+def test_transparent_part_is_the_mask(mount_editor):
     image = noise(channels=4)
     alpha = np.full((64, 96), 255, np.uint8)
     alpha[:, :10] = 0
     alpha[5, 50] = 100
     image.putalpha(Image.fromarray(alpha))
-    desk = mount("inpaint", image)
+    desk = mount_editor("inpaint", image)
     assert (desk.mask() == 255 - alpha).all()
     assert (decoded(desk.value()["image"])[:, :10] == 255).all()  # white, as in the library
     assert (decoded(desk.value()["image"])[alpha == 255] == np.asarray(image)[..., :3][alpha == 255]).all()
@@ -63,8 +63,8 @@ def test_transparent_part_is_the_mask(mount):
     desk.root.get_by_text("24×40 pixels").wait_for()
 
 
-def test_before_and_after(mount):
-    desk = mount()
+def test_before_and_after(mount_editor):
+    desk = mount_editor()
     buttons = [desk.root.get_by_role("button", name=name, exact=True) for name in ("Before", "After")]
     assert not buttons[0].is_visible()
     centre = """() => {
@@ -163,8 +163,8 @@ def test_inpaint_outpaint_and_sketch_with_the_model(page, tmp_path):
     assert lines[90, 64] == 255 and not grey(hint["image"])[90, 64]
 
 
-def test_pure_parts(shared):
-    found = shared.evaluate(
+def test_pure_parts(edit_view):
+    found = edit_view.evaluate(
         """async () => {
         const { History } = await import("/page/editor/history.js");
         const { Surface } = await import("/page/editor/surface.js");

@@ -25,7 +25,7 @@ export function button(text, onclick, { title = "", keys = "", ...attributes } =
 export function slider({ label, min, max, step, value, show = String, change, title = null }) {
   const id = freshId();
   const input = el("input", { type: "range", id, min, max, step });
-  const output = el("output", { for: id });
+  const output = el("output", { for: id, "aria-hidden": "true" }); // the slider's own text says it already
   const root = el("div", { class: "ed-slider", title }, el("label", { for: id }, label), input, output);
   const set = (number) => {
     input.value = number;

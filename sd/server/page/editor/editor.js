@@ -375,7 +375,9 @@ export class Editor extends EventTarget {
       texts.push(`${width}×${height} pixels.`);
       if (this.#tab !== "img2img") texts.push(this.#aboutMask(picture));
     } else if (this.#tab === "sketch" && this.#parts.hints.scene) {
-      if (this.#parts.hints.scene.source === "sketch") texts.push("Draw the lines that the image should follow.");
+      const { source, picture: chosen } = this.#parts.hints.scene;
+      if (source === "sketch") texts.push("Draw the lines that the image should follow.");
+      else if (!chosen) texts.push("Drop, paste or choose the picture.");
       if (picture) texts.push(`The image is used as well: ${Object.fromEntries(MODES)[picture.mode].toLowerCase()}.`);
     }
     this.#parts.status.textContent = texts.filter(Boolean).join(" ");
