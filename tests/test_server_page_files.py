@@ -134,11 +134,12 @@ def test_loras_words_and_models_are_picked(browser, well_stocked):
 
         page.select_option("#model", "second")
         page.wait_for_selector("#toast:has-text('second')")
+        page.fill("#steps", "2")
         with page.expect_request("**/api/generate") as sent:
             page.keyboard.press("Control+Enter")
         assert sent.value.post_data_json["model"] == "second"
         page.wait_for_selector("#caption:has-text('second')")
-        page.wait_for_function("document.querySelector('#steps').value !== ''")  # the defaults of the model
+        page.wait_for_selector("#embeddings button:not([disabled])")  # the word fits it as well
         assert not page.is_visible("#fast-row")  # its LoRA is for the embedded model
 
 

@@ -171,8 +171,8 @@ class Worker:
             self._models[key] = load(setup, self.engine.settings, self.device)
             self.is_ready, self.failure = True, ""
         self._models.move_to_end(key)
-        self.models = tuple(self._models.values())
         self._models[key].add_embeddings(self.engine.catalogue.entries("embedding"))
+        self.models = tuple(self._models.values())  # from here on, others see it, with its words
         return self._models[key]
 
     def _forget(self, *keys: object) -> None:

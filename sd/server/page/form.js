@@ -12,7 +12,7 @@ const RATIOS = [
   ["wide", 16, 9],
 ];
 
-// id of the field, name of the setting, kind of value. Those of sampling exist twice: with the few-step LoRA, and without.
+// id of the field, name of the setting, kind of value. Those of sampling exist with the few-step LoRA, and without.
 const FIELDS = [
   ["prompt", "prompt", "text"],
   ["negative", "negative", "text"],

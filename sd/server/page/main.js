@@ -44,6 +44,7 @@ const result = new Result(gallery, {
 });
 const inside = new Inside($("inside"), { body: () => bodyOf(form.settings, form.models), onSettings });
 
+let hasNewModel = false; // that no image was made with yet
 let lastSeed = null; // of the last image that was asked for by the button
 
 function generate({ quiet = false } = {}) {
@@ -110,7 +111,8 @@ runner.addEventListener("done", async ({ detail: { answer, body, settings, quiet
   await gallery.add(items);
   result.show(items);
   if (body.request.image && views.view() === "edit") editor.setResult(items[0].blob, body.request).catch(() => {});
-  if (!form.models.defaults) models.update(); // the model has been loaded
+  if (hasNewModel) models.update(); // which has been loaded now: its words are known
+  hasNewModel = false;
 });
 for (const name of ["failed", "cancelled"]) runner.addEventListener(name, () => result.again());
 
@@ -135,6 +137,7 @@ models.addEventListener("change", ({ detail: { models: found, switched } }) => {
   showSize();
   for (const each of tokens) each.update();
   if (switched) {
+    hasNewModel = true;
     const none = { steps: null, guidance: null, sampler: null, spacing: null };
     form.set({ width: null, height: null, vae: "", fast: null, full: { ...none }, few: { ...none } });
   }

@@ -125,7 +125,7 @@ export class Pickers {
   #words() {
     const found = this.form.models?.embeddings ?? [];
     $("embeddings-field").hidden = !found.length;
-    const state = found.map((each) => each.name).join("/");
+    const state = JSON.stringify(found);
     if ($("embeddings").dataset.state === state) return;
     $("embeddings").dataset.state = state;
     $("embeddings").replaceChildren(

@@ -22,8 +22,8 @@ export class Runner extends EventTarget {
     return this.controller !== null;
   }
 
-  // Generate. settings: those of the form, for "done"; quiet: a slider was moved. A quiet one takes the place of another
-  // that runs, and shows progress only if it takes long.
+  // Generate. settings: those of the form, for "done"; quiet: a slider was moved. A quiet one takes the place of the
+  // quiet one that runs, and shows progress only if it takes long.
   async start(body, settings, quiet = false) {
     if (this.running && !(quiet && this.quiet)) return;
     this.controller?.abort();
