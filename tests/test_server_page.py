@@ -50,12 +50,13 @@ def test_previews_while_it_denoises_then_stop_and_cancel(ready):
     assert ready.input_value("#sampler") != "lcm"
     ready.fill("#prompt", "a castle")
     ready.fill("#steps", "150")
+    ready.fill("#n", "4")
     ready.click("#go")
     ready.wait_for_selector("#result img.preview")
     first = ready.get_attribute("#result img.preview", "src")
     assert first.startswith("data:image/jpeg") and "of 150" in ready.inner_text("#progress-text")
     ready.wait_for_function("(first) => document.querySelector('#result img').src !== first", arg=first)
-    assert not ready.is_visible("#go")
+    ready.wait_for_selector("#go", state="hidden")
     ready.click("#stop")
     ready.wait_for_selector("#result img.result")
     assert "stopped early" in ready.inner_text("#caption")
@@ -64,7 +65,7 @@ def test_previews_while_it_denoises_then_stop_and_cancel(ready):
     ready.wait_for_selector("#result img.preview")
     ready.keyboard.press("Escape")
     ready.wait_for_selector("#result img.result")  # that before it
-    assert ready.is_visible("#go") and ready.locator("#gallery li").count() == 1
+    assert ready.is_visible("#go") and ready.locator("#gallery li").count() == 4
     ready.wait_for_function("async () => (await (await fetch('/api/jobs')).json()).length === 0")
 
 
