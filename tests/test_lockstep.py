@@ -36,7 +36,11 @@ def images(model, request):
     return model.prepare(request).result().images
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(torch.float32, marks=pytest.mark.exhaustive), torch.bfloat16],
+    ids=["float32", "bfloat16"],
+)
 def model(request):
     return StableDiffusion.load(dtype=request.param)
 
