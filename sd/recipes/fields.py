@@ -50,7 +50,12 @@ KEYS = {
     "hires_steps": ("Hires steps",),
     "hires_upscaler": ("Hires upscaler",),
 }
-ALWAYS = ("strength", "hires", "hires_strength")  # written even if they have their default, which tells the kind
+ALWAYS = (
+    "strength",
+    "hires",
+    "hires_strength",
+    "hires_upscaler",
+)  # written even if they have their default, which tells the kind
 RNGS = {"torch-cpu": "CPU", "nv": "NV", "comfy": "Comfy"}  # as the web UI writes them; it has no third
 # written in a form of their own, or not settings of one image
 APART = {"prompt", "negative", "params", "n", "height", "width", "options", "controls"}

@@ -1,4 +1,4 @@
-"""A server for the protocols that programs speak which use Stable Diffusion over HTTP, with a page of its own.
+"""A server for programs that use Stable Diffusion over HTTP, in the protocols they know, with a page of its own.
 
     settings.py    every setting of the server, with its default and range
     catalogue.py   the files that requests may name: models, LoRAs, embeddings, control networks, VAEs

@@ -20,6 +20,7 @@ from ..resources import EMBEDDED, EMBEDDED_CONTROLS, EMBEDDED_LORA, resource
 from .settings import ServerSettings
 
 Kind = Literal["model", "lora", "embedding", "control", "vae"]
+WORDS = {"model": "model", "lora": "LoRA", "embedding": "embedding", "control": "control network", "vae": "VAE"}
 MOST_FILES = 20_000  # in a folder: more is not a folder of models
 
 
@@ -137,7 +138,7 @@ class Catalogue:
                     "computed; try again later, or give a name"
                 )
         known = ", ".join(entry.name for entry in entries[:10]) + (", ..." if len(entries) > 10 else "")
-        raise UnknownName(f"there is no {kind} {one_line(name, 100)!r}; there is {known or 'none'}")
+        raise UnknownName(f"no {WORDS[kind]} is called {one_line(name, 100)!r}; this server has {known or 'none'}")
 
 
 def _files(folder: Path | None) -> Iterable[tuple[str, Path]]:

@@ -28,6 +28,7 @@ from .settings import ServerSettings
 from .worker import Worker
 
 STOPPING = 30.0  # seconds in which a worker must stop: a step, or the loading of a model
+INTAKE = 4  # requests whose images are decoded at once
 RECENT = 50  # jobs whose duration the next ones are estimated by
 
 
@@ -73,6 +74,7 @@ class Engine:
         self.catalogue = Catalogue(settings)
         self.current = self.catalogue.default
         self.totals = Totals()
+        self.intake = asyncio.Semaphore(INTAKE)  # held by those who decode the images of a request
         self._waiting: deque[tuple[Job, Setup]] = deque()
         self._running: list[Job] = []
         self._over: weakref.WeakSet[Job] = weakref.WeakSet()  # that have ended, as far as somebody still has them

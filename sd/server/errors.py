@@ -21,7 +21,7 @@ from .http import ApiError, Gone, as_api_error
 
 log = logging.getLogger("sd.server")
 Form = Callable[[Request, ApiError], Response]
-GONE = 499  # in the log only: the client closed the connection, and reads no answer
+GONE = 499  # in the log only: the client closed the connection, so nobody reads the answer
 
 
 def plain(request: Request, error: ApiError) -> Response:
@@ -95,4 +95,7 @@ def first_fault(error: RequestValidationError) -> str:
         return one_line(f"the body is not valid JSON: {fault.get('ctx', {}).get('error', 'unreadable')}", 300)
     where = ".".join(str(part) for part in fault.get("loc", ())[1:]) or "the body"
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    return one_line(f"{one_line(where, 100)}: {fault.get('msg', 'not valid')}", 300) + more
+    if fault.get("type") == "model_attributes_type":
+        return "the body must be a JSON object, sent with Content-Type: application/json"
+    said = str(fault.get("msg", "not valid")).removeprefix("Value error, ")
+    return one_line(f"{one_line(where, 100)}: {said}", 300) + more

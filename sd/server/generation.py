@@ -48,6 +48,8 @@ def generate(
         setup.model.hash,
         time.monotonic() - begun,
         interrupted,
+        len(model.tokenizer.encode(str(job.work.request.prompt[0]))),
+        model.config.vae.factor,
     )
 
 

@@ -16,7 +16,7 @@ from .engine import Busy, Engine
 from .jobs import Finished, Job, Work
 
 T = TypeVar("T")
-RESTART = 5  # seconds after which to try again when the server stops
+RESTART = 5  # seconds after which to try again when the server is stopping
 STATUS = {"invalid": 422, "memory": 507, "internal": 500, "stopping": 503}  # of jobs that failed
 
 
@@ -62,30 +62,40 @@ def engine_of(request: Request) -> Engine:
 
 
 def client_of(request: Request) -> str:
-    """Whose request it is: what the queue is shared fairly by. The key if there is one, else the address."""
+    """Whose request it is: what the queue is shared fairly by. With a key, a hash of it and the address; else the
+    address."""
     key = getattr(request.state, "key", None)
     return str(key or (request.client.host if request.client else "unknown"))
 
 
-async def submit(request: Request, works: Sequence[Work]) -> list[Job]:
-    """Put the work of a request into the queue; its jobs are named in the log. Raises as `Engine.submit`."""
-    jobs = await engine_of(request).submit(works, client_of(request))
-    request.state.jobs = [*getattr(request.state, "jobs", ()), *jobs]
-    return jobs
+async def accept(request: Request, read: Callable[[], T], works: Callable[[T], Sequence[Work]]) -> tuple[T, list[Job]]:
+    """Read a request, in a thread, and put its work into the queue; its jobs are named in the log.
 
+    read    decodes images, among other things; few requests do that at once, so that those who wait for their turn hold
+            no decoded images
+    works   the work of what was read
 
-async def generate(
-    request: Request, works: Sequence[Work], begun: Callable[[list[Job]], object] = lambda jobs: None
-) -> list[Job]:
-    """Submit work and wait for its end; returns its jobs, at least one of them done.
-
-    begun   called with the jobs once they are in the queue
-
-    If the client closes the connection, the jobs are cancelled and Gone is raised. Raises Busy, ValueError, and
-    ApiError for the first job that failed.
+    Returns what was read, and the jobs. Raises what `read` raises, and as `Engine.submit`.
     """
     engine = engine_of(request)
-    jobs = await submit(request, works)
+    async with engine.intake:
+        found = await asyncio.to_thread(read)
+        jobs = await engine.submit(works(found), client_of(request))
+    request.state.jobs = [*getattr(request.state, "jobs", ()), *jobs]
+    return found, jobs
+
+
+async def ended(
+    request: Request, jobs: Sequence[Job], begun: Callable[[Sequence[Job]], object] = lambda jobs: None
+) -> Sequence[Job]:
+    """Wait for the end of the jobs of a request; at least one of them is done then.
+
+    begun   called with the jobs first
+
+    If the client closes the connection, the jobs are cancelled and Gone is raised. Raises ApiError for the first job
+    that failed.
+    """
+    engine = engine_of(request)
     try:
         begun(jobs)
         await unless_gone(request, asyncio.gather(*(job.end() for job in jobs)))

@@ -82,6 +82,8 @@ class Finished(NamedTuple):
     model_hash: str
     seconds: float
     interrupted: bool = False  # after fewer steps than asked for
+    tokens: int = 0  # of the prompt
+    factor: int = 8  # pixels for each position of the latents, in each direction
 
 
 class Event(NamedTuple):

@@ -43,6 +43,7 @@ def _given(headers: Mapping[str, str]) -> Iterator[bytes]:
         yield value.encode("latin-1", "replace")
     elif scheme.lower() == "basic":
         with contextlib.suppress(binascii.Error, ValueError):
-            yield base64.b64decode(value, validate=True).partition(b":")[2]
+            before, colon, password = base64.b64decode(value, validate=True).partition(b":")
+            yield password if colon else before  # some clients send nothing but the key
     if "x-api-key" in headers:
         yield headers["x-api-key"].strip().encode("latin-1", "replace")

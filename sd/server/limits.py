@@ -1,4 +1,4 @@
-"""What a request may ask for, at most. The library itself has no such limits: its user pays for what he asks for."""
+"""What a request may ask for, at most. The library itself has no such limits: there, the caller decides."""
 
 from __future__ import annotations
 

@@ -42,6 +42,7 @@ HEADERS = {
 PUBLIC, PUBLIC_FOLDERS = ("/", "/healthz", "/docs"), ("/page/", "/docs/")  # files that ask for the key themselves
 TOKENS = re.compile(r"[A-Za-z0-9-]+(?:\s*,\s*[A-Za-z0-9-]+)*", re.ASCII)  # names of headers
 PREFLIGHT_SECONDS = 600
+MOST_VALUES = 200_000  # in a body of JSON
 
 
 class Security:
@@ -104,6 +105,11 @@ class Security:
         except ApiError as error:
             await self._refuse(scope, receive, send, Refused(error))
             return
+        if has_too_many_values(scope, body):
+            self.bodies.release(len(body))
+            refused = ApiError(422, f"the body has too many values: at most {MOST_VALUES:,}")
+            await self.errors.response(Request(scope), refused)(scope, receive, send)
+            return
         try:
             await self.app(scope, replayed(body, receive), send)
         except Exception as error:
@@ -123,7 +129,7 @@ class Security:
         if not self.hosts.knows(host):
             name = one_line(host, 100)
             raise Refused(
-                ApiError(421, f"this server is not called {name!r}: if it should be, start it with --hosts {name}")
+                ApiError(421, f"this server does not answer to the name {name!r}; to allow it: --hosts {name}")
                 if name
                 else ApiError(421, "the request has no Host header")
             )
@@ -138,7 +144,8 @@ class Security:
                 challenge = "Bearer" if by_script else 'Basic realm="sd", charset="UTF-8"'
                 given = "the API key is wrong" if _has_key(headers) else "an API key is needed"
                 raise Refused(
-                    ApiError(401, f"{given}: send it as Authorization: Bearer KEY"), {"WWW-Authenticate": challenge}
+                    ApiError(401, f"{given}: send it as Authorization: Bearer KEY, or as the password of HTTP Basic"),
+                    {"WWW-Authenticate": challenge},
                 )
             address = scope.get("client")
             scope.setdefault("state", {})["key"] = self.key.client(address[0] if address else "")
@@ -153,7 +160,8 @@ class Security:
             raise Refused(
                 ApiError(
                     403,
-                    f"the page {one_line(origin, 100)} may not use this server: if it should, start it with --origins",
+                    f"web pages of {one_line(origin, 100)} may not use this server"
+                    + (f"; to allow them, start it with --origins {one_line(origin, 100)}" if "://" in origin else ""),
                 )
             )
         site = headers.get("sec-fetch-site", "none").lower()
@@ -180,6 +188,14 @@ class Security:
         await response(scope, receive, but_for_the_end)
         await self.bodies.drop(receive)
         await send(end)
+
+
+def has_too_many_values(scope: Scope, body: bytes) -> bool:
+    """Whether a body of JSON would take long to read. Images in base64 have none of the signs that are counted."""
+    kind = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
+    if kind.startswith((b"multipart/", b"image/", b"application/octet-stream")) or scope["path"] == "/api/recipe":
+        return False
+    return sum(body.count(sign) for sign in (b",", b"[", b"{")) > MOST_VALUES
 
 
 class Refused(Exception):

@@ -19,6 +19,7 @@ from .generation import Cancelled, generate
 from .jobs import Job
 from .limits import check_size
 from .loaded import Loaded, load
+from .public import public_text
 
 if TYPE_CHECKING:
     from .engine import Engine, Setup
@@ -213,17 +214,16 @@ class Worker:
                 self._failed(job, setup, failure)
 
     def _failed(self, job: Job, setup: Setup, error: BaseException) -> None:
-        """Tell the client of a job why it failed; paths of this machine are no business of his."""
+        """Tell the client of a job why it failed."""
         if isinstance(error, Cancelled):
             self.engine.ended(job, "cancelled")
         elif isinstance(error, Stopped):
             self.engine.failed(job, "the server stopped before this was generated: send it again", "stopping")
         elif isinstance(error, ValueError | TypeError):
-            text = one_line(str(error), 500)
-            for entry in (setup.model, setup.vae, *(entry for entry, _ in setup.loras)):
-                if entry is not None:
-                    text = text.replace(str(entry.path), entry.name)
-            self.engine.failed(job, text, "invalid")
+            hints = {control.name for control in job.work.request.controls}
+            controls = [entry for entry in self.engine.catalogue.entries("control") if entry.name in hints]
+            files = [setup.model, *([setup.vae] if setup.vae else []), *(entry for entry, _ in setup.loras), *controls]
+            self.engine.failed(job, public_text(error, files), "invalid")
         elif isinstance(error, ArithmeticError):  # raised by the library for images that are not finite
             log.warning("job %s: %s", job.id, one_line(str(error), 300))
             self.engine.failed(

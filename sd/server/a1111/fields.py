@@ -9,6 +9,7 @@ Source of the names and defaults: AUTOMATIC1111/stable-diffusion-webui modules/p
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -191,11 +192,16 @@ def openapi(fields: Mapping[str, Field]) -> dict[str, Any]:
     return {"requestBody": {"content": content, "required": True}}
 
 
+def _no_constant(text: str) -> float:
+    """JSON has no NaN and no Infinity, which Python reads."""
+    raise ValueError(f"{text} is not a number in JSON")
+
+
 async def body_of(request: Request) -> dict[str, Any]:
     """The JSON object in the body of a request. Raises ApiError for anything else."""
     data = await request.body()
     try:
-        found = json.loads(data)
+        found = await asyncio.to_thread(json.loads, data, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ApiError(422, f"the body is not JSON: {one_line(error, 100)}") from None
     if not isinstance(found, dict):

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from ..http import client_of, generate, results
+from ..http import accept, client_of, ended, results
 from .answers import answer, encoded
 from .errors import GENERATING, PROBLEMS
 from .fields import IMG2IMG, TXT2IMG, Field, body_of, openapi, read
@@ -34,8 +34,8 @@ async def _generated(request: Request, name: str, fields: dict[str, Field]) -> R
     given = read(await body_of(request), fields)
     check_count(given, engine.settings.max_images)
     with tasks.added(client_of(request), name) as task:
-        planned = await asyncio.to_thread(plan, given, options, engine)
-        jobs = await generate(request, planned.works, task.jobs.extend)
+        planned, jobs = await accept(request, lambda: plan(given, options, engine), lambda planned: planned.works)
+        await ended(request, jobs, task.begin)
     if not given["override_settings_restore_afterwards"]:
         options.update(planned.override)
     finished = results(jobs)

@@ -172,7 +172,7 @@ async def cmd_flags(request: Request) -> dict[str, Any]:
     return {
         "api": True,
         "nowebui": False,
-        "port": settings.port,
+        "port": (request.scope.get("server") or (None, settings.port))[1],
         "listen": not settings.is_local,
         "api_auth": None,
         "lowvram": settings.low_memory,

@@ -1,14 +1,14 @@
 """The requests that are being generated: how far they are, and stopping them.
 
-A client sees, interrupts and skips only what is its own: of its key, or of its address where there is no key. Of
-several requests it is the oldest one.
+A client sees, interrupts and skips only what is its own: of its address. `progress` and `skip` are about its oldest
+request, `interrupt` is about all of them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +33,13 @@ class Task:
     stamp: str = field(default_factory=lambda: time.strftime(STAMP))
     skipped: bool = False
     interrupted: bool = False
+
+    def begin(self, jobs: Sequence[Job]) -> None:
+        """Its jobs are in the queue. It may have been interrupted before."""
+        self.jobs.extend(jobs)
+        if self.interrupted:
+            for job in jobs:
+                job.interrupt()
 
     @property
     def current(self) -> Job | None:

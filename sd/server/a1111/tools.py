@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -80,7 +80,7 @@ def _settings_in(text: str) -> dict[str, Any]:
 async def extra_single_image(request: Request) -> dict[str, Any]:
     """Enlarge an image by plain resampling."""
     given, budget = read(await body_of(request), SINGLE), _budget(request)
-    image = await asyncio.to_thread(_enlarged, given, given["image"], "image", budget)
+    image = await _one_of_few(request, _enlarged, given, given["image"], "image", budget)
     return {"html_info": _said(given), "image": image}
 
 
@@ -92,8 +92,14 @@ async def extra_batch_images(request: Request) -> dict[str, Any]:
     done = []
     for i, image in enumerate(images):
         data = image.get("data") if isinstance(image, Mapping) else image
-        done.append(await asyncio.to_thread(_enlarged, given, data, f"imageList[{i}]", budget))
+        done.append(await _one_of_few(request, _enlarged, given, data, f"imageList[{i}]", budget))
     return {"html_info": _said(given), "images": done}
+
+
+async def _one_of_few(request: Request, work: Callable[..., str], *arguments: Any) -> str:
+    """What decodes an image, in a thread: few at once, as they take memory."""
+    async with session_of(request).engine.intake:
+        return await asyncio.to_thread(work, *arguments)
 
 
 def _several(images: list[Any] | None, name: str) -> list[Any]:
@@ -191,7 +197,9 @@ async def detect(request: Request) -> dict[str, Any]:
     limits |= thresholds(annotate, given["controlnet_threshold_a"], given["controlnet_threshold_b"])
     found = []
     for i, image in enumerate(images):
-        found.append(await asyncio.to_thread(_hint, image, f"controlnet_input_images[{i}]", annotate, limits, budget))
+        found.append(
+            await _one_of_few(request, _hint, image, f"controlnet_input_images[{i}]", annotate, limits, budget)
+        )
     return {"images": found, "info": "Success"}
 
 

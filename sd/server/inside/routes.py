@@ -13,8 +13,8 @@ from fastapi import APIRouter, Request
 from .. import http
 from ..engine import Engine
 from ..events import EventStream, ServerEvent, follow
-from ..http import ApiError, client_of, engine_of
-from ..jobs import Finished, Job
+from ..http import ApiError, engine_of
+from ..jobs import Finished, Job, Work
 from ..native import PROBLEMS
 from ..native.bodies import GenerateBody
 from ..native.generate import EVENTS, answer, position
@@ -38,11 +38,18 @@ async def inside(request: Request, body: GenerateBody) -> EventStream:
     Such a job is computed alone, and obeys the same limits as others.
     """
     engine, watcher = engine_of(request), InsideWatcher()
-    work = await asyncio.to_thread(work_of, body, engine.settings)
+    _, (job,) = await http.accept(
+        request,
+        lambda: _single(work_of(body, engine.settings)),
+        lambda work: [replace(work, previews=0, watcher=watcher)],
+    )
+    return EventStream(_events(engine, job, watcher), lambda: engine.cancel([job]))
+
+
+def _single(work: Work) -> Work:
     if work.request.params.n != 1:
         raise ApiError(422, f"one image is looked at, not {work.request.params.n}: set n to 1")
-    (job,) = await engine.submit([replace(work, previews=0, watcher=watcher)], client_of(request))
-    return EventStream(_events(engine, job, watcher), lambda: engine.cancel([job]))
+    return work
 
 
 async def _events(engine: Engine, job: Job, watcher: InsideWatcher) -> AsyncIterator[ServerEvent | None]:

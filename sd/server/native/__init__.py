@@ -26,7 +26,7 @@ LONGEST = 1000  # characters of a message
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     422: {"description": "What is wrong with the request, in one line", "model": Problem},
     429: {"description": "The queue is full: try again after Retry-After seconds", "model": Problem},
-    503: {"description": "The model is being loaded, or the server stops", "model": Problem},
+    503: {"description": "The model is being loaded, or the server is stopping", "model": Problem},
 }
 router = APIRouter(prefix=PREFIX, tags=["native"])
 

@@ -38,11 +38,11 @@ QUALITY = 80  # of previews, which are JPEG
 async def generate(request: Request, body: GenerateBody) -> Response:
     """Generate the images of a request."""
     engine = engine_of(request)
-    work = await asyncio.to_thread(work_of, body, engine.settings)
+    _, jobs = await http.accept(request, lambda: work_of(body, engine.settings), lambda work: [work])
+    (job,) = jobs
     if EVENTS not in request.headers.get("accept", ""):
-        (job,) = await http.generate(request, [work])
+        await http.ended(request, jobs)
         return JSONResponse(await asyncio.to_thread(answer, job))
-    (job,) = await http.submit(request, [work])
     return EventStream(_events(engine, job), lambda: engine.cancel([job]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from fastapi.responses import JSONResponse
 from ... import few_step
 from ...checkpoints.loading import LoadOptions, ModelFiles
 from ...config import Config
-from ...messages import one_line
 from ...params import SamplingParams
 from ...pipeline import StableDiffusion
 from ...resources import EMBEDDED_LORA, resource
@@ -24,8 +24,10 @@ from ..catalogue import Entry, UnknownName
 from ..engine import Engine
 from ..http import ApiError, engine_of
 from ..loaded import Loaded
+from ..public import public_text
 from .bodies import NameBody, TextBody, Tokens
 
+log = logging.getLogger("sd.server")
 router = APIRouter(prefix="/api", tags=["native"])
 FEW_STEPS_SPACING = "trailing"  # the timesteps on which the LoRA of the embedded model was trained
 MOST_WORDS = 50
@@ -49,7 +51,7 @@ async def select(request: Request, body: NameBody) -> JSONResponse:
 async def refresh(request: Request) -> JSONResponse:
     """Look into the folders of models, LoRAs and so on again."""
     engine = engine_of(request)
-    await asyncio.to_thread(engine.catalogue.refresh)
+    await asyncio.to_thread(refreshed, engine)
     return JSONResponse(await asyncio.to_thread(available, engine))
 
 
@@ -64,9 +66,10 @@ def loaded_model(engine: Engine) -> Loaded:
     """The current model; another one if it is not loaded. Raises ApiError while there is none."""
     found = [loaded for worker in engine.workers for loaded in worker.models]
     if not found:
-        failures = [worker.failure for worker in engine.workers if worker.failure]
-        if failures:
-            raise ApiError(503, f"the model cannot be loaded: {failures[0]}")
+        if any(worker.failure for worker in engine.workers):
+            raise ApiError(503, f"the model {engine.current.name} cannot be loaded: see the log of the server")
+        for worker in engine.workers:  # it may have been unloaded
+            worker.reload()
         raise ApiError(503, "the model is being loaded: try again in a few seconds", 2)
     return next((loaded for loaded in reversed(found) if loaded.entry == engine.current), found[-1])
 
@@ -81,6 +84,15 @@ def choose(engine: Engine, name: str) -> None:
     engine.current = entry
 
 
+def refreshed(engine: Engine) -> None:
+    """Look into the folders again. Raises ApiError, without their paths."""
+    try:
+        engine.catalogue.refresh()
+    except (ValueError, OSError) as error:
+        log.error("the folders cannot be read: %s", error)
+        raise ApiError(500, "the folders cannot be read: see the log of the server") from None
+
+
 def config_of(engine: Engine, entry: Entry) -> Config:
     """The config of a model, from its file if it is not in memory: no weights are read. Raises ValueError."""
     for loaded in (loaded for worker in engine.workers for loaded in worker.models):
@@ -90,14 +102,14 @@ def config_of(engine: Engine, entry: Entry) -> Config:
         with ModelFiles(entry.path, LoadOptions()) as files:
             return files.config
     except (ValueError, OSError) as error:
-        raise ValueError(one_line(str(error).replace(str(entry.path), entry.name), 500)) from None
+        raise ValueError(public_text(error, [entry])) from None
 
 
 def available(engine: Engine) -> dict[str, Any]:
     """The answer of GET /api/models."""
     catalogue, settings = engine.catalogue, engine.settings
-    loaded, lcm = loaded_model(engine), few_step.LCM
-    words = dict(loaded.words) if loaded.entry == engine.current else {}
+    lcm, models = few_step.LCM, [loaded for worker in engine.workers for loaded in worker.models]
+    words = next((dict(loaded.words) for loaded in models if loaded.entry == engine.current), {})
     config = config_of(engine, engine.current)
     params = SamplingParams().resolved(config)
     return {

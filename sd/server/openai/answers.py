@@ -7,22 +7,21 @@ import base64
 import io
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from PIL import Image
 
 from ...imaging.files import png_bytes
 from .. import http
-from ..engine import Engine
 from ..events import ServerEvent, follow
 from ..http import ApiError
 from ..jobs import Finished, Job
-from ..native.models import loaded_model
 from .errors import as_json
 from .parameters import Asked
 
 log = logging.getLogger("sd.server")
+MOST_EXIF = 30_000  # characters, two bytes each: a block of EXIF in a JPEG has less than 64 KiB
 USER_COMMENT, EXIF_IFD = 0x9286, 0x8769  # EXIF 2.32, 4.6.5 B: where other programs look for "parameters"
 
 
@@ -31,13 +30,13 @@ def encoded(image: Image.Image, asked: Asked, text: str | None = None) -> str:
     if asked.output_format == "png":
         return base64.b64encode(png_bytes(image, text)).decode("ascii")
     buffer, exif = io.BytesIO(), Image.Exif()
-    if text:
+    if text and len(text) <= MOST_EXIF:
         exif.get_ifd(EXIF_IFD)[USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be", "replace")
     image.convert("RGB").save(buffer, asked.output_format.upper(), quality=asked.quality, exif=exif)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def answer(jobs: list[Job], asked: Asked, engine: Engine) -> dict[str, Any]:
+def answer(jobs: Sequence[Job], asked: Asked) -> dict[str, Any]:
     """The answer of all jobs of a request. It encodes images: not to be called in the event loop."""
     finished = http.results(jobs)
     data = []
@@ -53,7 +52,7 @@ def answer(jobs: list[Job], asked: Asked, engine: Engine) -> dict[str, Any]:
         "output_format": asked.output_format,
         "size": size_of(images[0]) if images else None,
         "data": data,
-        "usage": usage(asked, images, engine),
+        "usage": usage(asked, finished, images),
         "model": finished[0].model if finished else None,
         "notes": list(dict.fromkeys(note for each in finished for note in each.notes)),
     }
@@ -64,13 +63,12 @@ def size_of(image: Image.Image) -> str:
     return f"{image.width}x{image.height}"
 
 
-def usage(asked: Asked, images: list[Image.Image], engine: Engine) -> dict[str, Any]:
+def usage(asked: Asked, finished: Sequence[Finished], images: Sequence[Image.Image]) -> dict[str, Any]:
     """What stands for tokens: those of the prompt, and the positions of the latents of images."""
-    model = loaded_model(engine).model
-    text = len(model.tokenizer.encode(asked.prompt))
+    text = finished[0].tokens if finished else 0
+    factor = finished[0].factor if finished else 8
 
     def latents(size: tuple[int, int]) -> int:
-        factor = model.config.vae.factor
         return -(-size[0] // factor) * -(-size[1] // factor)
 
     sent = latents(asked.size_in) if asked.size_in else 0
@@ -84,7 +82,7 @@ def usage(asked: Asked, images: list[Image.Image], engine: Engine) -> dict[str, 
     }
 
 
-async def events(jobs: list[Job], asked: Asked, engine: Engine, task: str) -> AsyncIterator[ServerEvent | None]:
+async def events(jobs: list[Job], asked: Asked, task: str) -> AsyncIterator[ServerEvent | None]:
     """The images of a request as events: partial ones, then each that is complete.
 
     task   "image_generation" or "image_edit", with which the names of the events begin
@@ -106,7 +104,7 @@ async def events(jobs: list[Job], asked: Asked, engine: Engine, task: str) -> As
             assert isinstance(finished, Finished)
             for i, image in enumerate(finished.images):
                 values: dict[str, Any] = {
-                    "usage": await asyncio.to_thread(usage, asked, [image], engine),
+                    "usage": usage(asked, [finished], [image]),
                     "image_index": first + i,
                     "seed": finished.seeds[i],
                     "model": finished.model,

@@ -51,9 +51,8 @@ async def variations(request: Request) -> Response:
 
 async def _answer(request: Request, body: Body, parse: Callable[[Body, Engine], Asked], task: str) -> Response:
     engine = engine_of(request)
-    asked = await asyncio.to_thread(parse, body, engine)
+    asked, jobs = await http.accept(request, lambda: parse(body, engine), lambda asked: asked.works)
     if asked.stream:
-        jobs = await http.submit(request, asked.works)
-        return EventStream(events(jobs, asked, engine, task), lambda: engine.cancel(jobs))
-    jobs = await http.generate(request, asked.works)
-    return JSONResponse(await asyncio.to_thread(answer, jobs, asked, engine))
+        return EventStream(events(jobs, asked, task), lambda: engine.cancel(jobs))
+    await http.ended(request, jobs)
+    return JSONResponse(await asyncio.to_thread(answer, jobs, asked))

@@ -42,7 +42,7 @@ NO_EFFECT = (
 )  # fmt: skip
 ELSEWHERE = ("svg", "frame_count", "frame_duration_ms", "markup")  # for what this server does not make
 APART = {"params", "options", "prompt", "n", "image", "mask"}
-THEIR_MODELS = re.compile(r"dall-e-\d|(?:chat)?gpt-image-[\w.-]*")  # what clients send which let nobody choose
+THEIR_MODELS = re.compile(r"dall-e-\d|(?:chat)?gpt-image-[\w.-]*")  # sent by clients that offer no choice of model
 SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
 NEARLY = 20  # of 255: an alpha of 235 and more is opaque
 USUAL_STEPS = 20  # to space partial images by, if the model is not loaded yet
