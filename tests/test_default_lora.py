@@ -146,6 +146,7 @@ def test_image_to_image_and_inpainting_do_without_it(run, tmp_path):
     assert not any(line in out for line in LINES) and "CFG scale: 4," in parameters(image)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("settings", [["--steps", 2], ["--steps", 2, "--guidance", 4]], ids=["with", "without"])
 def test_like_repeats_it_with_and_without(run, settings):
     """The recipe says whether the LoRA was merged: its settings alone do not decide it again."""

@@ -303,6 +303,7 @@ def test_we_read_what_diffusers_writes(tmp_path, diffusers, name, options):
     compare(model, pipe)
 
 
+@pytest.mark.exhaustive
 def test_a_picture_is_that_of_diffusers(tmp_path, diffusers):
     """From a prompt to pixels, each with its own tokenizer, through the exported folder."""
     original(tmp_path / "a.safetensors", "tiny-v2-v")

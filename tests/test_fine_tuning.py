@@ -217,6 +217,7 @@ def test_resuming_with_another_rank_is_refused(photos, start, tmp_path):  # noqa
     assert status == 1 and err[-1].startswith("error: --lora 8: the run in") and "with --lora 4" in err[-1]
 
 
+@pytest.mark.exhaustive
 def test_class_images_are_made_once(photos, start, tmp_path):  # noqa: F811
     """Those that are there are kept, an interrupted run goes on with the missing ones; their loss has its weight."""
     given = ["--lora", 2, "--data", photos, *QUICK, "--class-prompt", "a red house", "--class-images", 3]

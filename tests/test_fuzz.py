@@ -61,6 +61,7 @@ def test_a_number_is_an_input():
     assert fuzz_inputs.make(5, 1) != fuzz_inputs.make(6, 1)
 
 
+@pytest.mark.exhaustive
 def test_harm_is_noticed():
     tests = Path(__file__).resolve().parent
     done = subprocess.run(

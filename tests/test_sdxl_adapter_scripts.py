@@ -76,6 +76,7 @@ def test_embeddings_on_the_command_line(generate):
     assert 'TI hashes: "toy: ' in image.text["parameters"] and image.tobytes() != plain.tobytes()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "args, message",
     [

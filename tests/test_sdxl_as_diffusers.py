@@ -71,6 +71,7 @@ def test_base_and_refiner_as_diffusers(fraction, base, refiner, pipes):
     assert error(run.x, latents) < 1e-4
 
 
+@pytest.mark.exhaustive
 def test_image_to_image_as_diffusers(base, refiner, pipes):
     """The last six of ten steps, from the same noised latents, by the base and by the refiner alone."""
     import diffusers

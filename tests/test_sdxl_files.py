@@ -180,6 +180,7 @@ def test_info_of_whole_models(tmp_path, capsys):
     assert identify(header(**{FIRST: (320, 9, 3, 3)})).config == SDXL_INPAINT
 
 
+@pytest.mark.exhaustive
 def test_info_of_parts(tmp_path, capsys):
     unet, vae = "model.diffusion_model.", "first_stage_model."
     first, second = "conditioner.embedders.0.", "conditioner.embedders.1."

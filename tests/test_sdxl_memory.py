@@ -99,6 +99,7 @@ def test_with_low_memory_a_refiner_takes_no_more(gpu):
     assert run.params.refiner_from < 1 and 5.3e9 < gpu.peak < 5.5e9
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("overflows", EXACT)
 @pytest.mark.sampled(3)
 def test_without_the_text_encoders_7_5_gb_are_enough(gpu, overflows):

@@ -135,6 +135,7 @@ def test_a_switch_below_what_the_refiner_was_trained_on_is_said(base, refiner):
     assert base.prepare(TextToImage(PROMPT, params(**settings, refiner_from=0.8)), base).notes == []  # trained on all
 
 
+@pytest.mark.exhaustive
 def test_by_default_the_refiner_takes_what_it_was_trained_on(base, refiner, monkeypatch):
     """On the grid of Karras as well; the fraction is put into the parameters, and gives the same run."""
     first, last = timesteps(base, monkeypatch), timesteps(refiner, monkeypatch)

@@ -178,6 +178,7 @@ def test_another_negative_prompt_is_not_given_the_second_one_of_a_recipe(files, 
         assert (request.negative, request.negative_2) == wanted
 
 
+@pytest.mark.exhaustive
 def test_second_prompts_that_are_empty_are_kept(files, tmp_path):
     """They say that the second text encoder reads nothing."""
     model, first, again = ("--ckpt", str(files["base"])), tmp_path / "a.png", tmp_path / "b.png"

@@ -92,6 +92,7 @@ def test_random_seeds_are_told(api):
     assert len(seeds) == 2 and min(seeds) >= 0
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("given", "same"),
     [
@@ -148,6 +149,7 @@ def test_img2img(api, library):
     assert result.parameters["init_images"] is None
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mode", [0, 1, 2])
 def test_img2img_of_another_shape_has_the_size_asked_for(api, mode):
     result = api.img2img([picture(200, 120)], resize_mode=mode, prompt="a hill", **{**FEW, "steps": 2})

@@ -59,6 +59,7 @@ def test_mouse_paints_the_mask(mount_editor):
     assert (desk.mask() == 255 - before).all()
 
 
+@pytest.mark.exhaustive
 def test_zoom_and_pan_keep_the_place(mount_editor):
     desk = mount_editor()
     desk.brush(4)
@@ -93,6 +94,7 @@ def test_zoom_and_pan_keep_the_place(mount_editor):
     assert same(desk.mask(), np.maximum(expected, painted(SIZE, moved, width=4)))
 
 
+@pytest.mark.exhaustive
 def test_keyboard_paints(mount_editor):
     desk = mount_editor()
     desk.brush(8)
@@ -116,6 +118,7 @@ def test_keyboard_paints(mount_editor):
     assert "x 52, y 31" in desk.root.locator(".ed-foot").inner_text()
 
 
+@pytest.mark.exhaustive
 def test_pen_pressure(mount_editor):
     desk = mount_editor()
     desk.brush(20)
@@ -145,6 +148,7 @@ def phone(browser, server, **options):
         yield page
 
 
+@pytest.mark.exhaustive
 def test_fingers(browser, server, mount_editor):
     with phone(browser, server) as page:
         desk = mount_editor("inpaint", noise(), page)
@@ -183,6 +187,7 @@ def test_fingers(browser, server, mount_editor):
         assert desk.root.evaluate("e => getComputedStyle(e).touchAction") == "auto"
 
 
+@pytest.mark.exhaustive
 def test_frame_is_dragged(mount_editor):
     desk, (wide, high) = mount_editor("outpaint"), SIZE
     pixels = np.asarray(noise())
@@ -253,6 +258,7 @@ def test_sketches_are_hints(mount_editor):
     assert desk.hints() == [] and desk.root.get_by_text("no control networks").is_visible()
 
 
+@pytest.mark.exhaustive
 def test_sketch_without_an_image(mount_editor):
     desk = mount_editor("img2img", False)
     assert desk.value() is None

@@ -22,6 +22,7 @@ GIVE = """([name, type, text, kind]) => {
 }"""
 
 
+@pytest.mark.exhaustive
 def test_images_come_by_drop_paste_and_picker(mount_editor, tmp_path):
     desk = mount_editor("img2img", False)
     for i, kind in enumerate(("drop", "paste", "pick")):
@@ -44,6 +45,7 @@ def test_images_come_by_drop_paste_and_picker(mount_editor, tmp_path):
     assert desk.value() is None
 
 
+@pytest.mark.exhaustive
 def test_transparent_part_is_the_mask(mount_editor):
     image = noise(channels=4)
     alpha = np.full((64, 96), 255, np.uint8)
@@ -63,6 +65,7 @@ def test_transparent_part_is_the_mask(mount_editor):
     desk.root.get_by_text("24×40 pixels").wait_for()
 
 
+@pytest.mark.exhaustive
 def test_before_and_after(mount_editor):
     desk = mount_editor()
     buttons = [desk.root.get_by_role("button", name=name, exact=True) for name in ("Before", "After")]

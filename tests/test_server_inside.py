@@ -141,7 +141,7 @@ BODIES = {
 }
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", BODIES)
 def test_image_is_the_one_of_generate(client, name):
     found = inside(client, BODIES[name])

@@ -69,6 +69,7 @@ def test_previews_while_it_denoises_then_stop_and_cancel(ready):
     ready.wait_for_function("async () => (await (await fetch('/api/jobs')).json()).length === 0")
 
 
+@pytest.mark.exhaustive
 def test_the_place_in_the_queue_and_a_connection_that_breaks(ready):
     events = 'event: queued\r\ndata: {"id": "0",\r\ndata: "position": 3}\r\n\r\n: nothing\r\n\r\nevent: step\r\n'
     ready.route("**/api/generate", lambda route: route.fulfill(body=events, content_type="text/event-stream"))
@@ -96,6 +97,7 @@ def test_html_stays_text(ready):
     assert not ready.locator("img[onerror]").count() and ready.title() == title
 
 
+@pytest.mark.exhaustive
 def test_tokens_that_are_cut_and_words_that_are_unknown(ready):
     ready.fill("#prompt", "a red blurgh house")
     ready.wait_for_selector("#prompt-tokens b")
@@ -110,6 +112,7 @@ def test_tokens_that_are_cut_and_words_that_are_unknown(ready):
     ready.wait_for_selector("#prompt-tokens:has-text('77 tokens in 2 parts of 75')")
 
 
+@pytest.mark.exhaustive
 def test_live_answers_a_slider_and_settings_survive_a_reload(ready):
     generated(ready, "a duck", seed=3)
     first = shown(ready).tobytes()
@@ -159,6 +162,7 @@ def test_by_keyboard_alone(ready):
     assert not ready.locator("dialog[open]").count()
 
 
+@pytest.mark.exhaustive
 def test_compare_by_pointer_use_settings_and_delete(ready):
     for count, prompt in enumerate(("a house", "a car"), 1):
         generated(ready, prompt, count)
@@ -199,6 +203,7 @@ def test_compare_by_pointer_use_settings_and_delete(ready):
     assert not ready.is_visible("#gallery-section")
 
 
+@pytest.mark.exhaustive
 def test_high_resolution_and_errors_as_text(ready):
     ready.click("#hires-details summary")
     ready.click("label:has(#hires-on)")
@@ -216,6 +221,7 @@ def test_high_resolution_and_errors_as_text(ready):
     assert ready.input_value("#width") == "64"
 
 
+@pytest.mark.exhaustive
 def test_an_image_of_the_gallery_is_edited(ready):
     generated(ready, "a red house", seed=5)
     before = shown(ready).convert("RGB")
@@ -235,7 +241,7 @@ def test_an_image_of_the_gallery_is_edited(ready):
     assert not ready.is_visible("#strength-field")
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("width", [1280, 768, 360])
 def test_looks(browser, server, tmp_path, width):
     size = {"width": width, "height": 800}

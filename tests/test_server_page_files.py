@@ -55,6 +55,7 @@ def test_a_dropped_image_fills_the_form(ready):
     assert ready.input_value("#prompt") == "mine"
 
 
+@pytest.mark.exhaustive
 def test_settings_of_a_recipe_give_its_image_again(ready, few_steps):
     request = TextToImage.of("two cats", seed=2**53 + 1, **{**FEW, "steps": 3})
     generated(ready, "two cats", seed=2**53 + 1, steps=3)
@@ -88,6 +89,7 @@ def well_stocked(tmp_path_factory):
         yield address
 
 
+@pytest.mark.exhaustive
 def test_the_key_is_asked_for_and_never_stored(browser, well_stocked):
     with opened(browser, well_stocked) as page:
         page.expected_errors.append("401")
@@ -106,6 +108,7 @@ def test_the_key_is_asked_for_and_never_stored(browser, well_stocked):
         assert KEY not in page.evaluate("JSON.stringify(localStorage) + document.body.innerHTML")
 
 
+@pytest.mark.exhaustive
 def test_loras_words_and_models_are_picked(browser, well_stocked):
     with opened(browser, well_stocked) as page:
         page.expected_errors += ["401", "503"]  # 503: tokens, while one model is being replaced by the other

@@ -106,6 +106,7 @@ def test_pointing_at_words_lays_their_maps_over_the_image(page):
     assert total == pytest.approx(float(words.group(1)), abs=0.5)
 
 
+@pytest.mark.exhaustive
 def test_words_are_kept_and_compared(page):
     word(page, "house").click()
     page.mouse.move(0, 0)
@@ -126,6 +127,7 @@ def test_words_are_kept_and_compared(page):
     assert word(page, "red").get_attribute("aria-pressed") == "true"
 
 
+@pytest.mark.exhaustive
 def test_film_by_pointer_keys_and_playing(page):
     assert stills(page).count() == STEPS + 1 and selected(page).startswith("Result")
     result = shown(page)
@@ -153,6 +155,7 @@ def test_film_by_pointer_keys_and_playing(page):
     assert shown(page) == result
 
 
+@pytest.mark.exhaustive
 def test_guidance_map(page):
     button = page.get_by_role("button", name="Guidance")
     button.click()
@@ -193,6 +196,7 @@ def test_sliders_answer_with_the_librarys_images(page):
     assert not page.locator("#fast").is_checked()
 
 
+@pytest.mark.exhaustive
 def test_keyboard_alone(page):
     word(page, "red").focus()
     page.keyboard.press("Tab")
@@ -206,6 +210,7 @@ def test_keyboard_alone(page):
     page.keyboard.press("End")
 
 
+@pytest.mark.exhaustive
 def test_few_step_lora_and_cancelling_by_escape(page):
     few = page.locator("label:has(#inside-few)")
     few.click()
@@ -242,6 +247,7 @@ def test_phone(browser, server, scheme, tmp_path):  # noqa: F811
         assert word(page, "house").bounding_box()["height"] >= 40
 
 
+@pytest.mark.exhaustive
 def test_errors_are_shown(browser, server):  # noqa: F811
     with opened(browser, server, viewport={"width": 1280, "height": 900}) as page:
         page.expected_errors.append("503")

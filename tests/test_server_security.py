@@ -175,6 +175,7 @@ def test_a_compressed_text_of_100_mb_is_not_read(server):
     assert reply.status == 200 and reply.json["info"] == ""
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("path", PATHS, ids=range(len(PATHS)))
 def test_paths_lead_nowhere(server, path):
     for method in ("GET", "POST"):
@@ -287,6 +288,7 @@ def test_clients_that_do_not_read(server):
     assert got.count(b"HTTP/1.1 200") < 150
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("events", [0, 1, 2, 3, 5])
 def test_clients_that_leave_after_some_events(server, events):
     params = {"steps": 150, "sampler": "ddim"}
