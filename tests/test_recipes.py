@@ -344,6 +344,7 @@ def test_nothing_that_is_shown_controls_the_terminal():
     assert one_line("a\u202eb\n" * 100, 20).isprintable() and len(one_line("x" * 1000)) == 80
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "part", ['a:"', "a:{", 'x:{"a":', "\n", " ", "Steps: 1,", "<lora:", "a:[1,", "Negative prompt:", '"', "\\"]
 )

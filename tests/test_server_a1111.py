@@ -114,6 +114,7 @@ def test_settings_mean_what_they_mean_there(api, library, given, same):
     assert pixels(result.images) == expected(library, TextToImage.of("a tree", **{**SAME, **same}))
 
 
+@pytest.mark.exhaustive
 def test_hires_fix(api, library):
     result = api.txt2img(
         prompt="a tree", enable_hr=True, hr_scale=1.5, hr_second_pass_steps=2, denoising_strength=0.6, **FEW

@@ -71,6 +71,7 @@ def wrong(answer, status):
     return found["detail"]
 
 
+@pytest.mark.exhaustive
 def test_without_fields_the_models_own_defaults_are_used(client):
     answer = client.post("/txt2img", json={"prompt": "a house", "seed": 3})
     info = json.loads(answer.json()["info"])
@@ -134,9 +135,9 @@ ERRORS = [
     ("txt2img", {"prompt": ["a", "b"]}, 422, "prompt: expected a text"),
     ("txt2img", {"prompt": "a" * 30_000}, 422, "too long"),
     ("txt2img", {"prompt": "a AND " * 40}, 422, "AND"),
-    ("txt2img", {"prompt": "<lora:gone:1>"}, 422, "no lora 'gone'"),
-    ("txt2img", {"override_settings": {"sd_model_checkpoint": "../../etc/passwd"}}, 404, "there is no model"),
-    ("txt2img", {"override_settings": {"sd_vae": "/etc/passwd"}}, 404, "there is no vae"),
+    ("txt2img", {"prompt": "<lora:gone:1>"}, 422, "no LoRA is called 'gone'"),
+    ("txt2img", {"override_settings": {"sd_model_checkpoint": "../../etc/passwd"}}, 404, "no model is called"),
+    ("txt2img", {"override_settings": {"sd_vae": "/etc/passwd"}}, 404, "no VAE is called"),
     ("txt2img", {"override_settings": {"randn_source": "dice"}}, 422, "CPU, GPU, NV"),
     ("txt2img", {"override_settings": "no"}, 422, "expected an object"),
     ("txt2img", {"enable_hr": True, "hr_scale": 1}, 422, "hires must be above 1"),
@@ -163,7 +164,7 @@ ERRORS = [
     ("png-info", {}, 422, "image"),
     ("extra-single-image", {"image": SMALLEST, "upscaler_1": "Lanczos", "upscaling_resize": 90}, 422, "pixels"),
     ("extra-batch-images", {}, 422, "imageList"),
-    ("options", {"sd_model_checkpoint": "gone"}, 404, "there is no model 'gone'"),
+    ("options", {"sd_model_checkpoint": "gone"}, 404, "no model is called 'gone'"),
     ("nothing", {}, 404, "nothing at"),
 ]
 
@@ -211,6 +212,7 @@ def test_models_are_switched(client, server):
     assert generated(client, prompt="a")[1]["sd_model_name"] == "pocket"
 
 
+@pytest.mark.exhaustive
 def test_unloading_and_loading_again(client, server):
     before = generated(client, prompt="a")[0]["images"]
     (worker,) = server[1].workers

@@ -251,6 +251,7 @@ def test_images_of_the_jobs_that_wait_are_bounded():
         asyncio.run(submit("c", image.copy(), image.copy()))
 
 
+@pytest.mark.exhaustive
 def test_who_reads_slowly_misses_steps_but_not_the_end(engine):
     async def follow():
         (job,) = await engine.submit([Work(request(steps=40), previews=1)], "a")

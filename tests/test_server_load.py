@@ -29,9 +29,8 @@ def pixels(answer):
     return Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB").tobytes()
 
 
-@pytest.mark.parametrize(
-    ("clients", "requests"), [(8, 24), pytest.param(64, 1000, marks=pytest.mark.exhaustive)], ids=str
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("clients", "requests"), [(64, 1000)], ids=str)
 def test_every_request_is_answered_once(clients, requests):
     model = StableDiffusion.load()
     model.txt2img("a red house in the snow", **FEW)

@@ -120,6 +120,7 @@ def test_links_in_a_circle_end(tmp_path):
     assert names == ["pocket", "m"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("resident", [1, 2])
 def test_models_are_switched_and_the_one_used_least_recently_goes(folder, resident, monkeypatch):
     engine = Engine(settings(folder, resident=resident))
@@ -178,6 +179,7 @@ def test_embeddings_of_the_folder_are_words_in_prompts(folder):
         engine.close(0)
 
 
+@pytest.mark.exhaustive
 def test_a_model_that_cannot_be_loaded_at_the_start_is_said(folder):
     engine = Engine(settings(folder, ckpt=folder / "models" / "broken.safetensors"))
     engine.start()

@@ -224,11 +224,11 @@ def test_a_job_is_finished_early_or_dropped(client, how):
         ({"kind": "img2img", "image": base64.b64encode(b"no image").decode()}, "image: "),
         ({"kind": "inpaint", "image": text_of(picture())}, "no part of the image is masked"),
         ({"controls": [{"name": "edges"}]}, "needs an image"),
-        ({"controls": [{"name": "none", "image": text_of(picture())}]}, "there is no control"),
+        ({"controls": [{"name": "none", "image": text_of(picture())}]}, "no control network is called"),
         ({"controls": [{"nme": "edges"}]}, "did you mean 'name'?"),
         ({"controls": [3]}, "a control must be an object"),
         ({"controls": "edges"}, "controls must be a list"),
-        ({"prompt": "<lora:none:1>", "web_ui_prompts": True}, "there is no lora"),
+        ({"prompt": "<lora:none:1>", "web_ui_prompts": True}, "no LoRA is called"),
     ],
 )
 def test_a_mistake_is_one_clear_line(client, request_, said):
@@ -243,10 +243,10 @@ def test_a_mistake_is_one_clear_line(client, request_, said):
     ("body", "said"),
     [
         ({"requst": {}}, "did you mean 'request'?"),
-        ({"request": {}, "model": "../../etc/passwd"}, "there is no model"),
-        ({"request": {}, "vae": "x"}, "there is no vae"),
+        ({"request": {}, "model": "../../etc/passwd"}, "no model is called"),
+        ({"request": {}, "vae": "x"}, "no VAE is called"),
         ({"request": {}, "loras": [{"name": "pocket-lcm", "wight": 1}]}, "did you mean 'weight'?"),
-        ({"request": {}, "loras": [{"name": "x"}]}, "there is no lora"),
+        ({"request": {}, "loras": [{"name": "x"}]}, "no LoRA is called"),
         ({"request": {}, "loras": [{"name": "pocket-lcm", "weight": 1e30}]}, "too large"),
         ({"request": {"prompt": "<lora:pocket-lcm:999>", "web_ui_prompts": True}}, "too large"),
         ({"request": {}, "previews": -1}, "previews"),
@@ -298,8 +298,9 @@ def test_a_model_is_chosen_by_its_file_before_it_is_loaded(client, tmp_path):
 def test_nothing_is_loaded_yet():
     app = create_app(ServerSettings())  # without its lifespan, so no worker runs
     client = TestClient(app, base_url="http://127.0.0.1:7860")
-    for answer in (client.get("/api/models"), client.post("/api/tokens", json={"text": "a"})):
-        assert answer.status_code == 503 and int(answer.headers["Retry-After"]) >= 1
+    answer = client.post("/api/tokens", json={"text": "a"})
+    assert answer.status_code == 503 and int(answer.headers["Retry-After"]) >= 1
+    assert client.get("/api/models").json()["defaults"]["size"] == 128  # from the file
 
 
 def test_tokens_are_counted_and_what_is_cut_is_said(client, library):

@@ -241,7 +241,7 @@ def test_models(client):
         ({"extra_body": {"seed": -1}}, "seed", "from 0"),
         ({"extra_body": {"eta": 3}}, "eta", "in [0, 1]"),
         ({"extra_body": {"negative": 3}}, "negative", "negative"),
-        ({"extra_body": {"loras": {"none": 1}}}, "loras", "there is no lora"),
+        ({"extra_body": {"loras": {"none": 1}}}, "loras", "no LoRA is called"),
         ({"extra_body": {"loras": 3}}, "loras", "loras must be"),
         ({"extra_body": {"loras": [{"nme": "x"}]}}, "loras", "a name and a weight"),
         ({"extra_body": {"loras": {"pocket-lcm": "x"}}}, "loras", "float"),

@@ -45,6 +45,7 @@ def test_a_locked_seed_stays_and_another_does_not(ready):
     assert shown(ready).tobytes() != first and ready.input_value("#seed") != "18446744073709551615"
 
 
+@pytest.mark.exhaustive
 def test_previews_while_it_denoises_then_stop_and_cancel(ready):
     ready.click("#fast-row")
     assert ready.input_value("#sampler") != "lcm"

@@ -73,6 +73,7 @@ def run(address, examples, **quiet):
     return seen
 
 
+@pytest.mark.exhaustive
 def test_no_request_makes_the_server_fail(address):
     seen = run(address, 2, derandomize=True, phases=[Phase.generate])
     assert seen[200] > 40 and seen[422] > 10, seen

@@ -270,6 +270,7 @@ def test_all_bodies_in_memory_are_bounded(server):
     assert at_rest(server)
 
 
+@pytest.mark.exhaustive
 def test_clients_that_do_not_read(server):
     """They are cut off; what was meant for them is not kept."""
     with socket.socket() as connection:
@@ -332,6 +333,7 @@ def test_clients_of_other_protocols_that_leave(server, case):
     assert server.metric(name, authorization=BEARER) - before == content.get("n_iter", 1)
 
 
+@pytest.mark.exhaustive
 def test_clients_that_leave_while_they_wait(server):
     data = request("POST", "/api/generate", body(params={"steps": 150}), authorization=BEARER)
     opened = [server.connect() for _ in range(10)]

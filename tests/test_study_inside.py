@@ -55,6 +55,7 @@ def test_maps_are_those_of_the_study(model, settings):
         assert torch.allclose(step.maps.sum(0) + step.special.sum(0), torch.ones(mean.shape[1:]), atol=1e-4)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["SD 1", "SDXL"])
 def test_other_models(tiny_sd, name):
     """Attention at several levels, odd sides, two text encoders, several blocks one after another."""

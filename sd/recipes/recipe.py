@@ -236,9 +236,9 @@ class Draft:
         uneven = plain == "simple" and not lcm and isinstance(steps, int) and steps > 0 and 1000 % steps
         near = plain in NEAR or (plain == "lcm" and self.program.startswith("Fooocus"))  # it is "sgm_uniform" there
         if near or uneven:
-            self.note(f"scheduler {one_line(name)}: {self.settings['spacing']} is close, but not the same")
+            self.note(f"grid {one_line(name)}: {self.settings['spacing']} is close, but not the same")
         elif plain not in GRIDS:
-            self.note(f"scheduler {one_line(name)} is not available: the sampler's own is used")
+            self.note(f"grid {one_line(name)} is not available: the default of the sampler is used")
 
     def recipe(self, prompt: str, negative: str = "") -> Recipe:
         """The whole."""
