@@ -35,6 +35,22 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def folders_below(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """A folder and those in it, sorted, each once, as links may lead in a circle: (path, names of folders, of files).
+
+    The list of folders can be changed, as in `os.walk`: those that are taken out are not entered.
+    """
+    seen: set[str] = set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(path)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield Path(path), folders, sorted(files)
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary path to write to; at the end of the `with` block its file gets the name `path`.

@@ -54,7 +54,8 @@ class Turn:
         self.call: Batch | Alone | Callable[[], Any] | None = None  # an evaluation, or another call, that it waits for
         self.output: Any = None
         self.error: BaseException | None = None  # to raise where the task waits
-        self.ended, self.result, self.failure = False, None, None  # type: bool, Any, BaseException | None
+        self.ended, self.result = False, None
+        self.failure: BaseException | None = None
         self._mine, self._back = threading.Lock(), threading.Lock()  # each is released by the other thread
         self._mine.acquire()
         self._back.acquire()

@@ -368,6 +368,7 @@ def test_edges_of_a_picture():
     ).sum() <= 8  # at the corners, where it is longer
 
 
+@pytest.mark.exhaustive
 @needs_skimage
 def test_a_picture_is_annotated_at_the_size_of_the_image(run, files):
     control = ("--control", "canny.safetensors=picture.png:2")
@@ -431,6 +432,7 @@ def test_metadata_there_and_back(run, files):
     assert (second.scale, second.start, second.end) == (1.0, 0.0, 1.0) and recipe.notes == ()
 
 
+@pytest.mark.exhaustive
 def test_like_says_what_to_give_and_repeats_the_rest(run):
     _, _, _, (made,) = run("a cat", "--control", "canny.safetensors=hint.png:0.7:0-0.5", "--control-mode", "control")
     status, out, err, (without,) = run("--like", made, size=())

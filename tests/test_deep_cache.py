@@ -64,6 +64,7 @@ def test_every_kth_call_is_the_whole_network(tiny_sd, passes, interval, calls):
     assert passes(tiny_sd, request)[0] == calls  # nothing is left of a run
 
 
+@pytest.mark.exhaustive
 def test_whole_calls_are_exact_and_others_have_the_features_of_the_last_one(tiny):
     unet = tiny["unet"]
     network, every = DeepCache(around(unet), 2), DeepCache(around(unet), 1)

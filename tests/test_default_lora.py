@@ -134,6 +134,7 @@ def test_all_lines_of_a_file_have_the_same_model(run, tmp_path):
     assert LINES[0] in out
 
 
+@pytest.mark.exhaustive
 def test_image_to_image_and_inpainting_do_without_it(run, tmp_path):
     Image.new("RGB", (64, 64), "green").save(tmp_path / "init.png")
     Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")

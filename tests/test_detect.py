@@ -289,6 +289,7 @@ def test_a_schedule_that_was_once_rounded_is_the_same(dtype, zero):
         assert found.config.schedule == ScheduleConfig(prediction="v" if zero else "eps", zero_snr=zero)
 
 
+@pytest.mark.exhaustive
 def test_a_model_with_zero_terminal_snr_paints(tmp_path):
     """Every grid, noise alone at its beginning: nothing overflows on the way."""
     state = {**tiny_state("tiny-v2-v"), "alphas_cumprod": ZERO_SNR}

@@ -247,6 +247,7 @@ def test_substeps_follow_the_curve(schedule):
     assert end(4, -1).isfinite().all()
 
 
+@pytest.mark.exhaustive
 @torch.enable_grad()
 def test_a_student_learns_where_the_solver_ends(schedule):
     """Of 5 steps: from every timestep it returns what the DDIM sampler returns after its remaining steps."""

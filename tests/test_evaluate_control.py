@@ -71,6 +71,7 @@ def test_cases_are_the_same_on_every_call_and_of_their_split():
     assert not any(evaluate.says_unseen(case.told.said) for case in control.cases("train", 40))
 
 
+@pytest.mark.exhaustive
 def test_the_program_measures_a_control_network(tmp_path, monkeypatch, capsys):
     """With one that changes nothing, images are the same with and without."""
     network = ControlNet(ControlConfig.of(POCKET.unet, hint=(4, 4, 4, 4)))

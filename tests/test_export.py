@@ -320,6 +320,7 @@ def test_a_picture_is_that_of_diffusers(tmp_path, diffusers):
     assert difference.max() <= 1
 
 
+@pytest.mark.exhaustive
 def test_old_attention_names_are_those_that_diffusers_still_reads(tmp_path, diffusers):
     """Its own conversion of old names gives the same VAE as ours."""
     original(tmp_path / "a.safetensors", "tiny-v1")

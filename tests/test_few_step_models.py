@@ -183,6 +183,7 @@ def test_parts_joined_by_and_are_told_it_too(told):
 # ----------------------------------------------------------------------------------------------------- files
 
 
+@pytest.mark.exhaustive
 def test_there_and_back_in_every_layout(tmp_path, told):
     """Our file -> the original layout -> our file, and through a diffusers folder: tensor by tensor."""
     states = {name: network.state_dict() for name, network in told._networks.items()}

@@ -270,6 +270,7 @@ def test_a_new_model_knows_no_class_and_learns_its_text(new, photos, start, tmp_
     assert start(train, *given, "--text-lr", 1e-4, "--estimate-memory")[0] == 0
 
 
+@pytest.mark.exhaustive
 def test_validation_is_of_images_that_are_not_trained_on(photos, start, tmp_path):  # noqa: F811
     given = ["--lora", 2, "--data", photos, *QUICK, "--steps", 4, "--save-every", 2, "--validate", 0.25]
     status, out, _ = start(train, *given, "--out", tmp_path)

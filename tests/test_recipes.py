@@ -377,6 +377,7 @@ LONG = {
 }  # fmt: skip
 
 
+@pytest.mark.exhaustive
 def test_a_graph_whose_samplers_follow_each_other_in_circles_is_refused():
     """The way from each image to each sampler is 4600 nodes long: the limit is on the nodes that are visited."""
     way = {f"a{i}": node("X", image=[f"a{i + 1}", 0]) for i in range(4600)}

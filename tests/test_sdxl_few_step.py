@@ -79,6 +79,7 @@ def test_turbo_by_its_folder():
     assert with_defaults(given, SDXL)[0] == replace(SDXL, sampler="euler_a", spacing="trailing")
 
 
+@pytest.mark.exhaustive
 def test_the_guidance_of_an_lcm_u_net():
     found = identify(header(**{COND: (320, 256)}))
     assert found.config.unet == replace(SDXL.unet, guidance=256) and found.config.guidance == 8.0

@@ -162,6 +162,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
     return model_files(tmp_path_factory.mktemp("models"))
 
 
+@pytest.mark.exhaustive
 def test_on_a_small_gpu_the_text_encoders_are_offloaded(gpu, files):
     """By themselves, which is said; steps are still recorded and wait for nothing, and networks can be replaced."""
     large = StableDiffusion.load(files["base"], device="cuda")

@@ -189,6 +189,7 @@ def test_text_encoders_from_other_files(files, second):
         same_states(found.states, expected, TINY_XL.networks)
 
 
+@pytest.mark.exhaustive
 def test_the_refiner_takes_the_second_of_two(files):
     for name in ("whole", "comfy_pair", "own", "hf_g", "openclip_g"):
         options = LoadOptions(DEEP_REFINER, text_encoder=files / f"{name}.safetensors")
@@ -312,6 +313,7 @@ def test_in_float32_it_works_in_strips_sooner(monkeypatch):
     assert in_strips == [torch.float32] and np.abs(np.asarray(whole, int) - np.asarray(strips, int)).max() <= 1
 
 
+@pytest.mark.exhaustive
 def test_the_original_vae_is_not_even_tried(tmp_path, files):
     """It is known by the file's name; only float16 is concerned."""
     path = tmp_path / "sd_xl_base_1.0.safetensors"

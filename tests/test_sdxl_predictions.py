@@ -101,6 +101,7 @@ def test_a_given_model_does_not_say_what_it_predicts():
     assert identify(file, SDXL, "eps").config.schedule.prediction == "eps"
 
 
+@pytest.mark.exhaustive
 def test_markers_of_v_prediction_are_written(tmp_path, monkeypatch):
     """ComfyUI knows v-prediction of an SDXL file by these alone."""
     monkeypatch.setitem(MODELS, "tiny-xl", TINY_XL)

@@ -99,6 +99,7 @@ def test_an_empty_negative_prompt_is_not_encoded(base):
         hook.remove()
 
 
+@pytest.mark.exhaustive
 def test_cached_features(base, refiner):
     """The first evaluation is whole, the second reuses it; both models of a run have their own cache."""
     whole, cached = (list(base.prepare(TextToImage("a cat", params(cache_interval=k)))) for k in (1, 2))

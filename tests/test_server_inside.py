@@ -230,6 +230,7 @@ class Alone(InsideWatcher):
         super().see(step)
 
 
+@pytest.mark.exhaustive
 def test_looked_at_alone_and_others_are_not_seen(library):
     engine = Engine(ServerSettings())
     engine.start()

@@ -47,6 +47,7 @@ def test_every_request_is_answered_once(clients, requests):
         assert pixels(answer) == model.prepare(request).result().images[0].tobytes()
 
 
+@pytest.mark.exhaustive
 def test_a_full_queue_refuses_with_a_time_to_come_back():
     with running("--queue", "3", "--queue-per-client", "2", "--together", "1") as (address, _):
         answers = load(address, 12, 24, lambda number: body_of(number, SETTINGS | {"steps": 20}), patient=False)

@@ -34,6 +34,7 @@ def test_images_are_the_librarys(ready, few_steps, tmp_path):
     assert Image.open(tmp_path / "a.png").convert("RGB").tobytes() == expected[1].tobytes()
 
 
+@pytest.mark.exhaustive
 def test_a_locked_seed_stays_and_another_does_not(ready):
     generated(ready, "a tree", seed="18446744073709551615")  # more than a number of JavaScript
     assert ready.get_attribute("#lock", "aria-pressed") == "true"

@@ -82,4 +82,4 @@ def test_no_request_makes_the_server_fail(address):
 @pytest.mark.exhaustive
 def test_no_request_of_many_makes_the_server_fail(address):
     seen = run(address, 30, phases=[Phase.generate, Phase.shrink])
-    assert seen[200] > 200 and seen[422] > 500, seen
+    assert seen[200] > 60 and seen[422] > 150, seen

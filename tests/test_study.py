@@ -339,6 +339,7 @@ def test_mass_inside():
     assert attention.mass_inside(corner, (0.0, 0.0, 0.75, 1.0)) == 0.0
 
 
+@pytest.mark.exhaustive
 def test_a_colour_word_acts_where_its_thing_is(embedded):
     """The numbers of the figures: the mass of the maps of a colour and its thing inside of the thing's box."""
     prompt = "a big red house in the middle on a meadow"
@@ -516,6 +517,7 @@ def test_convergence_counts_and_converges():
         convergence.convergence(GaussianModel(), "", samplers=("ddim", "euler_a"))
 
 
+@pytest.mark.exhaustive
 def test_grid_is_made_of_plain_images(tiny_sd):
     sheet = grids.grid(tiny_sd, PROMPT, grids.Axis("steps", (2, 3)), grids.Axis.of("sampler=ddim,heun"), FEW)
     plain = tiny_sd.txt2img(PROMPT, steps=3, sampler="heun", spacing="trailing", guidance=3.0, seed=FEW.seed)[0]
@@ -674,6 +676,7 @@ def test_steering_is_the_formula():
         steering.steered(lambda x, level: x, lambda x0: x0.mean(), 1.0)(x, level)
 
 
+@pytest.mark.exhaustive
 def test_steering_lowers_its_loss(embedded, monkeypatch):
     """ "Make it blue", through the decoder and the U-Net."""
     monkeypatch.setattr(embedded, "config", replace(embedded.config, size=64))

@@ -159,6 +159,7 @@ def test_shares_are_relative_to_what_is_added_to(tiny):
     assert seen.shares[0] == pytest.approx([1.0] * len(seen.names), rel=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_networks_of_other_kinds():
     """Residuals that are averaged over all positions, and an inpainting model."""
     model = model_of("tiny-v1-inpainting", TINY_INPAINT, pooled=True)
@@ -180,6 +181,7 @@ def test_networks_of_other_kinds():
     assert twice.shares[0] == pytest.approx([2 * share for share in constant.shares[0]], rel=1e-3)
 
 
+@pytest.mark.exhaustive
 def test_sdxl():
     """Which is told a vector: the U-Net and the control network see the same."""
     model = model_of("tiny-sdxl", replace(TINY_XL, size=64))

@@ -216,6 +216,7 @@ def test_styles_are_told_apart_by_rule() -> None:
         )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("style", STYLES)
 def test_every_attribute_changes_the_image(style: str) -> None:
     """The least change of an attribute is far above the change of a seed's details, where the thing is."""

@@ -790,6 +790,7 @@ def test_a_run_inside_of_its_data_does_not_train_on_its_samples(new, photos, sta
     assert ", 8 images," in out[2]
 
 
+@pytest.mark.exhaustive
 def test_wrong_options_are_one_line(new, photos, start, tmp_path):
     def problem(*args: object) -> str:
         status, _, err = start(train, "--data", photos, "--out", tmp_path / "out", *args)

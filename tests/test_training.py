@@ -304,6 +304,7 @@ def test_a_new_text_encoder_tells_prompts_apart():
     assert (first[-1] - second[-1]).square().mean() > 0.01  # the end knows what came before it
 
 
+@pytest.mark.exhaustive
 @torch.enable_grad()
 def test_training_learns():
     """A tiny U-Net learns four latents by heart: the loss falls to a fraction."""

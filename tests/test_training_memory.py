@@ -101,6 +101,7 @@ def test_inpainting_needs_the_vae_in_memory(start, tmp_path, monkeypatch):  # no
     assert frozen[1] - frozen[0] == sum(p.nbytes for p in model.vae.parameters())
 
 
+@pytest.mark.exhaustive
 def test_the_program_tells_the_memory(photos, start, tmp_path):  # noqa: F811
     status, out, err = start(
         train, "--lora", 4, "--data", photos, "--device", "cpu", "--estimate-memory", "--out", tmp_path / "run"

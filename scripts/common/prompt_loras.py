@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import sd
 from sd.adapters.adapter_files import lora_name
 from sd.adapters.added import LoraFile
 from sd.checkpoints.folders import ENDINGS
+from sd.files import folders_below
 from sd.messages import listed, one_line, printable
 from sd.params import TextToImage
 from sd.request_texts import all_texts
@@ -41,19 +41,12 @@ class LoraFolder:
         check_folder(folder)
         self._folder = folder
         self._found: dict[str, list[Path]] = {}  # by name in lower case
-        seen: set[str] = set()  # folders, as links may lead in a circle
         count = 0
-        for path, folders, files in os.walk(folder, followlinks=True):
-            real = os.path.realpath(path)
-            if real in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            folders.sort()
+        for path, _, files in folders_below(folder):
             count += len(files)
             if count > MAX_FILES:
                 raise ValueError(f"--lora-dir {folder}: more than {MAX_FILES:,} files in it")
-            for file in map(Path(path).joinpath, sorted(files)):
+            for file in map(path.joinpath, files):
                 if file.suffix.lower() in ENDINGS:
                     self._found.setdefault(tag_name(lora_name(file)).casefold(), []).append(file)
 

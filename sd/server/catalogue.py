@@ -6,7 +6,6 @@ outside of the folders.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Literal
 
 from ..checkpoints.folders import ENDINGS, model_name
 from ..checkpoints.hashes import FileHash
+from ..files import folders_below
 from ..messages import one_line
 from ..resources import EMBEDDED, EMBEDDED_CONTROLS, EMBEDDED_LORA, resource
 from .settings import ServerSettings
@@ -146,22 +146,15 @@ def _files(folder: Path | None) -> Iterable[tuple[str, Path]]:
     found: list[tuple[str, Path]] = []
     if folder is None:
         return found
-    seen: set[str] = set()  # links may lead in a circle
-    for path, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(path)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        within = Path(path).relative_to(folder).as_posix()
+    for path, folders, files in folders_below(folder):
+        within = path.relative_to(folder).as_posix()
         if "model_index.json" in files:
-            found.append(("" if within == "." else within.rpartition("/")[0], Path(path)))
+            found.append(("" if within == "." else within.rpartition("/")[0], path))
             folders.clear()
             continue
-        folders.sort()
-        for file in sorted(files):
-            if Path(file).suffix.lower() in ENDINGS:
-                found.append(("" if within == "." else within, Path(path) / file))
+        for file in map(path.joinpath, files):
+            if file.suffix.lower() in ENDINGS:
+                found.append(("" if within == "." else within, file))
         if len(found) > MOST_FILES:
             raise ValueError(f"{folder}: more than {MOST_FILES:,} files in it")
     return found

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -120,6 +121,9 @@ class Worker:
         """After an error of our own: fail all jobs, and forget the models."""
         running = [*self._turns.values()]
         self._turns.clear()
+        if self._lockstep is not None:
+            with suppress(Exception):  # its tasks must not wait for ever
+                self._lockstep.close()
         self._lockstep = None
         self._forget(*self._models)
         for job, setup in (*running, *jobs):

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import io
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -18,7 +18,7 @@ from .. import http
 from ..engine import Engine
 from ..events import EventStream, ServerEvent, follow
 from ..http import ApiError, client_of, engine_of
-from ..jobs import Finished, Job
+from ..jobs import Event, Finished, Job
 from .bodies import GenerateBody, Generated, JobState
 from .requests import work_of
 
@@ -43,11 +43,29 @@ async def generate(request: Request, body: GenerateBody) -> Response:
     if EVENTS not in request.headers.get("accept", ""):
         await http.ended(request, jobs)
         return JSONResponse(await asyncio.to_thread(answer, job))
-    return EventStream(_events(engine, job), lambda: engine.cancel([job]))
+
+    async def steps(event: Event | None) -> list[ServerEvent]:
+        if event is None or event.state != "running" or not event.steps:
+            return []
+        previews = await asyncio.to_thread(data_urls, event.previews) if event.previews else []
+        return [ServerEvent("step", {"step": event.step, "steps": event.steps, "previews": previews})]
+
+    return EventStream(
+        job_events(engine, job, steps, lambda: asyncio.to_thread(answer, job)), lambda: engine.cancel([job])
+    )
 
 
-async def _events(engine: Engine, job: Job) -> AsyncIterator[ServerEvent | None]:
-    """What the client of a job is told."""
+async def job_events(
+    engine: Engine,
+    job: Job,
+    steps: Callable[[Event | None], Awaitable[list[ServerEvent]]],
+    end: Callable[[], Awaitable[dict[str, Any]]],
+) -> AsyncIterator[ServerEvent | None]:
+    """What the client of a job is told: its place in the queue, its steps, and its end or an error.
+
+    steps   what to tell when something happened to the job, or now and then (None)
+    end     the data of the event `done`
+    """
     place = position(engine, job)
     yield ServerEvent("queued", {"id": job.id, "position": place or 0})
     try:
@@ -56,11 +74,10 @@ async def _events(engine: Engine, job: Job) -> AsyncIterator[ServerEvent | None]
                 now = position(engine, job)
                 changed, place = now is not None and now != place, now
                 yield ServerEvent("queued", {"id": job.id, "position": now}) if changed else None
-            elif event.state == "running" and event.steps:
-                previews = await asyncio.to_thread(data_urls, event.previews) if event.previews else []
-                yield ServerEvent("step", {"step": event.step, "steps": event.steps, "previews": previews})
+            for each in await steps(event):
+                yield each
         http.check_done([job])
-        yield ServerEvent("done", await asyncio.to_thread(answer, job))
+        yield ServerEvent("done", await end())
     except ApiError as error:
         yield ServerEvent("error", {"status": error.status, "message": error.message})
     except Exception as error:
