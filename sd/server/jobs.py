@@ -96,7 +96,7 @@ class Event(NamedTuple):
 
 
 class Listener:
-    """The events that somebody has still to be told, in his event loop. Whoever is slow misses steps, not the end."""
+    """The events that one listener has not read yet, in its event loop. A slow one misses steps, but not the end."""
 
     def __init__(self) -> None:
         self.loop, self.events = asyncio.get_running_loop(), deque[Event]()

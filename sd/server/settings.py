@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..config import PRECISIONS
-from ..settings import OneOf, Range, check_settings, flag, number, setting, whole
+from ..settings import Check, OneOf, Range, check_settings, flag, number, setting, whole
 
 MEGABYTE = 1 << 20
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -22,22 +22,21 @@ def _texts(name: str, value: object) -> tuple[str, ...]:
     return tuple(text.strip() for text in found if text.strip())
 
 
-def _hosts(name: str, value: object) -> tuple[str, ...]:
-    """Names of machines."""
-    found = _texts(name, value)
-    for host in found:
-        if not re.fullmatch(r"[\w.-]+(:\d+)?|\[?[\da-fA-F:.]+\]?", host):
-            raise ValueError(f"{name} must be names, such as box.example.org, got {host!r:.100}")
-    return found
+def _texts_like(pattern: str, what: str) -> Check:
+    """The check of texts that all match a pattern; `what` they are, for the error."""
+
+    def check(name: str, value: object) -> tuple[str, ...]:
+        found = _texts(name, value)
+        for text in found:
+            if not re.fullmatch(pattern, text):
+                raise ValueError(f"{name} must be {what}, got {text!r:.100}")
+        return found
+
+    return check
 
 
-def _origins(name: str, value: object) -> tuple[str, ...]:
-    """Origins of web pages, as browsers write them."""
-    found = _texts(name, value)
-    for origin in found:
-        if not re.fullmatch(r"[a-zA-Z][a-zA-Z\d+.-]*://[^/*\s]+/?", origin):
-            raise ValueError(f"{name} must be like https://example.org, without a path or *, got {origin!r:.100}")
-    return found
+_hosts = _texts_like(r"[\w.-]+(:\d+)?|\[?[\da-fA-F:.]+\]?", "names, such as box.example.org")
+_origins = _texts_like(r"[a-zA-Z][a-zA-Z\d+.-]*://[^/*\s]+/?", "like https://example.org, without a path or *")
 
 
 def _path(name: str, value: object) -> Path | None:

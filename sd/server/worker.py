@@ -43,8 +43,8 @@ class Worker:
         self._stopping = False
         self._lockstep: Lockstep | None = None  # of the model whose jobs run
         self._turns: dict[Turn, tuple[Job, Setup]] = {}
-        self._wishing = threading.Lock()
-        self._wishes: list[str] = []  # "unload", "load": done while there are no jobs
+        self._ordering = threading.Lock()
+        self._orders: list[str] = []  # "unload", "load": done while there are no jobs
 
     def start(self) -> None:
         """Load the current model, then work."""
@@ -64,15 +64,15 @@ class Worker:
 
     def unload(self) -> None:
         """Give back the memory of all models, as soon as no job runs. The next job loads its model again."""
-        self._wish("unload")
+        self._order("unload")
 
     def reload(self) -> None:
         """Load the current model, as soon as no job runs, if it is not in memory."""
-        self._wish("load")
+        self._order("load")
 
-    def _wish(self, wish: str) -> None:
-        with self._wishing:
-            self._wishes = [*(other for other in self._wishes if other != wish), wish]
+    def _order(self, order: str) -> None:
+        with self._ordering:
+            self._orders = [*(other for other in self._orders if other != order), order]
         self.engine.wake()
 
     def _work(self) -> None:
@@ -103,9 +103,9 @@ class Worker:
 
     def _pass(self, jobs: list[tuple[Job, Setup]]) -> None:
         """Begin these jobs, all of one setup, and take a step of all that run."""
-        if not self._turns and (self._wishes or jobs):
+        if not self._turns and (self._orders or jobs):
             self._lockstep = None  # else it would keep a model in memory that makes room
-            self._grant()
+            self._carry_out_orders()
         if jobs and not self._turns:
             self._lockstep = self._prepared(jobs[0][1], [job for job, _ in jobs])
         for job, own in jobs:
@@ -138,14 +138,14 @@ class Worker:
         most = settings.together if lockstep.pays() and not settings.low_memory else 1
         return max(most - len(self._turns), 0)
 
-    def _grant(self) -> None:
+    def _carry_out_orders(self) -> None:
         """Do what `unload` and `reload` asked for."""
         from .engine import Setup
 
-        with self._wishing:
-            wishes, self._wishes = self._wishes, []
-        for wish in wishes:
-            if wish == "unload":
+        with self._ordering:
+            orders, self._orders = self._orders, []
+        for order in orders:
+            if order == "unload":
                 self._forget(*self._models)
                 continue
             try:

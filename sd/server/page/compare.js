@@ -1,6 +1,6 @@
 // Two images on top of each other, with a line between them to move: by pointer, touch or arrow keys.
 
-import { $, el, icon } from "./dom.js";
+import { $, closeButton, el, icon } from "./dom.js";
 
 export class Compare {
   constructor(gallery) {
@@ -53,16 +53,7 @@ export class Compare {
       event.preventDefault();
       this.#set(this.part + by);
     });
-    const close = el(
-      "button",
-      {
-        type: "button",
-        className: "icon quiet close",
-        "aria-label": "Close",
-        on: { click: () => this.dialog.close() },
-      },
-      icon("close"),
-    );
+    const close = closeButton(this.dialog);
     const swap = el(
       "button",
       { type: "button", className: "quiet", on: { click: () => this.open(second, first) } },

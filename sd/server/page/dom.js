@@ -27,6 +27,12 @@ export function icon(name) {
   return svg;
 }
 
+// The button that closes a dialog.
+export function closeButton(dialog) {
+  const properties = { type: "button", className: "icon quiet close", "aria-label": "Close" };
+  return el("button", { ...properties, on: { click: () => dialog.close() } }, icon("close"));
+}
+
 export function setIcon(button, name) {
   button.replaceChildren(icon(name));
 }

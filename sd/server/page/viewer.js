@@ -1,6 +1,6 @@
 // One image of the gallery at full size, with its settings and what can be done with it.
 
-import { $, el, icon, toast } from "./dom.js";
+import { $, closeButton, el, icon, toast } from "./dom.js";
 import { download } from "./gallery.js";
 import { pairs } from "./texts.js";
 
@@ -96,16 +96,7 @@ export class Viewer extends EventTarget {
       button.dataset.does = name;
       return button;
     };
-    const close = el(
-      "button",
-      {
-        type: "button",
-        className: "icon quiet close",
-        "aria-label": "Close",
-        on: { click: () => this.dialog.close() },
-      },
-      icon("close"),
-    );
+    const close = closeButton(this.dialog);
     const copy = async () => {
       try {
         await navigator.clipboard.writeText(item.text);
